@@ -1,0 +1,45 @@
+"""
+Distributed training of PyTorch models on Ray: one job file, every architecture.
+
+The public names live here and are loaded on first use, so that `import distplat` costs nothing
+and a command-line call pays for torch and Ray only when it needs them. The code is in the four
+folders beside this one, reached as `distplat.platform`, `.strategies`, `.actors` and `.cli`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Trainer": "distplat.actors.trainer",
+    "Result": "distplat.actors.trainer",
+    "Job": "distplat.platform.spec",
+    "Task": "distplat.strategies.task",
+    "load_job": "distplat.strategies.catalog",
+    "DistplatError": "distplat.platform.errors",
+}
+
+__all__ = [
+    "DistplatError",
+    "Job",
+    "Result",
+    "Task",
+    "Trainer",
+    "__version__",
+    "load_job",
+]
+
+if TYPE_CHECKING:
+    from distplat.actors.trainer import Result, Trainer
+    from distplat.platform.errors import DistplatError
+    from distplat.platform.spec import Job
+    from distplat.strategies.catalog import load_job
+    from distplat.strategies.task import Task
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its home on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distplat' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,203 @@
+"""
+Every error that distplat raises on purpose, in one tree.
+
+    DistplatError                  exit 70  something distplat did not foresee
+    |- SpecError                        2   bad job file, option or argument; nothing was started
+    |- ClusterUnreachable               3   no Ray there, or it refused our token
+    |- UserCodeError                    1   the user's task raised; never retried
+    |- InfrastructureError              4   a part of the platform was lost
+    |  |- ActorLost                         a worker, server node or the server manager died
+    |  |- DeadlineExceeded                  a wait ran out; names who was missing
+    |  `- CollectiveError                   a collective failed or timed out; names the missing ranks
+    |- ProtocolError                    4   a message that must not be applied
+    |  |- GapError                          a push is missing before this one
+    |  |- StaleError                        a push older than the last one committed
+    |  |- FencedError                       a message of an earlier attempt
+    |  `- NotReadyError                     a shard that has no parameters yet
+    |- StorageError                     5   the run directory could not be written
+    `- Interrupted                  130/143 Ctrl-C or SIGTERM
+
+Errors cross processes by pickle: every constructor hands all its arguments to `Exception`, so
+`DistplatError.__reduce__` can rebuild each of them; a test sends the whole tree round.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user wrote."""
+
+    where: tuple[str | int, ...]
+    """Path of the field, for example `("optimizer", "lr")`; empty: the document itself."""
+    message: str
+    """What is wrong and what is allowed, in one sentence."""
+    hint: str = ""
+    """What to do about it, for example `did you mean 'momentum'?`."""
+    file: str = ""
+    line: int = 0
+    """1-based; 0: not known."""
+    column: int = 0
+    """1-based; 0: not known."""
+
+    @property
+    def field(self) -> str:
+        """The dotted name, for example `optimizer.lr`, fit for a terminal."""
+        return ".".join(_visible(str(part)) for part in self.where)
+
+    def __str__(self) -> str:
+        """`job.yaml:7:13: optimizer.momentun: unknown field` and, if there is one, a hint line."""
+        place = self.file
+        if place and self.line:
+            place += f":{self.line}:{self.column}"
+        head = ": ".join(part for part in (place, self.field, self.message) if part)
+        return f"{head}\n  hint: {self.hint}" if self.hint else head
+
+
+def _visible(part: str) -> str:
+    """Shorten a part of a name and escape what would move the cursor: users' typos come here."""
+    plain = part if part.isprintable() else repr(part)[1:-1]
+    return plain if len(plain) <= 60 else f"{plain[:57]}..."
+
+
+class DistplatError(Exception):
+    """Root of the tree: catch this to catch all of ours."""
+
+    exit_code: int = 70
+
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        """Rebuild from `args`: a constructor of our own would otherwise break unpickling."""
+        return type(self), self.args
+
+
+class SpecError(DistplatError):
+    """The job file, an override or an option is wrong. Holds every problem found, not the first."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: Problem | str) -> None:
+        super().__init__(*problems)
+        self.problems = tuple(p if isinstance(p, Problem) else Problem((), p) for p in problems)
+
+    def __str__(self) -> str:
+        """One line per problem, hints below."""
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class ClusterUnreachable(DistplatError):
+    """No Ray cluster answers at the address, or it does not accept our token."""
+
+    exit_code = 3
+
+
+class UserCodeError(DistplatError):
+    """The user's task raised. Carries the user's own traceback as text."""
+
+    exit_code = 1
+
+    def __init__(self, rank: int, step: int | None, summary: str, traceback: str) -> None:
+        super().__init__(rank, step, summary, traceback)
+        self.rank, self.step, self.summary, self.traceback = rank, step, summary, traceback
+
+    def __str__(self) -> str:
+        """The traceback first, then where it happened."""
+        at = "before the first step" if self.step is None else f"in step {self.step}"
+        return f"{self.traceback.rstrip()}\n\nyour task failed on rank {self.rank}, {at}: {self.summary}"
+
+
+class InfrastructureError(DistplatError):
+    """A part of the platform was lost; the user's code is not to blame."""
+
+    exit_code = 4
+
+
+class ActorLost(InfrastructureError):
+    """A process of the job died or no longer answers."""
+
+    def __init__(self, role: str, step: int | None, cause: str, remedy: str = "") -> None:
+        super().__init__(role, step, cause, remedy)
+        self.role, self.step, self.cause, self.remedy = role, step, cause, remedy
+
+    def __str__(self) -> str:
+        """Who, when, why, and what to do."""
+        at = "" if self.step is None else f" after step {self.step}"
+        tail = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.role} was lost{at}: {self.cause}{tail}"
+
+
+class DeadlineExceeded(InfrastructureError):
+    """A wait ran out. Names who was missing and the setting that changes the deadline."""
+
+    def __init__(self, what: str, missing: tuple[str, ...], seconds: float, setting: str) -> None:
+        super().__init__(what, missing, seconds, setting)
+        self.what, self.missing, self.seconds, self.setting = what, missing, seconds, setting
+
+    def __str__(self) -> str:
+        """What was waited for, for how long, and who did not come."""
+        who = ", ".join(self.missing) or "nobody (a late answer)"
+        return (
+            f"{self.what}: waited {self.seconds:g} s, missing: {who}; "
+            f"`{self.setting}` changes this deadline"
+        )
+
+
+class CollectiveError(InfrastructureError):
+    """A collective operation failed. Names group, operation, its number and the missing ranks."""
+
+    def __init__(
+        self, group: str, operation: str, number: int, missing: tuple[int, ...], cause: str
+    ) -> None:
+        super().__init__(group, operation, number, missing, cause)
+        self.group, self.operation, self.number = group, operation, number
+        self.missing, self.cause = missing, cause
+
+    def __str__(self) -> str:
+        """`all_reduce #12 of group g: missing ranks 1, 3 (cause)`."""
+        ranks = ", ".join(map(str, self.missing)) or "none"
+        return (
+            f"{self.operation} #{self.number} of group {self.group!r} failed; "
+            f"missing ranks: {ranks}; {self.cause}"
+        )
+
+
+class ProtocolError(DistplatError):
+    """A message that a shard must not apply."""
+
+    exit_code = 4
+
+
+class GapError(ProtocolError):
+    """A push came before the one it follows: applying it would lose the one between."""
+
+
+class StaleError(ProtocolError):
+    """A push older than the last one committed: applying it would count it twice."""
+
+
+class FencedError(ProtocolError):
+    """A message of an earlier attempt, from a process that was replaced."""
+
+
+class NotReadyError(ProtocolError):
+    """A shard that holds no parameters yet: a fresh one, or one that was restarted."""
+
+
+class StorageError(DistplatError):
+    """The run directory cannot be written or read."""
+
+    exit_code = 5
+
+
+class Interrupted(DistplatError):
+    """The user (SIGINT) or the system (SIGTERM) asked the run to end."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number  # the shell's convention
+
+    def __str__(self) -> str:
+        """`interrupted by SIGINT`."""
+        names = {2: "SIGINT", 15: "SIGTERM"}
+        return f"interrupted by {names.get(self.signal_number, self.signal_number)}"
