@@ -1,0 +1,22 @@
+"""Cut a length into nearly equal parts: batches over ranks, parameters over shards, ring chunks."""
+
+
+def even_bounds(length: int, parts: int, *, align: int = 1) -> list[tuple[int, int]]:
+    """
+    Give `parts` half-open ranges that cover 0..length in order, without gap or overlap.
+
+    Sizes differ by at most `align`; where length < parts * align, the last ranges may be empty.
+
+    Args:
+        length: what is cut, >= 0.
+        parts: how many ranges, >= 1.
+        align: every inner bound is a multiple of it.
+    """
+    blocks = -(-length // align)
+    share, extra = divmod(blocks, parts)
+    bounds, start = [], 0
+    for part in range(parts):
+        stop = start + share + (part < extra)
+        bounds.append((min(start * align, length), min(stop * align, length)))
+        start = stop
+    return bounds

@@ -1,0 +1,162 @@
+"""
+The optimizers a job file may name: those of `torch.optim`, with their own argument names.
+
+They are written out, not looked up, so that a job file is checked without importing torch; a unit
+test holds every name and argument here against torch's signatures.
+
+Only optimizers that act element by element are here: each element's update needs nothing but the
+element's own gradient and state, so a shard of the parameters can be updated alone and every
+strategy gives the same result. `WHOLE_TENSOR` names those of torch that look at more.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distplat.platform.fields import (
+    Flag,
+    Fraction,
+    Index,
+    NonNegative,
+    Number,
+    Pair,
+    Positive,
+    Spec,
+)
+
+WHOLE_TENSOR = {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
+"""Optimizers of torch whose update of an element needs more than that element."""
+
+
+class Optimizer(Spec):
+    """What all optimizers have. `lr` is the rate that the schedule scales."""
+
+    name: str
+    """The class in `torch.optim`."""
+    lr: Positive
+    """Learning rate before the schedule's factor."""
+    weight_decay: NonNegative = 0.0
+    """L2 penalty; in AdamW decoupled from the gradient."""
+    maximize: Flag = False
+    """Climb instead of descend."""
+
+    def arguments(self) -> dict[str, object]:
+        """Give the keyword arguments for the class in `torch.optim`."""
+        return self.model_dump(exclude={"name"})
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum if asked."""
+
+    name: Literal["SGD"]
+    momentum: NonNegative = 0.0
+    dampening: NonNegative = 0.0
+    nesterov: Flag = False
+
+
+class Adam(Optimizer):
+    """Adam, Kingma & Ba 2015."""
+
+    name: Literal["Adam"]
+    betas: Pair = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+    amsgrad: Flag = False
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay, Loshchilov & Hutter 2019."""
+
+    name: Literal["AdamW"]
+    weight_decay: NonNegative = 0.01
+    betas: Pair = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+    amsgrad: Flag = False
+
+
+class RMSprop(Optimizer):
+    """RMSprop, Hinton's lecture 6."""
+
+    name: Literal["RMSprop"]
+    alpha: Fraction = 0.99
+    eps: NonNegative = 1e-8
+    momentum: NonNegative = 0.0
+    centered: Flag = False
+
+
+class Adagrad(Optimizer):
+    """Adagrad, Duchi et al. 2011."""
+
+    name: Literal["Adagrad"]
+    lr_decay: NonNegative = 0.0
+    initial_accumulator_value: NonNegative = 0.0
+    eps: NonNegative = 1e-10
+
+
+class Adadelta(Optimizer):
+    """Adadelta, Zeiler 2012."""
+
+    name: Literal["Adadelta"]
+    rho: Fraction = 0.9
+    eps: NonNegative = 1e-6
+
+
+class Adamax(Optimizer):
+    """Adam with the infinity norm, Kingma & Ba 2015."""
+
+    name: Literal["Adamax"]
+    betas: Pair = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+
+
+class NAdam(Optimizer):
+    """Adam with Nesterov momentum, Dozat 2016."""
+
+    name: Literal["NAdam"]
+    betas: Pair = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+    momentum_decay: NonNegative = 0.004
+    decoupled_weight_decay: Flag = False
+
+
+class RAdam(Optimizer):
+    """Rectified Adam, Liu et al. 2020."""
+
+    name: Literal["RAdam"]
+    betas: Pair = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+    decoupled_weight_decay: Flag = False
+
+
+AnyOptimizer = Annotated[
+    SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam,
+    Field(discriminator="name"),
+]
+
+
+class Schedule(Spec):
+    """
+    The learning rate over the steps: a linear warm-up, then one of four shapes.
+
+    The factor on `optimizer.lr` in step `s` is given by `platform/learning_rate.py`.
+    """
+
+    name: Literal["constant", "linear", "cosine", "step"] = "constant"
+    """`linear` and `cosine` fall from 1 to `final_factor`; `step` multiplies by `gamma`."""
+    warmup_steps: Index = 0
+    """Steps in which the factor grows linearly from 1/warmup_steps to 1; 0: no warm-up."""
+    final_factor: Number = Field(0.0, ge=0, le=1)
+    """`linear`, `cosine`: the factor in the last step."""
+    every_steps: Index = 0
+    """`step`: multiply by `gamma` once in so many steps."""
+    gamma: Positive = 0.1
+    """`step`: what to multiply by."""
+
+    def idle_fields(self) -> set[str]:
+        """Give the fields that have no effect on a schedule of this name."""
+        used = {
+            "constant": set(),
+            "linear": {"final_factor"},
+            "cosine": {"final_factor"},
+            "step": {"every_steps", "gamma"},
+        }[self.name]
+        return {"final_factor", "every_steps", "gamma"} - used

@@ -1,0 +1,93 @@
+"""
+Which samples each rank sees in each step: a pure function of (seed, epoch, step, world).
+
+Nothing is remembered between steps, so a replaced worker, a resumed run and a test all ask the
+same question and get the same answer (invariant I2). A batch is a run of the epoch's permutation;
+a rank's part is a run of the batch; a micro-batch is a run of the part:
+
+    epoch    | batch 0            | batch 1            | batch 2      |   last one may be short
+    batch 1  | rank 0  | rank 1   | rank 2  |                             sizes differ by at most 1
+    rank 0   | micro 0 | micro 1  |                                       sizes differ by at most 1
+
+so that the ranks' parts are disjoint, complete, and the same union for every world.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.platform.cut import even_bounds
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """
+    The order of one run's training samples.
+
+    Raises:
+        ValueError: the data set is empty, or smaller than one batch with `drop_last`.
+    """
+
+    size: int
+    """Samples in the data set."""
+    batch: int
+    """Samples of one step over all ranks."""
+    world: int
+    """Ranks."""
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = False
+    """Leave out an epoch's last batch where it is short."""
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"the training data has {self.size} samples: no batch of {self.batch} fits"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one pass over the data."""
+        whole, rest = divmod(self.size, self.batch)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def epoch_of(self, step: int) -> int:
+        """Give the pass over the data to which a step belongs, from 0."""
+        return step // self.steps_per_epoch
+
+    def batch_ids(self, step: int) -> NDArray[np.int64]:
+        """Give the sample ids of a step over all ranks, shape [<= batch]."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        order = _order(self.size, self.seed, epoch, self.shuffle)
+        return order[index * self.batch : (index + 1) * self.batch]
+
+    def batch_size(self, step: int) -> int:
+        """Count the samples of a step over all ranks, without making them."""
+        index = step % self.steps_per_epoch
+        return min(self.batch, self.size - index * self.batch)
+
+    def rank_ids(self, step: int, rank: int) -> NDArray[np.int64]:
+        """Give the sample ids of one rank's part of a step; may be empty in a short batch."""
+        start, stop = even_bounds(self.batch_size(step), self.world)[rank]
+        return self.batch_ids(step)[start:stop]
+
+    def micro_batches(self, step: int, rank: int, parts: int) -> list[NDArray[np.int64]]:
+        """Cut a rank's part of a step into at most `parts` runs, none of them empty."""
+        ids = self.rank_ids(step, rank)
+        return [ids[a:b] for a, b in even_bounds(len(ids), parts) if b > a]
+
+
+@lru_cache(
+    maxsize=2
+)  # an epoch's order is asked for at every step; a loader reads ahead into the next
+def _order(size: int, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
+    """Give the order of one epoch, shape [size]. Philox: its stream is the same on any machine."""
+    if not shuffle:
+        order = np.arange(size, dtype=np.int64)
+    else:
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
+        order = generator.permutation(size).astype(np.int64, copy=False)
+    order.setflags(write=False)
+    return order

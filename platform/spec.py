@@ -1,0 +1,212 @@
+"""
+The job: everything a run needs to know, in one frozen value.
+
+Field names are Ray Train's and torch's where they have one. Reading a job from YAML, with file,
+line and column in every message, is `platform/job_file.py`; a strategy's own options are checked
+by the strategy (`strategies/catalog.py`), for only it knows them.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+from distplat.platform.errors import Problem
+from distplat.platform.fields import (
+    Count,
+    Flag,
+    Index,
+    NonNegative,
+    Positive,
+    Seconds,
+    Spec,
+)
+from distplat.platform.optimizers import SGD, AnyOptimizer, Schedule
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
+EntryPoint = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=255),
+]
+Folder = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=1024)]
+StrategyName = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+
+
+class StrategySpec(Spec):
+    """Which strategy, and the options that it declares."""
+
+    name: StrategyName
+    """A name of `distplat strategies`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """In a job file these stand beside `name`, not below a key of their own."""
+
+
+def _strategy(value: object) -> object:
+    """Take `ring` and `{name: ring, timeout_s: 5}`: options stand beside the name."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict):
+        beside = {k: v for k, v in value.items() if k not in ("name", "options")}
+        options = value.get("options", {})  # the form of `model_dump`
+        name = {"name": value["name"]} if "name" in value else {}
+        return name | {"options": options | beside if isinstance(options, dict) else options}
+    if isinstance(value, StrategySpec):
+        return value
+    raise PydanticCustomError("strategy_type", "must be a name, or a mapping with `name`")
+
+
+class Scaling(Spec):
+    """How many workers, and what each of them takes of the cluster (Ray Train's names)."""
+
+    num_workers: Index = Field(1, le=1024)
+    """Ranks; 0: train in the calling process, without Ray, for debugging."""
+    use_gpu: Flag = False
+    """Each worker takes one GPU, or the part that `resources_per_worker` names."""
+    resources_per_worker: dict[str, NonNegative] = Field(default_factory=dict)
+    """Ray resources of one worker, for example {CPU: 2, GPU: 0.5}; default {CPU: 1}."""
+
+    @property
+    def world(self) -> int:
+        """Number of ranks: a run in the calling process has one."""
+        return max(1, self.num_workers)
+
+    def resources(self) -> dict[str, float]:
+        """Resources of one worker with the defaults filled in."""
+        default = {"CPU": 1.0} | ({"GPU": 1.0} if self.use_gpu else {})
+        return default | self.resources_per_worker
+
+
+class Data(Spec):
+    """How batches are made of the task's data set; names as in torch's DataLoader."""
+
+    shuffle: Flag = True
+    """A new order each epoch, from the job's seed."""
+    drop_last: Flag = False
+    """Leave out the last batch of an epoch where it is smaller than the others."""
+    num_loaders: Index = Field(0, le=256)
+    """Loader processes per worker; 0: load in the training thread."""
+    prefetch_factor: Count = Field(2, le=1024)
+    """Batches that each loader process keeps ready; has effect with num_loaders > 0."""
+
+
+class Evaluation(Spec):
+    """When `eval_data` is run through the model (only for tasks that have it)."""
+
+    every_epochs: Index = 1
+    """Evaluate after so many epochs; 0: only after the last step."""
+
+
+class Checkpoint(Spec):
+    """What is kept of the model."""
+
+    save_final: Flag = True
+    """Write the trained parameters to `model.safetensors` in the run directory."""
+
+
+class Failure(Spec):
+    """Deadlines. Each error that one of them causes names its field."""
+
+    start_timeout_s: Seconds = 120.0
+    """From asking Ray for the actors to the first step."""
+    step_timeout_s: Seconds = 120.0
+    """How long a rank or a server node may be waited for inside a step."""
+    heartbeat_timeout_s: Seconds = 30.0
+    """How long a process may leave the controller's question for its state unanswered."""
+
+
+class Job(Spec):
+    """One training run."""
+
+    name: Name
+    """1 to 63 of a-z, 0-9 and '-'; actors and the run directory are called after it."""
+    task: EntryPoint | None = None
+    """`module:Class`, from the job's directory or installed; None: given to Trainer in Python."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the task's constructor."""
+    strategy: Annotated[StrategySpec, BeforeValidator(_strategy)]
+    """The architecture: a name, or a mapping with the name and the strategy's options."""
+    scaling: Scaling = Scaling()
+    optimizer: AnyOptimizer
+    lr_schedule: Schedule = Schedule()
+    epochs: Count | None = None
+    """Passes over the training data; give this or `steps`."""
+    steps: Count | None = None
+    """Optimizer updates; give this or `epochs`."""
+    global_batch_size: Count
+    """Samples of one update, over all workers."""
+    gradient_accumulation: Count = 1
+    """Micro-batches into which each worker cuts its part of the batch."""
+    clip_norm: Positive | None = None
+    """Scale gradients down to this 2-norm over all parameters; None: never."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
+    seed: Index = 0
+    """Seeds model, data order and dropout; the same seed gives the same bits."""
+    data: Data = Data()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    failure: Failure = Failure()
+    storage_path: Folder = "runs"
+    """Where run directories are made; relative to the directory `submit` was called in."""
+
+    def problems(self) -> list[Problem]:
+        """Check what no single field can see; empty: the job holds together."""
+        return [
+            *_length_problems(self),
+            *_batch_problems(self),
+            *_gpu_problems(self),
+            *_optimizer_problems(self),
+            *_schedule_problems(self),
+        ]
+
+
+def _length_problems(job: Job) -> list[Problem]:
+    if (job.epochs is None) == (job.steps is None):
+        got = "neither" if job.epochs is None else "both"
+        return [Problem(("epochs",), f"give `epochs` or `steps`, got {got}")]
+    return []
+
+
+def _batch_problems(job: Job) -> list[Problem]:
+    parts = job.scaling.world * job.gradient_accumulation
+    if job.global_batch_size < parts:
+        message = (
+            f"{job.global_batch_size} samples cannot be cut into {job.scaling.world} workers x "
+            f"{job.gradient_accumulation} micro-batches = {parts} parts"
+        )
+        return [Problem(("global_batch_size",), message, f"at least {parts}")]
+    return []
+
+
+def _gpu_problems(job: Job) -> list[Problem]:
+    gpus = job.scaling.resources().get("GPU", 0)
+    if bool(gpus) == job.scaling.use_gpu:
+        return []
+    where = ("scaling", "resources_per_worker")
+    got = "true" if job.scaling.use_gpu else "false"
+    return [Problem(where, f"asks for {gpus:g} GPU while use_gpu is {got}")]
+
+
+def _optimizer_problems(job: Job) -> list[Problem]:
+    """What torch would refuse only in the workers."""
+    rule = job.optimizer
+    if isinstance(rule, SGD) and rule.nesterov and (rule.momentum == 0 or rule.dampening != 0):
+        message = (
+            f"needs momentum > 0 and dampening 0 (got {rule.momentum:g} and {rule.dampening:g})"
+        )
+        return [Problem(("optimizer", "nesterov"), message)]
+    return []
+
+
+def _schedule_problems(job: Job) -> list[Problem]:
+    """A schedule option that its shape does not use is an error, not ignored."""
+    schedule = job.lr_schedule
+    found = [
+        Problem(
+            ("lr_schedule", field), f"has no effect on the schedule {schedule.name!r}", "remove it"
+        )
+        for field in sorted(schedule.idle_fields() & schedule.model_fields_set)
+    ]
+    if schedule.name == "step" and not schedule.every_steps:
+        found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
+    return found
