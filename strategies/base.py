@@ -1,0 +1,225 @@
+"""
+What a strategy is, and the ports through which it reaches the others.
+
+A strategy says what is exchanged between gradients and update; how bytes travel is behind two
+ports, which `actors/` implements over Ray and `strategies/fakes.py` inside one process:
+
+    worker loop          strategy                 port                         behind it
+    -----------          --------                 ----                         ---------
+    batch, forward,
+    backward        ->   exchange(step)     ->    Collective.all_reduce   ->   other workers
+                                            or    Shards.push             ->   server nodes
+                         update(step)       ->    the local optimizer
+                                            or    Shards.commit           ->   server nodes
+
+This module needs no torch itself: listing strategies and checking a job must be quick.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+
+from distplat.platform.errors import Problem
+from distplat.platform.fields import Spec
+from distplat.platform.spec import Job
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.optim import LocalOptimizer
+
+
+class ReduceOp(StrEnum):
+    """How a collective combines the ranks' values."""
+
+    SUM = "sum"
+    AVG = "avg"
+    MIN = "min"
+    MAX = "max"
+    PRODUCT = "product"
+
+
+class Handle(Protocol):
+    """An operation under way."""
+
+    def wait(self) -> None:
+        """
+        Return when the result is there.
+
+        Raises:
+            CollectiveError: it failed or ran out of time; names the missing ranks.
+        """
+
+
+class Collective(Protocol):
+    """
+    A group of ranks as one of them sees it. Every rank calls the same operations in the same order.
+
+    Tensors are contiguous and of equal shape and dtype on all ranks; results are written in place
+    and are the same bits on every rank. Every operation raises `CollectiveError`.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group, from 0."""
+
+    @property
+    def world(self) -> int:
+        """Ranks in the group."""
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
+        """Replace `tensor` by its combination over all ranks."""
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
+        """Begin an all-reduce and go on; `tensor` is not to be touched until the handle is done."""
+
+    def reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
+    ) -> None:
+        """Combine `inputs[r]` over all ranks into `output` of rank r; one input per rank."""
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
+        """Copy `tensor` of rank r into `outputs[r]` of every rank."""
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Replace `tensor` by that of rank `source`."""
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Hand `tensor` to rank `to`, which calls `recv`."""
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        """Fill `tensor` with what rank `source` sends."""
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+
+    def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
+        """Make a group of some of these ranks, in that order; each of them calls this."""
+
+
+class Shards(Protocol):
+    """
+    The server group as one worker sees it. Workers know servers, never each other.
+
+    The worker's parameters and gradients live in buffers that the port gives out, so that where
+    both sides share a node nothing is copied.
+    """
+
+    def connect(self, flat: FlatModel) -> None:
+        """
+        Agree on the shard map, move the model's flat buffers to where the servers can reach them,
+        and take over the servers' parameters (rank 0's initial ones in a fresh run).
+
+        Raises:
+            ProtocolError: this worker's model is not that of the others.
+            ActorLost: a server is gone.
+            DeadlineExceeded: somebody did not come.
+        """
+
+    def push(self, step: int) -> float | None:
+        """
+        Hand the gradients to all shards; return when every rank's are there.
+
+        Returns:
+            The 2-norm of the summed gradient over all shards, or None if nothing needs it.
+        """
+
+    def commit(self, step: int, norm: float | None) -> None:
+        """Have all shards apply the update of `step`; return with the new parameters in place."""
+
+
+class Options(Spec):
+    """Base of a strategy's options: frozen, unknown names refused, one sentence per field."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What a strategy needs besides the workers."""
+
+    servers: int = 0
+    """Parameter-server nodes; with one or more, workers get the port `Shards`."""
+    server_resources: dict[str, float] | None = None
+    """Ray resources of one server node."""
+    collective: str | None = None
+    """Backend of the group of all workers; None: workers get no port `Collective`."""
+    collective_timeout_s: float = 60.0
+    """Deadline of one collective operation."""
+
+
+@dataclass
+class Context:
+    """What a strategy works with inside one worker."""
+
+    job: Job
+    rank: int
+    world: int
+    total_steps: int
+    flat: FlatModel
+    _collective: Collective | None
+    _shards: Shards | None
+
+    @property
+    def collective(self) -> Collective:
+        """The group of all workers; only if the strategy's `roles` asked for it."""
+        assert self._collective is not None, "roles() did not ask for a collective group"
+        return self._collective
+
+    @property
+    def shards(self) -> Shards:
+        """The server group; only if the strategy's `roles` asked for it."""
+        assert self._shards is not None, "roles() did not ask for servers"
+        return self._shards
+
+    def local_optimizer(self) -> LocalOptimizer:
+        """Build the job's optimizer, schedule and clipping over this worker's parameters."""
+        from distplat.strategies.training.optim import LocalOptimizer  # torch: in workers only
+
+        return LocalOptimizer(self.flat, self.job, self.total_steps)
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+class Strategy(ABC, Generic[OptionsT]):
+    """
+    One architecture of distributed training.
+
+    A subclass in one file, registered under a name, is all there is to add. The worker loop calls
+    `setup` once, then for every step `exchange` (the local gradient is ready: the gradient of the
+    global batch's mean loss, of which this rank's samples are one term of the sum) and `update`.
+    """
+
+    summary: ClassVar[str]
+    """One line for `distplat strategies`."""
+    options_type: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+    def roles(self, job: Job) -> Roles:
+        """Say what the strategy needs besides workers."""
+        return Roles()
+
+    def problems(self, job: Job) -> list[Problem]:
+        """Name what in this job the strategy cannot do; an option is never ignored."""
+        return []
+
+    @abstractmethod
+    def setup(self, context: Context) -> None:
+        """Prepare this worker; its model is built, its ports are connected."""
+
+    @abstractmethod
+    def exchange(self, step: int) -> None:
+        """Gradients are ready in `flat.grads`: combine them with the other ranks'."""
+
+    @abstractmethod
+    def update(self, step: int) -> None:
+        """Bring `flat.params` from version `step` to version `step + 1`."""
+
+    def synchronize(self) -> None:
+        """Make all ranks' parameters equal; called before an evaluation and at the end."""

@@ -1,0 +1,268 @@
+"""
+The ports in memory: N ranks as threads of one process, with faults on request.
+
+For tests of strategies without Ray, for `num_workers: 0`, and for users who test their own
+strategy. They keep the contracts of `strategies/base.py`: sums in rank order, deadlines, errors
+that name the missing ranks.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import ActorLost, CollectiveError, DeadlineExceeded
+from distplat.platform.ledger import PushId
+from distplat.platform.shard_map import ShardPlan, cut_shards
+from distplat.strategies.algorithms.reduce import sum_in_order
+from distplat.strategies.base import Collective, Handle, ReduceOp
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.shard import ParameterShard
+
+
+class Fabric:
+    """
+    What connects the ranks of one in-memory world. Make one, hand each thread its `collective`.
+
+    Args:
+        world: number of ranks.
+        timeout_s: deadline of every operation.
+    """
+
+    def __init__(self, world: int, timeout_s: float = 10.0) -> None:
+        self.world, self.timeout_s = world, timeout_s
+        self._changed = threading.Condition()
+        self._rounds: dict[tuple[str, int], dict[int, Tensor | None]] = defaultdict(dict)
+        self._mail: dict[tuple[str, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+        self._dead_after: dict[int, int] = {}
+
+    def collective(self, rank: int) -> InMemoryCollective:
+        """Give rank's end of the group of all ranks."""
+        return InMemoryCollective(self, "world", list(range(self.world)), rank)
+
+    def kill(self, rank: int, *, after: int) -> None:
+        """Inject a fault: `rank` never comes to its operation number `after` (from 0)."""
+        self._dead_after[rank] = after
+
+    def meet(
+        self,
+        group: str,
+        operation: str,
+        number: int,
+        ranks: Sequence[int],
+        me: int,
+        gift: Tensor | None,
+    ) -> list[Tensor | None]:
+        """
+        Leave `gift`, wait for all ranks of the group, and give everybody's gifts in rank order.
+
+        Raises:
+            CollectiveError: somebody did not come in time, or this rank was killed.
+        """
+        if self._dead_after.get(me, number + 1) <= number:
+            raise CollectiveError(group, operation, number, (me,), "this rank was killed")
+        with self._changed:
+            met = self._rounds[group, number]
+            met[me] = gift
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: len(met) == len(ranks), self.timeout_s):
+                missing = tuple(rank for rank in ranks if rank not in met)
+                cause = f"waited {self.timeout_s:g} s"
+                raise CollectiveError(group, operation, number, missing, cause)
+        return [met[rank] for rank in ranks]
+
+    def mailbox(self, group: str, source: int, to: int) -> queue.Queue[Tensor]:
+        """Give the queue of messages from one rank to another."""
+        with self._changed:
+            return self._mail[group, source, to]
+
+
+class _Done:
+    """A handle whose operation is over."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class InMemoryCollective:
+    """One rank's end of a group (see `Collective`)."""
+
+    def __init__(self, fabric: Fabric, name: str, members: list[int], me: int) -> None:
+        self._fabric, self._name, self._members, self._me = fabric, name, members, me
+        self._number = 0
+
+    @property
+    def rank(self) -> int:
+        """Place in the group."""
+        return self._members.index(self._me)
+
+    @property
+    def world(self) -> int:
+        """Ranks in the group."""
+        return len(self._members)
+
+    def _meet(self, operation: str, gift: Tensor | None) -> list[Tensor]:
+        number, self._number = self._number, self._number + 1
+        # A copy: the giver may go on and write into its tensor while others still read.
+        copy = None if gift is None else gift.clone()
+        met = self._fabric.meet(self._name, operation, number, self._members, self._me, copy)
+        return [gift for gift in met if gift is not None]
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
+        """See `Collective`."""
+        _combine(self._meet("all_reduce", tensor), op, tensor)
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
+        """See `Collective`. Nothing overlaps in memory: it is over when it returns."""
+        self.all_reduce(tensor, op)
+        return _Done()
+
+    def reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
+    ) -> None:
+        """See `Collective`."""
+        stacked = self._meet("reduce_scatter", torch.cat([t.reshape(-1) for t in inputs]))
+        start = sum(t.numel() for t in inputs[: self.rank])
+        parts = [s[start : start + output.numel()].view(output.shape) for s in stacked]
+        _combine(parts, op, output)
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
+        """See `Collective`."""
+        for output, given in zip(outputs, self._meet("all_gather", tensor), strict=True):
+            output.copy_(given)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """See `Collective`."""
+        tensor.copy_(self._meet("broadcast", tensor)[source])
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """See `Collective`; does not wait for the receiver."""
+        mailbox = self._fabric.mailbox(self._name, self._me, self._members[to])
+        mailbox.put(tensor.clone())
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        """See `Collective`."""
+        mailbox = self._fabric.mailbox(self._name, self._members[source], self._me)
+        try:
+            tensor.copy_(mailbox.get(timeout=self._fabric.timeout_s))
+        except queue.Empty:
+            cause = f"waited {self._fabric.timeout_s:g} s"
+            raise CollectiveError(self._name, "recv", self._number, (source,), cause) from None
+
+    def barrier(self) -> None:
+        """See `Collective`."""
+        self._meet("barrier", None)
+
+    def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
+        """See `Collective`."""
+        members = [self._members[rank] for rank in ranks]
+        return InMemoryCollective(self._fabric, f"{self._name}/{name}", members, self._me)
+
+
+def _combine(parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+    """Combine in rank order into `out`."""
+    if op in (ReduceOp.SUM, ReduceOp.AVG):
+        sum_in_order([p.reshape(-1) for p in parts], out.view(-1))
+        if op is ReduceOp.AVG:
+            out.div_(len(parts))
+        return
+    pairwise: dict[ReduceOp, Callable[[Tensor, Tensor], Tensor]] = {
+        ReduceOp.MIN: torch.minimum,
+        ReduceOp.MAX: torch.maximum,
+        ReduceOp.PRODUCT: torch.mul,
+    }
+    result = parts[0]
+    for part in parts[1:]:
+        result = pairwise[op](result, part)
+    out.copy_(result)
+
+
+@dataclass
+class ServerGroup:
+    """
+    Server nodes in memory, shared by the ranks' `InMemoryShards`.
+
+    Set `lost` to make the next call of every rank fail as if a server had died.
+    """
+
+    plan: ShardPlan
+    timeout_s: float = 10.0
+    lost: str = ""
+
+    def __post_init__(self) -> None:
+        self._changed = threading.Condition()
+        self._params: Tensor | None = None
+        self.shards: list[ParameterShard] = []
+
+    def open(self, initial: Tensor) -> Tensor:
+        """Take the first comer's parameters as the initial ones; give the shared vector."""
+        with self._changed:
+            if self._params is None:
+                self._params = initial.clone()
+                for shard in cut_shards(initial.numel(), self.plan.shards).shards:
+                    part = self._params[shard.start : shard.stop]
+                    self.shards.append(ParameterShard(self.plan, part))
+                    self.shards[-1].restore(0)
+            return self._params
+
+    def push(self, index: int, push: PushId, gradient: Tensor) -> float | None:
+        """Stage on one shard; return its squared norm when all ranks' pushes are there."""
+        if self.lost:
+            raise ActorLost(f"server-{index}", push.seq, self.lost)
+        with self._changed:
+            shard = self.shards[index]
+            shard.push(push, gradient)
+            self._changed.notify_all()
+
+            def staged() -> bool:
+                return shard.version > push.seq or shard.ledger.complete
+
+            if not self._changed.wait_for(staged, self.timeout_s):
+                missing = tuple(f"worker-{r}" for r in shard.ledger.missing())
+                raise DeadlineExceeded(
+                    f"push {push.seq} to server-{index}",
+                    missing,
+                    self.timeout_s,
+                    "failure.step_timeout_s",
+                )
+            return shard.squared_norm
+
+    def commit(self, index: int, seq: int, norm: float | None) -> None:
+        """Apply on one shard."""
+        with self._changed:
+            self.shards[index].commit(seq, norm)
+            self._changed.notify_all()
+
+
+class InMemoryShards:
+    """One rank's view of a `ServerGroup` (see `Shards`)."""
+
+    def __init__(self, group: ServerGroup, rank: int) -> None:
+        self._group, self._rank = group, rank
+
+    def connect(self, flat: FlatModel) -> None:
+        """See `Shards`."""
+        self._flat = flat
+        flat.move(self._group.open(flat.params), flat.grads)
+        self._cuts = cut_shards(flat.size, self._group.plan.shards).shards
+
+    def push(self, step: int) -> float | None:
+        """See `Shards`."""
+        plan = self._group.plan
+        push = PushId(plan.run, plan.attempt, self._rank, step)
+        squares = [
+            self._group.push(cut.index, push, self._flat.grads[cut.start : cut.stop])
+            for cut in self._cuts
+        ]
+        return None if None in squares else sum(s for s in squares if s is not None) ** 0.5
+
+    def commit(self, step: int, norm: float | None) -> None:
+        """See `Shards`."""
+        for cut in self._cuts:
+            self._group.commit(cut.index, step, norm)

@@ -1,0 +1,64 @@
+"""
+The task: the user's side of a run, and all that a user must write.
+
+One class, unchanged under every strategy and any number of workers. It says what is trained, on
+what, and how well it does; it knows nothing of ranks, servers or Ray. This module needs no torch
+itself, so naming a task costs nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
+
+
+class Task(ABC):
+    """
+    What to train. Subclass it; constructor arguments come from `task_args` of the job file.
+
+    Every method may be called once in every process of the run. Random numbers come from torch's
+    generator, which is seeded from the job before each call: all ranks build the same model.
+    """
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """Build the model, on the CPU. Parameters that need no gradient stay as they are."""
+
+    @abstractmethod
+    def train_data(self) -> Dataset[Any]:
+        """Give the training samples: `len(data)` of them, `data[i] -> (inputs, targets)`."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """
+        Give the loss of one batch.
+
+        Args:
+            outputs: what the model made of the inputs, batch first.
+            targets: the targets as the loader collated them, batch first.
+
+        Returns:
+            A scalar: the **mean** over the batch, so that parts of a batch can be put together.
+        """
+
+    def eval_data(self) -> Dataset[Any] | None:
+        """Give the samples for evaluation, or None for no evaluation."""
+        return None
+
+    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Tensor | float]:
+        """Give named figures of an evaluation batch, each a mean over it; `loss` comes by itself."""
+        return {}
+
+    def stages(self, model: nn.Module) -> list[nn.Module]:
+        """
+        Cut the model into modules that follow each other, for strategies that split it by layers.
+
+        Raises:
+            NotImplementedError: this model is not an `nn.Sequential` and the task does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its model is cut")

@@ -1,0 +1,84 @@
+"""
+Batches of one worker: torch's DataLoader over the sampler's plan of the whole run.
+
+One loader lives through all epochs, so loader processes start once and read ahead across the
+epochs' bounds. Loader processes come from a fork server: forking a process in which Ray's threads
+run could deadlock the child.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+
+
+class _Plan:
+    """The sample ids of every micro-batch of one rank, in order: a torch `batch_sampler`."""
+
+    def __init__(self, sampler: Sampler, rank: int, parts: int, steps: range) -> None:
+        self._sampler, self._rank, self._parts, self._steps = sampler, rank, parts, steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps:
+            for ids in self._sampler.micro_batches(step, self._rank, self._parts):
+                yield ids.tolist()
+
+
+def make_sampler(job: Job, data: Dataset[Any]) -> Sampler:
+    """
+    Build the run's sampler.
+
+    Raises:
+        ValueError: the data set has no length, or is too small for one batch.
+    """
+    try:
+        size = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(
+            f"{type(data).__name__} has no length: train_data must be a map-style data set"
+        ) from None
+    return Sampler(
+        size=size,
+        batch=job.global_batch_size,
+        world=job.scaling.world,
+        seed=job.seed,
+        shuffle=job.data.shuffle,
+        drop_last=job.data.drop_last,
+    )
+
+
+def total_steps(job: Job, sampler: Sampler) -> int:
+    """Give the number of updates in the run."""
+    return job.steps if job.steps is not None else (job.epochs or 0) * sampler.steps_per_epoch
+
+
+def micro_batches(
+    job: Job, data: Dataset[Any], sampler: Sampler, rank: int, steps: range
+) -> Iterator[Any]:
+    """Give the collated micro-batches of one rank, in the order in which its steps want them."""
+    plan = _Plan(sampler, rank, job.gradient_accumulation, steps)
+    return iter(_loader(job, data, plan))
+
+
+def eval_batches(job: Job, data: Dataset[Any], ids: range) -> Iterator[tuple[Any, int]]:
+    """Give the collated batches of some samples, each with its number of samples."""
+    size = max(1, job.global_batch_size // job.scaling.world)
+    groups = [ids[i : i + size] for i in range(0, len(ids), size)]
+    return zip(_loader(job, data, groups), map(len, groups), strict=True)
+
+
+def _loader(job: Job, data: Dataset[Any], plan: Any) -> DataLoader[Any]:
+    settings = job.data
+    if settings.num_loaders == 0:
+        return DataLoader(data, batch_sampler=plan)
+    return DataLoader(
+        data,
+        batch_sampler=plan,
+        num_workers=settings.num_loaders,
+        prefetch_factor=settings.prefetch_factor,
+        multiprocessing_context="forkserver",
+        pin_memory=job.scaling.use_gpu,
+    )
