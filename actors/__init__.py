@@ -1,0 +1,1 @@
+"""The body: Ray actors, the transports between them, and the controller that starts and watches."""

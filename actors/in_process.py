@@ -1,0 +1,61 @@
+"""`num_workers: 0`: one rank in the calling process, without Ray, for a debugger and a profiler."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.actors.launch import Launch
+from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.training import model_state
+from distplat.platform.errors import DistplatError
+from distplat.platform.progress import EvalReport, EvalSummary, Gathering, StepReport, StepSummary
+from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
+from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.session import join, prepare
+
+
+def train_in_process(
+    launch: Launch, tell: Callable[[StepSummary | EvalSummary], None]
+) -> dict[str, NDArray[np.generic]]:
+    """
+    Train here and now, the strategy's ports in memory.
+
+    Raises:
+        DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
+    """
+    gathering, progress = Gathering(world=1), Progress()
+
+    def report(part: StepReport | EvalReport) -> None:
+        summary = gathering.add(part)
+        if summary is not None:
+            tell(summary)
+
+    try:
+        return _train(launch, report, progress)
+    except (DistplatError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        step = progress.step if progress.beats else None
+        raise as_user_error(error, 0, step) from error
+
+
+def _train(
+    launch: Launch, report: Callable[[StepReport | EvalReport], None], progress: Progress
+) -> dict[str, NDArray[np.generic]]:
+    job = launch.job
+    kind = launch.task or load_task_class(job.task or "", launch.working_dir)
+    prepared = prepare(job, kind(**job.task_args), "cuda" if job.scaling.use_gpu else "cpu")
+    plan = ShardPlan(job, launch.run, 0, 1, prepared.total_steps, max(1, launch.roles.servers))
+    join(
+        prepared,
+        make_strategy(job),
+        0,
+        collective=Fabric(1).collective(0),
+        shards=InMemoryShards(ServerGroup(plan), 0),
+        report=report,
+        progress=progress,
+    ).run()
+    return model_state(prepared.flat.model)

@@ -1,0 +1,55 @@
+"""
+Shared memory that leaves nothing behind: anonymous files, passed on by process and descriptor.
+
+A segment is a `memfd`: it has no name in /dev/shm, so there is nothing to unlink and nothing to
+forget. Another process of the same user on the same node opens `/proc/<pid>/fd/<fd>`; the kernel
+frees the memory when the last mapping and descriptor are gone, whatever killed their owners.
+(docs/decisions/memfd.md)
+"""
+
+import mmap
+import os
+
+import torch
+from torch import Tensor
+
+from distplat.actors.messages import Address
+
+
+class Segment:
+    """A flat tensor in memory that other processes of the node can map."""
+
+    def __init__(self, fd: int, address: Address) -> None:
+        dtype = getattr(torch, address.dtype)
+        size = max(1, address.elements) * dtype.itemsize
+        self._fd: int | None = fd
+        self.address = address
+        # The tensor keeps the mapping alive; the mapping keeps its own reference to the memory.
+        mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self.tensor: Tensor = torch.frombuffer(mapping, dtype=dtype)[: address.elements]
+
+    @classmethod
+    def create(cls, node: str, elements: int, dtype: str) -> "Segment":
+        """Make a segment of zeros, shape [elements], owned by this process."""
+        fd = os.memfd_create("distplat", os.MFD_CLOEXEC)
+        os.ftruncate(fd, max(1, elements) * getattr(torch, dtype).itemsize)
+        return cls(fd, Address(node, os.getpid(), fd, elements, dtype))
+
+    @classmethod
+    def open(cls, address: Address) -> "Segment":
+        """
+        Map another process's segment.
+
+        Raises:
+            OSError: its owner is gone, is another user's, or lives in another PID namespace.
+        """
+        fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR | os.O_CLOEXEC)
+        segment = cls(fd, address)
+        segment.seal()
+        return segment
+
+    def seal(self) -> None:
+        """Close the descriptor: nobody new can map the segment, who has it keeps it."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None

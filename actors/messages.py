@@ -1,0 +1,94 @@
+"""
+What travels between actors: small frozen values, readable without torch.
+
+The controller and the server manager import this and stay light; dtypes travel by name.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from distplat.platform.errors import DistplatError
+from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.shard_map import ShardMap
+from distplat.platform.spec import Job
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where another process finds a memory segment. Good while its owner holds it open."""
+
+    node: str
+    """Ray's id of the node."""
+    pid: int
+    fd: int
+    elements: int
+    dtype: str
+    """Name in torch, for example `float32`."""
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """All that a worker is told when it starts."""
+
+    job: Job
+    run: str
+    """Name of the run: unique on the cluster."""
+    attempt: int
+    rank: int
+    task: str | bytes
+    """`module:Class`, or the class itself, pickled by the driver."""
+    search_path: str
+    """Folder put on the import path for the task's module."""
+    strategy_file: str
+    """A user's file that registers strategies; empty: none."""
+    manager: Any
+    """Handle of the server manager; None: the strategy has no servers."""
+    collective: str | None
+    """Backend of the group of all workers; None: the strategy has no group."""
+    collective_timeout_s: float
+
+
+@dataclass(frozen=True)
+class News:
+    """A worker's answer to the controller's question how things stand."""
+
+    reports: list[StepReport | EvalReport]
+    """What was finished since the last question."""
+    beats: int
+    step: int
+    finished: bool
+    error: DistplatError | None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a worker tells the server manager of its model; equal on all ranks."""
+
+    size: int
+    """Elements of the flat parameter vector."""
+    dtype: str
+    digest: str
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What a worker must know to talk to the server group."""
+
+    shard_map: ShardMap
+    servers: list[Any]
+    """Handles of the server nodes, by shard."""
+    parameters: list[Address]
+    """The parameter segment of each server's node, by shard: the whole flat vector."""
+
+
+@dataclass(frozen=True)
+class PushReply:
+    """A shard's answer when a step's pushes are complete, or to a commit."""
+
+    squared_norm: float | None
+    """Of the summed gradient on this shard; None: the job does not clip."""
+    committed: bool
+    """Whether the step is applied."""
+    parameters: list[Any] | None
+    """[reference to the shard's new values as bytes], for workers on other nodes."""

@@ -1,0 +1,180 @@
+"""
+What Ray sees of the server group: the server node and the server manager.
+
+Both classes are plain; `spawn.py` makes actors of them. Neither imports torch here, so that the
+driver may name them; a server node imports it while it is constructed, in its own process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from distplat.actors.messages import Address, Membership, ModelFacts, PushReply
+from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError, ProtocolError
+from distplat.platform.ledger import PushId
+from distplat.platform.shard_map import Shard, ShardMap, ShardPlan, cut_shards
+from distplat.platform.spec import Job
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+WATCH_S = 0.5
+"""Period of the manager's look at its server nodes."""
+
+
+class ServerNode:
+    """Keeps one shard of the parameters. See `Serving` for what each call does."""
+
+    def __init__(self, name: str) -> None:
+        from distplat.actors.serving import Serving  # torch: in this process, not in the driver's
+
+        self._name = name
+        self._body = Serving(name, ray.get_runtime_context().get_node_id())
+
+    def __repr__(self) -> str:
+        """Name in Ray's logs."""
+        return self._name
+
+    def where(self) -> str:
+        """Give the id of this server's node; also the answer that says: alive."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def assign(
+        self, plan: ShardPlan, shard: Shard, total: int, dtype: str, parameters: Address | None
+    ) -> Address:
+        """Take over a shard."""
+        return self._body.assign(plan, shard, total, dtype, parameters)
+
+    def attach(self, rank: int, gradients: Address) -> bool:
+        """Map a worker's gradients."""
+        return self._body.attach(rank, gradients)
+
+    def restore(self, version: int, values: NDArray[np.uint8] | None) -> None:
+        """Open for service."""
+        self._body.restore(version, values)
+
+    def pull(self) -> PushReply:
+        """Give the parameters."""
+        return self._body.pull()
+
+    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> PushReply:
+        """Stage a gradient, wait for the other ranks'."""
+        return self._body.push(push, values)
+
+    def commit(self, seq: int, norm: float | None, by_bytes: bool) -> PushReply:
+        """Apply a staged step."""
+        return self._body.commit(seq, norm, by_bytes)
+
+
+class ServerManager:
+    """
+    Owns the shard map: cuts the parameters, gives each server node its shard, watches the nodes.
+
+    Args:
+        name: of the actor.
+        job: the run's job.
+        run: its name.
+        attempt: its generation.
+        servers: handles of the server nodes; the n-th keeps shard n.
+    """
+
+    def __init__(self, name: str, job: Job, run: str, attempt: int, servers: list[Any]) -> None:
+        self._name, self._job, self._run, self._attempt = name, job, run, attempt
+        self._servers = servers
+        self._joining = threading.Lock()
+        self._facts: ModelFacts | None = None
+        self._membership: Membership | None = None
+        self._lost: DistplatError | None = None
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def __repr__(self) -> str:
+        """Name in Ray's logs."""
+        return self._name
+
+    def poll(self) -> DistplatError | None:
+        """Tell the controller which server was lost, if any."""
+        return self._lost
+
+    def join(self, rank: int, facts: ModelFacts) -> Membership:
+        """
+        Take a worker in. The first to come has the shards assigned.
+
+        Raises:
+            ProtocolError: the worker's model is not that of the others.
+            DeadlineExceeded: a server node did not take its shard.
+        """
+        with self._joining:
+            if self._membership is None or self._facts is None:
+                self._facts, self._membership = facts, self._assign(facts)
+        if facts != self._facts:
+            raise ProtocolError(
+                f"rank {rank} built another model or data set than the first rank to come: "
+                f"{facts} against {self._facts}; model() must not depend on the process"
+            )
+        return self._membership
+
+    def _assign(self, facts: ModelFacts) -> Membership:
+        """Give out the shards; the first server on each node makes the node's segment."""
+        cuts = cut_shards(facts.size, len(self._servers))
+        limit = self._job.failure.start_timeout_s
+        nodes = self._ask([server.where.remote() for server in self._servers], limit)
+        first_on = {node: nodes.index(node) for node in nodes}
+        plan = ShardPlan(
+            self._job,
+            self._run,
+            self._attempt,
+            self._job.scaling.world,
+            facts.total_steps,
+            len(self._servers),
+        )
+        made = self._assign_some(plan, cuts, facts, list(first_on.values()), [None] * len(first_on))
+        segments = dict(zip(first_on, made, strict=True))
+        others = [i for i in range(len(nodes)) if i not in first_on.values()]
+        self._assign_some(plan, cuts, facts, others, [segments[nodes[i]] for i in others])
+        return Membership(cuts, self._servers, [segments[node] for node in nodes])
+
+    def _assign_some(
+        self,
+        plan: ShardPlan,
+        cuts: ShardMap,
+        facts: ModelFacts,
+        indices: list[int],
+        segments: list[Any],
+    ) -> list[Address]:
+        calls = [
+            self._servers[i].assign.remote(plan, cuts.shards[i], facts.size, facts.dtype, segment)
+            for i, segment in zip(indices, segments, strict=True)
+        ]
+        return self._ask(calls, self._job.failure.start_timeout_s)
+
+    @staticmethod
+    def _ask(calls: list[Any], limit: float) -> list[Any]:
+        try:
+            answers: list[Any] = ray.get(calls, timeout=limit)
+        except ray.exceptions.GetTimeoutError:
+            setting = "failure.start_timeout_s"
+            raise DeadlineExceeded("assigning shards", ("server nodes",), limit, setting) from None
+        return answers
+
+    def _watch(self) -> None:
+        """Note the first server that dies; the controller asks for it by `poll`."""
+        while self._lost is None:
+            for index, server in enumerate(self._servers):
+                try:
+                    ray.get(server.where.remote(), timeout=self._job.failure.heartbeat_timeout_s)
+                except ray.exceptions.RayActorError as error:
+                    self._lost = ActorLost(f"server-{index}", None, _first_line(error))
+                except ray.exceptions.GetTimeoutError:
+                    limit = self._job.failure.heartbeat_timeout_s
+                    cause = f"it has not answered for {limit:g} s (frozen or cut off)"
+                    self._lost = ActorLost(f"server-{index}", None, cause)
+            time.sleep(WATCH_S)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,95 @@
+"""
+The one place that makes actors: names, resources, order of start, end.
+
+All actors of a run are asked for at once and start side by side. None is detached and none is
+restarted by Ray: they end with their owner (I8), and a shard must not come back empty (I4).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from distplat.actors.messages import WorkOrder
+from distplat.actors.server import ServerManager, ServerNode
+from distplat.actors.worker import Worker
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.spec import Job
+from distplat.strategies.base import Roles
+
+_SERVER_THREADS = 8
+"""Threads of a server node beside one per worker: for the manager's and the controller's calls."""
+
+
+@dataclass
+class Cast:
+    """The actors of a run."""
+
+    workers: list[Any] = field(default_factory=list)
+    servers: list[Any] = field(default_factory=list)
+    manager: Any = None
+
+    def end(self) -> None:
+        """Kill all of them; the dead are passed over."""
+        manager = [self.manager] if self.manager is not None else []
+        for actor in [*self.workers, *manager, *self.servers]:
+            ray.kill(actor)
+
+
+def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
+    """
+    Ask Ray for all actors of a run; returns before they are up.
+
+    Raises:
+        SpecError: the cluster will never have what the job asks for.
+    """
+    _check_feasible(job, roles)
+    cast = Cast()
+    common = {"namespace": run, "max_restarts": 0, "max_task_retries": 0}
+    for rank in range(job.scaling.num_workers):
+        name = f"{job.name}/worker-{rank}"
+        options = {**common, **_resources(job.scaling.resources()), "name": name}
+        cast.workers.append(ray.remote(Worker).options(**options).remote(name))
+    for index in range(roles.servers):
+        name = f"{job.name}/server-{index}"
+        threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
+        needs = _resources(roles.server_resources or {"CPU": 0.0})
+        options = {**common, **needs, **threads, "name": name}
+        cast.servers.append(ray.remote(ServerNode).options(**options).remote(name))
+    if roles.servers:
+        name = f"{job.name}/server-manager"
+        threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
+        options = {**common, **_resources({"CPU": 0.0}), **threads, "name": name}
+        manager = ray.remote(ServerManager).options(**options)
+        cast.manager = manager.remote(name, job, run, attempt, cast.servers)
+    return cast
+
+
+def start_workers(cast: Cast, orders: list[WorkOrder]) -> list[Any]:
+    """Send every worker its orders; returns the calls, which end when the worker has them."""
+    return [worker.start.remote(order) for worker, order in zip(cast.workers, orders, strict=True)]
+
+
+def _resources(needs: dict[str, float]) -> dict[str, Any]:
+    """Translate Ray Train's resource names into the arguments of `options`."""
+    rest = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": needs.get("CPU", 0), "num_gpus": needs.get("GPU", 0), "resources": rest}
+
+
+def _check_feasible(job: Job, roles: Roles) -> None:
+    """Refuse what no waiting will bring, instead of leaving it pending for ever."""
+    wanted: dict[str, float] = {}
+    needs = [job.scaling.resources()] * job.scaling.num_workers
+    needs += [roles.server_resources or {}] * roles.servers
+    for need in needs:
+        for name, amount in need.items():
+            wanted[name] = wanted.get(name, 0.0) + amount
+    there = ray.cluster_resources()
+    short = {name: amount for name, amount in wanted.items() if amount > there.get(name, 0.0)}
+    if short:
+        lacks = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
+        has = ", ".join(f"{there.get(name, 0.0):g} {name}" for name in short)
+        hint = "lower scaling.num_workers or scaling.resources_per_worker, or add nodes"
+        raise SpecError(
+            Problem(("scaling",), f"the job needs {lacks}; the cluster has {has}", hint)
+        )

@@ -1,0 +1,146 @@
+"""
+The Python front door: `Trainer(job, task).fit() -> Result`. The command line is a layer on it.
+
+The driver imports neither torch nor the user's code: both are slow, and both belong to the workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.actors.launch import Launch, train_on_ray
+from distplat.platform.errors import Interrupted, Problem, SpecError
+from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.run_directory import RunDirectory, new_run_name
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
+from distplat.strategies.task import Task
+
+State = dict[str, NDArray[np.generic]]
+
+
+@dataclass
+class Result:
+    """What a run came to."""
+
+    path: Path
+    """The run directory."""
+    checkpoint: Path | None
+    """The trained model as safetensors; None: the job did not ask for it."""
+    history: list[StepSummary] = field(default_factory=list)
+    """Every step."""
+    evaluations: list[EvalSummary] = field(default_factory=list)
+    seconds: float = 0.0
+    """From `fit` to the trained model."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last figures: `loss` of the last step, and `eval_*` of the last evaluation."""
+        last = {"loss": self.history[-1].loss} if self.history else {}
+        if self.evaluations:
+            last |= {f"eval_{k}": v for k, v in self.evaluations[-1].metrics.items()}
+        return last
+
+
+class Observer(Protocol):
+    """Watches a run, for example to draw it."""
+
+    def started(self, job: Job, run: str, path: Path) -> None:
+        """The run directory is there; actors are about to be."""
+
+    def stepped(self, summary: StepSummary | EvalSummary) -> None:
+        """A step or an evaluation is over on all ranks."""
+
+
+class Trainer:
+    """
+    Trains a task as a job says.
+
+    Args:
+        job: a `Job`, or a mapping with the fields of a job file.
+        task: the task's class; None: the one that `job.task` names.
+        working_dir: where `job.task` is looked for, and what `storage_path` is relative to;
+            None: the current directory.
+        strategy_file: a Python file that registers strategies of your own.
+        observers: told of every step.
+
+    Raises:
+        SpecError: the job is wrong; says everything that is.
+    """
+
+    def __init__(
+        self,
+        job: Job | Mapping[str, object],
+        task: type[Task] | None = None,
+        *,
+        working_dir: str | Path | None = None,
+        strategy_file: str | Path | None = None,
+        observers: tuple[Observer, ...] = (),
+    ) -> None:
+        self._strategy_file = str(Path(strategy_file).resolve()) if strategy_file else ""
+        if self._strategy_file:
+            load_strategy_file(Path(self._strategy_file))
+        self.job = job if isinstance(job, Job) else make_job(job)
+        self._roles = make_strategy(self.job).roles(self.job)
+        if task is None and self.job.task is None:
+            raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
+        self._task = task
+        self._dir = Path(working_dir or ".").resolve()
+        self._observers = observers
+
+    def fit(self) -> Result:
+        """
+        Train to the end. Starts a local Ray where none is connected, and ends that one again.
+
+        Raises:
+            UserCodeError: the task raised; carries its traceback, rank and step.
+            InfrastructureError: a worker or server was lost, or a deadline passed.
+            SpecError: the cluster cannot hold the job.
+            StorageError: the run directory cannot be written.
+            Interrupted: SIGINT or SIGTERM.
+        """
+        began = time.monotonic()
+        run = new_run_name(self.job)
+        directory = RunDirectory(self.job, run, self._dir)
+        result = Result(directory.path, None)
+        for observer in self._observers:
+            observer.started(self.job, run, directory.path)
+
+        def tell(summary: StepSummary | EvalSummary) -> None:
+            history: list[Any] = (
+                result.history if isinstance(summary, StepSummary) else result.evaluations
+            )
+            history.append(summary)
+            directory.record(summary)
+            for observer in self._observers:
+                observer.stepped(summary)
+
+        try:
+            state = self._train(run, tell)
+            if self.job.checkpoint.save_final:
+                result.checkpoint = directory.save_model(state)
+        except BaseException as error:
+            directory.finish(_status(error), {"error": str(error)})
+            raise
+        result.seconds = time.monotonic() - began
+        directory.finish("SUCCEEDED", {"metrics": result.metrics, "seconds": result.seconds})
+        return result
+
+    def _train(self, run: str, tell: Callable[[StepSummary | EvalSummary], None]) -> State:
+        launch = Launch(self.job, run, self._roles, self._task, str(self._dir), self._strategy_file)
+        if self.job.scaling.num_workers == 0:
+            from distplat.actors.in_process import train_in_process  # torch
+
+            return train_in_process(launch, tell)
+        return train_on_ray(launch, tell)
+
+
+def _status(error: BaseException) -> str:
+    return "STOPPED" if isinstance(error, Interrupted) else "FAILED"
