@@ -8,7 +8,7 @@ Every error that distplat raises on purpose, in one tree.
     |- InfrastructureError              4   a part of the platform was lost
     |  |- ActorLost                         a worker, server node or the server manager died
     |  |- DeadlineExceeded                  a wait ran out; names who was missing
-    |  `- CollectiveError                   a collective failed or timed out; names the missing ranks
+    |  `- CollectiveError                   a collective failed or timed out; names missing ranks
     |- ProtocolError                    4   a message that must not be applied
     |  |- GapError                          a push is missing before this one
     |  |- StaleError                        a push older than the last one committed
@@ -103,7 +103,8 @@ class UserCodeError(DistplatError):
     def __str__(self) -> str:
         """The traceback first, then where it happened."""
         at = "before the first step" if self.step is None else f"in step {self.step}"
-        return f"{self.traceback.rstrip()}\n\nyour task failed on rank {self.rank}, {at}: {self.summary}"
+        where = f"your task failed on rank {self.rank}, {at}: {self.summary}"
+        return f"{self.traceback.rstrip()}\n\n{where}"
 
 
 class InfrastructureError(DistplatError):

@@ -70,8 +70,12 @@ class Registry(Generic[T]):
 
     def _ensure_discovered(self) -> None:
         if self._discover is not None:
-            discover, self._discover = self._discover, None
-            discover()
+            discover, self._discover = self._discover, None  # it may look names up itself
+            try:
+                discover()
+            except BaseException:
+                self._discover = discover  # or the next look-up would find an empty registry
+                raise
 
 
 def _origin(thing: object) -> str:

@@ -1,0 +1,201 @@
+"""
+What pydantic found wrong with a model, in the words of a job file.
+
+Pydantic gives the field's path, all errors at once and the offending value; what it lacks is a
+range in signs instead of prose, a did-you-mean, and the traps of YAML.
+"""
+
+import reprlib
+from re import findall
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from distplat.platform.errors import Problem
+from distplat.platform.optimizers import WHOLE_TENSOR
+from distplat.platform.suggest import hint, nearest
+from distplat.platform.yaml_source import FieldPath
+
+MAX_PROBLEMS = 50
+MAX_SHOWN = 60
+
+_KINDS = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "number_not_whole": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "number_is_bool": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "list_type": "a list",
+    "tuple_type": "a list",
+}
+_BOUNDS = {
+    "greater_than": ("gt", ">"),
+    "greater_than_equal": ("ge", ">="),
+    "less_than": ("lt", "<"),
+    "less_than_equal": ("le", "<="),
+}
+_LENGTHS = {
+    "too_short": ("min_length", "at least", "item"),
+    "too_long": ("max_length", "at most", "item"),
+    "string_too_short": ("min_length", "at least", "character"),
+    "string_too_long": ("max_length", "at most", "character"),
+}
+_PATTERNS: dict[FieldPath, str] = {
+    ("name",): "must be 1 to 63 of a-z, 0-9 and '-', with no '-' at either end",
+    ("task",): "must be 'module:Class'",
+    ("storage_path",): "must be a path: not empty, no control characters",
+}
+_YAML_BOOL = "YAML reads no, off, yes and on as true or false"
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = MAX_SHOWN
+
+
+def problems_of(
+    error: ValidationError, model: type[BaseModel], prefix: FieldPath = ()
+) -> list[Problem]:
+    """
+    Translate what validation against `model` found; at most `MAX_PROBLEMS`, then a count.
+
+    Args:
+        error: what pydantic raised.
+        model: the model that was validated.
+        prefix: where in the job it stands, for example `("strategy",)`.
+    """
+    details = error.errors(include_url=False)
+    found = [_problem(one, model, prefix) for one in details[:MAX_PROBLEMS]]
+    if len(details) > MAX_PROBLEMS:
+        found.append(Problem(prefix, f"and {len(details) - MAX_PROBLEMS} more problems"))
+    return found
+
+
+def show(value: object) -> str:
+    """Write a value for a message: as YAML has it, on one line, shortened."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    try:
+        text = _repr.repr(value)
+    except ValueError:  # Python refuses to write an int of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def _problem(one: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> Problem:
+    where, holder, field = _locate(one["loc"], root)
+    kind, value = one["type"], one["input"]
+    if kind.startswith("union_tag") and field is not None:
+        where, message, advice = _tag_problem(where, value, field)
+    elif kind == "extra_forbidden":
+        known = holder.model_fields if holder else ()
+        message, advice = f"unknown field (value {show(value)})", hint(str(where[-1]), known)
+    elif kind == "literal_error":
+        expected = str(one["ctx"]["expected"])
+        near = nearest(value, findall(r"'([^']*)'", expected)) if isinstance(value, str) else None
+        advice = f"did you mean {near!r}?" if near else _quote_hint(value)
+        message = f"must be {expected} (got {show(value)})"
+    elif kind == "missing":
+        message, advice = "required, but missing", ""
+    elif kind.startswith("model_") and field is not None and isinstance(value, str):
+        message, advice = f"must be a mapping (got {show(value)})", "write {name: ..., lr: ...}"
+    else:
+        message, advice = _wrong_value(where, one)
+    return Problem((*prefix, *where), message, advice)
+
+
+def _tag_problem(where: FieldPath, value: Any, field: FieldInfo) -> tuple[FieldPath, str, str]:
+    """Say what is wrong with the name that chooses one model of a union."""
+    chooser, known = str(field.discriminator), _tags(field)
+    inner = (*where, chooser)
+    if chooser not in value:
+        return inner, "required, but missing", f"allowed: {', '.join(sorted(known))}"
+    name = value[chooser]
+    if not isinstance(name, str):
+        return inner, f"must be text (got {show(name)})", _quote_hint(name)
+    message = f"unknown {where[-1]} {show(name)}"
+    if name in WHOLE_TENSOR:
+        advice = f"it needs whole tensors, so it cannot be sharded; allowed: {', '.join(known)}"
+        return inner, message, advice
+    return inner, message, hint(name, known)
+
+
+def _wrong_value(where: FieldPath, one: ErrorDetails) -> tuple[str, str]:
+    """Give message and hint for a value of the wrong type, size or form."""
+    kind, value, context = one["type"], one["input"], one.get("ctx", {})
+    got = f" (got {show(value)})"
+    if (where and one["loc"][-1] == "[key]") or kind == "invalid_key":
+        return f"a key must be text{got}", "quote it"
+    if kind in _KINDS:
+        return f"must be {_KINDS[kind]}{got}", _type_hint(_KINDS[kind], value)
+    if kind in _BOUNDS:
+        name, sign = _BOUNDS[kind]
+        bound = context[name]
+        return f"must be {sign} {int(bound) if bound == int(bound) else bound}{got}", ""
+    if kind in _LENGTHS:
+        name, sign, what = _LENGTHS[kind]
+        plural = "s" if context[name] != 1 else ""
+        return f"must have {sign} {context[name]} {what}{plural} (got {len(value)})", ""
+    if kind == "string_pattern_mismatch":
+        return _PATTERNS.get(where, f"must match {context['pattern']}") + got, ""
+    if kind in ("value_error", "assertion_error"):  # the model's own words
+        return str(context["error"]), ""
+    return one["msg"] + got, _quote_hint(value)
+
+
+def _type_hint(expected: str, value: object) -> str:
+    if expected == "text" and isinstance(value, int | float):
+        return _quote_hint(value) or "quote it"
+    return _YAML_BOOL if "number" in expected and isinstance(value, bool) else ""
+
+
+def _quote_hint(value: object) -> str:
+    return f"{_YAML_BOOL}: quote it" if isinstance(value, bool) else ""
+
+
+def _locate(
+    loc: tuple[str | int, ...], root: type[BaseModel]
+) -> tuple[FieldPath, type[BaseModel] | None, FieldInfo | None]:
+    """
+    Walk pydantic's location from `root` down.
+
+    Returns:
+        The path as it stands in the file, without the tags of unions; the model that holds its
+        last part; and that part's field, if there is one.
+    """
+    where: list[str | int] = []
+    holder: type[BaseModel] | None = None
+    here: type[BaseModel] | None = root
+    field: FieldInfo | None = None
+    for part in loc:
+        if part == "[key]":
+            break
+        if field is not None and field.discriminator and part in _tags(field):
+            here, field = _tags(field)[str(part)], None
+            continue
+        where.append(part)
+        holder, field = here, here.model_fields.get(str(part)) if here else None
+        inner = field.annotation if field else None
+        here = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    return tuple(where), holder, field
+
+
+def _tags(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """Give the models of a union by the names that choose them, in alphabetical order."""
+    chooser = str(field.discriminator)
+    models = {
+        str(get_args(model.model_fields[chooser].annotation)[0]): model
+        for model in get_args(field.annotation)
+    }
+    return dict(sorted(models.items()))

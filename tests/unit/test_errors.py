@@ -1,0 +1,138 @@
+"""The error tree: drawn as it is, fit to cross processes, with the exit codes it promises."""
+
+import inspect
+import pickle
+import re
+
+import pytest
+
+from distplat.platform import errors
+from distplat.platform.errors import DistplatError, Problem, SpecError
+
+TREE = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, DistplatError)
+]
+PROBLEM = Problem(("optimizer", "lr"), "must be > 0", "try 0.1", "job.yaml", 7, 13)
+ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "SpecError": (PROBLEM, "and more"),
+    "UserCodeError": (3, 17, "ValueError: x", "Traceback:\n  x\n"),
+    "ActorLost": ("worker 1", 12, "process died", "resubmit"),
+    "DeadlineExceeded": ("pull", ("server 0", "server 2"), 30.0, "failure.step_timeout_s"),
+    "CollectiveError": ("world", "all_reduce", 12, (1, 3), "timed out"),
+    "Interrupted": (15,),
+}
+
+
+def example(kind: type[DistplatError]) -> DistplatError:
+    return kind(*ARGUMENTS.get(kind.__name__, ("some message",)))
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_an_error_crosses_processes_whole(kind: type[DistplatError]) -> None:
+    error = example(kind)
+    back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    assert type(back) is kind
+    assert str(back) == str(error)
+    assert vars(back) == vars(error)
+    assert back.exit_code == error.exit_code
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_a_constructor_of_its_own_keeps_all_arguments(kind: type[DistplatError]) -> None:
+    assert example(kind).args == ARGUMENTS.get(kind.__name__, ("some message",))
+    takes_own = "__init__" in vars(kind)
+    assert takes_own == (kind.__name__ in ARGUMENTS), "a constructor that the table does not try"
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("DistplatError", 70),
+        ("SpecError", 2),
+        ("ClusterUnreachable", 3),
+        ("UserCodeError", 1),
+        ("InfrastructureError", 4),
+        ("ActorLost", 4),
+        ("DeadlineExceeded", 4),
+        ("CollectiveError", 4),
+        ("ProtocolError", 4),
+        ("GapError", 4),
+        ("StaleError", 4),
+        ("FencedError", 4),
+        ("NotReadyError", 4),
+        ("StorageError", 5),
+        ("Interrupted", 143),
+    ],
+)
+def test_exit_codes(name: str, code: int) -> None:
+    assert example(getattr(errors, name)).exit_code == code
+
+
+def test_ctrl_c_has_the_shells_exit_code() -> None:
+    assert errors.Interrupted(2).exit_code == 130
+
+
+def test_the_drawn_tree_is_the_tree() -> None:
+    drawn: dict[str, str] = {}
+    above: dict[int, str] = {}
+    for line in (errors.__doc__ or "").splitlines():
+        match = re.match(r"    ([ |`-]*)([A-Z]\w+)  ", line)
+        if match:
+            depth, name = len(match[1]), match[2]
+            above[depth] = name
+            drawn[name] = max((d, n) for d, n in [(-1, "Exception"), *above.items()] if d < depth)[
+                1
+            ]
+            for deeper in [d for d in above if d > depth]:
+                del above[deeper]
+    assert drawn == {kind.__name__: kind.__bases__[0].__name__ for kind in TREE}
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (PROBLEM, "job.yaml:7:13: optimizer.lr: must be > 0\n  hint: try 0.1"),
+        (Problem((), "is empty", file="job.yaml"), "job.yaml: is empty"),
+        (Problem(("a", 0, "b"), "no"), "a.0.b: no"),
+        (Problem((), "no"), "no"),
+        (Problem(("\x1b[2J\n",), "no"), "\\x1b[2J\\n: no"),
+        (Problem(("k" * 80,), "no"), "k" * 57 + "...: no"),
+    ],
+)
+def test_a_problem_in_words(problem: Problem, text: str) -> None:
+    assert str(problem) == text
+
+
+def test_a_spec_error_lists_all_its_problems() -> None:
+    error = SpecError(PROBLEM, "and more")
+    assert error.problems == (PROBLEM, Problem((), "and more"))
+    assert str(error) == f"{PROBLEM}\nand more"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            errors.UserCodeError(3, None, "ValueError: x", "Traceback\n"),
+            "Traceback\n\nyour task failed on rank 3, before the first step: ValueError: x",
+        ),
+        (
+            errors.ActorLost("worker 1", 12, "it died", "resubmit"),
+            "worker 1 was lost after step 12: it died; resubmit",
+        ),
+        (
+            errors.DeadlineExceeded("pull", ("server 0",), 30.0, "failure.step_timeout_s"),
+            "pull: waited 30 s, missing: server 0; `failure.step_timeout_s` changes this deadline",
+        ),
+        (
+            errors.CollectiveError("world", "all_reduce", 12, (1, 3), "timed out"),
+            "all_reduce #12 of group 'world' failed; missing ranks: 1, 3; timed out",
+        ),
+        (errors.Interrupted(2), "interrupted by SIGINT"),
+        (errors.Interrupted(9), "interrupted by 9"),
+    ],
+)
+def test_errors_in_words(error: DistplatError, text: str) -> None:
+    assert str(error) == text

@@ -1,0 +1,84 @@
+"""The written-out optimizers against the signatures of torch.optim."""
+
+import inspect
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from distplat.platform.optimizers import WHOLE_TENSOR, Adam, AnyOptimizer, Optimizer, Schedule
+
+KINDS: list[type[Optimizer]] = list(get_args(get_args(AnyOptimizer)[0]))
+NOT_OURS = {"params", "foreach", "capturable", "differentiable", "fused"}
+"""Arguments that say how torch computes, not what."""
+
+
+def signature(kind: type[Optimizer]) -> dict[str, Any]:
+    parameters = inspect.signature(getattr(torch.optim, kind.__name__)).parameters
+    return {name: one.default for name, one in parameters.items() if name not in NOT_OURS}
+
+
+def test_every_class_of_the_module_may_be_named() -> None:
+    assert set(KINDS) == set(Optimizer.__subclasses__())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_name_is_the_classs_own(kind: type[Optimizer]) -> None:
+    assert get_args(kind.model_fields["name"].annotation) == (kind.__name__,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_and_defaults_are_torchs(kind: type[Optimizer]) -> None:
+    ours = {name: one.default for name, one in kind.model_fields.items() if name != "name"}
+    theirs = signature(kind)
+    if kind is Adam:
+        del theirs["decoupled_weight_decay"]  # that is AdamW
+    assert set(ours) == set(theirs)
+    assert kind.model_fields["lr"].is_required()
+    del ours["lr"], theirs["lr"]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_takes_the_arguments(kind: type[Optimizer]) -> None:
+    rule = kind.model_validate({"name": kind.__name__, "lr": 0.5})
+    parameter = torch.nn.Parameter(torch.ones(2))
+    made = getattr(torch.optim, rule.name)([parameter], **rule.arguments())
+    assert made.defaults["lr"] == 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_needs_nothing_but_the_elements_own_gradient(kind: type[Optimizer]) -> None:
+    """The reason for this list: a shard can be updated alone, to the same bits."""
+    torch.manual_seed(3)
+    start, gradients = torch.randn(8), torch.randn(3, 8)
+
+    def train(part: slice) -> torch.Tensor:
+        parameter = torch.nn.Parameter(start[part].clone())
+        rule = kind.model_validate({"name": kind.__name__, "lr": 0.1, "weight_decay": 0.1})
+        made = getattr(torch.optim, kind.__name__)([parameter], **rule.arguments())
+        for gradient in gradients:
+            parameter.grad = gradient[part].clone()
+            made.step()
+        return parameter.detach()
+
+    halves = torch.cat([train(slice(0, 4)), train(slice(4, 8))])
+    assert torch.equal(train(slice(0, 8)), halves)
+
+
+def test_the_others_are_torchs_too() -> None:
+    assert {name for name in WHOLE_TENSOR if not hasattr(torch.optim, name)} == set()
+    assert WHOLE_TENSOR.isdisjoint(kind.__name__ for kind in KINDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "idle"),
+    [
+        ("constant", {"final_factor", "every_steps", "gamma"}),
+        ("linear", {"every_steps", "gamma"}),
+        ("cosine", {"every_steps", "gamma"}),
+        ("step", {"final_factor"}),
+    ],
+)
+def test_fields_without_effect_on_a_schedule(name: str, idle: set[str]) -> None:
+    assert Schedule.model_validate({"name": name}).idle_fields() == idle

@@ -1,0 +1,150 @@
+"""What a job refuses: values field by field, and what no single field can see."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from distplat.platform.spec import Job
+
+GOOD: dict[str, Any] = {
+    "name": "digits",
+    "task": "model:Digits",
+    "strategy": "ring",
+    "optimizer": {"name": "SGD", "lr": 0.1},
+    "steps": 10,
+    "global_batch_size": 64,
+}
+
+
+def job(**changes: Any) -> Job:
+    return Job.model_validate({**GOOD, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({}, []),
+        ({"epochs": 3}, ["epochs: give `epochs` or `steps`, got both"]),
+        ({"steps": None}, ["epochs: give `epochs` or `steps`, got neither"]),
+        ({"steps": None, "epochs": 3}, []),
+        ({"scaling": {"num_workers": 64}}, []),
+        (
+            {"scaling": {"num_workers": 65}},
+            [
+                "global_batch_size: 64 samples cannot be cut into 65 workers x 1 micro-batches "
+                "= 65 parts\n  hint: at least 65"
+            ],
+        ),
+        (
+            {"scaling": {"num_workers": 0}, "gradient_accumulation": 100},
+            [
+                "global_batch_size: 64 samples cannot be cut into 1 workers x 100 micro-batches "
+                "= 100 parts\n  hint: at least 100"
+            ],
+        ),
+        ({"scaling": {"use_gpu": True, "resources_per_worker": {"GPU": 0.5}}}, []),
+        ({"scaling": {"resources_per_worker": {"GPU": 0}}}, []),
+        (
+            {"scaling": {"resources_per_worker": {"GPU": 0.5}}},
+            ["scaling.resources_per_worker: asks for 0.5 GPU while use_gpu is false"],
+        ),
+        (
+            {"scaling": {"use_gpu": True, "resources_per_worker": {"GPU": 0}}},
+            ["scaling.resources_per_worker: asks for 0 GPU while use_gpu is true"],
+        ),
+        ({"optimizer": {"name": "SGD", "lr": 1, "nesterov": True, "momentum": 0.9}}, []),
+        (
+            {"optimizer": {"name": "SGD", "lr": 1, "nesterov": True}},
+            ["optimizer.nesterov: needs momentum > 0 and dampening 0 (got 0 and 0)"],
+        ),
+        ({"lr_schedule": {"name": "cosine", "final_factor": 0.1, "warmup_steps": 5}}, []),
+        ({"lr_schedule": {"name": "step", "every_steps": 5, "gamma": 0.5}}, []),
+        (
+            {"lr_schedule": {"name": "cosine", "gamma": 0.5, "every_steps": 2}},
+            [
+                "lr_schedule.every_steps: has no effect on the schedule 'cosine'"
+                "\n  hint: remove it",
+                "lr_schedule.gamma: has no effect on the schedule 'cosine'\n  hint: remove it",
+            ],
+        ),
+        (
+            {"lr_schedule": {"name": "step"}},
+            ["lr_schedule.every_steps: the schedule 'step' needs it, >= 1"],
+        ),
+        (
+            {"epochs": 1, "global_batch_size": 1, "gradient_accumulation": 2},
+            [
+                "epochs: give `epochs` or `steps`, got both",
+                "global_batch_size: 1 samples cannot be cut into 1 workers x 2 micro-batches "
+                "= 2 parts\n  hint: at least 2",
+            ],
+        ),
+    ],
+)
+def test_problems(changes: dict[str, Any], problems: list[str]) -> None:
+    assert [str(problem) for problem in job(**changes).problems()] == problems
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("name", ["a", "a-b", "0", "x" * 63], ["", "-a", "a-", "A", "a_b", "a\n", "x" * 64, "é"]),
+        (
+            "task",
+            [None, "m:C", "a.b_c:_D"],
+            ["m", "m:", ":C", "m:C.d", "m:C()", "1:C", "m:C\n", "a" * 255 + ":C"],
+        ),
+        ("storage_path", ["runs", "/a b/ü"], ["", "a\0b", "a\nb", "x" * 1025]),
+        ("strategy", ["x", {"name": "x", "a": 1}], ["", "x" * 64, 5, None, ["x"], {}, {"name": 1}]),
+        ("seed", [0, 2.0, 2**40], [-1, 2.5, "1", True, 2**40 + 1, float("nan")]),
+        ("clip_norm", [None, 1, 1e-300], [0, -1, True, float("inf")]),
+        ("data", [{"num_loaders": 256}], [{"num_loaders": 257}, {"prefetch_factor": 2000}]),
+        ("scaling", [{"num_workers": 1024}], [{"num_workers": 1025}, {"num_workers": "2"}]),
+    ],
+)
+def test_bounds_of_fields(field: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        job(**{field: value})
+    for value in bad:
+        with pytest.raises(ValidationError):
+            job(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("ring", {}),
+        ({"name": "ring"}, {}),
+        ({"name": "ring", "a": 1}, {"a": 1}),
+        ({"name": "ring", "options": {"a": 1}}, {"a": 1}),
+        ({"name": "ring", "options": {"a": 1}, "b": 2}, {"a": 1, "b": 2}),
+    ],
+)
+def test_options_stand_beside_the_strategys_name(given: object, options: dict[str, int]) -> None:
+    strategy = job(strategy=given).strategy
+    assert (strategy.name, strategy.options) == ("ring", options)
+
+
+def test_a_dumped_job_is_a_job() -> None:
+    first = job(strategy={"name": "ring", "a": 1})
+    assert Job.model_validate(first.model_dump()) == first
+
+
+@pytest.mark.parametrize(
+    ("scaling", "world", "resources"),
+    [
+        ({}, 1, {"CPU": 1.0}),
+        ({"num_workers": 0}, 1, {"CPU": 1.0}),
+        ({"num_workers": 3, "use_gpu": True}, 3, {"CPU": 1.0, "GPU": 1.0}),
+        ({"resources_per_worker": {"CPU": 2, "tpu": 1}}, 1, {"CPU": 2.0, "tpu": 1.0}),
+    ],
+)
+def test_scaling(scaling: dict[str, Any], world: int, resources: dict[str, float]) -> None:
+    made = job(scaling=scaling).scaling
+    assert (made.world, made.resources()) == (world, resources)
+
+
+def test_a_job_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        job().steps = 5  # type: ignore[misc]
