@@ -1,0 +1,149 @@
+"""
+The run directory: what a run leaves on disk.
+
+    <storage_path>/<job>-<UTC time>-<4 hex digits>/
+        job.yaml            the resolved job, every default visible
+        metrics.jsonl       one line per step and per evaluation
+        tensorboard/        the same for TensorBoard
+        model.safetensors   the trained model
+        result.json         how it ended: status, last figures, or the error
+
+Metrics are flushed with every line: they are there when the run is not any more.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.platform.errors import StorageError
+from distplat.platform.job_file import render_job
+from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.spec import Job
+
+
+def new_run_name(job: Job) -> str:
+    """Give a name that no other run has: `<job>-<UTC time>-<4 hex digits>`."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{job.name}-{stamp}-{secrets.token_hex(2)}"
+
+
+class RunDirectory:
+    """
+    One run's directory.
+
+    Args:
+        job: the resolved job.
+        run: the run's name.
+        base: what `storage_path` is relative to.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, job: Job, run: str, base: Path) -> None:
+        self.path = (base / job.storage_path / run).resolve()
+        try:
+            self.path.mkdir(parents=True, mode=0o700)
+            (self.path / "job.yaml").write_text(render_job(job))
+            self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
+        except OSError as error:
+            raise StorageError(f"cannot make the run directory {self.path}: {error}") from error
+        self._board: _TensorBoard | None = None
+
+    def record(self, summary: StepSummary | EvalSummary) -> None:
+        """
+        Write one step or evaluation down.
+
+        Raises:
+            StorageError: the disk is full, or the directory is gone.
+        """
+        kind = "step" if isinstance(summary, StepSummary) else "evaluation"
+        try:
+            self._metrics.write(json.dumps({"kind": kind, **asdict(summary)}) + "\n")
+            if self._board is None:
+                self._board = _TensorBoard(self.path / "tensorboard")
+            self._board.add(summary)
+        except OSError as error:
+            raise StorageError(f"cannot write to {self.path}: {error}") from error
+
+    def save_model(self, state: Mapping[str, NDArray[np.generic]]) -> Path:
+        """
+        Write the trained model, whole or not at all.
+
+        Raises:
+            StorageError: the disk is full, or the directory is gone.
+        """
+        from safetensors.numpy import save  # numpy's: the driver has no torch
+
+        path = self.path / "model.safetensors"
+        # The format wants contiguous memory; `ascontiguousarray` would make scalars 1-d.
+        data = save({name: np.asarray(value, order="C") for name, value in state.items()})
+        try:
+            _write_durably(path, data)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error}") from error
+        return path
+
+    def finish(self, status: str, facts: Mapping[str, Any]) -> None:
+        """Write down how the run ended, and close the files."""
+        if self._board is not None:
+            self._board.close()
+        self._metrics.close()
+        text = json.dumps({"status": status, **facts}, indent=2) + "\n"
+        try:
+            _write_durably(self.path / "result.json", text.encode())
+        except OSError as error:
+            raise StorageError(f"cannot write to {self.path}: {error}") from error
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """Write, flush to the disk, then take the name: a reader sees the old file or the whole new."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+class _TensorBoard:
+    """TensorBoard's own event writer, without torch's wrapper: the driver does not import torch."""
+
+    def __init__(self, path: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(path), flush_secs=10)
+
+    def add(self, summary: StepSummary | EvalSummary) -> None:
+        """Add one point to each curve."""
+        if isinstance(summary, StepSummary):
+            values = {"train/loss": summary.loss, "train/samples": float(summary.samples)}
+            values |= {f"seconds/{part}": s for part, s in summary.seconds.items()}
+        else:
+            values = {f"eval/{name}": value for name, value in summary.metrics.items()}
+        points = [self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
+        event = self._event(
+            wall_time=time.time(), step=summary.step, summary=self._summary(value=points)
+        )
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
