@@ -223,8 +223,18 @@ class _Pulse:
         """
         Give the ranks that are silent; if all beat, those that have not begun operation `number`.
 
-        Takes about two seconds. If the store itself is gone, so is rank 0, which keeps it.
+        Takes about two seconds. Rank 0 keeps the store: if that does not answer, rank 0 is missing.
         """
+        found: list[tuple[int, ...]] = []
+        # In a thread of its own: a frozen rank 0 leaves a question to its store open for ever.
+        look = threading.Thread(
+            target=lambda: found.append(self._compare(world, number)), daemon=True
+        )
+        look.start()
+        look.join(2 * _SILENT_S)
+        return found[0] if found else (0,)
+
+    def _compare(self, world: int, number: int) -> tuple[int, ...]:
         try:
             before = self._read(world)
             time.sleep(_SILENT_S)

@@ -11,7 +11,11 @@ from distplat.platform.errors import Problem, SpecError, UserCodeError
 from distplat.platform.suggest import hint
 from distplat.strategies.task import Task
 
-_OURS = Path(distplat.__file__).resolve().parent.parent
+_OURS = [
+    (Path(distplat.__file__).parent / part).resolve()
+    for part in ("platform", "strategies", "actors")
+]
+"""Where our code lies: behind the links of a clone, or in the package itself once installed."""
 
 
 def load_task_class(entry: str, search_path: str) -> type[Task]:
@@ -55,5 +59,5 @@ def as_user_error(error: BaseException, rank: int, step: int | None) -> UserCode
 
 def _is_ours(filename: str) -> bool:
     path = Path(filename).resolve()
-    ours = any(path.is_relative_to(_OURS / part) for part in ("platform", "strategies", "actors"))
+    ours = any(path.is_relative_to(folder) for folder in _OURS)
     return ours or filename.startswith("<frozen importlib") or "/importlib/" in filename

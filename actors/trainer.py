@@ -66,8 +66,8 @@ class Trainer:
     Args:
         job: a `Job`, or a mapping with the fields of a job file.
         task: the task's class; None: the one that `job.task` names.
-        working_dir: where `job.task` is looked for, and what `storage_path` is relative to;
-            None: the current directory.
+        working_dir: where `job.task` is looked for; None: the current directory.
+        storage_dir: what `storage_path` is relative to; None: the same as `working_dir`.
         strategy_file: a Python file that registers strategies of your own.
         observers: told of every step.
 
@@ -81,6 +81,7 @@ class Trainer:
         task: type[Task] | None = None,
         *,
         working_dir: str | Path | None = None,
+        storage_dir: str | Path | None = None,
         strategy_file: str | Path | None = None,
         observers: tuple[Observer, ...] = (),
     ) -> None:
@@ -93,6 +94,7 @@ class Trainer:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task
         self._dir = Path(working_dir or ".").resolve()
+        self._storage_dir = Path(storage_dir or self._dir).resolve()
         self._observers = observers
 
     def fit(self) -> Result:
@@ -108,7 +110,7 @@ class Trainer:
         """
         began = time.monotonic()
         run = new_run_name(self.job)
-        directory = RunDirectory(self.job, run, self._dir)
+        directory = RunDirectory(self.job, run, self._storage_dir)
         result = Result(directory.path, None)
         for observer in self._observers:
             observer.started(self.job, run, directory.path)

@@ -1,0 +1,58 @@
+"""One local Ray per module, and a census after every test: nothing of a run may be left."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+GONE_WITHIN_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray instance of this module's own, with more CPUs than the machine has cores."""
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=8,
+        object_store_memory=200 * 2**20,
+        logging_level="warning",
+    )
+    yield
+    ray.shutdown()
+
+
+def segments() -> set[str]:
+    """Processes of this user that still map one of our memory segments."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            continue
+        if "memfd:distplat" in maps:
+            found.add(f"{process.pid} {process.name()}")
+    return found
+
+
+def leftovers(shm_before: set[str]) -> dict[str, object]:
+    """What is still there of the runs of this test."""
+    actors = ray.util.list_named_actors(all_namespaces=True) if ray.is_initialized() else []
+    shm = {name for name in os.listdir("/dev/shm") if not name.startswith("plasma")} - shm_before
+    found = {"actors": actors, "segments": segments(), "shm": shm}
+    return {kind: things for kind, things in found.items() if things}
+
+
+@pytest.fixture(autouse=True)
+def census() -> Iterator[None]:
+    """No actor, no mapped segment, no file in /dev/shm outlives a test."""
+    before = set(os.listdir("/dev/shm"))
+    yield
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while left := leftovers(before):
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.2)

@@ -1,0 +1,43 @@
+"""Helpers of the cluster tests: make a job, run it, compare models."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from distplat import Result, Trainer
+
+HERE = Path(__file__).parent
+
+
+def job(strategy: object, workers: int, **more: Any) -> dict[str, Any]:
+    """Make the mapping of a small job; `more` replaces fields."""
+    return {
+        "name": "small",
+        "task": "tasks_for_tests:Blobs",
+        "strategy": strategy,
+        "scaling": {"num_workers": workers, "resources_per_worker": {"CPU": 0.5}},
+        "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
+        "global_batch_size": 8,
+        "epochs": 3,
+        **more,
+    }
+
+
+def train(spec: dict[str, Any], storage: Path, **more: Any) -> Result:
+    """Run a job to its end."""
+    return Trainer({**spec, "storage_path": str(storage)}, working_dir=HERE, **more).fit()
+
+
+def weights(result: Result) -> NDArray[np.float32]:
+    """Give the trained model as one vector, tensors in the order of their names."""
+    assert result.checkpoint is not None
+    state = load_file(result.checkpoint)
+    return np.concatenate([state[name].ravel() for name in sorted(state)])
+
+
+def distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Give the relative distance of two vectors."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -1,0 +1,137 @@
+"""What happens when a part fails: a typed error that names it, within its deadline, never a hang."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from runs import job, train
+
+from distplat.platform.errors import (
+    ActorLost,
+    CollectiveError,
+    DeadlineExceeded,
+    Interrupted,
+    UserCodeError,
+)
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+STRATEGIES = ["ring", "ps-sync"]
+LONG = {"epochs": None, "steps": 100_000, "evaluation": {"every_epochs": 0}}
+
+
+def misbehaving(strategy: object, deed: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """Make a long job of two ranks, one of which does `deed` in its sixth step."""
+    args = {"deed": deed, "marker": str(tmp_path / "done"), "at": 6}
+    fields: dict[str, Any] = {"task": "tasks_for_tests:Misbehaving", "task_args": args, **LONG}
+    return job(strategy, 2, **fields, **more)
+
+
+class Killer(threading.Thread):
+    """Sends a signal to the process of an actor once some steps were seen. An `Observer`."""
+
+    def __init__(self, role: str, number: int) -> None:
+        super().__init__(daemon=True)
+        self.role, self.number = role, number
+        self.training = threading.Event()
+        self.done_at = 0.0
+
+    def started(self, job: object, run: str, path: Path) -> None:
+        self.start()
+
+    def stepped(self, summary: object) -> None:
+        self.training.set()
+
+    def run(self) -> None:
+        assert self.training.wait(60)
+        for process in psutil.process_iter():
+            title = " ".join(process.cmdline()) if process.is_running() else ""
+            if title.startswith(f"ray::{self.role}"):
+                os.kill(process.pid, self.number)
+                self.done_at = time.monotonic()
+                return
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_user_exception_on_one_rank(strategy: str, tmp_path: Path) -> None:
+    with pytest.raises(UserCodeError) as caught:
+        train(misbehaving(strategy, "raise", tmp_path), tmp_path)
+    error = caught.value
+    assert error.step == 5
+    assert error.rank in (0, 1)
+    assert "no such token: 17" in error.summary
+    first = error.traceback.splitlines()[1]
+    assert "tasks_for_tests.py" in first, "the traceback starts in the user's file"
+    assert "FAILED" in next(tmp_path.rglob("result.json")).read_text()
+
+
+def test_user_exit_is_not_success(tmp_path: Path) -> None:
+    with pytest.raises(UserCodeError, match="SystemExit"):
+        train(misbehaving("ring", "exit", tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_killed_worker(strategy: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(ActorLost, match=r"worker-\d was lost after step \d+"):
+        train(misbehaving(strategy, "kill", tmp_path), tmp_path)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("role", ["ServerNode", "ServerManager"])
+def test_killed_server(role: str, tmp_path: Path) -> None:
+    killer = Killer(role, signal.SIGKILL)
+    spec = job({"name": "ps-sync", "num_servers": 2}, 2, **LONG)
+    with pytest.raises(ActorLost, match="server"):
+        train(spec, tmp_path, observers=(killer,))
+    assert time.monotonic() - killer.done_at < 15
+
+
+@pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 2}, "ps-sync"])
+def test_frozen_worker_is_named(strategy: object, tmp_path: Path) -> None:
+    failure = {"step_timeout_s": 3, "heartbeat_timeout_s": 60}
+    with pytest.raises((CollectiveError, DeadlineExceeded)) as caught:
+        train(misbehaving(strategy, "stop", tmp_path, failure=failure), tmp_path)
+    missing = caught.value.missing
+    assert missing in ((0,), (1,), ("worker-0",), ("worker-1",))
+
+
+def test_frozen_worker_answers_no_poll(tmp_path: Path) -> None:
+    failure = {"step_timeout_s": 60, "heartbeat_timeout_s": 2}
+    with pytest.raises(ActorLost, match=r"worker-\d was lost.*not answered for \d s"):
+        train(misbehaving("ps-sync", "stop", tmp_path, failure=failure), tmp_path)
+
+
+def test_endless_user_code_is_named(tmp_path: Path) -> None:
+    spec = misbehaving("ring", "hang", tmp_path, failure={"step_timeout_s": 2})
+    spec["scaling"] = {"num_workers": 1}
+    with pytest.raises(DeadlineExceeded, match="worker-0"):
+        train(spec, tmp_path)
+
+
+class Signaller:
+    """Sends a signal to this process after the first step. An `Observer`."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def started(self, job: object, run: str, path: Path) -> None:
+        pass
+
+    def stepped(self, summary: object) -> None:
+        if self.number:
+            os.kill(os.getpid(), self.number)
+            self.number = 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_the_run(number: int, code: int, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as caught:
+        train(job("ps-sync", 2, **LONG), tmp_path, observers=(Signaller(number),))
+    assert caught.value.exit_code == code
+    assert "STOPPED" in next(tmp_path.rglob("result.json")).read_text()

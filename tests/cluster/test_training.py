@@ -1,0 +1,67 @@
+"""The same task under every strategy, through real actors: the same model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import distance, job, train, weights
+
+from distplat.platform.errors import SpecError
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+HARD: dict[str, Any] = {
+    "optimizer": {"name": "AdamW", "lr": 0.01},
+    "gradient_accumulation": 2,
+    "clip_norm": 0.5,
+    "lr_schedule": {"name": "cosine", "warmup_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
+    """The model of one rank in one process, without Ray."""
+    return weights(train(job("ring", 0, **HARD), tmp_path_factory.mktemp("alone")))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers"),
+    [
+        ("ring", 1),
+        ("ring", 2),
+        ("ring", 3),
+        ("ps-sync", 1),
+        ("ps-sync", 2),
+        ({"name": "ps-sync", "num_servers": 2}, 3),
+    ],
+)
+def test_equals_one_process(
+    strategy: object, workers: int, alone: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    result = train(job(strategy, workers, **HARD), tmp_path)
+    assert distance(weights(result), alone) < 1e-5
+    assert [s.step for s in result.history] == list(range(15))
+    assert [e.step for e in result.evaluations] == [5, 10, 15]
+    assert sum(s.samples for s in result.history) == 3 * 37
+    assert all(e.samples == 37 for e in result.evaluations)
+
+
+@pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}])
+def test_repeats_bit_for_bit(strategy: object, tmp_path: Path) -> None:
+    spec = job(strategy, 3, task="tasks_for_tests:Big", steps=6, epochs=None)
+    first, second = (weights(train(spec, tmp_path)) for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+
+
+def test_loader_processes_change_nothing(tmp_path: Path) -> None:
+    spec = job("ring", 1, steps=6, epochs=None)
+    plain = weights(train(spec, tmp_path))
+    loaded = weights(train({**spec, "data": {"num_loaders": 2}}, tmp_path))
+    assert plain.tobytes() == loaded.tobytes()
+
+
+def test_asks_for_more_than_the_cluster_has(tmp_path: Path) -> None:
+    greedy = job("ring", 2, scaling={"num_workers": 2, "resources_per_worker": {"CPU": 64}})
+    with pytest.raises(SpecError, match="needs 128 CPU; the cluster has 8 CPU"):
+        train(greedy, tmp_path)
