@@ -11,6 +11,10 @@ import ray
 
 GONE_WITHIN_S = 10.0
 
+# Actors import the helpers beside the tests; a raylet hands its environment on to them.
+_HERE = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parent / "support")])
+
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
