@@ -1,0 +1,72 @@
+"""Two Ray nodes (on one host): bytes take another road, results do not change."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from runs import distance, job, train, weights
+
+pytestmark = pytest.mark.cluster
+
+SLOTS = {"CPU": 0.5, "slot": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_nodes() -> Iterator[None]:
+    """Two nodes with two slots each: of four actors with a slot, two share a node."""
+    node: dict[str, Any] = {"num_cpus": 4, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={**node, "resources": {"slot": 2, "left": 8}, "include_dashboard": False},
+    )
+    cluster.add_node(**node, resources={"slot": 2, "right": 8})
+    ray.init(address=cluster.address, logging_level="warning")
+    yield
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The models of one process, by number of workers' independent job fields."""
+    return weights(train(big("ring", {"num_workers": 0}), tmp_path_factory.mktemp("alone")))
+
+
+def big(strategy: object, scaling: dict[str, Any]) -> dict[str, Any]:
+    fields = {"task": "tasks_for_tests:Big", "steps": 5, "epochs": None, "clip_norm": 1.0}
+    return job(strategy, 0, **{**fields, "scaling": scaling})
+
+
+def scaling(workers: int, **resources: float) -> dict[str, Any]:
+    return {"num_workers": workers, "resources_per_worker": {"CPU": 0.5, **resources}}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "scale"),
+    [
+        pytest.param(
+            {"name": "ps-sync", "num_servers": 2, "resources_per_server": {"right": 1}},
+            scaling(2, left=1),
+            id="all-servers-elsewhere",
+        ),
+        pytest.param(
+            {"name": "ps-sync", "resources_per_server": {"slot": 1}},
+            scaling(3, slot=1),
+            id="one-worker-near-two-far",
+        ),
+        pytest.param(
+            {"name": "ps-sync", "num_servers": 3, "resources_per_server": {"slot": 1}},
+            scaling(1, slot=1),
+            id="one-server-near-two-far",
+        ),
+        pytest.param("ring", scaling(4, slot=1), id="ring-across-nodes"),
+    ],
+)
+def test_roads_between_nodes(
+    strategy: object, scale: dict[str, Any], alone: Any, tmp_path: Path
+) -> None:
+    result = train(big(strategy, scale), tmp_path)
+    assert distance(weights(result), alone) < 1e-5
