@@ -10,9 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
 
 from distplat.actors.messages import News
 from distplat.actors.spawn import Cast
@@ -53,7 +51,7 @@ class Controller:
         self._gathering = Gathering(len(cast.workers))
         self._state = JobState(len(cast.workers), limits, time.monotonic())
 
-    def run(self) -> dict[str, NDArray[np.generic]]:
+    def run(self) -> bytes:
         """
         Wait for the end of the run; give rank 0's trained model.
 
@@ -126,11 +124,9 @@ class Controller:
             events.append(Failed(role, answer.error))
         return events
 
-    def _result(self) -> dict[str, NDArray[np.generic]]:
+    def _result(self) -> bytes:
         try:
-            state: dict[str, NDArray[np.generic]] = ray.get(
-                self._cast.workers[0].result.remote(), timeout=_RESULT_TIMEOUT_S
-            )
+            state: bytes = ray.get(self._cast.workers[0].result.remote(), timeout=_RESULT_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
             what = "the trained model"
             raise DeadlineExceeded(what, ("worker-0",), _RESULT_TIMEOUT_S, "none") from None

@@ -2,12 +2,9 @@
 
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from distplat.actors.launch import Launch
 from distplat.actors.task_loading import as_user_error, load_task_class
-from distplat.actors.training import model_state
+from distplat.actors.training import saved_model
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, EvalSummary, Gathering, StepReport, StepSummary
 from distplat.platform.shard_map import ShardPlan
@@ -17,9 +14,7 @@ from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import join, prepare
 
 
-def train_in_process(
-    launch: Launch, tell: Callable[[StepSummary | EvalSummary], None]
-) -> dict[str, NDArray[np.generic]]:
+def train_in_process(launch: Launch, tell: Callable[[StepSummary | EvalSummary], None]) -> bytes:
     """
     Train here and now, the strategy's ports in memory.
 
@@ -44,7 +39,7 @@ def train_in_process(
 
 def _train(
     launch: Launch, report: Callable[[StepReport | EvalReport], None], progress: Progress
-) -> dict[str, NDArray[np.generic]]:
+) -> bytes:
     job = launch.job
     kind = launch.task or load_task_class(job.task or "", launch.working_dir)
     prepared = prepare(job, kind(**job.task_args), "cuda" if job.scaling.use_gpu else "cpu")
@@ -58,4 +53,4 @@ def _train(
         report=report,
         progress=progress,
     ).run()
-    return model_state(prepared.flat.model)
+    return saved_model(prepared.flat.model)

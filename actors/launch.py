@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import ray
-from numpy.typing import NDArray
 
 from distplat.actors.controller import Controller
 from distplat.actors.messages import WorkOrder
@@ -27,6 +26,7 @@ from distplat.actors.stopping import Stopping
 from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
+from distplat.strategies.catalog import StrategyFile
 from distplat.strategies.task import Task
 
 
@@ -40,12 +40,10 @@ class Launch:
     task: type[Task] | None
     """None: the class that `job.task` names."""
     working_dir: str
-    strategy_file: str
+    strategy_file: StrategyFile | None
 
 
-def train_on_ray(
-    launch: Launch, tell: Callable[[StepSummary | EvalSummary], None]
-) -> dict[str, NDArray[np.generic]]:
+def train_on_ray(launch: Launch, tell: Callable[[StepSummary | EvalSummary], None]) -> bytes:
     """
     Train on the connected Ray, or on a local one for the time of the run.
 
@@ -82,7 +80,7 @@ def local_ray(job: Job) -> Iterator[None]:
         address="local",
         include_dashboard=False,
         num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
-        logging_level="warning",
+        logging_level="error",  # Ray warns of its own token file at every start
     )
     try:
         yield

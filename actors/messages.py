@@ -11,6 +11,7 @@ from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.platform.shard_map import ShardMap
 from distplat.platform.spec import Job
+from distplat.strategies.catalog import StrategyFile
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class WorkOrder:
     """`module:Class`, or the class itself, pickled by the driver."""
     search_path: str
     """Folder put on the import path for the task's module."""
-    strategy_file: str
-    """A user's file that registers strategies; empty: none."""
+    strategy_file: StrategyFile | None
+    """A user's file that registers strategies."""
     manager: Any
     """Handle of the server manager; None: the strategy has no servers."""
     collective: str | None

@@ -6,6 +6,7 @@ the thread that brings the last one does the sum, the others sleep on a conditio
 shared memory from workers of this node, as bytes in the call from others.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -15,12 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory import Segment
 from distplat.actors.messages import Address, PushReply
 from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.strategies.training.shard import ParameterShard
+
+logger = logging.getLogger(__name__)
 
 
 class Serving:
@@ -59,6 +63,10 @@ class Serving:
             self._segment = Segment.open(parameters)
         self._plan, self._cut = plan, shard
         self._shard = ParameterShard(plan, self._segment.tensor[shard.start : shard.stop])
+        log_to_stderr()
+        logger.info(
+            "shard %d: parameters %d..%d of %d", shard.index, shard.start, shard.stop, total
+        )
         return self._segment.address
 
     def attach(self, rank: int, gradients: Address) -> bool:

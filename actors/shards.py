@@ -9,6 +9,7 @@ Where every server is on this node the model lives in the servers' segment itsel
 is there when the commit returns, and a node holds one copy of the parameters for all its workers.
 """
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from distplat.platform.errors import ActorLost, DeadlineExceeded
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import Shard
 from distplat.strategies.training.flat import FlatModel
+
+logger = logging.getLogger(__name__)
 
 _ANSWER_GRACE_S = 10.0
 """A server times out by itself and says who is missing; only a frozen one needs ours on top."""
@@ -53,6 +56,9 @@ class RayShards:
         self._map_parameters(joined)
         self._attach_gradients(facts)
         self._place_buffers(joined)
+        near = sorted(self._segments)
+        far = [cut.index for cut in self._cuts if cut.index not in self._segments]
+        logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)
         self._take_over()
 
     def _map_parameters(self, joined: Membership) -> None:

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from distplat.actors.launch import Launch, train_on_ray
-from distplat.platform.errors import Interrupted, Problem, SpecError
+from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
 from distplat.strategies.task import Task
-
-State = dict[str, NDArray[np.generic]]
 
 
 @dataclass
@@ -85,9 +81,7 @@ class Trainer:
         strategy_file: str | Path | None = None,
         observers: tuple[Observer, ...] = (),
     ) -> None:
-        self._strategy_file = str(Path(strategy_file).resolve()) if strategy_file else ""
-        if self._strategy_file:
-            load_strategy_file(Path(self._strategy_file))
+        self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
         self.job = job if isinstance(job, Job) else make_job(job)
         self._roles = make_strategy(self.job).roles(self.job)
         if task is None and self.job.task is None:
@@ -129,13 +123,14 @@ class Trainer:
             if self.job.checkpoint.save_final:
                 result.checkpoint = directory.save_model(state)
         except BaseException as error:
-            directory.finish(_status(error), {"error": str(error)})
+            with suppress(StorageError):  # the run's own error is the one to tell
+                directory.finish(_status(error), {"error": str(error)})
             raise
         result.seconds = time.monotonic() - began
         directory.finish("SUCCEEDED", {"metrics": result.metrics, "seconds": result.seconds})
         return result
 
-    def _train(self, run: str, tell: Callable[[StepSummary | EvalSummary], None]) -> State:
+    def _train(self, run: str, tell: Callable[[StepSummary | EvalSummary], None]) -> bytes:
         launch = Launch(self.job, run, self._roles, self._task, str(self._dir), self._strategy_file)
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch

@@ -5,20 +5,20 @@ What the user's code raises comes out as `UserCodeError`, everything else as ano
 `DistplatError`; nothing else leaves this module, so the controller always learns a cause.
 """
 
+import logging
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from safetensors.torch import save
 
+from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, StepReport
-from distplat.strategies.catalog import load_strategy_file, make_strategy
+from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Prepared, join, prepare
@@ -26,6 +26,9 @@ from distplat.strategies.training.session import Prepared, join, prepare
 if TYPE_CHECKING:
     from distplat.actors.collective import RayCollective
     from distplat.actors.shards import RayShards
+
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -41,9 +44,9 @@ class Session:
         self._order, self._report = order, report
         self.progress = Progress()
 
-    def run(self) -> dict[str, NDArray[np.generic]]:
+    def run(self) -> bytes:
         """
-        Train; give the model's state on the CPU.
+        Train; give the trained model in the safetensors format.
 
         Raises:
             UserCodeError: the task raised.
@@ -57,16 +60,26 @@ class Session:
             step = self.progress.step if self.progress.beats else None
             raise as_user_error(error, self._order.rank, step) from None
 
-    def _run(self) -> dict[str, NDArray[np.generic]]:
+    def _run(self) -> bytes:
         order = self._order
         job = order.job
+        log_to_stderr()
         torch.set_num_threads(max(1, int(job.scaling.resources()["CPU"])))
-        if order.strategy_file:
-            load_strategy_file(Path(order.strategy_file))
+        if order.strategy_file is not None:
+            order.strategy_file.load()
         strategy = make_strategy(job)
         task = _task_class(order)(**job.task_args)
         prepared = prepare(job, task, "cuda" if job.scaling.use_gpu else "cpu")
         collective = self._collective()
+        logger.info(
+            "rank %d of %d: %s, %d parameters on %s, %d steps",
+            order.rank,
+            job.scaling.world,
+            job.strategy.name,
+            sum(slot.size for slot in prepared.flat.slots),
+            prepared.flat.params.device,
+            prepared.total_steps,
+        )
         loop = join(
             prepared,
             strategy,
@@ -81,7 +94,7 @@ class Session:
         finally:
             if collective is not None:
                 collective.close()
-        return model_state(prepared.flat.model)
+        return saved_model(prepared.flat.model)
 
     def _collective(self) -> "RayCollective | None":
         order = self._order
@@ -112,9 +125,7 @@ def _task_class(order: WorkOrder) -> type[Task]:
     return load_task_class(order.task, order.search_path)
 
 
-def model_state(model: torch.nn.Module) -> dict[str, NDArray[np.generic]]:
-    """Copy the state to numpy, without the padding and sharing of the flat vectors."""
-    return {
-        name: np.array(value.detach().cpu().numpy(), copy=True)
-        for name, value in model.state_dict().items()
-    }
+def saved_model(model: torch.nn.Module) -> bytes:
+    """Give a model's state in the safetensors format; copies, so that tensors share no memory."""
+    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    return save({name: value.contiguous() for name, value in state.items()})

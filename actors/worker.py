@@ -16,9 +16,6 @@ from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, StepReport
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from distplat.strategies.training.loop import Progress
 
 
@@ -29,7 +26,7 @@ class Worker:
         self._name = name
         self._reports: deque[StepReport | EvalReport] = deque()
         self._progress: Progress | None = None
-        self._state: dict[str, NDArray[np.generic]] | None = None
+        self._model: bytes | None = None
         self._error: DistplatError | None = None
 
     def __repr__(self) -> str:
@@ -42,15 +39,15 @@ class Worker:
 
     def poll(self) -> News:
         """Tell how things stand, and what was reported since the last call."""
-        error, state = self._error, self._state  # before the reports: what came first is told first
+        error, model = self._error, self._model  # before the reports: what came first is told first
         reports = [self._reports.popleft() for _ in range(len(self._reports))]
         beats, step = (self._progress.beats, self._progress.step) if self._progress else (0, 0)
-        return News(reports, beats, step, finished=state is not None, error=error)
+        return News(reports, beats, step, finished=model is not None, error=error)
 
-    def result(self) -> dict[str, NDArray[np.generic]]:
-        """Give the trained model's state, tensor by tensor; only once `finished`."""
-        assert self._state is not None, "the controller asks only a worker that has finished"
-        return self._state
+    def result(self) -> bytes:
+        """Give the trained model, as safetensors; only once `finished`."""
+        assert self._model is not None, "the controller asks only a worker that has finished"
+        return self._model
 
     def _train(self, order: WorkOrder) -> None:
         from distplat.actors.training import Session  # torch comes with it
@@ -58,6 +55,6 @@ class Worker:
         session = Session(order, self._reports.append)
         self._progress = session.progress
         try:
-            self._state = session.run()
+            self._model = session.run()
         except DistplatError as error:
             self._error = error

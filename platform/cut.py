@@ -5,7 +5,7 @@ def even_bounds(length: int, parts: int, *, align: int = 1) -> list[tuple[int, i
     """
     Give `parts` half-open ranges that cover 0..length in order, without gap or overlap.
 
-    Sizes differ by at most `align`; where length < parts * align, the last ranges may be empty.
+    Sizes differ by less than 2 * `align`; where length < parts * align, the last may be empty.
 
     Args:
         length: what is cut, >= 0.

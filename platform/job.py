@@ -35,7 +35,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Heard:
-    """An answer of a rank. `progress` counts micro-batches: it grows while the rank is at work."""
+    """An answer of a rank. `progress` counts its beats: it grows while the rank is at work."""
 
     rank: int
     progress: int

@@ -57,7 +57,7 @@ class Ledger:
 
         Raises:
             NotReadyError: no parameters yet.
-            FencedError: another job or attempt.
+            FencedError: another job or attempt, or no rank of this world.
             StaleError: older than the last committed push.
             GapError: newer than the one expected.
         """
@@ -67,6 +67,8 @@ class Ledger:
                 f"push of job {push.job!r} attempt {push.attempt} refused: "
                 f"this shard serves {self.job!r} attempt {self.attempt}"
             )
+        if not 0 <= push.rank < self.world:
+            raise FencedError(f"push of rank {push.rank} refused: the world has {self.world}")
         if push.seq == version:
             if push.rank in self._staged:
                 return Verdict.REPEAT_STAGED

@@ -16,6 +16,8 @@ class StepReport:
     samples: int
     seconds: dict[str, float]
     """Wall time by part of the step: `data`, `compute`, `exchange`, `update`."""
+    of: int = 0
+    """Steps of the whole run; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class StepSummary:
     samples: int
     seconds: dict[str, float]
     """By part of the step, the slowest rank's; so the parts may add up to more than the step."""
+    of: int = 0
+    """Steps of the whole run; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def _join_steps(reports: list[StepReport]) -> StepSummary:
     samples = sum(r.samples for r in reports)
     loss = sum(r.loss * r.samples for r in reports) / samples
     slowest = {part: max(r.seconds[part] for r in reports) for part in first.seconds}
-    return StepSummary(first.step, first.epoch, loss, samples, slowest)
+    return StepSummary(first.step, first.epoch, loss, samples, slowest, first.of)
 
 
 def _join_evals(reports: list[EvalReport]) -> EvalSummary:

@@ -12,6 +12,7 @@ Metrics are flushed with every line: they are there when the run is not any more
 """
 
 import json
+import math
 import os
 import secrets
 import time
@@ -20,9 +21,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
@@ -68,27 +66,26 @@ class RunDirectory:
         """
         kind = "step" if isinstance(summary, StepSummary) else "evaluation"
         try:
-            self._metrics.write(json.dumps({"kind": kind, **asdict(summary)}) + "\n")
+            self._metrics.write(_to_json({"kind": kind, **asdict(summary)}) + "\n")
             if self._board is None:
                 self._board = _TensorBoard(self.path / "tensorboard")
             self._board.add(summary)
         except OSError as error:
             raise StorageError(f"cannot write to {self.path}: {error}") from error
 
-    def save_model(self, state: Mapping[str, NDArray[np.generic]]) -> Path:
+    def save_model(self, model: bytes) -> Path:
         """
         Write the trained model, whole or not at all.
+
+        Args:
+            model: in the safetensors format.
 
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        from safetensors.numpy import save  # numpy's: the driver has no torch
-
         path = self.path / "model.safetensors"
-        # The format wants contiguous memory; `ascontiguousarray` would make scalars 1-d.
-        data = save({name: np.asarray(value, order="C") for name, value in state.items()})
         try:
-            _write_durably(path, data)
+            _write_durably(path, model)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error}") from error
         return path
@@ -98,11 +95,24 @@ class RunDirectory:
         if self._board is not None:
             self._board.close()
         self._metrics.close()
-        text = json.dumps({"status": status, **facts}, indent=2) + "\n"
+        text = _to_json({"status": status, **facts}, indent=2) + "\n"
         try:
             _write_durably(self.path / "result.json", text.encode())
         except OSError as error:
             raise StorageError(f"cannot write to {self.path}: {error}") from error
+
+
+def _to_json(facts: Mapping[str, Any], indent: int | None = None) -> str:
+    """Give strict JSON: a diverged loss becomes null, for NaN is no JSON."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, Mapping):
+            return {key: strict(item) for key, item in value.items()}
+        return value
+
+    return json.dumps(strict(facts), indent=indent, allow_nan=False)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

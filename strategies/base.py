@@ -99,7 +99,13 @@ class Collective(Protocol):
         """Return when every rank has come here."""
 
     def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
-        """Make a group of some of these ranks, in that order; each of them calls this."""
+        """
+        Make a group of some of these ranks, in that order; each of them calls this.
+
+        Args:
+            name: one that no other group within this one has, members apart or not.
+            ranks: places in this group.
+        """
 
 
 class Shards(Protocol):

@@ -5,23 +5,24 @@ Only a strategy's name and options travel to other processes; each looks the nam
 """
 
 import importlib
-import importlib.util
 import logging
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from distplat.platform.job_file import job_of, read_job
-from distplat.platform.spec_messages import problems_of
 from pydantic import ValidationError
 
 import distplat.strategies
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.job_file import job_of, read_job
 from distplat.platform.registry import Registry
 from distplat.platform.spec import Job
+from distplat.platform.spec_messages import problems_of
 from distplat.strategies.base import Strategy
 
 logger = logging.getLogger(__name__)
@@ -47,25 +48,49 @@ strategies: Registry[type[Strategy[Any]]] = Registry("strategy", _discover)
 """All strategies of this process, by name."""
 
 
-def load_strategy_file(path: Path) -> None:
+@dataclass(frozen=True)
+class StrategyFile:
+    """A user's own file that registers strategies; its text travels, for workers have no copy."""
+
+    name: str
+    text: str
+
+    def load(self) -> None:
+        """
+        Run the file, which registers strategies.
+
+        Raises:
+            SpecError: it raises, or it registers a name that is taken.
+        """
+        strategies.names()  # ours come first, so that a name taken twice is the user's to change
+        module = ModuleType(f"_distplat_user_{Path(self.name).stem}")
+        module.__file__ = self.name
+        sys.modules[module.__name__] = module  # pydantic looks annotations up there
+        try:
+            exec(compile(self.text, self.name, "exec"), module.__dict__)
+        except SpecError:
+            raise
+        except Exception as error:
+            what = f"{self.name} raised {type(error).__name__}: {error}"
+            raise SpecError(Problem(("--strategy-file",), what)) from error
+
+
+def load_strategy_file(path: Path) -> StrategyFile:
     """
-    Import a user's own file, which registers strategies as it runs.
+    Read and run a user's own file.
 
     Raises:
-        SpecError: there is no such file, it raises, or it registers a name that is taken.
+        SpecError: it cannot be read, it raises, or it registers a name that is taken.
     """
-    where = ("--strategy-file",)
-    spec = importlib.util.spec_from_file_location(f"_distplat_user_{path.stem}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise SpecError(Problem(where, f"{path} is not a Python file"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pydantic looks annotations up there
     try:
-        spec.loader.exec_module(module)
-    except SpecError:
-        raise
-    except Exception as error:
-        raise SpecError(Problem(where, f"{path} raised {type(error).__name__}: {error}")) from error
+        if path.suffix != ".py":
+            raise ValueError("its name does not end in .py")
+        file = StrategyFile(str(path), path.read_text())
+    except (OSError, ValueError) as error:
+        problem = Problem(("--strategy-file",), f"{path} is not a Python file: {error}")
+        raise SpecError(problem) from None
+    file.load()
+    return file
 
 
 def make_strategy(job: Job) -> Strategy[Any]:

@@ -66,13 +66,16 @@ class Fabric:
             CollectiveError: somebody did not come in time, or this rank was killed.
         """
         if self._dead_after.get(me, number + 1) <= number:
-            raise CollectiveError(group, operation, number, (me,), "this rank was killed")
+            killed = (ranks.index(me),)
+            raise CollectiveError(group, operation, number, killed, "this rank was killed")
         with self._changed:
             met = self._rounds[group, number]
             met[me] = gift
+            if len(met) == len(ranks):
+                del self._rounds[group, number]  # the others have `met` in hand
             self._changed.notify_all()
             if not self._changed.wait_for(lambda: len(met) == len(ranks), self.timeout_s):
-                missing = tuple(rank for rank in ranks if rank not in met)
+                missing = tuple(place for place, rank in enumerate(ranks) if rank not in met)
                 cause = f"waited {self.timeout_s:g} s"
                 raise CollectiveError(group, operation, number, missing, cause)
         return [met[rank] for rank in ranks]
@@ -235,6 +238,8 @@ class ServerGroup:
 
     def commit(self, index: int, seq: int, norm: float | None) -> None:
         """Apply on one shard."""
+        if self.lost:
+            raise ActorLost(f"server-{index}", seq, self.lost)
         with self._changed:
             self.shards[index].commit(seq, norm)
             self._changed.notify_all()

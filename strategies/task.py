@@ -51,14 +51,20 @@ class Task(ABC):
         return None
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Tensor | float]:
-        """Give named figures of an evaluation batch, each a mean over it; `loss` comes by itself."""
+        """Give named figures of an evaluation batch, each a mean over it; `loss` is added."""
         return {}
 
     def stages(self, model: nn.Module) -> list[nn.Module]:
         """
         Cut the model into modules that follow each other, for strategies that split it by layers.
 
+        An `nn.Sequential` is cut into its children; override this for any other model.
+
         Raises:
-            NotImplementedError: this model is not an `nn.Sequential` and the task does not say.
+            NotImplementedError: the model is no `nn.Sequential` and the task does not say.
         """
+        from torch import nn  # here: naming a task costs no torch
+
+        if isinstance(model, nn.Sequential):
+            return list(model)
         raise NotImplementedError(f"{type(self).__name__} does not say how its model is cut")

@@ -28,7 +28,7 @@ def sum_in_order(parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 def squared_norm(vector: Tensor) -> float:
-    """Give the sum of squares, in float64 block by block: shape [n] -> scalar."""
+    """Give the sum of squares, each block in its own dtype, their sum in float64: [n] -> scalar."""
     total = 0.0
     for start in range(0, vector.numel(), BLOCK_ELEMENTS):
         block = vector[start : start + BLOCK_ELEMENTS]

@@ -27,6 +27,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.batches import eval_batches, micro_batches
 from distplat.strategies.training.flat import FlatModel
 
+
 @dataclass
 class Progress:
     """Where a worker is; read by other threads, written by the loop alone."""
@@ -34,7 +35,7 @@ class Progress:
     step: int = 0
     """Steps done; the step under way has this number."""
     beats: int = 0
-    """Micro-batches done, in training or evaluation: grows while the worker works."""
+    """Micro-batches and steps done: grows while the worker works, even on no samples."""
 
 
 @dataclass
@@ -89,11 +90,14 @@ class Loop:
         self.strategy.exchange(step)
         clock.lap("exchange")
         self.strategy.update(step)
+        self.progress.beats += 1
         clock.lap("update")
         samples = sum(sizes)
         mean = loss_sum / samples if samples else 0.0
         epoch = self.sampler.epoch_of(step)
-        self.report(StepReport(self.rank, step, epoch, mean, samples, clock.seconds))
+        self.report(
+            StepReport(self.rank, step, epoch, mean, samples, clock.seconds, self.total_steps)
+        )
 
     def _plan(self, step: int) -> list[Any]:
         return self.sampler.micro_batches(step, self.rank, self.job.gradient_accumulation)

@@ -1,4 +1,5 @@
-"""From a job and a task to a loop that is ready to run, in three steps that can wait between.
+"""
+From a job and a task to a loop that is ready to run, in three steps that can wait between.
 
     prepare      build model and data; talks to nobody
     join         connect the ports, set the strategy up; waits for the others

@@ -1,0 +1,221 @@
+"""The strategy catalog: what is found, what is refused, and a user's own file."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.registry import Registry
+from distplat.platform.spec import Job
+from distplat.strategies import catalog
+from distplat.strategies.base import Roles, Strategy
+from distplat.strategies.catalog import (
+    load_strategy_file,
+    make_job,
+    make_strategy,
+    strategies,
+    strategy_problems,
+)
+from distplat.strategies.ps_sync import PsSync
+from distplat.strategies.ring import Ring
+
+
+def fields(strategy: object) -> dict[str, object]:
+    return {
+        "name": "x",
+        "task": "model:Digits",
+        "strategy": strategy,
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "steps": 1,
+        "global_batch_size": 8,
+    }
+
+
+def job(strategy: object) -> Job:
+    return Job.model_validate(fields(strategy))
+
+
+OWN = """
+from pydantic import Field
+from distplat.strategies.base import Options, Strategy
+from distplat.strategies.catalog import strategies
+
+class OwnOptions(Options):
+    period: int = Field(3, ge=1)
+
+@strategies.register("{name}")
+class Own(Strategy[OwnOptions]):
+    summary = "a user's own"
+    options_type = OwnOptions
+    def setup(self, context): ...
+    def exchange(self, step): ...
+    def update(self, step): ...
+"""
+
+
+@pytest.fixture
+def own_catalog(monkeypatch: pytest.MonkeyPatch) -> Registry[type[Strategy[Any]]]:
+    """A catalog of its own, in which a test may register what it likes."""
+    fresh: Registry[type[Strategy[Any]]] = Registry("strategy")
+    fresh.register("ring")(Ring)
+    fresh.register("ps-sync")(PsSync)
+    monkeypatch.setattr(catalog, "strategies", fresh)
+    return fresh
+
+
+def test_the_folder_is_found() -> None:
+    assert {"ring", "ps-sync"} <= set(strategies.names())
+    assert (strategies.get("ring"), strategies.get("ps-sync")) == (Ring, PsSync)
+    assert all(strategies.get(name).summary for name in strategies.names())
+
+
+def test_a_fresh_process_finds_the_same() -> None:
+    ask = "from distplat.strategies.catalog import strategies as s; print(s.names())"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(strategies.names())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind", "roles"),
+    [
+        ("ring", Ring, Roles(collective="gloo", collective_timeout_s=60.0)),
+        (
+            {"name": "ring", "timeout_s": 5},
+            Ring,
+            Roles(collective="gloo", collective_timeout_s=5.0),
+        ),
+        ("ps-sync", PsSync, Roles(servers=1, server_resources={"CPU": 0.0})),
+        (
+            {"name": "ps-sync", "num_servers": 3, "resources_per_server": {"CPU": 1}},
+            PsSync,
+            Roles(servers=3, server_resources={"CPU": 1.0}),
+        ),
+    ],
+)
+def test_strategies_are_made_with_their_options(
+    strategy: object, kind: type[Strategy[Any]], roles: Roles
+) -> None:
+    made = make_strategy(job(strategy))
+    assert type(made) is kind
+    assert made.roles(job(strategy)) == roles
+    assert strategy_problems(job(strategy)) == []
+
+
+@pytest.mark.parametrize(
+    ("strategy", "field", "message", "hint"),
+    [
+        ("rnig", "strategy", "unknown strategy 'rnig'", "did you mean 'ring'?"),
+        ("fakes", "strategy", "unknown strategy 'fakes'", "allowed: ps-sync, ring"),
+        ({"name": "ring", "timeout": 5}, "strategy.timeout", "", "did you mean 'timeout_s'?"),
+        ({"name": "ring", "num_servers": 2}, "strategy.num_servers", "", "allowed: backend"),
+        ({"name": "ring", "timeout_s": 0}, "strategy.timeout_s", "0", ""),
+        ({"name": "ring", "backend": "ncll"}, "strategy.backend", "gloo", ""),
+        ({"name": "ps-sync", "num_servers": 0}, "strategy.num_servers", "1", ""),
+        ({"name": "ps-sync", "num_servers": "2"}, "strategy.num_servers", "", ""),
+    ],
+)
+def test_what_is_wrong_is_named(strategy: object, field: str, message: str, hint: str) -> None:
+    (problem,) = strategy_problems(job(strategy))
+    assert problem.field == field
+    assert message in problem.message and hint in problem.hint
+    with pytest.raises(SpecError) as caught:
+        make_strategy(job(strategy))
+    assert caught.value.problems == (problem,)
+
+
+def test_all_that_is_wrong_is_named_at_once() -> None:
+    wrong = {"name": "ring", "timeout": 5, "backend": "mpi"}
+    found = {problem.field for problem in strategy_problems(job(wrong))}
+    assert found == {"strategy.timeout", "strategy.backend"}
+
+
+def test_a_job_from_python_is_checked_with_its_strategy() -> None:
+    assert make_job(fields("ring")) == job("ring")
+    with pytest.raises(SpecError, match=r"strategy\.timeout"):
+        make_job(fields({"name": "ring", "timeout": 5}))
+
+
+def test_a_strategy_may_refuse_a_job(own_catalog: Registry[type[Strategy[Any]]]) -> None:
+    problem = Problem(("scaling",), "needs two workers")
+
+    class Picky(Ring):
+        def problems(self, job: Job) -> list[Problem]:
+            return [problem]
+
+    own_catalog.register("picky")(Picky)
+    with pytest.raises(SpecError) as caught:
+        make_strategy(job("picky"))
+    assert caught.value.problems == (problem,)
+
+
+def test_a_users_file(tmp_path: Path, own_catalog: Registry[type[Strategy[Any]]]) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OWN.format(name="own"))
+    load_strategy_file(path)
+    assert own_catalog.names() == ["own", "ps-sync", "ring"]
+    made = make_strategy(job({"name": "own", "period": 5}))
+    assert made.options.period == 5
+    (problem,) = strategy_problems(job({"name": "own", "perod": 5}))
+    assert "did you mean 'period'?" in problem.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0", "own.py raised ZeroDivisionError: division by zero"),
+        ("import no_such_module_at_all", "own.py raised ModuleNotFoundError"),
+        ("def broken(:", "own.py raised SyntaxError"),
+        (OWN.format(name="ring"), "strategy 'ring' is already distplat.strategies.ring.Ring; give"),
+    ],
+    ids=["raises", "imports", "syntax", "clash"],
+)
+@pytest.mark.usefixtures("own_catalog")
+def test_a_users_file_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        load_strategy_file(path)
+
+
+def test_a_users_file_travels_as_text(
+    tmp_path: Path, own_catalog: Registry[type[Strategy[Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OWN.format(name="own"))
+    loaded = load_strategy_file(path)
+    path.unlink()
+    arrived = pickle.loads(pickle.dumps(loaded))  # noqa: S301  our own bytes
+    assert arrived == loaded
+    arrived.load()  # where it is known already, a second time is fine
+    elsewhere: Registry[type[Strategy[Any]]] = Registry("strategy")
+    monkeypatch.setattr(catalog, "strategies", elsewhere)
+    arrived.load()
+    assert elsewhere.names() == ["own"]
+
+
+@pytest.mark.parametrize("name", ["missing.py", "folder.py", "folder", "notes.txt", "latin.py"])
+def test_what_is_no_python_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "latin.py").write_bytes(b"x = '\xe9'")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(SpecError, match=f"{name} is not a Python file"):
+        load_strategy_file(tmp_path / name)
+
+
+def test_a_name_taken_twice_is_the_users_to_change(tmp_path: Path) -> None:
+    """Also where the file is the first to ask the catalog; in a fresh process, for it does harm."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN.format(name="ring"))
+    ask = (
+        "from pathlib import Path; from distplat.strategies.catalog import load_strategy_file; "
+        f"load_strategy_file(Path({str(path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    assert "'ring' is already distplat.strategies.ring.Ring; give _distplat_user_own.Own" in (
+        done.stderr
+    )

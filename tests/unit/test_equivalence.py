@@ -1,0 +1,248 @@
+"""
+The promise: any synchronous strategy, any number of workers, gives what one process gives.
+
+The reference is written here the plain way, with nothing of ours but the order of the samples and
+the schedule: one model, torch's optimizer over its tensors, torch's clipping, whole batches. The
+data ends in a batch of one sample, so that in a larger world some ranks have nothing to do there.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from in_memory_run import Run, train
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distplat.platform.learning_rate import factor
+from distplat.platform.progress import StepReport
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.task import Task
+from distplat.strategies.training.loop import _step_seed
+from distplat.strategies.training.session import Prepared
+
+SAMPLES, BATCH, EPOCHS = 37, 9, 3
+STEPS = 15
+"""4 batches of 9 and one of 1, three times."""
+
+
+class Classify(Task):
+    """Random samples of three classes."""
+
+    shape: tuple[int, ...]
+
+    def train_data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(SAMPLES, *self.shape, generator=generator)
+        return TensorDataset(inputs, torch.randint(0, 3, (SAMPLES,), generator=generator))
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+class Mlp(Classify):
+    shape = (5,)
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+class Conv(Classify):
+    shape = (1, 8, 8)
+
+    def model(self) -> nn.Module:
+        features = (nn.Conv2d(1, 4, 3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten())
+        return nn.Sequential(*features, nn.Linear(36, 3))
+
+
+class Dropout(Mlp):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 20), nn.Dropout(0.5), nn.Linear(20, 3))
+
+
+SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+ADAM = {"name": "Adam", "lr": 0.01}
+ADAMW = {"name": "AdamW", "lr": 0.01, "weight_decay": 0.1}
+
+RECIPES: dict[str, tuple[type[Task], dict[str, Any], int, float | None]] = {
+    "mlp-sgd": (Mlp, SGD, 1, None),
+    "mlp-sgd-accumulated-clipped": (Mlp, SGD, 3, 0.3),
+    "mlp-adam-accumulated": (Mlp, ADAM, 3, None),
+    "mlp-adamw-clipped": (Mlp, ADAMW, 1, 0.3),
+    "conv-sgd-clipped": (Conv, SGD, 1, 0.3),
+    "conv-adam": (Conv, ADAM, 1, None),
+    "conv-adamw-accumulated-clipped": (Conv, ADAMW, 3, 0.3),
+}
+WORLDS = [
+    ("ring", 1, 0),
+    ("ring", 2, 0),
+    ("ring", 3, 0),
+    ("ps-sync", 1, 1),
+    ("ps-sync", 2, 1),
+    ("ps-sync", 3, 1),
+    ("ps-sync", 1, 3),
+    ("ps-sync", 2, 3),
+    ("ps-sync", 3, 3),
+]
+
+
+def job_of(recipe: str, strategy: str, workers: int, servers: int) -> Job:
+    _, optimizer, accumulation, clip_norm = RECIPES[recipe]
+    options = {"num_servers": servers} if servers else {}
+    return Job.model_validate(
+        {
+            "name": "promise",
+            "strategy": {"name": strategy, **options},
+            "scaling": {"num_workers": workers},
+            "optimizer": optimizer,
+            "lr_schedule": {"name": "cosine", "warmup_steps": 3, "final_factor": 0.1},
+            "epochs": EPOCHS,
+            "global_batch_size": BATCH,
+            "gradient_accumulation": accumulation,
+            "clip_norm": clip_norm,
+            "seed": 5,
+        }
+    )
+
+
+@cache
+def plain(recipe: str) -> tuple[dict[str, Tensor], list[float]]:
+    """Train in one process, the way any textbook does; give the model and the losses."""
+    task_type, optimizer_spec, _, clip_norm = RECIPES[recipe]
+    job = job_of(recipe, "ring", 1, 0)
+    task = task_type()
+    torch.manual_seed(5)
+    model, data = task.model(), task.train_data()
+    arguments = {key: value for key, value in optimizer_spec.items() if key != "name"}
+    optimizer = getattr(torch.optim, optimizer_spec["name"])(model.parameters(), **arguments)
+    sampler = Sampler(SAMPLES, BATCH, world=1, seed=5)
+    losses = []
+    for step in range(STEPS):
+        inputs, targets = data[sampler.batch_ids(step).tolist()]
+        optimizer.zero_grad()
+        loss = task.loss(model(inputs), targets)
+        torch.autograd.backward(loss)
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        optimizer.param_groups[0]["lr"] = arguments["lr"] * factor(job.lr_schedule, step, STEPS)
+        optimizer.step()
+        losses.append(loss.item())
+    return {name: value.detach() for name, value in model.state_dict().items()}, losses
+
+
+def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Relative distance of two models, in the 2-norm over all parameters."""
+    assert found.keys() == expected.keys()
+    a = torch.cat([found[name].flatten() for name in expected]).double()
+    b = torch.cat([expected[name].flatten() for name in expected]).double()
+    return float((a - b).norm() / b.norm())
+
+
+def same_bits(first: Run, second: Run) -> bool:
+    a, b = first.parameters(), second.parameters()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses_of(run: Run) -> list[float]:
+    """The global batch's mean loss of each step, from all ranks' reports."""
+    sums = [0.0] * STEPS
+    counts = [0] * STEPS
+    for report in (report for reports in run.reports for report in reports):
+        assert isinstance(report, StepReport)
+        sums[report.step] += report.loss * report.samples
+        counts[report.step] += report.samples
+    assert counts == [9, 9, 9, 9, 1] * EPOCHS
+    return [total / count for total, count in zip(sums, counts, strict=True)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
+def test_every_world_gives_what_one_process_gives(
+    recipe: str, strategy: str, workers: int, servers: int
+) -> None:
+    run = train(job_of(recipe, strategy, workers, servers), RECIPES[recipe][0])
+    expected, losses = plain(recipe)
+    for rank in range(workers):
+        assert distance(run.parameters(rank), expected) < 1e-5
+    assert losses_of(run) == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_reference_learns_and_its_options_matter(recipe: str) -> None:
+    """Or the test above would compare models that never moved."""
+    task_type, _, _, clip_norm = RECIPES[recipe]
+    expected, losses = plain(recipe)
+    assert losses[-2] < losses[3]
+    torch.manual_seed(5)
+    initial = {name: value.detach() for name, value in task_type().model().state_dict().items()}
+    assert distance(initial, expected) > 0.01
+    if clip_norm is not None:
+        job = job_of(recipe, "ring", 1, 0).model_copy(update={"clip_norm": None})
+        assert distance(train(job, task_type).parameters(), expected) > 1e-4
+
+
+@pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
+def test_a_repeated_run_gives_the_same_bits(strategy: str, workers: int, servers: int) -> None:
+    recipe = "conv-adamw-accumulated-clipped"
+    job = job_of(recipe, strategy, workers, servers)
+    runs = [train(job, Conv) for _ in range(2)]
+    assert same_bits(*runs)
+    first, *others = [runs[0].parameters(rank) for rank in range(workers)]
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+@pytest.mark.parametrize(("strategy", "servers"), [("ring", 0), ("ps-sync", 1)])
+def test_a_repeated_run_with_dropout_gives_the_same_bits(strategy: str, servers: int) -> None:
+    """One rank only: here ranks are threads, and threads share torch's generator."""
+    job = job_of("mlp-sgd", strategy, 1, servers)
+
+    def draw(rank: int, prepared: Prepared) -> None:
+        torch.rand(17)
+
+    first = train(job, Dropout)
+    assert same_bits(first, train(job, Dropout, before=draw))  # each step is seeded by itself
+    assert not same_bits(first, train(job.model_copy(update={"seed": 6}), Dropout))
+
+
+def test_each_step_drops_out_anew() -> None:
+    job = job_of("mlp-sgd", "ring", 1, 0)
+    frozen = job.model_copy(update={"optimizer": job.optimizer.model_copy(update={"lr": 1e-30})})
+    in_order = frozen.data.model_copy(update={"shuffle": False})
+    same_batch = {"global_batch_size": SAMPLES, "steps": 3, "epochs": None, "data": in_order}
+    run = train(frozen.model_copy(update=same_batch), Dropout)
+    losses = {report.loss for report in run.reports[0] if isinstance(report, StepReport)}
+    assert len(losses) == 3
+
+
+def test_each_rank_drops_out_anew() -> None:
+    """Asked of the seed itself: threads share a generator, so masks cannot be told apart here."""
+    assert len({_step_seed(5, step, rank) for step in range(20) for rank in range(8)}) == 160
+
+
+def test_ring_starts_all_ranks_from_rank_0s_parameters() -> None:
+    """A model that does not draw from torch's generator would differ by rank."""
+
+    def spoil(rank: int, prepared: Prepared) -> None:
+        prepared.flat.params.add_(float(rank))
+
+    run = train(job_of("mlp-sgd", "ring", 3, 0), Mlp, before=spoil)
+    for rank in range(3):
+        assert distance(run.parameters(rank), plain("mlp-sgd")[0]) < 1e-5
+
+
+@pytest.mark.parametrize(("strategy", "servers"), [("ring", 0), ("ps-sync", 1)])
+def test_a_rank_without_samples_is_seen_to_move(strategy: str, servers: int) -> None:
+    """The controller takes a rank whose beats stand still for a stalled one."""
+    job = job_of("mlp-sgd", strategy, 3, servers)
+
+    class Tiny(Mlp):
+        def train_data(self) -> TensorDataset:
+            return TensorDataset(torch.ones(2, 5), torch.tensor([0, 1]))
+
+    run = train(job, Tiny)
+    assert [progress.step for progress in run.progress] == [EPOCHS] * 3
+    assert all(progress.beats >= EPOCHS for progress in run.progress)
+    assert [r.samples for r in run.reports[2] if isinstance(r, StepReport)] == [0] * EPOCHS

@@ -1,0 +1,174 @@
+"""The shape of the house: who may import whom, what may load torch and Ray, how long a file is."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import distplat
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("platform", "strategies", "actors", "cli")
+
+ALLOWED = {
+    "platform": {"platform"},
+    "strategies": {"strategies", "platform"},
+    "actors": {"actors", "strategies", "platform"},
+    "cli": {"cli", "actors", "strategies", "platform"},
+}
+"""Which folders a folder may import: cli -> actors -> strategies -> platform."""
+
+LIGHT = [
+    "distplat.platform.run_directory",
+    "distplat.strategies.catalog",
+    "distplat.strategies.ps_sync",
+    "distplat.strategies.ring",
+    "distplat.strategies.task",
+    "distplat.actors.controller",
+    "distplat.actors.launch",
+    "distplat.actors.messages",
+    "distplat.actors.server",
+    "distplat.actors.spawn",
+    "distplat.actors.stopping",
+    "distplat.actors.trainer",
+    "distplat.actors.worker",
+]
+"""Modules of the driver and of light actors: importing them must not load torch."""
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of all that a file imports, in functions and for type checkers too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{label(path)}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def folder_of(name: str) -> str | None:
+    """The one of our folders from which a dotted name comes."""
+    first, *rest = name.split(".")
+    if first != "distplat" or not rest:
+        return None
+    home = distplat._HOMES.get(rest[0])
+    return home.split(".")[1] if home else rest[0] if rest[0] in FOLDERS else None
+
+
+OURS = sources(*FOLDERS)
+
+
+@pytest.mark.parametrize("path", OURS, ids=label)
+def test_imports_point_down(path: Path) -> None:
+    allowed = ALLOWED[path.relative_to(ROOT).parts[0]]
+    wrong = [name for name in imported(path) if folder_of(name) not in {None, *allowed}]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("folder", "banned"),
+    [("platform", {"ray", "torch"}), ("strategies", {"ray"}), ("cli", {"torch"})],
+)
+def test_what_a_folder_does_without(folder: str, banned: set[str]) -> None:
+    wrong = [
+        f"{label(path)} imports {name}"
+        for path in sources(folder)
+        for name in imported(path)
+        if name.split(".")[0] in banned
+    ]
+    assert not wrong
+
+
+def test_the_tables_are_of_what_there_is() -> None:
+    """A check over an empty list would pass."""
+    assert all(sources(folder) for folder in FOLDERS)
+    assert folder_of("distplat.Trainer") == "actors"
+    assert folder_of("distplat.cli.main") == "cli"
+    assert folder_of("distplat.__version__") is folder_of("numpy.random") is None
+
+
+@pytest.mark.parametrize("path", sources("tests", "examples", "benchmarks", *FOLDERS), ids=label)
+def test_no_folder_is_imported_by_its_bare_name(path: Path) -> None:
+    """It would be a second copy of every module; `platform` would be the standard library's."""
+    bare = {"actors", "strategies", "cli"}
+    assert not [name for name in imported(path) if name.split(".")[0] in bare]
+
+
+def run(code: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_driver_does_not_load_torch() -> None:
+    loads = (
+        "import importlib, sys\n"
+        f"for name in {LIGHT!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'torch' in sys.modules: sys.exit(f'{name} loads torch')\n"
+    )
+    assert run(loads, ROOT) == ""
+
+
+def test_the_package_itself_loads_nothing() -> None:
+    ask = "import sys, distplat; print([m for m in ('ray', 'torch', 'numpy') if m in sys.modules])"
+    assert run(ask, ROOT) == "[]"
+
+
+def test_the_command_line_starts_without_ray() -> None:
+    ask = "import sys, distplat.cli.main; print([m for m in ('ray', 'torch') if m in sys.modules])"
+    assert run(ask, ROOT) == "[]"
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "tests", ROOT / "examples"], ids=label)
+def test_platform_is_the_standard_librarys(folder: Path) -> None:
+    ask = "import platform; print(platform.__file__, platform.python_implementation())"
+    file, implementation = run(ask, folder).split()
+    assert ROOT not in Path(file).parents or ".venv" in file
+    assert implementation == sys.implementation.name.replace("cpython", "CPython")
+
+
+@pytest.mark.parametrize("folder", ["platform", "tests/platform"])
+def test_there_is_no_package_called_platform(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_links_lead_to_the_folders(folder: str) -> None:
+    link = ROOT / "distplat" / folder
+    assert link.is_symlink() and link.resolve() == ROOT / folder
+    assert os.readlink(link) == f"../{folder}"  # relative: good in every clone
+
+
+@pytest.mark.parametrize("path", [*OURS, ROOT / "distplat/__init__.py"], ids=label)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first, last = node.body[0], node.body[-1]  # a command's options are not its length
+            assert (last.end_lineno or 0) - first.lineno < 50, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("folder", ["unit", "cluster", "gpu", "support"])
+def test_test_folders_are_no_packages(folder: str) -> None:
+    assert not (ROOT / "tests" / folder / "__init__.py").exists()
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    names = [path.stem for path in sources("tests") if path.stem != "conftest"]
+    assert len(names) == len(set(names))

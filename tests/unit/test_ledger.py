@@ -1,0 +1,210 @@
+"""The ledger: a table of what it answers, and random histories against a serial model."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from distplat.platform.errors import (
+    FencedError,
+    GapError,
+    NotReadyError,
+    ProtocolError,
+    StaleError,
+)
+from distplat.platform.ledger import Ledger, PushId, Verdict
+
+JOB, ATTEMPT, WORLD, VERSION = "run", 2, 3, 5
+NEW, STAGED, COMMITTED = Verdict.NEW, Verdict.REPEAT_STAGED, Verdict.REPEAT_COMMITTED
+
+
+def push(rank: int, seq: int = VERSION, attempt: int = ATTEMPT, job: str = JOB) -> PushId:
+    return PushId(job, attempt, rank, seq)
+
+
+def ledger(*staged: int) -> Ledger:
+    book = Ledger(JOB, ATTEMPT, WORLD)
+    book.restore(VERSION)
+    for rank in staged:
+        assert book.offer(push(rank)) is NEW
+    return book
+
+
+@pytest.mark.parametrize(
+    ("staged", "offered", "verdict", "complete", "missing"),
+    [
+        ((), push(1), NEW, False, [0, 2]),
+        ((0, 2), push(1), NEW, True, []),
+        ((1,), push(1), STAGED, False, [0, 2]),
+        ((0, 1, 2), push(1), STAGED, True, []),
+        ((), push(1, VERSION - 1), COMMITTED, False, [0, 1, 2]),
+        ((1, 2), push(1, VERSION - 1), COMMITTED, False, [0]),
+    ],
+)
+def test_verdicts(
+    staged: tuple[int, ...],
+    offered: PushId,
+    verdict: Verdict,
+    complete: bool,
+    missing: list[int],
+) -> None:
+    book = ledger(*staged)
+    assert book.offer(offered) is verdict
+    assert (book.complete, book.missing(), book.version) == (complete, missing, VERSION)
+
+
+@pytest.mark.parametrize(
+    ("offered", "error", "message"),
+    [
+        (push(1, VERSION + 1), GapError, "push 6 of rank 1 refused: expected 5"),
+        (push(1, VERSION + 9), GapError, "push 14 of rank 1 refused"),
+        (push(1, VERSION - 2), StaleError, "push 3 of rank 1 refused: expected 5"),
+        (push(1, 0), StaleError, "push 0 of rank 1 refused"),
+        (push(9), FencedError, "push of rank 9 refused: the world has"),
+        (push(-1), FencedError, "push of rank -1 refused: the world has"),
+        (push(1, attempt=1), FencedError, "attempt 1 refused: this shard serves 'run' attempt 2"),
+        (push(1, attempt=3), FencedError, "attempt 3 refused"),
+        (push(1, job="other"), FencedError, "job 'other' attempt 2 refused"),
+    ],
+)
+def test_refused_pushes_change_nothing(
+    offered: PushId, error: type[ProtocolError], message: str
+) -> None:
+    book = ledger(0)
+    with pytest.raises(error, match=message):
+        book.offer(offered)
+    assert (book.version, book.missing()) == (VERSION, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("staged", "seq", "error"),
+    [
+        ((0, 1), VERSION, GapError),
+        ((), VERSION, GapError),
+        ((0, 1, 2), VERSION + 1, GapError),
+        ((0, 1, 2), VERSION - 2, StaleError),
+    ],
+)
+def test_refused_commits_change_nothing(
+    staged: tuple[int, ...], seq: int, error: type[ProtocolError]
+) -> None:
+    book = ledger(*staged)
+    with pytest.raises(error, match=f"commit {seq} refused: version is 5"):
+        book.commit(seq)
+    assert (book.version, len(book.missing())) == (VERSION, WORLD - len(staged))
+
+
+def test_a_step_is_committed_once() -> None:
+    book = ledger(0, 1, 2)
+    assert book.commit(VERSION) is True
+    assert (book.version, book.missing()) == (VERSION + 1, [0, 1, 2])
+    assert book.offer(push(0, VERSION + 1)) is NEW
+    assert book.commit(VERSION) is False
+    assert (book.version, book.missing()) == (VERSION + 1, [1, 2])
+
+
+def test_without_parameters_nothing_is_taken() -> None:
+    book = Ledger(JOB, ATTEMPT, WORLD)
+    with pytest.raises(NotReadyError):
+        book.offer(push(0, 0))
+    with pytest.raises(NotReadyError):
+        book.commit(0)
+    book.restore(0)
+    assert book.offer(push(0, 0)) is NEW
+
+
+def test_a_restore_forgets_what_was_staged() -> None:
+    book = ledger(0, 1)
+    book.restore(VERSION)
+    assert book.missing() == [0, 1, 2]
+
+
+class Histories(RuleBasedStateMachine):
+    """
+    A shard that does what the ledger says, under messages that come late, twice or out of turn.
+
+    `applied` is what an optimizer would see: the ranks whose gradients went into each step. It must
+    be every rank, once, for every step, in order, whatever was sent.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attempt = 0
+        self.applied: list[list[int]] = []
+        self._start()
+
+    def _start(self) -> None:
+        self.book = Ledger(JOB, self.attempt, WORLD)
+        self.book.restore(len(self.applied))
+        self.staged: list[int] = []
+
+    @rule(
+        rank=st.integers(0, WORLD - 1),
+        ahead=st.sampled_from([0, 0, 0, -1, -2, -3, 1, 2]),
+        behind=st.sampled_from([0, 0, 0, 0, 1, 2]),
+    )
+    def push_comes(self, rank: int, ahead: int, behind: int) -> None:
+        """A push for `ahead` steps from now, of `behind` attempts ago."""
+        now = len(self.applied)
+        offered = push(rank, now + ahead, self.attempt - behind)
+        if behind:
+            self._refused(FencedError, offered)
+        elif ahead > 0:
+            self._refused(GapError, offered)
+        elif ahead < -1:
+            self._refused(StaleError, offered)
+        elif ahead == -1:
+            assert self.book.offer(offered) is COMMITTED
+        else:
+            expected = STAGED if rank in self.staged else NEW
+            assert self.book.offer(offered) is expected
+            if expected is NEW:
+                self.staged.append(rank)
+
+    def _refused(self, error: type[ProtocolError], offered: PushId) -> None:
+        with pytest.raises(error):
+            self.book.offer(offered)
+
+    @rule(ahead=st.sampled_from([0, 0, 0, -1, -2, 1]))
+    def commit_comes(self, ahead: int) -> None:
+        """A commit of the present step, a repeated one, one out of turn."""
+        now = len(self.applied)
+        if ahead == -1:
+            assert self.book.commit(now - 1) is False
+        elif ahead == 0 and len(self.staged) == WORLD:
+            self._commit()
+        else:
+            with pytest.raises(StaleError if ahead < 0 else GapError):
+                self.book.commit(now + ahead)
+
+    @precondition(lambda self: len(self.staged) < WORLD)
+    @rule(order=st.permutations(range(WORLD)))
+    def step_goes_through(self, order: list[int]) -> None:
+        """What is missing comes, in any order, and is committed: histories get long."""
+        for rank in order:
+            if self.book.offer(push(rank, len(self.applied), self.attempt)) is NEW:
+                self.staged.append(rank)
+        self._commit()
+
+    def _commit(self) -> None:
+        assert self.book.commit(len(self.applied)) is True
+        self.applied.append(self.staged)
+        self.staged = []
+
+    @rule()
+    def shard_is_replaced(self) -> None:
+        """A recovery: a fresh ledger of the next attempt, at the committed version."""
+        self.attempt += 1
+        self._start()
+
+    @invariant()
+    def nothing_is_lost_and_nothing_counted_twice(self) -> None:
+        """Every step that was applied had every rank's gradient, once."""
+        assert all(sorted(ranks) == list(range(WORLD)) for ranks in self.applied)
+        assert self.book.version == len(self.applied)
+        assert self.book.complete == (len(self.staged) == WORLD)
+        assert self.book.missing() == sorted(set(range(WORLD)) - set(self.staged))
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

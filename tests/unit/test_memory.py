@@ -1,0 +1,144 @@
+"""Shared memory without names: another process maps it, and nothing is left behind."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distplat.actors.memory import Segment
+from distplat.actors.messages import Address
+
+OWNER = """
+import sys
+from distplat.actors.memory import Segment
+segment = Segment.create("node", 5, "float32")
+segment.tensor[:] = 3.0
+print(*[segment.address.pid, segment.address.fd], flush=True)
+for line in sys.stdin:
+    if line.strip() == "seal":
+        segment.seal()
+    print(*segment.tensor.tolist(), flush=True)
+"""
+
+MAPPER = """
+import sys
+from distplat.actors.memory import Segment
+from distplat.actors.messages import Address
+node, pid, fd, elements, dtype = sys.argv[1:]
+segment = Segment.open(Address(node, int(pid), int(fd), int(elements), dtype))
+print(*segment.tensor.tolist())
+segment.tensor.add_(1)
+"""
+
+
+@contextmanager
+def owner() -> Iterator[tuple["subprocess.Popen[str]", Address]]:
+    """A process that keeps a segment and prints it for every line it is sent."""
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid, fd = map(int, process.stdout.readline().split())
+        try:
+            yield process, Address("node", pid, fd, 5, "float32")
+        finally:
+            process.kill()
+
+
+def ask(process: "subprocess.Popen[str]", line: str) -> list[float]:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return [float(word) for word in process.stdout.readline().split()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64"])
+@pytest.mark.parametrize("elements", [0, 1, 5, 5000])
+def test_a_fresh_segment_is_zeros(elements: int, dtype: str) -> None:
+    segment = Segment.create("node", elements, dtype)
+    address = segment.address
+    assert (address.node, address.pid, address.elements) == ("node", os.getpid(), elements)
+    expected = torch.zeros(elements, dtype=getattr(torch, dtype))
+    assert segment.tensor.dtype == expected.dtype and torch.equal(segment.tensor, expected)
+
+
+def test_another_process_maps_it() -> None:
+    segment = Segment.create("node", 3, "float32")
+    segment.tensor[:] = torch.tensor([1.0, 2.0, 3.0])
+    words = [str(part) for part in astuple(segment.address)]
+    done = subprocess.run(
+        [sys.executable, "-c", MAPPER, *words], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1.0", "2.0", "3.0"]
+    assert segment.tensor.tolist() == [2.0, 3.0, 4.0]
+
+
+def test_both_sides_write() -> None:
+    with owner() as (process, address):
+        segment = Segment.open(address)
+        assert segment.tensor.tolist() == [3.0] * 5
+        segment.tensor[1] = 9.0
+        assert ask(process, "show") == [3.0, 9.0, 3.0, 3.0, 3.0]
+
+
+def test_a_sealed_segment_is_closed_to_newcomers_only() -> None:
+    with owner() as (process, address):
+        segment = Segment.open(address)
+        ask(process, "seal")
+        with pytest.raises(OSError):
+            Segment.open(address)
+        segment.tensor[0] = 5.0
+        assert ask(process, "show")[0] == 5.0
+
+
+def test_who_has_mapped_it_outlives_the_owner_and_newcomers_do_not() -> None:
+    with owner() as (process, address):
+        segment = Segment.open(address)
+    assert process.poll() is not None
+    assert segment.tensor.tolist() == [3.0] * 5
+    segment.tensor.fill_(1.0)
+    with pytest.raises(OSError):
+        Segment.open(address)
+
+
+def test_a_descriptor_that_is_none_raises() -> None:
+    address = Segment.create("node", 3, "float32").address
+    with pytest.raises(OSError):
+        Segment.open(replace(address, fd=99_999))
+
+
+def test_opening_keeps_no_descriptor() -> None:
+    segment = Segment.create("node", 3, "float32")
+    before = len(os.listdir("/proc/self/fd"))
+    opened = [Segment.open(segment.address) for _ in range(10)]
+    # Python's mmap keeps a duplicate of each descriptor; ours are closed.
+    assert len(os.listdir("/proc/self/fd")) - before == len(opened)
+    del opened
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_tensor_keeps_the_memory() -> None:
+    tensor = Segment.create("node", 4, "float32").tensor
+    assert tensor.add_(2.0).tolist() == [2.0] * 4
+
+
+def test_a_seal_twice_is_fine() -> None:
+    segment = Segment.create("node", 3, "float32")
+    segment.seal()
+    segment.seal()
+    assert segment.tensor.tolist() == [0.0] * 3
+
+
+def test_nothing_appears_in_dev_shm() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    segment = Segment.create("node", 100_000, "float32")
+    segment.tensor.fill_(1.0)
+    ours = {p for p in set(Path("/dev/shm").iterdir()) - before if "distplat" in p.name}
+    assert not ours
+    assert os.readlink(f"/proc/self/fd/{segment.address.fd}") == "/memfd:distplat (deleted)"

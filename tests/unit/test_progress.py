@@ -1,0 +1,60 @@
+"""Reports of the ranks put together: means by samples, the slowest part, each step once."""
+
+import itertools
+
+import pytest
+
+from distplat.platform.progress import (
+    EvalReport,
+    EvalSummary,
+    Gathering,
+    StepReport,
+    StepSummary,
+)
+
+
+def step(
+    rank: int, number: int, loss: float = 1.0, samples: int = 1, compute: float = 0.0
+) -> StepReport:
+    seconds = {"compute": compute, "data": 1.0}
+    return StepReport(rank, number, number // 10, loss, samples, seconds, of=30)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_step_is_given_out_with_its_last_rank(order: tuple[int, ...]) -> None:
+    parts = [step(0, 12, 2.0, 3, 0.5), step(1, 12, 4.0, 1, 0.75), step(2, 12, 0.0, 0, 0.25)]
+    gathering = Gathering(3)
+    results = [gathering.add(parts[rank]) for rank in order]
+    seconds = {"compute": 0.75, "data": 1.0}
+    assert results == [None, None, StepSummary(12, 1, (2.0 * 3 + 4.0) / 4, 4, seconds, 30)]
+
+
+def test_the_sum_does_not_depend_on_who_came_first() -> None:
+    losses = [1e16, 1.0, -1e16]
+    means = set()
+    for order in itertools.permutations(range(3)):
+        gathering = Gathering(3)
+        summary = [gathering.add(step(rank, 0, losses[rank])) for rank in order][-1]
+        assert isinstance(summary, StepSummary)
+        means.add(summary.loss)
+    assert len(means) == 1
+
+
+def test_a_rank_may_be_steps_ahead() -> None:
+    gathering = Gathering(2)
+    assert [gathering.add(step(0, number)) for number in range(3)] == [None] * 3
+    given = [gathering.add(step(1, number)) for number in range(3)]
+    assert [s.step for s in given if s is not None] == [0, 1, 2]
+
+
+def test_evaluations_are_means_over_all_samples() -> None:
+    gathering = Gathering(3)
+    assert gathering.add(EvalReport(1, 8, 1, {"loss": 5.0, "accuracy": 0.0})) is None
+    assert gathering.add(EvalReport(0, 8, 3, {"loss": 3.0, "accuracy": 3.0})) is None
+    assert gathering.add(step(2, 8)) is None  # a step of the same number is another thing
+    last = gathering.add(EvalReport(2, 8, 0, {}))
+    assert last == EvalSummary(8, 4, {"loss": 2.0, "accuracy": 0.75})
+
+
+def test_an_evaluation_without_samples_has_no_figures() -> None:
+    assert Gathering(1).add(EvalReport(0, 3, 0, {})) == EvalSummary(3, 0, {})

@@ -1,0 +1,210 @@
+"""The run directory: every file readable by those who will read it, and failures that say so."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distplat.actors.training import saved_model
+from distplat.platform.errors import StorageError
+from distplat.platform.job_file import read_job
+from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.run_directory import RunDirectory, new_run_name
+from distplat.platform.spec import Job
+
+JOB = Job.model_validate(
+    {
+        "name": "kept",
+        "task": "model:Digits",
+        "strategy": {"name": "ring", "timeout_s": 5},
+        "optimizer": {"name": "AdamW", "lr": 0.1},
+        "steps": 10,
+        "global_batch_size": 64,
+        "storage_path": "some/runs",
+    }
+)
+STEPS = [
+    StepSummary(s, s // 2, 1.0 / (s + 1), 64, {"data": 0.25, "compute": 0.5}, of=3)
+    for s in range(3)
+]
+EVALUATION = EvalSummary(3, 100, {"loss": 0.5, "accuracy": 0.75})
+
+
+def bits(value: torch.Tensor) -> list[int]:
+    return value.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def make(base: Path) -> RunDirectory:
+    return RunDirectory(JOB, "kept-1", base)
+
+
+def lines(directory: RunDirectory) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory.path / "metrics.jsonl").open()]
+
+
+def test_run_names_are_unlike_each_other() -> None:
+    names = {new_run_name(JOB) for _ in range(20)}
+    assert len(names) > 15  # 4 hex digits: some of 20 may meet
+    assert all(re.fullmatch(r"kept-\d{8}-\d{6}-[0-9a-f]{4}", name) for name in names)
+
+
+def test_what_a_run_leaves(tmp_path: Path) -> None:
+    directory = make(tmp_path)
+    assert directory.path == tmp_path.resolve() / "some/runs/kept-1"
+    directory.record(STEPS[0])
+    directory.save_model(b"what the worker sent")
+    directory.finish("SUCCEEDED", {"metrics": {"loss": 0.5}, "seconds": 3.0})
+    left = sorted(path.name for path in directory.path.iterdir())
+    assert left == ["job.yaml", "metrics.jsonl", "model.safetensors", "result.json", "tensorboard"]
+    assert directory.path.stat().st_mode & 0o777 == 0o700
+    assert json.loads((directory.path / "result.json").read_text()) == {
+        "status": "SUCCEEDED",
+        "metrics": {"loss": 0.5},
+        "seconds": 3.0,
+    }
+
+
+def test_the_job_can_be_read_back(tmp_path: Path) -> None:
+    assert read_job(make(tmp_path).path / "job.yaml") == JOB
+
+
+def test_metrics_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
+    directory = make(tmp_path)
+    for number, summary in enumerate(STEPS):
+        directory.record(summary)
+        assert len(lines(directory)) == number + 1
+    directory.record(EVALUATION)
+    assert lines(directory)[1:] == [
+        {
+            "kind": "step",
+            "step": 1,
+            "epoch": 0,
+            "loss": 0.5,
+            "samples": 64,
+            "seconds": {"data": 0.25, "compute": 0.5},
+            "of": 3,
+        },
+        {
+            "kind": "step",
+            "step": 2,
+            "epoch": 1,
+            "loss": 1 / 3,
+            "samples": 64,
+            "seconds": {"data": 0.25, "compute": 0.5},
+            "of": 3,
+        },
+        {
+            "kind": "evaluation",
+            "step": 3,
+            "samples": 100,
+            "metrics": {"loss": 0.5, "accuracy": 0.75},
+        },
+    ]
+
+
+def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
+    directory = make(tmp_path)
+    for summary in STEPS:
+        directory.record(summary)
+    directory.record(EVALUATION)
+    directory.finish("SUCCEEDED", {})
+    board = EventAccumulator(str(directory.path / "tensorboard"))
+    board.Reload()
+    curves = {
+        tag: [(point.step, point.value) for point in board.Scalars(tag)]
+        for tag in board.Tags()["scalars"]
+    }
+    assert curves == {
+        "train/loss": [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))],
+        "train/samples": [(0, 64.0), (1, 64.0), (2, 64.0)],
+        "seconds/data": [(0, 0.25), (1, 0.25), (2, 0.25)],
+        "seconds/compute": [(0, 0.5), (1, 0.5), (2, 0.5)],
+        "eval/loss": [(3, 0.5)],
+        "eval/accuracy": [(3, 0.75)],
+    }
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.randn(3, 4, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([float("nan"), float("inf"), -0.0]),
+        torch.tensor(7),
+        torch.tensor(0.1, dtype=torch.float64),
+        torch.randn(3, 4).t(),
+        torch.zeros(0, 5),
+        torch.tensor([True, False]),
+        torch.randn(5).half(),
+        torch.randn(5).bfloat16(),
+    ],
+    ids=["matrix", "nan", "0-d", "0-d-double", "transposed", "empty", "bool", "half", "bfloat16"],
+)
+def test_a_saved_model_is_bitwise_equal(value: torch.Tensor, tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    model.register_buffer("first", value)
+    model.register_buffer("tied", value)
+    path = make(tmp_path).save_model(saved_model(model))
+    read = load_file(path)
+    assert sorted(read) == ["first", "tied"]
+    for found in read.values():
+        assert (found.shape, found.dtype) == (value.shape, value.dtype)
+        assert bits(found) == bits(value)
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_a_diverged_loss_is_null(tmp_path: Path) -> None:
+    directory = make(tmp_path)
+    directory.record(StepSummary(0, 0, float("nan"), 8, {"data": float("inf")}))
+    line = (directory.path / "metrics.jsonl").read_text()
+    assert "NaN" not in line
+    assert (json.loads(line)["loss"], json.loads(line)["seconds"]) == (None, {"data": None})
+
+
+def test_a_failed_run_says_why(tmp_path: Path) -> None:
+    directory = make(tmp_path)
+    directory.finish("FAILED", {"error": "worker-1 was lost: killed"})
+    result = json.loads((directory.path / "result.json").read_text())
+    assert result == {"status": "FAILED", "error": "worker-1 was lost: killed"}
+    assert not (directory.path / "tensorboard").exists()
+
+
+def test_no_run_directory_is_used_twice(tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(StorageError, match=r"cannot make the run directory .*kept-1"):
+        make(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "some").write_text("a file in the way: stops root too, where permissions do not")
+    with pytest.raises(StorageError, match=r"cannot make the run directory .*some/runs/kept-1"):
+        make(tmp_path)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    directory = make(tmp_path)
+    directory._metrics = Path("/dev/full").open("a", buffering=1)
+    with pytest.raises(StorageError, match=r"cannot write to .*kept-1.*No space left"):
+        directory.record(STEPS[0])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda directory: directory.save_model({"w": np.ones(2)}),
+        lambda directory: directory.finish("FAILED", {}),
+    ],
+    ids=["save_model", "finish"],
+)
+def test_a_directory_that_went_away(write: Callable[[RunDirectory], None], tmp_path: Path) -> None:
+    directory = make(tmp_path)
+    shutil.rmtree(directory.path)
+    with pytest.raises(StorageError, match=r"cannot write .*kept-1.*No such file"):
+        write(directory)

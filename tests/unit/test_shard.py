@@ -1,0 +1,201 @@
+"""A shard updates as a plain torch optimizer does, once per step, or not at all."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import (
+    FencedError,
+    GapError,
+    NotReadyError,
+    ProtocolError,
+    StaleError,
+)
+from distplat.platform.ledger import PushId, Verdict
+from distplat.platform.shard_map import ShardPlan
+from distplat.platform.spec import Job
+from distplat.strategies.algorithms.reduce import squared_norm
+from distplat.strategies.training.shard import ParameterShard
+
+SIZE, WORLD, STEPS = 53, 3, 6
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"name": "SGD", "lr": 0.1},
+    {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    {"name": "SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True},
+    {"name": "Adam", "lr": 0.01, "amsgrad": True},
+    {"name": "AdamW", "lr": 0.01, "weight_decay": 0.1},
+    {"name": "RMSprop", "lr": 0.01, "momentum": 0.5, "centered": True},
+    {"name": "Adagrad", "lr": 0.05, "lr_decay": 0.01},
+]
+
+
+def job(optimizer: dict[str, Any], clip_norm: float | None = None) -> Job:
+    return Job.model_validate(
+        {
+            "name": "shard",
+            "strategy": "ps-sync",
+            "scaling": {"num_workers": WORLD},
+            "optimizer": optimizer,
+            "lr_schedule": {"name": "linear", "final_factor": 0.5},
+            "steps": STEPS,
+            "global_batch_size": 9,
+            "clip_norm": clip_norm,
+        }
+    )
+
+
+def make(of: Job | None = None, *, shards: int = 1, restored: bool = True) -> ParameterShard:
+    plan = ShardPlan(of or job(OPTIMIZERS[1]), "run", 1, WORLD, STEPS, shards)
+    shard = ParameterShard(plan, torch.linspace(-1, 1, SIZE))
+    if restored:
+        shard.restore(0)
+    return shard
+
+
+def gradient(rank: int, step: int) -> Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def push(rank: int, step: int, attempt: int = 1) -> PushId:
+    return PushId("run", attempt, rank, step)
+
+
+def do_step(shard: ParameterShard, step: int, ranks: tuple[int, ...] = (2, 0, 1)) -> None:
+    for rank in ranks:
+        assert shard.push(push(rank, step), gradient(rank, step)) is Verdict.NEW
+    norm = None if shard.squared_norm is None else shard.squared_norm**0.5
+    shard.commit(step, norm)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 2.0])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: "-".join(map(str, o.values())))
+def test_the_same_as_a_plain_optimizer(optimizer: dict[str, Any], clip_norm: float | None) -> None:
+    shard = make(job(optimizer, clip_norm))
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, SIZE))
+    arguments = {k: v for k, v in optimizer.items() if k != "name"}
+    plain = getattr(torch.optim, optimizer["name"])([parameter], **arguments)
+    for step in range(STEPS):
+        do_step(shard, step)
+        parameter.grad = gradient(0, step) + gradient(1, step) + gradient(2, step)
+        if clip_norm is not None:
+            assert float(parameter.grad.norm()) > clip_norm  # or nothing is tested
+            torch.nn.utils.clip_grad_norm_([parameter], clip_norm)
+        plain.param_groups[0]["lr"] = optimizer["lr"] * (1 - 0.5 * step / (STEPS - 1))
+        plain.step()
+        torch.testing.assert_close(shard.params, parameter.detach(), rtol=1e-5, atol=1e-6)
+        assert shard.version == step + 1
+
+
+def test_the_order_of_arrival_does_not_change_a_bit() -> None:
+    first, second = make(), make()
+    for step in range(STEPS):
+        do_step(first, step, (0, 1, 2))
+        do_step(second, step, (2, 1, 0))
+    assert torch.equal(first.params, second.params)
+
+
+def test_parameters_are_updated_in_place() -> None:
+    shard = make()
+    params, before = shard.params, shard.params.clone()
+    do_step(shard, 0)
+    assert shard.params is params and not torch.equal(params, before)
+
+
+def test_repeats_change_nothing() -> None:
+    once, often = make(), make()
+    for step in range(STEPS):
+        do_step(once, step)
+        for rank in (0, 0, 1, 1, 0, 2, 2):
+            often.push(push(rank, step), gradient(rank, step))
+        for _ in range(3):
+            often.commit(step, None)
+        assert often.push(push(1, step), gradient(1, step)) is Verdict.REPEAT_COMMITTED
+    assert torch.equal(once.params, often.params)
+
+
+def test_a_repeated_push_with_other_content_is_not_looked_at() -> None:
+    shard, expected = make(), make()
+    do_step(expected, 0)
+    shard.push(push(0, 0), gradient(0, 0))
+    assert shard.push(push(0, 0), torch.full((SIZE,), 1e9)) is Verdict.REPEAT_STAGED
+    do_step(shard, 0, ranks=(1, 2))
+    assert torch.equal(shard.params, expected.params)
+
+
+@pytest.mark.parametrize(
+    ("offered", "error"),
+    [
+        (push(1, 4), GapError),
+        (push(1, 1), StaleError),
+        (push(1, 3, attempt=0), FencedError),
+        (PushId("other", 1, 1, 3), FencedError),
+    ],
+)
+def test_a_refused_push_leaves_the_bits(offered: PushId, error: type[ProtocolError]) -> None:
+    shard, expected = make(), make()
+    for step in range(3):
+        do_step(shard, step)
+        do_step(expected, step)
+    before = shard.params.clone()
+    shard.push(push(0, 3), gradient(0, 3))
+    with pytest.raises(error):
+        shard.push(offered, gradient(1, 3))
+    assert torch.equal(shard.params, before)
+    do_step(shard, 3, ranks=(1, 2))
+    do_step(expected, 3)
+    assert torch.equal(shard.params, expected.params)
+
+
+@pytest.mark.parametrize(("seq", "error"), [(0, GapError), (1, GapError), (-2, StaleError)])
+def test_a_refused_commit_leaves_the_bits(seq: int, error: type[ProtocolError]) -> None:
+    shard = make()
+    before = shard.params.clone()
+    shard.push(push(0, 0), gradient(0, 0))
+    with pytest.raises(error):
+        shard.commit(seq, None)
+    assert torch.equal(shard.params, before) and shard.version == 0
+
+
+def test_without_parameters_it_takes_nothing() -> None:
+    shard = make(restored=False)
+    for call in (lambda: shard.push(push(0, 0), gradient(0, 0)), lambda: shard.commit(0, None)):
+        with pytest.raises(NotReadyError):
+            call()
+    shard.restore(0)
+    do_step(shard, 0)
+    assert shard.version == 1
+
+
+def test_a_gradient_of_another_shape_is_refused_before_it_is_booked() -> None:
+    shard = make()
+    with pytest.raises(ValueError, match="gradient has shape"):
+        shard.push(push(0, 0), torch.zeros(SIZE + 1))
+    assert shard.ledger.missing() == [0, 1, 2]
+
+
+def test_the_norm_is_of_the_sum_and_only_where_wanted() -> None:
+    wanted, unwanted = make(job(OPTIMIZERS[0], clip_norm=1.0)), make()
+    for shard in (wanted, unwanted):
+        for rank in range(WORLD):
+            shard.push(push(rank, 0), gradient(rank, 0))
+    total = gradient(0, 0) + gradient(1, 0) + gradient(2, 0)
+    assert wanted.squared_norm == squared_norm(total)
+    assert unwanted.squared_norm is None
+
+
+@pytest.mark.parametrize(("shards", "alone"), [(1, True), (2, False)])
+def test_only_the_only_shard_may_commit_by_itself(shards: int, alone: bool) -> None:
+    assert make(shards=shards).commits_alone is alone
+
+
+def test_an_empty_shard_of_a_tiny_model_works() -> None:
+    plan = ShardPlan(job({"name": "AdamW", "lr": 0.1}, 1.0), "run", 1, 1, STEPS, 3)
+    shard = ParameterShard(plan, torch.zeros(0))
+    shard.restore(0)
+    shard.push(push(0, 0), torch.zeros(0))
+    assert shard.squared_norm == 0.0
+    shard.commit(0, 0.0)
+    assert shard.version == 1

@@ -1,0 +1,51 @@
+"""Shards: complete, balanced by elements whatever the layers, and never none."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distplat.platform.shard_map import Shard, cut_shards
+
+
+@given(st.integers(0, 100_000), st.integers(1, 64))
+def test_any_map_is_complete_and_balanced(total: int, servers: int) -> None:
+    shard_map = cut_shards(total, servers)
+    assert shard_map.total == total
+    assert [shard.index for shard in shard_map.shards] == list(range(servers))
+    covered = [i for shard in shard_map.shards for i in (shard.start, shard.stop)]
+    assert covered == sorted(covered) and covered[0] == 0 and covered[-1] == total
+    assert sum(shard.size for shard in shard_map.shards) == total
+    sizes = [shard.size for shard in shard_map.shards]
+    assert max(sizes) - min(sizes) < 32
+
+
+@pytest.mark.parametrize(
+    ("total", "servers", "sizes"),
+    [
+        (1, 3, [1, 0, 0]),
+        (5, 3, [2, 2, 1]),
+        (47, 3, [16, 16, 15]),
+        (48, 3, [16, 16, 16]),
+        (160, 3, [64, 48, 48]),
+        (100, 1, [100]),
+    ],
+)
+def test_small_models(total: int, servers: int, sizes: list[int]) -> None:
+    assert [shard.size for shard in cut_shards(total, servers).shards] == sizes
+
+
+def test_one_huge_tensor_is_shared_out() -> None:
+    """The map sees elements only: a large embedding does not make one server the slow one."""
+    sizes = [shard.size for shard in cut_shards(10_000_000 + 33, 4).shards]
+    assert max(sizes) - min(sizes) < 32
+
+
+@given(st.integers(64, 5000), st.integers(1, 4))
+def test_inner_bounds_fall_on_cache_lines(total: int, servers: int) -> None:
+    assert all(shard.start % 16 == 0 for shard in cut_shards(total, servers).shards)
+
+
+def test_the_version_is_kept() -> None:
+    assert cut_shards(3, 1).version == 1
+    assert cut_shards(3, 1, version=4).version == 4
+    assert cut_shards(3, 1).shards == (Shard(0, 0, 3),)

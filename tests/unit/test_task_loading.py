@@ -1,0 +1,183 @@
+"""Finding the user's task, and showing the user's errors from the user's first line on."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.platform.errors import SpecError, UserCodeError
+from distplat.platform.spec import Job
+from distplat.strategies.task import Task
+from distplat.strategies.training.session import prepare
+
+GOOD = """
+from distplat import Task
+
+class Digits(Task):
+    def model(self): ...
+    def train_data(self): ...
+    def loss(self, outputs, targets): ...
+
+class Letters(Digits):
+    pass
+
+class NoTask:
+    pass
+
+value = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _clean_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what a test imports."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("utask"):
+            del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_a_class_is_found(tmp_path: Path) -> None:
+    write(tmp_path, "utask.py", GOOD)
+    found = load_task_class("utask:Digits", str(tmp_path))
+    assert issubclass(found, Task)
+    assert (found.__module__, found.__name__) == ("utask", "Digits")
+    assert load_task_class("utask:Digits", str(tmp_path)) is found
+    assert sys.path.count(str(tmp_path)) == 1
+
+
+def test_a_class_in_a_package_is_found(tmp_path: Path) -> None:
+    write(tmp_path, "utask_pkg/deep.py", GOOD)
+    assert load_task_class("utask_pkg.deep:Letters", str(tmp_path)).__name__ == "Letters"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message", "hint"),
+    [
+        ("utask:Digit", "module 'utask' has no class 'Digit'", "did you mean 'Digits'?"),
+        ("utask:Nothing", "has no class 'Nothing'", "allowed: Digits, Letters"),
+        ("utask:NoTask", "has no subclass of distplat.Task called 'NoTask'", "allowed: Digits"),
+        ("utask:value", "has no subclass of distplat.Task called 'value'", "allowed: Digits"),
+        ("utaks:Digits", "could not import 'utaks' from {folder}", "did you mean 'utask'?"),
+        ("utask_pkg.deeper:Digits", "could not import 'utask_pkg.deeper' from {folder}", ""),
+        ("utask_gone.deep:Digits", "could not import 'utask_gone.deep'", ""),
+    ],
+)
+def test_what_is_not_there(entry: str, message: str, hint: str, tmp_path: Path) -> None:
+    write(tmp_path, "utask.py", GOOD)
+    write(tmp_path, "utask_pkg/deep.py", GOOD)
+    with pytest.raises(SpecError) as caught:
+        load_task_class(entry, str(tmp_path))
+    (problem,) = caught.value.problems
+    assert problem.where == ("task",)
+    assert message.format(folder=tmp_path) in problem.message
+    assert problem.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("import utask_no_such_thing", ModuleNotFoundError, "utask_no_such_thing"),
+        ("from json import no_such_name", ImportError, "no_such_name"),
+        ("1 / 0", ZeroDivisionError, "division"),
+        ("def broken(:", SyntaxError, "invalid syntax"),
+    ],
+)
+def test_what_the_users_module_raises_passes_through(
+    text: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, "utask.py", text)
+    with pytest.raises(error, match=message):
+        load_task_class("utask:Digits", str(tmp_path))
+
+
+RAISES = """
+from distplat import Task
+
+class Digits(Task):
+    def model(self):
+        return build()
+    def train_data(self): ...
+    def loss(self, outputs, targets): ...
+
+def build():
+    raise ValueError("no layers today")
+"""
+
+JOB = Job.model_validate(
+    {
+        "name": "x",
+        "strategy": "ring",
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "steps": 1,
+        "global_batch_size": 1,
+    }
+)
+
+
+def caught(call: Callable[..., object], *args: object) -> UserCodeError:
+    """What a worker makes of the error of a call of ours."""
+    try:
+        call(*args)
+    except Exception as error:
+        # This function's own frame comes first; a worker's would be ours and left out.
+        assert error.__traceback__ is not None
+        return as_user_error(error.with_traceback(error.__traceback__.tb_next), 2, 7)
+    raise AssertionError("nothing was raised")
+
+
+def files(error: UserCodeError) -> list[str]:
+    """Names of the files of the traceback's frames, in order."""
+    lines = [line for line in error.traceback.splitlines() if line.startswith('  File "')]
+    return [Path(line.split('"')[1]).name for line in lines]
+
+
+def test_a_traceback_starts_at_the_users_frame(tmp_path: Path) -> None:
+    write(tmp_path, "utask.py", RAISES)
+    task = load_task_class("utask:Digits", str(tmp_path))()
+    error = caught(prepare, JOB, task)
+    assert files(error) == ["utask.py", "utask.py"]
+    assert "raise ValueError" in error.traceback
+    assert (error.rank, error.step, error.summary) == (2, 7, "ValueError: no layers today")
+
+
+def test_an_error_at_import_starts_at_the_users_frame(tmp_path: Path) -> None:
+    write(tmp_path, "utask.py", "import utask_helper\n")
+    write(tmp_path, "utask_helper.py", "raise RuntimeError('not today')\n")
+    error = caught(load_task_class, "utask:Digits", str(tmp_path))
+    names = [name for name in files(error) if not name.startswith("<frozen")]
+    assert names == ["utask.py", "utask_helper.py"]
+    assert files(error)[0] == "utask.py"
+
+
+def test_an_error_that_we_raise_has_no_frames_of_ours(tmp_path: Path) -> None:
+    write(tmp_path, "utask.py", RAISES.replace("return build()", "return 3"))
+    task = load_task_class("utask:Digits", str(tmp_path))()
+    error = caught(prepare, JOB, task)
+    assert error.summary == "ValueError: model() must return a torch.nn.Module, got int"
+    assert error.traceback == error.summary + "\n"
+
+
+def test_a_chain_of_causes_is_kept(tmp_path: Path) -> None:
+    text = RAISES.replace(
+        'raise ValueError("no layers today")',
+        'try: 1 / 0\n    except ZeroDivisionError as e: raise ValueError("outer") from e',
+    )
+    write(tmp_path, "utask.py", text)
+    task = load_task_class("utask:Digits", str(tmp_path))()
+    error = caught(prepare, JOB, task)
+    assert "ZeroDivisionError: division by zero" in error.traceback
+    assert "direct cause" in error.traceback
+    assert error.summary == "ValueError: outer"
