@@ -1,0 +1,57 @@
+"""
+A strategy of your own in one file: local SGD (Stich 2019, arXiv:1805.09767).
+
+Every worker steps alone; once in `period` steps all weights are replaced by their mean, so the
+network is used 1/period as often as with `ring`. Use it as it is:
+
+    distplat submit examples/digits/job.yaml --strategy-file examples/own_strategy.py \
+        --strategy local-sgd --set strategy.period=4
+
+With period 1 and SGD without momentum it is the same as `ring`, for the mean of the updated
+weights is the weights updated by the mean gradient; a test holds that.
+"""
+
+from pydantic import Field
+
+from distplat.platform.spec import Job
+from distplat.strategies.base import Context, Options, ReduceOp, Roles, Strategy
+from distplat.strategies.catalog import strategies
+
+
+class LocalSgdOptions(Options):
+    """Options of `local-sgd`."""
+
+    period: int = Field(8, ge=1, strict=True)
+    """Steps between two averages."""
+
+
+@strategies.register("local-sgd")
+class LocalSgd(Strategy[LocalSgdOptions]):
+    """Average weights, not gradients."""
+
+    summary = "local SGD: workers step alone, weights are averaged every `period` steps"
+    options_type = LocalSgdOptions
+
+    def roles(self, job: Job) -> Roles:
+        """Ask for a group of all workers."""
+        return Roles(collective="gloo")
+
+    def setup(self, context: Context) -> None:
+        """Start from rank 0's weights, with an optimizer of this rank's own."""
+        self.flat, self.collective = context.flat, context.collective
+        self.collective.broadcast(self.flat.params)
+        self.optimizer = context.local_optimizer()
+
+    def exchange(self, step: int) -> None:
+        """Keep the gradient here, but make it the mean of this rank's samples, not of all."""
+        self.flat.grads.mul_(self.collective.world)
+
+    def update(self, step: int) -> None:
+        """Step alone; now and then meet."""
+        self.optimizer.step(step)
+        if (step + 1) % self.options.period == 0:
+            self.synchronize()
+
+    def synchronize(self) -> None:
+        """Replace the weights by their mean over all ranks."""
+        self.collective.all_reduce(self.flat.params, ReduceOp.AVG)

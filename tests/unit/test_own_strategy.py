@@ -1,0 +1,75 @@
+"""The example of a strategy in one file: it does what the paper says, and one file is enough."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from in_memory_run import train
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import load_strategy_file, make_job, strategies
+from distplat.strategies.task import Task
+
+FILE = Path(__file__).parents[2] / "examples" / "own_strategy.py"
+
+
+class Line(Task):
+    """A small regression."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def train_data(self) -> Dataset[Any]:
+        generator = torch.Generator().manual_seed(3)
+        return TensorDataset(
+            torch.randn(24, 4, generator=generator), torch.randn(24, 1, generator=generator)
+        )
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    load_strategy_file(FILE)
+    yield
+    strategies._things.pop("local-sgd")
+
+
+def job(strategy: object, momentum: float = 0.0, steps: int = 12) -> Job:
+    return make_job(
+        {
+            "name": "line",
+            "task": "tests:Line",
+            "strategy": strategy,
+            "scaling": {"num_workers": 3},
+            "optimizer": {"name": "SGD", "lr": 0.1, "momentum": momentum},
+            "global_batch_size": 12,
+            "steps": steps,
+        }
+    )
+
+
+def vector(strategy: object, **more: Any) -> Tensor:
+    parameters = train(job(strategy, **more), Line).parameters()
+    return torch.cat([p.flatten() for p in parameters.values()])
+
+
+def test_period_one_without_momentum_is_ring() -> None:
+    local, ring = vector({"name": "local-sgd", "period": 1}), vector("ring")
+    assert torch.linalg.vector_norm(local - ring) < 1e-5 * torch.linalg.vector_norm(ring)
+
+
+def test_longer_period_is_another_algorithm() -> None:
+    local, ring = vector({"name": "local-sgd", "period": 4}), vector("ring")
+    assert torch.linalg.vector_norm(local - ring) > 1e-4 * torch.linalg.vector_norm(ring)
+
+
+def test_ranks_agree_at_the_end_though_the_period_has_not_passed() -> None:
+    run = train(job({"name": "local-sgd", "period": 50}), Line)
+    first, second = run.parameters(0), run.parameters(2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
