@@ -74,4 +74,5 @@ class Big(Blobs):
     """A million parameters: its shards are cut inside one tensor."""
 
     def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.Linear(1000, 3))
+        layers = [nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.Linear(1000, 3)]
+        return nn.Sequential(*layers)
