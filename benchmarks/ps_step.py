@@ -1,0 +1,168 @@
+"""
+One synchronous parameter-server step without any computing: gradients in, update, parameters out.
+
+Ours: `ps-sync` as workers use it, over shared memory on one node. Peer: the synchronous flow of the
+parameter-server example in Ray's documentation, written for the same layers: one server actor,
+weights travel as a `state_dict` of tensors, gradients as a list of arrays, the driver passes
+references on. Both update by SGD with momentum.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from common import WORKERS, alternately, median_ms, print_ratio
+from torch import nn
+
+from distplat.actors.messages import WorkOrder
+from distplat.actors.spawn import spawn
+from distplat.platform.spec import Job
+from distplat.strategies.base import Roles
+
+LAYERS = 8
+MEGABYTES = (1, 8, 64)
+GOAL = 0.2
+
+
+def layers(megabytes: int) -> nn.ParameterList:
+    """Make a model of so many MB of float32 in equal layers."""
+    size = megabytes * (1 << 20) // 4 // LAYERS
+    return nn.ParameterList(nn.Parameter(torch.zeros(size)) for _ in range(LAYERS))
+
+
+class OurWorker:
+    """A worker that has its gradients ready at once."""
+
+    def connect(self, order: WorkOrder, megabytes: int) -> None:
+        from distplat.actors.shards import RayShards
+        from distplat.strategies.training.flat import FlatModel
+
+        torch.set_num_threads(1)
+        self.flat = FlatModel(layers(megabytes))
+        self.shards = RayShards(order, total_steps=1 << 20)
+        self.shards.connect(self.flat)
+        self.flat.grads.fill_(1.0)
+        self.step = 0
+
+    def run(self, steps: int) -> list[float]:
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            norm = self.shards.push(self.step)
+            self.shards.commit(self.step, norm)
+            seconds.append(time.perf_counter() - began)
+            self.step += 1
+        return seconds
+
+
+class PeerServer:
+    """Keeps the model whole."""
+
+    def __init__(self, megabytes: int) -> None:
+        self.model = layers(megabytes)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.cpu() for name, value in self.model.state_dict().items()}
+
+    def apply(self, *gradients: list[np.ndarray[Any, Any]]) -> dict[str, torch.Tensor]:
+        summed = [np.stack(parts).sum(axis=0) for parts in zip(*gradients, strict=True)]
+        for parameter, gradient in zip(self.model, summed, strict=True):
+            parameter.grad = torch.from_numpy(gradient)
+        self.optimizer.step()
+        return self.weights()
+
+
+class PeerWorker:
+    """Loads the weights, gives its gradients."""
+
+    def __init__(self, megabytes: int) -> None:
+        torch.set_num_threads(1)
+        self.model = layers(megabytes)
+        self.gradients = [np.ones(p.shape, dtype=np.float32) for p in self.model]
+
+    def gradient(self, weights: dict[str, torch.Tensor]) -> list[np.ndarray[Any, Any]]:
+        self.model.load_state_dict(weights)
+        return self.gradients
+
+
+def ours(megabytes: int, servers: int) -> tuple[Any, list[Any]]:
+    """Start our side; give the cast and its workers."""
+    job = Job.model_validate(
+        {
+            "name": "bench",
+            "strategy": "ps-sync",
+            "scaling": {"num_workers": WORKERS},
+            "optimizer": {"name": "SGD", "lr": 0.01, "momentum": 0.9},
+            "global_batch_size": WORKERS,
+            "steps": 1 << 20,
+        }
+    )
+    run = f"bench-{megabytes}-{servers}"
+    cast = spawn(job, Roles(servers=servers), run, 0)
+    for worker in cast.workers:
+        ray.kill(worker)
+    cast.workers = [ray.remote(OurWorker).options(num_cpus=1).remote() for _ in range(WORKERS)]
+    orders = [
+        WorkOrder(job, run, 0, rank, "", "", None, cast.manager, None, 60.0)
+        for rank in range(WORKERS)
+    ]
+    ray.get(
+        [w.connect.remote(o, megabytes) for w, o in zip(cast.workers, orders, strict=True)],
+        timeout=120,
+    )
+    return cast, cast.workers
+
+
+def measure(megabytes: int, servers: int, steps: int, rounds: int) -> tuple[float, float]:
+    """Give our and the peer's milliseconds per step."""
+    cast, workers = ours(megabytes, servers)
+    server = ray.remote(PeerServer).options(num_cpus=0).remote(megabytes)
+    peers = [ray.remote(PeerWorker).options(num_cpus=1).remote(megabytes) for _ in range(WORKERS)]
+
+    def our_step() -> float:
+        return median_ms(ray.get([w.run.remote(steps) for w in workers], timeout=300)[0])
+
+    def peer_step() -> float:
+        weights = server.weights.remote()
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            weights = server.apply.remote(*[p.gradient.remote(weights) for p in peers])
+            ray.wait([weights], timeout=60)
+            seconds.append(time.perf_counter() - began)
+        return median_ms(seconds)
+
+    our_step(), peer_step()  # warm up
+    figures = alternately(our_step, peer_step, rounds)
+    cast.end()
+    for actor in [server, *peers]:
+        ray.kill(actor)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--servers", type=int, nargs="*", default=[1, 2])
+    args = parser.parse_args()
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=8,
+        logging_level="warning",
+        log_to_driver=False,
+    )
+    for servers in args.servers:
+        for megabytes in MEGABYTES:
+            mine, peer = measure(megabytes, servers, args.steps, args.rounds)
+            print_ratio(f"ps-sync step, {megabytes} MB, {servers} server(s)", mine, peer, GOAL)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
