@@ -50,7 +50,9 @@ def train_on_ray(launch: Launch, tell: Callable[[StepSummary | EvalSummary], Non
     Raises:
         DistplatError: see `Trainer.fit`.
     """
-    with local_ray(launch.job), Stopping() as stopping:
+    # Twice: Ray's start must not be cut off, or it leaves processes; and it sets handlers itself.
+    with Stopping() as early, local_ray(launch.job), Stopping() as stopping:
+        early.check()
         attempt = 0
         cast = spawn(launch.job, launch.roles, launch.run, attempt)
         try:

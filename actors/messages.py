@@ -4,14 +4,17 @@ What travels between actors: small frozen values, readable without torch.
 The controller and the server manager import this and stay light; dtypes travel by name.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-from distplat.platform.errors import DistplatError
-from distplat.platform.progress import EvalReport, StepReport
-from distplat.platform.shard_map import ShardMap
-from distplat.platform.spec import Job
-from distplat.strategies.catalog import StrategyFile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distplat.platform.errors import DistplatError
+    from distplat.platform.progress import EvalReport, StepReport
+    from distplat.platform.shard_map import ShardMap
+    from distplat.platform.spec import Job
+    from distplat.strategies.catalog import StrategyFile
 
 
 @dataclass(frozen=True)

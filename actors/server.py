@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from distplat.actors.importing import quick_imports
 from distplat.actors.messages import Address, Membership, ModelFacts, PushReply
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError, ProtocolError
 from distplat.platform.ledger import PushId
@@ -31,7 +32,8 @@ class ServerNode:
     """Keeps one shard of the parameters. See `Serving` for what each call does."""
 
     def __init__(self, name: str) -> None:
-        from distplat.actors.serving import Serving  # torch: in this process, not in the driver's
+        with quick_imports():
+            from distplat.actors.serving import Serving  # torch: here, not in the driver
 
         self._name = name
         self._body = Serving(name, ray.get_runtime_context().get_node_id())

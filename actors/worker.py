@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
+from distplat.actors.importing import quick_imports
 from distplat.actors.messages import News, WorkOrder
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, StepReport
@@ -50,7 +51,8 @@ class Worker:
         return self._model
 
     def _train(self, order: WorkOrder) -> None:
-        from distplat.actors.training import Session  # torch comes with it
+        with quick_imports():
+            from distplat.actors.training import Session  # torch comes with it
 
         session = Session(order, self._reports.append)
         self._progress = session.progress

@@ -1,5 +1,7 @@
 """The job's optimizer over a flat vector: torch's own classes, our schedule and clipping."""
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ def make_optimizer(spec: Optimizer, vector: Tensor, gradient: Tensor) -> torch.o
         vector: shape [n]; a shard or a whole model.
         gradient: shape [n].
     """
+    _spare_the_compiler()
     parameter = nn.Parameter(vector)
     parameter.grad = gradient
     kind = getattr(torch.optim, spec.name)
@@ -37,8 +40,22 @@ def step_optimizer(
     rate = job.optimizer.lr * factor(job.lr_schedule, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
     return rate
+
+
+def _spare_the_compiler() -> None:
+    """
+    Keep torch from importing its compiler, which takes a second of every process's start.
+
+    torch wraps the methods of its optimizers so that `torch.compile` leaves them alone, and imports
+    the compiler when one is first called. Nobody compiles our update, so the wrapper is told that
+    the plain method is what it looks for, and `step` is called without its wrapper. Should torch
+    change this, the second is lost again and nothing else.
+    """
+    plain = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    plain.__dict__.setdefault("__dynamo_disable", plain)
 
 
 class LocalOptimizer:
