@@ -1,0 +1,155 @@
+"""
+Where a job goes: the address that was given, or what runs on this machine.
+
+    http://HOST:8265    job API of a cluster; the driver runs there    `cli/remote.py`
+    HOST:6379, auto     a cluster this machine belongs to; the driver runs here
+    local               a Ray of our own, for the time of the run
+    (nothing)           the cluster that `ray start` started here, else as `local`
+
+The order of precedence is Ray's: `--address`, RAY_API_SERVER_ADDRESS, RAY_ADDRESS.
+"""
+
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
+
+_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+):\d{1,5}")
+_REACH_S = 5.0
+
+FORMS = "http://HOST:8265, HOST:6379, auto, or local"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to run, and who said so."""
+
+    kind: Literal["local", "here", "driver", "jobs"]
+    address: str
+    origin: str
+    """The option or variable that gave the address; empty: nothing did."""
+
+
+def target_of(option: str | None, environ: Mapping[str, str]) -> Target:
+    """
+    Choose by option and environment alone; nothing given: `local`, with an empty `origin`.
+
+    Raises:
+        SpecError: the address has none of the forms that we know.
+    """
+    given = [("--address", option or "")] + [(name, environ.get(name, "")) for name in _VARIABLES]
+    for origin, text in given:
+        if text:
+            return _parse(text, origin)
+    return Target("local", "local", "")
+
+
+def token_at_hand(environ: Mapping[str, str]) -> str | None:
+    """
+    Give the token that lies where Ray looks, unless the user chose an authentication mode.
+
+    Ray itself takes it for a cluster that it found on its own, never for an address it was given.
+    """
+    if "RAY_AUTH_MODE" in environ:
+        return None
+    token = environ.get("RAY_AUTH_TOKEN", "").strip()
+    path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not token and path.is_file():
+        token = path.read_text().strip()
+    return token or None
+
+
+def _parse(text: str, origin: str) -> Target:
+    if text in ("local", "auto"):
+        return Target("local" if text == "local" else "driver", text, origin)
+    if text.startswith("ray://"):
+        hint = "use the job API, http://HOST:8265, or HOST:6379 on a machine of the cluster"
+        raise SpecError(Problem((origin,), "Ray Client (ray://) is not supported", hint))
+    is_url = text.startswith(("http://", "https://"))
+    if (is_url or _HOST_PORT.fullmatch(text)) and _is_sound(text):
+        return Target("jobs" if is_url else "driver", text.rstrip("/"), origin)
+    shown = text if text.isprintable() else repr(text)
+    raise SpecError(Problem((origin,), f"{shown[:80]!r} is no address", f"one of {FORMS}"))
+
+
+def _is_sound(address: str) -> bool:
+    try:
+        host, _ = host_and_port(address)
+    except ValueError:  # a port above 65535, half of an IPv6 address
+        return False
+    return bool(host)
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Take `HOST:PORT` or a URL apart."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def reach(address: str) -> None:
+    """
+    See that somebody listens at an address.
+
+    In a thread of its own: a name that no server knows may keep the resolver for a minute.
+
+    Raises:
+        ClusterUnreachable: nobody does, or it takes too long to find out.
+    """
+    host, port = host_and_port(address)
+    outcome: list[OSError | None] = []
+
+    def knock() -> None:
+        try:
+            socket.create_connection((host, port), timeout=_REACH_S).close()
+            outcome.append(None)
+        except OSError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(_REACH_S + 1)
+    error = outcome[0] if outcome else TimeoutError()
+    if error is not None:
+        raise ClusterUnreachable(
+            f"cannot reach Ray at {address} ({_cause(error)}); {_advice(error)}"
+        )
+
+
+def _cause(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_REACH_S:g} s"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, socket.gaierror):
+        return "no such host"
+    return error.strerror or str(error)
+
+
+def _advice(error: OSError) -> str:
+    if isinstance(error, socket.gaierror):
+        return "is the name right?"
+    return "is `ray start --head` running there, and is the port right?"
+
+
+@contextmanager
+def unset(*names: str) -> Iterator[None]:
+    """Take variables of Ray away that would win over an address given to it."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def one_line(error: BaseException) -> str:
+    """Put Ray's paragraphs into one line; a version mismatch is told in the third of them."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,173 @@
+"""
+Ray's job API, for the commands that need it: importing this imports Ray.
+
+Ray's `JobSubmissionClient` is kept for what it does well, packing and uploading; around it stand
+deadlines, which it has not, and errors that say what to do.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import requests
+from ray.job_submission import JobSubmissionClient
+
+from distplat.cli.address import one_line, reach, token_at_hand, unset
+from distplat.cli.remote import NoSuchJob
+from distplat.platform.errors import ClusterUnreachable, SpecError
+
+_CONNECT_S = 5.0
+_ANSWER_S = 30.0
+_FIRST_ANSWER_S = 4.0
+_NEEDS_TOKEN = "set RAY_AUTH_TOKEN, or RAY_AUTH_MODE=token with the token in ~/.ray/auth_token"
+
+Info = dict[str, Any]
+"""A job as the API gives it: the fields of Ray's `JobDetails`."""
+
+
+class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray is not typed for mypy
+    """Ray's client, with a deadline for every request and our errors."""
+
+    answer_s = _FIRST_ANSWER_S
+
+    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+        """
+        Send one request.
+
+        Raises:
+            ClusterUnreachable: no answer, or it does not take our token.
+        """
+        kwargs.setdefault("timeout", (_CONNECT_S, self.answer_s))
+        address = self.get_address()
+        try:
+            answer: requests.Response = super()._do_request(method, endpoint, **kwargs)
+        except ray.exceptions.AuthenticationError as error:
+            if "Authentication failed" in str(error):
+                message = f"{address} does not accept our token; {_NEEDS_TOKEN}"
+                raise ClusterUnreachable(message) from None
+            raise _TokenWanted(f"{address} requires a token: {_NEEDS_TOKEN}") from None
+        except requests.Timeout:
+            message = f"{address} took a connection but gave no answer; is it a Ray dashboard?"
+            raise ClusterUnreachable(message) from None
+        except requests.RequestException as error:
+            message = f"{address} broke off ({type(error).__name__}); is it a Ray dashboard?"
+            raise ClusterUnreachable(message) from None
+        return answer
+
+
+class _TokenWanted(ClusterUnreachable):
+    """The cluster asked for a token and we sent none."""
+
+
+class Jobs:
+    """
+    The job API of one cluster.
+
+    Args:
+        address: its URL.
+
+    Raises:
+        ClusterUnreachable: it cannot be reached, is no Ray, or refuses our token.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        reach(address)
+        try:
+            self._client = _connect(address, {})
+        except _TokenWanted:
+            token = token_at_hand(os.environ)
+            if token is None:
+                raise
+            self._client = _connect(address, {"Authorization": f"Bearer {token}"})
+        self._client.answer_s = _ANSWER_S
+
+    def submit(self, **what: Any) -> str:
+        """
+        Hand a job in; what Ray does not accept is the user's to mend.
+
+        Raises:
+            SpecError: Ray refused the job, for example because the id is taken.
+        """
+        try:
+            return str(self._client.submit_job(**what))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise SpecError(f"the cluster refused the job: {one_line(error)}") from error
+
+    def info(self, job_id: str) -> Info:
+        """
+        Look one job up.
+
+        Raises:
+            NoSuchJob: the cluster does not know it.
+        """
+        with _unknown_job():
+            return _plain(self._client.get_job_info(job_id))
+
+    def logs(self, job_id: str) -> str:
+        """
+        Give all that a job has printed so far.
+
+        Raises:
+            NoSuchJob: the cluster does not know it.
+        """
+        with _unknown_job():
+            return str(self._client.get_job_logs(job_id))
+
+    def stop(self, job_id: str) -> None:
+        """
+        Ask a job to end; returns at once.
+
+        Raises:
+            NoSuchJob: the cluster does not know it.
+        """
+        with _unknown_job():
+            self._client.stop_job(job_id)
+
+    def list(self) -> list[Info]:
+        """Give all jobs that were handed in through the API, newest first."""
+        found = [_plain(job) for job in self._client.list_jobs()]
+        submitted = [job for job in found if job["submission_id"]]
+        return sorted(submitted, key=lambda job: job["start_time"] or 0, reverse=True)
+
+
+def _connect(address: str, headers: dict[str, str]) -> _Client:
+    """
+    Make a client that has heard from its cluster.
+
+    Raises:
+        ClusterUnreachable: what answers is no Ray.
+    """
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with unset("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # they would win over `address`
+        try:
+            return _Client(address, headers=headers)
+        except (requests.RequestException, RuntimeError, ValueError, KeyError) as error:
+            message = f"what answers at {address} is not a Ray dashboard ({one_line(error)})"
+            raise ClusterUnreachable(message) from error
+
+
+@contextmanager
+def _unknown_job() -> Iterator[None]:
+    """
+    Tell a job that is not there from other refusals.
+
+    Raises:
+        NoSuchJob: the cluster said 404.
+        ClusterUnreachable: it said something else.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "status code 404" in str(error):
+            raise NoSuchJob from None
+        raise ClusterUnreachable(f"the cluster failed: {one_line(error)}") from error
+
+
+def _plain(details: Any) -> Info:
+    fields: Info = details.model_dump() if hasattr(details, "model_dump") else details.dict()
+    return {**fields, "status": str(getattr(fields["status"], "value", fields["status"]))}

@@ -1,0 +1,66 @@
+"""`distplat strategies`: every architecture this installation knows, and its options."""
+
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from distplat.cli.render import to_json
+from distplat.strategies.base import Options
+from distplat.strategies.catalog import strategies
+
+_BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+
+
+def print_strategies(*, as_json: bool) -> None:
+    """Print names, one line each, and the options with type, default and meaning."""
+    found = [_described(name) for name in strategies.names()]
+    if as_json:
+        print(to_json(found))
+        return
+    for number, strategy in enumerate(found):
+        print(f"{chr(10) if number else ''}{strategy['name']}  {strategy['summary']}")
+        for option in strategy["options"]:
+            print(f"    {option['name']}: {option['type']} = {option['default']}")
+            print(f"        {option['description']}")
+
+
+def _described(name: str) -> dict[str, Any]:
+    kind = strategies.get(name)
+    return {"name": name, "summary": kind.summary, "options": _options(kind.options_type)}
+
+
+def _options(model: type[Options]) -> list[dict[str, Any]]:
+    schema = model.model_json_schema()
+    return [
+        {
+            "name": name,
+            "type": " ".join([_type(schema["properties"][name]), *_bounds(field)]),
+            "default": "required"
+            if field.is_required()
+            else to_jsonable_python(field.get_default(call_default_factory=True)),
+            "description": " ".join((field.description or "").split()),
+        }
+        for name, field in model.model_fields.items()
+    ]
+
+
+def _bounds(field: FieldInfo) -> list[str]:
+    """Give `>= 1`, `<= 256`; a schema lacks them where a validator of ours stands before."""
+    found = ((getattr(one, key, None), sign) for one in field.metadata for key, sign in _BOUNDS)
+    return [f"{sign} {bound:g}" for bound, sign in found if bound is not None]
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """Put a JSON schema into words a user reads: `integer`, `'gloo' or 'nccl'`."""
+    if "anyOf" in schema:
+        return " or ".join(_type(part) for part in schema["anyOf"])
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return " or ".join(map(repr, schema["enum"]))
+    if isinstance(inner := schema.get("additionalProperties"), dict):
+        return f"mapping of text to {_type(inner)}"
+    if "items" in schema:
+        return f"list of {_type(schema['items'])}"
+    return str(schema.get("type", "any"))

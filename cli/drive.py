@@ -1,0 +1,66 @@
+"""Being the driver of a run: in the user's own process, or inside a cluster for a remote job."""
+
+import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from distplat.cli.remote import RESULT_MARK
+from distplat.cli.render import Facts, View, facts_of, to_json
+from distplat.cli.shipping import received_job
+from distplat.platform.spec import Job
+
+STORAGE = Path("~/distplat")
+"""What a remote job's `storage_path` is relative to: the job's own folder ends with the job."""
+
+
+def train(
+    job: Job, view: View, *, working_dir: Path, storage_dir: Path, strategy_file: Path | None
+) -> Facts:
+    """
+    Train to the end on the connected Ray, or on one of our own.
+
+    Raises:
+        DistplatError: see `Trainer.fit`.
+    """
+    from distplat.actors.trainer import Trainer  # Ray comes with it
+
+    trainer = Trainer(
+        job,
+        working_dir=working_dir,
+        storage_dir=storage_dir,
+        strategy_file=strategy_file,
+        observers=(view,),
+    )
+    # Ray hands on what workers print; stdout is for the result alone.
+    with redirect_stdout(sys.stderr), view:
+        result = trainer.fit()
+    return facts_of(job, result)
+
+
+def drive() -> None:
+    """
+    Train the job that the environment holds, and write its result into the log.
+
+    Raises:
+        DistplatError: see `Trainer.fit`.
+    """
+    job, strategy_file = received_job(os.environ)
+    if job.scaling.num_workers == 0:
+        facts = _train_here(job, strategy_file)
+    else:
+        from distplat.cli.join import connected
+
+        with connected(os.environ.get("RAY_ADDRESS", "auto"), {}):
+            facts = _train_here(job, strategy_file)
+    print(RESULT_MARK + to_json(facts, indent=None), flush=True)
+
+
+def _train_here(job: Job, strategy_file: Path | None) -> Facts:
+    return train(
+        job,
+        View(sys.stderr),
+        working_dir=Path.cwd(),
+        storage_dir=STORAGE.expanduser(),
+        strategy_file=strategy_file,
+    )

@@ -1,0 +1,192 @@
+"""`distplat list`, `status`, `logs` and `stop`: looking after jobs that a cluster has."""
+
+import os
+import shlex
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distplat.cli import remote
+from distplat.cli.address import target_of
+from distplat.cli.render import print_pairs, print_result, to_json
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.suggest import hint
+
+if TYPE_CHECKING:
+    from distplat.cli.cluster import Info, Jobs
+
+OUTPUT_VERSION = 1
+"""Grows when a field of the JSON output changes its meaning or goes."""
+DASHBOARD = "http://127.0.0.1:8265"
+"""Where Ray's job API is on the machine of the head, if nobody said otherwise."""
+
+_COLUMNS = ("id", "name", "status", "strategy", "workers", "age")
+
+
+def open_jobs(address: str | None) -> "Jobs":
+    """
+    Connect to the job API at an address, or to the one of this machine.
+
+    Raises:
+        SpecError: the address is none of a job API.
+        ClusterUnreachable: nobody answers there.
+    """
+    target = target_of(address, os.environ)
+    if target.kind != "jobs" and target.origin:
+        message = f"{target.address} is no job API, and a job has to be looked for in one"
+        raise SpecError(Problem((target.origin,), message, "give http://HOST:8265"))
+    from distplat.cli.cluster import Jobs
+
+    return Jobs(target.address if target.origin else DASHBOARD)
+
+
+def list_jobs(
+    address: str | None, *, status: str | None, limit: int, every: bool, as_json: bool
+) -> None:
+    """
+    Print the jobs of a cluster, newest first.
+
+    Args:
+        address: where; None: environment, or this machine.
+        status: only those in this status.
+        limit: at most so many.
+        every: those of others too, not only distplat's.
+        as_json: print JSON.
+
+    Raises:
+        SpecError: there is no such status.
+    """
+    wanted = status.upper() if status else None
+    if wanted is not None and wanted not in remote.STATUSES:
+        raise SpecError(
+            Problem(("--status",), f"unknown {status!r}", hint(wanted, remote.STATUSES))
+        )
+    found = [
+        job
+        for job in open_jobs(address).list()
+        if (every or remote.VERSION_KEY in (job["metadata"] or {}))
+        and wanted in (None, job["status"])
+    ][:limit]
+    if as_json:
+        print(to_json({"version": OUTPUT_VERSION, "jobs": [_facts(job) for job in found]}))
+        return
+    _print_table([_row(job) for job in found])
+
+
+def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
+    """Print how one job stands."""
+    jobs = open_jobs(address)
+    info = remote.find(jobs, job_id)
+    if as_json:
+        print(to_json({"version": OUTPUT_VERSION, **_facts(info)}))
+        return
+    row = _row(info)
+    code = info["driver_exit_code"]
+    pairs = [(name, row[name]) for name in _COLUMNS]
+    if code is not None:
+        pairs.append(("exit code", str(code)))
+    if info["status"] not in ("SUCCEEDED", "RUNNING") and info["message"]:
+        pairs.append(("message", remote.clean_lines(info["message"])[0]))
+    print_pairs(pairs)
+
+
+def print_logs(address: str | None, job_id: str, *, follow: bool) -> None:
+    """
+    Print a job's log; with `follow` until the job ends.
+
+    Raises:
+        typer.Exit: it was followed, and failed or was left; carries the exit code of the job.
+    """
+    jobs = open_jobs(address)
+    remote.find(jobs, job_id)
+    reader = remote.LogReader(lambda line: print(line, flush=True))
+    if not follow:
+        for line in remote.clean_lines(jobs.logs(job_id)):
+            reader(line)
+        code = 0
+    else:
+        try:
+            code = remote.exit_code(remote.follow(jobs, job_id, reader))
+        except KeyboardInterrupt:
+            where = shlex.join([job_id, "--address", jobs.address])
+            remote.say(f"\nstopped reading; the job goes on\n  stop it: distplat stop {where}")
+            raise typer.Exit(130) from None
+    if reader.facts is not None:
+        print_result(reader.facts)
+    if code:
+        raise typer.Exit(code)
+
+
+def stop_job(address: str | None, job_id: str, *, wait: bool) -> None:
+    """End a job and say how it ended; one that has ended is left alone."""
+    jobs = open_jobs(address)
+    before = remote.find(jobs, job_id)["status"]
+    status = remote.stop(jobs, job_id, wait=wait)
+    already = "already " if before in remote.ENDED else ""
+    asked = "asked to stop, now " if status not in remote.ENDED else ""
+    print(f"{job_id}: {already}{asked}{status}")
+
+
+def _facts(job: "Info") -> dict[str, Any]:
+    """Give the fields of the JSON output."""
+    metadata = job["metadata"] or {}
+    workers = metadata.get("num_workers", "")
+    return {
+        "id": job["submission_id"],
+        "name": metadata.get("job_name"),
+        "status": job["status"],
+        "strategy": metadata.get("strategy"),
+        "num_workers": int(workers) if workers.isdecimal() else None,
+        "exit_code": job["driver_exit_code"],
+        "message": job["message"],
+        "start_time": job["start_time"],
+        "end_time": job["end_time"],
+    }
+
+
+def _row(job: "Info") -> dict[str, str]:
+    """Give the cells of the table; everything in them was written by somebody else."""
+    facts = _facts(job)
+    cells = {
+        "id": facts["id"],
+        "name": facts["name"],
+        "status": facts["status"],
+        "strategy": facts["strategy"],
+        "workers": facts["num_workers"],
+        "age": _age(facts["start_time"]),
+    }
+    return {name: _cell(value) for name, value in cells.items()}
+
+
+def _cell(value: object) -> str:
+    shown = "-" if value is None else str(value)
+    return " ".join(remote.clean_lines(shown))
+
+
+def _age(start_ms: int | None) -> str | None:
+    if start_ms is None:
+        return None
+    seconds = max(0, int(time.time() - start_ms / 1000))
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def _print_table(rows: list[dict[str, str]]) -> None:
+    if sys.stdout.isatty():
+        table = Table(*(name.upper() for name in _COLUMNS), box=None, header_style="bold")
+        for row in rows:
+            table.add_row(*(Text(row[name]) for name in _COLUMNS))
+        Console().print(table)
+        return
+    lines = [[name.upper() for name in _COLUMNS], *([row[n] for n in _COLUMNS] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join(cells).rstrip())

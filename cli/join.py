@@ -1,0 +1,91 @@
+"""
+Being a driver of a cluster, in this process. Importing this imports Ray.
+
+Apart from `cli/cluster.py`, whose HTTP client a driver would load for nothing.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+from ray.job_config import JobConfig
+
+import distplat
+from distplat.cli.address import one_line, reach, unset
+from distplat.cli.shipping import check_size
+from distplat.platform.errors import ClusterUnreachable
+
+
+def ignores(folder: Path) -> list[Callable[[Path], bool]]:
+    """Give the tests that Ray takes from the ignore files of a folder when it packs it."""
+    logger = logging.getLogger("distplat.ignores")
+    logger.setLevel(logging.ERROR)  # or each file that it reads is named
+    found: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(folder, True, logger)
+    return found
+
+
+def running_here() -> str | None:
+    """
+    Find the cluster that `ray start` started on this machine.
+
+    Not `ray.init(address="auto")`: that finds the private Ray of another `submit` too, which ends
+    with that run and would take ours along.
+    """
+    address: str | None = ray._private.utils.read_ray_address(None)
+    if not address:
+        return None
+    try:
+        reach(address)
+    except ClusterUnreachable:  # the file outlives a cluster that was killed
+        return None
+    return address
+
+
+@contextmanager
+def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[None]:
+    """
+    Be a driver of a cluster.
+
+    On a cluster of one node nothing is shipped: workers find the user's folder and distplat where
+    the driver has them, and start a second earlier than behind a runtime environment.
+
+    Args:
+        address: HOST:PORT or `auto`; None: the one that `running_here` found.
+        runtime_env: what workers on other machines need; empty: Ray has it from the job already.
+
+    Raises:
+        SpecError: the folder in it is too large.
+        ClusterUnreachable: it cannot be reached, is another version, or refuses our token.
+    """
+    if address not in (None, "auto"):
+        reach(str(address))
+    try:
+        with unset("RAY_ADDRESS"):  # Ray would let it win over `auto`
+            _join(address, {})
+            if runtime_env and sum(node["Alive"] for node in ray.nodes()) > 1:
+                ray.shutdown()
+                check_size(Path(runtime_env["working_dir"]), runtime_env["excludes"], ignores)
+                _join(address, runtime_env)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterUnreachable(
+            f"cannot join Ray at {address or 'this machine'}: {one_line(error)}"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str | None, runtime_env: Mapping[str, Any]) -> None:
+    # The cluster's Python may know no distplat: workers look for it where the driver has it.
+    home = str(Path(distplat.__file__).resolve().parent.parent)
+    ray.init(
+        address=address,
+        runtime_env=dict(runtime_env),
+        job_config=JobConfig(_py_driver_sys_path=[home]),
+        logging_level="warning",
+    )

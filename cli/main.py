@@ -1,0 +1,279 @@
+"""
+The command `distplat`: its commands and options, and the exit code that each error becomes.
+
+Ray and torch are imported by what a command does, never by this module: help is instant.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import distplat
+from distplat.cli.options import (
+    Address,
+    JobFile,
+    JobId,
+    Name,
+    NumWorkers,
+    Output,
+    Settings,
+    StrategyFile,
+    StrategyName,
+    flags,
+    is_json,
+)
+from distplat.platform.errors import DistplatError, SpecError
+
+_EPILOG = """
+\b
+Exit codes:
+    0  succeeded
+    1  the task's own code failed
+    2  wrong command line, job file or option; nothing was started
+    3  the cluster cannot be reached, or refused our token
+    4  a part of the platform was lost, or the job was stopped
+    5  the run directory cannot be written
+   70  an error inside distplat
+  130  Ctrl-C        143  SIGTERM
+
+Settings, strongest first: flags, --set, DISTPLAT_* variables, the job file, defaults.
+"""
+
+app = typer.Typer(
+    name="distplat",
+    help="Distributed training of PyTorch models on Ray.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"distplat {distplat.__version__}", flush=True)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Declare what stands before the command; `run` itself looks for `--debug`."""
+
+
+@app.command()
+def submit(
+    job_file: JobFile,
+    strategy: StrategyName = None,
+    num_workers: NumWorkers = None,
+    name: Name = None,
+    settings: Settings = None,
+    strategy_file: StrategyFile = None,
+    address: Address = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the task's module; default: the job file's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job with all defaults; start nothing.")
+    ] = False,
+    wait: Annotated[bool, typer.Option(help="Follow a remote job to its end.")] = True,
+    submission_id: Annotated[str | None, typer.Option(help="Id of a remote job.")] = None,
+    metadata_json: Annotated[str | None, typer.Option(help="Metadata of a remote job.")] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="YAML file with a Ray runtime environment.")
+    ] = None,
+    runtime_env_json: Annotated[str | None, typer.Option(help="The same as JSON.")] = None,
+    entrypoint_num_cpus: Annotated[
+        float | None, typer.Option(min=0, help="CPUs that a remote job's driver takes.")
+    ] = None,
+    entrypoint_num_gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs that a remote job's driver takes.")
+    ] = None,
+    entrypoint_memory: Annotated[
+        int | None, typer.Option(min=0, help="Bytes of memory that it takes.")
+    ] = None,
+    output: Output = "text",
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the result only.")] = False,
+) -> None:
+    """
+    Train what a job file says: here, or on a Ray cluster.
+
+    Run directories are made below `storage_path`; a relative one is taken from the current
+    directory, for a remote job from ~/distplat on the machine of its driver.
+    """
+    from distplat.cli import submit as command
+
+    resources = {
+        "entrypoint_num_cpus": entrypoint_num_cpus,
+        "entrypoint_num_gpus": entrypoint_num_gpus,
+        "entrypoint_memory": entrypoint_memory,
+    }
+    request = command.Request(
+        job_file=job_file,
+        settings=tuple(settings or ()),
+        flags=flags(strategy, num_workers, name),
+        address=address,
+        working_dir=working_dir,
+        strategy_file=strategy_file,
+        runtime_env=runtime_env,
+        runtime_env_json=runtime_env_json,
+        submission_id=submission_id,
+        metadata_json=metadata_json,
+        resources=tuple((key, value) for key, value in resources.items() if value is not None),
+        wait=wait,
+        as_json=is_json(output),
+        quiet=quiet,
+    )
+    (command.dry_run if dry_run else command.submit)(request)
+
+
+@app.command()
+def validate(
+    job_file: JobFile,
+    strategy: StrategyName = None,
+    num_workers: NumWorkers = None,
+    name: Name = None,
+    settings: Settings = None,
+    strategy_file: StrategyFile = None,
+) -> None:
+    """Check a job file, and print it with all defaults."""
+    from distplat.cli import submit as command
+    from distplat.platform.job_file import render_job
+
+    request = command.Request(
+        job_file=job_file,
+        settings=tuple(settings or ()),
+        flags=flags(strategy, num_workers, name),
+        strategy_file=strategy_file,
+    )
+    print(render_job(command.resolve(request)), end="")
+
+
+@app.command()
+def strategies(output: Output = "text") -> None:
+    """List the strategies and their options."""
+    from distplat.cli.describe import print_strategies
+
+    print_strategies(as_json=is_json(output))
+
+
+@app.command("list")
+def list_jobs(
+    address: Address = None,
+    status: Annotated[
+        str | None, typer.Option(help="PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    every: Annotated[bool, typer.Option("--all", help="Other programs' jobs too.")] = False,
+    output: Output = "text",
+) -> None:
+    """List the jobs of a cluster, newest first."""
+    from distplat.cli import jobs
+
+    as_json = is_json(output)
+    jobs.list_jobs(address, status=status, limit=limit, every=every, as_json=as_json)
+
+
+@app.command()
+def status(job_id: JobId, address: Address = None, output: Output = "text") -> None:
+    """Show how a job stands."""
+    from distplat.cli import jobs
+
+    jobs.print_status(address, job_id, as_json=is_json(output))
+
+
+@app.command()
+def logs(
+    job_id: JobId,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
+) -> None:
+    """Print a job's log."""
+    from distplat.cli import jobs
+
+    jobs.print_logs(address, job_id, follow=follow)
+
+
+@app.command()
+def stop(
+    job_id: JobId,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="Wait until it has ended.")] = True,
+) -> None:
+    """End a job; one that has ended is left alone."""
+    from distplat.cli import jobs
+
+    jobs.stop_job(address, job_id, wait=wait)
+
+
+@app.command(hidden=True)
+def drive() -> None:
+    """Run inside a cluster as the driver of a job that was submitted there."""
+    from distplat.cli.drive import drive as command
+
+    command()
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: list[str]) -> int:
+    """Run one command line; give its exit code."""
+    command = typer.main.get_command(app)
+    try:
+        # Not `app()`: it would end the process with 1 for a pipe that nobody reads.
+        with command.make_context("distplat", [*args]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if "--debug" in args:
+            traceback.print_exc()
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong; give the exit code."""
+    if isinstance(error, SpecError):
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, DistplatError):
+        before, _, last = str(error).rpartition("\n")  # a task's error begins with its traceback
+        print(f"{before}\nerror: {last}".lstrip(), file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        # Nobody reads any more, for example `distplat list | head -1`; no word about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    show = getattr(error, "show", None)
+    if show is not None:  # click's own, wherever this version of typer keeps its click
+        show()
+        return int(getattr(error, "exit_code", 2))
+    print(f"error inside distplat: {type(error).__name__}: {error}", file=sys.stderr)
+    print("  hint: distplat --debug ... shows where; please report it", file=sys.stderr)
+    return 70
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Options and arguments that more than one command takes, and how their values are read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distplat.platform.errors import SpecError
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `submit` printed it.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="http://HOST:8265 (job API), HOST:6379 or auto (join as driver), or local. "
+        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a cluster of this machine, a local Ray.",
+    ),
+]
+Output = Annotated[str, typer.Option("-o", "--output", metavar="text|json", help="Form of stdout.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Set a field of the job; may be repeated."),
+]
+StrategyName = Annotated[
+    str | None, typer.Option("--strategy", help="Strategy, as `distplat strategies` lists them.")
+]
+NumWorkers = Annotated[
+    str | None,
+    typer.Option("--num-workers", "--num_workers", metavar="N", help="Number of workers."),
+]
+Name = Annotated[str | None, typer.Option("--name", "-n", help="Name of the job.")]
+StrategyFile = Annotated[
+    Path | None, typer.Option(help="A Python file that registers strategies of your own.")
+]
+
+
+def flags(
+    strategy: str | None, num_workers: str | None, name: str | None
+) -> tuple[tuple[str, str, str], ...]:
+    """Give the flags that were given as flag, field and value."""
+    given = (
+        ("--strategy", "strategy", strategy),
+        ("--num-workers", "scaling.num_workers", num_workers),
+        ("--name", "name", name),
+    )
+    return tuple((flag, field, value) for flag, field, value in given if value is not None)
+
+
+def is_json(output: str) -> bool:
+    """
+    Read `--output`.
+
+    Raises:
+        SpecError: it is neither `text` nor `json`.
+    """
+    if output not in ("text", "json"):
+        raise SpecError(f"--output is {output!r}, allowed: text, json")
+    return output == "json"

@@ -1,0 +1,238 @@
+"""
+A job on a cluster's job API: hand it in, follow it to its end, look after it later.
+
+Following asks for status and log again and again: Ray's own log stream has been seen to stop
+before the job does (ray issue 51601), and what is asked again cannot stop.
+"""
+
+import contextlib
+import json
+import re
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import distplat
+from distplat.cli import shipping
+from distplat.cli.render import Facts
+from distplat.platform.errors import ClusterUnreachable, DeadlineExceeded, Problem, SpecError
+from distplat.platform.spec import Job
+from distplat.platform.suggest import nearest
+
+if TYPE_CHECKING:
+    from distplat.cli.cluster import Info, Jobs
+
+Answer = TypeVar("Answer")
+
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+STATUSES = ("PENDING", "RUNNING", *ENDED)
+RESULT_MARK = "distplat-result: "
+"""Begins the line of a job's log that holds its result as JSON."""
+VERSION_KEY = "distplat_version"
+"""Metadata that only our jobs have."""
+
+_POLL_S = 0.15
+_LOG_BYTES_PER_S = 4e6
+_PENDING_NOTE_S = 10.0
+_PATIENCE_S = 30.0
+_STOP_TIMEOUT_S = 30.0
+_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
+
+
+class NoSuchJob(Exception):
+    """The cluster knows no job of that id."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What the job API gets beside the job itself."""
+
+    working_dir: Path
+    strategy_file: Path | None
+    runtime_env: dict[str, Any]
+    metadata: dict[str, str]
+    submission_id: str | None
+    resources: dict[str, float]
+    """`entrypoint_num_cpus` and its kin."""
+
+
+def send(jobs: "Jobs", job: Job, parcel: Parcel, ignores: shipping.Ignores) -> str:
+    """
+    Hand a job in; returns its id.
+
+    Args:
+        jobs: where.
+        job: what.
+        parcel: what it needs.
+        ignores: what Ray will leave out of the folder.
+
+    Raises:
+        SpecError: the folder is too large, or the cluster refuses the job.
+    """
+    job_id = check_id(parcel.submission_id or f"{job.name}-{secrets.token_hex(3)}")
+    environment = shipping.runtime_env(
+        job, parcel.working_dir, parcel.strategy_file, parcel.runtime_env
+    )
+    shipping.check_size(parcel.working_dir, environment["excludes"], ignores)
+    ours = {
+        "job_name": job.name,  # Ray's own key: the dashboard shows it
+        "strategy": job.strategy.name,
+        "num_workers": str(job.scaling.num_workers),
+        VERSION_KEY: distplat.__version__,
+    }
+    for key in sorted(ours.keys() & parcel.metadata):
+        raise SpecError(Problem(("--metadata-json", key), "is set by distplat itself"))
+    return jobs.submit(
+        entrypoint=shlex.join(["python", "-m", "distplat.cli.main", "drive"]),
+        submission_id=job_id,
+        runtime_env=environment,
+        metadata={**parcel.metadata, **ours},
+        **parcel.resources,
+    )
+
+
+def check_id(job_id: str) -> str:
+    """
+    Let through what can be a job's id: it becomes part of a URL.
+
+    Raises:
+        SpecError: it cannot.
+    """
+    if not _ID.fullmatch(job_id):
+        raise SpecError(Problem(("id",), f"{job_id[:60]!r} is no job id", "letters, digits, . _ -"))
+    return job_id
+
+
+def find(jobs: "Jobs", job_id: str) -> "Info":
+    """
+    Look a job up.
+
+    Raises:
+        SpecError: there is none of that id; names the nearest, or the latest.
+    """
+    try:
+        return jobs.info(check_id(job_id))
+    except NoSuchJob:
+        pass
+    known = [job["submission_id"] for job in jobs.list()]
+    near = nearest(job_id, known)
+    recent = f"latest: {', '.join(known[:3])}" if known else "no job was submitted there yet"
+    hint = f"did you mean {near!r}? {recent}" if near else recent
+    raise SpecError(Problem((), f"no job {job_id!r} at {jobs.address}", hint))
+
+
+def follow(jobs: "Jobs", job_id: str, write: Callable[[str], None]) -> "Info":
+    """
+    Write a job's log as it grows; return when the job has ended.
+
+    Args:
+        jobs: where it runs.
+        job_id: which one.
+        write: takes whole lines, without control characters, without their ends.
+
+    Raises:
+        ClusterUnreachable: the cluster was gone for longer than a passing trouble of the net.
+    """
+    done = 0
+    began = time.monotonic()
+    noted = False
+    while True:
+        # Before the log: what was logged before the end is then seen.
+        info = _insist(lambda: jobs.info(job_id))
+        ended = info["status"] in ENDED
+        if info["status"] == "PENDING":
+            if not noted and time.monotonic() - began > _PENDING_NOTE_S:
+                noted = True
+                write("still waiting for the cluster to start the driver")
+            time.sleep(_POLL_S)
+            continue
+        text = _insist(lambda: jobs.logs(job_id))
+        stop = len(text) if ended else text.rfind("\n") + 1
+        for line in clean_lines(text[done:stop]):
+            write(line)
+        done = max(done, stop)
+        if ended:
+            return info
+        time.sleep(_POLL_S + len(text) / _LOG_BYTES_PER_S)
+
+
+def _insist(ask: Callable[[], Answer]) -> Answer:
+    """
+    Ask again while the cluster cannot be reached: the job goes on without us.
+
+    Raises:
+        ClusterUnreachable: still not, after a while.
+    """
+    give_up = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except ClusterUnreachable:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(_POLL_S * 5)
+
+
+def clean_lines(text: str) -> list[str]:
+    """Cut a log into lines, without what would move the reader's cursor or colour the terminal."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return [_CONTROL.sub("", line) for line in (lines if lines[-1] else lines[:-1])]
+
+
+class LogReader:
+    """Passes a job's log on and keeps the result that its driver wrote into it."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self.facts: Facts | None = None
+
+    def __call__(self, line: str) -> None:
+        """Take one line."""
+        if line.startswith(RESULT_MARK):
+            with contextlib.suppress(ValueError):  # the user's task may print what it likes
+                self.facts = json.loads(line.removeprefix(RESULT_MARK))
+                return
+        if not line.startswith("Running entrypoint for job "):
+            self._write(line)
+
+
+def stop(jobs: "Jobs", job_id: str, *, wait: bool) -> str:
+    """
+    End a job; one that has ended is left alone.
+
+    Returns:
+        Its status.
+
+    Raises:
+        DeadlineExceeded: it does not end.
+    """
+    status = str(find(jobs, job_id)["status"])
+    if status in ENDED:
+        return status
+    jobs.stop(job_id)
+    give_up = time.monotonic() + _STOP_TIMEOUT_S
+    while wait and status not in ENDED:
+        if time.monotonic() > give_up:
+            raise DeadlineExceeded(f"stopping {job_id}", (job_id,), _STOP_TIMEOUT_S, "--no-wait")
+        time.sleep(_POLL_S)
+        status = str(jobs.info(job_id)["status"])
+    return status
+
+
+def exit_code(info: "Info") -> int:
+    """Give the exit code of `submit` for an ended job: the driver's own, where there is one."""
+    if info["status"] == "SUCCEEDED":
+        return 0
+    code = info.get("driver_exit_code")
+    return code if info["status"] == "FAILED" and code and code > 0 else 4
+
+
+def say(line: str) -> None:
+    """Write to stderr at once."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,248 @@
+"""
+What a run looks like: while it runs, and when it is over.
+
+On a terminal one line that lives, and a table; anywhere else plain lines, at most one every two
+seconds and one per evaluation, fit for a log file. Nothing here knows where the run runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.spec import Job
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distplat.actors.trainer import Result
+
+_LINE_EVERY_S = 2.0
+_DRAW_EVERY_S = 0.1
+_WINDOW = 50
+
+Facts = dict[str, Any]
+"""How a run ended, in plain values: what `-o json` prints."""
+
+
+class View:
+    """
+    Draws a run as it goes; an `Observer` of the trainer, and a context manager.
+
+    Args:
+        out: where to draw.
+        quiet: draw nothing.
+    """
+
+    def __init__(self, out: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._out = out or sys.stderr
+        self._quiet = quiet
+        self._pace = _Pace()
+        self._last_drawn = float("-inf")
+        self._progress: Progress | None = None
+        if not quiet and self._out.isatty():
+            self._progress = _progress(Console(file=self._out))
+            self._bar = self._progress.add_task("starting", total=None, figures="")
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def started(self, job: Job, run: str, path: Path) -> None:
+        """Say what is about to run."""
+        self._say(f"run {run}: {_cast(job)}, starting")
+
+    def stepped(self, summary: StepSummary | EvalSummary) -> None:
+        """Show a step or an evaluation; steps that come too fast to read are passed over."""
+        if self._quiet:
+            return
+        if isinstance(summary, EvalSummary):
+            self._say(f"evaluation after step {summary.step}  {_figures(summary.metrics)}")
+            return
+        now = time.monotonic()
+        self._pace.add(summary, now)
+        every = _DRAW_EVERY_S if self._progress is not None else _LINE_EVERY_S
+        is_last = summary.step + 1 == summary.of
+        if now - self._last_drawn >= every or is_last:
+            self._last_drawn = now
+            self._draw(summary, now)
+
+    def _draw(self, summary: StepSummary, now: float) -> None:
+        figures = f"epoch {summary.epoch + 1}  loss {summary.loss:.4g}  {self._pace.text(now)}"
+        if self._progress is None:
+            self._say(f"step {summary.step + 1}/{summary.of}  {figures}")
+            return
+        self._progress.update(
+            self._bar,
+            description=f"step {summary.step + 1}/{summary.of}",
+            completed=summary.step + 1,
+            total=summary.of,
+            figures=figures,
+        )
+
+    def _say(self, line: str) -> None:
+        if self._quiet:
+            return
+        if self._progress is not None:
+            self._progress.console.print(Text(line))
+        else:
+            print(line, file=self._out, flush=True)
+
+
+class _Pace:
+    """Samples per second of the last steps, and how long the rest will take."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+        self._first: tuple[int, float] | None = None
+        self._last: StepSummary | None = None
+
+    def add(self, summary: StepSummary, now: float) -> None:
+        """Take one more step."""
+        self._recent.append((summary.samples, sum(summary.seconds.values())))
+        self._first = self._first or (summary.step, now)
+        self._last = summary
+
+    def text(self, now: float) -> str:
+        """`1234 samples/s  eta 0:12`."""
+        samples = sum(count for count, _ in self._recent)
+        busy = sum(seconds for _, seconds in self._recent)
+        rate = f"{samples / busy:.0f} samples/s" if busy else ""
+        if self._first is None or self._last is None:
+            return rate
+        done = self._last.step - self._first[0]
+        left = self._last.of - self._last.step - 1
+        if done == 0 or left == 0:
+            return rate
+        return f"{rate}  eta {_clock((now - self._first[1]) / done * left)}"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[figures]}", markup=False),
+        console=console,
+        transient=True,
+    )
+
+
+def facts_of(job: Job, result: Result) -> Facts:
+    """Put together what a run came to."""
+    history = result.history
+    split: dict[str, float] = {}
+    for step in history:
+        for part, seconds in step.seconds.items():
+            split[part] = split.get(part, 0.0) + seconds
+    busy = sum(split.values())
+    return {
+        "status": "SUCCEEDED",
+        "name": job.name,
+        "strategy": job.strategy.name,
+        "num_workers": job.scaling.num_workers,
+        "steps": len(history),
+        "seconds": round(result.seconds, 3),
+        "metrics": result.metrics,
+        "samples_per_s": round(sum(s.samples for s in history) / busy, 1) if busy else None,
+        "time_split": {part: round(s / busy, 4) for part, s in split.items()} if busy else {},
+        "run_directory": str(result.path),
+        "model": str(result.checkpoint) if result.checkpoint else None,
+    }
+
+
+def to_json(value: object, indent: int | None = 2) -> str:
+    """Write JSON; a loss that is no number any more becomes null, for JSON has no NaN."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_result(facts: Facts) -> None:
+    """Print how a run ended to stdout: a table on a terminal, aligned text elsewhere."""
+    print_pairs(_rows(facts))
+
+
+def print_pairs(rows: list[tuple[str, str]]) -> None:
+    """Print names and values to stdout."""
+    if sys.stdout.isatty():
+        table = Table(show_header=False, box=None)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        Console().print(table)
+        return
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _rows(facts: Facts) -> list[tuple[str, str]]:
+    workers = facts["num_workers"]
+    metrics = {name: _number(value) for name, value in facts["metrics"].items()}
+    rows = [
+        ("strategy", facts["strategy"]),
+        ("workers", str(workers) if workers else "0 (in this process)"),
+        ("steps", str(facts["steps"])),
+        ("final loss", metrics.pop("loss", "")),
+    ]
+    if metrics:
+        figures = [f"{name.removeprefix('eval_')} {shown}" for name, shown in metrics.items()]
+        rows.append(("evaluation", "  ".join(figures)))
+    if facts["samples_per_s"]:
+        shares = [f"{part} {share:.0%}" for part, share in facts["time_split"].items()]
+        rows += [("speed", f"{facts['samples_per_s']:.0f} samples/s"), ("time", ", ".join(shares))]
+    rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]
+    if facts["model"]:
+        rows.append(("model", facts["model"]))
+    return rows
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {_number(value)}" for name, value in metrics.items())
+
+
+def _number(value: float | None) -> str:
+    return "not a number" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def _cast(job: Job) -> str:
+    count = job.scaling.num_workers
+    workers = "1 worker" if count == 1 else f"{count} workers"
+    return f"{job.strategy.name}, {workers if count else 'in this process'}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

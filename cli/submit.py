@@ -1,0 +1,267 @@
+"""`distplat submit`: from the job file and the flags to a run, wherever it is to run."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from distplat.cli import remote, shipping
+from distplat.cli.address import Target, target_of, token_at_hand
+from distplat.cli.drive import STORAGE, train
+from distplat.cli.render import Facts, View, print_result, to_json
+from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
+from distplat.platform.job_file import render_job
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import load_job, load_strategy_file, make_strategy
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    job_file: Path
+    settings: tuple[str, ...] = ()
+    """`--set`, as they stand."""
+    flags: tuple[tuple[str, str, str], ...] = ()
+    """Flags with a field of their own: flag, field, value."""
+    address: str | None = None
+    working_dir: Path | None = None
+    strategy_file: Path | None = None
+    runtime_env: Path | None = None
+    runtime_env_json: str | None = None
+    submission_id: str | None = None
+    metadata_json: str | None = None
+    resources: tuple[tuple[str, float], ...] = ()
+    """`--entrypoint-num-cpus` and its kin, by Ray's argument names."""
+    wait: bool = True
+    as_json: bool = False
+    quiet: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the task's module lies."""
+        return (self.working_dir or self.job_file.parent).resolve()
+
+    def say(self, line: str) -> None:
+        """Write to stderr, unless asked to be quiet."""
+        if not self.quiet:
+            remote.say(line)
+
+
+def resolve(request: Request) -> Job:
+    """
+    Read the job with all its layers.
+
+    Raises:
+        SpecError: everything that is wrong with it.
+    """
+    if request.strategy_file is not None:
+        load_strategy_file(request.strategy_file)
+    overrides = [*request.settings, *(f"{field}={text}" for _, field, text in request.flags)]
+    try:
+        return load_job(request.job_file, overrides=overrides, environ=os.environ)
+    except SpecError as error:
+        names = {f"--set {field}": flag for flag, field, _ in request.flags}
+        raise SpecError(*(_renamed(one, names) for one in error.problems)) from None
+
+
+def submit(request: Request) -> None:
+    """
+    Run a job, and print what it came to.
+
+    Raises:
+        SpecError: something is wrong with the job or the options; nothing was started.
+        DistplatError: why the run failed.
+        typer.Exit: a remote job failed or was left; carries the exit code.
+    """
+    job = resolve(request)
+    target = _target(request, job)
+    _check_options(request, target)
+    if target.kind == "jobs":
+        _submit_remote(request, job, target)
+        return
+    request.say(f"running on {_named(target, job)}")
+    view = View(quiet=request.quiet)
+    with _ray(request, target):
+        facts = train(
+            job,
+            view,
+            working_dir=request.folder,
+            storage_dir=Path.cwd(),
+            strategy_file=request.strategy_file,
+        )
+    _print(facts, request)
+
+
+def dry_run(request: Request) -> None:
+    """
+    Print the job as it would run, and what would be started; start nothing.
+
+    Raises:
+        SpecError: see `submit`.
+    """
+    job = resolve(request)
+    target = _target(request, job)
+    _check_options(request, target)
+    roles = make_strategy(job).roles(job)
+    started = {"num_workers": job.scaling.num_workers, "num_servers": roles.servers}
+    if request.as_json:
+        fields = job.model_dump(mode="json")
+        print(to_json({"job": fields, "where": _named(target, job), "would_start": started}))
+        return
+    print(render_job(job), end="")
+    request.say(
+        f"would start {job.scaling.num_workers} workers and {roles.servers} server nodes "
+        f"({job.strategy.name}) on {_named(target, job)}"
+    )
+
+
+def _target(request: Request, job: Job) -> Target:
+    target = target_of(request.address, os.environ)
+    if target.kind == "driver" and token_at_hand(os.environ):
+        os.environ["RAY_AUTH_MODE"] = "token"  # before the first import of Ray, which caches it
+    if target.origin or job.scaling.num_workers == 0:
+        return target
+    from distplat.cli.join import running_here
+
+    address = running_here()
+    return Target("here", address, "") if address else target
+
+
+def _named(target: Target, job: Job) -> str:
+    if target.kind == "local":
+        none = "this process, without Ray"
+        return "a local Ray, for this run only" if job.scaling.num_workers else none
+    if target.kind == "here":
+        return f"the Ray cluster of this machine, {target.address}"
+    return f"the Ray cluster at {target.address} (from {target.origin})"
+
+
+def _ray(request: Request, target: Target) -> Any:
+    """Connect to the cluster; a local Ray is started by the run itself."""
+    if target.kind == "local":
+        return nullcontext()
+    from distplat.cli.join import connected
+
+    user = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
+    address = None if target.kind == "here" else target.address
+    return connected(address, shipping.with_folders(request.folder, user))
+
+
+def _check_options(request: Request, target: Target) -> None:
+    """
+    Refuse options that would have no effect.
+
+    Raises:
+        SpecError: names them.
+    """
+    remote_only = {
+        "--submission-id": request.submission_id,
+        "--metadata-json": request.metadata_json,
+        "--no-wait": not request.wait,
+        "--entrypoint-*": request.resources,
+    }
+    idle = [option for option, given in remote_only.items() if given and target.kind != "jobs"]
+    if target.kind == "local" and (request.runtime_env or request.runtime_env_json):
+        idle.append("--runtime-env")
+    if idle:
+        hint = "give --address http://HOST:8265"
+        raise SpecError(
+            *(Problem((option,), "has effect on a cluster only", hint) for option in idle)
+        )
+    if not request.folder.is_dir():
+        raise SpecError(Problem(("--working-dir",), f"{request.folder} is no directory"))
+
+
+def _submit_remote(request: Request, job: Job, target: Target) -> None:
+    parcel = remote.Parcel(
+        request.folder,
+        request.strategy_file,
+        shipping.read_runtime_env(request.runtime_env, request.runtime_env_json),
+        _metadata(request.metadata_json),
+        request.submission_id,
+        dict(request.resources),
+    )
+    from distplat.cli.cluster import Jobs
+    from distplat.cli.join import ignores
+
+    jobs = Jobs(target.address)
+    job_id = remote.send(jobs, job, parcel, ignores)
+    request.say(f"job {job_id} is on {_named(target, job)}")
+    if not Path(job.storage_path).is_absolute():
+        request.say(f"run directory: below {STORAGE / job.storage_path} of the driver's machine")
+    if not request.wait:
+        _print_left(job_id, target, request)
+        return
+    reader = remote.LogReader(request.say)
+    try:
+        info = remote.follow(jobs, job_id, reader)
+    except KeyboardInterrupt:
+        _leave(f"\ndetached; the job {job_id} goes on", job_id, target)
+        raise typer.Exit(130) from None
+    except ClusterUnreachable:
+        _leave(f"lost sight of the job {job_id}, which may go on", job_id, target)
+        raise
+    if reader.facts is not None:
+        _print({**reader.facts, "id": job_id}, request)
+    code = remote.exit_code(info)
+    if code:
+        remote.say(f"error: job {job_id} {info['status']}, exit code {code}")
+        raise typer.Exit(code)
+
+
+def _print_left(job_id: str, target: Target, request: Request) -> None:
+    for line in _next_commands(job_id, target):
+        request.say(line)
+    print(to_json({"id": job_id, "address": target.address}) if request.as_json else job_id)
+
+
+def _leave(why: str, job_id: str, target: Target) -> None:
+    for line in (why, *_next_commands(job_id, target)):
+        remote.say(line)
+
+
+def _next_commands(job_id: str, target: Target) -> list[str]:
+    where = shlex.join([job_id, "--address", target.address])
+    return [
+        f"  follow: distplat logs -f {where}",
+        f"  status: distplat status {where}",
+        f"  stop:   distplat stop {where}",
+    ]
+
+
+def _metadata(text: str | None) -> dict[str, str]:
+    """
+    Read `--metadata-json`.
+
+    Raises:
+        SpecError: it is no mapping of text to text.
+    """
+    option = ("--metadata-json",)
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise SpecError(Problem(option, f"is not JSON: {error}")) from None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise SpecError(Problem(option, "must be a mapping of text to text"))
+    return found
+
+
+def _renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
+    """Let a flag's problem name the flag, not the `--set` that it stands for."""
+    return replace(problem, file=names.get(problem.file, problem.file))
+
+
+def _print(facts: Facts, request: Request) -> None:
+    if request.as_json:
+        print(to_json(facts))
+    else:
+        print_result(facts)
+    sys.stdout.flush()

@@ -1,0 +1,195 @@
+"""Heads of one node, a user's folder and the command itself, for tests of the command line."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+TOKEN = "canary-3d1f7a52c0"
+BIN = Path(sys.executable).parent
+TASK = """\
+import os
+import time
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import distplat
+
+
+class Line(distplat.Task):
+    def __init__(self, fail=False, pause=0.0):
+        self.fail, self.pause = fail, pause
+
+    def model(self):
+        print("distplat is", distplat.__file__, "beside", sorted(os.listdir(".")))
+        return nn.Linear(4, 1)
+
+    def train_data(self):
+        x = torch.randn(64, 4)
+        return TensorDataset(x, x.sum(1, keepdim=True))
+
+    def eval_data(self):
+        return self.train_data()
+
+    def loss(self, outputs, targets):
+        time.sleep(self.pause)
+        if self.fail:
+            raise ValueError("as asked")
+        return nn.functional.mse_loss(outputs, targets)
+"""
+JOB = """\
+name: line
+task: line:Line
+strategy: ring
+scaling: {num_workers: 1}
+optimizer: {name: SGD, lr: 0.1}
+steps: 40
+global_batch_size: 16
+"""
+
+
+@dataclass
+class Head:
+    """A cluster of one node, and how to talk to it."""
+
+    home: Path
+    environ: dict[str, str]
+    url: str = ""
+
+    @property
+    def gcs(self) -> str:
+        return (self.home / "ray" / "ray_current_cluster").read_text().strip()
+
+
+def make_folder(path: Path) -> Path:
+    """Write a task, a job file, and a file that must not travel."""
+    (path / "line.py").write_text(TASK)
+    (path / "job.yaml").write_text(JOB)
+    (path / ".env").write_text("SECRET=1")
+    return path
+
+
+def clean_environ(home: Path, mode: str) -> dict[str, str]:
+    """An environment without a trace of other clusters; Ray's default folder is `home` too."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DISTPLAT_"))}
+    kept.pop("PYTHONPATH", None)
+    path = f"{BIN}{os.pathsep}{kept['PATH']}"  # the job's `python` is to be this one
+    token = home / "token"
+    token.write_text(TOKEN)
+    ours = {"HOME": str(home), "PATH": path, "RAY_AUTH_MODE": mode, "RAY_TMPDIR": str(home)}
+    return {**kept, **ours, "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+def short_folder() -> Path:
+    """Make a folder for Ray, whose sockets allow no long path; pytest's own are too long."""
+    return Path(tempfile.mkdtemp(prefix="dp", dir="/tmp"))
+
+
+def free_ports(count: int) -> list[int]:
+    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in taken]
+    for one in taken:
+        one.close()
+    return ports
+
+
+def wait_for_dashboard(url: str, head: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert head.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"{url}/api/version", timeout=2)
+            return
+        except urllib.error.HTTPError:  # it wants a token, so it is there
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"no dashboard at {url}: {log.read_text()}")
+
+
+def running_head(mode: str) -> Iterator[Head]:
+    home = short_folder()
+    environ = clean_environ(home, mode)
+    dashboard, client = free_ports(2)
+    command = (
+        f"ray start --head --port=0 --dashboard-host=127.0.0.1 --dashboard-port={dashboard} "
+        f"--dashboard-agent-listen-port=0 --ray-client-server-port={client} --min-worker-port=0 "
+        f"--max-worker-port=0 --num-cpus=2 --include-dashboard=true --disable-usage-stats "
+        f"--temp-dir={home}/ray --block"
+    ).split()
+    log = home / "head.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, env=environ, stdout=out, stderr=out, start_new_session=True, cwd=home
+        )
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for_dashboard(url, process, log)
+        yield Head(home, environ, url)
+    finally:
+        end(process)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End a head and all it started, and nothing else: other clusters may run here."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # a gentle end would drain the node first, for seconds
+    process.wait(10)
+    for one in family:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(family, timeout=10)
+
+
+def distplat(
+    *args: str, environ: dict[str, str], cwd: Path, timeout: float = 60
+) -> "subprocess.CompletedProcess[str]":
+    command = [str(BIN / "distplat"), *args]
+    return subprocess.run(
+        command, env=environ, cwd=cwd, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def read_until(process: "subprocess.Popen[str]", text: str, seconds: float = 40) -> list[str]:
+    """Read stderr until a line has `text`; the deadline kills what does not get there."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    lines = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            timer.cancel()
+            return lines
+    timer.cancel()
+    raise AssertionError(f"no {text!r} in: {''.join(lines)}")
+
+
+def start(args: list[str], environ: dict[str, str], cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [str(BIN / "distplat"), *args],
+        env=environ,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+SLOW = ["--set", "task_args.pause=0.05", "--set", "steps=5000"]

@@ -1,0 +1,203 @@
+"""Jobs on a real head, with and without tokens: `submit`, and looking after what was submitted."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from heads import (
+    SLOW,
+    TOKEN,
+    Head,
+    clean_environ,
+    distplat,
+    make_folder,
+    read_until,
+    running_head,
+    start,
+)
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(scope="module")
+def open_head() -> Iterator[Head]:
+    yield from running_head("disabled")
+
+
+@pytest.fixture(scope="module")
+def token_head() -> Iterator[Head]:
+    yield from running_head("token")
+
+
+@pytest.mark.parametrize(
+    ("head_name", "strategy"), [("open_head", "ps-sync"), ("token_head", "ring")]
+)
+def test_a_remote_job_is_followed_to_its_result(
+    head_name: str, strategy: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    head: Head = request.getfixturevalue(head_name)
+    job_id = f"first-{strategy}"
+    args = ["--strategy", strategy, "--submission-id", job_id, "-o", "json"]
+    done = distplat(
+        "submit", "job.yaml", "--address", head.url, *args, environ=head.environ, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["id"], facts["strategy"], facts["steps"]) == (job_id, strategy, 40)
+    assert facts["metrics"]["loss"] < 1.0
+    runs = head.home / "distplat" / "runs"  # relative: below the driver's home
+    assert Path(facts["model"]).parent.parent == runs
+    assert Path(facts["model"]).is_file()
+    assert "step 40/40" in done.stderr
+    assert "py_modules_files" in done.stderr  # the client's distplat, not one installed there
+    assert "'line.py'" in done.stderr
+    assert "'.env'" not in done.stderr
+    assert not (folder / "runs").exists()
+
+    def ask(*command: str) -> str:
+        answer = distplat(*command, "--address", head.url, environ=head.environ, cwd=folder)
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout
+
+    listed = json.loads(ask("list", "-o", "json", "--status", "succeeded"))
+    assert [job["id"] for job in listed["jobs"]] == [job_id]
+    assert re.search(rf"{job_id} +line +SUCCEEDED +{strategy} +1 +\d+s\n", ask("list"))
+    assert "status     SUCCEEDED\n" in ask("status", job_id)
+    log = ask("logs", job_id)
+    assert "step 40/40" in log
+    assert "distplat-result" not in log
+    assert f"strategy       {strategy}\n" in log
+    assert ask("stop", job_id) == f"{job_id}: already SUCCEEDED\n"
+
+
+def test_a_failing_task_shows_its_own_traceback(open_head: Head, folder: Path) -> None:
+    done = distplat(
+        *("submit", "job.yaml", "--address", open_head.url, "--set", "task_args.fail=true"),
+        environ=open_head.environ,
+        cwd=folder,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.search(r'line\.py", line \d+, in loss\n    raise ValueError', done.stderr)
+    assert "error: your task failed on rank 0, before the first step: ValueError" in done.stderr
+    assert done.stderr.count("  File ") == 1  # none of the platform's own
+
+
+def test_ctrl_c_leaves_a_remote_job_running_until_it_is_stopped(
+    token_head: Head, folder: Path
+) -> None:
+    head = token_head
+    args = ["submit", "job.yaml", "--address", head.url, "--submission-id", "slow", *SLOW]
+    process = start(args, head.environ, folder)
+    read_until(process, "step 1/5000")
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "detached; the job slow goes on" in printed
+    follow = re.search(r"follow: distplat (.*)", printed)
+    stop = re.search(r"stop:   distplat (.*)", printed)
+    assert follow and stop
+
+    def ask(command: str) -> "subprocess.CompletedProcess[str]":
+        return distplat(*command.split(), environ=head.environ, cwd=folder)
+
+    assert "status    RUNNING\n" in ask(f"status slow --address {head.url}").stdout
+    assert ask(stop[1]).stdout == "slow: STOPPED\n"
+    again = ask(stop[1])
+    assert (again.returncode, again.stdout) == (0, "slow: already STOPPED\n")
+    followed = ask(follow[1])
+    assert followed.returncode == 4
+    assert "step 1/5000" in followed.stdout
+    unknown = ask(f"status slwo --address {head.url}")
+    assert unknown.returncode == 2
+    assert "did you mean 'slow'?" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "shown"),
+    [
+        ({}, 0, "ID"),
+        ({"RAY_AUTH_MODE": None}, 0, "ID"),
+        ({"RAY_AUTH_MODE": "disabled"}, 3, "requires a token: set RAY_AUTH_TOKEN, or "),
+        ({"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN_PATH": "/none"}, 3, "requires a token: "),
+        ({"RAY_AUTH_TOKEN": f"not-{TOKEN}"}, 3, "does not accept our token; set RAY_AUTH_TOKEN"),
+    ],
+)
+def test_a_token_is_found_and_never_echoed(
+    token_head: Head, changes: dict[str, str | None], code: int, shown: str, folder: Path
+) -> None:
+    environ = {**token_head.environ, **changes}
+    given = {name: value for name, value in environ.items() if value is not None}
+    done = distplat("list", "--address", token_head.url, environ=given, cwd=folder, timeout=10)
+    assert done.returncode == code
+    assert shown in done.stdout + done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_no_file_of_the_cluster_holds_the_token(token_head: Head) -> None:
+    """After all jobs above: neither logs nor run directories."""
+    files = [path for path in token_head.home.rglob("*") if path.is_file()]
+    assert any(path.name == "result.json" for path in files)
+    assert [p for p in files if TOKEN.encode() in p.read_bytes()] == [token_head.home / "token"]
+
+
+class _NotRay(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>hello</html>")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def not_ray() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _NotRay)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("where", ["http://127.0.0.1:1", "http://no.such.host.invalid:1", "web"])
+def test_a_wrong_address_is_told_within_seconds(
+    where: str, not_ray: str, folder: Path, tmp_path: Path
+) -> None:
+    address = not_ray if where == "web" else where
+    environ = clean_environ(tmp_path, "disabled")
+    done = distplat(
+        "submit", "job.yaml", "--address", address, environ=environ, cwd=folder, timeout=10
+    )
+    assert done.returncode == 3
+    assert address in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["by address", "found here"])
+def test_a_driver_joins_a_cluster(
+    open_head: Head, given: bool, folder: Path, tmp_path: Path
+) -> None:
+    head = open_head
+    address = ["--address", head.gcs] if given else []
+    done = distplat(
+        *("submit", str(folder / "job.yaml"), *address), environ=head.environ, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    here = f"running on the Ray cluster of this machine, {head.gcs}\n"
+    named = f"running on the Ray cluster at {head.gcs} (from --address)\n"
+    assert (named if given else here) in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # where submit was called

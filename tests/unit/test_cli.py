@@ -1,0 +1,277 @@
+"""The command line as a user meets it: help, messages, precedence, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import distplat
+from distplat.cli import describe
+from distplat.cli.main import run
+from distplat.platform.errors import (
+    ActorLost,
+    ClusterUnreachable,
+    Interrupted,
+    StorageError,
+    UserCodeError,
+)
+from distplat.platform.yaml_source import parse_yaml
+
+JOB = """\
+name: lin
+task: lin:Lin
+strategy: {name: ps-sync, num_servers: 2}
+scaling: {num_workers: 2}
+optimizer: {name: SGD, lr: 0.1}
+steps: 10
+global_batch_size: 16
+"""
+COMMAND = [sys.executable, "-m", "distplat.cli.main"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("job.yaml").write_text(JOB)
+    for name in [*os.environ]:
+        if name.startswith("DISTPLAT_") or name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            monkeypatch.delenv(name)
+
+
+def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for code in ("0  succeeded", "1  the task", "2  wrong", "3  the cluster", "70  an error"):
+        assert code in shown
+    assert "drive" not in shown  # for the cluster's use only
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"distplat {distplat.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["submit", "--help"],
+        ["strategies"],
+        ["validate", "job.yaml"],
+        ["submit", "job.yaml", "--dry-run", "--address", "local"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_needs_neither_ray_nor_torch_loads_neither(args: list[str]) -> None:
+    ask = (
+        "import sys\nfrom distplat.cli.main import run\n"
+        f"code = run({args!r})\n"
+        "sys.exit(code or ', '.join({'ray', 'torch'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+NO_JOB = "error: none.yaml: there is no such file\n"
+NO_RAY_CLIENT = (
+    "error: --address: Ray Client (ray://) is not supported\n"
+    "  hint: use the job API, http://HOST:8265, or HOST:6379 on a machine of the cluster\n"
+)
+NO_JOB_API = (
+    "error: --address: local is no job API, and a job has to be looked for in one\n"
+    "  hint: give http://HOST:8265\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["submti"], "Error: No such command 'submti'. Did you mean 'submit'?"),
+        (["submit"], "Missing argument 'JOB.yaml'"),
+        (["submit", "job.yaml", "--strateg", "ring"], "No such option: --strateg"),
+        (["submit", "none.yaml"], NO_JOB),
+        (["validate", "none.yaml"], NO_JOB),
+        (["validate", "."], "error: .: is a directory, not a job file\n"),
+        (
+            ["submit", "job.yaml", "--strategy", "rnig"],
+            "error: --strategy: strategy: unknown strategy 'rnig'\n  hint: did you mean 'ring'? ",
+        ),
+        (
+            ["submit", "job.yaml", "--num-workers", "two"],
+            "error: --num-workers: scaling.num_workers: must be a whole number (got 'two')\n",
+        ),
+        (
+            ["submit", "job.yaml", "--num_workers", "-1"],
+            "error: --num-workers: scaling.num_workers: must be >= 0",
+        ),
+        (
+            ["validate", "job.yaml", "--set", "optimizer.momentun=0.9"],
+            "error: --set optimizer.momentun: optimizer.momentun: unknown field",
+        ),
+        (["validate", "job.yaml", "--set", "seed"], "error: --set: must be field=value"),
+        (["submit", "job.yaml", "--address", "ray://h:1"], NO_RAY_CLIENT),
+        (["submit", "job.yaml", "--address", "h"], "error: --address: 'h' is no address\n"),
+        (["status", "x", "--address", "local"], NO_JOB_API),
+        (["strategies", "-o", "yaml"], "error: --output is 'yaml', allowed: text, json\n"),
+        (
+            ["submit", "job.yaml", "--address", "local", "--submission-id", "x", "--no-wait"],
+            "error: --submission-id: has effect on a cluster only\n"
+            "  hint: give --address http://HOST:8265\n"
+            "error: --no-wait: has effect on a cluster only\n",
+        ),
+        (
+            ["submit", "job.yaml", "--address", "local", "--runtime-env-json", "{}"],
+            "error: --runtime-env: has effect on a cluster only\n",
+        ),
+        (
+            ["submit", "job.yaml", "--address", "local", "--working-dir", "nowhere"],
+            "error: --working-dir: ",
+        ),
+        (["submit", "job.yaml", "--strategy-file", "s.py"], "error: --strategy-file: s.py is not"),
+        (["drive"], "error: `drive` runs inside a cluster only"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_is_told_and_starts_nothing(
+    args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(args) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    assert not Path("runs").exists()
+
+
+def test_every_problem_is_named_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("job.yaml").write_text(JOB.replace("lr: 0.1", "lr: -1, momentun: 0.9"))
+    assert run(["validate", "job.yaml"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: job.yaml:5:24: optimizer.lr: must be > 0 (got -1)"
+    assert lines[1] == "error: job.yaml:5:32: optimizer.momentun: unknown field (value 0.9)"
+    assert lines[2].startswith("  hint: did you mean 'momentum'?")
+
+
+def resolved(args: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    assert run(args) == 0
+    fields, _ = parse_yaml(capsys.readouterr().out, "stdout")
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("variable", "args", "workers"),
+    [
+        (None, [], 2),
+        ("3", [], 3),
+        ("3", ["--set", "scaling.num_workers=4"], 4),
+        ("3", ["--num-workers", "5", "--set", "scaling.num_workers=4"], 5),
+    ],
+)
+def test_flags_win_over_set_over_environment_over_file(
+    variable: str | None,
+    args: list[str],
+    workers: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("DISTPLAT_SCALING__NUM_WORKERS", variable)
+    fields = resolved(["validate", "job.yaml", *args], capsys)
+    assert fields["scaling"]["num_workers"] == workers
+
+
+def test_another_strategy_drops_the_options_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = resolved(["validate", "job.yaml", "--strategy", "ring", "-n", "other"], capsys)
+    assert fields["strategy"] == {"name": "ring"}
+    assert fields["name"] == "other"
+
+
+def test_a_dry_run_prints_the_job_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["submit", "job.yaml", "--dry-run", "--address", "local"]
+    assert run(args) == 0
+    printed = capsys.readouterr()
+    assert "seed: 0" in printed.out  # a default
+    assert printed.err == (
+        "would start 2 workers and 2 server nodes (ps-sync) on a local Ray, for this run only\n"
+    )
+    assert run([*args, "-o", "json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["would_start"] == {"num_workers": 2, "num_servers": 2}
+    assert not Path("runs").exists()
+
+
+def test_strategies_tell_options_with_type_default_and_meaning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["strategies", "-o", "json"]) == 0
+    found = {strategy["name"]: strategy for strategy in json.loads(capsys.readouterr().out)}
+    servers, resources = found["ps-sync"]["options"]
+    assert (servers["name"], servers["type"]) == ("num_servers", "integer >= 1 <= 256")
+    assert servers["default"] == 1
+    assert servers["description"].startswith("Server nodes")
+    assert resources["type"] == "mapping of text to number"
+    assert run(["strategies"]) == 0
+    shown = capsys.readouterr().out
+    assert f"ring  {found['ring']['summary']}" in shown
+    assert "num_servers: integer >= 1 <= 256 = 1" in shown
+
+
+LOST = ActorLost("worker-1", 7, "its process died")
+USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueError: no\n')
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (USER, 1, 'Traceback:\n  File "m.py"\nValueError: no\n\nerror: your task failed on rank 1'),
+        (ClusterUnreachable("nobody there"), 3, "error: nobody there\n"),
+        (LOST, 4, "error: worker-1 was lost after step 7: its process died\n"),
+        (StorageError("disk full"), 5, "error: disk full\n"),
+        (Interrupted(2), 130, "error: interrupted by SIGINT\n"),
+        (Interrupted(15), 143, "error: interrupted by SIGTERM\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (ZeroDivisionError("ours"), 70, "error inside distplat: ZeroDivisionError: ours\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_every_error_has_its_exit_code_and_no_traceback_of_ours(
+    error: BaseException,
+    code: int,
+    shown: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(**options: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(describe, "print_strategies", fail)
+    assert run(["strategies"]) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(shown)
+    assert __file__ not in printed
+
+
+def test_debug_shows_where_an_error_came_from(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**options: bool) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(describe, "print_strategies", fail)
+    assert run(["--debug", "strategies"]) == 70
+    assert __file__ in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*COMMAND, "strategies"], stdout=writer, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -1,0 +1,256 @@
+"""Remote jobs without a cluster: what is packed, how a log is followed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from distplat.cli import remote, shipping
+from distplat.cli.remote import LogReader, NoSuchJob, Parcel, clean_lines, exit_code, follow
+from distplat.platform.errors import ClusterUnreachable, SpecError
+from distplat.strategies.catalog import make_job
+
+JOB = make_job(
+    {
+        "name": "lin",
+        "task": "lin:Lin",
+        "task_args": {"text": "'; touch X; $(touch X)\n\"`touch X`"},
+        "strategy": {"name": "ps-sync", "num_servers": 2},
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "steps": 10,
+        "global_batch_size": 16,
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_POLL_S", 0.0)
+
+
+class FakeJobs:
+    """A cluster that plays a script: status and log, one pair per question for the status."""
+
+    address = "http://h:8265"
+
+    def __init__(self, *script: tuple[str, str], code: int | None = None) -> None:
+        self.script = list(script)
+        self.code = code
+        self.text = ""
+        self.submitted: dict[str, Any] = {}
+
+    def info(self, job_id: str) -> dict[str, Any]:
+        if job_id != "lin-1":
+            raise NoSuchJob
+        status, self.text = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        return {"status": status, "driver_exit_code": self.code}
+
+    def logs(self, job_id: str) -> str:
+        return self.text
+
+    def list(self) -> Any:
+        return [{"submission_id": "lin-1"}, {"submission_id": "other"}]
+
+    def stop(self, job_id: str) -> None:
+        self.script = [("RUNNING", ""), ("STOPPED", "")]
+
+    def submit(self, **what: Any) -> str:
+        self.submitted = what
+        return str(what["submission_id"])
+
+
+def ignores(folder: Path) -> Any:
+    return [lambda path: path.name == "ignored"]
+
+
+def as_jobs(fake: FakeJobs) -> Any:
+    return cast(Any, fake)
+
+
+def test_a_log_is_followed_line_by_line_to_its_end() -> None:
+    jobs = FakeJobs(
+        ("PENDING", ""),
+        ("RUNNING", "one\ntw"),
+        ("RUNNING", "one\ntwo\nthr"),
+        ("RUNNING", "one\ntwo\nthr"),
+        ("FAILED", "one\ntwo\nthree"),
+        code=1,
+    )
+    lines: list[str] = []
+    info = follow(as_jobs(jobs), "lin-1", lines.append)
+    assert lines == ["one", "two", "three"]
+    assert exit_code(info) == 1
+
+
+def test_a_passing_trouble_of_the_net_does_not_end_the_following(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Flaky(FakeJobs):
+        asked = 0
+
+        def info(self, job_id: str) -> dict[str, Any]:
+            self.asked += 1
+            if self.asked % 2:
+                raise ClusterUnreachable("gone")
+            return super().info(job_id)
+
+    jobs = Flaky(("RUNNING", "one\n"), ("SUCCEEDED", "one\ntwo\n"), code=0)
+    lines: list[str] = []
+    assert follow(as_jobs(jobs), "lin-1", lines.append)["status"] == "SUCCEEDED"
+    assert lines == ["one", "two"]
+    monkeypatch.setattr(remote, "_PATIENCE_S", -1.0)
+    with pytest.raises(ClusterUnreachable):
+        follow(as_jobs(Flaky(("RUNNING", ""))), "lin-1", lines.append)
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 1, 1),
+        ("FAILED", 2, 2),
+        ("FAILED", 143, 143),
+        ("FAILED", None, 4),
+        ("FAILED", -9, 4),
+        ("STOPPED", None, 4),
+        ("STOPPED", 143, 4),
+    ],
+)
+def test_the_exit_code_is_the_drivers(status: str, driver: int | None, code: int) -> None:
+    assert exit_code({"status": status, "driver_exit_code": driver}) == code
+
+
+def test_a_log_cannot_steer_the_terminal() -> None:
+    text = "\x1b[31mred\x1b[0m\r\n\x1b]0;title\x07 a\tb\x9b2J\n\n"
+    assert clean_lines(text) == ["red", "]0;title a\tb2J", ""]
+
+
+def test_the_result_is_read_from_the_log_and_not_shown() -> None:
+    lines: list[str] = []
+    reader = LogReader(lines.append)
+    for line in ("Running entrypoint for job x: y", "step 1", 'distplat-result: {"steps": 3}'):
+        reader(line)
+    reader("distplat-result: not json")
+    assert reader.facts == {"steps": 3}
+    assert lines == ["step 1", "distplat-result: not json"]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_stopping_waits_for_the_end_unless_told_not_to(wait: bool) -> None:
+    jobs = FakeJobs(("RUNNING", ""))
+    assert remote.stop(as_jobs(jobs), "lin-1", wait=wait) == ("STOPPED" if wait else "RUNNING")
+
+
+def test_stopping_an_ended_job_leaves_it_alone() -> None:
+    jobs = FakeJobs(("SUCCEEDED", ""))
+    assert remote.stop(as_jobs(jobs), "lin-1", wait=True) == "SUCCEEDED"
+    assert jobs.script == [("SUCCEEDED", "")]
+
+
+def test_an_unknown_job_gets_a_hint() -> None:
+    with pytest.raises(SpecError) as raised:
+        remote.find(as_jobs(FakeJobs()), "lin-2")
+    assert str(raised.value) == (
+        "no job 'lin-2' at http://h:8265\n  hint: did you mean 'lin-1'? latest: lin-1, other"
+    )
+
+
+@pytest.mark.parametrize("job_id", ["", "a/b", "../x", "a b", "a?b", "x" * 129, "a\n"])
+def test_an_id_that_would_change_a_url_is_refused(job_id: str) -> None:
+    with pytest.raises(SpecError, match="is no job id"):
+        remote.find(as_jobs(FakeJobs()), job_id)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "lin.py").write_text("x = 1\n")
+    (tmp_path / "strategy.py").write_text("")
+    yield tmp_path
+
+
+def parcel(folder: Path, **changes: Any) -> Parcel:
+    fields = {
+        "working_dir": folder,
+        "strategy_file": None,
+        "runtime_env": {"env_vars": {"A": "1"}, "excludes": ["data"], "py_modules": ["m"]},
+        "metadata": {"team": "t"},
+        "submission_id": None,
+        "resources": {"entrypoint_num_cpus": 1.0},
+    }
+    return Parcel(**{**fields, **changes})
+
+
+def test_a_job_is_sent_without_a_value_in_the_shell_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = FakeJobs()
+    job_id = remote.send(as_jobs(jobs), JOB, parcel(folder), ignores)
+    sent = jobs.submitted
+    assert job_id.startswith("lin-")
+    assert sent["entrypoint"] == "python -m distplat.cli.main drive"
+    assert sent["entrypoint_num_cpus"] == 1.0
+    assert sent["metadata"]["strategy"] == "ps-sync"
+    assert sent["metadata"]["team"] == "t"
+    environment = sent["runtime_env"]
+    assert environment["working_dir"] == str(folder)
+    assert [Path(module).name for module in environment["py_modules"]] == ["distplat", "m"]
+    assert {".git", ".env", "*.pem", "data"} <= set(environment["excludes"])
+    assert environment["env_vars"]["A"] == "1"
+    monkeypatch.chdir(folder)
+    assert shipping.received_job(environment["env_vars"]) == (JOB, None)
+
+
+def test_a_strategy_file_travels_with_the_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = shipping.runtime_env(JOB, folder, folder / "strategy.py", {})
+    monkeypatch.chdir(folder)
+    _, strategy_file = shipping.received_job(environment["env_vars"])
+    assert strategy_file == folder / "strategy.py"
+    with pytest.raises(SpecError, match="which is what the cluster gets"):
+        shipping.runtime_env(JOB, folder, folder.parent / "strategy.py", {})
+
+
+def test_a_job_that_no_variable_holds_is_refused(folder: Path) -> None:
+    job = JOB.model_copy(update={"task_args": {"text": "x" * 50_000}})
+    with pytest.raises(SpecError, match="a job sent to a cluster may have 48"):
+        shipping.runtime_env(job, folder, None, {})
+
+
+def test_our_metadata_cannot_be_overwritten(folder: Path) -> None:
+    with pytest.raises(SpecError, match=r"--metadata-json\.strategy: is set by distplat itself"):
+        remote.send(as_jobs(FakeJobs()), JOB, parcel(folder, metadata={"strategy": "x"}), ignores)
+
+
+def test_a_folder_that_is_too_large_is_refused_with_its_largest_parts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipping, "MAX_PACKAGE", 3 * 2**20)
+    for name in ("runs/a", "x.pem", "ignored", "pkg/ignored", ".git/b"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(4 * 2**20))
+    remote.send(as_jobs(FakeJobs()), JOB, parcel(folder), ignores)
+    for number in range(6):
+        (folder / f"data{number}").write_bytes(bytes((number + 1) * 2**20))
+    with pytest.raises(SpecError) as raised:
+        remote.send(as_jobs(FakeJobs()), JOB, parcel(folder), ignores)
+    assert "has 21 MiB; a cluster takes 3 MiB" in str(raised.value)
+    assert "the largest: data5 6 MiB, data4 5 MiB, data3 4 MiB, data2 3 MiB, data1 2 MiB" in str(
+        raised.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "--runtime-env-json: cannot be read"),
+        ("[]", "--runtime-env-json: must be a mapping"),
+        (json.dumps({"working_dir": "."}), "working_dir: is set by --working-dir"),
+    ],
+)
+def test_a_wrong_runtime_environment_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        shipping.read_runtime_env(None, text)

@@ -1,0 +1,166 @@
+"""What a run looks like where nobody watches: plain lines, few of them, and a table at the end."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distplat.actors.trainer import Result
+from distplat.cli import render
+from distplat.cli.render import View, facts_of, print_result, to_json
+from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.spec import Job
+
+JOB = Job.model_validate(
+    {
+        "name": "lin",
+        "task": "lin:Lin",
+        "strategy": "ring",
+        "scaling": {"num_workers": 2},
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "steps": 100,
+        "global_batch_size": 16,
+    }
+)
+
+
+def step(number: int, loss: float = 0.5, seconds: float = 0.25) -> StepSummary:
+    parts = {"data": 0.0, "compute": seconds, "exchange": seconds, "update": 0.0}
+    return StepSummary(number, number // 10, loss, 16, parts, of=100)
+
+
+class Clock:
+    """Stands in for `time` in the module under test."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(render, "time", clock)
+    return clock
+
+
+def watched(clock: Clock, seconds_per_step: float, steps: int, **options: Any) -> list[str]:
+    out = io.StringIO()
+    with View(out, **options) as view:
+        view.started(JOB, "lin-1", Path("/runs/lin-1"))
+        for number in range(steps):
+            clock.now += seconds_per_step
+            view.stepped(step(number))
+    return out.getvalue().splitlines()
+
+
+def test_lines_come_at_most_every_two_seconds(clock: Clock) -> None:
+    lines = watched(clock, 0.5, steps=13)
+    assert lines[0] == "run lin-1: ring, 2 workers, starting"
+    assert [line.split()[1] for line in lines[1:]] == ["1/100", "5/100", "9/100", "13/100"]
+
+
+def test_a_line_tells_how_fast_it_goes_and_how_long_it_takes(clock: Clock) -> None:
+    lines = watched(clock, 2.0, steps=41)
+    assert lines[1] == "step 1/100  epoch 1  loss 0.5  32 samples/s"
+    assert lines[-1] == "step 41/100  epoch 5  loss 0.5  32 samples/s  eta 1:58"
+
+
+def test_the_last_step_is_always_shown(clock: Clock) -> None:
+    assert watched(clock, 0.001, steps=100)[-1].startswith("step 100/100  epoch 10  loss 0.5")
+
+
+def test_every_evaluation_is_shown(clock: Clock) -> None:
+    out = io.StringIO()
+    view = View(out)
+    for number in (1, 2, 3):
+        view.stepped(EvalSummary(number, 8, {"loss": 0.25, "accuracy": 0.96875}))
+    assert out.getvalue().splitlines() == [
+        f"evaluation after step {number}  loss 0.25  accuracy 0.9688" for number in (1, 2, 3)
+    ]
+
+
+def test_quiet_is_quiet(clock: Clock) -> None:
+    assert watched(clock, 5.0, steps=3, quiet=True) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_one_line_and_keeps_evaluations(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    out = Terminal()
+    with View(out) as view:
+        view.started(JOB, "lin-[1]", Path("/runs/lin-1"))
+        view.stepped(step(0))
+        view.stepped(EvalSummary(1, 8, {"loss": 0.25}))
+    shown = out.getvalue()
+    assert "run lin-[1]: ring, 2 workers, starting\n" in shown.replace("\r", "")
+    assert "evaluation after step 1  loss 0.25" in shown
+    assert "step 1/100" in shown
+    assert "\x1b[3" not in shown  # no colour
+
+
+def result(loss: float = 0.5) -> Result:
+    return Result(
+        path=Path("/runs/lin-1"),
+        checkpoint=Path("/runs/lin-1/model.safetensors"),
+        history=[step(0), step(1, loss)],
+        evaluations=[EvalSummary(2, 8, {"loss": 0.25, "accuracy": 0.75})],
+        seconds=4.0,
+    )
+
+
+def test_the_facts_are_those_of_the_run() -> None:
+    assert facts_of(JOB, result()) == {
+        "status": "SUCCEEDED",
+        "name": "lin",
+        "strategy": "ring",
+        "num_workers": 2,
+        "steps": 2,
+        "seconds": 4.0,
+        "metrics": {"loss": 0.5, "eval_loss": 0.25, "eval_accuracy": 0.75},
+        "samples_per_s": 32.0,
+        "time_split": {"data": 0.0, "compute": 0.5, "exchange": 0.5, "update": 0.0},
+        "run_directory": "/runs/lin-1",
+        "model": "/runs/lin-1/model.safetensors",
+    }
+
+
+def test_the_table_is_aligned_text_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(facts_of(JOB, result()))
+    assert capsys.readouterr().out.splitlines() == [
+        "strategy       ring",
+        "workers        2",
+        "steps          2",
+        "final loss     0.5",
+        "evaluation     loss 0.25  accuracy 0.75",
+        "speed          32 samples/s",
+        "time           data 0%, compute 50%, exchange 50%, update 0%",
+        "took           4.0 s",
+        "run directory  /runs/lin-1",
+        "model          /runs/lin-1/model.safetensors",
+    ]
+
+
+def test_a_loss_that_is_no_number_is_still_json(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads(to_json(facts_of(JOB, result(float("nan")))))
+    assert facts["metrics"]["loss"] is None
+    print_result(facts)
+    assert "final loss     not a number\n" in capsys.readouterr().out
+
+
+def test_a_run_without_steps_or_model_has_a_table_too(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(facts_of(JOB, Result(Path("/runs/lin-1"), None)))
+    shown = capsys.readouterr().out
+    assert "steps          0\n" in shown
+    assert "model" not in shown
