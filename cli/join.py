@@ -16,6 +16,7 @@ from ray.job_config import JobConfig
 
 import distplat
 from distplat.cli.address import one_line, reach, unset
+from distplat.cli.one_node import without_job_environment
 from distplat.cli.shipping import check_size
 from distplat.platform.errors import ClusterUnreachable
 
@@ -65,10 +66,13 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
         reach(str(address))
     try:
         with unset("RAY_ADDRESS"):  # Ray would let it win over `auto`
-            _join(address, {})
-            if runtime_env and sum(node["Alive"] for node in ray.nodes()) > 1:
+            with without_job_environment() as hidden:
+                _join(address, {})
+            if (hidden or runtime_env) and sum(node["Alive"] for node in ray.nodes()) > 1:
                 ray.shutdown()
-                check_size(Path(runtime_env["working_dir"]), runtime_env["excludes"], ignores)
+                if runtime_env:
+                    folder = Path(runtime_env["working_dir"])
+                    check_size(folder, runtime_env["excludes"], ignores)
                 _join(address, runtime_env)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterUnreachable(

@@ -14,6 +14,7 @@ from distplat.platform.errors import CollectiveError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
+
 def members(world: int) -> list[Any]:
     kind = ray.remote(Member).options(num_cpus=0.5)
     return [kind.remote() for _ in range(world)]

@@ -1,0 +1,47 @@
+"""What may be put aside on a cluster of one node, and that it is put back."""
+
+import json
+import os
+from typing import Any
+
+import pytest
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as VARIABLE
+
+from distplat.cli.one_node import without_job_environment
+
+OURS: dict[str, Any] = {
+    "working_dir": "gcs://a.zip",
+    "py_modules": ["gcs://b.zip"],
+    "excludes": [".git"],
+    "env_vars": {"_DISTPLAT_JOB": "{}"},
+    "_ray_commit": "x",
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "hidden"),
+    [
+        pytest.param({}, True, id="ours-alone"),
+        pytest.param({"pip": ["numpy"]}, False, id="packages"),
+        pytest.param({"env_vars": {"MINE": "1"}}, False, id="variables-of-the-user"),
+        pytest.param({"py_modules": ["gcs://b.zip", "gcs://c.zip"]}, False, id="modules"),
+    ],
+)
+def test_hides_what_the_node_has_anyway(
+    more: dict[str, Any], hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.dumps({"runtime_env": OURS | more, "metadata": {"name": "j"}})
+    monkeypatch.setenv(VARIABLE, config)
+    with without_job_environment() as result:
+        assert result is hidden
+        seen = json.loads(os.environ[VARIABLE])
+        assert seen["metadata"] == {"name": "j"}
+        assert (seen["runtime_env"] == {}) is hidden
+    assert os.environ[VARIABLE] == config
+
+
+def test_nothing_to_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with without_job_environment() as result:
+        assert result is False
+        assert VARIABLE not in os.environ
