@@ -2,14 +2,15 @@
 
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from distplat.cli.render import to_json
-from distplat.strategies.base import Options
 from distplat.strategies.catalog import strategies
 
-_BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+_NO_LIMIT = 2**40  # what a field says that means: any number that makes sense
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def print_strategies(*, as_json: bool) -> None:
@@ -21,16 +22,17 @@ def print_strategies(*, as_json: bool) -> None:
     for number, strategy in enumerate(found):
         print(f"{chr(10) if number else ''}{strategy['name']}  {strategy['summary']}")
         for option in strategy["options"]:
-            print(f"    {option['name']}: {option['type']} = {option['default']}")
+            print(f"    {option['name']}: {option['type']}, default {option['default']}")
             print(f"        {option['description']}")
 
 
 def _described(name: str) -> dict[str, Any]:
     kind = strategies.get(name)
-    return {"name": name, "summary": kind.summary, "options": _options(kind.options_type)}
+    return {"name": name, "summary": kind.summary, "options": field_rows(kind.options_type)}
 
 
-def _options(model: type[Options]) -> list[dict[str, Any]]:
+def field_rows(model: type[BaseModel]) -> list[dict[str, Any]]:
+    """Give name, type, default and description of a model's fields, in words."""
     schema = model.model_json_schema()
     return [
         {
@@ -46,9 +48,13 @@ def _options(model: type[Options]) -> list[dict[str, Any]]:
 
 
 def _bounds(field: FieldInfo) -> list[str]:
-    """Give `>= 1`, `<= 256`; a schema lacks them where a validator of ours stands before."""
-    found = ((getattr(one, key, None), sign) for one in field.metadata for key, sign in _BOUNDS)
-    return [f"{sign} {bound:g}" for bound, sign in found if bound is not None]
+    """Give `1 to 256`, `> 0`; a schema lacks them where a validator of ours stands before."""
+    found = {sign: getattr(m, sign) for m in field.metadata for sign in _SIGNS if hasattr(m, sign)}
+    if found.get("le", 0) >= _NO_LIMIT:
+        del found["le"]
+    if {"ge", "le"} <= found.keys():
+        return [f"{found['ge']:g} to {found['le']:g}"]
+    return [", ".join(f"{_SIGNS[sign]} {bound:g}" for sign, bound in found.items())] * bool(found)
 
 
 def _type(schema: dict[str, Any]) -> str:

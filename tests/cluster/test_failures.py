@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from small_runs import job, train
 
 from distplat.platform.errors import (
     ActorLost,
@@ -17,7 +18,6 @@ from distplat.platform.errors import (
     Interrupted,
     UserCodeError,
 )
-from runs import job, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from runs import distance, job, train, weights
+from small_runs import distance, job, train, weights
 
 pytestmark = pytest.mark.cluster
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import distance, job, train, weights
+from small_runs import HERE, distance, job, train, weights
 
 from distplat.platform.errors import SpecError
+from distplat.strategies.catalog import strategies
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
@@ -59,6 +60,17 @@ def test_loader_processes_change_nothing(tmp_path: Path) -> None:
     plain = weights(train(spec, tmp_path))
     loaded = weights(train({**spec, "data": {"num_loaders": 2}}, tmp_path))
     assert plain.tobytes() == loaded.tobytes()
+
+
+def test_a_strategy_of_ones_own_reaches_the_workers(tmp_path: Path) -> None:
+    file = HERE.parents[1] / "examples" / "own_strategy.py"
+    spec = job({"name": "local-sgd", "period": 2}, 2, optimizer={"name": "SGD", "lr": 0.1})
+    try:
+        result = train(spec, tmp_path, strategy_file=file)
+    finally:
+        strategies._things.pop("local-sgd", None)
+    assert len(result.history) == 15
+    assert result.history[-1].loss < result.history[0].loss
 
 
 def test_asks_for_more_than_the_cluster_has(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""Write docs/job_file.md from the job's models, so that every field and default there is true."""
+
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from distplat.cli.describe import field_rows
+from distplat.platform import optimizers, spec
+
+HEAD = """\
+# The job file
+
+Every field, with its default. This page is written by `python docs/job_file.py`; a test holds that
+it is up to date. YAML, read strictly: an unknown or doubled key is an error, `1e-3` is a number,
+`010` is ten, tags are refused.
+
+What is set where, strongest first: `--strategy`, `--num-workers`, `--name`; `--set a.b=c`;
+environment variables `DISTPLAT_A__B=c`; the job file; defaults.
+
+A remote job (`--address http://...`) keeps its run directory below `~/distplat/<storage_path>` of
+the machine where its driver runs: the job's own folder ends with the job.
+"""
+
+SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
+    ("Top level", "", spec.Job),
+    ("scaling", "scaling.", spec.Scaling),
+    ("lr_schedule", "lr_schedule.", optimizers.Schedule),
+    ("data", "data.", spec.Data),
+    ("evaluation", "evaluation.", spec.Evaluation),
+    ("checkpoint", "checkpoint.", spec.Checkpoint),
+    ("failure", "failure.", spec.Failure),
+]
+
+STRATEGY = """
+## strategy
+
+A name, or a mapping of `name` and the strategy's own options:
+
+```yaml
+strategy: ring
+strategy: {name: ps-sync, num_servers: 2}
+```
+
+`distplat strategies` lists them all with their options.
+
+## optimizer
+
+`name` and the arguments of that class in `torch.optim`, with torch's defaults; `lr` must be given.
+"""
+
+
+def page() -> str:
+    """Give the whole page."""
+    parts = [HEAD]
+    for title, prefix, model in SECTIONS:
+        parts.append(f"\n## {title}\n\n| field | type | default | |\n|---|---|---|---|\n")
+        for row in field_rows(model):
+            cells = [row["type"], f"`{row['default']}`", row["description"]]
+            if row["name"] in {"strategy", "optimizer", *(title for title, _, _ in SECTIONS)}:
+                default = "`required`" if row["default"] == "required" else ""
+                cells = ["mapping", default, "see below"]
+            parts.append("| " + " | ".join([f"`{prefix}{row['name']}`", *cells]) + " |\n")
+    parts.append(STRATEGY + "\n| name | arguments |\n|---|---|\n")
+    for kind in optimizers.Optimizer.__subclasses__():
+        names = ", ".join(f"`{name}`" for name in kind.model_fields if name != "name")
+        parts.append(f"| {kind.__name__} | {names} |\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    target = Path(__file__).with_suffix(".md")
+    target.write_text(page())
+    sys.stderr.write(f"wrote {target}\n")

@@ -1,0 +1,24 @@
+"""The pages say what is true: the reference is up to date, links lead somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [p for p in ROOT.glob("**/*.md") if not {".venv", "node_modules"} & set(p.parts)]
+
+
+def test_the_job_file_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("job_file_page", ROOT / "docs" / "job_file.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "job_file.md").read_text() == module.page()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
