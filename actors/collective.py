@@ -40,13 +40,15 @@ class RayCollective:
         backend: a name of ours, for example `gloo`.
         rank: place in the group.
         world: ranks in the group.
-        timeout_s: deadline of one operation.
+        deadlines: of one operation, and of the ranks' coming together.
     """
 
-    def __init__(self, name: str, backend: str, rank: int, world: int, timeout_s: float) -> None:
-        self._name, self._backend, self._timeout_s = name, backend, timeout_s
+    def __init__(
+        self, name: str, backend: str, rank: int, world: int, deadlines: gloo.Deadlines
+    ) -> None:
+        self._name, self._backend, self._deadlines = name, backend, deadlines
         self._rank, self._world = rank, world
-        _BACKENDS[backend].register(name, timeout_s)
+        _BACKENDS[backend].register(name, deadlines)
         rayc.init_collective_group(world, rank, _BACKENDS[backend].BACKEND, name)
 
     @property
@@ -101,7 +103,7 @@ class RayCollective:
         """See `Collective`."""
         place = list(ranks).index(self._rank)
         full = f"{self._name}/{name}"
-        return RayCollective(full, self._backend, place, len(ranks), self._timeout_s)
+        return RayCollective(full, self._backend, place, len(ranks), self._deadlines)
 
     def close(self) -> None:
         """Leave the group; peers in an operation fail at once."""

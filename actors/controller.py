@@ -48,6 +48,7 @@ class Controller:
         if cast.manager is not None:
             self._actors["server-manager"] = cast.manager
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
+        self._up: set[str] = set()  #: roles that have answered: the others may still be starting
         self._gathering = Gathering(len(cast.workers))
         self._state = JobState(len(cast.workers), limits, time.monotonic())
 
@@ -93,7 +94,8 @@ class Controller:
         now = time.monotonic()
         for call in silent:
             role, asked_at = self._open[call]
-            self._state.handle(Unanswered(role, now - asked_at), now)
+            if role in self._up:
+                self._state.handle(Unanswered(role, now - asked_at), now)
         if not silent:
             time.sleep(max(0.0, _TICK_S - (now - began)))
 
@@ -108,6 +110,7 @@ class Controller:
             del self._actors[role]
             cause = str(error).strip().splitlines()[0]
             return [Failed(role, ActorLost(role, self._state.steps_done or None, cause))]
+        self._up.add(role)
         if isinstance(answer, DistplatError):
             del self._actors[role]
             return [Failed(role, answer)]

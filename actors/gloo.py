@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -39,12 +40,23 @@ _OPS = {
     types.ReduceOp.MIN: dist.ReduceOp.MIN,
     types.ReduceOp.MAX: dist.ReduceOp.MAX,
 }
-_timeouts: dict[str, float] = {}
 
 
-def register(group_name: str, timeout_s: float) -> None:
-    """Make the backend known to Ray in this process, and set the deadline of a group to come."""
-    _timeouts[group_name] = timeout_s
+@dataclass(frozen=True)
+class Deadlines:
+    """How long a group may wait, in seconds."""
+
+    operation_s: float = 60.0
+    rendezvous_s: float = 60.0
+    """For the last rank to come: it may still be reading its data."""
+
+
+_deadlines: dict[str, Deadlines] = {}
+
+
+def register(group_name: str, deadlines: Deadlines) -> None:
+    """Make the backend known to Ray in this process, and set the deadlines of a group to come."""
+    _deadlines[group_name] = deadlines
     with suppress(ValueError):  # registered before: Ray has no public way to ask
         register_collective_backend(BACKEND, GlooGroup)
 
@@ -54,13 +66,13 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
-        self._timeout_s = _timeouts.get(group_name, 60.0)
+        self._deadlines = _deadlines.get(group_name, Deadlines())
         self._number = 0  #: operations begun
         host, port = self._rendezvous()
         self._store = self._client(host, port)
         self._pulse = _Pulse(self._client(host, port), rank, lambda: self._number)
         options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=self._timeout_s)
+        options._timeout = timedelta(seconds=self._deadlines.operation_s)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address())]
         try:
             self._group = dist.ProcessGroupGloo(
@@ -158,7 +170,9 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         """Find out who is missing, and say it."""
         number = self._number if number is None else number
         missing = self._pulse.missing(self.world_size, number)
-        cause = f"deadline {self._timeout_s:g} s; gloo says: {str(error).splitlines()[0]}"
+        limit = self._deadlines
+        seconds = limit.rendezvous_s if operation == "rendezvous" else limit.operation_s
+        cause = f"deadline {seconds:g} s; gloo says: {str(error).splitlines()[0]}"
         return CollectiveError(self.group_name, operation, number, missing, cause)
 
     @property
@@ -179,7 +193,7 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
             )
             _internal_kv_put(self._key, f"{host} {port}".encode(), overwrite=True)
             return host, port
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._deadlines.rendezvous_s
         while time.monotonic() < deadline:
             value = _internal_kv_get(self._key)
             if value is not None:
@@ -189,12 +203,12 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         raise DeadlineExceeded(
             f"rendezvous of group {self.group_name!r}",
             ("worker-0",),
-            self._timeout_s,
-            "strategy.timeout_s",
+            self._deadlines.rendezvous_s,
+            "failure.start_timeout_s",
         )
 
     def _client(self, host: str, port: int) -> Any:
-        timeout = timedelta(seconds=self._timeout_s)
+        timeout = timedelta(seconds=self._deadlines.rendezvous_s)
         return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
     @staticmethod

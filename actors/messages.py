@@ -42,7 +42,7 @@ class WorkOrder:
     task: str | bytes
     """`module:Class`, or the class itself, pickled by the driver."""
     search_path: str
-    """Folder put on the import path for the task's module."""
+    """Folder of the task's module: import path and current directory while it runs."""
     strategy_file: StrategyFile | None
     """A user's file that registers strategies."""
     manager: Any

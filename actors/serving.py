@@ -91,7 +91,12 @@ class Serving:
     def pull(self) -> PushReply:
         """Give the parameters, once there are any."""
         with self._changed:
-            self._wait(lambda: self._shard.ledger.version is not None, "parameters", ("worker-0",))
+            self._wait(
+                lambda: self._shard.ledger.version is not None,
+                f"parameters of {self._name}",
+                lambda: ("worker-0",),
+                "start_timeout_s",
+            )
             return self._reply(by_bytes=True)
 
     def push(self, push: PushId, values: NDArray[np.uint8] | None) -> PushReply:
@@ -119,6 +124,7 @@ class Serving:
                 lambda: self._shard.version > push.seq or ledger.complete,
                 f"push {push.seq} to {self._name}",
                 lambda: tuple(f"worker-{rank}" for rank in ledger.missing()),
+                "step_timeout_s",
             )
             return self._reply(by_bytes=values is not None)
 
@@ -132,12 +138,12 @@ class Serving:
         self,
         arrived: Callable[[], bool],
         what: str,
-        missing: tuple[str, ...] | Callable[[], tuple[str, ...]],
+        missing: Callable[[], tuple[str, ...]],
+        setting: str,
     ) -> None:
-        limit = self._plan.job.failure.step_timeout_s
+        limit: float = getattr(self._plan.job.failure, setting)
         if not self._changed.wait_for(arrived, limit):
-            who = missing if isinstance(missing, tuple) else missing()
-            raise DeadlineExceeded(what, who, limit, "failure.step_timeout_s")
+            raise DeadlineExceeded(what, missing(), limit, f"failure.{setting}")
 
     def _reply(self, by_bytes: bool) -> PushReply:
         version = self._shard.version

@@ -50,7 +50,8 @@ class RayShards:
         self._flat = flat
         facts = ModelFacts(flat.size, str(flat.params.dtype)[6:], flat.digest(), self._total_steps)
         manager = self._order.manager
-        joined: Membership = self._ask("manager", [manager.join.remote(self._order.rank, facts)])[0]
+        join = manager.join.remote(self._order.rank, facts)
+        joined: Membership = self._ask("the server manager", [join], "start_timeout_s")[0]
         self._servers, self._cuts = joined.servers, joined.shard_map.shards
         self._segments: dict[int, Segment] = {}  #: parameters by shard, where they are in reach
         self._map_parameters(joined)
@@ -106,7 +107,8 @@ class RayShards:
                 values = _bytes(_part(initial, cut)) if segment is None else None
                 calls.append(server.restore.remote(0, values))
             self._ask("restore", calls)
-        self._fetch(self._ask("pull", [server.pull.remote() for server in self._servers]))
+        calls = [server.pull.remote() for server in self._servers]
+        self._fetch(self._ask("pull", calls, "start_timeout_s"))
         if not self._on_device:
             self._flat.move(self._parameters, self._gradients)
 
@@ -154,21 +156,26 @@ class RayShards:
         if self._on_device:
             self._flat.params.copy_(self._parameters)
 
-    def _ask(self, what: str, calls: list[Any]) -> list[Any]:
+    def _ask(self, what: str, calls: list[Any], setting: str = "step_timeout_s") -> list[Any]:
         """
         Wait for answers of the server group.
+
+        Args:
+            what: is asked, for the message.
+            calls: to the server nodes, in their order, or one to the manager.
+            setting: the field of `failure` that holds the deadline.
 
         Raises:
             ActorLost, DeadlineExceeded: somebody is gone, or frozen.
             DistplatError: what the server raised.
         """
-        limit = self._order.job.failure.step_timeout_s + _ANSWER_GRACE_S
+        limit = getattr(self._order.job.failure, setting) + _ANSWER_GRACE_S
         try:
             answers: list[Any] = ray.get(calls, timeout=limit)
         except ray.exceptions.GetTimeoutError:
             late = ray.wait(calls, num_returns=len(calls), timeout=0)[1]
             names = tuple(f"server-{calls.index(call)}" for call in late)
-            raise DeadlineExceeded(what, names, limit, "failure.step_timeout_s") from None
+            raise DeadlineExceeded(what, names, limit, f"failure.{setting}") from None
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayActorError as error:

@@ -6,8 +6,10 @@ What the user's code raises comes out as `UserCodeError`, everything else as ano
 """
 
 import logging
+import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +66,8 @@ class Session:
         order = self._order
         job = order.job
         log_to_stderr()
+        if Path(order.search_path).is_dir():  # elsewhere Ray has unpacked it and put us there
+            os.chdir(order.search_path)
         torch.set_num_threads(max(1, int(job.scaling.resources()["CPU"])))
         if order.strategy_file is not None:
             order.strategy_file.load()
@@ -100,14 +104,15 @@ class Session:
         order = self._order
         if order.collective is None:
             return None
-        from distplat.actors.collective import RayCollective  # takes 0.3 s: only who needs it
+        from distplat.actors.collective import RayCollective  # only who needs it
+        from distplat.actors.gloo import Deadlines
 
         return RayCollective(
             f"{order.run}/{order.attempt}",
             order.collective,
             order.rank,
             order.job.scaling.world,
-            order.collective_timeout_s,
+            Deadlines(order.collective_timeout_s, order.job.failure.start_timeout_s),
         )
 
     def _shards(self, prepared: Prepared) -> "RayShards | None":
