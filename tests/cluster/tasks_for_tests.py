@@ -26,11 +26,35 @@ class Blobs(Task):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs, targets)
 
-    def eval_data(self) -> Dataset[Any]:
+    def eval_data(self) -> Dataset[Any] | None:
         return self.train_data()
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         return {"accuracy": (outputs.argmax(-1) == targets).float().mean()}
+
+
+def first_to_come(marker: str) -> bool:
+    """Say whether no other process has asked yet."""
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+class SlowStart(Blobs):
+    """Takes its time over the data, in the process that gets there first."""
+
+    def __init__(self, marker: str, seconds: float) -> None:
+        self.marker, self.seconds = marker, seconds
+
+    def train_data(self) -> Dataset[Any]:
+        if first_to_come(self.marker):
+            time.sleep(self.seconds)
+        return super().train_data()
+
+    def eval_data(self) -> None:
+        return None
 
 
 class Misbehaving(Blobs):
@@ -49,16 +73,9 @@ class Misbehaving(Blobs):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.calls += 1
         time.sleep(0.05)  # so that the controller hears of some steps
-        if self.calls == self.at and self._first():
+        if self.calls == self.at and first_to_come(self.marker):
             self._misbehave()
         return super().loss(outputs, targets)
-
-    def _first(self) -> bool:
-        try:
-            os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        return True
 
     def _misbehave(self) -> None:
         if self.deed == "raise":

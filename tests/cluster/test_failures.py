@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from small_runs import job, train
 
 from distplat.platform.errors import (
@@ -106,6 +107,40 @@ def test_frozen_worker_answers_no_poll(tmp_path: Path) -> None:
     failure = {"step_timeout_s": 60, "heartbeat_timeout_s": 2}
     with pytest.raises(ActorLost, match=r"worker-\d was lost.*not answered for \d s"):
         train(misbehaving("ps-sync", "stop", tmp_path, failure=failure), tmp_path)
+
+
+@pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 2}, "ps-sync"])
+def test_a_slow_start_is_no_failure(strategy: object, tmp_path: Path) -> None:
+    args = {"marker": str(tmp_path / "done"), "seconds": 5}
+    spec = job(strategy, 2, task="tasks_for_tests:SlowStart", task_args=args)
+    result = train({**spec, "failure": {"step_timeout_s": 2}}, tmp_path)
+    assert len(result.history) == 15
+
+
+class Hog:
+    """Holds the cluster's CPUs until it is killed."""
+
+    def ping(self) -> None:
+        pass
+
+
+def test_a_busy_cluster_is_waited_for(tmp_path: Path) -> None:
+    hog = ray.remote(Hog).options(num_cpus=8).remote()
+    ray.get(hog.ping.remote(), timeout=30)
+    release = threading.Timer(5, ray.kill, [hog])
+    release.start()
+    failure = {"heartbeat_timeout_s": 2}
+    result = train(job("ps-sync", 2, failure=failure), tmp_path)
+    release.join(10)
+    assert len(result.history) == 15
+
+
+def test_nobody_comes(tmp_path: Path) -> None:
+    hog = ray.remote(Hog).options(num_cpus=8).remote()
+    ray.get(hog.ping.remote(), timeout=30)
+    with pytest.raises(DeadlineExceeded, match=r"missing: worker-0, worker-1; .*start_timeout_s"):
+        train(job("ring", 2, failure={"start_timeout_s": 3}), tmp_path)
+    ray.kill(hog)
 
 
 def test_endless_user_code_is_named(tmp_path: Path) -> None:

@@ -211,14 +211,14 @@ def test_strategies_tell_options_with_type_default_and_meaning(
     assert run(["strategies", "-o", "json"]) == 0
     found = {strategy["name"]: strategy for strategy in json.loads(capsys.readouterr().out)}
     servers, resources = found["ps-sync"]["options"]
-    assert (servers["name"], servers["type"]) == ("num_servers", "integer >= 1 <= 256")
+    assert (servers["name"], servers["type"]) == ("num_servers", "integer 1 to 256")
     assert servers["default"] == 1
     assert servers["description"].startswith("Server nodes")
     assert resources["type"] == "mapping of text to number"
     assert run(["strategies"]) == 0
     shown = capsys.readouterr().out
     assert f"ring  {found['ring']['summary']}" in shown
-    assert "num_servers: integer >= 1 <= 256 = 1" in shown
+    assert "num_servers: integer 1 to 256, default 1" in shown
 
 
 LOST = ActorLost("worker-1", 7, "its process died")
