@@ -1,5 +1,7 @@
 """A shard updates as a plain torch optimizer does, once per step, or not at all."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -199,3 +201,15 @@ def test_an_empty_shard_of_a_tiny_model_works() -> None:
     assert shard.squared_norm == 0.0
     shard.commit(0, 0.0)
     assert shard.version == 1
+
+
+def test_an_optimizer_does_not_bring_the_compiler() -> None:
+    """A second of every worker's start: see docs/decisions/quick_start_of_workers.md."""
+    code = (
+        "import sys, torch\n"
+        "from distplat.platform.optimizers import Adam\n"
+        "from distplat.strategies.training.optim import make_optimizer\n"
+        "make_optimizer(Adam(name='Adam', lr=0.1), torch.ones(3), torch.ones(3))\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
