@@ -5,18 +5,20 @@ Apart from `cli/cluster.py`, whose HTTP client a driver would load for nothing.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.job_config import JobConfig
 
 import distplat
 from distplat.cli.address import one_line, reach, unset
-from distplat.cli.one_node import without_job_environment
+from distplat.cli.one_node import replaceable, without_job_environment
 from distplat.cli.shipping import check_size
 from distplat.platform.errors import ClusterUnreachable
 
@@ -66,10 +68,7 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
         reach(str(address))
     try:
         with unset("RAY_ADDRESS"):  # Ray would let it win over `auto`
-            with without_job_environment() as hidden:
-                _join(address, {})
-            if (hidden or runtime_env) and sum(node["Alive"] for node in ray.nodes()) > 1:
-                ray.shutdown()
+            if not (replaceable(runtime_env) and _joined_light(address)):
                 if runtime_env:
                     folder = Path(runtime_env["working_dir"])
                     check_size(folder, runtime_env["excludes"], ignores)
@@ -82,6 +81,18 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
         yield
     finally:
         ray.shutdown()
+
+
+def _joined_light(address: str | None) -> bool:
+    """Connect and ship nothing, if the cluster is one node; False: not connected."""
+    with without_job_environment() as hidden:
+        if not hidden and RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
+            return False
+        _join(address, {})
+    if sum(node["Alive"] for node in ray.nodes()) == 1:
+        return True
+    ray.shutdown()
+    return False
 
 
 def _join(address: str | None, runtime_env: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
@@ -29,7 +30,7 @@ def without_job_environment() -> Iterator[bool]:
     """
     given = os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR)
     config = json.loads(given) if given else {}
-    if given is None or not _replaceable(config.get("runtime_env", {})):
+    if given is None or not replaceable(config.get("runtime_env", {})):
         yield False
         return
     os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR] = json.dumps({**config, "runtime_env": {}})
@@ -39,7 +40,8 @@ def without_job_environment() -> Iterator[bool]:
         os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR] = given
 
 
-def _replaceable(environment: Mapping[str, Mapping[str, str]]) -> bool:
+def replaceable(environment: Mapping[str, Any]) -> bool:
+    """Say whether the driver's own node has everything of a runtime environment anyway."""
     ours_alone = set(environment.get("env_vars", {})) <= {JOB_VARIABLE}
     one_module = len(environment.get("py_modules", {})) <= 1
     public = {key for key in environment if not key.startswith("_")}

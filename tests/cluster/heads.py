@@ -36,6 +36,7 @@ class Line(distplat.Task):
 
     def model(self):
         print("distplat is", distplat.__file__, "beside", sorted(os.listdir(".")))
+        print("the colour is", os.environ.get("COLOUR"))
         return nn.Linear(4, 1)
 
     def train_data(self):

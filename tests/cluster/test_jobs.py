@@ -201,3 +201,19 @@ def test_a_driver_joins_a_cluster(
     named = f"running on the Ray cluster at {head.gcs} (from --address)\n"
     assert (named if given else here) in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # where submit was called
+
+
+@pytest.mark.parametrize("way", ["job API", "driver"])
+def test_a_users_environment_reaches_the_workers(
+    way: str, open_head: Head, folder: Path, tmp_path: Path
+) -> None:
+    head = open_head
+    environment = json.dumps({"env_vars": {"COLOUR": "red"}})
+    done = distplat(
+        *("submit", str(folder / "job.yaml"), "--runtime-env-json", environment),
+        *("--address", head.url if way == "job API" else head.gcs),
+        environ=head.environ,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the colour is red" in done.stderr
