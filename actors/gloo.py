@@ -25,6 +25,7 @@ from ray.util.collective.backend_registry import register_collective_backend
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 from torch import Tensor
 
+from distplat.actors.messages import rendezvous_key
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
 
 dist: Any = torch.distributed  # torch's stubs leave out most of ProcessGroupGloo
@@ -75,6 +76,7 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         options._timeout = timedelta(seconds=self._deadlines.operation_s)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address())]
         try:
+            self._wait_for_all()
             self._group = dist.ProcessGroupGloo(
                 dist.PrefixStore("gloo", self._store), rank, world_size, options
             )
@@ -96,7 +98,7 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         self._pulse.stop()
         self._group.abort()
         if self.rank == 0:
-            _internal_kv_del(self._key)
+            _internal_kv_del(rendezvous_key(self.group_name))
 
     def allreduce(self, tensors: list[Tensor], allreduce_options: Any) -> None:
         """Reduce in place."""
@@ -175,10 +177,6 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         cause = f"deadline {seconds:g} s; gloo says: {str(error).splitlines()[0]}"
         return CollectiveError(self.group_name, operation, number, missing, cause)
 
-    @property
-    def _key(self) -> bytes:
-        return f"distplat/collective/{self.group_name}".encode()
-
     def _rendezvous(self) -> tuple[str, int]:
         """Rank 0 opens the store and leaves its address with Ray; the others look it up."""
         if self.rank == 0:
@@ -191,11 +189,12 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
                 wait_for_workers=False,
                 master_listen_fd=self._listener.detach(),
             )
-            _internal_kv_put(self._key, f"{host} {port}".encode(), overwrite=True)
+            address = f"{host} {port}".encode()
+            _internal_kv_put(rendezvous_key(self.group_name), address, overwrite=True)
             return host, port
         deadline = time.monotonic() + self._deadlines.rendezvous_s
         while time.monotonic() < deadline:
-            value = _internal_kv_get(self._key)
+            value = _internal_kv_get(rendezvous_key(self.group_name))
             if value is not None:
                 host, port = value.decode().split()
                 return host, int(port)
@@ -206,6 +205,12 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
             self._deadlines.rendezvous_s,
             "failure.start_timeout_s",
         )
+
+    def _wait_for_all(self) -> None:
+        """Be patient here: gloo itself would give the others one operation's time to come."""
+        self._store.set(f"here/{self.rank}", "")
+        everybody = [f"here/{rank}" for rank in range(self.world_size)]
+        self._store.wait(everybody, timedelta(seconds=self._deadlines.rendezvous_s))
 
     def _client(self, host: str, port: int) -> Any:
         timeout = timedelta(seconds=self._deadlines.rendezvous_s)

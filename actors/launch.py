@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import ray
+from ray.experimental.internal_kv import _internal_kv_del
 
 from distplat.actors.controller import Controller
-from distplat.actors.messages import WorkOrder
+from distplat.actors.messages import WorkOrder, rendezvous_key
 from distplat.actors.spawn import spawn, start_workers
 from distplat.actors.stopping import Stopping
 from distplat.platform.progress import EvalSummary, StepSummary
@@ -68,6 +69,8 @@ def train_on_ray(launch: Launch, tell: Callable[[StepSummary | EvalSummary], Non
             return state
         finally:
             cast.end()
+            # Rank 0 takes its address back itself, unless it was killed.
+            _internal_kv_del(rendezvous_key(launch.run), del_by_prefix=True)
 
 
 @contextmanager

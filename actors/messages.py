@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from distplat.strategies.catalog import StrategyFile
 
 
+def rendezvous_key(group: str) -> bytes:
+    """Give the key in Ray's key-value store under which a group's rank 0 leaves its address."""
+    return f"distplat/collective/{group}".encode()
+
+
 @dataclass(frozen=True)
 class Address:
     """Where another process finds a memory segment. Good while its owner holds it open."""

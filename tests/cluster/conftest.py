@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray.experimental.internal_kv import _internal_kv_list
 
 GONE_WITHIN_S = 10.0
 
@@ -47,13 +48,14 @@ def leftovers(shm_before: set[str]) -> dict[str, object]:
     """What is still there of the runs of this test."""
     actors = ray.util.list_named_actors(all_namespaces=True) if ray.is_initialized() else []
     shm = {name for name in os.listdir("/dev/shm") if not name.startswith("plasma")} - shm_before
-    found = {"actors": actors, "segments": segments(), "shm": shm}
+    keys = _internal_kv_list(b"distplat/") if ray.is_initialized() else []
+    found = {"actors": actors, "segments": segments(), "shm": shm, "keys": keys}
     return {kind: things for kind, things in found.items() if things}
 
 
 @pytest.fixture(autouse=True)
 def census() -> Iterator[None]:
-    """No actor, no mapped segment, no file in /dev/shm outlives a test."""
+    """No actor, no mapped segment, no file in /dev/shm, no key of ours outlives a test."""
     before = set(os.listdir("/dev/shm"))
     yield
     deadline = time.monotonic() + GONE_WITHIN_S
