@@ -111,7 +111,7 @@ class Failure(Spec):
     step_timeout_s: Seconds = 120.0
     """How long a rank or a server node may be waited for inside a step."""
     heartbeat_timeout_s: Seconds = 30.0
-    """How long a process may leave the controller's question for its state unanswered."""
+    """How long a process that is up may leave the controller's question unanswered."""
 
 
 class Job(Spec):
