@@ -15,7 +15,7 @@ import ray
 from distplat.actors.messages import News
 from distplat.actors.spawn import Cast
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
-from distplat.platform.job import Event, Failed, Heard, JobState, Phase, Tick, Unanswered
+from distplat.platform.job import Event, Failed, Heard, JobState, Tick, Unanswered
 from distplat.platform.progress import EvalSummary, Gathering, StepSummary
 from distplat.platform.spec import Failure
 
@@ -67,11 +67,6 @@ class Controller:
         if self._state.error is not None:
             raise self._state.error
         return self._result()
-
-    @property
-    def phase(self) -> Phase:
-        """Where the run stands."""
-        return self._state.phase
 
     def _ask_everybody(self) -> None:
         """Keep one question open to every actor."""
