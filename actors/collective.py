@@ -6,10 +6,11 @@ import ray.util.collective as rayc
 from ray.util.collective.types import ReduceOp as RayOp
 from torch import Tensor
 
-from distplat.actors import gloo
-from distplat.strategies.base import Collective, Handle, ReduceOp
+from distplat.actors.gloo import GlooGroup
+from distplat.actors.group import Group, Settings, prepare, register
+from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
 
-_BACKENDS = {"gloo": gloo}
+_BACKENDS: dict[str, type[Group]] = {"gloo": GlooGroup, "auto": GlooGroup}
 _RAY_OPS = {
     ReduceOp.SUM: RayOp.SUM,
     ReduceOp.AVG: RayOp.SUM,
@@ -40,16 +41,17 @@ class RayCollective:
         backend: a name of ours, for example `gloo`.
         rank: place in the group.
         world: ranks in the group.
-        deadlines: of one operation, and of the ranks' coming together.
+        settings: deadlines, and how the group is given up.
     """
 
-    def __init__(
-        self, name: str, backend: str, rank: int, world: int, deadlines: gloo.Deadlines
-    ) -> None:
-        self._name, self._backend, self._deadlines = name, backend, deadlines
+    def __init__(self, name: str, backend: str, rank: int, world: int, settings: Settings) -> None:
+        self._name, self._backend, self._settings = name, backend, settings
         self._rank, self._world = rank, world
-        _BACKENDS[backend].register(name, deadlines)
-        rayc.init_collective_group(world, rank, _BACKENDS[backend].BACKEND, name)
+        kind = _BACKENDS[backend]
+        register(kind.backend(), kind)
+        prepare(name, settings)
+        rayc.init_collective_group(world, rank, kind.backend(), name)
+        self._group: Group = rayc.get_group_handle(name)
 
     @property
     def rank(self) -> int:
@@ -61,6 +63,15 @@ class RayCollective:
         """Ranks in the group."""
         return self._world
 
+    @property
+    def traffic(self) -> Traffic:
+        """See `Collective`."""
+        return self._group.traffic
+
+    def share(self, like: Tensor) -> Tensor:
+        """See `Collective`."""
+        return self._group.share(like)
+
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
         """See `Collective`."""
         rayc.allreduce(tensor, self._name, _RAY_OPS[op])
@@ -68,9 +79,8 @@ class RayCollective:
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
         """See `Collective`. Ray's own calls all block, so this one asks the group itself."""
-        group = rayc.get_group_handle(self._name)
-        finish = group.start_allreduce([tensor], _RAY_OPS[op])
-        return _Pending(finish, lambda: self._average(tensor, op))
+        handle = self._group.start_allreduce(tensor, _RAY_OPS[op])
+        return _Pending(handle.wait, lambda: self._average(tensor, op))
 
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
@@ -103,7 +113,12 @@ class RayCollective:
         """See `Collective`."""
         place = list(ranks).index(self._rank)
         full = f"{self._name}/{name}"
-        return RayCollective(full, self._backend, place, len(ranks), self._deadlines)
+        return RayCollective(full, self._backend, place, len(ranks), self._settings)
+
+    def abort(self) -> None:
+        """Make whoever waits in this rank's operations fail soon; from any thread."""
+        self._settings.abandoned.set()
+        self._group.abort()
 
     def close(self) -> None:
         """Leave the group; peers in an operation fail at once."""

@@ -12,21 +12,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import ray
 import torch.distributed
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import _internal_kv_del
 from ray.util.collective import types
-from ray.util.collective.backend_registry import register_collective_backend
-from ray.util.collective.collective_group.base_collective_group import BaseGroup
 from torch import Tensor
 
+from distplat.actors.group import Group, find_word, leave_word
 from distplat.actors.messages import rendezvous_key
-from distplat.platform.errors import CollectiveError, DeadlineExceeded
+from distplat.platform.errors import CollectiveError
+from distplat.strategies.base import Handle
 
 dist: Any = torch.distributed  # torch's stubs leave out most of ProcessGroupGloo
 
@@ -43,37 +41,17 @@ _OPS = {
 }
 
 
-@dataclass(frozen=True)
-class Deadlines:
-    """How long a group may wait, in seconds."""
-
-    operation_s: float = 60.0
-    rendezvous_s: float = 60.0
-    """For the last rank to come: it may still be reading its data."""
-
-
-_deadlines: dict[str, Deadlines] = {}
-
-
-def register(group_name: str, deadlines: Deadlines) -> None:
-    """Make the backend known to Ray in this process, and set the deadlines of a group to come."""
-    _deadlines[group_name] = deadlines
-    with suppress(ValueError):  # registered before: Ray has no public way to ask
-        register_collective_backend(BACKEND, GlooGroup)
-
-
-class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
+class GlooGroup(Group):
     """One rank's end of a private gloo group (see Ray's `BaseGroup` for the calls)."""
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
-        self._deadlines = _deadlines.get(group_name, Deadlines())
         self._number = 0  #: operations begun
         host, port = self._rendezvous()
         self._store = self._client(host, port)
         self._pulse = _Pulse(self._client(host, port), rank, lambda: self._number)
         options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=self._deadlines.operation_s)
+        options._timeout = timedelta(seconds=self.settings.operation_s)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address())]
         try:
             self._wait_for_all()
@@ -102,13 +80,17 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
 
     def allreduce(self, tensors: list[Tensor], allreduce_options: Any) -> None:
         """Reduce in place."""
-        self.start_allreduce(tensors, allreduce_options.reduceOp)()
+        self.start_allreduce(tensors[0], allreduce_options.reduceOp).wait()
 
-    def start_allreduce(self, tensors: list[Tensor], op: types.ReduceOp) -> Callable[[], None]:
-        """Begin to reduce in place; call the result to wait for the end."""
+    def start_allreduce(self, tensor: Tensor, op: types.ReduceOp) -> Handle:
+        """See `Group`."""
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
-        return self._start("all_reduce", lambda: self._group.allreduce(tensors, options))
+        return _Pending(self._start("all_reduce", lambda: self._group.allreduce([tensor], options)))
+
+    def abort(self) -> None:
+        """See `Group`."""
+        self._group.abort()
 
     def reduce(self, tensors: list[Tensor], reduce_options: Any) -> None:
         """Reduce into the root's tensor."""
@@ -172,7 +154,7 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         """Find out who is missing, and say it."""
         number = self._number if number is None else number
         missing = self._pulse.missing(self.world_size, number)
-        limit = self._deadlines
+        limit = self.settings
         seconds = limit.rendezvous_s if operation == "rendezvous" else limit.operation_s
         cause = f"deadline {seconds:g} s; gloo says: {str(error).splitlines()[0]}"
         return CollectiveError(self.group_name, operation, number, missing, cause)
@@ -189,31 +171,19 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
                 wait_for_workers=False,
                 master_listen_fd=self._listener.detach(),
             )
-            address = f"{host} {port}".encode()
-            _internal_kv_put(rendezvous_key(self.group_name), address, overwrite=True)
+            leave_word(self.group_name, f"{host} {port}".encode())
             return host, port
-        deadline = time.monotonic() + self._deadlines.rendezvous_s
-        while time.monotonic() < deadline:
-            value = _internal_kv_get(rendezvous_key(self.group_name))
-            if value is not None:
-                host, port = value.decode().split()
-                return host, int(port)
-            time.sleep(0.01)
-        raise DeadlineExceeded(
-            f"rendezvous of group {self.group_name!r}",
-            ("worker-0",),
-            self._deadlines.rendezvous_s,
-            "failure.start_timeout_s",
-        )
+        host, port = find_word(self.group_name, 0, self.settings).decode().split()
+        return host, int(port)
 
     def _wait_for_all(self) -> None:
         """Be patient here: gloo itself would give the others one operation's time to come."""
         self._store.set(f"here/{self.rank}", "")
         everybody = [f"here/{rank}" for rank in range(self.world_size)]
-        self._store.wait(everybody, timedelta(seconds=self._deadlines.rendezvous_s))
+        self._store.wait(everybody, timedelta(seconds=self.settings.rendezvous_s))
 
     def _client(self, host: str, port: int) -> Any:
-        timeout = timedelta(seconds=self._deadlines.rendezvous_s)
+        timeout = timedelta(seconds=self.settings.rendezvous_s)
         return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
     @staticmethod
@@ -221,6 +191,11 @@ class GlooGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         """Address to listen on: loopback where the cluster is one node, else this node's own."""
         alive = [node for node in ray.nodes() if node["Alive"]]
         return "127.0.0.1" if len(alive) == 1 else str(ray.util.get_node_ip_address())
+
+
+class _Pending:
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self.wait = finish
 
 
 class _Pulse:

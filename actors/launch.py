@@ -107,5 +107,4 @@ def _order(launch: Launch, attempt: int, rank: int, manager: object) -> WorkOrde
         strategy_file=launch.strategy_file,
         manager=manager,
         collective=launch.roles.collective,
-        collective_timeout_s=launch.roles.collective_timeout_s,
     )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from distplat.platform.progress import EvalReport, StepReport
     from distplat.platform.shard_map import ShardMap
     from distplat.platform.spec import Job
+    from distplat.strategies.base import GroupSpec
     from distplat.strategies.catalog import StrategyFile
 
 
@@ -52,9 +53,8 @@ class WorkOrder:
     """A user's file that registers strategies."""
     manager: Any
     """Handle of the server manager; None: the strategy has no servers."""
-    collective: str | None
-    """Backend of the group of all workers; None: the strategy has no group."""
-    collective_timeout_s: float
+    collective: GroupSpec | None
+    """The group of all workers; None: the strategy has none."""
 
 
 @dataclass(frozen=True)

@@ -105,14 +105,18 @@ class Session:
         if order.collective is None:
             return None
         from distplat.actors.collective import RayCollective  # only who needs it
-        from distplat.actors.gloo import Deadlines
+        from distplat.actors.group import Settings
 
         return RayCollective(
             f"{order.run}/{order.attempt}",
-            order.collective,
+            order.collective.backend,
             order.rank,
             order.job.scaling.world,
-            Deadlines(order.collective_timeout_s, order.job.failure.start_timeout_s),
+            Settings(
+                order.collective.timeout_s,
+                order.job.failure.start_timeout_s,
+                order.collective.debug,
+            ),
         )
 
     def _shards(self, prepared: Prepared) -> "RayShards | None":

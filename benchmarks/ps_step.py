@@ -107,7 +107,7 @@ def ours(megabytes: int, servers: int) -> tuple[Any, list[Any]]:
         ray.kill(worker)
     cast.workers = [ray.remote(OurWorker).options(num_cpus=1).remote() for _ in range(WORKERS)]
     orders = [
-        WorkOrder(job, run, 0, rank, "", "", None, cast.manager, None, 60.0)
+        WorkOrder(job, run, 0, rank, "", "", None, cast.manager, None)
         for rank in range(WORKERS)
     ]
     ray.get(

@@ -14,7 +14,7 @@ weights is the weights updated by the mean gradient; a test holds that.
 from pydantic import Field
 
 from distplat.platform.spec import Job
-from distplat.strategies.base import Context, Options, ReduceOp, Roles, Strategy
+from distplat.strategies.base import Context, GroupSpec, Options, ReduceOp, Roles, Strategy
 from distplat.strategies.catalog import strategies
 
 
@@ -34,13 +34,14 @@ class LocalSgd(Strategy[LocalSgdOptions]):
 
     def roles(self, job: Job) -> Roles:
         """Ask for a group of all workers."""
-        return Roles(collective="gloo")
+        return Roles(collective=GroupSpec())
 
-    def setup(self, context: Context) -> None:
+    def setup(self, context: Context) -> int:
         """Start from rank 0's weights, with an optimizer of this rank's own."""
         self.flat, self.collective = context.flat, context.collective
         self.collective.broadcast(self.flat.params)
         self.optimizer = context.local_optimizer()
+        return 0
 
     def exchange(self, step: int) -> None:
         """Keep the gradient here, but make it the mean of this rank's samples, not of all."""

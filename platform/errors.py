@@ -9,6 +9,7 @@ Every error that distplat raises on purpose, in one tree.
     |  |- ActorLost                         a worker, server node or the server manager died
     |  |- DeadlineExceeded                  a wait ran out; names who was missing
     |  `- CollectiveError                   a collective failed or timed out; names missing ranks
+    |     `- MismatchError                  ranks are in different operations; never retried
     |- ProtocolError                    4   a message that must not be applied
     |  |- GapError                          a push is missing before this one
     |  |- StaleError                        a push older than the last one committed
@@ -159,6 +160,17 @@ class CollectiveError(InfrastructureError):
         return (
             f"{self.operation} #{self.number} of group {self.group!r} failed; "
             f"missing ranks: {ranks}; {self.cause}"
+        )
+
+
+class MismatchError(CollectiveError):
+    """Ranks are in different operations, or in one with different shapes. No retry helps."""
+
+    def __str__(self) -> str:
+        """`all_reduce #12 of group g: ranks do not match: ...`; `missing` are those that differ."""
+        return (
+            f"{self.operation} #{self.number} of group {self.group!r}: "
+            f"ranks do not match: {self.cause}"
         )
 
 

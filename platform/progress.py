@@ -1,6 +1,6 @@
 """What happened in a run, put together from what its ranks report, in the order of the steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 
@@ -18,6 +18,8 @@ class StepReport:
     """Wall time by part of the step: `data`, `compute`, `exchange`, `update`."""
     of: int = 0
     """Steps of the whole run; 0: not known."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """The strategy's own, for example bytes on the wire."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class StepSummary:
     """By part of the step, the slowest rank's; so the parts may add up to more than the step."""
     of: int = 0
     """Steps of the whole run; 0: not known."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """The strategy's own; of each the largest over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def _join_steps(reports: list[StepReport]) -> StepSummary:
     samples = sum(r.samples for r in reports)
     loss = sum(r.loss * r.samples for r in reports) / samples
     slowest = {part: max(r.seconds[part] for r in reports) for part in first.seconds}
-    return StepSummary(first.step, first.epoch, loss, samples, slowest, first.of)
+    names = dict.fromkeys(name for r in reports for name in r.figures)
+    figures = {name: max(r.figures.get(name, 0.0) for r in reports) for name in names}
+    return StepSummary(first.step, first.epoch, loss, samples, slowest, first.of, figures)
 
 
 def _join_evals(reports: list[EvalReport]) -> EvalSummary:

@@ -146,6 +146,7 @@ class _TensorBoard:
         if isinstance(summary, StepSummary):
             values = {"train/loss": summary.loss, "train/samples": float(summary.samples)}
             values |= {f"seconds/{part}": s for part, s in summary.seconds.items()}
+            values |= {f"figures/{name}": value for name, value in summary.figures.items()}
         else:
             values = {f"eval/{name}": value for name, value in summary.metrics.items()}
         points = [self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]

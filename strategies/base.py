@@ -56,12 +56,26 @@ class Handle(Protocol):
         """
 
 
+@dataclass
+class Traffic:
+    """What one rank's part in a group has cost so far; every figure only grows."""
+
+    sent_bytes: int = 0
+    """Payload that went from this rank to others."""
+    received_bytes: int = 0
+    waiting_s: float = 0.0
+    """For ranks that had not come."""
+    working_s: float = 0.0
+    """Copying, adding, sending: operations' time without the waiting where that can be told."""
+
+
 class Collective(Protocol):
     """
     A group of ranks as one of them sees it. Every rank calls the same operations in the same order.
 
     Tensors are contiguous and of equal shape and dtype on all ranks; results are written in place
-    and are the same bits on every rank. Every operation raises `CollectiveError`.
+    and are the same bits on every rank. Every operation raises `CollectiveError`, also where ranks
+    are found to be in different operations, or in one with different shapes.
     """
 
     @property
@@ -72,6 +86,19 @@ class Collective(Protocol):
     def world(self) -> int:
         """Ranks in the group."""
 
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank's operations have cost, sub-groups apart; updated as they end."""
+
+    def share(self, like: Tensor) -> Tensor:
+        """
+        Give a vector of zeros of the shape, dtype and device of `like`, for this group's use.
+
+        Where ranks share memory, an operation on it, or on the same part of it on every rank,
+        copies nothing. Every rank calls this. It is the group's: when the group is closed, take
+        what is needed out of it and let it go.
+        """
+
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
         """Replace `tensor` by its combination over all ranks."""
 
@@ -81,10 +108,19 @@ class Collective(Protocol):
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:
-        """Combine `inputs[r]` over all ranks into `output` of rank r; one input per rank."""
+        """
+        Combine `inputs[r]` over all ranks into `output` of rank r; one input per rank.
+
+        Inputs may be of uneven sizes, the r-th the same on all ranks; `output` may be this rank's
+        own input.
+        """
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        """Copy `tensor` of rank r into `outputs[r]` of every rank."""
+        """
+        Copy `tensor` of rank r into `outputs[r]` of every rank.
+
+        The ranks' tensors may be of uneven sizes; `tensor` may be this rank's own output.
+        """
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Replace `tensor` by that of rank `source`."""
@@ -144,6 +180,18 @@ class Options(Spec):
 
 
 @dataclass(frozen=True)
+class GroupSpec:
+    """The collective group of all workers that a strategy asks for."""
+
+    backend: str = "auto"
+    """How bytes travel: `auto` chooses by where the workers are."""
+    timeout_s: float = 60.0
+    """Deadline of one operation."""
+    debug: bool = False
+    """Compare every operation between the ranks, not only the first ones."""
+
+
+@dataclass(frozen=True)
 class Roles:
     """What a strategy needs besides the workers."""
 
@@ -151,10 +199,8 @@ class Roles:
     """Parameter-server nodes; with one or more, workers get the port `Shards`."""
     server_resources: dict[str, float] | None = None
     """Ray resources of one server node."""
-    collective: str | None = None
-    """Backend of the group of all workers; None: workers get no port `Collective`."""
-    collective_timeout_s: float = 60.0
-    """Deadline of one collective operation."""
+    collective: GroupSpec | None = None
+    """The group of all workers; None: workers get no port `Collective`."""
 
 
 @dataclass
@@ -168,6 +214,8 @@ class Context:
     flat: FlatModel
     _collective: Collective | None
     _shards: Shards | None
+    version: int = 0
+    """Updates that `flat.params` has had on this rank: 0 for a new worker."""
 
     @property
     def collective(self) -> Collective:
@@ -196,13 +244,18 @@ class Strategy(ABC, Generic[OptionsT]):
     One architecture of distributed training.
 
     A subclass in one file, registered under a name, is all there is to add. The worker loop calls
-    `setup` once, then for every step `exchange` (the local gradient is ready: the gradient of the
+    `setup`, then for every step `exchange` (the local gradient is ready: the gradient of the
     global batch's mean loss, of which this rank's samples are one term of the sum) and `update`.
+
+    After a failure the workers that are left keep their strategy object and call `setup` again,
+    with new ports; new workers come to theirs with a new object (docs/architecture.md).
     """
 
     summary: ClassVar[str]
     """One line for `distplat strategies`."""
     options_type: ClassVar[type[Options]] = Options
+    recovers: ClassVar[bool] = False
+    """Whether `setup` can be called again to go on after workers were replaced."""
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -216,8 +269,20 @@ class Strategy(ABC, Generic[OptionsT]):
         return []
 
     @abstractmethod
-    def setup(self, context: Context) -> None:
-        """Prepare this worker; its model is built, its ports are connected."""
+    def setup(self, context: Context) -> int:
+        """
+        Prepare this worker; its model is built, its ports are connected.
+
+        Returns:
+            Steps that `flat.params` now has behind it, the same on all ranks; 0 in a fresh run.
+        """
+
+    def last_backward(self, step: int) -> None:
+        """
+        Be told that the step's last backward begins: gradients that it finishes are final.
+
+        Not called on a rank that has no samples in this step.
+        """
 
     @abstractmethod
     def exchange(self, step: int) -> None:
@@ -229,3 +294,7 @@ class Strategy(ABC, Generic[OptionsT]):
 
     def synchronize(self) -> None:
         """Make all ranks' parameters equal; called before an evaluation and at the end."""
+
+    def figures(self) -> dict[str, float]:
+        """Give this rank's figures of the step just made, by name, for metrics and report."""
+        return {}

@@ -21,7 +21,8 @@ from distplat.platform.errors import ActorLost, CollectiveError, DeadlineExceede
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.strategies.algorithms.reduce import sum_in_order
-from distplat.strategies.base import Collective, Handle, ReduceOp
+from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.shard import ParameterShard
 
@@ -99,6 +100,7 @@ class InMemoryCollective:
     def __init__(self, fabric: Fabric, name: str, members: list[int], me: int) -> None:
         self._fabric, self._name, self._members, self._me = fabric, name, members, me
         self._number = 0
+        self.traffic = Traffic()
 
     @property
     def rank(self) -> int:
@@ -117,9 +119,19 @@ class InMemoryCollective:
         met = self._fabric.meet(self._name, operation, number, self._members, self._me, copy)
         return [gift for gift in met if gift is not None]
 
+    def share(self, like: Tensor) -> Tensor:
+        """See `Collective`. Here every vector is as near as any other."""
+        return torch.zeros_like(like)
+
+    def _count(self, sent: int, received: int) -> None:
+        self.traffic.sent_bytes += sent
+        self.traffic.received_bytes += received
+
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
-        """See `Collective`."""
+        """See `Collective`; counted as the ring does it."""
         _combine(self._meet("all_reduce", tensor), op, tensor)
+        sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
+        self._count(sent * tensor.itemsize, received * tensor.itemsize)
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
         """See `Collective`. Nothing overlaps in memory: it is over when it returns."""
@@ -134,20 +146,28 @@ class InMemoryCollective:
         start = sum(t.numel() for t in inputs[: self.rank])
         parts = [s[start : start + output.numel()].view(output.shape) for s in stacked]
         _combine(parts, op, output)
+        mine, others = inputs[self.rank].nbytes, self.world - 1
+        self._count(sum(t.nbytes for t in inputs) - mine, mine * others)
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
         """See `Collective`."""
         for output, given in zip(outputs, self._meet("all_gather", tensor), strict=True):
             output.copy_(given)
+        self._count(
+            tensor.nbytes * (self.world - 1), sum(t.nbytes for t in outputs) - tensor.nbytes
+        )
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """See `Collective`."""
         tensor.copy_(self._meet("broadcast", tensor)[source])
+        here = self.rank == source
+        self._count(tensor.nbytes * (self.world - 1) * here, tensor.nbytes * (not here))
 
     def send(self, tensor: Tensor, to: int) -> None:
         """See `Collective`; does not wait for the receiver."""
         mailbox = self._fabric.mailbox(self._name, self._me, self._members[to])
         mailbox.put(tensor.clone())
+        self._count(tensor.nbytes, 0)
 
     def recv(self, tensor: Tensor, source: int) -> None:
         """See `Collective`."""
@@ -157,6 +177,7 @@ class InMemoryCollective:
         except queue.Empty:
             cause = f"waited {self._fabric.timeout_s:g} s"
             raise CollectiveError(self._name, "recv", self._number, (source,), cause) from None
+        self._count(0, tensor.nbytes)
 
     def barrier(self) -> None:
         """See `Collective`."""

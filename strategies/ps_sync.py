@@ -36,10 +36,11 @@ class PsSync(Strategy[PsSyncOptions]):
             servers=self.options.num_servers, server_resources=self.options.resources_per_server
         )
 
-    def setup(self, context: Context) -> None:
+    def setup(self, context: Context) -> int:
         """Move the model's buffers to where the servers reach them; take their parameters."""
         self.shards = context.shards
         self.shards.connect(context.flat)
+        return 0
 
     def exchange(self, step: int) -> None:
         """Push; returns when every shard has every rank's gradients of this step."""

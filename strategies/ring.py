@@ -1,27 +1,54 @@
 """
 Ring all-reduce: data parallel without a centre (Patarasu & Yuan 2009; Gibiansky 2017).
 
-Every worker holds the whole model and optimizer. Gradients are summed around a ring in which each
-rank sends 2(N-1)/N of their size whatever N is; then every rank makes the same update.
+Every worker holds the whole model. Gradients are summed around a ring in which each rank sends
+2(N-1)/N of their size whatever N is, bucket by bucket while backward goes on; then every rank makes
+the same update, or each its own part of it (`shard_optimizer`).
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distplat.platform.fields import Seconds
+from distplat.platform.errors import Problem
+from distplat.platform.fields import Count, Flag, Positive, Seconds
 from distplat.platform.spec import Job
-from distplat.strategies.base import Context, Options, Roles, Strategy
+from distplat.strategies.base import Collective, Context, GroupSpec, Options, Roles, Strategy
 from distplat.strategies.catalog import strategies
+
+if TYPE_CHECKING:
+    from distplat.strategies.reduction.base import Reducer
+    from distplat.strategies.reduction.sharded import ShardedUpdate
+    from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.optim import LocalOptimizer
+
+Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
+Compression = Literal["none", "fp16", "bf16", "topk", "powersgd"]
 
 
 class RingOptions(Options):
     """Options of `ring`."""
 
-    backend: Literal["gloo"] = "gloo"
-    """Transport of the collective group."""
+    backend: Backend = "auto"
+    """Transport; `auto`: by where the workers are, and the log says why."""
     timeout_s: Seconds = Field(60.0)
-    """Deadline of one all-reduce; the error names the ranks that did not come."""
+    """Deadline of one operation; the error names the ranks that did not come."""
+    debug: Flag = False
+    """Compare every operation between the ranks; by default only the first ones."""
+    overlap: Flag = True
+    """Reduce each bucket of gradients while backward still makes the others."""
+    bucket_mb: Positive = Field(8.0, le=1024)
+    """Size of a bucket in MiB."""
+    compression: Compression = "none"
+    """What travels: halves (`fp16`, `bf16`), the largest entries, or low-rank factors."""
+    topk_density: Positive = Field(0.01, le=1)
+    """Part of the entries that `topk` sends."""
+    powersgd_rank: Count = Field(4, le=256)
+    """Rank of the factors that `powersgd` sends."""
+    shard_optimizer: Flag = False
+    """Each worker keeps 1/N of the optimizer's state and updates its part (ZeRO-1)."""
 
 
 @strategies.register("ring")
@@ -30,21 +57,97 @@ class Ring(Strategy[RingOptions]):
 
     summary = "synchronous data parallel: ring all-reduce between workers, no server"
     options_type = RingOptions
+    _reducer: Reducer | None = None
+    _optimizer: LocalOptimizer | ShardedUpdate
 
     def roles(self, job: Job) -> Roles:
         """Ask for one group of all workers."""
-        return Roles(collective=self.options.backend, collective_timeout_s=self.options.timeout_s)
+        chosen = self.options
+        return Roles(collective=GroupSpec(chosen.backend, chosen.timeout_s, chosen.debug))
 
-    def setup(self, context: Context) -> None:
-        """Start all ranks from rank 0's parameters, whatever their own initialisation gave."""
-        self.flat, self.collective = context.flat, context.collective
-        self.collective.broadcast(self.flat.params)
-        self.optimizer = context.local_optimizer()
+    def problems(self, job: Job) -> list[Problem]:
+        """Refuse options that would have no effect."""
+        chosen, given = self.options, self.options.model_fields_set
+        found = []
+        for option, method in (("topk_density", "topk"), ("powersgd_rank", "powersgd")):
+            if option in given and chosen.compression != method:
+                text = f"has effect only with `compression: {method}` (got {chosen.compression})"
+                found.append(Problem(("strategy", option), text, "remove it"))
+        if chosen.shard_optimizer and chosen.compression != "none":
+            text = "cannot be combined with `shard_optimizer: true`"
+            found.append(Problem(("strategy", "compression"), text, "choose one of the two"))
+        if chosen.shard_optimizer and "overlap" in given and chosen.overlap:
+            text = "has no effect with `shard_optimizer: true`: gradients go when all are there"
+            found.append(Problem(("strategy", "overlap"), text, "remove it"))
+        if chosen.backend == "nccl" and not job.scaling.use_gpu:
+            text = "`nccl` runs between GPUs only"
+            hint = "set scaling.use_gpu: true, or `backend: auto`"
+            found.append(Problem(("strategy", "backend"), text, hint))
+        return found
+
+    def survivors_go_on(self) -> bool:
+        """Say whether each worker holds all state; parts of a sharded optimizer die with one."""
+        return not self.options.shard_optimizer
+
+    def setup(self, context: Context) -> int:
+        """Take over the newest parameters that a rank has; in a fresh run those of rank 0."""
+        from distplat.strategies.training.handover import take_over_newest  # torch: in workers only
+        from distplat.strategies.training.running_stats import RunningStatistics
+
+        flat, collective = context.flat, context.collective
+        before = self._optimizer.state() if context.version else {}
+        if self._reducer is not None:
+            self._reducer.close()
+        flat.move(flat.params, collective.share(flat.grads))
+        if self.options.shard_optimizer:
+            self._reducer = self._optimizer = _sharded(context)
+        else:
+            self._reducer = _reducer(self.options, flat, collective)
+            self._optimizer = context.local_optimizer()
+            self._optimizer.load(before)
+        self._statistics = RunningStatistics(flat.model, collective)
+        return take_over_newest(flat, self._optimizer, context.version, collective)
+
+    def last_backward(self, step: int) -> None:
+        """Let each bucket go as soon as its last gradient is there."""
+        assert self._reducer is not None, "setup() comes first"
+        self._reducer.last_backward()
 
     def exchange(self, step: int) -> None:
         """Sum the gradients; each rank's are already weighted by its share of the batch."""
-        self.collective.all_reduce(self.flat.grads)
+        assert self._reducer is not None, "setup() comes first"
+        self._reducer.finish()
 
     def update(self, step: int) -> None:
         """Make the same update on every rank."""
-        self.optimizer.step(step)
+        self._optimizer.step(step)
+        self._statistics.average()
+
+    def figures(self) -> dict[str, float]:
+        """Give the exchange's figures and the optimizer's memory."""
+        assert self._reducer is not None, "setup() comes first"
+        memory = float(self._optimizer.state_bytes)
+        return {**self._reducer.figures(), "optimizer_state_bytes": memory}
+
+
+def _sharded(context: Context) -> ShardedUpdate:
+    from distplat.strategies.reduction.sharded import ShardedUpdate
+
+    return ShardedUpdate(context.flat, context.collective, context.job, context.total_steps)
+
+
+def _reducer(options: RingOptions, flat: FlatModel, collective: Collective) -> Reducer:
+    """Make what `compression` names."""
+    if options.compression == "topk":
+        from distplat.strategies.reduction.topk import TopKReducer
+
+        return TopKReducer(flat, collective, options.topk_density)
+    if options.compression == "powersgd":
+        from distplat.strategies.reduction.powersgd import PowerSGDReducer
+
+        return PowerSGDReducer(flat, collective, options.powersgd_rank)
+    from distplat.strategies.reduction.buckets import BucketReducer
+
+    wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
+    bucket_bytes = int(options.bucket_mb * 2**20)
+    return BucketReducer(flat, collective, bucket_bytes, overlap=options.overlap, wire_dtype=wire)

@@ -31,6 +31,13 @@ def all_gather_steps(rank: int, world: int) -> Iterator[tuple[int, int]]:
     return (((rank - t + 1) % world, (rank - t) % world) for t in range(world - 1))
 
 
+def traffic_elements(elements: int, rank: int, world: int) -> tuple[int, int]:
+    """Give the elements that one rank (sends, receives) in an all-reduce of `elements`."""
+    sizes = [b - a for a, b in even_bounds(elements, world)]
+    steps = [*reduce_scatter_steps(rank, world), *all_gather_steps(rank, world)]
+    return sum(sizes[send] for send, _ in steps), sum(sizes[recv] for _, recv in steps)
+
+
 def ring_all_reduce(vector: Tensor, group: Collective) -> int:
     """
     Sum `vector` over the group in place, by sends to the right and receives from the left.

@@ -58,10 +58,15 @@ class Loop:
     rank: int
     report: Callable[[StepReport | EvalReport], None]
     progress: Progress
+    start: int = 0
+    """Steps that were made before."""
 
     def run(self) -> None:
-        """Train from the first step to the last, with the evaluations between."""
-        steps = range(self.total_steps)
+        """Train from the first step that is left to the last, with the evaluations between."""
+        self.progress.step = self.start
+        if self.start and self.eval_data is not None and self._evaluates_after(self.start - 1):
+            self._evaluate(self.eval_data, self.start)  # it may have been cut off
+        steps = range(self.start, self.total_steps)
         batches = micro_batches(self.job, self.data, self.sampler, self.rank, steps)
         for step in steps:
             self._step(step, batches)
@@ -79,10 +84,12 @@ class Loop:
         sizes = [len(ids) for ids in self._plan(step)]
         share = 1.0 / self.sampler.batch_size(step)
         loss_sum = 0.0
-        for size in sizes:
+        for number, size in enumerate(sizes, 1):
             inputs, targets = self._to_device(next(batches))
             clock.lap("data")
             loss = self._loss(inputs, targets)
+            if number == len(sizes):
+                self.strategy.last_backward(step)
             torch.autograd.backward(loss * (size * share))
             loss_sum += loss.item() * size
             self.progress.beats += 1
@@ -95,8 +102,11 @@ class Loop:
         samples = sum(sizes)
         mean = loss_sum / samples if samples else 0.0
         epoch = self.sampler.epoch_of(step)
+        figures = self.strategy.figures()
         self.report(
-            StepReport(self.rank, step, epoch, mean, samples, clock.seconds, self.total_steps)
+            StepReport(
+                self.rank, step, epoch, mean, samples, clock.seconds, self.total_steps, figures
+            )
         )
 
     def _plan(self, step: int) -> list[Any]:

@@ -65,6 +65,23 @@ class LocalOptimizer:
         self._flat, self._job, self._total = flat, job, total_steps
         self._optimizer = make_optimizer(job.optimizer, flat.params, flat.grads)
 
+    def state(self) -> dict[str, Tensor]:
+        """Give what the optimizer remembers of earlier steps, by torch's names; not a copy."""
+        states = self._optimizer.state_dict()["state"]
+        return dict(states[0]) if states else {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` of an equal optimizer gave; copied."""
+        if state:
+            copies = {name: value.clone() for name, value in state.items()}
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": {0: copies}, "param_groups": groups})
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that `state` takes."""
+        return sum(value.nbytes for value in self.state().values())
+
     def step(self, step: int) -> None:
         """Clip as the job says and update; `flat.grads` holds the gradient of the global batch."""
         if self._job.clip_norm is not None:

@@ -74,7 +74,8 @@ def join(
     """
     p = prepared
     world = p.job.scaling.world
-    strategy.setup(Context(p.job, rank, world, p.total_steps, p.flat, collective, shards))
+    context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards)
+    start = strategy.setup(context)
     return Loop(
         p.job,
         p.task,
@@ -87,4 +88,5 @@ def join(
         rank,
         report,
         progress,
+        start,
     )

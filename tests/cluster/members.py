@@ -6,7 +6,7 @@ import torch
 from collective_contract import CHECKS, FAILURES
 
 from distplat.actors.collective import RayCollective
-from distplat.actors.gloo import Deadlines
+from distplat.actors.group import Settings
 
 TIMEOUT_S = 3.0
 
@@ -18,7 +18,7 @@ class Member:
         return os.getpid()
 
     def join(self, name: str, rank: int, world: int) -> None:
-        self.group = RayCollective(name, "gloo", rank, world, Deadlines(TIMEOUT_S, 30))
+        self.group = RayCollective(name, "gloo", rank, world, Settings(TIMEOUT_S, 30))
 
     def check(self, name: str) -> None:
         CHECKS[name](self.group)

@@ -12,7 +12,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.registry import Registry
 from distplat.platform.spec import Job
 from distplat.strategies import catalog
-from distplat.strategies.base import Roles, Strategy
+from distplat.strategies.base import GroupSpec, Roles, Strategy
 from distplat.strategies.catalog import (
     load_strategy_file,
     make_job,
@@ -82,11 +82,11 @@ def test_a_fresh_process_finds_the_same() -> None:
 @pytest.mark.parametrize(
     ("strategy", "kind", "roles"),
     [
-        ("ring", Ring, Roles(collective="gloo", collective_timeout_s=60.0)),
+        ("ring", Ring, Roles(collective=GroupSpec("auto", 60.0))),
         (
             {"name": "ring", "timeout_s": 5},
             Ring,
-            Roles(collective="gloo", collective_timeout_s=5.0),
+            Roles(collective=GroupSpec("auto", 5.0)),
         ),
         ("ps-sync", PsSync, Roles(servers=1, server_resources={"CPU": 0.0})),
         (

@@ -32,7 +32,15 @@ JOB = Job.model_validate(
     }
 )
 STEPS = [
-    StepSummary(s, s // 2, 1.0 / (s + 1), 64, {"data": 0.25, "compute": 0.5}, of=3)
+    StepSummary(
+        s,
+        s // 2,
+        1.0 / (s + 1),
+        64,
+        {"data": 0.25, "compute": 0.5},
+        of=3,
+        figures={"sent_bytes": 8.0},
+    )
     for s in range(3)
 ]
 EVALUATION = EvalSummary(3, 100, {"loss": 0.5, "accuracy": 0.75})
@@ -91,6 +99,7 @@ def test_metrics_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
             "samples": 64,
             "seconds": {"data": 0.25, "compute": 0.5},
             "of": 3,
+            "figures": {"sent_bytes": 8.0},
         },
         {
             "kind": "step",
@@ -100,6 +109,7 @@ def test_metrics_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
             "samples": 64,
             "seconds": {"data": 0.25, "compute": 0.5},
             "of": 3,
+            "figures": {"sent_bytes": 8.0},
         },
         {
             "kind": "evaluation",

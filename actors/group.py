@@ -1,0 +1,126 @@
+"""
+What our backends for `ray.util.collective` have in common: settings, accounts, rendezvous, abort.
+
+Ray makes a backend's group from (world size, rank, name) alone, so whatever else a group must know
+is left here under its name before. Words that ranks leave for each other lie in Ray's key-value
+store; who ends a run takes all of them back.
+"""
+
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.util.collective.backend_registry import register_collective_backend
+from ray.util.collective.collective_group.base_collective_group import BaseGroup
+from ray.util.collective.types import ReduceOp
+from torch import Tensor
+
+from distplat.actors.messages import rendezvous_key
+from distplat.platform.errors import CollectiveError, DeadlineExceeded
+from distplat.strategies.base import Handle, Traffic
+
+_LOOK_AGAIN_S = 0.005
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the groups of one run behave; sub-groups have those of the group they are cut from."""
+
+    operation_s: float = 60.0
+    """Deadline of one operation."""
+    rendezvous_s: float = 60.0
+    """For the last rank to come: it may still be reading its data."""
+    debug: bool = False
+    """Compare every operation between the ranks, not only the first ones."""
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    """Once set, whoever waits in one of the groups, or for one to form, gives up."""
+
+
+_settings: dict[str, Settings] = {}
+
+
+def register(backend: str, kind: type["Group"]) -> None:
+    """Make a backend known to Ray in this process; a second time does nothing."""
+    with suppress(ValueError):  # registered before: Ray has no public way to ask
+        register_collective_backend(backend, kind)
+
+
+def prepare(group_name: str, settings: Settings) -> None:
+    """Leave the settings of a group that is about to be made in this process."""
+    _settings[group_name] = settings
+
+
+class Group(BaseGroup):  # type: ignore[misc]  # Ray is not typed
+    """One rank's end of a group of ours (see Ray's `BaseGroup` for the blocking calls)."""
+
+    def __init__(self, world_size: int, rank: int, group_name: str) -> None:
+        super().__init__(world_size, rank, group_name)
+        self.settings = _settings.get(group_name, Settings())
+        self.traffic = Traffic()
+
+    @abstractmethod
+    def start_allreduce(self, tensor: Tensor, op: ReduceOp) -> Handle:
+        """Begin to reduce in place, and go on; any number may be under way."""
+
+    def share(self, like: Tensor) -> Tensor:
+        """Give zeros like `like`; see `Collective.share`."""
+        return torch.zeros_like(like)
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Make whoever waits in this rank's operations fail soon; may be called by any thread."""
+
+
+def leave_word(group_name: str, value: bytes) -> None:
+    """Leave what the other ranks need to find this group."""
+    _internal_kv_put(rendezvous_key(group_name), value, overwrite=True)
+
+
+def find_word(group_name: str, from_rank: int, settings: Settings) -> bytes:
+    """
+    Wait for a word of rank `from_rank`.
+
+    Raises:
+        DeadlineExceeded: it did not come in `rendezvous_s`.
+        CollectiveError: this rank was told to give up.
+    """
+
+    def look() -> bytes | None:
+        found: bytes | None = _internal_kv_get(rendezvous_key(group_name))
+        return found
+
+    return wait_for(look, group_name, lambda: (from_rank,), settings)
+
+
+def wait_for(
+    look: Callable[[], bytes | None],
+    group_name: str,
+    missing: Callable[[], Sequence[int]],
+    settings: Settings,
+) -> bytes:
+    """
+    Look until there is something, and give it.
+
+    Raises:
+        DeadlineExceeded: nothing came in `rendezvous_s`; names the workers that are missing.
+        CollectiveError: this rank was told to give up.
+    """
+    deadline = time.monotonic() + settings.rendezvous_s
+    while time.monotonic() < deadline:
+        found = look()
+        if found is not None:
+            return found
+        if settings.abandoned.wait(_LOOK_AGAIN_S):
+            cause = "this rank was told to give up"
+            raise CollectiveError(group_name, "rendezvous", 0, tuple(missing()), cause)
+    raise DeadlineExceeded(
+        f"rendezvous of group {group_name!r}",
+        tuple(f"worker-{rank}" for rank in missing()),
+        settings.rendezvous_s,
+        "failure.start_timeout_s",
+    )

@@ -1,0 +1,1 @@
+"""Ways to sum gradients over a group: overlapped buckets, compression, sharded."""

@@ -1,0 +1,90 @@
+"""
+How a group agrees where it is after workers were replaced, and brings all ranks there.
+
+    rank   version           after
+    0      7                 8        a survivor that had not finished the step in flight
+    1      8  <- source      8        the newest: at one version all replicas have the same bits
+    2      0                 8        a new worker
+
+Replicas differ by at most the step in flight, and a step once made on one rank has had everybody's
+gradients; so the newest version is right and complete, and nothing older is needed.
+"""
+
+import json
+
+import torch
+from torch import Tensor
+
+from distplat.strategies.base import Collective
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.optim import LocalOptimizer
+
+
+def take_over_newest(
+    flat: FlatModel, optimizer: LocalOptimizer, version: int, group: Collective
+) -> int:
+    """
+    Give every rank the newest rank's parameters, buffers and optimizer state, bit for bit.
+
+    Args:
+        flat: this rank's model.
+        optimizer: its optimizer.
+        version: updates that this rank's parameters have had.
+        group: all ranks; each calls this.
+
+    Returns:
+        The version that all ranks now have.
+
+    Raises:
+        CollectiveError: a rank is missing.
+    """
+    device = flat.params.device
+    versions = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
+    group.all_gather(versions, torch.tensor([version], device=device))
+    all_versions = [int(v) for v in versions]
+    newest = max(all_versions)
+    if newest == min(all_versions) > 0:
+        return newest  # nobody is new: a failure of the network alone
+    source = all_versions.index(newest)
+    group.broadcast(flat.params, source)
+    if newest > 0:
+        for buffer in flat.model.buffers():
+            _broadcast_bits(buffer, source, group)
+        optimizer.load(_broadcast_state(optimizer.state(), source, group, device))
+    return newest
+
+
+def _broadcast_state(
+    state: dict[str, Tensor], source: int, group: Collective, device: torch.device
+) -> dict[str, Tensor]:
+    """Copy the source's tensors to all, whatever the others have: a new worker has none yet."""
+    kinds = [(name, str(t.dtype).split(".")[1], [*t.shape]) for name, t in state.items()]
+    text = _broadcast_bytes(json.dumps(kinds).encode(), source, group, device)
+    received = {}
+    for name, dtype, shape in json.loads(text):
+        if group.rank == source:
+            received[name] = state[name]
+        else:
+            received[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        _broadcast_bits(received[name], source, group)
+    return received
+
+
+def _broadcast_bytes(data: bytes, source: int, group: Collective, device: torch.device) -> bytes:
+    length = torch.tensor([len(data)], device=device)
+    group.broadcast(length, source)
+    text = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if group.rank == source:
+        text.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    group.broadcast(text, source)
+    return bytes(text.cpu().numpy())
+
+
+def _broadcast_bits(tensor: Tensor, source: int, group: Collective) -> None:
+    """Broadcast a tensor of any dtype and layout as bytes."""
+    if tensor.numel() == 0:
+        return
+    flat = tensor.detach().contiguous().view(-1)
+    group.broadcast(flat.view(torch.uint8), source)
+    if group.rank != source:
+        tensor.detach().copy_(flat.view(tensor.shape))

@@ -1,0 +1,38 @@
+"""Running statistics of a model, such as batch norm's: each rank sees other samples."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from distplat.strategies.base import Collective, ReduceOp
+
+
+class RunningStatistics:
+    """
+    Keeps the running statistics of normalisation layers equal: their mean, after every step.
+
+    So an evaluation and the saved model see all samples, and no rank holds anything that dies with
+    it. Other buffers are left alone: most are constants, which a mean would round.
+
+    Args:
+        model: on its device.
+        group: all ranks.
+    """
+
+    def __init__(self, model: nn.Module, group: Collective) -> None:
+        self._group = group
+        self._by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for layer in model.modules():
+            if isinstance(layer, _NormBase):
+                for buffer in (layer.running_mean, layer.running_var):
+                    if buffer is not None:
+                        self._by_dtype.setdefault(buffer.dtype, []).append(buffer)
+
+    def average(self) -> None:
+        """Replace running means and variances by their means over the ranks."""
+        for buffers in self._by_dtype.values():
+            together = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            self._group.all_reduce(together, ReduceOp.AVG)
+            sizes = [buffer.numel() for buffer in buffers]
+            for buffer, mean in zip(buffers, torch.split(together, sizes), strict=True):
+                buffer.copy_(mean.view(buffer.shape))
