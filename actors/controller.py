@@ -12,17 +12,16 @@ from typing import Any
 
 import ray
 
+from distplat.actors.ensemble import Ensemble
 from distplat.actors.messages import News
-from distplat.actors.spawn import Cast
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
-from distplat.platform.job import Event, Failed, Heard, JobState, Tick, Unanswered
-from distplat.platform.progress import EvalSummary, Gathering, StepSummary
+from distplat.platform.job import Event, Failed, Heard, JobState, Phase, Tick, Unanswered
+from distplat.platform.progress import Gathering, Recovery, Setback, Summary
+from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
 
 _TICK_S = 0.1
 _RESULT_TIMEOUT_S = 120.0
-
-Summary = StepSummary | EvalSummary
 
 
 class Controller:
@@ -30,43 +29,74 @@ class Controller:
     Watches one run from start to end.
 
     Args:
-        cast: its actors, which have their orders.
+        ensemble: its actors, which have their orders.
         limits: the job's deadlines.
-        tell: takes each step and evaluation when its last rank has reported it.
+        policy: what is done about failures.
         check: called once per tick; raises to end the run, for example on Ctrl-C.
     """
 
     def __init__(
-        self,
-        cast: Cast,
-        limits: Failure,
-        tell: Callable[[Summary], None],
-        check: Callable[[], None],
+        self, ensemble: Ensemble, limits: Failure, policy: Policy, check: Callable[[], None]
     ) -> None:
-        self._cast, self._limits, self._tell, self._check = cast, limits, tell, check
-        self._actors: dict[str, Any] = {f"worker-{r}": w for r, w in enumerate(cast.workers)}
-        if cast.manager is not None:
-            self._actors["server-manager"] = cast.manager
+        self._ensemble, self._limits, self._check = ensemble, limits, check
+        self._actors = ensemble.roles
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
-        self._gathering = Gathering(len(cast.workers))
-        self._state = JobState(len(cast.workers), limits, time.monotonic())
+        self._gathering = Gathering(ensemble.world)
+        self._state = JobState(ensemble.world, limits, time.monotonic(), policy)
+        self._failed_at: float | None = None  #: when the present trouble was noticed
+        self._told: Callable[[Summary], None] = lambda summary: None
 
-    def run(self) -> bytes:
+    def run(self, tell: Callable[[Summary], None]) -> bytes:
         """
-        Wait for the end of the run; give rank 0's trained model.
+        Wait for the end of the run; give the trained model.
+
+        Args:
+            tell: takes each step and evaluation when its last rank has reported it, and failures
+                after which the run goes on.
 
         Raises:
             DistplatError: why it failed.
         """
+        self._told = tell
         while not self._state.over:
             self._check()
             self._ask_everybody()
             self._listen()
             self._state.handle(Tick(), time.monotonic())
+            self._repair()
         if self._state.error is not None:
             raise self._state.error
         return self._result()
+
+    def _repair(self) -> None:
+        """Carry out what the state has decided about a failure."""
+        state = self._state
+        if state.phase is Phase.SETTLING and self._failed_at is None:
+            self._failed_at = time.monotonic()
+            if state.may_go_on:
+                self._ensemble.abandon(state.attempt)
+        if state.restart is not None:
+            self._go_on(state.restart, str(state.error))
+        if state.phase is Phase.RUNNING and self._failed_at is not None:
+            self._told(Recovery(state.attempt, time.monotonic() - self._failed_at))
+            self._failed_at = None
+
+    def _go_on(self, restart: Restart, cause: str) -> None:
+        replaced = tuple(f"worker-{rank}" for rank in restart.replace)
+        step = 0 if restart.everything else self._state.steps_done
+        self._told(Setback(restart.attempt, step, cause, replaced, restart.wait_s))
+        until = time.monotonic() + restart.wait_s
+        while time.monotonic() < until:
+            self._check()
+            time.sleep(_TICK_S)
+        self._ensemble.carry_out(restart)
+        self._actors = self._ensemble.roles
+        renewed = set(self._actors) if restart.everything else set(replaced)
+        self._up -= renewed
+        self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
+        self._state.restarted(time.monotonic())
+        self._failed_at = self._failed_at or time.monotonic()
 
     def _ask_everybody(self) -> None:
         """Keep one question open to every actor."""
@@ -85,7 +115,8 @@ class Controller:
             answered, silent = ray.wait(calls, num_returns=len(calls), timeout=_TICK_S)
         for call in answered:
             role, _ = self._open.pop(call)
-            self._hear(role, call)
+            for event in self._events(role, call):
+                self._state.handle(event, time.monotonic())
         now = time.monotonic()
         for call in silent:
             role, asked_at = self._open[call]
@@ -94,40 +125,47 @@ class Controller:
         if not silent:
             time.sleep(max(0.0, _TICK_S - (now - began)))
 
-    def _hear(self, role: str, call: Any) -> None:
-        for event in self._events(role, call):
-            self._state.handle(event, time.monotonic())
-
     def _events(self, role: str, call: Any) -> list[Event]:
         try:
             answer = ray.get(call, timeout=self._limits.heartbeat_timeout_s)
         except ray.exceptions.RayActorError as error:
             del self._actors[role]
-            cause = str(error).strip().splitlines()[0]
-            return [Failed(role, ActorLost(role, self._state.steps_done or None, cause))]
+            lost = ActorLost(role, self._state.steps_done or None, _first_line(error))
+            return [Failed(role, lost, gone=True, preempted=bool(error.preempted))]
         self._up.add(role)
         if isinstance(answer, DistplatError):
             del self._actors[role]
             return [Failed(role, answer)]
-        if not isinstance(answer, News):
-            return []
-        for report in answer.reports:
-            summary = self._gathering.add(report)
-            if summary is not None:
-                self._tell(summary)
+        return self._news(role, answer) if isinstance(answer, News) else []
+
+    def _news(self, role: str, news: News) -> list[Event]:
+        for report in news.reports:
+            for summary in self._gathering.add(report):
+                self._told(summary)
+        if news.attempt != self._state.attempt:
+            return []  # it has not yet taken the present order up
         rank = int(role.removeprefix("worker-"))
-        events: list[Event] = [Heard(rank, answer.beats, answer.step, answer.finished)]
-        if answer.error is not None:
-            del self._actors[role]
-            events.append(Failed(role, answer.error))
+        events: list[Event] = [Heard(rank, news.beats, news.step, news.finished)]
+        if news.error is not None:
+            events.append(Failed(role, news.error))
         return events
 
     def _result(self) -> bytes:
-        try:
-            state: bytes = ray.get(self._cast.workers[0].result.remote(), timeout=_RESULT_TIMEOUT_S)
-        except ray.exceptions.GetTimeoutError:
-            what = "the trained model"
-            raise DeadlineExceeded(what, ("worker-0",), _RESULT_TIMEOUT_S, "none") from None
-        except ray.exceptions.RayActorError as error:
-            raise ActorLost("worker-0", self._state.steps_done, str(error)) from None
-        return state
+        """Ask rank 0 for the model; where it was lost at the last moment, the next: all have it."""
+        lost: DistplatError | None = None
+        for rank, worker in enumerate(self._ensemble.workers):
+            try:
+                model: bytes = ray.get(worker.result.remote(), timeout=_RESULT_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:
+                what = "the trained model"
+                lost = DeadlineExceeded(what, (f"worker-{rank}",), _RESULT_TIMEOUT_S, "none")
+            except ray.exceptions.RayActorError as error:
+                lost = ActorLost(f"worker-{rank}", self._state.steps_done, _first_line(error))
+            else:
+                return model
+        assert lost is not None, "a run has at least one worker"
+        raise lost
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from distplat.actors.launch import Launch
+from distplat.actors.ensemble import Launch
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.actors.training import saved_model
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import EvalReport, EvalSummary, Gathering, StepReport, StepSummary
+from distplat.platform.progress import EvalReport, Gathering, StepReport, Summary
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
@@ -14,7 +14,7 @@ from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import join, prepare
 
 
-def train_in_process(launch: Launch, tell: Callable[[StepSummary | EvalSummary], None]) -> bytes:
+def train_in_process(launch: Launch, tell: Callable[[Summary], None]) -> bytes:
     """
     Train here and now, the strategy's ports in memory.
 
@@ -24,8 +24,7 @@ def train_in_process(launch: Launch, tell: Callable[[StepSummary | EvalSummary],
     gathering, progress = Gathering(world=1), Progress()
 
     def report(part: StepReport | EvalReport) -> None:
-        summary = gathering.add(part)
-        if summary is not None:
+        for summary in gathering.add(part):
             tell(summary)
 
     try:

@@ -63,10 +63,13 @@ class News:
 
     reports: list[StepReport | EvalReport]
     """What was finished since the last question."""
+    attempt: int
+    """The one that it works at, or has ended."""
     beats: int
     step: int
     finished: bool
     error: DistplatError | None
+    """Why it stopped; it now waits for orders."""
 
 
 @dataclass(frozen=True)

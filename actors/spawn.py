@@ -45,19 +45,17 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     """
     _check_feasible(job, roles)
     cast = Cast()
-    common = {"namespace": run, "max_restarts": 0, "max_task_retries": 0}
+    common = _common(run)
     for rank in range(job.scaling.num_workers):
-        name = f"{job.name}/worker-{rank}"
-        options = {**common, **_resources(job.scaling.resources()), "name": name}
-        cast.workers.append(ray.remote(Worker).options(**options).remote(name))
+        cast.workers.append(spawn_worker(job, run, attempt, rank))
     for index in range(roles.servers):
-        name = f"{job.name}/server-{index}"
+        name = actor_name(job, f"server-{index}", attempt)
         threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
         needs = _resources(roles.server_resources or {"CPU": 0.0})
         options = {**common, **needs, **threads, "name": name}
         cast.servers.append(ray.remote(ServerNode).options(**options).remote(name))
     if roles.servers:
-        name = f"{job.name}/server-manager"
+        name = actor_name(job, "server-manager", attempt)
         threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
         options = {**common, **_resources({"CPU": 0.0}), **threads, "name": name}
         manager = ray.remote(ServerManager).options(**options)
@@ -65,9 +63,25 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     return cast
 
 
+def spawn_worker(job: Job, run: str, attempt: int, rank: int) -> Any:
+    """Ask Ray for one worker; returns before it is up."""
+    name = actor_name(job, f"worker-{rank}", attempt)
+    options = {**_common(run), **_resources(job.scaling.resources()), "name": name}
+    return ray.remote(Worker).options(**options).remote(name)
+
+
+def actor_name(job: Job, role: str, attempt: int) -> str:
+    """Give an actor's name; one that is made later in a run says in which attempt."""
+    return f"{job.name}/{role}" + (f"/attempt-{attempt}" if attempt else "")
+
+
 def start_workers(cast: Cast, orders: list[WorkOrder]) -> list[Any]:
     """Send every worker its orders; returns the calls, which end when the worker has them."""
     return [worker.start.remote(order) for worker, order in zip(cast.workers, orders, strict=True)]
+
+
+def _common(run: str) -> dict[str, Any]:
+    return {"namespace": run, "max_restarts": 0, "max_task_retries": 0}
 
 
 def _resources(needs: dict[str, float]) -> dict[str, Any]:

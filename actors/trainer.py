@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from distplat.actors.launch import Launch, train_on_ray
+from distplat.actors.ensemble import Launch
+from distplat.actors.launch import train_on_ray
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
-from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary, Summary
+from distplat.platform.recovery import policy_of
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
@@ -33,8 +35,20 @@ class Result:
     history: list[StepSummary] = field(default_factory=list)
     """Every step."""
     evaluations: list[EvalSummary] = field(default_factory=list)
+    setbacks: list[Setback] = field(default_factory=list)
+    """Failures after which the run went on."""
     seconds: float = 0.0
     """From `fit` to the trained model."""
+
+    def add(self, summary: Summary) -> None:
+        """Take one more piece of the run's history."""
+        match summary:
+            case StepSummary():
+                self.history.append(summary)
+            case EvalSummary():
+                self.evaluations.append(summary)
+            case Setback():
+                self.setbacks.append(summary)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -53,6 +67,9 @@ class Observer(Protocol):
 
     def stepped(self, summary: StepSummary | EvalSummary) -> None:
         """A step or an evaluation is over on all ranks."""
+
+    def disturbed(self, news: Setback | Recovery) -> None:
+        """Workers were lost and the run goes on without them, or all ranks are at work again."""
 
 
 class Trainer:
@@ -83,7 +100,9 @@ class Trainer:
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
         self.job = job if isinstance(job, Job) else make_job(job)
-        self._roles = make_strategy(self.job).roles(self.job)
+        strategy = make_strategy(self.job)
+        self._roles = strategy.roles(self.job)
+        self._survivors_go_on = strategy.survivors_go_on()
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task
@@ -109,14 +128,14 @@ class Trainer:
         for observer in self._observers:
             observer.started(self.job, run, directory.path)
 
-        def tell(summary: StepSummary | EvalSummary) -> None:
-            history: list[Any] = (
-                result.history if isinstance(summary, StepSummary) else result.evaluations
-            )
-            history.append(summary)
+        def tell(summary: Summary) -> None:
+            result.add(summary)
             directory.record(summary)
             for observer in self._observers:
-                observer.stepped(summary)
+                if isinstance(summary, StepSummary | EvalSummary):
+                    observer.stepped(summary)
+                else:
+                    observer.disturbed(summary)
 
         try:
             state = self._train(run, tell)
@@ -130,8 +149,16 @@ class Trainer:
         directory.finish("SUCCEEDED", {"metrics": result.metrics, "seconds": result.seconds})
         return result
 
-    def _train(self, run: str, tell: Callable[[StepSummary | EvalSummary], None]) -> bytes:
-        launch = Launch(self.job, run, self._roles, self._task, str(self._dir), self._strategy_file)
+    def _train(self, run: str, tell: Callable[[Summary], None]) -> bytes:
+        launch = Launch(
+            self.job,
+            run,
+            self._roles,
+            policy_of(self.job.failure, self._survivors_go_on),
+            self._task,
+            str(self._dir),
+            self._strategy_file,
+        )
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch
 

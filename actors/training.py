@@ -3,14 +3,17 @@ A worker's session: from its orders to the trained model. The first place that i
 
 What the user's code raises comes out as `UserCodeError`, everything else as another
 `DistplatError`; nothing else leaves this module, so the controller always learns a cause.
+Model, data and strategy are made once and live through all attempts.
 """
 
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
@@ -20,6 +23,7 @@ from distplat.actors.messages import WorkOrder
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, StepReport
+from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
@@ -33,37 +37,83 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How things stand with an attempt; replaced as a whole, for other threads read it."""
+
+    attempt: int = -1
+    progress: Progress = field(default_factory=Progress)
+    model: bytes | None = None
+    """The trained model in the safetensors format, once the attempt has ended well."""
+    error: DistplatError | None = None
+    """Why it ended, if it did not end well."""
+
+
 class Session:
     """
-    One worker's run.
+    One worker's part in a run, over all its attempts.
 
     Args:
-        order: what to do.
         report: takes what the worker finishes, as it finishes it.
     """
 
-    def __init__(self, order: WorkOrder, report: Callable[[StepReport | EvalReport], None]) -> None:
-        self._order, self._report = order, report
-        self.progress = Progress()
+    def __init__(self, report: Callable[[StepReport | EvalReport], None]) -> None:
+        self._report = report
+        self.standing = Standing()
+        self._prepared: Prepared | None = None
+        self._strategy: Strategy[Any] | None = None
+        self._connection = Connection()
 
-    def run(self) -> bytes:
+    def work(self, order: WorkOrder, *, called_off: bool = False) -> None:
         """
-        Train; give the trained model in the safetensors format.
+        Make one attempt; `standing` tells how it ended.
 
-        Raises:
-            UserCodeError: the task raised.
-            DistplatError: a part of the platform failed.
+        Args:
+            order: what to do; its attempt's number is higher than that of the one before.
+            called_off: whether the attempt was abandoned before it began.
         """
+        self._connection = Connection()
+        self.standing = Standing(order.attempt)
+        if called_off:
+            self._connection.give_up()
         try:
-            return self._run()
-        except DistplatError:
-            raise
+            model = self._attempt(order, self.standing.progress)
+            self.standing = replace(self.standing, model=model)
+        except DistplatError as error:
+            self.standing = replace(self.standing, error=error.with_traceback(None))
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
-            step = self.progress.step if self.progress.beats else None
-            raise as_user_error(error, self._order.rank, step) from None
+            progress = self.standing.progress
+            step = progress.step if progress.beats else None
+            self.standing = replace(self.standing, error=as_user_error(error, order.rank, step))
 
-    def _run(self) -> bytes:
-        order = self._order
+    def abandon(self, attempt: int) -> None:
+        """Stop waiting for other ranks in this attempt; from any thread."""
+        if self.standing.attempt == attempt:
+            self._connection.give_up()
+
+    def _attempt(self, order: WorkOrder, progress: Progress) -> bytes:
+        prepared, strategy = self._prepare(order)
+        try:
+            loop = join(
+                prepared,
+                strategy,
+                order.rank,
+                collective=self._connection.collective(order),
+                shards=_shards(order, prepared),
+                report=self._report,
+                progress=progress,
+            )
+            if order.attempt > 0:
+                logger.info("rank %d goes on from step %d", order.rank, loop.start)
+            loop.run()
+        finally:
+            self._connection.close()
+        return saved_model(prepared.flat.model)
+
+    def _prepare(self, order: WorkOrder) -> tuple[Prepared, Strategy[Any]]:
+        """Build model, data and strategy, unless an attempt before has built them."""
+        if self._prepared is not None and self._strategy is not None:
+            return self._prepared, self._strategy
         job = order.job
         log_to_stderr()
         if Path(order.search_path).is_dir():  # elsewhere Ray has unpacked it and put us there
@@ -71,43 +121,41 @@ class Session:
         torch.set_num_threads(max(1, int(job.scaling.resources()["CPU"])))
         if order.strategy_file is not None:
             order.strategy_file.load()
-        strategy = make_strategy(job)
+        self._strategy = make_strategy(job)
         task = _task_class(order)(**job.task_args)
-        prepared = prepare(job, task, "cuda" if job.scaling.use_gpu else "cpu")
-        collective = self._collective()
+        self._prepared = prepare(job, task, "cuda" if job.scaling.use_gpu else "cpu")
         logger.info(
             "rank %d of %d: %s, %d parameters on %s, %d steps",
             order.rank,
             job.scaling.world,
             job.strategy.name,
-            sum(slot.size for slot in prepared.flat.slots),
-            prepared.flat.params.device,
-            prepared.total_steps,
+            sum(slot.size for slot in self._prepared.flat.slots),
+            self._prepared.flat.params.device,
+            self._prepared.total_steps,
         )
-        loop = join(
-            prepared,
-            strategy,
-            order.rank,
-            collective=collective,
-            shards=self._shards(prepared),
-            report=self._report,
-            progress=self.progress,
-        )
-        try:
-            loop.run()
-        finally:
-            if collective is not None:
-                collective.close()
-        return saved_model(prepared.flat.model)
+        return self._prepared, self._strategy
 
-    def _collective(self) -> "RayCollective | None":
-        order = self._order
+
+class Connection:
+    """An attempt's collective group, which another thread may give up at any moment."""
+
+    def __init__(self) -> None:
+        self._abandoned = threading.Event()
+        self._group: RayCollective | None = None
+
+    def collective(self, order: WorkOrder) -> "RayCollective | None":
+        """
+        Meet the other ranks; None where the strategy has no group.
+
+        Raises:
+            DistplatError: somebody did not come, or the attempt was given up.
+        """
         if order.collective is None:
             return None
         from distplat.actors.collective import RayCollective  # only who needs it
         from distplat.actors.group import Settings
 
-        return RayCollective(
+        self._group = RayCollective(
             f"{order.run}/{order.attempt}",
             order.collective.backend,
             order.rank,
@@ -116,15 +164,30 @@ class Session:
                 order.collective.timeout_s,
                 order.job.failure.start_timeout_s,
                 order.collective.debug,
+                self._abandoned,
             ),
         )
+        return self._group
 
-    def _shards(self, prepared: Prepared) -> "RayShards | None":
-        if self._order.manager is None:
-            return None
-        from distplat.actors.shards import RayShards
+    def give_up(self) -> None:
+        """Make whoever waits for other ranks come out."""
+        self._abandoned.set()
+        group = self._group
+        if group is not None:
+            group.abort()
 
-        return RayShards(self._order, prepared.total_steps)
+    def close(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            self._group.close()
+
+
+def _shards(order: WorkOrder, prepared: Prepared) -> "RayShards | None":
+    if order.manager is None:
+        return None
+    from distplat.actors.shards import RayShards
+
+    return RayShards(order, prepared.total_steps)
 
 
 def _task_class(order: WorkOrder) -> type[Task]:

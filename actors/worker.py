@@ -2,22 +2,24 @@
 What Ray sees of a worker: a thread that trains, and an ear for the controller.
 
 The actor's own thread stays free to answer `poll`, so a worker in a long forward still says that
-it lives. Torch and the user's code are imported by the training thread, in this process only.
+it lives. Torch and the user's code are imported by the training thread, in this process only. An
+attempt that ends, well or not, leaves the thread waiting for the next order: after a failure
+elsewhere this worker goes on with the model that it has.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import News, WorkOrder
-from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, StepReport
 
 if TYPE_CHECKING:
-    from distplat.strategies.training.loop import Progress
+    from distplat.actors.training import Session
 
 
 class Worker:
@@ -25,38 +27,55 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._orders: queue.SimpleQueue[WorkOrder] = queue.SimpleQueue()
         self._reports: deque[StepReport | EvalReport] = deque()
-        self._progress: Progress | None = None
-        self._model: bytes | None = None
-        self._error: DistplatError | None = None
+        self._session: Session | None = None
+        self._given_up = -1  #: the last attempt that was called off
+        self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
     def start(self, order: WorkOrder) -> None:
-        """Begin to train, and return at once."""
-        threading.Thread(target=self._train, args=(order,), name="train", daemon=True).start()
+        """Begin an attempt, the first or the next one, and return at once."""
+        self._orders.put(order)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._train, name="train", daemon=True)
+            self._thread.start()
+
+    def abandon(self, attempt: int) -> None:
+        """Call an attempt off: stop waiting for the other ranks, and wait for orders."""
+        self._given_up = attempt
+        if self._session is not None:
+            self._session.abandon(attempt)
 
     def poll(self) -> News:
         """Tell how things stand, and what was reported since the last call."""
-        error, model = self._error, self._model  # before the reports: what came first is told first
+        if self._session is None:
+            return News([], -1, 0, 0, finished=False, error=None)
+        standing = self._session.standing  # before the reports: what came first is told first
         reports = [self._reports.popleft() for _ in range(len(self._reports))]
-        beats, step = (self._progress.beats, self._progress.step) if self._progress else (0, 0)
-        return News(reports, beats, step, finished=model is not None, error=error)
+        return News(
+            reports,
+            standing.attempt,
+            standing.progress.beats,
+            standing.progress.step,
+            finished=standing.model is not None,
+            error=standing.error,
+        )
 
     def result(self) -> bytes:
         """Give the trained model, as safetensors; only once `finished`."""
-        assert self._model is not None, "the controller asks only a worker that has finished"
-        return self._model
+        model = self._session.standing.model if self._session is not None else None
+        assert model is not None, "the controller asks only a worker that has finished"
+        return model
 
-    def _train(self, order: WorkOrder) -> None:
+    def _train(self) -> None:
         with quick_imports():
             from distplat.actors.training import Session  # torch comes with it
 
-        session = Session(order, self._reports.append)
-        self._progress = session.progress
-        try:
-            self._model = session.run()
-        except DistplatError as error:
-            self._error = error
+        self._session = Session(self._reports.append)
+        while True:  # the actor is ended from outside; nobody waits for this thread
+            order = self._orders.get()
+            self._session.work(order, called_off=order.attempt <= self._given_up)

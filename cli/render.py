@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
 from distplat.platform.spec import Job
 
 if TYPE_CHECKING:
@@ -89,6 +89,17 @@ class View:
         if now - self._last_drawn >= every or is_last:
             self._last_drawn = now
             self._draw(summary, now)
+
+    def disturbed(self, news: Setback | Recovery) -> None:
+        """Say that workers were lost, and when all are at work again."""
+        if isinstance(news, Recovery):
+            self._say(f"attempt {news.attempt}: all workers are at work after {news.seconds:.1f} s")
+            return
+        who = ", ".join(news.replaced) or "nobody"
+        self._say(
+            f"failure after step {news.step}: {news.cause.splitlines()[0]}\n"
+            f"attempt {news.attempt}: replacing {who}, going on"
+        )
 
     def _draw(self, summary: StepSummary, now: float) -> None:
         figures = f"epoch {summary.epoch + 1}  loss {summary.loss:.4g}  {self._pace.text(now)}"

@@ -8,8 +8,9 @@ Every error that distplat raises on purpose, in one tree.
     |- InfrastructureError              4   a part of the platform was lost
     |  |- ActorLost                         a worker, server node or the server manager died
     |  |- DeadlineExceeded                  a wait ran out; names who was missing
-    |  `- CollectiveError                   a collective failed or timed out; names missing ranks
-    |     `- MismatchError                  ranks are in different operations; never retried
+    |  |- CollectiveError                   a collective failed or timed out; names missing ranks
+    |  |  `- MismatchError                  ranks are in different operations; never retried
+    |  `- RestartsExhausted                 failures came back until the restart budget was spent
     |- ProtocolError                    4   a message that must not be applied
     |  |- GapError                          a push is missing before this one
     |  |- StaleError                        a push older than the last one committed
@@ -172,6 +173,18 @@ class MismatchError(CollectiveError):
             f"{self.operation} #{self.number} of group {self.group!r}: "
             f"ranks do not match: {self.cause}"
         )
+
+
+class RestartsExhausted(InfrastructureError):
+    """The run was restarted as often as it may be, and failed again."""
+
+    def __init__(self, reason: str, setbacks: tuple[str, ...]) -> None:
+        super().__init__(reason, setbacks)
+        self.reason, self.setbacks = reason, setbacks
+
+    def __str__(self) -> str:
+        """Why no further restart is made, then every failure on a line of its own."""
+        return "\n  ".join([f"gave up: {self.reason}; failures so far:", *self.setbacks])
 
 
 class ProtocolError(DistplatError):

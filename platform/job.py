@@ -2,18 +2,33 @@
 The controller's brain: what the state of a run makes of each piece of news.
 
     STARTING --all ranks stepped--> RUNNING --all ranks finished--> SUCCEEDED
+        ^                              |
+        |        a failure  -----------+
+        |                              v
+        |                          SETTLING --not to be repaired, or the budget is spent--> FAILED
         |                              |
-        +------- a failure ------------+--> SETTLING --better explanation, or time up--> FAILED
+        +-- `restart`: who was lost is replaced; the attempt's number grows by one
 
 One failure brings others: a rank that raises leaves its peers in a collective that then breaks.
-So a failure of the platform waits `SETTLE_S` for a better explanation, a user's error waits for
-nothing. The class reads no clock and talks to nobody: `now` comes in, a `Decision` goes out.
+So a failure of the platform waits for a better explanation: until every rank is accounted for
+(lost, or stopped and waiting for orders), or no more than `SETTLE_S` where the run will not go on.
+A user's error waits for nothing. The class reads no clock and talks to nobody: `now` comes in,
+decisions go out.
 """
 
 from dataclasses import dataclass
 from enum import Enum
 
-from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError, UserCodeError
+from distplat.platform.errors import (
+    ActorLost,
+    DeadlineExceeded,
+    DistplatError,
+    InfrastructureError,
+    MismatchError,
+    RestartsExhausted,
+    UserCodeError,
+)
+from distplat.platform.recovery import Budget, Policy, Restart
 from distplat.platform.spec import Failure
 
 SETTLE_S = 2.0
@@ -50,6 +65,10 @@ class Failed:
 
     role: str
     error: DistplatError
+    gone: bool = False
+    """Its process is no more; else it waits for orders."""
+    preempted: bool = False
+    """Its machine was taken away."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +95,43 @@ class JobState:
         world: number of ranks.
         limits: the deadlines of the job.
         now: seconds on any clock that never goes back.
+        policy: whether and how a failed run goes on.
     """
 
-    def __init__(self, world: int, limits: Failure, now: float) -> None:
+    def __init__(self, world: int, limits: Failure, now: float, policy: Policy | None = None):
         self.phase = Phase.STARTING
+        self.attempt = 0
         self.error: DistplatError | None = None  #: the best explanation so far
-        self._limits = limits
+        self.restart: Restart | None = None  #: to be carried out, then `restarted` called
+        self._world, self._limits = world, limits
+        self._policy = policy or Policy()
+        self._budget = Budget(self._policy)
+        self._steps = dict.fromkeys(range(world), 0)
+        self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        self.phase, self.error, self.restart = Phase.STARTING, None, None
         self._started_at = now
         self._failed_at = 0.0
-        self._progress = dict.fromkeys(range(world), 0)
-        self._moved_at = dict.fromkeys(range(world), now)  #: when `progress` last grew, by rank
-        self._steps = dict.fromkeys(range(world), 0)
+        self._progress = dict.fromkeys(range(self._world), 0)
+        self._moved_at = dict.fromkeys(range(self._world), now)  #: when `progress` last grew
         self._finished: set[int] = set()
+        self._gone: set[str] = set()  #: roles whose process is no more, or will be ended
+        self._waiting: set[int] = set()  #: ranks that stopped and wait for orders
+        self._preempted = False
 
     @property
     def over(self) -> bool:
         """Whether nothing more can happen."""
         return self.phase in (Phase.SUCCEEDED, Phase.FAILED)
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether a failure of the kind seen so far can be repaired by this policy."""
+        allowed = self._policy.max_failures > 0 or (
+            self._preempted and self._policy.max_preemptions > 0
+        )
+        return allowed and (self.error is None or _repairable(self.error))
 
     @property
     def steps_done(self) -> int:
@@ -101,30 +140,52 @@ class JobState:
 
     def handle(self, event: Event, now: float) -> None:
         """Take one piece of news."""
-        if self.over:
+        if self.over or self.restart is not None:
             return
         match event:
             case Heard():
                 self._hear(event, now)
-            case Failed(error=error):
-                self._fail(error, now)
+            case Failed():
+                self._take_failure(event, now)
             case Unanswered(role=role, seconds=seconds):
-                if seconds > self._limits.heartbeat_timeout_s:
-                    self._fail(_frozen(role, seconds, self.steps_done or None), now)
+                self._miss(role, seconds, now)
             case Tick():
                 self._watch(now)
+
+    def restarted(self, now: float) -> None:
+        """Be told that `restart` was carried out: the next attempt begins."""
+        assert self.restart is not None, "only after a restart was decided"
+        self.attempt = self.restart.attempt
+        if self.restart.everything:
+            self._steps = dict.fromkeys(self._steps, 0)
+        self._begin(now)
 
     def _hear(self, heard: Heard, now: float) -> None:
         if heard.progress > self._progress[heard.rank]:
             self._progress[heard.rank] = heard.progress
             self._moved_at[heard.rank] = now
-        self._steps[heard.rank] = heard.step
+        self._steps[heard.rank] = max(heard.step, self._steps[heard.rank])
         if heard.finished:
             self._finished.add(heard.rank)
         if self.phase is Phase.STARTING and all(self._progress.values()):
             self.phase = Phase.RUNNING
-        if self.phase is not Phase.SETTLING and len(self._finished) == len(self._steps):
+        if self.phase is not Phase.SETTLING and len(self._finished) == self._world:
             self.phase = Phase.SUCCEEDED
+
+    def _take_failure(self, failed: Failed, now: float) -> None:
+        if failed.gone:
+            self._gone.add(failed.role)
+        elif (rank := _rank_of(failed.role)) is not None:
+            self._waiting.add(rank)
+        self._preempted |= failed.preempted
+        self._fail(failed.error, now)
+
+    def _miss(self, role: str, seconds: float, now: float) -> None:
+        if self.phase is Phase.SETTLING and self.may_go_on and seconds > SETTLE_S:
+            self._gone.add(role)
+        elif seconds > self._limits.heartbeat_timeout_s:
+            self._gone.add(role)
+            self._fail(_frozen(role, seconds, self.steps_done or None), now)
 
     def _fail(self, error: DistplatError, now: float) -> None:
         if self.error is None or _weight(error) > _weight(self.error):
@@ -135,12 +196,42 @@ class JobState:
             self.phase = Phase.FAILED
 
     def _watch(self, now: float) -> None:
-        if self.phase is Phase.SETTLING and now - self._failed_at >= SETTLE_S:
-            self.phase = Phase.FAILED
+        if self.phase is Phase.SETTLING:
+            self._settle(now - self._failed_at)
         elif self.phase is Phase.STARTING:
             self._watch_start(now)
         elif self.phase is Phase.RUNNING:
             self._watch_steps(now)
+
+    def _settle(self, waited_s: float) -> None:
+        if not self.may_go_on:
+            if waited_s >= SETTLE_S:
+                self.phase = Phase.FAILED
+            return
+        known = (
+            self._waiting | self._finished | {r for r in map(_rank_of, self._gone) if r is not None}
+        )
+        patience_s = self._limits.step_timeout_s * STALL_GRACE
+        if not self._policy.survivors_go_on:
+            patience_s = SETTLE_S
+        if len(known) == self._world or waited_s >= patience_s:
+            self._decide()
+
+    def _decide(self) -> None:
+        """Every rank is accounted for: go on, or give up."""
+        assert self.error is not None, "a run settles only after a failure"
+        furthest = max(self._steps.values())
+        answer = self._budget.spend(furthest, str(self.error), self._preempted)
+        if isinstance(answer, str):
+            self.error = RestartsExhausted(answer, tuple(self._budget.setbacks))
+            self.phase = Phase.FAILED
+            return
+        ranks = range(self._world)
+        servers_lost = any(_rank_of(role) is None for role in self._gone)
+        usable = (self._waiting | self._finished) - {_rank_of(role) for role in self._gone}
+        everything = servers_lost or not usable or not self._policy.survivors_go_on
+        replace = tuple(r for r in ranks if everything or r not in usable)
+        self.restart = Restart(self.attempt + 1, replace, everything, answer)
 
     def _watch_start(self, now: float) -> None:
         limit = self._limits.start_timeout_s
@@ -154,13 +245,29 @@ class JobState:
         stalled = [r for r in working if now - self._moved_at[r] > limit * STALL_GRACE]
         if stalled:
             late = tuple(f"worker-{r}" for r in stalled)
+            self._gone.update(late)
             what = f"step {self.steps_done}"
             self._fail(DeadlineExceeded(what, late, limit, "failure.step_timeout_s"), now)
+
+
+def _rank_of(role: str) -> int | None:
+    """Give the rank of a worker's role; None for servers and their manager."""
+    kind, _, number = role.partition("-")
+    return int(number) if kind == "worker" and number.isdigit() else None
 
 
 def _frozen(role: str, seconds: float, step: int | None) -> ActorLost:
     cause = f"it has not answered for {seconds:.0f} s (frozen or cut off)"
     return ActorLost(role, step, cause, "`failure.heartbeat_timeout_s` changes this deadline")
+
+
+def _repairable(error: DistplatError) -> bool:
+    """Say whether new processes could help; nobody would come to a second start either."""
+    if isinstance(error, MismatchError):
+        return False
+    if isinstance(error, DeadlineExceeded) and error.setting == "failure.start_timeout_s":
+        return False
+    return isinstance(error, InfrastructureError)
 
 
 def _weight(error: DistplatError) -> int:

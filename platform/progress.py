@@ -1,7 +1,7 @@
 """What happened in a run, put together from what its ranks report, in the order of the steps."""
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 
 @dataclass(frozen=True)
@@ -60,38 +60,83 @@ class EvalSummary:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Setback:
+    """A failure after which the run goes on."""
+
+    attempt: int
+    """Number of the attempt that begins."""
+    step: int
+    """Steps done."""
+    cause: str
+    replaced: tuple[str, ...]
+    """Roles that are made anew."""
+    wait_s: float
+    """Pause before the attempt begins."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """All ranks are at work again."""
+
+    attempt: int
+    seconds: float
+    """Since the failure was noticed."""
+
+
+Summary = StepSummary | EvalSummary | Setback | Recovery
+"""What is told of a run while it goes on."""
+
 Report = TypeVar("Report", StepReport, EvalReport)
 
 
 class Gathering:
-    """Joins the reports of all ranks; a step is given out once, when its last rank reported."""
+    """
+    Joins the reports of all ranks; each step and evaluation is given out once, in order.
+
+    A step is given out when its last rank has reported it. Where a rank was lost between its part
+    and its report, that report never comes: then the step is given out without it, as soon as a
+    later one is complete. What is done again after a restart is not given out again.
+    """
 
     def __init__(self, world: int) -> None:
-        self.world = world
-        self._steps: dict[int, list[StepReport]] = {}
-        self._evals: dict[int, list[EvalReport]] = {}
+        self._steps = _Waiting[StepReport](world)
+        self._evals = _Waiting[EvalReport](world)
 
-    def add(self, report: StepReport | EvalReport) -> StepSummary | EvalSummary | None:
-        """Take one report; give the summary that it completes, if any."""
+    def add(self, report: StepReport | EvalReport) -> list[StepSummary | EvalSummary]:
+        """Take one report; give the summaries that it completes."""
         if isinstance(report, StepReport):
-            steps = self._complete(self._steps, report)
-            return _join_steps(steps) if steps else None
-        evals = self._complete(self._evals, report)
-        return _join_evals(evals) if evals else None
+            return [_join_steps(reports) for reports in self._steps.add(report, partial=True)]
+        return [_join_evals(reports) for reports in self._evals.add(report, partial=False)]
 
-    def _complete(self, waiting: dict[int, list[Report]], report: Report) -> list[Report]:
-        """Give the reports of all ranks, in rank order so that sums repeat; empty: some miss."""
-        reports = waiting.setdefault(report.step, [])
-        reports.append(report)
-        if len(reports) < self.world:
+
+class _Waiting(Generic[Report]):
+    """Reports of one kind, by step and rank, until they are complete."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._by_step: dict[int, dict[int, Report]] = {}
+        self._next = 0  #: everything before this step was given out
+
+    def add(self, report: Report, *, partial: bool) -> list[list[Report]]:
+        """Give what is complete now, in rank order so that sums repeat, older steps first."""
+        if report.step < self._next:
             return []
-        return sorted(waiting.pop(report.step), key=lambda r: r.rank)
+        self._by_step.setdefault(report.step, {})[report.rank] = report
+        if len(self._by_step[report.step]) < self._world:
+            return []
+        self._next = report.step + 1
+        ready = sorted(step for step in self._by_step if step < self._next)
+        taken = [self._by_step.pop(step) for step in ready]
+        if not partial:
+            taken = taken[-1:]
+        return [[ranks[rank] for rank in sorted(ranks)] for ranks in taken]
 
 
 def _join_steps(reports: list[StepReport]) -> StepSummary:
     first = reports[0]
     samples = sum(r.samples for r in reports)
-    loss = sum(r.loss * r.samples for r in reports) / samples
+    loss = sum(r.loss * r.samples for r in reports) / max(1, samples)
     slowest = {part: max(r.seconds[part] for r in reports) for part in first.seconds}
     names = dict.fromkeys(name for r in reports for name in r.figures)
     figures = {name: max(r.figures.get(name, 0.0) for r in reports) for name in names}

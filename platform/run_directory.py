@@ -24,8 +24,16 @@ from typing import Any
 
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
-from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary, Summary
 from distplat.platform.spec import Job
+
+_KINDS = {
+    StepSummary: "step",
+    EvalSummary: "evaluation",
+    Setback: "setback",
+    Recovery: "recovery",
+}
+"""Value of `kind` in a line of metrics.jsonl."""
 
 
 def new_run_name(job: Job) -> str:
@@ -57,19 +65,20 @@ class RunDirectory:
             raise StorageError(f"cannot make the run directory {self.path}: {error}") from error
         self._board: _TensorBoard | None = None
 
-    def record(self, summary: StepSummary | EvalSummary) -> None:
+    def record(self, summary: Summary) -> None:
         """
-        Write one step or evaluation down.
+        Write one step, evaluation or setback down.
 
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        kind = "step" if isinstance(summary, StepSummary) else "evaluation"
+        kind = _KINDS[type(summary)]
         try:
             self._metrics.write(_to_json({"kind": kind, **asdict(summary)}) + "\n")
             if self._board is None:
                 self._board = _TensorBoard(self.path / "tensorboard")
-            self._board.add(summary)
+            if isinstance(summary, StepSummary | EvalSummary):
+                self._board.add(summary)
         except OSError as error:
             raise StorageError(f"cannot write to {self.path}: {error}") from error
 

@@ -104,7 +104,13 @@ class Checkpoint(Spec):
 
 
 class Failure(Spec):
-    """Deadlines. Each error that one of them causes names its field."""
+    """What is done about failures, and deadlines; an error that one causes names its field."""
+
+    max_failures: Index | None = None
+    """Restarts after lost workers; None: 3 where survivors keep their state (`ring`), else 0."""
+    max_preemptions: Index | None = None
+    """Restarts after machines were taken away, counted apart; None: 100 where survivors keep
+    their state, else 0."""
 
     start_timeout_s: Seconds = 120.0
     """From asking Ray for the actors to the first step."""

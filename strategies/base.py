@@ -214,8 +214,6 @@ class Context:
     flat: FlatModel
     _collective: Collective | None
     _shards: Shards | None
-    version: int = 0
-    """Updates that `flat.params` has had on this rank: 0 for a new worker."""
 
     @property
     def collective(self) -> Collective:
@@ -254,8 +252,6 @@ class Strategy(ABC, Generic[OptionsT]):
     summary: ClassVar[str]
     """One line for `distplat strategies`."""
     options_type: ClassVar[type[Options]] = Options
-    recovers: ClassVar[bool] = False
-    """Whether `setup` can be called again to go on after workers were replaced."""
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -267,6 +263,14 @@ class Strategy(ABC, Generic[OptionsT]):
     def problems(self, job: Job) -> list[Problem]:
         """Name what in this job the strategy cannot do; an option is never ignored."""
         return []
+
+    def survivors_go_on(self) -> bool:
+        """
+        Say whether, when workers are lost, the others can go on with the state that they have.
+
+        Then they call `setup` again, beside new workers; else a restart begins at the first step.
+        """
+        return False
 
     @abstractmethod
     def setup(self, context: Context) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distplat.strategies.reduction.sharded import ShardedUpdate
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.optim import LocalOptimizer
+    from distplat.strategies.training.running_stats import RunningStatistics
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 Compression = Literal["none", "fp16", "bf16", "topk", "powersgd"]
@@ -58,6 +59,7 @@ class Ring(Strategy[RingOptions]):
     summary = "synchronous data parallel: ring all-reduce between workers, no server"
     options_type = RingOptions
     _reducer: Reducer | None = None
+    _statistics: RunningStatistics | None = None
     _optimizer: LocalOptimizer | ShardedUpdate
 
     def roles(self, job: Job) -> Roles:
@@ -95,7 +97,7 @@ class Ring(Strategy[RingOptions]):
         from distplat.strategies.training.running_stats import RunningStatistics
 
         flat, collective = context.flat, context.collective
-        before = self._optimizer.state() if context.version else {}
+        before = self._optimizer.state() if flat.version > 0 else {}
         if self._reducer is not None:
             self._reducer.close()
         flat.move(flat.params, collective.share(flat.grads))
@@ -105,8 +107,12 @@ class Ring(Strategy[RingOptions]):
             self._reducer = _reducer(self.options, flat, collective)
             self._optimizer = context.local_optimizer()
             self._optimizer.load(before)
+        if self._statistics is not None:
+            self._statistics.restore()
         self._statistics = RunningStatistics(flat.model, collective)
-        return take_over_newest(flat, self._optimizer, context.version, collective)
+        version = take_over_newest(flat, self._optimizer, collective)
+        self._statistics.keep()
+        return version
 
     def last_backward(self, step: int) -> None:
         """Let each bucket go as soon as its last gradient is there."""
@@ -115,13 +121,15 @@ class Ring(Strategy[RingOptions]):
 
     def exchange(self, step: int) -> None:
         """Sum the gradients; each rank's are already weighted by its share of the batch."""
-        assert self._reducer is not None, "setup() comes first"
+        assert self._reducer is not None and self._statistics is not None, "setup() comes first"
         self._reducer.finish()
+        self._statistics.average()
 
     def update(self, step: int) -> None:
         """Make the same update on every rank."""
+        assert self._statistics is not None, "setup() comes first"
         self._optimizer.step(step)
-        self._statistics.average()
+        self._statistics.keep()
 
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""

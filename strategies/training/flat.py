@@ -20,6 +20,10 @@ _ALIGN = 16
 """Elements: a multiple of a cache line for every dtype of 4 bytes and more."""
 
 
+TORN = -1
+"""Version of parameters that are in the middle of being replaced: good for nothing."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where one parameter lies."""
@@ -58,6 +62,7 @@ class FlatModel:
         for slot, parameter in zip(self.slots, self._parameters, strict=True):
             self._view(self.params, slot).copy_(parameter.detach())
         self.grads = torch.zeros_like(self.params)
+        self.version = 0  #: updates that `params` has had; `TORN`: half replaced by another rank's
         self._point()
 
     @property

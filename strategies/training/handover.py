@@ -7,7 +7,8 @@ How a group agrees where it is after workers were replaced, and brings all ranks
     2      0                 8        a new worker
 
 Replicas differ by at most the step in flight, and a step once made on one rank has had everybody's
-gradients; so the newest version is right and complete, and nothing older is needed.
+gradients; so the newest version is right and complete, and nothing older is needed. At version 0
+the first rank that has it gives its initial parameters, and no optimizer remembers anything yet.
 """
 
 import json
@@ -16,20 +17,17 @@ import torch
 from torch import Tensor
 
 from distplat.strategies.base import Collective
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.flat import TORN, FlatModel
 from distplat.strategies.training.optim import LocalOptimizer
 
 
-def take_over_newest(
-    flat: FlatModel, optimizer: LocalOptimizer, version: int, group: Collective
-) -> int:
+def take_over_newest(flat: FlatModel, optimizer: LocalOptimizer, group: Collective) -> int:
     """
     Give every rank the newest rank's parameters, buffers and optimizer state, bit for bit.
 
     Args:
-        flat: this rank's model.
-        optimizer: its optimizer.
-        version: updates that this rank's parameters have had.
+        flat: this rank's model; its `version` says what it is worth.
+        optimizer: its optimizer, fresh or with what goes with that version.
         group: all ranks; each calls this.
 
     Returns:
@@ -40,17 +38,20 @@ def take_over_newest(
     """
     device = flat.params.device
     versions = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
-    group.all_gather(versions, torch.tensor([version], device=device))
+    group.all_gather(versions, torch.tensor([flat.version], device=device))
     all_versions = [int(v) for v in versions]
     newest = max(all_versions)
     if newest == min(all_versions) > 0:
         return newest  # nobody is new: a failure of the network alone
     source = all_versions.index(newest)
+    if group.rank != source:
+        flat.version = TORN  # should a rank be lost now, nobody may take these for good
     group.broadcast(flat.params, source)
+    for buffer in flat.model.buffers():
+        _broadcast_bits(buffer, source, group)
     if newest > 0:
-        for buffer in flat.model.buffers():
-            _broadcast_bits(buffer, source, group)
         optimizer.load(_broadcast_state(optimizer.state(), source, group, device))
+    flat.version = newest
     return newest
 
 

@@ -70,7 +70,6 @@ class Loop:
         batches = micro_batches(self.job, self.data, self.sampler, self.rank, steps)
         for step in steps:
             self._step(step, batches)
-            self.progress.step = step + 1
             if self.eval_data is not None and self._evaluates_after(step):
                 self.strategy.synchronize()
                 self._evaluate(self.eval_data, step + 1)
@@ -97,6 +96,7 @@ class Loop:
         self.strategy.exchange(step)
         clock.lap("exchange")
         self.strategy.update(step)
+        self.flat.version = self.progress.step = step + 1
         self.progress.beats += 1
         clock.lap("update")
         samples = sum(sizes)

@@ -1,4 +1,4 @@
-"""Running statistics of a model, such as batch norm's: each rank sees other samples."""
+"""Buffers of a model: running statistics are averaged, and a step that is repeated starts clean."""
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,12 @@ from distplat.strategies.base import Collective, ReduceOp
 
 class RunningStatistics:
     """
-    Keeps the running statistics of normalisation layers equal: their mean, after every step.
+    Keeps the running statistics of normalisation layers equal: their mean, in every step.
 
     So an evaluation and the saved model see all samples, and no rank holds anything that dies with
-    it. Other buffers are left alone: most are constants, which a mean would round.
+    it. Other buffers are left alone: most are constants, which a mean would round. A forward writes
+    into buffers, so one that is repeated after a failure must find them as they were: `keep` and
+    `restore`.
 
     Args:
         model: on its device.
@@ -21,6 +23,8 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module, group: Collective) -> None:
         self._group = group
+        self._buffers = list(model.buffers())
+        self._kept = [buffer.clone() for buffer in self._buffers]
         self._by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for layer in model.modules():
             if isinstance(layer, _NormBase):
@@ -29,10 +33,27 @@ class RunningStatistics:
                         self._by_dtype.setdefault(buffer.dtype, []).append(buffer)
 
     def average(self) -> None:
-        """Replace running means and variances by their means over the ranks."""
+        """
+        Replace running means and variances by their means over the ranks.
+
+        Raises:
+            CollectiveError: a rank is missing.
+        """
+        if self._group.world == 1:
+            return
         for buffers in self._by_dtype.values():
             together = torch.cat([buffer.reshape(-1) for buffer in buffers])
             self._group.all_reduce(together, ReduceOp.AVG)
             sizes = [buffer.numel() for buffer in buffers]
             for buffer, mean in zip(buffers, torch.split(together, sizes), strict=True):
                 buffer.copy_(mean.view(buffer.shape))
+
+    def keep(self) -> None:
+        """Remember all buffers as those of the present version."""
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            kept.copy_(buffer)
+
+    def restore(self) -> None:
+        """Put back what was kept last."""
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            buffer.copy_(kept)

@@ -30,6 +30,7 @@ def misbehaving(strategy: object, deed: str, tmp_path: Path, **more: Any) -> dic
     """Make a long job of two ranks, one of which does `deed` in its sixth step."""
     args = {"deed": deed, "marker": str(tmp_path / "done"), "at": 6}
     fields: dict[str, Any] = {"task": "tasks_for_tests:Misbehaving", "task_args": args, **LONG}
+    more["failure"] = {"max_failures": 0, **more.get("failure", {})}
     return job(strategy, 2, **fields, **more)
 
 
@@ -47,6 +48,9 @@ class Killer(threading.Thread):
 
     def stepped(self, summary: object) -> None:
         self.training.set()
+
+    def disturbed(self, news: object) -> None:
+        pass
 
     def run(self) -> None:
         assert self.training.wait(60)
@@ -163,6 +167,9 @@ class Signaller:
         if self.number:
             os.kill(os.getpid(), self.number)
             self.number = 0
+
+    def disturbed(self, news: object) -> None:
+        pass
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -26,7 +26,7 @@ def test_a_step_is_given_out_with_its_last_rank(order: tuple[int, ...]) -> None:
     gathering = Gathering(3)
     results = [gathering.add(parts[rank]) for rank in order]
     seconds = {"compute": 0.75, "data": 1.0}
-    assert results == [None, None, StepSummary(12, 1, (2.0 * 3 + 4.0) / 4, 4, seconds, 30)]
+    assert results == [[], [], [StepSummary(12, 1, (2.0 * 3 + 4.0) / 4, 4, seconds, 30)]]
 
 
 def test_the_sum_does_not_depend_on_who_came_first() -> None:
@@ -34,7 +34,7 @@ def test_the_sum_does_not_depend_on_who_came_first() -> None:
     means = set()
     for order in itertools.permutations(range(3)):
         gathering = Gathering(3)
-        summary = [gathering.add(step(rank, 0, losses[rank])) for rank in order][-1]
+        [summary] = [gathering.add(step(rank, 0, losses[rank])) for rank in order][-1]
         assert isinstance(summary, StepSummary)
         means.add(summary.loss)
     assert len(means) == 1
@@ -42,19 +42,50 @@ def test_the_sum_does_not_depend_on_who_came_first() -> None:
 
 def test_a_rank_may_be_steps_ahead() -> None:
     gathering = Gathering(2)
-    assert [gathering.add(step(0, number)) for number in range(3)] == [None] * 3
-    given = [gathering.add(step(1, number)) for number in range(3)]
-    assert [s.step for s in given if s is not None] == [0, 1, 2]
+    assert [gathering.add(step(0, number)) for number in range(3)] == [[]] * 3
+    assert steps(gathering, [step(1, number) for number in range(3)]) == [0, 1, 2]
+
+
+def steps(gathering: Gathering, reports: list[StepReport]) -> list[int]:
+    return [summary.step for report in reports for summary in gathering.add(report)]
+
+
+def test_a_step_whose_report_was_lost_comes_with_the_next() -> None:
+    gathering = Gathering(2)
+    assert steps(gathering, [step(0, 0), step(1, 0), step(0, 1, loss=4.0, samples=3)]) == [0]
+    # rank 1 is lost after its part of step 1; a new one joins for step 2
+    assert gathering.add(step(0, 2)) == []
+    late, complete = gathering.add(step(1, 2))
+    assert isinstance(late, StepSummary)
+    assert (late.step, late.loss, late.samples) == (1, 4.0, 3)
+    assert (complete.step, complete.samples) == (2, 2)
+
+
+def test_what_is_done_again_is_not_given_out_again() -> None:
+    gathering = Gathering(2)
+    first = [step(0, 0), step(1, 0), step(0, 1), step(1, 1), step(0, 2)]
+    again = [step(rank, number) for number in range(4) for rank in (1, 0)]
+    assert steps(gathering, first) == [0, 1]
+    assert steps(gathering, again) == [2, 3]
+
+
+def test_an_evaluation_that_was_cut_off_is_made_again() -> None:
+    gathering = Gathering(2)
+    before, after = EvalReport(0, 5, 1, {"loss": 1.0}), EvalReport(0, 5, 1, {"loss": 2.0})
+    other = EvalReport(1, 5, 1, {"loss": 4.0})
+    assert gathering.add(before) == gathering.add(after) == []
+    assert gathering.add(other) == [EvalSummary(5, 2, {"loss": 3.0})]
+    assert gathering.add(other) == gathering.add(after) == []
 
 
 def test_evaluations_are_means_over_all_samples() -> None:
     gathering = Gathering(3)
-    assert gathering.add(EvalReport(1, 8, 1, {"loss": 5.0, "accuracy": 0.0})) is None
-    assert gathering.add(EvalReport(0, 8, 3, {"loss": 3.0, "accuracy": 3.0})) is None
-    assert gathering.add(step(2, 8)) is None  # a step of the same number is another thing
+    assert gathering.add(EvalReport(1, 8, 1, {"loss": 5.0, "accuracy": 0.0})) == []
+    assert gathering.add(EvalReport(0, 8, 3, {"loss": 3.0, "accuracy": 3.0})) == []
+    assert gathering.add(step(2, 8)) == []  # a step of the same number is another thing
     last = gathering.add(EvalReport(2, 8, 0, {}))
-    assert last == EvalSummary(8, 4, {"loss": 2.0, "accuracy": 0.75})
+    assert last == [EvalSummary(8, 4, {"loss": 2.0, "accuracy": 0.75})]
 
 
 def test_an_evaluation_without_samples_has_no_figures() -> None:
-    assert Gathering(1).add(EvalReport(0, 3, 0, {})) == EvalSummary(3, 0, {})
+    assert Gathering(1).add(EvalReport(0, 3, 0, {})) == [EvalSummary(3, 0, {})]

@@ -137,6 +137,7 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
         "train/samples": [(0, 64.0), (1, 64.0), (2, 64.0)],
         "seconds/data": [(0, 0.25), (1, 0.25), (2, 0.25)],
         "seconds/compute": [(0, 0.5), (1, 0.5), (2, 0.5)],
+        "figures/sent_bytes": [(0, 8.0), (1, 8.0), (2, 8.0)],
         "eval/loss": [(3, 0.5)],
         "eval/accuracy": [(3, 0.75)],
     }

@@ -1,0 +1,113 @@
+"""
+The actors of one run and their orders: all made at the start, the lost replaced later, all ended.
+
+It decides nothing: what is to be done after a failure comes as a `Restart` from `platform/job.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from distplat.actors.messages import WorkOrder
+from distplat.actors.spawn import spawn, spawn_worker, start_workers
+from distplat.platform.recovery import Policy, Restart
+from distplat.platform.spec import Job
+from distplat.strategies.base import Roles
+from distplat.strategies.catalog import StrategyFile
+from distplat.strategies.task import Task
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a run starts from."""
+
+    job: Job
+    run: str
+    roles: Roles
+    policy: Policy
+    task: type[Task] | None
+    """None: the class that `job.task` names."""
+    working_dir: str
+    strategy_file: StrategyFile | None
+
+
+class Ensemble:
+    """
+    A run's actors.
+
+    Args:
+        launch: what to run; they are asked for at once and come up by themselves.
+
+    Raises:
+        SpecError: the cluster will never have what the job asks for.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._cast = spawn(launch.job, launch.roles, launch.run, 0)
+        self._give_orders(0)
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """The actors that answer `poll`, by role."""
+        actors = {f"worker-{rank}": worker for rank, worker in enumerate(self._cast.workers)}
+        if self._cast.manager is not None:
+            actors["server-manager"] = self._cast.manager
+        return actors
+
+    @property
+    def workers(self) -> list[Any]:
+        """The workers in rank order."""
+        return self._cast.workers
+
+    @property
+    def world(self) -> int:
+        """Number of workers."""
+        return len(self._cast.workers)
+
+    def abandon(self, attempt: int) -> None:
+        """Tell all workers to stop waiting for each other; the dead are passed over."""
+        self._calls = [worker.abandon.remote(attempt) for worker in self._cast.workers]
+
+    def carry_out(self, restart: Restart) -> None:
+        """End what is to be replaced, make it anew, and give everybody the next orders."""
+        launch = self._launch
+        if restart.everything:
+            self._cast.end()
+            self._cast = spawn(launch.job, launch.roles, launch.run, restart.attempt)
+        else:
+            for rank in restart.replace:
+                ray.kill(self._cast.workers[rank])
+                self._cast.workers[rank] = spawn_worker(
+                    launch.job, launch.run, restart.attempt, rank
+                )
+        self._give_orders(restart.attempt)
+
+    def end(self) -> None:
+        """End all actors."""
+        self._cast.end()
+
+    def _give_orders(self, attempt: int) -> None:
+        orders = [self._order(attempt, rank) for rank in range(self.world)]
+        # Held, so that Ray keeps the calls; that a worker has its orders, polling will show.
+        self._calls = start_workers(self._cast, orders)
+
+    def _order(self, attempt: int, rank: int) -> WorkOrder:
+        launch = self._launch
+        task: str | bytes = launch.job.task or ""
+        if launch.task is not None:
+            task = ray.cloudpickle.dumps(launch.task)
+        return WorkOrder(
+            job=launch.job,
+            run=launch.run,
+            attempt=attempt,
+            rank=rank,
+            task=task,
+            search_path=launch.working_dir,
+            strategy_file=launch.strategy_file,
+            manager=self._cast.manager,
+            collective=launch.roles.collective,
+        )

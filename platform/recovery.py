@@ -1,0 +1,104 @@
+"""
+Whether a run goes on after a failure, and how long it waits before: the restart budget (I10).
+
+    failure at step    7      7       7       9      12
+    waits              0 s    1 s     gives   0 s    0 s     a run that makes progress goes on at
+                                      up                     once; one that fails again where it
+                                                             failed before waits, then gives up
+
+A machine that its owner takes away (preemption) is nobody's failure, and has a budget of its own.
+"""
+
+from dataclasses import dataclass
+
+from distplat.platform.spec import Failure
+
+FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 60.0
+SAME_STEP_LIMIT = 3
+"""So many failures at the same step end the run: what comes next would fail there too."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a job allows."""
+
+    max_failures: int = 0
+    max_preemptions: int = 0
+    survivors_go_on: bool = False
+    """Whether ranks that were not lost keep their state; else all start from the first step."""
+
+
+def policy_of(failure: Failure, survivors_go_on: bool) -> Policy:
+    """
+    Fill in what a job leaves open.
+
+    Where survivors keep their state a restart costs seconds; elsewhere it costs the whole run so
+    far, and must be asked for.
+    """
+    by_default = (3, 100) if survivors_go_on else (0, 0)
+    failures, preemptions = failure.max_failures, failure.max_preemptions
+    return Policy(
+        by_default[0] if failures is None else failures,
+        by_default[1] if preemptions is None else preemptions,
+        survivors_go_on,
+    )
+
+
+@dataclass(frozen=True)
+class Restart:
+    """How a run goes on."""
+
+    attempt: int
+    """Its number from now on."""
+    replace: tuple[int, ...]
+    """Ranks that are made anew; the others keep their processes."""
+    everything: bool
+    """Servers are made anew too; training starts from the first step."""
+    wait_s: float
+
+
+class Budget:
+    """
+    Counts failures against a policy.
+
+    Args:
+        policy: what the job allows.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.setbacks: list[str] = []  #: every failure, in words
+        self._failures = 0
+        self._preemptions = 0
+        self._last_step = -1
+        self._at_same_step = 0
+
+    def spend(self, step: int, cause: str, preempted: bool) -> float | str:
+        """
+        Count one more failure.
+
+        Args:
+            step: steps that were done; how far the run has come.
+            cause: what happened.
+            preempted: the machine was taken away.
+
+        Returns:
+            Seconds to wait before going on, or why the run must end.
+        """
+        self.setbacks.append(f"attempt {len(self.setbacks)}, after step {step}: {cause}")
+        if preempted:
+            self._preemptions += 1
+            if self._preemptions > self._policy.max_preemptions:
+                return f"preempted more than {self._policy.max_preemptions} times"
+            return 0.0
+        self._failures += 1
+        self._at_same_step = self._at_same_step + 1 if step == self._last_step else 1
+        self._last_step = step
+        if self._failures > self._policy.max_failures:
+            return f"`failure.max_failures` is {self._policy.max_failures}"
+        if self._at_same_step >= SAME_STEP_LIMIT:
+            return f"failed {SAME_STEP_LIMIT} times after step {step}, without a step between"
+        if self._at_same_step == 1:
+            return 0.0
+        return float(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self._at_same_step - 2)))

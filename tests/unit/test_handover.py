@@ -1,0 +1,178 @@
+"""After a failure all ranks go on from the newest state that one of them has, bit for bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rank_threads import on_ranks
+from torch import Tensor, nn
+
+from distplat.platform.errors import CollectiveError
+from distplat.platform.spec import Job
+from distplat.strategies.fakes import Fabric, InMemoryCollective
+from distplat.strategies.training.flat import TORN, FlatModel
+from distplat.strategies.training.handover import take_over_newest
+from distplat.strategies.training.optim import LocalOptimizer
+from distplat.strategies.training.running_stats import RunningStatistics
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"name": "SGD", "lr": 0.1},
+    {"name": "SGD", "lr": 0.1, "momentum": 0.9},
+    {"name": "Adam", "lr": 0.1},
+    {"name": "AdamW", "lr": 0.1},
+    {"name": "RMSprop", "lr": 0.1},
+    {"name": "Adagrad", "lr": 0.1},
+]
+
+
+class Replica:
+    """A rank's model and optimizer after some steps with the same gradients on every rank."""
+
+    def __init__(self, seed: int, steps: int, optimizer: dict[str, Any]) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        self.flat = FlatModel(self.model)
+        job = {"name": "x", "strategy": "ring", "optimizer": optimizer, "global_batch_size": 1}
+        self.optimizer = LocalOptimizer(self.flat, Job.model_validate({**job, "steps": 9}), 9)
+        for step in range(steps):
+            self.step(step)
+
+    def step(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        self.flat.grads.copy_(torch.randn(self.flat.size, generator=generator))
+        self.optimizer.step(step)
+        self.flat.version = step + 1
+        self.model(torch.randn(5, 3, generator=generator))  # moves the running statistics
+
+    def bits(self) -> list[Tensor]:
+        state = self.optimizer.state()
+        buffers = [b.clone() for b in self.model.buffers()]
+        return [self.flat.params.clone(), *buffers, *(state[k].clone() for k in sorted(state))]
+
+
+def replicas(steps: list[int], optimizer: dict[str, Any]) -> list[Replica]:
+    """One per rank, one after another: torch's generator is shared. New workers differ in seed."""
+    return [Replica(0 if made else 7 + r, made, optimizer) for r, made in enumerate(steps)]
+
+
+def take_over(ranks: list[Replica], fabric: Fabric | None = None) -> list[int]:
+    fabric = fabric or Fabric(len(ranks))
+
+    def body(rank: int) -> int:
+        replica = ranks[rank]
+        return take_over_newest(replica.flat, replica.optimizer, fabric.collective(rank))
+
+    return on_ranks(len(ranks), body)
+
+
+def equal(a: Replica, b: Replica) -> bool:
+    pairs = list(zip(a.bits(), b.bits(), strict=True))
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("steps", [[3, 4, 0], [0, 4, 4], [4, 0, 3], [4, 4]])
+def test_all_have_the_newest_and_go_on_alike(steps: list[int], optimizer: dict[str, Any]) -> None:
+    ranks = replicas(steps, optimizer)
+    assert take_over(ranks) == [4] * len(steps)
+    assert [r.flat.version for r in ranks] == [4] * len(steps)
+    unfailed = Replica(0, 4, optimizer)
+    assert all(equal(rank, unfailed) for rank in ranks)
+    for replica in [*ranks, unfailed]:
+        replica.step(4)
+    assert all(equal(rank, unfailed) for rank in ranks)
+
+
+def test_a_fresh_run_starts_from_rank_0() -> None:
+    ranks = replicas([0, 0, 0], OPTIMIZERS[2])
+    first = ranks[0].flat.params.clone()
+    assert take_over(ranks) == [0, 0, 0]
+    assert all(torch.equal(rank.flat.params, first) for rank in ranks)
+
+
+def test_torn_parameters_are_nobodys_source() -> None:
+    ranks = replicas([5, 0, 0], OPTIMIZERS[2])
+    ranks[0].flat.version = TORN
+    initial = ranks[1].flat.params.clone()
+    assert take_over(ranks) == [0, 0, 0]
+    assert torch.equal(ranks[0].flat.params, initial)
+
+
+class Cut(InMemoryCollective):
+    """Loses the group in its broadcast number `after`."""
+
+    after = 0
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        if self.after == 0:
+            raise CollectiveError("g", "broadcast", 0, (source,), "cut")
+        self.after -= 1
+        super().broadcast(tensor, source)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_handover_that_is_cut_off_can_be_made_again(after: int) -> None:
+    """The receivers lose the group in the middle; the source is lost with it, or is not."""
+    for source_lives in (True, False):
+        ranks = replicas([3, 4], OPTIMIZERS[3])
+        fabric = Fabric(2, timeout_s=0.2)
+
+        def cut(rank: int, ranks: list[Replica] = ranks, fabric: Fabric = fabric) -> None:
+            group = Cut(fabric, "world", [0, 1], rank)
+            group.after = after
+            with pytest.raises(CollectiveError):
+                take_over_newest(ranks[rank].flat, ranks[rank].optimizer, group)
+
+        on_ranks(2, cut)
+        assert [r.flat.version for r in ranks] == [TORN, 4]
+        if not source_lives:
+            ranks[1] = Replica(11, 0, OPTIMIZERS[3])
+        ranks[0].optimizer = fresh(ranks[0])
+        assert take_over(ranks) == ([4, 4] if source_lives else [0, 0])
+        assert equal(ranks[0], ranks[1])
+
+
+def fresh(replica: Replica) -> LocalOptimizer:
+    """What `ring` does at every attempt: an optimizer anew, its memory loaded only if it counts."""
+    job = {"name": "x", "strategy": "ring", "global_batch_size": 1, "steps": 9}
+    return LocalOptimizer(replica.flat, Job.model_validate({**job, "optimizer": OPTIMIZERS[3]}), 9)
+
+
+def with_statistics(body: Callable[[nn.BatchNorm1d, RunningStatistics, int], None]) -> None:
+    fabric = Fabric(3)
+    layers = [nn.BatchNorm1d(2) for _ in range(3)]
+
+    def on_rank(rank: int) -> None:
+        model = nn.Sequential(layers[rank])
+        model.register_buffer("constant", torch.tensor([0.1]))
+        body(layers[rank], RunningStatistics(model, fabric.collective(rank)), rank)
+        constant = model.get_buffer("constant")
+        assert torch.equal(constant, torch.tensor([0.1])), "a constant is not rounded"
+
+    on_ranks(3, on_rank)
+
+
+def test_running_statistics_are_means_over_the_ranks() -> None:
+    def body(layer: nn.BatchNorm1d, statistics: RunningStatistics, rank: int) -> None:
+        assert layer.running_mean is not None and layer.running_var is not None
+        layer.running_mean.fill_(float(rank))
+        layer.running_var.fill_(float(rank * 10))
+        statistics.average()
+        assert layer.running_mean.tolist() == [1.0, 1.0]
+        assert layer.running_var.tolist() == [10.0, 10.0]
+
+    with_statistics(body)
+
+
+def test_a_repeated_step_finds_the_buffers_as_they_were() -> None:
+    def body(layer: nn.BatchNorm1d, statistics: RunningStatistics, rank: int) -> None:
+        layer(torch.randn(4, 2))
+        statistics.keep()
+        kept = [b.clone() for b in layer.buffers()]
+        layer(torch.randn(4, 2))
+        assert not all(torch.equal(a, b) for a, b in zip(kept, layer.buffers(), strict=True))
+        statistics.restore()
+        assert all(torch.equal(a, b) for a, b in zip(kept, layer.buffers(), strict=True))
+
+    with_statistics(body)

@@ -1,0 +1,198 @@
+"""The controller's brain when a run may go on after failures."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from distplat.platform.errors import (
+    ActorLost,
+    CollectiveError,
+    DeadlineExceeded,
+    DistplatError,
+    MismatchError,
+    RestartsExhausted,
+    UserCodeError,
+)
+from distplat.platform.job import (
+    SETTLE_S,
+    STALL_GRACE,
+    Event,
+    Failed,
+    Heard,
+    JobState,
+    Phase,
+    Tick,
+    Unanswered,
+)
+from distplat.platform.recovery import Policy, Restart
+from distplat.platform.spec import Failure
+
+LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
+GO_ON = Policy(max_failures=3, max_preemptions=1, survivors_go_on=True)
+ANEW = Policy(max_failures=3, survivors_go_on=False)
+
+BROKEN = CollectiveError("g", "all_reduce", 3, (1,), "deadline")
+History = Sequence[tuple[float, Event]]
+
+
+def dead(rank: int, preempted: bool = False) -> Failed:
+    role = f"worker-{rank}"
+    return Failed(role, ActorLost(role, 3, "killed"), gone=True, preempted=preempted)
+
+
+def stopped(rank: int, error: DistplatError = BROKEN) -> Failed:
+    return Failed(f"worker-{rank}", error)
+
+
+def heard(rank: int, step: int = 3, finished: bool = False) -> Heard:
+    return Heard(rank, step + 1, step, finished)
+
+
+STARTED: History = [(0, heard(rank)) for rank in range(3)]
+
+
+def play(history: History, policy: Policy = GO_ON) -> JobState:
+    state = JobState(3, LIMITS, 0.0, policy)
+    for now, event in [*STARTED, *history]:
+        state.handle(event, now)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("history", "replace"),
+    [
+        ([(1, dead(1)), (1, stopped(0)), (1, stopped(2)), (1, Tick())], (1,)),
+        ([(1, stopped(2)), (1, stopped(0)), (1.5, dead(1)), (1.5, Tick())], (1,)),
+        ([(1, dead(0)), (1, dead(2)), (1, stopped(1)), (1, Tick())], (0, 2)),
+        # a network that failed alone: nobody is replaced
+        ([(1, stopped(0)), (1, stopped(1)), (1, stopped(2)), (1, Tick())], ()),
+        # who had finished waits for orders, too
+        ([(1, heard(0, 9, True)), (1, dead(1)), (1, stopped(2)), (1, Tick())], (1,)),
+        # frozen: its peers ran out of time, and it has not answered since
+        (
+            [
+                (1, stopped(0)),
+                (1, stopped(2)),
+                (2, Unanswered("worker-1", SETTLE_S)),
+                (2, Tick()),
+                (3, Unanswered("worker-1", SETTLE_S + 0.1)),
+                (3, Tick()),
+            ],
+            (1,),
+        ),
+        # busy in the user's code for longer than a step may take
+        ([(1, dead(0)), (1, stopped(1)), (1.1 + 20 * STALL_GRACE, Tick())], (0, 2)),
+    ],
+)
+def test_who_is_replaced(history: History, replace: tuple[int, ...]) -> None:
+    state = play(history)
+    assert state.restart == Restart(1, replace, everything=False, wait_s=0.0)
+    assert not state.over
+    before = play(history[:-1])
+    assert before.restart is None, "decided before everybody was accounted for"
+
+
+def test_a_busy_rank_is_waited_for() -> None:
+    history: History = [(1, dead(0)), (1, stopped(1)), (1 + 20 * STALL_GRACE - 0.1, Tick())]
+    state = play(history)
+    assert (state.phase, state.restart) == (Phase.SETTLING, None)
+    state.handle(stopped(2), 26)
+    state.handle(Tick(), 26)
+    assert state.restart is not None
+    assert state.restart.replace == (0,)
+
+
+@pytest.mark.parametrize(
+    ("history", "policy"),
+    [
+        ([(1, dead(0)), (1, dead(1)), (1, dead(2)), (1, Tick())], GO_ON),
+        ([(1, dead(1)), (1 + SETTLE_S, Tick())], ANEW),
+        ([(1, Failed("server-manager", ActorLost("server-0", 3, "x"))), (4, Tick())], ANEW),
+    ],
+    ids=["nobody is left", "survivors are of no use", "a server was lost"],
+)
+def test_all_begin_anew(history: History, policy: Policy) -> None:
+    state = play(history, policy)
+    assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
+    assert state.steps_done == 3
+    state.restarted(5)
+    assert (state.phase, state.steps_done, state.attempt) == (Phase.STARTING, 0, 1)
+
+
+def lose(state: JobState, now: float, step: int) -> None:
+    """All ranks are at work, have made `step` steps, then rank 1 dies."""
+    for rank in range(3):
+        state.handle(heard(rank, step), now)
+    for event in (dead(1), stopped(0), stopped(2), Tick()):
+        state.handle(event, now)
+
+
+def test_a_run_goes_on_and_is_watched_again() -> None:
+    state = play([])
+    lose(state, 1, 3)
+    state.handle(Tick(), 50)
+    assert state.restart is not None, "it waits until the restart was carried out"
+    state.restarted(50)
+    assert (state.phase, state.error, state.attempt) == (Phase.STARTING, None, 1)
+    state.handle(Tick(), 109)
+    assert state.phase is Phase.STARTING
+    state.handle(heard(0), 109)
+    state.handle(heard(2), 109)
+    state.handle(Tick(), 111)
+    assert isinstance(state.error, DeadlineExceeded)
+    assert state.error.missing == ("worker-1",)
+    state.handle(Tick(), 111 + SETTLE_S)
+    assert state.phase is Phase.FAILED, "a start that nobody comes to is not tried again"
+
+
+def test_the_budget_ends_the_run_and_tells_all_failures() -> None:
+    state = play([])
+    for attempt, step in enumerate((3, 5, 8)):
+        lose(state, attempt, step)
+        state.restarted(attempt)
+    lose(state, 9, 9)
+    assert state.phase is Phase.FAILED
+    assert isinstance(state.error, RestartsExhausted)
+    assert len(state.error.setbacks) == 4
+    assert "max_failures` is 3" in str(state.error)
+    assert "after step 8: worker-1 was lost" in str(state.error)
+
+
+def test_a_crash_loop_waits_then_ends() -> None:
+    state = play([], Policy(max_failures=99, survivors_go_on=True))
+    waits = []
+    for attempt in range(2):
+        lose(state, attempt, 7)
+        assert state.restart is not None
+        waits.append(state.restart.wait_s)
+        state.restarted(attempt)
+    lose(state, 9, 7)
+    assert waits == [0.0, 1.0]
+    assert isinstance(state.error, RestartsExhausted)
+
+
+def test_preemption_is_not_a_failure() -> None:
+    policy = Policy(max_failures=0, max_preemptions=1, survivors_go_on=True)
+    news: History = [(1, dead(1, preempted=True)), (1, stopped(0)), (1, stopped(2)), (1, Tick())]
+    assert play(news, policy).restart is not None
+    assert play([(1, dead(1)), *news[1:]], policy).restart is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserCodeError(1, 3, "ValueError: no", "Traceback"),
+        MismatchError("g", "all_reduce", 3, (1,), "rank 1 is in broadcast"),
+        DistplatError("unforeseen"),
+    ],
+)
+def test_what_no_restart_mends(error: DistplatError) -> None:
+    news: History = [(1, stopped(1, error)), (1, stopped(0, error)), (1, stopped(2, error))]
+    state = play([*news, (1 + SETTLE_S, Tick())])
+    assert (state.phase, state.error, state.restart) == (Phase.FAILED, error, None)
+
+
+def test_a_users_error_during_repair_ends_the_run() -> None:
+    user = UserCodeError(2, 3, "ValueError: no", "Traceback")
+    state = play([(1, dead(1)), (1, stopped(0)), (1.5, stopped(2, user))])
+    assert (state.phase, state.error) == (Phase.FAILED, user)

@@ -1,0 +1,68 @@
+"""The restart budget: who makes progress goes on at once, who does not waits and then gives up."""
+
+import pytest
+
+from distplat.platform.recovery import (
+    FIRST_WAIT_S,
+    LONGEST_WAIT_S,
+    SAME_STEP_LIMIT,
+    Budget,
+    Policy,
+    policy_of,
+)
+from distplat.platform.spec import Failure
+
+
+def spend(budget: Budget, *steps: int, preempted: bool = False) -> list[float | str]:
+    return [budget.spend(step, f"lost at {step}", preempted) for step in steps]
+
+
+def test_progress_costs_no_waiting() -> None:
+    assert spend(Budget(Policy(max_failures=4)), 0, 7, 9, 12) == [0.0] * 4
+
+
+def test_failures_at_one_step_wait_then_end_the_run() -> None:
+    first, second, third = spend(Budget(Policy(max_failures=100)), 7, 7, 7)
+    assert (first, second) == (0.0, FIRST_WAIT_S)
+    assert SAME_STEP_LIMIT == 3
+    assert isinstance(third, str)
+    assert "after step 7" in third
+
+
+def test_a_step_between_forgives() -> None:
+    answers = spend(Budget(Policy(max_failures=100)), 7, 7, 8, 8, 9, 9)
+    assert answers == [0.0, FIRST_WAIT_S] * 3
+    assert max(a for a in answers if isinstance(a, float)) <= LONGEST_WAIT_S
+
+
+def test_the_budget_is_spent() -> None:
+    budget = Budget(Policy(max_failures=2))
+    *before, last = spend(budget, 1, 2, 3)
+    assert before == [0.0, 0.0]
+    assert last == "`failure.max_failures` is 2"
+    assert [s.split(": ")[0] for s in budget.setbacks] == [
+        "attempt 0, after step 1",
+        "attempt 1, after step 2",
+        "attempt 2, after step 3",
+    ]
+
+
+def test_preemption_has_a_budget_of_its_own() -> None:
+    budget = Budget(Policy(max_failures=1, max_preemptions=3))
+    assert spend(budget, 5, 5, 5, preempted=True) == [0.0] * 3, "nobody's failure, no waiting"
+    assert spend(budget, 5) == [0.0]
+    [answer] = spend(budget, 5, preempted=True)
+    assert answer == "preempted more than 3 times"
+
+
+@pytest.mark.parametrize(
+    ("failure", "survivors_go_on", "policy"),
+    [
+        (Failure(), True, Policy(3, 100, True)),
+        (Failure(), False, Policy(0, 0, False)),
+        (Failure(max_failures=7), False, Policy(7, 0, False)),
+        (Failure(max_failures=0, max_preemptions=1), True, Policy(0, 1, True)),
+    ],
+)
+def test_what_a_job_leaves_open(failure: Failure, survivors_go_on: bool, policy: Policy) -> None:
+    assert policy_of(failure, survivors_go_on) == policy
