@@ -84,7 +84,7 @@ class Controller:
 
     def _go_on(self, restart: Restart, cause: str) -> None:
         replaced = tuple(f"worker-{rank}" for rank in restart.replace)
-        step = 0 if restart.everything else self._state.steps_done
+        step = 0 if restart.everything else self._state.furthest
         self._told(Setback(restart.attempt, step, cause, replaced, restart.wait_s))
         until = time.monotonic() + restart.wait_s
         while time.monotonic() < until:

@@ -138,6 +138,11 @@ class JobState:
         """Steps that every rank has done."""
         return min(self._steps.values())
 
+    @property
+    def furthest(self) -> int:
+        """Steps that the foremost rank has done: where survivors go on."""
+        return max(self._steps.values())
+
     def handle(self, event: Event, now: float) -> None:
         """Take one piece of news."""
         if self.over or self.restart is not None:
@@ -220,8 +225,7 @@ class JobState:
     def _decide(self) -> None:
         """Every rank is accounted for: go on, or give up."""
         assert self.error is not None, "a run settles only after a failure"
-        furthest = max(self._steps.values())
-        answer = self._budget.spend(furthest, str(self.error), self._preempted)
+        answer = self._budget.spend(self.furthest, str(self.error), self._preempted)
         if isinstance(answer, str):
             self.error = RestartsExhausted(answer, tuple(self._budget.setbacks))
             self.phase = Phase.FAILED

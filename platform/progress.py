@@ -67,7 +67,7 @@ class Setback:
     attempt: int
     """Number of the attempt that begins."""
     step: int
-    """Steps done."""
+    """Steps done, from which it goes on."""
     cause: str
     replaced: tuple[str, ...]
     """Roles that are made anew."""

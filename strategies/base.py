@@ -299,6 +299,14 @@ class Strategy(ABC, Generic[OptionsT]):
     def synchronize(self) -> None:
         """Make all ranks' parameters equal; called before an evaluation and at the end."""
 
+    def gather(self, data: bytes) -> list[bytes]:
+        """
+        Give what all ranks brought, in rank order; only `data` where ranks do not talk.
+
+        What every rank has, no rank can take with it: evaluations are gathered.
+        """
+        return [data]
+
     def figures(self) -> dict[str, float]:
         """Give this rank's figures of the step just made, by name, for metrics and report."""
         return {}

@@ -8,7 +8,7 @@ the same update, or each its own part of it (`shard_optimizer`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -57,7 +57,7 @@ class Ring(Strategy[RingOptions]):
     """Sum gradients over all workers, then update everywhere alike."""
 
     summary = "synchronous data parallel: ring all-reduce between workers, no server"
-    options_type = RingOptions
+    options_type: ClassVar[type[Options]] = RingOptions
     _reducer: Reducer | None = None
     _statistics: RunningStatistics | None = None
     _optimizer: LocalOptimizer | ShardedUpdate
@@ -97,6 +97,7 @@ class Ring(Strategy[RingOptions]):
         from distplat.strategies.training.running_stats import RunningStatistics
 
         flat, collective = context.flat, context.collective
+        self._collective, self._device = collective, flat.params.device
         before = self._optimizer.state() if flat.version > 0 else {}
         if self._reducer is not None:
             self._reducer.close()
@@ -130,6 +131,12 @@ class Ring(Strategy[RingOptions]):
         assert self._statistics is not None, "setup() comes first"
         self._optimizer.step(step)
         self._statistics.keep()
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Give every rank what all brought."""
+        from distplat.strategies.training.words import gather_bytes
+
+        return gather_bytes(data, self._collective, self._device)
 
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from distplat.strategies.base import Collective
 from distplat.strategies.training.flat import TORN, FlatModel
 from distplat.strategies.training.optim import LocalOptimizer
+from distplat.strategies.training.words import broadcast_bytes
 
 
 def take_over_newest(flat: FlatModel, optimizer: LocalOptimizer, group: Collective) -> int:
@@ -60,7 +61,7 @@ def _broadcast_state(
 ) -> dict[str, Tensor]:
     """Copy the source's tensors to all, whatever the others have: a new worker has none yet."""
     kinds = [(name, str(t.dtype).split(".")[1], [*t.shape]) for name, t in state.items()]
-    text = _broadcast_bytes(json.dumps(kinds).encode(), source, group, device)
+    text = broadcast_bytes(json.dumps(kinds).encode(), source, group, device)
     received = {}
     for name, dtype, shape in json.loads(text):
         if group.rank == source:
@@ -69,16 +70,6 @@ def _broadcast_state(
             received[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         _broadcast_bits(received[name], source, group)
     return received
-
-
-def _broadcast_bytes(data: bytes, source: int, group: Collective, device: torch.device) -> bytes:
-    length = torch.tensor([len(data)], device=device)
-    group.broadcast(length, source)
-    text = torch.zeros(int(length), dtype=torch.uint8, device=device)
-    if group.rank == source:
-        text.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    group.broadcast(text, source)
-    return bytes(text.cpu().numpy())
 
 
 def _broadcast_bits(tensor: Tensor, source: int, group: Collective) -> None:

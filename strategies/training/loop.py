@@ -8,10 +8,11 @@ A rank's loss is weighted by its share of the global batch before backward, so t
 and micro-batches is the gradient of the global batch's mean, however uneven the parts are.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -142,7 +143,9 @@ class Loop:
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * size
             self.progress.beats += 1
-        self.report(EvalReport(self.rank, step, stop - start, sums))
+        mine = EvalReport(self.rank, step, stop - start, sums)
+        for data in self.strategy.gather(json.dumps(asdict(mine)).encode()):
+            self.report(EvalReport(**json.loads(data)))
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.job.precision == "fp32":

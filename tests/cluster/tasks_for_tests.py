@@ -5,6 +5,7 @@ import signal
 import time
 from typing import Any
 
+import ray
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -85,6 +86,77 @@ class Misbehaving(Blobs):
         if self.deed == "hang":
             time.sleep(3600)
         os.kill(os.getpid(), signal.SIGKILL if self.deed == "kill" else signal.SIGSTOP)
+
+
+class Elastic(Blobs):
+    """
+    Loses processes at given moments. With batch norm and dropout: both must come out the same.
+
+    Args:
+        folder: where deeds leave their marks, so that each is done once.
+        deeds: `kill 1 at 6`: rank 1, in its seventh step; `stop` freezes, `start` instead of a
+            number: while it builds the model, but only in a process that replaces another.
+    """
+
+    def __init__(self, folder: str, deeds: list[str]) -> None:
+        self.folder, self.deeds = folder, [deed.split() for deed in deeds]
+        self.rank = int(str(ray.get_runtime_context().get_actor_name()).split("/")[1].split("-")[1])
+        self.renewed = "attempt" in str(ray.get_runtime_context().get_actor_name())
+        self.step: int | str = "start"
+
+    def model(self) -> nn.Module:
+        if self.renewed:
+            self._act()
+        parts = [nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 3)]
+        return Counting(self, *parts)
+
+    def _act(self) -> None:
+        for number, (deed, rank, _, step) in enumerate(self.deeds):
+            mine = rank in ("all", str(self.rank)) and step == str(self.step)
+            name = f"{number}-{self.rank}" if rank == "all" else str(number)
+            if mine and first_to_come(os.path.join(self.folder, name)):
+                os.kill(os.getpid(), signal.SIGKILL if deed == "kill" else signal.SIGSTOP)
+
+
+class Counting(nn.Sequential):
+    """Tells its task in which step it is, from a buffer that counts forwards in training."""
+
+    def __init__(self, task: Elastic, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        self.task = task
+        self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.task.step = int(self.get_buffer("forwards"))
+            self.get_buffer("forwards").add_(1)
+            self.task._act()
+            time.sleep(0.02)
+        elif self.task.step == 29:
+            self.task.step = "evaluation"
+            self.task._act()
+        result: Tensor = super().forward(inputs)  # type: ignore[no-untyped-call]
+        return result
+
+
+class Vast(Blobs):
+    """16 Mi parameters, few of them used: a step is its all-reduce of 64 MB, and little else."""
+
+    def model(self) -> nn.Module:
+        return Slice(16 * 2**20)
+
+    def eval_data(self) -> None:
+        return None
+
+
+class Slice(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size) * 0.1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        middle = len(self.weight) // 2
+        return inputs @ self.weight[middle : middle + 15].view(5, 3)
 
 
 class Big(Blobs):

@@ -1,0 +1,110 @@
+"""
+Which backend a collective group takes, decided from where its ranks are. No I/O, no clock.
+
+    all on one node            several nodes              one rank per node
+    +------------+             +-------+   +-------+      +---+  +---+  +---+
+    | 0  1  2  3 |             | 0   1 |---| 2   3 |      | 0 |--| 1 |--| 2 |
+    +------------+             +-------+   +-------+      +---+  +---+  +---+
+      shm                        hierarchical               gloo
+
+Every rank decides for itself from the same table, so all come to the same choice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distplat.platform.errors import Problem, SpecError
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank tells the others of where it is."""
+
+    node: str
+    """Ray's id of the node."""
+    gpu: bool = False
+    """Whether its tensors are on a whole GPU of its own that NCCL can use."""
+    shm: bool = True
+    """Whether the shared-memory backend works there."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it is the one."""
+
+    backend: str
+    why: str
+
+
+def by_node(places: Sequence[Place]) -> list[list[int]]:
+    """Give the ranks of each node in rising order; nodes in the order of their first rank."""
+    found: dict[str, list[int]] = {}
+    for rank, place in enumerate(places):
+        found.setdefault(place.node, []).append(rank)
+    return list(found.values())
+
+
+def choose(places: Sequence[Place]) -> Choice:
+    """
+    Choose a backend.
+
+    Args:
+        places: one per rank, in rank order; at least one.
+    """
+    world, nodes = len(places), by_node(places)
+    if world > 1 and all(place.gpu for place in places):
+        return Choice("nccl", f"all {world} workers have a GPU of their own")
+    if len(nodes) == world > 1:
+        return Choice("gloo", f"all {world} workers are on nodes of their own")
+    if not all(place.shm for place in places):
+        return Choice("gloo", "shared memory does not work on every node")
+    if len(nodes) == 1:
+        who = f"all {world} workers are" if world > 1 else "the only worker is"
+        return Choice("shm", f"{who} on one node")
+    return Choice("hierarchical", f"{world} workers are on {len(nodes)} nodes, some on the same")
+
+
+def chosen_by_user(backend: str, places: Sequence[Place]) -> Choice:
+    """
+    Take the backend that a job names, if it can work.
+
+    Raises:
+        SpecError: it cannot; says why and what to choose.
+    """
+    nodes = by_node(places)
+    if backend == "shm" and len(nodes) > 1:
+        where = "; ".join(
+            f"{places[ranks[0]].node[:12]}: worker {', '.join(map(str, ranks))}" for ranks in nodes
+        )
+        raise _refused(
+            f"`shm` needs all workers on one node, but they are on {len(nodes)} ({where})",
+            "choose `backend: hierarchical`, or `auto`",
+        )
+    unable = _ranks(places, "shm")
+    if (
+        backend == "shm"
+        and unable
+        or backend == "hierarchical"
+        and len(nodes) < len(places)
+        and unable
+    ):
+        raise _refused(
+            f"shared memory does not work where worker {unable} is (it needs Linux's futex)",
+            "choose `backend: gloo`, or `auto`",
+        )
+    without = _ranks(places, "gpu")
+    if backend == "nccl" and without:
+        raise _refused(
+            f"`nccl` needs cupy and a whole GPU for each worker; worker {without} has not both",
+            "install cupy and set scaling.use_gpu: true, or choose `backend: auto`",
+        )
+    return Choice(backend, "the job names it")
+
+
+def _ranks(places: Sequence[Place], quality: str) -> str:
+    """Give the ranks that lack a quality, for a sentence."""
+    return ", ".join(str(rank) for rank, place in enumerate(places) if not getattr(place, quality))
+
+
+def _refused(text: str, hint: str) -> SpecError:
+    return SpecError(Problem(("strategy", "backend"), text, hint))

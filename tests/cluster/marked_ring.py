@@ -1,0 +1,36 @@
+"""`ring` that leaves word where it is: `<pid> in <step>` while it exchanges, else `<pid> out`."""
+
+import os
+from pathlib import Path
+
+from distplat.strategies.base import Context
+from distplat.strategies.catalog import strategies
+from distplat.strategies.ring import Ring, RingOptions
+
+
+class MarkedOptions(RingOptions):
+    """Options of `ring`, and a place for the marks."""
+
+    folder: str
+    """Each rank writes into a file of its number."""
+
+
+@strategies.register("marked-ring")
+class MarkedRing(Ring):
+    """Sum gradients, and say so."""
+
+    summary = "ring with marks"
+    options_type = MarkedOptions
+
+    def setup(self, context: Context) -> int:
+        assert isinstance(self.options, MarkedOptions)
+        self._file = os.open(Path(self.options.folder, str(context.rank)), os.O_CREAT | os.O_RDWR)
+        return super().setup(context)
+
+    def exchange(self, step: int) -> None:
+        self._mark(f"{os.getpid()} in {step}")
+        super().exchange(step)
+        self._mark(f"{os.getpid()} out")
+
+    def _mark(self, text: str) -> None:
+        os.pwrite(self._file, text.ljust(40).encode(), 0)

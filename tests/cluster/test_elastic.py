@@ -1,0 +1,136 @@
+"""Workers are lost and replaced; the result has the same bits as that of a run without a loss."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from small_runs import job, train, weights
+
+from distplat import Result
+from distplat.platform.errors import RestartsExhausted
+from distplat.platform.progress import Recovery, Setback
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
+
+STEPS = 30
+FAILURE = {"step_timeout_s": 30, "heartbeat_timeout_s": 20}
+
+
+class Watch:
+    """Notes what disturbed a run. An `Observer`."""
+
+    def __init__(self) -> None:
+        self.setbacks: list[Setback] = []
+        self.recoveries: list[Recovery] = []
+
+    def started(self, job: object, run: str, path: Path) -> None:
+        pass
+
+    def stepped(self, summary: object) -> None:
+        pass
+
+    def disturbed(self, news: Setback | Recovery) -> None:
+        if isinstance(news, Setback):
+            self.setbacks.append(news)
+        else:
+            self.recoveries.append(news)
+
+
+def run(
+    tmp_path: Path, deeds: list[str], strategy: object = None, **failure: Any
+) -> tuple[Result, Watch]:
+    folder = tmp_path / f"marks-{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    spec = job(
+        strategy or {"name": "ring", "timeout_s": 4},
+        3,
+        task="tasks_for_tests:Elastic",
+        task_args={"folder": str(folder), "deeds": deeds},
+        optimizer={"name": "AdamW", "lr": 0.02},
+        epochs=None,
+        steps=STEPS,
+        global_batch_size=12,
+        data={"drop_last": True},
+        clip_norm=1.0,
+        failure={**FAILURE, **failure},
+    )
+    watch = Watch()
+    return train(spec, tmp_path, observers=(watch,)), watch
+
+
+_unfailed: dict[str, tuple[NDArray[np.float32], Result]] = {}
+
+
+def unfailed(tmp_path: Path, strategy: object = None) -> tuple[NDArray[np.float32], Result]:
+    """The same run without a loss; made once."""
+    key = repr(strategy)
+    if key not in _unfailed:
+        result, watch = run(tmp_path, [], strategy)
+        assert not watch.setbacks
+        _unfailed[key] = weights(result), result
+    return _unfailed[key]
+
+
+def same(result: Result, tmp_path: Path, strategy: object = None) -> None:
+    """Same weights and buffers, bit for bit; each step once, with the same evaluations."""
+    bits, other = unfailed(tmp_path, strategy)
+    assert np.array_equal(weights(result), bits)
+    assert [s.step for s in result.history] == list(range(STEPS))
+    assert result.evaluations == other.evaluations
+    for mine, others in zip(result.history, other.history, strict=True):
+        # What a lost rank had not yet reported is missing in the means, and in the samples.
+        assert mine.loss == others.loss or mine.samples < others.samples
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("deed", ["kill", "stop"])
+def test_one_worker_is_replaced(deed: str, victim: int, backend: str, tmp_path: Path) -> None:
+    strategy = {"name": "ring", "timeout_s": 4, "backend": backend}
+    result, watch = run(tmp_path, [f"{deed} {victim} at 9"], strategy)
+    same(result, tmp_path, strategy)
+    assert [s.replaced for s in watch.setbacks] == [(f"worker-{victim}",)]
+    assert watch.setbacks[0].step == 9, "only the step in flight is repeated"
+    assert [r.attempt for r in watch.recoveries] == [1]
+
+
+@pytest.mark.parametrize("at", ["0", "29", "evaluation"])
+def test_the_first_and_the_last_moments(at: str, tmp_path: Path) -> None:
+    result, watch = run(tmp_path, [f"kill 1 at {at}"])
+    same(result, tmp_path)
+    assert len(watch.setbacks) == 1
+
+
+def test_a_newcomer_dies_while_it_starts(tmp_path: Path) -> None:
+    result, watch = run(tmp_path, ["kill 1 at 12", "kill 1 at start"])
+    same(result, tmp_path)
+    assert [s.replaced for s in watch.setbacks] == [("worker-1",)] * 2
+
+
+def test_two_at_once_then_another(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, ["kill 0 at 7", "kill 1 at 7", "stop 2 at 20"])
+    same(result, tmp_path)
+
+
+def test_all_at_once_begin_anew(tmp_path: Path) -> None:
+    result, watch = run(tmp_path, ["kill all at 11"])
+    same(result, tmp_path)
+    assert [(s.step, len(s.replaced)) for s in watch.setbacks][-1] == (0, 3)
+
+
+@pytest.mark.parametrize("strategy", ["ps-sync", {"name": "ring", "shard_optimizer": True}])
+def test_where_state_dies_with_a_worker_all_begin_anew(strategy: object, tmp_path: Path) -> None:
+    result, watch = run(tmp_path, ["kill 1 at 11"], strategy, max_failures=1)
+    same(result, tmp_path, strategy)
+    assert [(s.step, len(s.replaced)) for s in watch.setbacks] == [(0, 3)]
+
+
+def test_a_crash_loop_ends_with_all_its_failures(tmp_path: Path) -> None:
+    deeds = ["kill 1 at 7"] * 5
+    with pytest.raises(RestartsExhausted) as caught:
+        run(tmp_path, deeds, max_failures=10)
+    assert caught.value.exit_code == 4
+    assert len(caught.value.setbacks) == 3
+    assert all("worker-1 was lost" in setback for setback in caught.value.setbacks)

@@ -1,0 +1,109 @@
+"""Kills from outside, at random moments inside an all-reduce of 64 MB: no bit comes out other."""
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import HERE, job, train, weights
+
+from distplat import Result
+from distplat.platform.progress import Recovery, Setback
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(400)]
+
+WORLD, STEPS, KILLS = 2, 150, 20
+
+
+class Killer(threading.Thread):
+    """Kills a random rank inside an exchange, waits until all are at work, kills again."""
+
+    def __init__(self, folder: Path, kills: int) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.kills = folder, kills
+        self.inside = self.outside = self.steps = 0
+        self.working = threading.Event()
+        self.over = threading.Event()
+        self.random = random.Random(17)
+
+    def started(self, job: object, run: str, path: Path) -> None:
+        self.start()
+
+    def stepped(self, summary: object) -> None:
+        self.steps += 1
+        self.working.set()
+
+    def disturbed(self, news: Setback | Recovery) -> None:
+        if isinstance(news, Recovery):
+            self.working.set()
+
+    def run(self) -> None:
+        while self.inside < self.kills and self.working.wait(60) and not self.over.is_set():
+            self.working.clear()
+            self._kill(self.random.randrange(WORLD))
+
+    def _kill(self, rank: int) -> None:
+        """Wait for the rank to enter an exchange, then for a part of its length."""
+        entered = self._entered(rank)
+        if entered is None:
+            return
+        pid, step = entered
+        time.sleep(self.random.uniform(0, self.length))
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+        if self._read(rank) == (pid, step):
+            self.inside += 1
+        else:
+            self.outside += 1
+
+    def _entered(self, rank: int) -> tuple[int, int] | None:
+        first = self._read(rank)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not self.over.is_set():
+            now = self._read(rank)
+            if now is not None and now != first:
+                return now
+            time.sleep(0.0005)
+        return None
+
+    def _read(self, rank: int) -> tuple[int, int] | None:
+        """Give (pid, step) while the rank exchanges."""
+        path = self.folder / str(rank)
+        words = path.read_text().split() if path.exists() else []
+        return (int(words[0]), int(words[2])) if len(words) == 3 else None
+
+    length = 0.03
+    """Seconds of an exchange, about: the deaths are spread over it."""
+
+
+def run(folder: Path, tmp_path: Path, killer: Killer | None) -> Result:
+    folder.mkdir()
+    spec = job(
+        {"name": "marked-ring", "folder": str(folder), "timeout_s": 20},
+        WORLD,
+        task="tasks_for_tests:Vast",
+        epochs=None,
+        steps=STEPS,
+        optimizer={"name": "SGD", "lr": 0.1, "momentum": 0.9},
+        failure={"max_failures": 4 * KILLS},
+    )
+    observers = () if killer is None else (killer,)
+    return train(spec, tmp_path, observers=observers, strategy_file=HERE / "marked_ring.py")
+
+
+def test_twenty_kills_inside_an_all_reduce(tmp_path: Path) -> None:
+    unfailed = run(tmp_path / "calm", tmp_path, None)
+    killer = Killer(tmp_path / "marks", KILLS)
+    exchange = sorted(s.seconds["exchange"] for s in unfailed.history)
+    killer.length = exchange[STEPS // 2]
+    result = run(tmp_path / "marks", tmp_path, killer)
+    killer.over.set()
+    killer.join(60)
+    assert killer.inside == KILLS, f"{killer.inside} inside, {killer.outside} outside"
+    assert len(result.setbacks) == killer.inside + killer.outside
+    assert np.array_equal(weights(result), weights(unfailed))
+    assert [s.step for s in result.history] == list(range(STEPS))
