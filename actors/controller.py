@@ -45,6 +45,7 @@ class Controller:
         self._gathering = Gathering(ensemble.world)
         self._state = JobState(ensemble.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
+        self._called_off = -1  #: the last attempt that failed
         self._told: Callable[[Summary], None] = lambda summary: None
 
     def run(self, tell: Callable[[Summary], None]) -> bytes:
@@ -72,8 +73,9 @@ class Controller:
     def _repair(self) -> None:
         """Carry out what the state has decided about a failure."""
         state = self._state
-        if state.phase is Phase.SETTLING and self._failed_at is None:
-            self._failed_at = time.monotonic()
+        if state.phase is Phase.SETTLING and self._called_off < state.attempt:
+            self._called_off = state.attempt
+            self._failed_at = self._failed_at or time.monotonic()
             if state.may_go_on:
                 self._ensemble.abandon(state.attempt)
         if state.restart is not None:
@@ -96,7 +98,6 @@ class Controller:
         self._up -= renewed
         self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
         self._state.restarted(time.monotonic())
-        self._failed_at = self._failed_at or time.monotonic()
 
     def _ask_everybody(self) -> None:
         """Keep one question open to every actor."""
