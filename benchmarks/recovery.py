@@ -1,0 +1,144 @@
+"""
+How long training stands still when a worker is killed: from SIGKILL to the next step of all ranks.
+
+Ours: `ring`, where survivors keep their state and one worker is made anew. Peer: TorchTrainer with
+`FailureConfig(max_failures=...)`, which ends all workers and starts them again from the last
+checkpoint; here it has none to load, so its time is that of the restart alone. Both train an MLP of
+10.5 M parameters; the killed rank leaves the time of its death, rank 0 writes down its next loss.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+from common import WORKERS, print_ratio
+from ring_step import BATCH, mlp, samples
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from distplat import Task, Trainer
+
+KILL_AT, AFTER = 20, 10
+GOAL = 1.0
+
+
+def note(folder: str, rank: int, step: int) -> None:
+    """Die once, on rank 1, at `KILL_AT`; elsewhere write down when each step was seen."""
+    marker = Path(folder, "death")
+    if rank == 1 and step == KILL_AT and not marker.exists():
+        marker.write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    with Path(folder, f"rank-{rank}").open("a") as file:
+        file.write(f"{time.time()}\n")
+
+
+def standstill(folder: str) -> float:
+    """Give the seconds from the death to the first step made on both ranks."""
+    death = float(Path(folder, "death").read_text())
+    seen = [
+        [float(line) for line in Path(folder, f"rank-{rank}").read_text().split()]
+        for rank in range(WORKERS)
+    ]
+    # The second loss after the death: for that, a whole step was made by all.
+    return max(sorted(t for t in times if t > death)[1] for times in seen) - death
+
+
+class Dying(Task):
+    """Loses rank 1 once."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.step = folder, 0
+        name = str(ray.get_runtime_context().get_actor_name())
+        self.rank = int(name.split("worker-")[1].split("/")[0])
+
+    def model(self) -> nn.Module:
+        return mlp()
+
+    def train_data(self) -> Dataset[Any]:
+        return samples(KILL_AT + AFTER)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        note(self.folder, self.rank, self.step)
+        self.step += 1
+        return nn.functional.mse_loss(outputs, targets)
+
+
+def ours() -> float:
+    """Kill a worker of ours; give the seconds of standstill."""
+    with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
+        job = {
+            "name": "bench",
+            "strategy": "ring",
+            "scaling": {"num_workers": WORKERS},
+            "optimizer": {"name": "SGD", "lr": 1e-3},
+            "task_args": {"folder": folder},
+            "global_batch_size": BATCH,
+            "steps": KILL_AT + AFTER,
+            "storage_path": runs,
+            "checkpoint": {"save_final": False},
+        }
+        Trainer(job, Dying).fit()
+        return standstill(folder)
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Train as Ray Train's users write it."""
+    import ray.train.torch
+    import torch
+    from torch.utils.data import DataLoader
+
+    torch.set_num_threads(1)
+    rank = ray.train.get_context().get_world_rank()
+    model = ray.train.torch.prepare_model(mlp())
+    loader = DataLoader(samples(KILL_AT + AFTER), batch_size=BATCH // WORKERS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for step, (inputs, targets) in enumerate(ray.train.torch.prepare_data_loader(loader)):
+        outputs = model(inputs)
+        note(config["folder"], rank, step)
+        loss = nn.functional.mse_loss(outputs, targets)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+
+def peer() -> float:
+    """Kill a worker of Ray Train's; give the seconds of standstill."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
+        TorchTrainer(
+            train_loop,
+            train_loop_config={"folder": folder},
+            scaling_config=ScalingConfig(num_workers=WORKERS),
+            torch_config=TorchConfig(backend="gloo"),
+            run_config=RunConfig(storage_path=runs, failure_config=FailureConfig(max_failures=2)),
+        ).fit()
+        return standstill(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=4,
+        logging_level="error",
+        log_to_driver=False,
+    )
+    pairs = [(ours(), peer()) for _ in range(args.rounds)]
+    mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print_ratio("standstill after a killed worker", mine, other, GOAL, unit="s ")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
