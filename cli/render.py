@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from distplat.cli.figures import figure_rows, mean_figures, restart_rows
 from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
 from distplat.platform.spec import Job
 
@@ -180,6 +181,8 @@ def facts_of(job: Job, result: Result) -> Facts:
         "metrics": result.metrics,
         "samples_per_s": round(sum(s.samples for s in history) / busy, 1) if busy else None,
         "time_split": {part: round(s / busy, 4) for part, s in split.items()} if busy else {},
+        "figures": mean_figures(history),
+        "restarts": [text for _, text in restart_rows(result.setbacks)],
         "run_directory": str(result.path),
         "model": str(result.checkpoint) if result.checkpoint else None,
     }
@@ -233,6 +236,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     if facts["samples_per_s"]:
         shares = [f"{part} {share:.0%}" for part, share in facts["time_split"].items()]
         rows += [("speed", f"{facts['samples_per_s']:.0f} samples/s"), ("time", ", ".join(shares))]
+    rows += figure_rows(facts["figures"])
+    rows += [("" if n else "restarts", text) for n, text in enumerate(facts["restarts"])]
     rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]
     if facts["model"]:
         rows.append(("model", facts["model"]))

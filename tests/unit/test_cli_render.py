@@ -131,6 +131,8 @@ def test_the_facts_are_those_of_the_run() -> None:
         "metrics": {"loss": 0.5, "eval_loss": 0.25, "eval_accuracy": 0.75},
         "samples_per_s": 32.0,
         "time_split": {"data": 0.0, "compute": 0.5, "exchange": 0.5, "update": 0.0},
+        "figures": {},
+        "restarts": [],
         "run_directory": "/runs/lin-1",
         "model": "/runs/lin-1/model.safetensors",
     }

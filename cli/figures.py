@@ -1,0 +1,78 @@
+"""A strategy's figures (docs/metrics.md) in words, for the table at the end of a run."""
+
+from collections.abc import Iterable, Sequence
+
+from distplat.platform.progress import Setback, StepSummary
+
+Figures = dict[str, float]
+
+
+def mean_figures(history: Sequence[StepSummary]) -> Figures:
+    """
+    Give each figure's mean over the steps that have it.
+
+    The first step is left out where there are others: in it ranks meet and memory is touched first.
+    """
+    found: dict[str, list[float]] = {}
+    for step in history[1:] or history:
+        for name, value in step.figures.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def figure_rows(figures: Figures) -> list[tuple[str, str]]:
+    """Put the figures into the rows of a table; those that say nothing are left out."""
+    rows = []
+    if figures.get("sent_bytes"):
+        rows.append(("exchange", f"{_bytes(figures['sent_bytes'])} sent per worker and step"))
+    if "exposed_s" in figures and figures.get("working_s"):
+        rows.append(("", _overlap(figures)))
+    if figures.get("saved_bytes"):
+        rows.append(("compression", _compression(figures)))
+    if figures.get("optimizer_state_bytes"):
+        memory = _bytes(figures["optimizer_state_bytes"])
+        rows.append(("memory", f"{memory} of optimizer state per worker"))
+    return rows
+
+
+def restart_rows(setbacks: Iterable[Setback]) -> list[tuple[str, str]]:
+    """Say which workers were replaced, and from where the run went on."""
+    return [
+        (
+            "" if number else "restarts",
+            f"{', '.join(setback.replaced) or 'nobody'} replaced, went on from step {setback.step}",
+        )
+        for number, setback in enumerate(setbacks)
+    ]
+
+
+def _overlap(figures: Figures) -> str:
+    text = f"{_ms(figures['waiting_s'])} waiting, {_ms(figures['working_s'])} working"
+    if "hidden_fraction" in figures:
+        text += f"; {figures['hidden_fraction']:.0%} behind backward"
+    return text
+
+
+def _compression(figures: Figures) -> str:
+    whole = figures["saved_bytes"] + figures["sent_bytes"]
+    parts = [f"{figures['saved_bytes'] / whole:.0%} of the bytes saved"]
+    if "compress_s" in figures:
+        parts.append(f"{_ms(figures['compress_s'])} compressing")
+    if "saved_s" in figures:
+        kind = "saved" if figures["saved_s"] >= 0 else "lost"
+        parts.append(f"{_ms(abs(figures['saved_s']))} {kind} per step")
+    if "error_norm" in figures:
+        parts.append(f"error norm {figures['error_norm']:.2g}")
+    return ", ".join(parts)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

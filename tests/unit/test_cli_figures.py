@@ -1,0 +1,77 @@
+"""Figures of a run in words."""
+
+import pytest
+
+from distplat.cli.figures import Figures, figure_rows, mean_figures, restart_rows
+from distplat.platform.progress import Setback, StepSummary
+
+
+def step(number: int, **figures: float) -> StepSummary:
+    return StepSummary(number, 0, 1.0, 8, {"data": 0.1}, 3, figures)
+
+
+def test_means_leave_the_first_step_out() -> None:
+    history = [step(0, a=100.0), step(1, a=1.0, b=5.0), step(2, a=3.0)]
+    assert mean_figures(history) == {"a": 2.0, "b": 5.0}
+    assert mean_figures(history[:1]) == {"a": 100.0}
+    assert mean_figures([]) == {}
+
+
+TRAFFIC = {"sent_bytes": 84e6, "exposed_s": 0.01, "waiting_s": 0.0012, "working_s": 0.0104}
+
+
+@pytest.mark.parametrize(
+    ("figures", "rows"),
+    [
+        ({}, []),
+        ({"sent_bytes": 0.0, "exposed_s": 0.0, "optimizer_state_bytes": 0.0}, []),
+        (
+            TRAFFIC,
+            [
+                ("exchange", "84 MB sent per worker and step"),
+                ("", "1.2 ms waiting, 10.4 ms working"),
+            ],
+        ),
+        (
+            {**TRAFFIC, "hidden_fraction": 0.625, "optimizer_state_bytes": 1234.0},
+            [
+                ("exchange", "84 MB sent per worker and step"),
+                ("", "1.2 ms waiting, 10.4 ms working; 62% behind backward"),
+                ("memory", "1.23 kB of optimizer state per worker"),
+            ],
+        ),
+        (
+            {
+                "sent_bytes": 10.0,
+                "saved_bytes": 990.0,
+                "compress_s": 0.02,
+                "saved_s": -0.005,
+                "error_norm": 0.12345,
+            },
+            [
+                ("exchange", "10 B sent per worker and step"),
+                (
+                    "compression",
+                    "99% of the bytes saved, 20 ms compressing, 5 ms lost per step, "
+                    "error norm 0.12",
+                ),
+            ],
+        ),
+    ],
+)
+def test_rows(figures: Figures, rows: list[tuple[str, str]]) -> None:
+    assert figure_rows(figures) == rows
+
+
+def test_restarts_are_listed() -> None:
+    setbacks = [
+        Setback(1, 9, "killed", ("worker-1",), 0.0),
+        Setback(2, 0, "killed", ("worker-0", "worker-1"), 0.0),
+        Setback(3, 5, "network", (), 0.0),
+    ]
+    assert restart_rows(setbacks) == [
+        ("restarts", "worker-1 replaced, went on from step 9"),
+        ("", "worker-0, worker-1 replaced, went on from step 0"),
+        ("", "nobody replaced, went on from step 5"),
+    ]
+    assert restart_rows([]) == []
