@@ -68,6 +68,8 @@ class Controller:
             self._repair()
         if self._state.error is not None:
             raise self._state.error
+        for summary in self._gathering.rest():
+            self._told(summary)
         return self._result()
 
     def _repair(self) -> None:

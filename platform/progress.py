@@ -95,8 +95,8 @@ class Gathering:
     Joins the reports of all ranks; each step and evaluation is given out once, in order.
 
     A step is given out when its last rank has reported it. Where a rank was lost between its part
-    and its report, that report never comes: then the step is given out without it, as soon as a
-    later one is complete. What is done again after a restart is not given out again.
+    and its report, that report never comes: then the step is given out without it, as soon as
+    something later is complete. What is done again after a restart is not given out again.
     """
 
     def __init__(self, world: int) -> None:
@@ -104,10 +104,19 @@ class Gathering:
         self._evals = _Waiting[EvalReport](world)
 
     def add(self, report: StepReport | EvalReport) -> list[StepSummary | EvalSummary]:
-        """Take one report; give the summaries that it completes."""
+        """Take one report; give the summaries that it completes, oldest first."""
         if isinstance(report, StepReport):
-            return [_join_steps(reports) for reports in self._steps.add(report, partial=True)]
-        return [_join_evals(reports) for reports in self._evals.add(report, partial=False)]
+            steps = self._steps.add(report)
+            return [*self._partial(report.step), _join_steps(steps)] if steps else []
+        evaluations = self._evals.add(report)
+        return [*self._partial(report.step), _join_evals(evaluations)] if evaluations else []
+
+    def rest(self) -> list[StepSummary | EvalSummary]:
+        """Give what is left of the steps when the run is over."""
+        return self._partial(None)
+
+    def _partial(self, before: int | None) -> list[StepSummary | EvalSummary]:
+        return [_join_steps(reports) for reports in self._steps.before(before)]
 
 
 class _Waiting(Generic[Report]):
@@ -118,19 +127,22 @@ class _Waiting(Generic[Report]):
         self._by_step: dict[int, dict[int, Report]] = {}
         self._next = 0  #: everything before this step was given out
 
-    def add(self, report: Report, *, partial: bool) -> list[list[Report]]:
-        """Give what is complete now, in rank order so that sums repeat, older steps first."""
+    def add(self, report: Report) -> list[Report]:
+        """Give the reports of all ranks, in rank order so that sums repeat; empty: some miss."""
         if report.step < self._next:
             return []
         self._by_step.setdefault(report.step, {})[report.rank] = report
-        if len(self._by_step[report.step]) < self._world:
-            return []
-        self._next = report.step + 1
-        ready = sorted(step for step in self._by_step if step < self._next)
-        taken = [self._by_step.pop(step) for step in ready]
-        if not partial:
-            taken = taken[-1:]
-        return [[ranks[rank] for rank in sorted(ranks)] for ranks in taken]
+        return self._take(report.step) if len(self._by_step[report.step]) == self._world else []
+
+    def before(self, step: int | None) -> list[list[Report]]:
+        """Give what there is of all steps before this one, oldest first; None: of all."""
+        older = sorted(s for s in self._by_step if step is None or s < step)
+        return [self._take(s) for s in older]
+
+    def _take(self, step: int) -> list[Report]:
+        self._next = max(self._next, step + 1)
+        reports = self._by_step.pop(step)
+        return [reports[rank] for rank in sorted(reports)]
 
 
 def _join_steps(reports: list[StepReport]) -> StepSummary:

@@ -99,13 +99,15 @@ class Ring(Strategy[RingOptions]):
         flat, collective = context.flat, context.collective
         self._collective, self._device = collective, flat.params.device
         before = self._optimizer.state() if flat.version > 0 else {}
-        if self._reducer is not None:
-            self._reducer.close()
+        old = self._reducer
+        if old is not None:
+            old.close()
         flat.move(flat.params, collective.share(flat.grads))
         if self.options.shard_optimizer:
             self._reducer = self._optimizer = _sharded(context)
         else:
             self._reducer = _reducer(self.options, flat, collective)
+            _pass_residual_on(old, self._reducer)
             self._optimizer = context.local_optimizer()
             self._optimizer.load(before)
         if self._statistics is not None:
@@ -149,6 +151,14 @@ def _sharded(context: Context) -> ShardedUpdate:
     from distplat.strategies.reduction.sharded import ShardedUpdate
 
     return ShardedUpdate(context.flat, context.collective, context.job, context.total_steps)
+
+
+def _pass_residual_on(old: Reducer | None, new: Reducer) -> None:
+    """Keep what compression still owes, where this rank was in the run before."""
+    from distplat.strategies.reduction.compressed import CompressedReducer
+
+    if isinstance(old, CompressedReducer) and isinstance(new, CompressedReducer):
+        new.inherit(old)
 
 
 def _reducer(options: RingOptions, flat: FlatModel, collective: Collective) -> Reducer:
