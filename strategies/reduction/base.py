@@ -4,7 +4,12 @@ from typing import Protocol
 
 
 class Reducer(Protocol):
-    """Sums `flat.grads` over the group, in every step once."""
+    """
+    Sums `flat.grads` over the group, in every step once.
+
+    It works on the vectors that `flat` had when it was made; a model that moves needs another.
+    After an error it is of no more use, as is its group.
+    """
 
     def last_backward(self) -> None:
         """Be told that the step's last backward begins; skipped on a rank without samples."""
@@ -18,7 +23,15 @@ class Reducer(Protocol):
         """
 
     def figures(self) -> dict[str, float]:
-        """Give the figures of the step just reduced; names are those of docs/metrics.md."""
+        """
+        Give the figures of the step just made, called once per step after its update.
+
+        Names and units are those of docs/metrics.md.
+        """
 
     def close(self) -> None:
-        """Take the hooks off the model; nothing is under way any more."""
+        """
+        Take the hooks off the model; waits for nothing.
+
+        Either no operation is under way, or the group was given up: then its vectors are too.
+        """

@@ -1,11 +1,52 @@
-"""Sum the gradient vector in buckets."""
+"""
+Sum the gradient vector bucket by bucket, each as soon as backward has finished it.
 
-from distplat.strategies.base import Collective
+    backward     layer 3 | layer 2 | layer 1 | layer 0 |
+    group                [ bucket 0 ][ bucket 1 ]      [ bucket 2 ]
+                                                       ^ finish(): starts the rest, waits for all
+
+A bucket is a view of `flat.grads`, into which backward adds: nothing is packed.
+
+Why ranks cannot meet in different operations. In each step a rank starts every bucket once, in the
+agreed order: a bucket leaves in a hook only if all before it have left (`Release`), and `finish`
+starts the others in the same order, then waits for all. So the sequence of operations of a step is
+the order itself. It does not depend on autograd, on which parameters a rank used or whether it had
+samples; only the moments differ between ranks. The order changes once, by a broadcast between two
+steps, at the same place of every rank's sequence.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.algorithms.buckets import FIRST_BYTES, Release, cut_buckets
+from distplat.strategies.base import Collective, Handle
+from distplat.strategies.reduction.figures import Meter, OverlapMeter
+from distplat.strategies.reduction.wire import Wire
 from distplat.strategies.training.flat import FlatModel
 
 
 class BucketReducer:
-    """All at once, for now."""
+    """
+    Sums `flat.grads` over a group in buckets (see `Reducer`).
+
+    The first step sends nothing early: rank 0 watches in which order the buckets become complete,
+    and all ranks take that order over. Parameters that no backward uses have zero gradients, which
+    are summed as such.
+
+    Args:
+        flat: the model, on the vectors it will stay on.
+        collective: the group; with one rank nothing is done.
+        bucket_bytes: about so much is sent at once; the first bucket is smaller.
+        overlap: send while backward goes on.
+        wire_dtype: `float16`, `bfloat16`, or None: gradients travel as they are.
+
+    Raises:
+        SpecError: gradients that are as small as `wire_dtype` already.
+    """
 
     def __init__(
         self,
@@ -16,18 +57,120 @@ class BucketReducer:
         overlap: bool = True,
         wire_dtype: str | None = None,
     ) -> None:
-        self._flat, self._collective = flat, collective
+        self._grads, self._collective = flat.grads, collective
+        self._alone = collective.world == 1
+        item = flat.grads.itemsize
+        offsets = [slot.offset for slot in flat.slots]
+        self._cuts = cut_buckets(offsets, flat.size, bucket_bytes // item, FIRST_BYTES // item)
+        self._release = Release([cut.parameters for cut in self._cuts])
+        self._handles: dict[int, Handle] = {}
+        self._wire: Wire | None = None
+        if wire_dtype is not None and not self._alone:
+            self._wire = Wire(flat.grads, wire_dtype, collective)
+        self._meter, self._overlap = Meter(collective), OverlapMeter(collective)
+        self._begun = self._listening = False
+        self._agreed = not overlap
+        self._new = True
+        self._hooks = _listen(flat, self._on_gradient) if overlap and not self._alone else []
 
     def last_backward(self) -> None:
         """See `Reducer`."""
+        if not self._alone:
+            self._begin()
+            self._listening = True
 
     def finish(self) -> None:
         """See `Reducer`."""
-        self._collective.all_reduce(self._flat.grads)
+        if self._alone:
+            return
+        if not self._begun:
+            self._begin()
+        self._begun = self._listening = False
+        cast_before = self._wire.seconds if self._wire else 0.0
+        self._overlap.finish()
+        for number in self._release.rest():
+            self._start(number)
+        for number in self._release.order:
+            self._handles.pop(number).wait()
+            if self._wire is not None:
+                self._wire.unpack(self._cuts[number].start, self._cuts[number].stop)
+        self._overlap.end(self._wire.seconds - cast_before if self._wire else 0.0)
+        if not self._agreed:
+            self._agree()
 
     def figures(self) -> dict[str, float]:
         """See `Reducer`."""
-        return {}
+        figures = {**self._meter.lap(), **self._overlap.figures()}
+        if self._wire is not None:
+            figures |= self._wire.figures(figures["working_s"])
+        return figures
 
     def close(self) -> None:
-        """See `Reducer`."""
+        """
+        Take the hooks off the model.
+
+        Waits for nothing: who closes in the middle of a step has given the group up, and its
+        operations end by themselves.
+        """
+        self._listening = False
+        for hook in self._hooks:
+            hook.remove()
+        self._handles.clear()
+
+    def _begin(self) -> None:
+        if self._new:
+            self._new = False
+            self._meter.lap()  # what setting up has cost is no step's
+        self._begun = True
+        self._release.begin()
+        self._overlap.begin()
+        if self._wire is not None:
+            self._wire.begin()
+
+    def _on_gradient(self, parameter: int, name: str) -> None:
+        """Send what may go now that one more gradient is there; autograd calls this."""
+        if not self._listening:
+            return
+        if self._release.has_left(parameter):
+            text = (
+                f"the gradient of {name!r} came again after it was sent: backward within backward"
+            )
+            hint = "set `overlap: false`, or use checkpointing with use_reentrant=False"
+            raise SpecError(Problem(("strategy", "overlap"), text, hint))
+        for number in self._release.gradient(parameter):
+            self._start(number)
+
+    def _start(self, number: int) -> None:
+        cut = self._cuts[number]
+        if self._wire is None:
+            travels = self._grads[cut.start : cut.stop]
+        else:
+            travels = self._wire.pack(cut.start, cut.stop)
+        self._overlap.start()
+        self._handles[number] = self._collective.start_all_reduce(travels)
+
+    def _agree(self) -> None:
+        """Take over what rank 0 saw; where it had no samples, ask again after the next step."""
+        proposal = self._release.proposal()
+        order, held = proposal or ([-1] * len(self._cuts), [False] * len(self._cuts))
+        plan = torch.tensor([order, [int(h) for h in held]], device=self._grads.device)
+        self._collective.broadcast(plan)
+        order, held = plan[0].tolist(), plan[1].bool().tolist()
+        if order[0] >= 0:
+            self._release.agree(order, held)
+            self._agreed = True
+
+
+def _listen(flat: FlatModel, heard: Callable[[int, str], None]) -> list[RemovableHandle]:
+    """Call `heard` with place and name of each parameter whose gradient a backward has finished."""
+    parameters = dict(flat.model.named_parameters())
+
+    def hook(place: int, name: str) -> Callable[[Tensor], None]:
+        return lambda _: heard(place, name)
+
+    return [
+        parameters[slot.name].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            hook(place, slot.name)
+        )
+        for place, slot in enumerate(flat.slots)
+    ]

@@ -16,7 +16,6 @@ The residual lives in ordinary memory and changes only when an exchange has ende
 leaves it as it was, so that the step can be repeated (`inherit`).
 """
 
-import statistics
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -28,10 +27,8 @@ from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective
 from distplat.strategies.reduction.base import Reducer
-from distplat.strategies.reduction.figures import Meter
+from distplat.strategies.reduction.figures import Meter, time_all_reduce
 from distplat.strategies.training.flat import FlatModel
-
-_BASELINE_ROUNDS = 3
 
 
 class CompressedReducer(Reducer):
@@ -54,7 +51,7 @@ class CompressedReducer(Reducer):
         sent, _ = traffic_elements(flat.size, collective.rank, collective.world)
         self._plain_bytes = sent * flat.grads.itemsize
         self._travel_s = 0.0
-        self._baseline_s = 0.0 if self._alone else self._measure_baseline()
+        self._baseline_s = 0.0 if self._alone else time_all_reduce(flat.grads, collective)
         self._step, self._sending = Meter(collective), Meter(collective)
         self._figures: dict[str, float] = {}
 
@@ -128,14 +125,3 @@ class CompressedReducer(Reducer):
         began = time.perf_counter()
         self._collective.all_gather(outputs, tensor)
         self._travel_s += time.perf_counter() - began
-
-    def _measure_baseline(self) -> float:
-        """Give the seconds of an all-reduce of the whole vector, without waiting for late ranks."""
-        grads, group = self._flat.grads.zero_(), self._collective
-        group.barrier()
-        rounds = []
-        for _ in range(_BASELINE_ROUNDS):
-            began, waited = time.perf_counter(), group.traffic.waiting_s
-            group.all_reduce(grads)
-            rounds.append(time.perf_counter() - began - (group.traffic.waiting_s - waited))
-        return statistics.median(rounds)

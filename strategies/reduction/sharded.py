@@ -1,34 +1,118 @@
-"""Sharded optimizer."""
+"""
+ZeRO stage 1: every rank keeps the optimizer's state of one part (Rajbhandari et al., SC 2020).
 
+    gradients   [ part 0 | part 1 | part 2 ]      of each rank its own term of the sum
+                     | reduce-scatter
+    rank 1                [ part 1 ]              summed
+                     | clip by the norm over all parts, update with state of this part alone
+    rank 1                [ part 1 ]              new parameters
+                     | all-gather
+    parameters  [ part 0 | part 1 | part 2 ]      the same on all ranks
+
+What travels is what an all-reduce sends, which is these two in a row; memory for the optimizer's
+state falls to 1/N. The optimizers a job may name act element by element, so a part by itself gets
+the update it would get in the whole vector.
+"""
+
+import math
+import time
+
+import torch
 from torch import Tensor
 
+from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
+from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
 from distplat.strategies.base import Collective
+from distplat.strategies.reduction.figures import Meter
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.optim import LocalOptimizer
+from distplat.strategies.training.optim import LocalOptimizer, make_optimizer, step_optimizer
+
+_ALIGN = 16
+"""Elements: parts begin on a cache line, and where a vectorised loop over the whole would too."""
 
 
 class ShardedUpdate(LocalOptimizer):
-    """Not yet sharded."""
+    """
+    Exchange and optimizer in one: `finish` sums gradients, `step` updates (see `Reducer`).
+
+    Args:
+        flat: the model, on the vectors it will stay on.
+        group: all ranks; with one rank nothing is exchanged.
+        job: its optimizer, schedule and clipping.
+        total_steps: of the run, for the schedule.
+    """
 
     def __init__(self, flat: FlatModel, group: Collective, job: Job, total_steps: int) -> None:
-        super().__init__(flat, job, total_steps)
-        self._group = group
+        self._flat, self._job, self._total = flat, job, total_steps
+        self._group, self._rank = group, group.rank
+        bounds = even_bounds(flat.size, group.world, align=_ALIGN)
+        self._gradients = [flat.grads[start:stop] for start, stop in bounds]
+        self._parameters = [flat.params[start:stop] for start, stop in bounds]
+        self._gradient = self._gradients[group.rank]
+        self._part = self._parameters[group.rank]
+        self._optimizer = make_optimizer(job.optimizer, self._part, self._gradient)
+        self._meter = Meter(group)
+        self._new = True
+        self._exchange_s = 0.0
 
     def last_backward(self) -> None:
-        """See `Reducer`."""
+        """See `Reducer`; nothing goes before all gradients are there."""
 
     def finish(self) -> None:
-        """See `Reducer`."""
-        self._group.all_reduce(self._flat.grads)
+        """
+        Sum the gradients of this rank's part over all ranks, in place.
+
+        Unlike with other reducers the rest of `flat.grads` stays this rank's own.
+
+        Raises:
+            CollectiveError: a rank is missing.
+        """
+        if self._new:
+            self._new = False
+            self._meter.lap()  # what setting up has cost is no step's
+        began = time.perf_counter()
+        if self._group.world > 1:
+            self._group.reduce_scatter(self._gradient, self._gradients)
+        self._exchange_s = time.perf_counter() - began
+
+    def step(self, step: int) -> None:
+        """
+        Clip, update this rank's part, and take the other parts over from the other ranks.
+
+        Raises:
+            CollectiveError: a rank is missing.
+        """
+        if self._job.clip_norm is not None:
+            self._gradient.mul_(clip_factor(self._norm(), self._job.clip_norm))
+        if self._part.numel():
+            step_optimizer(self._optimizer, self._job, step, self._total)
+        began = time.perf_counter()
+        if self._group.world > 1:
+            self._group.all_gather(self._parameters, self._part)
+        self._exchange_s += time.perf_counter() - began
 
     def figures(self) -> dict[str, float]:
         """See `Reducer`."""
-        return {}
+        return {**self._meter.lap(), "exposed_s": self._exchange_s}
 
     def close(self) -> None:
         """See `Reducer`."""
 
     def state(self) -> dict[str, Tensor]:
-        """Give nothing: no rank has it all."""
+        """Give nothing: each rank has a part, and no rank can hand over what another needs."""
         return {}
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that this rank's part of the state takes."""
+        return sum(value.nbytes for value in super().state().values())
+
+    def _norm(self) -> float:
+        """Give the 2-norm of the summed gradient over all parts, the same bits on every rank."""
+        square = torch.tensor(
+            [squared_norm(self._gradient)], dtype=torch.float64, device=self._gradient.device
+        )
+        if self._group.world > 1:
+            self._group.all_reduce(square)
+        return math.sqrt(float(square))

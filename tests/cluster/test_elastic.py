@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from small_runs import job, train, weights
+from small_runs import distance, job, train, weights
 
 from distplat import Result
 from distplat.platform.errors import RestartsExhausted
@@ -125,6 +125,20 @@ def test_where_state_dies_with_a_worker_all_begin_anew(strategy: object, tmp_pat
     result, watch = run(tmp_path, ["kill 1 at 11"], strategy, max_failures=1)
     same(result, tmp_path, strategy)
     assert [(s.step, len(s.replaced)) for s in watch.setbacks] == [(0, 3)]
+
+
+def test_compressed_gradients(tmp_path: Path) -> None:
+    halves = {"name": "ring", "compression": "bf16"}
+    result, _ = run(tmp_path, ["kill 1 at 9"], halves)
+    same(result, tmp_path, halves)
+
+
+def test_residuals_are_lost_with_a_worker(tmp_path: Path) -> None:
+    """So the bits differ; but training goes on from where it was."""
+    factors = {"name": "ring", "compression": "powersgd", "powersgd_rank": 1}
+    result, watch = run(tmp_path, ["kill 1 at 20"], factors)
+    assert [s.step for s in watch.setbacks] == [20]
+    assert distance(weights(result), unfailed(tmp_path, factors)[0]) < 0.2
 
 
 def test_a_crash_loop_ends_with_all_its_failures(tmp_path: Path) -> None:

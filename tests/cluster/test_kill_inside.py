@@ -25,7 +25,8 @@ class Killer(threading.Thread):
     def __init__(self, folder: Path, kills: int) -> None:
         super().__init__(daemon=True)
         self.folder, self.kills = folder, kills
-        self.inside = self.outside = self.steps = 0
+        self.inside = self.outside = 0
+        self.begun = False
         self.working = threading.Event()
         self.over = threading.Event()
         self.random = random.Random(17)
@@ -34,8 +35,9 @@ class Killer(threading.Thread):
         self.start()
 
     def stepped(self, summary: object) -> None:
-        self.steps += 1
-        self.working.set()
+        if not self.begun:
+            self.begun = True
+            self.working.set()
 
     def disturbed(self, news: Setback | Recovery) -> None:
         if isinstance(news, Recovery):

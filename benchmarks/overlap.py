@@ -1,0 +1,209 @@
+"""
+What sending gradients behind backward saves: our buckets with and without overlap, and torch DDP.
+
+Two ranks on one host, each with one thread, run forward, backward and exchange without an update:
+
+- an MLP of 10.5 M parameters, of which the exchange is a large part, and
+- a small convolutional net, which mostly computes.
+
+"alone" is the same step without any exchange, both ranks at once. DDP is torch's own reducer with
+`gradient_as_bucket_view`, always over torch's gloo. The variants take turns step by step, each with
+a model of its own, and a figure is the median over the steps of the slower rank.
+
+With as many ranks as cores what the exchange works is taken from backward, so only waiting can be
+hidden; the fraction that was hidden says how much of it passed behind backward, not how much was
+saved.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import torch
+import torch.distributed
+from common import WORKERS
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distplat.actors.collective import RayCollective
+from distplat.actors.group import Settings
+from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.training.flat import FlatModel
+
+dist: Any = torch.distributed  # torch's stubs leave out the stores
+
+WARM = 5
+MIB = 1 << 20
+FIGURES = ("exposed_s", "hidden_s", "hidden_fraction")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to exchange gradients."""
+
+    name: str
+    kind: str
+    """`alone`, `ours` or `ddp`."""
+    bucket_mb: float = 0.0
+    overlap: bool = True
+    wire_dtype: str | None = None
+
+
+def variants() -> list[Variant]:
+    """Give what is compared; the second is what the ratios are against."""
+    return [
+        Variant("alone", "alone"),
+        Variant("one all-reduce at the end", "ours", 1024, overlap=False),
+        Variant("buckets of 8 MiB at the end", "ours", 8, overlap=False),
+        *(Variant(f"overlap, {mb} MiB", "ours", mb) for mb in (1, 4, 8, 16, 25)),
+        Variant("overlap, 8 MiB, bf16", "ours", 8, wire_dtype="bfloat16"),
+        Variant("torch DDP, 25 MiB", "ddp", 25),
+        Variant("torch DDP, 8 MiB", "ddp", 8),
+    ]
+
+
+def mlp() -> tuple[nn.Module, Tensor]:
+    """Ten linear layers of 1024 and a rank's batch."""
+    layers = [layer for _ in range(10) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
+    return nn.Sequential(*layers), torch.randn(64, 1024)
+
+
+def conv() -> tuple[nn.Module, Tensor]:
+    """Four convolutions of up to 64 channels, 0.1 M parameters, and a rank's batch."""
+    channels = [3, 32, 64, 64, 64]
+    layers: list[nn.Module] = []
+    for a, b in pairwise(channels):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(*layers, *head), torch.randn(16, 3, 32, 32)
+
+
+MODELS = {"mlp": mlp, "conv": conv}
+
+
+class Stepper:
+    """A model of its own and one variant's way to make a step of it."""
+
+    def __init__(self, model: str, variant: Variant, group: RayCollective) -> None:
+        torch.manual_seed(0)
+        self._network, self._inputs = MODELS[model]()
+        self._reducer: BucketReducer | None = None
+        if variant.kind == "ours":
+            self._flat = flat = FlatModel(self._network)
+            flat.move(flat.params, group.share(flat.grads))
+            size = int(variant.bucket_mb * MIB)
+            self._reducer = BucketReducer(
+                flat, group, size, overlap=variant.overlap, wire_dtype=variant.wire_dtype
+            )
+        elif variant.kind == "ddp":
+            self._network = DistributedDataParallel(
+                self._network, bucket_cap_mb=variant.bucket_mb, gradient_as_bucket_view=True
+            )
+
+    def step(self) -> dict[str, float]:
+        """Go forward and backward once; give the seconds it took, and our figures."""
+        began = time.perf_counter()
+        if self._reducer is None:
+            self._network.zero_grad()
+            torch.autograd.backward(self._network(self._inputs).square().mean())
+            return {"step_s": time.perf_counter() - began}
+        self._flat.grads.zero_()
+        loss = self._network(self._inputs).square().mean()
+        self._reducer.last_backward()
+        torch.autograd.backward(loss)
+        self._reducer.finish()
+        seconds = time.perf_counter() - began
+        figures = self._reducer.figures()
+        return {"step_s": seconds, **{name: figures[name] for name in FIGURES}}
+
+    def close(self) -> None:
+        """Let go of the group's memory."""
+        if self._reducer is not None:
+            self._reducer.close()
+            self._flat.move(self._flat.params, torch.zeros_like(self._flat.params))
+
+
+class Rank:
+    """One of the processes."""
+
+    def __init__(self, rank: int, folder: str) -> None:
+        torch.set_num_threads(1)
+        self._rank = rank
+        store = dist.FileStore(str(Path(folder, "store")), WORKERS)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORKERS)
+
+    def run(self, model: str, backend: str, steps: int) -> list[list[dict[str, float]]]:
+        """Make steps of all variants in turn; give what each step of each variant took."""
+        group = RayCollective(f"{model}-{backend}", backend, self._rank, WORKERS, Settings())
+        steppers = [Stepper(model, variant, group) for variant in variants()]
+        seen: list[list[dict[str, float]]] = [[] for _ in steppers]
+        for _ in range(steps):
+            for stepper, found in zip(steppers, seen, strict=True):
+                group.barrier()
+                found.append(stepper.step())
+        for stepper in steppers:
+            stepper.close()
+        group.barrier()
+        group.close()
+        return seen
+
+
+def measure(
+    actors: list[Any], model: str, steps: int, backend: str
+) -> dict[Variant, dict[str, float]]:
+    """Give each variant's medians over the steps of what the slower rank took."""
+    ranks = ray.get([a.run.remote(model, backend, WARM + steps) for a in actors], timeout=1800)
+    medians = {}
+    for variant, *seen in zip(variants(), *ranks, strict=True):
+        both = list(zip(*seen, strict=True))[WARM:]
+        medians[variant] = {
+            name: statistics.median(max(rank[name] for rank in step) for step in both)
+            for name in both[0][0]
+        }
+    return medians
+
+
+def show(model: str, backend: str, medians: dict[Variant, dict[str, float]]) -> None:
+    """Print one table: ratios are to one all-reduce at the end."""
+    plain = medians[variants()[1]]["step_s"]
+    print(f"\n{model} over {backend}: ms per step, ratio to one all-reduce at the end")
+    for variant, found in medians.items():
+        line = f"  {variant.name:<30} {found['step_s'] * 1e3:8.2f} {found['step_s'] / plain:6.2f}x"
+        if variant.overlap and "hidden_s" in found:
+            line += (
+                f"   hidden {found['hidden_s'] * 1e3:7.2f} ms, exposed"
+                f" {found['exposed_s'] * 1e3:7.2f} ms, fraction {found['hidden_fraction']:.2f}"
+            )
+        print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--backends", nargs="+", default=["gloo", "shm"])
+    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS)
+    args = parser.parse_args()
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=WORKERS,
+        logging_level="warning",
+        log_to_driver=False,
+    )
+    with TemporaryDirectory() as folder:
+        kind = ray.remote(Rank)
+        actors = [kind.remote(rank, folder) for rank in range(WORKERS)]
+        for backend in args.backends:
+            for model in args.models:
+                show(model, backend, measure(actors, model, args.steps, backend))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

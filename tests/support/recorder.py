@@ -1,0 +1,75 @@
+"""One end of a group whose other ranks are not there: writes down what it is asked for."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import CollectiveError
+from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
+
+
+class Pending:
+    """An operation that goes on until it is waited for."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
+
+
+class Recorder:
+    """
+    Rank 0 of two; the other one brings zeros, and no operation ends before it is waited for.
+
+    A tensor that changes between the start of its operation and its end was sent too early: that
+    raises.
+    """
+
+    rank, world = 0, 2
+
+    def __init__(self, vector: Tensor) -> None:
+        self._vector = vector
+        self.started: list[int] = []
+        """First element in the vector of each all-reduce, in the order of their starts."""
+        self.broken = False
+        """Set it, and every operation fails."""
+        self.traffic = Traffic()
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
+        if self.broken:
+            raise CollectiveError("recorder", "all_reduce", len(self.started), (1,), "broken")
+        sent = tensor.clone()
+        self.started.append((tensor.data_ptr() - self._vector.data_ptr()) // tensor.itemsize)
+
+        def wait() -> None:
+            assert torch.equal(tensor, sent), "sent before it was complete"
+
+        return Pending(wait)
+
+    def share(self, like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        assert source == 0
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
+        self.start_all_reduce(tensor, op).wait()
+
+    def reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
+    ) -> None:
+        raise NotImplementedError
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
+        raise NotImplementedError
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        raise NotImplementedError
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        raise NotImplementedError
+
+    def barrier(self) -> None:
+        """Nobody else to wait for."""
+
+    def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
+        raise NotImplementedError

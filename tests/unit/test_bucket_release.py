@@ -1,0 +1,120 @@
+"""Where buckets are cut, and when each may be sent."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distplat.strategies.algorithms.buckets import Release, cut_buckets
+
+
+def bounds(offsets: list[int], size: int, limit: int, first: int) -> list[tuple[int, int]]:
+    return [(b.start, b.stop) for b in cut_buckets(offsets, size, limit, first)]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "limit", "first", "expected"),
+    [
+        ([0], 10, 10, [(0, 100)]),
+        ([0, 40, 80], 1, 1, [(80, 100), (40, 80), (0, 40)]),
+        ([0, 40, 80], 1000, 1000, [(0, 100)]),
+        ([0, 40, 80], 1000, 20, [(80, 100), (0, 80)]),
+        ([0, 40, 80], 60, 21, [(40, 100), (0, 40)]),
+        ([0, 10, 20, 30], 20, 70, [(30, 100), (10, 30), (0, 10)]),
+        ([0, 10, 20, 30, 90], 20, 1, [(90, 100), (30, 90), (10, 30), (0, 10)]),
+    ],
+)
+def test_cuts(offsets: list[int], limit: int, first: int, expected: list[tuple[int, int]]) -> None:
+    assert bounds(offsets, 100, limit, first) == expected
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(0, 50), st.integers(0, 50))
+def test_cuts_cover_the_vector_once(sizes: list[int], limit: int, first: int) -> None:
+    offsets = [sum(sizes[:place]) for place in range(len(sizes))]
+    buckets = cut_buckets(offsets, sum(sizes), limit, first)
+    assert [b.start for b in buckets[:-1]] == [b.stop for b in buckets[1:]]
+    assert (buckets[-1].start, buckets[0].stop) == (0, sum(sizes))
+    for bucket in buckets:
+        assert bucket.start == offsets[bucket.parameters[0]]
+        wanted = limit if bucket is not buckets[0] else min(first, limit)
+        longest = max(1, wanted) + sizes[bucket.parameters[0]]
+        assert bucket.stop - bucket.start < longest
+        assert bucket.stop - bucket.start >= wanted or bucket is buckets[-1]
+    parameters = [p for b in reversed(buckets) for p in b.parameters]
+    assert parameters == list(range(len(sizes)))
+
+
+def agreed(members: list[list[int]], order: list[int], held: list[bool]) -> Release:
+    release = Release(members)
+    release.agree(order, held)
+    release.begin()
+    return release
+
+
+def test_a_bucket_leaves_when_complete_and_all_before_it_have_left() -> None:
+    release = agreed([[4, 5], [2, 3], [0, 1]], [0, 2, 1], [False] * 3)
+    assert [release.gradient(p) for p in (0, 5, 1)] == [[], [], []]
+    assert not release.has_left(0)
+    assert release.gradient(4) == [0, 2]
+    assert release.has_left(0) and release.has_left(5) and not release.has_left(3)
+    assert release.gradient(2) == []
+    assert release.rest() == [1]
+    assert release.rest() == []
+
+
+def test_nothing_leaves_before_the_order_is_agreed() -> None:
+    release = Release([[1], [0]])
+    assert [release.gradient(p) for p in (0, 1)] == [[], []]
+    assert release.rest() == [0, 1]
+    assert release.proposal() == ([1, 0], [False, False])
+
+
+def test_a_held_bucket_leaves_at_the_end() -> None:
+    release = agreed([[2], [1], [0]], [2, 0, 1], [False, True, False])
+    assert [release.gradient(p) for p in (2, 1)] == [[], []]
+    assert release.gradient(0) == [2]
+    assert release.rest() == [0, 1]
+
+
+def test_a_step_starts_afresh() -> None:
+    release = agreed([[1], [0]], [0, 1], [False, False])
+    for _ in range(2):
+        release.begin()
+        assert release.gradient(1) == [0]
+        assert release.rest() == [1]
+
+
+def test_the_proposal_goes_by_the_last_gradient_of_each_bucket() -> None:
+    release = Release([[4, 5], [2, 3], [0, 1]])
+    for parameter in (5, 3, 2, 0, 1, 4):
+        release.gradient(parameter)
+    assert release.proposal() == ([1, 2, 0], [False] * 3)
+
+
+def test_the_proposal_holds_incomplete_buckets_and_gradients_that_come_again() -> None:
+    release = Release([[5], [4], [2, 3], [0, 1]])
+    for parameter in (5, 2, 0, 4, 5, 1):
+        release.gradient(parameter)
+    assert release.proposal() == ([1, 3, 0, 2], [False, False, True, True])
+
+
+def test_without_gradients_there_is_no_proposal() -> None:
+    assert Release([[0]]).proposal() is None
+
+
+@given(st.data())
+def test_every_bucket_leaves_once_in_order_and_complete(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=8))
+    numbers = iter(range(sum(sizes)))
+    members = [[next(numbers) for _ in range(size)] for size in sizes]
+    order = data.draw(st.permutations(range(len(sizes))))
+    held = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
+    news = data.draw(st.permutations(range(sum(sizes))))
+    used = news[: data.draw(st.integers(0, len(news)))]
+    release = agreed(members, order, held)
+    left: list[int] = []
+    for count, parameter in enumerate(used, 1):
+        now = release.gradient(parameter)
+        assert all(set(members[number]) <= set(used[:count]) for number in now)
+        left += now
+    assert not {number for number, h in zip(order, held, strict=True) if h} & set(left)
+    assert left + release.rest() == order

@@ -1,0 +1,187 @@
+"""Training with overlapped buckets gives the bits of training without, whatever ranks do."""
+
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from in_memory_run import Run, train
+from rank_threads import on_ranks
+from test_equivalence import Classify, Conv, distance, job_of, same_bits
+from torch import Tensor, nn
+
+from distplat.platform.errors import CollectiveError
+from distplat.platform.progress import StepReport
+from distplat.platform.spec import Job
+from distplat.strategies.base import Handle, ReduceOp
+from distplat.strategies.fakes import Fabric, InMemoryCollective
+from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.training.flat import FlatModel
+
+ONE_PER_PARAMETER = 1e-6
+RECIPE = "conv-adamw-accumulated-clipped"
+
+
+class Background(Handle):
+    """An operation on the rank's own thread."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result(timeout=30)
+
+
+@pytest.fixture
+def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """
+    Let operations of the fake take their time, each rank's one after another on a thread.
+
+    Gives the sizes of what was started, of all ranks.
+    """
+    threads: dict[int, ThreadPoolExecutor] = {}
+    sizes: list[int] = []
+
+    def start(group: InMemoryCollective, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
+        def work() -> None:
+            began = time.perf_counter()
+            time.sleep(random.random() * 2e-3)
+            group.all_reduce(tensor, op)
+            group.traffic.working_s += time.perf_counter() - began
+
+        sizes.append(tensor.numel())
+        thread = threads.setdefault(id(group), ThreadPoolExecutor(1))
+        return Background(thread.submit(work))
+
+    monkeypatch.setattr(InMemoryCollective, "start_all_reduce", start)
+    yield sizes
+    for thread in threads.values():
+        thread.shutdown()
+
+
+class Branches(Classify):
+    """Each batch goes through one of two branches, or through both: so do the ranks."""
+
+    shape = (5,)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(6, 3)
+            self.branches = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+            self.into = nn.Linear(5, 6)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.into(inputs)
+            chosen = int(inputs.sum().item() * 10) % 3
+            for branch in self.branches[chosen : chosen + 2]:
+                hidden = branch(hidden).tanh()
+            outputs: Tensor = self.out(hidden)
+            return outputs
+
+    def model(self) -> nn.Module:
+        return self.Model()
+
+
+def job(recipe: str = RECIPE, workers: int = 3, **options: Any) -> Job:
+    plain = job_of(recipe, "ring", workers, 0)
+    strategy = plain.strategy.model_copy(update={"options": options})
+    return plain.model_copy(update={"strategy": strategy})
+
+
+@cache
+def without_overlap(workers: int, branches: bool = False) -> Run:
+    task = Branches if branches else Conv
+    return train(job(workers=workers, overlap=False, bucket_mb=1024), task)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_the_same_bits_with_overlap(background: list[int], workers: int) -> None:
+    """With accumulation, uneven parts of a batch, and batches of one sample."""
+    run = train(job(workers=workers, bucket_mb=ONE_PER_PARAMETER), Conv)
+    assert len(background) == 15 * 4 * workers  # steps, parameters
+    for rank in range(workers):
+        assert distance(run.parameters(rank), without_overlap(workers).parameters()) == 0
+
+
+def test_the_same_bits_where_ranks_use_different_parameters(background: list[int]) -> None:
+    run = train(job(bucket_mb=ONE_PER_PARAMETER), Branches)
+    assert same_bits(run, without_overlap(3, True))
+    assert len(set(background)) > 2
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(bucket_mb=st.floats(1e-6, 1e-3), workers=st.integers(1, 3))
+def test_the_same_bits_whatever_the_buckets(
+    background: list[int], bucket_mb: float, workers: int
+) -> None:
+    run = train(job(workers=workers, bucket_mb=bucket_mb), Conv)
+    assert same_bits(run, without_overlap(workers))
+
+
+@pytest.mark.parametrize(("name", "within"), [("fp16", 2e-3), ("bf16", 2e-2)])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_halves_train_nearly_the_same(
+    background: list[int], name: str, within: float, overlap: bool
+) -> None:
+    options: dict[str, Any] = {
+        "compression": name,
+        "overlap": overlap,
+        "bucket_mb": ONE_PER_PARAMETER,
+    }
+    run = train(job("conv-sgd-clipped", **options), Conv)
+    exact = train(job("conv-sgd-clipped"), Conv)
+    assert 0 < distance(run.parameters(), exact.parameters()) < within
+    first, *others = [run.parameters(rank) for rank in range(3)]
+    assert all(distance(first, other) == 0 for other in others)
+
+
+def test_figures_of_every_step(background: list[int]) -> None:
+    run = train(job(bucket_mb=ONE_PER_PARAMETER), Conv)
+    steps = [report for report in run.reports[0] if isinstance(report, StepReport)]
+    assert len(steps) == 15
+    for report in steps:
+        found = report.figures
+        busy = found["waiting_s"] + found["working_s"]
+        assert busy > 0
+        assert 0 <= found["hidden_s"] <= busy
+        assert found["exposed_s"] <= report.seconds["exchange"]
+        assert busy <= found["hidden_s"] + found["exposed_s"] + 1e-3
+    assert steps[0].figures["hidden_s"] == 0  # nothing leaves early there
+    assert sum(report.figures["hidden_fraction"] for report in steps) > 0
+    elements = 48 + 16 + 112 + 3  # with padding: a convolution and a linear layer, bias by bias
+    order_bytes = 2 * 2 * 4 * 8  # two words for each of four buckets, to two ranks
+    for report in steps:  # what setting up has sent is in no step
+        sent = 2 * 2 / 3 * 4 * elements + (order_bytes if report.step == 0 else 0)
+        assert report.figures["sent_bytes"] == pytest.approx(sent, rel=0.02)
+
+
+def test_a_rank_that_dies_is_named_to_those_in_the_middle_of_backward() -> None:
+    """Whichever operation it does not come to; the worlds, of two ranks each, run side by side."""
+    deaths = range(3, 9)
+    fabrics = [Fabric(2, timeout_s=2) for _ in deaths]
+    models = [nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2 * len(fabrics))]
+    for fabric, death in zip(fabrics, deaths, strict=True):
+        fabric.kill(1, after=death)
+
+    def body(place: int) -> tuple[int, ...]:
+        world, rank = divmod(place, 2)
+        flat = FlatModel(models[place])
+        reducer = BucketReducer(flat, fabrics[world].collective(rank), 4)
+        with pytest.raises(CollectiveError) as caught:
+            for _ in range(9):
+                reducer.last_backward()
+                torch.autograd.backward(models[place](torch.ones(1, 3)).sum())
+                reducer.finish()
+        reducer.close()
+        return caught.value.missing
+
+    assert on_ranks(len(models), body, timeout_s=20) == [(1,)] * len(models)

@@ -1,0 +1,130 @@
+"""The sharded optimizer does what the plain one does, with a part of the state on each rank."""
+
+from functools import cache
+from typing import Any, get_args
+
+import pytest
+import torch
+from in_memory_run import Run, train
+from test_equivalence import Classify, Conv, Mlp, distance, job_of, plain
+from torch import nn
+
+from distplat.platform.optimizers import AnyOptimizer
+from distplat.platform.progress import StepReport
+from distplat.platform.spec import Job
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.reduction.sharded import ShardedUpdate
+from distplat.strategies.training.optim import LocalOptimizer
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    "Adam": {"lr": 0.01, "amsgrad": True},
+    "AdamW": {"lr": 0.01, "weight_decay": 0.1},
+    "RMSprop": {"lr": 0.01, "momentum": 0.5, "centered": True},
+    "Adagrad": {"lr": 0.1, "initial_accumulator_value": 0.1},
+    "Adadelta": {"lr": 1.0},
+    "Adamax": {"lr": 0.01},
+    "NAdam": {"lr": 0.01},
+    "RAdam": {"lr": 0.01},
+}
+
+
+class Tiny(Classify):
+    """Three parameters and their padding: less than a part for each rank."""
+
+    shape = (1,)
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 3, bias=False))
+
+
+def job(optimizer: str, workers: int, clip_norm: float | None, **options: Any) -> Job:
+    made = job_of("mlp-sgd", "ring", workers, 0).model_dump()
+    made["strategy"] = {"name": "ring", **options}
+    made["optimizer"] = {"name": optimizer, **OPTIMIZERS[optimizer]}
+    return Job.model_validate(made | {"clip_norm": clip_norm, "gradient_accumulation": 2})
+
+
+@cache
+def unsharded(optimizer: str, workers: int, clip_norm: float | None) -> Run:
+    return train(job(optimizer, workers, clip_norm), Conv)
+
+
+def sharded(optimizer: str, workers: int, clip_norm: float | None) -> Run:
+    return train(job(optimizer, workers, clip_norm, shard_optimizer=True), Conv)
+
+
+def test_every_optimizer_is_here() -> None:
+    kinds = get_args(get_args(AnyOptimizer)[0])
+    assert {kind.__name__ for kind in kinds} == OPTIMIZERS.keys()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_same_model_as_without(optimizer: str, workers: int) -> None:
+    run = sharded(optimizer, workers, 0.3)
+    expected = unsharded(optimizer, workers, 0.3).parameters()
+    for rank in range(workers):
+        assert distance(run.parameters(rank), run.parameters()) == 0
+    assert distance(run.parameters(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_without_clipping_the_same_bits(optimizer: str) -> None:
+    """Norms are added up in another order; all else is the same sums at the same places."""
+    run = sharded(optimizer, 3, None)
+    assert distance(run.parameters(), unsharded(optimizer, 3, None).parameters()) == 0
+
+
+def test_clipping_is_by_the_norm_over_all_parts() -> None:
+    options = {"shard_optimizer": True}
+    recipe = job_of("mlp-sgd-accumulated-clipped", "ring", 3, 0)
+    strategy = recipe.strategy.model_copy(update={"options": options})
+    run = train(recipe.model_copy(update={"strategy": strategy}), Mlp)
+    assert distance(run.parameters(), plain("mlp-sgd-accumulated-clipped")[0]) < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_ranks_without_a_part_take_part(optimizer: str) -> None:
+    run = train(job(optimizer, 3, 0.3, shard_optimizer=True), Tiny)
+    expected = train(job(optimizer, 3, 0.3), Tiny).parameters()
+    for rank in range(3):
+        assert distance(run.parameters(rank), expected) < 1e-6
+    memory = [figures(run, rank)["optimizer_state_bytes"] for rank in range(3)]
+    assert max(memory[1:]) <= 4  # some count their steps from the beginning
+
+
+def figures(run: Run, rank: int) -> dict[str, float]:
+    report = run.reports[rank][-1]
+    assert isinstance(report, StepReport)
+    return report.figures
+
+
+def test_each_rank_keeps_its_part_of_the_state() -> None:
+    whole = figures(unsharded("Adam", 3, 0.3), 0)["optimizer_state_bytes"]
+    run = sharded("Adam", 3, 0.3)
+    parts = [figures(run, rank)["optimizer_state_bytes"] for rank in range(3)]
+    counter = 4  # bytes of the number of steps, which every rank keeps
+    assert sum(part - counter for part in parts) == whole - counter
+    assert max(parts) - min(parts) <= 3 * 2 * 16 * 4  # three moments, parts in blocks of 16 floats
+
+
+def test_what_travels_is_what_an_all_reduce_sends() -> None:
+    sent = [
+        sum(figures(run, rank)["sent_bytes"] for rank in range(3))
+        for run in (sharded("SGD", 3, None), unsharded("SGD", 3, None))
+    ]
+    assert sent[0] == sent[1] > 0
+    assert figures(sharded("SGD", 3, None), 0)["exposed_s"] > 0
+
+
+def test_nothing_is_handed_over() -> None:
+    run = sharded("Adam", 1, None)
+    flat = run.ranks[0].flat
+    update = ShardedUpdate(flat, Fabric(1).collective(0), job("Adam", 1, None), 15)
+    flat.grads.copy_(torch.ones_like(flat.grads))
+    update.finish()
+    update.step(0)
+    assert update.state() == {}
+    assert update.state_bytes == 3 * flat.params.nbytes + 4
+    assert isinstance(update, LocalOptimizer)
