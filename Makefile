@@ -27,7 +27,11 @@ fmt: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/ps_step.py
+	$(BIN)/python benchmarks/all_reduce.py
 	$(BIN)/python benchmarks/ring_step.py
+	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/compression.py
+	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/submit_latency.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
