@@ -1,0 +1,151 @@
+"""`distplat schedule`: what a pipeline schedule looks like, and what it costs, before any run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distplat.cli.options import Output, is_json
+from distplat.platform.errors import SpecError
+
+if TYPE_CHECKING:
+    from distplat.cli.render import Facts
+    from distplat.strategies.algorithms.schedule import Schedule
+    from distplat.strategies.algorithms.simulate import Costs, Simulation
+
+_MAX_STAGES, _MAX_MICRO_BATCHES, _MAX_CHUNKS = 64, 1024, 16
+
+
+def schedule(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="gpipe, 1f1b, interleaved or zb-h1.")],
+    stages: Annotated[int, typer.Option(min=1, max=_MAX_STAGES, help="Stages of the pipeline.")],
+    micro_batches: Annotated[
+        int, typer.Option(min=1, max=_MAX_MICRO_BATCHES, help="Micro-batches of a step.")
+    ],
+    virtual: Annotated[
+        int | None,
+        typer.Option(min=1, max=_MAX_CHUNKS, help="Chunks of layers per stage (interleaved)."),
+    ] = None,
+    forward: Annotated[
+        float, typer.Option(min=0, help="Time of a stage's forward of one micro-batch.")
+    ] = 1.0,
+    backward: Annotated[float, typer.Option(min=0, help="Time of all of its backward.")] = 2.0,
+    weight: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Part of it for the weights' gradient (zb-h1).", show_default="half"
+        ),
+    ] = None,
+    send: Annotated[float, typer.Option(min=0, help="Time of a message between stages.")] = 0.0,
+    buffer: Annotated[
+        int | None,
+        typer.Option(min=1, help="Messages under way between two stages.", show_default="any"),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw the chart into this file.")] = None,
+    output: Output = "text",
+) -> None:
+    """Show a pipeline schedule: chart, bubble, live activations."""
+    from distplat.strategies.algorithms.schedule import build
+    from distplat.strategies.algorithms.simulate import simulate
+
+    as_json = is_json(output)
+    costs = _costs(forward, backward, weight, send)
+    try:
+        chosen = build(name, stages, micro_batches, virtual)
+    except ValueError as error:
+        raise SpecError(str(error)) from error
+    found = simulate(chosen, costs, buffer)
+    if svg is not None:
+        _write(svg, chosen, found)
+    if as_json:
+        from distplat.cli.render import to_json
+
+        print(to_json({**_facts(chosen, found), "spans": _spans(found)}))
+    else:
+        _print(chosen, found)
+
+
+def _costs(forward: float, backward: float, weight: float | None, send: float) -> "Costs":
+    from distplat.strategies.algorithms.simulate import Costs
+
+    late = backward / 2 if weight is None else weight
+    if late > backward:
+        raise SpecError(f"--weight {late:g} is a part of --backward {backward:g}, and larger")
+    if forward + backward == 0:
+        raise SpecError("--forward and --backward are both 0: there is nothing to draw")
+    return Costs(forward, backward - late, late, send)
+
+
+def _facts(chosen: "Schedule", found: "Simulation") -> "Facts":
+    return {
+        "schedule": chosen.name,
+        "stages": chosen.stages,
+        "micro_batches": chosen.micro_batches,
+        "virtual": chosen.chunks,
+        "makespan": found.makespan,
+        "bubble": found.bubble,
+        "peak_activations": list(found.peak_activations),
+    }
+
+
+def _spans(found: "Simulation") -> list[list["Facts"]]:
+    return [
+        [
+            {
+                "kind": span.action.kind.value,
+                "micro_batch": span.action.micro_batch,
+                "chunk": span.action.chunk,
+                "start": span.start,
+                "end": span.end,
+            }
+            for span in row
+        ]
+        for row in found.spans
+    ]
+
+
+def _title(chosen: "Schedule") -> str:
+    chunks = f" of {chosen.chunks} chunks" if chosen.chunks > 1 else ""
+    return f"{chosen.name}: {chosen.stages} stages{chunks}, {chosen.micro_batches} micro-batches"
+
+
+def _rows(chosen: "Schedule", found: "Simulation") -> list[tuple[str, str]]:
+    live = ", ".join(map(str, found.peak_activations))
+    unit = f" (of 1/{chosen.chunks} stage each)" if chosen.chunks > 1 else ""
+    return [
+        ("makespan", f"{found.makespan:.4g}"),
+        ("bubble", f"{found.bubble:.1%}"),
+        ("peak activations", f"{live} micro-batches{unit}, by stage"),
+    ]
+
+
+def _print(chosen: "Schedule", found: "Simulation") -> None:
+    from rich.console import Console
+
+    from distplat.cli.render import print_pairs
+    from distplat.cli.schedule_chart import chart
+
+    console = Console()
+    print(_title(chosen))
+    print()
+    if console.is_terminal:
+        for line in chart(found.spans, console.width):
+            console.print(line, crop=False)
+    else:
+        for line in chart(found.spans):
+            print(line.plain.rstrip())
+    print()
+    weights = ", W gradient of the weights" if chosen.splits_backward else ""
+    primes = ", a prime for each further chunk" if chosen.chunks > 1 else ""
+    print(f"F forward, B backward{weights}, the micro-batch behind it{primes}, . idle")
+    print_pairs(_rows(chosen, found))
+
+
+def _write(path: Path, chosen: "Schedule", found: "Simulation") -> None:
+    from distplat.cli.schedule_svg import svg
+
+    figures = ";  ".join(f"{name} {value}" for name, value in _rows(chosen, found))
+    try:
+        path.write_text(svg(found.spans, _title(chosen), figures), encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"--svg: cannot write {path}: {error.strerror}") from error

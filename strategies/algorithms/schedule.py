@@ -1,0 +1,277 @@
+"""
+Pipeline schedules: in which order a stage computes its micro-batches.
+
+A model is cut into stages that follow each other, a batch into micro-batches. Each function below
+gives the order for every stage at once, drawn in its docstring: a row is a stage, a column a unit
+of time, `F2` the forward of micro-batch 2, `B2` its backward, `W2` the gradient of the weights
+where that is a step of its own, `F2'` the same on the stage's second chunk of layers, `.` waiting.
+
+    schedule      bubble, of all time       live activations of stage s     source
+    gpipe         (p-1) / (m + p-1)         m                               Huang et al. 2019
+    1f1b          (p-1) / (m + p-1)         min(p - s, m)                   Narayanan et al. 2019
+    interleaved   (p-1) / (v m + p-1)       more than 1f1b, chunks of 1/v   Narayanan et al. 2021
+    zb-h1         (p-1) / (3 m + p-1)       min(p, m)                       Qi et al. 2023
+
+    p stages, m micro-batches, v chunks of layers per stage; stages of equal cost; for zb-h1 F, B
+    and W of equal length and m >= p
+
+Under every schedule a chunk adds its weight gradients in the order of the micro-batches. So all
+schedules give the bits that one process gives which takes the micro-batches one after the other.
+
+No torch here and no clock; messages between stages are in `schedule_messages.py`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.suggest import hint
+
+
+class Kind(StrEnum):
+    """What a stage computes."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    """All of backward; where it is split, the gradient of the stage's input alone."""
+    WEIGHT = "W"
+    """The gradient of the stage's weights, in schedules that split backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One computation of one stage."""
+
+    kind: Kind
+    micro_batch: int
+    chunk: int = 0
+    """Which of the stage's chunks of layers."""
+
+    def __str__(self) -> str:
+        """`F3`; one prime for each chunk before this one."""
+        return f"{self.kind}{self.micro_batch}{chr(39) * self.chunk}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """
+    What every stage computes, in order.
+
+    Chunks of layers are numbered along the model: chunk c of stage s is number c * stages + s.
+    """
+
+    name: str
+    micro_batches: int
+    chunks: int
+    """Chunks of layers per stage ("virtual stages"); 1 save in `interleaved`."""
+    splits_backward: bool
+    """Whether the gradient of the weights is an action of its own."""
+    actions: tuple[tuple[Action, ...], ...]
+    """Of each stage."""
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.actions)
+
+    @property
+    def depth(self) -> int:
+        """Number of chunks of layers in the whole model."""
+        return self.stages * self.chunks
+
+    def place(self, stage: int, action: Action) -> int:
+        """Give the number, along the model, of the chunk that an action works on."""
+        return action.chunk * self.stages + stage
+
+    def stage_of(self, place: int) -> int:
+        """Give the stage that owns a chunk."""
+        return place % self.stages
+
+    def peak_activations(self) -> list[int]:
+        """
+        Give for each stage how many (micro-batch, chunk) it holds at once, at most.
+
+        Counted from forward until the last action that needs the activations. A chunk's are 1/v of
+        what a whole stage's would be.
+        """
+        last = Kind.WEIGHT if self.splits_backward else Kind.BACKWARD
+        return [_peak(order, last) for order in self.actions]
+
+
+def _peak(order: Iterable[Action], last: Kind) -> int:
+    live = peak = 0
+    for action in order:
+        live += (action.kind is Kind.FORWARD) - (action.kind is last)
+        peak = max(peak, live)
+    return peak
+
+
+def gpipe(stages: int, micro_batches: int) -> Schedule:
+    """
+    GPipe: all forwards, then all backwards (Huang et al. 2019).
+
+        F0 F1 F2 F3 .  .  .  .  .  .  B0 B1 B2 B3
+        .  F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3 .
+        .  .  F0 F1 F2 F3 .  .  B0 B1 B2 B3 .  .
+        .  .  .  F0 F1 F2 F3 B0 B1 B2 B3 .  .  .
+
+    The paper goes backward from the last micro-batch to the first, which takes the same time; this
+    order adds the gradients up as all other schedules do.
+
+    Raises:
+        ValueError: less than one stage or micro-batch.
+    """
+    _check(stages, micro_batches)
+    every = range(micro_batches)
+    order = (*(Action(Kind.FORWARD, i) for i in every), *(Action(Kind.BACKWARD, i) for i in every))
+    return Schedule("gpipe", micro_batches, 1, False, (order,) * stages)
+
+
+def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
+    """
+    1F1B: as soon as a backward can run it runs, so that activations go early (Narayanan et al.
+    2019; in the form with a flush at the end of each step, Narayanan et al. 2021).
+
+        F0 F1 F2 F3 .  .  .  B0 F4 B1 F5 B2 .  B3 .  B4 .  B5
+        .  F0 F1 F2 .  .  B0 F3 B1 F4 B2 F5 B3 .  B4 .  B5 .
+        .  .  F0 F1 .  B0 F2 B1 F3 B2 F4 B3 F5 B4 .  B5 .  .
+        .  .  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 .  .  .
+
+    Stage s runs p - s - 1 forwards ahead, then one forward and one backward in turn.
+
+    Raises:
+        ValueError: less than one stage or micro-batch.
+    """
+    _check(stages, micro_batches)
+    orders = []
+    for stage in range(stages):
+        forwards = (Action(Kind.FORWARD, i) for i in range(micro_batches))
+        backwards = (Action(Kind.BACKWARD, i) for i in range(micro_batches))
+        ahead = min(stages - stage - 1, micro_batches)
+        orders.append(tuple(_in_turn(forwards, backwards, ahead)))
+    return Schedule("1f1b", micro_batches, 1, False, tuple(orders))
+
+
+def interleaved(stages: int, micro_batches: int, chunks: int = 2) -> Schedule:
+    """
+    Interleaved 1F1B: a stage has several chunks of layers, so that the pipeline fills in shorter
+    strides (Narayanan et al. 2021; the numbers of forwards ahead are Megatron-LM's).
+
+        F0  F1  F0' F1' F2  B0' F3  B1' F2' B0  F3' B1  .   B2' .   B3' B2  B3
+        .   F0  F1  F0' B0' F1' B1' F2  B0  F3  B1  F2' B2' F3' B3' B2  B3  .
+
+    Micro-batches go in groups of p through chunk after chunk. Stage s runs
+    2 (p - s - 1) + (v - 1) p forwards ahead.
+
+    Raises:
+        ValueError: less than two chunks, or micro-batches that do not fill groups of p.
+    """
+    _check(stages, micro_batches)
+    if chunks < 2:
+        raise ValueError(f"interleaved needs 2 or more virtual stages, got {chunks}; 1f1b has one")
+    if micro_batches % stages:
+        lower = micro_batches // stages * stages
+        near = f"{lower} or {lower + stages}" if lower else f"{stages}"
+        raise ValueError(
+            f"interleaved needs micro-batches in multiples of its {stages} stages, "
+            f"got {micro_batches}: take {near}, or 1f1b, which takes any number"
+        )
+    total, group = micro_batches * chunks, stages * chunks
+
+    def turn(kind: Kind, k: int) -> Action:
+        chunk = k % group // stages
+        chunk = chunks - 1 - chunk if kind is Kind.BACKWARD else chunk
+        return Action(kind, k // group * stages + k % stages, chunk)
+
+    orders = []
+    for stage in range(stages):
+        forwards = (turn(Kind.FORWARD, k) for k in range(total))
+        backwards = (turn(Kind.BACKWARD, k) for k in range(total))
+        ahead = min(2 * (stages - stage - 1) + (chunks - 1) * stages, total)
+        orders.append(tuple(_in_turn(forwards, backwards, ahead)))
+    return Schedule("interleaved", micro_batches, chunks, False, tuple(orders))
+
+
+def zero_bubble_h1(stages: int, micro_batches: int) -> Schedule:
+    """
+    ZB-H1: the gradient of the weights waits until there is nothing better to do (Qi et al. 2023).
+
+        F0 F1 F2 .  .  B0 W0 F3 B1 W1 F4 B2 W2 B3 W3 B4 W4
+        .  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 F4 B3 W2 B4 W3 W4
+        .  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 F4 B4 W2 W3 W4
+
+    The neighbour waits for the gradient of the input only, so backward is split. Stage s runs `W`
+    s micro-batches behind `B`: what would be its bubble at the start, it computes at the end. Each
+    stage then holds p micro-batches, as the first one does under 1F1B.
+
+    Raises:
+        ValueError: less than one stage or micro-batch.
+    """
+    _check(stages, micro_batches)
+    orders = []
+    for stage in range(stages):
+        forwards = (Action(Kind.FORWARD, i) for i in range(micro_batches))
+        backwards = (Action(Kind.BACKWARD, i) for i in range(micro_batches))
+        order: list[Action] = []
+        for action in _in_turn(forwards, backwards, min(stages - stage - 1, micro_batches)):
+            order.append(action)
+            late = action.micro_batch - stage
+            if action.kind is Kind.BACKWARD and late >= 0:
+                order.append(Action(Kind.WEIGHT, late))
+        rest = range(max(micro_batches - stage, 0), micro_batches)
+        orders.append((*order, *(Action(Kind.WEIGHT, i) for i in rest)))
+    return Schedule("zb-h1", micro_batches, 1, True, tuple(orders))
+
+
+def _in_turn(
+    forwards: Iterator[Action], backwards: Iterator[Action], ahead: int
+) -> Iterator[Action]:
+    """Give `ahead` forwards, then one forward and one backward in turn, then what is left."""
+    for _ in range(ahead):
+        yield next(forwards)
+    for forward in forwards:
+        yield forward
+        yield next(backwards)
+    yield from backwards
+
+
+def _check(stages: int, micro_batches: int) -> None:
+    if stages < 1 or micro_batches < 1:
+        raise ValueError(
+            f"a schedule needs one stage and one micro-batch at least, got {stages} stages "
+            f"and {micro_batches} micro-batches"
+        )
+
+
+_SINGLE: dict[str, Callable[[int, int], Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "zb-h1": zero_bubble_h1,
+}
+
+NAMES = (*_SINGLE, "interleaved")
+"""All schedules."""
+
+
+def build(name: str, stages: int, micro_batches: int, chunks: int | None = None) -> Schedule:
+    """
+    Make a schedule by its name.
+
+    Args:
+        name: one of `NAMES`.
+        stages: how many.
+        micro_batches: how many.
+        chunks: of layers per stage; None: as few as the schedule can have.
+
+    Raises:
+        SpecError: there is no schedule of that name; says which is near.
+        ValueError: the schedule does not take these numbers; says which it takes.
+    """
+    if name == "interleaved":
+        return interleaved(stages, micro_batches, 2 if chunks is None else chunks)
+    if name not in _SINGLE:
+        raise SpecError(Problem(("schedule",), f"unknown schedule {name!r}", hint(name, NAMES)))
+    if chunks not in (None, 1):
+        raise ValueError(f"{name} has one virtual stage per stage, got {chunks}: take interleaved")
+    return _SINGLE[name](stages, micro_batches)

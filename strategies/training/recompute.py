@@ -1,0 +1,59 @@
+"""
+Activation recomputation: a stage keeps its input and runs forward again in backward (Chen et al.,
+"Training Deep Nets with Sublinear Memory Cost", 2016).
+
+    forward    input kept, activations dropped           memory: inputs of the live micro-batches
+    backward   forward again, then backward                      + activations of one
+
+The result has the same bits: dropout draws again what it drew, and running statistics of batch
+norms see each micro-batch once. A schedule that splits backward goes forward again for each half,
+so the two do not go well together.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(stage: nn.Module, inputs: Tensor) -> Tensor:
+    """Run a stage so that its activations are computed again in backward."""
+    if not torch.is_grad_enabled():
+        outputs: Tensor = stage(inputs)
+        return outputs
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _StatisticsStay(stage)
+
+    outputs = checkpoint(
+        stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
+    )
+    return outputs
+
+
+class _StatisticsStay:
+    """
+    Has norms update copies of their running statistics, which are then thrown away.
+
+    Entered once per recomputation: twice where a schedule splits backward.
+    """
+
+    def __init__(self, stage: nn.Module) -> None:
+        self._stage = stage
+        self._kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        self._kept = [
+            (module, dict(module._buffers))
+            for module in self._stage.modules()
+            if isinstance(module, _NormBase) and module.training and module.track_running_stats
+        ]
+        for module, buffers in self._kept:
+            for name, buffer in buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for module, buffers in self._kept:
+            module._buffers.update(buffers)

@@ -1,0 +1,190 @@
+"""
+Layers of any model whose `forward` torch.fx can trace: cut wherever one tensor is all that crosses.
+
+    x = self.stem(x)                stem   | down   | up, add | head        layers
+    y = self.down(x)                     1 |      2 |       1 |             values that cross
+    x = self.up(y) + x                cut          no        cut
+    return self.head(x)             stem   | down, up, add    | head
+
+The model's own modules are taken whole: only `forward` of the model itself, of `nn.Sequential`s and
+of what is named in `inside` is traced (Reed et al., "torch.fx", 2022). So dropout and the like keep
+their switch between training and evaluation. Nothing is computed: a model on `meta` can be traced.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.training.stages import Layer, layers_of
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, inside: Sequence[str]) -> None:
+        super().__init__()
+        self._inside = {*inside}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Take a module whole."""
+        return type(m) is not nn.Sequential and module_qualified_name not in self._inside
+
+
+def traced_layers(model: nn.Module, inside: Sequence[str] = ()) -> list[Layer]:
+    """
+    Trace a model and cut it into as many layers as there are places to cut.
+
+    A layer is named by the first of the model's parts in it.
+
+    Args:
+        model: takes one tensor and gives one.
+        inside: names of modules, as in `named_modules`, whose own `forward` is traced too.
+
+    Raises:
+        SpecError: the model cannot be traced, or takes or gives more than one tensor.
+    """
+    graph = _trace(model, inside)
+    nodes, result = _computed(graph), _result(graph)
+    runs: list[list[fx.Node]] = [[]]
+    for node, values in zip(nodes, _crossing(graph), strict=True):
+        runs[-1].append(node)
+        if values == [node]:
+            runs.append([])
+    tail = runs.pop()
+    if tail:  # ends with a step whose value nobody takes, such as one in place
+        runs = [*runs[:-1], [*runs[-1], *tail]] if runs and result in runs[-1] else [*runs, tail]
+    entering = next(node for node in graph.nodes if node.op == "placeholder")
+    modules = []
+    for run in runs:
+        leaving = result if run is runs[-1] else run[-1]
+        modules.append(_segment(model, run, entering, leaving))
+        entering = leaving
+    layers = layers_of(model, modules)
+    return [
+        layer if layer.parts else replace(layer, name=run[0].name)
+        for layer, run in zip(layers, runs, strict=True)
+    ]
+
+
+def crossings(model: nn.Module, before: str, inside: Sequence[str] = ()) -> list[str]:
+    """
+    Give the values that cross a cut right before a part of the model, by name.
+
+    Raises:
+        SpecError: the model cannot be traced, or there is no such part in its graph.
+    """
+    graph = _trace(model, inside)
+    nodes = _computed(graph)
+    for values, node in zip(_crossing(graph), nodes[1:], strict=False):
+        if before in (node.target, node.name):
+            return [value.name for value in values]
+    known = ", ".join(str(node.target) for node in nodes[1:] if node.op == "call_module")
+    raise SpecError(Problem((), f"there is no {before!r} to cut before", f"allowed: {known}"))
+
+
+def check_cuts(
+    model: nn.Module, layers: Sequence[Layer], names: Sequence[str], inside: Sequence[str] = ()
+) -> None:
+    """
+    Say why a model cannot be cut before the parts named, if so.
+
+    Raises:
+        SpecError: more than one value crosses; names them all.
+    """
+    starts = {layer.name for layer in layers}
+    problems = []
+    for name in names:
+        if name not in starts:
+            values = ", ".join(crossings(model, name, inside))
+            problems.append(
+                Problem(
+                    (),
+                    f"a cut before {name} is crossed by more than one tensor: {values}",
+                    "cut where one tensor is handed on: before " + ", ".join(sorted(starts)),
+                )
+            )
+    if problems:
+        raise SpecError(*problems)
+
+
+def _trace(model: nn.Module, inside: Sequence[str]) -> fx.Graph:
+    modes = [(module, module.training) for module in model.modules()]
+    graphs = []
+    try:
+        for mode in (True, False):
+            model.train(mode)
+            graphs.append(_Tracer(inside).trace(model))
+    except Exception as error:
+        raise _problem(
+            f"{type(model).__name__} cannot be traced: {error}",
+            "give the task a `stages(model)` that lists the parts in order",
+        ) from error
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+    _check(model, *graphs)
+    return graphs[0]
+
+
+def _check(model: nn.Module, training: fx.Graph, evaluating: fx.Graph) -> None:
+    name = type(model).__name__
+    if str(training) != str(evaluating):
+        raise _problem(
+            f"{name}.forward differs between training and evaluation, and a trace has only one way",
+            "use modules that know the mode themselves, such as nn.Dropout for F.dropout",
+        )
+    inputs = [node.name for node in training.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise _problem(
+            f"{name}.forward takes {len(inputs)} inputs ({', '.join(inputs)}), and a pipeline one",
+            "wrap the model in one that takes a single tensor",
+        )
+    if _result(training) not in _computed(training):
+        raise _problem(
+            f"{name}.forward gives something else than one tensor that it has computed",
+            "wrap the model in one that gives a single tensor",
+        )
+
+
+def _computed(graph: fx.Graph) -> list[fx.Node]:
+    """Give the steps; a parameter that a step takes directly belongs to the step."""
+    return [node for node in graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
+
+
+def _result(graph: fx.Graph) -> Any:
+    return graph.output_node().args[0]
+
+
+def _crossing(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Give, for the place behind each step, the values made before it and used after it."""
+    nodes = _computed(graph)
+    at = {node: number for number, node in enumerate(nodes)}
+    entering = [node for node in graph.nodes if node.op == "placeholder"]
+    last_use = {
+        value: max((at.get(user, len(nodes)) for user in value.users), default=-1)
+        for value in (*entering, *nodes)
+    }
+    return [
+        [value for value in (*entering, *nodes[: place + 1]) if last_use[value] > place]
+        for place in range(len(nodes))
+    ]
+
+
+def _segment(
+    model: nn.Module, run: Sequence[fx.Node], entering: fx.Node, leaving: fx.Node
+) -> fx.GraphModule:
+    """Make a module of some steps, around the model's own parts."""
+    graph = fx.Graph()
+    copies = {entering: graph.placeholder("inputs")}
+    for node in run:
+        for needed in node.all_input_nodes:
+            if needed.op == "get_attr" and needed not in copies:
+                copies[needed] = graph.node_copy(needed)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[leaving])
+    return fx.GraphModule(model, graph)
+
+
+def _problem(message: str, hint: str) -> SpecError:
+    return SpecError(Problem((), message, hint))

@@ -1,0 +1,151 @@
+"""`distplat schedule` as a user meets it: chart, figures, SVG, messages."""
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from distplat.cli.main import run
+from distplat.cli.schedule_chart import chart
+from distplat.cli.schedule_svg import svg
+from distplat.strategies.algorithms.schedule import gpipe, one_f_one_b
+from distplat.strategies.algorithms.simulate import Costs, Span, simulate
+
+ASK = ["schedule", "1f1b", "--stages", "2", "--micro-batches", "3"]
+
+
+def test_the_chart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(ASK) == 0
+    assert capsys.readouterr().out == (
+        "1f1b: 2 stages, 3 micro-batches\n"
+        "\n"
+        "stage 0  F0 F1 ......B0--- F2 B1--- ...B2---\n"
+        "stage 1  ...F0 B0--- F1 B1--- F2 B2--- ......\n"
+        "\n"
+        "F forward, B backward, the micro-batch behind it, . idle\n"
+        "makespan          12\n"
+        "bubble            25.0%\n"
+        "peak activations  2, 1 micro-batches, by stage\n"
+    )
+
+
+def test_it_needs_neither_torch_nor_ray() -> None:
+    ask = f"""import sys
+from distplat.cli.main import run
+run({ASK!r})
+sys.exit([name for name in ("torch", "ray") if name in sys.modules] or 0)"""
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_weights_and_chunks_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["schedule", "zb-h1", *ASK[2:]]) == 0
+    assert "W gradient of the weights" in capsys.readouterr().out
+    assert run(["schedule", "interleaved", *ASK[2:-1], "4", "--virtual", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 stages of 2 chunks" in printed and "F0'" in printed and "of 1/2 stage" in printed
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*ASK, "-o", "json", "--send", "0.5", "--buffer", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    spans = found.pop("spans")
+    assert found.pop("bubble") == pytest.approx(1 - 18 / (2 * found["makespan"]))
+    assert found == {
+        "schedule": "1f1b",
+        "stages": 2,
+        "micro_batches": 3,
+        "virtual": 1,
+        "makespan": simulate(one_f_one_b(2, 3), Costs(1, 1, 1, 0.5), 1).makespan,
+        "peak_activations": [2, 1],
+    }
+    first = {"kind": "F", "micro_batch": 0, "chunk": 0, "start": 1.5, "end": 2.5}
+    assert spans[1][0] == first
+
+
+def test_durations_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--stages", "1", "--micro-batches", "1", "-o", "json"]
+    assert run(["schedule", "zb-h1", *sizes, "--forward=2", "--backward=5", "--weight=1"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["spans"]
+    assert [(span["kind"], span["start"], span["end"]) for span in row] == [
+        ("F", 0, 2),
+        ("B", 2, 6),
+        ("W", 6, 7),
+    ]
+
+
+@pytest.mark.parametrize("width", [None, 200, 80, 40, 20, 5])
+def test_a_chart_is_as_wide_as_there_is_room(width: int | None) -> None:
+    spans = simulate(gpipe(3, 12), Costs(1, 1, 1)).spans
+    lines = [line.plain for line in chart(spans, width)]
+    assert len({len(line) for line in lines}) == 1
+    if width is None:
+        assert "F11 " in lines[0] and "B11---- " in lines[2]
+    elif width > 10:
+        assert len(lines[0]) <= width
+    for line in lines:  # in order, whatever was cut off
+        shown = [int(number) for number in re.findall(r"F(\d+)", line)]
+        assert shown == sorted(shown)
+
+
+def test_what_is_too_short_to_be_seen_moves_nothing() -> None:
+    spans = simulate(one_f_one_b(2, 4), Costs(0.001, 1, 0)).spans
+    lines = [line.plain for line in chart(spans, 30)]
+    assert [len(line) for line in lines] == [30, 30]
+    assert "F" not in lines[0] and lines[0].count("B") == 4
+
+
+def test_an_svg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "chart.svg"
+    assert run([*ASK, "--svg", str(path)]) == 0
+    assert "stage 0" in capsys.readouterr().out
+    root = ElementTree.fromstring(path.read_text())
+    name = "{http://www.w3.org/2000/svg}"
+    texts = [text.text or "" for text in root.iter(f"{name}text")]
+    assert texts[0] == "1f1b: 2 stages, 3 micro-batches"
+    assert "bubble 25.0%" in texts[1]
+    assert {"stage 0", "stage 1", "forward", "backward", "idle"} <= {*texts}
+    assert len(root.findall(f"{name}g")) == 12  # an action each
+    width = float(root.attrib["width"])
+    assert all(
+        float(box.attrib["x"]) + float(box.attrib["width"]) <= width
+        for box in root.iter(f"{name}rect")
+        if "x" in box.attrib
+    )
+
+
+def test_measured_spans_may_begin_at_any_time() -> None:
+    spans = simulate(one_f_one_b(2, 2)).spans
+    later = [[Span(s.action, s.start + 1e3, s.end + 1e3) for s in row] for row in spans]
+    assert [x.plain for x in chart(later)] == [x.plain for x in chart(spans)]
+    moved = re.sub(r"<title>.*?</title>", "", svg(later, "a < b", ""))
+    assert moved == re.sub(r"<title>.*?</title>", "", svg(spans, "a < b", ""))
+    assert "a &lt; b" in moved
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["1f2b", *ASK[2:]], "schedule: unknown schedule '1f2b'\n  hint: did you mean '1f1b'?"),
+        (["interleaved", *ASK[2:]], "multiples of its 2 stages, got 3: take 2 or 4, or 1f1b"),
+        ([*ASK[1:], "--virtual", "2"], "1f1b has one virtual stage per stage, got 2"),
+        ([*ASK[1:], "--weight", "3"], "--weight 3 is a part of --backward 2, and larger"),
+        ([*ASK[1:], "--forward", "0", "--backward", "0"], "there is nothing to draw"),
+        ([*ASK[1:], "--svg", "no/such/folder.svg"], "--svg: cannot write no/such/folder.svg: No"),
+        ([*ASK[1:], "-o", "xml"], "--output is 'xml'"),
+        ([*ASK[1:], "--stages", "0"], "--stages"),
+    ],
+)
+def test_a_wrong_command_line_is_told(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["schedule", *args]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
