@@ -7,6 +7,7 @@ frees the memory when the last mapping and descriptor are gone, whatever killed 
 (docs/decisions/memfd.md)
 """
 
+import errno
 import mmap
 import os
 
@@ -17,34 +18,46 @@ from distplat.actors.messages import Address
 
 
 class Segment:
-    """A flat tensor in memory that other processes of the node can map."""
+    """
+    A flat tensor in memory that other processes of the node can map.
 
-    def __init__(self, fd: int, address: Address) -> None:
+    Args:
+        fd: descriptor of the memory; from now on the segment's.
+        address: what the memory holds.
+        populate: have the kernel map all pages now, instead of each when it is first touched.
+    """
+
+    def __init__(self, fd: int, address: Address, *, populate: bool = True) -> None:
         dtype = getattr(torch, address.dtype)
         size = max(1, address.elements) * dtype.itemsize
         self._fd: int | None = fd
         self.address = address
         # The tensor keeps the mapping alive; the mapping keeps its own reference to the memory.
-        mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
+        mapping = mmap.mmap(fd, size, flags=flags)
         self.tensor: Tensor = torch.frombuffer(mapping, dtype=dtype)[: address.elements]
 
     @classmethod
-    def create(cls, node: str, elements: int, dtype: str) -> "Segment":
+    def create(cls, node: str, elements: int, dtype: str, *, populate: bool = True) -> "Segment":
         """Make a segment of zeros, shape [elements], owned by this process."""
         fd = os.memfd_create("distplat", os.MFD_CLOEXEC)
         os.ftruncate(fd, max(1, elements) * getattr(torch, dtype).itemsize)
-        return cls(fd, Address(node, os.getpid(), fd, elements, dtype))
+        return cls(fd, Address(node, os.getpid(), fd, elements, dtype), populate=populate)
 
     @classmethod
-    def open(cls, address: Address) -> "Segment":
+    def open(cls, address: Address, *, populate: bool = True) -> "Segment":
         """
         Map another process's segment.
 
         Raises:
             OSError: its owner is gone, is another user's, or lives in another PID namespace.
         """
-        fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR | os.O_CLOEXEC)
-        segment = cls(fd, address)
+        where = f"/proc/{address.pid}/fd/{address.fd}"
+        # The address may be old, and its numbers another process's and another file's by now.
+        if not os.readlink(where).startswith("/memfd:distplat"):
+            raise FileNotFoundError(errno.ENOENT, "no memory of ours", where)
+        fd = os.open(where, os.O_RDWR | os.O_CLOEXEC)
+        segment = cls(fd, address, populate=populate)
         segment.seal()
         return segment
 

@@ -9,52 +9,18 @@ whatever the order in which a backend adds.
 with a short deadline.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from contract_parts import PART_CHECKS
+from contract_values import all_parts, combined, kinds
+from contract_values import part_of as part_of
 
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.base import Collective, ReduceOp
 
 Check = Callable[[Collective], None]
-
-DTYPES = (torch.float32, torch.float64, torch.int64)
-SHAPES: tuple[tuple[int, ...], ...] = ((1,), (7,), (2, 3, 5))
-
-
-def part_of(rank: int, shape: tuple[int, ...] = (7,), dtype: torch.dtype = torch.float32) -> Tensor:
-    """What rank `rank` brings: a value that no other rank has in the same place."""
-    count = int(torch.Size(shape).numel())
-    return ((torch.arange(count) * (rank + 3)) % 11 + rank + 1).view(shape).to(dtype)
-
-
-def combined(parts: list[Tensor], op: ReduceOp) -> Tensor:
-    """Combine in the plainest way."""
-    stacked = torch.stack(parts)
-    match op:
-        case ReduceOp.SUM:
-            return stacked.sum(0)
-        case ReduceOp.AVG:
-            return stacked.sum(0) / len(parts)
-        case ReduceOp.MIN:
-            return stacked.amin(0)
-        case ReduceOp.MAX:
-            return stacked.amax(0)
-        case ReduceOp.PRODUCT:
-            return stacked.prod(0)
-
-
-def _kinds(op: ReduceOp) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes that an operation must take; an average of whole numbers is none."""
-    for dtype in DTYPES:
-        if dtype.is_floating_point or op is not ReduceOp.AVG:
-            yield from ((shape, dtype) for shape in SHAPES)
-
-
-def _all_parts(group: Collective, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    return [part_of(rank, shape, dtype) for rank in range(group.world)]
 
 
 def check_place(group: Collective) -> None:
@@ -66,10 +32,10 @@ def check_place(group: Collective) -> None:
 
 def check_all_reduce(group: Collective, op: ReduceOp) -> None:
     """Every rank ends with the combination, in its own tensor."""
-    for shape, dtype in _kinds(op):
+    for shape, dtype in kinds(op):
         tensor = part_of(group.rank, shape, dtype)
         group.all_reduce(tensor, op)
-        torch.testing.assert_close(tensor, combined(_all_parts(group, shape, dtype), op))
+        torch.testing.assert_close(tensor, combined(all_parts(group, shape, dtype), op))
 
 
 def check_all_reduce_same_bits(group: Collective) -> None:
@@ -86,7 +52,7 @@ def check_all_reduce_of_a_view(group: Collective) -> None:
     vector = torch.full((12,), -1.0)
     vector[3:10] = part_of(group.rank)
     group.all_reduce(vector[3:10])
-    assert torch.equal(vector[3:10], combined(_all_parts(group, (7,), torch.float32), ReduceOp.SUM))
+    assert torch.equal(vector[3:10], combined(all_parts(group, (7,), torch.float32), ReduceOp.SUM))
     assert vector[:3].eq(-1).all() and vector[10:].eq(-1).all()
 
 
@@ -103,7 +69,7 @@ def check_start_all_reduce(group: Collective, op: ReduceOp) -> None:
 
 def check_reduce_scatter(group: Collective, op: ReduceOp) -> None:
     """Rank r ends with the combination of everybody's r-th input; inputs stay as they are."""
-    for shape, dtype in _kinds(op):
+    for shape, dtype in kinds(op):
         inputs = [part_of(group.rank + 2 * to, shape, dtype) for to in range(group.world)]
         kept = [t.clone() for t in inputs]
         output = torch.zeros(shape, dtype=dtype)
@@ -115,17 +81,17 @@ def check_reduce_scatter(group: Collective, op: ReduceOp) -> None:
 
 def check_all_gather(group: Collective) -> None:
     """Every rank ends with everybody's tensor, in rank order."""
-    for shape, dtype in _kinds(ReduceOp.SUM):
+    for shape, dtype in kinds(ReduceOp.SUM):
         outputs = [torch.zeros(shape, dtype=dtype) for _ in range(group.world)]
         group.all_gather(outputs, part_of(group.rank, shape, dtype))
-        expected = _all_parts(group, shape, dtype)
+        expected = all_parts(group, shape, dtype)
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
 def check_broadcast(group: Collective) -> None:
     """Every rank may be the source."""
     for source in range(group.world):
-        for shape, dtype in _kinds(ReduceOp.SUM):
+        for shape, dtype in kinds(ReduceOp.SUM):
             tensor = part_of(group.rank, shape, dtype)
             group.broadcast(tensor, source)
             assert torch.equal(tensor, part_of(source, shape, dtype))
@@ -222,6 +188,7 @@ CHECKS: dict[str, Check] = {
     **{f"start_all_reduce-{op}": partial(check_start_all_reduce, op=op) for op in ReduceOp},
     **{f"reduce_scatter-{op}": partial(check_reduce_scatter, op=op) for op in ReduceOp},
     "all_gather": check_all_gather,
+    **PART_CHECKS,
     "broadcast": check_broadcast,
     "send_recv": check_send_recv,
     "sent_is_a_copy": check_sent_is_a_copy,

@@ -25,6 +25,8 @@ class Run:
     """By rank."""
     progress: list[Progress]
     """By rank."""
+    group: ServerGroup
+    """With the shards' logs, where the strategy has servers."""
 
     def parameters(self, rank: int = 0) -> dict[str, Tensor]:
         """Copy one rank's model."""
@@ -53,10 +55,12 @@ def train(
     ranks = [prepare(job, task(**job.task_args)) for _ in range(world)]
     for rank, prepared in enumerate(ranks):
         before(rank, prepared)
-    servers = max(1, make_strategy(job).roles(job).servers)
-    group = ServerGroup(ShardPlan(job, "run", 0, world, ranks[0].total_steps, servers), timeout_s)
+    roles = make_strategy(job).roles(job)
+    steps, servers = ranks[0].total_steps, max(1, roles.servers)
+    plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency)
+    group = ServerGroup(plan, timeout_s)
     fabric = Fabric(world, timeout_s)
-    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)])
+    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], group)
 
     def body(rank: int) -> None:
         join(

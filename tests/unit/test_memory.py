@@ -113,6 +113,18 @@ def test_a_descriptor_that_is_none_raises() -> None:
         Segment.open(replace(address, fd=99_999))
 
 
+def test_a_descriptor_of_another_file_raises() -> None:
+    address = Segment.create("node", 3, "float32").address
+    with open(__file__, "rb") as other, pytest.raises(FileNotFoundError):
+        Segment.open(replace(address, fd=other.fileno()))
+
+
+def test_pages_may_come_when_they_are_touched() -> None:
+    segment = Segment.create("node", 100_000, "float32", populate=False)
+    segment.tensor[5] = 3.0
+    assert Segment.open(segment.address, populate=False).tensor[:7].tolist() == [0] * 5 + [3.0, 0]
+
+
 def test_opening_keeps_no_descriptor() -> None:
     segment = Segment.create("node", 3, "float32")
     before = len(os.listdir("/proc/self/fd"))

@@ -1,0 +1,137 @@
+"""Words in shared memory: counted up, waited for, between threads and between processes."""
+
+import mmap
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from distplat.actors.futex import Word, reached, supported
+
+pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux futexes")
+
+ECHO = """
+import mmap, sys
+from distplat.actors.futex import Word
+memory = memoryview(mmap.mmap(int(sys.argv[1]), 4096))
+there, back = Word(memory, 0), Word(memory, 128)
+for turn in range(1, 101):
+    for _ in range(100):
+        if there.wait(turn, 0.1):
+            break
+    memory[256] = memory[512]
+    back.post()
+"""
+
+
+@pytest.fixture
+def memory() -> memoryview:
+    return memoryview(mmap.mmap(-1, 4096))
+
+
+def set_value(memory: memoryview, value: int) -> None:
+    memory[:4].cast("I")[0] = value
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "expected"),
+    [
+        (0, 0, True),
+        (0, 1, False),
+        (5, 3, True),
+        (2**32 - 1, 2**32 - 1, True),
+        (2**32 - 1, 0, False),
+        (0, 2**32 - 1, True),
+        (3, 2**32 - 5, True),
+    ],
+)
+def test_numbers_are_compared_across_the_wrap(value: int, target: int, expected: bool) -> None:
+    assert reached(value, target) is expected
+
+
+def test_a_post_adds_one_and_wraps(memory: memoryview) -> None:
+    word = Word(memory, 0)
+    word.post()
+    word.post()
+    assert word.value == 2
+    set_value(memory, 2**32 - 1)
+    word.post()
+    assert word.value == 0
+    assert bytes(memory[4:]) == bytes(4092)  # its neighbours are left alone
+
+
+def test_what_is_there_is_not_waited_for(memory: memoryview) -> None:
+    word = Word(memory, 0)
+    word.post()
+    began = time.monotonic()
+    assert word.wait(1, 10.0)
+    assert time.monotonic() - began < 1.0
+
+
+def test_a_wait_ends_after_its_slice(memory: memoryview) -> None:
+    began = time.monotonic()
+    assert not Word(memory, 0).wait(1, 0.2)
+    assert 0.15 < time.monotonic() - began < 2.0
+
+
+def test_a_post_wakes_all_who_sleep(memory: memoryview) -> None:
+    word = Word(memory, 4)
+    woken: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: woken.append(word.wait(1, 10.0)), daemon=True)
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    assert not woken
+    began = time.monotonic()
+    word.post()
+    for thread in threads:
+        thread.join(5.0)
+    assert woken == [True] * 3
+    assert time.monotonic() - began < 5.0
+
+
+def test_a_wake_without_a_post_ends_the_slice_early(memory: memoryview) -> None:
+    word = Word(memory, 0)
+    woken: list[bool] = []
+    thread = threading.Thread(target=lambda: woken.append(word.wait(1, 10.0)), daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    word.wake()
+    thread.join(5.0)
+    assert woken == [False]
+
+
+def test_other_threads_run_while_one_sleeps(memory: memoryview) -> None:
+    word = Word(memory, 0)
+    thread = threading.Thread(target=word.wait, args=(1, 2.0), daemon=True)
+    thread.start()
+    began = time.monotonic()
+    for _ in range(10):
+        time.sleep(0.01)
+    assert time.monotonic() - began < 1.0
+    word.post()
+    thread.join(5.0)
+
+
+def test_two_processes_answer_each_other() -> None:
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, 4096)
+    memory = memoryview(mmap.mmap(descriptor, 4096))
+    there, back = Word(memory, 0), Word(memory, 128)
+    command = [sys.executable, "-c", ECHO, str(descriptor)]
+    with subprocess.Popen(command, pass_fds=[descriptor]) as process:
+        try:
+            for turn in range(1, 101):
+                memory[512] = turn
+                there.post()
+                assert any(back.wait(turn, 0.1) for _ in range(200))
+                assert memory[256] == turn
+        finally:
+            process.kill()
+    os.close(descriptor)

@@ -1,0 +1,294 @@
+"""What goes wrong between ranks that share memory is found soon, and named."""
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from shm_ranks import ShmCollective, on_shm_ranks
+
+from distplat.platform.errors import CollectiveError, MismatchError
+from distplat.strategies.base import ReduceOp
+
+SOON = 0.4
+"""Deadline where one is meant to pass, seconds."""
+AT_ONCE = 2.0
+"""Where it must not be waited for: far below the helpers' deadline of 10 s."""
+
+Body = Callable[[ShmCollective], None]
+
+
+def errors_of(world: int, body: Body, operation_s: float = 10.0) -> list[CollectiveError | None]:
+    """What each rank raised."""
+
+    def catch(group: ShmCollective) -> CollectiveError | None:
+        try:
+            body(group)
+        except CollectiveError as error:
+            return error
+        return None
+
+    return on_shm_ranks(world, catch, operation_s=operation_s)
+
+
+def differing(odd: Body, others: Body, texts: list[str], world: int = 3) -> None:
+    """Rank 1 does something else; all ranks must say who does what."""
+    began = time.monotonic()
+    errors = errors_of(world, lambda g: odd(g) if g.rank == 1 else others(g))
+    assert time.monotonic() - began < AT_ONCE
+    for rank, error in enumerate(errors):
+        assert isinstance(error, MismatchError)
+        assert error.missing == ((0, 2) if rank == 1 else (1,))
+        for text in texts:
+            assert text in str(error)
+
+
+def test_ranks_in_different_operations() -> None:
+    differing(
+        lambda g: g.broadcast(torch.ones(7), 2),
+        lambda g: g.all_reduce(torch.ones(5000), ReduceOp.MAX),
+        ["ranks 0, 2 in all_reduce #0 (max of 5000 x float32)", "rank 1 in broadcast #0 (7 x"],
+    )
+
+
+def test_different_lengths() -> None:
+    differing(
+        lambda g: g.all_reduce(torch.ones(3_000_000)),
+        lambda g: g.all_reduce(torch.ones(5)),
+        ["3000000 x float32", "5 x float32"],
+    )
+
+
+def test_different_dtypes() -> None:
+    differing(
+        lambda g: g.all_reduce(torch.ones(8, dtype=torch.int32)),
+        lambda g: g.all_reduce(torch.ones(8)),
+        ["8 x int32", "8 x float32"],
+    )
+
+
+def test_different_roots() -> None:
+    differing(
+        lambda g: g.broadcast(torch.ones(8), 1),
+        lambda g: g.broadcast(torch.ones(8), 0),
+        ["root 1", "root 0"],
+    )
+
+
+def test_one_rank_more_operations_on() -> None:
+    def odd(group: ShmCollective) -> None:
+        group.barrier()
+        group.all_reduce(torch.ones(3))
+
+    def others(group: ShmCollective) -> None:
+        group.all_reduce(torch.ones(3))
+        group.all_reduce(torch.ones(3))
+
+    differing(odd, others, ["all_reduce #0", "barrier #0"])
+
+
+def test_uneven_parts_that_differ() -> None:
+    def gather(group: ShmCollective, sizes: list[int]) -> None:
+        outputs = [torch.zeros(size) for size in sizes]
+        group.all_gather(outputs, torch.ones(sizes[group.rank]))
+
+    differing(
+        lambda g: gather(g, [3, 4, 9]),
+        lambda g: gather(g, [3, 4, 5]),
+        ["sizes of the ranks' parts"],
+    )
+
+
+def test_one_rank_with_a_plain_vector_where_others_share() -> None:
+    def body(group: ShmCollective, plain: bool) -> None:
+        vector = group.share(torch.zeros(5000))
+        group.all_reduce(torch.zeros(5000) if plain else vector)
+
+    differing(lambda g: body(g, True), lambda g: body(g, False), ["in shared vector 0 from byte 0"])
+
+
+def test_different_parts_of_a_shared_vector() -> None:
+    def body(group: ShmCollective, start: int) -> None:
+        group.all_reduce(group.share(torch.zeros(5000))[start : start + 2000])
+
+    differing(lambda g: body(g, 100), lambda g: body(g, 200), ["from byte 400", "from byte 800"])
+
+
+def test_parts_at_different_places_of_a_shared_vector() -> None:
+    def body(group: ShmCollective, start: int) -> None:
+        vector = group.share(torch.zeros(500))
+        parts = [vector[:10], vector[start : start + 10], vector[400:]]
+        group.reduce_scatter(parts[group.rank], parts)
+
+    differing(lambda g: body(g, 10), lambda g: body(g, 20), ["sizes of the ranks' parts"])
+
+
+def test_a_late_rank_is_named_after_the_deadline() -> None:
+    def body(group: ShmCollective) -> None:
+        for _ in range(3):
+            group.all_reduce(torch.ones(5000))
+        if group.rank != 1:
+            group.all_reduce(torch.ones(5000))
+
+    began = time.monotonic()
+    errors = errors_of(3, body, SOON)
+    assert SOON <= time.monotonic() - began < SOON + AT_ONCE
+    assert errors[1] is None
+    for error in (errors[0], errors[2]):
+        assert isinstance(error, CollectiveError)
+        assert (error.operation, error.number, error.missing) == ("all_reduce", 3, (1,))
+        assert "deadline 0.4 s" in str(error)
+
+
+def test_the_last_of_several_late_ranks_does_not_hide_the_others() -> None:
+    errors = errors_of(4, lambda g: g.barrier() if g.rank == 2 else None, SOON)
+    assert errors[2] is not None and errors[2].missing == (0, 1, 3)
+
+
+def test_who_leaves_is_named_at_once() -> None:
+    def body(group: ShmCollective) -> None:
+        group.barrier()
+        if group.rank == 1:
+            time.sleep(0.2)
+            group.close()
+        else:
+            group.all_reduce(torch.ones(100_000))
+
+    began = time.monotonic()
+    errors = errors_of(3, body)
+    assert time.monotonic() - began < AT_ONCE
+    for rank in (0, 2):
+        error = errors[rank]
+        assert error is not None and error.missing == (1,) and "left" in error.cause
+
+
+def test_what_was_done_before_leaving_counts() -> None:
+    def body(group: ShmCollective) -> float:
+        tensor = torch.ones(3)
+        group.all_reduce(tensor)
+        if group.rank == 0:
+            group.send(torch.full((2,), 9.0), 1)
+            time.sleep(0.1)
+        group.close() if group.rank == 0 else time.sleep(0.05)
+        return float(tensor[0])
+
+    assert on_shm_ranks(2, body) == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("by_settings", [False, True])
+def test_abort_ends_a_wait_of_this_rank(by_settings: bool) -> None:
+    def body(group: ShmCollective) -> None:
+        if group.rank == 0:
+            stop = group.abandoned.set if by_settings else group.abort
+            threading.Timer(0.2, stop).start()
+            group.barrier()
+
+    began = time.monotonic()
+    errors = errors_of(2, body)
+    assert time.monotonic() - began < AT_ONCE
+    assert errors[0] is not None and "told to give up" in errors[0].cause and errors[1] is None
+
+
+def test_abort_ends_an_operation_under_way_and_those_behind_it() -> None:
+    def body(group: ShmCollective) -> None:
+        if group.rank == 0:
+            tensors = [torch.ones(3) for _ in range(3)]
+            handles = [group.start_all_reduce(tensor) for tensor in tensors]
+            threading.Timer(0.2, group.abort).start()
+            for handle in handles:
+                with pytest.raises(CollectiveError, match="told to give up"):
+                    handle.wait()
+            with pytest.raises(CollectiveError, match="told to give up"):
+                group.recv(torch.ones(3), 1)
+
+    began = time.monotonic()
+    on_shm_ranks(2, body)
+    assert time.monotonic() - began < AT_ONCE
+
+
+def test_after_a_failure_all_fails_at_once_with_the_same_rank() -> None:
+    def body(group: ShmCollective) -> None:
+        if group.rank == 0:
+            for _ in range(2):
+                with pytest.raises(CollectiveError) as caught:
+                    group.all_reduce(torch.ones(3))
+                assert caught.value.missing == (1,)
+            assert "the group failed before, in all_reduce #0" in str(caught.value)
+
+    began = time.monotonic()
+    on_shm_ranks(2, body, operation_s=SOON)
+    assert time.monotonic() - began < SOON + AT_ONCE
+
+
+def test_a_rank_that_failed_does_not_let_the_others_wait() -> None:
+    def body(group: ShmCollective) -> None:
+        if group.rank == 0:
+            group.recv(torch.ones(3), 2)  # rank 2 sends four
+        elif group.rank == 1:
+            group.barrier()
+        else:
+            group.send(torch.ones(4), 0)
+
+    began = time.monotonic()
+    errors = errors_of(3, body, 4.0)
+    assert isinstance(errors[0], MismatchError) and errors[2] is None
+    assert errors[1] is not None and errors[1].missing == (0,)
+    assert time.monotonic() - began < AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [(torch.ones(3, dtype=torch.complex64), TypeError), (torch.ones(4, 4).t(), ValueError)],
+)
+def test_what_cannot_be_exchanged_is_refused_and_harms_nothing(
+    tensor: torch.Tensor, kind: type[Exception]
+) -> None:
+    def body(group: ShmCollective) -> None:
+        with pytest.raises(kind):
+            group.all_reduce(tensor.clone() if kind is TypeError else tensor)
+        group.barrier()
+
+    on_shm_ranks(2, body)
+
+
+def test_parts_of_the_wrong_size_are_refused() -> None:
+    def body(group: ShmCollective) -> None:
+        with pytest.raises(ValueError, match="one part per rank"):
+            group.all_gather([torch.ones(3)], torch.ones(3))
+        with pytest.raises(ValueError, match="of equal size"):
+            group.reduce_scatter(torch.ones(2), [torch.ones(3), torch.ones(3)])
+        group.barrier()
+
+    on_shm_ranks(2, body)
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:distplat")
+
+
+def test_a_closed_group_leaves_nothing_in_the_process() -> None:
+    def body(group: ShmCollective) -> None:
+        vector = group.share(torch.ones(1000))
+        group.start_all_reduce(vector).wait()
+        group.all_reduce(torch.ones(100_000))
+        partner = 1 - group.rank
+        group.send(torch.ones(5), partner)
+        group.recv(torch.ones(5), partner)
+        group.barrier()
+        group.close()
+
+    def state() -> tuple[int, int, int]:
+        return mappings(), len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    gc.collect()  # what failures before this test have left
+    before = state()
+    for _ in range(3):
+        on_shm_ranks(2, body)
+    deadline = time.monotonic() + 5
+    while state() != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert state() == before

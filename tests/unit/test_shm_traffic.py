@@ -1,0 +1,83 @@
+"""What ranks read of each other is counted: an all-reduce moves 2 (N-1)/N of the vector, any N."""
+
+import time
+
+import pytest
+import torch
+from shm_ranks import ShmCollective, on_shm_ranks
+
+SIZE = 128 * 840 * 4
+"""Bytes of a vector that 2 to 8 ranks can cut evenly at cache lines."""
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("world", range(2, 9))
+def test_an_all_reduce_moves_the_same_whatever_the_world(world: int, shared: bool) -> None:
+    def body(group: ShmCollective) -> None:
+        tensor = torch.ones(SIZE // 4)
+        if shared:
+            tensor = group.share(tensor)
+        group.all_reduce(tensor)
+        traffic = group.traffic
+        assert traffic.sent_bytes == traffic.received_bytes == 2 * (world - 1) * SIZE // world
+
+    on_shm_ranks(world, body)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_other_operations(shared: bool) -> None:
+    def body(group: ShmCollective) -> None:
+        vector = torch.ones(300)
+        if shared:
+            vector = group.share(vector)
+        parts = list(torch.split_with_sizes(vector, [60, 90, 150]))
+        moved: list[tuple[int, int]] = []
+
+        def note() -> None:
+            sent, received = group.traffic.sent_bytes, group.traffic.received_bytes
+            moved.append((sent - sum(m[0] for m in moved), received - sum(m[1] for m in moved)))
+
+        group.reduce_scatter(parts[group.rank], parts)
+        note()
+        group.all_gather(parts, parts[group.rank])
+        note()
+        group.broadcast(vector, 1)
+        note()
+        group.end.reduce(vector, "sum", 2)  # type: ignore[arg-type]
+        note()
+        group.barrier()
+        note()
+        own = parts[group.rank].nbytes
+        assert moved == [
+            (1200 - own, 2 * own),
+            (2 * own, 1200 - own),
+            (2400, 0) if group.rank == 1 else (0, 1200),
+            (0, 2400) if group.rank == 2 else (1200, 0),
+            (0, 0),
+        ]
+
+    on_shm_ranks(3, body)
+
+
+def test_messages() -> None:
+    def body(group: ShmCollective) -> None:
+        if group.rank == 0:
+            group.send(torch.ones(10), 1)
+        else:
+            group.recv(torch.ones(10), 0)
+        traffic = group.traffic
+        assert (traffic.sent_bytes, traffic.received_bytes) == ((40, 0), (0, 40))[group.rank]
+
+    on_shm_ranks(2, body)
+
+
+def test_waiting_and_working_are_told_apart() -> None:
+    def body(group: ShmCollective) -> tuple[float, float]:
+        if group.rank == 1:
+            time.sleep(0.3)
+        group.barrier()
+        return group.traffic.waiting_s, group.traffic.working_s
+
+    (waited, worked), (waited_late, worked_late) = on_shm_ranks(2, body)
+    assert 0.25 < waited < 5.0 and waited_late < 0.2
+    assert worked < 0.2 and worked_late < 0.2
