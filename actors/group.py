@@ -22,9 +22,10 @@ from torch import Tensor
 
 from distplat.actors.messages import rendezvous_key
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
+from distplat.platform.topology import Place
 from distplat.strategies.base import Handle, Traffic
 
-_LOOK_AGAIN_S = 0.005
+_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.01
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,13 @@ class Settings:
     """Once set, whoever waits in one of the groups, or for one to form, gives up."""
 
 
-_settings: dict[str, Settings] = {}
+@dataclass(frozen=True)
+class _Prepared:
+    settings: Settings = field(default_factory=Settings)
+    places: tuple[Place, ...] | None = None
+
+
+_prepared: dict[str, _Prepared] = {}
 
 
 def register(backend: str, kind: type["Group"]) -> None:
@@ -50,9 +57,16 @@ def register(backend: str, kind: type["Group"]) -> None:
         register_collective_backend(backend, kind)
 
 
-def prepare(group_name: str, settings: Settings) -> None:
-    """Leave the settings of a group that is about to be made in this process."""
-    _settings[group_name] = settings
+def prepare(group_name: str, settings: Settings, places: tuple[Place, ...] | None = None) -> None:
+    """
+    Leave what a group that is about to be made in this process must know.
+
+    Args:
+        group_name: as the group will be called.
+        settings: how it behaves.
+        places: where its ranks are; None: nobody has asked them yet.
+    """
+    _prepared[group_name] = _Prepared(settings, places)
 
 
 class Group(BaseGroup):  # type: ignore[misc]  # Ray is not typed
@@ -60,7 +74,8 @@ class Group(BaseGroup):  # type: ignore[misc]  # Ray is not typed
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
-        self.settings = _settings.get(group_name, Settings())
+        prepared = _prepared.pop(group_name, _Prepared())
+        self.settings, self.places = prepared.settings, prepared.places
         self.traffic = Traffic()
 
     @abstractmethod
@@ -110,12 +125,13 @@ def wait_for(
         DeadlineExceeded: nothing came in `rendezvous_s`; names the workers that are missing.
         CollectiveError: this rank was told to give up.
     """
-    deadline = time.monotonic() + settings.rendezvous_s
-    while time.monotonic() < deadline:
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < settings.rendezvous_s:
         found = look()
         if found is not None:
             return found
-        if settings.abandoned.wait(_LOOK_AGAIN_S):
+        # Where all are there it takes milliseconds; many long waits must not keep Ray's store busy.
+        if settings.abandoned.wait(min(max(waited / 20, _SHORTEST_LOOK_S), _LONGEST_LOOK_S)):
             cause = "this rank was told to give up"
             raise CollectiveError(group_name, "rendezvous", 0, tuple(missing()), cause)
     raise DeadlineExceeded(

@@ -81,13 +81,8 @@ def chosen_by_user(backend: str, places: Sequence[Place]) -> Choice:
             "choose `backend: hierarchical`, or `auto`",
         )
     unable = _ranks(places, "shm")
-    if (
-        backend == "shm"
-        and unable
-        or backend == "hierarchical"
-        and len(nodes) < len(places)
-        and unable
-    ):
+    needs_memory = backend == "shm" or (backend == "hierarchical" and len(nodes) < len(places))
+    if needs_memory and unable:
         raise _refused(
             f"shared memory does not work where worker {unable} is (it needs Linux's futex)",
             "choose `backend: gloo`, or `auto`",

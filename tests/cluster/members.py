@@ -1,5 +1,6 @@
 """Actors that are ranks of a collective group, for the tests of the backends."""
 
+import hashlib
 import logging
 import os
 import threading
@@ -16,6 +17,8 @@ from distplat.platform.errors import CollectiveError, InfrastructureError
 from distplat.strategies.base import Handle, ReduceOp
 
 TIMEOUT_S = 3.0
+FAR_S = 30.0
+"""A deadline that is not to be waited for: what is lost is found before."""
 
 
 class Member:
@@ -26,11 +29,20 @@ class Member:
     def pid(self) -> int:
         return os.getpid()
 
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
     def join(
-        self, name: str, rank: int, world: int, backend: str = "gloo", debug: bool = False
+        self,
+        name: str,
+        rank: int,
+        world: int,
+        backend: str = "gloo",
+        debug: bool = False,
+        timeout_s: float = TIMEOUT_S,
     ) -> str:
         """Join a group; gives the backend that it has and why."""
-        self.settings, self.joining = Settings(TIMEOUT_S, 30, debug), name
+        self.settings, self.joining = Settings(timeout_s, 30, debug), name
         self.group = RayCollective(name, backend, rank, world, self.settings)
         return f"{self.group.choice.backend}: {self.group.choice.why}"
 
@@ -71,8 +83,12 @@ class Member:
         FAILURES[name](self.group)
 
     def all_reduce_for_ever(self) -> None:
-        while True:
-            self.group.all_reduce(torch.ones(1000))
+        """Go on until it fails, and leave then, as a worker does: others may still be looking."""
+        try:
+            while True:
+                self.group.all_reduce(torch.ones(1000))
+        finally:
+            self.group.close()
 
     def blocked(self, operation: str, elements: int) -> tuple[float, str]:
         """Wait where nobody comes; gives the seconds from `abort` to the error, and its text."""
@@ -124,6 +140,12 @@ class Member:
         world = self.group.world
         for i, tensor in enumerate(tensors):
             assert tensor.eq(i * world + world * (world - 1) / 2).all()
+
+    def digest_of_sum(self, elements: int) -> str:
+        """Sum fractions, whose sum depends on the order; gives a digest of the bits."""
+        tensor = torch.linspace(0.1, 1.7, elements) / (self.group.rank + 3)
+        self.group.all_reduce(tensor)
+        return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
     def traffic_of(self, operation: str, elements: int) -> tuple[int, int, float]:
         """Give (bytes sent, bytes received, seconds) of one operation."""
@@ -200,9 +222,9 @@ def everybody(actors: list[Any], method: str, *args: object) -> list[Any]:
     return done
 
 
-def join(actors: list[Any], name: str, backend: str = "gloo", debug: bool = False) -> list[str]:
-    """All join one group; gives what each chose and why."""
+def join(actors: list[Any], name: str, *settings: object) -> list[str]:
+    """All join one group (see `Member.join`); gives what each chose and why."""
     world = len(actors)
-    calls = [a.join.remote(name, rank, world, backend, debug) for rank, a in enumerate(actors)]
+    calls = [a.join.remote(name, rank, world, *settings) for rank, a in enumerate(actors)]
     choices: list[str] = ray.get(calls, timeout=60)
     return choices
