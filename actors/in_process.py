@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 from distplat.actors.ensemble import Launch
+from distplat.actors.launch import Keep
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.actors.training import saved_model
+from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, Gathering, StepReport, Summary
 from distplat.platform.shard_map import ShardPlan
@@ -14,9 +16,14 @@ from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import join, prepare
 
 
-def train_in_process(launch: Launch, tell: Callable[[Summary], None]) -> bytes:
+def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep) -> bytes:
     """
     Train here and now, the strategy's ports in memory.
+
+    Args:
+        launch: what to run.
+        tell: takes what happens.
+        keep: takes the log of updates, of runs that have one.
 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
@@ -28,7 +35,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None]) -> bytes:
             tell(summary)
 
     try:
-        return _train(launch, report, progress)
+        return _train(launch, report, progress, keep)
     except (DistplatError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -37,19 +44,26 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None]) -> bytes:
 
 
 def _train(
-    launch: Launch, report: Callable[[StepReport | EvalReport], None], progress: Progress
+    launch: Launch,
+    report: Callable[[StepReport | EvalReport], None],
+    progress: Progress,
+    keep: Keep,
 ) -> bytes:
     job = launch.job
     kind = launch.task or load_task_class(job.task or "", launch.working_dir)
     prepared = prepare(job, kind(**job.task_args), "cuda" if job.scaling.use_gpu else "cpu")
-    plan = ShardPlan(job, launch.run, 0, 1, prepared.total_steps, max(1, launch.roles.servers))
+    roles, steps = launch.roles, prepared.total_steps
+    plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency)
+    group = ServerGroup(plan)
     join(
         prepared,
         make_strategy(job),
         0,
         collective=Fabric(1).collective(0),
-        shards=InMemoryShards(ServerGroup(plan), 0),
+        shards=InMemoryShards(group, 0),
         report=report,
         progress=progress,
     ).run()
+    if roles.consistency.asynchronous:
+        keep(FILE_NAME, pack(group.logs(), {"run": launch.run}))
     return saved_model(prepared.flat.model)

@@ -11,6 +11,7 @@ From a job to a running cast: connect to Ray, spawn, give orders, watch, and end
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,17 +20,30 @@ import numpy as np
 import ray
 from ray.experimental.internal_kv import _internal_kv_del
 
+from distplat.actors.asking import ask
 from distplat.actors.controller import Controller
 from distplat.actors.ensemble import Ensemble, Launch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.stopping import Stopping
+from distplat.platform.apply_log import FILE_NAME, pack
+from distplat.platform.errors import InfrastructureError
 from distplat.platform.progress import Summary
 from distplat.platform.spec import Job
 
+logger = logging.getLogger(__name__)
 
-def train_on_ray(launch: Launch, tell: Callable[[Summary], None]) -> bytes:
+Keep = Callable[[str, bytes], object]
+"""Puts a file of the given name into the run directory."""
+
+
+def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) -> bytes:
     """
     Train on the connected Ray, or on a local one for the time of the run.
+
+    Args:
+        launch: what to run.
+        tell: takes what happens.
+        keep: takes the log of updates, of runs that have one.
 
     Raises:
         DistplatError: see `Trainer.fit`.
@@ -40,11 +54,26 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None]) -> bytes:
         ensemble = Ensemble(launch)
         try:
             controller = Controller(ensemble, launch.job.failure, launch.policy, stopping.check)
-            return controller.run(tell)
+            model = controller.run(tell)
+            if launch.roles.consistency.asynchronous:
+                _keep_log(launch, ensemble, keep)
+            return model
         finally:
             ensemble.end()
             # Ranks take their words back themselves, unless they were killed.
             _internal_kv_del(rendezvous_key(launch.run), del_by_prefix=True)
+
+
+def _keep_log(launch: Launch, ensemble: Ensemble, keep: Keep) -> None:
+    """Fetch the shards' logs; a run that has its model does not fail for want of them."""
+    manager = ensemble.roles["server-manager"]
+    limit = launch.job.failure.step_timeout_s
+    try:
+        logs = ask("log", [manager.logs.remote], ["server-manager"], limit, "step_timeout_s")[0]
+    except InfrastructureError as error:
+        logger.warning("no %s: %s", FILE_NAME, error)
+    else:
+        keep(FILE_NAME, pack(logs, {"run": launch.run}))
 
 
 @contextmanager

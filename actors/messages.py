@@ -92,15 +92,5 @@ class Membership:
     """Handles of the server nodes, by shard."""
     parameters: list[Address]
     """The parameter segment of each server's node, by shard: the whole flat vector."""
-
-
-@dataclass(frozen=True)
-class PushReply:
-    """A shard's answer when a step's pushes are complete, or to a commit."""
-
-    squared_norm: float | None
-    """Of the summed gradient on this shard; None: the job does not clip."""
-    committed: bool
-    """Whether the step is applied."""
-    parameters: list[Any] | None
-    """[reference to the shard's new values as bytes], for workers on other nodes."""
+    private: bool
+    """Whether each worker computes on a copy of its own."""

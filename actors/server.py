@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from distplat.actors.asking import Call, ask
 from distplat.actors.importing import quick_imports
-from distplat.actors.messages import Address, Membership, ModelFacts, PushReply
-from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError, ProtocolError
-from distplat.platform.ledger import PushId
+from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.platform.clocks import Consistency
+from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
+from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Shard, ShardMap, ShardPlan, cut_shards
 from distplat.platform.spec import Job
 
@@ -52,25 +56,33 @@ class ServerNode:
         """Take over a shard."""
         return self._body.assign(plan, shard, total, dtype, parameters)
 
-    def attach(self, rank: int, gradients: Address) -> bool:
-        """Map a worker's gradients."""
-        return self._body.attach(rank, gradients)
+    def attach(self, rank: int, gradients: Address, parameters: Address | None) -> bool:
+        """Map a worker's segments."""
+        return self._body.attach(rank, gradients, parameters)
 
     def restore(self, version: int, values: NDArray[np.uint8] | None) -> None:
         """Open for service."""
         self._body.restore(version, values)
 
-    def pull(self) -> PushReply:
-        """Give the parameters."""
-        return self._body.pull()
+    def pull(self, rank: int, number: int) -> Answer:
+        """Give the newest parameters."""
+        return self._body.pull(rank, number)
 
-    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> PushReply:
-        """Stage a gradient, wait for the other ranks'."""
+    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
+        """Take a gradient, wait for the other ranks where the strategy says so."""
         return self._body.push(push, values)
 
-    def commit(self, seq: int, norm: float | None, by_bytes: bool) -> PushReply:
+    def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step."""
-        return self._body.commit(seq, norm, by_bytes)
+        return self._body.commit(rank, seq, norm)
+
+    def wait_for_all(self, limit_s: float) -> list[int]:
+        """Wait a while for all ranks' last push."""
+        return self._body.wait_for_all(limit_s)
+
+    def log(self) -> NDArray[np.int64] | None:
+        """Give the order of updates, if it is kept."""
+        return self._body.log()
 
 
 class ServerManager:
@@ -83,11 +95,20 @@ class ServerManager:
         run: its name.
         attempt: its generation.
         servers: handles of the server nodes; the n-th keeps shard n.
+        consistency: when they apply gradients.
     """
 
-    def __init__(self, name: str, job: Job, run: str, attempt: int, servers: list[Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        job: Job,
+        run: str,
+        attempt: int,
+        servers: list[Any],
+        consistency: Consistency,
+    ) -> None:
         self._name, self._job, self._run, self._attempt = name, job, run, attempt
-        self._servers = servers
+        self._servers, self._consistency = servers, consistency
         self._joining = threading.Lock()
         self._facts: ModelFacts | None = None
         self._membership: Membership | None = None
@@ -123,8 +144,8 @@ class ServerManager:
     def _assign(self, facts: ModelFacts) -> Membership:
         """Give out the shards; the first server on each node makes the node's segment."""
         cuts = cut_shards(facts.size, len(self._servers))
-        limit = self._job.failure.start_timeout_s
-        nodes = self._ask([server.where.remote() for server in self._servers], limit)
+        everybody = list(range(len(self._servers)))
+        nodes = self._ask(everybody, [server.where.remote for server in self._servers])
         first_on = {node: nodes.index(node) for node in nodes}
         plan = ShardPlan(
             self._job,
@@ -133,12 +154,14 @@ class ServerManager:
             self._job.scaling.world,
             facts.total_steps,
             len(self._servers),
+            self._consistency,
         )
         made = self._assign_some(plan, cuts, facts, list(first_on.values()), [None] * len(first_on))
         segments = dict(zip(first_on, made, strict=True))
         others = [i for i in range(len(nodes)) if i not in first_on.values()]
         self._assign_some(plan, cuts, facts, others, [segments[nodes[i]] for i in others])
-        return Membership(cuts, self._servers, [segments[node] for node in nodes])
+        addresses = [segments[node] for node in nodes]
+        return Membership(cuts, self._servers, addresses, self._consistency.private)
 
     def _assign_some(
         self,
@@ -149,33 +172,56 @@ class ServerManager:
         segments: list[Any],
     ) -> list[Address]:
         calls = [
-            self._servers[i].assign.remote(plan, cuts.shards[i], facts.size, facts.dtype, segment)
+            partial(
+                self._servers[i].assign.remote,
+                plan,
+                cuts.shards[i],
+                facts.size,
+                facts.dtype,
+                segment,
+            )
             for i, segment in zip(indices, segments, strict=True)
         ]
-        return self._ask(calls, self._job.failure.start_timeout_s)
+        return self._ask(indices, calls)
 
-    @staticmethod
-    def _ask(calls: list[Any], limit: float) -> list[Any]:
-        try:
-            answers: list[Any] = ray.get(calls, timeout=limit)
-        except ray.exceptions.GetTimeoutError:
-            setting = "failure.start_timeout_s"
-            raise DeadlineExceeded("assigning shards", ("server nodes",), limit, setting) from None
-        return answers
+    def _ask(self, indices: list[int], calls: Sequence[Call]) -> list[Any]:
+        names = [f"server-{index}" for index in indices]
+        limit = self._job.failure.start_timeout_s
+        return ask("assigning shards", calls, names, limit, "start_timeout_s")
+
+    def logs(self) -> list[NDArray[np.int64]]:
+        """Give the shards' orders of updates, where they are kept; none from a lost server."""
+        if self._membership is None:
+            return []
+        everybody = list(range(len(self._servers)))
+        logs = self._ask(everybody, [server.log.remote for server in self._servers])
+        return [log for log in logs if log is not None]
 
     def _watch(self) -> None:
         """Note the first server that dies; the controller asks for it by `poll`."""
+        heard = dict.fromkeys(range(len(self._servers)), time.monotonic())
         while self._lost is None:
-            for index, server in enumerate(self._servers):
-                try:
-                    ray.get(server.where.remote(), timeout=self._job.failure.heartbeat_timeout_s)
-                except ray.exceptions.RayActorError as error:
-                    self._lost = ActorLost(f"server-{index}", None, _first_line(error))
-                except ray.exceptions.GetTimeoutError:
-                    limit = self._job.failure.heartbeat_timeout_s
-                    cause = f"it has not answered for {limit:g} s (frozen or cut off)"
-                    self._lost = ActorLost(f"server-{index}", None, cause)
+            for index in heard:
+                self._lost = self._lost or self._look(index, heard)
             time.sleep(WATCH_S)
+
+    def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:
+        """Ask one server whether it lives; `heard`: when each last said so."""
+        limit = self._job.failure.heartbeat_timeout_s
+        name = f"server-{index}"
+        try:
+            ray.get(self._servers[index].where.remote(), timeout=limit)
+        except ray.exceptions.ActorUnavailableError as error:
+            if time.monotonic() - heard[index] > limit:  # one lost answer is no lost server
+                return ActorLost(name, None, _first_line(error))
+            return None
+        except ray.exceptions.RayActorError as error:
+            return ActorLost(name, None, _first_line(error))
+        except ray.exceptions.GetTimeoutError:
+            cause = f"it has not answered for {limit:g} s (frozen or cut off)"
+            return ActorLost(name, None, cause)
+        heard[index] = time.monotonic()
+        return None
 
 
 def _first_line(error: Exception) -> str:

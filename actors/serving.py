@@ -1,14 +1,12 @@
 """
-A server node at work: one shard behind locks and deadlines, reached by many workers at once.
+A server node at work: one shard, and the roads by which gradients come and parameters go.
 
-Calls come in on one thread per worker. A push waits until every rank's push of the step is there;
-the thread that brings the last one does the sum, the others sleep on a condition. Payload comes by
-shared memory from workers of this node, as bytes in the call from others.
+Calls come in on one thread per worker; what they wait for, and what is applied when, is the
+service's (`strategies/training/service.py`). Payload goes by shared memory to and from workers of
+this node, as bytes to and from others.
 """
 
 import logging
-import threading
-from collections.abc import Callable
 
 import numpy as np
 import ray
@@ -18,11 +16,11 @@ from torch import Tensor
 
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory import Segment
-from distplat.actors.messages import Address, PushReply
-from distplat.platform.errors import DeadlineExceeded
-from distplat.platform.ledger import PushId
+from distplat.actors.messages import Address
+from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Shard, ShardPlan
-from distplat.strategies.training.shard import ParameterShard
+from distplat.strategies.training.client import make_service
+from distplat.strategies.training.service import Deliver, Limits, Service
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +36,16 @@ class Serving:
 
     def __init__(self, name: str, node: str) -> None:
         self._name, self._node = name, node
-        self._changed = threading.Condition()
         self._gradients: dict[int, Tensor] = {}  #: rank -> its part of this shard, shared memory
+        self._parameters: dict[int, Tensor] = {}  #: the same of workers that compute on a copy
+        self._segment: Segment | None = None
+        self._published: tuple[int, ray.ObjectRef[NDArray[np.uint8]]] | None = None
 
     def assign(
         self, plan: ShardPlan, shard: Shard, total: int, dtype: str, parameters: Address | None
     ) -> Address:
         """
-        Take over a shard.
+        Take over a shard; a second time does nothing.
 
         Args:
             plan: the run's facts.
@@ -57,109 +57,92 @@ class Serving:
         Returns:
             Address of the node's parameter segment, of `total` elements.
         """
+        if self._segment is not None:
+            return self._segment.address
         if parameters is None:
-            self._segment = Segment.create(self._node, total, dtype)
+            segment = Segment.create(self._node, total, dtype)
         else:
-            self._segment = Segment.open(parameters)
+            segment = Segment.open(parameters)
         self._plan, self._cut = plan, shard
-        self._shard = ParameterShard(plan, self._segment.tensor[shard.start : shard.stop])
+        limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
+        params = segment.tensor[shard.start : shard.stop]
+        self._service: Service = make_service(self._name, plan, limits, params)
+        self._segment = segment
         log_to_stderr()
         logger.info(
             "shard %d: parameters %d..%d of %d", shard.index, shard.start, shard.stop, total
         )
-        return self._segment.address
+        return segment.address
 
-    def attach(self, rank: int, gradients: Address) -> bool:
-        """Map a worker's gradient segment; False: it cannot be reached, send bytes instead."""
-        if gradients.node != self._node:
-            return False
+    def attach(self, rank: int, gradients: Address, parameters: Address | None) -> bool:
+        """Map a worker's segments; False: they cannot be reached, send bytes instead."""
+        if rank in self._gradients:
+            return True
         try:
-            segment = Segment.open(gradients)
+            if gradients.node != self._node:
+                return False
+            if parameters is not None:
+                self._parameters[rank] = self._mine(Segment.open(parameters))
+            self._gradients[rank] = self._mine(Segment.open(gradients))
         except OSError:
             return False
-        self._gradients[rank] = segment.tensor[self._cut.start : self._cut.stop]
         return True
 
     def restore(self, version: int, values: NDArray[np.uint8] | None) -> None:
-        """Open for service; `values` None: they are in the segment already."""
-        with self._changed:
+        """Open for service; `values` None: they are in a segment, the node's or rank 0's."""
+
+        def fill(params: Tensor) -> None:
             if values is not None:
-                self._shard.params.copy_(self._from_bytes(values))
-            self._shard.restore(version)
-            self._changed.notify_all()
+                params.copy_(self._from_bytes(values))
+            elif 0 in self._parameters:
+                params.copy_(self._parameters[0])
 
-    def pull(self) -> PushReply:
-        """Give the parameters, once there are any."""
-        with self._changed:
-            self._wait(
-                lambda: self._shard.ledger.version is not None,
-                f"parameters of {self._name}",
-                lambda: ("worker-0",),
-                "start_timeout_s",
-            )
-            return self._reply(by_bytes=True)
+        self._service.restore(version, fill)
 
-    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> PushReply:
-        """
-        Stage a worker's gradient; return when those of all ranks are here.
+    def pull(self, rank: int, number: int) -> Answer:
+        """Give the newest parameters; see `Service.pull`."""
+        return self._service.pull(rank, number, self._deliver(rank))
 
-        Args:
-            push: identity.
-            values: the gradient's bytes; None: it is in the worker's segment.
+    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
+        """Take a gradient's bytes; None: it is in the worker's segment. See `Service.push`."""
+        gradient = self._gradients[push.rank] if values is None else self._from_bytes(values)
+        return self._service.push(push, gradient, self._deliver(push.rank))
 
-        Raises:
-            ProtocolError: the push must not be applied.
-            DeadlineExceeded: somebody's push did not come; names who.
-        """
-        with self._changed:
-            gradient = self._gradients[push.rank] if values is None else self._from_bytes(values)
-            self._shard.push(push, gradient)
-            ledger = self._shard.ledger
-            if ledger.complete:
-                if self._shard.commits_alone:
-                    norm = self._shard.squared_norm
-                    self._shard.commit(push.seq, None if norm is None else norm**0.5)
-                self._changed.notify_all()
-            self._wait(
-                lambda: self._shard.version > push.seq or ledger.complete,
-                f"push {push.seq} to {self._name}",
-                lambda: tuple(f"worker-{rank}" for rank in ledger.missing()),
-                "step_timeout_s",
-            )
-            return self._reply(by_bytes=values is not None)
+    def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
+        """Apply a staged step; see `Service.commit`."""
+        return self._service.commit(rank, seq, norm, self._deliver(rank))
 
-    def commit(self, seq: int, norm: float | None, by_bytes: bool) -> PushReply:
-        """Apply a staged step, once; later calls get the same answer."""
-        with self._changed:
-            self._shard.commit(seq, norm)
-            return self._reply(by_bytes)
+    def wait_for_all(self, limit_s: float) -> list[int]:
+        """See `Service.wait_for_all`."""
+        return self._service.wait_for_all(limit_s)
 
-    def _wait(
-        self,
-        arrived: Callable[[], bool],
-        what: str,
-        missing: Callable[[], tuple[str, ...]],
-        setting: str,
-    ) -> None:
-        limit: float = getattr(self._plan.job.failure, setting)
-        if not self._changed.wait_for(arrived, limit):
-            raise DeadlineExceeded(what, missing(), limit, f"failure.{setting}")
+    def log(self) -> NDArray[np.int64] | None:
+        """See `Service.log`; None too before a shard was assigned."""
+        return self._service.log() if self._segment is not None else None
 
-    def _reply(self, by_bytes: bool) -> PushReply:
-        version = self._shard.version
-        committed = not self._shard.ledger.complete
-        parameters = [self._published(version)] if by_bytes and committed else None
-        return PushReply(self._shard.squared_norm, committed, parameters)
+    def _deliver(self, rank: int) -> Deliver:
+        """Say how values get to a worker; called with the service's lock held."""
 
-    def _published(self, version: int) -> "ray.ObjectRef[NDArray[np.uint8]]":
+        def deliver(values: Tensor, version: int) -> list[object] | None:
+            if rank in self._parameters:
+                self._parameters[rank].copy_(values)
+            if rank in self._gradients:
+                return None
+            return [self._publish(values, version)]  # in a list, or Ray would send the values
+
+        return deliver
+
+    def _publish(self, values: Tensor, version: int) -> "ray.ObjectRef[NDArray[np.uint8]]":
         """Put a version's bytes into the object store once, whoever asks for them."""
-        if getattr(self, "_published_version", None) != version:
+        if self._published is None or self._published[0] != version:
             # ray.put copies, so the shard may go on and write into its vector.
-            self._published_ref = ray.put(self._shard.params.view(torch.uint8).numpy())
-            self._published_version = version
-        return self._published_ref
+            self._published = version, ray.put(values.view(torch.uint8).numpy())
+        return self._published[1]
+
+    def _mine(self, segment: Segment) -> Tensor:
+        return segment.tensor[self._cut.start : self._cut.stop]
 
     def _from_bytes(self, values: NDArray[np.uint8]) -> Tensor:
         # Ray's arrays are read-only maps of its store; torch has no read-only tensor and warns.
         array = values if values.flags.writeable else np.array(values, copy=True)
-        return torch.from_numpy(array).view(self._shard.params.dtype)
+        return torch.from_numpy(array).view(self._service.params.dtype)

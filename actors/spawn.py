@@ -59,7 +59,7 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
         threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
         options = {**common, **_resources({"CPU": 0.0}), **threads, "name": name}
         manager = ray.remote(ServerManager).options(**options)
-        cast.manager = manager.remote(name, job, run, attempt, cast.servers)
+        cast.manager = manager.remote(name, job, run, attempt, cast.servers, roles.consistency)
     return cast
 
 

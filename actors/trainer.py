@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from distplat.actors.ensemble import Launch
-from distplat.actors.launch import train_on_ray
+from distplat.actors.launch import Keep, train_on_ray
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary, Summary
 from distplat.platform.recovery import policy_of
@@ -138,7 +138,7 @@ class Trainer:
                     observer.disturbed(summary)
 
         try:
-            state = self._train(run, tell)
+            state = self._train(run, tell, directory.keep)
             if self.job.checkpoint.save_final:
                 result.checkpoint = directory.save_model(state)
         except BaseException as error:
@@ -149,7 +149,7 @@ class Trainer:
         directory.finish("SUCCEEDED", {"metrics": result.metrics, "seconds": result.seconds})
         return result
 
-    def _train(self, run: str, tell: Callable[[Summary], None]) -> bytes:
+    def _train(self, run: str, tell: Callable[[Summary], None], keep: Keep) -> bytes:
         launch = Launch(
             self.job,
             run,
@@ -162,8 +162,8 @@ class Trainer:
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch
 
-            return train_in_process(launch, tell)
-        return train_on_ray(launch, tell)
+            return train_in_process(launch, tell, keep)
+        return train_on_ray(launch, tell, keep)
 
 
 def _status(error: BaseException) -> str:

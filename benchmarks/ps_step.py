@@ -4,17 +4,23 @@ One synchronous parameter-server step without any computing: gradients in, updat
 Ours: `ps-sync` as workers use it, over shared memory on one node. Peer: the synchronous flow of the
 parameter-server example in Ray's documentation, written for the same layers: one server actor,
 weights travel as a `state_dict` of tensors, gradients as a list of arrays, the driver passes
-references on. Both update by SGD with momentum.
+references on. Both update by SGD with momentum. Second peer: torch's all-reduce over gloo, of as
+many bytes between the same workers, without any update.
 """
 
 import argparse
+import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from common import WORKERS, alternately, median_ms, print_ratio
+from common import WORKERS, median_ms, print_ratio
 from torch import nn
 
 from distplat.actors.messages import WorkOrder
@@ -24,7 +30,7 @@ from distplat.strategies.base import Roles
 
 LAYERS = 8
 MEGABYTES = (1, 8, 64)
-GOAL = 0.2
+GOAL, GLOO_GOAL = 0.15, 1.0
 
 
 def layers(megabytes: int) -> nn.ParameterList:
@@ -51,8 +57,7 @@ class OurWorker:
         seconds = []
         for _ in range(steps):
             began = time.perf_counter()
-            norm = self.shards.push(self.step)
-            self.shards.commit(self.step, norm)
+            self.shards.push(self.step)
             seconds.append(time.perf_counter() - began)
             self.step += 1
         return seconds
@@ -89,6 +94,25 @@ class PeerWorker:
         return self.gradients
 
 
+class GlooWorker:
+    """All-reduces a vector with torch's own group."""
+
+    def __init__(self, rank: int, file: str, megabytes: int) -> None:
+        torch.set_num_threads(1)
+        dist: Any = torch.distributed  # torch's stubs leave out most of it
+        store = dist.FileStore(file, WORKERS)
+        self.group = dist.ProcessGroupGloo(store, rank, WORKERS, timedelta(seconds=60))
+        self.vector = torch.ones(megabytes * (1 << 20) // 4)
+
+    def run(self, steps: int) -> list[float]:
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            self.group.allreduce([self.vector]).wait()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+
 def ours(megabytes: int, servers: int) -> tuple[Any, list[Any]]:
     """Start our side; give the cast and its workers."""
     job = Job.model_validate(
@@ -107,8 +131,7 @@ def ours(megabytes: int, servers: int) -> tuple[Any, list[Any]]:
         ray.kill(worker)
     cast.workers = [ray.remote(OurWorker).options(num_cpus=1).remote() for _ in range(WORKERS)]
     orders = [
-        WorkOrder(job, run, 0, rank, "", "", None, cast.manager, None)
-        for rank in range(WORKERS)
+        WorkOrder(job, run, 0, rank, "", "", None, cast.manager, None) for rank in range(WORKERS)
     ]
     ray.get(
         [w.connect.remote(o, megabytes) for w, o in zip(cast.workers, orders, strict=True)],
@@ -117,14 +140,18 @@ def ours(megabytes: int, servers: int) -> tuple[Any, list[Any]]:
     return cast, cast.workers
 
 
-def measure(megabytes: int, servers: int, steps: int, rounds: int) -> tuple[float, float]:
-    """Give our and the peer's milliseconds per step."""
+def measure(megabytes: int, servers: int, steps: int, rounds: int) -> tuple[float, float, float]:
+    """Give our, the peer's and gloo's milliseconds per step, each side in turn."""
     cast, workers = ours(megabytes, servers)
     server = ray.remote(PeerServer).options(num_cpus=0).remote(megabytes)
     peers = [ray.remote(PeerWorker).options(num_cpus=1).remote(megabytes) for _ in range(WORKERS)]
+    folder = tempfile.TemporaryDirectory()
+    gloo_class = ray.remote(GlooWorker).options(num_cpus=1)
+    file = str(Path(folder.name) / "store")
+    gloos = [gloo_class.remote(rank, file, megabytes) for rank in range(WORKERS)]
 
-    def our_step() -> float:
-        return median_ms(ray.get([w.run.remote(steps) for w in workers], timeout=300)[0])
+    def slowest(group: list[Any]) -> float:
+        return max(map(median_ms, ray.get([w.run.remote(steps) for w in group], timeout=300)))
 
     def peer_step() -> float:
         weights = server.weights.remote()
@@ -136,12 +163,17 @@ def measure(megabytes: int, servers: int, steps: int, rounds: int) -> tuple[floa
             seconds.append(time.perf_counter() - began)
         return median_ms(seconds)
 
-    our_step(), peer_step()  # warm up
-    figures = alternately(our_step, peer_step, rounds)
+    sides: list[Callable[[], float]]
+    sides = [lambda: slowest(workers), peer_step, lambda: slowest(gloos)]
+    for side in sides:
+        side()  # warm up
+    figures = [[side() for side in sides] for _ in range(rounds)]
     cast.end()
-    for actor in [server, *peers]:
+    for actor in [server, *peers, *gloos]:
         ray.kill(actor)
-    return figures
+    folder.cleanup()
+    mine, peer, gloo = (statistics.median(column) for column in zip(*figures, strict=True))
+    return mine, peer, gloo
 
 
 def main() -> None:
@@ -159,8 +191,10 @@ def main() -> None:
     )
     for servers in args.servers:
         for megabytes in MEGABYTES:
-            mine, peer = measure(megabytes, servers, args.steps, args.rounds)
-            print_ratio(f"ps-sync step, {megabytes} MB, {servers} server(s)", mine, peer, GOAL)
+            mine, peer, gloo = measure(megabytes, servers, args.steps, args.rounds)
+            what = f"ps-sync step, {megabytes} MB, {servers} server(s)"
+            print_ratio(what, mine, peer, GOAL)
+            print_ratio(f"{what}, all-reduce", mine, gloo, GLOO_GOAL)
     ray.shutdown()
 
 

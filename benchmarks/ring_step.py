@@ -37,12 +37,12 @@ def mlp() -> nn.Module:
 
 
 def conv() -> nn.Module:
-    """Four 3x3 convolutions on pictures of 32 x 32: 0.1 M parameters, 0.2 GFLOP a sample."""
-    channels = [3, 32, 64, 64, 64]
+    """Four 3x3 convolutions on pictures of 32 x 32: 24 k parameters, 0.05 GFLOP a sample."""
+    channels = [3, 16, 32, 32, 32]
     parts: list[nn.Module] = []
     for inputs, outputs in pairwise(channels):
         parts += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
 MODELS = {"mlp": mlp, "conv": conv}

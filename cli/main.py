@@ -27,6 +27,8 @@ from distplat.cli.options import (
     flags,
     is_json,
 )
+from distplat.cli.replay import replay
+from distplat.cli.schedule import schedule
 from distplat.platform.errors import DistplatError, SpecError
 
 _EPILOG = """
@@ -169,6 +171,10 @@ def strategies(output: Output = "text") -> None:
     from distplat.cli.describe import print_strategies
 
     print_strategies(as_json=is_json(output))
+
+
+app.command()(schedule)
+app.command()(replay)
 
 
 @app.command("list")

@@ -1,5 +1,5 @@
 """
-The ledger of one shard: which pushes it has, and which it must not take (invariants I1, I3, I6).
+The ledgers of a shard: which pushes it has, and which it must not take (invariants I1, I3, I6).
 
 A synchronous shard lives through the same three moments for every step. `version` counts the
 updates it has applied, so it is also the sequence number of the pushes it waits for:
@@ -10,10 +10,17 @@ updates it has applied, so it is also the sequence number of the pushes it waits
 
 Ray delivers a call at least once. What may arrive twice is answered as the first time; what would
 lose a push or count one twice is refused. The memory is O(ranks), however long the run is.
+
+An asynchronous shard applies each push when it comes. Every worker's pushes are numbered for
+themselves; only the next of each may be applied:
+
+    worker-0   0  1  2 |3|         push 2 again: the same answer      4: a gap    1: stale
+    worker-1   0 |1|
 """
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from distplat.platform.errors import FencedError, GapError, NotReadyError, StaleError
 
@@ -30,20 +37,49 @@ class PushId:
     """Number of this worker's push, from 0; in synchronous strategies the step."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a shard tells a worker: the answer to a push, a commit or a pull."""
+
+    version: int
+    """Updates that the values have behind them that the worker now has."""
+    committed: bool = True
+    """False: a commit must follow, with the norm over all shards."""
+    squared_norm: float | None = None
+    """Of the summed gradient on this shard; None: nobody needs it."""
+    staleness: int = 0
+    """Updates between the worker's pull and its gradient's turn."""
+    waiting_s: float = 0.0
+    """How long the worker was held up for others."""
+    dropped: int = 0
+    """The worker's pushes so far that came too late for their step."""
+    payload: Any = None
+    """How the values travel, where worker and server share no memory."""
+
+
 class Verdict(Enum):
     """What a shard does with a push that it does not refuse."""
 
     NEW = "stage it"
     REPEAT_STAGED = "it is staged already"
     REPEAT_COMMITTED = "its step is committed already"
+    LATE = "its step was made without it: drop it"
 
 
 class Ledger:
-    """Book of one synchronous shard. Starts unready: without parameters it takes nothing."""
+    """
+    Book of one synchronous shard. Starts unready: without parameters it takes nothing.
 
-    def __init__(self, job: str, attempt: int, world: int) -> None:
+    With `backup` workers a step is complete without so many of the pushes. A worker whose push
+    came too late goes on with the newest version, so it may leave steps out.
+    """
+
+    def __init__(self, job: str, attempt: int, world: int, backup: int = 0) -> None:
         self.job, self.attempt, self.world = job, attempt, world
         self.version: int | None = None  #: updates applied; None: no parameters yet
+        self.dropped = [0] * world  #: by rank: pushes that came too late
+        self._backup = backup
+        self._last: dict[int, tuple[int, Verdict]] = {}  #: rank -> its last push, told again how
         self._staged: set[int] = set()  #: ranks whose push for `version` is here
 
     def restore(self, version: int) -> None:
@@ -61,28 +97,34 @@ class Ledger:
             StaleError: older than the last committed push.
             GapError: newer than the one expected.
         """
-        version = self._ready()
-        if (push.job, push.attempt) != (self.job, self.attempt):
-            raise FencedError(
-                f"push of job {push.job!r} attempt {push.attempt} refused: "
-                f"this shard serves {self.job!r} attempt {self.attempt}"
-            )
-        if not 0 <= push.rank < self.world:
-            raise FencedError(f"push of rank {push.rank} refused: the world has {self.world}")
+        version = _ready(self.version)
+        _check_sender(push, self.job, self.attempt, self.world)
         if push.seq == version:
             if push.rank in self._staged:
                 return Verdict.REPEAT_STAGED
             self._staged.add(push.rank)
+            self._last[push.rank] = push.seq, Verdict.REPEAT_COMMITTED
             return Verdict.NEW
+        if self._backup and 0 <= push.seq < version:
+            return self._late(push)
         if push.seq == version - 1:
             return Verdict.REPEAT_COMMITTED
-        kind = GapError if push.seq > version else StaleError
-        raise kind(f"push {push.seq} of rank {push.rank} refused: expected {version}")
+        raise _out_of_turn(push, version)
 
     @property
     def complete(self) -> bool:
-        """Whether every rank's push for the present version is staged."""
-        return len(self._staged) == self.world
+        """Whether as many pushes for the present version are staged as a step needs."""
+        return len(self._staged) >= self.world - self._backup
+
+    def _late(self, push: PushId) -> Verdict:
+        last, verdict = self._last.get(push.rank, (-1, Verdict.LATE))
+        if push.seq < last:
+            raise _out_of_turn(push, last)
+        if push.seq > last:
+            self.dropped[push.rank] += 1
+            self._last[push.rank] = push.seq, Verdict.LATE
+            return Verdict.LATE
+        return verdict
 
     def missing(self) -> list[int]:
         """Ranks whose push for the present version has not come."""
@@ -96,7 +138,7 @@ class Ledger:
             NotReadyError: no parameters yet.
             StaleError, GapError: not the step that is staged.
         """
-        version = self._ready()
+        version = _ready(self.version)
         if seq == version - 1:
             return False
         if seq < version:
@@ -107,7 +149,57 @@ class Ledger:
         self._staged.clear()
         return True
 
-    def _ready(self) -> int:
-        if self.version is None:
-            raise NotReadyError("this shard has no parameters yet; it must be restored first")
-        return self.version
+
+class AsyncLedger:
+    """Book of one asynchronous shard. Starts unready: without parameters it takes nothing."""
+
+    def __init__(self, job: str, attempt: int, world: int) -> None:
+        self.job, self.attempt, self.world = job, attempt, world
+        self.version: int | None = None  #: updates applied; None: no parameters yet
+        self._next = [0] * world  #: by rank: number of the push that may be applied
+
+    def restore(self, version: int) -> None:
+        """Parameters of this version are in place; from now on pushes are taken."""
+        self.version = version
+
+    def offer(self, push: PushId) -> Verdict:
+        """
+        Decide on a push and book it; `NEW` is to be applied at once, and counts as a version.
+
+        Raises:
+            NotReadyError: no parameters yet.
+            FencedError: another job or attempt, or no rank of this world.
+            StaleError: older than the worker's last push.
+            GapError: not the one that follows it.
+        """
+        version = _ready(self.version)
+        _check_sender(push, self.job, self.attempt, self.world)
+        expected = self._next[push.rank]
+        if push.seq == expected:
+            self._next[push.rank] += 1
+            self.version = version + 1
+            return Verdict.NEW
+        if push.seq == expected - 1 >= 0:
+            return Verdict.REPEAT_COMMITTED
+        raise _out_of_turn(push, expected)
+
+
+def _ready(version: int | None) -> int:
+    if version is None:
+        raise NotReadyError("this shard has no parameters yet; it must be restored first")
+    return version
+
+
+def _check_sender(push: PushId, job: str, attempt: int, world: int) -> None:
+    if (push.job, push.attempt) != (job, attempt):
+        raise FencedError(
+            f"push of job {push.job!r} attempt {push.attempt} refused: "
+            f"this shard serves {job!r} attempt {attempt}"
+        )
+    if not 0 <= push.rank < world:
+        raise FencedError(f"push of rank {push.rank} refused: the world has {world}")
+
+
+def _out_of_turn(push: PushId, expected: int) -> GapError | StaleError:
+    kind = GapError if push.seq > expected else StaleError
+    return kind(f"push {push.seq} of rank {push.rank} refused: expected {expected}")

@@ -95,8 +95,8 @@ class Gathering:
     Joins the reports of all ranks; each step and evaluation is given out once, in order.
 
     A step is given out when its last rank has reported it. Where a rank was lost between its part
-    and its report, that report never comes: then the step is given out without it, as soon as
-    something later is complete. What is done again after a restart is not given out again.
+    and its report, that report never comes: then the step is given out without it, as soon as a
+    later step is complete, or at the end. What is done again after a restart is given out once.
     """
 
     def __init__(self, world: int) -> None:
@@ -108,8 +108,9 @@ class Gathering:
         if isinstance(report, StepReport):
             steps = self._steps.add(report)
             return [*self._partial(report.step), _join_steps(steps)] if steps else []
+        # Ranks may report an evaluation for each other: it says nothing of who reported which step.
         evaluations = self._evals.add(report)
-        return [*self._partial(report.step), _join_evals(evaluations)] if evaluations else []
+        return [_join_evals(evaluations)] if evaluations else []
 
     def rest(self) -> list[StepSummary | EvalSummary]:
         """Give what is left of the steps when the run is over."""

@@ -6,6 +6,7 @@ The run directory: what a run leaves on disk.
         metrics.jsonl       one line per step and per evaluation
         tensorboard/        the same for TensorBoard
         model.safetensors   the trained model
+        apply_log.safetensors   of asynchronous runs: in which order each shard applied gradients
         result.json         how it ended: status, last figures, or the error
 
 Metrics are flushed with every line: they are there when the run is not any more.
@@ -92,9 +93,18 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        path = self.path / "model.safetensors"
+        return self.keep("model.safetensors", model)
+
+    def keep(self, name: str, data: bytes) -> Path:
+        """
+        Write a file of the run, whole or not at all.
+
+        Raises:
+            StorageError: the disk is full, or the directory is gone.
+        """
+        path = self.path / name
         try:
-            _write_durably(path, model)
+            _write_durably(path, data)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error}") from error
         return path

@@ -8,6 +8,7 @@ huge embedding does not make one server the slow one.
 
 from dataclasses import dataclass
 
+from distplat.platform.clocks import SYNCHRONOUS, Consistency
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
 
@@ -59,4 +60,5 @@ class ShardPlan:
     """Workers whose pushes make up a step."""
     total_steps: int
     shards: int
-    """Shards of the model: the only one may commit by itself."""
+    """Shards of the model: the only one sees the norm of the whole gradient."""
+    consistency: Consistency = SYNCHRONOUS

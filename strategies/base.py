@@ -18,14 +18,17 @@ This module needs no torch itself: listing strategies and checking a job must be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
+from distplat.platform.clocks import SYNCHRONOUS, Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Spec
 from distplat.platform.spec import Job
+from distplat.strategies.ports import Pushed as Pushed
+from distplat.strategies.ports import Shards as Shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,37 +147,6 @@ class Collective(Protocol):
         """
 
 
-class Shards(Protocol):
-    """
-    The server group as one worker sees it. Workers know servers, never each other.
-
-    The worker's parameters and gradients live in buffers that the port gives out, so that where
-    both sides share a node nothing is copied.
-    """
-
-    def connect(self, flat: FlatModel) -> None:
-        """
-        Agree on the shard map, move the model's flat buffers to where the servers can reach them,
-        and take over the servers' parameters (rank 0's initial ones in a fresh run).
-
-        Raises:
-            ProtocolError: this worker's model is not that of the others.
-            ActorLost: a server is gone.
-            DeadlineExceeded: somebody did not come.
-        """
-
-    def push(self, step: int) -> float | None:
-        """
-        Hand the gradients to all shards; return when every rank's are there.
-
-        Returns:
-            The 2-norm of the summed gradient over all shards, or None if nothing needs it.
-        """
-
-    def commit(self, step: int, norm: float | None) -> None:
-        """Have all shards apply the update of `step`; return with the new parameters in place."""
-
-
 class Options(Spec):
     """Base of a strategy's options: frozen, unknown names refused, one sentence per field."""
 
@@ -199,6 +171,8 @@ class Roles:
     """Parameter-server nodes; with one or more, workers get the port `Shards`."""
     server_resources: dict[str, float] | None = None
     """Ray resources of one server node."""
+    consistency: Consistency = SYNCHRONOUS
+    """When the servers apply gradients."""
     collective: GroupSpec | None = None
     """The group of all workers; None: workers get no port `Collective`."""
 
@@ -214,6 +188,8 @@ class Context:
     flat: FlatModel
     _collective: Collective | None
     _shards: Shards | None
+    alive: Callable[[], None] = lambda: None
+    """To be called now and then in a wait that may be long for a good reason."""
 
     @property
     def collective(self) -> Collective:
@@ -280,6 +256,10 @@ class Strategy(ABC, Generic[OptionsT]):
         Returns:
             Steps that `flat.params` now has behind it, the same on all ranks; 0 in a fresh run.
         """
+
+    def skips(self, step: int) -> bool:
+        """Say whether this rank leaves the step out; asked once before each step."""
+        return False
 
     def last_backward(self, step: int) -> None:
         """

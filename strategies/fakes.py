@@ -12,19 +12,16 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distplat.platform.errors import ActorLost, CollectiveError, DeadlineExceeded
-from distplat.platform.ledger import PushId
-from distplat.platform.shard_map import ShardPlan, cut_shards
+from distplat.platform.errors import CollectiveError
 from distplat.strategies.algorithms.reduce import sum_in_order
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.shard import ParameterShard
+from distplat.strategies.training.fake_servers import InMemoryShards as InMemoryShards
+from distplat.strategies.training.fake_servers import ServerGroup as ServerGroup
 
 
 class Fabric:
@@ -205,90 +202,3 @@ def _combine(parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
     for part in parts[1:]:
         result = pairwise[op](result, part)
     out.copy_(result)
-
-
-@dataclass
-class ServerGroup:
-    """
-    Server nodes in memory, shared by the ranks' `InMemoryShards`.
-
-    Set `lost` to make the next call of every rank fail as if a server had died.
-    """
-
-    plan: ShardPlan
-    timeout_s: float = 10.0
-    lost: str = ""
-
-    def __post_init__(self) -> None:
-        self._changed = threading.Condition()
-        self._params: Tensor | None = None
-        self.shards: list[ParameterShard] = []
-
-    def open(self, initial: Tensor) -> Tensor:
-        """Take the first comer's parameters as the initial ones; give the shared vector."""
-        with self._changed:
-            if self._params is None:
-                self._params = initial.clone()
-                for shard in cut_shards(initial.numel(), self.plan.shards).shards:
-                    part = self._params[shard.start : shard.stop]
-                    self.shards.append(ParameterShard(self.plan, part))
-                    self.shards[-1].restore(0)
-            return self._params
-
-    def push(self, index: int, push: PushId, gradient: Tensor) -> float | None:
-        """Stage on one shard; return its squared norm when all ranks' pushes are there."""
-        if self.lost:
-            raise ActorLost(f"server-{index}", push.seq, self.lost)
-        with self._changed:
-            shard = self.shards[index]
-            shard.push(push, gradient)
-            self._changed.notify_all()
-
-            def staged() -> bool:
-                return shard.version > push.seq or shard.ledger.complete
-
-            if not self._changed.wait_for(staged, self.timeout_s):
-                missing = tuple(f"worker-{r}" for r in shard.ledger.missing())
-                raise DeadlineExceeded(
-                    f"push {push.seq} to server-{index}",
-                    missing,
-                    self.timeout_s,
-                    "failure.step_timeout_s",
-                )
-            return shard.squared_norm
-
-    def commit(self, index: int, seq: int, norm: float | None) -> None:
-        """Apply on one shard."""
-        if self.lost:
-            raise ActorLost(f"server-{index}", seq, self.lost)
-        with self._changed:
-            self.shards[index].commit(seq, norm)
-            self._changed.notify_all()
-
-
-class InMemoryShards:
-    """One rank's view of a `ServerGroup` (see `Shards`)."""
-
-    def __init__(self, group: ServerGroup, rank: int) -> None:
-        self._group, self._rank = group, rank
-
-    def connect(self, flat: FlatModel) -> None:
-        """See `Shards`."""
-        self._flat = flat
-        flat.move(self._group.open(flat.params), flat.grads)
-        self._cuts = cut_shards(flat.size, self._group.plan.shards).shards
-
-    def push(self, step: int) -> float | None:
-        """See `Shards`."""
-        plan = self._group.plan
-        push = PushId(plan.run, plan.attempt, self._rank, step)
-        squares = [
-            self._group.push(cut.index, push, self._flat.grads[cut.start : cut.stop])
-            for cut in self._cuts
-        ]
-        return None if None in squares else sum(s for s in squares if s is not None) ** 0.5
-
-    def commit(self, step: int, norm: float | None) -> None:
-        """See `Shards`."""
-        for cut in self._cuts:
-            self._group.commit(cut.index, step, norm)

@@ -4,13 +4,18 @@ Synchronous parameter server: data parallel around a server group (Li et al., OS
 Server nodes keep the parameters and the optimizer's state, cut into shards of equal size. In each
 step every worker pushes its gradients; when all of them are in, every shard sums them in rank
 order, updates, and serves the new version. Workers never talk to each other.
+
+With `backup_workers: b` a step is made of the first N - b gradients; what comes later is dropped,
+and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00981).
 """
 
 from pydantic import Field
 
+from distplat.platform.clocks import Consistency
+from distplat.platform.errors import Problem
 from distplat.platform.fields import NonNegative
 from distplat.platform.spec import Job
-from distplat.strategies.base import Context, Options, Roles, Strategy
+from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
 
 
@@ -21,6 +26,8 @@ class PsSyncOptions(Options):
     """Server nodes; each keeps an equal part of the parameters."""
     resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none, for it works while workers wait."""
+    backup_workers: int = Field(0, ge=0, le=1023, strict=True)
+    """Gradients that a step does not wait for; with it, runs do not repeat bit for bit."""
 
 
 @strategies.register("ps-sync")
@@ -32,20 +39,53 @@ class PsSync(Strategy[PsSyncOptions]):
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
-        return Roles(
-            servers=self.options.num_servers, server_resources=self.options.resources_per_server
-        )
+        chosen = self.options
+        consistency = Consistency(backup_workers=chosen.backup_workers)
+        return Roles(chosen.num_servers, chosen.resources_per_server, consistency)
+
+    def problems(self, job: Job) -> list[Problem]:
+        """Refuse more backup workers than can be done without, and shards that would not agree."""
+        backup, world = self.options.backup_workers, job.scaling.world
+        where = ("strategy", "backup_workers")
+        if backup >= world:
+            return [Problem(where, f"must be less than the {world} workers (got {backup})")]
+        if backup and self.options.num_servers > 1:
+            text = "needs `num_servers: 1`: each shard would take other workers' gradients"
+            return [Problem(where, text)]
+        return []
 
     def setup(self, context: Context) -> int:
         """Move the model's buffers to where the servers reach them; take their parameters."""
-        self.shards = context.shards
-        self.shards.connect(context.flat)
+        self._context, self._shards = context, context.shards
+        self._pushed = Pushed()
+        self._skipped = 0
+        self._shards.connect(context.flat)
         return 0
 
+    def skips(self, step: int) -> bool:
+        """Say whether the others have made the step without this rank."""
+        late = self._pushed.version > step
+        self._skipped += late
+        return late
+
     def exchange(self, step: int) -> None:
-        """Push; returns when every shard has every rank's gradients of this step."""
-        self.norm = self.shards.push(step)
+        """Push; returns when the shards have the gradients that the step needs."""
+        self._pushed = self._shards.push(step)
 
     def update(self, step: int) -> None:
-        """Commit: only now may a shard go on to the next version (I3)."""
-        self.shards.commit(step, self.norm)
+        """Commit, where the shards had to learn the norm over all of them first."""
+        if self._pushed.norm is not None:
+            self._shards.commit(step, self._pushed.norm)
+
+    def synchronize(self) -> None:
+        """Take the newest parameters, where ranks may be apart; after the last step none are."""
+        apart = self._pushed.version < self._context.total_steps
+        if self.options.backup_workers and apart:
+            self._shards.refresh()
+
+    def figures(self) -> dict[str, float]:
+        """Give how long servers held this rank up, and what came of its gradients so far."""
+        found = {"waiting_s": self._pushed.waiting_s}
+        if self.options.backup_workers:
+            found |= {"dropped": float(self._pushed.dropped), "skipped": float(self._skipped)}
+        return found

@@ -38,6 +38,10 @@ class Progress:
     beats: int = 0
     """Micro-batches and steps done: grows while the worker works, even on no samples."""
 
+    def beat(self) -> None:
+        """Show that the worker is at work."""
+        self.beats += 1
+
 
 @dataclass
 class Loop:
@@ -70,7 +74,10 @@ class Loop:
         steps = range(self.start, self.total_steps)
         batches = micro_batches(self.job, self.data, self.sampler, self.rank, steps)
         for step in steps:
-            self._step(step, batches)
+            if self.strategy.skips(step):
+                self._skip(step, batches)
+            else:
+                self._step(step, batches)
             if self.eval_data is not None and self._evaluates_after(step):
                 self.strategy.synchronize()
                 self._evaluate(self.eval_data, step + 1)
@@ -97,10 +104,12 @@ class Loop:
         self.strategy.exchange(step)
         clock.lap("exchange")
         self.strategy.update(step)
+        clock.lap("update")
+        self._end_step(step, loss_sum, sum(sizes), clock)
+
+    def _end_step(self, step: int, loss_sum: float, samples: int, clock: "_Stopwatch") -> None:
         self.flat.version = self.progress.step = step + 1
         self.progress.beats += 1
-        clock.lap("update")
-        samples = sum(sizes)
         mean = loss_sum / samples if samples else 0.0
         epoch = self.sampler.epoch_of(step)
         figures = self.strategy.figures()
@@ -109,6 +118,14 @@ class Loop:
                 self.rank, step, epoch, mean, samples, clock.seconds, self.total_steps, figures
             )
         )
+
+    def _skip(self, step: int, batches: Iterator[Any]) -> None:
+        """Leave a step out: the others have made it."""
+        clock = _Stopwatch()
+        for _ in self._plan(step):
+            next(batches)
+        clock.lap("data")
+        self._end_step(step, 0.0, 0, clock)
 
     def _plan(self, step: int) -> list[Any]:
         return self.sampler.micro_batches(step, self.rank, self.job.gradient_accumulation)

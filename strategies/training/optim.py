@@ -34,10 +34,10 @@ def make_optimizer(spec: Optimizer, vector: Tensor, gradient: Tensor) -> torch.o
 
 
 def step_optimizer(
-    optimizer: torch.optim.Optimizer, job: Job, step: int, total_steps: int
+    optimizer: torch.optim.Optimizer, job: Job, step: int, total_steps: int, scale: float = 1.0
 ) -> float:
-    """Make the update of `step` at its learning rate; give the rate."""
-    rate = job.optimizer.lr * factor(job.lr_schedule, step, total_steps)
+    """Make the update of `step` at its learning rate, times `scale`; give the rate."""
+    rate = job.optimizer.lr * factor(job.lr_schedule, step, total_steps) * scale
     for group in optimizer.param_groups:
         group["lr"] = rate
     with torch.no_grad():

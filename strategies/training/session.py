@@ -74,7 +74,7 @@ def join(
     """
     p = prepared
     world = p.job.scaling.world
-    context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards)
+    context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards, progress.beat)
     start = strategy.setup(context)
     return Loop(
         p.job,

@@ -3,11 +3,21 @@ One parameter-server shard: parameters, optimizer state and the ledger of what w
 
 Plain and synchronous: a server-node actor and the in-memory fake wrap the same class. A shard
 waits for nobody; it says what it has, and its owner decides how to wait.
+
+Of several shards each commits by itself, so for a moment one may be a version ahead of another. It
+keeps the version before until the first push of the next step proves that all are past it:
+
+    shard 0   version 4   | commit: 5, keeps 4      | a push for 5: lets 4 go, keeps 5 ...
+    shard 1   version 4              | commit: 5, keeps 4    |
+                                     ^ both have 4 until here, both have 5 from here on
+
+So there is always a version that every shard can give, whoever dies at whatever moment (I3).
 """
 
 import torch
 from torch import Tensor
 
+from distplat.platform.errors import GapError, StaleError
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.algorithms.reduce import clip_factor, squared_norm, sum_in_order
@@ -28,8 +38,13 @@ class ParameterShard:
         self._sum = torch.zeros_like(params)
         self._optimizer = make_optimizer(plan.job.optimizer, params, self._sum)
         self._gradients: list[Tensor | None] = [None] * plan.world
-        self.ledger = Ledger(plan.run, plan.attempt, plan.world)
+        backup = plan.consistency.backup_workers
+        self.ledger = Ledger(plan.run, plan.attempt, plan.world, backup)
+        self._weight = plan.world / (plan.world - backup)
         self.squared_norm: float | None = None  #: of the staged sum, once complete and wanted
+        keeps = plan.shards > 1 and self.commits_alone
+        self._before: Tensor | None = params.clone() if keeps else None
+        self._before_version: int | None = None  #: version of `_before`
 
     @property
     def version(self) -> int:
@@ -38,12 +53,27 @@ class ParameterShard:
 
     @property
     def commits_alone(self) -> bool:
-        """Whether a complete step may be applied at once: no other shard could lag behind (I3)."""
-        return self._plan.shards == 1
+        """Whether a complete step may be applied at once: nothing of other shards is needed."""
+        return self._plan.shards == 1 or self._plan.job.clip_norm is None
 
     def restore(self, version: int) -> None:
         """Declare `params` to be of this version; from now on the shard takes pushes."""
         self.ledger.restore(version)
+        self._before_version = None
+
+    def values(self, version: int) -> Tensor:
+        """
+        Give the parameters of a version, shape [m]: the present one, or the one before.
+
+        Raises:
+            StaleError, GapError: it is not here any more, or not yet.
+        """
+        if version == self.version:
+            return self.params
+        if version == self._before_version and self._before is not None:
+            return self._before
+        kind = GapError if version > self.version else StaleError
+        raise kind(f"version {version} is not here: the shard is at {self.version}")
 
     def push(self, push: PushId, gradient: Tensor) -> Verdict:
         """
@@ -60,6 +90,7 @@ class ParameterShard:
             raise ValueError(f"gradient has shape {gradient.shape}, shard {self.params.shape}")
         verdict = self.ledger.offer(push)
         if verdict is Verdict.NEW:
+            self._keep_present()
             self._gradients[push.rank] = gradient
             if self.ledger.complete:
                 self._add_up()
@@ -83,9 +114,17 @@ class ParameterShard:
             self._sum.mul_(clip_factor(norm, limit))
         step_optimizer(self._optimizer, self._plan.job, seq, self._plan.total_steps)
 
+    def _keep_present(self) -> None:
+        """Every shard has the present version, or nobody could push a gradient made with it."""
+        if self._before is not None and self._before_version != self.version:
+            self._before.copy_(self.params)
+            self._before_version = self.version
+
     def _add_up(self) -> None:
         """Sum in rank order (I2), and let go of the workers' vectors."""
         sum_in_order([g for g in self._gradients if g is not None], self._sum)
+        if self._weight != 1.0:  # still a mean, over the samples that are there
+            self._sum.mul_(self._weight)
         self._gradients = [None] * self._plan.world
         if self._plan.job.clip_norm is not None:
             self.squared_norm = squared_norm(self._sum)

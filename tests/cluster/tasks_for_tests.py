@@ -165,3 +165,26 @@ class Big(Blobs):
     def model(self) -> nn.Module:
         layers = [nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.Linear(1000, 3)]
         return nn.Sequential(*layers)
+
+
+class Drop(Blobs):
+    """Dropout and batch norm: what a replay must seed and keep by rank."""
+
+    def model(self) -> nn.Module:
+        parts = [nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3)]
+        return nn.Sequential(*parts)
+
+
+class SlowFirst(Blobs):
+    """Rank 0 takes `seconds` over each batch."""
+
+    def __init__(self, seconds: float) -> None:
+        name = str(ray.get_runtime_context().get_actor_name())
+        self.seconds = seconds if "worker-0" in name else 0.0
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return super().loss(outputs, targets)
+
+    def eval_data(self) -> None:
+        return None

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from small_runs import distance, job, train, weights
+from small_runs import HERE, distance, job, train, weights
+
+from distplat.cli.main import run
 
 pytestmark = pytest.mark.cluster
 
@@ -70,3 +72,20 @@ def test_roads_between_nodes(
 ) -> None:
     result = train(big(strategy, scale), tmp_path)
     assert distance(weights(result), alone) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("servers", "scale"),
+    [
+        pytest.param({"num_servers": 2, "right": 1}, scaling(2, left=1), id="all-servers-far"),
+        pytest.param({"num_servers": 3, "slot": 1}, scaling(1, slot=1), id="one-server-near"),
+    ],
+)
+def test_asynchronous_between_nodes(
+    servers: dict[str, float], scale: dict[str, Any], tmp_path: Path
+) -> None:
+    """What a worker pulled came whole: else the run could not be made again to the same bits."""
+    resources = {name: amount for name, amount in servers.items() if name != "num_servers"}
+    strategy = {"name": "ps-async", "num_servers": servers["num_servers"]}
+    result = train(big({**strategy, "resources_per_server": resources}, scale), tmp_path)
+    assert run(["replay", str(result.path), "--working-dir", str(HERE)]) == 0

@@ -25,6 +25,7 @@ ALLOWED = {
 LIGHT = [
     "distplat.platform.run_directory",
     "distplat.strategies.catalog",
+    "distplat.strategies.ps_async",
     "distplat.strategies.ps_sync",
     "distplat.strategies.ring",
     "distplat.strategies.task",

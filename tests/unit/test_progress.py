@@ -61,15 +61,23 @@ def test_a_step_whose_report_was_lost_comes_with_the_next() -> None:
     assert (complete.step, complete.samples) == (2, 2)
 
 
-def test_an_evaluation_and_the_end_bring_what_is_left() -> None:
+def test_the_end_brings_what_is_left() -> None:
     gathering = Gathering(2)
-    evals = [EvalReport(rank, 2, 1, {}) for rank in range(2)]
-    reports: list[StepReport | EvalReport] = [step(0, 0), step(1, 0), step(0, 1), *evals]
-    assert [s.step for r in reports for s in gathering.add(r)] == [0, 1, 2]
-    assert gathering.rest() == []
-    assert gathering.add(step(0, 2)) == []
+    assert steps(gathering, [step(0, 0), step(1, 0), step(0, 1)]) == [0]
     [last] = gathering.rest()
-    assert (last.step, last.samples) == (2, 1)
+    assert isinstance(last, StepSummary)
+    assert (last.step, last.samples) == (1, 1)
+    assert gathering.rest() == []
+
+
+def test_an_evaluation_hurries_no_step() -> None:
+    """Rank 0 may report the evaluation of all before rank 1's step was asked for."""
+    gathering = Gathering(2)
+    evaluation = [EvalReport(rank, 1, 1, {}) for rank in range(2)]
+    assert steps(gathering, [step(0, 0)]) == []
+    assert [len(gathering.add(report)) for report in evaluation] == [0, 1]
+    [complete] = gathering.add(step(1, 0))
+    assert complete.samples == 2
 
 
 def test_what_is_done_again_is_not_given_out_again() -> None:

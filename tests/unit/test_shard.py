@@ -188,9 +188,44 @@ def test_the_norm_is_of_the_sum_and_only_where_wanted() -> None:
     assert unwanted.squared_norm is None
 
 
-@pytest.mark.parametrize(("shards", "alone"), [(1, True), (2, False)])
-def test_only_the_only_shard_may_commit_by_itself(shards: int, alone: bool) -> None:
-    assert make(shards=shards).commits_alone is alone
+@pytest.mark.parametrize(
+    ("shards", "clip_norm", "alone"),
+    [(1, None, True), (1, 1.0, True), (2, None, True), (2, 1.0, False)],
+)
+def test_a_shard_that_needs_nothing_of_others_commits_by_itself(
+    shards: int, clip_norm: float | None, alone: bool
+) -> None:
+    assert make(job(OPTIMIZERS[0], clip_norm), shards=shards).commits_alone is alone
+
+
+def test_of_several_shards_each_keeps_the_version_before() -> None:
+    """One may be ahead of another by one version: the older one is still there on both."""
+    ahead, behind = make(shards=2), make(shards=2)
+    for step in range(3):
+        do_step(ahead, step)
+        do_step(behind, step)
+    three = behind.params.clone()
+    for rank in range(WORLD):
+        ahead.push(push(rank, 3), gradient(rank, 3))
+    ahead.commit(3, None)
+    behind.push(push(0, 3), gradient(0, 3))  # and the others died before they pushed here
+    assert torch.equal(ahead.values(3), three) and torch.equal(behind.values(3), three)
+    assert ahead.values(4) is ahead.params and not torch.equal(ahead.params, three)
+    with pytest.raises(StaleError):
+        ahead.values(2)
+    with pytest.raises(GapError):
+        behind.values(4)
+
+
+def test_the_version_before_goes_once_all_shards_are_past_it() -> None:
+    shard = make(shards=2)
+    do_step(shard, 0)
+    one = shard.params.clone()
+    shard.push(push(2, 1), gradient(2, 1))  # made with version 1: so every shard has it
+    with pytest.raises(StaleError):
+        shard.values(0)
+    do_step(shard, 1, ranks=(0, 1))
+    assert torch.equal(shard.values(1), one)
 
 
 def test_an_empty_shard_of_a_tiny_model_works() -> None:

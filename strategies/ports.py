@@ -1,0 +1,72 @@
+"""The port to the server group; `strategies/base.py` has the other one, and says what ports are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from distplat.strategies.training.flat import FlatModel
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What came of a push, over all shards."""
+
+    norm: float | None = None
+    """2-norm of the summed gradient: `commit` must follow with it. None: the step is applied."""
+    staleness: int = 0
+    """Updates that came between this rank's pull and its push, on the shard with the most."""
+    waiting_s: float = 0.0
+    """How long servers held this rank up for others."""
+    version: int = 0
+    """Updates that the parameters have behind them, on the shard with the fewest."""
+    dropped: int = 0
+    """This rank's pushes so far that came too late for their step."""
+
+
+class Shards(Protocol):
+    """
+    The server group as one worker sees it. Workers know servers, never each other.
+
+    The worker's parameters and gradients live in buffers that the port gives out, so that where
+    both sides share a node nothing is copied.
+    """
+
+    def connect(self, flat: FlatModel) -> None:
+        """
+        Agree on the shard map, move the model's flat buffers to where the servers can reach them,
+        and take over the servers' parameters (rank 0's initial ones in a fresh run).
+
+        Raises:
+            ProtocolError: this worker's model is not that of the others.
+            ActorLost: a server is gone.
+            DeadlineExceeded: somebody did not come.
+        """
+
+    def push(self, step: int) -> Pushed:
+        """
+        Hand the gradients to all shards, one call to each, and wait for their answers.
+
+        Synchronous servers answer when every rank's gradients are there, asynchronous ones when
+        this rank's are applied and it is not too far ahead of the others. Either way the new
+        parameters are in place then, unless the answer has a `norm`.
+        """
+
+    def commit(self, step: int, norm: float) -> None:
+        """Have all shards apply the update of `step`; return with the new parameters in place."""
+
+    def refresh(self) -> None:
+        """Bring the newest parameters here."""
+
+    def finish(self, alive: Callable[[], None]) -> None:
+        """
+        Wait for every rank's last push, then bring the final parameters here.
+
+        Args:
+            alive: called now and then while others still work: this rank is not stalled.
+
+        Raises:
+            DeadlineExceeded: for `failure.step_timeout_s` no other rank has made a step.
+        """

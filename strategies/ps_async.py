@@ -1,0 +1,106 @@
+"""
+Asynchronous parameter server: every worker at its own pace (Dean et al., NIPS 2012).
+
+A worker pushes the gradient of its own samples; each shard applies it at once and gives its newest
+parameters back. Nobody waits for a slow worker, at the price of gradients that are old when their
+turn comes. `staleness` bounds how far workers run apart (stale synchronous parallel, Ho et al.,
+NIPS 2013); two options correct for what is left. See docs/parameter_server.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distplat.platform.clocks import Consistency
+from distplat.platform.fields import Flag, NonNegative
+from distplat.platform.spec import Job
+from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
+from distplat.strategies.catalog import strategies
+
+Bound = Annotated[int, Field(ge=0, strict=True)]
+
+
+class PsAsyncOptions(Options):
+    """Options of `ps-async`."""
+
+    num_servers: int = Field(1, ge=1, le=256, strict=True)
+    """Server nodes; each keeps an equal part of the parameters."""
+    resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
+    """Ray resources of one server node; by default none."""
+    staleness: Literal["unbounded"] | Bound = "unbounded"
+    """Steps that a worker may be ahead of the slowest one before it waits."""
+    staleness_lr: Flag = False
+    """Divide the learning rate by the number of updates that came between pull and push."""
+    delay_compensation: NonNegative = 0.0
+    """Lambda of DC-ASGD's correction for these updates; 0: none. Try 0.04 to 2."""
+
+
+@strategies.register("ps-async")
+class PsAsync(Strategy[PsAsyncOptions]):
+    """Push, have it applied, go on with the newest parameters."""
+
+    summary = "asynchronous data parallel: sharded parameter server, workers at their own pace"
+    options_type = PsAsyncOptions
+
+    def roles(self, job: Job) -> Roles:
+        """Ask for the server group."""
+        chosen = self.options
+        consistency = Consistency(
+            asynchronous=True,
+            bound=None if chosen.staleness == "unbounded" else chosen.staleness,
+            staleness_lr=chosen.staleness_lr,
+            delay_compensation=chosen.delay_compensation,
+        )
+        return Roles(chosen.num_servers, chosen.resources_per_server, consistency)
+
+    def setup(self, context: Context) -> int:
+        """Take the servers' parameters."""
+        self._context, self._shards, self._flat = context, context.shards, context.flat
+        self._done, self._finished = 0, False
+        self._last = Pushed()
+        self._stale_sum = 0
+        self._shards.connect(context.flat)
+        return 0
+
+    def exchange(self, step: int) -> None:
+        """Push; returns when it is applied and the newest parameters are here."""
+        self._prepare_gradient()
+        self._last = self._shards.push(step)
+
+    def _prepare_gradient(self) -> None:
+        """
+        Make the gradient one of this rank's own samples, clipped by its own norm.
+
+        As it comes, a sample weighs 1/global batch. Times the world that is the mean over this
+        rank's samples where the batch is cut evenly; where it is not, every sample counts alike.
+        """
+        from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
+
+        grads, limit = self._flat.grads, self._context.job.clip_norm
+        if self._context.world > 1:
+            grads.mul_(self._context.world)
+        if limit is not None:
+            grads.mul_(clip_factor(squared_norm(grads) ** 0.5, limit))
+
+    def update(self, step: int) -> None:
+        """Count; the servers have made the update."""
+        self._done = step + 1
+        self._stale_sum += self._last.staleness
+
+    def synchronize(self) -> None:
+        """Take the newest parameters; at the end, once all ranks have made their last push."""
+        if self._done < self._context.total_steps:
+            self._shards.refresh()
+        elif not self._finished:
+            self._shards.finish(self._context.alive)
+            self._finished = True
+
+    def figures(self) -> dict[str, float]:
+        """Give the staleness of the push just made, its mean so far, and the wait for others."""
+        return {
+            "staleness": float(self._last.staleness),
+            "staleness_mean": self._stale_sum / max(1, self._done),
+            "waiting_s": self._last.waiting_s,
+        }

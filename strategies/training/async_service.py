@@ -1,0 +1,60 @@
+"""
+An asynchronous shard at work: apply, wait for the slowest where there is a bound, give the newest.
+
+    push ─▶ ledger ─ new ─▶ apply ─▶ too far ahead? ─ wait ─▶ pull ─▶ answer, kept until the next
+               └──── repeat ───────────────┴──────────────────────────▶ the same answer
+
+The values are copied under the lock and while their worker stands in the call, so that it never
+computes on a vector that is half of one version and half of another.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distplat.platform.ledger import Answer, PushId
+from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.service import Deliver, Limits, Service
+
+
+class AsyncService(Service):
+    """See `Service`."""
+
+    def __init__(self, name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> None:
+        self.shard = AsyncShard(plan, params)
+        super().__init__(name, plan, limits, self.shard)
+
+    def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
+        """See `Service`; returns when the worker is not too far ahead of the others."""
+        rank, clocks = push.rank, self.shard.clocks
+        with self._changed:
+            self.shard.push(push, gradient)
+            self._went_on(rank)
+            self._changed.notify_all()
+            waited = self._wait(
+                lambda: self._answered(push) or not clocks.waits_for(rank),
+                f"push {push.seq} to {self._name}",
+                lambda: clocks.waits_for(rank),
+                self._limits.step_s,
+                "step_timeout_s",
+            )
+            return self._once(push, lambda: self._take(rank, deliver, waited))
+
+    def wait_for_all(self, limit_s: float) -> list[int]:
+        """See `Service`."""
+        steps, clocks = self._plan.total_steps, self.shard.clocks
+        with self._changed:
+            self._changed.wait_for(lambda: not clocks.unfinished(steps), limit_s)
+            return list(clocks.done)
+
+    def log(self) -> NDArray[np.int64] | None:
+        """See `Service`."""
+        with self._changed:
+            return self.shard.log.numbers()
+
+    def _take(self, rank: int, deliver: Deliver, waited: float) -> Answer:
+        version = self.shard.pull(rank)
+        staleness = self.shard.staleness[rank]
+        payload = deliver(self.params, version)
+        return Answer(version, staleness=staleness, waiting_s=waited, payload=payload)

@@ -1,0 +1,97 @@
+"""
+One shard of an asynchronous parameter server: each gradient is an update of its own.
+
+    version      7           8           9           10
+    worker-0     pull ------------------------ push
+    worker-1            push        push                    staleness of worker-0's push: 9 - 7 = 2
+
+Two corrections for old gradients, both off by default. With staleness t the learning rate is
+divided by max(1, t) (Zhang et al., IJCAI 2016). And the gradient g, which was computed at w_pulled,
+is moved towards where the parameters are now (DC-ASGD, Zheng et al., ICML 2017), with the diagonal
+of g g^T in the place of the Hessian:
+
+    g + lambda * g * g * (w_now - w_pulled)
+
+Plain and synchronous, as `ParameterShard`: it waits for nobody.
+"""
+
+import torch
+from torch import Tensor
+
+from distplat.platform.apply_log import Applied, ApplyLog
+from distplat.platform.clocks import Clocks
+from distplat.platform.ledger import AsyncLedger, PushId, Verdict
+from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.training.optim import make_optimizer, step_optimizer
+
+
+class AsyncShard:
+    """
+    A run of the flat parameter vector and all that belongs to it.
+
+    Args:
+        plan: the run's facts.
+        params: shape [m]; updated in place. Holds nothing of worth until `restore`.
+    """
+
+    def __init__(self, plan: ShardPlan, params: Tensor) -> None:
+        self._plan, self.params = plan, params
+        self._optimizer = make_optimizer(plan.job.optimizer, params, torch.zeros_like(params))
+        self._parameter = self._optimizer.param_groups[0]["params"][0]
+        how = plan.consistency
+        self._lambda, self._scale_rate = how.delay_compensation, how.staleness_lr
+        self.ledger = AsyncLedger(plan.run, plan.attempt, plan.world)
+        self.clocks = Clocks(plan.world, how.bound)
+        self.log = ApplyLog()
+        self.pulled = [0] * plan.world  #: by rank: version that it computes on
+        self.staleness = [0] * plan.world  #: by rank: of its last gradient
+        kept = plan.world if self._lambda else 0
+        self._values = [torch.zeros_like(params) for _ in range(kept)]  #: by rank: what it pulled
+
+    @property
+    def version(self) -> int:
+        """Updates applied."""
+        return self.ledger.version or 0
+
+    def restore(self, version: int) -> None:
+        """Declare `params` to be of this version; from now on the shard takes pushes."""
+        self.ledger.restore(version)
+
+    def pull(self, rank: int) -> int:
+        """Note that a worker takes the present `params`; give their version."""
+        self.pulled[rank] = self.version
+        if self._values:
+            self._values[rank].copy_(self.params)
+        return self.version
+
+    def push(self, push: PushId, gradient: Tensor) -> Verdict:
+        """
+        Apply a worker's gradient; a second time does nothing.
+
+        Args:
+            push: its identity.
+            gradient: shape [m], of the mean loss over the worker's own samples.
+
+        Raises:
+            ProtocolError: see `AsyncLedger.offer`; nothing is changed.
+        """
+        if gradient.shape != self.params.shape:
+            raise ValueError(f"gradient has shape {gradient.shape}, shard {self.params.shape}")
+        before = self.version
+        verdict = self.ledger.offer(push)
+        if verdict is Verdict.NEW:
+            rank = push.rank
+            self.staleness[rank] = before - self.pulled[rank]
+            self.log.add(Applied(rank, push.seq, self.pulled[rank]))
+            self._apply(rank, before, gradient)
+            self.clocks.tick(rank)
+        return verdict
+
+    def _apply(self, rank: int, version: int, gradient: Tensor) -> None:
+        scale = 1.0 / max(1, self.staleness[rank]) if self._scale_rate else 1.0
+        if self._lambda and self.staleness[rank]:
+            drift = self.params - self._values[rank]
+            gradient = torch.addcmul(gradient, gradient * gradient, drift, value=self._lambda)
+        self._parameter.grad = gradient  # the worker's own vector: optimizers only read it
+        place = version // self._plan.world  # one step of the schedule: an update of each worker
+        step_optimizer(self._optimizer, self._plan.job, place, self._plan.total_steps, scale=scale)

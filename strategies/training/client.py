@@ -1,0 +1,70 @@
+"""What both kinds of clients of a server group have in common: over Ray, and in memory."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from distplat.platform.errors import DeadlineExceeded
+from distplat.platform.ledger import Answer
+from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.base import Pushed
+from distplat.strategies.training.async_service import AsyncService
+from distplat.strategies.training.service import Limits, Service
+from distplat.strategies.training.sync_service import SyncService
+
+LOOK_S = 1.0
+"""How long one question waits for the other ranks."""
+
+
+def make_service(name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> Service:
+    """Make the service that the run's consistency asks for; `params` has shape [m]."""
+    kind = AsyncService if plan.consistency.asynchronous else SyncService
+    return kind(name, plan, limits, params)
+
+
+def pushed(answers: Sequence[Answer]) -> Pushed:
+    """Put together what all shards answered to a push."""
+    norm = None
+    if not all(answer.committed for answer in answers):
+        norm = sum(answer.squared_norm or 0.0 for answer in answers) ** 0.5
+    return Pushed(
+        norm,
+        staleness=max(answer.staleness for answer in answers),
+        waiting_s=max(answer.waiting_s for answer in answers),
+        version=min(answer.version for answer in answers),
+        dropped=max(answer.dropped for answer in answers),
+    )
+
+
+def wait_for_all(
+    ask: Callable[[float], Sequence[Sequence[int]]],
+    steps: int,
+    patience_s: float,
+    alive: Callable[[], None],
+) -> None:
+    """
+    Wait until every rank has made all steps at every shard, as long as some rank makes steps.
+
+    Args:
+        ask: waits for them, at most so many seconds; gives by shard the ranks' steps.
+        steps: of each rank.
+        patience_s: how long nothing may happen.
+        alive: called while others still work.
+
+    Raises:
+        DeadlineExceeded: nothing happened; names the ranks that are behind.
+    """
+    before: Sequence[Sequence[int]] = ()
+    until = time.monotonic() + patience_s
+    while True:
+        now = ask(min(LOOK_S, patience_s))
+        behind = {rank for done in now for rank, made in enumerate(done) if made < steps}
+        if not behind:
+            return
+        if now != before:
+            before, until = now, time.monotonic() + patience_s
+            alive()
+        elif time.monotonic() > until:
+            late = tuple(f"worker-{rank}" for rank in sorted(behind))
+            raise DeadlineExceeded("the last step", late, patience_s, "failure.step_timeout_s")

@@ -1,0 +1,129 @@
+"""The server group in memory; `strategies/fakes.py` has the rest of the fakes, and gives it out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distplat.platform.errors import ActorLost
+from distplat.platform.ledger import PushId
+from distplat.platform.shard_map import Shard, ShardPlan, cut_shards
+from distplat.strategies.base import Pushed
+from distplat.strategies.training.client import make_service, pushed, wait_for_all
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.service import Deliver, Limits, Service
+
+
+@dataclass
+class ServerGroup:
+    """
+    Server nodes in memory, shared by the ranks' `InMemoryShards`.
+
+    Set `lost` to make the next call of every rank fail as if a server had died.
+    """
+
+    plan: ShardPlan
+    timeout_s: float = 10.0
+    lost: str = ""
+
+    def __post_init__(self) -> None:
+        self._opening = threading.Lock()
+        self._params: Tensor | None = None
+        self._services: list[Service] = []
+
+    def open(self, initial: Tensor) -> Tensor:
+        """Take the first comer's parameters as the initial ones; give the shared vector."""
+        with self._opening:
+            if self._params is None:
+                self._params = initial.clone()
+                limits = Limits(self.timeout_s, self.timeout_s)
+                for shard in cut_shards(initial.numel(), self.plan.shards).shards:
+                    part = self._params[shard.start : shard.stop]
+                    name = f"server-{shard.index}"
+                    self._services.append(make_service(name, self.plan, limits, part))
+                    self._services[-1].restore(0, lambda params: None)
+            return self._params
+
+    def service(self, index: int, step: int | None = None) -> Service:
+        """
+        Reach one shard.
+
+        Raises:
+            ActorLost: its server was lost.
+        """
+        if self.lost:
+            raise ActorLost(f"server-{index}", step, self.lost)
+        return self._services[index]
+
+    def logs(self) -> list[NDArray[np.int64]]:
+        """Give each shard's order of updates, where there is one to tell; see `apply_log`."""
+        found = [service.log() for service in self._services]
+        return [log for log in found if log is not None]
+
+
+class InMemoryShards:
+    """One rank's view of a `ServerGroup` (see `Shards`)."""
+
+    def __init__(self, group: ServerGroup, rank: int) -> None:
+        self._group, self._rank = group, rank
+        self._pulls = 0
+
+    def connect(self, flat: FlatModel) -> None:
+        """See `Shards`."""
+        self._flat = flat
+        shared = self._group.open(flat.params)
+        self._cuts = cut_shards(flat.size, self._group.plan.shards).shards
+        if not self._group.plan.consistency.private:
+            flat.move(shared, flat.grads)
+        self.refresh()
+
+    def push(self, step: int) -> Pushed:
+        """See `Shards`."""
+        plan = self._group.plan
+        push = PushId(plan.run, plan.attempt, self._rank, step)
+        answers = [
+            self._group.service(cut.index, step).push(
+                push, self._flat.grads[cut.start : cut.stop], self._deliver(cut)
+            )
+            for cut in self._cuts
+        ]
+        return pushed(answers)
+
+    def commit(self, step: int, norm: float) -> None:
+        """See `Shards`."""
+        for cut in self._cuts:
+            service = self._group.service(cut.index, step)
+            service.commit(self._rank, step, norm, self._deliver(cut))
+
+    def refresh(self) -> None:
+        """See `Shards`."""
+        for cut in self._cuts:
+            service = self._group.service(cut.index)
+            service.pull(self._rank, self._pulls, self._deliver(cut))
+        self._pulls += 1
+
+    def finish(self, alive: Callable[[], None]) -> None:
+        """See `Shards`."""
+        wait_for_all(
+            lambda limit_s: [
+                self._group.service(cut.index).wait_for_all(limit_s) for cut in self._cuts
+            ],
+            self._group.plan.total_steps,
+            self._group.timeout_s,
+            alive,
+        )
+        self.refresh()
+
+    def _deliver(self, cut: Shard) -> Deliver:
+        mine = self._flat.params[cut.start : cut.stop]
+
+        def deliver(values: Tensor, version: int) -> None:
+            if mine.data_ptr() != values.data_ptr():
+                mine.copy_(values)
+
+        return deliver

@@ -1,0 +1,245 @@
+"""
+Make an asynchronous run again from its shards' logs, in one process, to the same bits.
+
+A gradient depends on the parameters that its worker had pulled, shard by shard, and on nothing else
+that was left to chance: samples and dropout are functions of seed, step and rank. So a log says
+when each push may be applied, and at which version each pull must be made:
+
+    shard 0   ... rank 1 seq 4 | rank 0 seq 7 | ...        a push waits until it is the next one
+                               ^
+                               rank 0's seq 8 may have `pulled` this version: it is copied here
+
+Ranks are threads that run the same step loop as workers do, one at a time (torch's generator is
+one for all threads). Whatever order the threads come in, each value is computed from the same ones.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distplat.platform.apply_log import ApplyLog
+from distplat.platform.errors import StorageError
+from distplat.platform.ledger import PushId
+from distplat.platform.shard_map import ShardPlan, cut_shards
+from distplat.strategies.base import Pushed
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.session import Prepared, join
+
+
+class ReplayGroup:
+    """
+    The shards of a run that is made again.
+
+    Args:
+        plan: the run's facts.
+        logs: by shard.
+    """
+
+    def __init__(self, plan: ShardPlan, logs: Sequence[ApplyLog]) -> None:
+        self.plan, self._logs = plan, logs
+        self._changed = threading.Condition()
+        self.computing = threading.Lock()  #: held by the rank that computes
+        self._flats: dict[int, FlatModel] = {}
+        self._ready: dict[int, int] = {}  #: rank -> number of its last gradient that is there
+        self._wants: dict[int, dict[int, int]] = {}  #: rank -> shard -> version it is to pull
+        self._waiting: dict[int, Callable[[], bool]] = {}  #: rank -> whether it may go on
+        self._pulled = [_pulled_by_rank(log, plan.world) for log in logs]
+        self._places = [0] * len(logs)
+        self.shards: list[AsyncShard] = []
+        self.stuck = False
+
+    def connect(self, rank: int, flat: FlatModel) -> None:
+        """Take a rank in; return when all are there, with what its first step computes on."""
+        with self._changed:
+            self._flats[rank] = flat
+            if len(self._flats) == self.plan.world:
+                self._open(self._flats[0].params)
+            self._changed.notify_all()
+        self._pull_for(rank, 0)
+
+    def submit(self, rank: int, seq: int) -> int:
+        """Have a rank's gradient applied when its turn comes, and pull; give its staleness."""
+        self.computing.release()
+        self._pull_for(rank, seq + 1)
+        return max(shard.staleness[rank] for shard in self.shards)
+
+    def _pull_for(self, rank: int, seq: int) -> None:
+        """Wait until a rank has pulled all that push `seq` is computed on; then it may compute."""
+        if seq < self.plan.total_steps:
+            versions = {index: by[rank][seq] for index, by in enumerate(self._pulled)}
+            self._wait(rank, seq - 1, versions, lambda: not self._wants[rank])
+        else:
+            self._wait(rank, seq - 1, {}, lambda: True)
+        self.computing.acquire()
+
+    def finish(self, rank: int) -> None:
+        """Wait for the last update, and bring the final parameters."""
+        self.computing.release()
+        self._wait(rank, self.plan.total_steps - 1, {}, lambda: self._over)
+        self.computing.acquire()
+        for cut, shard in zip(self._cuts, self.shards, strict=True):
+            self._flats[rank].params[cut.start : cut.stop].copy_(shard.params)
+
+    @property
+    def _over(self) -> bool:
+        return all(place == len(log) for place, log in zip(self._places, self._logs, strict=True))
+
+    def fail(self) -> None:
+        """Wake all ranks: one of them has raised."""
+        with self._changed:
+            self.stuck = True
+            self._changed.notify_all()
+
+    def _wait(self, rank: int, ready: int, wants: dict[int, int], done: Callable[[], bool]) -> None:
+        with self._changed:
+            # In one go: a shard that may apply the gradient must know at what version to stop.
+            self._ready[rank], self._wants[rank] = ready, wants
+            self._waiting[rank] = done
+            self._advance()
+            # Where nobody computes and nothing can be applied, no run had these logs.
+            everybody = len(self._waiting) == self.plan.world
+            if everybody and not any(may_go() for may_go in self._waiting.values()):
+                self.stuck = True
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self.stuck or done())
+            del self._waiting[rank]
+            if not done():
+                raise StorageError("the log of updates cannot be followed: it is not of this job")
+
+    def _open(self, initial: Tensor) -> None:
+        self._cuts = cut_shards(initial.numel(), self.plan.shards).shards
+        for cut in self._cuts:
+            shard = AsyncShard(self.plan, initial[cut.start : cut.stop].clone())
+            shard.restore(0)
+            self.shards.append(shard)
+
+    def _advance(self) -> None:
+        """Do all that can be done now."""
+        if not self.shards or len(self._wants) < self.plan.world:
+            return  # not all ranks are here yet
+        while any([self._advance_shard(index) for index in range(len(self.shards))]):
+            self._changed.notify_all()
+
+    def _advance_shard(self, index: int) -> bool:
+        shard, cut, log = self.shards[index], self._cuts[index], self._logs[index]
+        part = slice(cut.start, cut.stop)
+        moved = False
+        for rank, wants in self._wants.items():
+            if wants.get(index) == shard.version and self._has_pushed(rank, index):
+                shard.pull(rank)
+                self._flats[rank].params[part].copy_(shard.params)
+                del wants[index]
+                moved = True
+        place = self._places[index]
+        if place < len(log) and self._ready.get(log[place].rank) == log[place].seq:
+            push = PushId(self.plan.run, self.plan.attempt, log[place].rank, log[place].seq)
+            shard.push(push, self._flats[push.rank].grads[part])
+            self._places[index] += 1
+            moved = True
+        return moved
+
+    def _has_pushed(self, rank: int, index: int) -> bool:
+        """Say whether the shard has all gradients that a rank has computed."""
+        return self.shards[index].clocks.done[rank] > self._ready.get(rank, -1)
+
+
+class ReplayShards:
+    """One rank's view of a `ReplayGroup` (see `Shards`)."""
+
+    def __init__(self, group: ReplayGroup, rank: int) -> None:
+        self._group, self._rank = group, rank
+
+    def connect(self, flat: FlatModel) -> None:
+        """See `Shards`."""
+        self._group.connect(self._rank, flat)
+
+    def push(self, step: int) -> Pushed:
+        """See `Shards`."""
+        return Pushed(staleness=self._group.submit(self._rank, step))
+
+    def commit(self, step: int, norm: float) -> None:
+        """See `Shards`; asynchronous shards apply by themselves."""
+
+    def refresh(self) -> None:
+        """See `Shards`; what a rank computes on, the logs say."""
+
+    def finish(self, alive: Callable[[], None]) -> None:
+        """See `Shards`."""
+        self._group.finish(self._rank)
+
+
+def replay(
+    plan: ShardPlan, logs: Sequence[ApplyLog], prepare_rank: Callable[[], Prepared], threads: int
+) -> nn.Module:
+    """
+    Make a run again.
+
+    Args:
+        plan: its facts.
+        logs: by shard; each must be without flaws.
+        prepare_rank: builds a rank's model and data, all alike.
+        threads: intra-op threads of torch, as the workers had.
+
+    Returns:
+        Rank 0's model at the end.
+
+    Raises:
+        StorageError: the logs are not of this job.
+    """
+    group = ReplayGroup(plan, logs)
+    ranks: list[Prepared] = []
+    generators: list[Tensor] = []
+    for _ in range(plan.world):
+        ranks.append(prepare_rank())
+        generators.append(torch.get_rng_state())  # loader processes are seeded from here
+    errors: list[BaseException] = []
+
+    def body(rank: int) -> None:
+        torch.set_num_threads(threads)
+        try:
+            _run_rank(group, rank, ranks[rank], generators[rank])
+        except BaseException as error:
+            errors.append(error)
+            group.fail()
+
+    workers = [threading.Thread(target=body, args=(r,), daemon=True) for r in range(plan.world)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[0]
+    return ranks[0].flat.model
+
+
+def _run_rank(group: ReplayGroup, rank: int, prepared: Prepared, generator: Tensor) -> None:
+    """Make one rank's steps, from torch's generator in this state."""
+    loop = join(
+        prepared,
+        make_strategy(group.plan.job),
+        rank,
+        collective=None,
+        shards=ReplayShards(group, rank),
+        report=lambda report: None,
+        progress=Progress(),
+    )
+    try:
+        loop.eval_data = None
+        torch.set_rng_state(generator)
+        loop.run()
+    finally:
+        if group.computing.locked():
+            group.computing.release()
+
+
+def _pulled_by_rank(log: ApplyLog, world: int) -> list[list[int]]:
+    """Give by rank, in the order of its pushes, the version at which each was computed."""
+    found: list[list[int]] = [[] for _ in range(world)]
+    for applied in log:
+        found[applied.rank].append(applied.pulled)
+    return found

@@ -1,0 +1,55 @@
+"""A synchronous shard at work: the thread that brings a step's last gradient applies them all."""
+
+from torch import Tensor
+
+from distplat.platform.ledger import Answer, PushId
+from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.training.service import Deliver, Limits, Service
+from distplat.strategies.training.shard import ParameterShard
+
+
+class SyncService(Service):
+    """See `Service`."""
+
+    def __init__(self, name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> None:
+        self.shard = ParameterShard(plan, params)
+        super().__init__(name, plan, limits, self.shard)
+
+    def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
+        """See `Service`; returns when the step is made, with this gradient or without it."""
+        shard = self.shard
+        with self._changed:
+            shard.push(push, gradient)
+            self._went_on(push.rank)
+            if shard.ledger.complete:
+                if shard.commits_alone:
+                    norm = shard.squared_norm
+                    shard.commit(push.seq, None if norm is None else norm**0.5)
+                self._changed.notify_all()
+            waited = self._wait(
+                lambda: shard.version > push.seq or shard.ledger.complete,
+                f"push {push.seq} to {self._name}",
+                shard.ledger.missing,
+                self._limits.step_s,
+                "step_timeout_s",
+            )
+            if shard.commits_alone:
+                return self._once(push, lambda: self._take(push.rank, deliver, waited))
+            # Another rank may have committed by now: this one still wants the norm of all shards.
+            return Answer(shard.version, False, shard.squared_norm, waiting_s=waited)
+
+    def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> Answer:
+        """See `Service`."""
+        with self._changed:
+            self.shard.commit(seq, norm)
+            self._changed.notify_all()
+            return self._take(rank, deliver, 0.0)
+
+    def wait_for_all(self, limit_s: float) -> list[int]:
+        """See `Service`; ranks are never apart."""
+        return [self.shard.version] * self._plan.world
+
+    def _take(self, rank: int, deliver: Deliver, waited: float) -> Answer:
+        version, dropped = self.shard.version, self.shard.ledger.dropped[rank]
+        payload = deliver(self.params, version)
+        return Answer(version, waiting_s=waited, dropped=dropped, payload=payload)

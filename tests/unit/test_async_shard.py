@@ -1,0 +1,239 @@
+"""An asynchronous shard: each gradient once, corrected for its age as the papers say."""
+
+from typing import Any
+
+import pytest
+import torch
+from delayed import async_plan, noise, run_schedule
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from torch import Tensor
+
+from distplat.platform.apply_log import Applied, flaws
+from distplat.platform.clocks import Consistency
+from distplat.platform.errors import FencedError, GapError, NotReadyError, ProtocolError, StaleError
+from distplat.platform.ledger import PushId, Verdict
+from distplat.strategies.training.async_shard import AsyncShard
+
+SIZE, WORLD = 37, 3
+ASYNC = Consistency(asynchronous=True)
+MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+ADAM = {"name": "Adam", "lr": 0.01}
+
+
+def make(consistency: Consistency = ASYNC, **job: Any) -> AsyncShard:
+    shard = AsyncShard(async_plan(WORLD, 4, consistency, **job), torch.linspace(-1, 1, SIZE))
+    shard.restore(0)
+    return shard
+
+
+def push(rank: int, seq: int, attempt: int = 1, run: str = "run") -> PushId:
+    return PushId(run, attempt, rank, seq)
+
+
+@pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM], ids=["sgd", "adam"])
+def test_each_gradient_is_an_update_of_a_plain_optimizer(optimizer: dict[str, Any]) -> None:
+    schedule = {"name": "linear", "final_factor": 0.5}
+    shard = make(optimizer=optimizer, lr_schedule=schedule)
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, SIZE))
+    arguments = {key: value for key, value in optimizer.items() if key != "name"}
+    plain = getattr(torch.optim, optimizer["name"])([parameter], **arguments)
+    seqs = [0] * WORLD
+    for version, rank in enumerate([0, 0, 2, 1, 0, 2, 2, 1, 0, 2, 1, 1]):
+        assert shard.push(push(rank, seqs[rank]), noise(SIZE, rank, seqs[rank])) is Verdict.NEW
+        parameter.grad = noise(SIZE, rank, seqs[rank])
+        # Three updates, one of each worker, are a step of the schedule, which has four.
+        plain.param_groups[0]["lr"] = optimizer["lr"] * (1 - 0.5 * (version // WORLD) / 3)
+        plain.step()
+        seqs[rank] += 1
+        torch.testing.assert_close(shard.params, parameter.detach(), rtol=1e-5, atol=1e-6)
+        assert shard.version == version + 1
+
+
+def test_staleness_is_what_came_between_pull_and_push() -> None:
+    shard = make()
+    shard.pull(0)
+    shard.pull(1)
+    shard.push(push(1, 0), noise(SIZE, 1))
+    shard.pull(1)
+    shard.push(push(1, 1), noise(SIZE, 2))
+    shard.push(push(0, 0), noise(SIZE, 3))
+    assert (shard.staleness[1], shard.staleness[0]) == (0, 2)
+    assert list(shard.log) == [Applied(1, 0, 0), Applied(1, 1, 1), Applied(0, 0, 0)]
+
+
+def test_the_learning_rate_is_divided_by_the_staleness() -> None:
+    shard = make(Consistency(asynchronous=True, staleness_lr=True))
+    before = shard.params.clone()
+    gradients = [noise(SIZE, number) for number in range(4)]
+    expected = before - 0.1 * gradients[0]  # staleness 0: as it is
+    expected -= 0.1 * gradients[1]  # 1: as it is
+    expected -= 0.1 / 2 * gradients[2]
+    expected -= 0.1 / 3 * gradients[3]
+    for rank, number in ((0, 0), (1, 0), (2, 0)):
+        shard.push(push(rank, number), gradients[rank])
+    shard.push(push(0, 1), gradients[3])  # it pulled version 0 and never again
+    assert shard.staleness == [3, 1, 2]
+    torch.testing.assert_close(shard.params, expected)
+
+
+def test_the_gradient_is_moved_to_where_the_parameters_are() -> None:
+    shard = make(Consistency(asynchronous=True, delay_compensation=0.5))
+    for rank in range(WORLD):
+        shard.pull(rank)
+    pulled = shard.params.clone()
+    first, second = noise(SIZE, 1), noise(SIZE, 2)
+    shard.push(push(0, 0), first)
+    now = shard.params.clone()
+    torch.testing.assert_close(now, pulled - 0.1 * first)  # nothing came between
+    shard.push(push(1, 0), second)
+    moved = second + 0.5 * second * second * (now - pulled)
+    torch.testing.assert_close(shard.params, now - 0.1 * moved)
+
+
+def test_a_workers_gradient_is_left_as_it_is() -> None:
+    for optimizer in (MOMENTUM, ADAM, {"name": "RMSprop", "lr": 0.1, "weight_decay": 0.1}):
+        shard = make(Consistency(asynchronous=True, delay_compensation=0.5), optimizer=optimizer)
+        gradient = noise(SIZE, 1)
+        shard.push(push(0, 0), gradient)
+        shard.push(push(1, 0), gradient)
+        assert torch.equal(gradient, noise(SIZE, 1))
+
+
+@pytest.mark.parametrize(
+    ("offered", "error"),
+    [
+        (push(1, 2), GapError),
+        (push(1, 9), GapError),
+        (push(1, -1), StaleError),
+        (push(0, 0), StaleError),
+        (push(1, 1, attempt=0), FencedError),
+        (push(1, 1, attempt=2), FencedError),
+        (push(1, 1, run="other"), FencedError),
+        (push(3, 0), FencedError),
+        (push(-1, 0), FencedError),
+    ],
+)
+def test_a_refused_push_changes_nothing(offered: PushId, error: type[ProtocolError]) -> None:
+    shard = make()
+    for rank, seq in ((0, 0), (1, 0), (0, 1)):
+        shard.push(push(rank, seq), noise(SIZE, rank, seq))
+    before = shard.params.clone()
+    with pytest.raises(error):
+        shard.push(offered, noise(SIZE, 5))
+    assert torch.equal(shard.params, before)
+    assert (shard.version, len(shard.log), shard.clocks.done) == (3, 3, [2, 1, 0])
+
+
+def test_without_parameters_it_takes_nothing() -> None:
+    shard = AsyncShard(async_plan(WORLD, 4, ASYNC), torch.zeros(SIZE))
+    with pytest.raises(NotReadyError):
+        shard.push(push(0, 0), noise(SIZE, 1))
+    assert len(shard.log) == 0
+
+
+def test_a_gradient_of_another_shape_is_refused_before_it_is_booked() -> None:
+    shard = make()
+    with pytest.raises(ValueError, match="gradient has shape"):
+        shard.push(push(0, 0), torch.zeros(SIZE + 1))
+    assert shard.push(push(0, 0), torch.zeros(SIZE)) is Verdict.NEW
+
+
+class Histories(RuleBasedStateMachine):
+    """
+    Pushes and pulls that come late, twice, out of turn, or of an attempt that is over.
+
+    The serial model is a list of the gradients that count, and plain SGD over them: parameters,
+    versions, log and staleness must be those of the list, whatever was sent.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan = async_plan(WORLD, 1000, ASYNC)
+        self.shard = AsyncShard(self.plan, torch.linspace(-1, 1, 4))
+        self.shard.restore(0)
+        self.params = torch.linspace(-1, 1, 4)
+        self.next = [0] * WORLD
+        self.pulled = [0] * WORLD
+        self.log: list[Applied] = []
+
+    @rule(
+        rank=st.integers(0, WORLD - 1),
+        ahead=st.sampled_from([0, 0, 0, 0, -1, -2, 1, 3]),
+        attempt=st.sampled_from([1, 1, 1, 1, 0, 2]),
+        twice=st.booleans(),
+    )
+    def push_comes(self, rank: int, ahead: int, attempt: int, twice: bool) -> None:
+        seq = self.next[rank] + ahead
+        for _ in range(1 + twice):
+            self._offer(push(rank, seq, attempt))
+
+    def _offer(self, offered: PushId) -> None:
+        expected = self.next[offered.rank]
+        gradient = noise(4, offered.rank, max(0, offered.seq))
+        if offered.attempt != 1:
+            self._refused(FencedError, offered)
+        elif offered.seq == expected:
+            assert self.shard.push(offered, gradient) is Verdict.NEW
+            self.params = self.params - 0.1 * gradient
+            self.log.append(Applied(offered.rank, offered.seq, self.pulled[offered.rank]))
+            self.next[offered.rank] += 1
+        elif offered.seq == expected - 1 >= 0:
+            assert self.shard.push(offered, torch.full((4,), 1e9)) is Verdict.REPEAT_COMMITTED
+        else:
+            self._refused(GapError if offered.seq > expected else StaleError, offered)
+
+    def _refused(self, error: type[ProtocolError], offered: PushId) -> None:
+        with pytest.raises(error):
+            self.shard.push(offered, torch.full((4,), 1e9))
+
+    @rule(rank=st.integers(0, WORLD - 1))
+    def pull_comes(self, rank: int) -> None:
+        assert self.shard.pull(rank) == len(self.log)
+        self.pulled[rank] = len(self.log)
+
+    @invariant()
+    def it_is_the_serial_model(self) -> None:
+        torch.testing.assert_close(self.shard.params, self.params)
+        assert self.shard.version == len(self.log) == sum(self.next)
+        assert list(self.shard.log) == self.log
+        assert self.shard.clocks.done == self.next
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=1000, stateful_step_count=20, deadline=None)
+
+
+# Where old gradients hurt, and what helps: eight workers in turn, so that every gradient but the
+# first few has a staleness of seven, on a quadratic bowl whose gradients are drawn with noise.
+
+BOWL = torch.linspace(0.2, 1.0, 10)
+TURNS, OLD = 40, 8
+
+
+def loss_after(rate: float, **corrections: Any) -> float:
+    consistency = Consistency(asynchronous=True, **corrections)
+    plan = async_plan(OLD, TURNS, consistency, optimizer={"name": "SGD", "lr": rate})
+
+    def gradient(params: Tensor, rank: int, step: int) -> Tensor:
+        return BOWL * params + 0.01 * noise(10, rank, step)
+
+    shard = run_schedule(plan, torch.ones(10), gradient, [*range(OLD)] * TURNS)
+    assert flaws(shard.log, OLD, TURNS) == []
+    assert set(shard.staleness) == {OLD - 1}
+    return float((BOWL * shard.params**2).sum())
+
+
+def test_old_gradients_make_a_high_rate_diverge_and_dividing_it_helps() -> None:
+    assert loss_after(0.25) > 100 * float(BOWL.sum())
+    assert loss_after(0.25, staleness_lr=True) < 0.01
+
+
+def test_at_a_low_rate_dividing_it_only_slows_down() -> None:
+    assert loss_after(0.05, staleness_lr=True) > 10 * loss_after(0.05)
+
+
+def test_delay_compensation_helps_where_old_gradients_make_it_swing() -> None:
+    plain = loss_after(0.2)
+    assert loss_after(0.2, delay_compensation=1.0) < 0.25 * plain

@@ -1,0 +1,138 @@
+"""`ps-sync` with backup workers: the first gradients make the step, late ones are dropped."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from delayed import async_plan, noise
+from in_memory_run import train
+from test_equivalence import Mlp, same_bits
+from test_ps_async import job
+
+from distplat.platform.clocks import Consistency
+from distplat.platform.errors import GapError, ProtocolError, SpecError, StaleError
+from distplat.platform.ledger import Ledger, PushId, Verdict
+from distplat.platform.progress import EvalReport, StepReport
+from distplat.strategies.catalog import make_job
+from distplat.strategies.training.shard import ParameterShard
+
+WORLD, SIZE = 4, 11
+NEW, COUNTED, LATE = Verdict.NEW, Verdict.REPEAT_COMMITTED, Verdict.LATE
+
+
+def push(rank: int, seq: int) -> PushId:
+    return PushId("run", 1, rank, seq)
+
+
+def at_version_one(backup: int = 1) -> Ledger:
+    """All but rank 3 have made step 0."""
+    book = Ledger("run", 1, WORLD, backup)
+    book.restore(0)
+    for rank in range(3):
+        assert not book.complete
+        assert book.offer(push(rank, 0)) is NEW
+    assert book.complete and book.commit(0)
+    return book
+
+
+def test_a_late_push_is_dropped_and_counted_once() -> None:
+    book = at_version_one()
+    assert [book.offer(push(3, 0)) for _ in range(3)] == [LATE] * 3
+    assert book.dropped == [0, 0, 0, 1]
+    assert book.offer(push(1, 0)) is COUNTED  # of one that counted it says so
+    assert book.dropped == [0, 0, 0, 1]
+
+
+def test_who_was_late_may_leave_steps_out_but_not_go_ahead() -> None:
+    book = at_version_one()
+    for seq in (1, 2):
+        for rank in range(3):
+            book.offer(push(rank, seq))
+        book.commit(seq)
+    assert book.offer(push(3, 3)) is NEW
+    with pytest.raises(GapError):
+        book.offer(push(3, 4))
+    with pytest.raises(StaleError):
+        book.offer(push(3, 2))
+    assert book.offer(push(3, 3)) is Verdict.REPEAT_STAGED
+    assert book.dropped == [0] * WORLD
+
+
+def test_without_backup_workers_nothing_is_late() -> None:
+    book = Ledger("run", 1, 2)
+    book.restore(5)
+    with pytest.raises(ProtocolError):
+        book.offer(push(0, 3))
+    assert book.offer(push(0, 4)) is COUNTED
+
+
+def test_the_sum_is_still_a_mean_over_the_samples_that_are_there() -> None:
+    plan = async_plan(WORLD, 3, Consistency(backup_workers=1), strategy="ps-sync")
+    shard = ParameterShard(plan, torch.zeros(SIZE))
+    shard.restore(0)
+    for rank in (2, 0, 3):
+        shard.push(push(rank, 0), noise(SIZE, rank) / WORLD)  # as the loop weights them
+    shard.commit(0, None)
+    assert shard.push(push(1, 0), torch.full((SIZE,), 1e9)) is LATE
+    mean = (noise(SIZE, 0) + noise(SIZE, 2) + noise(SIZE, 3)) / 3
+    torch.testing.assert_close(shard.params, -0.1 * mean)
+
+
+class OneSlow(Mlp):
+    """The last of three instances takes 20 times as long as the others."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        self.pause_s = 0.04 if OneSlow.made % 3 == 2 else 0.002
+        OneSlow.made += 1
+
+    def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            time.sleep(self.pause_s)
+        return super().loss(outputs, targets)
+
+    def eval_data(self) -> Any:
+        return self.train_data()
+
+
+def test_a_slow_worker_holds_nobody_up() -> None:
+    OneSlow.made = 0
+    began = time.monotonic()
+    run = train(job({"name": "ps-sync", "backup_workers": 1}, 3, epochs=16), OneSlow)
+    took = time.monotonic() - began
+    assert took < 0.6 * 80 * 0.04, "as long as the slow worker needs for all steps"
+    reports = [[r for r in part if isinstance(r, StepReport)] for part in run.reports]
+    assert [len(part) for part in reports] == [80] * 3
+    figures = reports[2][-1].figures
+    assert figures["dropped"] > 0 and figures["skipped"] > 0
+    assert reports[0][-1].figures["skipped"] < 40
+
+
+def test_all_ranks_end_with_the_servers_parameters() -> None:
+    run = train(job({"name": "ps-sync", "backup_workers": 1}, 3), OneSlow)
+    final = run.group.service(0).params
+    for rank in run.ranks:
+        assert torch.equal(rank.flat.params, final)
+    for part in run.reports:
+        assert [r.step for r in part if isinstance(r, EvalReport)] == [5, 10, 15]
+
+
+def test_none_is_the_default_and_changes_nothing() -> None:
+    assert same_bits(
+        train(job({"name": "ps-sync", "backup_workers": 0}, 3), Mlp), train(job("ps-sync", 3), Mlp)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"backup_workers": 3}, "less than the 3 workers"),
+        ({"backup_workers": 1, "num_servers": 2}, "needs `num_servers: 1`"),
+        ({"backup_workers": -1}, "backup_workers"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        make_job(job({"name": "ps-sync", **options}, 3).model_dump())

@@ -1,0 +1,285 @@
+"""The strategy `ps-async` on servers in memory, and its runs made again."""
+
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from in_memory_run import Run, train
+from test_equivalence import STEPS, Conv, Dropout, Mlp, distance, plain, same_bits
+
+from distplat.platform.apply_log import Applied, ApplyLog, flaws, largest_lead, staleness_counts
+from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
+from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.shard_map import ShardPlan
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_job, make_strategy
+from distplat.strategies.training.replay import replay
+from distplat.strategies.training.session import prepare
+
+SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+
+
+def job(strategy: object, workers: int, **more: Any) -> Job:
+    fields = {
+        "name": "pace",
+        "strategy": strategy,
+        "scaling": {"num_workers": workers},
+        "optimizer": SGD,
+        "lr_schedule": {"name": "cosine", "warmup_steps": 3, "final_factor": 0.1},
+        "epochs": 3,
+        "global_batch_size": 9,
+        "seed": 5,
+    }
+    return Job.model_validate({**fields, **more})
+
+
+def logs_of(run: Run) -> list[ApplyLog]:
+    return [ApplyLog(numbers) for numbers in run.group.logs()]
+
+
+class Uneven(Mlp):
+    """Its second instance, which is rank 1's, takes longer over each batch."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        self.pause_s = 0.004 * (Uneven.made % 2)
+        Uneven.made += 1
+
+    def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+        time.sleep(self.pause_s)
+        return super().loss(outputs, targets)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.3])
+def test_one_worker_is_ps_sync_and_one_process_to_the_bit(clip_norm: float | None) -> None:
+    more = {"clip_norm": clip_norm, "optimizer": {"name": "Adam", "lr": 0.01}}
+    asynchronous = train(job("ps-async", 1, **more), Conv)
+    assert same_bits(asynchronous, train(job("ps-sync", 1, **more), Conv))
+    assert same_bits(asynchronous, train(job("ring", 1, **more), Conv))
+
+
+def test_one_worker_is_a_plain_loop() -> None:
+    run = train(job("ps-async", 1), Mlp)
+    assert distance(run.parameters(), plain("mlp-sgd")[0]) < 1e-5
+    two = train(job({"name": "ps-async", "num_servers": 2}, 1), Mlp)
+    assert same_bits(run, two)
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+def test_every_gradient_is_applied_once_on_every_shard(servers: int) -> None:
+    run = train(job({"name": "ps-async", "num_servers": servers}, 3), Mlp)
+    logs = logs_of(run)
+    assert len(logs) == servers
+    for log in logs:
+        assert flaws(log, 3, STEPS) == []
+        assert len(log) == 3 * STEPS
+
+
+def test_all_ranks_end_with_the_servers_parameters() -> None:
+    run = train(job({"name": "ps-async", "num_servers": 2}, 2, epochs=8), Uneven)
+    final = torch.cat([run.group.service(index).params for index in range(2)])
+    for rank in range(2):
+        assert torch.equal(run.ranks[rank].flat.params, final)
+
+
+def test_a_worker_computes_on_a_vector_of_its_own() -> None:
+    run = train(job("ps-async", 2), Mlp)
+    vectors = [run.group.service(0).params, *(ranks.flat.params for ranks in run.ranks)]
+    assert len({vector.data_ptr() for vector in vectors}) == 3
+
+
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_the_bound_is_never_exceeded(bound: int) -> None:
+    run = train(job({"name": "ps-async", "staleness": bound}, 2, epochs=8), Uneven)
+    assert largest_lead(logs_of(run)[0], 2) <= bound
+
+
+def test_without_a_bound_the_fast_run_away() -> None:
+    """Or the test above would show nothing."""
+    run = train(job("ps-async", 2, epochs=8), Uneven)
+    assert largest_lead(logs_of(run)[0], 2) > 3
+
+
+def test_a_worker_that_never_comes_is_named() -> None:
+    class Stuck(Uneven):
+        def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+            time.sleep(5 * bool(self.pause_s))
+            return super().loss(outputs, targets)
+
+    Uneven.made = 0
+    with pytest.raises(DeadlineExceeded, match="missing: worker-1"):
+        train(job({"name": "ps-async", "staleness": 2}, 2), Stuck, timeout_s=0.3)
+
+
+def test_figures_are_those_of_the_log() -> None:
+    run = train(job("ps-async", 3, epochs=6), Mlp)
+    counts = staleness_counts(logs_of(run), 3)
+    for rank, reports in enumerate(run.reports):
+        steps = [report for report in reports if isinstance(report, StepReport)]
+        told = [int(report.figures["staleness"]) for report in steps]
+        assert sorted(told) == sorted(counts[rank].elements())
+        assert steps[-1].figures["staleness_mean"] == pytest.approx(sum(told) / len(told))
+        assert all(report.figures["waiting_s"] >= 0 for report in steps)
+
+
+class Evaluated(Uneven):
+    def eval_data(self) -> Any:
+        return self.train_data()
+
+
+def test_evaluations_stop_nobody_and_the_last_is_of_the_final_parameters() -> None:
+    run = train(job("ps-async", 2), Evaluated)
+    for reports in run.reports:
+        evaluations = [report for report in reports if isinstance(report, EvalReport)]
+        assert [report.step for report in evaluations] == [5, 10, 15]
+    data = Mlp().train_data()
+    model = run.ranks[0].flat.model.eval()
+    with torch.no_grad():
+        inputs, targets = data.tensors
+        expected = float(Mlp().loss(model(inputs), targets))
+    last = [reports[-1] for reports in run.reports]
+    total = sum(r.sums["loss"] for r in last if isinstance(r, EvalReport))
+    assert total / len(data) == pytest.approx(expected, rel=1e-4)
+
+
+def test_it_learns() -> None:
+    """About as well as `ps-sync`; how well exactly is a matter of who came first."""
+    more = {"epochs": 30, "lr_schedule": {}, "optimizer": {"name": "SGD", "lr": 0.05}}
+
+    def losses(strategy: str) -> tuple[float, float]:
+        run = train(job(strategy, 2, **more), Mlp)
+        parts = [r for reports in run.reports for r in reports if isinstance(r, StepReport)]
+        ends = [[r for r in parts if r.step < 5], [r for r in parts if r.step >= 145]]
+        first, last = (
+            sum(r.loss * r.samples for r in end) / sum(r.samples for r in end) for end in ends
+        )
+        return first, last
+
+    (first, found), (_, expected) = losses("ps-async"), losses("ps-sync")
+    assert found < 0.95 * first
+    assert found < 1.25 * expected
+
+
+def test_a_gradient_is_of_the_mean_over_the_ranks_own_samples() -> None:
+    """Two such gradients of half a batch move as far as one of the whole, at twice the rate."""
+
+    def moved(strategy: str, rate: float) -> torch.Tensor:
+        small = {"optimizer": {"name": "SGD", "lr": rate}, "lr_schedule": {}, "steps": 1}
+        of = job(strategy, 2, global_batch_size=8, epochs=None, **small)
+        return train(of, Mlp).ranks[0].flat.params - prepare(of, Mlp()).flat.params
+
+    found, expected = moved("ps-async", 1e-3), moved("ps-sync", 2e-3)
+    assert float((found - expected).norm()) < 0.01 * float(expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"staleness": -1}, "staleness"),
+        ({"staleness": "none"}, "staleness"),
+        ({"staleness": 1.5}, "staleness"),
+        ({"delay_compensation": -0.1}, "delay_compensation"),
+        ({"staleness_lr": "perhaps"}, "staleness_lr"),
+        ({"num_servers": 0}, "num_servers"),
+        ({"backup_workers": 1}, "unknown field"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        make_job(job({"name": "ps-async", **options}, 2).model_dump())
+
+
+def again(run: Run, of: Job, task: type[Mlp]) -> torch.nn.Module:
+    """Make a run again from its logs."""
+    roles = make_strategy(of).roles(of)
+    steps, world = run.ranks[0].total_steps, of.scaling.world
+    plan = ShardPlan(of, "replay", 0, world, steps, roles.servers, roles.consistency)
+    return replay(plan, logs_of(run), lambda: prepare(of, task()), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({}, {}),
+        ({"num_servers": 3}, {"optimizer": {"name": "AdamW", "lr": 0.01}, "clip_norm": 0.3}),
+        ({"staleness": 1, "num_servers": 2}, {"gradient_accumulation": 2}),
+        ({"staleness_lr": True, "delay_compensation": 0.5, "num_servers": 2}, {}),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_replay_gives_the_same_bits(
+    workers: int, options: dict[str, Any], more: dict[str, Any]
+) -> None:
+    of = job({"name": "ps-async", **options}, workers, **more)
+    run = train(of, Evaluated)
+    model = again(run, of, Evaluated)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, run.parameters()[name]), name
+
+
+def test_a_replay_does_not_depend_on_how_threads_take_turns() -> None:
+    of = job({"name": "ps-async", "num_servers": 2}, 3)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(5):
+            run = train(of, Mlp)
+            model = again(run, of, Mlp)
+            for name, value in model.state_dict().items():
+                assert torch.equal(value, run.parameters()[name]), name
+    finally:
+        sys.setswitchinterval(usual)
+
+
+def test_a_replay_with_dropout_repeats() -> None:
+    """Threads share a generator, so only the replays can be compared; see tests/cluster."""
+    of = job("ps-async", 2)
+    run = train(of, Dropout)
+    first, second = (again(run, of, Dropout).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_log_in_another_order_gives_another_model() -> None:
+    of = job("ps-async", 2)
+    run = train(of, Mlp)
+    turns = [(rank, seq) for seq in range(STEPS) for rank in (1, 0)]
+    other = ApplyLog()
+    for place, (rank, seq) in enumerate(turns):
+        other.add(Applied(rank, seq, max(0, place - 1)))
+    run.group.logs = lambda: [other.numbers()]  # type: ignore[method-assign]
+    found = again(run, of, Mlp).state_dict()
+    assert any(not torch.equal(found[name], value) for name, value in run.parameters().items())
+
+
+def test_logs_that_no_run_can_have_are_refused() -> None:
+    """Each shard's is possible, but together they ask rank 0 for a gradient before its time."""
+    of = job({"name": "ps-async", "num_servers": 2}, 2, steps=2, epochs=None)
+    run = train(of, Mlp)
+    first, second = ApplyLog(), ApplyLog()
+    for row in [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)]:
+        first.add(Applied(*row))
+    for row in [(1, 0, 0), (1, 1, 1), (0, 0, 2), (0, 1, 3)]:
+        second.add(Applied(*row))
+    run.group.logs = lambda: [first.numbers(), second.numbers()]  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="cannot be followed"):
+        again(run, of, Mlp)
+
+
+def test_what_a_task_raises_ends_a_replay() -> None:
+    of = job("ps-async", 2)
+    run = train(of, Mlp)
+
+    class Broken(Mlp):
+        calls = 0
+
+        def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+            Broken.calls += 1
+            if Broken.calls == 9:
+                raise KeyError("no such token: 17")
+            return super().loss(outputs, targets)
+
+    with pytest.raises(KeyError, match="17"):
+        again(run, of, Broken)
