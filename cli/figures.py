@@ -25,8 +25,8 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
     rows = []
     if figures.get("sent_bytes"):
         rows.append(("exchange", f"{_bytes(figures['sent_bytes'])} sent per worker and step"))
-    if "exposed_s" in figures and figures.get("working_s"):
-        rows.append(("", _overlap(figures)))
+        if "exposed_s" in figures:
+            rows.append(("", _overlap(figures)))
     if figures.get("saved_bytes"):
         rows.append(("compression", _compression(figures)))
     if figures.get("optimizer_state_bytes"):

@@ -37,10 +37,11 @@ def segments() -> set[str]:
     for process in psutil.process_iter():
         try:
             maps = Path(f"/proc/{process.pid}/maps").read_text()
-        except OSError:
+            name = process.name()
+        except (OSError, psutil.Error):  # it has ended meanwhile
             continue
         if "memfd:distplat" in maps:
-            found.add(f"{process.pid} {process.name()}")
+            found.add(f"{process.pid} {name}")
     return found
 
 

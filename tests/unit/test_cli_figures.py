@@ -25,6 +25,7 @@ TRAFFIC = {"sent_bytes": 84e6, "exposed_s": 0.01, "waiting_s": 0.0012, "working_
     [
         ({}, []),
         ({"sent_bytes": 0.0, "exposed_s": 0.0, "optimizer_state_bytes": 0.0}, []),
+        ({**TRAFFIC, "sent_bytes": 0.0}, []),  # alone
         (
             TRAFFIC,
             [
