@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3
-_DRAIN_S = 120.0
+_DRAIN_S = 30.0
 _QUEUE = 2
 """Complete checkpoints that may wait for the disk, each as large as a model and its optimizer."""
 _FILES = ("model", "optimizer")

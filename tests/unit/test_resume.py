@@ -89,6 +89,8 @@ def test_the_same_bits(strategy: object, optimizer: object, clip: float | None) 
     whole = job(strategy, optimizer=optimizer, clip_norm=clip)
     unfailed = train(whole, Normed)
     assert sorted(unfailed.checkpoints) == [5, 10, 12]
+    never = train(job(strategy, optimizer=optimizer, clip_norm=clip, checkpoint={}), Normed)
+    assert equal(never.parameters(), unfailed.parameters()), "checkpoints change nothing"
     for version in (5, 10):
         resumed = train(whole, Normed, saved=unfailed.checkpoints[version])
         assert equal(resumed.parameters(), unfailed.parameters())
