@@ -35,6 +35,7 @@ class RayShards:
         self._order, self._total_steps = order, total_steps
         self._limits = order.job.failure
         self._pulls = 0
+        self._started = False  #: whether the first push was answered
 
     def connect(self, flat: FlatModel) -> None:
         """See `Shards`."""
@@ -88,7 +89,9 @@ class RayShards:
         answers: list[Answer] = self._ask(
             f"push {step}",
             lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
+            setting="step_timeout_s" if self._started else "start_timeout_s",
         )
+        self._started = True
         result = pushed(answers)
         if result.norm is None:
             self._take(answers)
