@@ -1,9 +1,9 @@
 """
 What a worker's allocator does with memory that a step has freed: keep it for the next step.
 
-    step      allocates activations      frees them      allocates as much again
-    glibc     asks the kernel for pages,  gives them back,  asks again, and has them zeroed again
-    here      asks the kernel for pages,  keeps them,       takes them
+    step      allocates activations       frees them        allocates as much again
+    glibc     asks the kernel for pages   gives them back   asks again, and all are zeroed again
+    here      asks the kernel for pages   keeps them        takes them
 
 A conv net of 24 k parameters had 6,000 to 20,000 page faults in every step, a fifth of its time
 (docs/decisions/kept_memory.md).

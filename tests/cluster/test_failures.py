@@ -54,7 +54,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         assert self.training.wait(60)
-        for process in psutil.process_iter():
+        for process in psutil.Process().children(recursive=True):
             title = " ".join(process.cmdline()) if process.is_running() else ""
             if title.startswith(f"ray::{self.role}"):
                 os.kill(process.pid, self.number)
