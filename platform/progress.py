@@ -84,7 +84,20 @@ class Recovery:
     """Since the failure was noticed."""
 
 
-Summary = StepSummary | EvalSummary | Setback | Recovery
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is on the disk."""
+
+    step: int
+    """Steps that it has behind it."""
+    path: str
+    size: int
+    """Bytes."""
+    seconds: float
+    """From the last rank's part to the disk; training went on meanwhile."""
+
+
+Summary = StepSummary | EvalSummary | Setback | Recovery | Saved
 """What is told of a run while it goes on."""
 
 Report = TypeVar("Report", StepReport, EvalReport)

@@ -29,12 +29,15 @@ from distplat.platform.fields import Spec
 from distplat.platform.spec import Job
 from distplat.strategies.ports import Pushed as Pushed
 from distplat.strategies.ports import Shards as Shards
+from distplat.strategies.ports import Traffic as Traffic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.optim import LocalOptimizer
+    from distplat.strategies.training.parts import Part
+    from distplat.strategies.training.restoring import SavedState
 
 
 class ReduceOp(StrEnum):
@@ -57,19 +60,6 @@ class Handle(Protocol):
         Raises:
             CollectiveError: it failed or ran out of time; names the missing ranks.
         """
-
-
-@dataclass
-class Traffic:
-    """What one rank's part in a group has cost so far; every figure only grows."""
-
-    sent_bytes: int = 0
-    """Payload that went from this rank to others."""
-    received_bytes: int = 0
-    waiting_s: float = 0.0
-    """For ranks that had not come."""
-    working_s: float = 0.0
-    """Copying, adding, sending: operations' time without the waiting where that can be told."""
 
 
 class Collective(Protocol):
@@ -190,6 +180,10 @@ class Context:
     _shards: Shards | None
     alive: Callable[[], None] = lambda: None
     """To be called now and then in a wait that may be long for a good reason."""
+    saved: SavedState | None = None
+    """The checkpoint that `flat` was filled from, with the optimizer's state; None: from none."""
+    base: int = 0
+    """Steps of the newest checkpoint: what has fewer behind it is no state to go on from."""
 
     @property
     def collective(self) -> Collective:
@@ -228,6 +222,8 @@ class Strategy(ABC, Generic[OptionsT]):
     summary: ClassVar[str]
     """One line for `distplat strategies`."""
     options_type: ClassVar[type[Options]] = Options
+    has_parts: ClassVar[bool] = False
+    """Whether `part` is there; a job that wants checkpoints is refused where it is not."""
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -254,7 +250,8 @@ class Strategy(ABC, Generic[OptionsT]):
         Prepare this worker; its model is built, its ports are connected.
 
         Returns:
-            Steps that `flat.params` now has behind it, the same on all ranks; 0 in a fresh run.
+            Steps that `flat.params` now has behind it, the same on all ranks; 0 in a fresh run,
+            those of `context.saved` in one that begins from a checkpoint.
         """
 
     def skips(self, step: int) -> bool:
@@ -275,6 +272,15 @@ class Strategy(ABC, Generic[OptionsT]):
     @abstractmethod
     def update(self, step: int) -> None:
         """Bring `flat.params` from version `step` to version `step + 1`."""
+
+    def part(self, version: int) -> Part:
+        """
+        Give what this rank is responsible for in a checkpoint; called between two steps.
+
+        Args:
+            version: steps done, on every rank the same ones.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no checkpoints")
 
     def synchronize(self) -> None:
         """Make all ranks' parameters equal; called before an evaluation and at the end."""

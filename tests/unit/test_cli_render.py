@@ -132,6 +132,7 @@ def test_the_facts_are_those_of_the_run() -> None:
         "samples_per_s": 32.0,
         "time_split": {"data": 0.0, "compute": 0.5, "exchange": 0.5, "update": 0.0},
         "figures": {},
+        "checkpoints": [],
         "restarts": [],
         "run_directory": "/runs/lin-1",
         "model": "/runs/lin-1/model.safetensors",
