@@ -99,8 +99,8 @@ class View:
             return
         who = ", ".join(news.replaced) or "nobody"
         self._say(
-            f"failure after step {news.step}: {news.cause.splitlines()[0]}\n"
-            f"attempt {news.attempt}: replacing {who}, going on"
+            f"failure: {news.cause.splitlines()[0]}\n"
+            f"attempt {news.attempt}: replacing {who}, going on from step {news.step}"
         )
 
     def _draw(self, summary: StepSummary, now: float) -> None:

@@ -10,7 +10,7 @@ import pytest
 from distplat.actors.trainer import Result
 from distplat.cli import render
 from distplat.cli.render import View, facts_of, print_result, to_json
-from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
 from distplat.platform.spec import Job
 
 JOB = Job.model_validate(
@@ -80,6 +80,18 @@ def test_every_evaluation_is_shown(clock: Clock) -> None:
         view.stepped(EvalSummary(number, 8, {"loss": 0.25, "accuracy": 0.96875}))
     assert out.getvalue().splitlines() == [
         f"evaluation after step {number}  loss 0.25  accuracy 0.9688" for number in (1, 2, 3)
+    ]
+
+
+def test_a_failure_says_from_where_the_run_goes_on() -> None:
+    out = io.StringIO()
+    view = View(out)
+    view.disturbed(Setback(1, 10, "server-0 was lost: killed\nmore", ("worker-0", "worker-1"), 0.0))
+    view.disturbed(Recovery(1, 3.25))
+    assert out.getvalue().splitlines() == [
+        "failure: server-0 was lost: killed",
+        "attempt 1: replacing worker-0, worker-1, going on from step 10",
+        "attempt 1: all workers are at work after 3.2 s",
     ]
 
 
