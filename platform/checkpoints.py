@@ -185,8 +185,9 @@ def read(path: Path) -> Stored:
     files = {name: _checked(path / name, facts) for name, facts in manifest.items()}
     try:
         state = json.loads(files.pop(STATE))
-    except (KeyError, ValueError):
-        raise StorageError(f"{path} has no {STATE}") from None
+        assert isinstance(state["step"], int)
+    except (KeyError, ValueError, TypeError, AssertionError):
+        raise StorageError(f"{path} has no {STATE} with its step") from None
     return Stored(path, state, files)
 
 

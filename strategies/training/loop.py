@@ -80,11 +80,14 @@ class Loop:
                 self._skip(step, batches)
             else:
                 self._step(step, batches)
-            self.checkpoint(step + 1)
+            if step + 1 < self.total_steps:
+                self.checkpoint(step + 1)
             if self.eval_data is not None and self._evaluates_after(step):
                 self.strategy.synchronize()
                 self._evaluate(self.eval_data, step + 1)
         self.strategy.synchronize()
+        if steps:
+            self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
 
     def _step(self, step: int, batches: Iterator[Any]) -> None:
         torch.manual_seed(_step_seed(self.job.seed, step, self.rank))
