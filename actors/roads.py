@@ -42,7 +42,7 @@ class Road(ABC):
     """Where servers find it; None: they need not."""
 
     def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
-        self._node, self._facts, self._joined = node, facts, joined
+        self.node, self._facts, self._joined = node, facts, joined
         self._gradient_segment = Segment.create(node, facts.size, facts.dtype)
         self.gradients = self._gradient_segment.tensor  #: shape [n]
         self.gradient_address = self._gradient_segment.address
@@ -85,7 +85,7 @@ class SharedRoad(Road):
         """See `Road`."""
         opened: dict[str, Segment] = {}
         for index, address in enumerate(self._joined.parameters):
-            if address.node != self._node:
+            if address.node != self.node:
                 continue
             try:
                 opened[address.node] = opened.get(address.node) or Segment.open(address)
@@ -134,7 +134,7 @@ class PrivateRoad(Road):
     def candidates(self) -> list[int]:
         """See `Road`."""
         nodes = [address.node for address in self._joined.parameters]
-        return [index for index, node in enumerate(nodes) if node == self._node]
+        return [index for index, node in enumerate(nodes) if node == self.node]
 
     def open(self, near: set[int]) -> None:
         """See `Road`."""

@@ -76,6 +76,10 @@ class ServerNode:
         """Apply a staged step."""
         return self._body.commit(rank, seq, norm)
 
+    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+        """Answer a worker's bell; stays open."""
+        self._body.listen(run, attempt, rank, bells, slot)
+
     def wait_for_all(self, limit_s: float) -> list[int]:
         """Wait a while for all ranks' last push."""
         return self._body.wait_for_all(limit_s)

@@ -7,6 +7,7 @@ this node, as bytes to and from others.
 """
 
 import logging
+import threading
 
 import numpy as np
 import ray
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distplat.actors.bell import Listener, Request
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory import Segment
 from distplat.actors.messages import Address
@@ -40,6 +42,8 @@ class Serving:
         self._parameters: dict[int, Tensor] = {}  #: the same of workers that compute on a copy
         self._segment: Segment | None = None
         self._published: tuple[int, ray.ObjectRef[NDArray[np.uint8]]] | None = None
+        self._listening: dict[int, object] = {}  #: rank -> the call that answers its bell
+        self._turn = threading.Lock()  #: see `Listener.serve`
 
     def assign(
         self, plan: ShardPlan, shard: Shard, total: int, dtype: str, parameters: Address | None
@@ -111,6 +115,23 @@ class Serving:
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step; see `Service.commit`."""
         return self._service.commit(rank, seq, norm, self._deliver(rank))
+
+    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+        """Answer a worker's bell for as long as it lives; its later call takes over from this."""
+        listener = Listener(bells, slot)
+        mine = object()
+        with self._turn:
+            self._listening[rank] = mine
+
+        def handle(request: Request) -> Answer:
+            if request.norm is not None:
+                return self.commit(rank, request.seq, request.norm)
+            return self.push(PushId(run, attempt, rank, request.seq), None)
+
+        try:
+            listener.serve(handle, self._turn, lambda: self._listening[rank] is mine)
+        finally:
+            listener.close()
 
     def wait_for_all(self, limit_s: float) -> list[int]:
         """See `Service.wait_for_all`."""

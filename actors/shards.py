@@ -1,4 +1,8 @@
-"""The port `Shards` over Ray: control by actor calls, bytes by the fastest road (`roads.py`)."""
+"""
+The port `Shards` over Ray: control by bells and calls, bytes by the fastest road (`roads.py`).
+
+A step of a server on this node is asked for by a bell (`bells.py`), everything else by a call.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,7 +12,9 @@ from typing import Any
 import ray
 
 from distplat.actors.asking import Call, ask
-from distplat.actors.messages import Membership, ModelFacts, WorkOrder
+from distplat.actors.bell import Request
+from distplat.actors.bells import Bells
+from distplat.actors.messages import Address, Membership, ModelFacts, WorkOrder
 from distplat.actors.roads import PrivateRoad, SharedRoad
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Shard
@@ -61,6 +67,7 @@ class RayShards:
         road.open({index for index, is_near in zip(asked, mapped, strict=True) if is_near})
         near = sorted(road.near)
         far = [cut.index for cut in self._cuts if cut.index not in road.near]
+        self._bells = Bells(road.node, road.near, self._listen)
         logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)
 
     def _take_over(self) -> None:
@@ -85,8 +92,9 @@ class RayShards:
         if self._on_device:
             road.gradients.copy_(self._flat.grads)
         push = PushId(self._order.run, self._order.attempt, self._order.rank, step)
-        answers: list[Answer] = self._ask(
+        answers = self._step(
             f"push {step}",
+            Request(step),
             lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
         )
         result = pushed(answers)
@@ -97,9 +105,12 @@ class RayShards:
     def commit(self, step: int, norm: float) -> None:
         """See `Shards`."""
         rank = self._order.rank
-        self._take(
-            self._ask(f"commit {step}", lambda server, cut: server.commit.remote(rank, step, norm))
+        answers = self._step(
+            f"commit {step}",
+            Request(step, norm),
+            lambda server, cut: server.commit.remote(rank, step, norm),
         )
+        self._take(answers)
 
     def refresh(self) -> None:
         """See `Shards`."""
@@ -114,6 +125,22 @@ class RayShards:
 
         wait_for_all(look, self._total_steps, self._limits.step_timeout_s, alive)
         self.refresh()
+
+    def _step(
+        self, what: str, request: Request, question: Callable[[Any, Shard], Any]
+    ) -> list[Answer]:
+        """Ask all servers for a part of a step: by bell where there is one, else by a call."""
+        self._bells.ring(request)
+        far = [cut for cut in self._cuts if cut.index not in self._bells.shards]
+        called = self._ask(what, question, far) if far else []
+        limit = self._limits.step_timeout_s + _ANSWER_GRACE_S
+        answers = self._bells.answers(what, limit, "step_timeout_s")
+        answers |= {cut.index: answer for cut, answer in zip(far, called, strict=True)}
+        return [answers[cut.index] for cut in self._cuts]
+
+    def _listen(self, shard: int, bells: Address, slot: int) -> Any:
+        order, server = self._order, self._servers[shard]
+        return server.listen.remote(order.run, order.attempt, order.rank, bells, slot)
 
     def _pull(self, setting: str) -> None:
         rank, number = self._order.rank, self._pulls

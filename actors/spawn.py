@@ -18,7 +18,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
 
 _SERVER_THREADS = 8
-"""Threads of a server node beside one per worker: for the manager's and the controller's calls."""
+"""Threads of a server node beside two per worker: for the manager's and the controller's calls."""
 
 
 @dataclass
@@ -50,7 +50,8 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
         cast.workers.append(spawn_worker(job, run, attempt, rank))
     for index in range(roles.servers):
         name = actor_name(job, f"server-{index}", attempt)
-        threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
+        # Two per worker: one answers its bell, one its calls.
+        threads = {"max_concurrency": 2 * job.scaling.world + _SERVER_THREADS}
         needs = _resources(roles.server_resources or {"CPU": 0.0})
         options = {**common, **needs, **threads, "name": name}
         cast.servers.append(ray.remote(ServerNode).options(**options).remote(name))
