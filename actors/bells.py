@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -21,6 +21,8 @@ _SLICE_S = 0.1
 _REASON_S = 5.0
 """How long a standing call may take to say why a request failed."""
 
+Look = Callable[[], object]
+"""Called ten times a second while an answer is missing; what it raises ends the wait."""
 Listen = Callable[[int, Address, int], Any]
 """Makes the standing call to the server of a shard: shard, segment of bells, slot."""
 
@@ -32,12 +34,16 @@ class Bells:
     Args:
         node: Ray's id of this node.
         near: shards whose servers share memory with this worker.
+        names: of all servers, by shard.
         listen: makes a standing call.
+        look: see `Look`.
     """
 
-    def __init__(self, node: str, near: set[int], listen: Listen) -> None:
+    def __init__(
+        self, node: str, near: set[int], names: Sequence[str], listen: Listen, look: Look
+    ) -> None:
         self.shards = sorted(near) if futex.supported() else []
-        self._listen = listen
+        self._names, self._listen, self._look = names, listen, look
         # Not sealed: a standing call that got lost is made again, and opens it again.
         self._segment = Segment.create(node, SLOT * max(1, len(self.shards)), "uint8")
         self._bells = {s: Bell(self._segment, slot) for slot, s in enumerate(self.shards)}
@@ -70,14 +76,15 @@ class Bells:
         for shard, bell in self._bells.items():
             while not bell.answered(_SLICE_S):
                 self._look_after(shard)
+                self._look()
                 if time.monotonic() > until:
                     late = [s for s, other in self._bells.items() if not other.answered(0.0)]
-                    missing = tuple(f"server-{s}" for s in late)
+                    missing = tuple(self._names[s] for s in late)
                     raise DeadlineExceeded(what, missing, limit_s, f"failure.{setting}")
             answer = bell.read()
             if answer is None:
                 self._look_after(shard, _REASON_S)
-                raise ActorLost(f"server-{shard}", None, f"it could not say why {what} failed")
+                raise ActorLost(self._names[shard], None, f"it could not say why {what} failed")
             found[shard] = answer
         return found
 
@@ -91,10 +98,10 @@ class Bells:
         try:
             ray.get(self._standing[shard], timeout=_REASON_S)
         except ray.exceptions.ActorUnavailableError:
-            logger.warning("no word from server-%d, asking it again to listen", shard)
+            logger.warning("no word from %s, asking it again to listen", self._names[shard])
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayActorError as error:
             cause = str(error).strip().splitlines()[0]
-            raise ActorLost(f"server-{shard}", None, cause) from None
+            raise ActorLost(self._names[shard], None, cause) from None
         self._standing[shard] = self._call(shard)

@@ -90,7 +90,11 @@ class Membership:
     shard_map: ShardMap
     servers: list[Any]
     """Handles of the server nodes, by shard."""
+    names: list[str]
+    """Their names, by shard."""
     parameters: list[Address]
     """The parameter segment of each server's node, by shard: the whole flat vector."""
     private: bool
     """Whether each worker computes on a copy of its own."""
+    replicated: bool = False
+    """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""

@@ -83,15 +83,16 @@ class SharedRoad(Road):
 
     def candidates(self) -> list[int]:
         """See `Road`."""
-        opened: dict[str, Segment] = {}
+        opened: dict[tuple[int, int], Segment] = {}
         for index, address in enumerate(self._joined.parameters):
             if address.node != self.node:
                 continue
+            key = address.pid, address.fd
             try:
-                opened[address.node] = opened.get(address.node) or Segment.open(address)
+                opened[key] = opened.get(key) or self._open(address)
             except OSError:
                 continue  # another container on this node: its servers are reached as if far away
-            self._segments[index] = opened[address.node]
+            self._segments[index] = opened[key]
         return list(self._segments)
 
     def open(self, near: set[int]) -> None:
@@ -105,6 +106,10 @@ class SharedRoad(Road):
         else:
             dtype = getattr(torch, self._facts.dtype)
             self.parameters = torch.zeros(self._facts.size, dtype=dtype)
+
+    def _open(self, address: Address) -> Segment:
+        # Of a server's own segment, whole in length, only its shard has memory.
+        return Segment.open(address, populate=not self._joined.replicated)
 
     @property
     def _shards(self) -> int:

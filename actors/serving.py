@@ -8,6 +8,7 @@ this node, as bytes to and from others.
 
 import logging
 import threading
+from typing import Any
 
 import numpy as np
 import ray
@@ -19,9 +20,14 @@ from distplat.actors.bell import Listener, Request
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory import Segment
 from distplat.actors.messages import Address
+from distplat.actors.mirroring import Mirroring
+from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PushId
+from distplat.platform.part import Role
 from distplat.platform.shard_map import Shard, ShardPlan
+from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.client import make_service
+from distplat.strategies.training.mirror import Twin, Update
 from distplat.strategies.training.service import Deliver, Limits, Service
 
 logger = logging.getLogger(__name__)
@@ -42,11 +48,18 @@ class Serving:
         self._parameters: dict[int, Tensor] = {}  #: the same of workers that compute on a copy
         self._segment: Segment | None = None
         self._published: tuple[int, ray.ObjectRef[NDArray[np.uint8]]] | None = None
+        self._attached: dict[int, tuple[int, bool]] = {}  #: rank -> number of its call, the answer
         self._listening: dict[int, object] = {}  #: rank -> the call that answers its bell
         self._turn = threading.Lock()  #: see `Listener.serve`
 
     def assign(
-        self, plan: ShardPlan, shard: Shard, total: int, dtype: str, parameters: Address | None
+        self,
+        plan: ShardPlan,
+        shard: Shard,
+        total: int,
+        dtype: str,
+        parameters: Address | None,
+        role: Role,
     ) -> Address:
         """
         Take over a shard; a second time does nothing.
@@ -57,6 +70,7 @@ class Serving:
             total: elements of the whole vector.
             dtype: its type.
             parameters: this node's parameter segment, if another server has made it.
+            role: whether it serves the shard, or keeps up with who does.
 
         Returns:
             Address of the node's parameter segment, of `total` elements.
@@ -64,13 +78,19 @@ class Serving:
         if self._segment is not None:
             return self._segment.address
         if parameters is None:
-            segment = Segment.create(self._node, total, dtype)
+            # A shard that is kept twice has a segment of its own, of which the rest is not touched.
+            whole = role is Role.ALONE
+            segment = Segment.create(self._node, total, dtype, populate=whole)
         else:
             segment = Segment.open(parameters)
         self._plan, self._cut = plan, shard
         limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
         params = segment.tensor[shard.start : shard.stop]
         self._service: Service = make_service(self._name, plan, limits, params)
+        served = self._service.served
+        self._mirroring = Mirroring(self._name, self._node, role, served, limits.step_s)
+        if role is not Role.ALONE:
+            served.mirror = self._mirroring
         self._segment = segment
         log_to_stderr()
         logger.info(
@@ -78,17 +98,51 @@ class Serving:
         )
         return segment.address
 
-    def attach(self, rank: int, gradients: Address, parameters: Address | None) -> bool:
-        """Map a worker's segments; False: they cannot be reached, send bytes instead."""
-        if rank in self._gradients:
-            return True
+    def attach(
+        self,
+        rank: int,
+        number: int,
+        gradients: Address | None,
+        parameters: Address | None,
+        version: int | None,
+    ) -> bool:
+        """
+        Map a worker's segments.
+
+        Args:
+            rank: of the worker.
+            number: of this call of the worker, from 0: what comes late does nothing.
+            gradients: its segment; None: it cannot be reached, the worker knows.
+            parameters: the same, of a worker that computes on a copy.
+            version: of this shard's values that it has now; None: it has none.
+
+        Returns:
+            False: they cannot be reached, send bytes instead.
+        """
+
+        def change() -> bool:
+            last, answer = self._attached.get(rank, (-1, False))
+            if number > last:
+                answer = self._map(rank, gradients, parameters)
+                self._attached[rank] = number, answer
+                self._service.forget(rank)
+                if version is not None and isinstance(self._service.served, AsyncShard):
+                    self._service.served.pulled_elsewhere(rank, version)
+            return answer
+
+        return self._service.exclusively(change)
+
+    def _map(self, rank: int, gradients: Address | None, parameters: Address | None) -> bool:
+        self._gradients.pop(rank, None)
+        self._parameters.pop(rank, None)
         try:
-            if gradients.node != self._node:
+            if gradients is None or gradients.node != self._node:
                 return False
             if parameters is not None:
                 self._parameters[rank] = self._mine(Segment.open(parameters))
             self._gradients[rank] = self._mine(Segment.open(gradients))
         except OSError:
+            self._parameters.pop(rank, None)
             return False
         return True
 
@@ -105,16 +159,50 @@ class Serving:
 
     def pull(self, rank: int, number: int) -> Answer:
         """Give the newest parameters; see `Service.pull`."""
+        self._mirroring.part.check_serves()
         return self._service.pull(rank, number, self._deliver(rank))
 
     def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
         """Take a gradient's bytes; None: it is in the worker's segment. See `Service.push`."""
+        self._mirroring.part.check_serves()
         gradient = self._gradients[push.rank] if values is None else self._from_bytes(values)
         return self._service.push(push, gradient, self._deliver(push.rank))
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step; see `Service.commit`."""
+        self._mirroring.part.check_serves()
         return self._service.commit(rank, seq, norm, self._deliver(rank))
+
+    def mirror_to(self, term: int, name: str, handle: Any) -> None:
+        """Fill a backup and keep it up to date; see `Mirroring.mirror_to`."""
+        served = self._service.served
+        self._service.exclusively(
+            lambda: self._mirroring.mirror_to(term, name, handle, served.ledger.version is not None)
+        )
+
+    def take_over(self, term: int, twin: Twin, inbox: Address) -> bool:
+        """Become a primary's backup; see `Mirroring.take_over`."""
+        return self._service.exclusively(lambda: self._mirroring.take_over(term, twin, inbox))
+
+    def update(self, term: int, update: Update, values: NDArray[np.uint8] | None) -> None:
+        """Make the primary's update; see `Mirroring.follow`."""
+        served = self._service.served
+        self._service.exclusively(
+            lambda: self._mirroring.follow(term, update, served.version, values)
+        )
+
+    def promote(self, term: int) -> Address:
+        """Serve from now on; give the address of the parameters."""
+        assert self._segment is not None, "only a server with a shard is promoted"
+        if not self._service.exclusively(lambda: self._mirroring.alone(term)):
+            raise FencedError(f"{self._name} is past term {term}")
+        logger.info("shard %d is served here now, term %d", self._cut.index, term)
+        return self._segment.address
+
+    def alone(self, term: int) -> None:
+        """Go on without the backup; not under the lock: an update may hold it and wait for us."""
+        self._mirroring.alone(term)
+        self._service.exclusively(lambda: None)  # wake who waits to be settled
 
     def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
         """Answer a worker's bell for as long as it lives; its later call takes over from this."""

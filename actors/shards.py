@@ -7,7 +7,7 @@ A step of a server on this node is asked for by a bell (`bells.py`), everything 
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -16,6 +16,8 @@ from distplat.actors.bell import Request
 from distplat.actors.bells import Bells
 from distplat.actors.messages import Address, Membership, ModelFacts, WorkOrder
 from distplat.actors.roads import PrivateRoad, SharedRoad
+from distplat.actors.tracking import MapChanged, Tracker
+from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
@@ -23,6 +25,8 @@ from distplat.strategies.training.client import pushed, wait_for_all
 from distplat.strategies.training.flat import FlatModel
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _ANSWER_GRACE_S = 10.0
 """A server times out by itself and says who is missing; only a frozen one needs ours on top."""
@@ -40,34 +44,44 @@ class RayShards:
     def __init__(self, order: WorkOrder, total_steps: int) -> None:
         self._order, self._total_steps = order, total_steps
         self._limits = order.job.failure
-        self._pulls = 0
+        self._pulls = self._roads = 0
+        self._tracker: Tracker | None = None
+        self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
 
     def connect(self, flat: FlatModel) -> None:
         """See `Shards`."""
         self._flat = flat
         self._on_device = flat.params.device.type != "cpu"
         facts = ModelFacts(flat.size, str(flat.params.dtype)[6:], flat.digest(), self._total_steps)
+        self._facts = facts
         join = partial(self._order.manager.join.remote, self._order.rank, facts)
         limit = self._limits.start_timeout_s + _ANSWER_GRACE_S
         name = "the server manager"
         joined: Membership = ask("join", [join], [name], limit, "start_timeout_s")[0]
-        self._servers, self._cuts = joined.servers, joined.shard_map.shards
-        self._open_road(facts, joined)
+        if joined.replicated:
+            self._tracker = Tracker(self._order.manager, joined, self._limits)
+        self._open_road(joined)
         self._take_over()
 
-    def _open_road(self, facts: ModelFacts, joined: Membership) -> None:
+    def _open_road(self, joined: Membership) -> None:
+        self._servers, self._cuts = joined.servers, joined.shard_map.shards
+        self._names = joined.names
         kind = PrivateRoad if joined.private else SharedRoad
-        self._road = road = kind(ray.get_runtime_context().get_node_id(), facts, joined)
-        addresses = (road.gradient_address, road.parameter_address)
-        asked = road.candidates()
-        cuts = [self._cuts[index] for index in asked]
-        mapped = self._ask(
-            "attach", lambda server, cut: server.attach.remote(self._order.rank, *addresses), cuts
-        )
-        road.open({index for index, is_near in zip(asked, mapped, strict=True) if is_near})
+        self._road = road = kind(ray.get_runtime_context().get_node_id(), self._facts, joined)
+        rank, number = self._order.rank, self._roads
+        self._roads += 1
+        candidates = road.candidates()
+
+        def attach(server: Any, cut: Shard) -> Any:
+            gradients = road.gradient_address if cut.index in candidates else None
+            version = self._versions.get(cut.index)
+            return server.attach.remote(rank, number, gradients, road.parameter_address, version)
+
+        mapped = self._ask("attach", attach)
+        road.open({index for index, is_near in enumerate(mapped) if is_near})
+        self._bells = Bells(road.node, road.near, self._names, self._listen, self._look)
         near = sorted(road.near)
         far = [cut.index for cut in self._cuts if cut.index not in road.near]
-        self._bells = Bells(road.node, road.near, self._listen)
         logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)
 
     def _take_over(self) -> None:
@@ -83,11 +97,18 @@ class RayShards:
                 lambda server, cut: server.restore.remote(0, road.payload(cut, initial)),
             )
         self._pull("start_timeout_s")
+        self._move_in()
+
+    def _move_in(self) -> None:
+        """Have the model live where the road's vectors are."""
         if not self._on_device:
-            self._flat.move(road.parameters, road.gradients)
+            self._flat.move(self._road.parameters, self._road.gradients)
 
     def push(self, step: int) -> Pushed:
         """See `Shards`."""
+        return self._following(lambda: self._push(step))
+
+    def _push(self, step: int) -> Pushed:
         road = self._road
         if self._on_device:
             road.gradients.copy_(self._flat.grads)
@@ -104,27 +125,62 @@ class RayShards:
 
     def commit(self, step: int, norm: float) -> None:
         """See `Shards`."""
-        rank = self._order.rank
-        answers = self._step(
-            f"commit {step}",
-            Request(step, norm),
-            lambda server, cut: server.commit.remote(rank, step, norm),
-        )
-        self._take(answers)
+        rank, roads = self._order.rank, self._roads
+
+        def commit() -> list[Answer]:
+            if self._roads > roads:  # what was staged on a lost server is staged nowhere
+                self._push(step)
+            return self._step(
+                f"commit {step}",
+                Request(step, norm),
+                lambda server, cut: server.commit.remote(rank, step, norm),
+            )
+
+        self._following(lambda: self._take(commit()))
 
     def refresh(self) -> None:
         """See `Shards`."""
-        self._pull("step_timeout_s")
+        self._following(lambda: self._pull("step_timeout_s"))
 
     def finish(self, alive: Callable[[], None]) -> None:
         """See `Shards`."""
 
         def look(limit_s: float) -> list[list[int]]:
             what = "the last step"
-            return self._ask(what, lambda server, cut: server.wait_for_all.remote(limit_s))
+            question = lambda server, cut: server.wait_for_all.remote(limit_s)  # noqa: E731
+            return self._following(lambda: self._ask(what, question))
 
         wait_for_all(look, self._total_steps, self._limits.step_timeout_s, alive)
         self.refresh()
+
+    def _following(self, action: Callable[[], Result]) -> Result:
+        """Do something with the servers; once more where a lost one is followed by another."""
+        while True:
+            try:
+                return action()
+            except (ActorLost, FencedError, MapChanged) as error:
+                if self._tracker is None:
+                    raise
+                self._follow(self._tracker, error)
+
+    def _follow(self, tracker: Tracker, error: Exception) -> None:
+        """Go over to the servers that keep the shards now; the step's gradient comes along."""
+        self._bells.close()
+        while True:
+            joined = tracker.follow(error)
+            try:
+                # New memory: a server that was frozen and wakes up writes where nobody looks.
+                self._open_road(joined)
+                break
+            except (ActorLost, FencedError, MapChanged) as again:
+                error = again
+        if not self._on_device:
+            self._road.gradients.copy_(self._flat.grads)
+        self._move_in()
+
+    def _look(self) -> None:
+        if self._tracker is not None:
+            self._tracker.look()
 
     def _step(
         self, what: str, request: Request, question: Callable[[Any, Shard], Any]
@@ -144,15 +200,16 @@ class RayShards:
 
     def _pull(self, setting: str) -> None:
         rank, number = self._order.rank, self._pulls
+        self._pulls += 1  # also where it fails: the next one is not this one again
         answers = self._ask(
             f"pull {number}", lambda server, cut: server.pull.remote(rank, number), setting=setting
         )
-        self._pulls += 1
         self._take(answers)
 
     def _take(self, answers: list[Answer]) -> None:
         """Bring the parameters here, as far as they are not here already."""
         for cut, answer in zip(self._cuts, answers, strict=True):
+            self._versions[cut.index] = answer.version
             self._road.take(cut, answer, self._limits.step_timeout_s)
         if self._on_device:
             self._flat.params.copy_(self._road.parameters)
@@ -173,6 +230,7 @@ class RayShards:
         """
         cuts = self._cuts if cuts is None else cuts
         calls: list[Call] = [partial(question, self._servers[cut.index], cut) for cut in cuts]
-        names = [f"server-{cut.index}" for cut in cuts]
+        names = [self._names[cut.index] for cut in cuts]
         limit: float = getattr(self._limits, setting) + _ANSWER_GRACE_S
-        return ask(what, calls, names, limit, setting)
+        look = self._look if self._tracker is not None else None
+        return ask(what, calls, names, limit, setting, look)

@@ -173,6 +173,8 @@ class Roles:
     """Ray resources of one server node."""
     consistency: Consistency = SYNCHRONOUS
     """When the servers apply gradients."""
+    replication: int = 1
+    """How many servers keep each shard: one, or a primary and its backup."""
     collective: GroupSpec | None = None
     """The group of all workers; None: workers get no port `Collective`."""
 

@@ -35,6 +35,8 @@ class PsAsyncOptions(Options):
     """Divide the learning rate by the number of updates that came between pull and push."""
     delay_compensation: NonNegative = 0.0
     """Lambda of DC-ASGD's correction for these updates; 0: none. Try 0.04 to 2."""
+    replication: int = Field(1, ge=1, le=2, strict=True)
+    """2: each shard has a backup, which takes over when its server is lost."""
 
 
 @strategies.register("ps-async")
@@ -53,7 +55,12 @@ class PsAsync(Strategy[PsAsyncOptions]):
             staleness_lr=chosen.staleness_lr,
             delay_compensation=chosen.delay_compensation,
         )
-        return Roles(chosen.num_servers, chosen.resources_per_server, consistency)
+        return Roles(
+            chosen.num_servers,
+            chosen.resources_per_server,
+            consistency,
+            replication=chosen.replication,
+        )
 
     def setup(self, context: Context) -> int:
         """Take the servers' parameters."""

@@ -28,6 +28,8 @@ class PsSyncOptions(Options):
     """Ray resources of one server node; by default none, for it works while workers wait."""
     backup_workers: int = Field(0, ge=0, le=1023, strict=True)
     """Gradients that a step does not wait for; with it, runs do not repeat bit for bit."""
+    replication: int = Field(1, ge=1, le=2, strict=True)
+    """2: each shard has a backup, which takes over when its server is lost."""
 
 
 @strategies.register("ps-sync")
@@ -41,7 +43,12 @@ class PsSync(Strategy[PsSyncOptions]):
         """Ask for the server group."""
         chosen = self.options
         consistency = Consistency(backup_workers=chosen.backup_workers)
-        return Roles(chosen.num_servers, chosen.resources_per_server, consistency)
+        return Roles(
+            chosen.num_servers,
+            chosen.resources_per_server,
+            consistency,
+            replication=chosen.replication,
+        )
 
     def problems(self, job: Job) -> list[Problem]:
         """Refuse more backup workers than can be done without, and shards that would not agree."""
@@ -51,6 +58,9 @@ class PsSync(Strategy[PsSyncOptions]):
             return [Problem(where, f"must be less than the {world} workers (got {backup})")]
         if backup and self.options.num_servers > 1:
             text = "needs `num_servers: 1`: each shard would take other workers' gradients"
+            return [Problem(where, text)]
+        if backup and self.options.replication > 1:
+            text = "does not go together with `replication: 2`"
             return [Problem(where, text)]
         return []
 

@@ -29,7 +29,9 @@ class AsyncService(Service):
         """See `Service`; returns when the worker is not too far ahead of the others."""
         rank, clocks = push.rank, self.shard.clocks
         with self._changed:
+            self._check_in_office()
             self.shard.push(push, gradient)
+            self._confirm()
             self._went_on(rank)
             self._changed.notify_all()
             waited = self._wait(

@@ -14,6 +14,9 @@ keeps the version before until the first push of the next step proves that all a
 So there is always a version that every shard can give, whoever dies at whatever moment (I3).
 """
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,7 @@ from distplat.platform.errors import GapError, StaleError
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.algorithms.reduce import clip_factor, squared_norm, sum_in_order
+from distplat.strategies.training.mirror import Mirror, Update
 from distplat.strategies.training.optim import make_optimizer, step_optimizer
 
 
@@ -33,10 +37,14 @@ class ParameterShard:
         params: shape [m]; updated in place. Holds nothing of worth until `restore`.
     """
 
+    vectors: ClassVar[Sequence[str]] = ("params", "_before")
+    books: ClassVar[Sequence[str]] = ("ledger", "_before_version")
+
     def __init__(self, plan: ShardPlan, params: Tensor) -> None:
         self._plan, self.params = plan, params
+        self.mirror: Mirror | None = None  #: the way to a backup
         self._sum = torch.zeros_like(params)
-        self._optimizer = make_optimizer(plan.job.optimizer, params, self._sum)
+        self.optimizer = make_optimizer(plan.job.optimizer, params, self._sum)
         self._gradients: list[Tensor | None] = [None] * plan.world
         backup = plan.consistency.backup_workers
         self.ledger = Ledger(plan.run, plan.attempt, plan.world, backup)
@@ -112,7 +120,16 @@ class ParameterShard:
         limit = self._plan.job.clip_norm
         if limit is not None and norm is not None:
             self._sum.mul_(clip_factor(norm, limit))
-        step_optimizer(self._optimizer, self._plan.job, seq, self._plan.total_steps)
+        if self.mirror is not None:
+            self.mirror.send(Update(seq), self._sum)
+        step_optimizer(self.optimizer, self._plan.job, seq, self._plan.total_steps)
+
+    def follow(self, update: Update, gradient: Tensor) -> None:
+        """See `Mirrored`; `gradient` is summed and clipped, shape [m]."""
+        self._keep_present()
+        self._sum.copy_(gradient)
+        self.ledger.restore(update.version + 1)
+        step_optimizer(self.optimizer, self._plan.job, update.version, self._plan.total_steps)
 
     def _keep_present(self) -> None:
         """Every shard has the present version, or nobody could push a gradient made with it."""

@@ -19,12 +19,14 @@ class SyncService(Service):
         """See `Service`; returns when the step is made, with this gradient or without it."""
         shard = self.shard
         with self._changed:
+            self._check_in_office()
             shard.push(push, gradient)
             self._went_on(push.rank)
             if shard.ledger.complete:
                 if shard.commits_alone:
                     norm = shard.squared_norm
                     shard.commit(push.seq, None if norm is None else norm**0.5)
+                    self._confirm()
                 self._changed.notify_all()
             waited = self._wait(
                 lambda: shard.version > push.seq or shard.ledger.complete,
@@ -41,7 +43,9 @@ class SyncService(Service):
     def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> Answer:
         """See `Service`."""
         with self._changed:
+            self._check_in_office()
             self.shard.commit(seq, norm)
+            self._confirm()
             self._changed.notify_all()
             return self._take(rank, deliver, 0.0)
 
