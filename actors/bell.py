@@ -29,7 +29,7 @@ SLOT = 256
 """Bytes of one bell; the two sides write to cache lines of their own."""
 _ASKED, _REQUEST, _ANSWERED, _ANSWER = 0, 8, 128, 136
 _REQUEST_LAYOUT = struct.Struct("<q?d")
-_ANSWER_LAYOUT = struct.Struct("<??q?dqdq")
+_ANSWER_LAYOUT = struct.Struct("<??q?dqdqq")
 _ALL = (1 << 32) - 1
 _LOOK_S = 0.5
 """How often a server looks whether the worker lives and is still to be listened to."""
@@ -99,6 +99,7 @@ class Bell:
             given.staleness,
             given.waiting_s,
             given.dropped,
+            given.done,
         )
         self._answered.post()
 

@@ -37,6 +37,16 @@ class Address:
 
 
 @dataclass(frozen=True)
+class Attached:
+    """A server's answer to a worker that attaches its memory."""
+
+    near: bool
+    """Whether the server reaches it; else bytes are sent."""
+    version: int | None
+    """Of the shard's parameters; None: it has none yet."""
+
+
+@dataclass(frozen=True)
 class WorkOrder:
     """All that a worker is told when it starts."""
 

@@ -58,6 +58,10 @@ class Road(ABC):
         self._gradient_segment.seal()
 
     @abstractmethod
+    def part_ways(self) -> None:
+        """Have the worker compute on a vector of its own, whose content is that of `parameters`."""
+
+    @abstractmethod
     def put(self, cut: Shard, initial: Tensor) -> None:
         """Lay initial parameters where a near server finds them."""
 
@@ -107,6 +111,11 @@ class SharedRoad(Road):
             dtype = getattr(torch, self._facts.dtype)
             self.parameters = torch.zeros(self._facts.size, dtype=dtype)
 
+    def part_ways(self) -> None:
+        """See `Road`."""
+        if self._one_copy:
+            self._one_copy, self.parameters = False, self.parameters.clone()
+
     def _open(self, address: Address) -> Segment:
         # Of a server's own segment, whole in length, only its shard has memory.
         return Segment.open(address, populate=not self._joined.replicated)
@@ -145,6 +154,9 @@ class PrivateRoad(Road):
         """See `Road`."""
         super().open(near)
         self._segment.seal()
+
+    def part_ways(self) -> None:
+        """See `Road`; it does already."""
 
     def put(self, cut: Shard, initial: Tensor) -> None:
         """See `Road`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from distplat.actors.importing import quick_imports
-from distplat.actors.messages import Address
+from distplat.actors.messages import Address, Attached
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.part import Role
 from distplat.platform.shard_map import Shard, ShardPlan
@@ -57,11 +57,11 @@ class ServerNode:
     def attach(
         self,
         rank: int,
-        number: int,
+        number: tuple[int, int],
         gradients: Address | None,
         parameters: Address | None,
         version: int | None,
-    ) -> bool:
+    ) -> Attached:
         """Map a worker's segments."""
         return self._body.attach(rank, number, gradients, parameters, version)
 
@@ -69,7 +69,11 @@ class ServerNode:
         """Open for service."""
         self._body.restore(version, values)
 
-    def pull(self, rank: int, number: int) -> Answer:
+    def earlier(self, version: int) -> NDArray[np.uint8]:
+        """Give the parameters of the version before."""
+        return self._body.earlier(version)
+
+    def pull(self, rank: int, number: tuple[int, int]) -> Answer:
         """Give the newest parameters."""
         return self._body.pull(rank, number)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from distplat.actors.bell import Listener, Request
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory import Segment
-from distplat.actors.messages import Address
+from distplat.actors.messages import Address, Attached
 from distplat.actors.mirroring import Mirroring
 from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PushId
@@ -28,7 +28,8 @@ from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.client import make_service
 from distplat.strategies.training.mirror import Twin, Update
-from distplat.strategies.training.service import Deliver, Limits, Service
+from distplat.strategies.training.service import Deliver, Limits, PullId, Service
+from distplat.strategies.training.shard import ParameterShard
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Serving:
         self._parameters: dict[int, Tensor] = {}  #: the same of workers that compute on a copy
         self._segment: Segment | None = None
         self._published: tuple[int, ray.ObjectRef[NDArray[np.uint8]]] | None = None
-        self._attached: dict[int, tuple[int, bool]] = {}  #: rank -> number of its call, the answer
+        self._attached: dict[int, tuple[tuple[int, int], bool]] = {}  #: rank -> its call, near
         self._listening: dict[int, object] = {}  #: rank -> the call that answers its bell
         self._turn = threading.Lock()  #: see `Listener.serve`
 
@@ -101,34 +102,33 @@ class Serving:
     def attach(
         self,
         rank: int,
-        number: int,
+        number: tuple[int, int],
         gradients: Address | None,
         parameters: Address | None,
         version: int | None,
-    ) -> bool:
+    ) -> Attached:
         """
-        Map a worker's segments.
+        Map a worker's segments. The first one of a later attempt begins it at this shard.
 
         Args:
             rank: of the worker.
-            number: of this call of the worker, from 0: what comes late does nothing.
+            number: attempt, and number of this call in it: what comes late does nothing.
             gradients: its segment; None: it cannot be reached, the worker knows.
             parameters: the same, of a worker that computes on a copy.
             version: of this shard's values that it has now; None: it has none.
-
-        Returns:
-            False: they cannot be reached, send bytes instead.
         """
+        served = self._service.served
 
-        def change() -> bool:
-            last, answer = self._attached.get(rank, (-1, False))
+        def change() -> Attached:
+            last, near = self._attached.get(rank, ((-1, -1), False))
             if number > last:
-                answer = self._map(rank, gradients, parameters)
-                self._attached[rank] = number, answer
+                near = self._map(rank, gradients, parameters)
+                self._attached[rank] = number, near
+                self._service.renew(number[0])
                 self._service.forget(rank)
-                if version is not None and isinstance(self._service.served, AsyncShard):
-                    self._service.served.pulled_elsewhere(rank, version)
-            return answer
+                if version is not None and isinstance(served, AsyncShard):
+                    served.pulled_elsewhere(rank, version)
+            return Attached(near, served.ledger.version)
 
         return self._service.exclusively(change)
 
@@ -157,7 +157,18 @@ class Serving:
 
         self._service.restore(version, fill)
 
-    def pull(self, rank: int, number: int) -> Answer:
+    def earlier(self, version: int) -> NDArray[np.uint8]:
+        """Give the bytes of the version before the present one; see `ParameterShard.values`."""
+
+        def copy() -> NDArray[np.uint8]:
+            assert isinstance(self._service.served, ParameterShard), "only they are of one version"
+            values = self._service.served.values(version).clone()
+            found: NDArray[np.uint8] = values.view(torch.uint8).numpy()
+            return found
+
+        return self._service.exclusively(copy)
+
+    def pull(self, rank: int, number: PullId) -> Answer:
         """Give the newest parameters; see `Service.pull`."""
         self._mirroring.part.check_serves()
         return self._service.pull(rank, number, self._deliver(rank))

@@ -5,6 +5,7 @@ A step of a server on this node is asked for by a bell (`bells.py`), everything 
 """
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -14,10 +15,10 @@ import ray
 from distplat.actors.asking import Call, ask
 from distplat.actors.bell import Request
 from distplat.actors.bells import Bells
-from distplat.actors.messages import Address, Membership, ModelFacts, WorkOrder
-from distplat.actors.roads import PrivateRoad, SharedRoad
+from distplat.actors.messages import Address, Attached, Membership, ModelFacts, WorkOrder
+from distplat.actors.roads import PrivateRoad, SharedRoad, as_bytes, part
 from distplat.actors.tracking import MapChanged, Tracker
-from distplat.platform.errors import ActorLost, FencedError
+from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
@@ -39,13 +40,18 @@ class RayShards:
     Args:
         order: the worker's orders, with the manager's handle.
         total_steps: updates in the run; servers need it for the learning rate.
+        abandoned: once set, waits end.
     """
 
-    def __init__(self, order: WorkOrder, total_steps: int) -> None:
+    def __init__(
+        self, order: WorkOrder, total_steps: int, abandoned: threading.Event | None = None
+    ) -> None:
         self._order, self._total_steps = order, total_steps
+        self._abandoned = abandoned or threading.Event()
         self._limits = order.job.failure
         self._pulls = self._roads = 0
         self._tracker: Tracker | None = None
+        self._bells: Bells | None = None
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
 
     def connect(self, flat: FlatModel) -> None:
@@ -57,18 +63,23 @@ class RayShards:
         join = partial(self._order.manager.join.remote, self._order.rank, facts)
         limit = self._limits.start_timeout_s + _ANSWER_GRACE_S
         name = "the server manager"
-        joined: Membership = ask("join", [join], [name], limit, "start_timeout_s")[0]
+        joined: Membership = ask("join", [join], [name], limit, "start_timeout_s", self._look)[0]
         if joined.replicated:
             self._tracker = Tracker(self._order.manager, joined, self._limits)
-        self._open_road(joined)
-        self._take_over()
+        self._take_over(self._open_road(joined), joined.private)
 
-    def _open_road(self, joined: Membership) -> None:
+    def close(self) -> None:
+        """Give up what this attempt needs and the next one does not."""
+        if self._bells is not None:
+            self._bells.close()
+
+    def _open_road(self, joined: Membership) -> list[int | None]:
+        """Lay out memory, attach it at all servers; give their versions, None of who has none."""
         self._servers, self._cuts = joined.servers, joined.shard_map.shards
         self._names = joined.names
         kind = PrivateRoad if joined.private else SharedRoad
         self._road = road = kind(ray.get_runtime_context().get_node_id(), self._facts, joined)
-        rank, number = self._order.rank, self._roads
+        rank, number = self._order.rank, (self._order.attempt, self._roads)
         self._roads += 1
         candidates = road.candidates()
 
@@ -77,27 +88,53 @@ class RayShards:
             version = self._versions.get(cut.index)
             return server.attach.remote(rank, number, gradients, road.parameter_address, version)
 
-        mapped = self._ask("attach", attach)
-        road.open({index for index, is_near in enumerate(mapped) if is_near})
+        attached: list[Attached] = self._ask("attach", attach)
+        road.open({index for index, answer in enumerate(attached) if answer.near})
         self._bells = Bells(road.node, road.near, self._names, self._listen, self._look)
         near = sorted(road.near)
         far = [cut.index for cut in self._cuts if cut.index not in road.near]
         logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)
+        return [answer.version for answer in attached]
 
-    def _take_over(self) -> None:
-        """Rank 0 fills the servers with its parameters; everybody goes on with the servers'."""
+    def _take_over(self, versions: list[int | None], private: bool) -> None:
+        """
+        Go on with the servers' parameters; rank 0 fills the servers that have none.
+
+        Args:
+            versions: what the servers have, by shard.
+            private: whether shards need not be of one version.
+        """
         road = self._road
-        if self._order.rank == 0:
+        empty = [cut for cut in self._cuts if versions[cut.index] is None]
+        if self._order.rank == 0 and empty:
             initial = self._flat.params.cpu()
-            for cut in self._cuts:
+            for cut in empty:
                 if cut.index in road.near:
                     road.put(cut, initial)
             self._ask(
                 "restore",
                 lambda server, cut: server.restore.remote(0, road.payload(cut, initial)),
+                empty,
             )
-        self._pull("start_timeout_s")
+        answers = self._pull("start_timeout_s")
+        self._flat.version = min(answer.done for answer in answers)
+        if not private:
+            self._go_back(answers, self._flat.version)
         self._move_in()
+
+    def _go_back(self, answers: list[Answer], version: int) -> None:
+        """Take the version that all shards have, where a loss has left some of them one ahead."""
+        ahead = [cut for cut in self._cuts if answers[cut.index].version > version]
+        if not ahead:
+            return
+        self._road.part_ways()
+        question = lambda server, cut: server.earlier.remote(version)  # noqa: E731
+        for cut, values in zip(
+            ahead, self._ask("an earlier version", question, ahead), strict=True
+        ):
+            as_bytes(part(self._road.parameters, cut))[:] = values
+        if self._on_device:
+            self._flat.params.copy_(self._road.parameters)
 
     def _move_in(self) -> None:
         """Have the model live where the road's vectors are."""
@@ -106,6 +143,7 @@ class RayShards:
 
     def push(self, step: int) -> Pushed:
         """See `Shards`."""
+        self._look()
         return self._following(lambda: self._push(step))
 
     def _push(self, step: int) -> Pushed:
@@ -165,9 +203,9 @@ class RayShards:
 
     def _follow(self, tracker: Tracker, error: Exception) -> None:
         """Go over to the servers that keep the shards now; the step's gradient comes along."""
-        self._bells.close()
+        self.close()
         while True:
-            joined = tracker.follow(error)
+            joined = tracker.follow(error, self._check)
             try:
                 # New memory: a server that was frozen and wakes up writes where nobody looks.
                 self._open_road(joined)
@@ -178,7 +216,14 @@ class RayShards:
             self._road.gradients.copy_(self._flat.grads)
         self._move_in()
 
+    def _check(self) -> None:
+        """See whether this attempt is still on."""
+        if self._abandoned.is_set():
+            raise Abandoned(f"rank {self._order.rank} was told to wait no longer")
+
     def _look(self) -> None:
+        """See whether a wait is still of use."""
+        self._check()
         if self._tracker is not None:
             self._tracker.look()
 
@@ -186,6 +231,7 @@ class RayShards:
         self, what: str, request: Request, question: Callable[[Any, Shard], Any]
     ) -> list[Answer]:
         """Ask all servers for a part of a step: by bell where there is one, else by a call."""
+        assert self._bells is not None, "connect() comes first"
         self._bells.ring(request)
         far = [cut for cut in self._cuts if cut.index not in self._bells.shards]
         called = self._ask(what, question, far) if far else []
@@ -198,13 +244,16 @@ class RayShards:
         order, server = self._order, self._servers[shard]
         return server.listen.remote(order.run, order.attempt, order.rank, bells, slot)
 
-    def _pull(self, setting: str) -> None:
-        rank, number = self._order.rank, self._pulls
+    def _pull(self, setting: str) -> list[Answer]:
+        rank, number = self._order.rank, (self._order.attempt, self._pulls)
         self._pulls += 1  # also where it fails: the next one is not this one again
-        answers = self._ask(
-            f"pull {number}", lambda server, cut: server.pull.remote(rank, number), setting=setting
+        answers: list[Answer] = self._ask(
+            f"pull {number[1]}",
+            lambda server, cut: server.pull.remote(rank, number),
+            setting=setting,
         )
         self._take(answers)
+        return answers
 
     def _take(self, answers: list[Answer]) -> None:
         """Bring the parameters here, as far as they are not here already."""
@@ -232,5 +281,4 @@ class RayShards:
         calls: list[Call] = [partial(question, self._servers[cut.index], cut) for cut in cuts]
         names = [self._names[cut.index] for cut in cuts]
         limit: float = getattr(self._limits, setting) + _ANSWER_GRACE_S
-        look = self._look if self._tracker is not None else None
-        return ask(what, calls, names, limit, setting, look)
+        return ask(what, calls, names, limit, setting, self._look)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
 
-from distplat.actors.asking import AGAIN_S
+from distplat.actors.asking import AGAIN_S, LOOK_S
 from distplat.actors.messages import Membership
 from distplat.platform.spec import Failure
 
-_ASK_S = 30.0
+_ASK_S = 10.0
 """How long the manager keeps a question before it says that there is nothing new."""
 _GRACE_S = 10.0
 """A lost server is noticed within the heartbeat's deadline, and its backup promoted soon after."""
@@ -50,19 +51,20 @@ class Tracker:
         if self._newer is not None:
             raise MapChanged
 
-    def follow(self, error: Exception) -> Membership:
+    def follow(self, error: Exception, check: Callable[[], object]) -> Membership:
         """
         Give the newer map, once it is there.
 
         Args:
             error: why it is wanted; raised if none comes.
+            check: called ten times a second; what it raises ends the wait.
         """
         until = time.monotonic() + self._limits.heartbeat_timeout_s + _GRACE_S
         while self._newer is None:
-            left = until - time.monotonic()
-            if left < 0:
+            check()
+            if time.monotonic() > until:
                 raise error
-            if ray.wait([self._question], timeout=left)[0]:
+            if ray.wait([self._question], timeout=LOOK_S)[0]:
                 self._take_answer()
         found, self._newer = self._newer, None
         self._version = found.shard_map.version

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from distplat import Task, Trainer
 
-STEPS = 250
+STEPS = 150
 GOAL_S = 3.0
 
 

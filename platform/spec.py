@@ -107,7 +107,7 @@ class Failure(Spec):
     """What is done about failures, and deadlines; an error that one causes names its field."""
 
     max_failures: Index | None = None
-    """Restarts after lost workers; None: 3 where survivors keep their state (`ring`), else 0."""
+    """Restarts after lost workers; None: 3 where survivors keep their state, else 0."""
     max_preemptions: Index | None = None
     """Restarts after machines were taken away, counted apart; None: 100 where survivors keep
     their state, else 0."""

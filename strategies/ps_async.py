@@ -9,7 +9,7 @@ NIPS 2013); two options correct for what is left. See docs/parameter_server.md.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,9 @@ from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.spec import Job
 from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
+
+if TYPE_CHECKING:
+    from distplat.strategies.training.running_stats import Buffers
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 
@@ -45,6 +48,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
 
     summary = "asynchronous data parallel: sharded parameter server, workers at their own pace"
     options_type = PsAsyncOptions
+    _buffers: Buffers | None = None
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
@@ -62,14 +66,25 @@ class PsAsync(Strategy[PsAsyncOptions]):
             replication=chosen.replication,
         )
 
+    def survivors_go_on(self) -> bool:
+        """All state is the servers': a worker that was lost takes none with it."""
+        return True
+
     def setup(self, context: Context) -> int:
         """Take the servers' parameters."""
+        from distplat.strategies.training.running_stats import Buffers  # torch: in workers only
+
         self._context, self._shards, self._flat = context, context.shards, context.flat
-        self._done, self._finished = 0, False
+        self._pushes, self._finished = 0, False
         self._last = Pushed()
         self._stale_sum = 0
-        self._shards.connect(context.flat)
-        return 0
+        before, flat = context.flat.version, context.flat
+        self._shards.connect(flat)
+        if self._buffers is not None and flat.version == before:
+            self._buffers.restore()  # this rank's forward of the step is made once more
+        self._buffers = Buffers(flat.model)
+        self._done = flat.version
+        return self._done
 
     def exchange(self, step: int) -> None:
         """Push; returns when it is applied and the newest parameters are here."""
@@ -93,7 +108,10 @@ class PsAsync(Strategy[PsAsyncOptions]):
 
     def update(self, step: int) -> None:
         """Count; the servers have made the update."""
+        assert self._buffers is not None, "setup() comes first"
         self._done = step + 1
+        self._pushes += 1
+        self._buffers.keep()
         self._stale_sum += self._last.staleness
 
     def synchronize(self) -> None:
@@ -108,6 +126,6 @@ class PsAsync(Strategy[PsAsyncOptions]):
         """Give the staleness of the push just made, its mean so far, and the wait for others."""
         return {
             "staleness": float(self._last.staleness),
-            "staleness_mean": self._stale_sum / max(1, self._done),
+            "staleness_mean": self._stale_sum / max(1, self._pushes),
             "waiting_s": self._last.waiting_s,
         }

@@ -9,6 +9,10 @@ With `backup_workers: b` a step is made of the first N - b gradients; what comes
 and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00981).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from distplat.platform.clocks import Consistency
@@ -17,6 +21,9 @@ from distplat.platform.fields import NonNegative
 from distplat.platform.spec import Job
 from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
+
+if TYPE_CHECKING:
+    from distplat.strategies.training.running_stats import Buffers
 
 
 class PsSyncOptions(Options):
@@ -38,6 +45,7 @@ class PsSync(Strategy[PsSyncOptions]):
 
     summary = "synchronous data parallel: sharded parameter server, updates on the server nodes"
     options_type = PsSyncOptions
+    _buffers: Buffers | None = None
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
@@ -64,13 +72,23 @@ class PsSync(Strategy[PsSyncOptions]):
             return [Problem(where, text)]
         return []
 
+    def survivors_go_on(self) -> bool:
+        """All state is the servers': a worker that was lost takes none with it."""
+        return True
+
     def setup(self, context: Context) -> int:
-        """Move the model's buffers to where the servers reach them; take their parameters."""
+        """Move the model to where the servers reach it; take their parameters."""
+        from distplat.strategies.training.running_stats import Buffers  # torch: in workers only
+
         self._context, self._shards = context, context.shards
         self._pushed = Pushed()
         self._skipped = 0
-        self._shards.connect(context.flat)
-        return 0
+        before, flat = context.flat.version, context.flat
+        self._shards.connect(flat)
+        if self._buffers is not None and flat.version == before:
+            self._buffers.restore()  # this rank's forward of the step is made once more
+        self._buffers = Buffers(flat.model)
+        return flat.version
 
     def skips(self, step: int) -> bool:
         """Say whether the others have made the step without this rank."""
@@ -84,8 +102,10 @@ class PsSync(Strategy[PsSyncOptions]):
 
     def update(self, step: int) -> None:
         """Commit, where the shards had to learn the norm over all of them first."""
+        assert self._buffers is not None, "setup() comes first"
         if self._pushed.norm is not None:
             self._shards.commit(step, self._pushed.norm)
+        self._buffers.keep()
 
     def synchronize(self) -> None:
         """Take the newest parameters, where ranks may be apart; after the last step none are."""

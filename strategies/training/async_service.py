@@ -59,4 +59,5 @@ class AsyncService(Service):
         version = self.shard.pull(rank)
         staleness = self.shard.staleness[rank]
         payload = deliver(self.params, version)
-        return Answer(version, staleness=staleness, waiting_s=waited, payload=payload)
+        done = self.shard.clocks.done[rank]
+        return Answer(version, staleness=staleness, waiting_s=waited, done=done, payload=payload)

@@ -66,6 +66,10 @@ class AsyncShard:
         """Declare `params` to be of this version; from now on the shard takes pushes."""
         self.ledger.restore(version)
 
+    def renew(self, attempt: int) -> None:
+        """See `AsyncLedger.renew`."""
+        self.ledger.renew(attempt)
+
     def pull(self, rank: int) -> int:
         """Note that a worker takes the present `params`; give their version."""
         self.pulled[rank] = self.version
@@ -105,6 +109,8 @@ class AsyncShard:
         assert update.push is not None, "an asynchronous update is one rank's"
         for rank in update.pulls:
             self.pull(rank)
+        if update.push.attempt > self.ledger.attempt:
+            self.renew(update.push.attempt)
         self.push(update.push, gradient)
 
     def pulled_elsewhere(self, rank: int, version: int) -> None:

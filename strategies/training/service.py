@@ -29,6 +29,8 @@ from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.shard import ParameterShard
 
 Result = TypeVar("Result")
+PullId = tuple[int, int]
+"""Attempt, and number of the worker's pull in it, from 0: the later is the greater."""
 Deliver = Callable[[Tensor, int], Any]
 """Bring a shard's values, of the given version, to a worker; what it gives goes into the answer."""
 
@@ -58,7 +60,7 @@ class Service(ABC):
         self._name, self._plan, self._limits = name, plan, limits
         self.served = shard  #: to be touched with the lock held, see `exclusively`
         self._changed = threading.Condition()
-        self._pulls: dict[int, tuple[int, Answer | None]] = {}  #: rank -> its last pull's number
+        self._pulls: dict[int, tuple[PullId, Answer | None]] = {}  #: rank -> its last pull's number
         self._pushes: dict[int, tuple[int, Answer]] = {}  #: rank -> its last push's number
         self._deposed: DistplatError | None = None  #: why this server may acknowledge nothing more
 
@@ -75,13 +77,13 @@ class Service(ABC):
                 self.served.restore(version)
             self._changed.notify_all()
 
-    def pull(self, rank: int, number: int, deliver: Deliver) -> Answer:
+    def pull(self, rank: int, number: PullId, deliver: Deliver) -> Answer:
         """
         Give the newest values, once there are any.
 
         Args:
             rank: of the worker.
-            number: of its pull, from 0: one that comes late, or again, must not touch its values.
+            number: of its pull; one that comes late, or again, must not touch its values.
             deliver: brings them.
 
         Raises:
@@ -94,7 +96,7 @@ class Service(ABC):
             opened = lambda: ready.version is not None  # noqa: E731
             self._wait(opened, what, lambda: [0], self._limits.start_s, "start_timeout_s")
             self._wait_for_backup()
-            last, answer = self._pulls.get(rank, (-1, None))
+            last, answer = self._pulls.get(rank, ((-1, -1), None))
             if number < last or (number == last and answer is None):
                 raise StaleError(f"pull {number} of rank {rank} refused: it has gone on since")
             if number > last or answer is None:
@@ -140,6 +142,16 @@ class Service(ABC):
                 return action()
             finally:
                 self._changed.notify_all()
+
+    def renew(self, attempt: int) -> None:
+        """
+        Begin a later attempt, unless it has begun; the lock is held.
+
+        Who waits here for a rank that was lost is told so; it has its orders by now.
+        """
+        if attempt > self.served.ledger.attempt:
+            self.served.renew(attempt)
+            self._changed.notify_all()
 
     def forget(self, rank: int) -> None:
         """A worker has new vectors: deliver the answer to its last push once more when it asks."""
@@ -192,8 +204,16 @@ class Service(ABC):
     ) -> float:
         """Wait on the condition, which is held; give the seconds."""
         began = time.monotonic()
-        there = self._changed.wait_for(lambda: self._deposed is not None or arrived(), limit_s)
+        ledger = self.served.ledger
+        attempt = ledger.attempt
+
+        def over() -> bool:
+            return self._deposed is not None or ledger.attempt != attempt
+
+        there = self._changed.wait_for(lambda: over() or arrived(), limit_s)
         self._check_in_office()
+        if ledger.attempt != attempt:
+            raise FencedError(f"{what}: attempt {attempt} is over")
         if not there:
             late = tuple(f"worker-{rank}" for rank in missing())
             raise DeadlineExceeded(what, late, limit_s, f"failure.{setting}")

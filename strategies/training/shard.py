@@ -50,8 +50,7 @@ class ParameterShard:
         self.ledger = Ledger(plan.run, plan.attempt, plan.world, backup)
         self._weight = plan.world / (plan.world - backup)
         self.squared_norm: float | None = None  #: of the staged sum, once complete and wanted
-        keeps = plan.shards > 1 and self.commits_alone
-        self._before: Tensor | None = params.clone() if keeps else None
+        self._before: Tensor | None = params.clone() if plan.shards > 1 else None
         self._before_version: int | None = None  #: version of `_before`
 
     @property
@@ -68,6 +67,11 @@ class ParameterShard:
         """Declare `params` to be of this version; from now on the shard takes pushes."""
         self.ledger.restore(version)
         self._before_version = None
+
+    def renew(self, attempt: int) -> None:
+        """See `Ledger.renew`."""
+        self.ledger.renew(attempt)
+        self._gradients = [None] * self._plan.world
 
     def values(self, version: int) -> Tensor:
         """

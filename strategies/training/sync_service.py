@@ -56,4 +56,4 @@ class SyncService(Service):
     def _take(self, rank: int, deliver: Deliver, waited: float) -> Answer:
         version, dropped = self.shard.version, self.shard.ledger.dropped[rank]
         payload = deliver(self.params, version)
-        return Answer(version, waiting_s=waited, dropped=dropped, payload=payload)
+        return Answer(version, waiting_s=waited, dropped=dropped, done=version, payload=payload)

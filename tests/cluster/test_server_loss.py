@@ -35,6 +35,7 @@ class Losing(threading.Thread):
         self.done, self.signals = done, signals
         self.training = threading.Event()
         self.lost: list[str] = []
+        self.nodes: list[str] = []
         self.standstills: list[float] = []
         self._steps: list[float] = []
 
@@ -55,6 +56,7 @@ class Losing(threading.Thread):
         for number in self.signals:
             self.lost.append(self._ready_seat(manager).primary)
             address = ray.get(manager.follow.remote(0, 1.0), timeout=MOST_S).parameters[0]
+            self.nodes.append(address.node)
             began = time.monotonic()
             os.kill(address.pid, number)
             self._standstill(began)

@@ -119,6 +119,24 @@ def test_all_begin_anew(history: History, policy: Policy) -> None:
     assert (state.phase, state.steps_done, state.attempt) == (Phase.STARTING, 0, 1)
 
 
+SERVER_LOST = ActorLost("server-0", 3, "killed")
+
+
+@pytest.mark.parametrize("first", [Failed("server-manager", SERVER_LOST), stopped(2, SERVER_LOST)])
+@pytest.mark.parametrize("begin_anew", [True, False])
+def test_what_a_server_kept_is_given_up_only_if_the_job_says_so(
+    first: Failed, begin_anew: bool
+) -> None:
+    """Whoever notices the loss first, the manager or a worker."""
+    policy = Policy(max_failures=3, survivors_go_on=True, begin_anew=begin_anew)
+    rest: list[Event] = [*(stopped(rank, SERVER_LOST) for rank in range(3)), Tick()]
+    state = play([(1, first), *((1, event) for event in rest), (1 + SETTLE_S, Tick())], policy)
+    if begin_anew:
+        assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
+    else:
+        assert (state.phase, state.error) == (Phase.FAILED, SERVER_LOST)
+
+
 def lose(state: JobState, now: float, step: int) -> None:
     """All ranks are at work, have made `step` steps, then rank 1 dies."""
     for rank in range(3):

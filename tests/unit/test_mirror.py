@@ -159,7 +159,7 @@ def test_a_server_that_may_not_acknowledge_serves_no_more() -> None:
         train(primary)
     calls: list[Callable[[], object]] = [
         lambda: primary.push(PushId("run", 1, 0, 0), noise(SIZE, 0, 0), nowhere),
-        lambda: primary.pull(0, 0, nowhere),
+        lambda: primary.pull(0, (1, 0), nowhere),
         lambda: primary.commit(0, 0, None, nowhere),
     ]
     for call in calls:
