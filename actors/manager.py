@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,7 @@ class ServerManager:
             caretaker.address(name) or first.parameters[index] for index, name in enumerate(names)
         ]
         handles = [caretaker.handles[name] for name in names]
-        return Membership(cuts, handles, names, addresses, first.private, replicated=True)
+        return replace(first, shard_map=cuts, servers=handles, names=names, parameters=addresses)
 
     def _assign(self, facts: ModelFacts) -> Membership:
         """Give out the shards; the first server on each node makes the node's segment."""
@@ -146,7 +147,15 @@ class ServerManager:
         self._assign_some(facts, others, [segments[homes[i]] for i in others])
         addresses = [segments[home] for home in homes]
         names = [f"server-{index}" for index in everybody]
-        return Membership(cuts, self._servers, names, addresses, self._roles.consistency.private)
+        return Membership(
+            cuts,
+            self._servers,
+            names,
+            addresses,
+            self._roles.consistency.private,
+            self._roles.wire,
+            replicated=self._caretaker is not None,
+        )
 
     def _assign_some(
         self, facts: ModelFacts, indices: list[int], segments: list[Any]
@@ -170,6 +179,7 @@ class ServerManager:
             facts.total_steps,
             shards,
             self._roles.consistency,
+            self._roles.wire,
         )
         cut = cut_shards(facts.size, shards).shards[shard]
         return partial(server.assign.remote, plan, cut, facts.size, facts.dtype, segment, role)

@@ -106,5 +106,7 @@ class Membership:
     """The parameter segment of each server's node, by shard: the whole flat vector."""
     private: bool
     """Whether each worker computes on a copy of its own."""
+    wire: str | None = None
+    """Name in torch of the type that travels to other nodes; None: the parameters' own."""
     replicated: bool = False
     """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distplat.actors.memory import Segment
 from distplat.actors.messages import Address
+from distplat.actors.roads import from_bytes
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
 from distplat.platform.part import Part, Role
 from distplat.strategies.training.mirror import Mirrored, Twin, Update, become, twin_of
@@ -142,6 +143,10 @@ class Mirroring:
         elements, dtype = twin.vectors[0][0].numel(), str(twin.vectors[0][0].dtype)[6:]
         inbox = Segment.create(self._node, elements, dtype)
         call = handle.take_over.remote(term, twin, inbox.address)
+        until = time.monotonic() + self._limit_s
+        while not ray.wait([call], timeout=_SLICE_S)[0]:
+            if self.part.term >= term or time.monotonic() > until:
+                raise FencedError(f"{name} was given up before it was filled")
         near = ray.get(call, timeout=self._limit_s)
         inbox.seal()
         with self._changing:
@@ -191,7 +196,7 @@ class Mirroring:
         if update.version > version:
             raise GapError(f"update {update.version} refused: {self._name} is at {version}")
         if values is not None:
-            gradient = torch.from_numpy(np.array(values)).view(self._shard.params.dtype)
+            gradient = from_bytes(values, self._shard.params.dtype)
         else:
             assert self._inbox is not None, "the primary was told that it is not reached"
             gradient = self._inbox

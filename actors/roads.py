@@ -69,13 +69,21 @@ class Road(ABC):
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
         """Have the values of an answer in `parameters`."""
 
-    def payload(self, cut: Shard, vector: Tensor) -> NDArray[np.uint8] | None:
+    def payload(
+        self, cut: Shard, vector: Tensor, *, exact: bool = False
+    ) -> NDArray[np.uint8] | None:
         """Give what must travel in a call so that the server has its part of `vector`."""
-        return None if cut.index in self.near else as_bytes(part(vector, cut))
+        if cut.index in self.near:
+            return None
+        return as_bytes(as_type(part(vector, cut), None if exact else self._joined.wire))
 
     def _take_object(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        values = ray.get(answer.payload[0], timeout=limit_s)
-        as_bytes(part(self.parameters, cut))[:] = values
+        values: NDArray[np.uint8] = ray.get(answer.payload[0], timeout=limit_s)
+        mine = part(self.parameters, cut)
+        if self._joined.wire is None:
+            as_bytes(mine)[:] = values
+        else:
+            mine.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
 
 
 class SharedRoad(Road):
@@ -177,3 +185,15 @@ def as_bytes(vector: Tensor) -> NDArray[np.uint8]:
     """View a CPU tensor as bytes: every dtype travels, numpy's and others."""
     array: NDArray[np.uint8] = vector.view(torch.uint8).numpy()
     return array
+
+
+def from_bytes(values: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
+    """See bytes as a tensor of this type, shape [their number / its size]."""
+    # Ray's arrays are read-only maps of its store; torch has no read-only tensor and warns.
+    array = values if values.flags.writeable else np.array(values, copy=True)
+    return torch.from_numpy(array).view(dtype)
+
+
+def as_type(vector: Tensor, wire: str | None) -> Tensor:
+    """Give a vector in the type that travels: itself, or a copy; what fp16 cannot hold is inf."""
+    return vector if wire is None else vector.to(getattr(torch, wire))

@@ -21,6 +21,7 @@ from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory import Segment
 from distplat.actors.messages import Address, Attached
 from distplat.actors.mirroring import Mirroring
+from distplat.actors.roads import as_bytes, as_type, from_bytes
 from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.part import Role
@@ -151,7 +152,7 @@ class Serving:
 
         def fill(params: Tensor) -> None:
             if values is not None:
-                params.copy_(self._from_bytes(values))
+                params.copy_(from_bytes(values, params.dtype))
             elif 0 in self._parameters:
                 params.copy_(self._parameters[0])
 
@@ -163,8 +164,7 @@ class Serving:
         def copy() -> NDArray[np.uint8]:
             assert isinstance(self._service.served, ParameterShard), "only they are of one version"
             values = self._service.served.values(version).clone()
-            found: NDArray[np.uint8] = values.view(torch.uint8).numpy()
-            return found
+            return as_bytes(values)
 
         return self._service.exclusively(copy)
 
@@ -176,7 +176,7 @@ class Serving:
     def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
         """Take a gradient's bytes; None: it is in the worker's segment. See `Service.push`."""
         self._mirroring.part.check_serves()
-        gradient = self._gradients[push.rank] if values is None else self._from_bytes(values)
+        gradient = self._gradients[push.rank] if values is None else self._received(values)
         return self._service.push(push, gradient, self._deliver(push.rank))
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
@@ -256,13 +256,13 @@ class Serving:
         """Put a version's bytes into the object store once, whoever asks for them."""
         if self._published is None or self._published[0] != version:
             # ray.put copies, so the shard may go on and write into its vector.
-            self._published = version, ray.put(values.view(torch.uint8).numpy())
+            self._published = version, ray.put(as_bytes(as_type(values, self._plan.wire)))
         return self._published[1]
 
     def _mine(self, segment: Segment) -> Tensor:
         return segment.tensor[self._cut.start : self._cut.stop]
 
-    def _from_bytes(self, values: NDArray[np.uint8]) -> Tensor:
-        # Ray's arrays are read-only maps of its store; torch has no read-only tensor and warns.
-        array = values if values.flags.writeable else np.array(values, copy=True)
-        return torch.from_numpy(array).view(self._service.params.dtype)
+    def _received(self, values: NDArray[np.uint8]) -> Tensor:
+        """Give a gradient from another node as the optimizer takes it."""
+        own, wire = self._service.params.dtype, self._plan.wire
+        return from_bytes(values, own if wire is None else getattr(torch, wire)).to(own)

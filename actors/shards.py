@@ -113,7 +113,9 @@ class RayShards:
                     road.put(cut, initial)
             self._ask(
                 "restore",
-                lambda server, cut: server.restore.remote(0, road.payload(cut, initial)),
+                lambda server, cut: server.restore.remote(
+                    0, road.payload(cut, initial, exact=True)
+                ),
                 empty,
             )
         answers = self._pull("start_timeout_s")
@@ -143,7 +145,6 @@ class RayShards:
 
     def push(self, step: int) -> Pushed:
         """See `Shards`."""
-        self._look()
         return self._following(lambda: self._push(step))
 
     def _push(self, step: int) -> Pushed:
@@ -195,6 +196,7 @@ class RayShards:
         """Do something with the servers; once more where a lost one is followed by another."""
         while True:
             try:
+                self._look()  # servers may have changed while the worker computed
                 return action()
             except (ActorLost, FencedError, MapChanged) as error:
                 if self._tracker is None:
@@ -259,7 +261,11 @@ class RayShards:
         """Bring the parameters here, as far as they are not here already."""
         for cut, answer in zip(self._cuts, answers, strict=True):
             self._versions[cut.index] = answer.version
-            self._road.take(cut, answer, self._limits.step_timeout_s)
+            try:
+                self._road.take(cut, answer, self._limits.step_timeout_s)
+            except ray.exceptions.RayError as error:  # with its owner an object is lost, too
+                cause = f"its answer could not be fetched: {type(error).__name__}"
+                raise ActorLost(self._names[cut.index], None, cause) from None
         if self._on_device:
             self._flat.params.copy_(self._road.parameters)
 

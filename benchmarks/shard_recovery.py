@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from distplat import Task, Trainer
 
-STEPS = 150
+STEPS = 40
 GOAL_S = 3.0
 
 

@@ -51,6 +51,8 @@ class Answer:
     """Updates between the worker's pull and its gradient's turn."""
     waiting_s: float = 0.0
     """How long the worker was held up for others."""
+    apply_s: float = 0.0
+    """What summing and updating took."""
     dropped: int = 0
     """The worker's pushes so far that came too late for their step."""
     done: int = 0

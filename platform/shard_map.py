@@ -62,3 +62,5 @@ class ShardPlan:
     shards: int
     """Shards of the model: the only one sees the norm of the whole gradient."""
     consistency: Consistency = SYNCHRONOUS
+    wire: str | None = None
+    """Name in torch of the type that travels to other nodes; None: the parameters' own."""

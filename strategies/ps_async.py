@@ -16,7 +16,7 @@ from pydantic import Field
 from distplat.platform.clocks import Consistency
 from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.spec import Job
-from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
+from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class PsAsyncOptions(Options):
     """Lambda of DC-ASGD's correction for these updates; 0: none. Try 0.04 to 2."""
     replication: int = Field(1, ge=1, le=2, strict=True)
     """2: each shard has a backup, which takes over when its server is lost."""
+    wire: Literal["exact", "fp16", "bf16"] = "exact"
+    """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
 
 
 @strategies.register("ps-async")
@@ -64,6 +66,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
             chosen.resources_per_server,
             consistency,
             replication=chosen.replication,
+            wire=WIRES[chosen.wire],
         )
 
     def survivors_go_on(self) -> bool:
@@ -128,4 +131,5 @@ class PsAsync(Strategy[PsAsyncOptions]):
             "staleness": float(self._last.staleness),
             "staleness_mean": self._stale_sum / max(1, self._pushes),
             "waiting_s": self._last.waiting_s,
+            "apply_s": self._last.apply_s,
         }

@@ -11,7 +11,7 @@ and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ from distplat.platform.clocks import Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import NonNegative
 from distplat.platform.spec import Job
-from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
+from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class PsSyncOptions(Options):
     """Gradients that a step does not wait for; with it, runs do not repeat bit for bit."""
     replication: int = Field(1, ge=1, le=2, strict=True)
     """2: each shard has a backup, which takes over when its server is lost."""
+    wire: Literal["exact", "fp16", "bf16"] = "exact"
+    """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
 
 
 @strategies.register("ps-sync")
@@ -56,6 +58,7 @@ class PsSync(Strategy[PsSyncOptions]):
             chosen.resources_per_server,
             consistency,
             replication=chosen.replication,
+            wire=WIRES[chosen.wire],
         )
 
     def problems(self, job: Job) -> list[Problem]:
@@ -114,8 +117,8 @@ class PsSync(Strategy[PsSyncOptions]):
             self._shards.refresh()
 
     def figures(self) -> dict[str, float]:
-        """Give how long servers held this rank up, and what came of its gradients so far."""
-        found = {"waiting_s": self._pushed.waiting_s}
+        """Give how long servers held this rank up and worked, and what its gradients came to."""
+        found = {"waiting_s": self._pushed.waiting_s, "apply_s": self._pushed.apply_s}
         if self.options.backup_workers:
             found |= {"dropped": float(self._pushed.dropped), "skipped": float(self._skipped)}
         return found

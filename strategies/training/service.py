@@ -62,6 +62,7 @@ class Service(ABC):
         self._changed = threading.Condition()
         self._pulls: dict[int, tuple[PullId, Answer | None]] = {}  #: rank -> its last pull's number
         self._pushes: dict[int, tuple[int, Answer]] = {}  #: rank -> its last push's number
+        self._apply_s = 0.0  #: what the last update took
         self._deposed: DistplatError | None = None  #: why this server may acknowledge nothing more
 
     @property

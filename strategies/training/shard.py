@@ -108,9 +108,9 @@ class ParameterShard:
                 self._add_up()
         return verdict
 
-    def commit(self, seq: int, norm: float | None) -> None:
+    def commit(self, seq: int, norm: float | None) -> bool:
         """
-        Apply the staged step; a second time does nothing.
+        Apply the staged step; False: it was applied before, nothing is done.
 
         Args:
             seq: the step.
@@ -120,13 +120,14 @@ class ParameterShard:
             ProtocolError: see `Ledger.commit`; nothing is changed.
         """
         if not self.ledger.commit(seq):
-            return
+            return False
         limit = self._plan.job.clip_norm
         if limit is not None and norm is not None:
             self._sum.mul_(clip_factor(norm, limit))
         if self.mirror is not None:
             self.mirror.send(Update(seq), self._sum)
         step_optimizer(self.optimizer, self._plan.job, seq, self._plan.total_steps)
+        return True
 
     def follow(self, update: Update, gradient: Tensor) -> None:
         """See `Mirrored`; `gradient` is summed and clipped, shape [m]."""

@@ -93,6 +93,13 @@ def test_asynchronous_between_nodes(
     assert run(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
 
 
+@pytest.mark.parametrize("wire", ["fp16", "bf16"])
+def test_halves_between_nodes(wire: str, alone: Any, tmp_path: Path) -> None:
+    strategy = {"name": "ps-sync", "wire": wire, "resources_per_server": {"right": 1}}
+    result = train(big(strategy, scaling(2, left=1)), tmp_path)
+    assert 1e-7 < distance(weights(result), alone) < 1e-2
+
+
 def test_a_backup_is_on_the_other_node(tmp_path: Path) -> None:
     """Its updates are bytes in a call; workers near one server are far from the one after it."""
     done = tmp_path / "done"

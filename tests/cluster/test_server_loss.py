@@ -81,9 +81,11 @@ class Losing(threading.Thread):
             time.sleep(0.02)
 
 
-def long_job(strategy: dict[str, Any], done: Path, **more: Any) -> dict[str, Any]:
+def long_job(
+    strategy: dict[str, Any], done: Path, pace_s: float = 0.04, **more: Any
+) -> dict[str, Any]:
     fields: dict[str, Any] = {"epochs": None, "steps": STEPS, "evaluation": {"every_epochs": 0}}
-    task = {"task": "tasks_for_tests:Paced", "task_args": {"until": str(done)}}
+    task = {"task": "tasks_for_tests:Paced", "task_args": {"until": str(done), "seconds": pace_s}}
     return job({"replication": 2, **strategy}, 2, **fields, **task, **more)
 
 
@@ -98,18 +100,19 @@ def undisturbed(spec: dict[str, Any]) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "more"),
+    ("pace_s", "strategy", "more"),
     [
-        ({"name": "ps-sync"}, {"optimizer": {"name": "AdamW", "lr": 0.01}}),
-        ({"name": "ps-sync", "num_servers": 2}, {"clip_norm": 0.5}),
+        # so long that servers change while the workers compute
+        (1.5, {"name": "ps-sync"}, {"optimizer": {"name": "AdamW", "lr": 0.01}}),
+        (0.04, {"name": "ps-sync", "num_servers": 2}, {"clip_norm": 0.5}),
     ],
 )
 def test_a_primary_and_then_the_promoted_one_are_killed(
-    strategy: dict[str, Any], more: dict[str, Any], tmp_path: Path
+    pace_s: float, strategy: dict[str, Any], more: dict[str, Any], tmp_path: Path
 ) -> None:
     done = tmp_path / "done"
     losing = Losing(done, signal.SIGKILL, signal.SIGKILL)
-    spec = long_job(strategy, done, **more)
+    spec = long_job(strategy, done, pace_s, **more)
     result = train(spec, tmp_path, observers=(losing,))
     assert len(losing.standstills) == 2, "the run was over too soon"
     assert [summary.step for summary in result.history] == list(range(STEPS))
