@@ -27,6 +27,8 @@ class Policy:
     max_preemptions: int = 0
     survivors_go_on: bool = False
     """Whether ranks that were not lost keep their state; else all go back to a checkpoint."""
+    begin_anew: bool = True
+    """Whether the loss of a server, and of what it kept, may cost the run so far."""
 
 
 def policy_of(failure: Failure, survivors_go_on: bool, checkpoints: bool = False) -> Policy:
@@ -42,6 +44,7 @@ def policy_of(failure: Failure, survivors_go_on: bool, checkpoints: bool = False
         by_default[0] if failures is None else failures,
         by_default[1] if preemptions is None else preemptions,
         survivors_go_on,
+        begin_anew=failures is not None or checkpoints,
     )
 
 
