@@ -51,13 +51,15 @@ def _train(
 ) -> bytes:
     job = launch.job
     kind = launch.task or load_task_class(job.task or "", launch.working_dir)
-    prepared = prepare(job, kind(**job.task_args), "cuda" if job.scaling.use_gpu else "cpu")
+    strategy = make_strategy(job)
+    device = "cuda" if job.scaling.use_gpu else "cpu"
+    prepared = prepare(job, kind(**job.task_args), device, strategy)
     roles, steps = launch.roles, prepared.total_steps
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency)
     group = ServerGroup(plan)
     join(
         prepared,
-        make_strategy(job),
+        strategy,
         0,
         collective=Fabric(1).collective(0),
         shards=InMemoryShards(group, 0),
@@ -66,4 +68,4 @@ def _train(
     ).run()
     if roles.consistency.asynchronous:
         keep(FILE_NAME, pack(group.logs(), {"run": launch.run}))
-    return saved_model(prepared.flat.model)
+    return saved_model(strategy.trained(prepared.flat))

@@ -52,10 +52,11 @@ def train(
     """
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
-    ranks = [prepare(job, task(**job.task_args)) for _ in range(world)]
+    strategies = [make_strategy(job) for _ in range(world)]
+    ranks = [prepare(job, task(**job.task_args), strategy=one) for one in strategies]
     for rank, prepared in enumerate(ranks):
         before(rank, prepared)
-    roles = make_strategy(job).roles(job)
+    roles = strategies[0].roles(job)
     steps, servers = ranks[0].total_steps, max(1, roles.servers)
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency)
     group = ServerGroup(plan, timeout_s)
@@ -65,7 +66,7 @@ def train(
     def body(rank: int) -> None:
         join(
             ranks[rank],
-            make_strategy(job),
+            strategies[rank],
             rank,
             collective=fabric.collective(rank),
             shards=InMemoryShards(group, rank),
