@@ -1,0 +1,226 @@
+"""
+Parallel branches on different ranks, as in Inception (Szegedy et al. 2015).
+
+             ┌─ branch 0 ─┐          rank 0 computes branches 0 and 2, rank 1 branch 1;
+    x ──f────┼─ branch 1 ─┼── join   then each gets the outputs of the others
+             └─ branch 2 ─┘
+
+The module around them is left as it is. When its `forward` calls the first branch, every rank
+computes those that it has and outputs are exchanged; calls of the others find theirs ready.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.base import Collective
+from distplat.strategies.tensor.exchange import copied
+from distplat.strategies.tensor.layers import Parts
+from distplat.strategies.tensor.plan import ShardSpec, share_out
+from distplat.strategies.tensor.randomness import OwnNumbers
+from distplat.strategies.training.words import gather_bytes
+
+_Shapes = list[tuple[int, ...]]
+
+
+class Branch(nn.Module):
+    """One branch, on the rank that has it and on the others; mixed into the class that it has."""
+
+    around: "Branches"
+    place: int
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Give the branch's output, whoever computes it."""
+        return self.around.output(self.place, inputs)
+
+    def compute(self, inputs: Tensor) -> Tensor:
+        """Compute it here."""
+        outputs: Tensor = super().forward(inputs)
+        return outputs
+
+
+class Branches:
+    """
+    The branches of one module, as a rank sees them.
+
+    Args:
+        title: the module, for errors.
+        owners: rank of each branch.
+        group: the tensor group.
+        numbers: of the model.
+        trains: whether any branch has a parameter to train.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        owners: Sequence[int],
+        group: Collective,
+        numbers: OwnNumbers,
+        trains: bool,
+    ) -> None:
+        self.modules: list[Branch] = []
+        self._title, self._owners, self._group = title, owners, group
+        self._numbers, self._trains = numbers, trains
+        self._shapes: dict[object, _Shapes] = {}
+        self._given: Tensor | None = None
+        self._ready: dict[int, Tensor] = {}
+
+    def forget(self) -> None:
+        """Drop outputs that nobody has fetched: a forward before this one may have failed."""
+        self._given, self._ready = None, {}
+
+    def output(self, place: int, inputs: Tensor) -> Tensor:
+        """
+        Give a branch's output.
+
+        Raises:
+            ValueError: branches have different inputs, or one does not give what it gave before.
+            CollectiveError: a rank is missing.
+        """
+        if not self._ready:
+            self._given, self._ready = inputs, dict(enumerate(self._compute(inputs)))
+        if inputs is not self._given or place not in self._ready:
+            self.forget()
+            raise ValueError(
+                f"{self._title}: branches on different ranks must have one input, and each is "
+                "called once; move what changes the input of one into the branch"
+            )
+        return self._ready.pop(place)
+
+    def _compute(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        shared = copied(inputs, self._group)
+        mine = [m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)]
+        if mine[0].training:
+            self._numbers.begin(inputs.device)
+        own = [branch.compute(shared) for branch in mine]
+        self._numbers.end()
+        shapes = self._agree(inputs, own)
+        # All ranks must agree on whether there is a backward, also one whose branches have none.
+        lever = shared
+        if not shared.requires_grad and self._trains:
+            lever = torch.zeros((), device=inputs.device, requires_grad=True)
+        outputs: tuple[Tensor, ...] = _Exchanged.apply(  # type: ignore[no-untyped-call]
+            lever, self._group, self._owners, shapes, *own
+        )
+        return outputs
+
+    def _has(self, owner: int) -> bool:
+        return owner == self._group.rank
+
+    def _agree(self, inputs: Tensor, own: Sequence[Tensor]) -> _Shapes:
+        """Learn the shapes of all outputs: asked once for each kind of input."""
+        kind = (inputs.shape, inputs.dtype, own[0].dtype)
+        told = [(tuple(t.shape), str(t.dtype)) for t in own]
+        if kind not in self._shapes:
+            said = gather_bytes(json.dumps(told).encode(), self._group, inputs.device)
+            by_rank = [iter(json.loads(text)) for text in said]
+            outputs = [next(by_rank[owner]) for owner in self._owners]
+            if len({dtype for _, dtype in outputs}) > 1:
+                raise ValueError(f"{self._title}: branches give different dtypes: {outputs}")
+            self._shapes[kind] = [tuple(shape) for shape, _ in outputs]
+        shapes = self._shapes[kind]
+        expected = [s for s, owner in zip(shapes, self._owners, strict=True) if self._has(owner)]
+        if expected != [shape for shape, _ in told]:
+            raise ValueError(f"{self._title}: outputs for one shape of input differ in shape")
+        return shapes
+
+
+class _Exchanged(Function):
+    """Forward: everybody's outputs. Backward: a rank has the gradients of its own already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lever: Tensor,
+        group: Collective,
+        owners: Sequence[int],
+        shapes: _Shapes,
+        *own: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.own = [place for place, owner in enumerate(owners) if owner == group.rank]
+        # Recomputation stops at the last saved tensor: with this one, no rank stops before here.
+        ctx.save_for_backward(lever.new_empty(0))
+        sizes = [prod(shape) for shape in shapes]
+        flat = [
+            own[0].new_empty(sum(s for s, owner in zip(sizes, owners, strict=True) if owner == r))
+            for r in range(group.world)
+        ]
+        torch.cat([t.reshape(-1) for t in own], out=flat[group.rank])
+        group.all_gather(flat, flat[group.rank])
+        starts = [0] * group.world
+        outputs = []
+        for owner, shape, size in zip(owners, shapes, sizes, strict=True):
+            outputs.append(flat[owner][starts[owner] : starts[owner] + size].view(shape))
+            starts[owner] += size
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        return (None, None, None, None, *(gradients[place] for place in ctx.own))
+
+
+def split_branches(
+    modules: Mapping[str, nn.Module], group: Collective, numbers: OwnNumbers
+) -> tuple[Branches, Parts]:
+    """
+    Leave a rank its own branches; the parameters of the others become empty.
+
+    Args:
+        modules: the branches of one module, by name.
+        group: the tensor group.
+        numbers: of the model.
+
+    Returns:
+        What the branches go through, and which tensors, by name, the rank has.
+
+    Raises:
+        SpecError: fewer branches than ranks, or a parameter without a dimension.
+    """
+    title = next(iter(modules)).rpartition(".")[0] or "the model"
+    if len(modules) < group.world:
+        text = f"{title}: {len(modules)} branches cannot be shared out to {group.world} ranks"
+        raise SpecError(Problem((), text, f"take a tensor size of {len(modules)} or less"))
+    costs = [sum(p.numel() for p in branch.parameters()) for branch in modules.values()]
+    trains = any(p.requires_grad for branch in modules.values() for p in branch.parameters())
+    owners = share_out(costs, group.world)
+    around = Branches(title, owners, group, numbers, trains)
+    parts: Parts = {}
+    for place, (name, branch) in enumerate(modules.items()):
+        has = owners[place] == group.rank
+        parts |= _parts(name, branch, has)
+        if not has:
+            _empty(branch)
+        kind = type(branch)
+        branch.__class__ = type(f"Branch{kind.__name__}", (Branch, kind), {})
+        assert isinstance(branch, Branch)
+        branch.around, branch.place = around, place
+        around.modules.append(branch)
+    return around, parts
+
+
+def _parts(name: str, branch: nn.Module, has: bool) -> Parts:
+    """Give all tensors of a branch as whole, or as absent."""
+    parts = {}
+    for own, tensor in (*branch.named_parameters(), *branch.named_buffers()):
+        if isinstance(tensor, nn.Parameter) and tensor.ndim == 0:
+            text = f"{name}.{own} has no dimension, so its branch cannot be absent from a rank"
+            raise SpecError(Problem((), text, "give it the shape [1], or leave the branch out"))
+        size = tensor.shape[0] if tensor.ndim else 1
+        parts[f"{name}.{own}"] = ShardSpec(0, 0, size if has else 0, size)
+    return parts
+
+
+def _empty(branch: nn.Module) -> None:
+    for module in branch.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = parameter.detach().new_empty((0, *parameter.shape[1:]))
+                module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
