@@ -11,6 +11,7 @@ computes those that it has and outputs are exchanged; calls of the others find t
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -26,7 +27,36 @@ from distplat.strategies.tensor.plan import ShardSpec, share_out
 from distplat.strategies.tensor.randomness import OwnNumbers
 from distplat.strategies.training.words import gather_bytes
 
-_Shapes = list[tuple[int, ...]]
+_ALIGN = 16
+"""Bytes: outputs of several dtypes may go together."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Of a branch's output, whoever has it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Form":
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    @property
+    def room(self) -> int:
+        """Bytes, padding included."""
+        size = prod(self.shape) * self.torch_dtype.itemsize
+        return -(-size // _ALIGN) * _ALIGN
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def view(self, room: Tensor) -> Tensor:
+        """See bytes as the output."""
+        elements = room.view(self.torch_dtype)[: prod(self.shape)]
+        return elements.view(self.shape)
 
 
 class Branch(nn.Module):
@@ -68,7 +98,7 @@ class Branches:
         self.modules: list[Branch] = []
         self._title, self._owners, self._group = title, owners, group
         self._numbers, self._trains = numbers, trains
-        self._shapes: dict[object, _Shapes] = {}
+        self._forms: dict[object, list[_Form]] = {}
         self._given: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
 
@@ -101,35 +131,36 @@ class Branches:
             self._numbers.begin(inputs.device)
         own = [branch.compute(shared) for branch in mine]
         self._numbers.end()
-        shapes = self._agree(inputs, own)
+        forms = self._agree(inputs, own)
         # All ranks must agree on whether there is a backward, also one whose branches have none.
         lever = shared
         if not shared.requires_grad and self._trains:
             lever = torch.zeros((), device=inputs.device, requires_grad=True)
         outputs: tuple[Tensor, ...] = _Exchanged.apply(  # type: ignore[no-untyped-call]
-            lever, self._group, self._owners, shapes, *own
+            lever, self._group, self._owners, forms, *own
         )
         return outputs
 
     def _has(self, owner: int) -> bool:
         return owner == self._group.rank
 
-    def _agree(self, inputs: Tensor, own: Sequence[Tensor]) -> _Shapes:
-        """Learn the shapes of all outputs: asked once for each kind of input."""
-        kind = (inputs.shape, inputs.dtype, own[0].dtype)
-        told = [(tuple(t.shape), str(t.dtype)) for t in own]
-        if kind not in self._shapes:
-            said = gather_bytes(json.dumps(told).encode(), self._group, inputs.device)
+    def _agree(self, inputs: Tensor, own: Sequence[Tensor]) -> list[_Form]:
+        """Learn the forms of all outputs: asked once for each kind of input."""
+        mine = [_Form.of(output) for output in own]
+        kind = (inputs.shape, inputs.dtype, torch.is_autocast_enabled(inputs.device.type))
+        if kind not in self._forms:
+            told = json.dumps([(form.shape, form.dtype) for form in mine]).encode()
+            said = gather_bytes(told, self._group, inputs.device)
             by_rank = [iter(json.loads(text)) for text in said]
-            outputs = [next(by_rank[owner]) for owner in self._owners]
-            if len({dtype for _, dtype in outputs}) > 1:
-                raise ValueError(f"{self._title}: branches give different dtypes: {outputs}")
-            self._shapes[kind] = [tuple(shape) for shape, _ in outputs]
-        shapes = self._shapes[kind]
-        expected = [s for s, owner in zip(shapes, self._owners, strict=True) if self._has(owner)]
-        if expected != [shape for shape, _ in told]:
-            raise ValueError(f"{self._title}: outputs for one shape of input differ in shape")
-        return shapes
+            given = [next(by_rank[owner]) for owner in self._owners]
+            self._forms[kind] = [_Form(tuple(shape), dtype) for shape, dtype in given]
+        forms = self._forms[kind]
+        if mine != [f for f, owner in zip(forms, self._owners, strict=True) if self._has(owner)]:
+            raise ValueError(
+                f"{self._title}: a branch on rank {self._group.rank} gave {forms} for one kind of "
+                f"input, and now {mine}; on several ranks, shapes must follow from the input's"
+            )
+        return forms
 
 
 class _Exchanged(Function):
@@ -141,25 +172,25 @@ class _Exchanged(Function):
         lever: Tensor,
         group: Collective,
         owners: Sequence[int],
-        shapes: _Shapes,
+        forms: Sequence[_Form],
         *own: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.own = [place for place, owner in enumerate(owners) if owner == group.rank]
         # Recomputation stops at the last saved tensor: with this one, no rank stops before here.
         ctx.save_for_backward(lever.new_empty(0))
-        sizes = [prod(shape) for shape in shapes]
-        flat = [
-            own[0].new_empty(sum(s for s, owner in zip(sizes, owners, strict=True) if owner == r))
-            for r in range(group.world)
-        ]
-        torch.cat([t.reshape(-1) for t in own], out=flat[group.rank])
-        group.all_gather(flat, flat[group.rank])
-        starts = [0] * group.world
-        outputs = []
-        for owner, shape, size in zip(owners, shapes, sizes, strict=True):
-            outputs.append(flat[owner][starts[owner] : starts[owner] + size].view(shape))
-            starts[owner] += size
-        return tuple(outputs)
+        sizes, starts = [0] * group.world, []
+        for owner, form in zip(owners, forms, strict=True):
+            starts.append(sizes[owner])
+            sizes[owner] += form.room
+        rooms = [torch.empty(size, dtype=torch.uint8, device=own[0].device) for size in sizes]
+        outputs = tuple(
+            form.view(rooms[owner][start : start + form.room])
+            for owner, start, form in zip(owners, starts, forms, strict=True)
+        )
+        for place, output in zip(ctx.own, own, strict=True):
+            outputs[place].copy_(output)
+        group.all_gather(rooms, rooms[group.rank])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

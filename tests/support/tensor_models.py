@@ -247,3 +247,31 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
     }
+
+
+class Lone:
+    """A rank of a group in which nobody else is: for what a rank does between exchanges."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Nothing to add."""
+
+
+Run = Callable[[nn.Module, Collective], dict[str, Tensor]]
+
+
+def ranks(
+    build: Callable[[], nn.Module], plan: Mapping[str, str], run: Run, world: int = 2
+) -> list[dict[str, Tensor]]:
+    """Split a model over ranks that are threads, and give what `run` gives on each."""
+    fabric = Fabric(world)
+    models = [build() for _ in range(world)]  # one after the other: they share one generator
+
+    def body(rank: int) -> dict[str, Tensor]:
+        group = fabric.collective(rank)
+        parallelize(models[rank], plan, group)
+        return run(models[rank], group)
+
+    return on_ranks(world, body)
