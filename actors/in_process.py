@@ -8,7 +8,7 @@ from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.actors.training import saved_model
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import EvalReport, Gathering, StepReport, Summary
+from distplat.platform.progress import AnyReport, Gathering, Summary
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
@@ -30,7 +30,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
     """
     gathering, progress = Gathering(world=1), Progress()
 
-    def report(part: StepReport | EvalReport) -> None:
+    def report(part: AnyReport) -> None:
         for summary in gathering.add(part):
             tell(summary)
 
@@ -45,7 +45,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
 
 def _train(
     launch: Launch,
-    report: Callable[[StepReport | EvalReport], None],
+    report: Callable[[AnyReport], None],
     progress: Progress,
     keep: Keep,
 ) -> bytes:

@@ -22,7 +22,7 @@ from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
@@ -57,7 +57,7 @@ class Session:
         report: takes what the worker finishes, as it finishes it.
     """
 
-    def __init__(self, report: Callable[[StepReport | EvalReport], None]) -> None:
+    def __init__(self, report: Callable[[AnyReport], None]) -> None:
         self._report = report
         self.standing = Standing()
         self._prepared: Prepared | None = None

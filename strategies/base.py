@@ -36,6 +36,7 @@ from distplat.strategies.ports import Shards as Shards
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from distplat.platform.pipeline_trace import TraceReport
     from distplat.strategies.task import Task
     from distplat.strategies.training.compute import Compute
     from distplat.strategies.training.flat import FlatModel
@@ -71,6 +72,9 @@ class Roles:
     """When the servers apply gradients."""
     collective: GroupSpec | None = None
     """The group of all workers; None: workers get no port `Collective`."""
+    group_size: int = 1
+    """Workers that hold one copy of the model together; they are placed on one node if it has
+    room for them."""
 
 
 @dataclass
@@ -215,6 +219,10 @@ class Strategy(ABC, Generic[OptionsT]):
     def figures(self) -> dict[str, float]:
         """Give this rank's figures of the step just made, by name, for metrics and report."""
         return {}
+
+    def trace(self, step: int) -> TraceReport | None:
+        """Tell when what was done in the step just made, where that is wanted."""
+        return None
 
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
         """Give this rank's part of the trained model by name; the ports are still there."""

@@ -84,6 +84,11 @@ def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterato
     return zip(_loader(job, data, groups), map(len, groups), strict=True)
 
 
+def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
+    """Give some samples, collated."""
+    return next(iter(DataLoader(data, batch_sampler=[ids])))
+
+
 def _loader(job: Job, data: Dataset[Any], plan: Any) -> DataLoader[Any]:
     settings = job.data
     if settings.num_loaders == 0:

@@ -43,6 +43,11 @@ class Stopwatch:
         self.seconds[part] += now - self._last
         self._last = now
 
+    def move(self, part: str, to: str, seconds: float) -> None:
+        """Count some of a part's time towards another."""
+        self.seconds[part] -= seconds
+        self.seconds[to] += seconds
+
 
 @dataclass(frozen=True)
 class Share:

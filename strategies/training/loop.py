@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
@@ -53,7 +53,7 @@ class Loop:
     strategy: Strategy[Any]
     compute: Compute
     rank: int
-    report: Callable[[StepReport | EvalReport], None]
+    report: Callable[[AnyReport], None]
     progress: Progress
     start: int = 0
     """Steps that were made before."""
@@ -103,6 +103,9 @@ class Loop:
                 figures,
             )
         )
+        trace = self.strategy.trace(step)
+        if trace is not None:
+            self.report(trace)
 
     def _skip(self, step: int) -> None:
         """Leave a step out: the others have made it."""

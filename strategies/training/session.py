@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, Shards, Strategy
@@ -84,7 +84,7 @@ def join(
     *,
     collective: Collective | None,
     shards: Shards | None,
-    report: Callable[[StepReport | EvalReport], None],
+    report: Callable[[AnyReport], None],
     progress: Progress,
 ) -> Loop:
     """

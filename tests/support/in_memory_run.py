@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rank_threads import on_ranks
 from torch import Tensor
 
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
@@ -21,10 +21,12 @@ class Run:
     """What the ranks of a run have at its end."""
 
     ranks: list[Prepared]
-    reports: list[list[StepReport | EvalReport]]
+    reports: list[list[AnyReport]]
     """By rank."""
     progress: list[Progress]
     """By rank."""
+    trained: list[dict[str, Tensor]]
+    """By rank: its part of the trained model."""
     group: ServerGroup
     """With the shards' logs, where the strategy has servers."""
 
@@ -61,9 +63,9 @@ def train(
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency)
     group = ServerGroup(plan, timeout_s)
     fabric = Fabric(world, timeout_s)
-    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], group)
+    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], [], group)
 
-    def body(rank: int) -> None:
+    def body(rank: int) -> dict[str, Tensor]:
         join(
             ranks[rank],
             strategies[rank],
@@ -73,6 +75,7 @@ def train(
             report=run.reports[rank].append,
             progress=run.progress[rank],
         ).run()
+        return strategies[rank].trained(ranks[rank].flat)
 
-    on_ranks(world, body)
+    run.trained = on_ranks(world, body)
     return run
