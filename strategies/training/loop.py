@@ -57,6 +57,8 @@ class Loop:
     progress: Progress
     start: int = 0
     """Steps that were made before."""
+    checkpoint: Callable[[int], object] = lambda version: None
+    """Told after each step how many are done: a checkpoint may be due."""
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
@@ -70,6 +72,7 @@ class Loop:
                 self._skip(step)
             else:
                 self._step(step)
+            self.checkpoint(step + 1)
             if self.eval_data is not None and self._evaluates_after(step):
                 self.strategy.synchronize()
                 self._evaluate(self.eval_data, step + 1)
