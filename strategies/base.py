@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from distplat.platform.pieces import Place
     from distplat.platform.pipeline_trace import TraceReport
     from distplat.strategies.task import Task
-    from distplat.strategies.training.compute import Compute
+    from distplat.strategies.training.compute import Compute, Share
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.optim import LocalOptimizer
     from distplat.strategies.training.parts import Part
@@ -189,6 +189,15 @@ class Strategy(ABC, Generic[OptionsT]):
             Steps that `flat.params` now has behind it, the same on all ranks; 0 in a fresh run,
             those of `context.saved` in one that begins from a checkpoint.
         """
+
+    def caught_up(self) -> Share | None:
+        """
+        Give what this rank computed of the step before the one that `setup` gave.
+
+        For a rank that had not made that step when the attempt before ended, and made it in
+        `setup`: its part is still to be reported. None: nothing is.
+        """
+        return None
 
     def compute(self, prepared: Prepared, context: Context) -> Compute:
         """Give what makes this rank's share of the gradients; asked after `setup`."""

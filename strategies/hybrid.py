@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from distplat.platform.pipeline_trace import TraceReport
     from distplat.strategies.pipeline.rank import Rank
     from distplat.strategies.task import Task
-    from distplat.strategies.training.compute import Compute
+    from distplat.strategies.training.compute import Compute, Share
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.parts import Part
     from distplat.strategies.training.session import Prepared
@@ -170,6 +170,10 @@ class Hybrid(Strategy[HybridOptions]):
     def setup(self, context: Context) -> int:
         """Meet the other stages and the twins; take over what twins have that are further."""
         return self._here.connect(context)
+
+    def caught_up(self) -> Share | None:
+        """See `Strategy`."""
+        return self._here.caught_up
 
     def compute(self, prepared: Prepared, context: Context) -> Compute:
         """Give this rank's part of the pipeline."""

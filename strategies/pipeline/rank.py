@@ -36,7 +36,7 @@ from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
 from distplat.strategies.pipeline.rebound import Rebound
 from distplat.strategies.pipeline.twins import Twins, places_of
 from distplat.strategies.tensor.parts import gather_full
-from distplat.strategies.training.compute import precision
+from distplat.strategies.training.compute import Share, precision
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import Part as Checkpointed
 from distplat.strategies.training.parts import model_part, optimizer_part
@@ -66,6 +66,7 @@ class Rank:
         self._slices: Rebound | None = None
         self._twins: Twins | None = None
         self._ready = False  #: the summed gradients of the step in flight are there
+        self.caught_up: Share | None = None  #: see `Strategy.caught_up`
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
         self._measures = Measures(rank, self._at)
 
@@ -123,9 +124,11 @@ class Rank:
     def _catch_up(self, flat: FlatModel, own: Twins) -> None:
         """Make the update that others have made, if all that it needs is here."""
         newest = max(self._versions(flat.version))
+        self.caught_up = None
         if self._ready and flat.version == newest - 1:
             own.update(flat.version, self._norm)
             flat.version = newest
+            self.caught_up = self.pipeline.share
         self._ready = False
 
     def _versions(self, mine: int) -> list[int]:

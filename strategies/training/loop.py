@@ -63,6 +63,9 @@ class Loop:
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
         self.progress.step = self.start
+        unreported = self.strategy.caught_up()
+        if unreported is not None:
+            self._end_step(self.start - 1, unreported, Stopwatch())
         if self.start and self.eval_data is not None and self._evaluates_after(self.start - 1):
             self._evaluate(self.eval_data, self.start)  # it may have been cut off
         steps = range(self.start, self.total_steps)
