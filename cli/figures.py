@@ -27,6 +27,8 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
         rows.append(("exchange", f"{_bytes(figures['sent_bytes'])} sent per worker and step"))
         if "exposed_s" in figures:
             rows.append(("", _overlap(figures)))
+    if "bubble" in figures:
+        rows.append(("pipeline", _pipeline(figures)))
     if figures.get("saved_bytes"):
         rows.append(("compression", _compression(figures)))
     if figures.get("optimizer_state_bytes"):
@@ -51,6 +53,14 @@ def _overlap(figures: Figures) -> str:
     if "hidden_fraction" in figures:
         text += f"; {figures['hidden_fraction']:.0%} behind backward"
     return text
+
+
+def _pipeline(figures: Figures) -> str:
+    between = max(figures["stage_sent_bytes"], figures["stage_received_bytes"])
+    return (
+        f"{figures['bubble']:.0%} bubble, {figures['bubble_ideal']:.0%} with equal stages; "
+        f"{_bytes(between)} between stages per step"
+    )
 
 
 def _compression(figures: Figures) -> str:

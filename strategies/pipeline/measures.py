@@ -35,8 +35,14 @@ class Measures:
         """Note that the rank stood still for the exchange since then."""
         self._reduce = Span("reduce", -1, -1, began, time.perf_counter())
 
-    def figures(self, spans: list[Span]) -> dict[str, float]:
-        """Give the figures of the step just made; names and units as in docs/metrics.md."""
+    def figures(self, spans: list[Span], ideal: float) -> dict[str, float]:
+        """
+        Give the figures of the step just made; names and units as in docs/hybrid.md.
+
+        Args:
+            spans: what was done.
+            ideal: bubble of the schedule, with stages of equal cost and messages that cost nothing.
+        """
         assert self._group is not None, "meet() comes first"
         now, before = self._group.traffic, self._before
         self._before = Traffic(now.sent_bytes, now.received_bytes)
@@ -45,6 +51,7 @@ class Measures:
         waits = sum(s.end - s.start for s in spans if s.kind not in _COMPUTING)
         return {
             "bubble": 1 - busy / whole if whole else 0.0,
+            "bubble_ideal": ideal,
             "stage_wait_s": waits,
             "stage_sent_bytes": float(now.sent_bytes - before.sent_bytes),
             "stage_received_bytes": float(now.received_bytes - before.received_bytes),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ from distplat.platform.errors import StateLost
 from distplat.platform.grid import Grid, Position
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.schedule_messages import Plan
+from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.compute import Pipeline, Settings
@@ -203,7 +205,15 @@ class Rank:
 
     def figures(self) -> dict[str, float]:
         """Give the figures of pipeline and exchange."""
-        return {**self._exchanging.figures(), **self._measures.figures(self._executor.spans)}
+        found = self._exchanging.figures()
+        if self._options.pipeline > 1:
+            found |= self._measures.figures(self._executor.spans, self._ideal)
+        return found
+
+    @cached_property
+    def _ideal(self) -> float:
+        """Bubble of the schedule with a full batch."""
+        return simulate(self._plan(self._options.micro(self._prepared.job))).bubble
 
     def trace(self, step: int) -> TraceReport | None:
         """Tell when what was done in the step just made, if it is the one."""

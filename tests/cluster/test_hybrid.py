@@ -25,7 +25,7 @@ def run(
     folder.mkdir()
     workers = strategy.get("pipeline", 1) * strategy.get("data", 1)
     spec = job(
-        {"timeout_s": 4, **strategy},
+        {"timeout_s": 6, **strategy},
         workers,
         task="hybrid_tasks:Staged",
         task_args={"folder": str(folder), "deeds": deeds},
