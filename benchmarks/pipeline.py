@@ -6,7 +6,7 @@ Same layers, loader, optimizer and threads (one for each stage); each side runs 
 the other. The last stage's time of a step is taken from first loss to first loss. The ideal is what
 one process computes in, shared by two stages, plus the schedule's bubble (p-1)/(m+p-1).
 
-Then the bubble that `hybrid` measures, and how activation memory grows with micro-batches of one
+Then the bubble of the busiest stage, and how activation memory grows with micro-batches of one
 size: under 1F1B it does not.
 """
 
@@ -99,7 +99,8 @@ def ours(micro_batches: int, steps: int) -> float:
             "checkpoint": {"save_final": False},
         }
         result = Trainer(job, Timed).fit()
-        bubbles = [step.figures["bubble"] for step in result.history[WARM:]]
+        figures = [step.figures for step in result.history[WARM:]]
+        bubbles = [1 - one["stage_busy_s"] / one["pipeline_s"] for one in figures]
         BUBBLES.setdefault(micro_batches, []).append(statistics.median(bubbles))
         return read_times(folder)
 

@@ -27,7 +27,7 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
         rows.append(("exchange", f"{_bytes(figures['sent_bytes'])} sent per worker and step"))
         if "exposed_s" in figures:
             rows.append(("", _overlap(figures)))
-    if "bubble" in figures:
+    if figures.get("pipeline_s"):
         rows.append(("pipeline", _pipeline(figures)))
     if figures.get("saved_bytes"):
         rows.append(("compression", _compression(figures)))
@@ -57,8 +57,9 @@ def _overlap(figures: Figures) -> str:
 
 def _pipeline(figures: Figures) -> str:
     between = max(figures["stage_sent_bytes"], figures["stage_received_bytes"])
+    bubble = 1 - figures["stage_busy_s"] / figures["pipeline_s"]
     return (
-        f"{figures['bubble']:.0%} bubble, {figures['bubble_ideal']:.0%} with equal stages; "
+        f"{bubble:.0%} bubble, {figures['bubble_ideal']:.0%} with equal stages; "
         f"{_bytes(between)} between stages per step"
     )
 

@@ -50,7 +50,8 @@ class Measures:
         busy = sum(s.end - s.start for s in spans if s.kind in _COMPUTING)
         waits = sum(s.end - s.start for s in spans if s.kind not in _COMPUTING)
         return {
-            "bubble": 1 - busy / whole if whole else 0.0,
+            "pipeline_s": whole,
+            "stage_busy_s": busy,
             "bubble_ideal": ideal,
             "stage_wait_s": waits,
             "stage_sent_bytes": float(now.sent_bytes - before.sent_bytes),

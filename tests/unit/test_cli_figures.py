@@ -28,7 +28,8 @@ TRAFFIC = {"sent_bytes": 84e6, "exposed_s": 0.01, "waiting_s": 0.0012, "working_
         ({**TRAFFIC, "sent_bytes": 0.0}, []),  # alone
         (
             {
-                "bubble": 0.151,
+                "pipeline_s": 0.2,
+                "stage_busy_s": 0.17,
                 "bubble_ideal": 0.111,
                 "stage_sent_bytes": 2e6,
                 "stage_received_bytes": 1e6,
