@@ -1,10 +1,9 @@
 """
 The driver's side of checkpoints: collects the ranks' parts, and writes them in a thread.
 
-    polls ──▶ Collecting ── all parts of a version ──▶ the newest waits ──▶ thread: disk ──▶ Saved
-                                                          │
-                                                          `- while one is written: who waited is
-                                                             skipped when a newer one is complete
+    polls ──▶ Collecting ── a version's parts ──▶ the newest two wait ──▶ thread: disk ──▶ Saved
+                                                        │
+                                                        `- an older one is skipped
 
 Training never waits for the disk. A disk that refuses is warned of; `PATIENCE` times in a row end
 the run, for a run that trusts in checkpoints must not go on without.
@@ -34,7 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3
-_DRAIN_S = 120.0
+_DRAIN_S = 30.0
+_QUEUE = 2
+"""Complete checkpoints that may wait for the disk, each as large as a model and its optimizer."""
 _FILES = ("model", "optimizer")
 
 
@@ -53,7 +54,9 @@ class Checkpoints:
         self._catalogue = Catalogue(launch.folder / FOLDER)
         self._collecting = Collecting(world)
         self._changed = threading.Condition()
-        self._waiting: tuple[Sequence[Delivery], float] | None = None
+        self._waiting: deque[tuple[Sequence[Delivery], float]] = deque()
+        self._length = min(_QUEUE, launch.job.checkpoint.num_to_keep)
+        self._skipped = 0
         self._writing = False
         self._thread: threading.Thread | None = None
         self._news: deque[Saved] = deque()
@@ -70,9 +73,9 @@ class Checkpoints:
         if not parts:
             return
         with self._changed:
-            if self._waiting is not None:
-                self._skip(self._waiting[0])
-            self._waiting = parts, time.monotonic()
+            self._waiting.append((parts, time.monotonic()))
+            if len(self._waiting) > self._length:
+                self._skip(self._waiting.popleft()[0])
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
                 self._thread.start()
@@ -92,7 +95,7 @@ class Checkpoints:
     def drain(self) -> None:
         """Wait until all that is complete is on the disk, within reason."""
         with self._changed:
-            idle = lambda: self._waiting is None and not self._writing  # noqa: E731
+            idle = lambda: not self._waiting and not self._writing  # noqa: E731
             if not self._changed.wait_for(idle, _DRAIN_S):
                 logger.warning("a checkpoint is still being written after %g s", _DRAIN_S)
 
@@ -113,9 +116,8 @@ class Checkpoints:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None)
-                assert self._waiting is not None, "that was waited for"
-                (parts, began), self._waiting = self._waiting, None
+                self._changed.wait_for(lambda: bool(self._waiting))
+                parts, began = self._waiting.popleft()
                 self._writing = True
             self._write(parts, began)
             with self._changed:
@@ -155,4 +157,7 @@ class Checkpoints:
         return path
 
     def _skip(self, parts: Sequence[Delivery]) -> None:
-        logger.warning("checkpoint of step %d skipped: the disk is behind", parts[0].version)
+        self._skipped += 1
+        if self._skipped == 1:
+            text = "checkpoints come faster than they are written: step %d is skipped"
+            logger.warning(text, parts[0].version)

@@ -23,6 +23,9 @@ from distplat.platform.spec import Failure
 from distplat.platform.tensor_file import decode, encode
 
 _TICK_S = 0.1
+_HOLD_S = 0.5
+"""For so long an actor keeps its answer back while training goes on: a death or an end of its own
+comes at once all the same, and ten questions a second cost the workers a part of their time."""
 _RESULT_TIMEOUT_S = 120.0
 
 
@@ -128,9 +131,10 @@ class Controller:
         """Keep one question open to every actor."""
         asked = {role for role, _ in self._open.values()}
         now = time.monotonic()
+        hold_s = _HOLD_S if self._state.phase is Phase.RUNNING else _TICK_S
         for role, actor in self._actors.items():
             if role not in asked:
-                self._open[actor.poll.remote()] = (role, now)
+                self._open[actor.poll.remote(hold_s)] = (role, now)
 
     def _listen(self) -> None:
         """Take the answers of one tick."""

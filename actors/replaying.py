@@ -54,6 +54,9 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
         raise SpecError(Problem(("strategy",), text))
     if job.task is None:
         raise SpecError(Problem(("task",), "the run was given a class in Python, not by name"))
+    if not (directory / FILE_NAME).exists():
+        text = "a run that failed, or that went on from a checkpoint, keeps no log"
+        raise StorageError(f"there is no {directory / FILE_NAME}: {text}")
     logs, facts = read_logs(str(directory / FILE_NAME))
     kind = load_task_class(job.task, str(working_dir))
 

@@ -122,14 +122,16 @@ class ServerManager:
         self._facts: ModelFacts | None = None
         self._membership: Membership | None = None
         self._lost: DistplatError | None = None
+        self._losing = threading.Event()  #: `_lost` is known
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
-    def poll(self) -> DistplatError | None:
-        """Tell the controller which server was lost, if any."""
+    def poll(self, hold_s: float) -> DistplatError | None:
+        """Tell the controller which server was lost, if any; at once, or after `hold_s` seconds."""
+        self._losing.wait(hold_s)
         return self._lost
 
     def join(self, rank: int, facts: ModelFacts) -> Membership:
@@ -213,7 +215,9 @@ class ServerManager:
         while self._lost is None:
             for index in heard:
                 self._lost = self._lost or self._look(index, heard)
-            time.sleep(WATCH_S)
+            if self._lost is not None:
+                self._losing.set()
+            self._losing.wait(WATCH_S)
 
     def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:
         """Ask one server whether it lives; `heard`: when each last said so."""

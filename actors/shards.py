@@ -42,6 +42,7 @@ class RayShards:
         self._checkpoint_every = checkpoint_every
         self._limits = order.job.failure
         self._pulls = 0
+        self._started = False  #: whether the first push was answered
 
     def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
         """See `Shards`."""
@@ -104,7 +105,9 @@ class RayShards:
         answers: list[Answer] = self._ask(
             f"push {step}",
             lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
+            setting="step_timeout_s" if self._started else "start_timeout_s",
         )
+        self._started = True
         result = pushed(answers)
         if result.norm is None:
             self._take(answers)

@@ -19,6 +19,8 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
 
+_WORKER_THREADS = 4
+"""Threads of a worker for the controller's calls, of which one keeps its answer back."""
 _SERVER_THREADS = 8
 """Threads of a server node beside one per worker: for the manager's and the controller's calls."""
 
@@ -86,7 +88,8 @@ def spawn_worker(
 ) -> Any:
     """Ask Ray for one worker, in its seat; returns before it is up."""
     name = actor_name(job, f"worker-{rank}", attempt)
-    options = {**_common(run), **_resources(job.scaling.resources()), "name": name}
+    threads = {"max_concurrency": _WORKER_THREADS}
+    options = {**_common(run), **_resources(job.scaling.resources()), **threads, "name": name}
     if seat is not None:
         options["scheduling_strategy"] = seat
     return ray.remote(Worker).options(**options).remote(name)

@@ -16,7 +16,6 @@ from typing import Protocol
 
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep, train_on_ray
-from distplat.platform.checkpoints import find
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.progress import (
     EvalSummary,
@@ -27,7 +26,7 @@ from distplat.platform.progress import (
     Summary,
 )
 from distplat.platform.recovery import policy_of
-from distplat.platform.resume import mismatches
+from distplat.platform.resume import start_from
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
@@ -135,14 +134,10 @@ class Trainer:
 
     def _find(self, path: Path) -> Path:
         """Find the checkpoint to go on from, and compare it with the job."""
-        found = find(self._storage_dir / path.expanduser(), logger.warning)
-        problems = mismatches(found.state, self.job)
         if not self._has_parts:
             text = f"the strategy {self.job.strategy.name!r} cannot go on from a checkpoint"
-            problems.append(Problem(("strategy",), text))
-        if problems:
-            raise SpecError(*problems)
-        return found.path
+            raise SpecError(Problem(("strategy",), text))
+        return start_from(self.job, self._storage_dir / path.expanduser(), logger.warning).path
 
     def fit(self) -> Result:
         """

@@ -1,7 +1,7 @@
 """
 What Ray sees of a worker: a thread that trains, and an ear for the controller.
 
-The actor's own thread stays free to answer `poll`, so a worker in a long forward still says that
+The actor's own threads stay free to answer `poll`, so a worker in a long forward still says that
 it lives. Torch and the user's code are imported by the training thread, in this process only. An
 attempt that ends, well or not, leaves the thread waiting for the next order: after a failure
 elsewhere this worker goes on with the model that it has.
@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
+from distplat.actors.allocator import keep_freed_memory
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import News, WorkOrder
 from distplat.platform.progress import AnyReport
@@ -33,6 +34,7 @@ class Worker:
         self._deliveries: deque[Delivery] = deque()
         self._session: Session | None = None
         self._given_up = -1  #: the last attempt that was called off
+        self._ended = threading.Event()  #: an attempt is over, and none was begun since
         self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
@@ -52,8 +54,15 @@ class Worker:
         if self._session is not None:
             self._session.abandon(attempt)
 
-    def poll(self) -> News:
-        """Tell how things stand, and what was reported since the last call."""
+    def poll(self, hold_s: float) -> News:
+        """
+        Tell how things stand, and what was reported since the last call.
+
+        Args:
+            hold_s: seconds to keep the answer back for, while the attempt goes on: questions cost
+                processor time that training wants.
+        """
+        self._ended.wait(hold_s)
         if self._session is None:
             return News([], -1, 0, 0, finished=False, error=None)
         standing = self._session.standing  # before the reports: what came first is told first
@@ -76,10 +85,13 @@ class Worker:
         return model
 
     def _train(self) -> None:
+        keep_freed_memory()
         with quick_imports():
             from distplat.actors.training import Session  # torch comes with it
 
         self._session = Session(self._reports.append, self._deliveries.append)
         while True:  # the actor is ended from outside; nobody waits for this thread
             order = self._orders.get()
+            self._ended.clear()
             self._session.work(order, called_off=order.attempt <= self._given_up)
+            self._ended.set()

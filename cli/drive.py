@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distplat.cli.remote import RESULT_MARK
 from distplat.cli.render import Facts, View, facts_of, to_json
-from distplat.cli.shipping import received_job
+from distplat.cli.shipping import Received, received_job
 from distplat.platform.spec import Job
 
 STORAGE = Path("~/distplat")
@@ -15,7 +15,13 @@ STORAGE = Path("~/distplat")
 
 
 def train(
-    job: Job, view: View, *, working_dir: Path, storage_dir: Path, strategy_file: Path | None
+    job: Job,
+    view: View,
+    *,
+    working_dir: Path,
+    storage_dir: Path,
+    strategy_file: Path | None,
+    resume: Path | None,
 ) -> Facts:
     """
     Train to the end on the connected Ray, or on one of our own.
@@ -31,6 +37,7 @@ def train(
         storage_dir=storage_dir,
         strategy_file=strategy_file,
         observers=(view,),
+        resume=resume,
     )
     # Ray hands on what workers print; stdout is for the result alone.
     with redirect_stdout(sys.stderr), view:
@@ -45,22 +52,23 @@ def drive() -> None:
     Raises:
         DistplatError: see `Trainer.fit`.
     """
-    job, strategy_file = received_job(os.environ)
-    if job.scaling.num_workers == 0:
-        facts = _train_here(job, strategy_file)
+    received = received_job(os.environ)
+    if received.job.scaling.num_workers == 0:
+        facts = _train_here(received)
     else:
         from distplat.cli.join import connected
 
         with connected(os.environ.get("RAY_ADDRESS", "auto"), {}):
-            facts = _train_here(job, strategy_file)
+            facts = _train_here(received)
     print(RESULT_MARK + to_json(facts, indent=None), flush=True)
 
 
-def _train_here(job: Job, strategy_file: Path | None) -> Facts:
+def _train_here(received: Received) -> Facts:
     return train(
-        job,
+        received.job,
         View(sys.stderr),
         working_dir=Path.cwd(),
         storage_dir=STORAGE.expanduser(),
-        strategy_file=strategy_file,
+        strategy_file=received.strategy_file,
+        resume=received.resume,
     )

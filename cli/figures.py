@@ -48,6 +48,13 @@ def restart_rows(setbacks: Iterable[Setback]) -> list[tuple[str, str]]:
     ]
 
 
+def checkpoint_rows(steps: Sequence[int], folder: str) -> list[tuple[str, str]]:
+    """Say how many checkpoints came to the disk, and where the newest are."""
+    if not steps:
+        return []
+    return [("checkpoints", f"{len(steps)} written, the last of step {steps[-1]}, in {folder}")]
+
+
 def _overlap(figures: Figures) -> str:
     text = f"{_ms(figures['waiting_s'])} waiting, {_ms(figures['working_s'])} working"
     if "hidden_fraction" in figures:

@@ -21,6 +21,7 @@ from distplat.cli.options import (
     Name,
     NumWorkers,
     Output,
+    Resume,
     Settings,
     StrategyFile,
     StrategyName,
@@ -39,7 +40,7 @@ Exit codes:
     2  wrong command line, job file or option; nothing was started
     3  the cluster cannot be reached, or refused our token
     4  a part of the platform was lost, or the job was stopped
-    5  the run directory cannot be written
+    5  the run directory cannot be written, or all its checkpoints are damaged
    70  an error inside distplat
   130  Ctrl-C        143  SIGTERM
 
@@ -85,6 +86,7 @@ def submit(
     name: Name = None,
     settings: Settings = None,
     strategy_file: StrategyFile = None,
+    resume: Resume = None,
     address: Address = None,
     working_dir: Annotated[
         Path | None, typer.Option(help="Folder of the task's module; default: the job file's.")
@@ -131,6 +133,7 @@ def submit(
         address=address,
         working_dir=working_dir,
         strategy_file=strategy_file,
+        resume=resume,
         runtime_env=runtime_env,
         runtime_env_json=runtime_env_json,
         submission_id=submission_id,

@@ -29,6 +29,14 @@ NumWorkers = Annotated[
     typer.Option("--num-workers", "--num_workers", metavar="N", help="Number of workers."),
 ]
 Name = Annotated[str | None, typer.Option("--name", "-n", help="Name of the job.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RUN",
+        help="Go on from a run directory's newest checkpoint, or from one of its checkpoints; "
+        "a relative path is taken from where run directories are made.",
+    ),
+]
 StrategyFile = Annotated[
     Path | None, typer.Option(help="A Python file that registers strategies of your own.")
 ]

@@ -55,6 +55,8 @@ class Parcel:
 
     working_dir: Path
     strategy_file: Path | None
+    resume: Path | None
+    """A path of the machine on which the driver runs."""
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
     submission_id: str | None
@@ -77,7 +79,7 @@ def send(jobs: "Jobs", job: Job, parcel: Parcel, ignores: shipping.Ignores) -> s
     """
     job_id = check_id(parcel.submission_id or f"{job.name}-{secrets.token_hex(3)}")
     environment = shipping.runtime_env(
-        job, parcel.working_dir, parcel.strategy_file, parcel.runtime_env
+        job, parcel.working_dir, parcel.strategy_file, parcel.runtime_env, parcel.resume
     )
     shipping.check_size(parcel.working_dir, environment["excludes"], ignores)
     ours = {

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from distplat.cli.figures import figure_rows, mean_figures, restart_rows
+from distplat.cli.figures import checkpoint_rows, figure_rows, mean_figures, restart_rows
+from distplat.platform.checkpoints import FOLDER
 from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
 from distplat.platform.spec import Job
 
@@ -98,8 +99,8 @@ class View:
             return
         who = ", ".join(news.replaced) or "nobody"
         self._say(
-            f"failure after step {news.step}: {news.cause.splitlines()[0]}\n"
-            f"attempt {news.attempt}: replacing {who}, going on"
+            f"failure: {news.cause.splitlines()[0]}\n"
+            f"attempt {news.attempt}: replacing {who}, going on from step {news.step}"
         )
 
     def _draw(self, summary: StepSummary, now: float) -> None:
@@ -182,6 +183,7 @@ def facts_of(job: Job, result: Result) -> Facts:
         "samples_per_s": round(sum(s.samples for s in history) / busy, 1) if busy else None,
         "time_split": {part: round(s / busy, 4) for part, s in split.items()} if busy else {},
         "figures": mean_figures(history),
+        "checkpoints": [saved.step for saved in result.checkpoints],
         "restarts": [text for _, text in restart_rows(result.setbacks)],
         "run_directory": str(result.path),
         "model": str(result.checkpoint) if result.checkpoint else None,
@@ -238,6 +240,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
         rows += [("speed", f"{facts['samples_per_s']:.0f} samples/s"), ("time", ", ".join(shares))]
     rows += figure_rows(facts["figures"])
     rows += [("" if n else "restarts", text) for n, text in enumerate(facts["restarts"])]
+    folder = f"{facts['run_directory']}/{FOLDER}"
+    rows += checkpoint_rows(facts["checkpoints"], folder)
     rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]
     if facts["model"]:
         rows.append(("model", facts["model"]))

@@ -7,6 +7,7 @@ pack, for its server refuses more than 100 MiB only after the upload, with a bar
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,11 @@ Ignores = Callable[[Path], list[Callable[[Path], bool]]]
 
 
 def runtime_env(
-    job: Job, working_dir: Path, strategy_file: Path | None, user: Mapping[str, Any]
+    job: Job,
+    working_dir: Path,
+    strategy_file: Path | None,
+    user: Mapping[str, Any],
+    resume: Path | None = None,
 ) -> dict[str, Any]:
     """
     Build the runtime environment of a remote job.
@@ -41,11 +46,14 @@ def runtime_env(
         working_dir: the user's folder.
         strategy_file: must lie in that folder.
         user: the user's own runtime environment.
+        resume: what the run goes on from, on the machine of its driver.
 
     Raises:
         SpecError: the job is too large, or the strategy file lies elsewhere.
     """
     payload: dict[str, str | None] = {"job": render_job(job), "strategy_file": None}
+    if resume is not None:
+        payload["resume"] = str(resume)
     if strategy_file is not None:
         try:
             payload["strategy_file"] = str(strategy_file.resolve().relative_to(working_dir))
@@ -72,9 +80,19 @@ def with_folders(working_dir: Path, user: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def received_job(environ: Mapping[str, str]) -> tuple[Job, Path | None]:
+@dataclass(frozen=True)
+class Received:
+    """What `runtime_env` packed."""
+
+    job: Job
+    strategy_file: Path | None
+    """It is loaded."""
+    resume: Path | None
+
+
+def received_job(environ: Mapping[str, str]) -> Received:
     """
-    Unpack what `runtime_env` packed: the job, and its strategy file, which is loaded.
+    Unpack what `runtime_env` packed.
 
     Raises:
         SpecError: there is nothing, or this cluster's plug-ins make it wrong.
@@ -88,7 +106,8 @@ def received_job(environ: Mapping[str, str]) -> tuple[Job, Path | None]:
         load_strategy_file(strategy_file)
     fields, _ = parse_yaml(payload["job"], "job")
     assert isinstance(fields, dict), "render_job writes a mapping"
-    return make_job(fields), strategy_file
+    resume = payload.get("resume")
+    return Received(make_job(fields), strategy_file, Path(resume) if resume else None)
 
 
 def read_runtime_env(file: Path | None, text: str | None) -> dict[str, Any]:

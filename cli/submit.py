@@ -18,6 +18,7 @@ from distplat.cli.drive import STORAGE, train
 from distplat.cli.render import Facts, View, print_result, to_json
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
 from distplat.platform.job_file import render_job
+from distplat.platform.resume import start_from
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_job, load_strategy_file, make_strategy
 
@@ -34,6 +35,8 @@ class Request:
     address: str | None = None
     working_dir: Path | None = None
     strategy_file: Path | None = None
+    resume: Path | None = None
+    """`--resume`."""
     runtime_env: Path | None = None
     runtime_env_json: str | None = None
     submission_id: str | None = None
@@ -96,6 +99,7 @@ def submit(request: Request) -> None:
             working_dir=request.folder,
             storage_dir=Path.cwd(),
             strategy_file=request.strategy_file,
+            resume=request.resume,
         )
     _print(facts, request)
 
@@ -110,6 +114,9 @@ def dry_run(request: Request) -> None:
     job = resolve(request)
     target = _target(request, job)
     _check_options(request, target)
+    start = None
+    if request.resume is not None and target.kind != "jobs":
+        start = start_from(job, Path.cwd() / request.resume.expanduser(), request.say)
     roles = make_strategy(job).roles(job)
     started = {"num_workers": job.scaling.num_workers, "num_servers": roles.servers}
     if request.as_json:
@@ -121,6 +128,8 @@ def dry_run(request: Request) -> None:
         f"would start {job.scaling.num_workers} workers and {roles.servers} server nodes "
         f"({job.strategy.name}) on {_named(target, job)}"
     )
+    if start is not None:
+        request.say(f"would go on from step {start.step}, {start.path}")
 
 
 def _target(request: Request, job: Job) -> Target:
@@ -184,6 +193,7 @@ def _submit_remote(request: Request, job: Job, target: Target) -> None:
     parcel = remote.Parcel(
         request.folder,
         request.strategy_file,
+        request.resume,
         shipping.read_runtime_env(request.runtime_env, request.runtime_env_json),
         _metadata(request.metadata_json),
         request.submission_id,

@@ -6,10 +6,12 @@ must stay is what gives the tensors and the position in the data their meaning: 
 optimizer, batch size, seed, order of the data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from distplat.platform.errors import Problem
+from distplat.platform.checkpoints import Stored, find
+from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
 from distplat.platform.suggest import nearest
 
@@ -52,6 +54,25 @@ def mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
         if had != value:
             found.append(_differs(("data", field), had, value))
     return found + _optimizer(state.get("optimizer", {}), job) + _length(state, job)
+
+
+def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> Stored:
+    """
+    Find the checkpoint that a job is to go on from, and compare the two.
+
+    Args:
+        job: the job.
+        path: a run directory, or one of its checkpoints.
+        warn: is told of each that is damaged.
+
+    Raises:
+        SpecError: there is none, or the job does not go with it.
+        StorageError: all are damaged.
+    """
+    found = find(path, warn)
+    if problems := mismatches(found.state, job):
+        raise SpecError(*problems)
+    return found
 
 
 def names_differ(had: set[str], has: set[str]) -> list[str]:

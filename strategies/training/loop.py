@@ -75,11 +75,14 @@ class Loop:
                 self._skip(step)
             else:
                 self._step(step)
-            self.checkpoint(step + 1)
+            if step + 1 < self.total_steps:
+                self.checkpoint(step + 1)
             if self.eval_data is not None and self._evaluates_after(step):
                 self.strategy.synchronize()
                 self._evaluate(self.eval_data, step + 1)
         self.strategy.synchronize()
+        if steps:
+            self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
 
     def _step(self, step: int) -> None:
         self.flat.grads.zero_()

@@ -133,7 +133,8 @@ def _check_model(
     places: Mapping[str, Place] | None,
 ) -> None:
     """Compare names, shapes and types; where `places` are given the model may be a part."""
-    lines = names_differ({*found} & {*mine} if places else {*found}, {*mine})
+    names = {*found} & {*mine} if places is not None else {*found}
+    lines = names_differ(names, {*mine})
     for name in found.keys() & mine.keys():
         place = (places or {}).get(name, Place(tuple(mine[name].shape)))
         had, has = found[name], mine[name]

@@ -54,6 +54,7 @@ class Service(ABC):
         self._changed = threading.Condition()
         self._pulls: dict[int, tuple[int, Answer | None]] = {}  #: rank -> its last pull's number
         self._pushes: dict[int, tuple[int, Answer]] = {}  #: rank -> its last push's number
+        self._opened_at = 0  #: the version with which service began
 
     @property
     def params(self) -> Tensor:
@@ -78,6 +79,7 @@ class Service(ABC):
             if self._served.ledger.version is None:
                 fill(self.params)
                 self._served.restore(version, state)
+                self._opened_at = version
             self._changed.notify_all()
 
     def kept(self, version: int, limit_s: float) -> tuple[int, Kept | None]:
@@ -166,6 +168,12 @@ class Service(ABC):
         """A push says that the worker has its last pull's answer: let go of that one's payload."""
         if rank in self._pulls:
             self._pulls[rank] = self._pulls[rank][0], None
+
+    def _patience(self, step: int) -> tuple[float, str]:
+        """Give a step's deadline and its setting; the first step still belongs to the start."""
+        if step == self._opened_at:
+            return max(self._limits.start_s, self._limits.step_s), "start_timeout_s"
+        return self._limits.step_s, "step_timeout_s"
 
     def _wait(
         self,

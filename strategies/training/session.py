@@ -153,6 +153,10 @@ def _checkpoints(p: Prepared, strategy: Strategy[Any], take: Take | None) -> Cal
                 "samples": p.sampler.size,
                 "versions": {"torch": torch.__version__},
             }
-            take(version, strategy.part(version), facts)
+            part = strategy.part(version)
+            # The last one is waited for: by now all ranks have made their steps.
+            take(
+                version, replace(part, may_skip=False) if version == p.total_steps else part, facts
+            )
 
     return checkpoint

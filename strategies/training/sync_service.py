@@ -30,8 +30,7 @@ class SyncService(Service):
                 lambda: shard.version > push.seq or shard.ledger.complete,
                 f"push {push.seq} to {self._name}",
                 shard.ledger.missing,
-                self._limits.step_s,
-                "step_timeout_s",
+                *self._patience(push.seq),
             )
             if shard.commits_alone:
                 return self._once(push, lambda: self._take(push.rank, deliver, waited))

@@ -31,10 +31,23 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def segments() -> set[str]:
-    """Processes of this user that still map one of our memory segments."""
-    found = set()
+def ours() -> list[psutil.Process]:
+    """This process, those that come from it, and later ones that lost their parent: orphans."""
+    me = psutil.Process()
+    mine = [me, *me.children(recursive=True)]
     for process in psutil.process_iter():
+        try:
+            if process.ppid() == 1 and process.create_time() >= me.create_time():
+                mine += [process, *process.children(recursive=True)]
+        except psutil.Error:  # it has ended meanwhile
+            continue
+    return mine
+
+
+def segments() -> set[str]:
+    """Processes of ours that still map one of our memory segments; other runs' are their affair."""
+    found = set()
+    for process in ours():
         try:
             maps = Path(f"/proc/{process.pid}/maps").read_text()
             name = process.name()

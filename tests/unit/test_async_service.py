@@ -243,6 +243,18 @@ def test_who_comes_to_its_answer_after_the_commit_still_gets_the_norm() -> None:
     assert (late.committed, late.squared_norm) == (False, first.squared_norm)
 
 
+def test_the_first_step_has_the_deadline_of_the_start() -> None:
+    plan = async_plan(2, 2, SYNCHRONOUS, strategy="ps-sync")
+    service = SyncService("server-0", plan, Limits(SOON, SOON / 2), torch.zeros(SIZE))
+    service.restore(3, lambda params: None)  # where the attempt begins
+    for seq, setting, limit_s in ((3, "start_timeout_s", SOON), (4, "step_timeout_s", SOON / 2)):
+        push = PushId("run", 1, 0, seq)
+        with pytest.raises(DeadlineExceeded) as caught:
+            service.push(push, noise(SIZE, 1), lambda values, version: None)
+        assert (caught.value.setting, caught.value.seconds) == (f"failure.{setting}", limit_s)
+        service.push(PushId("run", 1, 1, seq), noise(SIZE, 1), lambda values, version: None)
+
+
 def test_the_consistency_chooses_the_service() -> None:
     for consistency, kind in ((SYNCHRONOUS, SyncService), (Consistency(True), AsyncService)):
         plan = async_plan(1, 1, consistency)

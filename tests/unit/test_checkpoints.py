@@ -245,7 +245,7 @@ def damaged(path: Path) -> list[bytes]:
     content = path.read_bytes()
     cut = [content[: len(content) * tenth // 10] for tenth in range(10)]
     flipped = []
-    for place in range(0, len(content), max(1, len(content) // 50)):
+    for place in range(0, len(content), max(1, len(content) // 400)):
         for bit in (0, 5):
             one = bytearray(content)
             one[place] ^= 1 << bit

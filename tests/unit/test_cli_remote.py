@@ -9,6 +9,7 @@ import pytest
 
 from distplat.cli import remote, shipping
 from distplat.cli.remote import LogReader, NoSuchJob, Parcel, clean_lines, exit_code, follow
+from distplat.cli.shipping import Received
 from distplat.platform.errors import ClusterUnreachable, SpecError
 from distplat.strategies.catalog import make_job
 
@@ -174,6 +175,7 @@ def parcel(folder: Path, **changes: Any) -> Parcel:
     fields = {
         "working_dir": folder,
         "strategy_file": None,
+        "resume": None,
         "runtime_env": {"env_vars": {"A": "1"}, "excludes": ["data"], "py_modules": ["m"]},
         "metadata": {"team": "t"},
         "submission_id": None,
@@ -199,7 +201,7 @@ def test_a_job_is_sent_without_a_value_in_the_shell_line(
     assert {".git", ".env", "*.pem", "data"} <= set(environment["excludes"])
     assert environment["env_vars"]["A"] == "1"
     monkeypatch.chdir(folder)
-    assert shipping.received_job(environment["env_vars"]) == (JOB, None)
+    assert shipping.received_job(environment["env_vars"]) == Received(JOB, None, None)
 
 
 def test_a_strategy_file_travels_with_the_folder(
@@ -207,10 +209,17 @@ def test_a_strategy_file_travels_with_the_folder(
 ) -> None:
     environment = shipping.runtime_env(JOB, folder, folder / "strategy.py", {})
     monkeypatch.chdir(folder)
-    _, strategy_file = shipping.received_job(environment["env_vars"])
-    assert strategy_file == folder / "strategy.py"
+    received = shipping.received_job(environment["env_vars"])
+    assert received.strategy_file == folder / "strategy.py"
     with pytest.raises(SpecError, match="which is what the cluster gets"):
         shipping.runtime_env(JOB, folder, folder.parent / "strategy.py", {})
+
+
+def test_a_checkpoint_is_named_on_the_drivers_machine(folder: Path) -> None:
+    jobs = FakeJobs()
+    remote.send(as_jobs(jobs), JOB, parcel(folder, resume=Path("runs/lin-1")), ignores)
+    received = shipping.received_job(jobs.submitted["runtime_env"]["env_vars"])
+    assert received.resume == Path("runs/lin-1")
 
 
 def test_a_job_that_no_variable_holds_is_refused(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from distplat.actors.trainer import Result
 from distplat.cli import render
 from distplat.cli.render import View, facts_of, print_result, to_json
-from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
 from distplat.platform.spec import Job
 
 JOB = Job.model_validate(
@@ -83,6 +83,18 @@ def test_every_evaluation_is_shown(clock: Clock) -> None:
     ]
 
 
+def test_a_failure_says_from_where_the_run_goes_on() -> None:
+    out = io.StringIO()
+    view = View(out)
+    view.disturbed(Setback(1, 10, "server-0 was lost: killed\nmore", ("worker-0", "worker-1"), 0.0))
+    view.disturbed(Recovery(1, 3.25))
+    assert out.getvalue().splitlines() == [
+        "failure: server-0 was lost: killed",
+        "attempt 1: replacing worker-0, worker-1, going on from step 10",
+        "attempt 1: all workers are at work after 3.2 s",
+    ]
+
+
 def test_quiet_is_quiet(clock: Clock) -> None:
     assert watched(clock, 5.0, steps=3, quiet=True) == []
 
@@ -132,6 +144,7 @@ def test_the_facts_are_those_of_the_run() -> None:
         "samples_per_s": 32.0,
         "time_split": {"data": 0.0, "compute": 0.5, "exchange": 0.5, "update": 0.0},
         "figures": {},
+        "checkpoints": [],
         "restarts": [],
         "run_directory": "/runs/lin-1",
         "model": "/runs/lin-1/model.safetensors",

@@ -200,7 +200,7 @@ def test_a_missing_pusher_is_named() -> None:
     for error in (errors[0], errors[2]):
         assert isinstance(error, DeadlineExceeded)
         assert (error.what, error.missing) == ("push 0 to server-0", ("worker-1",))
-        assert error.setting == "failure.step_timeout_s"
+        assert error.setting == "failure.start_timeout_s", "the first step belongs to the start"
 
 
 def test_a_late_pusher_is_waited_for() -> None:

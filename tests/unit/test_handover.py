@@ -8,7 +8,7 @@ import torch
 from rank_threads import on_ranks
 from torch import Tensor, nn
 
-from distplat.platform.errors import CollectiveError
+from distplat.platform.errors import CollectiveError, StateLost
 from distplat.platform.spec import Job
 from distplat.strategies.fakes import Fabric, InMemoryCollective
 from distplat.strategies.training.flat import TORN, FlatModel
@@ -97,6 +97,21 @@ def test_torn_parameters_are_nobodys_source() -> None:
     initial = ranks[1].flat.params.clone()
     assert take_over(ranks) == [0, 0, 0]
     assert torch.equal(ranks[0].flat.params, initial)
+
+
+def test_less_than_the_checkpoint_has_is_nothing_to_go_on_from() -> None:
+    """The newest is torn, a new worker has initial parameters: all must go back together."""
+    ranks = replicas([5, 0], OPTIMIZERS[2])
+    ranks[0].flat.version = TORN
+    fabric = Fabric(2)
+
+    def body(rank: int) -> bool:
+        replica = ranks[rank]
+        with pytest.raises(StateLost, match="after step 3"):
+            take_over_newest(replica.flat, replica.optimizer, fabric.collective(rank), base=3)
+        return True
+
+    assert on_ranks(2, body) == [True, True]
 
 
 class Cut(InMemoryCollective):

@@ -11,6 +11,7 @@ from distplat.platform.errors import (
     DistplatError,
     MismatchError,
     RestartsExhausted,
+    StateLost,
     UserCodeError,
 )
 from distplat.platform.job import (
@@ -117,6 +118,18 @@ def test_all_begin_anew(history: History, policy: Policy) -> None:
     assert state.steps_done == 3
     state.restarted(5)
     assert (state.phase, state.steps_done, state.attempt) == (Phase.STARTING, 0, 1)
+
+
+def test_survivors_that_lack_state_go_back_too() -> None:
+    """All are there and wait, but who had a part of the state is gone."""
+    lost = StateLost("the state after step 10")
+    state = play([(1, stopped(0, lost)), (1, stopped(1, lost)), (1, stopped(2, lost)), (1, Tick())])
+    assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
+    state.restarted(2, step=10)
+    assert (state.steps_done, state.furthest) == (10, 10)
+    lose(state, 3, 12)
+    assert state.restart is not None
+    assert not state.restart.everything, "that was the attempt before"
 
 
 def lose(state: JobState, now: float, step: int) -> None:

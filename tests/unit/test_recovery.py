@@ -66,3 +66,8 @@ def test_preemption_has_a_budget_of_its_own() -> None:
 )
 def test_what_a_job_leaves_open(failure: Failure, survivors_go_on: bool, policy: Policy) -> None:
     assert policy_of(failure, survivors_go_on) == policy
+
+
+def test_checkpoints_make_a_restart_cheap() -> None:
+    assert policy_of(Failure(), False, checkpoints=True) == Policy(3, 100, False)
+    assert policy_of(Failure(max_failures=0), False, checkpoints=True) == Policy(0, 100, False)

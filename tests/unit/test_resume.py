@@ -89,7 +89,9 @@ def test_the_same_bits(strategy: object, optimizer: object, clip: float | None) 
     whole = job(strategy, optimizer=optimizer, clip_norm=clip)
     unfailed = train(whole, Normed)
     assert sorted(unfailed.checkpoints) == [5, 10, 12]
-    for version in (5, 10):
+    never = train(job(strategy, optimizer=optimizer, clip_norm=clip, checkpoint={}), Normed)
+    assert equal(never.parameters(), unfailed.parameters()), "checkpoints change nothing"
+    for version in (5, 10, STEPS):  # at the end nothing is left to do, after a failure there
         resumed = train(whole, Normed, saved=unfailed.checkpoints[version])
         assert equal(resumed.parameters(), unfailed.parameters())
         expected = {step: loss for step, loss in losses(unfailed).items() if step >= version}

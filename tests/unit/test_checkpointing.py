@@ -1,0 +1,319 @@
+"""The driver's side: parts collected, written in a thread, errors of the disk; and whole runs."""
+
+import errno
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from distplat import Result, Trainer
+from distplat.actors.checkpointing import PATIENCE, Checkpoints
+from distplat.actors.courier import Courier
+from distplat.actors.ensemble import Launch
+from distplat.cli.main import run as command
+from distplat.platform.checkpoints import Catalogue
+from distplat.platform.collecting import Collecting, Delivery
+from distplat.platform.disk import RealDisk
+from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
+from distplat.platform.pieces import Entry, Place
+from distplat.platform.recovery import Policy
+from distplat.strategies.base import Roles
+from distplat.strategies.catalog import make_job
+from distplat.strategies.training.parts import Part
+
+HERE = Path(__file__).parents[1] / "cluster"
+
+
+def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery:
+    entry = Entry("model/w", Place((2,), run=(rank, rank + 1)), "uint8", 0)
+    box = [np.array([10 * version + rank], np.uint8)]
+    return Delivery(rank, attempt, version, (box,), ((entry,),), **more)
+
+
+def complete(*deliveries: Delivery, attempt: int = 0) -> tuple[list[int], list[int]]:
+    """Versions that became complete, and those that never will."""
+    collecting = Collecting(2)
+    collecting.begin(attempt)
+    found = [parts[0].version for d in deliveries if (parts := collecting.add(d))]
+    return found, collecting.skipped
+
+
+def test_a_version_is_complete_when_all_ranks_gave_it() -> None:
+    assert complete(delivery(0, 5), delivery(0, 6), delivery(1, 5), delivery(1, 6)) == ([5, 6], [])
+    assert complete(delivery(0, 5), delivery(1, 6)) == ([], [])
+    assert complete(delivery(1, 5), delivery(1, 6), delivery(0, 6), delivery(0, 5)) == ([6], [5])
+    assert complete(delivery(0, 5), delivery(1, 5, skipped=True)) == ([], [5])
+
+
+def test_attempts_never_meet() -> None:
+    mixed = [delivery(0, 5), delivery(1, 5, attempt=1), delivery(0, 5, attempt=1)]
+    assert complete(*mixed, attempt=1) == ([5], [])
+    assert complete(*mixed[:2], attempt=1) == ([], [])
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    job = make_job(
+        {
+            "name": "x",
+            "strategy": "ring",
+            "optimizer": {"name": "SGD", "lr": 1},
+            "steps": 9,
+            "global_batch_size": 2,
+            "scaling": {"num_workers": 2},
+            "checkpoint": {"every_steps": 1},
+        }
+    )
+    return Launch(job, "run", Roles(), Policy(), None, "", None, tmp_path)
+
+
+def give(checkpoints: Checkpoints, *versions: int) -> None:
+    for version in versions:
+        for rank in range(2):
+            checkpoints.take(delivery(rank, version))
+        checkpoints.drain()
+
+
+def test_parts_become_files(launch: Launch) -> None:
+    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    give(checkpoints, 1, 2, 3)
+    assert [saved.step for saved in checkpoints.news()] == [1, 2, 3]
+    assert checkpoints.news() == []
+    found = checkpoints.newest()
+    assert found is not None
+    assert (found.step, checkpoints.step) == (3, 3)
+    assert load_file(found.path / "model.safetensors")["w"].tolist() == [30, 31]
+    assert load_file(found.path / "optimizer.safetensors") == {}
+    assert Catalogue(launch.folder / "checkpoints").steps() == [2, 3]
+
+
+class Full(RealDisk):
+    full = True
+
+    def write(self, path: Path, content: Any) -> tuple[int, str]:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return super().write(path, content)
+
+
+def test_a_full_disk_is_warned_of_then_ends_the_run(
+    launch: Launch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    disk = checkpoints._catalogue._disk = Full()
+    give(checkpoints, *range(1, PATIENCE))
+    assert checkpoints.news() == []
+    assert "no checkpoint of step 1 in" in caplog.text
+    assert "No space left" in caplog.text
+    disk.full = False
+    give(checkpoints, 5)
+    assert [saved.step for saved in checkpoints.news()] == [5]
+    disk.full = True
+    give(checkpoints, 6, 7)
+    assert checkpoints.news() == [], "counted from the last that was written"
+    give(checkpoints, 8)
+    with pytest.raises(StorageError, match=r"3 checkpoints in a row failed: step 8: .*No space"):
+        checkpoints.news()
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.step == 5
+
+
+def test_a_part_that_was_lost_costs_one_checkpoint(
+    launch: Launch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def open_box(box: Any) -> Any:
+        if box[0][0] == 21:
+            raise ValueError("its owner died")
+        return box
+
+    checkpoints = Checkpoints(launch, 2, open_box)
+    give(checkpoints, 1, 2, 3, 4, 5)
+    assert [saved.step for saved in checkpoints.news()] == [1, 3, 4, 5]
+    assert "no checkpoint of step 2: its owner died" in caplog.text
+
+
+def test_what_the_disk_cannot_keep_up_with_is_skipped(
+    launch: Launch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = threading.Event()
+
+    def slowly(box: Any) -> Any:
+        assert gate.wait(10)
+        return box
+
+    checkpoints = Checkpoints(launch, 2, slowly)
+    for version in range(1, 8):
+        for rank in range(2):
+            checkpoints.take(delivery(rank, version))
+    gate.set()
+    checkpoints.drain()
+    told = [saved.step for saved in checkpoints.news()]
+    assert told[-2:] == [6, 7]
+    assert len(told) <= 3
+    assert caplog.text.count("checkpoints come faster than they are written") == 1
+
+
+class Slow:
+    """Boxes that take their time."""
+
+    def __init__(self) -> None:
+        self.gate, self.sent = threading.Event(), list[Delivery]()
+        self.courier = Courier(1, 0, self.put, self.sent.append, 0.2)
+
+    def put(self, arrays: list[Any]) -> list[Any]:
+        assert self.gate.wait(10)
+        return [array.copy() for array in arrays]
+
+
+@pytest.fixture
+def slow() -> Iterator[Slow]:
+    slow = Slow()
+    yield slow
+    slow.gate.set()
+
+
+def part(value: float, **more: Any) -> Part:
+    import torch
+
+    entry = Entry("model/w", Place((3,)), "float32", 0)
+    return Part((torch.full((3,), value),), (entry,), **more)
+
+
+def test_a_part_is_copied_before_training_goes_on(slow: Slow) -> None:
+    given = part(1.0)
+    slow.courier.take(5, given, {})
+    given.tensors[0].fill_(9)
+    slow.gate.set()
+    slow.courier.flush()
+    [sent] = slow.sent
+    assert sent.boxes[0][0].view(np.float32).tolist() == [1, 1, 1]
+    assert (sent.rank, sent.version, sent.entries) == (1, 5, (given.entries,))
+
+
+def test_the_next_part_waits_for_the_last_one_or_is_skipped(slow: Slow) -> None:
+    slow.courier.take(5, part(1.0), {})
+    with pytest.raises(DeadlineExceeded, match=r"failure\.step_timeout_s"):
+        slow.courier.take(6, part(2.0), {})
+    slow.courier.take(7, part(3.0, may_skip=True), {})
+    assert [(d.version, d.skipped) for d in slow.sent] == [(7, True)]
+    slow.gate.set()
+    slow.courier.take(8, part(4.0), {})
+    slow.courier.flush()
+    assert [d.version for d in slow.sent] == [7, 5, 8]
+
+
+@pytest.mark.parametrize("fault", ["gone", "raises"])
+def test_servers_that_have_nothing_more_cost_one_checkpoint(slow: Slow, fault: str) -> None:
+    def fetch() -> None:
+        if fault == "raises":
+            raise DeadlineExceeded("kept", ("server-0",), 1.0, "x")
+
+    slow.gate.set()
+    slow.courier.take(5, part(1.0, fetch=fetch), {})
+    slow.courier.flush()
+    assert [d.skipped for d in slow.sent] == [True]
+
+
+def test_a_rank_without_a_part_says_so(slow: Slow) -> None:
+    slow.courier.take(5, Part(), {"a": 1})
+    slow.courier.flush()
+    assert slow.sent == [Delivery(1, 0, 5, facts={"a": 1})]
+
+
+def spec(storage: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "name": "small",
+        "task": "tasks_for_tests:Blobs",
+        "strategy": "ring",
+        "scaling": {"num_workers": 0},
+        "optimizer": {"name": "AdamW", "lr": 0.1},
+        "global_batch_size": 8,
+        "epochs": 4,
+        "checkpoint": {"every_epochs": 1},
+        "storage_path": str(storage),
+        **more,
+    }
+
+
+def fit(storage: Path, resume: Path | None = None, **more: Any) -> Result:
+    return Trainer(spec(storage, **more), working_dir=HERE, resume=resume).fit()
+
+
+def bits(result: Result) -> bytes:
+    assert result.checkpoint is not None
+    return result.checkpoint.read_bytes()
+
+
+def corrupt(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}])
+def test_a_run_in_this_process_goes_on(strategy: object, tmp_path: Path) -> None:
+    whole = fit(tmp_path, strategy=strategy)
+    assert [saved.step for saved in whole.checkpoints][-2:] == [15, 20]
+    kinds = (whole.path / "metrics.jsonl").read_text()
+    assert kinds.count('"kind": "checkpoint"') == len(whole.checkpoints)
+    resumed = fit(tmp_path, whole.path / "checkpoints" / "step-000015", strategy=strategy)
+    assert bits(resumed) == bits(whole)
+    assert [s.step for s in resumed.history] == list(range(15, 20))
+    longer = fit(tmp_path, whole.path, epochs=5, strategy=strategy)
+    assert [s.step for s in longer.history] == list(range(20, 25))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    whole = fit(tmp_path)
+    folder = whole.path / "checkpoints"
+    corrupt(folder / "step-000020")
+    resumed = fit(tmp_path, whole.path)
+    assert "step-000020/model.safetensors: SHA-256 is" in caplog.text
+    assert "taking the one before" in caplog.text
+    assert bits(resumed) == bits(whole)
+    corrupt(folder / "step-000015")
+    with pytest.raises(StorageError, match="all 2 checkpoints are damaged"):
+        fit(tmp_path, whole.path)
+
+
+def test_what_cannot_go_on_is_told_before_anything_starts(tmp_path: Path) -> None:
+    whole = fit(tmp_path)
+    with pytest.raises(SpecError, match="the checkpoint was made with 'AdamW'"):
+        fit(tmp_path, whole.path, epochs=9, optimizer={"name": "SGD", "lr": 0.1})
+    with pytest.raises(SpecError, match="nothing is left to train: raise `epochs`"):
+        fit(tmp_path, whole.path)
+    with pytest.raises(SpecError, match="no checkpoint in"):
+        fit(tmp_path, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1, "no run directory was made"
+
+
+def test_the_command_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "job.yaml"
+    import yaml
+
+    file.write_text(yaml.safe_dump(spec(tmp_path, epochs=5)))
+    line = ["submit", str(file), "--working-dir", str(HERE), "--resume"]
+    assert command([*line, whole.path.name, "--dry-run"]) == 0
+    assert "would go on from step 20" in capfd.readouterr().err
+    assert command([*line, whole.path.name]) == 0
+    told = capfd.readouterr().out
+    assert "checkpoints    1 written, the last of step 25, in" in told
+    assert command([*line, "nowhere"]) == 2
+    assert "--resume: there is no directory" in capfd.readouterr().err
+    for checkpoint in (whole.path / "checkpoints").iterdir():
+        corrupt(checkpoint)
+    assert command([*line, whole.path.name]) == 5

@@ -1,0 +1,174 @@
+"""What a shard keeps for checkpoints, and how it goes on from one."""
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from delayed import async_plan, noise
+from torch import Tensor
+
+from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.errors import GapError, NotReadyError, StaleError
+from distplat.platform.ledger import PushId, Verdict
+from distplat.strategies.ports import ShardCopy
+from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.client import fetch_copies
+from distplat.strategies.training.keeping import Keeping, Kept
+from distplat.strategies.training.service import Limits
+from distplat.strategies.training.shard import ParameterShard
+from distplat.strategies.training.sync_service import SyncService
+
+SIZE, WORLD, STEPS = 21, 2, 6
+ADAM = {"name": "AdamW", "lr": 0.1}
+ASYNC = Consistency(asynchronous=True)
+
+
+def plan(consistency: Consistency, every: int = 2) -> Any:
+    made = async_plan(WORLD, STEPS, consistency, optimizer=ADAM)
+    return replace(made, checkpoint_every=every)
+
+
+def push(rank: int, seq: int) -> PushId:
+    return PushId("run", 1, rank, seq)
+
+
+def step(shard: ParameterShard, seq: int) -> None:
+    for rank in range(WORLD):
+        shard.push(push(rank, seq), noise(SIZE, rank, seq))
+    shard.commit(seq, None)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def state(shard: ParameterShard | AsyncShard) -> dict[str, Tensor]:
+    from distplat.strategies.training.optim import state_of
+
+    copies = {name: value.clone() for name, value in state_of(shard._optimizer).items()}
+    return {"": shard.params.clone(), **copies}
+
+
+def test_copies_are_of_the_newest_due_version_and_given_once() -> None:
+    value = torch.zeros(2)
+    keeping = Keeping(2, 5)
+    seen = []
+    for version in range(1, 6):
+        value.fill_(version)
+        keeping.reached(version, lambda: {"": value})
+        seen.append([v for v in range(1, 6) if keeping._kept and keeping._kept.version == v])
+    assert seen == [[], [2], [2], [4], [5]]
+    assert keeping.give(4) is None
+    kept = keeping.give(5)
+    assert kept is not None
+    value.fill_(9)
+    assert kept.tensors[""].tolist() == [5, 5]
+    assert keeping.give(5) is None
+
+
+def test_without_checkpoints_nothing_is_copied() -> None:
+    keeping = Keeping(0, 5)
+    keeping.reached(5, lambda: pytest.fail("copied"))
+    assert keeping.give(5) is None
+
+
+def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:
+    shard = ParameterShard(plan(SYNCHRONOUS), torch.linspace(-1, 1, SIZE))
+    shard.restore(0)
+    for seq in range(4):
+        step(shard, seq)
+    at_four = state(shard)
+    kept = shard.kept(4)
+    assert kept is not None
+    assert same(kept.tensors, at_four)
+    step(shard, 4)
+    step(shard, 5)
+    assert same(kept.tensors, at_four), "copies stay as they are"
+    params = kept.tensors.pop("")
+    again = ParameterShard(plan(SYNCHRONOUS), params)
+    with pytest.raises(NotReadyError):
+        again.push(push(0, 4), noise(SIZE, 0, 4))
+    again.restore(4, kept.tensors)
+    with pytest.raises(StaleError):
+        again.push(push(0, 2), noise(SIZE, 0, 2))
+    with pytest.raises(GapError):
+        again.push(push(0, 5), noise(SIZE, 0, 5))
+    step(again, 4)
+    step(again, 5)
+    assert same(state(again), state(shard))
+
+
+def test_an_asynchronous_shard_copies_when_the_slowest_is_there() -> None:
+    shard = AsyncShard(plan(ASYNC), torch.linspace(-1, 1, SIZE))
+    shard.restore(0)
+    for rank, seq in [(0, 0), (0, 1), (0, 2), (1, 0)]:
+        shard.push(push(rank, seq), noise(SIZE, rank, seq))
+        assert shard.kept(2) is None
+    shard.push(push(1, 1), noise(SIZE, 1, 1))
+    at_two = state(shard)
+    shard.push(push(0, 3), noise(SIZE, 0, 3))
+    kept = shard.kept(2)
+    assert kept is not None
+    assert same(kept.tensors, at_two)
+    params = kept.tensors.pop("")
+    again = AsyncShard(plan(ASYNC), params)
+    again.restore(2, kept.tensors)
+    assert (again.version, again.steps, again.pull(0)) == (4, 2, 4)
+    with pytest.raises(GapError):
+        again.push(push(0, 3), noise(SIZE, 0, 3))
+    assert again.push(push(0, 2), noise(SIZE, 0, 2)) is Verdict.NEW
+    assert (again.steps, again.staleness[0]) == (2, 0)
+
+
+def test_a_service_waits_for_ranks_that_are_behind() -> None:
+    service = SyncService("server-0", plan(SYNCHRONOUS, 1), Limits(5, 5), torch.zeros(SIZE))
+    service.restore(0, lambda params: params.fill_(1.0))
+    assert service.kept(1, 0.01) == (0, None)
+    found: list[tuple[int, Kept | None]] = []
+    waiting = threading.Thread(target=lambda: found.append(service.kept(1, 5)))
+    waiting.start()
+    threads = [
+        threading.Thread(
+            target=service.push, args=(push(r, 0), noise(SIZE, r, 0), lambda values, version: None)
+        )
+        for r in range(WORLD)
+    ]
+    for thread in [*threads]:
+        thread.start()
+    for thread in [*threads, waiting]:
+        thread.join(5)
+    [(steps, kept)] = found
+    assert steps == 1
+    assert kept is not None
+    assert kept.version == 1
+
+
+def answers(*copies: ShardCopy) -> Any:
+    left = list(copies)
+    return lambda limit_s: left.pop(0) if len(left) > 1 else left[0]
+
+
+HERE = ShardCopy(5, 0, (), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("asks", "found"),
+    [
+        ([answers(HERE), answers(HERE)], 2),
+        ([answers(ShardCopy(3), ShardCopy(4), HERE), answers(HERE)], 2),
+        ([answers(HERE), answers(ShardCopy(5))], None),
+        ([answers(ShardCopy(7))], None),
+    ],
+)
+def test_all_shards_copies_or_none(asks: Any, found: int | None) -> None:
+    copies = fetch_copies(asks, 5, 10.0)
+    assert (copies and len(copies)) == found
+
+
+def test_nobody_moves() -> None:
+    began = time.monotonic()
+    assert fetch_copies([answers(ShardCopy(3))], 5, 0.1) is None
+    assert time.monotonic() - began < 5
