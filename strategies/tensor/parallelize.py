@@ -18,9 +18,17 @@ from torch import nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.base import Collective
-from distplat.strategies.tensor.attention import split_heads
-from distplat.strategies.tensor.branches import Branches, split_branches
-from distplat.strategies.tensor.layers import Parts, split_columns, split_rows, split_vocabulary
+from distplat.strategies.tensor.attention import SplitMultiheadAttention, split_heads
+from distplat.strategies.tensor.branches import Branch, Branches, split_branches
+from distplat.strategies.tensor.layers import (
+    ColumnLinear,
+    Parts,
+    RowLinear,
+    VocabularyEmbedding,
+    split_columns,
+    split_rows,
+    split_vocabulary,
+)
 from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
 from distplat.strategies.tensor.randomness import OwnNumbers
 
@@ -58,8 +66,52 @@ def parallelize(
     for one in modules.values():
         if isinstance(one, nn.TransformerEncoderLayer):
             one.activation_relu_or_gelu = 0  # else evaluation takes a way past our layers
-    module.register_forward_pre_hook(splitting.start_anew)
+    module.register_forward_pre_hook(_Afresh(splitting.numbers, splitting.branches))
     return specs
+
+
+def reconnect(module: nn.Module, group: Collective) -> None:
+    """
+    Have a split module go on with another group of the same ranks, as after a failure.
+
+    Args:
+        module: what `parallelize` was given.
+        group: the new group; this rank has the place in it that it had in the old one.
+
+    Raises:
+        ValueError: it has not.
+    """
+    for one in module.modules():
+        if isinstance(
+            one, ColumnLinear | RowLinear | VocabularyEmbedding | SplitMultiheadAttention
+        ):
+            _check_place(one.group, group)
+            one.group = group
+        if isinstance(one, ColumnLinear | RowLinear | SplitMultiheadAttention):
+            one.numbers.group = group
+        if isinstance(one, Branch):
+            _check_place(one.around.group, group)
+            one.around.group = one.around.numbers.group = group
+
+
+def _check_place(old: Collective, new: Collective) -> None:
+    if (old.rank, old.world) != (new.rank, new.world):
+        raise ValueError(
+            f"split for rank {old.rank} of {old.world}, and given a group in which this is rank "
+            f"{new.rank} of {new.world}"
+        )
+
+
+class _Afresh:
+    """Before each forward: forget what one that failed has left behind."""
+
+    def __init__(self, numbers: OwnNumbers, branches: list[Branches]) -> None:
+        self._numbers, self._branches = numbers, branches
+
+    def __call__(self, *_: object) -> None:
+        self._numbers.forget()
+        for branches in self._branches:
+            branches.forget()
 
 
 class _Splitting:
@@ -67,8 +119,8 @@ class _Splitting:
 
     def __init__(self, modules: Mapping[str, nn.Module], group: Collective) -> None:
         self._modules, self._group = modules, group
-        self._numbers = OwnNumbers(group)
-        self._branches: list[Branches] = []
+        self.numbers = OwnNumbers(group)
+        self.branches: list[Branches] = []
 
     def all(self, styles: Mapping[str, str]) -> dict[str, ShardSpec]:
         specs: dict[str, ShardSpec] = {}
@@ -85,19 +137,19 @@ class _Splitting:
         for names in branches.values():
             try:
                 around, parts = split_branches(
-                    {name: self._modules[name] for name in names}, self._group, self._numbers
+                    {name: self._modules[name] for name in names}, self._group, self.numbers
                 )
             except SpecError as error:
                 problems += error.problems
             else:
-                self._branches.append(around)
+                self.branches.append(around)
                 specs |= parts
         if problems:
             raise SpecError(*problems)
         return specs
 
     def _split(self, name: str, module: nn.Module, style: str) -> Parts:
-        group, numbers = self._group, self._numbers
+        group, numbers = self._group, self.numbers
         match style:
             case "colwise" | "colwise_gather":
                 gathers = style == "colwise_gather"
@@ -109,12 +161,6 @@ class _Splitting:
             case "heads":
                 return split_heads(name, module, group, numbers)
         raise AssertionError(style)
-
-    def start_anew(self, *_: object) -> None:
-        """Forget what a forward that failed has left behind."""
-        self._numbers.forget()
-        for branches in self._branches:
-            branches.forget()
 
 
 def _check_pairs(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ class OwnNumbers:
     """
 
     def __init__(self, group: Collective) -> None:
-        self._group = group
+        self.group = group
         self._outside: torch.Tensor | None = None
         self._generator: torch.Generator | None = None
 
@@ -42,7 +42,7 @@ class OwnNumbers:
         drawn = int(torch.randint(_RANGE, ()))  # on the CPU: no wait for a GPU
         generator = _generator(device)
         self._outside, self._generator = generator.get_state(), generator
-        generator.manual_seed(drawn * self._group.world + self._group.rank)
+        generator.manual_seed(drawn * self.group.world + self.group.rank)
 
     def end(self) -> None:
         """Go on with the numbers that all ranks draw alike."""
