@@ -18,17 +18,9 @@ from torch import nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.base import Collective
-from distplat.strategies.tensor.attention import SplitMultiheadAttention, split_heads
-from distplat.strategies.tensor.branches import Branch, Branches, split_branches
-from distplat.strategies.tensor.layers import (
-    ColumnLinear,
-    Parts,
-    RowLinear,
-    VocabularyEmbedding,
-    split_columns,
-    split_rows,
-    split_vocabulary,
-)
+from distplat.strategies.tensor.attention import split_heads
+from distplat.strategies.tensor.branches import Branches, split_branches
+from distplat.strategies.tensor.layers import Parts, split_columns, split_rows, split_vocabulary
 from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
 from distplat.strategies.tensor.randomness import OwnNumbers
 
@@ -68,38 +60,6 @@ def parallelize(
             one.activation_relu_or_gelu = 0  # else evaluation takes a way past our layers
     module.register_forward_pre_hook(_Afresh(splitting.numbers, splitting.branches))
     return specs
-
-
-def reconnect(module: nn.Module, group: Collective) -> None:
-    """
-    Have a split module go on with another group of the same ranks, as after a failure.
-
-    Args:
-        module: what `parallelize` was given.
-        group: the new group; this rank has the place in it that it had in the old one.
-
-    Raises:
-        ValueError: it has not.
-    """
-    for one in module.modules():
-        if isinstance(
-            one, ColumnLinear | RowLinear | VocabularyEmbedding | SplitMultiheadAttention
-        ):
-            _check_place(one.group, group)
-            one.group = group
-        if isinstance(one, ColumnLinear | RowLinear | SplitMultiheadAttention):
-            one.numbers.group = group
-        if isinstance(one, Branch):
-            _check_place(one.around.group, group)
-            one.around.group = one.around.numbers.group = group
-
-
-def _check_place(old: Collective, new: Collective) -> None:
-    if (old.rank, old.world) != (new.rank, new.world):
-        raise ValueError(
-            f"split for rank {old.rank} of {old.world}, and given a group in which this is rank "
-            f"{new.rank} of {new.world}"
-        )
 
 
 class _Afresh:

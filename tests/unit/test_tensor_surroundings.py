@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from rank_threads import on_ranks
-from tensor_models import CASES, Bypass, Gated, Lone, features, ranks, split
+from tensor_models import CASES, Lone, features, ranks, split
 from torch import Tensor, nn
 
 from distplat.strategies.base import Collective
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.parallelize import parallelize, reconnect
+from distplat.strategies.tensor.parallelize import parallelize
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.recompute import recomputed
 from distplat.strategies.training.stages import layers_of, stages_of
@@ -105,18 +105,6 @@ def test_recomputation_gives_the_same_bits(name: str) -> None:
     for rank, other in zip(plain, again, strict=True):
         assert rank.keys() == other.keys()
         assert all(torch.equal(gradient, other[n]) for n, gradient in rank.items())
-
-
-class Narrow(nn.Module):
-    """torch's attention, and nothing of the weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return out
 
 
 class Still(nn.Module):
@@ -217,28 +205,3 @@ def test_numbers_are_those_of_all_ranks_again_after_a_failed_forward() -> None:
         model(torch.ones(1, 4))
         after.append(torch.rand(3))
     assert torch.equal(*after)
-
-
-def test_a_model_goes_on_with_another_group() -> None:
-    """As survivors of a failure do: same ranks, a new group."""
-    groups = [Fabric(2), Fabric(2)]
-    plan = {"0.*.*": "branches", "1.*": "heads", **CASES["gated"].plan}
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(Bypass(), Narrow(), Gated())
-
-    models = [build() for _ in range(2)]
-    inputs = features(5, 2, 12)
-
-    def body(rank: int) -> dict[str, Tensor]:
-        parallelize(models[rank], plan, groups[0].collective(rank))
-        with pytest.raises(ValueError, match="rank 1 of 3"):
-            reconnect(models[rank], Fabric(3).collective(1))
-        reconnect(models[rank], groups[1].collective(rank))
-        groups[0].kill(rank, after=0)
-        return backward(models[rank], inputs)
-
-    expected = backward(build(), inputs)
-    for found in on_ranks(2, body):
-        torch.testing.assert_close(found["outputs"], expected["outputs"])
