@@ -8,7 +8,7 @@ from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.actors.training import saved_model
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import EvalReport, Gathering, StepReport, Summary
+from distplat.platform.progress import AnyReport, Gathering, Summary
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
@@ -30,7 +30,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
     """
     gathering, progress = Gathering(world=1), Progress()
 
-    def report(part: StepReport | EvalReport) -> None:
+    def report(part: AnyReport) -> None:
         for summary in gathering.add(part):
             tell(summary)
 
@@ -45,19 +45,21 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
 
 def _train(
     launch: Launch,
-    report: Callable[[StepReport | EvalReport], None],
+    report: Callable[[AnyReport], None],
     progress: Progress,
     keep: Keep,
 ) -> bytes:
     job = launch.job
     kind = launch.task or load_task_class(job.task or "", launch.working_dir)
-    prepared = prepare(job, kind(**job.task_args), "cuda" if job.scaling.use_gpu else "cpu")
+    strategy = make_strategy(job)
+    device = "cuda" if job.scaling.use_gpu else "cpu"
+    prepared = prepare(job, kind(**job.task_args), device, strategy)
     roles, steps = launch.roles, prepared.total_steps
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency)
     group = ServerGroup(plan)
     join(
         prepared,
-        make_strategy(job),
+        strategy,
         0,
         collective=Fabric(1).collective(0),
         shards=InMemoryShards(group, 0),
@@ -66,4 +68,4 @@ def _train(
     ).run()
     if roles.consistency.asynchronous:
         keep(FILE_NAME, pack(group.logs(), {"run": launch.run}))
-    return saved_model(prepared.flat.model)
+    return saved_model(strategy.trained(prepared.flat))

@@ -134,7 +134,7 @@ class Trainer:
             for observer in self._observers:
                 if isinstance(summary, StepSummary | EvalSummary):
                     observer.stepped(summary)
-                else:
+                elif isinstance(summary, Setback | Recovery):
                     observer.disturbed(summary)
 
         try:

@@ -10,6 +10,7 @@ Every error that distplat raises on purpose, in one tree.
     |  |- DeadlineExceeded                  a wait ran out; names who was missing
     |  |- CollectiveError                   a collective failed or timed out; names missing ranks
     |  |  `- MismatchError                  ranks are in different operations; never retried
+    |  |- StateLost                         no rank that is left has a part of the state
     |  `- RestartsExhausted                 failures came back until the restart budget was spent
     |- ProtocolError                    4   a message that must not be applied
     |  |- GapError                          a push is missing before this one
@@ -173,6 +174,18 @@ class MismatchError(CollectiveError):
             f"{self.operation} #{self.number} of group {self.group!r}: "
             f"ranks do not match: {self.cause}"
         )
+
+
+class StateLost(InfrastructureError):
+    """No rank that is left has a part of the state: all must go back to the last checkpoint."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        """What is lost, and what follows."""
+        return f"{self.what} was lost with its ranks: all go back to the last checkpoint"
 
 
 class RestartsExhausted(InfrastructureError):

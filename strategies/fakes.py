@@ -166,6 +166,11 @@ class InMemoryCollective:
         mailbox.put(tensor.clone())
         self._count(tensor.nbytes, 0)
 
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        """See `Collective`; done when this returns."""
+        self.send(tensor, to)
+        return _Done()
+
     def recv(self, tensor: Tensor, source: int) -> None:
         """See `Collective`."""
         mailbox = self._fabric.mailbox(self._name, self._members[source], self._me)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rank_threads import on_ranks
 from torch import Tensor
 
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
@@ -21,10 +21,12 @@ class Run:
     """What the ranks of a run have at its end."""
 
     ranks: list[Prepared]
-    reports: list[list[StepReport | EvalReport]]
+    reports: list[list[AnyReport]]
     """By rank."""
     progress: list[Progress]
     """By rank."""
+    trained: list[dict[str, Tensor]]
+    """By rank: its part of the trained model."""
     group: ServerGroup
     """With the shards' logs, where the strategy has servers."""
 
@@ -52,26 +54,28 @@ def train(
     """
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
-    ranks = [prepare(job, task(**job.task_args)) for _ in range(world)]
+    strategies = [make_strategy(job) for _ in range(world)]
+    ranks = [prepare(job, task(**job.task_args), strategy=one) for one in strategies]
     for rank, prepared in enumerate(ranks):
         before(rank, prepared)
-    roles = make_strategy(job).roles(job)
+    roles = strategies[0].roles(job)
     steps, servers = ranks[0].total_steps, max(1, roles.servers)
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency)
     group = ServerGroup(plan, timeout_s)
     fabric = Fabric(world, timeout_s)
-    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], group)
+    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], [], group)
 
-    def body(rank: int) -> None:
+    def body(rank: int) -> dict[str, Tensor]:
         join(
             ranks[rank],
-            make_strategy(job),
+            strategies[rank],
             rank,
             collective=fabric.collective(rank),
             shards=InMemoryShards(group, rank),
             report=run.reports[rank].append,
             progress=run.progress[rank],
         ).run()
+        return strategies[rank].trained(ranks[rank].flat)
 
-    on_ranks(world, body)
+    run.trained = on_ranks(world, body)
     return run

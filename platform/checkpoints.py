@@ -1,0 +1,267 @@
+"""
+The catalogue of a run's checkpoints: how one comes to the disk, which are whole, which may go.
+
+    checkpoints/
+        step-000120/                a name that is taken only when all below it is on the disk
+            model.safetensors       parameters and buffers, by the model's names
+            optimizer.safetensors   the optimizer's state, `exp_avg/<parameter>`
+            state.json              step, seed, batch, optimizer, versions
+            manifest.json           size and SHA-256 of the others
+        step-000140.partial/        being written, or what a crash left of it: counts for nothing
+
+Written in this order (I7): files, each synced; manifest, synced; the directory; its name; the
+directory around it. So after a crash at any moment a name stands for a whole checkpoint, or is not
+there. A disk may still lose bits: everything is read back against the manifest before it is used,
+and a new checkpoint before an older one goes. Nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distplat.platform.disk import Content, Disk, RealDisk
+from distplat.platform.errors import Problem, SpecError, StorageError
+
+FOLDER = "checkpoints"
+MANIFEST, STATE = "manifest.json", "state.json"
+FORMAT = 1
+_PARTIAL, _DELETED = ".partial", ".deleted"
+_STEP = re.compile(r"step-(\d{6,18})")
+_FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")
+
+
+def is_due(version: int, every: int, total_steps: int) -> bool:
+    """Say whether a checkpoint is taken after so many steps; `every` 0: there are none."""
+    return every > 0 and version > 0 and (version % every == 0 or version == total_steps)
+
+
+def surplus(steps: Iterable[int], keep: int) -> list[int]:
+    """Give the steps whose checkpoints may go, oldest first; the newest `keep` >= 1 stay."""
+    return sorted(steps)[:-keep]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was read and found whole."""
+
+    path: Path
+    state: dict[str, Any]
+    files: dict[str, bytes]
+    """By name, without the manifest and `state.json`."""
+
+    @property
+    def step(self) -> int:
+        """Steps that it has behind it."""
+        return int(self.state["step"])
+
+
+class Catalogue:
+    """
+    A run's checkpoints.
+
+    Args:
+        folder: of the checkpoints; made when the first is written.
+        disk: for tests.
+    """
+
+    def __init__(self, folder: Path, disk: Disk | None = None) -> None:
+        self.folder = folder
+        self._disk: Disk = disk or RealDisk()
+
+    def steps(self) -> list[int]:
+        """Give the steps that have a checkpoint, whole or damaged, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [_STEP.fullmatch(path.name) for path in self.folder.iterdir()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        """Give the directory of a step's checkpoint."""
+        return self.folder / f"step-{step:06d}"
+
+    def write(self, step: int, files: Mapping[str, Content], state: Mapping[str, Any]) -> Path:
+        """
+        Write a checkpoint, whole or not at all; one that is there already stays.
+
+        Args:
+            step: steps that it has behind it.
+            files: content by name.
+            state: what `state.json` holds; `step` is added.
+
+        Raises:
+            OSError: the disk is full, or the directory is gone.
+        """
+        target, disk = self.path(step), self._disk
+        self._tidy()
+        if target.is_dir():
+            if not flaws(target):
+                return target
+            self._drop(target)
+        partial = target.with_name(target.name + _PARTIAL)
+        content = {**files, STATE: [_canonical({**state, "step": step})]}
+        try:
+            self._fill(partial, content)
+        except OSError:
+            with contextlib.suppress(OSError):
+                disk.remove(partial)  # a disk that is full must not stay so
+            raise
+        disk.rename(partial, target)
+        disk.sync(self.folder)
+        return target
+
+    def prune(self, keep: int) -> None:
+        """
+        Let the oldest go, once the newest was read back.
+
+        Raises:
+            OSError: the newest is damaged, so nothing is deleted; or the disk refuses.
+        """
+        steps = self.steps()
+        too_many = surplus(steps, keep)
+        if not too_many:
+            return
+        if found := flaws(self.path(steps[-1])):
+            raise OSError(f"{found[0]}; nothing was deleted")
+        for step in too_many:
+            self._drop(self.path(step))
+
+    def newest(self, warn: Callable[[str], object]) -> Checkpoint | None:
+        """
+        Read the newest one that is whole; None: there is none.
+
+        Args:
+            warn: is told of each that is damaged.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return read(self.path(step))
+            except StorageError as error:
+                warn(f"{error}; taking the one before")
+        return None
+
+    def _fill(self, partial: Path, files: Mapping[str, Content]) -> None:
+        """Write all files, then what they should be, then their names."""
+        self._disk.make(partial)
+        about = {}
+        for name, content in files.items():
+            size, digest = self._disk.write(partial / name, content)
+            about[name] = {"bytes": size, "sha256": digest}
+        manifest = _canonical({"files": about, "format": FORMAT})
+        self._disk.write(partial / MANIFEST, [manifest])
+        self._disk.sync(partial)
+
+    def _drop(self, path: Path) -> None:
+        """Take the name away first: what is half deleted must not look like a damaged one."""
+        gone = path.with_name(path.name + _DELETED)
+        self._disk.rename(path, gone)
+        self._disk.remove(gone)
+
+    def _tidy(self) -> None:
+        """Remove what a crash has left."""
+        if not self.folder.is_dir():
+            self._disk.make(self.folder)
+            self._disk.sync(self.folder.parent)
+        for path in self.folder.iterdir():
+            if path.suffix in (_PARTIAL, _DELETED):
+                self._disk.remove(path)
+
+
+def read(path: Path) -> Checkpoint:
+    """
+    Read one checkpoint, every byte against its manifest.
+
+    Raises:
+        StorageError: it is damaged; names what is wrong.
+    """
+    manifest = _manifest(path)
+    files = {name: _checked(path / name, facts) for name, facts in manifest.items()}
+    try:
+        state = json.loads(files.pop(STATE))
+    except (KeyError, ValueError):
+        raise StorageError(f"{path} has no {STATE}") from None
+    return Checkpoint(path, state, files)
+
+
+def flaws(path: Path) -> list[str]:
+    """Say what is wrong with a checkpoint; empty: it is whole."""
+    try:
+        read(path)
+    except StorageError as error:
+        return [str(error)]
+    return []
+
+
+def find(path: Path, warn: Callable[[str], object]) -> Checkpoint:
+    """
+    Read what `--resume` names: a checkpoint, or the newest whole one of a run directory.
+
+    Args:
+        path: the directory.
+        warn: is told of each that is damaged.
+
+    Raises:
+        SpecError: there is no checkpoint.
+        StorageError: there are some, and all are damaged.
+    """
+    if (path / MANIFEST).is_file() or _STEP.fullmatch(path.name):
+        if not path.is_dir():
+            raise SpecError(Problem(("--resume",), f"there is no {path}"))
+        return read(path)
+    catalogue = Catalogue(path if path.name == FOLDER else path / FOLDER)
+    found = catalogue.newest(warn)
+    if found is not None:
+        return found
+    if count := len(catalogue.steps()):
+        raise StorageError(f"{catalogue.folder}: all {count} checkpoints are damaged")
+    what = f"no checkpoint in {path}" if path.is_dir() else f"there is no directory {path}"
+    hint = "give a run directory, or a directory step-... of its checkpoints"
+    raise SpecError(Problem(("--resume",), what, hint))
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    text = _bytes_of(path / MANIFEST)
+    try:
+        manifest = json.loads(text)
+        files = manifest["files"]
+        version = manifest["format"]
+        # Written by us it has this form, to the byte: so a bit that flipped in it is seen, too.
+        good = _canonical(manifest) == text and all(map(_FILE.fullmatch, files))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StorageError(f"{path / MANIFEST} is damaged") from None
+    if not good or not isinstance(version, int):
+        raise StorageError(f"{path / MANIFEST} is damaged")
+    if version != FORMAT:
+        raise StorageError(f"{path} has format {version}, this distplat reads {FORMAT}")
+    return dict(files)
+
+
+def _checked(path: Path, facts: Mapping[str, Any]) -> bytes:
+    content = _bytes_of(path)
+    if len(content) != facts.get("bytes"):
+        raise StorageError(f"{path} has {len(content)} bytes, expected {facts.get('bytes')}")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != facts.get("sha256"):
+        expected = str(facts.get("sha256"))
+        raise StorageError(f"{path}: SHA-256 is {digest[:8]}.., expected {expected[:8]}..")
+    return content
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        # No links: they could lead out of the directory.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _canonical(facts: Mapping[str, Any]) -> bytes:
+    return (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,226 @@
+"""
+Tensors in pieces: who holds which part of a whole tensor, and how the parts are put together.
+
+Ranks hold the state of a model in different ways, and a checkpoint holds it in one: whole tensors,
+by the model's own names. So every part says where it belongs.
+
+    whole tensor [4, 6]        slab of dimension 1, 2..4      run 5..11 of all its elements
+    . . . . . .                . . # # . .                    . . . . . #
+    . . . . . .                . . # # . .                    # # # # # .
+    . . . . . .                . . # # . .                    . . . . . .
+    . . . . . .                . . # # . .                    . . . . . .
+
+A slab is what tensor parallelism leaves on a rank; a run is a shard of a flat vector; a run of a
+slab is both. Values are bytes here: the process that writes files knows no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.platform.errors import ProtocolError
+
+Bytes: TypeAlias = NDArray[np.uint8]
+
+ITEM_BYTES = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "float32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float64": 8,
+    "complex64": 8,
+}
+"""Bytes of one element, by torch's name of the type."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part lies in a whole tensor."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    slab: tuple[int, int, int] | None = None
+    """Dimension, first and last index (exclusive) of it; None: all of the tensor."""
+    run: tuple[int, int] | None = None
+    """First and last element (exclusive) of the slab, row by row; None: all of it."""
+
+    @property
+    def slab_shape(self) -> tuple[int, ...]:
+        """Shape of the slab."""
+        if self.slab is None:
+            return self.shape
+        dim, start, stop = self.slab
+        return (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the part."""
+        first, last = self.run or (0, math.prod(self.slab_shape))
+        return last - first
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One part of one tensor, in one of the arrays that came together."""
+
+    key: str
+    """`<file>/<name>`: `model/0.weight`, `optimizer/exp_avg/0.weight`."""
+    place: Place
+    dtype: str
+    """torch's name, for example `float32`."""
+    array: int
+    """Number of the array that holds it."""
+    offset: int = 0
+    """Its first element there."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole tensor, as bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Bytes
+    """Its elements row by row, shape [elements * bytes of one]."""
+
+
+Bundle = tuple[list[Bytes], tuple[Entry, ...]]
+"""Arrays, and what is in them."""
+
+
+def run_entries(
+    names: Iterable[tuple[str, tuple[int, ...], int]],
+    start: int,
+    stop: int,
+    prefix: str,
+    dtype: str,
+    array: int,
+) -> list[Entry]:
+    """
+    Name what lies in a run of a flat vector; padding between the tensors has no name.
+
+    Args:
+        names: name, shape and first element in the flat vector, of each tensor.
+        start: first element of the run.
+        stop: its last one, exclusive.
+        prefix: of the keys: `model`, `optimizer/exp_avg`.
+        dtype: of the vector.
+        array: number of the array that holds the run and nothing else.
+    """
+    found = []
+    for name, shape, offset in names:
+        first, last = max(start, offset), min(stop, offset + math.prod(shape))
+        if first < last:
+            whole = last - first == math.prod(shape)
+            run = None if whole else (first - offset, last - offset)
+            key = f"{prefix}/{name}"
+            found.append(Entry(key, Place(shape, None, run), dtype, array, first - start))
+    return found
+
+
+def put_together(bundles: Iterable[Bundle]) -> dict[str, Whole]:
+    """
+    Make whole tensors of the parts that all ranks gave.
+
+    A value without dimensions may be given by several; the first one counts.
+
+    Raises:
+        ProtocolError: parts are missing, overlap, or do not agree on the tensor.
+    """
+    wholes: dict[str, Whole] = {}
+    covered: dict[str, int] = {}
+    for arrays, entries in bundles:
+        for entry in entries:
+            if entry.key not in wholes:
+                wholes[entry.key] = _empty(entry)
+                covered[entry.key] = 0
+            elif not entry.place.shape:
+                continue
+            whole = wholes[entry.key]
+            if (whole.dtype, whole.shape) != (entry.dtype, entry.place.shape):
+                raise ProtocolError(f"parts of {entry.key!r} are of different tensors")
+            size = ITEM_BYTES[entry.dtype]
+            first = entry.offset * size
+            part = arrays[entry.array][first : first + entry.place.size * size]
+            _put(whole, entry.place, part)
+            covered[entry.key] += entry.place.size
+    for key, whole in wholes.items():
+        if covered[key] != math.prod(whole.shape):
+            raise ProtocolError(
+                f"the parts of {key!r} have {covered[key]} of {math.prod(whole.shape)} elements"
+            )
+    return wholes
+
+
+def take_out(whole: Whole, place: Place) -> Bytes:
+    """Copy a part out of a whole tensor, shape [its bytes]."""
+    return np.array(_part(whole, place), copy=True).reshape(-1)
+
+
+def by_file(wholes: Mapping[str, Whole]) -> dict[str, dict[str, Whole]]:
+    """Sort tensors by the file that their key names: `model/0.weight` is `0.weight` of `model`."""
+    files: dict[str, dict[str, Whole]] = {}
+    for key, whole in wholes.items():
+        file, _, name = key.partition("/")
+        files.setdefault(file, {})[name] = whole
+    return files
+
+
+def _empty(entry: Entry) -> Whole:
+    shape = entry.place.shape
+    data = np.zeros(math.prod(shape) * ITEM_BYTES[entry.dtype], np.uint8)
+    return Whole(entry.dtype, shape, data)
+
+
+def _put(whole: Whole, place: Place, part: Bytes) -> None:
+    size = ITEM_BYTES[whole.dtype]
+    slab = _slab(whole, place)
+    if place.run is None:
+        slab[...] = part.reshape(slab.shape)
+    elif place.slab is None:
+        first, last = place.run
+        whole.data[first * size : last * size] = part
+    else:
+        slab[_indices(place)] = part.reshape(-1, size)
+
+
+def _part(whole: Whole, place: Place) -> Bytes:
+    if place.run is None:
+        return _slab(whole, place)
+    if place.slab is None:
+        first, last = place.run
+        size = ITEM_BYTES[whole.dtype]
+        return whole.data[first * size : last * size]
+    part: Bytes = _slab(whole, place)[_indices(place)]
+    return part
+
+
+def _slab(whole: Whole, place: Place) -> Bytes:
+    """View a slab, shape [*slab, bytes of one element]."""
+    all_of_it = whole.data.reshape(*whole.shape, ITEM_BYTES[whole.dtype])
+    if place.slab is None:
+        return all_of_it
+    dim, start, stop = place.slab
+    return all_of_it[(slice(None),) * dim + (slice(start, stop),)]
+
+
+def _indices(place: Place) -> tuple[NDArray[np.intp], ...]:
+    """Give where the elements of a run lie in its slab, by dimension."""
+    assert place.run is not None, "only a run has them"
+    return np.unravel_index(np.arange(*place.run), place.slab_shape)

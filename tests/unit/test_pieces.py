@@ -1,0 +1,168 @@
+"""Tensors cut into parts and put together again, and the file they lie in."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distplat.platform.errors import ProtocolError
+from distplat.platform.pieces import (
+    ITEM_BYTES,
+    Bytes,
+    Entry,
+    Place,
+    Whole,
+    by_file,
+    put_together,
+    run_entries,
+    take_out,
+)
+from distplat.platform.tensor_file import _CODES, decode, encode
+
+SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
+
+
+def whole(shape: tuple[int, ...], dtype: str = "int32") -> Whole:
+    """A tensor whose elements are all different."""
+    data = np.arange(math.prod(shape), dtype=np.int32).view(np.uint8)
+    return Whole(dtype, shape, data)
+
+
+def cuts(length: int, draw: Any) -> list[tuple[int, int]]:
+    inner = draw(st.lists(st.integers(0, length), max_size=3))
+    bounds = sorted({0, length, *inner})
+    return list(itertools.pairwise(bounds))
+
+
+@given(SHAPES, st.data())
+def test_any_cut_of_slabs_and_runs_comes_together_again(
+    shape: tuple[int, ...], data: st.DataObject
+) -> None:
+    tensor = whole(shape)
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    bundles = []
+    for start, stop in cuts(shape[dim], data.draw):
+        slab = (dim, start, stop)
+        for run in [*cuts(Place(shape, slab).size, data.draw)]:
+            place = Place(shape, slab, data.draw(st.sampled_from([run])))
+            entry = Entry("model/w", place, "int32", 0)
+            bundles.append(([take_out(tensor, place)], (entry,)))
+    order = data.draw(st.permutations(bundles))
+    [(key, result)] = put_together(order).items()
+    assert key == "model/w"
+    assert result.shape == shape
+    assert np.array_equal(result.data, tensor.data)
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=4), st.data())
+def test_runs_of_a_flat_vector_have_the_tensors_names(
+    shapes: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    names, offset = [], 0
+    for number, shape in enumerate(shapes):
+        names.append((f"t{number}", shape, offset))
+        offset += math.prod(shape) + data.draw(st.integers(0, 3))  # padding
+    vector = np.arange(offset, dtype=np.int32)
+    bundles: list[tuple[list[Bytes], tuple[Entry, ...]]] = []
+    for start, stop in cuts(offset, data.draw):
+        entries = run_entries(names, start, stop, "optimizer/avg", "int32", 0)
+        bundles.append(([vector[start:stop].view(np.uint8)], tuple(entries)))
+    found = by_file(put_together(bundles))["optimizer"]
+    for name, shape, first in names:
+        expected = vector[first : first + math.prod(shape)]
+        assert np.array_equal(found[f"avg/{name}"].data.view(np.int32), expected)
+        assert found[f"avg/{name}"].shape == shape
+
+
+def part(place: Place, dtype: str = "int32") -> tuple[list[Bytes], tuple[Entry, ...]]:
+    data = np.zeros(place.size * ITEM_BYTES[dtype], np.uint8)
+    return [data], (Entry("model/w", place, dtype, 0),)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([part(Place((4,), None, (0, 3)))], "'model/w' have 3 of 4"),
+        ([part(Place((4,))), part(Place((4,), None, (3, 4)))], "have 5 of 4"),
+        ([part(Place((4,))), part(Place((5,)))], "different tensors"),
+        ([part(Place((4,), None, (0, 2))), part(Place((4,)), "int64")], "different tensors"),
+    ],
+)
+def test_what_does_not_fit_is_refused(parts: Any, message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        put_together(parts)
+
+
+def test_a_value_without_dimensions_may_come_twice() -> None:
+    step = Place(())
+    first, second = part(step), part(step)
+    first[0][0][:] = 1
+    assert put_together([first, second])["model/w"].data.tolist() == [1, 1, 1, 1]
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", sorted(ITEM_BYTES))
+def test_torch_reads_what_is_written(dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    bits = torch.arange(48, dtype=torch.uint8) % 2  # right for bool, too
+    tensors = {
+        "a.weight": bits.view(kind).reshape(2, -1) if dtype != "bool" else bits.bool(),
+        "step": torch.ones((), dtype=torch.float32),
+        "none": torch.zeros(0, 3, dtype=kind),
+    }
+    wholes = {
+        name: Whole(str(t.dtype)[6:], tuple(t.shape), bits_of(t).numpy())
+        for name, t in tensors.items()
+    }
+    content = b"".join(encode(wholes))
+    read = safetensors.torch.load(content)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype is tensor.dtype
+        assert read[name].shape == tensor.shape
+        assert torch.equal(bits_of(read[name]), bits_of(tensor))
+    again = decode(content)
+    assert {n: (w.dtype, w.shape, w.data.tobytes()) for n, w in again.items()} == {
+        n: (w.dtype, w.shape, w.data.tobytes()) for n, w in wholes.items()
+    }
+
+
+def test_what_the_library_writes_is_read() -> None:
+    content = safetensors.torch.save({"w": torch.ones(2, 3)}, {"who": "the library"})
+    assert decode(content)["w"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"{}",
+        b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,80]}}',
+        b'{"w":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}',
+        b'{"w":{"dtype":"F32"}}',
+        b"nonsense",
+    ],
+)
+def test_a_strange_file_is_refused(header: bytes) -> None:
+    content = len(header).to_bytes(8, "little") + header + bytes(8)
+    if header == b"{}":
+        assert decode(content) == {}
+        return
+    with pytest.raises(ValueError):
+        decode(content)
+    with pytest.raises(ValueError):
+        decode(content[:5])
+
+
+def test_every_type_has_a_code() -> None:
+    assert _CODES.keys() == ITEM_BYTES.keys()
