@@ -33,6 +33,8 @@ LIGHT = [
     "distplat.strategies.algorithms.schedule",
     "distplat.strategies.algorithms.schedule_messages",
     "distplat.strategies.algorithms.simulate",
+    "distplat.strategies.algorithms.gantt",
+    "distplat.cli.report_page",
     "distplat.strategies.tensor.heads",
     "distplat.strategies.tensor.plan",
     "distplat.actors.controller",
