@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.ensemble import Ensemble
 from distplat.actors.messages import News
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
@@ -19,6 +20,7 @@ from distplat.platform.job import Event, Failed, Heard, JobState, Phase, Tick, U
 from distplat.platform.progress import Gathering, Recovery, Setback, Summary
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
+from distplat.platform.tensor_file import decode, encode
 
 _TICK_S = 0.1
 _RESULT_TIMEOUT_S = 120.0
@@ -33,10 +35,16 @@ class Controller:
         limits: the job's deadlines.
         policy: what is done about failures.
         check: called once per tick; raises to end the run, for example on Ctrl-C.
+        checkpoints: takes the ranks' parts, and has what all go back to when state is lost.
     """
 
     def __init__(
-        self, ensemble: Ensemble, limits: Failure, policy: Policy, check: Callable[[], None]
+        self,
+        ensemble: Ensemble,
+        limits: Failure,
+        policy: Policy,
+        check: Callable[[], None],
+        checkpoints: Checkpoints,
     ) -> None:
         self._ensemble, self._limits, self._check = ensemble, limits, check
         self._actors = ensemble.roles
@@ -46,6 +54,9 @@ class Controller:
         self._state = JobState(ensemble.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
         self._called_off = -1  #: the last attempt that failed
+        self._holders = policy.holders
+        self._checkpoints = checkpoints
+        self.base = checkpoints.step  #: steps that were made before the present servers were
         self._told: Callable[[Summary], None] = lambda summary: None
 
     def run(self, tell: Callable[[Summary], None]) -> bytes:
@@ -66,11 +77,19 @@ class Controller:
             self._listen()
             self._state.handle(Tick(), time.monotonic())
             self._repair()
+            self._tell_checkpoints()
         if self._state.error is not None:
             raise self._state.error
         for summary in self._gathering.rest():
             self._told(summary)
-        return self._result()
+        result = self._result()
+        self._checkpoints.drain()
+        self._tell_checkpoints()
+        return result
+
+    def _tell_checkpoints(self) -> None:
+        for saved in self._checkpoints.news():
+            self._told(saved)
 
     def _repair(self) -> None:
         """Carry out what the state has decided about a failure."""
@@ -88,18 +107,22 @@ class Controller:
 
     def _go_on(self, restart: Restart, cause: str) -> None:
         replaced = tuple(f"worker-{rank}" for rank in restart.replace)
-        step = 0 if restart.everything else self._state.furthest
+        saved = self._checkpoints.newest() if restart.everything else None
+        if restart.everything:
+            self.base = saved.step if saved is not None else 0
+        step = self.base if restart.everything else self._state.furthest
         self._told(Setback(restart.attempt, step, cause, replaced, restart.wait_s))
         until = time.monotonic() + restart.wait_s
         while time.monotonic() < until:
             self._check()
             time.sleep(_TICK_S)
-        self._ensemble.carry_out(restart)
+        self._ensemble.carry_out(restart, saved, self._checkpoints.step)
+        self._checkpoints.begin(restart.attempt)
         self._actors = self._ensemble.roles
         renewed = set(self._actors) if restart.everything else set(replaced)
         self._up -= renewed
         self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
-        self._state.restarted(time.monotonic())
+        self._state.restarted(time.monotonic(), step)
 
     def _ask_everybody(self) -> None:
         """Keep one question open to every actor."""
@@ -145,6 +168,8 @@ class Controller:
         for report in news.reports:
             for summary in self._gathering.add(report):
                 self._told(summary)
+        for delivery in news.deliveries:
+            self._checkpoints.take(delivery)
         if news.attempt != self._state.attempt:
             return []  # it has not yet taken the present order up
         rank = int(role.removeprefix("worker-"))
@@ -154,9 +179,18 @@ class Controller:
         return events
 
     def _result(self) -> bytes:
-        """Ask rank 0 for the model; where it was lost at the last moment, the next: all have it."""
+        """Fetch the model; where it is cut, each part, and put them together by name."""
+        everybody = tuple(range(self._ensemble.world))
+        parts = [self._part_of(ranks) for ranks in self._holders or (everybody,)]
+        if len(parts) == 1:
+            return parts[0]
+        return b"".join(encode({k: v for part in parts for k, v in decode(part).items()}))
+
+    def _part_of(self, holders: tuple[int, ...]) -> bytes:
+        """Ask the first rank that has a part; where it was lost at the last moment, the next."""
         lost: DistplatError | None = None
-        for rank, worker in enumerate(self._ensemble.workers):
+        for rank in holders:
+            worker = self._ensemble.workers[rank]
             try:
                 model: bytes = ray.get(worker.result.remote(), timeout=_RESULT_TIMEOUT_S)
             except ray.exceptions.GetTimeoutError:
@@ -166,7 +200,7 @@ class Controller:
                 lost = ActorLost(f"worker-{rank}", self._state.steps_done, _first_line(error))
             else:
                 return model
-        assert lost is not None, "a run has at least one worker"
+        assert lost is not None, "a part has at least one holder"
         raise lost
 
 

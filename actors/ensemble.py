@@ -7,14 +7,18 @@ It decides nothing: what is to be done after a failure comes as a `Restart` from
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from distplat.actors.messages import WorkOrder
+from distplat.actors.messages import SavedHandle, WorkOrder
 from distplat.actors.spawn import spawn, spawn_worker, start_workers
+from distplat.platform.checkpoints import Stored
+from distplat.platform.errors import StorageError
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
+from distplat.platform.tensor_file import decode
 from distplat.strategies.base import Roles
 from distplat.strategies.catalog import StrategyFile
 from distplat.strategies.task import Task
@@ -32,6 +36,10 @@ class Launch:
     """None: the class that `job.task` names."""
     working_dir: str
     strategy_file: StrategyFile | None
+    folder: Path
+    """The run directory."""
+    resumed: Path | None = None
+    """The checkpoint that the run begins from; None: the first step."""
 
 
 class Ensemble:
@@ -40,15 +48,16 @@ class Ensemble:
 
     Args:
         launch: what to run; they are asked for at once and come up by themselves.
+        saved: the checkpoint to begin from.
 
     Raises:
         SpecError: the cluster will never have what the job asks for.
     """
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, saved: Stored | None = None) -> None:
         self._launch = launch
         self._cast = spawn(launch.job, launch.roles, launch.run, 0)
-        self._give_orders(0)
+        self._give_orders(0, saved, saved.step if saved is not None else 0)
 
     @property
     def roles(self) -> dict[str, Any]:
@@ -72,8 +81,15 @@ class Ensemble:
         """Tell all workers to stop waiting for each other; the dead are passed over."""
         self._calls = [worker.abandon.remote(attempt) for worker in self._cast.workers]
 
-    def carry_out(self, restart: Restart) -> None:
-        """End what is to be replaced, make it anew, and give everybody the next orders."""
+    def carry_out(self, restart: Restart, saved: Stored | None = None, base: int = 0) -> None:
+        """
+        End what is to be replaced, make it anew, and give everybody the next orders.
+
+        Args:
+            restart: what is to be done.
+            saved: the checkpoint to begin from, where everything is made anew.
+            base: steps of the newest checkpoint.
+        """
         launch = self._launch
         if restart.everything:
             self._cast.end()
@@ -82,20 +98,21 @@ class Ensemble:
             for rank in restart.replace:
                 ray.kill(self._cast.workers[rank])
                 self._cast.workers[rank] = spawn_worker(
-                    launch.job, launch.run, restart.attempt, rank
+                    launch.job, launch.run, restart.attempt, rank, self._cast.seat(rank)
                 )
-        self._give_orders(restart.attempt)
+        self._give_orders(restart.attempt, saved, base)
 
     def end(self) -> None:
         """End all actors."""
         self._cast.end()
 
-    def _give_orders(self, attempt: int) -> None:
-        orders = [self._order(attempt, rank) for rank in range(self.world)]
+    def _give_orders(self, attempt: int, saved: Stored | None, base: int) -> None:
+        handle = _in_store(saved) if saved is not None else None
+        orders = [self._order(attempt, rank, handle, base) for rank in range(self.world)]
         # Held, so that Ray keeps the calls; that a worker has its orders, polling will show.
         self._calls = start_workers(self._cast, orders)
 
-    def _order(self, attempt: int, rank: int) -> WorkOrder:
+    def _order(self, attempt: int, rank: int, saved: SavedHandle | None, base: int) -> WorkOrder:
         launch = self._launch
         task: str | bytes = launch.job.task or ""
         if launch.task is not None:
@@ -110,4 +127,23 @@ class Ensemble:
             strategy_file=launch.strategy_file,
             manager=self._cast.manager,
             collective=launch.roles.collective,
+            saved=saved,
+            base=base,
         )
+
+
+def _in_store(saved: Stored) -> SavedHandle:
+    """
+    Put a checkpoint where all ranks reach it.
+
+    Raises:
+        StorageError: a file of it is no tensors.
+    """
+    files = {}
+    for name, content in saved.files.items():
+        try:
+            tensors = decode(content)
+        except ValueError as error:
+            raise StorageError(f"{saved.path / name}: {error}") from None
+        files[name.removesuffix(".safetensors")] = [ray.put(tensors)]
+    return SavedHandle(saved.state, files)

@@ -2,18 +2,26 @@
 
 from collections.abc import Callable
 
+from distplat.actors.checkpointing import Checkpoints
+from distplat.actors.courier import Courier
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.actors.training import saved_model
 from distplat.platform.apply_log import FILE_NAME, pack
+from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, Gathering, Summary
 from distplat.platform.shard_map import ShardPlan
+from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import join, prepare
+from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.session import Around, join, prepare
+
+_LEAVE_S = 60.0
+"""How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
 
 
 def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep) -> bytes:
@@ -35,7 +43,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
             tell(summary)
 
     try:
-        return _train(launch, report, progress, keep)
+        return _train(launch, report, tell, progress, keep)
     except (DistplatError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -46,6 +54,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
 def _train(
     launch: Launch,
     report: Callable[[AnyReport], None],
+    tell: Callable[[Summary], None],
     progress: Progress,
     keep: Keep,
 ) -> bytes:
@@ -55,8 +64,14 @@ def _train(
     device = "cuda" if job.scaling.use_gpu else "cpu"
     prepared = prepare(job, kind(**job.task_args), device, strategy)
     roles, steps = launch.roles, prepared.total_steps
-    plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency)
+    every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
+    plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)
     group = ServerGroup(plan)
+    checkpoints = Checkpoints(launch, 1, lambda box: box)
+    courier = Courier(
+        0, 0, lambda arrays: [one.copy() for one in arrays], checkpoints.take, _LEAVE_S
+    )
+    saved = _saved(checkpoints.newest())
     join(
         prepared,
         strategy,
@@ -65,7 +80,18 @@ def _train(
         shards=InMemoryShards(group, 0),
         report=report,
         progress=progress,
+        around=Around(saved, take=courier.take),
     ).run()
-    if roles.consistency.asynchronous:
+    courier.flush()
+    checkpoints.drain()
+    for written in checkpoints.news():
+        tell(written)
+    if roles.consistency.asynchronous and saved is None:
         keep(FILE_NAME, pack(group.logs(), {"run": launch.run}))
     return saved_model(strategy.trained(prepared.flat))
+
+
+def _saved(stored: Stored | None) -> SavedState | None:
+    if stored is None:
+        return None
+    return SavedState(stored.state, lambda name: decode(stored.files[f"{name}.safetensors"]))

@@ -15,22 +15,28 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import ray
 from ray.experimental.internal_kv import _internal_kv_del
 
 from distplat.actors.asking import ask
+from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
 from distplat.actors.ensemble import Ensemble, Launch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.stopping import Stopping
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import InfrastructureError
+from distplat.platform.pieces import Bytes
 from distplat.platform.progress import Summary
 from distplat.platform.spec import Job
 
 logger = logging.getLogger(__name__)
+
+_FETCH_S = 60.0
+"""How long the driver waits for a part of a checkpoint to come from its node."""
 
 Keep = Callable[[str, bytes], object]
 """Puts a file of the given name into the run directory."""
@@ -51,17 +57,26 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
     # Twice: Ray's start must not be cut off, or it leaves processes; and it sets handlers itself.
     with Stopping() as early, local_ray(launch.job), Stopping() as stopping:
         early.check()
-        ensemble = Ensemble(launch)
+        checkpoints = Checkpoints(launch, launch.job.scaling.world, _open_box)
+        ensemble = Ensemble(launch, checkpoints.newest())
         try:
-            controller = Controller(ensemble, launch.job.failure, launch.policy, stopping.check)
+            controller = Controller(
+                ensemble, launch.job.failure, launch.policy, stopping.check, checkpoints
+            )
             model = controller.run(tell)
-            if launch.roles.consistency.asynchronous:
+            if launch.roles.consistency.asynchronous and controller.base == 0:
                 _keep_log(launch, ensemble, keep)
             return model
         finally:
+            checkpoints.drain()  # what is complete is worth keeping, however the run ends
             ensemble.end()
             # Ranks take their words back themselves, unless they were killed.
             _internal_kv_del(rendezvous_key(launch.run), del_by_prefix=True)
+
+
+def _open_box(box: list[Any]) -> list[Bytes]:
+    arrays: list[Bytes] = ray.get(box[0], timeout=_FETCH_S)
+    return arrays
 
 
 def _keep_log(launch: Launch, ensemble: Ensemble, keep: Keep) -> None:

@@ -6,10 +6,11 @@ The controller and the server manager import this and stay light; dtypes travel 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distplat.platform.collecting import Delivery
     from distplat.platform.errors import DistplatError
     from distplat.platform.progress import AnyReport
     from distplat.platform.shard_map import ShardMap
@@ -37,6 +38,16 @@ class Address:
 
 
 @dataclass(frozen=True)
+class SavedHandle:
+    """A checkpoint in Ray's store."""
+
+    state: dict[str, Any]
+    """What `state.json` holds."""
+    files: dict[str, list[Any]]
+    """By name, a reference to its tensors; in a list, or Ray would send them along."""
+
+
+@dataclass(frozen=True)
 class WorkOrder:
     """All that a worker is told when it starts."""
 
@@ -55,6 +66,10 @@ class WorkOrder:
     """Handle of the server manager; None: the strategy has no servers."""
     collective: GroupSpec | None
     """The group of all workers; None: the strategy has none."""
+    saved: SavedHandle | None = None
+    """The checkpoint to begin from, for a worker that has no state yet."""
+    base: int = 0
+    """Steps of the newest checkpoint: no attempt begins before it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,8 @@ class News:
     finished: bool
     error: DistplatError | None
     """Why it stopped; it now waits for orders."""
+    deliveries: list[Delivery] = field(default_factory=list)
+    """Parts of checkpoints since the last question."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,8 @@ class ModelFacts:
     dtype: str
     digest: str
     total_steps: int
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0: there are none."""
 
 
 @dataclass(frozen=True)

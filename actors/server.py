@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,9 @@ from distplat.platform.spec import Job
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from distplat.platform.pieces import Whole
+    from distplat.strategies.ports import ShardCopy
 
 WATCH_S = 0.5
 """Period of the manager's look at its server nodes."""
@@ -60,9 +63,15 @@ class ServerNode:
         """Map a worker's segments."""
         return self._body.attach(rank, gradients, parameters)
 
-    def restore(self, version: int, values: NDArray[np.uint8] | None) -> None:
+    def restore(
+        self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, Whole]
+    ) -> None:
         """Open for service."""
-        self._body.restore(version, values)
+        self._body.restore(version, values, state)
+
+    def kept(self, version: int, limit_s: float) -> ShardCopy:
+        """Give what was kept of a version for a checkpoint."""
+        return self._body.kept(version, limit_s)
 
     def pull(self, rank: int, number: int) -> Answer:
         """Give the newest parameters."""
@@ -155,6 +164,7 @@ class ServerManager:
             facts.total_steps,
             len(self._servers),
             self._consistency,
+            facts.checkpoint_every,
         )
         made = self._assign_some(plan, cuts, facts, list(first_on.values()), [None] * len(first_on))
         segments = dict(zip(first_on, made, strict=True))

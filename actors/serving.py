@@ -7,6 +7,8 @@ this node, as bytes to and from others.
 """
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import ray
@@ -18,8 +20,12 @@ from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory import Segment
 from distplat.actors.messages import Address
 from distplat.platform.ledger import Answer, PushId
+from distplat.platform.pieces import Place, Whole
 from distplat.platform.shard_map import Shard, ShardPlan
-from distplat.strategies.training.client import make_service
+from distplat.strategies.ports import ShardCopy
+from distplat.strategies.training.client import make_service, shard_copy
+from distplat.strategies.training.parts import as_array
+from distplat.strategies.training.restoring import tensor_of
 from distplat.strategies.training.service import Deliver, Limits, Service
 
 logger = logging.getLogger(__name__)
@@ -88,8 +94,20 @@ class Serving:
             return False
         return True
 
-    def restore(self, version: int, values: NDArray[np.uint8] | None) -> None:
-        """Open for service; `values` None: they are in a segment, the node's or rank 0's."""
+    def restore(
+        self,
+        version: int,
+        values: NDArray[np.uint8] | None,
+        state: Mapping[str, Whole],
+    ) -> None:
+        """
+        Open for service.
+
+        Args:
+            version: steps that the parameters have behind them.
+            values: the parameters' bytes; None: they are in a segment, the node's or rank 0's.
+            state: what the optimizer remembers of them, by torch's names.
+        """
 
         def fill(params: Tensor) -> None:
             if values is not None:
@@ -97,7 +115,15 @@ class Serving:
             elif 0 in self._parameters:
                 params.copy_(self._parameters[0])
 
-        self._service.restore(version, fill)
+        tensors = {name: tensor_of(whole, Place(whole.shape)) for name, whole in state.items()}
+        self._service.restore(version, fill, tensors)
+
+    def kept(self, version: int, limit_s: float) -> ShardCopy:
+        """Give what was kept of a version, as an object in Ray's store. See `Service.kept`."""
+        copy = shard_copy(self._cut.start, self._service, version, limit_s)
+        if copy.box is None:
+            return copy
+        return replace(copy, box=[ray.put([as_array(one) for one in copy.box])])
 
     def pull(self, rank: int, number: int) -> Answer:
         """Give the newest parameters; see `Service.pull`."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distplat.actors.messages import WorkOrder
 from distplat.actors.server import ServerManager, ServerNode
@@ -28,12 +30,23 @@ class Cast:
     workers: list[Any] = field(default_factory=list)
     servers: list[Any] = field(default_factory=list)
     manager: Any = None
+    seats: list[Any] = field(default_factory=list)
+    """A placement group for each worker group of several workers."""
 
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
         manager = [self.manager] if self.manager is not None else []
         for actor in [*self.workers, *manager, *self.servers]:
             ray.kill(actor)
+        for seats in self.seats:
+            remove_placement_group(seats)
+
+    def seat(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
+        """Say where a worker belongs; None: anywhere."""
+        if not self.seats:
+            return None
+        group, place = divmod(rank, self.seats[0].bundle_count)
+        return PlacementGroupSchedulingStrategy(self.seats[group], place)
 
 
 def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
@@ -46,8 +59,9 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     _check_feasible(job, roles)
     cast = Cast()
     common = _common(run)
+    cast.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
-        cast.workers.append(spawn_worker(job, run, attempt, rank))
+        cast.workers.append(spawn_worker(job, run, attempt, rank, cast.seat(rank)))
     for index in range(roles.servers):
         name = actor_name(job, f"server-{index}", attempt)
         threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
@@ -63,10 +77,18 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     return cast
 
 
-def spawn_worker(job: Job, run: str, attempt: int, rank: int) -> Any:
-    """Ask Ray for one worker; returns before it is up."""
+def spawn_worker(
+    job: Job,
+    run: str,
+    attempt: int,
+    rank: int,
+    seat: PlacementGroupSchedulingStrategy | None = None,
+) -> Any:
+    """Ask Ray for one worker, in its seat; returns before it is up."""
     name = actor_name(job, f"worker-{rank}", attempt)
     options = {**_common(run), **_resources(job.scaling.resources()), "name": name}
+    if seat is not None:
+        options["scheduling_strategy"] = seat
     return ray.remote(Worker).options(**options).remote(name)
 
 
@@ -82,6 +104,16 @@ def start_workers(cast: Cast, orders: list[WorkOrder]) -> list[Any]:
 
 def _common(run: str) -> dict[str, Any]:
     return {"namespace": run, "max_restarts": 0, "max_task_retries": 0}
+
+
+def _seats(job: Job, group_size: int) -> list[Any]:
+    """Reserve room for each worker group: on one node if one has it, for they talk most."""
+    needs = {name: amount for name, amount in job.scaling.resources().items() if amount}
+    if group_size == 1 or not needs:
+        return []
+    bundles = [needs] * group_size
+    groups = job.scaling.num_workers // group_size
+    return [placement_group(bundles, strategy="PACK") for _ in range(groups)]
 
 
 def _resources(needs: dict[str, float]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The driver imports neither torch nor the user's code: both are slow, and both be
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,13 +16,24 @@ from typing import Protocol
 
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep, train_on_ray
+from distplat.platform.checkpoints import find
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
-from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary, Summary
+from distplat.platform.progress import (
+    EvalSummary,
+    Recovery,
+    Saved,
+    Setback,
+    StepSummary,
+    Summary,
+)
 from distplat.platform.recovery import policy_of
+from distplat.platform.resume import mismatches
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
 from distplat.strategies.task import Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,6 +47,8 @@ class Result:
     history: list[StepSummary] = field(default_factory=list)
     """Every step."""
     evaluations: list[EvalSummary] = field(default_factory=list)
+    checkpoints: list[Saved] = field(default_factory=list)
+    """All that came to the disk, oldest first; older ones may be deleted by now."""
     setbacks: list[Setback] = field(default_factory=list)
     """Failures after which the run went on."""
     seconds: float = 0.0
@@ -49,6 +63,8 @@ class Result:
                 self.evaluations.append(summary)
             case Setback():
                 self.setbacks.append(summary)
+            case Saved():
+                self.checkpoints.append(summary)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -83,9 +99,12 @@ class Trainer:
         storage_dir: what `storage_path` is relative to; None: the same as `working_dir`.
         strategy_file: a Python file that registers strategies of your own.
         observers: told of every step.
+        resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
+            from `storage_dir`.
 
     Raises:
-        SpecError: the job is wrong; says everything that is.
+        SpecError: the job is wrong, or cannot go on from the checkpoint; says everything that is.
+        StorageError: all checkpoints there are damaged.
     """
 
     def __init__(
@@ -97,18 +116,33 @@ class Trainer:
         storage_dir: str | Path | None = None,
         strategy_file: str | Path | None = None,
         observers: tuple[Observer, ...] = (),
+        resume: str | Path | None = None,
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
         self.job = job if isinstance(job, Job) else make_job(job)
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
         self._survivors_go_on = strategy.survivors_go_on()
+        self._holders = strategy.holders(self.job)
+        self._has_parts = strategy.has_parts
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
         self._observers = observers
+        self._resumed = self._find(Path(resume)) if resume is not None else None
+
+    def _find(self, path: Path) -> Path:
+        """Find the checkpoint to go on from, and compare it with the job."""
+        found = find(self._storage_dir / path.expanduser(), logger.warning)
+        problems = mismatches(found.state, self.job)
+        if not self._has_parts:
+            text = f"the strategy {self.job.strategy.name!r} cannot go on from a checkpoint"
+            problems.append(Problem(("strategy",), text))
+        if problems:
+            raise SpecError(*problems)
+        return found.path
 
     def fit(self) -> Result:
         """
@@ -138,7 +172,7 @@ class Trainer:
                     observer.disturbed(summary)
 
         try:
-            state = self._train(run, tell, directory.keep)
+            state = self._train(run, directory.path, tell, directory.keep)
             if self.job.checkpoint.save_final:
                 result.checkpoint = directory.save_model(state)
         except BaseException as error:
@@ -146,18 +180,28 @@ class Trainer:
                 directory.finish(_status(error), {"error": str(error)})
             raise
         result.seconds = time.monotonic() - began
-        directory.finish("SUCCEEDED", {"metrics": result.metrics, "seconds": result.seconds})
+        facts = {"metrics": result.metrics, "seconds": result.seconds}
+        if self._resumed is not None:
+            facts["resumed_from"] = str(self._resumed)
+        directory.finish("SUCCEEDED", facts)
         return result
 
-    def _train(self, run: str, tell: Callable[[Summary], None], keep: Keep) -> bytes:
+    def _train(self, run: str, folder: Path, tell: Callable[[Summary], None], keep: Keep) -> bytes:
         launch = Launch(
             self.job,
             run,
             self._roles,
-            policy_of(self.job.failure, self._survivors_go_on),
+            policy_of(
+                self.job.failure,
+                self._survivors_go_on,
+                self.job.checkpoint.wanted,
+                self._holders,
+            ),
             self._task,
             str(self._dir),
             self._strategy_file,
+            folder,
+            self._resumed,
         )
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch

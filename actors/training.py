@@ -15,19 +15,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 import torch
 from safetensors.torch import save
 
+from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.platform.collecting import Delivery
 from distplat.platform.errors import DistplatError
+from distplat.platform.pieces import Bytes
 from distplat.platform.progress import AnyReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Prepared, join, prepare
+from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.session import Around, Prepared, join, prepare
 
 if TYPE_CHECKING:
     from distplat.actors.collective import RayCollective
@@ -55,10 +60,15 @@ class Session:
 
     Args:
         report: takes what the worker finishes, as it finishes it.
+        deliver: takes parts of checkpoints; called from another thread.
     """
 
-    def __init__(self, report: Callable[[AnyReport], None]) -> None:
-        self._report = report
+    def __init__(
+        self,
+        report: Callable[[AnyReport], None],
+        deliver: Callable[[Delivery], None],
+    ) -> None:
+        self._report, self._deliver = report, deliver
         self.standing = Standing()
         self._prepared: Prepared | None = None
         self._strategy: Strategy[Any] | None = None
@@ -93,6 +103,8 @@ class Session:
 
     def _attempt(self, order: WorkOrder, progress: Progress) -> bytes:
         prepared, strategy = self._prepare(order)
+        limit_s = order.job.failure.step_timeout_s
+        courier = Courier(order.rank, order.attempt, _put, self._deliver, limit_s)
         try:
             loop = join(
                 prepared,
@@ -102,9 +114,11 @@ class Session:
                 shards=_shards(order, prepared),
                 report=self._report,
                 progress=progress,
+                around=Around(_saved(order), order.base, courier.take),
             )
             self._say_what(order, prepared, loop.start)
             loop.run()
+            courier.flush()
             return saved_model(strategy.trained(prepared.flat))
         finally:
             self._connection.close()
@@ -192,7 +206,22 @@ def _shards(order: WorkOrder, prepared: Prepared) -> "RayShards | None":
         return None
     from distplat.actors.shards import RayShards
 
-    return RayShards(order, prepared.total_steps)
+    every = order.job.checkpoint.period(prepared.sampler.steps_per_epoch)
+    return RayShards(order, prepared.total_steps, every)
+
+
+def _put(arrays: list[Bytes]) -> list[Any]:
+    """Put arrays into Ray's store; the reference is in a list, or Ray would send them along."""
+    return [ray.put(arrays)]
+
+
+def _saved(order: WorkOrder) -> SavedState | None:
+    """Give the checkpoint that the order names; its tensors come when they are asked for."""
+    handle = order.saved
+    if handle is None:
+        return None
+    limit_s = order.job.failure.start_timeout_s
+    return SavedState(handle.state, lambda file: ray.get(handle.files[file][0], timeout=limit_s))
 
 
 def _task_class(order: WorkOrder) -> type[Task]:

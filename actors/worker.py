@@ -20,6 +20,7 @@ from distplat.platform.progress import AnyReport
 
 if TYPE_CHECKING:
     from distplat.actors.training import Session
+    from distplat.platform.collecting import Delivery
 
 
 class Worker:
@@ -29,6 +30,7 @@ class Worker:
         self._name = name
         self._orders: queue.SimpleQueue[WorkOrder] = queue.SimpleQueue()
         self._reports: deque[AnyReport] = deque()
+        self._deliveries: deque[Delivery] = deque()
         self._session: Session | None = None
         self._given_up = -1  #: the last attempt that was called off
         self._thread: threading.Thread | None = None
@@ -56,6 +58,7 @@ class Worker:
             return News([], -1, 0, 0, finished=False, error=None)
         standing = self._session.standing  # before the reports: what came first is told first
         reports = [self._reports.popleft() for _ in range(len(self._reports))]
+        deliveries = [self._deliveries.popleft() for _ in range(len(self._deliveries))]
         return News(
             reports,
             standing.attempt,
@@ -63,6 +66,7 @@ class Worker:
             standing.progress.step,
             finished=standing.model is not None,
             error=standing.error,
+            deliveries=deliveries,
         )
 
     def result(self) -> bytes:
@@ -75,7 +79,7 @@ class Worker:
         with quick_imports():
             from distplat.actors.training import Session  # torch comes with it
 
-        self._session = Session(self._reports.append)
+        self._session = Session(self._reports.append, self._deliveries.append)
         while True:  # the actor is ended from outside; nobody waits for this thread
             order = self._orders.get()
             self._session.work(order, called_off=order.attempt <= self._given_up)

@@ -49,8 +49,8 @@ def surplus(steps: Iterable[int], keep: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """One that was read and found whole."""
+class Stored:
+    """A checkpoint that was read and found whole."""
 
     path: Path
     state: dict[str, Any]
@@ -133,7 +133,7 @@ class Catalogue:
         for step in too_many:
             self._drop(self.path(step))
 
-    def newest(self, warn: Callable[[str], object]) -> Checkpoint | None:
+    def newest(self, warn: Callable[[str], object]) -> Stored | None:
         """
         Read the newest one that is whole; None: there is none.
 
@@ -174,7 +174,7 @@ class Catalogue:
                 self._disk.remove(path)
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path) -> Stored:
     """
     Read one checkpoint, every byte against its manifest.
 
@@ -187,7 +187,7 @@ def read(path: Path) -> Checkpoint:
         state = json.loads(files.pop(STATE))
     except (KeyError, ValueError):
         raise StorageError(f"{path} has no {STATE}") from None
-    return Checkpoint(path, state, files)
+    return Stored(path, state, files)
 
 
 def flaws(path: Path) -> list[str]:
@@ -199,7 +199,7 @@ def flaws(path: Path) -> list[str]:
     return []
 
 
-def find(path: Path, warn: Callable[[str], object]) -> Checkpoint:
+def find(path: Path, warn: Callable[[str], object]) -> Stored:
     """
     Read what `--resume` names: a checkpoint, or the newest whole one of a run directory.
 

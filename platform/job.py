@@ -26,6 +26,7 @@ from distplat.platform.errors import (
     InfrastructureError,
     MismatchError,
     RestartsExhausted,
+    StateLost,
     UserCodeError,
 )
 from distplat.platform.recovery import Budget, Policy, Restart
@@ -119,6 +120,7 @@ class JobState:
         self._gone: set[str] = set()  #: roles whose process is no more, or will be ended
         self._waiting: set[int] = set()  #: ranks that stopped and wait for orders
         self._preempted = False
+        self._state_lost = False
 
     @property
     def over(self) -> bool:
@@ -157,12 +159,18 @@ class JobState:
             case Tick():
                 self._watch(now)
 
-    def restarted(self, now: float) -> None:
-        """Be told that `restart` was carried out: the next attempt begins."""
+    def restarted(self, now: float, step: int = 0) -> None:
+        """
+        Be told that `restart` was carried out: the next attempt begins.
+
+        Args:
+            now: seconds.
+            step: steps that all have behind them, where everything was made anew.
+        """
         assert self.restart is not None, "only after a restart was decided"
         self.attempt = self.restart.attempt
         if self.restart.everything:
-            self._steps = dict.fromkeys(self._steps, 0)
+            self._steps = dict.fromkeys(self._steps, step)
         self._begin(now)
 
     def _hear(self, heard: Heard, now: float) -> None:
@@ -183,6 +191,7 @@ class JobState:
         elif (rank := _rank_of(failed.role)) is not None:
             self._waiting.add(rank)
         self._preempted |= failed.preempted
+        self._state_lost |= isinstance(failed.error, StateLost)
         self._fail(failed.error, now)
 
     def _miss(self, role: str, seconds: float, now: float) -> None:
@@ -232,8 +241,10 @@ class JobState:
             return
         ranks = range(self._world)
         servers_lost = any(_rank_of(role) is None for role in self._gone)
-        usable = (self._waiting | self._finished) - {_rank_of(role) for role in self._gone}
-        everything = servers_lost or not usable or not self._policy.survivors_go_on
+        gone = {_rank_of(role) for role in self._gone}
+        usable = {rank for rank in self._waiting | self._finished if rank not in gone}
+        kept = self._policy.survivors_go_on and not self._state_lost
+        everything = servers_lost or not self._policy.has_all(usable) or not kept
         replace = tuple(r for r in ranks if everything or r not in usable)
         self.restart = Restart(self.attempt + 1, replace, everything, answer)
 

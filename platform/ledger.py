@@ -158,9 +158,16 @@ class AsyncLedger:
         self.version: int | None = None  #: updates applied; None: no parameters yet
         self._next = [0] * world  #: by rank: number of the push that may be applied
 
-    def restore(self, version: int) -> None:
-        """Parameters of this version are in place; from now on pushes are taken."""
+    def restore(self, version: int, step: int = 0) -> None:
+        """
+        Parameters of this version are in place; from now on pushes are taken.
+
+        Args:
+            version: updates that they have behind them.
+            step: number of each rank's next push.
+        """
         self.version = version
+        self._next = [step] * self.world
 
     def offer(self, push: PushId) -> Verdict:
         """

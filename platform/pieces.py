@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -111,6 +111,7 @@ def run_entries(
     prefix: str,
     dtype: str,
     array: int,
+    places: Mapping[str, Place] | None = None,
 ) -> list[Entry]:
     """
     Name what lies in a run of a flat vector; padding between the tensors has no name.
@@ -122,15 +123,17 @@ def run_entries(
         prefix: of the keys: `model`, `optimizer/exp_avg`.
         dtype: of the vector.
         array: number of the array that holds the run and nothing else.
+        places: by name, which slab of a whole tensor the one in the vector is; others are whole.
     """
     found = []
+    places = places or {}
     for name, shape, offset in names:
         first, last = max(start, offset), min(stop, offset + math.prod(shape))
         if first < last:
             whole = last - first == math.prod(shape)
             run = None if whole else (first - offset, last - offset)
-            key = f"{prefix}/{name}"
-            found.append(Entry(key, Place(shape, None, run), dtype, array, first - start))
+            place = replace(places.get(name, Place(shape)), run=run)
+            found.append(Entry(f"{prefix}/{name}", place, dtype, array, first - start))
     return found
 
 

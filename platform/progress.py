@@ -86,10 +86,23 @@ class Recovery:
     """Since the failure was noticed."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is on the disk."""
+
+    step: int
+    """Steps that it has behind it."""
+    path: str
+    size: int
+    """Bytes."""
+    seconds: float
+    """From the last rank's part to the disk; training went on meanwhile."""
+
+
 AnyReport = StepReport | EvalReport | TraceReport
 """What a rank reports."""
 
-Summary = StepSummary | EvalSummary | Trace | Setback | Recovery
+Summary = StepSummary | EvalSummary | Trace | Setback | Recovery | Saved
 """What is told of a run while it goes on."""
 
 Report = TypeVar("Report", StepReport, EvalReport, TraceReport)

@@ -9,6 +9,7 @@ Whether a run goes on after a failure, and how long it waits before: the restart
 A machine that its owner takes away (preemption) is nobody's failure, and has a budget of its own.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from distplat.platform.spec import Failure
@@ -26,22 +27,37 @@ class Policy:
     max_failures: int = 0
     max_preemptions: int = 0
     survivors_go_on: bool = False
-    """Whether ranks that were not lost keep their state; else all start from the first step."""
+    """Whether ranks that were not lost keep their state; else all go back to a checkpoint."""
+    holders: tuple[tuple[int, ...], ...] = ()
+    """For each part of the model, the ranks that have it; of each one must be left to go on.
+    Empty: every rank has all."""
+
+    def has_all(self, ranks: Set[int]) -> bool:
+        """Whether these ranks together have the whole model."""
+        if not self.holders:
+            return bool(ranks)
+        return all(any(rank in ranks for rank in some) for some in self.holders)
 
 
-def policy_of(failure: Failure, survivors_go_on: bool) -> Policy:
+def policy_of(
+    failure: Failure,
+    survivors_go_on: bool,
+    checkpoints: bool = False,
+    holders: tuple[tuple[int, ...], ...] = (),
+) -> Policy:
     """
     Fill in what a job leaves open.
 
-    Where survivors keep their state a restart costs seconds; elsewhere it costs the whole run so
-    far, and must be asked for.
+    Where survivors keep their state a restart costs seconds, with checkpoints the steps since the
+    last one; elsewhere it costs the whole run so far, and must be asked for.
     """
-    by_default = (3, 100) if survivors_go_on else (0, 0)
+    by_default = (3, 100) if survivors_go_on or checkpoints else (0, 0)
     failures, preemptions = failure.max_failures, failure.max_preemptions
     return Policy(
         by_default[0] if failures is None else failures,
         by_default[1] if preemptions is None else preemptions,
         survivors_go_on,
+        holders,
     )
 
 
@@ -54,7 +70,7 @@ class Restart:
     replace: tuple[int, ...]
     """Ranks that are made anew; the others keep their processes."""
     everything: bool
-    """Servers are made anew too; training starts from the first step."""
+    """Servers are made anew too; all begin from the last checkpoint, or from the first step."""
     wait_s: float
 
 

@@ -8,6 +8,7 @@ The run directory: what a run leaves on disk.
         model.safetensors   the trained model
         pipeline_trace.json     of pipelines: when each rank did what in one step
         apply_log.safetensors   of asynchronous runs: in which order each shard applied gradients
+        checkpoints/        step-000120/ and others: to resume from (platform/checkpoints.py)
         result.json         how it ended: status, last figures, or the error
 
 Metrics are flushed with every line: they are there when the run is not any more.
@@ -27,7 +28,14 @@ from typing import Any
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
-from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary, Summary
+from distplat.platform.progress import (
+    EvalSummary,
+    Recovery,
+    Saved,
+    Setback,
+    StepSummary,
+    Summary,
+)
 from distplat.platform.spec import Job
 
 _KINDS = {
@@ -35,6 +43,7 @@ _KINDS = {
     EvalSummary: "evaluation",
     Setback: "setback",
     Recovery: "recovery",
+    Saved: "checkpoint",
 }
 """Value of `kind` in a line of metrics.jsonl."""
 

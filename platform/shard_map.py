@@ -62,3 +62,5 @@ class ShardPlan:
     shards: int
     """Shards of the model: the only one sees the norm of the whole gradient."""
     consistency: Consistency = SYNCHRONOUS
+    checkpoint_every: int = 0
+    """Steps between two checkpoints, for which shards keep copies; 0: there are none."""

@@ -97,20 +97,36 @@ class Evaluation(Spec):
 
 
 class Checkpoint(Spec):
-    """What is kept of the model."""
+    """What is kept of the model, while it is trained and at the end (docs/checkpoints.md)."""
 
+    every_steps: Count | None = None
+    """A checkpoint after so many steps, and after the last one; None: none, or `every_epochs`."""
+    every_epochs: Count | None = None
+    """A checkpoint after so many epochs, and after the last step; give this or `every_steps`."""
+    num_to_keep: Count = 2
+    """Checkpoints that stay on the disk, the newest; older ones are deleted."""
     save_final: Flag = True
     """Write the trained parameters to `model.safetensors` in the run directory."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether checkpoints are taken during the run."""
+        return self.every_steps is not None or self.every_epochs is not None
+
+    def period(self, steps_per_epoch: int) -> int:
+        """Give the steps between two checkpoints; 0: there are none."""
+        return self.every_steps or (self.every_epochs or 0) * steps_per_epoch
 
 
 class Failure(Spec):
     """What is done about failures, and deadlines; an error that one causes names its field."""
 
     max_failures: Index | None = None
-    """Restarts after lost workers; None: 3 where survivors keep their state (`ring`), else 0."""
+    """Restarts after lost workers or servers; None: 3 where survivors keep their state (`ring`) or
+    there are checkpoints, else 0."""
     max_preemptions: Index | None = None
-    """Restarts after machines were taken away, counted apart; None: 100 where survivors keep
-    their state, else 0."""
+    """Restarts after machines were taken away, counted apart; None: 100 where `max_failures` is 3
+    by default, else 0."""
 
     start_timeout_s: Seconds = 120.0
     """From asking Ray for the actors to the first step."""
@@ -163,6 +179,7 @@ class Job(Spec):
             *_gpu_problems(self),
             *_optimizer_problems(self),
             *_schedule_problems(self),
+            *_checkpoint_problems(self),
         ]
 
 
@@ -216,3 +233,13 @@ def _schedule_problems(job: Job) -> list[Problem]:
     if schedule.name == "step" and not schedule.every_steps:
         found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
     return found
+
+
+def _checkpoint_problems(job: Job) -> list[Problem]:
+    chosen = job.checkpoint
+    if chosen.every_steps is not None and chosen.every_epochs is not None:
+        return [Problem(("checkpoint",), "give `every_steps` or `every_epochs`, got both")]
+    if chosen.num_to_keep != Checkpoint().num_to_keep and not chosen.wanted:
+        text = "has no effect without `every_steps` or `every_epochs`"
+        return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
+    return []

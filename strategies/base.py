@@ -29,18 +29,21 @@ from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective as Collective
 from distplat.strategies.collective import Handle as Handle
 from distplat.strategies.collective import ReduceOp as ReduceOp
-from distplat.strategies.collective import Traffic as Traffic
 from distplat.strategies.ports import Pushed as Pushed
 from distplat.strategies.ports import Shards as Shards
+from distplat.strategies.ports import Traffic as Traffic
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from distplat.platform.pieces import Place
     from distplat.platform.pipeline_trace import TraceReport
     from distplat.strategies.task import Task
-    from distplat.strategies.training.compute import Compute
+    from distplat.strategies.training.compute import Compute, Share
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.optim import LocalOptimizer
+    from distplat.strategies.training.parts import Part
+    from distplat.strategies.training.restoring import SavedState
     from distplat.strategies.training.session import Prepared
 
 
@@ -90,6 +93,10 @@ class Context:
     _shards: Shards | None
     alive: Callable[[], None] = lambda: None
     """To be called now and then in a wait that may be long for a good reason."""
+    saved: SavedState | None = None
+    """The checkpoint that `flat` was filled from, with the optimizer's state; None: from none."""
+    base: int = 0
+    """Steps of the newest checkpoint: what has fewer behind it is no state to go on from."""
 
     @property
     def collective(self) -> Collective:
@@ -129,8 +136,10 @@ class Strategy(ABC, Generic[OptionsT]):
     """One line for `distplat strategies`."""
     options_type: ClassVar[type[Options]] = Options
     cuts_model: ClassVar[bool] = False
-    """Whether a rank has a part of the model only: then `replicas`, `holders`, `build`, `part` and
-    `compute` are its own, too."""
+    """Whether a rank has a part of the model only: then `replicas`, `holders`, `build`, `own_part`
+    and `compute` are its own, too."""
+    has_parts: ClassVar[bool] = False
+    """Whether `part` is there; a job that wants checkpoints is refused where it is not."""
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -163,7 +172,7 @@ class Strategy(ABC, Generic[OptionsT]):
         """Build the model, whole; seeded before."""
         return task.model()
 
-    def part(self, prepared: Prepared, rank: int, collective: Collective | None) -> FlatModel:
+    def own_part(self, prepared: Prepared, rank: int, collective: Collective | None) -> FlatModel:
         """
         Give what this rank trains; asked in every attempt, of all ranks.
 
@@ -177,8 +186,18 @@ class Strategy(ABC, Generic[OptionsT]):
         Prepare this worker; its model is built, its ports are connected.
 
         Returns:
-            Steps that `flat.params` now has behind it, the same on all ranks; 0 in a fresh run.
+            Steps that `flat.params` now has behind it, the same on all ranks; 0 in a fresh run,
+            those of `context.saved` in one that begins from a checkpoint.
         """
+
+    def caught_up(self) -> Share | None:
+        """
+        Give what this rank computed of the step before the one that `setup` gave.
+
+        For a rank that had not made that step when the attempt before ended, and made it in
+        `setup`: its part is still to be reported. None: nothing is.
+        """
+        return None
 
     def compute(self, prepared: Prepared, context: Context) -> Compute:
         """Give what makes this rank's share of the gradients; asked after `setup`."""
@@ -204,6 +223,19 @@ class Strategy(ABC, Generic[OptionsT]):
     @abstractmethod
     def update(self, step: int) -> None:
         """Bring `flat.params` from version `step` to version `step + 1`."""
+
+    def places(self, flat: FlatModel) -> dict[str, Place] | None:
+        """Say where each tensor of `flat` lies in the whole model; None: `flat` is the whole."""
+        return None
+
+    def part(self, version: int) -> Part:
+        """
+        Give what this rank is responsible for in a checkpoint; called between two steps.
+
+        Args:
+            version: steps done, on every rank the same ones.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no checkpoints")
 
     def synchronize(self) -> None:
         """Make all ranks' parameters equal; called before an evaluation and at the end."""

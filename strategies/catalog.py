@@ -125,6 +125,10 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
         found.extend(problems_of(error, kind.options_type, prefix=("strategy",)))
         return None
     strategy = kind(options)
+    if job.checkpoint.wanted and not kind.has_parts:
+        text = f"the strategy {job.strategy.name!r} has no checkpoints during the run"
+        field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
+        found.append(Problem(("checkpoint", field), text, "remove it"))
     found.extend(strategy.problems(job))
     return None if found else strategy
 

@@ -38,15 +38,22 @@ class Fabric:
         self._changed = threading.Condition()
         self._rounds: dict[tuple[str, int], dict[int, Tensor | None]] = defaultdict(dict)
         self._mail: dict[tuple[str, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
-        self._dead_after: dict[int, int] = {}
+        self._dead_after: dict[int, tuple[int, str]] = {}
 
     def collective(self, rank: int) -> InMemoryCollective:
         """Give rank's end of the group of all ranks."""
         return InMemoryCollective(self, "world", list(range(self.world)), rank)
 
-    def kill(self, rank: int, *, after: int) -> None:
-        """Inject a fault: `rank` never comes to its operation number `after` (from 0)."""
-        self._dead_after[rank] = after
+    def kill(self, rank: int, *, after: int, group: str = "") -> None:
+        """
+        Inject a fault: `rank` never comes to its operation number `after` (from 0) of a group.
+
+        Args:
+            rank: of the world.
+            after: operations are counted in each group.
+            group: what the group's name begins with; "": any group.
+        """
+        self._dead_after[rank] = after, group
 
     def meet(
         self,
@@ -63,7 +70,8 @@ class Fabric:
         Raises:
             CollectiveError: somebody did not come in time, or this rank was killed.
         """
-        if self._dead_after.get(me, number + 1) <= number:
+        after, prefix = self._dead_after.get(me, (number + 1, ""))
+        if after <= number and group.rpartition("/")[2].startswith(prefix):
             killed = (ranks.index(me),)
             raise CollectiveError(group, operation, number, killed, "this rank was killed")
         with self._changed:

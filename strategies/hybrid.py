@@ -27,11 +27,13 @@ from distplat.strategies.catalog import strategies
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from distplat.platform.pieces import Place
     from distplat.platform.pipeline_trace import TraceReport
     from distplat.strategies.pipeline.rank import Rank
     from distplat.strategies.task import Task
-    from distplat.strategies.training.compute import Compute
+    from distplat.strategies.training.compute import Compute, Share
     from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.parts import Part
     from distplat.strategies.training.session import Prepared
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
@@ -111,6 +113,7 @@ class Hybrid(Strategy[HybridOptions]):
     summary = "pipeline stages and tensor slices inside a worker group, data parallel across groups"
     options_type: ClassVar[type[HybridOptions]] = HybridOptions
     cuts_model: ClassVar[bool] = True
+    has_parts: ClassVar[bool] = True
     _rank: Rank | None = None
 
     def roles(self, job: Job) -> Roles:
@@ -145,7 +148,7 @@ class Hybrid(Strategy[HybridOptions]):
 
         return on_meta(task.model)
 
-    def part(self, prepared: Prepared, rank: int, collective: Collective | None) -> FlatModel:
+    def own_part(self, prepared: Prepared, rank: int, collective: Collective | None) -> FlatModel:
         """Agree with the others where the model is cut, and take this rank's part."""
         from distplat.strategies.pipeline.rank import Rank  # torch: in workers only
 
@@ -154,9 +157,23 @@ class Hybrid(Strategy[HybridOptions]):
             self._rank = Rank(self.options, prepared, rank)
         return self._rank.take_part(collective)
 
+    def places(self, flat: FlatModel) -> dict[str, Place]:
+        """Say that each tensor here is whole; problems() refuses checkpoints of slices."""
+        from distplat.strategies.pipeline.twins import places_of
+
+        return places_of(flat)
+
+    def part(self, version: int) -> Part:
+        """Give each part of the model from its first replica."""
+        return self._here.checkpoint()
+
     def setup(self, context: Context) -> int:
         """Meet the other stages and the twins; take over what twins have that are further."""
         return self._here.connect(context)
+
+    def caught_up(self) -> Share | None:
+        """See `Strategy`."""
+        return self._here.caught_up
 
     def compute(self, prepared: Prepared, context: Context) -> Compute:
         """Give this rank's part of the pipeline."""
@@ -190,5 +207,5 @@ class Hybrid(Strategy[HybridOptions]):
 
     @property
     def _here(self) -> Rank:
-        assert self._rank is not None, "part() comes first"
+        assert self._rank is not None, "own_part() comes first"
         return self._rank

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.restoring import SavedState
+
+
+@dataclass
+class Traffic:
+    """What one rank's part in a group has cost so far; every figure only grows."""
+
+    sent_bytes: int = 0
+    """Payload that went from this rank to others."""
+    received_bytes: int = 0
+    waiting_s: float = 0.0
+    """For ranks that had not come."""
+    working_s: float = 0.0
+    """Copying, adding, sending: operations' time without the waiting where that can be told."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,29 @@ class Pushed:
     """This rank's pushes so far that came too late for their step."""
 
 
+class Kind(NamedTuple):
+    """What one vector of a shard is."""
+
+    key: str
+    """Of a checkpoint: `model`, or `optimizer/` and torch's name."""
+    dtype: str
+    length: int | None
+    """None: a value without dimensions."""
+
+
+@dataclass(frozen=True)
+class ShardCopy:
+    """What a shard has kept for a checkpoint."""
+
+    steps: int
+    """That the slowest rank has made at this shard."""
+    start: int = 0
+    """First element of the shard."""
+    kinds: tuple[Kind, ...] = ()
+    box: Any = None
+    """Opens to the vectors, in the order of `kinds`; None: they are not here."""
+
+
 class Shards(Protocol):
     """
     The server group as one worker sees it. Workers know servers, never each other.
@@ -34,10 +71,14 @@ class Shards(Protocol):
     both sides share a node nothing is copied.
     """
 
-    def connect(self, flat: FlatModel) -> None:
+    def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
         """
         Agree on the shard map, move the model's flat buffers to where the servers can reach them,
         and take over the servers' parameters (rank 0's initial ones in a fresh run).
+
+        Args:
+            flat: the model; its `version` is that of its parameters.
+            saved: the checkpoint that they are of, with the optimizer's state; None: of none.
 
         Raises:
             ProtocolError: this worker's model is not that of the others.
@@ -59,6 +100,13 @@ class Shards(Protocol):
 
     def refresh(self) -> None:
         """Bring the newest parameters here."""
+
+    def copies(self, version: int) -> list[ShardCopy] | None:
+        """
+        Fetch what the shards have kept of a version, for a checkpoint; from any thread.
+
+        Waits while ranks are still behind that version. None: it is not there any more.
+        """
 
     def finish(self, alive: Callable[[], None]) -> None:
         """

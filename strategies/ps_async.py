@@ -9,7 +9,7 @@ NIPS 2013); two options correct for what is left. See docs/parameter_server.md.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,9 @@ from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.spec import Job
 from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
+
+if TYPE_CHECKING:
+    from distplat.strategies.training.parts import Part
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 
@@ -42,6 +45,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
     """Push, have it applied, go on with the newest parameters."""
 
     summary = "asynchronous data parallel: sharded parameter server, workers at their own pace"
+    has_parts = True
     options_type = PsAsyncOptions
 
     def roles(self, job: Job) -> Roles:
@@ -58,11 +62,12 @@ class PsAsync(Strategy[PsAsyncOptions]):
     def setup(self, context: Context) -> int:
         """Take the servers' parameters."""
         self._context, self._shards, self._flat = context, context.shards, context.flat
-        self._done, self._finished = 0, False
+        self._done, self._finished = context.flat.version, False
+        self._start = self._done
         self._last = Pushed()
         self._stale_sum = 0
-        self._shards.connect(context.flat)
-        return 0
+        self._shards.connect(context.flat, context.saved)
+        return context.flat.version
 
     def exchange(self, step: int) -> None:
         """Push; returns when it is applied and the newest parameters are here."""
@@ -89,6 +94,14 @@ class PsAsync(Strategy[PsAsyncOptions]):
         self._done = step + 1
         self._stale_sum += self._last.staleness
 
+    def part(self, version: int) -> Part:
+        """Rank 0 gives what the servers keep, and its buffers."""
+        from distplat.strategies.training.parts import Part, server_part
+
+        if self._context.rank != 0:
+            return Part()
+        return server_part(self._context.flat, self._shards, version, may_skip=True)
+
     def synchronize(self) -> None:
         """Take the newest parameters; at the end, once all ranks have made their last push."""
         if self._done < self._context.total_steps:
@@ -101,6 +114,6 @@ class PsAsync(Strategy[PsAsyncOptions]):
         """Give the staleness of the push just made, its mean so far, and the wait for others."""
         return {
             "staleness": float(self._last.staleness),
-            "staleness_mean": self._stale_sum / max(1, self._done),
+            "staleness_mean": self._stale_sum / max(1, self._done - self._start),
             "waiting_s": self._last.waiting_s,
         }

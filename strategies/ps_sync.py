@@ -9,6 +9,10 @@ With `backup_workers: b` a step is made of the first N - b gradients; what comes
 and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00981).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from distplat.platform.clocks import Consistency
@@ -17,6 +21,9 @@ from distplat.platform.fields import NonNegative
 from distplat.platform.spec import Job
 from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
+
+if TYPE_CHECKING:
+    from distplat.strategies.training.parts import Part
 
 
 class PsSyncOptions(Options):
@@ -35,6 +42,7 @@ class PsSync(Strategy[PsSyncOptions]):
     """Push gradients to all shards, commit, go on with the new version."""
 
     summary = "synchronous data parallel: sharded parameter server, updates on the server nodes"
+    has_parts = True
     options_type = PsSyncOptions
 
     def roles(self, job: Job) -> Roles:
@@ -59,8 +67,8 @@ class PsSync(Strategy[PsSyncOptions]):
         self._context, self._shards = context, context.shards
         self._pushed = Pushed()
         self._skipped = 0
-        self._shards.connect(context.flat)
-        return 0
+        self._shards.connect(context.flat, context.saved)
+        return context.flat.version
 
     def skips(self, step: int) -> bool:
         """Say whether the others have made the step without this rank."""
@@ -76,6 +84,16 @@ class PsSync(Strategy[PsSyncOptions]):
         """Commit, where the shards had to learn the norm over all of them first."""
         if self._pushed.norm is not None:
             self._shards.commit(step, self._pushed.norm)
+
+    def part(self, version: int) -> Part:
+        """Rank 0 gives what the servers keep, and its buffers."""
+        from distplat.strategies.training.parts import Part, server_part
+
+        if self._context.rank != 0:
+            return Part()
+        return server_part(
+            self._context.flat, self._shards, version, may_skip=bool(self.options.backup_workers)
+        )
 
     def synchronize(self) -> None:
         """Take the newest parameters, where ranks may be apart; after the last step none are."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distplat.strategies.reduction.sharded import ShardedUpdate
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.optim import LocalOptimizer
+    from distplat.strategies.training.parts import Part
     from distplat.strategies.training.running_stats import RunningStatistics
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
@@ -58,6 +59,7 @@ class Ring(Strategy[RingOptions]):
 
     summary = "synchronous data parallel: ring all-reduce between workers, no server"
     options_type: ClassVar[type[Options]] = RingOptions
+    has_parts = True
     _reducer: Reducer | None = None
     _statistics: RunningStatistics | None = None
     _optimizer: LocalOptimizer | ShardedUpdate
@@ -97,23 +99,26 @@ class Ring(Strategy[RingOptions]):
         from distplat.strategies.training.running_stats import RunningStatistics
 
         flat, collective = context.flat, context.collective
-        self._collective, self._device = collective, flat.params.device
-        before = self._optimizer.state() if flat.version > 0 else {}
+        self._collective, self._device, self._flat = collective, flat.params.device, flat
         old = self._reducer
+        before = self._optimizer.state() if old is not None and flat.version > 0 else {}
         if old is not None:
             old.close()
         flat.move(flat.params, collective.share(flat.grads))
         if self.options.shard_optimizer:
-            self._reducer = self._optimizer = _sharded(context)
+            self._reducer = self._optimizer = sharded = _sharded(context)
+            if context.saved is not None:
+                sharded.load(context.saved.optimizer(flat, *sharded.bounds))
         else:
             self._reducer = _reducer(self.options, flat, collective)
             _pass_residual_on(old, self._reducer)
             self._optimizer = context.local_optimizer()
-            self._optimizer.load(before)
+            saved = context.saved.optimizer(flat) if context.saved is not None else {}
+            self._optimizer.load(before or saved)
         if self._statistics is not None:
             self._statistics.restore()
         self._statistics = RunningStatistics(flat.model, collective)
-        version = take_over_newest(flat, self._optimizer, collective)
+        version = take_over_newest(flat, self._optimizer, collective, context.base)
         self._statistics.keep()
         return version
 
@@ -133,6 +138,16 @@ class Ring(Strategy[RingOptions]):
         assert self._statistics is not None, "setup() comes first"
         self._optimizer.step(step)
         self._statistics.keep()
+
+    def part(self, version: int) -> Part:
+        """Rank 0 gives the model and the optimizer's state; a sharded one each rank for itself."""
+        from distplat.strategies.training.parts import Part, model_part, optimizer_part
+
+        model = model_part(self._flat) if self._collective.rank == 0 else Part()
+        if self.options.shard_optimizer or self._collective.rank == 0:
+            start, _ = self._optimizer.bounds
+            return model.plus(optimizer_part(self._flat, self._optimizer.memory(), start))
+        return model
 
     def gather(self, data: bytes) -> list[bytes]:
         """Give every rank what all brought."""

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 from distplat.platform.cut import even_bounds
 from distplat.platform.grid import Position
 from distplat.strategies.algorithms.seeds import mixed
-from distplat.strategies.pipeline.executor import Executor, Tail
+from distplat.strategies.pipeline.executor import Executor
 from distplat.strategies.pipeline.plans import PlanOf
+from distplat.strategies.pipeline.seams import Tail
 from distplat.strategies.training.batches import eval_batches, micro_batches
 from distplat.strategies.training.compute import (
     Share,
@@ -69,6 +70,7 @@ class Pipeline:
         self._begins = settings.at.stage == 0
         self._ends = settings.at.stage == settings.stages - 1
         self._batches: Iterator[Any] = iter(())
+        self.share = Share()  #: what this rank had of the last step
 
     def start(self, steps: range) -> None:
         """See `Compute`."""
@@ -84,17 +86,18 @@ class Pipeline:
         plan = sampler.micro_batches(step, s.at.replica, s.micro_batches)
         sizes = [len(ids) for ids in plan]
         self._executor.spans = []
+        self.share = Share()
         if not sizes:
-            return Share()
+            return self.share
         seed = mixed(self._p.job.seed, step, s.at.replica)
         source = _Training(self, self._batches, sizes, seed, 1.0 / sampler.batch_size(step))
         self._executor.train(s.training(len(sizes)), source, self._tail)
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
-        if not self._ends or s.at.slice > 0:
-            return Share()
-        losses = zip(source.losses, sizes, strict=True)
-        return Share(sum(loss.item() * size for loss, size in losses), sum(sizes))
+        if self._ends and s.at.slice == 0:
+            losses = zip(source.losses, sizes, strict=True)
+            self.share = Share(sum(loss.item() * size for loss, size in losses), sum(sizes))
+        return self.share
 
     def skip(self, step: int) -> None:
         """See `Compute`; pipelines leave no step out."""

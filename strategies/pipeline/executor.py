@@ -6,9 +6,9 @@ channel (`algorithms/schedule_messages.py`), and every channel has room for one 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,46 +23,7 @@ from distplat.strategies.algorithms.schedule_messages import (
 )
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.part import Chunk
-
-
-class Span(NamedTuple):
-    """What was done, and when; seconds of the process's clock."""
-
-    kind: str
-    """`F`, `B`, `W`, `send`, `recv`."""
-    chunk: int
-    micro_batch: int
-    start: float
-    end: float
-
-
-class Source(Protocol):
-    """Gives the micro-batches of a step, and takes what comes of them."""
-
-    sizes: Sequence[int]
-    """Samples of each micro-batch."""
-
-    def inputs(self, micro_batch: int) -> Tensor:
-        """Give what enters the first place; asked on its rank."""
-
-    def peek(self, micro_batch: int) -> Tensor:
-        """Give the same, which will be asked for once more."""
-
-    def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
-        """Give what is to be differentiated; asked on the last place's rank."""
-
-    def seed(self, micro_batch: int) -> int:
-        """Seed the micro-batch's dropout."""
-
-
-class Tail(Protocol):
-    """Told when gradients become final."""
-
-    def last_backward(self) -> None:
-        """What the backward that begins now makes is final."""
-
-    def pause(self) -> None:
-        """It is over."""
+from distplat.strategies.pipeline.seams import Source, Span, Tail
 
 
 class _Live(NamedTuple):

@@ -7,7 +7,7 @@ import time
 from distplat.platform.grid import Position
 from distplat.platform.pipeline_trace import TraceEvent, TraceReport
 from distplat.strategies.base import Collective, Traffic
-from distplat.strategies.pipeline.executor import Span
+from distplat.strategies.pipeline.seams import Span
 
 _COMPUTING = ("F", "B", "W")
 

@@ -76,6 +76,9 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if chosen.recompute and chosen.schedule == "zb-h1":
         text = "cannot be combined with `schedule: zb-h1`, which would compute forward three times"
         found.append(_problem("recompute", text, "take `schedule: 1f1b`"))
+    if chosen.tensor > 1 and job.checkpoint.wanted:
+        text = "checkpoints of slices are not there yet, so they need `tensor: 1`"
+        found.append(_problem("tensor", text, "take checkpoint.every_* out, or more stages"))
     if chosen.backend == "nccl" and not job.scaling.use_gpu:
         hint_ = "set scaling.use_gpu: true, or `backend: auto`"
         found.append(_problem("backend", "`nccl` runs between GPUs only", hint_))

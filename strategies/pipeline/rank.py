@@ -34,10 +34,12 @@ from distplat.strategies.pipeline.part import Part
 from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
 from distplat.strategies.pipeline.rebound import Rebound
-from distplat.strategies.pipeline.twins import Twins
+from distplat.strategies.pipeline.twins import Twins, places_of
 from distplat.strategies.tensor.parts import gather_full
-from distplat.strategies.training.compute import precision
+from distplat.strategies.training.compute import Share, precision
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.parts import Part as Checkpointed
+from distplat.strategies.training.parts import model_part, optimizer_part
 from distplat.strategies.training.session import Prepared
 
 if TYPE_CHECKING:
@@ -62,7 +64,9 @@ class Rank:
         self._device = torch.device(prepared.device)
         self._part: Part | None = None
         self._slices: Rebound | None = None
+        self._twins: Twins | None = None
         self._ready = False  #: the summed gradients of the step in flight are there
+        self.caught_up: Share | None = None  #: see `Strategy.caught_up`
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
         self._measures = Measures(rank, self._at)
 
@@ -100,11 +104,10 @@ class Rank:
         """
         at, grid = self._at, self._grid
         everybody = self._everybody = context.collective
-        if context.flat.version == 0:
-            options = self._options
-            bucket_bytes = int(options.bucket_mb * 2**20)
-            self._twins = Twins(context.flat, bucket_bytes, overlap=options.overlap)
-        self._catch_up(context.flat)
+        if self._twins is None:
+            bucket_bytes = int(self._options.bucket_mb * 2**20)
+            self._twins = Twins(context.flat, bucket_bytes, overlap=self._options.overlap)
+        self._catch_up(context.flat, self._twins)
         members = grid.group(at.replica)
         self._replica = everybody.subgroup(f"replica-{at.replica}", members)
         twins = None
@@ -118,12 +121,14 @@ class Rank:
         self.pipeline = self._make_pipeline(context, members)
         return version
 
-    def _catch_up(self, flat: FlatModel) -> None:
+    def _catch_up(self, flat: FlatModel, own: Twins) -> None:
         """Make the update that others have made, if all that it needs is here."""
         newest = max(self._versions(flat.version))
+        self.caught_up = None
         if self._ready and flat.version == newest - 1:
-            self._twins.update(flat.version, self._norm)
+            own.update(flat.version, self._norm)
             flat.version = newest
+            self.caught_up = self.pipeline.share
         self._ready = False
 
     def _versions(self, mine: int) -> list[int]:
@@ -155,7 +160,7 @@ class Rank:
             self._plan,
             lambda count: evaluation_plan(grid.stages, count, options.chunks),
         )
-        return Pipeline(self._prepared, settings, executor, self._twins)
+        return Pipeline(self._prepared, settings, executor, self._exchanging)
 
     def _plan(self, count: int) -> Plan:
         options = self._options
@@ -169,7 +174,7 @@ class Rank:
             CollectiveError: a rank is missing.
         """
         began = time.perf_counter()
-        self._twins.sum_gradients()
+        self._exchanging.sum_gradients()
         if self._prepared.job.clip_norm is not None:
             self._norm = self._whole_norm()
         self._ready = True
@@ -193,12 +198,12 @@ class Rank:
 
     def update(self, step: int) -> None:
         """Update this rank's part."""
-        self._twins.update(step, self._norm)
+        self._exchanging.update(step, self._norm)
         self._ready = False
 
     def figures(self) -> dict[str, float]:
         """Give the figures of pipeline and exchange."""
-        return {**self._twins.figures(), **self._measures.figures(self._executor.spans)}
+        return {**self._exchanging.figures(), **self._measures.figures(self._executor.spans)}
 
     def trace(self, step: int) -> TraceReport | None:
         """Tell when what was done in the step just made, if it is the one."""
@@ -217,6 +222,14 @@ class Rank:
         state = self._own.flat.model.state_dict()
         return state if self._slices is None else gather_full(state, self._own.specs, self._slices)
 
+    def checkpoint(self) -> Checkpointed:
+        """Give this rank's part for a checkpoint: those of the first replica give theirs."""
+        if self._at.replica > 0:
+            return Checkpointed()
+        flat = self._own.flat
+        places, memory = places_of(flat), self._exchanging.memory()
+        return model_part(flat, places).plus(optimizer_part(flat, memory, 0, places))
+
     @property
     def everybody(self) -> Collective:
         """All ranks of the run."""
@@ -226,6 +239,11 @@ class Rank:
     def device(self) -> torch.device:
         """Where this rank computes."""
         return self._device
+
+    @property
+    def _exchanging(self) -> Twins:
+        assert self._twins is not None, "connect() comes first"
+        return self._twins
 
     @property
     def _own(self) -> Part:

@@ -7,12 +7,20 @@ running statistics are averaged; a new rank gets its state from a twin.
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from distplat.platform.pieces import Place
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.handover import take_over_newest
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.running_stats import RunningStatistics
+
+
+def places_of(flat: FlatModel) -> dict[str, Place]:
+    """Say that each tensor of a stage is a whole one of the model."""
+    return {name: Place(tuple(t.shape)) for name, t in flat.model.state_dict().items()}
 
 
 class PartOptimizer(LocalOptimizer):
@@ -59,14 +67,19 @@ class Twins:
         if group is not None:
             flat.move(flat.params, group.share(flat.grads))
         self._optimizer = PartOptimizer(flat, context.job, context.total_steps)
-        self._optimizer.load(before)
+        saved = (
+            context.saved.optimizer(flat, places=places_of(flat))
+            if context.saved is not None
+            else {}
+        )
+        self._optimizer.load(before or saved)
         if group is None:
             return flat.version
         self._reducer = BucketReducer(flat, group, self._bucket_bytes, overlap=self._overlap)
         if self._statistics is not None:
             self._statistics.restore()
         self._statistics = RunningStatistics(flat.model, group)
-        version = take_over_newest(flat, self._optimizer, group)
+        version = take_over_newest(flat, self._optimizer, group, context.base)
         self._statistics.keep()
         return version
 
@@ -106,6 +119,11 @@ class Twins:
         self._optimizer.step(step)
         if self._statistics is not None:
             self._statistics.keep()
+
+    def memory(self) -> dict[str, Tensor]:
+        """Give what the optimizer remembers, by torch's names; not a copy."""
+        assert self._optimizer is not None, "meet() comes first"
+        return self._optimizer.memory()
 
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""

@@ -49,6 +49,7 @@ class ShardedUpdate(LocalOptimizer):
         bounds = even_bounds(flat.size, group.world, align=_ALIGN)
         self._gradients = [flat.grads[start:stop] for start, stop in bounds]
         self._parameters = [flat.params[start:stop] for start, stop in bounds]
+        self.bounds = bounds[group.rank]
         self._gradient = self._gradients[group.rank]
         self._part = self._parameters[group.rank]
         self._optimizer = make_optimizer(job.optimizer, self._part, self._gradient)
@@ -106,7 +107,7 @@ class ShardedUpdate(LocalOptimizer):
     @property
     def state_bytes(self) -> int:
         """Memory that this rank's part of the state takes."""
-        return sum(value.nbytes for value in super().state().values())
+        return sum(value.nbytes for value in self.memory().values())
 
     def _norm(self) -> float:
         """Give the 2-norm of the summed gradient over all parts, the same bits on every rank."""

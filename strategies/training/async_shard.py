@@ -15,6 +15,8 @@ of g g^T in the place of the Hessian:
 Plain and synchronous, as `ParameterShard`: it waits for nobody.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,13 @@ from distplat.platform.apply_log import Applied, ApplyLog
 from distplat.platform.clocks import Clocks
 from distplat.platform.ledger import AsyncLedger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
-from distplat.strategies.training.optim import make_optimizer, step_optimizer
+from distplat.strategies.training.keeping import Keeping, Kept
+from distplat.strategies.training.optim import (
+    load_state,
+    make_optimizer,
+    state_of,
+    step_optimizer,
+)
 
 
 class AsyncShard:
@@ -45,6 +53,7 @@ class AsyncShard:
         self.log = ApplyLog()
         self.pulled = [0] * plan.world  #: by rank: version that it computes on
         self.staleness = [0] * plan.world  #: by rank: of its last gradient
+        self._keeping = Keeping(plan.checkpoint_every, plan.total_steps)
         kept = plan.world if self._lambda else 0
         self._values = [torch.zeros_like(params) for _ in range(kept)]  #: by rank: what it pulled
 
@@ -53,9 +62,33 @@ class AsyncShard:
         """Updates applied."""
         return self.ledger.version or 0
 
-    def restore(self, version: int) -> None:
-        """Declare `params` to be of this version; from now on the shard takes pushes."""
-        self.ledger.restore(version)
+    @property
+    def steps(self) -> int:
+        """Steps that every rank has made here."""
+        return min(self.clocks.done)
+
+    def restore(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Declare `params` to have so many steps of every rank behind them; pushes are taken now.
+
+        Args:
+            version: steps; each rank's next push has this number.
+            state: what the optimizer remembers of them; None: nothing.
+        """
+        world = self._plan.world
+        load_state(self._optimizer, state or {})
+        self.ledger.restore(version * world, version)
+        self.clocks.done = [version] * world
+        self.pulled = [version * world] * world
+
+    def kept(self, version: int) -> Kept | None:
+        """
+        Hand over the copies for a checkpoint; None: they are not there.
+
+        They were made when the slowest rank's gradient of step `version - 1` was applied; of
+        faster ranks there are later gradients in them, too.
+        """
+        return self._keeping.give(version)
 
     def pull(self, rank: int) -> int:
         """Note that a worker takes the present `params`; give their version."""
@@ -85,6 +118,11 @@ class AsyncShard:
             self.log.add(Applied(rank, push.seq, self.pulled[rank]))
             self._apply(rank, before, gradient)
             self.clocks.tick(rank)
+            slowest = min(self.clocks.done)
+            if self.clocks.done[rank] == slowest:  # else no rank behind it has moved
+                self._keeping.reached(
+                    slowest, lambda: {"": self.params, **state_of(self._optimizer)}
+                )
         return verdict
 
     def _apply(self, rank: int, version: int, gradient: Tensor) -> None:

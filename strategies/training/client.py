@@ -9,7 +9,9 @@ from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.base import Pushed
+from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_service import AsyncService
+from distplat.strategies.training.parts import kind_of
 from distplat.strategies.training.service import Limits, Service
 from distplat.strategies.training.sync_service import SyncService
 
@@ -35,6 +37,41 @@ def pushed(answers: Sequence[Answer]) -> Pushed:
         version=min(answer.version for answer in answers),
         dropped=max(answer.dropped for answer in answers),
     )
+
+
+def shard_copy(start: int, service: Service, version: int, limit_s: float) -> ShardCopy:
+    """Give what a shard has kept of a version; its box holds the tensors themselves."""
+    steps, kept = service.kept(version, limit_s)
+    if kept is None:
+        return ShardCopy(steps, start)
+    kinds = [kind_of(f"optimizer/{k}" if k else "model", v) for k, v in kept.tensors.items()]
+    return ShardCopy(steps, start, tuple(kinds), list(kept.tensors.values()))
+
+
+def fetch_copies(
+    asks: Sequence[Callable[[float], ShardCopy]], version: int, patience_s: float
+) -> list[ShardCopy] | None:
+    """
+    Fetch what all shards have kept of a version.
+
+    Args:
+        asks: by shard; waits for ranks that are behind, at most so many seconds.
+        version: steps.
+        patience_s: how long no rank may make a step.
+
+    Returns:
+        None: a shard has its copies no more, or nobody moves.
+    """
+    copies = []
+    for ask in asks:
+        before, until = -1, time.monotonic() + patience_s
+        while (copy := ask(min(LOOK_S, patience_s))).box is None:
+            if copy.steps >= version or time.monotonic() > until:
+                return None
+            if copy.steps > before:
+                before, until = copy.steps, time.monotonic() + patience_s
+        copies.append(copy)
+    return copies
 
 
 def wait_for_all(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,17 @@ from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import Shard, ShardPlan, cut_shards
 from distplat.strategies.base import Pushed
-from distplat.strategies.training.client import make_service, pushed, wait_for_all
+from distplat.strategies.ports import ShardCopy
+from distplat.strategies.training.client import (
+    fetch_copies,
+    make_service,
+    pushed,
+    shard_copy,
+    wait_for_all,
+)
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.parts import as_array
+from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.service import Deliver, Limits, Service
 
 
@@ -36,8 +46,9 @@ class ServerGroup:
         self._params: Tensor | None = None
         self._services: list[Service] = []
 
-    def open(self, initial: Tensor) -> Tensor:
+    def open(self, flat: FlatModel, saved: SavedState | None = None) -> Tensor:
         """Take the first comer's parameters as the initial ones; give the shared vector."""
+        initial = flat.params
         with self._opening:
             if self._params is None:
                 self._params = initial.clone()
@@ -46,7 +57,8 @@ class ServerGroup:
                     part = self._params[shard.start : shard.stop]
                     name = f"server-{shard.index}"
                     self._services.append(make_service(name, self.plan, limits, part))
-                    self._services[-1].restore(0, lambda params: None)
+                    state = saved.optimizer(flat, shard.start, shard.stop) if saved else {}
+                    self._services[-1].restore(flat.version, lambda params: None, state)
             return self._params
 
     def service(self, index: int, step: int | None = None) -> Service:
@@ -73,10 +85,10 @@ class InMemoryShards:
         self._group, self._rank = group, rank
         self._pulls = 0
 
-    def connect(self, flat: FlatModel) -> None:
+    def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
         """See `Shards`."""
         self._flat = flat
-        shared = self._group.open(flat.params)
+        shared = self._group.open(flat, saved)
         self._cuts = cut_shards(flat.size, self._group.plan.shards).shards
         if not self._group.plan.consistency.private:
             flat.move(shared, flat.grads)
@@ -106,6 +118,18 @@ class InMemoryShards:
             service = self._group.service(cut.index)
             service.pull(self._rank, self._pulls, self._deliver(cut))
         self._pulls += 1
+
+    def copies(self, version: int) -> list[ShardCopy] | None:
+        """See `Shards`."""
+
+        def ask(cut: Shard, limit_s: float) -> ShardCopy:
+            service = self._group.service(cut.index)
+            copy = shard_copy(cut.start, service, version, limit_s)
+            return replace(copy, box=None if copy.box is None else [*map(as_array, copy.box)])
+
+        return fetch_copies(
+            [partial(ask, cut) for cut in self._cuts], version, self._group.timeout_s
+        )
 
     def finish(self, alive: Callable[[], None]) -> None:
         """See `Shards`."""

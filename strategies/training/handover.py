@@ -16,13 +16,16 @@ import json
 import torch
 from torch import Tensor
 
+from distplat.platform.errors import StateLost
 from distplat.strategies.base import Collective
 from distplat.strategies.training.flat import TORN, FlatModel
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.words import broadcast_bytes
 
 
-def take_over_newest(flat: FlatModel, optimizer: LocalOptimizer, group: Collective) -> int:
+def take_over_newest(
+    flat: FlatModel, optimizer: LocalOptimizer, group: Collective, base: int = 0
+) -> int:
     """
     Give every rank the newest rank's parameters, buffers and optimizer state, bit for bit.
 
@@ -30,12 +33,14 @@ def take_over_newest(flat: FlatModel, optimizer: LocalOptimizer, group: Collecti
         flat: this rank's model; its `version` says what it is worth.
         optimizer: its optimizer, fresh or with what goes with that version.
         group: all ranks; each calls this.
+        base: steps of the newest checkpoint.
 
     Returns:
         The version that all ranks now have.
 
     Raises:
         CollectiveError: a rank is missing.
+        StateLost: who had the newest version is gone, and a checkpoint is newer than the rest.
     """
     device = flat.params.device
     versions = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
@@ -44,6 +49,8 @@ def take_over_newest(flat: FlatModel, optimizer: LocalOptimizer, group: Collecti
     newest = max(all_versions)
     if newest == min(all_versions) > 0:
         return newest  # nobody is new: a failure of the network alone
+    if newest < base:
+        raise StateLost(f"the state after step {base} and later")
     source = all_versions.index(newest)
     if group.rank != source:
         flat.version = TORN  # should a rank be lost now, nobody may take these for good

@@ -57,10 +57,15 @@ class Loop:
     progress: Progress
     start: int = 0
     """Steps that were made before."""
+    checkpoint: Callable[[int], object] = lambda version: None
+    """Told after each step how many are done: a checkpoint may be due."""
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
         self.progress.step = self.start
+        unreported = self.strategy.caught_up()
+        if unreported is not None:
+            self._end_step(self.start - 1, unreported, Stopwatch())
         if self.start and self.eval_data is not None and self._evaluates_after(self.start - 1):
             self._evaluate(self.eval_data, self.start)  # it may have been cut off
         steps = range(self.start, self.total_steps)
@@ -70,6 +75,7 @@ class Loop:
                 self._skip(step)
             else:
                 self._step(step)
+            self.checkpoint(step + 1)
             if self.eval_data is not None and self._evaluates_after(step):
                 self.strategy.synchronize()
                 self._evaluate(self.eval_data, step + 1)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -59,24 +60,39 @@ def _spare_the_compiler() -> None:
     plain.__dict__.setdefault("__dynamo_disable", plain)
 
 
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Give what an optimizer of `make_optimizer` remembers, by torch's names; not a copy."""
+    states = optimizer.state_dict()["state"]
+    return dict(states[0]) if states else {}
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Take over what `state_of` an equal optimizer gave; copied."""
+    if state:
+        copies = {name: value.clone() for name, value in state.items()}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": {0: copies}, "param_groups": groups})
+
+
 class LocalOptimizer:
     """Optimizer over a worker's own parameters, for strategies that update in the worker."""
 
     def __init__(self, flat: FlatModel, job: Job, total_steps: int) -> None:
         self._flat, self._job, self._total = flat, job, total_steps
         self._optimizer = make_optimizer(job.optimizer, flat.params, flat.grads)
+        self.bounds = (0, flat.size)  #: the run of the flat vector that it updates
 
     def state(self) -> dict[str, Tensor]:
-        """Give what the optimizer remembers of earlier steps, by torch's names; not a copy."""
-        states = self._optimizer.state_dict()["state"]
-        return dict(states[0]) if states else {}
+        """Give what it can hand over to another rank: all of `memory`; not a copy."""
+        return self.memory()
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def memory(self) -> dict[str, Tensor]:
+        """Give what the optimizer remembers of its run, by torch's names; not a copy."""
+        return state_of(self._optimizer)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` of an equal optimizer gave; copied."""
-        if state:
-            copies = {name: value.clone() for name, value in state.items()}
-            groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({"state": {0: copies}, "param_groups": groups})
+        load_state(self._optimizer, state)
 
     @property
     def state_bytes(self) -> int:

@@ -28,6 +28,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Prepared, join
 
 
@@ -154,7 +155,7 @@ class ReplayShards:
     def __init__(self, group: ReplayGroup, rank: int) -> None:
         self._group, self._rank = group, rank
 
-    def connect(self, flat: FlatModel) -> None:
+    def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
         """See `Shards`."""
         self._group.connect(self._rank, flat)
 
@@ -167,6 +168,9 @@ class ReplayShards:
 
     def refresh(self) -> None:
         """See `Shards`; what a rank computes on, the logs say."""
+
+    def copies(self, version: int) -> None:
+        """See `Shards`; what was made before needs no checkpoints."""
 
     def finish(self, alive: Callable[[], None]) -> None:
         """See `Shards`."""

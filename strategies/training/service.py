@@ -8,7 +8,7 @@ A server node and the fake in memory wrap the same service; how values reach a w
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from distplat.platform.errors import DeadlineExceeded, ProtocolError, StaleError
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.keeping import Kept
 from distplat.strategies.training.shard import ParameterShard
 
 Deliver = Callable[[Tensor, int], Any]
@@ -59,13 +60,40 @@ class Service(ABC):
         """The shard's vector, shape [m]."""
         return self._served.params
 
-    def restore(self, version: int, fill: Callable[[Tensor], object]) -> None:
-        """Have `fill` put parameters of this version in place, and open; twice does nothing."""
+    def restore(
+        self,
+        version: int,
+        fill: Callable[[Tensor], object],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """
+        Open for service; twice does nothing.
+
+        Args:
+            version: steps that the parameters have behind them.
+            fill: puts them in place.
+            state: what the optimizer remembers; None: nothing.
+        """
         with self._changed:
             if self._served.ledger.version is None:
                 fill(self.params)
-                self._served.restore(version)
+                self._served.restore(version, state)
             self._changed.notify_all()
+
+    def kept(self, version: int, limit_s: float) -> tuple[int, Kept | None]:
+        """
+        Give the copies that were made of a version, once.
+
+        Args:
+            version: steps.
+            limit_s: how long to wait for ranks that are behind it.
+
+        Returns:
+            Steps of the slowest rank, and the copies; None: they are not here.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._served.steps >= version, limit_s)
+            return self._served.steps, self._served.kept(version)
 
     def pull(self, rank: int, number: int, deliver: Deliver) -> Answer:
         """

@@ -7,12 +7,13 @@ From a job and a task to a loop that is ready to run, in three steps that can wa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from distplat.platform.checkpoints import is_due
 from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
@@ -21,6 +22,8 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.batches import make_sampler, total_steps
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.loop import Loop, Progress
+from distplat.strategies.training.parts import Take
+from distplat.strategies.training.restoring import SavedState
 
 
 @dataclass
@@ -44,6 +47,22 @@ class Prepared:
         """What this worker trains; only once it is known."""
         assert self.part is not None, "join() comes first: the strategy cuts the model"
         return self.part
+
+
+@dataclass(frozen=True)
+class Around:
+    """The checkpoints before and after."""
+
+    saved: SavedState | None = None
+    """The one to begin from; None: the model as it was built, or as this worker has it."""
+    base: int = 0
+    """Steps of the newest one."""
+    take: Take | None = None
+    """Takes this rank's parts of new ones; None: there are none."""
+
+
+FRESH = Around()
+"""No checkpoints."""
 
 
 def prepare(
@@ -86,17 +105,23 @@ def join(
     shards: Shards | None,
     report: Callable[[AnyReport], None],
     progress: Progress,
+    around: Around = FRESH,
 ) -> Loop:
     """
     Set the strategy up with its ports and give the loop.
 
     Raises:
+        SpecError: the checkpoint is of another model or data set.
         DistplatError: whatever the ports raise while the ranks find each other.
     """
     p = prepared
-    p.part = strategy.part(p, rank, collective)
+    p.part = strategy.own_part(p, rank, collective)
     world = p.job.scaling.world
+    if around.saved is not None:
+        around.saved.check_data(p.sampler.size)
+        around.saved.load_model(p.flat, strategy.places(p.flat))
     context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards, progress.beat)
+    context = replace(context, saved=around.saved, base=around.base)
     start = strategy.setup(context)
     return Loop(
         p.job,
@@ -110,4 +135,24 @@ def join(
         report,
         progress,
         start,
+        _checkpoints(p, strategy, around.take),
     )
+
+
+def _checkpoints(p: Prepared, strategy: Strategy[Any], take: Take | None) -> Callable[[int], None]:
+    """Have the rank's part taken after each step that ends with a checkpoint."""
+    if take is None:
+        return lambda version: None
+    every = p.job.checkpoint.period(p.sampler.steps_per_epoch)
+
+    def checkpoint(version: int) -> None:
+        if is_due(version, every, p.total_steps):
+            facts = {
+                "epoch": p.sampler.epoch_of(version),
+                "steps_per_epoch": p.sampler.steps_per_epoch,
+                "samples": p.sampler.size,
+                "versions": {"torch": torch.__version__},
+            }
+            take(version, strategy.part(version), facts)
+
+    return checkpoint

@@ -14,6 +14,8 @@ keeps the version before until the first push of the next step proves that all a
 So there is always a version that every shard can give, whoever dies at whatever moment (I3).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,13 @@ from distplat.platform.errors import GapError, StaleError
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.algorithms.reduce import clip_factor, squared_norm, sum_in_order
-from distplat.strategies.training.optim import make_optimizer, step_optimizer
+from distplat.strategies.training.keeping import Keeping, Kept
+from distplat.strategies.training.optim import (
+    load_state,
+    make_optimizer,
+    state_of,
+    step_optimizer,
+)
 
 
 class ParameterShard:
@@ -45,6 +53,7 @@ class ParameterShard:
         keeps = plan.shards > 1 and self.commits_alone
         self._before: Tensor | None = params.clone() if keeps else None
         self._before_version: int | None = None  #: version of `_before`
+        self._keeping = Keeping(plan.checkpoint_every, plan.total_steps)
 
     @property
     def version(self) -> int:
@@ -52,12 +61,24 @@ class ParameterShard:
         return self.ledger.version or 0
 
     @property
+    def steps(self) -> int:
+        """Steps that every rank has made here."""
+        return self.version
+
+    @property
     def commits_alone(self) -> bool:
         """Whether a complete step may be applied at once: nothing of other shards is needed."""
         return self._plan.shards == 1 or self._plan.job.clip_norm is None
 
-    def restore(self, version: int) -> None:
-        """Declare `params` to be of this version; from now on the shard takes pushes."""
+    def restore(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Declare `params` to be of this version; from now on the shard takes pushes.
+
+        Args:
+            version: steps that they have behind them.
+            state: what the optimizer remembers of them; None: nothing.
+        """
+        load_state(self._optimizer, state or {})
         self.ledger.restore(version)
         self._before_version = None
 
@@ -74,6 +95,10 @@ class ParameterShard:
             return self._before
         kind = GapError if version > self.version else StaleError
         raise kind(f"version {version} is not here: the shard is at {self.version}")
+
+    def kept(self, version: int) -> Kept | None:
+        """Hand over the copies for a checkpoint; None: they are not there, or not any more."""
+        return self._keeping.give(version)
 
     def push(self, push: PushId, gradient: Tensor) -> Verdict:
         """
@@ -113,6 +138,7 @@ class ParameterShard:
         if limit is not None and norm is not None:
             self._sum.mul_(clip_factor(norm, limit))
         step_optimizer(self._optimizer, self._plan.job, seq, self._plan.total_steps)
+        self._keeping.reached(seq + 1, lambda: {"": self.params, **state_of(self._optimizer)})
 
     def _keep_present(self) -> None:
         """Every shard has the present version, or nobody could push a gradient made with it."""

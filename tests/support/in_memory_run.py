@@ -1,19 +1,25 @@
 """A whole training run in memory: N ranks as threads, the ports from `strategies/fakes.py`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from rank_threads import on_ranks
 from torch import Tensor
 
+from distplat.actors.courier import Courier
+from distplat.platform.collecting import Collecting, Delivery
+from distplat.platform.pieces import by_file, put_together
 from distplat.platform.progress import AnyReport
+from distplat.platform.resume import state_of
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Prepared, join, prepare
+from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.session import Around, Prepared, join, prepare
 
 
 @dataclass
@@ -29,6 +35,8 @@ class Run:
     """By rank: its part of the trained model."""
     group: ServerGroup
     """With the shards' logs, where the strategy has servers."""
+    checkpoints: dict[int, SavedState] = field(default_factory=dict)
+    """By version, as they would be read from the disk."""
 
     def parameters(self, rank: int = 0) -> dict[str, Tensor]:
         """Copy one rank's model."""
@@ -42,6 +50,7 @@ def train(
     *,
     before: Callable[[int, Prepared], None] = lambda rank, prepared: None,
     timeout_s: float = 10.0,
+    saved: SavedState | None = None,
 ) -> Run:
     """
     Train `job.scaling.world` ranks to the end.
@@ -51,6 +60,7 @@ def train(
         task: the task's class.
         before: called for each rank between `prepare` and `join`, to spoil something.
         timeout_s: deadline of the ports' waits.
+        saved: the checkpoint to begin from.
     """
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
@@ -60,12 +70,21 @@ def train(
         before(rank, prepared)
     roles = strategies[0].roles(job)
     steps, servers = ranks[0].total_steps, max(1, roles.servers)
-    plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency)
+    every = job.checkpoint.period(ranks[0].sampler.steps_per_epoch)
+    plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
     group = ServerGroup(plan, timeout_s)
     fabric = Fabric(world, timeout_s)
     run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], [], group)
+    collecting, lock = Collecting(world), threading.Lock()
+
+    def deliver(delivery: Delivery) -> None:
+        with lock:
+            parts = collecting.add(delivery)
+        if parts:
+            run.checkpoints[delivery.version] = as_read(job, delivery.version, parts)
 
     def body(rank: int) -> dict[str, Tensor]:
+        courier = Courier(rank, 0, lambda arrays: [a.copy() for a in arrays], deliver, timeout_s)
         join(
             ranks[rank],
             strategies[rank],
@@ -74,8 +93,18 @@ def train(
             shards=InMemoryShards(group, rank),
             report=run.reports[rank].append,
             progress=run.progress[rank],
+            around=Around(saved, take=courier.take),
         ).run()
+        courier.flush()
         return strategies[rank].trained(ranks[rank].flat)
 
     run.trained = on_ranks(world, body)
     return run
+
+
+def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
+    """Put a checkpoint's parts together, without a disk."""
+    pairs = [pair for part in parts for pair in zip(part.boxes, part.entries, strict=True)]
+    files = by_file(put_together(pairs))
+    state = {**state_of(job, "run", parts[0].facts), "step": version}
+    return SavedState(state, lambda name: files.get(name, {}))

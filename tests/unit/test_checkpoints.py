@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from distplat.platform.checkpoints import (
     Catalogue,
-    Checkpoint,
+    Stored,
     find,
     flaws,
     is_due,
@@ -90,7 +90,7 @@ def save(catalogue: Catalogue, step: int, keep: int = 2) -> None:
     catalogue.prune(keep)
 
 
-def holds(checkpoint: Checkpoint, step: int) -> None:
+def holds(checkpoint: Stored, step: int) -> None:
     assert checkpoint.step == step
     assert checkpoint.state == {"seed": 7, "step": step}
     assert checkpoint.files["model.safetensors"] == b"model " * 20 + str(step).encode()

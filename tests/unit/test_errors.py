@@ -22,6 +22,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "DeadlineExceeded": ("pull", ("server 0", "server 2"), 30.0, "failure.step_timeout_s"),
     "CollectiveError": ("world", "all_reduce", 12, (1, 3), "timed out"),
     "MismatchError": ("world", "all_reduce", 12, (1,), "rank 1 is in broadcast"),
+    "StateLost": ("stage 1",),
     "RestartsExhausted": ("spent", ("attempt 0: lost", "attempt 1: lost again")),
     "Interrupted": (15,),
 }

@@ -1,0 +1,158 @@
+"""
+The driver's side of checkpoints: collects the ranks' parts, and writes them in a thread.
+
+    polls ──▶ Collecting ── all parts of a version ──▶ the newest waits ──▶ thread: disk ──▶ Saved
+                                                          │
+                                                          `- while one is written: who waited is
+                                                             skipped when a newer one is complete
+
+Training never waits for the disk. A disk that refuses is warned of; `PATIENCE` times in a row end
+the run, for a run that trusts in checkpoints must not go on without.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distplat.platform.checkpoints import FOLDER, Catalogue, Stored, read
+from distplat.platform.collecting import Collecting, Delivery, Open
+from distplat.platform.errors import StorageError
+from distplat.platform.pieces import by_file, put_together
+from distplat.platform.progress import Saved
+from distplat.platform.resume import state_of
+from distplat.platform.tensor_file import encode
+
+if TYPE_CHECKING:
+    from distplat.actors.ensemble import Launch
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 3
+_DRAIN_S = 120.0
+_FILES = ("model", "optimizer")
+
+
+class Checkpoints:
+    """
+    All checkpoints of one run.
+
+    Args:
+        launch: the run; `launch.resumed` is what it began from.
+        world: number of ranks.
+        open_box: fetches arrays that a delivery names.
+    """
+
+    def __init__(self, launch: Launch, world: int, open_box: Open) -> None:
+        self._launch, self._open = launch, open_box
+        self._catalogue = Catalogue(launch.folder / FOLDER)
+        self._collecting = Collecting(world)
+        self._changed = threading.Condition()
+        self._waiting: tuple[Sequence[Delivery], float] | None = None
+        self._writing = False
+        self._thread: threading.Thread | None = None
+        self._news: deque[Saved] = deque()
+        self._failures: list[str] = []  #: of the disk, since it last took one
+        self.step = 0  #: of the newest one; 0: there is none
+
+    def begin(self, attempt: int) -> None:
+        """Be told that another attempt begins."""
+        self._collecting.begin(attempt)
+
+    def take(self, delivery: Delivery) -> None:
+        """Take a rank's part; hand the version to the thread when it is complete."""
+        parts = self._collecting.add(delivery)
+        if not parts:
+            return
+        with self._changed:
+            if self._waiting is not None:
+                self._skip(self._waiting[0])
+            self._waiting = parts, time.monotonic()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def news(self) -> list[Saved]:
+        """
+        Give what came to the disk since the last call.
+
+        Raises:
+            StorageError: the disk refuses again and again.
+        """
+        if len(self._failures) >= PATIENCE:
+            raise StorageError(f"{PATIENCE} checkpoints in a row failed: {self._failures[-1]}")
+        return [self._news.popleft() for _ in range(len(self._news))]
+
+    def drain(self) -> None:
+        """Wait until all that is complete is on the disk, within reason."""
+        with self._changed:
+            idle = lambda: self._waiting is None and not self._writing  # noqa: E731
+            if not self._changed.wait_for(idle, _DRAIN_S):
+                logger.warning("a checkpoint is still being written after %g s", _DRAIN_S)
+
+    def newest(self) -> Stored | None:
+        """
+        Read the newest checkpoint that is whole, of this run or what it began from.
+
+        Raises:
+            StorageError: what it began from is damaged now.
+        """
+        self.drain()
+        found = self._catalogue.newest(logger.warning)
+        if found is None and self._launch.resumed is not None:
+            found = read(self._launch.resumed)
+        self.step = found.step if found is not None else 0
+        return found
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None)
+                assert self._waiting is not None, "that was waited for"
+                (parts, began), self._waiting = self._waiting, None
+                self._writing = True
+            self._write(parts, began)
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+
+    def _write(self, parts: Sequence[Delivery], began: float) -> None:
+        step = parts[0].version
+        try:
+            path = self._put(step, parts)
+            size = sum(file.stat().st_size for file in path.iterdir())
+        except OSError as error:
+            self._failures.append(f"step {step}: {error}")
+            logger.warning(
+                "no checkpoint of step %d in %s: %s", step, self._catalogue.folder, error
+            )
+        except Exception as error:  # the parts' owner is lost, for example: the next may be better
+            logger.warning("no checkpoint of step %d: %s", step, error)
+        else:
+            self._failures.clear()
+            self.step = step
+            self._news.append(Saved(step, str(path), size, time.monotonic() - began))
+
+    def _put(self, step: int, parts: Sequence[Delivery]) -> Path:
+        launch = self._launch
+        bundles = [
+            (self._open(box), entries)
+            for part in parts
+            for box, entries in zip(part.boxes, part.entries, strict=True)
+        ]
+        found = by_file(put_together(bundles))
+        tensors = {name: found.get(name, {}) for name in (*_FILES, *found)}
+        files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}
+        state = state_of(launch.job, launch.run, parts[0].facts)
+        path = self._catalogue.write(step, files, state)
+        self._catalogue.prune(launch.job.checkpoint.num_to_keep)
+        return path
+
+    def _skip(self, parts: Sequence[Delivery]) -> None:
+        logger.warning("checkpoint of step %d skipped: the disk is behind", parts[0].version)

@@ -1,0 +1,100 @@
+"""
+What a checkpoint says of its run, and whether a job may go on from it.
+
+What may change in the job file: strategy, workers, servers, learning rate, schedule, length. What
+must stay is what gives the tensors and the position in the data their meaning: the kind of
+optimizer, batch size, seed, order of the data.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from distplat.platform.errors import Problem
+from distplat.platform.spec import Job
+from distplat.platform.suggest import nearest
+
+_SAME = ("seed", "global_batch_size")
+
+
+def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Give what `state.json` holds beside the step.
+
+    Args:
+        job: the run's.
+        run: its name.
+        facts: what rank 0 knows: `samples`, `steps_per_epoch`, `epoch`, `versions`.
+    """
+    return {
+        "run": run,
+        "strategy": job.strategy.name,
+        "num_workers": job.scaling.num_workers,
+        "seed": job.seed,
+        "global_batch_size": job.global_batch_size,
+        "data": _order(job),
+        "optimizer": job.optimizer.model_dump(mode="json"),
+        **facts,
+    }
+
+
+def mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
+    """
+    Say why a job cannot go on from a checkpoint; empty: it can.
+
+    The model itself is compared in the workers, which have one.
+    """
+    found = []
+    for field in _SAME:
+        if state.get(field) != getattr(job, field):
+            found.append(_differs((field,), state.get(field), getattr(job, field)))
+    for field, value in _order(job).items():
+        had = state.get("data", {}).get(field)
+        if had != value:
+            found.append(_differs(("data", field), had, value))
+    return found + _optimizer(state.get("optimizer", {}), job) + _length(state, job)
+
+
+def names_differ(had: set[str], has: set[str]) -> list[str]:
+    """Say which of a checkpoint's names a model lacks, and the other way round."""
+    lines = []
+    for name in sorted(has - had)[:5]:
+        near = nearest(name, sorted(had - has))
+        lines.append(f"no {name!r} in the checkpoint" + (f", but {near!r}" if near else ""))
+    lines += [f"no {name!r} in the model" for name in sorted(had - has)[:5]]
+    return lines
+
+
+def _order(job: Job) -> dict[str, Any]:
+    return {"shuffle": job.data.shuffle, "drop_last": job.data.drop_last}
+
+
+def _optimizer(had: Mapping[str, Any], job: Job) -> list[Problem]:
+    has = job.optimizer.model_dump(mode="json")
+    if had.get("name") != has["name"]:
+        return [_differs(("optimizer", "name"), had.get("name"), has["name"])]
+    return [
+        _differs(("optimizer", field), had.get(field), has[field])
+        for field, value in _memory(has).items()
+        if _memory(had).get(field) != value
+    ]
+
+
+def _memory(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what decides which tensors an optimizer remembers."""
+    fields = ("momentum", "amsgrad", "centered")
+    return {field: bool(optimizer[field]) for field in fields if field in optimizer}
+
+
+def _differs(where: tuple[str, ...], had: Any, has: Any) -> Problem:
+    hint = "set it as it was, or start without --resume"
+    return Problem(where, f"the checkpoint was made with {had!r}, the job has {has!r}", hint)
+
+
+def _length(state: Mapping[str, Any], job: Job) -> list[Problem]:
+    field = "steps" if job.steps is not None else "epochs"
+    per_epoch = int(state.get("steps_per_epoch", 0))
+    steps = job.steps if job.steps is not None else (job.epochs or 0) * per_epoch
+    if steps > state["step"]:
+        return []
+    text = f"the checkpoint has {state['step']} steps behind it, the job asks for {steps} in all"
+    return [Problem((field,), text, f"nothing is left to train: raise `{field}`")]

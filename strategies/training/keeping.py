@@ -1,0 +1,54 @@
+"""
+A shard's copies for checkpoints: made at the moment a version is complete, given out later.
+
+    version      119       120                 121   ...   140
+    params       changes   changes | copied    changes     changes | copied, 120's are gone
+                                     |
+                                     `- fetched behind the training's back
+
+All shards copy at the same version, whoever asks when; so the parts fit together (I3).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distplat.platform.checkpoints import is_due
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Copies of a shard's vectors; whoever has them may do with them as he likes."""
+
+    version: int
+    tensors: dict[str, Tensor]
+    """By torch's names, shape [m] or none; the parameters under the empty name."""
+
+
+class Keeping:
+    """
+    Copies a shard when a checkpoint is due, and has the newest copies only.
+
+    Args:
+        every: steps between two checkpoints; 0: there are none.
+        total_steps: of the run.
+    """
+
+    def __init__(self, every: int, total_steps: int) -> None:
+        self._every, self._total = every, total_steps
+        self._kept: Kept | None = None
+
+    def reached(self, version: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Be told that the shard is at a version now; copy what `tensors` gives if it is due."""
+        newer = self._kept is None or version > self._kept.version
+        if newer and is_due(version, self._every, self._total):
+            copies = {name: value.detach().clone() for name, value in tensors().items()}
+            self._kept = Kept(version, copies)
+
+    def give(self, version: int) -> Kept | None:
+        """Give the copies of a version, and forget them; None: they are not here."""
+        if self._kept is None or self._kept.version != version:
+            return None
+        kept, self._kept = self._kept, None
+        return kept

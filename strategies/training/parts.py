@@ -1,0 +1,183 @@
+"""
+What a rank gives to a checkpoint: its part of the model's state, by the names of the whole.
+
+    flat.params          |  0.weight  |  0.bias  |pad|  2.weight  |        entries of `model/...`
+    exp_avg, elements    .....[ 16 ------------ 48 ]..............         `optimizer/exp_avg/...`
+    buffers              running_mean                                      `model/1.running_mean`
+
+A part is a few long vectors and a list of what is in them. It is given between two steps and
+copied at once; everything after that happens behind the training's back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distplat.platform.pieces import Bytes, Entry, Place, Whole, run_entries
+from distplat.strategies.ports import Kind, Shards
+from distplat.strategies.training.flat import FlatModel
+
+Boxes = list[tuple[Any, tuple[Entry, ...]]]
+"""Arrays that are kept elsewhere, and what is in them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank is responsible for."""
+
+    tensors: tuple[Tensor, ...] = ()
+    """Live, not copies; each contiguous or small."""
+    entries: tuple[Entry, ...] = ()
+    """What is in them; `Entry.array` counts `tensors`."""
+    fetch: Callable[[], Boxes | None] | None = None
+    """Gives what servers have kept of this version; may wait. None: they have it no more."""
+    may_skip: bool = False
+    """Whether this rank goes on without a checkpoint rather than wait until its last part left."""
+
+    def plus(self, other: Part) -> Part:
+        """Put two parts of a rank together; `fetch` and `may_skip` are this one's."""
+        shift = len(self.tensors)
+        moved = tuple(replace(e, array=e.array + shift) for e in other.entries)
+        return replace(self, tensors=self.tensors + other.tensors, entries=self.entries + moved)
+
+
+Take = Callable[[int, Part, Mapping[str, Any]], object]
+"""Takes a part, with its version and facts for `state.json`; copies it before it returns."""
+
+
+def names_of(flat: FlatModel) -> list[tuple[str, tuple[int, ...], int]]:
+    """Give name, shape and first element of each trainable tensor."""
+    return [(slot.name, slot.shape, slot.offset) for slot in flat.slots]
+
+
+def model_part(flat: FlatModel, places: Mapping[str, Place] | None = None) -> Part:
+    """
+    Give the whole of a rank's model: trainable parameters, others, and buffers.
+
+    Args:
+        flat: the model.
+        places: where a parameter lies in the whole one, for those of which this rank has a slab.
+    """
+    entries = run_entries(names_of(flat), 0, flat.size, "model", dtype_name(flat.params), 0, places)
+    return Part((flat.params,), tuple(entries)).plus(buffer_part(flat))
+
+
+def buffer_part(flat: FlatModel) -> Part:
+    """Give what of a model is not trained: buffers and frozen parameters."""
+    trained = {slot.name for slot in flat.slots}
+    rest = {k: v for k, v in flat.model.state_dict().items() if k not in trained}
+    entries = [
+        Entry(f"model/{name}", Place(tuple(value.shape)), dtype_name(value), number)
+        for number, (name, value) in enumerate(rest.items())
+    ]
+    return Part(tuple(rest.values()), tuple(entries))
+
+
+def optimizer_part(
+    flat: FlatModel,
+    state: Mapping[str, Tensor],
+    start: int = 0,
+    places: Mapping[str, Place] | None = None,
+) -> Part:
+    """
+    Give the state of an optimizer over a run of the flat vector.
+
+    Args:
+        flat: the model.
+        state: by torch's names; vectors of the run's length, and values without dimensions.
+        start: first element of the run.
+        places: see `model_part`.
+    """
+    kinds = [kind_of(f"optimizer/{name}", value) for name, value in state.items()]
+    entries = vector_entries(names_of(flat), kinds, start, places)
+    return Part(tuple(state.values()), tuple(entries))
+
+
+def server_part(flat: FlatModel, shards: Shards, version: int, *, may_skip: bool) -> Part:
+    """
+    Give what server nodes keep of a version, and this rank's buffers.
+
+    Args:
+        flat: the model.
+        shards: the port to the servers.
+        version: steps.
+        may_skip: see `Part`.
+    """
+    names = names_of(flat)
+
+    def fetch() -> Boxes | None:
+        copies = shards.copies(version)
+        if copies is None:
+            return None
+        return [(c.box, tuple(vector_entries(names, c.kinds, c.start))) for c in copies]
+
+    return replace(buffer_part(flat), fetch=fetch, may_skip=may_skip)
+
+
+def kind_of(key: str, tensor: Tensor) -> Kind:
+    """Say what a vector is."""
+    return Kind(key, dtype_name(tensor), tensor.numel() if tensor.ndim else None)
+
+
+def vector_entries(
+    names: Sequence[tuple[str, tuple[int, ...], int]],
+    kinds: Sequence[Kind],
+    start: int,
+    places: Mapping[str, Place] | None = None,
+) -> list[Entry]:
+    """
+    Name what is in vectors over one run; the n-th array is that of the n-th kind.
+
+    Args:
+        names: of the flat vector, see `run_entries`.
+        kinds: of the vectors.
+        start: first element of the run.
+        places: see `model_part`.
+    """
+    entries = []
+    for number, (key, dtype, length) in enumerate(kinds):
+        if length is None:
+            entries.append(Entry(key, Place(()), dtype, number))
+        else:
+            stop = start + length
+            entries += run_entries(names, start, stop, key, dtype, number, places)
+    return entries
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Give the name of a tensor's type, for example `float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+class Staging:
+    """Copies of a rank's vectors, in memory that is used again for every checkpoint."""
+
+    def __init__(self) -> None:
+        self._copies: list[Tensor] = []
+
+    def copy(self, tensors: Sequence[Tensor]) -> list[Bytes]:
+        """Copy tensors of any device; the arrays are good until the next call."""
+        for number, tensor in enumerate(tensors):
+            if number == len(self._copies):
+                self._copies.append(torch.empty(0))
+            mine = self._copies[number]
+            if (mine.dtype, mine.numel()) != (tensor.dtype, tensor.numel()):
+                self._copies[number] = mine = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            mine.view(tensor.shape).copy_(tensor.detach())
+        return [as_array(copy) for copy in self._copies[: len(tensors)]]
+
+
+def whole_of(tensor: Tensor) -> Whole:
+    """View a contiguous tensor on the CPU as what travels."""
+    return Whole(dtype_name(tensor), tuple(tensor.shape), as_array(tensor))
+
+
+def as_array(tensor: Tensor) -> Bytes:
+    """View a contiguous tensor on the CPU as bytes."""
+    array: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return array

@@ -1,0 +1,146 @@
+"""
+A checkpoint as the ranks see it: each asks for what it is to hold, whoever held it before.
+
+Tensors are whole and have the model's own names; a rank takes the run or the slab that is its own.
+So a run may go on under another strategy, with another number of workers or servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.pieces import Place, Whole, run_entries, take_out
+from distplat.platform.resume import names_differ
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.parts import dtype_name, names_of
+
+Load = Callable[[str], Mapping[str, Whole]]
+"""Gives the tensors of one of the files, `model` or `optimizer`."""
+
+
+class SavedState:
+    """
+    The state that a run begins from.
+
+    Args:
+        state: what `state.json` holds.
+        load: gives the tensors; called when they are wanted.
+    """
+
+    def __init__(self, state: Mapping[str, Any], load: Load) -> None:
+        self.state, self._load = state, load
+
+    @property
+    def step(self) -> int:
+        """Steps that it has behind it."""
+        return int(self.state["step"])
+
+    def check_data(self, samples: int) -> None:
+        """
+        Compare the data set.
+
+        Raises:
+            SpecError: it has another size, so the position in it means nothing.
+        """
+        had = self.state.get("samples", samples)
+        if had != samples:
+            text = f"the checkpoint was made with {had} training samples, the task has {samples}"
+            raise SpecError(Problem(("task",), text))
+
+    def load_model(self, flat: FlatModel, places: Mapping[str, Place] | None = None) -> None:
+        """
+        Fill a model, in place, and set its version.
+
+        Args:
+            flat: the model.
+            places: where a parameter lies in the whole one, for those that are slabs; a model that
+                is a part of the whole must name all others too.
+
+        Raises:
+            SpecError: it is another model; says what differs.
+        """
+        found = self._load("model")
+        mine = flat.model.state_dict()
+        _check_model(found, mine, places)
+        for name, tensor in mine.items():
+            place = (places or {}).get(name, Place(tuple(tensor.shape)))
+            tensor.copy_(tensor_of(found[name], place).view(tensor.shape))
+        flat.version = self.step
+
+    def optimizer(
+        self,
+        flat: FlatModel,
+        start: int = 0,
+        stop: int | None = None,
+        places: Mapping[str, Place] | None = None,
+    ) -> dict[str, Tensor]:
+        """
+        Give what the optimizer remembers of a run of the flat vector, by torch's names.
+
+        Args:
+            flat: the model.
+            start: first element of the run.
+            stop: its last one, exclusive; None: the end.
+            places: see `load_model`.
+
+        Returns:
+            Vectors of the run's length, padding zero, and values without dimensions.
+        """
+        stop = flat.size if stop is None else stop
+        return state_of_run(self._load("optimizer"), names_of(flat), start, stop, places)
+
+
+def state_of_run(
+    found: Mapping[str, Whole],
+    names: Sequence[tuple[str, tuple[int, ...], int]],
+    start: int,
+    stop: int,
+    places: Mapping[str, Place] | None = None,
+) -> dict[str, Tensor]:
+    """See `SavedState.optimizer`; `names` as for `run_entries`."""
+    result: dict[str, Tensor] = {}
+    for kind in dict.fromkeys(key.partition("/")[0] for key in found):
+        if kind in found:
+            result[kind] = tensor_of(found[kind], Place(()))
+            continue
+        for entry in run_entries(names, start, stop, kind, "", 0, places):
+            if entry.key not in found:
+                text = f"the checkpoint has no {entry.key!r}: was that parameter not trained?"
+                raise SpecError(Problem(("task",), text))
+            part = tensor_of(found[entry.key], entry.place)
+            if kind not in result:
+                result[kind] = torch.zeros(stop - start, dtype=part.dtype)
+            result[kind][entry.offset : entry.offset + part.numel()] = part
+    return result
+
+
+def tensor_of(whole: Whole, place: Place) -> Tensor:
+    """Copy a part of a whole tensor, shape [its elements]; without dimensions if that has none."""
+    part = np.ascontiguousarray(take_out(whole, place))
+    values = torch.from_numpy(part).view(getattr(torch, whole.dtype))
+    return values if place.shape else values.view(())
+
+
+def _check_model(
+    found: Mapping[str, Whole],
+    mine: Mapping[str, Tensor],
+    places: Mapping[str, Place] | None,
+) -> None:
+    """Compare names, shapes and types; where `places` are given the model may be a part."""
+    lines = names_differ({*found} & {*mine} if places else {*found}, {*mine})
+    for name in found.keys() & mine.keys():
+        place = (places or {}).get(name, Place(tuple(mine[name].shape)))
+        had, has = found[name], mine[name]
+        if had.shape != place.shape:
+            lines.append(f"{name!r} is {[*had.shape]} in the checkpoint, {[*place.shape]} here")
+        elif had.dtype != dtype_name(has):
+            lines.append(f"{name!r} is {had.dtype} in the checkpoint, {dtype_name(has)} here")
+    if lines:
+        shown = "; ".join(sorted(lines)[:6]) + ("; ..." if len(lines) > 6 else "")
+        raise SpecError(Problem(("task",), f"the checkpoint is of another model: {shown}"))

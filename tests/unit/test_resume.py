@@ -1,0 +1,294 @@
+"""A run that goes on from a checkpoint is the run that never stopped."""
+
+from typing import Any
+
+import pytest
+import torch
+from in_memory_run import Run, train
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distplat.platform.errors import SpecError
+from distplat.platform.pieces import Whole
+from distplat.platform.resume import mismatches
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_job
+from distplat.strategies.task import Task
+from distplat.strategies.training.parts import whole_of
+from distplat.strategies.training.restoring import SavedState
+
+STEPS, HALF = 12, 5
+SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+ADAMW = {"name": "AdamW", "lr": 0.02}
+
+
+class Normed(Task):
+    """Batch norm, a frozen layer, and a last batch that is short."""
+
+    def model(self) -> nn.Module:
+        frozen = nn.Linear(5, 16)
+        frozen.weight.requires_grad_(False)
+        return nn.Sequential(frozen, nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+
+    def train_data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(38, 5, generator=generator)
+        return TensorDataset(inputs, torch.randint(0, 3, (38,), generator=generator))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+class Plain(Normed):
+    """Nothing that depends on which rank has which sample."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def job(strategy: object, world: int = 2, **more: Any) -> Job:
+    fields: dict[str, Any] = {
+        "name": "x",
+        "strategy": strategy,
+        "scaling": {"num_workers": world},
+        "optimizer": ADAMW,
+        "global_batch_size": 8,
+        "steps": STEPS,
+        "checkpoint": {"every_steps": HALF},
+        "lr_schedule": {"name": "cosine"},
+        **more,
+    }
+    return make_job(fields)
+
+
+STRATEGIES: list[dict[str, Any]] = [
+    {"name": "ring"},
+    {"name": "ring", "shard_optimizer": True},
+    {"name": "ring", "compression": "bf16"},
+    {"name": "ps-sync"},
+    {"name": "ps-sync", "num_servers": 3},
+]
+
+
+def named(strategy: dict[str, Any]) -> str:
+    return "-".join(map(str, strategy.values()))
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(run: Run) -> dict[int, float]:
+    return {r.step: r.loss for r in run.reports[0] if hasattr(r, "loss")}
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_the_same_bits(strategy: object, optimizer: object, clip: float | None) -> None:
+    whole = job(strategy, optimizer=optimizer, clip_norm=clip)
+    unfailed = train(whole, Normed)
+    assert sorted(unfailed.checkpoints) == [5, 10, 12]
+    for version in (5, 10):
+        resumed = train(whole, Normed, saved=unfailed.checkpoints[version])
+        assert equal(resumed.parameters(), unfailed.parameters())
+        expected = {step: loss for step, loss in losses(unfailed).items() if step >= version}
+        assert losses(resumed) == expected
+        assert sorted(resumed.checkpoints) == [v for v in (5, 10, 12) if v > version]
+
+
+def test_dropout_goes_on_alike() -> None:
+    """One rank only: threads share torch's generator, processes do not."""
+
+    class Dropped(Normed):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(5, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+
+    unfailed = train(job("ring", 1), Dropped)
+    resumed = train(job("ring", 1), Dropped, saved=unfailed.checkpoints[HALF])
+    assert equal(resumed.parameters(), unfailed.parameters())
+
+
+def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one() -> None:
+    constant: dict[str, Any] = {"lr_schedule": {"name": "constant"}}
+    short = train(job("ring", steps=7, **constant), Normed)
+    longer = train(job("ring", **constant), Normed, saved=short.checkpoints[7])
+    assert equal(longer.parameters(), train(job("ring", **constant), Normed).parameters())
+
+
+@pytest.mark.parametrize("after", STRATEGIES, ids=named)
+@pytest.mark.parametrize("before", STRATEGIES, ids=named)
+def test_from_one_strategy_to_another(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """With another number of workers, too: the same up to the order of sums."""
+    near = 2e-2 if "compression" in {*before, *after} else 1e-5
+    unfailed = train(job("ring", 1), Plain).parameters()
+    saved = train(job(before, 3), Plain).checkpoints[HALF]
+    resumed = train(job(after, 2), Plain, saved=saved).parameters()
+    for name, value in unfailed.items():
+        assert torch.allclose(resumed[name], value, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"],
+)
+def test_every_optimizer_is_remembered(name: str) -> None:
+    more: dict[str, Any] = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+    more |= {"centered": True} if name == "RMSprop" else {}
+    more |= {"amsgrad": True} if name in ("Adam", "AdamW") else {}
+    for strategy in ("ring", {"name": "ps-sync", "num_servers": 2}):
+        whole = job(strategy, optimizer={"name": name, "lr": 0.01, **more})
+        unfailed = train(whole, Plain)
+        resumed = train(whole, Plain, saved=unfailed.checkpoints[HALF])
+        assert equal(resumed.parameters(), unfailed.parameters())
+
+
+def test_a_checkpoint_has_the_state_of_its_step_whatever_comes_after() -> None:
+    """Taken while training goes on: the same as the end of a run of so many steps."""
+    for strategy in STRATEGIES:
+        constant: dict[str, Any] = {"lr_schedule": {"name": "constant"}}
+        longer = train(job(strategy, **constant), Normed).checkpoints[HALF]
+        shorter = train(job(strategy, steps=HALF, **constant), Normed).checkpoints[HALF]
+        for file in ("model", "optimizer"):
+            mine, others = longer._load(file), shorter._load(file)
+            assert mine.keys() == others.keys()
+            assert all(mine[k].data.tobytes() == others[k].data.tobytes() for k in mine)
+
+
+def test_what_is_in_it() -> None:
+    saved = train(job("ps-sync"), Normed).checkpoints[10]
+    model = Normed().model()
+    assert {n: w.shape for n, w in saved._load("model").items()} == {
+        name: tuple(value.shape) for name, value in model.state_dict().items()
+    }
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    expected = {f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in trained}
+    assert {*saved._load("optimizer")} == expected | {"step"}
+    assert saved.state["samples"] == 38
+    assert (saved.state["steps_per_epoch"], saved.state["epoch"]) == (5, 2)
+
+
+def test_asynchronous_ranks_go_on_from_the_slowest() -> None:
+    """Nothing is promised of the bits; every rank makes the steps that are left."""
+    whole = job({"name": "ps-async", "num_servers": 2}, 3)
+    first = train(whole, Plain)
+    saved = first.checkpoints[max(first.checkpoints)]
+    assert saved.step == STEPS, "the last one is never skipped"
+    longer = job({"name": "ps-async", "num_servers": 2}, 3, steps=20)
+    second = train(longer, Plain, saved=saved)
+    for reports in second.reports:
+        assert [r.step for r in reports] == list(range(STEPS, 20))
+    assert len(second.group.logs()[0]) == 3 * (20 - STEPS)
+
+
+class Other(Plain):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 4), nn.Linear(4, 3))
+
+
+class More(Plain):
+    def train_data(self) -> TensorDataset:
+        return TensorDataset(torch.randn(60, 5), torch.zeros(60, dtype=torch.int64))
+
+
+def fails(task: type[Task], saved: SavedState) -> str:
+    with pytest.raises(SpecError) as caught:
+        train(job("ring", 1), task, saved=saved)
+    return str(caught.value)
+
+
+def test_another_model_or_data_set_is_named() -> None:
+    saved = train(job("ring", 1), Plain).checkpoints[HALF]
+    text = fails(Other, saved)
+    assert "no '3.bias' in the checkpoint" in text
+    assert "'2.weight' is [3, 16] in the checkpoint, [4, 16] here" in text
+    assert "made with 38 training samples, the task has 60" in fails(More, saved)
+
+
+def test_a_parameter_that_was_frozen_has_no_state() -> None:
+    saved = train(job("ring", 1), Normed).checkpoints[HALF]
+
+    class Thawed(Normed):
+        def model(self) -> nn.Module:
+            return super().model().requires_grad_(True)
+
+    assert "no 'exp_avg/0.weight': was that parameter not trained?" in fails(Thawed, saved)
+
+
+STATE = {
+    "step": 10,
+    "seed": 0,
+    "global_batch_size": 8,
+    "data": {"shuffle": True, "drop_last": False},
+    "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
+    "steps_per_epoch": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({}, []),
+        ({"optimizer": {"name": "SGD", "lr": 0.5, "momentum": 0.8, "weight_decay": 0.1}}, []),
+        ({"strategy": "ps-sync", "scaling": {"num_workers": 4}, "clip_norm": 1}, []),
+        ({"steps": None, "epochs": 3}, []),
+        ({"seed": 1}, ["seed"]),
+        ({"global_batch_size": 16}, ["global_batch_size"]),
+        ({"data": {"shuffle": False}}, ["data.shuffle"]),
+        ({"optimizer": {"name": "AdamW", "lr": 0.1}}, ["optimizer.name"]),
+        ({"optimizer": {"name": "SGD", "lr": 0.1}}, ["optimizer.momentum"]),
+        ({"steps": 10}, ["steps"]),
+        ({"steps": None, "epochs": 2}, ["epochs"]),
+        ({"seed": 3, "steps": 2}, ["seed", "steps"]),
+    ],
+)
+def test_what_may_change_and_what_may_not(changes: dict[str, Any], fields: list[str]) -> None:
+    changed = {"strategy": "ring", "optimizer": SGD, **changes}
+    found = mismatches(STATE, job(changed.pop("strategy"), **changed))
+    assert [problem.field for problem in found] == fields
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"every_steps": 5, "every_epochs": 1}, "checkpoint: give `every_steps` or `every_epochs`"),
+        ({"num_to_keep": 3}, "num_to_keep: has no effect without"),
+        ({"every_steps": 0}, "every_steps"),
+        ({"every_step": 5}, "did you mean 'every_steps'"),
+    ],
+)
+def test_a_wrong_job_is_refused(checkpoint: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        job("ring", checkpoint=checkpoint)
+
+
+def test_periods() -> None:
+    assert job("ring", checkpoint={"every_epochs": 2}).checkpoint.period(5) == 10
+    assert job("ring", checkpoint={"every_steps": 3}).checkpoint.period(5) == 3
+    assert job("ring", checkpoint={}).checkpoint.period(5) == 0
+    run = train(job("ring", checkpoint={"every_epochs": 1}), Plain)
+    assert sorted(run.checkpoints) == [5, 10, 12]
+
+
+def test_a_rank_takes_the_slab_that_is_its_own() -> None:
+    """As a tensor-parallel stage would: names of a part, tensors of the whole."""
+    from distplat.platform.pieces import Place
+    from distplat.strategies.training.flat import FlatModel
+
+    weight = torch.arange(12.0).view(4, 3)
+    files: dict[str, dict[str, Whole]] = {
+        "model": {"up.weight": whole_of(weight), "down.weight": whole_of(weight.t().contiguous())},
+        "optimizer": {"exp_avg/up.weight": whole_of(weight * 10)},
+    }
+    saved = SavedState({"step": 3}, files.__getitem__)
+    part = nn.Sequential()
+    part.up = nn.Linear(3, 2, bias=False)
+    flat = FlatModel(part)
+    places = {"up.weight": Place((4, 3), slab=(0, 2, 4))}
+    saved.load_model(flat, places)
+    assert torch.equal(flat.params.view(2, 3), weight[2:4])
+    assert flat.version == 3
+    state = saved.optimizer(flat, places=places)
+    assert torch.equal(state["exp_avg"], weight[2:4].reshape(-1) * 10)
+    half = saved.optimizer(flat, 3, 6, places)
+    assert torch.equal(half["exp_avg"], weight[3] * 10)
