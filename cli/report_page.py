@@ -12,7 +12,7 @@ from distplat.cli.figures import figure_rows as figure_lines
 from distplat.cli.figures import mean_figures
 from distplat.cli.report_charts import PALETTE, Mark, Series, Stack, bar, columns, curves
 from distplat.cli.report_pipeline import pipeline
-from distplat.cli.report_words import facts, number, restart_lines
+from distplat.cli.report_words import checkpoint_lines, facts, number, restart_lines
 from distplat.platform.progress import StepSummary
 from distplat.platform.report import (
     Restart,
@@ -31,6 +31,8 @@ from distplat.platform.run_record import RunRecord
 
 _COLUMNS = 160
 """Of a chart: more could not be told apart."""
+_ROWS = 12
+"""Of a table that is shown at once."""
 _PARTS = {"data": "#56b4e9", "compute": "#0072b2", "exchange": "#d55e00", "update": "#009e73"}
 _STATUS = {"SUCCEEDED": "good", "RUNNING": "busy"}
 
@@ -79,6 +81,7 @@ def page(record: RunRecord, now_s: float) -> str:
         *_staleness(record),
         *pipeline(record),
         *_setbacks(record),
+        *_checkpoints(record),
         *_all_figures(record),
         *_job(record),
     ]
@@ -146,7 +149,7 @@ def _evaluations(record: RunRecord) -> Iterator[str]:
         for one in record.evaluations
     ]
     table = _table(["after step", *(metric.name for metric in found)], rows)
-    yield table if len(rows) <= 12 else _folded(f"all {len(rows)} evaluations", table)
+    yield table if len(rows) <= _ROWS else _folded(f"all {len(rows)} evaluations", table)
 
 
 def _time(record: RunRecord) -> Iterator[str]:
@@ -234,6 +237,14 @@ def _setbacks(record: RunRecord) -> Iterator[str]:
     yield _table(
         ["attempt", "after step", "cause", "replaced", "back at work"], restart_lines(found)
     )
+
+
+def _checkpoints(record: RunRecord) -> Iterator[str]:
+    if record.saved:
+        table = _table(["after step", "size", "took"], checkpoint_lines(record.saved))
+        many = len(record.saved) > _ROWS
+        yield "<h2>Checkpoints</h2>"
+        yield _folded(f"all {len(record.saved)} that were made", table) if many else table
 
 
 def _all_figures(record: RunRecord) -> Iterator[str]:

@@ -111,7 +111,7 @@ def _stages(times: tuple[StageTimes, ...]) -> str:
     return (
         f"<table><tr>{head}</tr>{rows}</table>"
         '<p class="quiet">Forward and backward: mean of a micro-batch. The rest: sums over the '
-        "step; receiving is mostly waiting for the stage before.</p>"
+        "step; receiving is mostly waiting for a neighbour.</p>"
     )
 
 

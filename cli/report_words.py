@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distplat.cli.figures import size_text
+from distplat.platform.progress import Saved
 from distplat.platform.report import Restart, metrics, samples_per_s
 from distplat.platform.run_record import RunRecord
 
@@ -20,6 +22,12 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         found.append(("last loss", number(record.steps[-1].loss)))
     for metric in metrics(record.evaluations):
         found.append((f"evaluation: {metric.name}", number(metric.points[-1][1])))
+    if record.saved:
+        last = record.saved[-1]
+        found.append(("last checkpoint", f"after step {last.step}, {size_text(last.size)}"))
+    resumed = (record.result or {}).get("resumed_from")
+    if resumed:
+        found.append(("resumed from", str(resumed)))
     seconds = (record.result or {}).get("seconds")
     if isinstance(seconds, int | float):
         found.append(("took", clock(float(seconds))))
@@ -36,6 +44,11 @@ def strategy(record: RunRecord) -> str:
         return name
     sizes = [f"{axis} {chosen[axis]}" for axis in ("pipeline", "tensor", "data") if axis in chosen]
     return f"{name}: {', '.join(sizes)}"
+
+
+def checkpoint_lines(saved: Sequence[Saved]) -> list[list[str]]:
+    """Give step, size and how long it took."""
+    return [[str(one.step), size_text(one.size), f"{one.seconds:.2f} s"] for one in saved]
 
 
 def restart_lines(found: Sequence[Restart]) -> list[list[str]]:

@@ -18,7 +18,7 @@ import yaml
 
 from distplat.platform.errors import Problem, SpecError, StorageError
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace, TraceEvent
-from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
+from distplat.platform.progress import EvalSummary, Recovery, Saved, Setback, StepSummary
 from distplat.platform.suggest import nearest
 
 T = TypeVar("T")
@@ -37,6 +37,8 @@ class RunRecord:
     evaluations: list[EvalSummary] = field(default_factory=list)
     setbacks: list[Setback] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
+    """Checkpoints, in the order in which they were made; the oldest may be gone by now."""
     result: Mapping[str, Any] | None = None
     """None: the run has not ended, or could not say how."""
     trace: Trace | None = None
@@ -136,13 +138,15 @@ def _read_metrics(record: RunRecord) -> None:
             record.setbacks.append(found)
         elif isinstance(found, Recovery):
             record.recoveries.append(found)
+        elif isinstance(found, Saved):
+            record.saved.append(found)
     record.steps = [steps[step] for step in sorted(steps)]
     record.evaluations = [evaluations[step] for step in sorted(evaluations)]
     if damaged:
         record.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
 
 
-def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | None:
+def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | Saved | None:
     """Read one line; None for a kind that is not known here."""
     fields = _mapping(line)
     match fields["kind"]:
@@ -169,6 +173,9 @@ def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | None
             )
         case "recovery":
             return Recovery(int(fields["attempt"]), _number(fields["seconds"]))
+        case "checkpoint":
+            path, size = str(fields["path"]), int(fields["size"])
+            return Saved(int(fields["step"]), path, size, _number(fields["seconds"]))
     return None
 
 

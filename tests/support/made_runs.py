@@ -32,6 +32,14 @@ SETBACK = {
 }
 RECOVERY = {"kind": "recovery", "attempt": 1, "seconds": 2.5}
 
+SAVED = {
+    "kind": "checkpoint",
+    "step": 4,
+    "path": "checkpoints/step-000004",
+    "size": 2_500_000,
+    "seconds": 0.25,
+}
+
 
 def made_run(
     home: Path,

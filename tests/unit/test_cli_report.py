@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import RECOVERY, SETBACK, evaluation, made_run, made_trace, step
+from made_runs import RECOVERY, SAVED, SETBACK, evaluation, made_run, made_trace, step
 
 from distplat.cli.main import run
 
@@ -51,19 +51,27 @@ def page_of(path: Path) -> str:
 
 def lively(**changes: Any) -> list[dict[str, Any]]:
     lines = [step(n, figures=FIGURES, **changes) for n in range(8)]
-    return [*lines[:4], SETBACK, RECOVERY, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
+    return [*lines[:4], SAVED, SETBACK, RECOVERY, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
 
 
 def test_a_run_that_went_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = made_run(tmp_path, lively(), result={"status": "SUCCEEDED", "seconds": 200.0})
     assert run(["report", str(path)]) == 0
     told = capsys.readouterr().out
-    for line in ("SUCCEEDED", "8 of 10", "80 samples/s", "3 min 20 s", "compute 60%"):
+    for line in (
+        "after step 4, 2.5 MB",
+        "SUCCEEDED",
+        "8 of 10",
+        "80 samples/s",
+        "3 min 20 s",
+        "compute 60%",
+    ):
         assert line in told
     assert "after step 3: worker-1 was lost: the process died; worker-1, after 2.5 s" in told
     assert str(path / "report.html") in told
     text = page_of(path)
-    for heading in ("Loss", "Evaluations", "Where the time went", "Exchange", "Setbacks"):
+    parts = ("Loss", "Evaluations", "Where the time went", "Exchange", "Setbacks", "Checkpoints")
+    for heading in parts:
         assert heading in text
     assert "4 MB sent per worker and step" in text
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from made_runs import RECOVERY, SETBACK, evaluation, made_run, made_trace, step
+from made_runs import RECOVERY, SAVED, SETBACK, evaluation, made_run, made_trace, step
 
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import EvalSummary, Setback, StepSummary
@@ -15,7 +15,7 @@ from distplat.platform.spec import Job
 
 
 def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
-    lines = [step(0), step(1), evaluation(2, loss=1.5), SETBACK, RECOVERY]
+    lines = [step(0), step(1), evaluation(2, loss=1.5), SETBACK, RECOVERY, SAVED]
     path = made_run(tmp_path, lines, result={"status": "SUCCEEDED"}, trace=made_trace())
     record = read_run(path)
     assert record.job["name"] == "digits"
@@ -24,6 +24,7 @@ def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
     assert record.evaluations[0].metrics == {"loss": 1.5}
     assert record.setbacks[0].replaced == ("worker-1",)
     assert record.recoveries[0].seconds == 2.5
+    assert record.saved[0].size == 2_500_000
     assert record.result == {"status": "SUCCEEDED"}
     assert record.trace is not None and record.trace.stages == 2
     assert record.notes == []
