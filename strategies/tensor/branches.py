@@ -22,9 +22,9 @@ from torch.autograd import Function
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.base import Collective
 from distplat.strategies.tensor.exchange import copied
+from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.layers import Parts
 from distplat.strategies.tensor.plan import ShardSpec, share_out
-from distplat.strategies.tensor.randomness import OwnNumbers
 from distplat.strategies.training.words import gather_bytes
 
 _ALIGN = 16
@@ -83,7 +83,7 @@ class Branches:
         title: the module, for errors.
         owners: rank of each branch.
         group: the tensor group.
-        numbers: of the model.
+        inside: of the model.
         trains: whether any branch has a parameter to train.
     """
 
@@ -92,12 +92,12 @@ class Branches:
         title: str,
         owners: Sequence[int],
         group: Collective,
-        numbers: OwnNumbers,
+        inside: Inside,
         trains: bool,
     ) -> None:
         self.modules: list[Branch] = []
         self._title, self._owners, self.group = title, owners, group
-        self.numbers, self._trains = numbers, trains
+        self.inside, self._trains = inside, trains
         self._forms: dict[object, list[_Form]] = {}
         self._given: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
@@ -128,9 +128,9 @@ class Branches:
         shared = copied(inputs, self.group)
         mine = [m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)]
         if mine[0].training:
-            self.numbers.begin(inputs.device)
+            self.inside.begin(inputs.device)
         own = [branch.compute(shared) for branch in mine]
-        self.numbers.end()
+        self.inside.end()
         forms = self._agree(inputs, own)
         # All ranks must agree on whether there is a backward, also one whose branches have none.
         lever = shared
@@ -199,7 +199,7 @@ class _Exchanged(Function):
 
 
 def split_branches(
-    modules: Mapping[str, nn.Module], group: Collective, numbers: OwnNumbers
+    modules: Mapping[str, nn.Module], group: Collective, inside: Inside
 ) -> tuple[Branches, Parts]:
     """
     Leave a rank its own branches; the parameters of the others become empty.
@@ -207,7 +207,7 @@ def split_branches(
     Args:
         modules: the branches of one module, by name.
         group: the tensor group.
-        numbers: of the model.
+        inside: of the model.
 
     Returns:
         What the branches go through, and which tensors, by name, the rank has.
@@ -222,7 +222,7 @@ def split_branches(
     costs = [sum(p.numel() for p in branch.parameters()) for branch in modules.values()]
     trains = any(p.requires_grad for branch in modules.values() for p in branch.parameters())
     owners = share_out(costs, group.world)
-    around = Branches(title, owners, group, numbers, trains)
+    around = Branches(title, owners, group, inside, trains)
     parts: Parts = {}
     for place, (name, branch) in enumerate(modules.items()):
         has = owners[place] == group.rank

@@ -20,9 +20,9 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.base import Collective
 from distplat.strategies.tensor.attention import split_heads
 from distplat.strategies.tensor.branches import Branches, split_branches
+from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.layers import Parts, split_columns, split_rows, split_vocabulary
 from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
-from distplat.strategies.tensor.randomness import OwnNumbers
 
 
 def parallelize(
@@ -58,18 +58,18 @@ def parallelize(
     for one in modules.values():
         if isinstance(one, nn.TransformerEncoderLayer):
             one.activation_relu_or_gelu = 0  # else evaluation takes a way past our layers
-    module.register_forward_pre_hook(_Afresh(splitting.numbers, splitting.branches))
+    module.register_forward_pre_hook(_Afresh(splitting.inside, splitting.branches))
     return specs
 
 
 class _Afresh:
     """Before each forward: forget what one that failed has left behind."""
 
-    def __init__(self, numbers: OwnNumbers, branches: list[Branches]) -> None:
-        self._numbers, self._branches = numbers, branches
+    def __init__(self, inside: Inside, branches: list[Branches]) -> None:
+        self._inside, self._branches = inside, branches
 
     def __call__(self, *_: object) -> None:
-        self._numbers.forget()
+        self._inside.forget()
         for branches in self._branches:
             branches.forget()
 
@@ -79,7 +79,7 @@ class _Splitting:
 
     def __init__(self, modules: Mapping[str, nn.Module], group: Collective) -> None:
         self._modules, self._group = modules, group
-        self.numbers = OwnNumbers(group)
+        self.inside = Inside(group)
         self.branches: list[Branches] = []
 
     def all(self, styles: Mapping[str, str]) -> dict[str, ShardSpec]:
@@ -97,7 +97,7 @@ class _Splitting:
         for names in branches.values():
             try:
                 around, parts = split_branches(
-                    {name: self._modules[name] for name in names}, self._group, self.numbers
+                    {name: self._modules[name] for name in names}, self._group, self.inside
                 )
             except SpecError as error:
                 problems += error.problems
@@ -109,17 +109,17 @@ class _Splitting:
         return specs
 
     def _split(self, name: str, module: nn.Module, style: str) -> Parts:
-        group, numbers = self._group, self.numbers
+        group, inside = self._group, self.inside
         match style:
             case "colwise" | "colwise_gather":
                 gathers = style == "colwise_gather"
-                return split_columns(name, module, group, numbers, gathers=gathers)
+                return split_columns(name, module, group, inside, gathers=gathers)
             case "rowwise":
-                return split_rows(name, module, group, numbers)
+                return split_rows(name, module, group, inside)
             case "embedding":
                 return split_vocabulary(name, module, group)
             case "heads":
-                return split_heads(name, module, group, numbers)
+                return split_heads(name, module, group, inside)
         raise AssertionError(style)
 
 

@@ -1,7 +1,13 @@
 """
-Random numbers between a split and the point where it ends.
+What holds between the columns that begin a split and the rows that end it.
 
-Outside, all ranks of a tensor group hold the same values and must drop the same ones: their
+**One way in.** Columns beside each other read one input (a gated MLP's two, an attention's three):
+its gradient is summed over the ranks once, not once for each.
+
+    x ──f──┬── gate (colwise) ── silu ──┐
+           └── up   (colwise) ──────── (*) ── down (rowwise) ──g──
+
+**Own random numbers.** Outside, all ranks hold the same values and must drop the same ones: their
 generators are in one state, which the step loop seeds. Inside, each rank holds other features, and
 perhaps another number of them: it draws from a generator of its own, and afterwards goes on where
 the ranks were together (Shoeybi et al. 2019, section 3).
@@ -11,15 +17,17 @@ the ranks were together (Shoeybi et al. 2019, section 3).
 """
 
 import torch
+from torch import Tensor
 
 from distplat.strategies.base import Collective
+from distplat.strategies.tensor.exchange import copied
 
 _RANGE = 1 << 48
 
 
-class OwnNumbers:
+class Inside:
     """
-    Switches one process's generators there and back; one object for all split modules of a model.
+    Follows one process's forward; one object for all split modules of a model.
 
     Args:
         group: the tensor group.
@@ -27,16 +35,21 @@ class OwnNumbers:
 
     def __init__(self, group: Collective) -> None:
         self.group = group
-        self._outside: torch.Tensor | None = None
+        self._outside: Tensor | None = None
         self._generator: torch.Generator | None = None
+        self._way_in: tuple[Tensor, Tensor] | None = None
+
+    def enter(self, value: Tensor) -> Tensor:
+        """Give a complete value for use in this rank's part; the same one if it was just given."""
+        if self._way_in is not None and self._way_in[0] is value:
+            given = self._way_in[1]
+            if given.requires_grad == (value.requires_grad and torch.is_grad_enabled()):
+                return given
+        self._way_in = (value, copied(value, self.group))
+        return self._way_in[1]
 
     def begin(self, device: torch.device) -> None:
-        """
-        Draw own numbers from here on.
-
-        Two splits beside each other (the gate and the way up of a gated MLP) begin once: the
-        second call does nothing.
-        """
+        """Draw own numbers from here on; inside of a split this does nothing."""
         if self._generator is not None:
             return
         drawn = int(torch.randint(_RANGE, ()))  # on the CPU: no wait for a GPU
@@ -51,8 +64,8 @@ class OwnNumbers:
         self.forget()
 
     def forget(self) -> None:
-        """Take it that numbers are those of all ranks, as after a forward that has failed."""
-        self._generator = self._outside = None
+        """Be outside without more ado, as before a forward: the one before may have failed."""
+        self._generator = self._outside = self._way_in = None
 
 
 def _generator(device: torch.device) -> torch.Generator:
