@@ -12,12 +12,12 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.base import Collective
 from distplat.strategies.tensor.exchange import Bounds, copied, gathered, summed
 from distplat.strategies.tensor.heads import HeadLayout
+from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.layers import Parts, keep, split_columns, split_rows
 from distplat.strategies.tensor.plan import slice_of
-from distplat.strategies.tensor.randomness import OwnNumbers
 
 
-def split_heads(name: str, module: nn.Module, group: Collective, numbers: OwnNumbers) -> Parts:
+def split_heads(name: str, module: nn.Module, group: Collective, inside: Inside) -> Parts:
     """
     Leave a rank its own heads of an attention module.
 
@@ -25,14 +25,14 @@ def split_heads(name: str, module: nn.Module, group: Collective, numbers: OwnNum
         name: in the model, for errors.
         module: torch's `nn.MultiheadAttention`, or one with a `head_layout`.
         group: the tensor group.
-        numbers: of the model.
+        inside: of the model.
 
     Raises:
         SpecError: it does not say where its heads are, or has fewer than there are ranks.
     """
     if type(module).forward is nn.MultiheadAttention.forward:
         assert isinstance(module, nn.MultiheadAttention)
-        return _split_multihead(name, module, group, numbers)
+        return _split_multihead(name, module, group, inside)
     layout = getattr(module, "head_layout", None)
     if not isinstance(layout, HeadLayout):
         text = f"{name} ({type(module).__name__}) does not say where its heads are"
@@ -42,11 +42,11 @@ def split_heads(name: str, module: nn.Module, group: Collective, numbers: OwnNum
     for layer in layout.inwards:
         linear = _layer(name, module, layer)
         own = split_columns(
-            f"{name}.{layer}", linear, group, numbers, units=heads, blocks=layout.blocks(layer)
+            f"{name}.{layer}", linear, group, inside, units=heads, blocks=layout.blocks(layer)
         )
         parts |= {f"{layer}.{parameter}": spec for parameter, spec in own.items()}
     linear = _layer(name, module, layout.outwards)
-    own = split_rows(f"{name}.{layout.outwards}", linear, group, numbers, units=heads)
+    own = split_rows(f"{name}.{layout.outwards}", linear, group, inside, units=heads)
     parts |= {f"{layout.outwards}.{parameter}": spec for parameter, spec in own.items()}
     setattr(module, layout.count, slice_of(name, 0, heads, heads, group.rank, group.world).extent)
     return parts
@@ -69,7 +69,7 @@ def _layer(name: str, module: nn.Module, layer: str) -> nn.Module:
 
 
 def _split_multihead(
-    name: str, module: nn.MultiheadAttention, group: Collective, numbers: OwnNumbers
+    name: str, module: nn.MultiheadAttention, group: Collective, inside: Inside
 ) -> Parts:
     if module.bias_k is not None or module.add_zero_attn:
         text = f"{name}: attention with `add_bias_kv` or `add_zero_attn` cannot be split"
@@ -85,11 +85,11 @@ def _split_multihead(
     if module.in_proj_bias is not None:
         parts["in_proj_bias"] = fused
     keep(module, parts)
-    rows = split_rows(f"{name}.out_proj", module.out_proj, group, numbers, units=heads)
+    rows = split_rows(f"{name}.out_proj", module.out_proj, group, inside, units=heads)
     module.__class__ = SplitMultiheadAttention
     assert isinstance(module, SplitMultiheadAttention)
     each = [slice_of(name, 0, heads, heads, r, group.world) for r in ranks]
-    module.group, module.numbers = group, numbers
+    module.group, module.inside = group, inside
     module.bounds = [(spec.start, spec.stop) for spec in each]
     module.num_heads = each[group.rank].extent
     return parts | {f"out_proj.{parameter}": spec for parameter, spec in rows.items()}
@@ -99,7 +99,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
     """A rank's own heads of torch's module; the same arguments, the same results."""
 
     group: Collective
-    numbers: OwnNumbers
+    inside: Inside
     bounds: Bounds
     """Heads, by rank."""
 
@@ -123,7 +123,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = key_padding_mask.unsqueeze(0)
         mask = self._mask(attn_mask, key_padding_mask, q)
         if self.training:
-            self.numbers.begin(q.device)
+            self.inside.begin(q.device)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:

@@ -22,9 +22,9 @@ from torch.autograd import Function
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.base import Collective
 from distplat.strategies.tensor.exchange import copied
+from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.layers import Parts
 from distplat.strategies.tensor.plan import ShardSpec, share_out
-from distplat.strategies.tensor.randomness import OwnNumbers
 from distplat.strategies.training.words import gather_bytes
 
 _ALIGN = 16
@@ -83,7 +83,7 @@ class Branches:
         title: the module, for errors.
         owners: rank of each branch.
         group: the tensor group.
-        numbers: of the model.
+        inside: of the model.
         trains: whether any branch has a parameter to train.
     """
 
@@ -92,12 +92,12 @@ class Branches:
         title: str,
         owners: Sequence[int],
         group: Collective,
-        numbers: OwnNumbers,
+        inside: Inside,
         trains: bool,
     ) -> None:
         self.modules: list[Branch] = []
-        self._title, self._owners, self._group = title, owners, group
-        self._numbers, self._trains = numbers, trains
+        self._title, self._owners, self.group = title, owners, group
+        self.inside, self._trains = inside, trains
         self._forms: dict[object, list[_Form]] = {}
         self._given: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
@@ -125,24 +125,24 @@ class Branches:
         return self._ready.pop(place)
 
     def _compute(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        shared = copied(inputs, self._group)
+        shared = copied(inputs, self.group)
         mine = [m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)]
         if mine[0].training:
-            self._numbers.begin(inputs.device)
+            self.inside.begin(inputs.device)
         own = [branch.compute(shared) for branch in mine]
-        self._numbers.end()
+        self.inside.end()
         forms = self._agree(inputs, own)
         # All ranks must agree on whether there is a backward, also one whose branches have none.
         lever = shared
         if not shared.requires_grad and self._trains:
             lever = torch.zeros((), device=inputs.device, requires_grad=True)
         outputs: tuple[Tensor, ...] = _Exchanged.apply(  # type: ignore[no-untyped-call]
-            lever, self._group, self._owners, forms, *own
+            lever, self.group, self._owners, forms, *own
         )
         return outputs
 
     def _has(self, owner: int) -> bool:
-        return owner == self._group.rank
+        return owner == self.group.rank
 
     def _agree(self, inputs: Tensor, own: Sequence[Tensor]) -> list[_Form]:
         """Learn the forms of all outputs: asked once for each kind of input."""
@@ -150,14 +150,14 @@ class Branches:
         kind = (inputs.shape, inputs.dtype, torch.is_autocast_enabled(inputs.device.type))
         if kind not in self._forms:
             told = json.dumps([(form.shape, form.dtype) for form in mine]).encode()
-            said = gather_bytes(told, self._group, inputs.device)
+            said = gather_bytes(told, self.group, inputs.device)
             by_rank = [iter(json.loads(text)) for text in said]
             given = [next(by_rank[owner]) for owner in self._owners]
             self._forms[kind] = [_Form(tuple(shape), dtype) for shape, dtype in given]
         forms = self._forms[kind]
         if mine != [f for f, owner in zip(forms, self._owners, strict=True) if self._has(owner)]:
             raise ValueError(
-                f"{self._title}: a branch on rank {self._group.rank} gave {forms} for one kind of "
+                f"{self._title}: a branch on rank {self.group.rank} gave {forms} for one kind of "
                 f"input, and now {mine}; on several ranks, shapes must follow from the input's"
             )
         return forms
@@ -199,7 +199,7 @@ class _Exchanged(Function):
 
 
 def split_branches(
-    modules: Mapping[str, nn.Module], group: Collective, numbers: OwnNumbers
+    modules: Mapping[str, nn.Module], group: Collective, inside: Inside
 ) -> tuple[Branches, Parts]:
     """
     Leave a rank its own branches; the parameters of the others become empty.
@@ -207,7 +207,7 @@ def split_branches(
     Args:
         modules: the branches of one module, by name.
         group: the tensor group.
-        numbers: of the model.
+        inside: of the model.
 
     Returns:
         What the branches go through, and which tensors, by name, the rank has.
@@ -222,7 +222,7 @@ def split_branches(
     costs = [sum(p.numel() for p in branch.parameters()) for branch in modules.values()]
     trains = any(p.requires_grad for branch in modules.values() for p in branch.parameters())
     owners = share_out(costs, group.world)
-    around = Branches(title, owners, group, numbers, trains)
+    around = Branches(title, owners, group, inside, trains)
     parts: Parts = {}
     for place, (name, branch) in enumerate(modules.items()):
         has = owners[place] == group.rank

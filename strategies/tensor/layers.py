@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.base import Collective
 from distplat.strategies.tensor.exchange import Bounds, copied, gathered, scattered, summed
+from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.parts import take
 from distplat.strategies.tensor.plan import ShardSpec, slice_of
-from distplat.strategies.tensor.randomness import OwnNumbers
 
 Parts = dict[str, ShardSpec]
 """What of a module's parameters the rank has, by their names in the module."""
@@ -26,18 +26,19 @@ class ColumnLinear(nn.Linear):
     """A rank's columns of a linear layer; the input is complete."""
 
     group: Collective
-    numbers: OwnNumbers
+    inside: Inside
     bounds: Bounds
     gathers: bool
     """Whether the output is put together, or left split."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., own columns], or [..., out] where they are put together."""
-        outputs = super().forward(copied(input, self.group))
         if self.gathers:
+            outputs = super().forward(copied(input, self.group))
             return gathered(outputs, self.bounds, self.group)
+        outputs = super().forward(self.inside.enter(input))
         if self.training:
-            self.numbers.begin(outputs.device)
+            self.inside.begin(outputs.device)
         return outputs
 
 
@@ -45,7 +46,7 @@ class RowLinear(nn.Linear):
     """A rank's rows of a linear layer; the input is split as a column layer leaves it, or whole."""
 
     group: Collective
-    numbers: OwnNumbers
+    inside: Inside
     bounds: Bounds
     title: str
 
@@ -60,7 +61,7 @@ class RowLinear(nn.Linear):
                 f"was given {width}: what comes before must be `colwise` or complete"
             )
         else:
-            self.numbers.end()
+            self.inside.end()
         outputs = summed(F.linear(input, self.weight).contiguous(), self.group)
         if self.bias is None:
             return outputs
@@ -91,7 +92,7 @@ def split_columns(
     name: str,
     linear: nn.Module,
     group: Collective,
-    numbers: OwnNumbers,
+    inside: Inside,
     *,
     gathers: bool = False,
     units: int | None = None,
@@ -104,7 +105,7 @@ def split_columns(
         name: in the model, for errors.
         linear: complete, the same on all ranks.
         group: the tensor group.
-        numbers: of the model.
+        inside: of the model.
         gathers: put the output together.
         units: columns that stay together are one unit; None: each is one.
         blocks: equal parts of the columns that are cut alike.
@@ -122,7 +123,7 @@ def split_columns(
     layer.out_features = specs[group.rank].extent
     layer.__class__ = ColumnLinear
     assert isinstance(layer, ColumnLinear)
-    layer.group, layer.numbers, layer.gathers = group, numbers, gathers
+    layer.group, layer.inside, layer.gathers = group, inside, gathers
     layer.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 
@@ -131,7 +132,7 @@ def split_rows(
     name: str,
     linear: nn.Module,
     group: Collective,
-    numbers: OwnNumbers,
+    inside: Inside,
     *,
     units: int | None = None,
 ) -> Parts:
@@ -150,7 +151,7 @@ def split_rows(
     layer.in_features = specs[group.rank].extent
     layer.__class__ = RowLinear
     assert isinstance(layer, RowLinear)
-    layer.group, layer.numbers, layer.title = group, numbers, name
+    layer.group, layer.inside, layer.title = group, inside, name
     layer.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 

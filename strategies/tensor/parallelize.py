@@ -20,9 +20,9 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.base import Collective
 from distplat.strategies.tensor.attention import split_heads
 from distplat.strategies.tensor.branches import Branches, split_branches
+from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.layers import Parts, split_columns, split_rows, split_vocabulary
 from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
-from distplat.strategies.tensor.randomness import OwnNumbers
 
 
 def parallelize(
@@ -58,8 +58,20 @@ def parallelize(
     for one in modules.values():
         if isinstance(one, nn.TransformerEncoderLayer):
             one.activation_relu_or_gelu = 0  # else evaluation takes a way past our layers
-    module.register_forward_pre_hook(splitting.start_anew)
+    module.register_forward_pre_hook(_Afresh(splitting.inside, splitting.branches))
     return specs
+
+
+class _Afresh:
+    """Before each forward: forget what one that failed has left behind."""
+
+    def __init__(self, inside: Inside, branches: list[Branches]) -> None:
+        self._inside, self._branches = inside, branches
+
+    def __call__(self, *_: object) -> None:
+        self._inside.forget()
+        for branches in self._branches:
+            branches.forget()
 
 
 class _Splitting:
@@ -67,8 +79,8 @@ class _Splitting:
 
     def __init__(self, modules: Mapping[str, nn.Module], group: Collective) -> None:
         self._modules, self._group = modules, group
-        self._numbers = OwnNumbers(group)
-        self._branches: list[Branches] = []
+        self.inside = Inside(group)
+        self.branches: list[Branches] = []
 
     def all(self, styles: Mapping[str, str]) -> dict[str, ShardSpec]:
         specs: dict[str, ShardSpec] = {}
@@ -85,36 +97,30 @@ class _Splitting:
         for names in branches.values():
             try:
                 around, parts = split_branches(
-                    {name: self._modules[name] for name in names}, self._group, self._numbers
+                    {name: self._modules[name] for name in names}, self._group, self.inside
                 )
             except SpecError as error:
                 problems += error.problems
             else:
-                self._branches.append(around)
+                self.branches.append(around)
                 specs |= parts
         if problems:
             raise SpecError(*problems)
         return specs
 
     def _split(self, name: str, module: nn.Module, style: str) -> Parts:
-        group, numbers = self._group, self._numbers
+        group, inside = self._group, self.inside
         match style:
             case "colwise" | "colwise_gather":
                 gathers = style == "colwise_gather"
-                return split_columns(name, module, group, numbers, gathers=gathers)
+                return split_columns(name, module, group, inside, gathers=gathers)
             case "rowwise":
-                return split_rows(name, module, group, numbers)
+                return split_rows(name, module, group, inside)
             case "embedding":
                 return split_vocabulary(name, module, group)
             case "heads":
-                return split_heads(name, module, group, numbers)
+                return split_heads(name, module, group, inside)
         raise AssertionError(style)
-
-    def start_anew(self, *_: object) -> None:
-        """Forget what a forward that failed has left behind."""
-        self._numbers.forget()
-        for branches in self._branches:
-            branches.forget()
 
 
 def _check_pairs(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> None:

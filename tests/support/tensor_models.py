@@ -111,6 +111,18 @@ class Inception(nn.Module):
         return out
 
 
+class Bypass(nn.Module):
+    """A branch that computes nothing, on a rank that has no other; its input goes past it, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Linear(12, 12), nn.Identity()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.branches[0](x) + self.branches[1](x)
+        return out
+
+
 def tied() -> nn.Module:
     table, head = nn.Embedding(19, 12, padding_idx=3), nn.Linear(12, 19, bias=False)
     head.weight = table.weight
@@ -182,6 +194,12 @@ CASES = {
     "one sequence": Case(Cross, {"attention": "heads"}, features(5, 12)),
     "padded": Case(Padded, {"attention": "heads"}, features(3, 5, 12)),
     "encoder": Case(encoder, ENCODER, features(3, 5, 12)),
+    "bypass": Case(
+        lambda: nn.Sequential(Bypass(), Gated(), nn.LayerNorm(12), Bypass()),
+        {"0.*.*": "branches", "1.up": "colwise", "1.gate": "colwise", "1.down": "rowwise"}
+        | {"3.*.*": "branches"},
+        features(5, 12),
+    ),
     "branches": Case(Inception, {"mixed.*": "branches"}, features(6, 3, 8, 8)),
 }
 
@@ -253,10 +271,11 @@ class Lone:
     """A rank of a group in which nobody else is: for what a rank does between exchanges."""
 
     def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.sums = rank, world, 0
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Nothing to add."""
+        self.sums += 1
 
 
 Run = Callable[[nn.Module, Collective], dict[str, Tensor]]

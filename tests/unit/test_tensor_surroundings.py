@@ -172,6 +172,20 @@ def test_a_repeated_run_has_the_same_bits() -> None:
         assert all(torch.equal(a, b) for a, b in zip(one.outputs, other.outputs, strict=True))
 
 
+@pytest.mark.parametrize(("name", "sums"), [("gated", 4), ("heads", 2), ("encoder", 8)])
+def test_columns_that_read_one_input_sum_its_gradient_once(name: str, sums: int) -> None:
+    """One sum in forward and one in backward for each split, whatever it consists of."""
+    group, model = Lone(0, 2), CASES[name].build()
+    parallelize(model, CASES[name].plan, group)  # type: ignore[arg-type]
+    inputs = CASES[name].inputs.clone().requires_grad_()
+    with torch.no_grad():
+        model(inputs)
+    assert group.sums == sums / 2
+    group.sums = 0
+    torch.autograd.backward(model(inputs).sum())
+    assert group.sums == sums
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_dropout_differs_inside_a_split_and_not_outside(world: int) -> None:
     """With 31 features over the ranks, each draws another number of them."""
