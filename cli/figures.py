@@ -67,7 +67,7 @@ def _pipeline(figures: Figures) -> str:
     bubble = 1 - figures["stage_busy_s"] / figures["pipeline_s"]
     return (
         f"{bubble:.0%} bubble, {figures['bubble_ideal']:.0%} with equal stages; "
-        f"{_bytes(between)} between stages per step"
+        f"{size_text(between)} between stages per step"
     )
 
 
