@@ -30,7 +30,7 @@ from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.compute import Pipeline, Settings
-from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.executor import Executor, Seat
 from distplat.strategies.pipeline.measures import Measures
 from distplat.strategies.pipeline.part import Part
 from distplat.strategies.pipeline.parting import agreed_part
@@ -146,7 +146,7 @@ class Rank:
         peers = [members.index(rank) for rank in row]
         channel = Channel(self._replica, peers, members, device)
         chunks = self._own.chunks
-        executor = self._executor = Executor(
+        seat = Seat(
             chunks,
             at.stage,
             grid.stages,
@@ -154,6 +154,7 @@ class Rank:
             lambda: precision(context.job, device),
             context.alive,
         )
+        self._executor = Executor(seat)
         settings = Settings(
             at,
             grid.stages,
@@ -162,7 +163,7 @@ class Rank:
             self._plan,
             lambda count: evaluation_plan(grid.stages, count, options.chunks),
         )
-        return Pipeline(self._prepared, settings, executor, self._exchanging)
+        return Pipeline(self._prepared, settings, self._executor, self._exchanging)
 
     def _plan(self, count: int) -> Plan:
         options = self._options
