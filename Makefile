@@ -32,6 +32,8 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/ring_step.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression.py
+	$(BIN)/python benchmarks/tensor_parallel.py
+	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/shard_recovery.py

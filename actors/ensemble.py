@@ -98,7 +98,7 @@ class Ensemble:
             for rank in restart.replace:
                 ray.kill(self._cast.workers[rank])
                 self._cast.workers[rank] = spawn_worker(
-                    launch.job, launch.run, restart.attempt, rank
+                    launch.job, launch.run, restart.attempt, rank, self._cast.seat(rank)
                 )
         self._give_orders(restart.attempt, saved, base)
 

@@ -11,7 +11,7 @@ from distplat.actors.training import saved_model
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import EvalReport, Gathering, StepReport, Summary
+from distplat.platform.progress import AnyReport, Gathering, Summary
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import make_strategy
@@ -38,7 +38,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
     """
     gathering, progress = Gathering(world=1), Progress()
 
-    def report(part: StepReport | EvalReport) -> None:
+    def report(part: AnyReport) -> None:
         for summary in gathering.add(part):
             tell(summary)
 
@@ -53,14 +53,16 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
 
 def _train(
     launch: Launch,
-    report: Callable[[StepReport | EvalReport], None],
+    report: Callable[[AnyReport], None],
     tell: Callable[[Summary], None],
     progress: Progress,
     keep: Keep,
 ) -> bytes:
     job = launch.job
     kind = launch.task or load_task_class(job.task or "", launch.working_dir)
-    prepared = prepare(job, kind(**job.task_args), "cuda" if job.scaling.use_gpu else "cpu")
+    strategy = make_strategy(job)
+    device = "cuda" if job.scaling.use_gpu else "cpu"
+    prepared = prepare(job, kind(**job.task_args), device, strategy)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)
@@ -72,7 +74,7 @@ def _train(
     saved = _saved(checkpoints.newest())
     join(
         prepared,
-        make_strategy(job),
+        strategy,
         0,
         collective=Fabric(1).collective(0),
         shards=InMemoryShards(group, 0),
@@ -86,7 +88,7 @@ def _train(
         tell(written)
     if roles.consistency.asynchronous and saved is None:
         keep(FILE_NAME, pack(group.logs(), {"run": launch.run}))
-    return saved_model(prepared.flat.model)
+    return saved_model(strategy.trained(prepared.flat))
 
 
 def _saved(stored: Stored | None) -> SavedState | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distplat.platform.collecting import Delivery
     from distplat.platform.errors import DistplatError
-    from distplat.platform.progress import EvalReport, StepReport
+    from distplat.platform.progress import AnyReport
     from distplat.platform.shard_map import ShardMap
     from distplat.platform.spec import Job
     from distplat.strategies.base import GroupSpec
@@ -86,7 +86,7 @@ class WorkOrder:
 class News:
     """A worker's answer to the controller's question how things stand."""
 
-    reports: list[StepReport | EvalReport]
+    reports: list[AnyReport]
     """What was finished since the last question."""
     attempt: int
     """The one that it works at, or has ended."""

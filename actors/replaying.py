@@ -71,7 +71,9 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
     plan = ShardPlan(job, "replay", 0, world, steps, len(logs), roles.consistency)
     threads = max(1, int(job.scaling.resources()["CPU"]))
     model = replay(plan, logs, prepare_rank, threads)
-    name, difference = _compare(load(saved_model(model)), directory / "model.safetensors")
+    name, difference = _compare(
+        load(saved_model(model.state_dict())), directory / "model.safetensors"
+    )
     counts = staleness_counts(logs, world)
     return Replayed(facts.get("run", ""), len(logs[0]), len(logs), counts, name, difference)
 

@@ -10,7 +10,11 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from distplat.actors.manager import ServerManager
 from distplat.actors.messages import WorkOrder
@@ -33,12 +37,23 @@ class Cast:
     workers: list[Any] = field(default_factory=list)
     servers: list[Any] = field(default_factory=list)
     manager: Any = None
+    seats: list[Any] = field(default_factory=list)
+    """A placement group for each worker group of several workers."""
 
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
         manager = [self.manager] if self.manager is not None else []
         for actor in [*self.workers, *manager, *self.servers]:
             ray.kill(actor)
+        for seats in self.seats:
+            remove_placement_group(seats)
+
+    def seat(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
+        """Say where a worker belongs; None: anywhere."""
+        if not self.seats:
+            return None
+        group, place = divmod(rank, self.seats[0].bundle_count)
+        return PlacementGroupSchedulingStrategy(self.seats[group], place)
 
 
 def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
@@ -51,8 +66,9 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     _check_feasible(job, roles)
     cast = Cast()
     common = _common(run)
+    cast.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
-        cast.workers.append(spawn_worker(job, run, attempt, rank))
+        cast.workers.append(spawn_worker(job, run, attempt, rank, cast.seat(rank)))
     for index in range(roles.servers):
         cast.servers.append(spawn_server(job, roles, run, attempt, f"server-{index}"))
     if roles.servers:
@@ -92,11 +108,19 @@ def spawn_server(
     return ray.remote(ServerNode).options(**options, name=name).remote(name)
 
 
-def spawn_worker(job: Job, run: str, attempt: int, rank: int) -> Any:
-    """Ask Ray for one worker; returns before it is up."""
+def spawn_worker(
+    job: Job,
+    run: str,
+    attempt: int,
+    rank: int,
+    seat: PlacementGroupSchedulingStrategy | None = None,
+) -> Any:
+    """Ask Ray for one worker, in its seat; returns before it is up."""
     name = actor_name(job, f"worker-{rank}", attempt)
     threads = {"max_concurrency": _WORKER_THREADS}
     options = {**_common(run), **_resources(job.scaling.resources()), **threads, "name": name}
+    if seat is not None:
+        options["scheduling_strategy"] = seat
     return ray.remote(Worker).options(**options).remote(name)
 
 
@@ -112,6 +136,16 @@ def start_workers(cast: Cast, orders: list[WorkOrder]) -> list[Any]:
 
 def _common(run: str) -> dict[str, Any]:
     return {"namespace": run, "max_restarts": 0, "max_task_retries": 0}
+
+
+def _seats(job: Job, group_size: int) -> list[Any]:
+    """Reserve room for each worker group: on one node if one has it, for they talk most."""
+    needs = {name: amount for name, amount in job.scaling.resources().items() if amount}
+    if group_size == 1 or not needs:
+        return []
+    bundles = [needs] * group_size
+    groups = job.scaling.num_workers // group_size
+    return [placement_group(bundles, strategy="PACK") for _ in range(groups)]
 
 
 def _resources(needs: dict[str, float]) -> dict[str, Any]:

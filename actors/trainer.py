@@ -122,6 +122,7 @@ class Trainer:
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
         self._survivors_go_on = strategy.survivors_go_on()
+        self._holders = strategy.holders(self.job)
         self._has_parts = strategy.has_parts
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
@@ -162,7 +163,7 @@ class Trainer:
             for observer in self._observers:
                 if isinstance(summary, StepSummary | EvalSummary):
                     observer.stepped(summary)
-                elif not isinstance(summary, Saved):
+                elif isinstance(summary, Setback | Recovery):
                     observer.disturbed(summary)
 
         try:
@@ -185,7 +186,12 @@ class Trainer:
             self.job,
             run,
             self._roles,
-            policy_of(self.job.failure, self._survivors_go_on, self.job.checkpoint.wanted),
+            policy_of(
+                self.job.failure,
+                self._survivors_go_on,
+                self.job.checkpoint.wanted,
+                self._holders,
+            ),
             self._task,
             str(self._dir),
             self._strategy_file,

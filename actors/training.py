@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.platform.collecting import Delivery
 from distplat.platform.errors import DistplatError
 from distplat.platform.pieces import Bytes
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
@@ -65,7 +65,7 @@ class Session:
 
     def __init__(
         self,
-        report: Callable[[StepReport | EvalReport], None],
+        report: Callable[[AnyReport], None],
         deliver: Callable[[Delivery], None],
     ) -> None:
         self._report, self._deliver = report, deliver
@@ -116,13 +116,26 @@ class Session:
                 progress=progress,
                 around=Around(_saved(order), order.base, courier.take),
             )
-            if order.attempt > 0:
-                logger.info("rank %d goes on from step %d", order.rank, loop.start)
+            self._say_what(order, prepared, loop.start)
             loop.run()
             courier.flush()
+            return saved_model(strategy.trained(prepared.flat))
         finally:
             self._connection.close()
-        return saved_model(prepared.flat.model)
+
+    def _say_what(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
+        if order.attempt > 0:
+            logger.info("rank %d goes on from step %d", order.rank, start)
+            return
+        logger.info(
+            "rank %d of %d: %s, %d parameters on %s, %d steps",
+            order.rank,
+            order.job.scaling.world,
+            order.job.strategy.name,
+            sum(slot.size for slot in prepared.flat.slots),
+            prepared.flat.params.device,
+            prepared.total_steps,
+        )
 
     def _prepare(self, order: WorkOrder) -> tuple[Prepared, Strategy[Any]]:
         """Build model, data and strategy, unless an attempt before has built them."""
@@ -137,16 +150,8 @@ class Session:
             order.strategy_file.load()
         self._strategy = make_strategy(job)
         task = _task_class(order)(**job.task_args)
-        self._prepared = prepare(job, task, "cuda" if job.scaling.use_gpu else "cpu")
-        logger.info(
-            "rank %d of %d: %s, %d parameters on %s, %d steps",
-            order.rank,
-            job.scaling.world,
-            job.strategy.name,
-            sum(slot.size for slot in self._prepared.flat.slots),
-            self._prepared.flat.params.device,
-            self._prepared.total_steps,
-        )
+        device = "cuda" if job.scaling.use_gpu else "cpu"
+        self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy
 
 
@@ -230,7 +235,7 @@ def _task_class(order: WorkOrder) -> type[Task]:
     return load_task_class(order.task, order.search_path)
 
 
-def saved_model(model: torch.nn.Module) -> bytes:
+def saved_model(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Give a model's state in the safetensors format; copies, so that tensors share no memory."""
-    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    state = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     return save({name: value.contiguous() for name, value in state.items()})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from distplat.actors.allocator import keep_freed_memory
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import News, WorkOrder
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport
 
 if TYPE_CHECKING:
     from distplat.actors.training import Session
@@ -30,7 +30,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._name = name
         self._orders: queue.SimpleQueue[WorkOrder] = queue.SimpleQueue()
-        self._reports: deque[StepReport | EvalReport] = deque()
+        self._reports: deque[AnyReport] = deque()
         self._deliveries: deque[Delivery] = deque()
         self._session: Session | None = None
         self._given_up = -1  #: the last attempt that was called off

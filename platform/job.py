@@ -247,9 +247,10 @@ class JobState:
             self.phase = Phase.FAILED
             return
         ranks = range(self._world)
-        usable = (self._waiting | self._finished) - {_rank_of(role) for role in self._gone}
+        gone = {_rank_of(role) for role in self._gone}
+        usable = {rank for rank in self._waiting | self._finished if rank not in gone}
         kept = self._policy.survivors_go_on and not self._state_lost
-        everything = self._servers_lost or not usable or not kept
+        everything = self._servers_lost or not self._policy.has_all(usable) or not kept
         replace = tuple(r for r in ranks if everything or r not in usable)
         self.restart = Restart(self.attempt + 1, replace, everything, answer)
 

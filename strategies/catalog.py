@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "distplat.strategies"
 """Entry-point group under which other packages offer modules that register strategies."""
-_NOT_STRATEGIES = {"base", "catalog", "fakes", "ports", "task"}
+_NOT_STRATEGIES = {"base", "catalog", "collective", "fakes", "ports", "task"}
 
 
 def _discover() -> None:

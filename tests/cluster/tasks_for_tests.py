@@ -192,6 +192,14 @@ class Big(Blobs):
         return nn.Sequential(*layers)
 
 
+class Deep(Blobs):
+    """Layers enough for several stages."""
+
+    def model(self) -> nn.Module:
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
+        return nn.Sequential(nn.Linear(5, 8), *blocks, nn.Linear(8, 3))
+
+
 class Drop(Blobs):
     """Dropout and batch norm: what a replay must seed and keep by rank."""
 
