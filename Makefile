@@ -33,6 +33,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/tensor_parallel.py
+	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/submit_latency.py

@@ -8,6 +8,7 @@ channel (`algorithms/schedule_messages.py`), and every channel has room for one 
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,32 +37,42 @@ class _Live(NamedTuple):
     """What `inputs` lies in, if it is to be given back."""
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits in its pipeline, and what it works with."""
+
+    chunks: dict[int, Chunk]
+    """This rank's, by place along the model."""
+    stage: int
+    """This rank's."""
+    stages: int
+    channel: Channel
+    """To the other stages."""
+    context: Callable[[], AbstractContextManager[object]]
+    """Gives the context in which forwards run."""
+    alive: Callable[[], None]
+    """Called after each thing done."""
+
+    @property
+    def depth(self) -> int:
+        """Places along the whole model."""
+        return len(self.chunks) * self.stages
+
+    def is_last(self, place: int) -> bool:
+        """Whether what the place gives goes into the loss."""
+        return place + 1 == self.depth
+
+
 class Executor:
     """
     Runs plans on one rank.
 
     Args:
-        chunks: this rank's, by place.
-        stage: this rank's.
-        stages: how many.
-        channel: to the other stages.
-        context: gives the context in which forwards run.
-        alive: called after each thing done.
+        seat: where it is.
     """
 
-    def __init__(
-        self,
-        chunks: dict[int, Chunk],
-        stage: int,
-        stages: int,
-        channel: Channel,
-        context: Callable[[], AbstractContextManager[object]],
-        alive: Callable[[], None],
-    ) -> None:
-        self._chunks, self._stage, self._stages = chunks, stage, stages
-        self._channel, self._context, self._alive = channel, context, alive
-        self._last = max(chunks) if stage == stages - 1 else -1
-        self._depth = len(chunks) * stages
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
         self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
         self.spans: list[Span] = []  #: of the plan that ran last
 
@@ -74,7 +85,7 @@ class Executor:
         """
         self._agree_on_shapes(source)
         self._mode(training=True)
-        _Run(self, plan, source, tail).run()
+        self.spans = _Run(self._seat, plan, source, tail).run()
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, source: Source) -> None:
@@ -86,16 +97,16 @@ class Executor:
         """
         self._agree_on_shapes(source)
         self._mode(training=False)
-        _Run(self, plan, source, None).run()
+        _Run(self._seat, plan, source, None).run()
 
     def _mode(self, *, training: bool) -> None:
-        for chunk in self._chunks.values():
+        for chunk in self._seat.chunks.values():
             chunk.set_mode(training=training)
 
     @torch.no_grad()
     def _agree_on_shapes(self, source: Source) -> None:
         """Pass one micro-batch of each new size through the model, stage after stage."""
-        if self._depth == 1:
+        if self._seat.depth == 1:
             return
         first = {size: number for number, size in reversed([*enumerate(source.sizes)])}
         for size in sorted(first.keys() - self._sizes):
@@ -105,33 +116,33 @@ class Executor:
 
     def _pass_through(self, source: Source, size: int, number: int) -> None:
         arrived: Tensor | None = None  # from a chunk of this rank
-        for place, chunk in self._chunks.items():
+        for place, chunk in self._seat.chunks.items():
             if place == 0:
                 inputs = source.peek(number)
             elif arrived is not None:
                 inputs = arrived
             else:
-                inputs = self._channel.hear((place, size), (place - 1) % self._stages)
+                inputs = self._seat.channel.hear((place, size), (place - 1) % self._seat.stages)
             arrived = None
-            if place + 1 == self._depth:
+            if place + 1 == self._seat.depth:
                 continue
-            with self._context():
+            with self._seat.context():
                 outputs = chunk.run(inputs, 0)
-            self._channel.learn((place + 1, size), outputs)
-            to = (place + 1) % self._stages
-            if to == self._stage:
+            self._seat.channel.learn((place + 1, size), outputs)
+            to = (place + 1) % self._seat.stages
+            if to == self._seat.stage:
                 arrived = outputs
             else:
-                self._channel.tell((place + 1, size), to)
-        self._channel.finish()
+                self._seat.channel.tell((place + 1, size), to)
+        self._seat.channel.finish()
 
 
 class _Run:
     """One execution of a plan."""
 
-    def __init__(self, owner: Executor, plan: Plan, source: Source, tail: Tail | None) -> None:
-        self._owner, self._plan, self._source, self._tail = owner, plan, source, tail
-        self._channel = owner._channel
+    def __init__(self, seat: Seat, plan: Plan, source: Source, tail: Tail | None) -> None:
+        self._seat, self._plan, self._source, self._tail = seat, plan, source, tail
+        self._channel = seat.channel
         self._schedule = plan.schedule
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
@@ -140,9 +151,9 @@ class _Run:
         self._late: dict[tuple[int, int], tuple[_Live, Tensor | None, Tensor | None]] = {}
         self.spans: list[Span] = []
 
-    def run(self) -> None:
-        stages, alive = self._owner._stages, self._owner._alive
-        for step in self._plan.steps[self._owner._stage]:
+    def run(self) -> list[Span]:
+        stages, alive = self._seat.stages, self._seat.alive
+        for step in self._plan.steps[self._seat.stage]:
             began = time.perf_counter()
             if isinstance(step, Send):
                 kind, chunk = "send", step.message.source // stages
@@ -159,7 +170,7 @@ class _Run:
             self.spans.append(Span(kind, chunk, number, began, time.perf_counter()))
             alive()
         self._channel.finish()
-        self._owner.spans = self.spans
+        return self.spans
 
     def _receive(self, step: Recv) -> Tensor:
         return self._channel.receive(self._kind(step.message), step.source)
@@ -170,7 +181,7 @@ class _Run:
         return entered, self._source.sizes[message.micro_batch]
 
     def _compute(self, action: Action) -> None:
-        place = self._schedule.place(self._owner._stage, action)
+        place = self._schedule.place(self._seat.stage, action)
         if action.kind is Kind.FORWARD:
             self._forward(action.micro_batch, place)
             return
@@ -186,7 +197,7 @@ class _Run:
             self._tail.pause()
 
     def _forward(self, number: int, place: int) -> None:
-        owner, source = self._owner, self._source
+        seat, source = self._seat, self._source
         buffer: Tensor | None = None
         if place == 0:
             inputs = source.inputs(number)
@@ -195,11 +206,11 @@ class _Run:
             buffer = arrived if pooled else None
             inputs = arrived.detach()
             inputs.requires_grad_(self._tail is not None)
-        with owner._context():
-            outputs = owner._chunks[place].run(inputs, source.seed(number))
+        with seat.context():
+            outputs = seat.chunks[place].run(inputs, source.seed(number))
         if buffer is not None and _one_memory(buffer, outputs):
             buffer = None  # a chunk that hands its input on: others still read it
-        if place == owner._last:
+        if seat.is_last(place):
             outputs = source.loss(number, outputs)
         else:
             self._have[_activation(number, place + 1)] = outputs.detach(), False
@@ -234,13 +245,13 @@ class _Run:
 
     def _weights(self, number: int, place: int) -> None:
         live, gradient, buffer = self._late.pop((number, place))
-        own = [p for p in self._owner._chunks[place].parameters() if p.requires_grad]
+        own = [p for p in self._seat.chunks[place].parameters() if p.requires_grad]
         if own and live.outputs.requires_grad:
             torch.autograd.backward(live.outputs, gradient, inputs=own)
         self._give_back(number, place, live, buffer)
 
     def _gradient_for(self, number: int, place: int) -> tuple[Tensor | None, bool]:
-        if place == self._owner._last:
+        if self._seat.is_last(place):
             return None, False
         return self._have.pop(_gradient(number, place))
 

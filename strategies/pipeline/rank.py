@@ -30,7 +30,7 @@ from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.compute import Pipeline, Settings
-from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.executor import Executor, Seat
 from distplat.strategies.pipeline.measures import Measures
 from distplat.strategies.pipeline.part import Part
 from distplat.strategies.pipeline.parting import agreed_part
@@ -149,7 +149,7 @@ class Rank:
         peers = [members.index(rank) for rank in row]
         channel = Channel(self._replica, peers, members, device)
         chunks = self._own.chunks
-        executor = self._executor = Executor(
+        seat = Seat(
             chunks,
             at.stage,
             grid.stages,
@@ -157,6 +157,7 @@ class Rank:
             lambda: precision(context.job, device),
             context.alive,
         )
+        self._executor = Executor(seat)
         settings = Settings(
             at,
             grid.stages,
@@ -165,7 +166,7 @@ class Rank:
             self._plan,
             lambda count: evaluation_plan(grid.stages, count, options.chunks),
         )
-        return Pipeline(self._prepared, settings, executor, self._exchanging)
+        return Pipeline(self._prepared, settings, self._executor, self._exchanging)
 
     def _plan(self, count: int) -> Plan:
         options = self._options
@@ -220,9 +221,10 @@ class Rank:
 
     def trace(self, step: int) -> TraceReport | None:
         """Tell when what was done in the step just made, if it is the one."""
-        if step != min(self._options.trace_step, self._prepared.total_steps - 1):
-            return None
         options = self._options
+        wanted = min(options.trace_step, self._prepared.total_steps - 1)
+        if step != wanted or options.pipeline == 1:
+            return None
         return self._measures.trace(step, self._executor.spans, options.schedule, options.pipeline)
 
     def trained(self) -> dict[str, Tensor]:

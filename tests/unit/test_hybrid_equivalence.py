@@ -19,7 +19,7 @@ from hybrid_models import (
 from in_memory_run import Run, train
 from torch import Tensor
 
-from distplat.platform.progress import StepReport
+from distplat.platform.progress import EvalReport, StepReport
 from distplat.strategies.task import Task
 
 
@@ -107,3 +107,29 @@ def test_clipping_takes_the_norm_of_the_whole_model(name: str) -> None:
     run = train(job_of(options, workers, clip_norm=0.3), Mlp)
     assert distance(whole(run), plain(Mlp, 0.3)[0]) < 1e-5
     assert distance(whole(run), plain(Mlp)[0]) > 1e-4, "the limit matters"
+
+
+def evaluation(run: Run) -> dict[str, float]:
+    """Put the ranks' parts of the last evaluation together."""
+    reports = [r for r in run.reports[0] if isinstance(r, EvalReport)]  # each has all ranks'
+    assert sum(report.samples for report in reports) == SAMPLES
+    names = next(report.sums for report in reports if report.samples)
+    return {name: sum(r.sums.get(name, 0.0) for r in reports) / SAMPLES for name in names}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"global_batch_size": 22},  # the last batch has one sample: a replica has nothing to do
+        {"precision": "bf16"},
+        {"data": {"drop_last": True, "num_loaders": 0}, "optimizer": {"name": "AdamW", "lr": 0.01}},
+    ],
+    ids=["short", "bf16", "dropped"],
+)
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_two_stages_and_replicas_do_what_one_rank_does(schedule: str, more: dict[str, Any]) -> None:
+    options, workers = grid_of(2, 1, 2, schedule=schedule)
+    many, one = train(job_of(options, workers, **more), Mlp), train(job_of({}, 1, **more), Mlp)
+    loose = 1e-2 if "precision" in more else 1e-5
+    assert distance(whole(many), whole(one)) < loose
+    assert evaluation(many) == pytest.approx(evaluation(one), rel=10 * loose)

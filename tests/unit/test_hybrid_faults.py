@@ -73,6 +73,7 @@ class Workers:
                 state = self.strategies[rank].trained(self.prepared[rank].flat)
             except CollectiveError as error:
                 stopped.append(error)
+                fabric.give_up()  # as the controller has all stop
                 return {}
             return {name: tensor.clone() for name, tensor in state.items()}
 
@@ -108,7 +109,7 @@ def test_one_is_lost_at_any_operation(
     group: str, after: int, victim: int, unfailed: dict[str, Tensor]
 ) -> None:
     workers = Workers()
-    fabric = Fabric(WORLD, timeout_s=0.4)
+    fabric = Fabric(WORLD)
     fabric.kill(victim, after=after, group=group)
     assert workers.attempt(fabric) is None
     workers.renew(victim)
@@ -140,7 +141,7 @@ def test_some_have_made_the_update_and_some_not(
 ) -> None:
     """They make it by themselves; what they had not reported is reported then."""
     workers = Workers()
-    assert workers.attempt(Fabric(WORLD, timeout_s=0.4), deaf) is None
+    assert workers.attempt(Fabric(WORLD), deaf) is None
     versions = [workers.prepared[rank].flat.version for rank in range(WORLD)]
     assert versions == [3 if rank in deaf else 4 for rank in range(WORLD)]
     workers.renew(victim)
@@ -155,7 +156,7 @@ def test_some_have_made_the_update_and_some_not(
 def test_a_part_without_a_holder_is_lost() -> None:
     """Both twins of a stage are gone: the others' state is worth nothing without it."""
     workers = Workers()
-    fabric = Fabric(WORLD, timeout_s=0.4)
+    fabric = Fabric(WORLD)
     fabric.kill(1, after=6, group="world")
     assert workers.attempt(fabric) is None
     for rank in (1, 3):
