@@ -56,6 +56,8 @@ class Ensemble:
         actors = {f"worker-{rank}": worker for rank, worker in enumerate(self._cast.workers)}
         if self._cast.manager is not None:
             actors["server-manager"] = self._cast.manager
+        for index, server in enumerate(self._cast.embedding_servers):
+            actors[f"embedding-server-{index}"] = server
         return actors
 
     @property
@@ -110,4 +112,6 @@ class Ensemble:
             strategy_file=launch.strategy_file,
             manager=self._cast.manager,
             collective=launch.roles.collective,
+            embedding_servers=tuple(self._cast.embedding_servers),
+            rewinds=launch.policy.survivors_go_on,
         )

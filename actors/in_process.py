@@ -11,7 +11,14 @@ from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, Gathering, StepReport, Summary
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
+from distplat.strategies.fakes import (
+    Fabric,
+    InMemoryShards,
+    InMemoryTables,
+    ServerGroup,
+    TableGroup,
+)
+from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import join, prepare
 
@@ -23,7 +30,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
     Args:
         launch: what to run.
         tell: takes what happens.
-        keep: takes the log of updates, of runs that have one.
+        keep: takes the embedding tables and the log of updates, of runs that have them.
 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
@@ -54,16 +61,19 @@ def _train(
     prepared = prepare(job, kind(**job.task_args), "cuda" if job.scaling.use_gpu else "cpu")
     roles, steps = launch.roles, prepared.total_steps
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency)
-    group = ServerGroup(plan)
+    group, tables = ServerGroup(plan), TableGroup(job, launch.run)
     join(
         prepared,
         make_strategy(job),
         0,
         collective=Fabric(1).collective(0),
         shards=InMemoryShards(group, 0),
+        tables=InMemoryTables(tables, 0),
         report=report,
         progress=progress,
     ).run()
     if roles.consistency.asynchronous:
         keep(FILE_NAME, pack(group.logs(), {"run": launch.run}))
+    if job.embeddings is not None and job.checkpoint.save_final:
+        keep_tables(tables.services, job.seed, keep)
     return saved_model(prepared.flat.model)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from distplat.platform.errors import DistplatError
     from distplat.platform.progress import EvalReport, StepReport
     from distplat.platform.shard_map import ShardMap
@@ -55,6 +58,10 @@ class WorkOrder:
     """Handle of the server manager; None: the strategy has no servers."""
     collective: GroupSpec | None
     """The group of all workers; None: the strategy has none."""
+    embedding_servers: tuple[Any, ...] = ()
+    """Handles of the servers of embedding tables, in order."""
+    rewinds: bool = False
+    """Whether these can take a step back: survivors of a failure may have to repeat one."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +101,21 @@ class Membership:
     """The parameter segment of each server's node, by shard: the whole flat vector."""
     private: bool
     """Whether each worker computes on a copy of its own."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Ids of one table and a place for their rows, or their gradients, on the way to a server."""
+
+    table: int
+    count: int
+    """Number of ids."""
+    ids: Address | NDArray[np.int64]
+    """Where they are, or themselves."""
+    values: Address | NDArray[np.float32] | None
+    """Where rows go to or gradients come from, or the gradients themselves; None: a pull, whose
+    rows go into the answer."""
+    first_id: int = 0
+    """Place of the first one in the memory at `ids`."""
+    first_value: int = 0
+    """Place of its first element in the memory at `values`."""

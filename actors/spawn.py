@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from distplat.actors.embedding_server import EmbeddingServer
 from distplat.actors.messages import WorkOrder
 from distplat.actors.server import ServerManager, ServerNode
 from distplat.actors.worker import Worker
@@ -28,11 +29,12 @@ class Cast:
     workers: list[Any] = field(default_factory=list)
     servers: list[Any] = field(default_factory=list)
     manager: Any = None
+    embedding_servers: list[Any] = field(default_factory=list)
 
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
         manager = [self.manager] if self.manager is not None else []
-        for actor in [*self.workers, *manager, *self.servers]:
+        for actor in [*self.workers, *manager, *self.servers, *self.embedding_servers]:
             ray.kill(actor)
 
 
@@ -60,7 +62,21 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
         options = {**common, **_resources({"CPU": 0.0}), **threads, "name": name}
         manager = ray.remote(ServerManager).options(**options)
         cast.manager = manager.remote(name, job, run, attempt, cast.servers, roles.consistency)
+    cast.embedding_servers = _spawn_embedding_servers(job, run, attempt)
     return cast
+
+
+def _spawn_embedding_servers(job: Job, run: str, attempt: int) -> list[Any]:
+    if job.embeddings is None:
+        return []
+    threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
+    common = {**_common(run), **_resources(job.embeddings.resources_per_server), **threads}
+    servers = []
+    for index in range(job.embeddings.servers):
+        name = actor_name(job, f"embedding-server-{index}", attempt)
+        options = {**common, "name": name}
+        servers.append(ray.remote(EmbeddingServer).options(**options).remote(name, index))
+    return servers
 
 
 def spawn_worker(job: Job, run: str, attempt: int, rank: int) -> Any:
@@ -95,6 +111,8 @@ def _check_feasible(job: Job, roles: Roles) -> None:
     wanted: dict[str, float] = {}
     needs = [job.scaling.resources()] * job.scaling.num_workers
     needs += [roles.server_resources or {}] * roles.servers
+    if job.embeddings is not None:
+        needs += [job.embeddings.resources_per_server] * job.embeddings.servers
     for need in needs:
         for name, amount in need.items():
             wanted[name] = wanted.get(name, 0.0) + amount

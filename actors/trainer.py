@@ -102,7 +102,9 @@ class Trainer:
         self.job = job if isinstance(job, Job) else make_job(job)
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
-        self._survivors_go_on = strategy.survivors_go_on()
+        # Servers of parameters keep other steps than those of tables: they start anew together.
+        with_tables = self.job.embeddings is not None and self._roles.servers > 0
+        self._survivors_go_on = strategy.survivors_go_on() and not with_tables
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task

@@ -32,6 +32,7 @@ from distplat.strategies.training.session import Prepared, join, prepare
 if TYPE_CHECKING:
     from distplat.actors.collective import RayCollective
     from distplat.actors.shards import RayShards
+    from distplat.actors.tables import RayTables
 
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Session:
                 order.rank,
                 collective=self._connection.collective(order),
                 shards=_shards(order, prepared),
+                tables=self._connection.tables(order),
                 report=self._report,
                 progress=progress,
             )
@@ -142,6 +144,7 @@ class Connection:
     def __init__(self) -> None:
         self._abandoned = threading.Event()
         self._group: RayCollective | None = None
+        self._tables: RayTables | None = None
 
     def collective(self, order: WorkOrder) -> "RayCollective | None":
         """
@@ -169,6 +172,15 @@ class Connection:
         )
         return self._group
 
+    def tables(self, order: WorkOrder) -> "RayTables | None":
+        """Give the way to the embedding tables; None where the job has none."""
+        if not order.embedding_servers:
+            return None
+        from distplat.actors.tables import RayTables
+
+        self._tables = RayTables(order, self._abandoned)
+        return self._tables
+
     def give_up(self) -> None:
         """Make whoever waits for other ranks come out."""
         self._abandoned.set()
@@ -180,6 +192,8 @@ class Connection:
         """Leave the group."""
         if self._group is not None:
             self._group.close()
+        if self._tables is not None:
+            self._tables.close()
 
 
 def _shards(order: WorkOrder, prepared: Prepared) -> "RayShards | None":

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     """Load a public name from its home on first use (PEP 562)."""
+    if name == "nn":  # as `torch.nn` is there after `import torch`
+        return import_module("distplat.nn")
     if name not in _HOMES:
         raise AttributeError(f"module 'distplat' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

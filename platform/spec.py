@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from distplat.platform.embeddings import Embeddings
 from distplat.platform.errors import Problem
 from distplat.platform.fields import (
     Count,
@@ -134,6 +135,8 @@ class Job(Spec):
     scaling: Scaling = Scaling()
     optimizer: AnyOptimizer
     lr_schedule: Schedule = Schedule()
+    embeddings: Embeddings | None = None
+    """Servers of embedding tables, for models with `distplat.nn.ShardedEmbedding`."""
     epochs: Count | None = None
     """Passes over the training data; give this or `steps`."""
     steps: Count | None = None
@@ -163,6 +166,7 @@ class Job(Spec):
             *_gpu_problems(self),
             *_optimizer_problems(self),
             *_schedule_problems(self),
+            *_embedding_problems(self),
         ]
 
 
@@ -216,3 +220,11 @@ def _schedule_problems(job: Job) -> list[Problem]:
     if schedule.name == "step" and not schedule.every_steps:
         found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
     return found
+
+
+def _embedding_problems(job: Job) -> list[Problem]:
+    """What would hold for a part of the model only."""
+    if job.embeddings is None or job.clip_norm is None:
+        return []
+    text = "cannot be combined with `embeddings`: the norm would lack the rows' gradients"
+    return [Problem(("clip_norm",), text, "remove it, and lower the learning rates if need be")]

@@ -23,7 +23,7 @@ from distplat.platform.job_file import job_of, read_job
 from distplat.platform.registry import Registry
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import problems_of
-from distplat.strategies.base import Strategy
+from distplat.strategies.base import Roles, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,18 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
         return None
     strategy = kind(options)
     found.extend(strategy.problems(job))
+    found.extend(_embedding_problems(job, strategy.roles(job)))
     return None if found else strategy
+
+
+def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:
+    """Tables make a step when every rank has pushed; some strategies' ranks do not keep step."""
+    steps = roles.consistency
+    if job.embeddings is None or not (steps.asynchronous or steps.backup_workers):
+        return []
+    text = f"cannot be combined with this {job.strategy.name}: its ranks make steps of their own"
+    hint = "take `ring`, or `ps-sync` without backup_workers"
+    return [Problem(("embeddings",), text, hint)]
 
 
 def load_job(

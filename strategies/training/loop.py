@@ -24,6 +24,7 @@ from distplat.platform.progress import EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
+from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.task import Task
 from distplat.strategies.training.batches import eval_batches, micro_batches
 from distplat.strategies.training.flat import FlatModel
@@ -65,6 +66,8 @@ class Loop:
     progress: Progress
     start: int = 0
     """Steps that were made before."""
+    lookups: Lookups | None = None
+    """The model's embedding tables, if it has some."""
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
@@ -101,7 +104,10 @@ class Loop:
             loss_sum += loss.item() * size
             self.progress.beats += 1
             clock.lap("compute")
+        sent = self.lookups.push(step) if self.lookups is not None else None
         self.strategy.exchange(step)
+        if sent is not None:
+            sent.wait()  # before the update: a rank past a step knows that the tables are
         clock.lap("exchange")
         self.strategy.update(step)
         clock.lap("update")

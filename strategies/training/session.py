@@ -17,6 +17,8 @@ from distplat.platform.progress import EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, Shards, Strategy
+from distplat.strategies.ports import Tables
+from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
 from distplat.strategies.training.batches import make_sampler, total_steps
 from distplat.strategies.training.flat import FlatModel
@@ -34,6 +36,8 @@ class Prepared:
     eval_data: Dataset[Any] | None
     sampler: Sampler
     total_steps: int
+    lookups: Lookups | None = None
+    """The model's embedding tables, if it has some."""
 
 
 def prepare(job: Job, task: Task, device: str = "cpu") -> Prepared:
@@ -47,13 +51,14 @@ def prepare(job: Job, task: Task, device: str = "cpu") -> Prepared:
     model = task.model()
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model() must return a torch.nn.Module, got {type(model).__name__}")
+    lookups = lookups_of(model, job)
     flat = FlatModel(model.to(device))
     torch.manual_seed(job.seed)
     data = task.train_data()
     sampler = make_sampler(job, data)
     torch.manual_seed(job.seed)
     eval_data = task.eval_data()
-    return Prepared(job, task, flat, data, eval_data, sampler, total_steps(job, sampler))
+    return Prepared(job, task, flat, data, eval_data, sampler, total_steps(job, sampler), lookups)
 
 
 def join(
@@ -63,6 +68,7 @@ def join(
     *,
     collective: Collective | None,
     shards: Shards | None,
+    tables: Tables | None = None,
     report: Callable[[StepReport | EvalReport], None],
     progress: Progress,
 ) -> Loop:
@@ -76,6 +82,8 @@ def join(
     world = p.job.scaling.world
     context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards, progress.beat)
     start = strategy.setup(context)
+    if p.lookups is not None and tables is not None:
+        p.lookups.connect(tables, p.total_steps, start)
     return Loop(
         p.job,
         p.task,
@@ -89,4 +97,5 @@ def join(
         report,
         progress,
         start,
+        p.lookups,
     )

@@ -10,7 +10,13 @@ from distplat.platform.progress import EvalReport, StepReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
+from distplat.strategies.fakes import (
+    Fabric,
+    InMemoryShards,
+    InMemoryTables,
+    ServerGroup,
+    TableGroup,
+)
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Prepared, join, prepare
@@ -27,6 +33,8 @@ class Run:
     """By rank."""
     group: ServerGroup
     """With the shards' logs, where the strategy has servers."""
+    tables: TableGroup
+    """The embedding tables, where the job has some."""
 
     def parameters(self, rank: int = 0) -> dict[str, Tensor]:
         """Copy one rank's model."""
@@ -60,7 +68,8 @@ def train(
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency)
     group = ServerGroup(plan, timeout_s)
     fabric = Fabric(world, timeout_s)
-    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], group)
+    tables = TableGroup(job)
+    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], group, tables)
 
     def body(rank: int) -> None:
         join(
@@ -69,6 +78,7 @@ def train(
             rank,
             collective=fabric.collective(rank),
             shards=InMemoryShards(group, rank),
+            tables=InMemoryTables(tables, rank),
             report=run.reports[rank].append,
             progress=run.progress[rank],
         ).run()

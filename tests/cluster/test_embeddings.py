@@ -1,0 +1,86 @@
+"""Embeddings on servers, through real actors: the same tables as in one process."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as torch_file
+from small_runs import distance, job, train, weights
+from test_failures import Killer
+from words import Words
+
+from distplat import Result
+from distplat.nn import connect
+from distplat.platform.errors import ActorLost
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+
+def words(strategy: object, workers: int, servers: int = 2, **more: Any) -> dict[str, Any]:
+    embeddings = {"servers": servers, "optimizer": {"name": "Adagrad", "lr": 0.2}}
+    return job(strategy, workers, **{"task": "words:Words", "embeddings": embeddings, **more})
+
+
+def tables(result: Result) -> dict[str, np.ndarray[Any, Any]]:
+    """Give ids and rows of all tables, put together from their files, in the order of ids."""
+    found = {}
+    for table in json.loads((result.path / "embeddings.json").read_text())["tables"]:
+        parts = [load_file(result.path / name) for name in table["files"]]
+        ids = np.concatenate([part["ids"] for part in parts])
+        rows = np.concatenate([part["rows"] for part in parts])
+        found[table["name"]] = np.column_stack([ids, rows])[np.argsort(ids)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """One rank in one process, without Ray."""
+    return train(words("ring", 0), tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers", "servers"), [("ring", 2, 2), ("ps-sync", 2, 1)], ids=str
+)
+def test_equals_one_process(
+    alone: Result, strategy: str, workers: int, servers: int, tmp_path: Path
+) -> None:
+    result = train(words(strategy, workers, servers), tmp_path)
+    assert distance(weights(result), weights(alone)) < 1e-5
+    mine, expected = tables(result), tables(alone)
+    for name, rows in expected.items():
+        assert mine[name].shape == rows.shape
+        np.testing.assert_allclose(mine[name], rows, rtol=1e-5, atol=1e-6)
+    assert result.evaluations[-1].metrics["loss"] == pytest.approx(
+        alone.evaluations[-1].metrics["loss"], rel=1e-4
+    )
+
+
+def test_a_trained_model_goes_on_outside_of_the_run(alone: Result) -> None:
+    model = Words().model()
+    assert alone.checkpoint is not None
+    model.load_state_dict(torch_file(alone.checkpoint))
+    connect(model.eval(), alone.path)
+    inputs, targets = Words().eval_data().tensors
+    loss = Words().loss(model(inputs), targets)
+    assert float(loss) == pytest.approx(alone.evaluations[-1].metrics["loss"], rel=1e-5)
+
+
+def test_a_replaced_worker_leaves_the_same_bits(tmp_path: Path) -> None:
+    args = {"marker": str(tmp_path / "done"), "at": 6}
+    lossy = train(words("ring", 2, task="words:Deadly", task_args=args), tmp_path)
+    plain = train(words("ring", 2), tmp_path)
+    assert len(lossy.setbacks) == 1
+    assert weights(lossy).tobytes() == weights(plain).tobytes()
+    mine, expected = tables(lossy), tables(plain)
+    assert all(mine[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_a_lost_server_is_named(tmp_path: Path) -> None:
+    killer = Killer("EmbeddingServer", signal.SIGKILL)
+    spec = words("ring", 2, epochs=None, steps=100_000, failure={"max_failures": 0})
+    with pytest.raises(ActorLost, match=r"embedding-server-\d was lost"):
+        train({**spec, "evaluation": {"every_epochs": 0}}, tmp_path, observers=(killer,))
