@@ -35,12 +35,19 @@ class _Memory:
         """Where servers find it."""
         return self._segment.address
 
-    def room(self, elements: int) -> Any:
-        """Give an array of so many elements; what was there before is gone."""
-        if elements > self._segment.address.elements:
+    def room(self, elements: int, after: int = 0) -> tuple[Any, int]:
+        """
+        Give an array of so many elements, and where it begins.
+
+        Args:
+            elements: how many.
+            after: elements at the start that are in use; who has an array of them keeps it.
+        """
+        if after + elements > self._segment.address.elements:
             self._segment.seal()
-            self._segment = Segment.create(self._node, elements * 5 // 4, self._dtype)
-        return self._segment.tensor.numpy()[:elements]
+            size = (after + elements) * 5 // 4
+            self._segment, after = Segment.create(self._node, size, self._dtype), 0
+        return self._segment.tensor.numpy()[after : after + elements], after
 
     def close(self) -> None:
         """Let nobody map it any more."""
@@ -67,7 +74,7 @@ class RayTables:
         self._plan = plan_of(
             order.job, order.run, order.attempt, tables, total_steps, rewinds=order.rewinds
         )
-        self._pulled = 0
+        self._pulled = self._kept = 0
         memory = self._ids.address
         self._near: list[bool] = self._ask(
             "connecting to tables",
@@ -76,27 +83,30 @@ class RayTables:
         ).answers()
         return self._plan
 
-    def pull(self, table: int, ids: Routed) -> NDArray[np.float32]:
+    def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         """See `Tables`."""
         count, width = len(ids.ids), self._plan.tables[table].width
-        self._ids.room(count)[:] = ids.ids
-        shared = self._values.room(count * width).reshape(count, width)
+        self._ids.room(count)[0][:] = ids.ids
+        flat, start = self._values.room(count * width, self._kept)
+        if keep:
+            self._kept = start + flat.size
         pull = PullId(self._plan.attempt, self._order.rank, self._pulled)
         self._pulled += 1
         asked = [k for k in range(len(self._servers)) if ids.cuts[k] < ids.cuts[k + 1]]
 
         def question(k: int, server: Any) -> Call:
-            return partial(server.pull.remote, pull, self._parcel(k, table, ids, None, (0, 0)))
+            return partial(server.pull.remote, pull, self._parcel(k, table, ids, None, (0, start)))
 
         answers = self._ask(f"pull {pull.number}", question, asked=asked).answers()
-        rows = shared.copy()  # the memory is the next pull's
+        rows: NDArray[np.float32] = flat.reshape(count, width)
         for k, answer in zip(asked, answers, strict=True):
             if answer is not None:
                 rows[ids.part(k)] = answer
-        return rows  # type: ignore[no-any-return]
+        return rows
 
     def push(self, step: int, gradients: Sequence[tuple[Routed, RowGradients]]) -> Asked:
         """See `Tables`."""
+        self._kept = 0
         places = self._write(gradients)
         push = PushId(self._order.run, self._order.attempt, self._order.rank, step)
 
@@ -116,8 +126,8 @@ class RayTables:
 
     def _write(self, gradients: Sequence[tuple[Routed, RowGradients]]) -> list[tuple[int, int]]:
         """Bring ids and gradients to where servers reach them; give where each table's begin."""
-        ids = self._ids.room(sum(len(given.ids) for _, given in gradients))
-        values = self._values.room(sum(given.values.size for _, given in gradients))
+        ids, _ = self._ids.room(sum(len(given.ids) for _, given in gradients))
+        values, _ = self._values.room(sum(given.values.size for _, given in gradients))
         places, first_id, first_value = [], 0, 0
         for _, given in gradients:
             places.append((first_id, first_value))

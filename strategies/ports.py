@@ -113,13 +113,21 @@ class Tables(Protocol):
             DeadlineExceeded: a server did not answer.
         """
 
-    def pull(self, table: int, ids: Routed) -> NDArray[np.float32]:
-        """Give rows as the last step has left them, shape [n, width]; nothing is created."""
+    def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
+        """
+        Give rows as the last step has left them, shape [n, width]; nothing is created.
+
+        Args:
+            table: its number.
+            ids: which rows.
+            keep: whether the memory stays as it is until the next push, else until the next pull.
+        """
 
     def push(self, step: int, gradients: Sequence[tuple[Routed, RowGradients]]) -> Sending:
         """
         Begin to hand gradients over, at most one entry for each table; every rank, every step.
 
-        The gradients must not change, and nothing may be pulled, before the handle is done. Then
-        the gradients of all ranks are added in rank order and applied, once.
+        What was pulled before is gone. The gradients must not change, and nothing may be pulled,
+        before the handle is done. Then the gradients of all ranks are added in rank order and
+        applied, once.
         """

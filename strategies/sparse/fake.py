@@ -69,7 +69,7 @@ class InMemoryTables:
             service.open(self._plan, version)
         return self._plan
 
-    def pull(self, table: int, ids: Routed) -> NDArray[np.float32]:
+    def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         """See `Tables`."""
         rows = np.empty((len(ids.ids), self._plan.tables[table].width), np.float32)
         pull = PullId(self._plan.attempt, self._rank, self._pulled)

@@ -1,11 +1,12 @@
 """
 From ids to slots: a hash table with open addressing, whole batches at a time.
 
-    id -> hash -> place ->  keys  [ .  7  . 31 12  . ]      an id whose place is taken
-                            slots [ .  0  .  2  1  . ]      goes to the next that is free
+    id -> hash -> place -> cell   [ .  7:0  .  31:2  12:1  . ]    an id whose place is taken
+                                       id:slot                    goes to the next that is free
 
 No step of Python is made per id: all ids of a batch take one step together, those that have found
-their place drop out, and few are left after two.
+their place drop out, and few are left after two. Id and slot lie in one cell of 16 bytes, so that
+an id costs one miss of the cache and not two.
 """
 
 import numpy as np
@@ -39,14 +40,13 @@ class RowIndex:
 
     def find(self, ids: Ids) -> Slots:
         """Give the ids' slots, shape [n]; -1 for an id that was never added."""
-        found = np.full(len(ids), -1, np.int64)
-        pending, places = np.arange(len(ids)), self._first_places(ids)
+        places = self._first_places(ids)
+        found, pending = self._look(ids, places)
         while len(pending):
-            keys = self._keys[places]
-            hit = keys == ids[pending]
-            found[pending[hit]] = self._slots[places[hit]]
-            on = ~hit & (keys != _FREE)
-            pending, places = pending[on], (places[on] + 1) & self._mask
+            places[pending] = (places[pending] + 1) & self._mask
+            slots, still = self._look(ids[pending], places[pending])
+            found[pending] = slots
+            pending = pending[still]
         return found
 
     def add(self, ids: Ids) -> Slots:
@@ -60,8 +60,8 @@ class RowIndex:
         if self._count > len(self._ids):
             self._ids = np.resize(self._ids, max(_SMALLEST, self._count * 5 // 4))
         self._ids[first : self._count] = ids
-        if 2 * self._count > len(self._keys):
-            size = len(self._keys)
+        if 2 * self._count > self._mask + 1:
+            size = self._mask + 1
             while 2 * self._count > size:
                 size *= 2
             self._make(size)
@@ -72,8 +72,15 @@ class RowIndex:
 
     def _make(self, size: int) -> None:
         self._mask = size - 1
-        self._keys = np.full(size, _FREE, np.int64)
-        self._slots = np.empty(size, np.int64)
+        self._cells = np.full((size, 2), _FREE, np.int64)  #: (id, slot)
+        self._whole_cells = self._cells.reshape(-1).view(np.complex128)  #: 16 bytes in one piece
+
+    def _look(self, ids: Ids, places: NDArray[np.int64]) -> tuple[Slots, NDArray[np.int64]]:
+        """Give the slots of ids that are at their places, else -1; and which must look further."""
+        cells = np.take(self._whole_cells, places, mode="clip").view(np.int64).reshape(-1, 2)
+        keys = cells[:, 0]
+        hit = keys == ids
+        return np.where(hit, cells[:, 1], -1), np.flatnonzero(~hit & (keys != _FREE))
 
     def _first_places(self, ids: Ids) -> NDArray[np.int64]:
         return (mix(ids.astype(np.uint64)) & np.uint64(self._mask)).astype(np.int64)
@@ -81,9 +88,9 @@ class RowIndex:
     def _place(self, ids: Ids, first_slot: int) -> None:
         slots, places = np.arange(first_slot, first_slot + len(ids)), self._first_places(ids)
         while len(ids):
-            free = self._keys[places] == _FREE
-            self._keys[places[free]] = ids[free]  # where several come to one place, the last stays
-            here = self._keys[places] == ids
-            self._slots[places[here]] = slots[here]
+            free = self._cells[places, 0] == _FREE
+            self._cells[places[free], 0] = ids[free]  # where several come to one, the last stays
+            here = self._cells[places, 0] == ids
+            self._cells[places[here], 1] = slots[here]
             ids, slots = ids[~here], slots[~here]
             places = (places[~here] + 1) & self._mask

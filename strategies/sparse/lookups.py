@@ -62,8 +62,8 @@ class Lookups:
         """See `RowSource`; rows asked for in training are owed a gradient."""
         number = self._numbers[module]
         routed, order = route(self._plan, self.specs[number], ids.numpy())
-        values = torch.from_numpy(self._tables.pull(number, routed))
         learns = module.training and torch.is_grad_enabled()
+        values = torch.from_numpy(self._tables.pull(number, routed, keep=learns))
         if module.padding_idx is not None:
             values[torch.from_numpy(routed.ids == module.padding_idx)] = 0.0
         if learns:

@@ -43,6 +43,7 @@ class Rows:
             self._array[before:count] = self._fill
 
     def _look(self) -> None:
+        self._memory.madvise(mmap.MADV_HUGEPAGE)  # rows are read here and there
         elements = len(self._memory) // 4
         rows = elements // self.width
         flat = np.frombuffer(self._memory, np.float32, count=rows * self.width)

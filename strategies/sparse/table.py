@@ -60,7 +60,8 @@ class Table:
         self._block = max(1, _BLOCK_BYTES // (4 * spec.width))
         self._sorted = np.zeros(0, np.int64)
         self._rewinds = rewinds
-        self._before: tuple[NDArray[np.int64], list[Values]] | None = None
+        self._kept: list[Rows] = []
+        self._before: NDArray[np.int64] | None = None  #: slots of what `_kept` holds
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -104,20 +105,20 @@ class Table:
             rate: learning rate.
             step: from 0.
         """
+        self.forget()
         slots, gradient = self._add_up(parts)
-        kept = [np.empty((len(slots), a.width), np.float32) for a in self._arrays]
+        kept = [rows.array[: len(slots)] for rows in self._room_to_keep(len(slots))]
         arrays = [rows.array for rows in self._arrays]
         for first in range(0, len(slots), self._block):
             part = slice(first, first + self._block)
             old = [array.take(slots[part], axis=0) for array in arrays]
-            if self._rewinds:
-                for keep, block in zip(kept, old, strict=True):
-                    keep[part] = block
+            for keep, block in zip(kept, old, strict=False):
+                keep[part] = block
             self._rule.update(old[0], old[1:], gradient[part], rate, step)
             for array, block in zip(arrays, old, strict=True):
                 array[slots[part]] = block
         if self._rewinds:
-            self._before = slots, kept
+            self._before = slots
 
     def forget(self) -> None:
         """Let go of what the last update has changed: nobody will take it back."""
@@ -126,9 +127,8 @@ class Table:
     def rewind(self) -> None:
         """Take the last update back, to the bit; rows that it brought are at their first values."""
         if self._before is not None:
-            slots, kept = self._before
-            for rows, values in zip(self._arrays, kept, strict=True):
-                rows.array[slots] = values
+            for rows, kept in zip(self._arrays, self._kept, strict=True):
+                rows.array[self._before] = kept.array[: len(self._before)]
             self._before = None
 
     def ids(self) -> Ids:
@@ -136,6 +136,14 @@ class Table:
         if len(self._sorted) != len(self):
             self._sorted = np.sort(self._index.ids)
         return self._sorted
+
+    def _room_to_keep(self, count: int) -> list[Rows]:
+        """Give rows for what an update changes, none where it is not kept; used again and again."""
+        if self._rewinds:
+            self._kept = self._kept or [Rows(rows.width) for rows in self._arrays]
+            for rows in self._kept:
+                rows.grow(max(count, len(rows.array)))
+        return self._kept
 
     def _slots(self, ids: Ids) -> NDArray[np.int64]:
         """Find rows, and make those that are missing."""

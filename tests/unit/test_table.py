@@ -118,3 +118,12 @@ def test_what_is_forgotten_is_not_taken_back() -> None:
     mine.forget()
     mine.rewind()
     assert np.array_equal(read(mine, range(60)), after)
+
+
+def test_what_is_kept_grows_with_the_step() -> None:
+    mine = table(OPTIMIZERS[1], rewinds=True)
+    for step, rows in enumerate((2, 50, 3)):
+        before = read(mine, range(60))
+        mine.apply([gradients(step, rows=rows)], 0.1, step)
+    mine.rewind()
+    assert np.array_equal(read(mine, range(60)), before)

@@ -185,7 +185,7 @@ def rows_after_three_steps(servers: int) -> bytes:
         slope = np.sin(routed.ids[:, None] * np.arange(1, 5)).astype(np.float32)
         tables.push(step, [(routed, RowGradients(0, routed.ids, slope))]).wait()
     routed, _ = route(told, told.tables[0], np.arange(1000))
-    return tables.pull(0, routed)[np.argsort(routed.ids)].tobytes()
+    return tables.pull(0, routed, keep=True)[np.argsort(routed.ids)].tobytes()
 
 
 @pytest.mark.parametrize("servers", [2, 5])
@@ -199,4 +199,4 @@ def test_a_lost_server_is_named() -> None:
     told = tables.connect((SPEC,), 10, 0)
     group.lost = "its node is gone"
     with pytest.raises(ActorLost, match="embedding-server-0 was lost: its node is gone"):
-        tables.pull(0, route(told, SPEC, np.array([1]))[0])
+        tables.pull(0, route(told, SPEC, np.array([1]))[0], keep=True)
