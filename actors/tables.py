@@ -1,5 +1,6 @@
 """The port `Tables` over Ray: control by actor calls, ids and rows through this worker's memory."""
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
+
+logger = logging.getLogger(__name__)
 
 _ANSWER_GRACE_S = 10.0
 """A server times out by itself and says who is missing; only a frozen one needs ours on top."""
@@ -81,6 +84,10 @@ class RayTables:
             lambda k, server: partial(server.open.remote, self._plan, version, order.rank, memory),
             "start_timeout_s",
         ).answers()
+        names = ", ".join(table.name for table in tables)
+        near = [k for k, is_near in enumerate(self._near) if is_near]
+        far = [k for k, is_near in enumerate(self._near) if not is_near]
+        logger.info("tables %s; by shared memory: %s, in the call: %s", names, near, far)
         return self._plan
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:

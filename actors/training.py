@@ -21,6 +21,7 @@ from safetensors.torch import save
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.weights import Reply
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.strategies.base import Strategy
@@ -28,6 +29,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Prepared, join, prepare
+from distplat.strategies.training.shown import Shown
 
 if TYPE_CHECKING:
     from distplat.actors.collective import RayCollective
@@ -64,6 +66,16 @@ class Session:
         self._prepared: Prepared | None = None
         self._strategy: Strategy[Any] | None = None
         self._connection = Connection()
+        self._shown = Shown()
+
+    def show(self, at_least: int) -> Reply:
+        """Give a copy of the parameters, once there is one; from any thread."""
+        standing = self.standing
+        steps = standing.progress.step
+        if standing.model is not None:
+            return Reply(steps, steps, standing.model)
+        copy = self._shown.ask(at_least)
+        return Reply(steps) if copy is None else Reply(steps, copy.version, save(copy.state))
 
     def work(self, order: WorkOrder, *, called_off: bool = False) -> None:
         """
@@ -94,6 +106,12 @@ class Session:
 
     def _attempt(self, order: WorkOrder, progress: Progress) -> bytes:
         prepared, strategy = self._prepare(order)
+
+        def report(part: StepReport | EvalReport) -> None:
+            self._report(part)
+            if isinstance(part, StepReport):  # told between two steps, by this thread
+                self._shown.offer(part.step + 1, prepared.flat.model)
+
         try:
             loop = join(
                 prepared,
@@ -102,7 +120,7 @@ class Session:
                 collective=self._connection.collective(order),
                 shards=_shards(order, prepared),
                 tables=self._connection.tables(order),
-                report=self._report,
+                report=report,
                 progress=progress,
             )
             if order.attempt > 0:

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Trainer": "distplat.actors.trainer",
     "Result": "distplat.actors.trainer",
+    "weights": "distplat.actors.weights",
     "Job": "distplat.platform.spec",
     "Task": "distplat.strategies.task",
     "load_job": "distplat.strategies.catalog",
@@ -28,10 +29,12 @@ __all__ = [
     "Trainer",
     "__version__",
     "load_job",
+    "weights",
 ]
 
 if TYPE_CHECKING:
     from distplat.actors.trainer import Result, Trainer
+    from distplat.actors.weights import weights
     from distplat.platform.errors import DistplatError
     from distplat.platform.spec import Job
     from distplat.strategies.catalog import load_job

@@ -8,6 +8,7 @@ forwards, and pushed.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,7 @@ class Lookups:
         self._numbers = {module: n for n, module in enumerate(self._modules.values())}
         self.specs = tuple(_spec_of(name, module) for name, module in self._modules.items())
         self._owed: list[list[_Owed]] = [[] for _ in self.specs]
+        self._pull_s, self._figures = 0.0, dict[str, float]()
         self._check()
 
     def connect(self, tables: Tables, total_steps: int, version: int) -> None:
@@ -63,7 +65,9 @@ class Lookups:
         number = self._numbers[module]
         routed, order = route(self._plan, self.specs[number], ids.numpy())
         learns = module.training and torch.is_grad_enabled()
+        began = time.perf_counter()
         values = torch.from_numpy(self._tables.pull(number, routed, keep=learns))
+        self._pull_s += learns * (time.perf_counter() - began)
         if module.padding_idx is not None:
             values[torch.from_numpy(routed.ids == module.padding_idx)] = 0.0
         if learns:
@@ -81,7 +85,16 @@ class Lookups:
                 parts = [_added_up(self._plan, spec, parts)]
             found += [(ids, RowGradients(number, ids.ids, grads)) for ids, grads in parts]
         self._clear()
+        self._figures = {
+            "rows": float(sum(len(ids.ids) for ids, _ in found)),
+            "rows_pull_s": self._pull_s,
+        }
+        self._pull_s = 0.0
         return self._tables.push(step, found)
+
+    def figures(self) -> dict[str, float]:
+        """Give rows that the step just made has updated for this rank, and seconds of pulls."""
+        return self._figures
 
     def _clear(self) -> None:
         for owed in self._owed:

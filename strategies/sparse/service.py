@@ -124,6 +124,7 @@ class TableService:
             DeadlineExceeded: ranks did not come; names them.
         """
         with self._changed:
+            self._check_shapes(gradients)
             ledger = self._ledger
             if ledger.offer(push) is Verdict.NEW:
                 self._staged[push.rank] = gradients
@@ -143,6 +144,13 @@ class TableService:
         """See `PartSource`."""
         with self._changed:
             return packed_part(self._tables[table], first, count)
+
+    def _check_shapes(self, gradients: Sequence[RowGradients]) -> None:
+        """Refuse before anything is booked: in the middle of an update it would be too late."""
+        for part in gradients:
+            wanted = (len(part.ids), self._tables[part.table].spec.width)
+            if part.values.shape != wanted:
+                raise ValueError(f"gradients have shape {part.values.shape}, not {wanted}")
 
     def _wait_for_step(self, ledger: Ledger, push: PushId) -> None:
         assert self._plan is not None, "the ledger refuses pushes before `open`"

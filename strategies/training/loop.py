@@ -119,6 +119,8 @@ class Loop:
         mean = loss_sum / samples if samples else 0.0
         epoch = self.sampler.epoch_of(step)
         figures = self.strategy.figures()
+        if self.lookups is not None:
+            figures = {**figures, **self.lookups.figures()}
         self.report(
             StepReport(
                 self.rank, step, epoch, mean, samples, clock.seconds, self.total_steps, figures
