@@ -20,7 +20,12 @@ from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSumma
 from distplat.platform.recovery import policy_of
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
+from distplat.strategies.catalog import (
+    load_strategy_file,
+    make_job,
+    make_strategy,
+    tables_go_on,
+)
 from distplat.strategies.task import Task
 
 
@@ -102,9 +107,7 @@ class Trainer:
         self.job = job if isinstance(job, Job) else make_job(job)
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
-        # Servers of parameters keep other steps than those of tables: they start anew together.
-        with_tables = self.job.embeddings is not None and self._roles.servers > 0
-        self._survivors_go_on = strategy.survivors_go_on() and not with_tables
+        self._survivors_go_on = strategy.survivors_go_on() and tables_go_on(self.job, self._roles)
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task

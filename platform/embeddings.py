@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from distplat.platform.fields import NonNegative, Pair, Positive, Spec
+from distplat.platform.fields import Flag, NonNegative, Pair, Positive, Spec
 
 
 class RowOptimizer(Spec):
@@ -65,5 +65,7 @@ class Embeddings(Spec):
     """How rows are updated, on the servers."""
     partition: Literal["hash", "range"] = "hash"
     """Who keeps a row: `hash` spreads busy ids, `range` cuts 0..num_embeddings evenly."""
+    asynchronous: Flag = False
+    """Apply each worker's gradients when they come; then runs do not repeat bit for bit."""
     resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none, for it works while workers wait."""

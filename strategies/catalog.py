@@ -130,14 +130,28 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
     return None if found else strategy
 
 
+def tables_go_on(job: Job, roles: Roles) -> bool:
+    """
+    Say whether embedding tables, if there are any, can follow survivors of a failure.
+
+    They take one step back. Of asynchronous ones nobody knows how far they are, and servers of
+    parameters keep other steps than they do: these start anew together.
+    """
+    return job.embeddings is None or not (job.embeddings.asynchronous or roles.servers)
+
+
 def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:
     """Tables make a step when every rank has pushed; some strategies' ranks do not keep step."""
-    steps = roles.consistency
-    if job.embeddings is None or not (steps.asynchronous or steps.backup_workers):
+    steps, name = roles.consistency, job.strategy.name
+    if job.embeddings is None:
         return []
-    text = f"cannot be combined with this {job.strategy.name}: its ranks make steps of their own"
-    hint = "take `ring`, or `ps-sync` without backup_workers"
-    return [Problem(("embeddings",), text, hint)]
+    if steps.backup_workers:
+        text = "cannot be combined with `backup_workers`: tables need every rank's push"
+        return [Problem(("embeddings",), text, "remove one of the two")]
+    if steps.asynchronous and not job.embeddings.asynchronous:
+        text = f"must be true under {name}: its ranks make steps of their own"
+        return [Problem(("embeddings", "asynchronous"), text)]
+    return []
 
 
 def load_job(

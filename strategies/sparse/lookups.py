@@ -48,6 +48,7 @@ class Lookups:
         self._job, self._modules = job, tables_of(model)
         self._numbers = {module: n for n, module in enumerate(self._modules.values())}
         self.specs = tuple(_spec_of(name, module) for name, module in self._modules.items())
+        self._padding = [module.padding_idx for module in self._modules.values()]
         self._owed: list[list[_Owed]] = [[] for _ in self.specs]
         self._pull_s, self._figures = 0.0, dict[str, float]()
         self._check()
@@ -105,7 +106,7 @@ class Lookups:
         if owed.rows.grad is None:  # the loss did not depend on it
             return Routed(owed.ids.ids[:0], (0,) * len(owed.ids.cuts)), np.empty((0, 0), np.float32)
         gradients = owed.rows.grad.numpy()
-        padding = list(self._numbers)[number].padding_idx
+        padding = self._padding[number]
         keep = owed.ids.ids != padding
         if padding is None or keep.all():
             return owed.ids, gradients

@@ -34,7 +34,7 @@ class Rule(ABC):
         self, rows: Block, states: Sequence[Block], gradient: Block, rate: float, step: int
     ) -> None:
         """
-        Update rows and their states in place; the gradient may be overwritten.
+        Update rows and their states in place; the gradient is not ours and stays as it is.
 
         Args:
             rows: shape [n, width].

@@ -8,6 +8,8 @@ thread that brings them makes the update, the others wait.
     push(seq=version)  ──▶  all ranks there  ──▶  rewind possible to `version`  ──▶  version + 1
                                                   until the first push for `version + 1`
 
+Asynchronous tables apply each push when it comes, as one update, and nobody waits.
+
 A worker that was lost may leave the servers a step ahead of the survivors: all gradients were in,
 the dense part was not. `open` for the next attempt then takes that one step back (I3).
 """
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from distplat.platform.errors import DeadlineExceeded, FencedError, ProtocolError, StaleError
 from distplat.platform.learning_rate import factor
-from distplat.platform.ledger import Ledger, PushId, Verdict
+from distplat.platform.ledger import AsyncLedger, Ledger, PushId, Verdict
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 from distplat.strategies.sparse.files import packed_part
 from distplat.strategies.sparse.routing import server_of
@@ -43,7 +45,7 @@ class TableService:
         self._name, self._index = name, index
         self._changed = threading.Condition()
         self._plan: TablePlan | None = None
-        self._ledger = Ledger("", -1, 0)
+        self._ledger: Ledger | AsyncLedger = Ledger("", -1, 0)
         self._tables: list[Table] = []
         self._staged: dict[int, Sequence[RowGradients]] = {}
         self._pulls: dict[int, int] = {}  #: rank -> number of its last pull
@@ -110,7 +112,8 @@ class TableService:
 
     def push(self, push: PushId, gradients: Sequence[RowGradients]) -> int:
         """
-        Take a rank's gradients; return when the step is made.
+        Take a rank's gradients; return when they are applied: asynchronous tables do that at once,
+        others when the last rank has pushed.
 
         Args:
             push: its name.
@@ -126,12 +129,16 @@ class TableService:
         with self._changed:
             self._check_shapes(gradients)
             ledger = self._ledger
-            if ledger.offer(push) is Verdict.NEW:
+            verdict = ledger.offer(push)
+            if verdict is Verdict.NEW:
                 self._staged[push.rank] = gradients
-                if ledger.complete:
-                    self._apply(push.seq)
-                    ledger.commit(push.seq)
-                    self._changed.notify_all()
+            if isinstance(ledger, AsyncLedger):
+                self._apply(push.seq)  # of a repeat: nothing is staged
+                return ledger.version or 0
+            if verdict is Verdict.NEW and ledger.complete:
+                self._apply(push.seq)
+                ledger.commit(push.seq)
+                self._changed.notify_all()
             self._wait_for_step(ledger, push)
             return ledger.version or 0
 
@@ -186,7 +193,9 @@ class TableService:
         elif here != version:
             raise ProtocolError(f"{self._name} is at step {here}, the workers at {version}")
         self._plan = plan
-        self._ledger = Ledger(plan.run, plan.attempt, plan.world)
+        assert plan.job.embeddings is not None, "no servers without the field"
+        kind = AsyncLedger if plan.job.embeddings.asynchronous else Ledger
+        self._ledger = kind(plan.run, plan.attempt, plan.world)
         self._ledger.restore(version)
         self._staged.clear()
         self._pulls.clear()

@@ -46,8 +46,9 @@ def problems(**more: Any) -> str:
         ({"embeddings": {"optimizer": {**SGD, "momentum": 0.9}}}, "embeddings.optimizer.momentum"),
         ({"embeddings": {"optimizer": {"name": "SGD"}}}, "embeddings.optimizer.lr: required"),
         ({"clip_norm": 1.0}, "clip_norm: cannot be combined with `embeddings`"),
-        ({"strategy": "ps-async"}, "embeddings: cannot be combined with this ps-async"),
-        ({"strategy": {"name": "ps-sync", "backup_workers": 1}}, "without backup_workers"),
+        ({"strategy": "ps-async"}, "embeddings.asynchronous: must be true under ps-async"),
+        ({"strategy": "ps-async", "embeddings": {"optimizer": SGD, "asynchronous": True}}, ""),
+        ({"strategy": {"name": "ps-sync", "backup_workers": 1}}, "with `backup_workers`"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from words import ROWS, WIDTH, Net, Words
 from distplat import Task
 from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag
 from distplat.platform.errors import CollectiveError
+from distplat.platform.progress import StepReport
 from distplat.strategies.catalog import make_job
 from distplat.strategies.fakes import Fabric, InMemoryTables, TableGroup
 from distplat.strategies.ring import Ring, RingOptions
@@ -104,6 +105,26 @@ def test_repeats_bit_for_bit(optimizer: str) -> None:
     first, second = train(spec, Words), train(spec, Words)
     for number in range(2):
         assert table(first, number).tobytes() == table(second, number).tobytes()
+
+
+def test_asynchronous_with_one_rank_is_synchronous() -> None:
+    runs = []
+    for strategy, asynchronous in (("ring", False), ("ring", True), ("ps-async", True)):
+        optimizer = {"name": "Adagrad", "lr": 0.5}
+        embeddings = {"optimizer": optimizer, "asynchronous": asynchronous, "servers": 2}
+        runs.append(train(job(Words, 1, strategy=strategy, embeddings=embeddings), Words))
+    for number in range(2):
+        first, second, third = (table(run, number).tobytes() for run in runs)
+        assert first == second == third
+
+
+def test_asynchronous_ranks_train() -> None:
+    embeddings = {"optimizer": {"name": "SGD", "lr": 0.5}, "asynchronous": True, "servers": 2}
+    spec = job(Words, 3, strategy="ps-async", embeddings=embeddings, epochs=20)
+    run = train(spec, Words)
+    losses = [part.loss for part in run.reports[0] if isinstance(part, StepReport)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert {service._ledger.version for service in run.tables.services} == {3 * len(losses)}
 
 
 def test_partition_changes_no_bit() -> None:

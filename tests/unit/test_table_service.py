@@ -94,6 +94,19 @@ def test_the_schedule_scales_the_rate() -> None:
     assert value(service, 0) == -1.75
 
 
+def test_asynchronous_pushes_wait_for_nobody_and_count_once() -> None:
+    optimizer = {"name": "SGD", "lr": 1.0}
+    service = opened(embeddings={"optimizer": optimizer, "asynchronous": True}, rewinds=False)
+    assert [push(service, 0, 0), push(service, 0, 1), push(service, 1, 0)] == [1, 2, 3]
+    assert value(service, 0) == -3.0
+    assert push(service, 1, 0) == 3  # asked again
+    assert value(service, 1) == -3.0
+    with pytest.raises(GapError):
+        push(service, 0, 3)
+    with pytest.raises(StaleError):
+        push(service, 0, 0)
+
+
 def test_who_does_not_come_is_named() -> None:
     with pytest.raises(DeadlineExceeded, match=r"missing: worker-1; `failure.step_timeout_s`"):
         push(opened(), 0, 0)
