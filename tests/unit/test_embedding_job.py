@@ -9,8 +9,10 @@ from torch import nn
 
 import distplat
 from distplat import Task, Trainer
+from distplat.actors.replaying import replay_run
 from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
 from distplat.platform.errors import SpecError, StorageError, UserCodeError
+from distplat.platform.job_file import render_job
 from distplat.strategies.catalog import make_job
 
 SGD = {"name": "SGD", "lr": 0.1}
@@ -153,3 +155,20 @@ def test_a_job_without_the_field(tmp_path: Path) -> None:
 
 def test_the_modules_are_there_as_those_of_torch_are() -> None:
     assert distplat.nn.ShardedEmbedding is ShardedEmbedding
+
+
+def test_a_run_with_tables_is_not_replayed(tmp_path: Path) -> None:
+    job = make_job(
+        {
+            "name": "t",
+            "task": "words:Words",
+            "strategy": "ps-async",
+            "optimizer": SGD,
+            "embeddings": {"optimizer": SGD, "asynchronous": True},
+            "steps": 1,
+            "global_batch_size": 4,
+        }
+    )
+    (tmp_path / "job.yaml").write_text(render_job(job))
+    with pytest.raises(SpecError, match="embeddings: the log does not say"):
+        replay_run(tmp_path, tmp_path)
