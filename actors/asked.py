@@ -64,9 +64,9 @@ class Asked:
             try:
                 return ray.get(self._open[index], timeout=_LOOK_S)
             except ray.exceptions.GetTimeoutError:
-                self._check()
+                self._check(index)
             except ray.exceptions.ActorUnavailableError:
-                self._check()
+                self._check(index)
                 logger.warning(
                     "%s: no answer from %s, asking again", self._what, self._names[index]
                 )
@@ -78,11 +78,12 @@ class Asked:
                 cause = str(error).strip().splitlines()[0]
                 raise ActorLost(self._names[index], None, cause) from None
 
-    def _check(self) -> None:
+    def _check(self, index: int) -> None:
         if self._abandoned.is_set():
             raise InfrastructureError(f"{self._what}: this rank was told to give up")
         if time.monotonic() > self._until:
             late = ray.wait(self._open, num_returns=len(self._open), timeout=0)[1]
             missing = tuple(self._names[self._open.index(call)] for call in late)
+            missing = missing or (self._names[index],)
             setting = f"failure.{self._setting}"
             raise DeadlineExceeded(self._what, missing, self._limit_s, setting)

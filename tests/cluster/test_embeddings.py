@@ -1,15 +1,13 @@
 """Embeddings on servers, through real actors: the same tables as in one process."""
 
-import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from safetensors.torch import load_file as torch_file
-from small_runs import distance, job, train, weights
+from small_runs import distance, train, weights
+from table_runs import tables, words
 from test_failures import Killer
 from words import Words
 
@@ -18,22 +16,6 @@ from distplat.nn import connect
 from distplat.platform.errors import ActorLost
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
-
-
-def words(strategy: object, workers: int, servers: int = 2, **more: Any) -> dict[str, Any]:
-    embeddings = {"servers": servers, "optimizer": {"name": "Adagrad", "lr": 0.2}}
-    return job(strategy, workers, **{"task": "words:Words", "embeddings": embeddings, **more})
-
-
-def tables(result: Result) -> dict[str, np.ndarray[Any, Any]]:
-    """Give ids and rows of all tables, put together from their files, in the order of ids."""
-    found = {}
-    for table in json.loads((result.path / "embeddings.json").read_text())["tables"]:
-        parts = [load_file(result.path / name) for name in table["files"]]
-        ids = np.concatenate([part["ids"] for part in parts])
-        rows = np.concatenate([part["rows"] for part in parts])
-        found[table["name"]] = np.column_stack([ids, rows])[np.argsort(ids)]
-    return found
 
 
 @pytest.fixture(scope="module")
