@@ -5,14 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file as torch_file
 from small_runs import distance, train, weights
 from table_runs import tables, words
 from test_failures import Killer
-from words import Words
 
 from distplat import Result
-from distplat.nn import connect
 from distplat.platform.errors import ActorLost
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
@@ -39,16 +36,6 @@ def test_equals_one_process(
     assert result.evaluations[-1].metrics["loss"] == pytest.approx(
         alone.evaluations[-1].metrics["loss"], rel=1e-4
     )
-
-
-def test_a_trained_model_goes_on_outside_of_the_run(alone: Result) -> None:
-    model = Words().model()
-    assert alone.checkpoint is not None
-    model.load_state_dict(torch_file(alone.checkpoint))
-    connect(model.eval(), alone.path)
-    inputs, targets = Words().eval_data().tensors
-    loss = Words().loss(model(inputs), targets)
-    assert float(loss) == pytest.approx(alone.evaluations[-1].metrics["loss"], rel=1e-5)
 
 
 def test_a_replaced_worker_leaves_the_same_bits(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 import torch
 from in_memory_run import Run, train
 from rank_threads import on_ranks
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from words import ROWS, WIDTH, Net, Words
 
-from distplat import Task
-from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag
-from distplat.platform.errors import CollectiveError
+from distplat import Task, Trainer
+from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
+from distplat.platform.errors import CollectiveError, StorageError
 from distplat.platform.progress import StepReport
 from distplat.strategies.catalog import make_job
 from distplat.strategies.fakes import Fabric, InMemoryTables, TableGroup
@@ -225,3 +227,22 @@ def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
         assert table(lossy, number).tobytes() == table(whole, number).tobytes()
     for name, value in whole.parameters().items():
         assert torch.equal(lossy.parameters()[name], value)
+
+
+def test_a_trained_model_goes_on_outside_of_the_run(tmp_path: Path) -> None:
+    spec = job(Words, 0).model_copy(update={"storage_path": str(tmp_path)})
+    result = Trainer(spec, Words).fit()
+    assert result.checkpoint is not None
+    model = Words().model()
+    model.load_state_dict(load_file(result.checkpoint))
+    connect(model.eval(), result.path)
+    inputs, targets = Words().eval_data().tensors
+    with torch.no_grad():
+        loss = float(Words().loss(model(inputs), targets))
+    assert loss == pytest.approx(result.evaluations[-1].metrics["loss"], rel=1e-5)
+    parts = [load_file(path)["ids"] for path in sorted(result.path.glob("embeddings.words.*"))]
+    assert len(parts) == 2
+    assert all((part.diff() > 0).all() for part in parts)
+    other = Net(ShardedEmbedding(ROWS, WIDTH + 1), ShardedEmbeddingBag(ROWS, WIDTH))
+    with pytest.raises(StorageError, match=r"table 'words' of .* is another"):
+        connect(other, result.path)

@@ -86,6 +86,20 @@ def test_a_step_is_made_when_all_have_pushed_and_once() -> None:
     assert value(service, 2) == -4.0
 
 
+def test_ranks_are_added_in_order_whoever_comes_first() -> None:
+    """1e8 + 1 - 1e8 is 0 in float32 in this order only."""
+    service = opened(world=3)
+    values = [1e8, 1.0, -1e8]
+
+    def come(rank: int) -> None:
+        time.sleep(0.05 * (2 - rank))  # the last rank first
+        gradient = RowGradients(0, np.array([3]), np.full((1, 4), values[rank], np.float32))
+        service.push(PushId("run", 0, rank, 0), [gradient])
+
+    on_ranks(3, come)
+    assert value(service, 0) == 0.0
+
+
 def test_the_schedule_scales_the_rate() -> None:
     schedule = {"name": "step", "every_steps": 1, "gamma": 0.5}
     service = opened(world=1, lr_schedule=schedule)
