@@ -61,11 +61,11 @@ def test_a_snapshot_is_of_its_version(strategy: object, tmp_path: Path) -> None:
         "epochs": None,
         "evaluation": {"every_epochs": 0},
     }
-    train(job(strategy, 2, **fields, steps=60), tmp_path, observers=(evaluator,))
+    train(job(strategy, 2, **fields, steps=40), tmp_path, observers=(evaluator,))
     evaluator.join(30)
     versions = [snapshot.version for snapshot in evaluator.taken]
     assert versions == sorted(set(versions)) and len(versions) == 3
-    assert all(0 < version <= 60 for version in versions)
+    assert all(0 < version <= 40 for version in versions)
     assert isinstance(evaluator.errors[0], ActorLost), evaluator.errors
     assert "is over" in str(evaluator.errors[0])
     chosen = evaluator.taken[1]
