@@ -15,7 +15,14 @@ from distplat.platform.progress import AnyReport, Gathering, Summary
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
+from distplat.strategies.fakes import (
+    Fabric,
+    InMemoryShards,
+    InMemoryTables,
+    ServerGroup,
+    TableGroup,
+)
+from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, join, prepare
@@ -31,7 +38,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
     Args:
         launch: what to run.
         tell: takes what happens.
-        keep: takes the log of updates, of runs that have one.
+        keep: takes the embedding tables and the log of updates, of runs that have them.
 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
@@ -66,7 +73,7 @@ def _train(
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)
-    group = ServerGroup(plan)
+    group, tables = ServerGroup(plan), TableGroup(job, launch.run)
     checkpoints = Checkpoints(launch, 1, lambda box: box)
     courier = Courier(
         0, 0, lambda arrays: [one.copy() for one in arrays], checkpoints.take, _LEAVE_S
@@ -78,6 +85,7 @@ def _train(
         0,
         collective=Fabric(1).collective(0),
         shards=InMemoryShards(group, 0),
+        tables=InMemoryTables(tables, 0),
         report=report,
         progress=progress,
         around=Around(saved, take=courier.take),
@@ -88,6 +96,8 @@ def _train(
         tell(written)
     if roles.consistency.asynchronous and saved is None:
         keep(FILE_NAME, pack(group.logs(), {"run": launch.run}))
+    if job.embeddings is not None and job.checkpoint.save_final:
+        keep_tables(tables.services, job.seed, keep)
     return saved_model(strategy.trained(prepared.flat))
 
 

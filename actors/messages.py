@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from distplat.platform.collecting import Delivery
     from distplat.platform.errors import DistplatError
     from distplat.platform.progress import AnyReport
@@ -80,6 +83,10 @@ class WorkOrder:
     """The checkpoint to begin from, for a worker that has no state yet."""
     base: int = 0
     """Steps of the newest checkpoint: no attempt begins before it."""
+    embedding_servers: tuple[Any, ...] = ()
+    """Handles of the servers of embedding tables, in order."""
+    rewinds: bool = False
+    """Whether these can take a step back: survivors of a failure may have to repeat one."""
 
 
 @dataclass(frozen=True)
@@ -129,3 +136,21 @@ class Membership:
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
     replicated: bool = False
     """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Ids of one table and a place for their rows, or their gradients, on the way to a server."""
+
+    table: int
+    count: int
+    """Number of ids."""
+    ids: Address | NDArray[np.int64]
+    """Where they are, or themselves."""
+    values: Address | NDArray[np.float32] | None
+    """Where rows go to or gradients come from, or the gradients themselves; None: a pull, whose
+    rows go into the answer."""
+    first_id: int = 0
+    """Place of the first one in the memory at `ids`."""
+    first_value: int = 0
+    """Place of its first element in the memory at `values`."""

@@ -43,7 +43,7 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
         working_dir: folder of the task's module.
 
     Raises:
-        SpecError: the run was not asynchronous, or has no task by name.
+        SpecError: the run was not asynchronous, has embedding tables, or no task by name.
         StorageError: files of it are missing or damaged, or do not belong together.
         UserCodeError: the task cannot be loaded.
     """
@@ -52,6 +52,9 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
     if not roles.consistency.asynchronous:
         text = f"only asynchronous runs have a log; run `{job.strategy.name}` again instead"
         raise SpecError(Problem(("strategy",), text))
+    if job.embeddings is not None:
+        text = "the log does not say in which order embedding tables were updated"
+        raise SpecError(Problem(("embeddings",), text))
     if job.task is None:
         raise SpecError(Problem(("task",), "the run was given a class in Python, not by name"))
     if not (directory / FILE_NAME).exists():

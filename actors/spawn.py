@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from distplat.actors.embedding_server import EmbeddingServer
 from distplat.actors.manager import ServerManager
 from distplat.actors.messages import WorkOrder
 from distplat.actors.server import ServerNode
@@ -39,11 +40,12 @@ class Cast:
     manager: Any = None
     seats: list[Any] = field(default_factory=list)
     """A placement group for each worker group of several workers."""
+    embedding_servers: list[Any] = field(default_factory=list)
 
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
         manager = [self.manager] if self.manager is not None else []
-        for actor in [*self.workers, *manager, *self.servers]:
+        for actor in [*self.workers, *manager, *self.servers, *self.embedding_servers]:
             ray.kill(actor)
         for seats in self.seats:
             remove_placement_group(seats)
@@ -79,6 +81,7 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
         manager = ray.remote(ServerManager).options(**options)
         make = partial(spawn_server, job, roles, run, attempt)
         cast.manager = manager.remote(name, job, run, attempt, cast.servers, roles, make)
+    cast.embedding_servers = _spawn_embedding_servers(job, run, attempt)
     return cast
 
 
@@ -106,6 +109,19 @@ def spawn_server(
         turn = int(role.rpartition("-")[2]) % len(others)
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(others[turn], soft=True)
     return ray.remote(ServerNode).options(**options, name=name).remote(name)
+
+
+def _spawn_embedding_servers(job: Job, run: str, attempt: int) -> list[Any]:
+    if job.embeddings is None:
+        return []
+    threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
+    common = {**_common(run), **_resources(job.embeddings.resources_per_server), **threads}
+    servers = []
+    for index in range(job.embeddings.servers):
+        name = actor_name(job, f"embedding-server-{index}", attempt)
+        options = {**common, "name": name}
+        servers.append(ray.remote(EmbeddingServer).options(**options).remote(name, index))
+    return servers
 
 
 def spawn_worker(
@@ -159,6 +175,8 @@ def _check_feasible(job: Job, roles: Roles) -> None:
     wanted: dict[str, float] = {}
     needs = [job.scaling.resources()] * job.scaling.num_workers
     needs += [roles.server_resources or {}] * (roles.servers * roles.replication)
+    if job.embeddings is not None:
+        needs += [job.embeddings.resources_per_server] * job.embeddings.servers
     for need in needs:
         for name, amount in need.items():
             wanted[name] = wanted.get(name, 0.0) + amount

@@ -23,20 +23,23 @@ from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.weights import Reply
 from distplat.platform.collecting import Delivery
-from distplat.platform.errors import DistplatError
+from distplat.platform.errors import DistplatError, ProtocolError
 from distplat.platform.pieces import Bytes
-from distplat.platform.progress import AnyReport
+from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Prepared, join, prepare
+from distplat.strategies.training.shown import Shown
 
 if TYPE_CHECKING:
     from distplat.actors.collective import RayCollective
     from distplat.actors.shards import RayShards
+    from distplat.actors.tables import RayTables
 
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,23 @@ class Session:
         self._prepared: Prepared | None = None
         self._strategy: Strategy[Any] | None = None
         self._connection = Connection()
+        self._shown = Shown()
+
+    def show(self, at_least: int) -> Reply:
+        """
+        Give a copy of the parameters, once there is one; from any thread.
+
+        Raises:
+            ProtocolError: no rank has all of them.
+        """
+        standing = self.standing
+        if self._strategy is not None and self._strategy.cuts_model:
+            raise ProtocolError("weights of a model that is cut into parts are not there yet")
+        steps = standing.progress.step
+        if standing.model is not None:
+            return Reply(steps, steps, standing.model)
+        copy = self._shown.ask(at_least)
+        return Reply(steps) if copy is None else Reply(steps, copy.version, save(copy.state))
 
     def work(self, order: WorkOrder, *, called_off: bool = False) -> None:
         """
@@ -105,6 +125,12 @@ class Session:
         prepared, strategy = self._prepare(order)
         limit_s = order.job.failure.step_timeout_s
         courier = Courier(order.rank, order.attempt, _put, self._deliver, limit_s)
+
+        def report(part: AnyReport) -> None:
+            self._report(part)
+            if isinstance(part, StepReport):  # told between two steps, by this thread
+                self._shown.offer(part.step + 1, prepared.flat.model)
+
         try:
             loop = join(
                 prepared,
@@ -112,7 +138,8 @@ class Session:
                 order.rank,
                 collective=self._connection.collective(order),
                 shards=self._connection.shards(order, prepared),
-                report=self._report,
+                tables=self._connection.tables(order),
+                report=report,
                 progress=progress,
                 around=Around(_saved(order), order.base, courier.take),
             )
@@ -162,6 +189,7 @@ class Connection:
         self._abandoned = threading.Event()
         self._group: RayCollective | None = None
         self._servers: RayShards | None = None
+        self._tables: RayTables | None = None
 
     def collective(self, order: WorkOrder) -> "RayCollective | None":
         """
@@ -199,6 +227,15 @@ class Connection:
         self._servers = RayShards(order, prepared.total_steps, every, self._abandoned)
         return self._servers
 
+    def tables(self, order: WorkOrder) -> "RayTables | None":
+        """Give the way to the embedding tables; None where the job has none."""
+        if not order.embedding_servers:
+            return None
+        from distplat.actors.tables import RayTables
+
+        self._tables = RayTables(order, self._abandoned)
+        return self._tables
+
     def give_up(self) -> None:
         """Make whoever waits for other ranks come out."""
         self._abandoned.set()
@@ -212,6 +249,8 @@ class Connection:
             self._group.close()
         if self._servers is not None:
             self._servers.close()
+        if self._tables is not None:
+            self._tables.close()
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:

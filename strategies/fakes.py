@@ -23,6 +23,8 @@ from distplat.platform.errors import CollectiveError
 from distplat.strategies.algorithms.reduce import sum_in_order
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
+from distplat.strategies.sparse.fake import InMemoryTables as InMemoryTables
+from distplat.strategies.sparse.fake import TableGroup as TableGroup
 from distplat.strategies.training.fake_servers import InMemoryShards as InMemoryShards
 from distplat.strategies.training.fake_servers import ServerGroup as ServerGroup
 

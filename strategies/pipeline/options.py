@@ -79,6 +79,9 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if chosen.tensor > 1 and job.checkpoint.wanted:
         text = "checkpoints of slices are not there yet, so they need `tensor: 1`"
         found.append(_problem("tensor", text, "take checkpoint.every_* out, or more stages"))
+    if job.embeddings is not None:
+        text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
+        found.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
     if chosen.backend == "nccl" and not job.scaling.use_gpu:
         hint_ = "set scaling.use_gpu: true, or `backend: auto`"
         found.append(_problem("backend", "`nccl` runs between GPUs only", hint_))

@@ -18,6 +18,7 @@ from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
+from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.compute import Compute, Share, Stopwatch
 from distplat.strategies.training.flat import FlatModel
 
@@ -59,6 +60,8 @@ class Loop:
     """Steps that were made before."""
     checkpoint: Callable[[int], object] = lambda version: None
     """Told after each step how many are done: a checkpoint may be due."""
+    lookups: Lookups | None = None
+    """The model's embedding tables, if it has some."""
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
@@ -88,7 +91,10 @@ class Loop:
         self.flat.grads.zero_()
         clock = Stopwatch()
         share = self.compute.gradients(step, clock)
+        sent = self.lookups.push(step) if self.lookups is not None else None
         self.strategy.exchange(step)
+        if sent is not None:
+            sent.wait()  # before the update: a rank past a step knows that the tables are
         clock.lap("exchange")
         self.strategy.update(step)
         clock.lap("update")
@@ -100,6 +106,8 @@ class Loop:
         mean = share.loss_sum / share.samples if share.samples else 0.0
         epoch = self.sampler.epoch_of(step)
         figures = self.strategy.figures()
+        if self.lookups is not None:
+            figures = {**figures, **self.lookups.figures()}
         self.report(
             StepReport(
                 self.rank,

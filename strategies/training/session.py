@@ -18,6 +18,8 @@ from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, Shards, Strategy
+from distplat.strategies.ports import Tables
+from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
 from distplat.strategies.training.batches import make_sampler, total_steps
 from distplat.strategies.training.flat import FlatModel
@@ -41,6 +43,8 @@ class Prepared:
     device: str
     part: FlatModel | None = None
     """What this worker trains; None: the strategy has yet to cut it."""
+    lookups: Lookups | None = None
+    """The model's embedding tables, if it has some."""
 
     @property
     def flat(self) -> FlatModel:
@@ -84,6 +88,7 @@ def prepare(
     model = task.model() if strategy is None else strategy.build(task)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model() must return a torch.nn.Module, got {type(model).__name__}")
+    lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     part = FlatModel(model.to(device)) if whole else None
     torch.manual_seed(job.seed)
@@ -93,7 +98,7 @@ def prepare(
     eval_data = task.eval_data()
     steps = total_steps(job, sampler)
     left = None if whole else model
-    return Prepared(job, task, left, data, eval_data, sampler, steps, device, part)
+    return Prepared(job, task, left, data, eval_data, sampler, steps, device, part, lookups)
 
 
 def join(
@@ -103,6 +108,7 @@ def join(
     *,
     collective: Collective | None,
     shards: Shards | None,
+    tables: Tables | None = None,
     report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
@@ -123,6 +129,8 @@ def join(
     context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards, progress.beat)
     context = replace(context, saved=around.saved, base=around.base)
     start = strategy.setup(context)
+    if p.lookups is not None and tables is not None:
+        p.lookups.connect(tables, p.total_steps, start)
     return Loop(
         p.job,
         p.eval_data,
@@ -136,6 +144,7 @@ def join(
         progress,
         start,
         _checkpoints(p, strategy, around.take),
+        p.lookups,
     )
 
 

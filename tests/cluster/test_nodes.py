@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 from small_runs import HERE, distance, job, train, weights
+from table_runs import tables, words
 from test_server_loss import Losing, long_job, undisturbed
 
 from distplat.cli.main import run
@@ -109,3 +111,13 @@ def test_a_backup_is_on_the_other_node(tmp_path: Path) -> None:
     assert len(losing.standstills) == 2, "the run was over too soon"
     assert len(set(losing.nodes)) == 2
     assert weights(result).tobytes() == undisturbed(spec)
+
+
+def test_rows_between_nodes(tmp_path: Path) -> None:
+    """A server of tables on each node, both workers on one of them."""
+    spec = words("ring", 2)
+    everywhere = {**spec["embeddings"], "resources_per_server": {"slot": 2}}
+    result = train({**spec, "embeddings": everywhere, "scaling": scaling(2, left=1)}, tmp_path)
+    expected = tables(train(words("ring", 0), tmp_path))
+    for name, rows in tables(result).items():
+        np.testing.assert_allclose(rows, expected[name], rtol=1e-5, atol=1e-6)

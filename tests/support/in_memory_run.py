@@ -15,7 +15,13 @@ from distplat.platform.resume import state_of
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
+from distplat.strategies.fakes import (
+    Fabric,
+    InMemoryShards,
+    InMemoryTables,
+    ServerGroup,
+    TableGroup,
+)
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
@@ -35,6 +41,8 @@ class Run:
     """By rank: its part of the trained model."""
     group: ServerGroup
     """With the shards' logs, where the strategy has servers."""
+    tables: TableGroup
+    """The embedding tables, where the job has some."""
     checkpoints: dict[int, SavedState] = field(default_factory=dict)
     """By version, as they would be read from the disk."""
 
@@ -74,7 +82,9 @@ def train(
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
     group = ServerGroup(plan, timeout_s)
     fabric = Fabric(world, timeout_s)
-    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], [], group)
+    tables = TableGroup(job)
+    progress = [Progress() for _ in range(world)]
+    run = Run(ranks, [[] for _ in range(world)], progress, [], group, tables)
     collecting, lock = Collecting(world), threading.Lock()
 
     def deliver(delivery: Delivery) -> None:
@@ -91,6 +101,7 @@ def train(
             rank,
             collective=fabric.collective(rank),
             shards=InMemoryShards(group, rank),
+            tables=InMemoryTables(tables, rank),
             report=run.reports[rank].append,
             progress=run.progress[rank],
             around=Around(saved, take=courier.take),
