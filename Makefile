@@ -36,6 +36,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/shard_recovery.py
 	$(BIN)/python benchmarks/submit_latency.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt

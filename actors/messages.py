@@ -48,6 +48,16 @@ class SavedHandle:
 
 
 @dataclass(frozen=True)
+class Attached:
+    """A server's answer to a worker that attaches its memory."""
+
+    near: bool
+    """Whether the server reaches it; else bytes are sent."""
+    version: int | None
+    """Of the shard's parameters; None: it has none yet."""
+
+
+@dataclass(frozen=True)
 class WorkOrder:
     """All that a worker is told when it starts."""
 
@@ -109,7 +119,13 @@ class Membership:
     shard_map: ShardMap
     servers: list[Any]
     """Handles of the server nodes, by shard."""
+    names: list[str]
+    """Their names, by shard."""
     parameters: list[Address]
     """The parameter segment of each server's node, by shard: the whole flat vector."""
     private: bool
     """Whether each worker computes on a copy of its own."""
+    wire: str | None = None
+    """Name in torch of the type that travels to other nodes; None: the parameters' own."""
+    replicated: bool = False
+    """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""

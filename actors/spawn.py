@@ -6,14 +6,19 @@ restarted by Ray: they end with their owner (I8), and a shard must not come back
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
+from distplat.actors.manager import ServerManager
 from distplat.actors.messages import WorkOrder
-from distplat.actors.server import ServerManager, ServerNode
+from distplat.actors.server import ServerNode
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
@@ -22,7 +27,7 @@ from distplat.strategies.base import Roles
 _WORKER_THREADS = 4
 """Threads of a worker for the controller's calls, of which one keeps its answer back."""
 _SERVER_THREADS = 8
-"""Threads of a server node beside one per worker: for the manager's and the controller's calls."""
+"""Threads of a server node beside two per worker: for the manager's and the controller's calls."""
 
 
 @dataclass
@@ -65,18 +70,42 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     for rank in range(job.scaling.num_workers):
         cast.workers.append(spawn_worker(job, run, attempt, rank, cast.seat(rank)))
     for index in range(roles.servers):
-        name = actor_name(job, f"server-{index}", attempt)
-        threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
-        needs = _resources(roles.server_resources or {"CPU": 0.0})
-        options = {**common, **needs, **threads, "name": name}
-        cast.servers.append(ray.remote(ServerNode).options(**options).remote(name))
+        cast.servers.append(spawn_server(job, roles, run, attempt, f"server-{index}"))
     if roles.servers:
         name = actor_name(job, "server-manager", attempt)
-        threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
+        # Two per worker: one waits for a newer map, one for anything else.
+        threads = {"max_concurrency": 2 * job.scaling.world + _SERVER_THREADS}
         options = {**common, **_resources({"CPU": 0.0}), **threads, "name": name}
         manager = ray.remote(ServerManager).options(**options)
-        cast.manager = manager.remote(name, job, run, attempt, cast.servers, roles.consistency)
+        make = partial(spawn_server, job, roles, run, attempt)
+        cast.manager = manager.remote(name, job, run, attempt, cast.servers, roles, make)
     return cast
+
+
+def spawn_server(
+    job: Job, roles: Roles, run: str, attempt: int, role: str, beside: str | None = None
+) -> Any:
+    """
+    Ask Ray for one server node; returns before it is up.
+
+    Args:
+        job: the run's job.
+        roles: what a server needs.
+        run: its name.
+        attempt: its generation.
+        role: the server's, for its name.
+        beside: the node of the server that this one is a backup of: another is preferred.
+    """
+    name = actor_name(job, role, attempt)
+    # Two per worker: one answers its bell, one its calls.
+    threads = {"max_concurrency": 2 * job.scaling.world + _SERVER_THREADS}
+    options = {**_common(run), **_resources(roles.server_resources or {"CPU": 0.0}), **threads}
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"]] if beside else []
+    others = sorted(set(others) - {beside})
+    if others:
+        turn = int(role.rpartition("-")[2]) % len(others)
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(others[turn], soft=True)
+    return ray.remote(ServerNode).options(**options, name=name).remote(name)
 
 
 def spawn_worker(
@@ -129,7 +158,7 @@ def _check_feasible(job: Job, roles: Roles) -> None:
     """Refuse what no waiting will bring, instead of leaving it pending for ever."""
     wanted: dict[str, float] = {}
     needs = [job.scaling.resources()] * job.scaling.num_workers
-    needs += [roles.server_resources or {}] * roles.servers
+    needs += [roles.server_resources or {}] * (roles.servers * roles.replication)
     for need in needs:
         for name, amount in need.items():
             wanted[name] = wanted.get(name, 0.0) + amount

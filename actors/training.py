@@ -111,7 +111,7 @@ class Session:
                 strategy,
                 order.rank,
                 collective=self._connection.collective(order),
-                shards=_shards(order, prepared),
+                shards=self._connection.shards(order, prepared),
                 report=self._report,
                 progress=progress,
                 around=Around(_saved(order), order.base, courier.take),
@@ -156,11 +156,12 @@ class Session:
 
 
 class Connection:
-    """An attempt's collective group, which another thread may give up at any moment."""
+    """An attempt's group and servers; another thread may end the waits for them at any moment."""
 
     def __init__(self) -> None:
         self._abandoned = threading.Event()
         self._group: RayCollective | None = None
+        self._servers: RayShards | None = None
 
     def collective(self, order: WorkOrder) -> "RayCollective | None":
         """
@@ -188,6 +189,16 @@ class Connection:
         )
         return self._group
 
+    def shards(self, order: WorkOrder, prepared: Prepared) -> "RayShards | None":
+        """Make the way to the servers; None where the strategy has none."""
+        if order.manager is None:
+            return None
+        from distplat.actors.shards import RayShards
+
+        every = order.job.checkpoint.period(prepared.sampler.steps_per_epoch)
+        self._servers = RayShards(order, prepared.total_steps, every, self._abandoned)
+        return self._servers
+
     def give_up(self) -> None:
         """Make whoever waits for other ranks come out."""
         self._abandoned.set()
@@ -199,15 +210,8 @@ class Connection:
         """Leave the group."""
         if self._group is not None:
             self._group.close()
-
-
-def _shards(order: WorkOrder, prepared: Prepared) -> "RayShards | None":
-    if order.manager is None:
-        return None
-    from distplat.actors.shards import RayShards
-
-    every = order.job.checkpoint.period(prepared.sampler.steps_per_epoch)
-    return RayShards(order, prepared.total_steps, every)
+        if self._servers is not None:
+            self._servers.close()
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:

@@ -35,6 +35,7 @@ class Worker:
         self._session: Session | None = None
         self._given_up = -1  #: the last attempt that was called off
         self._ended = threading.Event()  #: an attempt is over, and none was begun since
+        self._news = threading.Event()  #: there is something that is not to be kept back
         self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
@@ -62,7 +63,9 @@ class Worker:
             hold_s: seconds to keep the answer back for, while the attempt goes on: questions cost
                 processor time that training wants.
         """
-        self._ended.wait(hold_s)
+        self._news.wait(hold_s)
+        if not self._ended.is_set():
+            self._news.clear()
         if self._session is None:
             return News([], -1, 0, 0, finished=False, error=None)
         standing = self._session.standing  # before the reports: what came first is told first
@@ -89,9 +92,15 @@ class Worker:
         with quick_imports():
             from distplat.actors.training import Session  # torch comes with it
 
-        self._session = Session(self._reports.append, self._deliveries.append)
+        self._session = Session(self._reports.append, self._deliver)
         while True:  # the actor is ended from outside; nobody waits for this thread
             order = self._orders.get()
             self._ended.clear()
             self._session.work(order, called_off=order.attempt <= self._given_up)
             self._ended.set()
+            self._news.set()
+
+    def _deliver(self, delivery: Delivery) -> None:
+        """Have a part of a checkpoint told at once: with this process it would be lost."""
+        self._deliveries.append(delivery)
+        self._news.set()

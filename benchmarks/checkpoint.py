@@ -18,12 +18,12 @@ from typing import Any
 import ray
 import torch
 from common import WORKERS, alternately, print_ratio
-from ring_step import BATCH, WARM, Timed, mlp
+from ring_step import BATCH, Timed, mlp
 
 from distplat import Trainer
 
-EVERY = 10
-GOAL = 0.5
+EVERY, WARM = 10, 25
+GOAL = 1.0
 
 
 class Written(Timed):

@@ -51,6 +51,7 @@ def bubbles(trace: Trace, found: list[Gantt]) -> str:
         f'<tr><td>replica {one.replica}</td><td class="n">{one.step_s * 1e3:.1f} ms</td>'
         f'<td class="n">{one.pipeline_s * 1e3:.1f} ms</td>'
         f'<td class="n">{_ideal(one)}</td><td class="n">{one.bubble:.1%}</td>'
+        f'<td class="n">{one.least_bubble:.1%}</td>'
         f'<td class="n">{_ideal_bubble(one)}</td></tr>'
         for one in found
     )
@@ -63,7 +64,8 @@ def bubbles(trace: Trace, found: list[Gantt]) -> str:
     return (
         '<table><tr><th></th><th class="n">step, with exchange</th><th class="n">pipeline</th>'
         '<th class="n">ideal pipeline</th>'
-        f'<th class="n">bubble</th><th class="n">ideal bubble</th></tr>{rows}</table>{textbook}'
+        '<th class="n">bubble</th><th class="n">of the busiest stage</th>'
+        f'<th class="n">ideal bubble</th></tr>{rows}</table>{textbook}'
     )
 
 

@@ -11,8 +11,8 @@ The catalogue of a run's checkpoints: how one comes to the disk, which are whole
 
 Written in this order (I7): files, each synced; manifest, synced; the directory; its name; the
 directory around it. So after a crash at any moment a name stands for a whole checkpoint, or is not
-there. A disk may still lose bits: everything is read back against the manifest before it is used,
-and a new checkpoint before an older one goes. Nothing here is ever unpickled.
+there. A disk may still lose bits: everything is compared with the manifest before it is used.
+Nothing here is ever unpickled.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Catalogue:
 
     def prune(self, keep: int) -> None:
         """
-        Let the oldest go, once the newest was read back.
+        Let the oldest go, once the newest was looked at: all its files are there, in full length.
 
         Raises:
             OSError: the newest is damaged, so nothing is deleted; or the disk refuses.
@@ -128,8 +128,8 @@ class Catalogue:
         too_many = surplus(steps, keep)
         if not too_many:
             return
-        if found := flaws(self.path(steps[-1])):
-            raise OSError(f"{found[0]}; nothing was deleted")
+        if found := shortfall(self.path(steps[-1])):
+            raise OSError(f"{found}; nothing was deleted")
         for step in too_many:
             self._drop(self.path(step))
 
@@ -192,12 +192,23 @@ def read(path: Path) -> Stored:
 
 
 def flaws(path: Path) -> list[str]:
-    """Say what is wrong with a checkpoint; empty: it is whole."""
+    """Say what is wrong with a checkpoint, every byte read; empty: it is whole."""
     try:
         read(path)
     except StorageError as error:
         return [str(error)]
     return []
+
+
+def shortfall(path: Path) -> str:
+    """Say which file of a checkpoint is missing or too short; empty: none is."""
+    try:
+        for name, facts in _manifest(path).items():
+            if (path / name).lstat().st_size != facts.get("bytes"):
+                return f"{path / name} has not {facts.get('bytes')} bytes"
+    except (StorageError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def find(path: Path, warn: Callable[[str], object]) -> Stored:

@@ -139,7 +139,7 @@ def run_entries(
 
 def put_together(bundles: Iterable[Bundle]) -> dict[str, Whole]:
     """
-    Make whole tensors of the parts that all ranks gave.
+    Make whole tensors of the parts that all ranks gave; a part that is all of one is not copied.
 
     A value without dimensions may be given by several; the first one counts.
 
@@ -150,19 +150,21 @@ def put_together(bundles: Iterable[Bundle]) -> dict[str, Whole]:
     covered: dict[str, int] = {}
     for arrays, entries in bundles:
         for entry in entries:
-            if entry.key not in wholes:
-                wholes[entry.key] = _empty(entry)
-                covered[entry.key] = 0
-            elif not entry.place.shape:
+            key, place, size = entry.key, entry.place, ITEM_BYTES[entry.dtype]
+            if key in wholes and not place.shape:
                 continue
-            whole = wholes[entry.key]
-            if (whole.dtype, whole.shape) != (entry.dtype, entry.place.shape):
-                raise ProtocolError(f"parts of {entry.key!r} are of different tensors")
-            size = ITEM_BYTES[entry.dtype]
             first = entry.offset * size
-            part = arrays[entry.array][first : first + entry.place.size * size]
-            _put(whole, entry.place, part)
-            covered[entry.key] += entry.place.size
+            part = arrays[entry.array][first : first + place.size * size]
+            if key not in wholes:
+                is_all = place.slab is None and place.run is None
+                data = part if is_all else np.zeros(math.prod(place.shape) * size, np.uint8)
+                wholes[key], covered[key] = Whole(entry.dtype, place.shape, data), 0
+            whole = wholes[key]
+            if (whole.dtype, whole.shape) != (entry.dtype, place.shape):
+                raise ProtocolError(f"parts of {key!r} are of different tensors")
+            if whole.data is not part and covered[key] < math.prod(whole.shape):
+                _put(whole, place, part)
+            covered[key] += place.size
     for key, whole in wholes.items():
         if covered[key] != math.prod(whole.shape):
             raise ProtocolError(
@@ -183,12 +185,6 @@ def by_file(wholes: Mapping[str, Whole]) -> dict[str, dict[str, Whole]]:
         file, _, name = key.partition("/")
         files.setdefault(file, {})[name] = whole
     return files
-
-
-def _empty(entry: Entry) -> Whole:
-    shape = entry.place.shape
-    data = np.zeros(math.prod(shape) * ITEM_BYTES[entry.dtype], np.uint8)
-    return Whole(entry.dtype, shape, data)
 
 
 def _put(whole: Whole, place: Place, part: Bytes) -> None:

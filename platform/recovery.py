@@ -28,6 +28,8 @@ class Policy:
     max_preemptions: int = 0
     survivors_go_on: bool = False
     """Whether ranks that were not lost keep their state; else all go back to a checkpoint."""
+    begin_anew: bool = True
+    """Whether the loss of a server, and of what it kept, may cost the run so far."""
     holders: tuple[tuple[int, ...], ...] = ()
     """For each part of the model, the ranks that have it; of each one must be left to go on.
     Empty: every rank has all."""
@@ -57,7 +59,8 @@ def policy_of(
         by_default[0] if failures is None else failures,
         by_default[1] if preemptions is None else preemptions,
         survivors_go_on,
-        holders,
+        begin_anew=failures is not None or checkpoints,
+        holders=holders,
     )
 
 

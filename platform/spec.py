@@ -122,8 +122,8 @@ class Failure(Spec):
     """What is done about failures, and deadlines; an error that one causes names its field."""
 
     max_failures: Index | None = None
-    """Restarts after lost workers or servers; None: 3 where survivors keep their state (`ring`,
-    `hybrid` with replicas) or there are checkpoints, else 0."""
+    """Restarts after lost workers or servers; None: 3 where survivors keep their state (not with a
+    sharded optimizer, nor without replicas) or there are checkpoints, else 0."""
     max_preemptions: Index | None = None
     """Restarts after machines were taken away, counted apart; None: 100 where `max_failures` is 3
     by default, else 0."""

@@ -63,6 +63,10 @@ class GroupSpec:
     """Compare every operation between the ranks, not only the first ones."""
 
 
+WIRES: dict[str, str | None] = {"exact": None, "fp16": "float16", "bf16": "bfloat16"}
+"""What the servers' option `wire` may be, and the type in torch that it means."""
+
+
 @dataclass(frozen=True)
 class Roles:
     """What a strategy needs besides the workers."""
@@ -73,6 +77,10 @@ class Roles:
     """Ray resources of one server node."""
     consistency: Consistency = SYNCHRONOUS
     """When the servers apply gradients."""
+    replication: int = 1
+    """How many servers keep each shard: one, or a primary and its backup."""
+    wire: str | None = None
+    """Name in torch of the type that travels between workers and servers of two nodes."""
     collective: GroupSpec | None = None
     """The group of all workers; None: workers get no port `Collective`."""
     group_size: int = 1

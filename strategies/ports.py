@@ -36,6 +36,8 @@ class Pushed:
     """How long servers held this rank up for others."""
     version: int = 0
     """Updates that the parameters have behind them, on the shard with the fewest."""
+    apply_s: float = 0.0
+    """What summing and updating took, on the slowest shard."""
     dropped: int = 0
     """This rank's pushes so far that came too late for their step."""
 

@@ -64,6 +64,12 @@ class Gantt:
         return bubble(self.measured)
 
     @property
+    def least_bubble(self) -> float:
+        """The same of the busiest stage alone: stages of unequal cost do not count."""
+        busiest = max((one.busy_s for one in self.times), default=0.0)
+        return 1 - busiest / self.pipeline_s if self.pipeline_s else 0.0
+
+    @property
     def pipeline_s(self) -> float:
         """From the first start to the last end of what stages computed."""
         return makespan(self.measured)

@@ -37,6 +37,7 @@ from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
 from distplat.strategies.pipeline.rebound import Rebound
 from distplat.strategies.pipeline.twins import Twins, places_of
+from distplat.strategies.tensor.parallelize import forget
 from distplat.strategies.tensor.parts import gather_full
 from distplat.strategies.training.compute import Share, precision
 from distplat.strategies.training.flat import FlatModel
@@ -95,6 +96,8 @@ class Rank:
         if self._slices is None:
             self._slices = Rebound(group)
         self._slices.group = group
+        if self._part is not None:
+            forget(self._part.module)
 
     def connect(self, context: Context) -> int:
         """

@@ -103,8 +103,9 @@ class Branches:
         self._ready: dict[int, Tensor] = {}
 
     def forget(self) -> None:
-        """Drop outputs that nobody has fetched: a forward before this one may have failed."""
+        """Drop outputs that nobody has fetched, as after a forward that has failed."""
         self._given, self._ready = None, {}
+        self.inside.forget()
 
     def output(self, place: int, inputs: Tensor) -> Tensor:
         """

@@ -18,10 +18,17 @@ from torch import nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.base import Collective
-from distplat.strategies.tensor.attention import split_heads
-from distplat.strategies.tensor.branches import Branches, split_branches
+from distplat.strategies.tensor.attention import SplitMultiheadAttention, split_heads
+from distplat.strategies.tensor.branches import Branch, Branches, split_branches
 from distplat.strategies.tensor.inside import Inside
-from distplat.strategies.tensor.layers import Parts, split_columns, split_rows, split_vocabulary
+from distplat.strategies.tensor.layers import (
+    ColumnLinear,
+    Parts,
+    RowLinear,
+    split_columns,
+    split_rows,
+    split_vocabulary,
+)
 from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
 
 
@@ -62,8 +69,22 @@ def parallelize(
     return specs
 
 
+def forget(module: nn.Module) -> None:
+    """
+    Forget what a forward that failed has left behind, before the first one of another attempt.
+
+    A call of the module that `parallelize` was given does this by itself; who calls the modules in
+    it one by one, as a pipeline does, calls this.
+    """
+    for one in module.modules():
+        if isinstance(one, ColumnLinear | RowLinear | SplitMultiheadAttention):
+            one.inside.forget()
+        elif isinstance(one, Branch):
+            one.around.forget()
+
+
 class _Afresh:
-    """Before each forward: forget what one that failed has left behind."""
+    """Calls `forget` before each forward, without a search for what there is."""
 
     def __init__(self, inside: Inside, branches: list[Branches]) -> None:
         self._inside, self._branches = inside, branches

@@ -5,6 +5,7 @@ import signal
 import time
 from typing import Any
 
+import psutil
 import ray
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,18 @@ def first_to_come(marker: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+class Paced(Blobs):
+    """Takes its time over each step until a file is there, so that something can happen before."""
+
+    def __init__(self, until: str, seconds: float = 0.04) -> None:
+        self.until, self.seconds = until, seconds
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if not os.path.exists(self.until):
+            time.sleep(self.seconds)
+        return super().loss(outputs, targets)
 
 
 class SlowStart(Blobs):
@@ -95,11 +108,14 @@ class Elastic(Blobs):
     Args:
         folder: where deeds leave their marks, so that each is done once.
         deeds: `kill 1 at 6`: rank 1, in its seventh step; `stop` freezes, `start` instead of a
-            number: while it builds the model, but only in a process that replaces another.
+            number: while it builds the model, but only in a process that replaces another. A class
+            of actors instead of `kill`: one of them is killed, by that rank.
+        pause: seconds that each forward takes at least.
     """
 
-    def __init__(self, folder: str, deeds: list[str]) -> None:
+    def __init__(self, folder: str, deeds: list[str], pause: float = 0.02) -> None:
         self.folder, self.deeds = folder, [deed.split() for deed in deeds]
+        self.pause = pause
         self.rank = int(str(ray.get_runtime_context().get_actor_name()).split("/")[1].split("-")[1])
         self.renewed = "attempt" in str(ray.get_runtime_context().get_actor_name())
         self.step: int | str = "start"
@@ -115,7 +131,16 @@ class Elastic(Blobs):
             mine = rank in ("all", str(self.rank)) and step == str(self.step)
             name = f"{number}-{self.rank}" if rank == "all" else str(number)
             if mine and first_to_come(os.path.join(self.folder, name)):
-                os.kill(os.getpid(), signal.SIGKILL if deed == "kill" else signal.SIGSTOP)
+                victim = os.getpid() if deed in ("kill", "stop") else process_of(deed)
+                os.kill(victim, signal.SIGSTOP if deed == "stop" else signal.SIGKILL)
+
+
+def process_of(role: str) -> int:
+    """Find the process of an actor of this Ray instance."""
+    for process in psutil.Process().parent().children():  # type: ignore[union-attr]
+        if " ".join(process.cmdline()).startswith(f"ray::{role}"):
+            return process.pid
+    raise LookupError(role)
 
 
 class Counting(nn.Sequential):
@@ -131,7 +156,7 @@ class Counting(nn.Sequential):
             self.task.step = int(self.get_buffer("forwards"))
             self.get_buffer("forwards").add_(1)
             self.task._act()
-            time.sleep(0.02)
+            time.sleep(self.task.pause)
         elif self.task.step == 29:
             self.task.step = "evaluation"
             self.task._act()

@@ -25,6 +25,7 @@ def test_the_ideal_of_an_ideal_step_is_itself(schedule: str, tmp_path: Path) -> 
     expected = simulate(build(schedule, 2, 4), Costs(1, 1, 1))
     assert one.ideal is not None
     assert one.bubble == pytest.approx(expected.bubble) == pytest.approx(one.ideal.bubble)
+    assert one.least_bubble == pytest.approx(one.bubble)  # stages are equal
     assert one.pipeline_s == pytest.approx(expected.makespan) == pytest.approx(one.ideal.makespan)
 
 
@@ -37,6 +38,16 @@ def test_what_messages_cost_is_the_difference(tmp_path: Path) -> None:
     assert [t.reduce_s for t in one.times] == pytest.approx([2.0] * 3)
     assert [t.forward_s for t in one.times] == pytest.approx([1.0] * 3)
     assert [t.backward_s for t in one.times] == pytest.approx([2.0] * 3)
+
+
+def test_unequal_stages_are_no_bubble_of_the_busiest(tmp_path: Path) -> None:
+    fields = made_trace(micro_batches=1)
+    kept = [e for e in fields["events"] if (e["stage"], e["kind"]) != (0, "B")]
+    (one,) = gantts(trace(tmp_path, fields | {"events": kept}))
+    # Stage 0 computes for 1 s, stage 1 behind it for 3 s.
+    assert one.pipeline_s == pytest.approx(4)
+    assert one.bubble == pytest.approx(0.5)
+    assert one.least_bubble == pytest.approx(0.25)
 
 
 def test_a_chunk_is_a_part_of_its_stage(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from rank_threads import on_ranks
-from tensor_models import CASES, Lone, features, ranks, split
+from tensor_models import CASES, Bypass, Lone, features, ranks, split
 from torch import Tensor, nn
 
 from distplat.strategies.base import Collective
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.parallelize import parallelize
+from distplat.strategies.tensor.parallelize import forget, parallelize
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.recompute import recomputed
 from distplat.strategies.training.stages import layers_of, stages_of
@@ -205,7 +205,23 @@ def fail(*_: object) -> None:
     raise RuntimeError("once")
 
 
-def test_numbers_are_those_of_all_ranks_again_after_a_failed_forward() -> None:
+def by_itself(model: nn.Module, inputs: Tensor) -> Tensor:
+    outputs: Tensor = model(inputs)
+    return outputs
+
+
+def piece_by_piece(model: nn.Module, inputs: Tensor) -> Tensor:
+    """As a pipeline calls layers."""
+    forget(model)
+    for module in model.children():
+        inputs = module(inputs)
+    return inputs
+
+
+@pytest.mark.parametrize("call", [by_itself, piece_by_piece])
+def test_numbers_are_those_of_all_ranks_again_after_a_failed_forward(
+    call: Callable[[nn.Module, Tensor], Tensor],
+) -> None:
     after = []
     for rank in range(2):
         model = nn.Sequential(nn.Linear(4, 31), nn.ReLU(), nn.Linear(31, 4))
@@ -213,9 +229,29 @@ def test_numbers_are_those_of_all_ranks_again_after_a_failed_forward() -> None:
         if rank == 0:
             failing = model[1].register_forward_hook(fail)
             with pytest.raises(RuntimeError, match="once"):
-                model(torch.ones(1, 4))
+                call(model, torch.ones(1, 4))
             failing.remove()
         torch.manual_seed(3)
-        model(torch.ones(1, 4))
+        call(model, torch.ones(1, 4))
         after.append(torch.rand(3))
     assert torch.equal(*after)
+
+
+def test_outputs_that_nobody_fetched_are_forgotten() -> None:
+    inputs = features(5, 12)
+
+    def run(model: nn.Module, _: Collective) -> dict[str, Tensor]:
+        failing = model.get_submodule("0.branches.1").register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="once"):
+            model(inputs)
+        failing.remove()
+        return {"whole": model(inputs * 2), "pieces": piece_by_piece(model, inputs * 2)}
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Bypass())
+
+    expected = build()(inputs * 2)
+    for found in ranks(build, {"0.*.*": "branches"}, run):
+        torch.testing.assert_close(found["whole"], expected)
+        torch.testing.assert_close(found["pieces"], expected)
