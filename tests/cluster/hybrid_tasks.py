@@ -54,7 +54,7 @@ class Deeds(nn.Module):
             forwards = int(self.get_buffer("forwards"))
             self.get_buffer("forwards").add_(1)
             self.task.act("forward", forwards)
-            time.sleep(0.002)
+            time.sleep(0.005)
             outputs.register_hook(  # type: ignore[no-untyped-call]
                 lambda _: self.task.act("backward", forwards)
             )

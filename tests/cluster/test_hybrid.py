@@ -15,6 +15,8 @@ from distplat import Result
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 
 STEPS = 20
+WRITTEN = (5, 10, 15)
+"""Checkpoints that may be the newest in step 19: they are written while training goes on."""
 GRID = {"name": "hybrid", "pipeline": 2, "data": 2, "micro_batches": 3, "cut": ["3"]}
 
 
@@ -102,14 +104,15 @@ def test_a_lost_stage_gets_its_state_from_its_twin(deed: str, victim: int, tmp_p
 
 def test_without_a_twin_all_go_back_to_the_checkpoint(tmp_path: Path) -> None:
     alone = {"name": "hybrid", "pipeline": 2, "micro_batches": 3, "cut": ["3"]}
-    deeds = ["kill 1 backward 40"]
+    deeds = ["kill 1 backward 56"]
     result, watch = run(tmp_path, deeds, alone, checkpoint={"every_steps": 5})
     same(result, tmp_path, alone)
-    assert [(s.step, len(s.replaced)) for s in watch.setbacks] == [(10, 2)]
+    (setback,) = watch.setbacks
+    assert setback.step in WRITTEN and len(setback.replaced) == 2
 
 
 def test_both_twins_lost(tmp_path: Path) -> None:
-    deeds = ["kill 1 forward 37", "kill 3 forward 37"]
+    deeds = ["kill 1 forward 57", "kill 3 forward 57"]
     result, watch = run(tmp_path, deeds, checkpoint={"every_steps": 5})
     same(result, tmp_path)
-    assert (watch.setbacks[-1].step, len(watch.setbacks[-1].replaced)) == (10, 4)
+    assert watch.setbacks[-1].step in WRITTEN and len(watch.setbacks[-1].replaced) == 4

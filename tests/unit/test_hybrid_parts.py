@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.pipeline import part
+from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.stages import Layer
 
 EVEN = {"pipeline": 2, "cut": "even", "micro_batches": 4}
@@ -107,6 +108,7 @@ def test_a_traced_model_is_cut_where_one_tensor_crosses() -> None:
     ]
 
 
+@pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize(("stages", "replicas"), [(3, 1), (2, 2)])
 def test_values_made_by_stages_do_not_depend_on_the_cut(stages: int, replicas: int) -> None:
     """`init: meta`: no rank has had the whole model, and all grids begin with one."""
@@ -136,7 +138,12 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         with lock:
             return seeded(self, inputs, seed)
 
+    def filled(*args: Any) -> None:
+        with lock:
+            materialise(*args)
+
     monkeypatch.setattr(part.Chunk, "seeded", locked)
+    monkeypatch.setattr(part, "materialise", filled)
 
 
 @pytest.mark.usefixtures("one_at_a_time")

@@ -227,3 +227,22 @@ def test_a_users_error_during_repair_ends_the_run() -> None:
     user = UserCodeError(2, 3, "ValueError: no", "Traceback")
     state = play([(1, dead(1)), (1, stopped(0)), (1.5, stopped(2, user))])
     assert (state.phase, state.error) == (Phase.FAILED, user)
+
+
+@pytest.mark.parametrize(
+    ("lost", "holders", "everything"),
+    [
+        ((0,), ((0, 2), (1,)), False),  # its twin has what it had
+        ((1,), ((0, 2), (1,)), True),  # nobody else has that part
+        ((0, 2), ((0, 2), (1,)), True),
+        ((0, 1), ((0, 1, 2),), False),
+    ],
+)
+def test_one_holder_of_each_part_must_be_left(
+    lost: tuple[int, ...], holders: tuple[tuple[int, ...], ...], everything: bool
+) -> None:
+    policy = Policy(max_failures=3, survivors_go_on=True, holders=holders)
+    news = [(1.0, dead(rank) if rank in lost else stopped(rank)) for rank in range(3)]
+    state = play([*news, (1, Tick())], policy)
+    replaced = tuple(range(3)) if everything else lost
+    assert state.restart == Restart(1, replaced, everything, wait_s=0.0)
