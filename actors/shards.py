@@ -85,8 +85,11 @@ class RayShards:
 
         def attach(server: Any, cut: Shard) -> Any:
             gradients = road.gradient_address if cut.index in candidates else None
-            version = self._versions.get(cut.index)
-            return server.attach.remote(rank, number, gradients, road.parameter_address, version)
+            held = None
+            if joined.private and cut.index in self._versions:  # it has changed servers
+                values = part(self._flat.params, cut).cpu()
+                held = self._versions[cut.index], as_bytes(values.clone())
+            return server.attach.remote(rank, number, gradients, road.parameter_address, held)
 
         attached: list[Attached] = self._ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
