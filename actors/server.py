@@ -63,10 +63,10 @@ class ServerNode:
         number: tuple[int, int],
         gradients: Address | None,
         parameters: Address | None,
-        version: int | None,
+        held: tuple[int, NDArray[np.uint8]] | None,
     ) -> Attached:
         """Map a worker's segments."""
-        return self._body.attach(rank, number, gradients, parameters, version)
+        return self._body.attach(rank, number, gradients, parameters, held)
 
     def restore(
         self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, Whole]

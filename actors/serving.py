@@ -112,7 +112,7 @@ class Serving:
         number: tuple[int, int],
         gradients: Address | None,
         parameters: Address | None,
-        version: int | None,
+        held: tuple[int, NDArray[np.uint8]] | None,
     ) -> Attached:
         """
         Map a worker's segments. The first one of a later attempt begins it at this shard.
@@ -122,7 +122,7 @@ class Serving:
             number: attempt, and number of this call in it: what comes late does nothing.
             gradients: its segment; None: it cannot be reached, the worker knows.
             parameters: the same, of a worker that computes on a copy.
-            version: of this shard's values that it has now; None: it has none.
+            held: version and bytes of this shard's values that it computes on, where that counts.
         """
         served = self._service.served
 
@@ -133,8 +133,8 @@ class Serving:
                 self._attached[rank] = number, near
                 self._service.renew(number[0])
                 self._service.forget(rank)
-                if version is not None and isinstance(served, AsyncShard):
-                    served.pulled_elsewhere(rank, version)
+                if held is not None and isinstance(served, AsyncShard):
+                    served.pulled_elsewhere(rank, held[0], from_bytes(held[1], served.params.dtype))
             return Attached(near, served.ledger.version)
 
         return self._service.exclusively(change)

@@ -1,22 +1,18 @@
-"""
-The port `Shards` over Ray: control by bells and calls, bytes by the fastest road (`roads.py`).
-
-A step of a server on this node is asked for by a bell (`bells.py`), everything else by a call.
-"""
+"""The port `Shards` over Ray: control by bells and calls (`lines.py`), bytes by `roads.py`."""
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
 import ray
 from torch import Tensor
 
-from distplat.actors.asking import Call, ask
+from distplat.actors.asking import ask
 from distplat.actors.bell import Request
-from distplat.actors.bells import Bells
-from distplat.actors.messages import Address, Attached, Membership, ModelFacts, WorkOrder
+from distplat.actors.lines import ANSWER_GRACE_S, Lines
+from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
 from distplat.actors.roads import PrivateRoad, SharedRoad, as_bytes, part
 from distplat.actors.tracking import MapChanged, Tracker
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
@@ -33,9 +29,6 @@ from distplat.strategies.training.restoring import SavedState
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-_ANSWER_GRACE_S = 10.0
-"""A server times out by itself and says who is missing; only a frozen one needs ours on top."""
 
 
 class RayShards:
@@ -62,7 +55,6 @@ class RayShards:
         self._limits = order.job.failure
         self._pulls = self._roads = 0
         self._tracker: Tracker | None = None
-        self._bells: Bells | None = None
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._started = False  #: whether the first push was answered
 
@@ -78,7 +70,7 @@ class RayShards:
             self._checkpoint_every,
         )
         join = partial(self._order.manager.join.remote, self._order.rank, self._facts)
-        limit = self._limits.start_timeout_s + _ANSWER_GRACE_S
+        limit = self._limits.start_timeout_s + ANSWER_GRACE_S
         name = "the server manager"
         joined: Membership = ask("join", [join], [name], limit, "start_timeout_s", self._look)[0]
         if joined.replicated:
@@ -87,13 +79,12 @@ class RayShards:
 
     def close(self) -> None:
         """Give up what this attempt needs and the next one does not."""
-        if self._bells is not None:
-            self._bells.close()
+        if self._lines is not None:
+            self._lines.close()
 
     def _open_road(self, joined: Membership) -> list[int | None]:
         """Lay out memory, attach it at all servers; give their versions, None of who has none."""
-        self._servers, self._cuts = joined.servers, joined.shard_map.shards
-        self._names = joined.names
+        self._lines = lines = Lines(self._order, joined, self._look)
         kind = PrivateRoad if joined.private else SharedRoad
         self._road = road = kind(ray.get_runtime_context().get_node_id(), self._facts, joined)
         rank, number = self._order.rank, (self._order.attempt, self._roads)
@@ -102,14 +93,17 @@ class RayShards:
 
         def attach(server: Any, cut: Shard) -> Any:
             gradients = road.gradient_address if cut.index in candidates else None
-            version = self._versions.get(cut.index)
-            return server.attach.remote(rank, number, gradients, road.parameter_address, version)
+            held = None
+            if joined.private and cut.index in self._versions:  # it has changed servers
+                values = part(self._flat.params, cut).cpu()
+                held = self._versions[cut.index], as_bytes(values.clone())
+            return server.attach.remote(rank, number, gradients, road.parameter_address, held)
 
-        attached: list[Attached] = self._ask("attach", attach)
+        attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
-        self._bells = Bells(road.node, road.near, self._names, self._listen, self._look)
+        lines.hang_bells(road.node, road.near)
         near = sorted(road.near)
-        far = [cut.index for cut in self._cuts if cut.index not in road.near]
+        far = [cut.index for cut in lines.cuts if cut.index not in road.near]
         logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)
         return [answer.version for answer in attached]
 
@@ -125,14 +119,14 @@ class RayShards:
             saved: the checkpoint with which rank 0 began; None: a fresh run.
         """
         road = self._road
-        empty = [cut for cut in self._cuts if versions[cut.index] is None]
+        empty = [cut for cut in self._lines.cuts if versions[cut.index] is None]
         if self._order.rank == 0 and empty:
             initial = self._flat.params.cpu()
             for cut in empty:
                 if cut.index in road.near:
                     road.put(cut, initial)
             state = saved.optimizer(self._flat) if saved is not None else {}
-            self._ask(
+            self._lines.ask(
                 "restore",
                 lambda server, cut: server.restore.remote(
                     self._flat.version,
@@ -149,13 +143,13 @@ class RayShards:
 
     def _go_back(self, answers: list[Answer], version: int) -> None:
         """Take the version that all shards have, where a loss has left some of them one ahead."""
-        ahead = [cut for cut in self._cuts if answers[cut.index].version > version]
+        ahead = [cut for cut in self._lines.cuts if answers[cut.index].version > version]
         if not ahead:
             return
         self._road.part_ways()
         question = lambda server, cut: server.earlier.remote(version)  # noqa: E731
         for cut, values in zip(
-            ahead, self._ask("an earlier version", question, ahead), strict=True
+            ahead, self._lines.ask("an earlier version", question, ahead), strict=True
         ):
             as_bytes(part(self._road.parameters, cut))[:] = values
         if self._on_device:
@@ -175,7 +169,7 @@ class RayShards:
         if self._on_device:
             road.gradients.copy_(self._flat.grads)
         push = PushId(self._order.run, self._order.attempt, self._order.rank, step)
-        answers = self._step(
+        answers = self._lines.step(
             f"push {step}",
             Request(step),
             lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
@@ -194,7 +188,7 @@ class RayShards:
         def commit() -> list[Answer]:
             if self._roads > roads:  # what was staged on a lost server is staged nowhere
                 self._push(step)
-            return self._step(
+            return self._lines.step(
                 f"commit {step}",
                 Request(step, norm),
                 lambda server, cut: server.commit.remote(rank, step, norm),
@@ -212,10 +206,10 @@ class RayShards:
         def ask_one(cut: Shard, limit_s: float) -> ShardCopy:
             what = f"what {version} steps have come to"
             question = lambda server, cut: server.kept.remote(version, limit_s)  # noqa: E731
-            answer: ShardCopy = self._ask(what, question, [cut])[0]
+            answer: ShardCopy = self._lines.ask(what, question, [cut])[0]
             return answer
 
-        asks = [partial(ask_one, cut) for cut in self._cuts]
+        asks = [partial(ask_one, cut) for cut in self._lines.cuts]
         return fetch_copies(asks, version, self._limits.step_timeout_s)
 
     def finish(self, alive: Callable[[], None]) -> None:
@@ -224,7 +218,7 @@ class RayShards:
         def look(limit_s: float) -> list[list[int]]:
             what = "the last step"
             question = lambda server, cut: server.wait_for_all.remote(limit_s)  # noqa: E731
-            return self._following(lambda: self._ask(what, question))
+            return self._following(lambda: self._lines.ask(what, question))
 
         wait_for_all(look, self._total_steps, self._limits.step_timeout_s, alive)
         self.refresh()
@@ -266,31 +260,10 @@ class RayShards:
         if self._tracker is not None:
             self._tracker.look()
 
-    def _step(
-        self,
-        what: str,
-        request: Request,
-        question: Callable[[Any, Shard], Any],
-        setting: str = "step_timeout_s",
-    ) -> list[Answer]:
-        """Ask all servers for a part of a step: by bell where there is one, else by a call."""
-        assert self._bells is not None, "connect() comes first"
-        self._bells.ring(request)
-        far = [cut for cut in self._cuts if cut.index not in self._bells.shards]
-        called = self._ask(what, question, far, setting) if far else []
-        limit = getattr(self._limits, setting) + _ANSWER_GRACE_S
-        answers = self._bells.answers(what, limit, setting)
-        answers |= {cut.index: answer for cut, answer in zip(far, called, strict=True)}
-        return [answers[cut.index] for cut in self._cuts]
-
-    def _listen(self, shard: int, bells: Address, slot: int) -> Any:
-        order, server = self._order, self._servers[shard]
-        return server.listen.remote(order.run, order.attempt, order.rank, bells, slot)
-
     def _pull(self, setting: str) -> list[Answer]:
         rank, number = self._order.rank, (self._order.attempt, self._pulls)
         self._pulls += 1  # also where it fails: the next one is not this one again
-        answers: list[Answer] = self._ask(
+        answers: list[Answer] = self._lines.ask(
             f"pull {number[1]}",
             lambda server, cut: server.pull.remote(rank, number),
             setting=setting,
@@ -300,35 +273,15 @@ class RayShards:
 
     def _take(self, answers: list[Answer]) -> None:
         """Bring the parameters here, as far as they are not here already."""
-        for cut, answer in zip(self._cuts, answers, strict=True):
+        for cut, answer in zip(self._lines.cuts, answers, strict=True):
             self._versions[cut.index] = answer.version
             try:
                 self._road.take(cut, answer, self._limits.step_timeout_s)
             except ray.exceptions.RayError as error:  # with its owner an object is lost, too
                 cause = f"its answer could not be fetched: {type(error).__name__}"
-                raise ActorLost(self._names[cut.index], None, cause) from None
+                raise ActorLost(self._lines.names[cut.index], None, cause) from None
         if self._on_device:
             self._flat.params.copy_(self._road.parameters)
-
-    def _ask(
-        self,
-        what: str,
-        question: Callable[[Any, Shard], Any],
-        cuts: Sequence[Shard] | None = None,
-        setting: str = "step_timeout_s",
-    ) -> list[Any]:
-        """
-        Ask the servers of some shards, by default of all; answers come in the shards' order.
-
-        Raises:
-            ActorLost, DeadlineExceeded: a server is gone, or frozen.
-            DistplatError: what a server raised.
-        """
-        cuts = self._cuts if cuts is None else cuts
-        calls: list[Call] = [partial(question, self._servers[cut.index], cut) for cut in cuts]
-        names = [self._names[cut.index] for cut in cuts]
-        limit: float = getattr(self._limits, setting) + _ANSWER_GRACE_S
-        return ask(what, calls, names, limit, setting, self._look)
 
 
 def _run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, Whole]:

@@ -19,12 +19,11 @@ decisions go out.
 from dataclasses import dataclass
 from enum import Enum
 
+from distplat.platform.blame import repairable, weight
 from distplat.platform.errors import (
     ActorLost,
     DeadlineExceeded,
     DistplatError,
-    InfrastructureError,
-    MismatchError,
     RestartsExhausted,
     StateLost,
     UserCodeError,
@@ -134,7 +133,7 @@ class JobState:
             self._preempted and self._policy.max_preemptions > 0
         )
         kept = self._policy.begin_anew or not self._servers_lost
-        return allowed and kept and (self.error is None or _repairable(self.error))
+        return allowed and kept and (self.error is None or repairable(self.error))
 
     @property
     def _servers_lost(self) -> bool:
@@ -209,7 +208,7 @@ class JobState:
             self._fail(_frozen(role, seconds, self.steps_done or None), now)
 
     def _fail(self, error: DistplatError, now: float) -> None:
-        if self.error is None or _weight(error) > _weight(self.error):
+        if self.error is None or weight(error) > weight(self.error):
             self.error = error
         if self.phase is not Phase.SETTLING:
             self.phase, self._failed_at = Phase.SETTLING, now
@@ -280,25 +279,3 @@ def _rank_of(role: str) -> int | None:
 def _frozen(role: str, seconds: float, step: int | None) -> ActorLost:
     cause = f"it has not answered for {seconds:.0f} s (frozen or cut off)"
     return ActorLost(role, step, cause, "`failure.heartbeat_timeout_s` changes this deadline")
-
-
-def _repairable(error: DistplatError) -> bool:
-    """Say whether new processes could help; nobody would come to a second start either."""
-    if isinstance(error, MismatchError):
-        return False
-    if isinstance(error, DeadlineExceeded) and error.setting == "failure.start_timeout_s":
-        return False
-    return isinstance(error, InfrastructureError)
-
-
-def _weight(error: DistplatError) -> int:
-    """How well an error explains a failed run: the user's own first, a death before its effects."""
-    match error:
-        case UserCodeError():
-            return 3
-        case ActorLost():
-            return 2
-        case DeadlineExceeded():
-            return 1
-        case _:
-            return 0

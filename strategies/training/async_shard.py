@@ -125,40 +125,59 @@ class AsyncShard:
         before = self.version
         verdict = self.ledger.offer(push)
         if verdict is Verdict.NEW:
-            rank = push.rank
-            self.staleness[rank] = before - self.pulled[rank]
-            self.log.add(Applied(rank, push.seq, self.pulled[rank]))
+            pulled = self.pulled[push.rank]
+            gradient = self._compensated(push.rank, before - pulled, gradient)
             if self.mirror is not None:
-                self.mirror.send(Update(before, push, tuple(self._pulls)), gradient)
+                told = Update(before, push, tuple(self._pulls), pulled)
+                self.mirror.send(told, gradient)
             self._pulls.clear()
-            self._apply(rank, before, gradient)
-            self.clocks.tick(rank)
-            slowest = min(self.clocks.done)
-            if self.clocks.done[rank] == slowest:  # else no rank behind it has moved
-                self._keeping.reached(
-                    slowest, lambda: {"": self.params, **state_of(self.optimizer)}
-                )
+            self._apply(push, before, gradient)
         return verdict
 
     def follow(self, update: Update, gradient: Tensor) -> None:
-        """See `Mirrored`; pulls are made again too, for what was pulled corrects old gradients."""
-        assert update.push is not None, "an asynchronous update is one rank's"
+        """See `Mirrored`; `gradient` is corrected already. What was pulled corrects later ones."""
+        push = update.push
+        assert push is not None, "an asynchronous update is one rank's"
         for rank in update.pulls:
             self.pull(rank)
-        if update.push.attempt > self.ledger.attempt:
-            self.renew(update.push.attempt)
-        self.push(update.push, gradient)
+        self._pulls.clear()
+        if push.attempt > self.ledger.attempt:
+            self.renew(push.attempt)
+        self.ledger.offer(push)
+        self.pulled[push.rank] = update.pulled
+        self._apply(push, update.version, gradient)
 
-    def pulled_elsewhere(self, rank: int, version: int) -> None:
-        """Note a rank's last pull, if it was one from a lost primary that told nobody any more."""
-        if version == self.version != self.pulled[rank]:
-            self.pull(rank)
+    def pulled_elsewhere(self, rank: int, version: int, values: Tensor) -> None:
+        """
+        Note what a worker computes on, if a lost primary has told nobody of that pull any more.
 
-    def _apply(self, rank: int, version: int, gradient: Tensor) -> None:
+        Others may have made updates here since, so it is the worker who has the values.
+
+        Args:
+            rank: the worker.
+            version: of its values.
+            values: shape [m].
+        """
+        if version > self.pulled[rank]:
+            self.pulled[rank] = version
+            if self._values:
+                self._values[rank].copy_(values)
+
+    def _compensated(self, rank: int, staleness: int, gradient: Tensor) -> Tensor:
+        if not self._lambda or not staleness:
+            return gradient
+        drift = self.params - self._values[rank]
+        return torch.addcmul(gradient, gradient * gradient, drift, value=self._lambda)
+
+    def _apply(self, push: PushId, version: int, gradient: Tensor) -> None:
+        rank, pulled = push.rank, self.pulled[push.rank]
+        self.staleness[rank] = version - pulled
+        self.log.add(Applied(rank, push.seq, pulled))
         scale = 1.0 / max(1, self.staleness[rank]) if self._scale_rate else 1.0
-        if self._lambda and self.staleness[rank]:
-            drift = self.params - self._values[rank]
-            gradient = torch.addcmul(gradient, gradient * gradient, drift, value=self._lambda)
         self._parameter.grad = gradient  # the worker's own vector: optimizers only read it
         place = version // self._plan.world  # one step of the schedule: an update of each worker
         step_optimizer(self.optimizer, self._plan.job, place, self._plan.total_steps, scale=scale)
+        self.clocks.tick(rank)
+        slowest = min(self.clocks.done)
+        if self.clocks.done[rank] == slowest:  # else no rank behind it has moved
+            self._keeping.reached(slowest, lambda: {"": self.params, **state_of(self.optimizer)})

@@ -34,6 +34,8 @@ class Update:
     """Asynchronous: whose gradient it is; None: the sum of all ranks'."""
     pulls: tuple[int, ...] = ()
     """Asynchronous: ranks that took the values of this version, in order."""
+    pulled: int = 0
+    """Asynchronous: the version at which the gradient was computed."""
 
 
 class Mirror(Protocol):

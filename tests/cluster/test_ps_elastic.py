@@ -42,28 +42,24 @@ def losing(strategy: dict[str, Any], deed: str, tmp_path: Path, **more: Any) -> 
     )
 
 
-@pytest.mark.parametrize(
-    ("deed", "strategy", "more"),
-    [
-        ("kill", {"num_servers": 2, "replication": 2}, {"clip_norm": 0.5}),
-        ("stop", {}, {"failure": {"step_timeout_s": 3, "heartbeat_timeout_s": 4}}),
-    ],
-)
-def test_a_replaced_worker_leaves_the_bits_as_they_are(
-    deed: str, strategy: dict[str, Any], more: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_killed_worker_leaves_the_bits_as_they_are(tmp_path: Path) -> None:
     watch = Watch()
-    spec = losing({"name": "ps-sync", **strategy}, deed, tmp_path, **more)
+    strategy = {"name": "ps-sync", "num_servers": 2, "replication": 2}
+    spec = losing(strategy, "kill", tmp_path, clip_norm=0.5)
     result = train(spec, tmp_path, observers=(watch,))
     assert [len(setback.replaced) for setback in watch.setbacks] == [1]
     assert [summary.step for summary in result.history] == list(range(STEPS))
     assert weights(result).tobytes() == undisturbed(spec)
 
 
-def test_an_asynchronous_run_goes_on_and_can_be_made_again(tmp_path: Path) -> None:
+def test_an_asynchronous_run_goes_on_after_a_frozen_worker(tmp_path: Path) -> None:
+    """And can be made again from its log."""
     watch = Watch()
     strategy = {"name": "ps-async", "staleness": 2, "delay_compensation": 0.5}
-    result = train(losing(strategy, "kill", tmp_path), tmp_path, observers=(watch,))
+    failure = {"step_timeout_s": 3, "heartbeat_timeout_s": 4}
+    result = train(
+        losing(strategy, "stop", tmp_path, failure=failure), tmp_path, observers=(watch,)
+    )
     assert [len(setback.replaced) for setback in watch.setbacks] == [1]
     (log,) = read_logs(str(result.path / FILE_NAME))[0]
     assert flaws(log, 2, STEPS) == []

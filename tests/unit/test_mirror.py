@@ -125,27 +125,67 @@ def test_an_asynchronous_backup_has_the_order_too(how: Consistency, moment: str)
     mirror = InMemoryMirror(primary.served, backup.served)
     primary.served.mirror = mirror
     mirror.dies = LOST_AT * WORLD, moment  # rank 0's push of step LOST_AT
+    for seq in range(LOST_AT):
+        for rank in range(WORLD):
+            push(primary, rank, seq)
+    held = primary.served.params.clone()  # what the last rank pulled: no update told of it
     with pytest.raises(ActorLost):
-        train(primary)
-    assert isinstance(primary.served, AsyncShard)
+        push(primary, 0, LOST_AT)
     assert isinstance(backup.served, AsyncShard)
-    last = WORLD - 1  # its last pull was of the present version: no update told the backup of it
-    backup.served.pulled_elsewhere(last, LOST_AT * WORLD)
-    train(backup, LOST_AT)
+    push(backup, 0, LOST_AT)  # a rank that is quicker: the other one is still computing
+    backup.served.pulled_elsewhere(WORLD - 1, LOST_AT * WORLD, held)
+    for rank in range(1, WORLD):
+        push(backup, rank, LOST_AT)
+    train(backup, LOST_AT + 1)
     assert state(backup) == state(whole)
     assert list(backup.served.log) == list(whole.served.log)  # type: ignore[union-attr]
 
 
-def test_a_pull_that_no_update_told_of_is_noted_once() -> None:
-    facts = plan(Consistency(asynchronous=True), OPTIMIZERS[0])
+def test_a_pull_that_the_backup_knows_of_stays_as_it_is() -> None:
+    facts = plan(Consistency(asynchronous=True, delay_compensation=0.5), OPTIMIZERS[0])
     backup = opened(facts)
     push(backup, 0, 0)
     shard = backup.served
     assert isinstance(shard, AsyncShard)
-    shard.pulled_elsewhere(1, 1)
-    assert shard.pulled == [1, 1]
-    shard.pulled_elsewhere(1, 0)  # older than what the backup knows of
-    assert shard.pulled == [1, 1]
+    before = state(backup)
+    shard.pulled_elsewhere(0, 0, torch.full((SIZE,), 9.0))  # a torn vector, of a push that counts
+    assert shard.pulled == [1, 0]
+    assert state(backup) == before
+
+
+@pytest.mark.parametrize("moment", MOMENTS[1:])
+def test_a_backup_of_a_backup_has_late_pulls_too(moment: str) -> None:
+    """The promoted server is told of a pull after it has filled the next backup."""
+    facts = plan(Consistency(asynchronous=True, delay_compensation=0.5), OPTIMIZERS[1])
+    whole = opened(facts)
+    train(whole)
+    services = [opened(facts), service(facts), service(facts)]
+    services[0].served.mirror = InMemoryMirror(services[0].served, services[1].served)
+    for seq in range(LOST_AT):
+        for rank in range(WORLD):
+            push(services[0], rank, seq)
+    held = services[0].served.params.clone()
+    second = InMemoryMirror(services[1].served, services[2].served)
+    services[1].served.mirror = second
+    assert isinstance(services[1].served, AsyncShard)
+    assert isinstance(services[2].served, AsyncShard)
+    services[1].served.pulled_elsewhere(WORLD - 1, LOST_AT * WORLD, held)
+    push(services[1], 0, LOST_AT)
+    second.dies = LOST_AT * WORLD + 1, moment
+    with pytest.raises(ActorLost):
+        push(services[1], 1, LOST_AT)
+    push(services[2], 1, LOST_AT)
+    whole_log = list(whole.served.log)  # type: ignore[union-attr]
+    assert list(services[2].served.log) == whole_log[: (LOST_AT + 1) * WORLD]
+    assert torch.equal(services[2].params, _params_after(facts, LOST_AT + 1))
+
+
+def _params_after(facts: ShardPlan, steps: int) -> Tensor:
+    made = opened(facts)
+    for seq in range(steps):
+        for rank in range(WORLD):
+            push(made, rank, seq)
+    return made.params
 
 
 def test_a_server_that_may_not_acknowledge_serves_no_more() -> None:
