@@ -28,12 +28,16 @@ fmt: $(VENV)/.installed
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/ps_step.py
 	$(BIN)/python benchmarks/stragglers.py
+	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/all_reduce.py
 	$(BIN)/python benchmarks/ring_step.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression.py
+	$(BIN)/python benchmarks/tensor_parallel.py
+	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/shard_recovery.py
 	$(BIN)/python benchmarks/submit_latency.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -19,12 +19,19 @@ logger = logging.getLogger(__name__)
 
 AGAIN_S = 0.05
 """Pause before a call is made again."""
+LOOK_S = 0.1
+"""How often who waits looks round."""
 Call = Callable[[], Any]
 """Makes a call to an actor; gives the reference to its answer."""
 
 
 def ask(
-    what: str, calls: Sequence[Call], names: Sequence[str], limit_s: float, setting: str
+    what: str,
+    calls: Sequence[Call],
+    names: Sequence[str],
+    limit_s: float,
+    setting: str,
+    look: Callable[[], object] | None = None,
 ) -> list[Any]:
     """
     Make calls side by side, and wait for their answers.
@@ -35,6 +42,7 @@ def ask(
         names: of who is asked, one for each call.
         limit_s: deadline of all of them.
         setting: the field of `failure` that changes it.
+        look: called ten times a second while an answer is missing; what it raises ends the wait.
 
     Raises:
         ActorLost, DeadlineExceeded: somebody is gone, or frozen.
@@ -46,6 +54,8 @@ def ask(
     for index, call in enumerate(calls):
         while True:
             try:
+                if look is not None:
+                    _watch(open_calls[index], until, look)
                 left = max(0.0, until - time.monotonic())
                 answers[index] = ray.get(open_calls[index], timeout=left)
                 break
@@ -66,3 +76,9 @@ def ask(
                 cause = str(error).strip().splitlines()[0]
                 raise ActorLost(names[index], None, cause) from None
     return answers
+
+
+def _watch(call: Any, until: float, look: Callable[[], object]) -> None:
+    """Return when the call is answered or it is too late."""
+    while time.monotonic() < until and not ray.wait([call], timeout=LOOK_S)[0]:
+        look()

@@ -164,6 +164,10 @@ class RayCollective:
         options.dst_rank, options.n_elements = to, tensor.numel()
         self._group.send([tensor], options)
 
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        """See `Collective`."""
+        return self._group.start_send(tensor, to)
+
     def recv(self, tensor: Tensor, source: int) -> None:
         """See `Collective`."""
         options = types.RecvOptions()

@@ -20,6 +20,7 @@ from distplat.platform.job import Event, Failed, Heard, JobState, Phase, Tick, U
 from distplat.platform.progress import Gathering, Recovery, Setback, Summary
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
+from distplat.platform.tensor_file import decode, encode
 
 _TICK_S = 0.1
 _HOLD_S = 0.5
@@ -56,6 +57,7 @@ class Controller:
         self._state = JobState(ensemble.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
         self._called_off = -1  #: the last attempt that failed
+        self._holders = policy.holders
         self._checkpoints = checkpoints
         self.base = checkpoints.step  #: steps that were made before the present servers were
         self._told: Callable[[Summary], None] = lambda summary: None
@@ -181,9 +183,18 @@ class Controller:
         return events
 
     def _result(self) -> bytes:
-        """Ask rank 0 for the model; where it was lost at the last moment, the next: all have it."""
+        """Fetch the model; where it is cut, each part, and put them together by name."""
+        everybody = tuple(range(self._ensemble.world))
+        parts = [self._part_of(ranks) for ranks in self._holders or (everybody,)]
+        if len(parts) == 1:
+            return parts[0]
+        return b"".join(encode({k: v for part in parts for k, v in decode(part).items()}))
+
+    def _part_of(self, holders: tuple[int, ...]) -> bytes:
+        """Ask the first rank that has a part; where it was lost at the last moment, the next."""
         lost: DistplatError | None = None
-        for rank, worker in enumerate(self._ensemble.workers):
+        for rank in holders:
+            worker = self._ensemble.workers[rank]
             try:
                 model: bytes = ray.get(worker.result.remote(), timeout=_RESULT_TIMEOUT_S)
             except ray.exceptions.GetTimeoutError:
@@ -193,7 +204,7 @@ class Controller:
                 lost = ActorLost(f"worker-{rank}", self._state.steps_done, _first_line(error))
             else:
                 return model
-        assert lost is not None, "a run has at least one worker"
+        assert lost is not None, "a part has at least one holder"
         raise lost
 
 

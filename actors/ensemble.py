@@ -65,6 +65,8 @@ class Ensemble:
         actors = {f"worker-{rank}": worker for rank, worker in enumerate(self._cast.workers)}
         if self._cast.manager is not None:
             actors["server-manager"] = self._cast.manager
+        for index, server in enumerate(self._cast.embedding_servers):
+            actors[f"embedding-server-{index}"] = server
         return actors
 
     @property
@@ -98,7 +100,7 @@ class Ensemble:
             for rank in restart.replace:
                 ray.kill(self._cast.workers[rank])
                 self._cast.workers[rank] = spawn_worker(
-                    launch.job, launch.run, restart.attempt, rank
+                    launch.job, launch.run, restart.attempt, rank, self._cast.seat(rank)
                 )
         self._give_orders(restart.attempt, saved, base)
 
@@ -129,6 +131,8 @@ class Ensemble:
             collective=launch.roles.collective,
             saved=saved,
             base=base,
+            embedding_servers=tuple(self._cast.embedding_servers),
+            rewinds=launch.policy.survivors_go_on,
         )
 
 

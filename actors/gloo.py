@@ -138,7 +138,11 @@ class GlooGroup(Group):
 
     def send(self, tensors: list[Tensor], send_options: Any) -> None:
         """Send to one rank."""
-        self._link.send(tensors[0], send_options.dst_rank)
+        self.start_send(tensors[0], send_options.dst_rank).wait()
+
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        """See `Group`. The handle is done when the other rank has come for it."""
+        return self._link.start_send(tensor, to)
 
     def recv(self, tensors: list[Tensor], recv_options: Any) -> None:
         """Receive from one rank."""

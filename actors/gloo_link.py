@@ -138,8 +138,8 @@ class Link:
         if differ:
             raise MismatchError(self._name, head.name, head.number, differ, text)
 
-    def send(self, tensor: Tensor, to: int) -> None:
-        """Send to one rank; returns when it has come for it."""
+    def start_send(self, tensor: Tensor, to: int) -> Underway:
+        """Begin to send to one rank; over when it has come for it."""
         number, compare = self._count_message("send", to)
         fail = partial(self.failed, "send", number=number, partner=to)
         group = self._connections[0][0]
@@ -151,7 +151,7 @@ class Link:
                 works.append(group.send([tensor], to, _PAYLOAD))
         except RuntimeError as error:
             raise fail(error) from None
-        Underway(works, self.accounts, fail, (tensor.nbytes, 0)).wait()
+        return Underway(works, self.accounts, fail, (tensor.nbytes, 0))
 
     def recv(self, tensor: Tensor, source: int) -> None:
         """Receive from one rank."""

@@ -17,7 +17,7 @@ import torch
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.util.collective.backend_registry import register_collective_backend
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
-from ray.util.collective.types import ReduceOp
+from ray.util.collective.types import ReduceOp, SendOptions
 from torch import Tensor
 
 from distplat.actors.messages import rendezvous_key
@@ -69,6 +69,13 @@ def prepare(group_name: str, settings: Settings, places: tuple[Place, ...] | Non
     _prepared[group_name] = _Prepared(settings, places)
 
 
+class _Done:
+    """A handle whose operation is over."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
 class Group(BaseGroup):  # type: ignore[misc]  # Ray is not typed
     """One rank's end of a group of ours (see Ray's `BaseGroup` for the blocking calls)."""
 
@@ -81,6 +88,13 @@ class Group(BaseGroup):  # type: ignore[misc]  # Ray is not typed
     @abstractmethod
     def start_allreduce(self, tensor: Tensor, op: ReduceOp) -> Handle:
         """Begin to reduce in place, and go on; any number may be under way."""
+
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        """Begin to send; here it is done when this returns, for `send` does not wait."""
+        options = SendOptions()
+        options.dst_rank, options.n_elements = to, tensor.numel()
+        self.send([tensor], options)
+        return _Done()
 
     def share(self, like: Tensor) -> Tensor:
         """Give zeros like `like`; see `Collective.share`."""

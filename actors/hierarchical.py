@@ -136,14 +136,14 @@ class HierarchicalGroup(GlooGroup):
         work = partial(super().reducescatter, tensors, tensor_lists, reducescatter_options)
         self._order.now(work)
 
-    def send(self, tensors: list[Tensor], send_options: Any) -> None:
-        """Send to one rank, by memory if it is near."""
-        if self._near is None or send_options.dst_rank not in self._local:
-            super().send(tensors, send_options)
-            return
-        options = types.SendOptions()
-        options.dst_rank = self._local.index(send_options.dst_rank)
-        self._message(partial(self._near.send, tensors, options))
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        """Begin to send to one rank, by memory if it is near; then it is done at once."""
+        if self._near is None or to not in self._local:
+            return super().start_send(tensor, to)
+        near, place = self._near, self._local.index(to)
+        begun: list[Handle] = []
+        self._message(lambda: begun.append(near.start_send(tensor, place)))
+        return begun[0]
 
     def recv(self, tensors: list[Tensor], recv_options: Any) -> None:
         """Receive from one rank, by memory if it is near."""

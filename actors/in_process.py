@@ -11,11 +11,18 @@ from distplat.actors.training import saved_model
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import EvalReport, Gathering, StepReport, Summary
+from distplat.platform.progress import AnyReport, Gathering, Summary
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
+from distplat.strategies.fakes import (
+    Fabric,
+    InMemoryShards,
+    InMemoryTables,
+    ServerGroup,
+    TableGroup,
+)
+from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, join, prepare
@@ -31,14 +38,14 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
     Args:
         launch: what to run.
         tell: takes what happens.
-        keep: takes the log of updates, of runs that have one.
+        keep: takes the embedding tables and the log of updates, of runs that have them.
 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
     """
     gathering, progress = Gathering(world=1), Progress()
 
-    def report(part: StepReport | EvalReport) -> None:
+    def report(part: AnyReport) -> None:
         for summary in gathering.add(part):
             tell(summary)
 
@@ -53,18 +60,20 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
 
 def _train(
     launch: Launch,
-    report: Callable[[StepReport | EvalReport], None],
+    report: Callable[[AnyReport], None],
     tell: Callable[[Summary], None],
     progress: Progress,
     keep: Keep,
 ) -> bytes:
     job = launch.job
     kind = launch.task or load_task_class(job.task or "", launch.working_dir)
-    prepared = prepare(job, kind(**job.task_args), "cuda" if job.scaling.use_gpu else "cpu")
+    strategy = make_strategy(job)
+    device = "cuda" if job.scaling.use_gpu else "cpu"
+    prepared = prepare(job, kind(**job.task_args), device, strategy)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)
-    group = ServerGroup(plan)
+    group, tables = ServerGroup(plan), TableGroup(job, launch.run)
     checkpoints = Checkpoints(launch, 1, lambda box: box)
     courier = Courier(
         0, 0, lambda arrays: [one.copy() for one in arrays], checkpoints.take, _LEAVE_S
@@ -72,10 +81,11 @@ def _train(
     saved = _saved(checkpoints.newest())
     join(
         prepared,
-        make_strategy(job),
+        strategy,
         0,
         collective=Fabric(1).collective(0),
         shards=InMemoryShards(group, 0),
+        tables=InMemoryTables(tables, 0),
         report=report,
         progress=progress,
         around=Around(saved, take=courier.take),
@@ -86,7 +96,9 @@ def _train(
         tell(written)
     if roles.consistency.asynchronous and saved is None:
         keep(FILE_NAME, pack(group.logs(), {"run": launch.run}))
-    return saved_model(prepared.flat.model)
+    if job.embeddings is not None and job.checkpoint.save_final:
+        keep_tables(tables.services, job.seed, keep)
+    return saved_model(strategy.trained(prepared.flat))
 
 
 def _saved(stored: Stored | None) -> SavedState | None:

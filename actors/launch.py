@@ -27,11 +27,13 @@ from distplat.actors.controller import Controller
 from distplat.actors.ensemble import Ensemble, Launch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.stopping import Stopping
+from distplat.actors.table_saving import sources_of
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.pieces import Bytes
 from distplat.platform.progress import Summary
 from distplat.platform.spec import Job
+from distplat.strategies.sparse.files import keep_tables
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
     Args:
         launch: what to run.
         tell: takes what happens.
-        keep: takes the log of updates, of runs that have one.
+        keep: takes the embedding tables and the log of updates, of runs that have them.
 
     Raises:
         DistplatError: see `Trainer.fit`.
@@ -66,6 +68,8 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
             model = controller.run(tell)
             if launch.roles.consistency.asynchronous and controller.base == 0:
                 _keep_log(launch, ensemble, keep)
+            if launch.job.embeddings is not None and launch.job.checkpoint.save_final:
+                keep_tables(sources_of(ensemble, launch.job), launch.job.seed, keep)
             return model
         finally:
             checkpoints.drain()  # what is complete is worth keeping, however the run ends

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from distplat.platform.collecting import Delivery
     from distplat.platform.errors import DistplatError
-    from distplat.platform.progress import EvalReport, StepReport
+    from distplat.platform.progress import AnyReport
     from distplat.platform.shard_map import ShardMap
     from distplat.platform.spec import Job
     from distplat.strategies.base import GroupSpec
@@ -48,6 +51,16 @@ class SavedHandle:
 
 
 @dataclass(frozen=True)
+class Attached:
+    """A server's answer to a worker that attaches its memory."""
+
+    near: bool
+    """Whether the server reaches it; else bytes are sent."""
+    version: int | None
+    """Of the shard's parameters; None: it has none yet."""
+
+
+@dataclass(frozen=True)
 class WorkOrder:
     """All that a worker is told when it starts."""
 
@@ -70,13 +83,17 @@ class WorkOrder:
     """The checkpoint to begin from, for a worker that has no state yet."""
     base: int = 0
     """Steps of the newest checkpoint: no attempt begins before it."""
+    embedding_servers: tuple[Any, ...] = ()
+    """Handles of the servers of embedding tables, in order."""
+    rewinds: bool = False
+    """Whether these can take a step back: survivors of a failure may have to repeat one."""
 
 
 @dataclass(frozen=True)
 class News:
     """A worker's answer to the controller's question how things stand."""
 
-    reports: list[StepReport | EvalReport]
+    reports: list[AnyReport]
     """What was finished since the last question."""
     attempt: int
     """The one that it works at, or has ended."""
@@ -109,7 +126,31 @@ class Membership:
     shard_map: ShardMap
     servers: list[Any]
     """Handles of the server nodes, by shard."""
+    names: list[str]
+    """Their names, by shard."""
     parameters: list[Address]
     """The parameter segment of each server's node, by shard: the whole flat vector."""
     private: bool
     """Whether each worker computes on a copy of its own."""
+    wire: str | None = None
+    """Name in torch of the type that travels to other nodes; None: the parameters' own."""
+    replicated: bool = False
+    """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Ids of one table and a place for their rows, or their gradients, on the way to a server."""
+
+    table: int
+    count: int
+    """Number of ids."""
+    ids: Address | NDArray[np.int64]
+    """Where they are, or themselves."""
+    values: Address | NDArray[np.float32] | None
+    """Where rows go to or gradients come from, or the gradients themselves; None: a pull, whose
+    rows go into the answer."""
+    first_id: int = 0
+    """Place of the first one in the memory at `ids`."""
+    first_value: int = 0
+    """Place of its first element in the memory at `values`."""

@@ -43,7 +43,7 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
         working_dir: folder of the task's module.
 
     Raises:
-        SpecError: the run was not asynchronous, or has no task by name.
+        SpecError: the run was not asynchronous, has embedding tables, or no task by name.
         StorageError: files of it are missing or damaged, or do not belong together.
         UserCodeError: the task cannot be loaded.
     """
@@ -52,6 +52,9 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
     if not roles.consistency.asynchronous:
         text = f"only asynchronous runs have a log; run `{job.strategy.name}` again instead"
         raise SpecError(Problem(("strategy",), text))
+    if job.embeddings is not None:
+        text = "the log does not say in which order embedding tables were updated"
+        raise SpecError(Problem(("embeddings",), text))
     if job.task is None:
         raise SpecError(Problem(("task",), "the run was given a class in Python, not by name"))
     if not (directory / FILE_NAME).exists():
@@ -71,7 +74,9 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
     plan = ShardPlan(job, "replay", 0, world, steps, len(logs), roles.consistency)
     threads = max(1, int(job.scaling.resources()["CPU"]))
     model = replay(plan, logs, prepare_rank, threads)
-    name, difference = _compare(load(saved_model(model)), directory / "model.safetensors")
+    name, difference = _compare(
+        load(saved_model(model.state_dict())), directory / "model.safetensors"
+    )
     counts = staleness_counts(logs, world)
     return Replayed(facts.get("run", ""), len(logs[0]), len(logs), counts, name, difference)
 

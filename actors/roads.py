@@ -42,7 +42,7 @@ class Road(ABC):
     """Where servers find it; None: they need not."""
 
     def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
-        self._node, self._facts, self._joined = node, facts, joined
+        self.node, self._facts, self._joined = node, facts, joined
         self._gradient_segment = Segment.create(node, facts.size, facts.dtype)
         self.gradients = self._gradient_segment.tensor  #: shape [n]
         self.gradient_address = self._gradient_segment.address
@@ -58,6 +58,10 @@ class Road(ABC):
         self._gradient_segment.seal()
 
     @abstractmethod
+    def part_ways(self) -> None:
+        """Have the worker compute on a vector of its own, whose content is that of `parameters`."""
+
+    @abstractmethod
     def put(self, cut: Shard, initial: Tensor) -> None:
         """Lay initial parameters where a near server finds them."""
 
@@ -65,13 +69,21 @@ class Road(ABC):
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
         """Have the values of an answer in `parameters`."""
 
-    def payload(self, cut: Shard, vector: Tensor) -> NDArray[np.uint8] | None:
+    def payload(
+        self, cut: Shard, vector: Tensor, *, exact: bool = False
+    ) -> NDArray[np.uint8] | None:
         """Give what must travel in a call so that the server has its part of `vector`."""
-        return None if cut.index in self.near else as_bytes(part(vector, cut))
+        if cut.index in self.near:
+            return None
+        return as_bytes(as_type(part(vector, cut), None if exact else self._joined.wire))
 
     def _take_object(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        values = ray.get(answer.payload[0], timeout=limit_s)
-        as_bytes(part(self.parameters, cut))[:] = values
+        values: NDArray[np.uint8] = ray.get(answer.payload[0], timeout=limit_s)
+        mine = part(self.parameters, cut)
+        if self._joined.wire is None:
+            as_bytes(mine)[:] = values
+        else:
+            mine.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
 
 
 class SharedRoad(Road):
@@ -83,15 +95,16 @@ class SharedRoad(Road):
 
     def candidates(self) -> list[int]:
         """See `Road`."""
-        opened: dict[str, Segment] = {}
+        opened: dict[tuple[int, int], Segment] = {}
         for index, address in enumerate(self._joined.parameters):
-            if address.node != self._node:
+            if address.node != self.node:
                 continue
+            key = address.pid, address.fd
             try:
-                opened[address.node] = opened.get(address.node) or Segment.open(address)
+                opened[key] = opened.get(key) or self._open(address)
             except OSError:
                 continue  # another container on this node: its servers are reached as if far away
-            self._segments[index] = opened[address.node]
+            self._segments[index] = opened[key]
         return list(self._segments)
 
     def open(self, near: set[int]) -> None:
@@ -105,6 +118,15 @@ class SharedRoad(Road):
         else:
             dtype = getattr(torch, self._facts.dtype)
             self.parameters = torch.zeros(self._facts.size, dtype=dtype)
+
+    def part_ways(self) -> None:
+        """See `Road`."""
+        if self._one_copy:
+            self._one_copy, self.parameters = False, self.parameters.clone()
+
+    def _open(self, address: Address) -> Segment:
+        # Of a server's own segment, whole in length, only its shard has memory.
+        return Segment.open(address, populate=not self._joined.replicated)
 
     @property
     def _shards(self) -> int:
@@ -134,12 +156,15 @@ class PrivateRoad(Road):
     def candidates(self) -> list[int]:
         """See `Road`."""
         nodes = [address.node for address in self._joined.parameters]
-        return [index for index, node in enumerate(nodes) if node == self._node]
+        return [index for index, node in enumerate(nodes) if node == self.node]
 
     def open(self, near: set[int]) -> None:
         """See `Road`."""
         super().open(near)
         self._segment.seal()
+
+    def part_ways(self) -> None:
+        """See `Road`; it does already."""
 
     def put(self, cut: Shard, initial: Tensor) -> None:
         """See `Road`."""
@@ -160,3 +185,15 @@ def as_bytes(vector: Tensor) -> NDArray[np.uint8]:
     """View a CPU tensor as bytes: every dtype travels, numpy's and others."""
     array: NDArray[np.uint8] = vector.view(torch.uint8).numpy()
     return array
+
+
+def from_bytes(values: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
+    """See bytes as a tensor of this type, shape [their number / its size]."""
+    # Ray's arrays are read-only maps of its store; torch has no read-only tensor and warns.
+    array = values if values.flags.writeable else np.array(values, copy=True)
+    return torch.from_numpy(array).view(dtype)
+
+
+def as_type(vector: Tensor, wire: str | None) -> Tensor:
+    """Give a vector in the type that travels: itself, or a copy; what fp16 cannot hold is inf."""
+    return vector if wire is None else vector.to(getattr(torch, wire))

@@ -1,28 +1,22 @@
 """
-What Ray sees of the server group: the server node and the server manager.
+What Ray sees of a server node.
 
-Both classes are plain; `spawn.py` makes actors of them. Neither imports torch here, so that the
-driver may name them; a server node imports it while it is constructed, in its own process.
+The class is plain; `spawn.py` makes an actor of it. It does not import torch here, so that the
+driver may name it; a server node imports it while it is constructed, in its own process.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from distplat.actors.asking import Call, ask
 from distplat.actors.importing import quick_imports
-from distplat.actors.messages import Address, Membership, ModelFacts
-from distplat.platform.clocks import Consistency
-from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
+from distplat.actors.messages import Address, Attached
 from distplat.platform.ledger import Answer, PushId
-from distplat.platform.shard_map import Shard, ShardMap, ShardPlan, cut_shards
-from distplat.platform.spec import Job
+from distplat.platform.part import Role
+from distplat.platform.shard_map import Shard, ShardPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +24,7 @@ if TYPE_CHECKING:
 
     from distplat.platform.pieces import Whole
     from distplat.strategies.ports import ShardCopy
-
-WATCH_S = 0.5
-"""Period of the manager's look at its server nodes."""
+    from distplat.strategies.training.mirror import Twin, Update
 
 
 class ServerNode:
@@ -54,14 +46,27 @@ class ServerNode:
         return str(ray.get_runtime_context().get_node_id())
 
     def assign(
-        self, plan: ShardPlan, shard: Shard, total: int, dtype: str, parameters: Address | None
+        self,
+        plan: ShardPlan,
+        shard: Shard,
+        total: int,
+        dtype: str,
+        parameters: Address | None,
+        role: Role,
     ) -> Address:
         """Take over a shard."""
-        return self._body.assign(plan, shard, total, dtype, parameters)
+        return self._body.assign(plan, shard, total, dtype, parameters, role)
 
-    def attach(self, rank: int, gradients: Address, parameters: Address | None) -> bool:
+    def attach(
+        self,
+        rank: int,
+        number: tuple[int, int],
+        gradients: Address | None,
+        parameters: Address | None,
+        version: int | None,
+    ) -> Attached:
         """Map a worker's segments."""
-        return self._body.attach(rank, gradients, parameters)
+        return self._body.attach(rank, number, gradients, parameters, version)
 
     def restore(
         self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, Whole]
@@ -73,7 +78,11 @@ class ServerNode:
         """Give what was kept of a version for a checkpoint."""
         return self._body.kept(version, limit_s)
 
-    def pull(self, rank: int, number: int) -> Answer:
+    def earlier(self, version: int) -> NDArray[np.uint8]:
+        """Give the parameters of the version before."""
+        return self._body.earlier(version)
+
+    def pull(self, rank: int, number: tuple[int, int]) -> Answer:
         """Give the newest parameters."""
         return self._body.pull(rank, number)
 
@@ -85,6 +94,30 @@ class ServerNode:
         """Apply a staged step."""
         return self._body.commit(rank, seq, norm)
 
+    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+        """Answer a worker's bell; stays open."""
+        self._body.listen(run, attempt, rank, bells, slot)
+
+    def mirror_to(self, term: int, name: str, handle: Any) -> None:
+        """Fill a backup and keep it up to date."""
+        self._body.mirror_to(term, name, handle)
+
+    def take_over(self, term: int, twin: Twin, inbox: Address) -> bool:
+        """Become a primary's backup."""
+        return self._body.take_over(term, twin, inbox)
+
+    def update(self, term: int, update: Update, values: NDArray[np.uint8] | None) -> None:
+        """Make the primary's update."""
+        self._body.update(term, update, values)
+
+    def promote(self, term: int) -> Address:
+        """Serve from now on."""
+        return self._body.promote(term)
+
+    def alone(self, term: int) -> None:
+        """Go on without the backup."""
+        self._body.alone(term)
+
     def wait_for_all(self, limit_s: float) -> list[int]:
         """Wait a while for all ranks' last push."""
         return self._body.wait_for_all(limit_s)
@@ -92,151 +125,3 @@ class ServerNode:
     def log(self) -> NDArray[np.int64] | None:
         """Give the order of updates, if it is kept."""
         return self._body.log()
-
-
-class ServerManager:
-    """
-    Owns the shard map: cuts the parameters, gives each server node its shard, watches the nodes.
-
-    Args:
-        name: of the actor.
-        job: the run's job.
-        run: its name.
-        attempt: its generation.
-        servers: handles of the server nodes; the n-th keeps shard n.
-        consistency: when they apply gradients.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        job: Job,
-        run: str,
-        attempt: int,
-        servers: list[Any],
-        consistency: Consistency,
-    ) -> None:
-        self._name, self._job, self._run, self._attempt = name, job, run, attempt
-        self._servers, self._consistency = servers, consistency
-        self._joining = threading.Lock()
-        self._facts: ModelFacts | None = None
-        self._membership: Membership | None = None
-        self._lost: DistplatError | None = None
-        self._losing = threading.Event()  #: `_lost` is known
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
-
-    def __repr__(self) -> str:
-        """Name in Ray's logs."""
-        return self._name
-
-    def poll(self, hold_s: float) -> DistplatError | None:
-        """Tell the controller which server was lost, if any; at once, or after `hold_s` seconds."""
-        self._losing.wait(hold_s)
-        return self._lost
-
-    def join(self, rank: int, facts: ModelFacts) -> Membership:
-        """
-        Take a worker in. The first to come has the shards assigned.
-
-        Raises:
-            ProtocolError: the worker's model is not that of the others.
-            DeadlineExceeded: a server node did not take its shard.
-        """
-        with self._joining:
-            if self._membership is None or self._facts is None:
-                self._facts, self._membership = facts, self._assign(facts)
-        if facts != self._facts:
-            raise ProtocolError(
-                f"rank {rank} built another model or data set than the first rank to come: "
-                f"{facts} against {self._facts}; model() must not depend on the process"
-            )
-        return self._membership
-
-    def _assign(self, facts: ModelFacts) -> Membership:
-        """Give out the shards; the first server on each node makes the node's segment."""
-        cuts = cut_shards(facts.size, len(self._servers))
-        everybody = list(range(len(self._servers)))
-        nodes = self._ask(everybody, [server.where.remote for server in self._servers])
-        first_on = {node: nodes.index(node) for node in nodes}
-        plan = ShardPlan(
-            self._job,
-            self._run,
-            self._attempt,
-            self._job.scaling.world,
-            facts.total_steps,
-            len(self._servers),
-            self._consistency,
-            facts.checkpoint_every,
-        )
-        made = self._assign_some(plan, cuts, facts, list(first_on.values()), [None] * len(first_on))
-        segments = dict(zip(first_on, made, strict=True))
-        others = [i for i in range(len(nodes)) if i not in first_on.values()]
-        self._assign_some(plan, cuts, facts, others, [segments[nodes[i]] for i in others])
-        addresses = [segments[node] for node in nodes]
-        return Membership(cuts, self._servers, addresses, self._consistency.private)
-
-    def _assign_some(
-        self,
-        plan: ShardPlan,
-        cuts: ShardMap,
-        facts: ModelFacts,
-        indices: list[int],
-        segments: list[Any],
-    ) -> list[Address]:
-        calls = [
-            partial(
-                self._servers[i].assign.remote,
-                plan,
-                cuts.shards[i],
-                facts.size,
-                facts.dtype,
-                segment,
-            )
-            for i, segment in zip(indices, segments, strict=True)
-        ]
-        return self._ask(indices, calls)
-
-    def _ask(self, indices: list[int], calls: Sequence[Call]) -> list[Any]:
-        names = [f"server-{index}" for index in indices]
-        limit = self._job.failure.start_timeout_s
-        return ask("assigning shards", calls, names, limit, "start_timeout_s")
-
-    def logs(self) -> list[NDArray[np.int64]]:
-        """Give the shards' orders of updates, where they are kept; none from a lost server."""
-        if self._membership is None:
-            return []
-        everybody = list(range(len(self._servers)))
-        logs = self._ask(everybody, [server.log.remote for server in self._servers])
-        return [log for log in logs if log is not None]
-
-    def _watch(self) -> None:
-        """Note the first server that dies; the controller asks for it by `poll`."""
-        heard = dict.fromkeys(range(len(self._servers)), time.monotonic())
-        while self._lost is None:
-            for index in heard:
-                self._lost = self._lost or self._look(index, heard)
-            if self._lost is not None:
-                self._losing.set()
-            self._losing.wait(WATCH_S)
-
-    def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:
-        """Ask one server whether it lives; `heard`: when each last said so."""
-        limit = self._job.failure.heartbeat_timeout_s
-        name = f"server-{index}"
-        try:
-            ray.get(self._servers[index].where.remote(), timeout=limit)
-        except ray.exceptions.ActorUnavailableError as error:
-            if time.monotonic() - heard[index] > limit:  # one lost answer is no lost server
-                return ActorLost(name, None, _first_line(error))
-            return None
-        except ray.exceptions.RayActorError as error:
-            return ActorLost(name, None, _first_line(error))
-        except ray.exceptions.GetTimeoutError:
-            cause = f"it has not answered for {limit:g} s (frozen or cut off)"
-            return ActorLost(name, None, cause)
-        heard[index] = time.monotonic()
-        return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

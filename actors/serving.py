@@ -7,8 +7,10 @@ this node, as bytes to and from others.
 """
 
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import ray
@@ -16,17 +18,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distplat.actors.bell import Listener, Request
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory import Segment
-from distplat.actors.messages import Address
+from distplat.actors.messages import Address, Attached
+from distplat.actors.mirroring import Mirroring
+from distplat.actors.roads import as_bytes, as_type, from_bytes
+from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PushId
+from distplat.platform.part import Role
 from distplat.platform.pieces import Place, Whole
 from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.strategies.ports import ShardCopy
+from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.client import make_service, shard_copy
+from distplat.strategies.training.mirror import Twin, Update
 from distplat.strategies.training.parts import as_array
 from distplat.strategies.training.restoring import tensor_of
-from distplat.strategies.training.service import Deliver, Limits, Service
+from distplat.strategies.training.service import Deliver, Limits, PullId, Service
+from distplat.strategies.training.shard import ParameterShard
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +56,18 @@ class Serving:
         self._parameters: dict[int, Tensor] = {}  #: the same of workers that compute on a copy
         self._segment: Segment | None = None
         self._published: tuple[int, ray.ObjectRef[NDArray[np.uint8]]] | None = None
+        self._attached: dict[int, tuple[tuple[int, int], bool]] = {}  #: rank -> its call, near
+        self._listening: dict[int, object] = {}  #: rank -> the call that answers its bell
+        self._turn = threading.Lock()  #: see `Listener.serve`
 
     def assign(
-        self, plan: ShardPlan, shard: Shard, total: int, dtype: str, parameters: Address | None
+        self,
+        plan: ShardPlan,
+        shard: Shard,
+        total: int,
+        dtype: str,
+        parameters: Address | None,
+        role: Role,
     ) -> Address:
         """
         Take over a shard; a second time does nothing.
@@ -59,6 +78,7 @@ class Serving:
             total: elements of the whole vector.
             dtype: its type.
             parameters: this node's parameter segment, if another server has made it.
+            role: whether it serves the shard, or keeps up with who does.
 
         Returns:
             Address of the node's parameter segment, of `total` elements.
@@ -66,13 +86,19 @@ class Serving:
         if self._segment is not None:
             return self._segment.address
         if parameters is None:
-            segment = Segment.create(self._node, total, dtype)
+            # A shard that is kept twice has a segment of its own, of which the rest is not touched.
+            whole = role is Role.ALONE
+            segment = Segment.create(self._node, total, dtype, populate=whole)
         else:
             segment = Segment.open(parameters)
         self._plan, self._cut = plan, shard
         limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
         params = segment.tensor[shard.start : shard.stop]
         self._service: Service = make_service(self._name, plan, limits, params)
+        served = self._service.served
+        self._mirroring = Mirroring(self._name, self._node, role, served, limits.step_s)
+        if role is not Role.ALONE:
+            served.mirror = self._mirroring
         self._segment = segment
         log_to_stderr()
         logger.info(
@@ -80,17 +106,50 @@ class Serving:
         )
         return segment.address
 
-    def attach(self, rank: int, gradients: Address, parameters: Address | None) -> bool:
-        """Map a worker's segments; False: they cannot be reached, send bytes instead."""
-        if rank in self._gradients:
-            return True
+    def attach(
+        self,
+        rank: int,
+        number: tuple[int, int],
+        gradients: Address | None,
+        parameters: Address | None,
+        version: int | None,
+    ) -> Attached:
+        """
+        Map a worker's segments. The first one of a later attempt begins it at this shard.
+
+        Args:
+            rank: of the worker.
+            number: attempt, and number of this call in it: what comes late does nothing.
+            gradients: its segment; None: it cannot be reached, the worker knows.
+            parameters: the same, of a worker that computes on a copy.
+            version: of this shard's values that it has now; None: it has none.
+        """
+        served = self._service.served
+
+        def change() -> Attached:
+            last, near = self._attached.get(rank, ((-1, -1), False))
+            if number > last:
+                near = self._map(rank, gradients, parameters)
+                self._attached[rank] = number, near
+                self._service.renew(number[0])
+                self._service.forget(rank)
+                if version is not None and isinstance(served, AsyncShard):
+                    served.pulled_elsewhere(rank, version)
+            return Attached(near, served.ledger.version)
+
+        return self._service.exclusively(change)
+
+    def _map(self, rank: int, gradients: Address | None, parameters: Address | None) -> bool:
+        self._gradients.pop(rank, None)
+        self._parameters.pop(rank, None)
         try:
-            if gradients.node != self._node:
+            if gradients is None or gradients.node != self._node:
                 return False
             if parameters is not None:
                 self._parameters[rank] = self._mine(Segment.open(parameters))
             self._gradients[rank] = self._mine(Segment.open(gradients))
         except OSError:
+            self._parameters.pop(rank, None)
             return False
         return True
 
@@ -111,7 +170,7 @@ class Serving:
 
         def fill(params: Tensor) -> None:
             if values is not None:
-                params.copy_(self._from_bytes(values))
+                params.copy_(from_bytes(values, params.dtype))
             elif 0 in self._parameters:
                 params.copy_(self._parameters[0])
 
@@ -125,18 +184,79 @@ class Serving:
             return copy
         return replace(copy, box=[ray.put([as_array(one) for one in copy.box])])
 
-    def pull(self, rank: int, number: int) -> Answer:
+    def earlier(self, version: int) -> NDArray[np.uint8]:
+        """Give the bytes of the version before the present one; see `ParameterShard.values`."""
+
+        def copy() -> NDArray[np.uint8]:
+            assert isinstance(self._service.served, ParameterShard), "only they are of one version"
+            values = self._service.served.values(version).clone()
+            return as_bytes(values)
+
+        return self._service.exclusively(copy)
+
+    def pull(self, rank: int, number: PullId) -> Answer:
         """Give the newest parameters; see `Service.pull`."""
+        self._mirroring.part.check_serves()
         return self._service.pull(rank, number, self._deliver(rank))
 
     def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
         """Take a gradient's bytes; None: it is in the worker's segment. See `Service.push`."""
-        gradient = self._gradients[push.rank] if values is None else self._from_bytes(values)
+        self._mirroring.part.check_serves()
+        gradient = self._gradients[push.rank] if values is None else self._received(values)
         return self._service.push(push, gradient, self._deliver(push.rank))
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step; see `Service.commit`."""
+        self._mirroring.part.check_serves()
         return self._service.commit(rank, seq, norm, self._deliver(rank))
+
+    def mirror_to(self, term: int, name: str, handle: Any) -> None:
+        """Fill a backup and keep it up to date; see `Mirroring.mirror_to`."""
+        served = self._service.served
+        self._service.exclusively(
+            lambda: self._mirroring.mirror_to(term, name, handle, served.ledger.version is not None)
+        )
+
+    def take_over(self, term: int, twin: Twin, inbox: Address) -> bool:
+        """Become a primary's backup; see `Mirroring.take_over`."""
+        return self._service.exclusively(lambda: self._mirroring.take_over(term, twin, inbox))
+
+    def update(self, term: int, update: Update, values: NDArray[np.uint8] | None) -> None:
+        """Make the primary's update; see `Mirroring.follow`."""
+        served = self._service.served
+        self._service.exclusively(
+            lambda: self._mirroring.follow(term, update, served.version, values)
+        )
+
+    def promote(self, term: int) -> Address:
+        """Serve from now on; give the address of the parameters."""
+        assert self._segment is not None, "only a server with a shard is promoted"
+        if not self._service.exclusively(lambda: self._mirroring.alone(term)):
+            raise FencedError(f"{self._name} is past term {term}")
+        logger.info("shard %d is served here now, term %d", self._cut.index, term)
+        return self._segment.address
+
+    def alone(self, term: int) -> None:
+        """Go on without the backup; not under the lock: an update may hold it and wait for us."""
+        self._mirroring.alone(term)
+        self._service.exclusively(lambda: None)  # wake who waits to be settled
+
+    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+        """Answer a worker's bell for as long as it lives; its later call takes over from this."""
+        listener = Listener(bells, slot)
+        mine = object()
+        with self._turn:
+            self._listening[rank] = mine
+
+        def handle(request: Request) -> Answer:
+            if request.norm is not None:
+                return self.commit(rank, request.seq, request.norm)
+            return self.push(PushId(run, attempt, rank, request.seq), None)
+
+        try:
+            listener.serve(handle, self._turn, lambda: self._listening[rank] is mine)
+        finally:
+            listener.close()
 
     def wait_for_all(self, limit_s: float) -> list[int]:
         """See `Service.wait_for_all`."""
@@ -162,13 +282,13 @@ class Serving:
         """Put a version's bytes into the object store once, whoever asks for them."""
         if self._published is None or self._published[0] != version:
             # ray.put copies, so the shard may go on and write into its vector.
-            self._published = version, ray.put(values.view(torch.uint8).numpy())
+            self._published = version, ray.put(as_bytes(as_type(values, self._plan.wire)))
         return self._published[1]
 
     def _mine(self, segment: Segment) -> Tensor:
         return segment.tensor[self._cut.start : self._cut.stop]
 
-    def _from_bytes(self, values: NDArray[np.uint8]) -> Tensor:
-        # Ray's arrays are read-only maps of its store; torch has no read-only tensor and warns.
-        array = values if values.flags.writeable else np.array(values, copy=True)
-        return torch.from_numpy(array).view(self._service.params.dtype)
+    def _received(self, values: NDArray[np.uint8]) -> Tensor:
+        """Give a gradient from another node as the optimizer takes it."""
+        own, wire = self._service.params.dtype, self._plan.wire
+        return from_bytes(values, own if wire is None else getattr(torch, wire)).to(own)

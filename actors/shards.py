@@ -1,16 +1,25 @@
-"""The port `Shards` over Ray: control by actor calls, bytes by the fastest road (`roads.py`)."""
+"""
+The port `Shards` over Ray: control by bells and calls, bytes by the fastest road (`roads.py`).
+
+A step of a server on this node is asked for by a bell (`bells.py`), everything else by a call.
+"""
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from torch import Tensor
 
 from distplat.actors.asking import Call, ask
-from distplat.actors.messages import Membership, ModelFacts, WorkOrder
-from distplat.actors.roads import PrivateRoad, SharedRoad
+from distplat.actors.bell import Request
+from distplat.actors.bells import Bells
+from distplat.actors.messages import Address, Attached, Membership, ModelFacts, WorkOrder
+from distplat.actors.roads import PrivateRoad, SharedRoad, as_bytes, part
+from distplat.actors.tracking import MapChanged, Tracker
+from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
@@ -22,6 +31,8 @@ from distplat.strategies.training.parts import whole_of
 from distplat.strategies.training.restoring import SavedState
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _ANSWER_GRACE_S = 10.0
 """A server times out by itself and says who is missing; only a frozen one needs ours on top."""
@@ -35,75 +46,138 @@ class RayShards:
         order: the worker's orders, with the manager's handle.
         total_steps: updates in the run; servers need it for the learning rate.
         checkpoint_every: steps between two checkpoints; 0: there are none.
+        abandoned: once set, waits end.
     """
 
-    def __init__(self, order: WorkOrder, total_steps: int, checkpoint_every: int = 0) -> None:
+    def __init__(
+        self,
+        order: WorkOrder,
+        total_steps: int,
+        checkpoint_every: int = 0,
+        abandoned: threading.Event | None = None,
+    ) -> None:
         self._order, self._total_steps = order, total_steps
         self._checkpoint_every = checkpoint_every
+        self._abandoned = abandoned or threading.Event()
         self._limits = order.job.failure
-        self._pulls = 0
+        self._pulls = self._roads = 0
+        self._tracker: Tracker | None = None
+        self._bells: Bells | None = None
+        self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._started = False  #: whether the first push was answered
 
     def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
         """See `Shards`."""
         self._flat = flat
         self._on_device = flat.params.device.type != "cpu"
-        facts = ModelFacts(
+        self._facts = ModelFacts(
             flat.size,
             str(flat.params.dtype)[6:],
             flat.digest(),
             self._total_steps,
             self._checkpoint_every,
         )
-        join = partial(self._order.manager.join.remote, self._order.rank, facts)
+        join = partial(self._order.manager.join.remote, self._order.rank, self._facts)
         limit = self._limits.start_timeout_s + _ANSWER_GRACE_S
         name = "the server manager"
-        joined: Membership = ask("join", [join], [name], limit, "start_timeout_s")[0]
-        self._servers, self._cuts = joined.servers, joined.shard_map.shards
-        self._open_road(facts, joined)
-        self._take_over(saved)
+        joined: Membership = ask("join", [join], [name], limit, "start_timeout_s", self._look)[0]
+        if joined.replicated:
+            self._tracker = Tracker(self._order.manager, joined, self._limits)
+        self._take_over(self._open_road(joined), joined.private, saved)
 
-    def _open_road(self, facts: ModelFacts, joined: Membership) -> None:
+    def close(self) -> None:
+        """Give up what this attempt needs and the next one does not."""
+        if self._bells is not None:
+            self._bells.close()
+
+    def _open_road(self, joined: Membership) -> list[int | None]:
+        """Lay out memory, attach it at all servers; give their versions, None of who has none."""
+        self._servers, self._cuts = joined.servers, joined.shard_map.shards
+        self._names = joined.names
         kind = PrivateRoad if joined.private else SharedRoad
-        self._road = road = kind(ray.get_runtime_context().get_node_id(), facts, joined)
-        addresses = (road.gradient_address, road.parameter_address)
-        asked = road.candidates()
-        cuts = [self._cuts[index] for index in asked]
-        mapped = self._ask(
-            "attach", lambda server, cut: server.attach.remote(self._order.rank, *addresses), cuts
-        )
-        road.open({index for index, is_near in zip(asked, mapped, strict=True) if is_near})
+        self._road = road = kind(ray.get_runtime_context().get_node_id(), self._facts, joined)
+        rank, number = self._order.rank, (self._order.attempt, self._roads)
+        self._roads += 1
+        candidates = road.candidates()
+
+        def attach(server: Any, cut: Shard) -> Any:
+            gradients = road.gradient_address if cut.index in candidates else None
+            version = self._versions.get(cut.index)
+            return server.attach.remote(rank, number, gradients, road.parameter_address, version)
+
+        attached: list[Attached] = self._ask("attach", attach)
+        road.open({index for index, answer in enumerate(attached) if answer.near})
+        self._bells = Bells(road.node, road.near, self._names, self._listen, self._look)
         near = sorted(road.near)
         far = [cut.index for cut in self._cuts if cut.index not in road.near]
         logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)
+        return [answer.version for answer in attached]
 
-    def _take_over(self, saved: SavedState | None) -> None:
-        """Rank 0 fills the servers with its parameters; everybody goes on with the servers'."""
+    def _take_over(
+        self, versions: list[int | None], private: bool, saved: SavedState | None
+    ) -> None:
+        """
+        Go on with the servers' parameters; rank 0 fills the servers that have none.
+
+        Args:
+            versions: what the servers have, by shard.
+            private: whether shards need not be of one version.
+            saved: the checkpoint with which rank 0 began; None: a fresh run.
+        """
         road = self._road
-        if self._order.rank == 0:
+        empty = [cut for cut in self._cuts if versions[cut.index] is None]
+        if self._order.rank == 0 and empty:
             initial = self._flat.params.cpu()
-            for cut in self._cuts:
+            for cut in empty:
                 if cut.index in road.near:
                     road.put(cut, initial)
             state = saved.optimizer(self._flat) if saved is not None else {}
             self._ask(
                 "restore",
                 lambda server, cut: server.restore.remote(
-                    self._flat.version, road.payload(cut, initial), _run_of(state, cut)
+                    self._flat.version,
+                    road.payload(cut, initial, exact=True),
+                    _run_of(state, cut),
                 ),
+                empty,
             )
-        self._pull("start_timeout_s")
+        answers = self._pull("start_timeout_s")
+        self._flat.version = min(answer.done for answer in answers)
+        if not private:
+            self._go_back(answers, self._flat.version)
+        self._move_in()
+
+    def _go_back(self, answers: list[Answer], version: int) -> None:
+        """Take the version that all shards have, where a loss has left some of them one ahead."""
+        ahead = [cut for cut in self._cuts if answers[cut.index].version > version]
+        if not ahead:
+            return
+        self._road.part_ways()
+        question = lambda server, cut: server.earlier.remote(version)  # noqa: E731
+        for cut, values in zip(
+            ahead, self._ask("an earlier version", question, ahead), strict=True
+        ):
+            as_bytes(part(self._road.parameters, cut))[:] = values
+        if self._on_device:
+            self._flat.params.copy_(self._road.parameters)
+
+    def _move_in(self) -> None:
+        """Have the model live where the road's vectors are."""
         if not self._on_device:
-            self._flat.move(road.parameters, road.gradients)
+            self._flat.move(self._road.parameters, self._road.gradients)
 
     def push(self, step: int) -> Pushed:
         """See `Shards`."""
+        return self._following(lambda: self._push(step))
+
+    def _push(self, step: int) -> Pushed:
         road = self._road
         if self._on_device:
             road.gradients.copy_(self._flat.grads)
         push = PushId(self._order.run, self._order.attempt, self._order.rank, step)
-        answers: list[Answer] = self._ask(
+        answers = self._step(
             f"push {step}",
+            Request(step),
             lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
             setting="step_timeout_s" if self._started else "start_timeout_s",
         )
@@ -115,14 +189,22 @@ class RayShards:
 
     def commit(self, step: int, norm: float) -> None:
         """See `Shards`."""
-        rank = self._order.rank
-        self._take(
-            self._ask(f"commit {step}", lambda server, cut: server.commit.remote(rank, step, norm))
-        )
+        rank, roads = self._order.rank, self._roads
+
+        def commit() -> list[Answer]:
+            if self._roads > roads:  # what was staged on a lost server is staged nowhere
+                self._push(step)
+            return self._step(
+                f"commit {step}",
+                Request(step, norm),
+                lambda server, cut: server.commit.remote(rank, step, norm),
+            )
+
+        self._following(lambda: self._take(commit()))
 
     def refresh(self) -> None:
         """See `Shards`."""
-        self._pull("step_timeout_s")
+        self._following(lambda: self._pull("step_timeout_s"))
 
     def copies(self, version: int) -> list[ShardCopy] | None:
         """See `Shards`."""
@@ -141,23 +223,90 @@ class RayShards:
 
         def look(limit_s: float) -> list[list[int]]:
             what = "the last step"
-            return self._ask(what, lambda server, cut: server.wait_for_all.remote(limit_s))
+            question = lambda server, cut: server.wait_for_all.remote(limit_s)  # noqa: E731
+            return self._following(lambda: self._ask(what, question))
 
         wait_for_all(look, self._total_steps, self._limits.step_timeout_s, alive)
         self.refresh()
 
-    def _pull(self, setting: str) -> None:
-        rank, number = self._order.rank, self._pulls
-        answers = self._ask(
-            f"pull {number}", lambda server, cut: server.pull.remote(rank, number), setting=setting
+    def _following(self, action: Callable[[], Result]) -> Result:
+        """Do something with the servers; once more where a lost one is followed by another."""
+        while True:
+            try:
+                self._look()  # servers may have changed while the worker computed
+                return action()
+            except (ActorLost, FencedError, MapChanged) as error:
+                if self._tracker is None:
+                    raise
+                self._follow(self._tracker, error)
+
+    def _follow(self, tracker: Tracker, error: Exception) -> None:
+        """Go over to the servers that keep the shards now; the step's gradient comes along."""
+        self.close()
+        while True:
+            joined = tracker.follow(error, self._check)
+            try:
+                # New memory: a server that was frozen and wakes up writes where nobody looks.
+                self._open_road(joined)
+                break
+            except (ActorLost, FencedError, MapChanged) as again:
+                error = again
+        if not self._on_device:
+            self._road.gradients.copy_(self._flat.grads)
+        self._move_in()
+
+    def _check(self) -> None:
+        """See whether this attempt is still on."""
+        if self._abandoned.is_set():
+            raise Abandoned(f"rank {self._order.rank} was told to wait no longer")
+
+    def _look(self) -> None:
+        """See whether a wait is still of use."""
+        self._check()
+        if self._tracker is not None:
+            self._tracker.look()
+
+    def _step(
+        self,
+        what: str,
+        request: Request,
+        question: Callable[[Any, Shard], Any],
+        setting: str = "step_timeout_s",
+    ) -> list[Answer]:
+        """Ask all servers for a part of a step: by bell where there is one, else by a call."""
+        assert self._bells is not None, "connect() comes first"
+        self._bells.ring(request)
+        far = [cut for cut in self._cuts if cut.index not in self._bells.shards]
+        called = self._ask(what, question, far, setting) if far else []
+        limit = getattr(self._limits, setting) + _ANSWER_GRACE_S
+        answers = self._bells.answers(what, limit, setting)
+        answers |= {cut.index: answer for cut, answer in zip(far, called, strict=True)}
+        return [answers[cut.index] for cut in self._cuts]
+
+    def _listen(self, shard: int, bells: Address, slot: int) -> Any:
+        order, server = self._order, self._servers[shard]
+        return server.listen.remote(order.run, order.attempt, order.rank, bells, slot)
+
+    def _pull(self, setting: str) -> list[Answer]:
+        rank, number = self._order.rank, (self._order.attempt, self._pulls)
+        self._pulls += 1  # also where it fails: the next one is not this one again
+        answers: list[Answer] = self._ask(
+            f"pull {number[1]}",
+            lambda server, cut: server.pull.remote(rank, number),
+            setting=setting,
         )
-        self._pulls += 1
         self._take(answers)
+        return answers
 
     def _take(self, answers: list[Answer]) -> None:
         """Bring the parameters here, as far as they are not here already."""
         for cut, answer in zip(self._cuts, answers, strict=True):
-            self._road.take(cut, answer, self._limits.step_timeout_s)
+            self._versions[cut.index] = answer.version
+            try:
+                self._road.take(cut, answer, self._limits.step_timeout_s)
+            except ray.exceptions.RayError as error:  # with its owner an object is lost, too
+                cause = f"its answer could not be fetched: {type(error).__name__}"
+                raise ActorLost(self._names[cut.index], None, cause) from None
         if self._on_device:
             self._flat.params.copy_(self._road.parameters)
 
@@ -177,9 +326,9 @@ class RayShards:
         """
         cuts = self._cuts if cuts is None else cuts
         calls: list[Call] = [partial(question, self._servers[cut.index], cut) for cut in cuts]
-        names = [f"server-{cut.index}" for cut in cuts]
+        names = [self._names[cut.index] for cut in cuts]
         limit: float = getattr(self._limits, setting) + _ANSWER_GRACE_S
-        return ask(what, calls, names, limit, setting)
+        return ask(what, calls, names, limit, setting, self._look)
 
 
 def _run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, Whole]:

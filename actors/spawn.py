@@ -6,12 +6,20 @@ restarted by Ray: they end with their owner (I8), and a shard must not come back
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
+from distplat.actors.embedding_server import EmbeddingServer
+from distplat.actors.manager import ServerManager
 from distplat.actors.messages import WorkOrder
-from distplat.actors.server import ServerManager, ServerNode
+from distplat.actors.server import ServerNode
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
@@ -20,7 +28,7 @@ from distplat.strategies.base import Roles
 _WORKER_THREADS = 4
 """Threads of a worker for the controller's calls, of which one keeps its answer back."""
 _SERVER_THREADS = 8
-"""Threads of a server node beside one per worker: for the manager's and the controller's calls."""
+"""Threads of a server node beside two per worker: for the manager's and the controller's calls."""
 
 
 @dataclass
@@ -30,12 +38,24 @@ class Cast:
     workers: list[Any] = field(default_factory=list)
     servers: list[Any] = field(default_factory=list)
     manager: Any = None
+    seats: list[Any] = field(default_factory=list)
+    """A placement group for each worker group of several workers."""
+    embedding_servers: list[Any] = field(default_factory=list)
 
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
         manager = [self.manager] if self.manager is not None else []
-        for actor in [*self.workers, *manager, *self.servers]:
+        for actor in [*self.workers, *manager, *self.servers, *self.embedding_servers]:
             ray.kill(actor)
+        for seats in self.seats:
+            remove_placement_group(seats)
+
+    def seat(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
+        """Say where a worker belongs; None: anywhere."""
+        if not self.seats:
+            return None
+        group, place = divmod(rank, self.seats[0].bundle_count)
+        return PlacementGroupSchedulingStrategy(self.seats[group], place)
 
 
 def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
@@ -48,28 +68,75 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     _check_feasible(job, roles)
     cast = Cast()
     common = _common(run)
+    cast.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
-        cast.workers.append(spawn_worker(job, run, attempt, rank))
+        cast.workers.append(spawn_worker(job, run, attempt, rank, cast.seat(rank)))
     for index in range(roles.servers):
-        name = actor_name(job, f"server-{index}", attempt)
-        threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
-        needs = _resources(roles.server_resources or {"CPU": 0.0})
-        options = {**common, **needs, **threads, "name": name}
-        cast.servers.append(ray.remote(ServerNode).options(**options).remote(name))
+        cast.servers.append(spawn_server(job, roles, run, attempt, f"server-{index}"))
     if roles.servers:
         name = actor_name(job, "server-manager", attempt)
-        threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
+        # Two per worker: one waits for a newer map, one for anything else.
+        threads = {"max_concurrency": 2 * job.scaling.world + _SERVER_THREADS}
         options = {**common, **_resources({"CPU": 0.0}), **threads, "name": name}
         manager = ray.remote(ServerManager).options(**options)
-        cast.manager = manager.remote(name, job, run, attempt, cast.servers, roles.consistency)
+        make = partial(spawn_server, job, roles, run, attempt)
+        cast.manager = manager.remote(name, job, run, attempt, cast.servers, roles, make)
+    cast.embedding_servers = _spawn_embedding_servers(job, run, attempt)
     return cast
 
 
-def spawn_worker(job: Job, run: str, attempt: int, rank: int) -> Any:
-    """Ask Ray for one worker; returns before it is up."""
+def spawn_server(
+    job: Job, roles: Roles, run: str, attempt: int, role: str, beside: str | None = None
+) -> Any:
+    """
+    Ask Ray for one server node; returns before it is up.
+
+    Args:
+        job: the run's job.
+        roles: what a server needs.
+        run: its name.
+        attempt: its generation.
+        role: the server's, for its name.
+        beside: the node of the server that this one is a backup of: another is preferred.
+    """
+    name = actor_name(job, role, attempt)
+    # Two per worker: one answers its bell, one its calls.
+    threads = {"max_concurrency": 2 * job.scaling.world + _SERVER_THREADS}
+    options = {**_common(run), **_resources(roles.server_resources or {"CPU": 0.0}), **threads}
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"]] if beside else []
+    others = sorted(set(others) - {beside})
+    if others:
+        turn = int(role.rpartition("-")[2]) % len(others)
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(others[turn], soft=True)
+    return ray.remote(ServerNode).options(**options, name=name).remote(name)
+
+
+def _spawn_embedding_servers(job: Job, run: str, attempt: int) -> list[Any]:
+    if job.embeddings is None:
+        return []
+    threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
+    common = {**_common(run), **_resources(job.embeddings.resources_per_server), **threads}
+    servers = []
+    for index in range(job.embeddings.servers):
+        name = actor_name(job, f"embedding-server-{index}", attempt)
+        options = {**common, "name": name}
+        servers.append(ray.remote(EmbeddingServer).options(**options).remote(name, index))
+    return servers
+
+
+def spawn_worker(
+    job: Job,
+    run: str,
+    attempt: int,
+    rank: int,
+    seat: PlacementGroupSchedulingStrategy | None = None,
+) -> Any:
+    """Ask Ray for one worker, in its seat; returns before it is up."""
     name = actor_name(job, f"worker-{rank}", attempt)
     threads = {"max_concurrency": _WORKER_THREADS}
     options = {**_common(run), **_resources(job.scaling.resources()), **threads, "name": name}
+    if seat is not None:
+        options["scheduling_strategy"] = seat
     return ray.remote(Worker).options(**options).remote(name)
 
 
@@ -87,6 +154,16 @@ def _common(run: str) -> dict[str, Any]:
     return {"namespace": run, "max_restarts": 0, "max_task_retries": 0}
 
 
+def _seats(job: Job, group_size: int) -> list[Any]:
+    """Reserve room for each worker group: on one node if one has it, for they talk most."""
+    needs = {name: amount for name, amount in job.scaling.resources().items() if amount}
+    if group_size == 1 or not needs:
+        return []
+    bundles = [needs] * group_size
+    groups = job.scaling.num_workers // group_size
+    return [placement_group(bundles, strategy="PACK") for _ in range(groups)]
+
+
 def _resources(needs: dict[str, float]) -> dict[str, Any]:
     """Translate Ray Train's resource names into the arguments of `options`."""
     rest = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
@@ -97,7 +174,9 @@ def _check_feasible(job: Job, roles: Roles) -> None:
     """Refuse what no waiting will bring, instead of leaving it pending for ever."""
     wanted: dict[str, float] = {}
     needs = [job.scaling.resources()] * job.scaling.num_workers
-    needs += [roles.server_resources or {}] * roles.servers
+    needs += [roles.server_resources or {}] * (roles.servers * roles.replication)
+    if job.embeddings is not None:
+        needs += [job.embeddings.resources_per_server] * job.embeddings.servers
     for need in needs:
         for name, amount in need.items():
             wanted[name] = wanted.get(name, 0.0) + amount

@@ -29,7 +29,12 @@ from distplat.platform.recovery import policy_of
 from distplat.platform.resume import start_from
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
+from distplat.strategies.catalog import (
+    load_strategy_file,
+    make_job,
+    make_strategy,
+    tables_go_on,
+)
 from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
@@ -121,7 +126,8 @@ class Trainer:
         self.job = job if isinstance(job, Job) else make_job(job)
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
-        self._survivors_go_on = strategy.survivors_go_on()
+        self._survivors_go_on = strategy.survivors_go_on() and tables_go_on(self.job, self._roles)
+        self._holders = strategy.holders(self.job)
         self._has_parts = strategy.has_parts
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
@@ -162,7 +168,7 @@ class Trainer:
             for observer in self._observers:
                 if isinstance(summary, StepSummary | EvalSummary):
                     observer.stepped(summary)
-                elif not isinstance(summary, Saved):
+                elif isinstance(summary, Setback | Recovery):
                     observer.disturbed(summary)
 
         try:
@@ -185,7 +191,12 @@ class Trainer:
             self.job,
             run,
             self._roles,
-            policy_of(self.job.failure, self._survivors_go_on, self.job.checkpoint.wanted),
+            policy_of(
+                self.job.failure,
+                self._survivors_go_on,
+                self.job.checkpoint.wanted,
+                self._holders,
+            ),
             self._task,
             str(self._dir),
             self._strategy_file,

@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,20 +23,23 @@ from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.weights import Reply
 from distplat.platform.collecting import Delivery
-from distplat.platform.errors import DistplatError
+from distplat.platform.errors import DistplatError, ProtocolError
 from distplat.platform.pieces import Bytes
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Prepared, join, prepare
+from distplat.strategies.training.shown import Shown
 
 if TYPE_CHECKING:
     from distplat.actors.collective import RayCollective
     from distplat.actors.shards import RayShards
+    from distplat.actors.tables import RayTables
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +68,7 @@ class Session:
 
     def __init__(
         self,
-        report: Callable[[StepReport | EvalReport], None],
+        report: Callable[[AnyReport], None],
         deliver: Callable[[Delivery], None],
     ) -> None:
         self._report, self._deliver = report, deliver
@@ -73,6 +76,23 @@ class Session:
         self._prepared: Prepared | None = None
         self._strategy: Strategy[Any] | None = None
         self._connection = Connection()
+        self._shown = Shown()
+
+    def show(self, at_least: int) -> Reply:
+        """
+        Give a copy of the parameters, once there is one; from any thread.
+
+        Raises:
+            ProtocolError: no rank has all of them.
+        """
+        standing = self.standing
+        if self._strategy is not None and self._strategy.cuts_model:
+            raise ProtocolError("weights of a model that is cut into parts are not there yet")
+        steps = standing.progress.step
+        if standing.model is not None:
+            return Reply(steps, steps, standing.model)
+        copy = self._shown.ask(at_least)
+        return Reply(steps) if copy is None else Reply(steps, copy.version, save(copy.state))
 
     def work(self, order: WorkOrder, *, called_off: bool = False) -> None:
         """
@@ -105,24 +125,44 @@ class Session:
         prepared, strategy = self._prepare(order)
         limit_s = order.job.failure.step_timeout_s
         courier = Courier(order.rank, order.attempt, _put, self._deliver, limit_s)
+
+        def report(part: AnyReport) -> None:
+            self._report(part)
+            if isinstance(part, StepReport):  # told between two steps, by this thread
+                self._shown.offer(part.step + 1, prepared.flat.model)
+
         try:
             loop = join(
                 prepared,
                 strategy,
                 order.rank,
                 collective=self._connection.collective(order),
-                shards=_shards(order, prepared),
-                report=self._report,
+                shards=self._connection.shards(order, prepared),
+                tables=self._connection.tables(order),
+                report=report,
                 progress=progress,
                 around=Around(_saved(order), order.base, courier.take),
             )
-            if order.attempt > 0:
-                logger.info("rank %d goes on from step %d", order.rank, loop.start)
+            self._say_what(order, prepared, loop.start)
             loop.run()
             courier.flush()
+            return saved_model(strategy.trained(prepared.flat))
         finally:
             self._connection.close()
-        return saved_model(prepared.flat.model)
+
+    def _say_what(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
+        if order.attempt > 0:
+            logger.info("rank %d goes on from step %d", order.rank, start)
+            return
+        logger.info(
+            "rank %d of %d: %s, %d parameters on %s, %d steps",
+            order.rank,
+            order.job.scaling.world,
+            order.job.strategy.name,
+            sum(slot.size for slot in prepared.flat.slots),
+            prepared.flat.params.device,
+            prepared.total_steps,
+        )
 
     def _prepare(self, order: WorkOrder) -> tuple[Prepared, Strategy[Any]]:
         """Build model, data and strategy, unless an attempt before has built them."""
@@ -137,25 +177,19 @@ class Session:
             order.strategy_file.load()
         self._strategy = make_strategy(job)
         task = _task_class(order)(**job.task_args)
-        self._prepared = prepare(job, task, "cuda" if job.scaling.use_gpu else "cpu")
-        logger.info(
-            "rank %d of %d: %s, %d parameters on %s, %d steps",
-            order.rank,
-            job.scaling.world,
-            job.strategy.name,
-            sum(slot.size for slot in self._prepared.flat.slots),
-            self._prepared.flat.params.device,
-            self._prepared.total_steps,
-        )
+        device = "cuda" if job.scaling.use_gpu else "cpu"
+        self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy
 
 
 class Connection:
-    """An attempt's collective group, which another thread may give up at any moment."""
+    """An attempt's group and servers; another thread may end the waits for them at any moment."""
 
     def __init__(self) -> None:
         self._abandoned = threading.Event()
         self._group: RayCollective | None = None
+        self._servers: RayShards | None = None
+        self._tables: RayTables | None = None
 
     def collective(self, order: WorkOrder) -> "RayCollective | None":
         """
@@ -183,6 +217,25 @@ class Connection:
         )
         return self._group
 
+    def shards(self, order: WorkOrder, prepared: Prepared) -> "RayShards | None":
+        """Make the way to the servers; None where the strategy has none."""
+        if order.manager is None:
+            return None
+        from distplat.actors.shards import RayShards
+
+        every = order.job.checkpoint.period(prepared.sampler.steps_per_epoch)
+        self._servers = RayShards(order, prepared.total_steps, every, self._abandoned)
+        return self._servers
+
+    def tables(self, order: WorkOrder) -> "RayTables | None":
+        """Give the way to the embedding tables; None where the job has none."""
+        if not order.embedding_servers:
+            return None
+        from distplat.actors.tables import RayTables
+
+        self._tables = RayTables(order, self._abandoned)
+        return self._tables
+
     def give_up(self) -> None:
         """Make whoever waits for other ranks come out."""
         self._abandoned.set()
@@ -194,15 +247,10 @@ class Connection:
         """Leave the group."""
         if self._group is not None:
             self._group.close()
-
-
-def _shards(order: WorkOrder, prepared: Prepared) -> "RayShards | None":
-    if order.manager is None:
-        return None
-    from distplat.actors.shards import RayShards
-
-    every = order.job.checkpoint.period(prepared.sampler.steps_per_epoch)
-    return RayShards(order, prepared.total_steps, every)
+        if self._servers is not None:
+            self._servers.close()
+        if self._tables is not None:
+            self._tables.close()
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:
@@ -226,7 +274,7 @@ def _task_class(order: WorkOrder) -> type[Task]:
     return load_task_class(order.task, order.search_path)
 
 
-def saved_model(model: torch.nn.Module) -> bytes:
+def saved_model(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Give a model's state in the safetensors format; copies, so that tensors share no memory."""
-    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    state = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     return save({name: value.contiguous() for name, value in state.items()})

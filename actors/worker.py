@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from distplat.actors.allocator import keep_freed_memory
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import News, WorkOrder
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.actors.weights import Reply
+from distplat.platform.progress import AnyReport
 
 if TYPE_CHECKING:
     from distplat.actors.training import Session
@@ -30,7 +31,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._name = name
         self._orders: queue.SimpleQueue[WorkOrder] = queue.SimpleQueue()
-        self._reports: deque[StepReport | EvalReport] = deque()
+        self._reports: deque[AnyReport] = deque()
         self._deliveries: deque[Delivery] = deque()
         self._session: Session | None = None
         self._given_up = -1  #: the last attempt that was called off
@@ -86,6 +87,10 @@ class Worker:
         model = self._session.standing.model if self._session is not None else None
         assert model is not None, "the controller asks only a worker that has finished"
         return model
+
+    def weights(self, at_least: int) -> Reply:
+        """Show the parameters, of this version or a later one (see `actors/weights.py`)."""
+        return self._session.show(at_least) if self._session is not None else Reply(0)
 
     def _train(self) -> None:
         keep_freed_memory()

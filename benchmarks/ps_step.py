@@ -113,7 +113,7 @@ class GlooWorker:
         return seconds
 
 
-def ours(megabytes: int, servers: int) -> tuple[Any, list[Any]]:
+def ours(megabytes: int, servers: int, replication: int) -> tuple[Any, list[Any]]:
     """Start our side; give the cast and its workers."""
     job = Job.model_validate(
         {
@@ -126,7 +126,7 @@ def ours(megabytes: int, servers: int) -> tuple[Any, list[Any]]:
         }
     )
     run = f"bench-{megabytes}-{servers}"
-    cast = spawn(job, Roles(servers=servers), run, 0)
+    cast = spawn(job, Roles(servers=servers, replication=replication), run, 0)
     for worker in cast.workers:
         ray.kill(worker)
     cast.workers = [ray.remote(OurWorker).options(num_cpus=1).remote() for _ in range(WORKERS)]
@@ -140,9 +140,11 @@ def ours(megabytes: int, servers: int) -> tuple[Any, list[Any]]:
     return cast, cast.workers
 
 
-def measure(megabytes: int, servers: int, steps: int, rounds: int) -> tuple[float, float, float]:
+def measure(
+    megabytes: int, servers: int, replication: int, steps: int, rounds: int
+) -> tuple[float, float, float]:
     """Give our, the peer's and gloo's milliseconds per step, each side in turn."""
-    cast, workers = ours(megabytes, servers)
+    cast, workers = ours(megabytes, servers, replication)
     server = ray.remote(PeerServer).options(num_cpus=0).remote(megabytes)
     peers = [ray.remote(PeerWorker).options(num_cpus=1).remote(megabytes) for _ in range(WORKERS)]
     folder = tempfile.TemporaryDirectory()
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--servers", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--replication", type=int, default=1)
     args = parser.parse_args()
     ray.init(
         address="local",
@@ -191,7 +194,9 @@ def main() -> None:
     )
     for servers in args.servers:
         for megabytes in MEGABYTES:
-            mine, peer, gloo = measure(megabytes, servers, args.steps, args.rounds)
+            mine, peer, gloo = measure(
+                megabytes, servers, args.replication, args.steps, args.rounds
+            )
             what = f"ps-sync step, {megabytes} MB, {servers} server(s)"
             print_ratio(what, mine, peer, GOAL)
             print_ratio(f"{what}, all-reduce", mine, gloo, GLOO_GOAL)

@@ -24,13 +24,15 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
     """Put the figures into the rows of a table; those that say nothing are left out."""
     rows = []
     if figures.get("sent_bytes"):
-        rows.append(("exchange", f"{_bytes(figures['sent_bytes'])} sent per worker and step"))
+        rows.append(("exchange", f"{size_text(figures['sent_bytes'])} sent per worker and step"))
         if "exposed_s" in figures:
             rows.append(("", _overlap(figures)))
+    if figures.get("pipeline_s"):
+        rows.append(("pipeline", _pipeline(figures)))
     if figures.get("saved_bytes"):
         rows.append(("compression", _compression(figures)))
     if figures.get("optimizer_state_bytes"):
-        memory = _bytes(figures["optimizer_state_bytes"])
+        memory = size_text(figures["optimizer_state_bytes"])
         rows.append(("memory", f"{memory} of optimizer state per worker"))
     return rows
 
@@ -60,6 +62,15 @@ def _overlap(figures: Figures) -> str:
     return text
 
 
+def _pipeline(figures: Figures) -> str:
+    between = max(figures["stage_sent_bytes"], figures["stage_received_bytes"])
+    bubble = 1 - figures["stage_busy_s"] / figures["pipeline_s"]
+    return (
+        f"{bubble:.0%} bubble, {figures['bubble_ideal']:.0%} with equal stages; "
+        f"{size_text(between)} between stages per step"
+    )
+
+
 def _compression(figures: Figures) -> str:
     whole = figures["saved_bytes"] + figures["sent_bytes"]
     parts = [f"{figures['saved_bytes'] / whole:.0%} of the bytes saved"]
@@ -77,7 +88,8 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-def _bytes(count: float) -> str:
+def size_text(count: float) -> str:
+    """`3.2 MB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -29,6 +29,7 @@ from distplat.cli.options import (
     is_json,
 )
 from distplat.cli.replay import replay
+from distplat.cli.report import report
 from distplat.cli.schedule import schedule
 from distplat.platform.errors import DistplatError, SpecError
 
@@ -178,6 +179,7 @@ def strategies(output: Output = "text") -> None:
 
 app.command()(schedule)
 app.command()(replay)
+app.command()(report)
 
 
 @app.command("list")

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Trainer": "distplat.actors.trainer",
     "Result": "distplat.actors.trainer",
+    "weights": "distplat.actors.weights",
     "Job": "distplat.platform.spec",
     "Task": "distplat.strategies.task",
     "load_job": "distplat.strategies.catalog",
@@ -28,10 +29,12 @@ __all__ = [
     "Trainer",
     "__version__",
     "load_job",
+    "weights",
 ]
 
 if TYPE_CHECKING:
     from distplat.actors.trainer import Result, Trainer
+    from distplat.actors.weights import weights
     from distplat.platform.errors import DistplatError
     from distplat.platform.spec import Job
     from distplat.strategies.catalog import load_job
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     """Load a public name from its home on first use (PEP 562)."""
+    if name == "nn":  # as `torch.nn` is there after `import torch`
+        return import_module("distplat.nn")
     if name not in _HOMES:
         raise AttributeError(f"module 'distplat' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 
 from distplat.cli.describe import field_rows
-from distplat.platform import optimizers, spec
+from distplat.platform import embeddings, optimizers, spec
 
 HEAD = """\
 # The job file
@@ -26,6 +27,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Top level", "", spec.Job),
     ("scaling", "scaling.", spec.Scaling),
     ("lr_schedule", "lr_schedule.", optimizers.Schedule),
+    ("embeddings", "embeddings.", embeddings.Embeddings),
     ("data", "data.", spec.Data),
     ("evaluation", "evaluation.", spec.Evaluation),
     ("checkpoint", "checkpoint.", spec.Checkpoint),
@@ -48,6 +50,12 @@ strategy: {name: ps-sync, num_servers: 2}
 
 `name` and the arguments of that class in `torch.optim`, with torch's defaults; `lr` must be given.
 """
+ROWS = """
+## embeddings.optimizer
+
+`name` and its arguments; a step updates the rows that it uses and leaves the others as they are
+([embeddings.md](embeddings.md)).
+"""
 
 
 def page() -> str:
@@ -65,6 +73,10 @@ def page() -> str:
     for kind in optimizers.Optimizer.__subclasses__():
         names = ", ".join(f"`{name}`" for name in kind.model_fields if name != "name")
         parts.append(f"| {kind.__name__} | {names} |\n")
+    parts.append(ROWS + "\n| name | arguments |\n|---|---|\n")
+    for rows in embeddings.RowOptimizer.__subclasses__():
+        names = ", ".join(f"`{name}`" for name in rows.model_fields if name != "name")
+        parts.append(f"| {get_args(rows.model_fields['name'].annotation)[0]} | {names} |\n")
     return "".join(parts)
 
 

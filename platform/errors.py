@@ -8,6 +8,7 @@ Every error that distplat raises on purpose, in one tree.
     |- InfrastructureError              4   a part of the platform was lost
     |  |- ActorLost                         a worker, server node or the server manager died
     |  |- DeadlineExceeded                  a wait ran out; names who was missing
+    |  |- Abandoned                         a wait was called off, for another rank was lost
     |  |- CollectiveError                   a collective failed or timed out; names missing ranks
     |  |  `- MismatchError                  ranks are in different operations; never retried
     |  |- StateLost                         no rank that is left has a part of the state
@@ -144,6 +145,10 @@ class DeadlineExceeded(InfrastructureError):
             f"{self.what}: waited {self.seconds:g} s, missing: {who}; "
             f"`{self.setting}` changes this deadline"
         )
+
+
+class Abandoned(InfrastructureError):
+    """This rank was told to stop waiting: another one was lost, and orders will follow."""
 
 
 class CollectiveError(InfrastructureError):

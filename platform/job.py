@@ -133,7 +133,12 @@ class JobState:
         allowed = self._policy.max_failures > 0 or (
             self._preempted and self._policy.max_preemptions > 0
         )
-        return allowed and (self.error is None or _repairable(self.error))
+        kept = self._policy.begin_anew or not self._servers_lost
+        return allowed and kept and (self.error is None or _repairable(self.error))
+
+    @property
+    def _servers_lost(self) -> bool:
+        return any(_rank_of(role) is None for role in self._gone)
 
     @property
     def steps_done(self) -> int:
@@ -190,6 +195,8 @@ class JobState:
             self._gone.add(failed.role)
         elif (rank := _rank_of(failed.role)) is not None:
             self._waiting.add(rank)
+        if isinstance(failed.error, ActorLost) and _rank_of(failed.error.role) is None:
+            self._gone.add(failed.error.role)  # a server, whoever noticed it first
         self._preempted |= failed.preempted
         self._state_lost |= isinstance(failed.error, StateLost)
         self._fail(failed.error, now)
@@ -240,10 +247,10 @@ class JobState:
             self.phase = Phase.FAILED
             return
         ranks = range(self._world)
-        servers_lost = any(_rank_of(role) is None for role in self._gone)
-        usable = (self._waiting | self._finished) - {_rank_of(role) for role in self._gone}
+        gone = {_rank_of(role) for role in self._gone}
+        usable = {rank for rank in self._waiting | self._finished if rank not in gone}
         kept = self._policy.survivors_go_on and not self._state_lost
-        everything = servers_lost or not usable or not kept
+        everything = self._servers_lost or not self._policy.has_all(usable) or not kept
         replace = tuple(r for r in ranks if everything or r not in usable)
         self.restart = Restart(self.attempt + 1, replace, everything, answer)
 

@@ -51,8 +51,12 @@ class Answer:
     """Updates between the worker's pull and its gradient's turn."""
     waiting_s: float = 0.0
     """How long the worker was held up for others."""
+    apply_s: float = 0.0
+    """What summing and updating took."""
     dropped: int = 0
     """The worker's pushes so far that came too late for their step."""
+    done: int = 0
+    """The worker's pushes that the shard has applied: the number of its next one."""
     payload: Any = None
     """How the values travel, where worker and server share no memory."""
 
@@ -85,6 +89,11 @@ class Ledger:
     def restore(self, version: int) -> None:
         """Parameters of this version are in place; from now on pushes are taken."""
         self.version = version
+        self._staged.clear()
+
+    def renew(self, attempt: int) -> None:
+        """A worker was replaced: all push what is not committed once more, in this attempt."""
+        self.attempt = attempt
         self._staged.clear()
 
     def offer(self, push: PushId) -> Verdict:
@@ -168,6 +177,10 @@ class AsyncLedger:
         """
         self.version = version
         self._next = [step] * self.world
+
+    def renew(self, attempt: int) -> None:
+        """A worker was replaced: pushes of this attempt are taken from now on."""
+        self.attempt = attempt
 
     def offer(self, push: PushId) -> Verdict:
         """

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from distplat.platform.pipeline_trace import Trace, TraceReport, join_traces
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -97,10 +99,13 @@ class Saved:
     """From the last rank's part to the disk; training went on meanwhile."""
 
 
-Summary = StepSummary | EvalSummary | Setback | Recovery | Saved
+AnyReport = StepReport | EvalReport | TraceReport
+"""What a rank reports."""
+
+Summary = StepSummary | EvalSummary | Trace | Setback | Recovery | Saved
 """What is told of a run while it goes on."""
 
-Report = TypeVar("Report", StepReport, EvalReport)
+Report = TypeVar("Report", StepReport, EvalReport, TraceReport)
 
 
 class Gathering:
@@ -115,9 +120,13 @@ class Gathering:
     def __init__(self, world: int) -> None:
         self._steps = _Waiting[StepReport](world)
         self._evals = _Waiting[EvalReport](world)
+        self._traces = _Waiting[TraceReport](world)
 
-    def add(self, report: StepReport | EvalReport) -> list[StepSummary | EvalSummary]:
+    def add(self, report: AnyReport) -> list[StepSummary | EvalSummary | Trace]:
         """Take one report; give the summaries that it completes, oldest first."""
+        if isinstance(report, TraceReport):
+            traces = self._traces.add(report)
+            return [join_traces(traces)] if traces else []
         if isinstance(report, StepReport):
             steps = self._steps.add(report)
             return [*self._partial(report.step), _join_steps(steps)] if steps else []

@@ -9,6 +9,7 @@ Whether a run goes on after a failure, and how long it waits before: the restart
 A machine that its owner takes away (preemption) is nobody's failure, and has a budget of its own.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from distplat.platform.spec import Failure
@@ -27,9 +28,25 @@ class Policy:
     max_preemptions: int = 0
     survivors_go_on: bool = False
     """Whether ranks that were not lost keep their state; else all go back to a checkpoint."""
+    begin_anew: bool = True
+    """Whether the loss of a server, and of what it kept, may cost the run so far."""
+    holders: tuple[tuple[int, ...], ...] = ()
+    """For each part of the model, the ranks that have it; of each one must be left to go on.
+    Empty: every rank has all."""
+
+    def has_all(self, ranks: Set[int]) -> bool:
+        """Whether these ranks together have the whole model."""
+        if not self.holders:
+            return bool(ranks)
+        return all(any(rank in ranks for rank in some) for some in self.holders)
 
 
-def policy_of(failure: Failure, survivors_go_on: bool, checkpoints: bool = False) -> Policy:
+def policy_of(
+    failure: Failure,
+    survivors_go_on: bool,
+    checkpoints: bool = False,
+    holders: tuple[tuple[int, ...], ...] = (),
+) -> Policy:
     """
     Fill in what a job leaves open.
 
@@ -42,6 +59,8 @@ def policy_of(failure: Failure, survivors_go_on: bool, checkpoints: bool = False
         by_default[0] if failures is None else failures,
         by_default[1] if preemptions is None else preemptions,
         survivors_go_on,
+        begin_anew=failures is not None or checkpoints,
+        holders=holders,
     )
 
 

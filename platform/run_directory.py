@@ -6,6 +6,7 @@ The run directory: what a run leaves on disk.
         metrics.jsonl       one line per step and per evaluation
         tensorboard/        the same for TensorBoard
         model.safetensors   the trained model
+        pipeline_trace.json     of pipelines: when each rank did what in one step
         apply_log.safetensors   of asynchronous runs: in which order each shard applied gradients
         checkpoints/        step-000120/ and others: to resume from (platform/checkpoints.py)
         result.json         how it ended: status, last figures, or the error
@@ -26,6 +27,7 @@ from typing import Any
 
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
+from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import (
     EvalSummary,
     Recovery,
@@ -77,11 +79,14 @@ class RunDirectory:
 
     def record(self, summary: Summary) -> None:
         """
-        Write one step, evaluation or setback down.
+        Write one step, evaluation, trace or setback down.
 
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
+        if isinstance(summary, Trace):
+            self.keep(TRACE_FILE, summary.to_json())
+            return
         kind = _KINDS[type(summary)]
         try:
             self._metrics.write(_to_json({"kind": kind, **asdict(summary)}) + "\n")

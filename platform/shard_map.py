@@ -64,3 +64,5 @@ class ShardPlan:
     consistency: Consistency = SYNCHRONOUS
     checkpoint_every: int = 0
     """Steps between two checkpoints, for which shards keep copies; 0: there are none."""
+    wire: str | None = None
+    """Name in torch of the type that travels to other nodes; None: the parameters' own."""

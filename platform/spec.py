@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from distplat.platform.embeddings import Embeddings
 from distplat.platform.errors import Problem
 from distplat.platform.fields import (
     Count,
@@ -122,8 +123,8 @@ class Failure(Spec):
     """What is done about failures, and deadlines; an error that one causes names its field."""
 
     max_failures: Index | None = None
-    """Restarts after lost workers or servers; None: 3 where survivors keep their state (`ring`) or
-    there are checkpoints, else 0."""
+    """Restarts after lost workers or servers; None: 3 where survivors keep their state (not with a
+    sharded optimizer, nor without replicas) or there are checkpoints, else 0."""
     max_preemptions: Index | None = None
     """Restarts after machines were taken away, counted apart; None: 100 where `max_failures` is 3
     by default, else 0."""
@@ -150,6 +151,8 @@ class Job(Spec):
     scaling: Scaling = Scaling()
     optimizer: AnyOptimizer
     lr_schedule: Schedule = Schedule()
+    embeddings: Embeddings | None = None
+    """Servers of embedding tables, for models with `distplat.nn.ShardedEmbedding`."""
     epochs: Count | None = None
     """Passes over the training data; give this or `steps`."""
     steps: Count | None = None
@@ -180,6 +183,7 @@ class Job(Spec):
             *_optimizer_problems(self),
             *_schedule_problems(self),
             *_checkpoint_problems(self),
+            *_embedding_problems(self),
         ]
 
 
@@ -243,3 +247,19 @@ def _checkpoint_problems(job: Job) -> list[Problem]:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
     return []
+
+
+def _embedding_problems(job: Job) -> list[Problem]:
+    """What would hold for a part of the model only."""
+    if job.embeddings is None:
+        return []
+    found = []
+    if job.clip_norm is not None:
+        text = "cannot be combined with `embeddings`: the norm would lack the rows' gradients"
+        hint = "remove it, and lower the learning rates if need be"
+        found.append(Problem(("clip_norm",), text, hint))
+    if job.checkpoint.wanted:
+        text = "cannot be combined with `embeddings`: checkpoints would lack the rows"
+        hint = "take `every_steps` and `every_epochs` out; the last rows are kept by `save_final`"
+        found.append(Problem(("checkpoint",), text, hint))
+    return found

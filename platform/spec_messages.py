@@ -186,9 +186,16 @@ def _locate(
             continue
         where.append(part)
         holder, field = here, here.model_fields.get(str(part)) if here else None
-        inner = field.annotation if field else None
-        here = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+        here = _model_in(field.annotation) if field else None
     return tuple(where), holder, field
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """Give the model that a field holds, also where it may be left out (`Model | None`)."""
+    for kind in get_args(annotation) or (annotation,):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def _tags(field: FieldInfo) -> dict[str, type[BaseModel]]:

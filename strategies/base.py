@@ -18,123 +18,33 @@ This module needs no torch itself: listing strategies and checking a job must be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from distplat.platform.clocks import SYNCHRONOUS, Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Spec
 from distplat.platform.spec import Job
+from distplat.strategies.collective import Collective as Collective
+from distplat.strategies.collective import Handle as Handle
+from distplat.strategies.collective import ReduceOp as ReduceOp
 from distplat.strategies.ports import Pushed as Pushed
 from distplat.strategies.ports import Shards as Shards
 from distplat.strategies.ports import Traffic as Traffic
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from distplat.platform.pieces import Place
+    from distplat.platform.pipeline_trace import TraceReport
+    from distplat.strategies.task import Task
+    from distplat.strategies.training.compute import Compute, Share
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.optim import LocalOptimizer
     from distplat.strategies.training.parts import Part
     from distplat.strategies.training.restoring import SavedState
-
-
-class ReduceOp(StrEnum):
-    """How a collective combines the ranks' values."""
-
-    SUM = "sum"
-    AVG = "avg"
-    MIN = "min"
-    MAX = "max"
-    PRODUCT = "product"
-
-
-class Handle(Protocol):
-    """An operation under way."""
-
-    def wait(self) -> None:
-        """
-        Return when the result is there.
-
-        Raises:
-            CollectiveError: it failed or ran out of time; names the missing ranks.
-        """
-
-
-class Collective(Protocol):
-    """
-    A group of ranks as one of them sees it. Every rank calls the same operations in the same order.
-
-    Tensors are contiguous and of equal shape and dtype on all ranks; results are written in place
-    and are the same bits on every rank. Every operation raises `CollectiveError`, also where ranks
-    are found to be in different operations, or in one with different shapes.
-    """
-
-    @property
-    def rank(self) -> int:
-        """This rank's place in the group, from 0."""
-
-    @property
-    def world(self) -> int:
-        """Ranks in the group."""
-
-    @property
-    def traffic(self) -> Traffic:
-        """What this rank's operations have cost, sub-groups apart; updated as they end."""
-
-    def share(self, like: Tensor) -> Tensor:
-        """
-        Give a vector of zeros of the shape, dtype and device of `like`, for this group's use.
-
-        Where ranks share memory, an operation on it, or on the same part of it on every rank,
-        copies nothing. Every rank calls this. It is the group's: when the group is closed, take
-        what is needed out of it and let it go.
-        """
-
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
-        """Replace `tensor` by its combination over all ranks."""
-
-    def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
-        """Begin an all-reduce and go on; `tensor` is not to be touched until the handle is done."""
-
-    def reduce_scatter(
-        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
-    ) -> None:
-        """
-        Combine `inputs[r]` over all ranks into `output` of rank r; one input per rank.
-
-        Inputs may be of uneven sizes, the r-th the same on all ranks; `output` may be this rank's
-        own input.
-        """
-
-    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        """
-        Copy `tensor` of rank r into `outputs[r]` of every rank.
-
-        The ranks' tensors may be of uneven sizes; `tensor` may be this rank's own output.
-        """
-
-    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Replace `tensor` by that of rank `source`."""
-
-    def send(self, tensor: Tensor, to: int) -> None:
-        """Hand `tensor` to rank `to`, which calls `recv`."""
-
-    def recv(self, tensor: Tensor, source: int) -> None:
-        """Fill `tensor` with what rank `source` sends."""
-
-    def barrier(self) -> None:
-        """Return when every rank has come here."""
-
-    def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
-        """
-        Make a group of some of these ranks, in that order; each of them calls this.
-
-        Args:
-            name: one that no other group within this one has, members apart or not.
-            ranks: places in this group.
-        """
+    from distplat.strategies.training.session import Prepared
 
 
 class Options(Spec):
@@ -153,6 +63,10 @@ class GroupSpec:
     """Compare every operation between the ranks, not only the first ones."""
 
 
+WIRES: dict[str, str | None] = {"exact": None, "fp16": "float16", "bf16": "bfloat16"}
+"""What the servers' option `wire` may be, and the type in torch that it means."""
+
+
 @dataclass(frozen=True)
 class Roles:
     """What a strategy needs besides the workers."""
@@ -163,8 +77,15 @@ class Roles:
     """Ray resources of one server node."""
     consistency: Consistency = SYNCHRONOUS
     """When the servers apply gradients."""
+    replication: int = 1
+    """How many servers keep each shard: one, or a primary and its backup."""
+    wire: str | None = None
+    """Name in torch of the type that travels between workers and servers of two nodes."""
     collective: GroupSpec | None = None
     """The group of all workers; None: workers get no port `Collective`."""
+    group_size: int = 1
+    """Workers that hold one copy of the model together; they are placed on one node if it has
+    room for them."""
 
 
 @dataclass
@@ -222,6 +143,9 @@ class Strategy(ABC, Generic[OptionsT]):
     summary: ClassVar[str]
     """One line for `distplat strategies`."""
     options_type: ClassVar[type[Options]] = Options
+    cuts_model: ClassVar[bool] = False
+    """Whether a rank has a part of the model only: then `replicas`, `holders`, `build`, `own_part`
+    and `compute` are its own, too."""
     has_parts: ClassVar[bool] = False
     """Whether `part` is there; a job that wants checkpoints is refused where it is not."""
 
@@ -244,6 +168,26 @@ class Strategy(ABC, Generic[OptionsT]):
         """
         return False
 
+    def replicas(self, job: Job) -> int:
+        """Count the copies of the model; each takes its part of every batch."""
+        return job.scaling.world
+
+    def holders(self, job: Job) -> tuple[tuple[int, ...], ...]:
+        """Give, for each part into which the model is cut, the ranks that have it."""
+        return (tuple(range(job.scaling.world)),)
+
+    def build(self, task: Task) -> nn.Module:
+        """Build the model, whole; seeded before."""
+        return task.model()
+
+    def own_part(self, prepared: Prepared, rank: int, collective: Collective | None) -> FlatModel:
+        """
+        Give what this rank trains; asked in every attempt, of all ranks.
+
+        A strategy that cuts the model may talk to the other ranks about where.
+        """
+        return prepared.flat
+
     @abstractmethod
     def setup(self, context: Context) -> int:
         """
@@ -253,6 +197,21 @@ class Strategy(ABC, Generic[OptionsT]):
             Steps that `flat.params` now has behind it, the same on all ranks; 0 in a fresh run,
             those of `context.saved` in one that begins from a checkpoint.
         """
+
+    def caught_up(self) -> Share | None:
+        """
+        Give what this rank computed of the step before the one that `setup` gave.
+
+        For a rank that had not made that step when the attempt before ended, and made it in
+        `setup`: its part is still to be reported. None: nothing is.
+        """
+        return None
+
+    def compute(self, prepared: Prepared, context: Context) -> Compute:
+        """Give what makes this rank's share of the gradients; asked after `setup`."""
+        from distplat.strategies.training.compute import WholeModel  # torch: in workers only
+
+        return WholeModel(prepared, self, context.rank, context.alive)
 
     def skips(self, step: int) -> bool:
         """Say whether this rank leaves the step out; asked once before each step."""
@@ -272,6 +231,10 @@ class Strategy(ABC, Generic[OptionsT]):
     @abstractmethod
     def update(self, step: int) -> None:
         """Bring `flat.params` from version `step` to version `step + 1`."""
+
+    def places(self, flat: FlatModel) -> dict[str, Place] | None:
+        """Say where each tensor of `flat` lies in the whole model; None: `flat` is the whole."""
+        return None
 
     def part(self, version: int) -> Part:
         """
@@ -296,3 +259,11 @@ class Strategy(ABC, Generic[OptionsT]):
     def figures(self) -> dict[str, float]:
         """Give this rank's figures of the step just made, by name, for metrics and report."""
         return {}
+
+    def trace(self, step: int) -> TraceReport | None:
+        """Tell when what was done in the step just made, where that is wanted."""
+        return None
+
+    def trained(self, flat: FlatModel) -> dict[str, Tensor]:
+        """Give this rank's part of the trained model by name; the ports are still there."""
+        return flat.model.state_dict()

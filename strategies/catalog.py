@@ -23,13 +23,13 @@ from distplat.platform.job_file import job_of, read_job
 from distplat.platform.registry import Registry
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import problems_of
-from distplat.strategies.base import Strategy
+from distplat.strategies.base import Roles, Strategy
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "distplat.strategies"
 """Entry-point group under which other packages offer modules that register strategies."""
-_NOT_STRATEGIES = {"base", "catalog", "fakes", "ports", "task"}
+_NOT_STRATEGIES = {"base", "catalog", "collective", "fakes", "ports", "task"}
 
 
 def _discover() -> None:
@@ -130,7 +130,32 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
         field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
         found.append(Problem(("checkpoint", field), text, "remove it"))
     found.extend(strategy.problems(job))
+    found.extend(_embedding_problems(job, strategy.roles(job)))
     return None if found else strategy
+
+
+def tables_go_on(job: Job, roles: Roles) -> bool:
+    """
+    Say whether embedding tables, if there are any, can follow survivors of a failure.
+
+    They take one step back. Of asynchronous ones nobody knows how far they are, and servers of
+    parameters keep other steps than they do: these start anew together.
+    """
+    return job.embeddings is None or not (job.embeddings.asynchronous or roles.servers)
+
+
+def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:
+    """Tables make a step when every rank has pushed; some strategies' ranks do not keep step."""
+    steps, name = roles.consistency, job.strategy.name
+    if job.embeddings is None:
+        return []
+    if steps.backup_workers:
+        text = "cannot be combined with `backup_workers`: tables need every rank's push"
+        return [Problem(("embeddings",), text, "remove one of the two")]
+    if steps.asynchronous and not job.embeddings.asynchronous:
+        text = f"must be true under {name}: its ranks make steps of their own"
+        return [Problem(("embeddings", "asynchronous"), text)]
+    return []
 
 
 def load_job(

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,8 +23,13 @@ from distplat.platform.errors import CollectiveError
 from distplat.strategies.algorithms.reduce import sum_in_order
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
+from distplat.strategies.sparse.fake import InMemoryTables as InMemoryTables
+from distplat.strategies.sparse.fake import TableGroup as TableGroup
 from distplat.strategies.training.fake_servers import InMemoryShards as InMemoryShards
 from distplat.strategies.training.fake_servers import ServerGroup as ServerGroup
+
+_SLICE_S = 0.05
+"""How often who waits for a message looks round."""
 
 
 class Fabric:
@@ -38,15 +46,37 @@ class Fabric:
         self._changed = threading.Condition()
         self._rounds: dict[tuple[str, int], dict[int, Tensor | None]] = defaultdict(dict)
         self._mail: dict[tuple[str, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
-        self._dead_after: dict[int, int] = {}
+        self._dead_after: dict[int, tuple[int, str]] = {}
+        self._given_up = threading.Event()
 
     def collective(self, rank: int) -> InMemoryCollective:
         """Give rank's end of the group of all ranks."""
         return InMemoryCollective(self, "world", list(range(self.world)), rank)
 
-    def kill(self, rank: int, *, after: int) -> None:
-        """Inject a fault: `rank` never comes to its operation number `after` (from 0)."""
-        self._dead_after[rank] = after
+    def kill(self, rank: int, *, after: int, group: str = "") -> None:
+        """
+        Inject a fault: `rank` never comes to its operation number `after` (from 0) of a group.
+
+        Args:
+            rank: of the world.
+            after: operations are counted in each group.
+            group: what the group's name begins with; "": any group.
+        """
+        self._dead_after[rank] = after, group
+
+    def give_up(self) -> None:
+        """End all waits, as when an attempt is called off; what is complete stays so."""
+        self._given_up.set()
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_for_mail(self, mailbox: queue.Queue[Tensor]) -> Tensor | None:
+        """Give the next message; None: it did not come in time, or the attempt was called off."""
+        deadline = time.monotonic() + self.timeout_s
+        while not self._given_up.is_set() and time.monotonic() < deadline:
+            with suppress(queue.Empty):
+                return mailbox.get(timeout=min(_SLICE_S, self.timeout_s))
+        return None
 
     def meet(
         self,
@@ -63,7 +93,8 @@ class Fabric:
         Raises:
             CollectiveError: somebody did not come in time, or this rank was killed.
         """
-        if self._dead_after.get(me, number + 1) <= number:
+        after, prefix = self._dead_after.get(me, (number + 1, ""))
+        if after <= number and group.rpartition("/")[2].startswith(prefix):
             killed = (ranks.index(me),)
             raise CollectiveError(group, operation, number, killed, "this rank was killed")
         with self._changed:
@@ -72,11 +103,16 @@ class Fabric:
             if len(met) == len(ranks):
                 del self._rounds[group, number]  # the others have `met` in hand
             self._changed.notify_all()
-            if not self._changed.wait_for(lambda: len(met) == len(ranks), self.timeout_s):
+            complete_or_over = partial(self._over, met, len(ranks))
+            self._changed.wait_for(complete_or_over, self.timeout_s)
+            if len(met) < len(ranks):
                 missing = tuple(place for place, rank in enumerate(ranks) if rank not in met)
                 cause = f"waited {self.timeout_s:g} s"
                 raise CollectiveError(group, operation, number, missing, cause)
         return [met[rank] for rank in ranks]
+
+    def _over(self, met: dict[int, Tensor | None], ranks: int) -> bool:
+        return len(met) == ranks or self._given_up.is_set()
 
     def mailbox(self, group: str, source: int, to: int) -> queue.Queue[Tensor]:
         """Give the queue of messages from one rank to another."""
@@ -166,14 +202,19 @@ class InMemoryCollective:
         mailbox.put(tensor.clone())
         self._count(tensor.nbytes, 0)
 
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        """See `Collective`; done when this returns."""
+        self.send(tensor, to)
+        return _Done()
+
     def recv(self, tensor: Tensor, source: int) -> None:
         """See `Collective`."""
         mailbox = self._fabric.mailbox(self._name, self._members[source], self._me)
-        try:
-            tensor.copy_(mailbox.get(timeout=self._fabric.timeout_s))
-        except queue.Empty:
+        arrived = self._fabric.wait_for_mail(mailbox)
+        if arrived is None:
             cause = f"waited {self._fabric.timeout_s:g} s"
-            raise CollectiveError(self._name, "recv", self._number, (source,), cause) from None
+            raise CollectiveError(self._name, "recv", self._number, (source,), cause)
+        tensor.copy_(arrived)
         self._count(0, tensor.nbytes)
 
     def barrier(self) -> None:

@@ -1,12 +1,22 @@
-"""The port to the server group; `strategies/base.py` has the other one, and says what ports are."""
+"""
+The ports to servers: to those of the parameters, and to those of embedding tables.
+
+`strategies/base.py` has the port between workers, and says what ports are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from distplat.platform.table_plan import TablePlan, TableSpec
+    from distplat.strategies.sparse.routing import Routed
+    from distplat.strategies.sparse.table import RowGradients
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.restoring import SavedState
 
@@ -36,6 +46,8 @@ class Pushed:
     """How long servers held this rank up for others."""
     version: int = 0
     """Updates that the parameters have behind them, on the shard with the fewest."""
+    apply_s: float = 0.0
+    """What summing and updating took, on the slowest shard."""
     dropped: int = 0
     """This rank's pushes so far that came too late for their step."""
 
@@ -117,4 +129,55 @@ class Shards(Protocol):
 
         Raises:
             DeadlineExceeded: for `failure.step_timeout_s` no other rank has made a step.
+        """
+
+
+class Sending(Protocol):
+    """A push to embedding tables under way."""
+
+    def wait(self) -> None:
+        """
+        Return when every server has made the step.
+
+        Raises:
+            ActorLost: a server is gone.
+            DeadlineExceeded: somebody did not come.
+        """
+
+
+class Tables(Protocol):
+    """The servers of embedding tables as one worker sees them (docs/embeddings.md)."""
+
+    def connect(self, tables: tuple[TableSpec, ...], total_steps: int, version: int) -> TablePlan:
+        """
+        Begin an attempt; give what the servers were told.
+
+        Args:
+            tables: the same on all ranks.
+            total_steps: updates in the run; servers need it for the learning rate.
+            version: steps that the ranks have behind them.
+
+        Raises:
+            ProtocolError: this worker's tables are not those of the others.
+            ActorLost: a server is gone.
+            DeadlineExceeded: a server did not answer.
+        """
+
+    def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
+        """
+        Give rows as the last step has left them, shape [n, width]; nothing is created.
+
+        Args:
+            table: its number.
+            ids: which rows.
+            keep: whether the memory stays as it is until the next push, else until the next pull.
+        """
+
+    def push(self, step: int, gradients: Sequence[tuple[Routed, RowGradients]]) -> Sending:
+        """
+        Begin to hand gradients over, at most one entry for each table; every rank, every step.
+
+        What was pulled before is gone. The gradients must not change, and nothing may be pulled,
+        before the handle is done. Then the gradients of all ranks are added in rank order and
+        applied, once.
         """

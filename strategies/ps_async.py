@@ -16,11 +16,12 @@ from pydantic import Field
 from distplat.platform.clocks import Consistency
 from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.spec import Job
-from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
+from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
 
 if TYPE_CHECKING:
     from distplat.strategies.training.parts import Part
+    from distplat.strategies.training.running_stats import Buffers
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 
@@ -38,6 +39,10 @@ class PsAsyncOptions(Options):
     """Divide the learning rate by the number of updates that came between pull and push."""
     delay_compensation: NonNegative = 0.0
     """Lambda of DC-ASGD's correction for these updates; 0: none. Try 0.04 to 2."""
+    replication: int = Field(1, ge=1, le=2, strict=True)
+    """2: each shard has a backup, which takes over when its server is lost."""
+    wire: Literal["exact", "fp16", "bf16"] = "exact"
+    """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
 
 
 @strategies.register("ps-async")
@@ -47,6 +52,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
     summary = "asynchronous data parallel: sharded parameter server, workers at their own pace"
     has_parts = True
     options_type = PsAsyncOptions
+    _buffers: Buffers | None = None
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
@@ -57,17 +63,33 @@ class PsAsync(Strategy[PsAsyncOptions]):
             staleness_lr=chosen.staleness_lr,
             delay_compensation=chosen.delay_compensation,
         )
-        return Roles(chosen.num_servers, chosen.resources_per_server, consistency)
+        return Roles(
+            chosen.num_servers,
+            chosen.resources_per_server,
+            consistency,
+            replication=chosen.replication,
+            wire=WIRES[chosen.wire],
+        )
+
+    def survivors_go_on(self) -> bool:
+        """All state is the servers': a worker that was lost takes none with it."""
+        return True
 
     def setup(self, context: Context) -> int:
         """Take the servers' parameters."""
+        from distplat.strategies.training.running_stats import Buffers  # torch: in workers only
+
         self._context, self._shards, self._flat = context, context.shards, context.flat
-        self._done, self._finished = context.flat.version, False
-        self._start = self._done
+        self._pushes, self._finished = 0, False
         self._last = Pushed()
         self._stale_sum = 0
-        self._shards.connect(context.flat, context.saved)
-        return context.flat.version
+        before, flat = context.flat.version, context.flat
+        self._shards.connect(flat, context.saved)
+        if self._buffers is not None and flat.version == before:
+            self._buffers.restore()  # this rank's forward of the step is made once more
+        self._buffers = Buffers(flat.model)
+        self._done = flat.version
+        return self._done
 
     def exchange(self, step: int) -> None:
         """Push; returns when it is applied and the newest parameters are here."""
@@ -91,7 +113,10 @@ class PsAsync(Strategy[PsAsyncOptions]):
 
     def update(self, step: int) -> None:
         """Count; the servers have made the update."""
+        assert self._buffers is not None, "setup() comes first"
         self._done = step + 1
+        self._pushes += 1
+        self._buffers.keep()
         self._stale_sum += self._last.staleness
 
     def part(self, version: int) -> Part:
@@ -114,6 +139,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
         """Give the staleness of the push just made, its mean so far, and the wait for others."""
         return {
             "staleness": float(self._last.staleness),
-            "staleness_mean": self._stale_sum / max(1, self._done - self._start),
+            "staleness_mean": self._stale_sum / max(1, self._pushes),
             "waiting_s": self._last.waiting_s,
+            "apply_s": self._last.apply_s,
         }

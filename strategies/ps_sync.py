@@ -11,7 +11,7 @@ and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -19,11 +19,12 @@ from distplat.platform.clocks import Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import NonNegative
 from distplat.platform.spec import Job
-from distplat.strategies.base import Context, Options, Pushed, Roles, Strategy
+from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
 
 if TYPE_CHECKING:
     from distplat.strategies.training.parts import Part
+    from distplat.strategies.training.running_stats import Buffers
 
 
 class PsSyncOptions(Options):
@@ -35,6 +36,10 @@ class PsSyncOptions(Options):
     """Ray resources of one server node; by default none, for it works while workers wait."""
     backup_workers: int = Field(0, ge=0, le=1023, strict=True)
     """Gradients that a step does not wait for; with it, runs do not repeat bit for bit."""
+    replication: int = Field(1, ge=1, le=2, strict=True)
+    """2: each shard has a backup, which takes over when its server is lost."""
+    wire: Literal["exact", "fp16", "bf16"] = "exact"
+    """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
 
 
 @strategies.register("ps-sync")
@@ -44,12 +49,19 @@ class PsSync(Strategy[PsSyncOptions]):
     summary = "synchronous data parallel: sharded parameter server, updates on the server nodes"
     has_parts = True
     options_type = PsSyncOptions
+    _buffers: Buffers | None = None
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
         chosen = self.options
         consistency = Consistency(backup_workers=chosen.backup_workers)
-        return Roles(chosen.num_servers, chosen.resources_per_server, consistency)
+        return Roles(
+            chosen.num_servers,
+            chosen.resources_per_server,
+            consistency,
+            replication=chosen.replication,
+            wire=WIRES[chosen.wire],
+        )
 
     def problems(self, job: Job) -> list[Problem]:
         """Refuse more backup workers than can be done without, and shards that would not agree."""
@@ -60,15 +72,28 @@ class PsSync(Strategy[PsSyncOptions]):
         if backup and self.options.num_servers > 1:
             text = "needs `num_servers: 1`: each shard would take other workers' gradients"
             return [Problem(where, text)]
+        if backup and self.options.replication > 1:
+            text = "does not go together with `replication: 2`"
+            return [Problem(where, text)]
         return []
 
+    def survivors_go_on(self) -> bool:
+        """All state is the servers': a worker that was lost takes none with it."""
+        return True
+
     def setup(self, context: Context) -> int:
-        """Move the model's buffers to where the servers reach them; take their parameters."""
+        """Move the model to where the servers reach it; take their parameters."""
+        from distplat.strategies.training.running_stats import Buffers  # torch: in workers only
+
         self._context, self._shards = context, context.shards
         self._pushed = Pushed()
         self._skipped = 0
-        self._shards.connect(context.flat, context.saved)
-        return context.flat.version
+        before, flat = context.flat.version, context.flat
+        self._shards.connect(flat, context.saved)
+        if self._buffers is not None and flat.version == before:
+            self._buffers.restore()  # this rank's forward of the step is made once more
+        self._buffers = Buffers(flat.model)
+        return flat.version
 
     def skips(self, step: int) -> bool:
         """Say whether the others have made the step without this rank."""
@@ -82,8 +107,10 @@ class PsSync(Strategy[PsSyncOptions]):
 
     def update(self, step: int) -> None:
         """Commit, where the shards had to learn the norm over all of them first."""
+        assert self._buffers is not None, "setup() comes first"
         if self._pushed.norm is not None:
             self._shards.commit(step, self._pushed.norm)
+        self._buffers.keep()
 
     def part(self, version: int) -> Part:
         """Rank 0 gives what the servers keep, and its buffers."""
@@ -102,8 +129,8 @@ class PsSync(Strategy[PsSyncOptions]):
             self._shards.refresh()
 
     def figures(self) -> dict[str, float]:
-        """Give how long servers held this rank up, and what came of its gradients so far."""
-        found = {"waiting_s": self._pushed.waiting_s}
+        """Give how long servers held this rank up and worked, and what its gradients came to."""
+        found = {"waiting_s": self._pushed.waiting_s, "apply_s": self._pushed.apply_s}
         if self.options.backup_workers:
             found |= {"dropped": float(self._pushed.dropped), "skipped": float(self._skipped)}
         return found

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat.strategies.task import Task
+from distplat.strategies.tensor.heads import HeadLayout
 
 MODULES = (
     "argparse ast bdb calendar codecs configparser contextlib csv dataclasses difflib dis enum "
@@ -147,6 +148,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with several heads."""
 
+    head_layout = HeadLayout(inwards={"inwards": "3 heads features"}, outwards="outwards")
+
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -155,13 +158,12 @@ class Attention(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[batch, block, width] -> the same shape."""
-        batch, length, width = features.shape
-        split = self.inwards(features).view(batch, length, 3, self.heads, width // self.heads)
+        split = self.inwards(features).unflatten(-1, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=True
         )
-        out: Tensor = self.outwards(mixed.transpose(1, 2).reshape(batch, length, width))
+        out: Tensor = self.outwards(mixed.transpose(1, 2).flatten(2))
         return out
 
 

@@ -74,10 +74,15 @@ class BucketReducer:
         self._hooks = _listen(flat, self._on_gradient) if overlap and not self._alone else []
 
     def last_backward(self) -> None:
-        """See `Reducer`."""
+        """See `Reducer`. Called once for each part that has a last backward of its own."""
         if not self._alone:
-            self._begin()
+            if not self._begun:
+                self._begin()
             self._listening = True
+
+    def pause(self) -> None:
+        """Be told that the backward is over, and that another one which is not the last follows."""
+        self._listening = False
 
     def finish(self) -> None:
         """See `Reducer`."""

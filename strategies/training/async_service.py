@@ -8,11 +8,13 @@ The values are copied under the lock and while their worker stands in the call, 
 computes on a vector that is half of one version and half of another.
 """
 
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.platform.ledger import Answer, PushId
+from distplat.platform.ledger import Answer, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.service import Deliver, Limits, Service
@@ -29,7 +31,11 @@ class AsyncService(Service):
         """See `Service`; returns when the worker is not too far ahead of the others."""
         rank, clocks = push.rank, self.shard.clocks
         with self._changed:
-            self.shard.push(push, gradient)
+            self._check_in_office()
+            began = time.perf_counter()
+            if self.shard.push(push, gradient) is Verdict.NEW:
+                self._apply_s = time.perf_counter() - began
+            self._confirm()
             self._went_on(rank)
             self._changed.notify_all()
             waited = self._wait(
@@ -57,4 +63,12 @@ class AsyncService(Service):
         version = self.shard.pull(rank)
         staleness = self.shard.staleness[rank]
         payload = deliver(self.params, version)
-        return Answer(version, staleness=staleness, waiting_s=waited, payload=payload)
+        done = self.shard.clocks.done[rank]
+        return Answer(
+            version,
+            staleness=staleness,
+            waiting_s=waited,
+            apply_s=self._apply_s,
+            done=done,
+            payload=payload,
+        )

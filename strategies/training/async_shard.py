@@ -15,7 +15,8 @@ of g g^T in the place of the Hessian:
 Plain and synchronous, as `ParameterShard`: it waits for nobody.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from distplat.platform.clocks import Clocks
 from distplat.platform.ledger import AsyncLedger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.keeping import Keeping, Kept
+from distplat.strategies.training.mirror import Mirror, Update
 from distplat.strategies.training.optim import (
     load_state,
     make_optimizer,
@@ -42,10 +44,15 @@ class AsyncShard:
         params: shape [m]; updated in place. Holds nothing of worth until `restore`.
     """
 
+    vectors: ClassVar[Sequence[str]] = ("params", "_values")
+    books: ClassVar[Sequence[str]] = ("ledger", "clocks", "log", "pulled", "staleness")
+
     def __init__(self, plan: ShardPlan, params: Tensor) -> None:
         self._plan, self.params = plan, params
-        self._optimizer = make_optimizer(plan.job.optimizer, params, torch.zeros_like(params))
-        self._parameter = self._optimizer.param_groups[0]["params"][0]
+        self.mirror: Mirror | None = None  #: the way to a backup
+        self._pulls: list[int] = []  #: ranks that took the present version: the backup is to know
+        self.optimizer = make_optimizer(plan.job.optimizer, params, torch.zeros_like(params))
+        self._parameter = self.optimizer.param_groups[0]["params"][0]
         how = plan.consistency
         self._lambda, self._scale_rate = how.delay_compensation, how.staleness_lr
         self.ledger = AsyncLedger(plan.run, plan.attempt, plan.world)
@@ -76,7 +83,7 @@ class AsyncShard:
             state: what the optimizer remembers of them; None: nothing.
         """
         world = self._plan.world
-        load_state(self._optimizer, state or {})
+        load_state(self.optimizer, state or {})
         self.ledger.restore(version * world, version)
         self.clocks.done = [version] * world
         self.pulled = [version * world] * world
@@ -90,9 +97,14 @@ class AsyncShard:
         """
         return self._keeping.give(version)
 
+    def renew(self, attempt: int) -> None:
+        """See `AsyncLedger.renew`."""
+        self.ledger.renew(attempt)
+
     def pull(self, rank: int) -> int:
         """Note that a worker takes the present `params`; give their version."""
         self.pulled[rank] = self.version
+        self._pulls.append(rank)
         if self._values:
             self._values[rank].copy_(self.params)
         return self.version
@@ -116,14 +128,31 @@ class AsyncShard:
             rank = push.rank
             self.staleness[rank] = before - self.pulled[rank]
             self.log.add(Applied(rank, push.seq, self.pulled[rank]))
+            if self.mirror is not None:
+                self.mirror.send(Update(before, push, tuple(self._pulls)), gradient)
+            self._pulls.clear()
             self._apply(rank, before, gradient)
             self.clocks.tick(rank)
             slowest = min(self.clocks.done)
             if self.clocks.done[rank] == slowest:  # else no rank behind it has moved
                 self._keeping.reached(
-                    slowest, lambda: {"": self.params, **state_of(self._optimizer)}
+                    slowest, lambda: {"": self.params, **state_of(self.optimizer)}
                 )
         return verdict
+
+    def follow(self, update: Update, gradient: Tensor) -> None:
+        """See `Mirrored`; pulls are made again too, for what was pulled corrects old gradients."""
+        assert update.push is not None, "an asynchronous update is one rank's"
+        for rank in update.pulls:
+            self.pull(rank)
+        if update.push.attempt > self.ledger.attempt:
+            self.renew(update.push.attempt)
+        self.push(update.push, gradient)
+
+    def pulled_elsewhere(self, rank: int, version: int) -> None:
+        """Note a rank's last pull, if it was one from a lost primary that told nobody any more."""
+        if version == self.version != self.pulled[rank]:
+            self.pull(rank)
 
     def _apply(self, rank: int, version: int, gradient: Tensor) -> None:
         scale = 1.0 / max(1, self.staleness[rank]) if self._scale_rate else 1.0
@@ -132,4 +161,4 @@ class AsyncShard:
             gradient = torch.addcmul(gradient, gradient * gradient, drift, value=self._lambda)
         self._parameter.grad = gradient  # the worker's own vector: optimizers only read it
         place = version // self._plan.world  # one step of the schedule: an update of each worker
-        step_optimizer(self._optimizer, self._plan.job, place, self._plan.total_steps, scale=scale)
+        step_optimizer(self.optimizer, self._plan.job, place, self._plan.total_steps, scale=scale)

@@ -27,9 +27,14 @@ class _Plan:
                 yield ids.tolist()
 
 
-def make_sampler(job: Job, data: Dataset[Any]) -> Sampler:
+def make_sampler(job: Job, data: Dataset[Any], replicas: int | None = None) -> Sampler:
     """
     Build the run's sampler.
+
+    Args:
+        job: the run.
+        data: the training samples.
+        replicas: copies of the model, which each take a part of the batch; None: one per worker.
 
     Raises:
         ValueError: the data set has no length, or is too small for one batch.
@@ -43,7 +48,7 @@ def make_sampler(job: Job, data: Dataset[Any]) -> Sampler:
     return Sampler(
         size=size,
         batch=job.global_batch_size,
-        world=job.scaling.world,
+        world=replicas or job.scaling.world,
         seed=job.seed,
         shuffle=job.data.shuffle,
         drop_last=job.data.drop_last,
@@ -56,18 +61,32 @@ def total_steps(job: Job, sampler: Sampler) -> int:
 
 
 def micro_batches(
-    job: Job, data: Dataset[Any], sampler: Sampler, rank: int, steps: range
+    job: Job, data: Dataset[Any], sampler: Sampler, rank: int, steps: range, parts: int
 ) -> Iterator[Any]:
-    """Give the collated micro-batches of one rank, in the order in which its steps want them."""
-    plan = _Plan(sampler, rank, job.gradient_accumulation, steps)
+    """
+    Give the collated micro-batches of one rank, in the order in which its steps want them.
+
+    Args:
+        job: how the data is loaded.
+        data: the training samples.
+        sampler: says which are whose.
+        rank: place among those that the sampler cuts the batch for.
+        steps: in this order.
+        parts: micro-batches of a step.
+    """
+    plan = _Plan(sampler, rank, parts, steps)
     return iter(_loader(job, data, plan))
 
 
-def eval_batches(job: Job, data: Dataset[Any], ids: range) -> Iterator[tuple[Any, int]]:
-    """Give the collated batches of some samples, each with its number of samples."""
-    size = max(1, job.global_batch_size // job.scaling.world)
+def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
+    """Give the collated batches of some samples, `size` or fewer in each, and the numbers."""
     groups = [ids[i : i + size] for i in range(0, len(ids), size)]
     return zip(_loader(job, data, groups), map(len, groups), strict=True)
+
+
+def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
+    """Give some samples, collated."""
+    return next(iter(DataLoader(data, batch_sampler=[ids])))
 
 
 def _loader(job: Job, data: Dataset[Any], plan: Any) -> DataLoader[Any]:

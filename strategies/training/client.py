@@ -34,6 +34,7 @@ def pushed(answers: Sequence[Answer]) -> Pushed:
         norm,
         staleness=max(answer.staleness for answer in answers),
         waiting_s=max(answer.waiting_s for answer in answers),
+        apply_s=max(answer.apply_s for answer in answers),
         version=min(answer.version for answer in answers),
         dropped=max(answer.dropped for answer in answers),
     )

@@ -48,13 +48,17 @@ def profile(layers: Sequence[Layer], inputs: Tensor, repeats: int = 5) -> list[L
         SpecError: a layer gives something else than one tensor.
     """
     costs = []
+    for layer in layers:
+        cost, inputs = measured(layer, inputs, repeats)
+        costs.append(cost)
+    return costs
+
+
+def measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Tensor]:
+    """Measure one layer as `profile` does; give its outputs, too, for the next one."""
     devices = [inputs.device] if inputs.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        for layer in layers:
-            cost, outputs = _measured(layer, inputs.detach(), repeats)
-            costs.append(cost)
-            inputs = outputs
-    return costs
+        return _measured(layer, inputs.detach(), repeats)
 
 
 def _measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Tensor]:

@@ -116,7 +116,7 @@ class InMemoryShards:
         """See `Shards`."""
         for cut in self._cuts:
             service = self._group.service(cut.index)
-            service.pull(self._rank, self._pulls, self._deliver(cut))
+            service.pull(self._rank, (0, self._pulls), self._deliver(cut))
         self._pulls += 1
 
     def copies(self, version: int) -> list[ShardCopy] | None:

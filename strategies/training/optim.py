@@ -1,6 +1,7 @@
 """The job's optimizer over a flat vector: torch's own classes, our schedule and clipping."""
 
 import inspect
+import math
 from collections.abc import Mapping
 
 import torch
@@ -101,6 +102,9 @@ class LocalOptimizer:
     def step(self, step: int) -> None:
         """Clip as the job says and update; `flat.grads` holds the gradient of the global batch."""
         if self._job.clip_norm is not None:
-            norm = squared_norm(self._flat.grads) ** 0.5
-            self._flat.grads.mul_(clip_factor(norm, self._job.clip_norm))
+            self._flat.grads.mul_(clip_factor(self._norm(), self._job.clip_norm))
         step_optimizer(self._optimizer, self._job, step, self._total)
+
+    def _norm(self) -> float:
+        """Give the 2-norm of the gradient of the whole model."""
+        return math.sqrt(squared_norm(self._flat.grads))

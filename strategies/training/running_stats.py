@@ -7,14 +7,35 @@ from torch.nn.modules.batchnorm import _NormBase
 from distplat.strategies.base import Collective, ReduceOp
 
 
-class RunningStatistics:
+class Buffers:
+    """
+    A model's buffers as they were before the step in flight: a forward writes into them.
+
+    Args:
+        model: on its device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = list(model.buffers())
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def keep(self) -> None:
+        """Remember all buffers as those of the present version."""
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            kept.copy_(buffer)
+
+    def restore(self) -> None:
+        """Put back what was kept last."""
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            buffer.copy_(kept)
+
+
+class RunningStatistics(Buffers):
     """
     Keeps the running statistics of normalisation layers equal: their mean, in every step.
 
     So an evaluation and the saved model see all samples, and no rank holds anything that dies with
-    it. Other buffers are left alone: most are constants, which a mean would round. A forward writes
-    into buffers, so one that is repeated after a failure must find them as they were: `keep` and
-    `restore`.
+    it. Other buffers are left alone: most are constants, which a mean would round.
 
     Args:
         model: on its device.
@@ -22,9 +43,8 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module, group: Collective) -> None:
+        super().__init__(model)
         self._group = group
-        self._buffers = list(model.buffers())
-        self._kept = [buffer.clone() for buffer in self._buffers]
         self._by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for layer in model.modules():
             if isinstance(layer, _NormBase):
@@ -47,13 +67,3 @@ class RunningStatistics:
             sizes = [buffer.numel() for buffer in buffers]
             for buffer, mean in zip(buffers, torch.split(together, sizes), strict=True):
                 buffer.copy_(mean.view(buffer.shape))
-
-    def keep(self) -> None:
-        """Remember all buffers as those of the present version."""
-        for kept, buffer in zip(self._kept, self._buffers, strict=True):
-            kept.copy_(buffer)
-
-    def restore(self) -> None:
-        """Put back what was kept last."""
-        for kept, buffer in zip(self._kept, self._buffers, strict=True):
-            buffer.copy_(kept)

@@ -10,19 +10,28 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.platform.errors import DeadlineExceeded, ProtocolError, StaleError
+from distplat.platform.errors import (
+    DeadlineExceeded,
+    DistplatError,
+    FencedError,
+    ProtocolError,
+    StaleError,
+)
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.keeping import Kept
 from distplat.strategies.training.shard import ParameterShard
 
+Result = TypeVar("Result")
+PullId = tuple[int, int]
+"""Attempt, and number of the worker's pull in it, from 0: the later is the greater."""
 Deliver = Callable[[Tensor, int], Any]
 """Bring a shard's values, of the given version, to a worker; what it gives goes into the answer."""
 
@@ -50,16 +59,18 @@ class Service(ABC):
         self, name: str, plan: ShardPlan, limits: Limits, shard: ParameterShard | AsyncShard
     ) -> None:
         self._name, self._plan, self._limits = name, plan, limits
-        self._served = shard
+        self.served = shard  #: to be touched with the lock held, see `exclusively`
         self._changed = threading.Condition()
-        self._pulls: dict[int, tuple[int, Answer | None]] = {}  #: rank -> its last pull's number
+        self._pulls: dict[int, tuple[PullId, Answer | None]] = {}  #: rank -> its last pull's number
         self._pushes: dict[int, tuple[int, Answer]] = {}  #: rank -> its last push's number
         self._opened_at = 0  #: the version with which service began
+        self._apply_s = 0.0  #: what the last update took
+        self._deposed: DistplatError | None = None  #: why this server may acknowledge nothing more
 
     @property
     def params(self) -> Tensor:
         """The shard's vector, shape [m]."""
-        return self._served.params
+        return self.served.params
 
     def restore(
         self,
@@ -76,9 +87,9 @@ class Service(ABC):
             state: what the optimizer remembers; None: nothing.
         """
         with self._changed:
-            if self._served.ledger.version is None:
+            if self.served.ledger.version is None:
                 fill(self.params)
-                self._served.restore(version, state)
+                self.served.restore(version, state)
                 self._opened_at = version
             self._changed.notify_all()
 
@@ -94,16 +105,16 @@ class Service(ABC):
             Steps of the slowest rank, and the copies; None: they are not here.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._served.steps >= version, limit_s)
-            return self._served.steps, self._served.kept(version)
+            self._changed.wait_for(lambda: self.served.steps >= version, limit_s)
+            return self.served.steps, self.served.kept(version)
 
-    def pull(self, rank: int, number: int, deliver: Deliver) -> Answer:
+    def pull(self, rank: int, number: PullId, deliver: Deliver) -> Answer:
         """
         Give the newest values, once there are any.
 
         Args:
             rank: of the worker.
-            number: of its pull, from 0: one that comes late, or again, must not touch its values.
+            number: of its pull; one that comes late, or again, must not touch its values.
             deliver: brings them.
 
         Raises:
@@ -111,11 +122,12 @@ class Service(ABC):
             DeadlineExceeded: nobody restored the shard.
         """
         with self._changed:
-            ready = self._served.ledger
+            ready = self.served.ledger
             what = f"parameters of {self._name}"
             opened = lambda: ready.version is not None  # noqa: E731
             self._wait(opened, what, lambda: [0], self._limits.start_s, "start_timeout_s")
-            last, answer = self._pulls.get(rank, (-1, None))
+            self._wait_for_backup()
+            last, answer = self._pulls.get(rank, ((-1, -1), None))
             if number < last or (number == last and answer is None):
                 raise StaleError(f"pull {number} of rank {rank} refused: it has gone on since")
             if number > last or answer is None:
@@ -154,6 +166,51 @@ class Service(ABC):
     def _take(self, rank: int, deliver: Deliver, waited: float) -> Answer:
         """Have the present values delivered; the condition is held."""
 
+    def exclusively(self, action: Callable[[], Result]) -> Result:
+        """Do something with the shard while nobody else does; who waits looks again after it."""
+        with self._changed:
+            try:
+                return action()
+            finally:
+                self._changed.notify_all()
+
+    def renew(self, attempt: int) -> None:
+        """
+        Begin a later attempt, unless it has begun; the lock is held.
+
+        Who waits here for a rank that was lost is told so; it has its orders by now.
+        """
+        if attempt > self.served.ledger.attempt:
+            self.served.renew(attempt)
+            self._opened_at = self.served.steps
+            self._changed.notify_all()
+
+    def forget(self, rank: int) -> None:
+        """A worker has new vectors: deliver the answer to its last push once more when it asks."""
+        self._pushes.pop(rank, None)
+
+    def _confirm(self) -> None:
+        """Return when the backup, if there is one, has made the update just made here."""
+        mirror = self.served.mirror
+        if mirror is None:
+            return
+        try:
+            mirror.confirm()
+        except DistplatError as error:
+            self._deposed = error
+            self._changed.notify_all()
+            raise
+
+    def _wait_for_backup(self) -> None:
+        mirror, limit = self.served.mirror, self._limits.start_s
+        if not self._changed.wait_for(lambda: mirror is None or mirror.settled, limit):
+            late = (f"the backup of {self._name}",)
+            raise DeadlineExceeded("the first copy", late, limit, "failure.start_timeout_s")
+
+    def _check_in_office(self) -> None:
+        if self._deposed is not None:
+            raise FencedError(f"{self._name} serves no more: {self._deposed}")
+
     def _answered(self, push: PushId) -> bool:
         """Say whether this push was answered before."""
         return push.rank in self._pushes and self._pushes[push.rank][0] >= push.seq
@@ -185,7 +242,17 @@ class Service(ABC):
     ) -> float:
         """Wait on the condition, which is held; give the seconds."""
         began = time.monotonic()
-        if not self._changed.wait_for(arrived, limit_s):
+        ledger = self.served.ledger
+        attempt = ledger.attempt
+
+        def over() -> bool:
+            return self._deposed is not None or ledger.attempt != attempt
+
+        there = self._changed.wait_for(lambda: over() or arrived(), limit_s)
+        self._check_in_office()
+        if ledger.attempt != attempt:
+            raise FencedError(f"{what}: attempt {attempt} is over")
+        if not there:
             late = tuple(f"worker-{rank}" for rank in missing())
             raise DeadlineExceeded(what, late, limit_s, f"failure.{setting}")
         return time.monotonic() - began

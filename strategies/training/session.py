@@ -14,10 +14,12 @@ import torch
 from torch.utils.data import Dataset
 
 from distplat.platform.checkpoints import is_due
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, Shards, Strategy
+from distplat.strategies.ports import Tables
+from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
 from distplat.strategies.training.batches import make_sampler, total_steps
 from distplat.strategies.training.flat import FlatModel
@@ -32,11 +34,23 @@ class Prepared:
 
     job: Job
     task: Task
-    flat: FlatModel
+    model: torch.nn.Module | None
+    """The whole model, where the strategy cuts it and has not yet done so."""
     data: Dataset[Any]
     eval_data: Dataset[Any] | None
     sampler: Sampler
     total_steps: int
+    device: str
+    part: FlatModel | None = None
+    """What this worker trains; None: the strategy has yet to cut it."""
+    lookups: Lookups | None = None
+    """The model's embedding tables, if it has some."""
+
+    @property
+    def flat(self) -> FlatModel:
+        """What this worker trains; only once it is known."""
+        assert self.part is not None, "join() comes first: the strategy cuts the model"
+        return self.part
 
 
 @dataclass(frozen=True)
@@ -55,24 +69,36 @@ FRESH = Around()
 """No checkpoints."""
 
 
-def prepare(job: Job, task: Task, device: str = "cpu") -> Prepared:
+def prepare(
+    job: Job, task: Task, device: str = "cpu", strategy: Strategy[Any] | None = None
+) -> Prepared:
     """
     Build model and data. Seeded before each call of the user's code, so that ranks agree.
+
+    Args:
+        job: the run.
+        task: the user's.
+        device: where the model trains.
+        strategy: the job's; None: one whose ranks have the whole model each.
 
     Raises:
         ValueError: a model or data set that cannot be trained; or whatever the task raises.
     """
     torch.manual_seed(job.seed)
-    model = task.model()
+    model = task.model() if strategy is None else strategy.build(task)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model() must return a torch.nn.Module, got {type(model).__name__}")
-    flat = FlatModel(model.to(device))
+    lookups = lookups_of(model, job)
+    whole = strategy is None or not strategy.cuts_model
+    part = FlatModel(model.to(device)) if whole else None
     torch.manual_seed(job.seed)
     data = task.train_data()
-    sampler = make_sampler(job, data)
+    sampler = make_sampler(job, data, None if strategy is None else strategy.replicas(job))
     torch.manual_seed(job.seed)
     eval_data = task.eval_data()
-    return Prepared(job, task, flat, data, eval_data, sampler, total_steps(job, sampler))
+    steps = total_steps(job, sampler)
+    left = None if whole else model
+    return Prepared(job, task, left, data, eval_data, sampler, steps, device, part, lookups)
 
 
 def join(
@@ -82,7 +108,8 @@ def join(
     *,
     collective: Collective | None,
     shards: Shards | None,
-    report: Callable[[StepReport | EvalReport], None],
+    tables: Tables | None = None,
+    report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
 ) -> Loop:
@@ -94,27 +121,30 @@ def join(
         DistplatError: whatever the ports raise while the ranks find each other.
     """
     p = prepared
+    p.part = strategy.own_part(p, rank, collective)
     world = p.job.scaling.world
     if around.saved is not None:
         around.saved.check_data(p.sampler.size)
-        around.saved.load_model(p.flat)
+        around.saved.load_model(p.flat, strategy.places(p.flat))
     context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards, progress.beat)
     context = replace(context, saved=around.saved, base=around.base)
     start = strategy.setup(context)
+    if p.lookups is not None and tables is not None:
+        p.lookups.connect(tables, p.total_steps, start)
     return Loop(
         p.job,
-        p.task,
-        p.data,
         p.eval_data,
         p.flat,
         p.sampler,
         p.total_steps,
         strategy,
+        strategy.compute(p, context),
         rank,
         report,
         progress,
         start,
         _checkpoints(p, strategy, around.take),
+        p.lookups,
     )
 
 

@@ -14,7 +14,8 @@ keeps the version before until the first push of the next step proves that all a
 So there is always a version that every shard can give, whoever dies at whatever moment (I3).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.algorithms.reduce import clip_factor, squared_norm, sum_in_order
 from distplat.strategies.training.keeping import Keeping, Kept
+from distplat.strategies.training.mirror import Mirror, Update
 from distplat.strategies.training.optim import (
     load_state,
     make_optimizer,
@@ -41,17 +43,20 @@ class ParameterShard:
         params: shape [m]; updated in place. Holds nothing of worth until `restore`.
     """
 
+    vectors: ClassVar[Sequence[str]] = ("params", "_before")
+    books: ClassVar[Sequence[str]] = ("ledger", "_before_version")
+
     def __init__(self, plan: ShardPlan, params: Tensor) -> None:
         self._plan, self.params = plan, params
+        self.mirror: Mirror | None = None  #: the way to a backup
         self._sum = torch.zeros_like(params)
-        self._optimizer = make_optimizer(plan.job.optimizer, params, self._sum)
+        self.optimizer = make_optimizer(plan.job.optimizer, params, self._sum)
         self._gradients: list[Tensor | None] = [None] * plan.world
         backup = plan.consistency.backup_workers
         self.ledger = Ledger(plan.run, plan.attempt, plan.world, backup)
         self._weight = plan.world / (plan.world - backup)
         self.squared_norm: float | None = None  #: of the staged sum, once complete and wanted
-        keeps = plan.shards > 1 and self.commits_alone
-        self._before: Tensor | None = params.clone() if keeps else None
+        self._before: Tensor | None = params.clone() if plan.shards > 1 else None
         self._before_version: int | None = None  #: version of `_before`
         self._keeping = Keeping(plan.checkpoint_every, plan.total_steps)
 
@@ -78,9 +83,14 @@ class ParameterShard:
             version: steps that they have behind them.
             state: what the optimizer remembers of them; None: nothing.
         """
-        load_state(self._optimizer, state or {})
+        load_state(self.optimizer, state or {})
         self.ledger.restore(version)
         self._before_version = None
+
+    def renew(self, attempt: int) -> None:
+        """See `Ledger.renew`."""
+        self.ledger.renew(attempt)
+        self._gradients = [None] * self._plan.world
 
     def values(self, version: int) -> Tensor:
         """
@@ -121,9 +131,9 @@ class ParameterShard:
                 self._add_up()
         return verdict
 
-    def commit(self, seq: int, norm: float | None) -> None:
+    def commit(self, seq: int, norm: float | None) -> bool:
         """
-        Apply the staged step; a second time does nothing.
+        Apply the staged step; False: it was applied before, nothing is done.
 
         Args:
             seq: the step.
@@ -133,12 +143,27 @@ class ParameterShard:
             ProtocolError: see `Ledger.commit`; nothing is changed.
         """
         if not self.ledger.commit(seq):
-            return
+            return False
         limit = self._plan.job.clip_norm
         if limit is not None and norm is not None:
             self._sum.mul_(clip_factor(norm, limit))
-        step_optimizer(self._optimizer, self._plan.job, seq, self._plan.total_steps)
-        self._keeping.reached(seq + 1, lambda: {"": self.params, **state_of(self._optimizer)})
+        if self.mirror is not None:
+            self.mirror.send(Update(seq), self._sum)
+        step_optimizer(self.optimizer, self._plan.job, seq, self._plan.total_steps)
+        self._keep(seq + 1)
+        return True
+
+    def follow(self, update: Update, gradient: Tensor) -> None:
+        """See `Mirrored`; `gradient` is summed and clipped, shape [m]."""
+        self._keep_present()
+        self._sum.copy_(gradient)
+        self.ledger.restore(update.version + 1)
+        step_optimizer(self.optimizer, self._plan.job, update.version, self._plan.total_steps)
+        self._keep(update.version + 1)
+
+    def _keep(self, version: int) -> None:
+        """Copy what a checkpoint of this version will want; a backup does, for it may be asked."""
+        self._keeping.reached(version, lambda: {"": self.params, **state_of(self.optimizer)})
 
     def _keep_present(self) -> None:
         """Every shard has the present version, or nobody could push a gradient made with it."""

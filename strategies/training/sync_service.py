@@ -1,5 +1,7 @@
 """A synchronous shard at work: the thread that brings a step's last gradient applies them all."""
 
+import time
+
 from torch import Tensor
 
 from distplat.platform.ledger import Answer, PushId
@@ -19,12 +21,16 @@ class SyncService(Service):
         """See `Service`; returns when the step is made, with this gradient or without it."""
         shard = self.shard
         with self._changed:
+            self._check_in_office()
+            began = time.perf_counter()
             shard.push(push, gradient)
             self._went_on(push.rank)
             if shard.ledger.complete:
                 if shard.commits_alone:
                     norm = shard.squared_norm
-                    shard.commit(push.seq, None if norm is None else norm**0.5)
+                    if shard.commit(push.seq, None if norm is None else norm**0.5):
+                        self._apply_s = time.perf_counter() - began
+                    self._confirm()
                 self._changed.notify_all()
             waited = self._wait(
                 lambda: shard.version > push.seq or shard.ledger.complete,
@@ -40,7 +46,11 @@ class SyncService(Service):
     def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> Answer:
         """See `Service`."""
         with self._changed:
-            self.shard.commit(seq, norm)
+            self._check_in_office()
+            began = time.perf_counter()
+            if self.shard.commit(seq, norm):
+                self._apply_s = time.perf_counter() - began
+            self._confirm()
             self._changed.notify_all()
             return self._take(rank, deliver, 0.0)
 
@@ -51,4 +61,11 @@ class SyncService(Service):
     def _take(self, rank: int, deliver: Deliver, waited: float) -> Answer:
         version, dropped = self.shard.version, self.shard.ledger.dropped[rank]
         payload = deliver(self.params, version)
-        return Answer(version, waiting_s=waited, dropped=dropped, payload=payload)
+        return Answer(
+            version,
+            waiting_s=waited,
+            apply_s=self._apply_s,
+            dropped=dropped,
+            done=version,
+            payload=payload,
+        )

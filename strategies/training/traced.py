@@ -11,6 +11,7 @@ of what is named in `inside` is traced (Reed et al., "torch.fx", 2022). So dropo
 their switch between training and evaluation. Nothing is computed: a model on `meta` can be traced.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,9 @@ from torch import fx, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.training.stages import Layer, layers_of
+
+_tracing = threading.Lock()
+"""While torch.fx traces, it changes what calling a module does, for all threads."""
 
 
 class _Tracer(fx.Tracer):
@@ -114,7 +118,8 @@ def _trace(model: nn.Module, inside: Sequence[str]) -> fx.Graph:
     try:
         for mode in (True, False):
             model.train(mode)
-            graphs.append(_Tracer(inside).trace(model))
+            with _tracing:
+                graphs.append(_Tracer(inside).trace(model))
     except Exception as error:
         raise _problem(
             f"{type(model).__name__} cannot be traced: {error}",

@@ -44,6 +44,18 @@ def first_to_come(marker: str) -> bool:
     return True
 
 
+class Paced(Blobs):
+    """Takes its time over each step until a file is there, so that something can happen before."""
+
+    def __init__(self, until: str, seconds: float = 0.04) -> None:
+        self.until, self.seconds = until, seconds
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if not os.path.exists(self.until):
+            time.sleep(self.seconds)
+        return super().loss(outputs, targets)
+
+
 class SlowStart(Blobs):
     """Takes its time over the data, in the process that gets there first."""
 
@@ -178,6 +190,14 @@ class Big(Blobs):
     def model(self) -> nn.Module:
         layers = [nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.Linear(1000, 3)]
         return nn.Sequential(*layers)
+
+
+class Deep(Blobs):
+    """Layers enough for several stages."""
+
+    def model(self) -> nn.Module:
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
+        return nn.Sequential(nn.Linear(5, 8), *blocks, nn.Linear(8, 3))
 
 
 class Drop(Blobs):

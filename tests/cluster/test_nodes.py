@@ -1,13 +1,17 @@
 """Two Ray nodes (on one host): bytes take another road, results do not change."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 from small_runs import HERE, distance, job, train, weights
+from table_runs import tables, words
+from test_server_loss import Losing, long_job, undisturbed
 
 from distplat.cli.main import run
 
@@ -89,3 +93,31 @@ def test_asynchronous_between_nodes(
     strategy = {"name": "ps-async", "num_servers": servers["num_servers"]}
     result = train(big({**strategy, "resources_per_server": resources}, scale), tmp_path)
     assert run(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
+
+
+@pytest.mark.parametrize("wire", ["fp16", "bf16"])
+def test_halves_between_nodes(wire: str, alone: Any, tmp_path: Path) -> None:
+    strategy = {"name": "ps-sync", "wire": wire, "resources_per_server": {"right": 1}}
+    result = train(big(strategy, scaling(2, left=1)), tmp_path)
+    assert 1e-7 < distance(weights(result), alone) < 1e-2
+
+
+def test_a_backup_is_on_the_other_node(tmp_path: Path) -> None:
+    """Its updates are bytes in a call; workers near one server are far from the one after it."""
+    done = tmp_path / "done"
+    losing = Losing(done, signal.SIGKILL, signal.SIGKILL)
+    spec = {**long_job({"name": "ps-sync"}, done), "scaling": scaling(2, left=1)}
+    result = train(spec, tmp_path, observers=(losing,))
+    assert len(losing.standstills) == 2, "the run was over too soon"
+    assert len(set(losing.nodes)) == 2
+    assert weights(result).tobytes() == undisturbed(spec)
+
+
+def test_rows_between_nodes(tmp_path: Path) -> None:
+    """A server of tables on each node, both workers on one of them."""
+    spec = words("ring", 2)
+    everywhere = {**spec["embeddings"], "resources_per_server": {"slot": 2}}
+    result = train({**spec, "embeddings": everywhere, "scaling": scaling(2, left=1)}, tmp_path)
+    expected = tables(train(words("ring", 0), tmp_path))
+    for name, rows in tables(result).items():
+        np.testing.assert_allclose(rows, expected[name], rtol=1e-5, atol=1e-6)

@@ -113,6 +113,19 @@ def check_send_recv(group: Collective) -> None:
     group.barrier()
 
 
+def check_started_sends(group: Collective) -> None:
+    """Both sides of a pair begin to send before either receives; nobody stands still."""
+    partner = group.rank ^ 1
+    if partner < group.world:
+        for number in range(3):
+            mine, arriving = part_of(group.rank + number), torch.zeros(7)
+            pending = group.start_send(mine, partner)
+            group.recv(arriving, partner)
+            pending.wait()
+            assert torch.equal(arriving, part_of(partner + number))
+    group.barrier()
+
+
 def check_sent_is_a_copy(group: Collective) -> None:
     """Once `send` returned, the sender may write into its tensor."""
     tensor = part_of(0)
@@ -191,6 +204,7 @@ CHECKS: dict[str, Check] = {
     **PART_CHECKS,
     "broadcast": check_broadcast,
     "send_recv": check_send_recv,
+    "started_sends": check_started_sends,
     "sent_is_a_copy": check_sent_is_a_copy,
     "disjoint_subgroups": check_disjoint_subgroups,
     "overlapping_subgroups": check_overlapping_subgroups,

@@ -10,12 +10,18 @@ from torch import Tensor
 from distplat.actors.courier import Courier
 from distplat.platform.collecting import Collecting, Delivery
 from distplat.platform.pieces import by_file, put_together
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import Fabric, InMemoryShards, ServerGroup
+from distplat.strategies.fakes import (
+    Fabric,
+    InMemoryShards,
+    InMemoryTables,
+    ServerGroup,
+    TableGroup,
+)
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
@@ -27,12 +33,16 @@ class Run:
     """What the ranks of a run have at its end."""
 
     ranks: list[Prepared]
-    reports: list[list[StepReport | EvalReport]]
+    reports: list[list[AnyReport]]
     """By rank."""
     progress: list[Progress]
     """By rank."""
+    trained: list[dict[str, Tensor]]
+    """By rank: its part of the trained model."""
     group: ServerGroup
     """With the shards' logs, where the strategy has servers."""
+    tables: TableGroup
+    """The embedding tables, where the job has some."""
     checkpoints: dict[int, SavedState] = field(default_factory=dict)
     """By version, as they would be read from the disk."""
 
@@ -62,16 +72,19 @@ def train(
     """
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
-    ranks = [prepare(job, task(**job.task_args)) for _ in range(world)]
+    strategies = [make_strategy(job) for _ in range(world)]
+    ranks = [prepare(job, task(**job.task_args), strategy=one) for one in strategies]
     for rank, prepared in enumerate(ranks):
         before(rank, prepared)
-    roles = make_strategy(job).roles(job)
+    roles = strategies[0].roles(job)
     steps, servers = ranks[0].total_steps, max(1, roles.servers)
     every = job.checkpoint.period(ranks[0].sampler.steps_per_epoch)
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
     group = ServerGroup(plan, timeout_s)
     fabric = Fabric(world, timeout_s)
-    run = Run(ranks, [[] for _ in range(world)], [Progress() for _ in range(world)], group)
+    tables = TableGroup(job)
+    progress = [Progress() for _ in range(world)]
+    run = Run(ranks, [[] for _ in range(world)], progress, [], group, tables)
     collecting, lock = Collecting(world), threading.Lock()
 
     def deliver(delivery: Delivery) -> None:
@@ -80,21 +93,23 @@ def train(
         if parts:
             run.checkpoints[delivery.version] = as_read(job, delivery.version, parts)
 
-    def body(rank: int) -> None:
+    def body(rank: int) -> dict[str, Tensor]:
         courier = Courier(rank, 0, lambda arrays: [a.copy() for a in arrays], deliver, timeout_s)
         join(
             ranks[rank],
-            make_strategy(job),
+            strategies[rank],
             rank,
             collective=fabric.collective(rank),
             shards=InMemoryShards(group, rank),
+            tables=InMemoryTables(tables, rank),
             report=run.reports[rank].append,
             progress=run.progress[rank],
             around=Around(saved, take=courier.take),
         ).run()
         courier.flush()
+        return strategies[rank].trained(ranks[rank].flat)
 
-    on_ranks(world, body)
+    run.trained = on_ranks(world, body)
     return run
 
 

@@ -65,6 +65,9 @@ class Recorder:
     def send(self, tensor: Tensor, to: int) -> None:
         raise NotImplementedError
 
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        raise NotImplementedError
+
     def recv(self, tensor: Tensor, source: int) -> None:
         raise NotImplementedError
 

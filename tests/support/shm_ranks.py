@@ -65,6 +65,10 @@ class ShmCollective:
         pending = self.end.start_all_reduce(tensor, _no_average(op))
         return _Averaged(pending, lambda: self._average(tensor, op))
 
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        self.end.send(tensor, to)
+        return _Sent()
+
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:
@@ -84,6 +88,11 @@ class ShmCollective:
     def _average(self, tensor: Tensor, op: ReduceOp) -> None:
         if op is ReduceOp.AVG:
             tensor.div_(self.world)
+
+
+class _Sent:
+    def wait(self) -> None:
+        pass
 
 
 class _Averaged:

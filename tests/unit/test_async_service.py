@@ -51,7 +51,7 @@ class Served:
         return self.service.push(push, noise(SIZE, rank, seq), self.deliver(rank))
 
     def pull(self, rank: int, number: int) -> Answer:
-        return self.service.pull(rank, number, self.deliver(rank))
+        return self.service.pull(rank, (1, number), self.deliver(rank))
 
 
 def test_a_push_brings_the_newest_values() -> None:

@@ -109,7 +109,12 @@ def test_strategies_are_made_with_their_options(
     ("strategy", "field", "message", "hint"),
     [
         ("rnig", "strategy", "unknown strategy 'rnig'", "did you mean 'ring'?"),
-        ("fakes", "strategy", "unknown strategy 'fakes'", "allowed: ps-async, ps-sync, ring"),
+        (
+            "fakes",
+            "strategy",
+            "unknown strategy 'fakes'",
+            "allowed: hybrid, ps-async, ps-sync, ring",
+        ),
         ({"name": "ring", "timeout": 5}, "strategy.timeout", "", "did you mean 'timeout_s'?"),
         ({"name": "ring", "num_servers": 2}, "strategy.num_servers", "", "allowed: backend"),
         ({"name": "ring", "timeout_s": 0}, "strategy.timeout_s", "0", ""),

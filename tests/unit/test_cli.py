@@ -210,7 +210,7 @@ def test_strategies_tell_options_with_type_default_and_meaning(
 ) -> None:
     assert run(["strategies", "-o", "json"]) == 0
     found = {strategy["name"]: strategy for strategy in json.loads(capsys.readouterr().out)}
-    servers, resources, _ = found["ps-sync"]["options"]
+    servers, resources, *_ = found["ps-sync"]["options"]
     assert (servers["name"], servers["type"]) == ("num_servers", "integer 1 to 256")
     assert servers["default"] == 1
     assert servers["description"].startswith("Server nodes")

@@ -27,6 +27,16 @@ TRAFFIC = {"sent_bytes": 84e6, "exposed_s": 0.01, "waiting_s": 0.0012, "working_
         ({"sent_bytes": 0.0, "exposed_s": 0.0, "optimizer_state_bytes": 0.0}, []),
         ({**TRAFFIC, "sent_bytes": 0.0}, []),  # alone
         (
+            {
+                "pipeline_s": 0.2,
+                "stage_busy_s": 0.17,
+                "bubble_ideal": 0.111,
+                "stage_sent_bytes": 2e6,
+                "stage_received_bytes": 1e6,
+            },
+            [("pipeline", "15% bubble, 11% with equal stages; 2 MB between stages per step")],
+        ),
+        (
             TRAFFIC,
             [
                 ("exchange", "84 MB sent per worker and step"),

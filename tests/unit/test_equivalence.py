@@ -21,7 +21,7 @@ from distplat.platform.progress import StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
-from distplat.strategies.training.loop import _step_seed
+from distplat.strategies.training.compute import _step_seed
 from distplat.strategies.training.session import Prepared
 
 SAMPLES, BATCH, EPOCHS = 37, 9, 3

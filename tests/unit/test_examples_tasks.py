@@ -29,7 +29,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("charlm:CharLM", TINY),
     "gpt-tied": ("charlm:CharLM", TINY | {"tied_embeddings": True}),
 }
-JOBS = ("digits/job.yaml", "digits/cnn.yaml", "charlm/job.yaml")
+JOBS = ("digits/job.yaml", "digits/cnn.yaml", "charlm/job.yaml", "charlm/hybrid.yaml")
 
 Build = Callable[[str, dict[str, Any]], Any]
 

@@ -132,6 +132,24 @@ def test_survivors_that_lack_state_go_back_too() -> None:
     assert not state.restart.everything, "that was the attempt before"
 
 
+SERVER_LOST = ActorLost("server-0", 3, "killed")
+
+
+@pytest.mark.parametrize("first", [Failed("server-manager", SERVER_LOST), stopped(2, SERVER_LOST)])
+@pytest.mark.parametrize("begin_anew", [True, False])
+def test_what_a_server_kept_is_given_up_only_if_the_job_says_so(
+    first: Failed, begin_anew: bool
+) -> None:
+    """Whoever notices the loss first, the manager or a worker."""
+    policy = Policy(max_failures=3, survivors_go_on=True, begin_anew=begin_anew)
+    rest: list[Event] = [*(stopped(rank, SERVER_LOST) for rank in range(3)), Tick()]
+    state = play([(1, first), *((1, event) for event in rest), (1 + SETTLE_S, Tick())], policy)
+    if begin_anew:
+        assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
+    else:
+        assert (state.phase, state.error) == (Phase.FAILED, SERVER_LOST)
+
+
 def lose(state: JobState, now: float, step: int) -> None:
     """All ranks are at work, have made `step` steps, then rank 1 dies."""
     for rank in range(3):

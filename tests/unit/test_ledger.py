@@ -138,6 +138,13 @@ class Histories(RuleBasedStateMachine):
         self.book.restore(len(self.applied))
         self.staged: list[int] = []
 
+    @rule()
+    def a_worker_is_replaced(self) -> None:
+        """The shard stays: what is staged is pushed once more, by all, in the next attempt."""
+        self.attempt += 1
+        self.book.renew(self.attempt)
+        self.staged.clear()
+
     @rule(
         rank=st.integers(0, WORLD - 1),
         ahead=st.sampled_from([0, 0, 0, -1, -2, -3, 1, 2]),

@@ -58,6 +58,7 @@ def test_a_step_whose_report_was_lost_comes_with_the_next() -> None:
     late, complete = gathering.add(step(1, 2))
     assert isinstance(late, StepSummary)
     assert (late.step, late.loss, late.samples) == (1, 4.0, 3)
+    assert isinstance(complete, StepSummary)
     assert (complete.step, complete.samples) == (2, 2)
 
 
@@ -77,6 +78,7 @@ def test_an_evaluation_hurries_no_step() -> None:
     assert steps(gathering, [step(0, 0)]) == []
     assert [len(gathering.add(report)) for report in evaluation] == [0, 1]
     [complete] = gathering.add(step(1, 0))
+    assert isinstance(complete, StepSummary)
     assert complete.samples == 2
 
 

@@ -58,9 +58,10 @@ def test_preemption_has_a_budget_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("failure", "survivors_go_on", "policy"),
     [
-        (Failure(), True, Policy(3, 100, True)),
-        (Failure(), False, Policy(0, 0, False)),
+        (Failure(), True, Policy(3, 100, True, begin_anew=False)),
+        (Failure(), False, Policy(0, 0, False, begin_anew=False)),
         (Failure(max_failures=7), False, Policy(7, 0, False)),
+        (Failure(max_failures=7), True, Policy(7, 100, True)),
         (Failure(max_failures=0, max_preemptions=1), True, Policy(0, 1, True)),
     ],
 )

@@ -1,0 +1,220 @@
+"""
+The server manager's hands: watches the servers of a replicated group, carries out its orders.
+
+    watch thread    a question open to every server; news ──▶ ServerGroup ──▶ orders
+    order threads   make, fill, promote, go alone; each ends with news of its own
+
+`platform/server_group.py` decides. One thread alone touches it, so news come in a queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+
+from distplat.actors.asking import Call, ask
+from distplat.actors.messages import Address
+from distplat.platform.errors import DistplatError, NotReadyError
+from distplat.platform.server_group import (
+    Fill,
+    GoAlone,
+    MakeBackup,
+    Order,
+    Promote,
+    Seat,
+    ServerGroup,
+)
+from distplat.platform.spec import Failure
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.1
+_ASK_EVERY_S = 0.5
+"""Period of the question to a server that answers."""
+_ANSWER_GRACE_S = 10.0
+"""A primary times out by itself and knows more; only a frozen one needs ours on top."""
+
+Make = Callable[[str, str], Any]
+"""Makes a server node: name, and the node on which it should rather not be."""
+Assign = Callable[[Any, int], Address]
+"""Gives a server its shard, as a backup; waits for the first worker, who knows the model."""
+
+
+class Caretaker:
+    """
+    Keeps a group of servers and their backups going.
+
+    Args:
+        primaries: handles of the first primaries, by shard.
+        limits: the job's deadlines.
+        make: see `Make`.
+        assign: see `Assign`.
+    """
+
+    def __init__(self, primaries: list[Any], limits: Failure, make: Make, assign: Assign) -> None:
+        self._limits, self._make, self._assign = limits, make, assign
+        self._group = ServerGroup(len(primaries))
+        self.handles = {f"server-{i}": handle for i, handle in enumerate(primaries)}
+        self._addresses: dict[str, Address] = {}  #: of promoted servers' parameters
+        self._news: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
+        self._open: dict[Any, tuple[str, float]] = {}  #: question -> (server, when it was asked)
+        self._heard: dict[str, float] = {}  #: server -> when it last answered
+        self._map = self._group.version, [f"server-{i}" for i in range(len(primaries))]
+        self._changed = threading.Condition()
+        self.lost: str | None = None  #: a server that was lost with all that it kept
+        threading.Thread(target=self._run, name="caretaker", daemon=True).start()
+
+    def primaries(self) -> tuple[int, list[str]]:
+        """Give the map's version, and by shard who serves."""
+        with self._changed:
+            return self._map
+
+    def seats(self) -> list[Seat]:
+        """Tell who keeps which shard."""
+        return [replace(seat) for seat in self._group.seats]
+
+    def address(self, server: str) -> Address | None:
+        """Give where a promoted server's parameters are; None: it was not promoted."""
+        return self._addresses.get(server)
+
+    def wait_past(self, version: int, limit_s: float) -> bool:
+        """Wait until the map is newer than that, or no hope is left; False: neither came."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._map[0] > version or self.lost is not None, limit_s
+            )
+
+    def _run(self) -> None:
+        self._start(self._group.begin())
+        while self._group.broken is None:
+            try:
+                news = self._news.get(timeout=_TICK_S)
+            except queue.Empty:
+                self._watch()
+            else:
+                self._start(news())
+        with self._changed:
+            self.lost = self._group.broken
+            self._changed.notify_all()
+
+    def _start(self, orders: list[Order]) -> None:
+        for order in orders:
+            logger.info("%s", order)
+            threading.Thread(target=self._carry_out, args=(order,), daemon=True).start()
+
+    def _carry_out(self, order: Order) -> None:
+        match order:
+            case MakeBackup():
+                work: Callable[[], Callable[[], list[Order]]] = partial(self._make_one, order)
+                suspect = order.server
+            case Fill():
+                work, suspect = partial(self._fill, order), order.backup
+            case Promote():
+                work, suspect = partial(self._promote, order), order.server
+            case GoAlone():
+                work, suspect = partial(self._leave_alone, order), order.server
+        try:
+            self._news.put(work())
+        except (DistplatError, ray.exceptions.RayError) as error:
+            logger.warning("%s failed: %s", order, error)
+            self._news.put(partial(self._lose, suspect))
+
+    def _make_one(self, order: MakeBackup) -> Callable[[], list[Order]]:
+        beside = self._ask(order.beside, "where", self.handles[order.beside].where.remote)
+        handle = self._make(order.server, beside)
+        self.handles[order.server] = handle
+        self._assign(handle, order.shard)
+        return partial(self._group.made, order.server)
+
+    def _fill(self, order: Fill) -> Callable[[], list[Order]]:
+        primary, backup = self.handles[order.primary], self.handles[order.backup]
+        call = partial(primary.mirror_to.remote, order.term, order.backup, backup)
+        until = time.monotonic() + self._limits.start_timeout_s
+        while True:
+            try:
+                self._ask(order.primary, "filling a backup", call)
+                break
+            except NotReadyError:  # no worker has brought parameters yet
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_TICK_S)
+
+        def ready() -> list[Order]:
+            self._group.filled(order.backup, order.term)
+            return []
+
+        return ready
+
+    def _promote(self, order: Promote) -> Callable[[], list[Order]]:
+        promote = self.handles[order.server].promote
+        address = self._ask(order.server, "promotion", partial(promote.remote, order.term))
+
+        def announce() -> list[Order]:
+            with self._changed:
+                self._addresses[order.server] = address
+                servers = list(self._map[1])
+                servers[order.shard] = order.server
+                self._map = self._map[0] + 1, servers
+                self._changed.notify_all()
+            return []
+
+        return announce
+
+    def _leave_alone(self, order: GoAlone) -> Callable[[], list[Order]]:
+        call = partial(self.handles[order.server].alone.remote, order.term)
+        self._ask(order.server, "going on alone", call)
+        return list
+
+    def _ask(self, server: str, what: str, call: Call) -> Any:
+        limit = self._limits.step_timeout_s + _ANSWER_GRACE_S
+        return ask(what, [call], [server], limit, "step_timeout_s")[0]
+
+    def _watch(self) -> None:
+        """Ask every server that has not been asked for a while; take the answers."""
+        now = time.monotonic()
+        asked = {name for name, _ in self._open.values()}
+        for name in self._group.servers:
+            due = now - self._heard.get(name, 0.0) > _ASK_EVERY_S
+            if name in self.handles and name not in asked and due:
+                self._open[self.handles[name].where.remote()] = name, now
+        questions = list(self._open)
+        answered = (
+            ray.wait(questions, num_returns=len(questions), timeout=0)[0] if questions else []
+        )
+        for question in answered:
+            name, _ = self._open.pop(question)
+            if self._answers(name, question):
+                self._heard[name] = now
+            else:
+                self._start(self._lose(name))
+        limit = self._limits.heartbeat_timeout_s
+        for question, (name, since) in list(self._open.items()):
+            if name in self._heard and now - since > limit:  # frozen; who starts is given time
+                del self._open[question]
+                self._start(self._lose(name))
+
+    def _answers(self, name: str, question: Any) -> bool:
+        try:
+            ray.get(question, timeout=0)
+        except ray.exceptions.ActorUnavailableError:  # one lost answer is no lost server
+            silent_s = time.monotonic() - self._heard.get(name, time.monotonic())
+            return silent_s < self._limits.heartbeat_timeout_s
+        except ray.exceptions.RayActorError:
+            return False
+        return True
+
+    def _lose(self, name: str) -> list[Order]:
+        orders = self._group.lost(name)
+        handle = self.handles.get(name)
+        if handle is not None:
+            logger.warning("%s is lost", name)
+            ray.kill(handle)  # it may only be frozen
+        return orders

@@ -1,0 +1,36 @@
+"""The embedding servers as sources of files: asked for one part at a time, none held longer."""
+
+from functools import partial
+from typing import Any
+
+from distplat.actors.asking import ask
+from distplat.actors.ensemble import Ensemble
+from distplat.platform.spec import Job
+from distplat.platform.table_plan import TableSpec
+from distplat.strategies.sparse.files import PartSource
+
+
+class _Server:
+    """One server (see `PartSource`)."""
+
+    def __init__(self, handle: Any, name: str, limit_s: float) -> None:
+        self._handle, self._name, self._limit_s = handle, name, limit_s
+
+    def sizes(self) -> list[tuple[TableSpec, int]]:
+        found: list[tuple[TableSpec, int]] = self._ask(self._handle.sizes.remote)
+        return found
+
+    def part(self, table: int, first: int, count: int) -> bytes:
+        found: bytes = self._ask(partial(self._handle.part.remote, table, first, count))
+        return found
+
+    def _ask(self, call: Any) -> Any:
+        return ask("saving tables", [call], [self._name], self._limit_s, "step_timeout_s")[0]
+
+
+def sources_of(ensemble: Ensemble, job: Job) -> list[PartSource]:
+    """Give the servers of a run that has ended well, in order."""
+    assert job.embeddings is not None, "only such jobs have servers of tables"
+    names = [f"embedding-server-{index}" for index in range(job.embeddings.servers)]
+    limit = job.failure.step_timeout_s
+    return [_Server(ensemble.roles[name], name, limit) for name in names]

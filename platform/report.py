@@ -1,0 +1,218 @@
+"""
+What a run came to: the figures of a report, without a word of how they are drawn.
+
+    record (run_record.py)  ->  Report  ->  a page, a table, JSON (cli/)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, quantiles
+
+from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
+from distplat.platform.run_record import RunRecord
+
+SILENT_S = 120.0
+"""Without a line for so long a run is said to be silent, unless its job gives a step longer."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands."""
+
+    word: str
+    """`SUCCEEDED`, `FAILED`, ... of its result; `RUNNING` or `UNKNOWN` where there is none."""
+    detail: str
+    """In a sentence; empty where the word says it."""
+    error: str = ""
+    """The error that ended it, as it was printed."""
+
+
+@dataclass(frozen=True)
+class PartOfTime:
+    """One part of a step: `data`, `compute`, `exchange`, `update`."""
+
+    name: str
+    total_s: float
+    share: float
+    """Of all parts, 0 to 1."""
+    median_s: float
+    """Of a step, the first one apart."""
+    p95_s: float
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """One of a strategy's figures over the run."""
+
+    name: str
+    mean: float
+    """The first step apart, in which ranks meet."""
+    least: float
+    most: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of the evaluations."""
+
+    name: str
+    points: tuple[tuple[int, float], ...]
+    """(steps done, value)."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A failure that the run went on after, and how long that took."""
+
+    setback: Setback
+    recovery: Recovery | None
+    """None: it did not come to that, or not yet."""
+
+
+def status_of(record: RunRecord, now_s: float) -> Status:
+    """
+    Say how a run stands.
+
+    Args:
+        record: of the run.
+        now_s: seconds since 1970.
+    """
+    if record.result is not None:
+        word = str(record.result.get("status", "UNKNOWN"))
+        return Status(word, "", str(record.result.get("error", "")))
+    silent = None if record.last_sign_s is None else now_s - record.last_sign_s
+    if silent is None:
+        return Status("UNKNOWN", "it has not ended by itself, and has written no metrics")
+    if silent < _patience(record):
+        return Status("RUNNING", f"last line {silent:.0f} s ago")
+    ago = f"{silent / 60:.0f} min" if silent < 7200 else f"{silent / 3600:.0f} h"
+    return Status("UNKNOWN", f"no result; last line {ago} ago: stalled, or its driver was killed")
+
+
+def _patience(record: RunRecord) -> float:
+    failure = record.job.get("failure")
+    deadline = failure.get("step_timeout_s") if isinstance(failure, Mapping) else None
+    return float(deadline) if isinstance(deadline, int | float) else SILENT_S
+
+
+def time_parts(steps: Sequence[StepSummary]) -> list[PartOfTime]:
+    """Give where the time went, in the order of a step; empty without steps."""
+    names = list(dict.fromkeys(name for step in steps for name in step.seconds))
+    series = {name: [_or_zero(step.seconds.get(name, 0.0)) for step in steps] for name in names}
+    whole = sum(map(sum, series.values())) or 1.0
+    return [
+        PartOfTime(
+            name,
+            sum(values),
+            sum(values) / whole,
+            median(values[1:] or values),
+            _p95(values[1:] or values),
+        )
+        for name, values in series.items()
+    ]
+
+
+def _p95(values: Sequence[float]) -> float:
+    return quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else values[0]
+
+
+def samples_per_s(steps: Sequence[StepSummary]) -> float | None:
+    """Give samples by seconds of work; None where nothing was done."""
+    busy = sum(_or_zero(s) for step in steps for s in step.seconds.values())
+    return sum(step.samples for step in steps) / busy if busy else None
+
+
+def figure_rows(steps: Sequence[StepSummary]) -> list[FigureRow]:
+    """Give all figures that any step has; values that are not finite do not count."""
+    found: dict[str, list[float]] = {}
+    first = {name for step in steps[:1] for name in step.figures}
+    for step in steps:
+        for name, value in step.figures.items():
+            found.setdefault(name, []).append(value)
+    rows = []
+    for name, every in found.items():
+        settled = every[1:] if name in first and len(every) > 1 else every
+        finite = [value for value in settled if math.isfinite(value)]
+        if finite:
+            rows.append(FigureRow(name, fmean(finite), min(finite), max(finite), every[-1]))
+    return rows
+
+
+def metrics(evaluations: Sequence[EvalSummary]) -> list[Metric]:
+    """Give each figure of the evaluations as a curve."""
+    names = list(dict.fromkeys(name for one in evaluations for name in one.metrics))
+    return [
+        Metric(name, tuple((e.step, e.metrics[name]) for e in evaluations if name in e.metrics))
+        for name in names
+    ]
+
+
+def restarts(record: RunRecord) -> list[Restart]:
+    """Put each setback together with what became of it."""
+    ended = {recovery.attempt: recovery for recovery in record.recoveries}
+    return [Restart(one, ended.get(one.attempt)) for one in record.setbacks]
+
+
+def staleness(steps: Sequence[StepSummary]) -> Counter[int]:
+    """Count steps by the largest staleness of a gradient in them; empty where there is none."""
+    stale = [step.figures.get("staleness", math.nan) for step in steps]
+    return Counter(int(value) for value in stale if math.isfinite(value))
+
+
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """
+    Give means over each value and its neighbours, so that a curve neither lags nor jumps.
+
+    Args:
+        values: those that are not finite do not count, and stay what they are in the result.
+        reach: how many neighbours to either side; at the ends as many as there are on both.
+    """
+    sums, counts = [0.0], [0]
+    for value in values:
+        finite = math.isfinite(value)
+        sums.append(sums[-1] + (value if finite else 0.0))
+        counts.append(counts[-1] + finite)
+    found = []
+    for place, value in enumerate(values):
+        near = min(reach, place, len(values) - 1 - place)
+        first, stop = place - near, place + near + 1
+        mean = (sums[stop] - sums[first]) / max(1, counts[stop] - counts[first])
+        found.append(mean if math.isfinite(value) else value)
+    return found
+
+
+def binned(
+    steps: Sequence[StepSummary], most: int, value: Callable[[StepSummary], float]
+) -> list[tuple[int, int, float]]:
+    """
+    Give means over runs of steps, so that a chart has no more columns than can be seen.
+
+    Returns:
+        (first step, step behind the last, mean) of each run; not finite where no value is.
+    """
+    size = max(1, math.ceil(len(steps) / most))
+    found = []
+    for start in range(0, len(steps), size):
+        run = steps[start : start + size]
+        finite = [v for v in map(value, run) if math.isfinite(v)]
+        mean = fmean(finite) if finite else math.nan
+        found.append((run[0].step, run[-1].step + 1, mean))
+    return found
+
+
+def usual_most(values: Iterable[float]) -> float:
+    """Give where an axis may end: the largest value, unless a few are far above all others."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    if not finite:
+        return 0.0
+    usual = finite[int(0.95 * (len(finite) - 1))] * 1.6
+    return min(finite[-1], usual) if usual > 0 else finite[-1]
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0

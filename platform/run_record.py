@@ -1,0 +1,217 @@
+"""
+A run directory read back, whatever state it is in.
+
+The run may still go on, or may have been cut off in the middle of a line. What is missing or
+damaged is noted and left out; only a directory that holds no run at all is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from distplat.platform.errors import Problem, SpecError, StorageError
+from distplat.platform.pipeline_trace import TRACE_FILE, Trace, TraceEvent
+from distplat.platform.progress import EvalSummary, Recovery, Saved, Setback, StepSummary
+from distplat.platform.suggest import nearest
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunRecord:
+    """What a run has left so far."""
+
+    path: Path
+    job: Mapping[str, Any] = field(default_factory=dict)
+    """As `job.yaml` has it, every default visible; empty: it cannot be read."""
+    job_text: str = ""
+    steps: list[StepSummary] = field(default_factory=list)
+    """In their order; of a step that was made twice, the second."""
+    evaluations: list[EvalSummary] = field(default_factory=list)
+    setbacks: list[Setback] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
+    """Checkpoints, in the order in which they were made; the oldest may be gone by now."""
+    result: Mapping[str, Any] | None = None
+    """None: the run has not ended, or could not say how."""
+    trace: Trace | None = None
+    last_sign_s: float | None = None
+    """When the metrics were written last, in seconds since 1970."""
+    notes: list[str] = field(default_factory=list)
+    """What is missing or damaged."""
+
+
+def find_run(given: Path) -> Path:
+    """
+    Find a run directory by its path, or by its name below `runs/`.
+
+    Raises:
+        SpecError: there is none; names the nearest.
+    """
+    for path in (given, Path("runs") / given):
+        if path.is_dir():
+            return path.resolve()
+    home = given.parent if given.parent.is_dir() and given.parent != Path() else Path("runs")
+    there = [path.name for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+    near = nearest(given.name, there)
+    hint = f"did you mean '{home / near}'?" if near else "give the directory that `submit` printed"
+    raise SpecError(Problem((), f"{given}: there is no such run directory", hint))
+
+
+def read_run(path: Path) -> RunRecord:
+    """
+    Read a run directory.
+
+    Raises:
+        SpecError: it holds no run.
+        StorageError: it may not be read.
+    """
+    if not any((path / name).is_file() for name in ("job.yaml", "metrics.jsonl", "result.json")):
+        text = f"{path} holds no run: there is no job.yaml, metrics.jsonl or result.json in it"
+        raise SpecError(Problem((), text, "give the directory that `submit` printed"))
+    record = RunRecord(path)
+    record.job = _part(record, "job.yaml", lambda text: _mapping(yaml.safe_load(text))) or {}
+    record.job_text = _text(record, "job.yaml") or "" if record.job else ""
+    _read_metrics(record)
+    record.result = _part(record, "result.json", lambda text: _mapping(json.loads(text)))
+    record.trace = _part(record, TRACE_FILE, _trace)
+    if "metrics.jsonl" not in _names(path):
+        record.notes.append("metrics.jsonl is missing: no losses and no times")
+    if not record.job and "job.yaml" not in _names(path):
+        record.notes.append("job.yaml is missing")
+    return record
+
+
+def _names(path: Path) -> set[str]:
+    return {file.name for file in path.iterdir()}
+
+
+def _text(record: RunRecord, name: str) -> str | None:
+    try:
+        return (record.path / name).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"cannot read {record.path / name}: {error.strerror}") from error
+
+
+def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
+    """Read one file; None, with a note where it is damaged."""
+    text = _text(record, name)
+    if text is None:
+        return None
+    try:
+        return parse(text)
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        record.notes.append(f"{name} is damaged and left out: {why}")
+        return None
+
+
+def _read_metrics(record: RunRecord) -> None:
+    text = _text(record, "metrics.jsonl")
+    if text is None:
+        return
+    record.last_sign_s = (record.path / "metrics.jsonl").stat().st_mtime
+    *lines, _ = text.split("\n")  # what has no end yet is being written
+    steps: dict[int, StepSummary] = {}
+    evaluations: dict[int, EvalSummary] = {}
+    damaged = 0
+    for line in lines:
+        try:
+            found = _summary(json.loads(line))
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+            continue
+        if isinstance(found, StepSummary):
+            steps[found.step] = found
+        elif isinstance(found, EvalSummary):
+            evaluations[found.step] = found
+        elif isinstance(found, Setback):
+            record.setbacks.append(found)
+        elif isinstance(found, Recovery):
+            record.recoveries.append(found)
+        elif isinstance(found, Saved):
+            record.saved.append(found)
+    record.steps = [steps[step] for step in sorted(steps)]
+    record.evaluations = [evaluations[step] for step in sorted(evaluations)]
+    if damaged:
+        record.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
+
+
+def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | Saved | None:
+    """Read one line; None for a kind that is not known here."""
+    fields = _mapping(line)
+    match fields["kind"]:
+        case "step":
+            return StepSummary(
+                int(fields["step"]),
+                int(fields["epoch"]),
+                _number(fields["loss"]),
+                int(fields["samples"]),
+                _numbers(fields["seconds"]),
+                int(fields.get("of", 0)),
+                _numbers(fields.get("figures", {})),
+            )
+        case "evaluation":
+            metrics = _numbers(fields["metrics"])
+            return EvalSummary(int(fields["step"]), int(fields["samples"]), metrics)
+        case "setback":
+            return Setback(
+                int(fields["attempt"]),
+                int(fields["step"]),
+                str(fields["cause"]),
+                tuple(map(str, fields["replaced"])),
+                _number(fields["wait_s"]),
+            )
+        case "recovery":
+            return Recovery(int(fields["attempt"]), _number(fields["seconds"]))
+        case "checkpoint":
+            path, size = str(fields["path"]), int(fields["size"])
+            return Saved(int(fields["step"]), path, size, _number(fields["seconds"]))
+    return None
+
+
+def _trace(text: str) -> Trace:
+    fields = _mapping(json.loads(text))
+    events = tuple(_event(_mapping(event)) for event in fields["events"])
+    return Trace(
+        int(fields["step"]),
+        int(fields["stages"]),
+        str(fields["schedule"]),
+        int(fields["micro_batches"]),
+        events,
+    )
+
+
+def _event(fields: Mapping[str, Any]) -> TraceEvent:
+    names = ("rank", "replica", "stage", "tensor")
+    rank, replica, stage, tensor = (int(fields[name]) for name in names)
+    start, end = _number(fields["start_s"]), _number(fields["end_s"])
+    if not (math.isfinite(start) and math.isfinite(end) and start <= end):
+        raise ValueError(f"an event from {start} to {end}")
+    chunk, micro_batch = int(fields["chunk"]), int(fields["micro_batch"])
+    kind = str(fields["kind"])
+    return TraceEvent(rank, replica, stage, tensor, kind, chunk, micro_batch, start, end)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} where names and values belong")
+    return value
+
+
+def _number(value: Any) -> float:
+    """Read a number; null stands for one that was not finite."""
+    return math.nan if value is None else float(value)
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    return {str(name): _number(one) for name, one in _mapping(value).items()}

@@ -1,0 +1,160 @@
+"""
+Who serves which shard, and what is to be done when a server is lost: the server manager's brain.
+
+    shard 0    server-0 primary  ══ every update ══▶  server-1 backup          term 2
+                    ✗ lost
+               server-1 promoted; the map's version grows                      term 3
+               server-1 primary  ══ every update ══▶  server-2, made and filled  term 4
+
+A seat is one shard's pair. Its term grows with every change of who is in it, so that a message of
+an earlier pair is told from one of the present pair (see `Part`). Only this class decides that a
+primary may go on alone: one that misses its backup waits to be told. So there is never a moment in
+which the primary goes on without the backup while the backup is promoted (I4).
+
+The class reads no clock and talks to nobody: news come in, orders go out.
+"""
+
+from dataclasses import dataclass, field
+
+MOST_LOSSES = 8
+"""So many servers lost for one shard, and no further backup is made: something else is wrong."""
+
+
+@dataclass(frozen=True)
+class MakeBackup:
+    """Make a server for the shard that is on another node than `beside`, where there is one."""
+
+    shard: int
+    server: str
+    beside: str
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Have the primary fill the backup, and send it every update from then on."""
+
+    shard: int
+    primary: str
+    backup: str
+    term: int
+
+
+@dataclass(frozen=True)
+class Promote:
+    """Have a backup serve, alone for now."""
+
+    shard: int
+    server: str
+    term: int
+
+
+@dataclass(frozen=True)
+class GoAlone:
+    """Tell a primary that it has no backup any more."""
+
+    shard: int
+    server: str
+    term: int
+
+
+Order = MakeBackup | Fill | Promote | GoAlone
+
+
+@dataclass
+class Seat:
+    """One shard and who keeps it."""
+
+    shard: int
+    primary: str
+    backup: str | None = None
+    ready: bool = False
+    """The backup has all that the primary has acknowledged, and will have: it may be promoted."""
+    term: int = 1
+    making: str | None = None
+    """A backup that is being started."""
+    losses: int = 0
+
+
+@dataclass
+class ServerGroup:
+    """
+    State of a replicated server group.
+
+    Args:
+        shards: how many; primaries are `server-0` and so on.
+    """
+
+    shards: int
+    version: int = 1
+    """Of the map of primaries: a client with an older one asks again."""
+    broken: str | None = None
+    """A server that was lost with all that it kept; the group cannot go on."""
+    seats: list[Seat] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._made = self.shards  # servers named so far
+        self.seats = [Seat(index, f"server-{index}") for index in range(self.shards)]
+
+    @property
+    def servers(self) -> list[str]:
+        """All that are to be watched."""
+        found: list[str] = []
+        for seat in self.seats:
+            found += [name for name in (seat.primary, seat.backup, seat.making) if name is not None]
+        return found
+
+    def begin(self) -> list[Order]:
+        """Have every shard get its backup."""
+        return [order for seat in self.seats for order in self._make(seat)]
+
+    def made(self, server: str) -> list[Order]:
+        """A backup was started: have it filled."""
+        for seat in self.seats:
+            if seat.making == server:
+                seat.making, seat.backup, seat.ready = None, server, False
+                seat.term += 1
+                return [Fill(seat.shard, seat.primary, server, seat.term)]
+        return []
+
+    def filled(self, server: str, term: int) -> None:
+        """A primary says that the backup has all it has, and gets all that comes."""
+        for seat in self.seats:
+            if (seat.backup, seat.term) == (server, term):
+                seat.ready = True
+
+    def lost(self, server: str) -> list[Order]:
+        """A server died, or does not answer any more; told twice, it does nothing."""
+        for seat in self.seats:
+            if server == seat.primary:
+                return self._lose_primary(seat)
+            if server == seat.backup:
+                seat.backup, seat.ready = None, False
+                seat.term += 1
+                alone = GoAlone(seat.shard, seat.primary, seat.term)
+                return [alone, *self._make_again(seat)]
+            if server == seat.making:
+                seat.making = None
+                if seat.losses + 1 < MOST_LOSSES:
+                    return self._make_again(seat)
+                seat.losses += 1
+                seat.term += 1
+                return [GoAlone(seat.shard, seat.primary, seat.term)]
+        return []
+
+    def _lose_primary(self, seat: Seat) -> list[Order]:
+        if seat.backup is None or not seat.ready:
+            self.broken = seat.primary
+            return []
+        seat.primary, seat.backup, seat.ready = seat.backup, None, False
+        seat.term += 1
+        self.version += 1
+        return [Promote(seat.shard, seat.primary, seat.term), *self._make_again(seat)]
+
+    def _make_again(self, seat: Seat) -> list[Order]:
+        seat.losses += 1
+        return self._make(seat) if seat.losses < MOST_LOSSES else []
+
+    def _make(self, seat: Seat) -> list[Order]:
+        seat.making = f"server-{self._made}"
+        self._made += 1
+        return [MakeBackup(seat.shard, seat.making, seat.primary)]

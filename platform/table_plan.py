@@ -1,0 +1,63 @@
+"""What the servers of embedding tables are told, and the names that their clients' calls carry."""
+
+from dataclasses import dataclass
+
+from distplat.platform.spec import Job
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One embedding table. Equal on all ranks that train one model."""
+
+    name: str
+    """Path of its module in the model."""
+    rows: int | None
+    """Ids go from 0 to `rows` - 1; None: any id that is not negative."""
+    width: int
+    """Elements of a row, float32."""
+    std: float
+    """Standard deviation of a row's first values; 0: zeros."""
+    whole: bool = False
+    """Whether all rows are there from the start; else a row comes with its first gradient."""
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """What a server must know to serve one attempt."""
+
+    job: Job
+    run: str
+    """Name of the run; pushes of another are refused."""
+    attempt: int
+    world: int
+    """Workers whose pushes make up a step."""
+    total_steps: int
+    servers: int
+    tables: tuple[TableSpec, ...]
+    rewinds: bool = False
+    """Keep what the last step has changed: a restart may have to make that step again."""
+
+
+@dataclass(frozen=True)
+class PullId:
+    """Names one pull: one that comes late, or again, must not write over newer rows."""
+
+    attempt: int
+    rank: int
+    number: int
+    """Of this worker's pulls in the attempt, from 0."""
+
+
+def plan_of(
+    job: Job,
+    run: str,
+    attempt: int,
+    tables: tuple[TableSpec, ...],
+    total_steps: int,
+    *,
+    rewinds: bool,
+) -> TablePlan:
+    """Make the plan of one attempt; `job` has the field `embeddings`."""
+    assert job.embeddings is not None, "only such jobs have servers of tables"
+    servers, world = job.embeddings.servers, job.scaling.world
+    return TablePlan(job, run, attempt, world, total_steps, servers, tables, rewinds)

@@ -1,0 +1,154 @@
+"""
+A measured step of a pipeline beside the ideal one.
+
+    measured   F0 F1 .. B0-- F2 . B1--      from `pipeline_trace.json`
+    ideal      F0 F1 . B0-- F2 B1--         the same schedule, simulated with each stage's mean
+                                            times and messages that take none
+
+What the ideal step is shorter by is what messages, waits and uneven micro-batches cost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from distplat.platform.errors import SpecError
+from distplat.platform.pipeline_trace import Trace, TraceEvent
+from distplat.strategies.algorithms.schedule import Action, Kind, Schedule, build
+from distplat.strategies.algorithms.simulate import (
+    Costs,
+    Simulation,
+    Span,
+    bubble,
+    makespan,
+    simulate,
+)
+
+Rows = tuple[tuple[Span, ...], ...]
+
+_COMPUTING = {kind.value: kind for kind in Kind}
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """What one stage of one replica did in the step; seconds."""
+
+    forward_s: float
+    """Mean of a micro-batch, over all its chunks of layers together."""
+    backward_s: float
+    weight_s: float
+    """Mean where the schedule splits backward, else 0."""
+    busy_s: float
+    send_s: float
+    recv_s: float
+    reduce_s: float
+
+
+@dataclass(frozen=True)
+class Gantt:
+    """One replica's step."""
+
+    replica: int
+    measured: Rows
+    """Of each stage, what it computed; of slices of a stage, the first one's."""
+    others: tuple[tuple[TraceEvent, ...], ...]
+    """Of each stage, sends, receives and the reduction."""
+    times: tuple[StageTimes, ...]
+    ideal: Simulation | None
+    """None: the schedule cannot be simulated; `why_not` says why."""
+    why_not: str = ""
+
+    @property
+    def bubble(self) -> float:
+        """Measured part of the stages' time, 0 to 1, in which they did not compute."""
+        return bubble(self.measured)
+
+    @property
+    def least_bubble(self) -> float:
+        """The same of the busiest stage alone: stages of unequal cost do not count."""
+        busiest = max((one.busy_s for one in self.times), default=0.0)
+        return 1 - busiest / self.pipeline_s if self.pipeline_s else 0.0
+
+    @property
+    def pipeline_s(self) -> float:
+        """From the first start to the last end of what stages computed."""
+        return makespan(self.measured)
+
+    @property
+    def step_s(self) -> float:
+        """The same with messages and the reduction."""
+        times = [(s.start, s.end) for row in self.measured for s in row]
+        times += [(e.start_s, e.end_s) for row in self.others for e in row]
+        if not times:
+            return 0.0
+        return max(end for _, end in times) - min(start for start, _ in times)
+
+
+def gantts(trace: Trace) -> list[Gantt]:
+    """
+    Give the step of each replica.
+
+    Raises:
+        ValueError: the trace does not hold together: a stage that it does not have, for one.
+    """
+    wrong = [e for e in trace.events if not 0 <= e.stage < trace.stages]
+    if wrong:
+        raise ValueError(f"an event of stage {wrong[0].stage}, and there are {trace.stages}")
+    replicas = sorted({event.replica for event in trace.events})
+    return [_gantt(trace, replica) for replica in replicas]
+
+
+def _gantt(trace: Trace, replica: int) -> Gantt:
+    first = min(e.tensor for e in trace.events if e.replica == replica)
+    rows: list[list[TraceEvent]] = [[] for _ in range(trace.stages)]
+    for event in sorted(trace.events, key=lambda e: (e.start_s, e.end_s)):
+        if event.replica == replica and event.tensor == first:
+            rows[event.stage].append(event)
+    measured = tuple(tuple(_span(e) for e in row if e.kind in _COMPUTING) for row in rows)
+    others = tuple(tuple(e for e in row if e.kind not in _COMPUTING) for row in rows)
+    try:
+        schedule = _schedule(trace)
+        times = tuple(map(_times, measured, others, [schedule] * trace.stages))
+        ideal = simulate(schedule, [_costs(one) for one in times])
+    except (ValueError, SpecError) as error:
+        times = tuple(map(_times, measured, others, [None] * trace.stages))
+        return Gantt(replica, measured, others, times, None, str(error))
+    return Gantt(replica, measured, others, times, ideal)
+
+
+def _span(event: TraceEvent) -> Span:
+    action = Action(_COMPUTING[event.kind], event.micro_batch, max(0, event.chunk))
+    return Span(action, event.start_s, event.end_s)
+
+
+def _schedule(trace: Trace) -> Schedule:
+    chunks = 1 + max((e.chunk for e in trace.events), default=0)
+    virtual = chunks if chunks > 1 else None
+    return build(trace.schedule, trace.stages, trace.micro_batches, virtual)
+
+
+def _times(
+    row: Sequence[Span], others: Sequence[TraceEvent], schedule: Schedule | None
+) -> StageTimes:
+    chunks = schedule.chunks if schedule else 1
+
+    def mean(kind: Kind) -> float:
+        took = [s.end - s.start for s in row if s.action.kind is kind]
+        return fmean(took) * chunks if took else 0.0
+
+    def total(kind: str) -> float:
+        return sum(e.end_s - e.start_s for e in others if e.kind == kind)
+
+    return StageTimes(
+        mean(Kind.FORWARD),
+        mean(Kind.BACKWARD),
+        mean(Kind.WEIGHT),
+        sum(s.end - s.start for s in row),
+        total("send"),
+        total("recv"),
+        total("reduce"),
+    )
+
+
+def _costs(times: StageTimes) -> Costs:
+    return Costs(times.forward_s, times.backward_s, times.weight_s)

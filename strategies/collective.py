@@ -1,0 +1,117 @@
+"""The port between ranks; `strategies/base.py` gives it out, and says what ports are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distplat.strategies.ports import Traffic
+
+
+class ReduceOp(StrEnum):
+    """How a collective combines the ranks' values."""
+
+    SUM = "sum"
+    AVG = "avg"
+    MIN = "min"
+    MAX = "max"
+    PRODUCT = "product"
+
+
+class Handle(Protocol):
+    """An operation under way."""
+
+    def wait(self) -> None:
+        """
+        Return when the result is there.
+
+        Raises:
+            CollectiveError: it failed or ran out of time; names the missing ranks.
+        """
+
+
+class Collective(Protocol):
+    """
+    A group of ranks as one of them sees it. Every rank calls the same operations in the same order.
+
+    Tensors are contiguous and of equal shape and dtype on all ranks; results are written in place
+    and are the same bits on every rank. Every operation raises `CollectiveError`, also where ranks
+    are found to be in different operations, or in one with different shapes.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group, from 0."""
+
+    @property
+    def world(self) -> int:
+        """Ranks in the group."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank's operations have cost, sub-groups apart; updated as they end."""
+
+    def share(self, like: Tensor) -> Tensor:
+        """
+        Give a vector of zeros of the shape, dtype and device of `like`, for this group's use.
+
+        Where ranks share memory, an operation on it, or on the same part of it on every rank,
+        copies nothing. Every rank calls this. It is the group's: when the group is closed, take
+        what is needed out of it and let it go.
+        """
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
+        """Replace `tensor` by its combination over all ranks."""
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
+        """Begin an all-reduce and go on; `tensor` is not to be touched until the handle is done."""
+
+    def reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
+    ) -> None:
+        """
+        Combine `inputs[r]` over all ranks into `output` of rank r; one input per rank.
+
+        Inputs may be of uneven sizes, the r-th the same on all ranks; `output` may be this rank's
+        own input.
+        """
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
+        """
+        Copy `tensor` of rank r into `outputs[r]` of every rank.
+
+        The ranks' tensors may be of uneven sizes; `tensor` may be this rank's own output.
+        """
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Replace `tensor` by that of rank `source`."""
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Hand `tensor` to rank `to`, which calls `recv`."""
+
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        """
+        Begin to hand `tensor` over; it is not to be touched until the handle is done.
+
+        It may wait for messages before to be taken, never for this one; and `wait` of the handle
+        may return before the message is taken.
+        """
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        """Fill `tensor` with what rank `source` sends."""
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+
+    def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
+        """
+        Make a group of some of these ranks, in that order; each of them calls this.
+
+        Args:
+            name: one that no other group within this one has, members apart or not.
+            ranks: places in this group.
+        """

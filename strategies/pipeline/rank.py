@@ -1,0 +1,266 @@
+"""
+One rank of the grid over all attempts of a run: its part, its groups, its pipeline.
+
+Why no step is half made. A rank updates its part only when all ranks of the grid have their summed
+gradients: they say so in a barrier. So if one rank has version s + 1, every other rank that is left
+has it too, or can make it by itself from what it holds. After a failure those do (`_catch_up`); new
+ranks then take their part from a twin.
+
+    rank            0     1     2     3
+    version         8     7*    7*    lost         * summed gradients of step 7 are there
+    catch up        8     8     8
+    from a twin                       8
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import StateLost
+from distplat.platform.grid import Grid, Position
+from distplat.strategies.algorithms.reduce import squared_norm
+from distplat.strategies.algorithms.schedule_messages import Plan
+from distplat.strategies.algorithms.simulate import simulate
+from distplat.strategies.base import Collective, Context
+from distplat.strategies.pipeline.channel import Channel
+from distplat.strategies.pipeline.compute import Pipeline, Settings
+from distplat.strategies.pipeline.executor import Executor, Seat
+from distplat.strategies.pipeline.measures import Measures
+from distplat.strategies.pipeline.part import Part
+from distplat.strategies.pipeline.parting import agreed_part
+from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
+from distplat.strategies.pipeline.rebound import Rebound
+from distplat.strategies.pipeline.twins import Twins, places_of
+from distplat.strategies.tensor.parallelize import forget
+from distplat.strategies.tensor.parts import gather_full
+from distplat.strategies.training.compute import Share, precision
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.parts import Part as Checkpointed
+from distplat.strategies.training.parts import model_part, optimizer_part
+from distplat.strategies.training.session import Prepared
+
+if TYPE_CHECKING:
+    from distplat.platform.pipeline_trace import TraceReport
+    from distplat.strategies.hybrid import HybridOptions
+
+
+class Rank:
+    """
+    What a worker is under `hybrid`.
+
+    Args:
+        options: of the strategy.
+        prepared: the whole model and the data.
+        rank: this worker's.
+    """
+
+    def __init__(self, options: HybridOptions, prepared: Prepared, rank: int) -> None:
+        self._options, self._prepared = options, prepared
+        self._grid: Grid = options.grid
+        self._at: Position = self._grid.position(rank)
+        self._device = torch.device(prepared.device)
+        self._part: Part | None = None
+        self._slices: Rebound | None = None
+        self._twins: Twins | None = None
+        self._ready = False  #: the summed gradients of the step in flight are there
+        self.caught_up: Share | None = None  #: see `Strategy.caught_up`
+        self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
+        self._measures = Measures(rank, self._at)
+
+    def take_part(self, everybody: Collective) -> FlatModel:
+        """
+        Give this rank's part; where the model is cut is agreed in the first attempt.
+
+        Raises:
+            SpecError: the model cannot be cut so.
+            CollectiveError: a rank is missing.
+        """
+        self._meet_slices(everybody)
+        self._part = agreed_part(
+            self._options, self._prepared, self._at, everybody, self._slices, self._part
+        )
+        return self._part.flat
+
+    def _meet_slices(self, everybody: Collective) -> None:
+        at = self._at
+        if self._grid.slices == 1:
+            return
+        members = self._grid.slices_of(at.replica, at.stage)
+        group = everybody.subgroup(f"slices-{at.replica}-{at.stage}", members)
+        if self._slices is None:
+            self._slices = Rebound(group)
+        self._slices.group = group
+        if self._part is not None:
+            forget(self._part.module)
+
+    def connect(self, context: Context) -> int:
+        """
+        Meet the other ranks, and bring all parts to one version.
+
+        Raises:
+            CollectiveError: a rank is missing.
+            StateLost: no rank that is left has some part.
+        """
+        at, grid = self._at, self._grid
+        everybody = self._everybody = context.collective
+        if self._twins is None:
+            bucket_bytes = int(self._options.bucket_mb * 2**20)
+            self._twins = Twins(context.flat, bucket_bytes, overlap=self._options.overlap)
+        self._catch_up(context.flat, self._twins)
+        members = grid.group(at.replica)
+        self._replica = everybody.subgroup(f"replica-{at.replica}", members)
+        twins = None
+        if grid.replicas > 1:
+            name = f"twins-{at.stage}-{at.slice}"
+            twins = everybody.subgroup(name, grid.twins(at.stage, at.slice))
+        version = self._twins.meet(twins, context)
+        if len({*self._versions(version)}) > 1:
+            raise StateLost("a part of the model")
+        self._measures.meet(self._replica)
+        self.pipeline = self._make_pipeline(context, members)
+        return version
+
+    def _catch_up(self, flat: FlatModel, own: Twins) -> None:
+        """Make the update that others have made, if all that it needs is here."""
+        newest = max(self._versions(flat.version))
+        self.caught_up = None
+        if self._ready and flat.version == newest - 1:
+            own.update(flat.version, self._norm)
+            flat.version = newest
+            self.caught_up = self.pipeline.share
+        self._ready = False
+
+    def _versions(self, mine: int) -> list[int]:
+        """Ask all ranks for the version of their part."""
+        group = self._everybody
+        found = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(group.world)]
+        group.all_gather(found, torch.tensor([mine], device=self._device))
+        return [int(version) for version in found]
+
+    def _make_pipeline(self, context: Context, members: tuple[int, ...]) -> Pipeline:
+        at, grid, options, device = self._at, self._grid, self._options, self._device
+        row = [grid.rank(Position(at.replica, stage, at.slice)) for stage in range(grid.stages)]
+        peers = [members.index(rank) for rank in row]
+        channel = Channel(self._replica, peers, members, device)
+        chunks = self._own.chunks
+        seat = Seat(
+            chunks,
+            at.stage,
+            grid.stages,
+            channel,
+            lambda: precision(context.job, device),
+            context.alive,
+        )
+        self._executor = Executor(seat)
+        settings = Settings(
+            at,
+            grid.stages,
+            grid.replicas,
+            options.micro(context.job),
+            self._plan,
+            lambda count: evaluation_plan(grid.stages, count, options.chunks),
+        )
+        return Pipeline(self._prepared, settings, self._executor, self._exchanging)
+
+    def _plan(self, count: int) -> Plan:
+        options = self._options
+        return training_plan(options.schedule, options.pipeline, count, options.chunks)
+
+    def exchange(self) -> None:
+        """
+        Sum the gradients over the twins; return when every rank of the grid has done so.
+
+        Raises:
+            CollectiveError: a rank is missing.
+        """
+        began = time.perf_counter()
+        self._exchanging.sum_gradients()
+        if self._prepared.job.clip_norm is not None:
+            self._norm = self._whole_norm()
+        self._ready = True
+        if self._grid.replicas > 1:
+            self._everybody.barrier()
+        self._measures.reduced(began)
+
+    def _whole_norm(self) -> float:
+        """Give the 2-norm over all parts; what several slices hold is counted once."""
+        flat, specs = self._own.flat, self._own.specs
+        if self._slices is None:
+            squares = squared_norm(flat.grads)
+        else:
+            squares = 0.0
+            for slot in flat.slots:
+                if slot.name in specs or self._at.slice == 0:
+                    squares += squared_norm(flat.grads[slot.offset : slot.offset + slot.size])
+        whole = torch.tensor([squares], dtype=torch.float64, device=self._device)
+        self._replica.all_reduce(whole)
+        return math.sqrt(float(whole))
+
+    def update(self, step: int) -> None:
+        """Update this rank's part."""
+        self._exchanging.update(step, self._norm)
+        self._ready = False
+
+    def figures(self) -> dict[str, float]:
+        """Give the figures of pipeline and exchange."""
+        found = self._exchanging.figures()
+        if self._options.pipeline > 1:
+            found |= self._measures.figures(self._executor.spans, self._ideal)
+        return found
+
+    @cached_property
+    def _ideal(self) -> float:
+        """Bubble of the schedule with a full batch."""
+        return simulate(self._plan(self._options.micro(self._prepared.job))).bubble
+
+    def trace(self, step: int) -> TraceReport | None:
+        """Tell when what was done in the step just made, if it is the one."""
+        options = self._options
+        wanted = min(options.trace_step, self._prepared.total_steps - 1)
+        if step != wanted or options.pipeline == 1:
+            return None
+        return self._measures.trace(step, self._executor.spans, options.schedule, options.pipeline)
+
+    def trained(self) -> dict[str, Tensor]:
+        """
+        Give this rank's part of the model; of slices the first gives all of them, the others none.
+
+        Raises:
+            CollectiveError: a rank is missing.
+        """
+        state = self._own.flat.model.state_dict()
+        return state if self._slices is None else gather_full(state, self._own.specs, self._slices)
+
+    def checkpoint(self) -> Checkpointed:
+        """Give this rank's part for a checkpoint: those of the first replica give theirs."""
+        if self._at.replica > 0:
+            return Checkpointed()
+        flat = self._own.flat
+        places, memory = places_of(flat), self._exchanging.memory()
+        return model_part(flat, places).plus(optimizer_part(flat, memory, 0, places))
+
+    @property
+    def everybody(self) -> Collective:
+        """All ranks of the run."""
+        return self._everybody
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._device
+
+    @property
+    def _exchanging(self) -> Twins:
+        assert self._twins is not None, "connect() comes first"
+        return self._twins
+
+    @property
+    def _own(self) -> Part:
+        assert self._part is not None, "take_part() comes first"
+        return self._part

@@ -1,0 +1,1 @@
+"""Embedding tables whose rows live on servers: row store, service, client, modules."""

@@ -1,0 +1,105 @@
+"""
+Trained tables on disk: parts that are written as they come, and a list of them.
+
+    embeddings.json                          the tables, and the files of each
+    embeddings.<table>.<server>.0000.safetensors   `ids` [n] in rising order, `rows` [n, width]
+
+No process holds a table to save it. What a table has not, it need not have: rows that were never
+trained follow from the seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from safetensors.numpy import load_file, save
+
+from distplat.platform.errors import StorageError
+from distplat.platform.table_plan import TableSpec
+from distplat.strategies.sparse.table import Table
+
+LIST_NAME = "embeddings.json"
+PART_BYTES = 64 * 2**20
+
+
+class PartSource(Protocol):
+    """A server, asked for what it keeps; while nobody pushes."""
+
+    def sizes(self) -> list[tuple[TableSpec, int]]:
+        """Give every table and the number of its rows here."""
+
+    def part(self, table: int, first: int, count: int) -> bytes:
+        """Give so many rows, counted in the order of ids, as a safetensors file."""
+
+
+def packed_part(table: Table, first: int, count: int) -> bytes:
+    """Give the rows at `first`, `first + 1`, ... in the order of ids, as a safetensors file."""
+    ids = table.ids()[first : first + count]
+    rows = np.empty((len(ids), table.spec.width), np.float32)
+    table.read(ids, rows)
+    return save({"ids": ids, "rows": rows})
+
+
+def keep_tables(
+    sources: Sequence[PartSource], seed: int, keep: Callable[[str, bytes], object]
+) -> None:
+    """
+    Write all tables, part by part.
+
+    Args:
+        sources: the servers, in order.
+        seed: of the job.
+        keep: writes a file of that name.
+    """
+    found: dict[str, dict[str, object]] = {}
+    files: dict[str, list[str]] = {}
+    for server, source in enumerate(sources):
+        for number, (spec, rows) in enumerate(source.sizes()):
+            found[spec.name] = asdict(spec)
+            names = files.setdefault(spec.name, [])
+            count = max(1, PART_BYTES // (4 * spec.width))
+            for part, first in enumerate(range(0, rows, count)):
+                names.append(f"embeddings.{spec.name}.{server}.{part:04d}.safetensors")
+                keep(names[-1], source.part(number, first, count))
+    for name, facts in found.items():
+        facts["files"] = files[name]
+    text = json.dumps({"seed": seed, "tables": list(found.values())}, indent=2)
+    keep(LIST_NAME, text.encode())  # last: who finds it finds all
+
+
+def read_list(run: Path) -> tuple[int, dict[str, tuple[TableSpec, list[Path]]]]:
+    """
+    Give the seed, and by name each table and its files.
+
+    Raises:
+        StorageError: there is no list, or it is not one of ours.
+    """
+    path = run / LIST_NAME
+    try:
+        facts = json.loads(path.read_text())
+        tables = {}
+        for entry in facts["tables"]:
+            files = [run / name for name in entry.pop("files")]
+            tables[str(entry["name"])] = TableSpec(**entry), files
+        return int(facts["seed"]), tables
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"no embedding tables in {run}: {error}") from error
+
+
+def read_part(path: Path, table: Table) -> None:
+    """
+    Put the rows of one file into a table.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        part = load_file(path)
+        table.put(part["ids"], part["rows"])
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(f"{path} is no part of an embedding table: {error}") from error

@@ -1,0 +1,175 @@
+"""
+One worker's look-ups: rows that its model asks for, and gradients that it owes for them.
+
+Every forward pulls the rows of its ids into a small tensor; backward leaves their gradients there.
+When the step's last backward is over, what belongs to one row is added up, in the order of the
+forwards, and pushed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from distplat.platform.spec import Job
+from distplat.platform.table_plan import TablePlan, TableSpec
+from distplat.strategies.ports import Sending, Tables
+from distplat.strategies.sparse.modules import Sharded, tables_of
+from distplat.strategies.sparse.routing import Routed, route
+from distplat.strategies.sparse.table import RowGradients
+
+
+@dataclass
+class _Owed:
+    """One forward's rows, whose gradients are to be pushed."""
+
+    ids: Routed
+    rows: Tensor
+
+
+class Lookups:
+    """
+    The embeddings of one worker's model.
+
+    Args:
+        model: whose modules are looked for.
+        job: must have the field `embeddings`.
+
+    Raises:
+        ValueError: the model has no table, or one that the job cannot place.
+    """
+
+    def __init__(self, model: nn.Module, job: Job) -> None:
+        self._job, self._modules = job, tables_of(model)
+        self._numbers = {module: n for n, module in enumerate(self._modules.values())}
+        self.specs = tuple(_spec_of(name, module) for name, module in self._modules.items())
+        self._padding = [module.padding_idx for module in self._modules.values()]
+        self._owed: list[list[_Owed]] = [[] for _ in self.specs]
+        self._pull_s, self._figures = 0.0, dict[str, float]()
+        self._check()
+
+    def connect(self, tables: Tables, total_steps: int, version: int) -> None:
+        """Begin an attempt of a run of so many steps, of which `version` are behind."""
+        self._tables = tables
+        self._clear()
+        self._plan = tables.connect(self.specs, total_steps, version)
+        for module in self._modules.values():
+            module.source = self
+
+    def rows(self, module: Sharded, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `RowSource`; rows asked for in training are owed a gradient."""
+        number = self._numbers[module]
+        routed, order = route(self._plan, self.specs[number], ids.numpy())
+        learns = module.training and torch.is_grad_enabled()
+        began = time.perf_counter()
+        values = torch.from_numpy(self._tables.pull(number, routed, keep=learns))
+        self._pull_s += learns * (time.perf_counter() - began)
+        if module.padding_idx is not None:
+            values[torch.from_numpy(routed.ids == module.padding_idx)] = 0.0
+        if learns:
+            values.requires_grad_()
+            self._owed[number].append(_Owed(routed, values))
+        return values, None if order is None else torch.from_numpy(_inverse(order))
+
+    def push(self, step: int) -> Sending:
+        """Begin to push what the step's backwards have left."""
+        found = []
+        for number, (spec, owed) in enumerate(zip(self.specs, self._owed, strict=True)):
+            parts = [self._without_padding(number, part) for part in owed]
+            parts = [(ids, grads) for ids, grads in parts if len(ids.ids)]
+            if len(parts) > 1:
+                parts = [_added_up(self._plan, spec, parts)]
+            found += [(ids, RowGradients(number, ids.ids, grads)) for ids, grads in parts]
+        self._clear()
+        self._figures = {
+            "rows": float(sum(len(ids.ids) for ids, _ in found)),
+            "rows_pull_s": self._pull_s,
+        }
+        self._pull_s = 0.0
+        return self._tables.push(step, found)
+
+    def figures(self) -> dict[str, float]:
+        """Give rows that the step just made has updated for this rank, and seconds of pulls."""
+        return self._figures
+
+    def _clear(self) -> None:
+        for owed in self._owed:
+            owed.clear()
+
+    def _without_padding(self, number: int, owed: _Owed) -> tuple[Routed, NDArray[np.float32]]:
+        """Give ids and gradients of one forward, without those that nobody trains."""
+        if owed.rows.grad is None:  # the loss did not depend on it
+            return Routed(owed.ids.ids[:0], (0,) * len(owed.ids.cuts)), np.empty((0, 0), np.float32)
+        gradients = owed.rows.grad.numpy()
+        padding = self._padding[number]
+        keep = owed.ids.ids != padding
+        if padding is None or keep.all():
+            return owed.ids, gradients
+        before = np.concatenate([[0], np.cumsum(keep)])
+        cuts = tuple(int(before[cut]) for cut in owed.ids.cuts)
+        return Routed(owed.ids.ids[keep], cuts), gradients[keep]
+
+    def _check(self) -> None:
+        if not self._modules:
+            raise ValueError(
+                "the job has the field `embeddings`, and the model has no distplat.nn."
+                "ShardedEmbedding: remove the field, or use one"
+            )
+        embeddings = self._job.embeddings
+        assert embeddings is not None, "made only for jobs that have the field"
+        open_ended = [name for name, m in self._modules.items() if m.num_embeddings is None]
+        if embeddings.partition == "range" and open_ended:
+            raise ValueError(
+                f"embeddings.partition is `range`, but {', '.join(open_ended)} has no "
+                "num_embeddings to cut: give it one, or take `hash`"
+            )
+
+
+def _spec_of(name: str, module: Sharded) -> TableSpec:
+    rows, width = module.num_embeddings, module.embedding_dim
+    return TableSpec(name, rows, width, module.init_std, module.whole)
+
+
+def _added_up(
+    plan: TablePlan, spec: TableSpec, parts: list[tuple[Routed, NDArray[np.float32]]]
+) -> tuple[Routed, NDArray[np.float32]]:
+    """Sum the gradients of rows that several forwards have used, in the order of the forwards."""
+    together = torch.from_numpy(np.concatenate([ids.ids for ids, _ in parts]))
+    unique, places = torch.unique(together, return_inverse=True)
+    routed, order = route(plan, spec, unique.numpy())
+    if order is not None:
+        places = torch.from_numpy(_inverse(order))[places]
+    sums = np.zeros((len(unique), spec.width), np.float32)
+    first = 0
+    for ids, gradients in parts:  # within one part each id comes once
+        sums[places[first : first + len(ids.ids)].numpy()] += gradients
+        first += len(ids.ids)
+    return routed, sums
+
+
+def _inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    return places
+
+
+def lookups_of(model: nn.Module, job: Job) -> Lookups | None:
+    """
+    Give a model's look-ups; None where neither model nor job knows of tables.
+
+    Raises:
+        ValueError: only one of the two does, or see `Lookups`.
+    """
+    if job.embeddings is not None:
+        return Lookups(model, job)
+    if names := tables_of(model):
+        raise ValueError(
+            f"the model has rows on servers ({', '.join(names)}), and the job has none: add the "
+            "field `embeddings`, for example {servers: 1, optimizer: {name: SGD, lr: 0.1}}"
+        )
+    return None

@@ -1,0 +1,204 @@
+"""
+Embeddings whose rows live on servers: drop-ins for `nn.Embedding` and `nn.EmbeddingBag`.
+
+    ids ──▶ unique ids ──▶ pull their rows ──▶ look up in these few rows ──▶ outputs
+                                │                        │
+                             servers ◀── one gradient per row, duplicates summed ── backward
+
+The module has no parameter of its own: no worker ever holds the table, no strategy ever sees it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class RowSource(Protocol):
+    """Where a connected module gets its rows."""
+
+    def rows(self, module: Sharded, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """
+        Give rows of the module's table.
+
+        Args:
+            module: who asks.
+            ids: shape [n], int64 on the CPU, each once.
+
+        Returns:
+            The rows, shape [n, embedding_dim], on the CPU: their gradient reaches the servers.
+            And the place of each id among them, shape [n]; None: they are in the ids' order.
+        """
+
+
+class Sharded(nn.Module):
+    """What both modules share: the table's facts, and the way to its rows."""
+
+    def __init__(
+        self,
+        num_embeddings: int | None,
+        embedding_dim: int,
+        padding_idx: int | None,
+        init_std: float,
+        whole: bool,
+    ) -> None:
+        super().__init__()
+        _check(num_embeddings, embedding_dim, padding_idx, init_std, whole)
+        if padding_idx is not None and padding_idx < 0:
+            padding_idx += num_embeddings or 0
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.init_std, self.whole = padding_idx, init_std, whole
+        self.source: RowSource | None = None  #: set while a run, or a loaded model, is at work
+
+    def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor, int | None]:
+        """Give the batch's rows, the place of each id among them, and that of the padding."""
+        if self.source is None:
+            raise RuntimeError(
+                "this embedding has no rows yet: they live on servers. Train with the job's "
+                "`embeddings` field, or call distplat.nn.connect(model)"
+            )
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
+        unique, places = torch.unique(ids.detach().to("cpu", torch.int64), return_inverse=True)
+        self._check_range(unique)
+        rows, order = self.source.rows(self, unique)
+        wanted = -1 if self.padding_idx is None else self.padding_idx  # -1: no id is
+        padding = (unique == wanted).nonzero().flatten()
+        if order is not None:
+            places, padding = order[places], order[padding]
+        return rows.to(ids.device), places.to(ids.device), int(padding) if len(padding) else None
+
+    def _check_range(self, unique: Tensor) -> None:
+        """Ids come sorted: the ends tell."""
+        if len(unique) == 0:
+            return
+        low, high = int(unique[0]), int(unique[-1])
+        if low < 0 or (self.num_embeddings is not None and high >= self.num_embeddings):
+            wrong = low if low < 0 else high
+            allowed = f"0 to {self.num_embeddings - 1}" if self.num_embeddings else "0 and more"
+            raise IndexError(f"id {wrong} is out of range: allowed are {allowed}")
+
+    def extra_repr(self) -> str:
+        """Give what `nn.Embedding` shows."""
+        padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
+
+
+class ShardedEmbedding(Sharded):
+    """
+    `nn.Embedding` with its rows on servers.
+
+    Args:
+        num_embeddings: ids go from 0 to one less; None: any id that is not negative.
+        embedding_dim: elements of a row, float32.
+        padding_idx: an id whose row is zero and stays zero.
+        init_std: standard deviation of a row's first values (torch's is 1).
+        whole: have all rows from the start, in memory and in the saved table; else a row comes
+            with its first gradient.
+
+    Raises:
+        ValueError: an argument that makes no sense.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int | None,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        init_std: float = 1.0,
+        whole: bool = False,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, init_std, whole)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Give the rows of ids: shape [...] -> [..., embedding_dim]."""
+        rows, places, padding = self._look_up(ids)
+        return nn.functional.embedding(places, rows, padding)
+
+
+class ShardedEmbeddingBag(Sharded):
+    """
+    `nn.EmbeddingBag` with its rows on servers: sums, means or maxima over bags of ids.
+
+    Args:
+        num_embeddings: see `ShardedEmbedding`.
+        embedding_dim: see there.
+        mode: `sum`, `mean` or `max`.
+        include_last_offset: whether `offsets` ends with the number of ids.
+        padding_idx: an id that is left out of its bag.
+        init_std: see there.
+        whole: see there.
+
+    Raises:
+        ValueError: an argument that makes no sense.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int | None,
+        embedding_dim: int,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        *,
+        init_std: float = 1.0,
+        whole: bool = False,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, init_std, whole)
+        if mode not in ("sum", "mean", "max"):
+            raise ValueError(f"mode must be 'sum', 'mean' or 'max', got {mode!r}")
+        self.mode, self.include_last_offset = mode, include_last_offset
+
+    def forward(
+        self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        """
+        Reduce bags.
+
+        Args:
+            ids: shape [bags, ids of a bag], or [n] with `offsets`.
+            offsets: shape [bags]: where each bag begins in `ids`.
+            per_sample_weights: shape of `ids`; only for `sum`.
+
+        Returns:
+            Shape [bags, embedding_dim].
+        """
+        rows, places, padding = self._look_up(ids)
+        return nn.functional.embedding_bag(
+            places,
+            rows,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding,
+        )
+
+
+def _check(
+    num_embeddings: int | None,
+    embedding_dim: int,
+    padding_idx: int | None,
+    init_std: float,
+    whole: bool,
+) -> None:
+    if num_embeddings is not None and num_embeddings < 1:
+        raise ValueError(f"num_embeddings must be at least 1, or None, got {num_embeddings}")
+    if embedding_dim < 1:
+        raise ValueError(f"embedding_dim must be at least 1, got {embedding_dim}")
+    if padding_idx is not None:
+        low, high = (-num_embeddings, num_embeddings) if num_embeddings else (0, 1 << 63)
+        if not low <= padding_idx < high:
+            raise ValueError(f"padding_idx must be from {low} to {high - 1}, got {padding_idx}")
+    if not 0.0 <= init_std < float("inf"):
+        raise ValueError(f"init_std must be finite and not negative, got {init_std}")
+    if whole and num_embeddings is None:
+        raise ValueError("whole=True needs num_embeddings")
+
+
+def tables_of(model: nn.Module) -> dict[str, Sharded]:
+    """Give the embeddings of a model by their paths in it; one that is used twice, once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Sharded)}

@@ -1,0 +1,177 @@
+"""
+One server's part of one embedding table: index, rows, optimizer state, and the way back by a step.
+
+                 index            rows             states
+    id 904 ──▶   slot 2   ──▶   [ . . . . ]      [ . . . . ]
+                                one line per slot, in the order in which rows came
+
+A row comes into being with its first gradient. Whoever reads one before gets its first values,
+which are a pure function of seed and id, and nothing is stored: evaluations leave no trace.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.platform.table_plan import TableSpec
+from distplat.strategies.sparse.index import RowIndex
+from distplat.strategies.sparse.initial import initial_rows
+from distplat.strategies.sparse.rows import Rows
+from distplat.strategies.sparse.rules import Rule
+
+_BLOCK_BYTES = 1 << 19
+"""Rows that are updated at a time: what was read is still in the cache when it is written."""
+
+Ids = NDArray[np.int64]
+Values = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """Gradients of some rows of one table."""
+
+    table: int
+    """Its number in the plan."""
+    ids: Ids
+    """Shape [n]; each once."""
+    values: Values
+    """Shape [n, width]."""
+
+
+class Table:
+    """
+    Rows of one table and all that belongs to them.
+
+    Args:
+        spec: of the table.
+        seed: of the job.
+        rule: how rows are updated.
+        rewinds: keep what an update changes, so that `rewind` can take it back.
+    """
+
+    def __init__(self, spec: TableSpec, seed: int, rule: Rule, *, rewinds: bool = False) -> None:
+        self.spec, self._seed, self._rule = spec, seed, rule
+        self._index = RowIndex()
+        states = [Rows(width, fill) for width, fill in rule.states(spec.width)]
+        self._arrays = [Rows(spec.width), *states]
+        self._summed = np.zeros(0, np.int64)  #: by slot: 1 + its place in the sum being made
+        self._block = max(1, _BLOCK_BYTES // (4 * spec.width))
+        self._sorted = np.zeros(0, np.int64)
+        self._rewinds = rewinds
+        self._kept: list[Rows] = []
+        self._before: NDArray[np.int64] | None = None  #: slots of what `_kept` holds
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._index)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of rows and optimizer state."""
+        return sum(array.array.nbytes for array in self._arrays)
+
+    def create(self, ids: Ids) -> None:
+        """Have these rows, each named once; those that are there stay as they are."""
+        self._slots(ids)
+
+    def put(self, ids: Ids, values: Values) -> None:
+        """Set rows, shape [n, width], from a saved table."""
+        slots = self._slots(ids)  # first: the array may move
+        self._arrays[0].array[slots] = values
+
+    def read(self, ids: Ids, out: Values) -> None:
+        """
+        Write the rows of `ids`, shape [n], into `out`, shape [n, width].
+
+        Ids may come more than once. Rows that do not exist have their first values.
+        """
+        slots = self._index.find(ids)
+        rows = self._arrays[0].array
+        new = np.flatnonzero(slots < 0)
+        if len(rows):
+            # `clip` spares numpy a buffer; rows of new ids are overwritten right away.
+            np.take(rows, slots, axis=0, out=out, mode="clip")
+        if len(new):
+            out[new] = initial_rows(self.spec, self._seed, ids[new])
+
+    def apply(self, parts: Sequence[RowGradients], rate: float, step: int) -> None:
+        """
+        Make one update of the rows that have gradients.
+
+        Args:
+            parts: one for each rank that has some, in rank order; they are added in that order.
+            rate: learning rate.
+            step: from 0.
+        """
+        self.forget()
+        slots, gradient = self._add_up(parts)
+        kept = [rows.array[: len(slots)] for rows in self._room_to_keep(len(slots))]
+        arrays = [rows.array for rows in self._arrays]
+        for first in range(0, len(slots), self._block):
+            part = slice(first, first + self._block)
+            old = [array.take(slots[part], axis=0) for array in arrays]
+            for keep, block in zip(kept, old, strict=False):
+                keep[part] = block
+            self._rule.update(old[0], old[1:], gradient[part], rate, step)
+            for array, block in zip(arrays, old, strict=True):
+                array[slots[part]] = block
+        if self._rewinds:
+            self._before = slots
+
+    def forget(self) -> None:
+        """Let go of what the last update has changed: nobody will take it back."""
+        self._before = None
+
+    def rewind(self) -> None:
+        """Take the last update back, to the bit; rows that it brought are at their first values."""
+        if self._before is not None:
+            for rows, kept in zip(self._arrays, self._kept, strict=True):
+                rows.array[self._before] = kept.array[: len(self._before)]
+            self._before = None
+
+    def ids(self) -> Ids:
+        """Give the ids of all rows in rising order, shape [len]."""
+        if len(self._sorted) != len(self):
+            self._sorted = np.sort(self._index.ids)
+        return self._sorted
+
+    def _room_to_keep(self, count: int) -> list[Rows]:
+        """Give rows for what an update changes, none where it is not kept; used again and again."""
+        if self._rewinds:
+            self._kept = self._kept or [Rows(rows.width) for rows in self._arrays]
+            for rows in self._kept:
+                rows.grow(max(count, len(rows.array)))
+        return self._kept
+
+    def _slots(self, ids: Ids) -> NDArray[np.int64]:
+        """Find rows, and make those that are missing."""
+        slots = self._index.find(ids)
+        new = np.flatnonzero(slots < 0)
+        if len(new):
+            slots[new] = self._index.add(ids[new])
+            for rows in self._arrays:
+                rows.grow(len(self._index))
+            self._arrays[0].array[slots[new]] = initial_rows(self.spec, self._seed, ids[new])
+        return slots
+
+    def _add_up(self, parts: Sequence[RowGradients]) -> tuple[NDArray[np.int64], Values]:
+        """Give slots, each once, and the sums of their gradients (I2)."""
+        found = [self._slots(part.ids) for part in parts]
+        if len(parts) == 1:
+            return found[0], parts[0].values
+        if len(self._summed) < len(self):
+            self._summed = np.zeros(len(self) * 5 // 4, np.int64)
+        slots = np.empty(sum(map(len, found)), np.int64)
+        sums, count = np.empty((len(slots), self.spec.width), np.float32), 0
+        for mine, part in zip(found, parts, strict=True):
+            places = self._summed[mine] - 1
+            new = places < 0
+            more = slice(count, count + int(new.sum()))
+            slots[more], sums[more] = mine[new], part.values[new]
+            self._summed[mine[new]] = np.arange(more.start, more.stop) + 1
+            sums[places[~new]] += part.values[~new]
+            count = more.stop
+        self._summed[slots[:count]] = 0
+        return slots[:count], sums[:count]

@@ -1,0 +1,208 @@
+"""
+Linear layers split by columns or rows, and embeddings split by vocabulary (Shoeybi et al. 2019).
+
+    x --f--> x W[:, own columns] -> GELU -> h W[own rows, :] --g--> + bias, once
+             colwise                        rowwise
+
+A module stays the object that it was, at its place and under its name: its class becomes one of
+those below, and its parameters the rank's part of them.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.base import Collective
+from distplat.strategies.tensor.exchange import Bounds, copied, gathered, scattered, summed
+from distplat.strategies.tensor.inside import Inside
+from distplat.strategies.tensor.parts import take
+from distplat.strategies.tensor.plan import ShardSpec, slice_of
+
+Parts = dict[str, ShardSpec]
+"""What of a module's parameters the rank has, by their names in the module."""
+
+
+class ColumnLinear(nn.Linear):
+    """A rank's columns of a linear layer; the input is complete."""
+
+    group: Collective
+    inside: Inside
+    bounds: Bounds
+    gathers: bool
+    """Whether the output is put together, or left split."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., own columns], or [..., out] where they are put together."""
+        if self.gathers:
+            outputs = super().forward(copied(input, self.group))
+            return gathered(outputs, self.bounds, self.group)
+        outputs = super().forward(self.inside.enter(input))
+        if self.training:
+            self.inside.begin(outputs.device)
+        return outputs
+
+
+class RowLinear(nn.Linear):
+    """A rank's rows of a linear layer; the input is split as a column layer leaves it, or whole."""
+
+    group: Collective
+    inside: Inside
+    bounds: Bounds
+    title: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., own rows] or [..., in] -> [..., out]."""
+        width, size = input.shape[-1], self.bounds[-1][1]
+        if width == size:
+            input = scattered(input, self.bounds, self.group)
+        elif width != self.in_features:
+            raise ValueError(
+                f"{self.title} (rowwise) has {self.in_features} of {size} inputs on this rank and "
+                f"was given {width}: what comes before must be `colwise` or complete"
+            )
+        else:
+            self.inside.end()
+        outputs = summed(F.linear(input, self.weight).contiguous(), self.group)
+        if self.bias is None:
+            return outputs
+        return outputs + self.bias.to(outputs.dtype)
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """A rank's rows of an embedding: zeros for those of others, and the sum is complete."""
+
+    group: Collective
+    start: int
+    """Number of the rank's first row."""
+    size: int
+    """Rows on all ranks."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[...] numbers of rows -> [..., features]."""
+        own = input - self.start
+        elsewhere = (own < 0) | (own >= self.num_embeddings)
+        # A number that no rank has stays out of range: it is refused as in a whole embedding.
+        nowhere = (input < 0) | (input >= self.size)
+        own = own.masked_fill(elsewhere, 0).masked_fill(nowhere, self.num_embeddings)
+        rows = super().forward(own).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return summed(rows, self.group)
+
+
+def split_columns(
+    name: str,
+    linear: nn.Module,
+    group: Collective,
+    inside: Inside,
+    *,
+    gathers: bool = False,
+    units: int | None = None,
+    blocks: int = 1,
+) -> Parts:
+    """
+    Make a linear layer one of columns.
+
+    Args:
+        name: in the model, for errors.
+        linear: complete, the same on all ranks.
+        group: the tensor group.
+        inside: of the model.
+        gathers: put the output together.
+        units: columns that stay together are one unit; None: each is one.
+        blocks: equal parts of the columns that are cut alike.
+
+    Raises:
+        SpecError: no linear layer, or more ranks than units.
+    """
+    layer = _plain(name, linear, nn.Linear, "colwise")
+    assert isinstance(layer, nn.Linear)
+    size = layer.out_features
+    ranks = range(group.world)
+    specs = [slice_of(name, 0, units or size, size, r, group.world, blocks=blocks) for r in ranks]
+    parts = {p: specs[group.rank] for p in ("weight", "bias") if getattr(layer, p) is not None}
+    keep(layer, parts)
+    layer.out_features = specs[group.rank].extent
+    layer.__class__ = ColumnLinear
+    assert isinstance(layer, ColumnLinear)
+    layer.group, layer.inside, layer.gathers = group, inside, gathers
+    layer.bounds = [(spec.start, spec.stop) for spec in specs]
+    return parts
+
+
+def split_rows(
+    name: str,
+    linear: nn.Module,
+    group: Collective,
+    inside: Inside,
+    *,
+    units: int | None = None,
+) -> Parts:
+    """
+    Make a linear layer one of rows; its bias stays whole and is added once.
+
+    Raises:
+        SpecError: no linear layer, or more ranks than units.
+    """
+    layer = _plain(name, linear, nn.Linear, "rowwise")
+    assert isinstance(layer, nn.Linear)
+    size = layer.in_features
+    specs = [slice_of(name, 1, units or size, size, r, group.world) for r in range(group.world)]
+    parts = {"weight": specs[group.rank]}
+    keep(layer, parts)
+    layer.in_features = specs[group.rank].extent
+    layer.__class__ = RowLinear
+    assert isinstance(layer, RowLinear)
+    layer.group, layer.inside, layer.title = group, inside, name
+    layer.bounds = [(spec.start, spec.stop) for spec in specs]
+    return parts
+
+
+def split_vocabulary(name: str, embedding: nn.Module, group: Collective) -> Parts:
+    """
+    Make an embedding one of the rank's rows.
+
+    Raises:
+        SpecError: no embedding, one that cannot be split, or more ranks than rows.
+    """
+    table = _plain(name, embedding, nn.Embedding, "embedding")
+    assert isinstance(table, nn.Embedding)
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(table, option):
+            text = f"{name}: an embedding with `{option}` cannot be split"
+            raise SpecError(Problem((), text, "leave it out of the plan"))
+    size = table.num_embeddings
+    spec = slice_of(name, 0, size, size, group.rank, group.world)
+    keep(table, {"weight": spec})
+    table.num_embeddings = spec.extent
+    if table.padding_idx is not None:
+        here = spec.start <= table.padding_idx < spec.stop
+        table.padding_idx = table.padding_idx - spec.start if here else None
+    table.__class__ = VocabularyEmbedding
+    assert isinstance(table, VocabularyEmbedding)
+    table.group, table.start, table.size = group, spec.start, size
+    return {"weight": spec}
+
+
+def keep(module: nn.Module, parts: Parts) -> None:
+    """Replace parameters by the rank's part of them; the rest of their memory is let go."""
+    for name, spec in parts.items():
+        whole = module._parameters[name]
+        assert whole is not None
+        part = take(whole.detach(), spec)
+        module._parameters[name] = nn.Parameter(part, requires_grad=whole.requires_grad)
+
+
+def _plain(name: str, module: nn.Module, kind: type[nn.Module], style: str) -> nn.Module:
+    """
+    Check that a module is what a style splits, and computes as it does.
+
+    Raises:
+        SpecError: it is something else, or has a `forward` or a weight of its own.
+    """
+    what = type(module).__name__
+    if not isinstance(module, kind):
+        text = f"{name} is a {what}, and `{style}` splits {kind.__name__}"
+        raise SpecError(Problem((), text, "name the layer itself"))
+    if type(module).forward is not kind.forward or "weight" not in module._parameters:
+        text = f"{name} ({what}) computes otherwise than {kind.__name__}, so it cannot be split"
+        raise SpecError(Problem((), text, "leave it out of the plan"))
+    return module

@@ -1,0 +1,201 @@
+"""
+Split a model's modules over a tensor group, by a plan.
+
+    plan        blocks.*.mlp.up: colwise        names as they were; on rank 1 of 2:
+                blocks.*.mlp.down: rowwise
+    model       blocks.0.mlp.up    [64, 16]  -> [32, 16]     ShardSpec(0, 32, 64, 64)
+                blocks.0.mlp.down  [16, 64]  -> [16, 32]     ShardSpec(1, 32, 64, 64)
+                head               [10, 16]     [10, 16]     not in the plan: the same on all ranks
+
+All ranks of the group are given the same inputs and have the same outputs. Gradients of what is not
+split are the same bits on every rank, so replicas stay equal without an exchange.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from torch import nn
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.base import Collective
+from distplat.strategies.tensor.attention import SplitMultiheadAttention, split_heads
+from distplat.strategies.tensor.branches import Branch, Branches, split_branches
+from distplat.strategies.tensor.inside import Inside
+from distplat.strategies.tensor.layers import (
+    ColumnLinear,
+    Parts,
+    RowLinear,
+    split_columns,
+    split_rows,
+    split_vocabulary,
+)
+from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
+
+
+def parallelize(
+    module: nn.Module, plan: Mapping[str, str], group: Collective, *, partial: bool = False
+) -> dict[str, ShardSpec]:
+    """
+    Split a module in place. Every rank of the group calls this with the same module and plan.
+
+    Args:
+        module: a model or a pipeline stage, with values, the same on all ranks; of no use after an
+            error.
+        plan: pattern of module names -> style (`plan.STYLES`).
+        group: the tensor group. With one rank the plan is checked and nothing is split.
+        partial: the module is a part of the model: patterns may name nothing in it. Check the plan
+            against the names of the whole model then, with `plan.resolve`.
+
+    Returns:
+        Which part of a tensor this rank has, by the names of parameters, and for branches of
+        buffers too. What is not in it is complete on every rank.
+
+    Raises:
+        SpecError: the plan does not fit the module; holds every problem found.
+    """
+    modules = dict(module.named_modules())
+    styles = resolve(plan, list(modules), partial=partial)
+    _check_pairs(modules, styles)
+    if group.world == 1:
+        return {}
+    tied = _tied(module)
+    splitting = _Splitting(modules, group)
+    specs = splitting.all(styles)
+    _tie_again(module, tied, specs)
+    for one in modules.values():
+        if isinstance(one, nn.TransformerEncoderLayer):
+            one.activation_relu_or_gelu = 0  # else evaluation takes a way past our layers
+    module.register_forward_pre_hook(_Afresh(splitting.inside, splitting.branches))
+    return specs
+
+
+def forget(module: nn.Module) -> None:
+    """
+    Forget what a forward that failed has left behind, before the first one of another attempt.
+
+    A call of the module that `parallelize` was given does this by itself; who calls the modules in
+    it one by one, as a pipeline does, calls this.
+    """
+    for one in module.modules():
+        if isinstance(one, ColumnLinear | RowLinear | SplitMultiheadAttention):
+            one.inside.forget()
+        elif isinstance(one, Branch):
+            one.around.forget()
+
+
+class _Afresh:
+    """Calls `forget` before each forward, without a search for what there is."""
+
+    def __init__(self, inside: Inside, branches: list[Branches]) -> None:
+        self._inside, self._branches = inside, branches
+
+    def __call__(self, *_: object) -> None:
+        self._inside.forget()
+        for branches in self._branches:
+            branches.forget()
+
+
+class _Splitting:
+    """Splits module after module, and collects what is wrong."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], group: Collective) -> None:
+        self._modules, self._group = modules, group
+        self.inside = Inside(group)
+        self.branches: list[Branches] = []
+
+    def all(self, styles: Mapping[str, str]) -> dict[str, ShardSpec]:
+        specs: dict[str, ShardSpec] = {}
+        problems: list[Problem] = []
+        branches = siblings([name for name, style in styles.items() if style == "branches"])
+        for name, style in styles.items():
+            if style != "branches":
+                try:
+                    parts = self._split(name, self._modules[name], style)
+                except SpecError as error:
+                    problems += error.problems
+                else:
+                    specs |= {f"{name}.{own}": spec for own, spec in parts.items()}
+        for names in branches.values():
+            try:
+                around, parts = split_branches(
+                    {name: self._modules[name] for name in names}, self._group, self.inside
+                )
+            except SpecError as error:
+                problems += error.problems
+            else:
+                self.branches.append(around)
+                specs |= parts
+        if problems:
+            raise SpecError(*problems)
+        return specs
+
+    def _split(self, name: str, module: nn.Module, style: str) -> Parts:
+        group, inside = self._group, self.inside
+        match style:
+            case "colwise" | "colwise_gather":
+                gathers = style == "colwise_gather"
+                return split_columns(name, module, group, inside, gathers=gathers)
+            case "rowwise":
+                return split_rows(name, module, group, inside)
+            case "embedding":
+                return split_vocabulary(name, module, group)
+            case "heads":
+                return split_heads(name, module, group, inside)
+        raise AssertionError(style)
+
+
+def _check_pairs(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> None:
+    """Refuse columns that nothing takes: a layer after them would see a part for the whole."""
+    taken = {
+        getattr(modules[name], "in_features", None)
+        for name, style in styles.items()
+        if style == "rowwise"
+    }
+    problems = [
+        Problem(
+            (),
+            f"{name}: `colwise` leaves its {width} outputs split, and no `rowwise` layer takes "
+            f"{width} inputs",
+            "make the layer that uses them `rowwise`, or this one `colwise_gather`",
+        )
+        for name, style in styles.items()
+        if style == "colwise"
+        and (width := getattr(modules[name], "out_features", None)) not in taken
+    ]
+    if problems:
+        raise SpecError(*problems)
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """Give the names of parameters that have several."""
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [several for several in names.values() if len(several) > 1]
+
+
+def _tie_again(module: nn.Module, tied: list[list[str]], specs: dict[str, ShardSpec]) -> None:
+    """
+    Let parameters that were one tensor be one again.
+
+    Raises:
+        SpecError: they are not split alike.
+    """
+    problems = []
+    for first, *others in tied:
+        one = module.get_parameter(first)
+        if all(module.get_parameter(other) is one for other in others):  # one module, two names
+            if first in specs:
+                specs |= dict.fromkeys(others, specs[first])
+            continue
+        parts = {name: specs.get(name) for name in (first, *others)}
+        if len(set(parts.values())) > 1:
+            text = f"{' and '.join(parts)} are one tensor, and the plan does not split them alike"
+            hint = "an `embedding` and a `colwise_gather` layer go together; or leave both whole"
+            problems.append(Problem((), text, hint))
+            continue
+        for other in others:
+            home, _, own = other.rpartition(".")
+            module.get_submodule(home)._parameters[own] = one
+    if problems:
+        raise SpecError(*problems)

@@ -1,0 +1,205 @@
+"""
+Which modules are split over the ranks of a tensor group, and how: names and numbers, no torch.
+
+    blocks.*.mlp.up: colwise            a plan: patterns of module names, and a style for each
+    blocks.*.mlp.down: rowwise
+
+    rank 0 of 3   | 0 1 2 3 |           10 columns over 3 ranks: any sizes can be shared out,
+    rank 1        | 4 5 6 |             as long as nobody is left with nothing
+    rank 2        | 7 8 9 |
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from distplat.platform.cut import even_bounds
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.suggest import hint, nearest
+
+STYLES: Mapping[str, str] = {
+    "colwise": "a linear layer's outputs are split, and stay so: a `rowwise` layer takes them",
+    "colwise_gather": "a linear layer's outputs are split, then put together on every rank",
+    "rowwise": "a linear layer's inputs are split: those of a `colwise` layer, or complete ones",
+    "embedding": "an embedding's rows are split: each rank has a part of the vocabulary",
+    "heads": "an attention's heads are split",
+    "branches": "the pattern names the branches of one module, each of which is on one rank",
+}
+"""What a plan may say, with what it does."""
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """
+    Which part of a full tensor a rank has: a range of one dimension.
+
+    Where several matrices lie one behind the other in one tensor, as query, key and value do, the
+    rank has the same range of each: `blocks` of them.
+    """
+
+    dim: int
+    start: int
+    """First index, within a block."""
+    stop: int
+    """Index behind the last one, within a block; `start` where the rank has nothing."""
+    size: int
+    """Of the full tensor in this dimension, all blocks together."""
+    blocks: int = 1
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Give the parts of the full dimension that the rank has, in order."""
+        block = self.size // self.blocks
+        return [(b * block + self.start, b * block + self.stop) for b in range(self.blocks)]
+
+    @property
+    def extent(self) -> int:
+        """Size of the rank's part in this dimension."""
+        return (self.stop - self.start) * self.blocks
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rank has all of it."""
+        return self.extent == self.size
+
+
+def slice_of(
+    what: str, dim: int, units: int, size: int, rank: int, world: int, *, blocks: int = 1
+) -> ShardSpec:
+    """
+    Give a rank's part of a dimension in which units are kept whole.
+
+    Args:
+        what: the module, for the error.
+        dim: the dimension that is cut.
+        units: what is shared out: columns, rows, heads.
+        size: of the dimension; `blocks * units` times the size of a unit.
+        rank: in the tensor group.
+        world: ranks in the tensor group.
+        blocks: equal parts of the dimension that are cut alike.
+
+    Raises:
+        SpecError: fewer units than ranks, or units that are not all of one size.
+    """
+    if size % (blocks * units):
+        text = f"{what}: {size} features are no {blocks * units} heads of one size"
+        raise SpecError(Problem((), text, "look at its number of heads and its `head_layout`"))
+    if units < world:
+        text = f"{what}: {units} cannot be shared out to {world} ranks"
+        raise SpecError(Problem((), text, f"take a tensor size of {units} or less"))
+    start, stop = even_bounds(units, world)[rank]
+    unit = size // (blocks * units)
+    return ShardSpec(dim, start * unit, stop * unit, size, blocks)
+
+
+def share_out(costs: Sequence[float], ranks: int) -> list[int]:
+    """
+    Give each branch a rank: the dearest first, to whom has least so far (Graham 1969).
+
+    Args:
+        costs: of each branch, >= 0.
+        ranks: how many; no more than branches, so that each gets one.
+
+    Returns:
+        The rank of each branch, in the order of `costs`.
+    """
+    loads, counts = [0.0] * ranks, [0] * ranks
+    owners = [0] * len(costs)
+    for branch in sorted(range(len(costs)), key=lambda b: (-costs[b], b)):
+        rank = min(range(ranks), key=lambda r: (loads[r], counts[r], r))
+        owners[branch] = rank
+        loads[rank] += costs[branch]
+        counts[rank] += 1
+    return owners
+
+
+def check_styles(plan: Mapping[str, str], where: Sequence[str] = ()) -> list[Problem]:
+    """
+    Find what is wrong with a plan whatever the model is.
+
+    Args:
+        plan: pattern -> style.
+        where: the field that holds the plan, for the messages.
+    """
+    found = []
+    for pattern, style in plan.items():
+        if style not in STYLES:
+            text = f"unknown style {style!r}"
+            found.append(Problem((*where, pattern), text, hint(style, STYLES)))
+        if not all(pattern.split(".")):
+            text = f"{pattern!r} is no pattern of module names"
+            found.append(Problem((*where, pattern), text, "such as `blocks.*.mlp.up`"))
+    return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Say whether a pattern names a module; `*`, `?` and `[..]` stand within one of its parts."""
+    wanted, parts = pattern.split("."), name.split(".")
+    return len(wanted) == len(parts) and all(map(fnmatchcase, parts, wanted))
+
+
+def resolve(
+    plan: Mapping[str, str], names: Collection[str], *, partial: bool = False
+) -> dict[str, str]:
+    """
+    Give the style of each module that the plan names, in the order of `names`.
+
+    Args:
+        plan: pattern -> style.
+        names: of all modules, in the model's order.
+        partial: these are the modules of a part of the model, a pipeline stage: a pattern may name
+            none of them.
+
+    Raises:
+        SpecError: names every unknown style, every pattern without a module, every module that has
+            two styles or lies inside another one of the plan.
+    """
+    problems = check_styles(plan)
+    found: dict[str, str] = {}
+    said_by: dict[str, str] = {}
+    for pattern, style in plan.items():
+        named = [name for name in names if matches(pattern, name)]
+        if not named and not partial:
+            problems.append(_names_nothing(pattern, names))
+        for name in named:
+            if found.setdefault(name, style) != style:
+                text = f"{name} is {found[name]} by {said_by[name]!r} and {style} by {pattern!r}"
+                problems.append(Problem((), text, "let one pattern name it"))
+            said_by.setdefault(name, pattern)
+    problems += [
+        Problem((), f"{inner} ({found[inner]}) lies inside {outer} ({found[outer]})", "split one")
+        for outer in found
+        for inner in found
+        if inner.startswith(f"{outer}.")
+    ]
+    if problems:
+        raise SpecError(*problems)
+    return {name: found[name] for name in names if name in found}
+
+
+def _names_nothing(pattern: str, names: Collection[str]) -> Problem:
+    """Say how far a pattern leads, and what is there instead."""
+    parts = pattern.split(".")
+    for known in range(len(parts) - 1, -1, -1):
+        prefix = ".".join(parts[:known])
+        inside = [n for n in names if n and (not known or _begins(n, prefix))]
+        there = sorted({n.split(".")[known] for n in inside if n.count(".") >= known})
+        if there:
+            break
+    near = nearest(parts[known], there) if there else None
+    proposal = ".".join([*parts[:known], near, *parts[known + 1 :]]) if near else ""
+    listed = ", ".join(there[:12]) + (", ..." if len(there) > 12 else "")
+    place = f"in {prefix}: " if prefix else "modules: "
+    text = f"did you mean {proposal!r}? " if proposal else ""
+    return Problem((), f"{pattern!r} names no module", f"{text}{place}{listed}")
+
+
+def _begins(name: str, prefix: str) -> bool:
+    return matches(prefix, ".".join(name.split(".")[: prefix.count(".") + 1]))
+
+
+def siblings(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group modules by the module that they are parts of; order is kept."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    return groups

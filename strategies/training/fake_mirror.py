@@ -1,0 +1,45 @@
+"""The way from a primary to its backup, in memory, with moments at which the primary may die."""
+
+from torch import Tensor
+
+from distplat.platform.errors import ActorLost
+from distplat.strategies.training.mirror import Mirrored, Update, become, twin_of
+
+MOMENTS = ("before it sent", "after it sent", "before it answered")
+"""When a primary may die in an update: the backup has not made it yet, has made it, has told so."""
+
+
+class InMemoryMirror:
+    """
+    See `Mirror`; the backup makes each update within the call.
+
+    Args:
+        primary: whose updates they are; this becomes its mirror.
+        backup: an equal shard, filled here.
+    """
+
+    def __init__(self, primary: Mirrored, backup: Mirrored) -> None:
+        self._backup = backup
+        become(backup, twin_of(primary))
+        self.dies: tuple[int, str] | None = None  #: version and moment of the primary's death
+        self._version = 0
+
+    @property
+    def settled(self) -> bool:
+        """See `Mirror`."""
+        return True
+
+    def send(self, update: Update, gradient: Tensor) -> None:
+        """See `Mirror`."""
+        self._version = update.version
+        self._maybe_die(MOMENTS[0])
+        self._backup.follow(update, gradient)
+        self._maybe_die(MOMENTS[1])
+
+    def confirm(self) -> None:
+        """See `Mirror`."""
+        self._maybe_die(MOMENTS[2])
+
+    def _maybe_die(self, moment: str) -> None:
+        if self.dies == (self._version, moment):
+            raise ActorLost("the primary", self._version, moment)

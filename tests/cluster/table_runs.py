@@ -1,0 +1,26 @@
+"""Runs with embeddings on servers: make a job, read its tables."""
+
+import json
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+from small_runs import job
+
+from distplat import Result
+
+
+def words(strategy: object, workers: int, servers: int = 2, **more: Any) -> dict[str, Any]:
+    embeddings = {"servers": servers, "optimizer": {"name": "Adagrad", "lr": 0.2}}
+    return job(strategy, workers, **{"task": "words:Words", "embeddings": embeddings, **more})
+
+
+def tables(result: Result) -> dict[str, np.ndarray[Any, Any]]:
+    """Give ids and rows of all tables, put together from their files, in the order of ids."""
+    found = {}
+    for table in json.loads((result.path / "embeddings.json").read_text())["tables"]:
+        parts = [load_file(result.path / name) for name in table["files"]]
+        ids = np.concatenate([part["ids"] for part in parts])
+        rows = np.concatenate([part["rows"] for part in parts])
+        found[table["name"]] = np.column_stack([ids, rows])[np.argsort(ids)]
+    return found

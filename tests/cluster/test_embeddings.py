@@ -1,0 +1,55 @@
+"""Embeddings on servers, through real actors: the same tables as in one process."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import distance, train, weights
+from table_runs import tables, words
+from test_failures import Killer
+
+from distplat import Result
+from distplat.platform.errors import ActorLost
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """One rank in one process, without Ray."""
+    return train(words("ring", 0), tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers", "servers"), [("ring", 2, 2), ("ps-sync", 2, 1)], ids=str
+)
+def test_equals_one_process(
+    alone: Result, strategy: str, workers: int, servers: int, tmp_path: Path
+) -> None:
+    result = train(words(strategy, workers, servers), tmp_path)
+    assert distance(weights(result), weights(alone)) < 1e-5
+    mine, expected = tables(result), tables(alone)
+    for name, rows in expected.items():
+        assert mine[name].shape == rows.shape
+        np.testing.assert_allclose(mine[name], rows, rtol=1e-5, atol=1e-6)
+    assert result.evaluations[-1].metrics["loss"] == pytest.approx(
+        alone.evaluations[-1].metrics["loss"], rel=1e-4
+    )
+
+
+def test_a_replaced_worker_leaves_the_same_bits(tmp_path: Path) -> None:
+    args = {"marker": str(tmp_path / "done"), "at": 6}
+    lossy = train(words("ring", 2, task="words:Deadly", task_args=args), tmp_path)
+    plain = train(words("ring", 2), tmp_path)
+    assert len(lossy.setbacks) == 1
+    assert weights(lossy).tobytes() == weights(plain).tobytes()
+    mine, expected = tables(lossy), tables(plain)
+    assert all(mine[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_a_lost_server_is_named(tmp_path: Path) -> None:
+    killer = Killer("EmbeddingServer", signal.SIGKILL)
+    spec = words("ring", 2, epochs=None, steps=100_000, failure={"max_failures": 0})
+    with pytest.raises(ActorLost, match=r"embedding-server-\d was lost"):
+        train({**spec, "evaluation": {"every_epochs": 0}}, tmp_path, observers=(killer,))

@@ -1,0 +1,115 @@
+"""Pipelines over Ray: what one worker gives, the same bits each time, and stages that are lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from small_runs import distance, job, train, weights
+from test_elastic import FAILURE, Watch
+
+from distplat import Result
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
+
+STEPS = 20
+GRID = {"name": "hybrid", "pipeline": 2, "data": 2, "micro_batches": 3, "cut": ["3"]}
+
+
+def run(
+    tmp_path: Path, deeds: list[str], strategy: dict[str, Any] = GRID, **more: Any
+) -> tuple[Result, Watch]:
+    folder = tmp_path / f"marks-{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    workers = strategy.get("pipeline", 1) * strategy.get("data", 1)
+    spec = job(
+        {"timeout_s": 6, **strategy},
+        workers,
+        task="hybrid_tasks:Staged",
+        task_args={"folder": str(folder), "deeds": deeds},
+        optimizer={"name": "AdamW", "lr": 0.02},
+        epochs=None,
+        steps=STEPS,
+        global_batch_size=12,
+        clip_norm=1.0,
+        evaluation={"every_epochs": 3},
+        data={"drop_last": True},
+        **{"failure": FAILURE, **more},
+    )
+    watch = Watch()
+    return train(spec, tmp_path, observers=(watch,)), watch
+
+
+_unfailed: dict[str, tuple[NDArray[np.float32], Result]] = {}
+
+
+def unfailed(tmp_path: Path, strategy: dict[str, Any]) -> tuple[NDArray[np.float32], Result]:
+    """The same run without a loss; made once."""
+    key = repr(strategy)
+    if key not in _unfailed:
+        result, watch = run(tmp_path, [], strategy)
+        assert not watch.setbacks
+        _unfailed[key] = weights(result), result
+    return _unfailed[key]
+
+
+def same(result: Result, tmp_path: Path, strategy: dict[str, Any] = GRID) -> None:
+    """Same weights and buffers, bit for bit; each step once, with the same evaluations."""
+    bits, other = unfailed(tmp_path, strategy)
+    assert np.array_equal(weights(result), bits)
+    assert [s.step for s in result.history] == list(range(STEPS))
+    assert result.evaluations == other.evaluations
+    for mine, others in zip(result.history, other.history, strict=True):
+        assert mine.loss == others.loss or mine.samples < others.samples
+
+
+def test_two_stages_and_two_replicas(tmp_path: Path) -> None:
+    """Dropout and all, twice the same bits; the trace tells of every rank and micro-batch."""
+    result, _ = run(tmp_path, [])
+    same(result, tmp_path)
+    trace = json.loads((result.path / "pipeline_trace.json").read_text())
+    assert (trace["stages"], trace["schedule"], trace["micro_batches"]) == (2, "1f1b", 3)
+    done = {(e["rank"], e["kind"], e["micro_batch"]) for e in trace["events"]}
+    assert {(r, k, i) for r in range(4) for k in "FB" for i in range(3)} <= done
+    assert all(0 <= e["start_s"] <= e["end_s"] for e in trace["events"])
+    assert all(0 < s.figures["stage_busy_s"] < s.figures["pipeline_s"] for s in result.history)
+
+
+def test_without_dropout_it_is_what_one_worker_gives(tmp_path: Path) -> None:
+    """Over gloo; interleaved, so that activations and gradients share the way."""
+    small = {"task": "tasks_for_tests:Deep", "steps": 12, "epochs": None}
+    strategy = {"name": "hybrid", "pipeline": 2, "schedule": "interleaved", "backend": "gloo"}
+    cut = train(job(strategy, 2, **small), tmp_path)
+    whole = train(job("ring", 1, **small), tmp_path)
+    assert distance(weights(cut), weights(whole)) < 1e-5
+    assert cut.metrics == pytest.approx(whole.metrics, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("deed", "victim"),
+    [("kill 1 forward 19", 1), ("kill 2 backward 20", 2), ("stop 0 forward 26", 0)],
+)
+def test_a_lost_stage_gets_its_state_from_its_twin(deed: str, victim: int, tmp_path: Path) -> None:
+    result, watch = run(tmp_path, [deed])
+    same(result, tmp_path)
+    assert [s.replaced for s in watch.setbacks] == [(f"worker-{victim}",)]
+    assert watch.setbacks[0].step == int(deed.split()[-1]) // 3, "the step in flight, no more"
+    if deed.startswith("stop"):
+        assert f"{victim}" in watch.setbacks[0].cause
+
+
+def test_without_a_twin_all_go_back_to_the_checkpoint(tmp_path: Path) -> None:
+    alone = {"name": "hybrid", "pipeline": 2, "micro_batches": 3, "cut": ["3"]}
+    deeds = ["kill 1 backward 40"]
+    result, watch = run(tmp_path, deeds, alone, checkpoint={"every_steps": 5})
+    same(result, tmp_path, alone)
+    assert [(s.step, len(s.replaced)) for s in watch.setbacks] == [(10, 2)]
+
+
+def test_both_twins_lost(tmp_path: Path) -> None:
+    deeds = ["kill 1 forward 37", "kill 3 forward 37"]
+    result, watch = run(tmp_path, deeds, checkpoint={"every_steps": 5})
+    same(result, tmp_path)
+    assert (watch.setbacks[-1].step, len(watch.setbacks[-1].replaced)) == (10, 4)

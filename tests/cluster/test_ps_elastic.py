@@ -1,0 +1,136 @@
+"""Workers of a parameter server are lost and replaced; the others keep their processes."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from small_runs import HERE, job, train, weights
+from test_elastic import Watch
+from test_server_loss import undisturbed
+from torch import nn
+
+from distplat.actors.messages import WorkOrder
+from distplat.actors.shards import RayShards
+from distplat.actors.spawn import spawn
+from distplat.cli.main import run as command
+from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
+from distplat.platform.errors import Abandoned
+from distplat.platform.ledger import PushId
+from distplat.platform.spec import Job
+from distplat.strategies.base import Roles
+from distplat.strategies.training.flat import FlatModel
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
+
+STEPS = 40
+
+
+def losing(strategy: dict[str, Any], deed: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """Make a job of two ranks, one of which does `deed` in its sixth step."""
+    args = {"deed": deed, "marker": str(tmp_path / "done"), "at": 6}
+    return job(
+        strategy,
+        2,
+        task="tasks_for_tests:Misbehaving",
+        task_args=args,
+        epochs=None,
+        steps=STEPS,
+        evaluation={"every_epochs": 0},
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    ("deed", "strategy", "more"),
+    [
+        ("kill", {"num_servers": 2, "replication": 2}, {"clip_norm": 0.5}),
+        ("stop", {}, {"failure": {"step_timeout_s": 3, "heartbeat_timeout_s": 4}}),
+    ],
+)
+def test_a_replaced_worker_leaves_the_bits_as_they_are(
+    deed: str, strategy: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    watch = Watch()
+    spec = losing({"name": "ps-sync", **strategy}, deed, tmp_path, **more)
+    result = train(spec, tmp_path, observers=(watch,))
+    assert [len(setback.replaced) for setback in watch.setbacks] == [1]
+    assert [summary.step for summary in result.history] == list(range(STEPS))
+    assert weights(result).tobytes() == undisturbed(spec)
+
+
+def test_an_asynchronous_run_goes_on_and_can_be_made_again(tmp_path: Path) -> None:
+    watch = Watch()
+    strategy = {"name": "ps-async", "staleness": 2, "delay_compensation": 0.5}
+    result = train(losing(strategy, "kill", tmp_path), tmp_path, observers=(watch,))
+    assert [len(setback.replaced) for setback in watch.setbacks] == [1]
+    (log,) = read_logs(str(result.path / FILE_NAME))[0]
+    assert flaws(log, 2, STEPS) == []
+    assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
+
+
+class Rank:
+    """One rank without a loop: its gradient is 1 in rank 0, 2 in rank 1."""
+
+    def __init__(self) -> None:
+        self.flat = FlatModel(nn.Linear(64, 1))
+        self.flat.params.fill_(1.0)
+
+    def connect(self, order: WorkOrder) -> int:
+        self.abandoned = threading.Event()
+        self.shards = RayShards(order, 100, abandoned=self.abandoned)
+        self.shards.connect(self.flat)
+        self.flat.grads.fill_(1.0 + order.rank)
+        return self.flat.version
+
+    def push(self, step: int) -> None:
+        self.shards.push(step)
+
+    def abandon(self) -> None:
+        self.abandoned.set()
+
+    def values(self) -> list[float]:
+        return sorted(set(self.flat.params.tolist()))
+
+
+def test_shards_that_a_loss_left_at_two_versions_come_together() -> None:
+    """Shard 0 has made step 1, shard 1 has not: all go on from 1, shard 0 makes it only once."""
+    spec = job({"name": "ps-sync", "num_servers": 2}, 2, optimizer={"name": "SGD", "lr": 0.125})
+    made, run = Job.model_validate(spec), "apart"
+    cast = spawn(made, Roles(servers=2), run, 0)
+    actor = ray.remote(Rank).options(num_cpus=0, max_concurrency=2)
+    ranks = [actor.remote() for _ in range(2)]
+
+    def connect(attempt: int) -> list[int]:
+        orders = [
+            WorkOrder(made, run, attempt, rank, "", "", None, cast.manager, None)
+            for rank in range(2)
+        ]
+        calls = [rank.connect.remote(order) for rank, order in zip(ranks, orders, strict=True)]
+        versions: list[int] = ray.get(calls, timeout=60)
+        return versions
+
+    def push(step: int) -> list[list[float]]:
+        ray.get([rank.push.remote(step) for rank in ranks], timeout=60)
+        values: list[list[float]] = ray.get([rank.values.remote() for rank in ranks], timeout=60)
+        return values
+
+    try:
+        assert connect(0) == [0, 0]
+        assert push(0) == [[0.625], [0.625]]  # 1 - (1 + 2) / 8
+        waiting = ranks[0].push.remote(1)
+        ray.get(cast.servers[0].push.remote(PushId(run, 0, 1, 1), None), timeout=60)
+        ray.kill(ranks[1])
+        ray.get(ranks[0].abandon.remote(), timeout=60)
+        with pytest.raises(Abandoned):
+            ray.get(waiting, timeout=60)
+        ranks[1] = actor.remote()
+        assert connect(1) == [1, 1]
+        assert ray.get([rank.values.remote() for rank in ranks], timeout=60) == [[0.625]] * 2
+        assert push(1) == [[0.25], [0.25]]
+        assert push(2) == [[-0.125], [-0.125]]
+    finally:
+        cast.end()
+        for rank in ranks:
+            ray.kill(rank)

@@ -1,0 +1,85 @@
+"""Weights out of runs that go on: of exactly the version they say."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from small_runs import job, train, weights
+
+import distplat
+from distplat.actors.weights import Snapshot
+from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError, SpecError
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+
+class Evaluator(threading.Thread):
+    """Takes snapshots of a run, each newer than the one before. An `Observer`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(daemon=True)
+        self.count, self.training = count, threading.Event()
+        self.name_of_run = ""
+        self.taken: list[Snapshot] = []
+        self.errors: list[BaseException] = []
+
+    def started(self, job: object, run: str, path: Path) -> None:
+        self.name_of_run = run
+        self.start()
+
+    def stepped(self, summary: object) -> None:
+        self.training.set()
+
+    def disturbed(self, news: object) -> None:
+        pass
+
+    def run(self) -> None:
+        assert self.training.wait(60)
+        out = distplat.weights("small")
+        assert out.run == self.name_of_run
+        try:
+            with pytest.raises(DeadlineExceeded, match=r"above version 1000000: waited 0\.1 s"):
+                out.latest(newer_than=1_000_000, timeout_s=0.1)
+            while len(self.taken) < self.count:
+                newest = self.taken[-1].version if self.taken else 0
+                self.taken.append(out.latest(newer_than=newest, timeout_s=30))
+            out.latest(newer_than=1_000_000, timeout_s=30)
+        except BaseException as error:
+            self.errors.append(error)
+
+
+@pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}], ids=str)
+def test_a_snapshot_is_of_its_version(strategy: object, tmp_path: Path) -> None:
+    evaluator = Evaluator(3)
+    args = {"marker": str(tmp_path / "never"), "deed": "none", "at": 0}
+    fields: dict[str, Any] = {
+        "task": "tasks_for_tests:Misbehaving",  # takes its time over each step
+        "task_args": args,
+        "epochs": None,
+        "evaluation": {"every_epochs": 0},
+    }
+    train(job(strategy, 2, **fields, steps=40), tmp_path, observers=(evaluator,))
+    evaluator.join(30)
+    versions = [snapshot.version for snapshot in evaluator.taken]
+    assert versions == sorted(set(versions)) and len(versions) == 3
+    assert all(0 < version <= 40 for version in versions)
+    assert isinstance(evaluator.errors[0], ActorLost), evaluator.errors
+    assert "is over" in str(evaluator.errors[0])
+    chosen = evaluator.taken[1]
+    result = train(job(strategy, 2, **fields, steps=chosen.version), tmp_path)
+    mine = [chosen.state[name].numpy().ravel() for name in sorted(chosen.state)]
+    assert np.concatenate(mine).tobytes() == weights(result).tobytes()
+
+
+def test_what_does_not_run() -> None:
+    with pytest.raises(SpecError, match="no run or job 'digits' is running"):
+        distplat.weights("digits")
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(DistplatError, match="not connected to Ray"):
+        distplat.weights("digits")

@@ -1,0 +1,164 @@
+"""Bells: what one side writes the other reads, once, and a listener ends when its worker does."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from distplat.actors.bell import SLOT, Bell, Listener, Request
+from distplat.actors.memory import Segment
+from distplat.platform.errors import GapError
+from distplat.platform.ledger import Answer
+
+LIMIT_S = 5.0
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    made = Segment.create("here", 2 * SLOT, "uint8")
+    yield made
+    made.seal()
+
+
+class Listening:
+    """A listener in a thread; requests are noted and answered by their number."""
+
+    def __init__(self, segment: Segment, slot: int = 0) -> None:
+        self.seen: list[Request] = []
+        self.error: BaseException | None = None
+        self.wanted = True
+        self.turn = threading.Lock()
+        self.hold = threading.Event()
+        self.hold.set()
+        self._listener = Listener(segment.address, slot)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._listener.serve(self._handle, self.turn, lambda: self.wanted)
+        except GapError as error:
+            self.error = error
+        finally:
+            self._listener.close()
+
+    def _handle(self, request: Request) -> Answer:
+        self.seen.append(request)
+        assert self.hold.wait(LIMIT_S)
+        if request.seq < 0:
+            raise GapError("no")
+        return Answer(request.seq + 1, staleness=3, waiting_s=0.25, dropped=2)
+
+    def end(self) -> None:
+        self.wanted = False
+        self.thread.join(LIMIT_S)
+        assert not self.thread.is_alive()
+
+
+def test_requests_and_answers_arrive_as_they_were(segment: Segment) -> None:
+    listening, bell = Listening(segment, 1), Bell(segment, 1)
+    requests = [Request(0), Request(1, 0.0), Request(2, 2.5), Request(3, math.inf)]
+    for request in requests:
+        bell.ring(request)
+        assert bell.answered(LIMIT_S)
+        assert bell.read() == Answer(request.seq + 1, staleness=3, waiting_s=0.25, dropped=2)
+    assert listening.seen == requests
+    listening.end()
+
+
+@pytest.mark.parametrize("norm", [None, 0.0, 1.5])
+def test_every_field_of_an_answer_travels(segment: Segment, norm: float | None) -> None:
+    bell = Bell(segment, 0)
+    answer = Answer(7, False, norm, 4, 0.5, 0.25, 6, 8)
+    bell.ring(Request(0))
+    assert bell.asked(0.0) == Request(0)
+    bell.answer(answer)
+    assert bell.read() == answer
+
+
+def test_a_norm_that_is_no_number_stays_a_commit(segment: Segment) -> None:
+    bell = Bell(segment, 0)
+    bell.ring(Request(5, math.nan))
+    asked = bell.asked(0.0)
+    assert asked is not None and asked.norm is not None and math.isnan(asked.norm)
+    bell.answer(replace(Answer(1), squared_norm=math.nan))
+    answer = bell.read()
+    assert answer is not None and answer.squared_norm is not None
+    assert math.isnan(answer.squared_norm)
+
+
+def test_nothing_is_answered_twice_or_unasked(segment: Segment) -> None:
+    bell = Bell(segment, 0)
+    assert bell.asked(0.0) is None
+    bell.ring(Request(0))
+    assert not bell.answered(0.0)
+    bell.answer(Answer(1))
+    assert bell.answered(0.0)
+    assert bell.asked(0.0) is None
+
+
+def test_a_failed_request_ends_the_listening(segment: Segment) -> None:
+    listening, bell = Listening(segment), Bell(segment, 0)
+    bell.ring(Request(-1))
+    assert bell.answered(LIMIT_S)
+    assert bell.read() is None
+    listening.thread.join(LIMIT_S)
+    assert isinstance(listening.error, GapError)
+
+
+def test_of_two_listeners_the_later_answers_once(segment: Segment) -> None:
+    """The first call's message was late, not lost: both serve the request, one answers."""
+    first, bell = Listening(segment), Bell(segment, 0)
+    first.hold.clear()
+    bell.ring(Request(0))
+    deadline = time.monotonic() + LIMIT_S
+    while not first.seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with first.turn:
+        first.wanted = False
+    second = Listening(segment)
+    assert bell.answered(LIMIT_S)
+    first.hold.set()
+    first.end()
+    assert bell.asked(0.0) is None  # not answered once more
+    bell.ring(Request(1))
+    assert bell.answered(LIMIT_S)
+    assert bell.read() == Answer(2, staleness=3, waiting_s=0.25, dropped=2)
+    second.end()
+
+
+def test_a_listener_ends_with_its_worker() -> None:
+    code = (
+        "import os, time; from distplat.actors.memory import Segment; "
+        "s = Segment.create('here', 256, 'uint8'); print(s.address.fd, flush=True); time.sleep(60)"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    try:
+        fd = int(worker.stdout.readline())
+        own = Segment.create("here", SLOT, "uint8")
+        own.seal()
+        theirs = replace(own.address, pid=worker.pid, fd=fd)
+        listener = Listener(theirs, 0)
+        ended = threading.Event()
+
+        def listen() -> None:
+            listener.serve(lambda request: Answer(0), threading.Lock(), lambda: True)
+            ended.set()
+
+        threading.Thread(target=listen, daemon=True).start()
+        assert not ended.wait(0.3)
+        os.kill(worker.pid, signal.SIGKILL)
+        assert ended.wait(LIMIT_S)
+        listener.close()
+    finally:
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()

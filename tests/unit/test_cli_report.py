@@ -1,0 +1,187 @@
+"""`distplat report`: the page and the table, whatever state the run is in."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_runs import RECOVERY, SAVED, SETBACK, evaluation, made_run, made_trace, step
+
+from distplat.cli.main import run
+
+EVIL = '<script>alert(1)</script>"&'
+FIGURES = {"sent_bytes": 4e6, "waiting_s": 0.01, "working_s": 0.02, "exposed_s": 0.01}
+
+
+class Tags(HTMLParser):
+    """Counts tags, and finds what a browser would fetch or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.fetches: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.fetches += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href")]
+        self.fetches += [f"{tag} {name}" for name, _ in attrs if name.startswith("on")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def page_of(path: Path) -> str:
+    text = (path / "report.html").read_text()
+    tags = Tags(text)
+    assert tags.open == []
+    assert tags.fetches == []
+    assert "script" not in tags.tags
+    assert not re.search(r"\bnan\b|\binf\b", text)
+    return text
+
+
+def lively(**changes: Any) -> list[dict[str, Any]]:
+    lines = [step(n, figures=FIGURES, **changes) for n in range(8)]
+    return [*lines[:4], SAVED, SETBACK, RECOVERY, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
+
+
+def test_a_run_that_went_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_run(tmp_path, lively(), result={"status": "SUCCEEDED", "seconds": 200.0})
+    assert run(["report", str(path)]) == 0
+    told = capsys.readouterr().out
+    for line in (
+        "after step 4, 2.5 MB",
+        "SUCCEEDED",
+        "8 of 10",
+        "80 samples/s",
+        "3 min 20 s",
+        "compute 60%",
+    ):
+        assert line in told
+    assert "after step 3: worker-1 was lost: the process died; worker-1, after 2.5 s" in told
+    assert str(path / "report.html") in told
+    text = page_of(path)
+    parts = ("Loss", "Evaluations", "Where the time went", "Exchange", "Setbacks", "Checkpoints")
+    for heading in parts:
+        assert heading in text
+    assert "4 MB sent per worker and step" in text
+
+
+def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_run(tmp_path, lively(), trace=made_trace())
+    assert run(["report", str(path), "-o", "json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["steps"] == 8
+    assert facts["evaluations"] == {"loss": 1.8, "accuracy": 0.5}
+    assert facts["restarts"][0]["seconds"] == 2.5
+    assert facts["figures"]["sent_bytes"] == 4e6
+    assert facts["pipeline"][0]["bubble"] == pytest.approx(0.2)
+
+
+def test_what_users_wrote_is_text_and_nothing_else(tmp_path: Path) -> None:
+    bad = SETBACK | {"cause": EVIL, "replaced": [EVIL]}
+    lines = [step(0, figures={EVIL: 1.0}), step(1, figures={EVIL: 2.0}), bad]
+    lines[0]["seconds"] = lines[1]["seconds"] = {EVIL: 0.5, "compute": 0.5}
+    lines += [evaluation(1, **{EVIL: 1.0}), evaluation(2, **{EVIL: 1.0})]
+    job = json.dumps({"name": EVIL, "strategy": {"name": EVIL}})  # JSON is YAML
+    trace = made_trace() | {"schedule": EVIL}
+    result = {"status": EVIL, "error": EVIL}
+    path = made_run(tmp_path, lines, job=job, result=result, trace=trace, name="run<b>")
+    assert run(["report", str(path)]) == 0
+    text = page_of(path)
+    assert "<script" not in text and "<b>" not in text
+    assert text.count("&lt;script&gt;alert(1)") >= 10
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_run(tmp_path)
+    assert run(["report", str(path)]) == 0
+    assert "RUNNING: last line" in capsys.readouterr().out
+    assert "No step has been made yet" in page_of(path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 700])
+def test_any_number_of_steps_can_be_drawn(count: int, tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(n, figures={"staleness": n % 3}) for n in range(count)])
+    assert run(["report", str(path)]) == 0
+    assert "Staleness" in page_of(path)
+
+
+def test_a_run_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [step(n, loss=1.0 if n < 3 else None) for n in range(6)]
+    lines.append(evaluation(6) | {"metrics": {"loss": None, "accuracy": None}})
+    path = made_run(tmp_path, lines)
+    assert run(["report", str(path)]) == 0
+    assert "not a number" in capsys.readouterr().out
+    page_of(path)
+
+
+def test_the_error_that_ended_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = "Traceback\n  boom\n\nyour task failed on rank 1"
+    path = made_run(tmp_path, [step(0)], result={"status": "FAILED", "error": error})
+    assert run(["report", str(path)]) == 0
+    assert "your task failed on rank 1" in capsys.readouterr().out
+    assert "Traceback\n  boom" in page_of(path)
+
+
+def test_a_real_step_stands_beside_the_ideal_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = made_trace(stages=2, micro_batches=4, replicas=2, late_s=0.5, reduce_s=1.0)
+    path = made_run(tmp_path, [step(0)], trace=trace)
+    assert run(["report", str(path)]) == 0
+    assert "replica 1, step 5" in capsys.readouterr().out
+    text = page_of(path)
+    assert text.count(">measured<") == text.count(">ideal<") == 4  # each with its tooltip
+    assert "Textbook bubble" in text and "20.0%" in text
+    assert "reduce (below)" in text
+
+
+def test_a_trace_that_makes_no_sense_does_not_hide_the_rest(tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(0)], trace=made_trace() | {"stages": 1})
+    assert run(["report", str(path)]) == 0
+    assert "makes no sense: an event of stage 1" in page_of(path)
+
+
+def test_a_trace_of_nothing_is_no_error(tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(0)], trace=made_trace() | {"events": []})
+    assert run(["report", str(path)]) == 0
+    page_of(path)
+
+
+def test_a_pipeline_without_a_trace_says_so(tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(0)], job="strategy: {name: hybrid, pipeline: 2}")
+    assert run(["report", str(path)]) == 0
+    assert "there is no pipeline_trace.json" in page_of(path)
+
+
+def test_damage_is_said_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_run(tmp_path, [step(0)])
+    (path / "result.json").write_text("{")
+    assert run(["report", str(path)]) == 0
+    assert "result.json is damaged" in capsys.readouterr().out
+    assert "result.json is damaged" in page_of(path)
+
+
+def test_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", str(tmp_path / "nothing")]) == 2
+    assert run(["report", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = made_run(tmp_path, [step(0)])
+    (path / "report.html").mkdir()
+    assert run(["report", str(path)]) == 5
+    assert "cannot write" in capsys.readouterr().err

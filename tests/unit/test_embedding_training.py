@@ -1,0 +1,248 @@
+"""Whole runs in memory: embeddings on servers against `nn.Embedding` in one process."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from in_memory_run import Run, train
+from rank_threads import on_ranks
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+from words import ROWS, WIDTH, Net, Words
+
+from distplat import Task, Trainer
+from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
+from distplat.platform.errors import CollectiveError, StorageError
+from distplat.platform.progress import StepReport
+from distplat.strategies.catalog import make_job
+from distplat.strategies.fakes import Fabric, InMemoryTables, TableGroup
+from distplat.strategies.ring import Ring, RingOptions
+from distplat.strategies.sparse.initial import initial_rows
+from distplat.strategies.sparse.lookups import Lookups
+from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.session import Prepared, join, prepare
+
+
+class Local(Words):
+    """The same with `nn.Embedding`."""
+
+    def model(self) -> nn.Module:
+        sharded = super().model()
+        specs = Lookups(sharded, job(Words, 0)).specs
+        rows = [torch.from_numpy(initial_rows(spec, 0, np.arange(ROWS))) for spec in specs]
+        rows[1][0] = 0.0
+        words, tags = (nn.Parameter(r) for r in rows)
+        bag = nn.EmbeddingBag(ROWS, WIDTH, mode="sum", padding_idx=0, _weight=tags.data)
+        net = Net(nn.Embedding(ROWS, WIDTH, _weight=words.data), bag)
+        net.head.load_state_dict(sharded.head.state_dict())  # type: ignore[union-attr]
+        return net
+
+
+def job(task: type[Task], world: int, *, servers: int = 2, **more: Any) -> Any:
+    spec: dict[str, Any] = {
+        "name": "words",
+        "strategy": "ring",
+        "scaling": {"num_workers": world},
+        "optimizer": {"name": "SGD", "lr": 0.5},
+        "lr_schedule": {"name": "cosine"},
+        "global_batch_size": 9,
+        "epochs": 3,
+    }
+    if task is Words:
+        spec["embeddings"] = {"servers": servers, "optimizer": {"name": "SGD", "lr": 0.5}}
+    return make_job(spec | more)
+
+
+def table(run: Run, number: int, rows: int = ROWS) -> Any:
+    """Put a table together from its servers."""
+    found = np.full((rows, WIDTH), np.nan, np.float32)
+    for service in run.tables.services:
+        kept = service._tables[number]
+        kept.read(kept.ids(), out := np.empty((len(kept), WIDTH), np.float32))
+        found[kept.ids()] = out
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    return train(job(Local, 1), Local).parameters()
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [
+        (1, {}),
+        (2, {}),
+        (3, {"gradient_accumulation": 2}),
+        (2, {"strategy": "ps-sync"}),
+        (2, {"servers": 3}),
+    ],
+    ids=str,
+)
+def test_equals_one_process_with_local_tables(
+    alone: dict[str, Tensor], world: int, more: dict[str, Any]
+) -> None:
+    run = train(job(Words, world, **more), Words)
+    for name, value in run.parameters().items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=1e-6)
+    for number, name in enumerate(("words", "tags")):
+        mine = torch.from_numpy(table(run, number))
+        there = ~mine[:, 0].isnan()
+        assert there.sum() in (21, 22, 23)
+        assert not there[0 if name == "tags" else 39]  # padding, and an id only evaluated
+        torch.testing.assert_close(
+            mine[there], alone[f"{name}.weight"][there], rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("optimizer", ["Adagrad", "SparseAdam", "RowWiseAdagrad"])
+def test_repeats_bit_for_bit(optimizer: str) -> None:
+    embeddings = {"servers": 2, "optimizer": {"name": optimizer, "lr": 0.1}}
+    spec = job(Words, 3, embeddings=embeddings)
+    first, second = train(spec, Words), train(spec, Words)
+    for number in range(2):
+        assert table(first, number).tobytes() == table(second, number).tobytes()
+
+
+def test_asynchronous_with_one_rank_is_synchronous() -> None:
+    runs = []
+    for strategy, asynchronous in (("ring", False), ("ring", True), ("ps-async", True)):
+        optimizer = {"name": "Adagrad", "lr": 0.5}
+        embeddings = {"optimizer": optimizer, "asynchronous": asynchronous, "servers": 2}
+        runs.append(train(job(Words, 1, strategy=strategy, embeddings=embeddings), Words))
+    for number in range(2):
+        first, second, third = (table(run, number).tobytes() for run in runs)
+        assert first == second == third
+
+
+def test_asynchronous_ranks_train() -> None:
+    embeddings = {"optimizer": {"name": "SGD", "lr": 0.5}, "asynchronous": True, "servers": 2}
+    spec = job(Words, 3, strategy="ps-async", embeddings=embeddings, epochs=20)
+    run = train(spec, Words)
+    losses = [part.loss for part in run.reports[0] if isinstance(part, StepReport)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert {service._ledger.version for service in run.tables.services} == {3 * len(losses)}
+
+
+def test_partition_changes_no_bit() -> None:
+    runs = []
+    for partition in ("hash", "range"):
+        embeddings = {
+            "servers": 3,
+            "partition": partition,
+            "optimizer": {"name": "SGD", "lr": 0.5},
+        }
+        runs.append(train(job(Words, 2, embeddings=embeddings), Words))
+    first, second = (table(run, 0) for run in runs)
+    assert first.tobytes() == second.tobytes()
+
+
+def test_ids_without_end() -> None:
+    class Open(Words):
+        def model(self) -> nn.Module:
+            return Net(ShardedEmbedding(None, WIDTH), ShardedEmbeddingBag(None, WIDTH))
+
+        def train_data(self) -> Dataset[Any]:
+            ids, targets = super().train_data().tensors  # type: ignore[attr-defined]
+            return TensorDataset(ids * 2**57 + 1, targets)
+
+    run = train(job(Words, 2), Open)
+    assert sum(rows for s in run.tables.services for _, rows in s.sizes()) in range(40, 47)
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "said"),
+    [
+        (Words, {"embeddings": None}, r"rows on servers \(words, tags\).*add the field"),
+        (Local, {"embeddings": {"optimizer": {"name": "SGD", "lr": 1}}}, "has no distplat.nn"),
+    ],
+)
+def test_job_and_model_must_agree(task: type[Task], more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        train(job(task, 1, **more), task)
+
+
+def test_open_ended_ids_have_no_ranges() -> None:
+    embeddings = {"partition": "range", "optimizer": {"name": "SGD", "lr": 1}}
+    net = nn.ModuleDict({"a": ShardedEmbedding(None, 4)})
+    with pytest.raises(ValueError, match="but a has no num_embeddings"):
+        Lookups(net, job(Words, 1, embeddings=embeddings))
+
+
+class Stopping(Ring):
+    """Breaks off in the exchange of one step, when the rows' gradients are already applied."""
+
+    stop_at = 5
+
+    def exchange(self, step: int) -> None:
+        super().exchange(step)
+        if step == self.stop_at:
+            time.sleep(0.2)  # the tables have made the step by now
+            raise CollectiveError("world", "all_reduce", step, (1,), "as if a rank were lost")
+
+
+def attempt(
+    number: int, ranks: list[Prepared], strategies: list[Stopping], group: TableGroup
+) -> list[int]:
+    """Run all ranks; give the steps from which they began."""
+    fabric, group.attempt = Fabric(2), number
+
+    def body(rank: int) -> int:
+        loop = join(
+            ranks[rank],
+            strategies[rank],
+            rank,
+            collective=fabric.collective(rank),
+            shards=None,
+            tables=InMemoryTables(group, rank),
+            report=lambda report: None,
+            progress=Progress(),
+        )
+        with suppress(CollectiveError):
+            loop.run()
+        return loop.start
+
+    return on_ranks(2, body)
+
+
+def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
+    spec = job(Words, 2)
+    group = TableGroup(spec, rewinds=True)
+    ranks = [prepare(spec, Words()) for _ in range(2)]
+    options = RingOptions()
+    strategies = [Stopping(options), Stopping(options)]
+    assert attempt(0, ranks, strategies, group) == [0, 0]
+    assert {service._ledger.version for service in group.services} == {6}
+    for strategy in strategies:
+        strategy.stop_at = -1
+    assert attempt(1, ranks, strategies, group) == [5, 5]
+    whole = train(spec, Words)
+    lossy = Run(ranks, [], [], [], whole.group, group)
+    for number in range(2):
+        assert table(lossy, number).tobytes() == table(whole, number).tobytes()
+    for name, value in whole.parameters().items():
+        assert torch.equal(lossy.parameters()[name], value)
+
+
+def test_a_trained_model_goes_on_outside_of_the_run(tmp_path: Path) -> None:
+    spec = job(Words, 0).model_copy(update={"storage_path": str(tmp_path)})
+    result = Trainer(spec, Words).fit()
+    assert result.checkpoint is not None
+    model = Words().model()
+    model.load_state_dict(load_file(result.checkpoint))
+    connect(model.eval(), result.path)
+    inputs, targets = Words().eval_data().tensors
+    with torch.no_grad():
+        loss = float(Words().loss(model(inputs), targets))
+    assert loss == pytest.approx(result.evaluations[-1].metrics["loss"], rel=1e-5)
+    parts = [load_file(path)["ids"] for path in sorted(result.path.glob("embeddings.words.*"))]
+    assert len(parts) == 2
+    assert all((part.diff() > 0).all() for part in parts)
+    other = Net(ShardedEmbedding(ROWS, WIDTH + 1), ShardedEmbeddingBag(ROWS, WIDTH))
+    with pytest.raises(StorageError, match=r"table 'words' of .* is another"):
+        connect(other, result.path)

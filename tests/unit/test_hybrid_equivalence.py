@@ -1,0 +1,135 @@
+"""The promise, for every grid: what one process gives, to 1e-5 after 20 steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import (
+    BATCH,
+    GPT_PLAN,
+    MLP_PLAN,
+    SAMPLES,
+    STEPS,
+    Conv,
+    Gpt,
+    Mlp,
+    job_of,
+    plain,
+)
+from in_memory_run import Run, train
+from torch import Tensor
+
+from distplat.platform.progress import EvalReport, StepReport
+from distplat.strategies.task import Task
+
+
+def grid_of(pipeline: int, tensor: int, data: int, **more: Any) -> tuple[dict[str, Any], int]:
+    options = {"pipeline": pipeline, "tensor": tensor, "data": data, **more}
+    if pipeline > 1:
+        options = {"cut": "even", "micro_batches": 4, **options}
+    return options, pipeline * tensor * data
+
+
+def whole(run: Run) -> dict[str, Tensor]:
+    """Put the parts of the trained model together."""
+    return {name: value for part in run.trained for name, value in part.items()}
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    flat = [
+        torch.cat([state[name].reshape(-1).double() for name in sorted(expected)])
+        for state in (found, expected)
+    ]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def losses(run: Run) -> list[float]:
+    """Give the mean loss of each step, over the ranks that know it."""
+    found = []
+    for step in range(STEPS):
+        parts = [
+            r for rank in run.reports for r in rank if isinstance(r, StepReport) and r.step == step
+        ]
+        samples = sum(part.samples for part in parts)
+        assert samples == (BATCH if (step + 1) % 3 else SAMPLES % BATCH), "each is counted once"
+        found.append(sum(part.loss * part.samples for part in parts) / samples)
+    return found
+
+
+GRIDS = {
+    "2x1x2": grid_of(2, 1, 2),
+    "3x1x1": grid_of(3, 1, 1),
+    "1x1x3": grid_of(1, 1, 3),
+    "2x1x1-gpipe": grid_of(2, 1, 1, schedule="gpipe"),
+    "2x1x2-interleaved": grid_of(2, 1, 2, schedule="interleaved"),
+    "2x1x1-zb": grid_of(2, 1, 1, schedule="zb-h1"),
+    "3x1x2-zb": grid_of(3, 1, 2, schedule="zb-h1"),
+    "2x1x2-recompute": grid_of(2, 1, 2, recompute=True),
+    "2x1x2-auto": grid_of(2, 1, 2, cut="auto"),
+}
+
+
+@pytest.mark.parametrize("kind", [Mlp, Conv, Gpt])
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) -> None:
+    options, workers = GRIDS[name]
+    run = train(job_of(options, workers), kind)
+    expected, plain_losses = plain(kind)
+    assert distance(whole(run), expected) < 1e-5
+    assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "pipeline", "data"),
+    [
+        (Mlp, MLP_PLAN, 1, 2),
+        (Mlp, MLP_PLAN, 2, 1),
+        (Mlp, MLP_PLAN, 2, 2),
+        (Gpt, GPT_PLAN, 1, 2),
+        (Gpt, GPT_PLAN, 2, 1),
+    ],
+)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_slices_give_what_one_process_gives(
+    kind: type[Task], plan: dict[str, str], pipeline: int, data: int, clip: float | None
+) -> None:
+    options, workers = grid_of(pipeline, 2, data, tensor_plan=plan)
+    run = train(job_of(options, workers, clip_norm=clip), kind)
+    expected, plain_losses = plain(kind, clip)
+    assert distance(whole(run), expected) < 1e-5
+    assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["2x1x2", "3x1x1", "2x1x2-interleaved"])
+def test_clipping_takes_the_norm_of_the_whole_model(name: str) -> None:
+    options, workers = GRIDS[name]
+    run = train(job_of(options, workers, clip_norm=0.3), Mlp)
+    assert distance(whole(run), plain(Mlp, 0.3)[0]) < 1e-5
+    assert distance(whole(run), plain(Mlp)[0]) > 1e-4, "the limit matters"
+
+
+def evaluation(run: Run) -> dict[str, float]:
+    """Put the ranks' parts of the last evaluation together."""
+    reports = [r for r in run.reports[0] if isinstance(r, EvalReport)]  # each has all ranks'
+    assert sum(report.samples for report in reports) == SAMPLES
+    names = next(report.sums for report in reports if report.samples)
+    return {name: sum(r.sums.get(name, 0.0) for r in reports) / SAMPLES for name in names}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"global_batch_size": 22},  # the last batch has one sample: a replica has nothing to do
+        {"precision": "bf16"},
+        {"data": {"drop_last": True, "num_loaders": 0}, "optimizer": {"name": "AdamW", "lr": 0.01}},
+    ],
+    ids=["short", "bf16", "dropped"],
+)
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_two_stages_and_replicas_do_what_one_rank_does(schedule: str, more: dict[str, Any]) -> None:
+    options, workers = grid_of(2, 1, 2, schedule=schedule)
+    many, one = train(job_of(options, workers, **more), Mlp), train(job_of({}, 1, **more), Mlp)
+    loose = 1e-2 if "precision" in more else 1e-5
+    assert distance(whole(many), whole(one)) < loose
+    assert evaluation(many) == pytest.approx(evaluation(one), rel=10 * loose)

@@ -1,0 +1,141 @@
+"""What `hybrid` refuses before anything starts: the field, what was got, what to do."""
+
+from typing import Any
+
+import pytest
+from hybrid_models import job_of
+
+from distplat.strategies.catalog import make_strategy, strategy_problems
+from distplat.strategies.hybrid import HybridOptions
+
+WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
+    (
+        {"pipeline": 2, "data": 2},
+        3,
+        {},
+        "strategy.pipeline",
+        "pipeline 2 x tensor 1 x data 2 are 4 workers, scaling.num_workers is 3",
+        "scaling.num_workers: 4",
+    ),
+    (
+        {"pipeline": 2},
+        2,
+        {"gradient_accumulation": 2},
+        "gradient_accumulation",
+        "cuts batches itself (got 2)",
+        "strategy.micro_batches",
+    ),
+    (
+        {"pipeline": 2, "micro_batches": 17},
+        2,
+        {},
+        "strategy.micro_batches",
+        "16 samples cannot be cut into 1 replicas x 17 micro-batches",
+        "at most 16",
+    ),
+    (
+        {"pipeline": 2, "schedule": "interleaved", "micro_batches": 5},
+        2,
+        {},
+        "strategy.micro_batches",
+        "multiple of its 2 stages (got 5)",
+        "take 4 or 6",
+    ),
+    ({"pipeline": 2, "cut": "evn"}, 2, {}, "strategy.cut", "(got 'evn')", "did you mean 'even'?"),
+    (
+        {"pipeline": 3, "cut": ["2"]},
+        3,
+        {},
+        "strategy.cut",
+        "3 pieces begin with 2 layers besides the first (got 1 names)",
+        "name as many",
+    ),
+    ({"pipeline": 3, "cut": ["2", "2"]}, 3, {}, "strategy.cut", "named twice", "once"),
+    (
+        {"pipeline": 2, "schedule": "interleaved", "virtual": 1},
+        2,
+        {},
+        "strategy.virtual",
+        "2 or more pieces per stage (got 1)",
+        "1f1b",
+    ),
+    ({"pipeline": 2, "virtual": 2}, 2, {}, "strategy.virtual", "only with `schedule:", "remove"),
+    ({"data": 2, "schedule": "gpipe"}, 2, {}, "strategy.schedule", "`pipeline` > 1", "remove"),
+    ({"data": 2, "cut": "even"}, 2, {}, "strategy.cut", "only with `pipeline` > 1", "remove"),
+    (
+        {"pipeline": 2, "cut": "even", "memory_limit_mb": 5},
+        2,
+        {},
+        "strategy.memory_limit_mb",
+        "only with `cut: auto`",
+        "remove",
+    ),
+    ({"pipeline": 2, "bucket_mb": 5}, 2, {}, "strategy.bucket_mb", "`data` > 1", "remove"),
+    ({"pipeline": 2, "overlap": False}, 2, {}, "strategy.overlap", "`data` > 1", "remove"),
+    (
+        {"pipeline": 2, "schedule": "zb-h1", "recompute": True},
+        2,
+        {},
+        "strategy.recompute",
+        "cannot be combined with `schedule: zb-h1`",
+        "1f1b",
+    ),
+    ({"data": 2, "backend": "nccl"}, 2, {}, "strategy.backend", "between GPUs", "use_gpu"),
+    ({"tensor": 2}, 2, {}, "strategy.tensor_plan", "needs it", "colwise"),
+    (
+        {"data": 2, "tensor_plan": {"0": "colwise"}},
+        2,
+        {},
+        "strategy.tensor_plan",
+        "only with `tensor` > 1",
+        "remove",
+    ),
+    (
+        {"tensor": 2, "tensor_plan": {"0": "colwize"}},
+        2,
+        {},
+        "strategy.tensor_plan.0",
+        "unknown style 'colwize'",
+        "did you mean 'colwise'?",
+    ),
+    (
+        {"tensor": 2, "tensor_plan": {"0": "colwise"}},
+        2,
+        {"checkpoint": {"every_steps": 2}},
+        "strategy.tensor",
+        "checkpoints of slices",
+        "checkpoint.every_*",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "workers", "more", "field", "message", "hint"), WRONG)
+def test_what_is_wrong_is_named(
+    options: dict[str, Any], workers: int, more: dict[str, Any], field: str, message: str, hint: str
+) -> None:
+    (problem,) = strategy_problems(job_of(options, workers, **more))
+    assert problem.field == field
+    assert message in problem.message and hint in problem.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "batch", "micro"),
+    [
+        ({"data": 2}, 2, 16, 1),
+        ({"pipeline": 2}, 2, 16, 8),
+        ({"pipeline": 2, "data": 2}, 4, 16, 8),
+        ({"pipeline": 2, "data": 2}, 4, 10, 5),  # as far as the batch goes
+        ({"pipeline": 3, "schedule": "interleaved"}, 3, 10, 9),  # a multiple of the stages
+    ],
+)
+def test_micro_batches_where_the_job_does_not_say(
+    options: dict[str, Any], workers: int, batch: int, micro: int
+) -> None:
+    job = job_of(options, workers, global_batch_size=batch)
+    assert not strategy_problems(job)
+    assert HybridOptions.model_validate(options).micro(job) == micro
+
+
+def test_survivors_go_on_where_parts_have_twins() -> None:
+    assert make_strategy(job_of({"pipeline": 2, "data": 2}, 4)).survivors_go_on()
+    assert not make_strategy(job_of({"pipeline": 2}, 2)).survivors_go_on()

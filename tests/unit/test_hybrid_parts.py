@@ -1,0 +1,160 @@
+"""Where models are cut, what ranks hold of them, and what is drawn on them."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import Dropping, Gpt, Mlp, job_of
+from in_memory_run import Run, train
+from torch import Tensor, nn
+
+from distplat.platform.errors import SpecError
+from distplat.strategies.pipeline import part
+from distplat.strategies.training.stages import Layer
+
+EVEN = {"pipeline": 2, "cut": "even", "micro_batches": 4}
+
+
+def names(run: Run) -> list[list[str]]:
+    return [[*state] for state in run.trained]
+
+
+def whole(run: Run) -> dict[str, Tensor]:
+    return {name: value for state in run.trained for name, value in state.items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_cut_by_name() -> None:
+    run = train(job_of({"pipeline": 2, "cut": ["5"]}, 2, steps=1), Mlp)
+    assert names(run)[1] == ["5.weight", "5.bias"]
+    assert run.ranks[0].model is None, "the rest of the model is let go"
+
+
+def test_a_chunk_of_each_half() -> None:
+    options = {**EVEN, "schedule": "interleaved", "virtual": 3}
+    run = train(job_of(options, 2, steps=1), Mlp)
+    layers = [[*dict.fromkeys(name.split(".")[0] for name in part)] for part in names(run)]
+    assert layers == [["0", "2", "4"], ["1", "3", "5"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ({"pipeline": 2, "cut": ["7"]}, "no layer '7'", "allowed"),
+        ({"pipeline": 7, "cut": "even"}, "6 layers, too few for 7 places", "fewer stages"),
+        ({"pipeline": 2, "memory_limit_mb": 0.001}, "no cut of 6 layers", "memory_limit_mb"),
+    ],
+)
+def test_what_cannot_be_cut_is_named(options: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        train(job_of(options, options["pipeline"]), Mlp, timeout_s=2)
+    problem = caught.value.problems[0]
+    assert message in problem.message and hint in problem.hint
+    assert problem.field.startswith("strategy.")
+
+
+class Tied(Gpt):
+    def model(self) -> nn.Module:
+        model = super().model()
+        head = nn.Linear(8, 11, bias=False)
+        head.weight = model.get_parameter("0.weight")
+        return nn.Sequential(*model.children(), nn.Linear(4, 8), head)
+
+
+def test_tied_weights_in_two_stages_are_named() -> None:
+    with pytest.raises(SpecError, match=r"0\.weight \(stage 0\) and 8\.weight \(stage 1\)"):
+        train(job_of(EVEN, 2), Tied, timeout_s=2)
+
+
+class Forgetful(Mlp):
+    def stages(self, model: nn.Module) -> list[nn.Module]:
+        return [*model.children()][:-1]
+
+
+def test_a_parameter_in_no_stage_is_named() -> None:
+    with pytest.raises(SpecError, match=r"in no stage: 5\.weight, 5\.bias"):
+        train(job_of(EVEN, 2), Forgetful, timeout_s=2)
+
+
+class Branching(Mlp):
+    """No Sequential: the trace finds where one tensor is all that crosses."""
+
+    def model(self) -> nn.Module:
+        return Residual()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side, self.head = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        middle = self.stem(inputs)
+        out: Tensor = self.head(torch.tanh(self.side(middle)) + middle)
+        return out
+
+
+def test_a_traced_model_is_cut_where_one_tensor_crosses() -> None:
+    run = train(job_of({"pipeline": 3, "cut": "even"}, 3, steps=2), Branching)
+    assert [{n.split(".")[0] for n in part} for part in names(run)] == [
+        {"stem"},
+        {"side"},
+        {"head"},
+    ]
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(3, 1), (2, 2)])
+def test_values_made_by_stages_do_not_depend_on_the_cut(stages: int, replicas: int) -> None:
+    """`init: meta`: no rank has had the whole model, and all grids begin with one."""
+
+    def beginning(pipeline: int, data: int) -> dict[str, Tensor]:
+        options = {**META, "pipeline": pipeline, "data": data}
+        return whole(train(job_of(options, pipeline * data, optimizer=STILL), Mlp))
+
+    assert equal(beginning(2, 1), beginning(stages, replicas))
+
+
+META = {"init": "meta", "cut": "even"}
+STILL = {"name": "SGD", "lr": 1e-30}
+
+
+def test_measured_layers_are_those_of_a_model_on_meta() -> None:
+    run = train(job_of({"pipeline": 2, "init": "meta", "micro_batches": 2}, 2, steps=1), Mlp)
+    assert all(tensor.device.type == "cpu" for tensor in whole(run).values())
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are threads here and share one generator: seeding and drawing must not be torn."""
+    lock, seeded = threading.Lock(), part.Chunk.seeded
+
+    def locked(self: part.Chunk, inputs: Tensor, seed: int) -> Tensor:
+        with lock:
+            return seeded(self, inputs, seed)
+
+    monkeypatch.setattr(part.Chunk, "seeded", locked)
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_dropout_repeats_and_does_not_depend_on_the_cut() -> None:
+    """Updates of vectors of other lengths may round otherwise; what is dropped is the same."""
+
+    def trained(kind: type[Mlp] = Dropping, stages: int = 2, **options: Any) -> dict[str, Tensor]:
+        return whole(train(job_of({**EVEN, "pipeline": stages, **options}, stages), kind))
+
+    first = trained()
+    assert equal(first, trained())
+    for other in (trained(cut=["1"]), trained(stages=3), trained(schedule="interleaved")):
+        assert all(torch.allclose(first[name], other[name], atol=1e-6) for name in first)
+    without = trained(Mlp)
+    assert not all(torch.allclose(first[name], without[name], atol=1e-3) for name in first)
+
+
+def test_layers_have_every_parameter_once() -> None:
+    layers = part.layers_for(Mlp(), Mlp().model())
+    assert [layer.name for layer in layers] == [*"012345"]
+    assert all(isinstance(layer, Layer) for layer in layers)

@@ -1,0 +1,181 @@
+"""A shard kept twice: whenever the primary dies, its backup goes on with the same bits."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from delayed import async_plan, noise
+from torch import Tensor
+
+from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.errors import ActorLost, FencedError
+from distplat.platform.ledger import PushId
+from distplat.platform.shard_map import ShardPlan
+from distplat.platform.spec import Job
+from distplat.strategies.training.async_service import AsyncService
+from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.client import make_service
+from distplat.strategies.training.fake_mirror import MOMENTS, InMemoryMirror
+from distplat.strategies.training.mirror import become, twin_of
+from distplat.strategies.training.service import Limits, Service
+from distplat.strategies.training.shard import ParameterShard
+
+SIZE, WORLD, STEPS, LOST_AT = 33, 2, 6, 3
+LIMITS = Limits(5.0, 5.0)
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"name": "SGD", "lr": 0.1},
+    {"name": "SGD", "lr": 0.1, "momentum": 0.9},
+    {"name": "AdamW", "lr": 0.01},
+    {"name": "RMSprop", "lr": 0.01, "momentum": 0.5},
+    {"name": "Adagrad", "lr": 0.05, "lr_decay": 0.01},
+]
+
+
+def plan(consistency: Consistency, optimizer: dict[str, Any]) -> ShardPlan:
+    job = Job.model_validate(
+        {
+            "name": "mirror",
+            "strategy": "ps-sync",
+            "scaling": {"num_workers": WORLD},
+            "optimizer": optimizer,
+            "lr_schedule": {"name": "linear", "final_factor": 0.5},
+            "steps": STEPS,
+            "global_batch_size": 8,
+            "clip_norm": None if consistency.asynchronous else 0.7,
+        }
+    )
+    return ShardPlan(job, "run", 1, WORLD, STEPS, 1, consistency)
+
+
+def service(of: ShardPlan) -> Service:
+    return make_service("server", of, LIMITS, torch.zeros(SIZE))
+
+
+def opened(of: ShardPlan) -> Service:
+    made = service(of)
+    made.restore(0, lambda params: params.copy_(torch.linspace(-1, 1, SIZE)))
+    return made
+
+
+def nowhere(values: Tensor, version: int) -> None:
+    """Deliver nothing."""
+
+
+def push(to: Service, rank: int, seq: int) -> None:
+    """Push; of a synchronous step only the last rank's call may be made from one thread."""
+    name, gradient = PushId("run", 1, rank, seq), noise(SIZE, rank, seq)
+    if isinstance(to.served, ParameterShard) and rank < WORLD - 1:
+        to.served.push(name, gradient)
+    else:
+        to.push(name, gradient, nowhere)
+
+
+def train(to: Service, first: int = 0) -> None:
+    for seq in range(first, STEPS):
+        for rank in range(WORLD):
+            push(to, rank, seq)
+
+
+def state(of: Service) -> bytes:
+    """Give all bits that matter later."""
+    twin = twin_of(of.served)
+    tensors = [t for vectors in twin.vectors for t in vectors]
+    tensors += [twin.optimizer[name] for name in sorted(twin.optimizer)]
+    return b"".join(t.float().numpy().tobytes() for t in tensors)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o["name"])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("filled_at", [0, 2])
+def test_a_promoted_backup_has_the_bits_of_a_run_without_a_loss(
+    optimizer: dict[str, Any], moment: str, filled_at: int
+) -> None:
+    facts = plan(SYNCHRONOUS, optimizer)
+    whole = opened(facts)
+    train(whole)
+    primary, backup = opened(facts), service(facts)
+    for seq in range(filled_at):
+        for rank in range(WORLD):
+            push(primary, rank, seq)
+    mirror = InMemoryMirror(primary.served, backup.served)
+    primary.served.mirror = mirror
+    mirror.dies = LOST_AT, moment
+    with pytest.raises(ActorLost):
+        train(primary, filled_at)
+    train(backup, LOST_AT)  # every rank makes the push again that nobody has acknowledged
+    assert backup.served.version == STEPS
+    assert state(backup) == state(whole)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        Consistency(asynchronous=True),
+        Consistency(asynchronous=True, staleness_lr=True, delay_compensation=0.5),
+    ],
+)
+def test_an_asynchronous_backup_has_the_order_too(how: Consistency, moment: str) -> None:
+    facts = plan(how, OPTIMIZERS[1])
+    whole = opened(facts)
+    train(whole)
+    primary, backup = opened(facts), service(facts)
+    mirror = InMemoryMirror(primary.served, backup.served)
+    primary.served.mirror = mirror
+    mirror.dies = LOST_AT * WORLD, moment  # rank 0's push of step LOST_AT
+    with pytest.raises(ActorLost):
+        train(primary)
+    assert isinstance(primary.served, AsyncShard)
+    assert isinstance(backup.served, AsyncShard)
+    last = WORLD - 1  # its last pull was of the present version: no update told the backup of it
+    backup.served.pulled_elsewhere(last, LOST_AT * WORLD)
+    train(backup, LOST_AT)
+    assert state(backup) == state(whole)
+    assert list(backup.served.log) == list(whole.served.log)  # type: ignore[union-attr]
+
+
+def test_a_pull_that_no_update_told_of_is_noted_once() -> None:
+    facts = plan(Consistency(asynchronous=True), OPTIMIZERS[0])
+    backup = opened(facts)
+    push(backup, 0, 0)
+    shard = backup.served
+    assert isinstance(shard, AsyncShard)
+    shard.pulled_elsewhere(1, 1)
+    assert shard.pulled == [1, 1]
+    shard.pulled_elsewhere(1, 0)  # older than what the backup knows of
+    assert shard.pulled == [1, 1]
+
+
+def test_a_server_that_may_not_acknowledge_serves_no_more() -> None:
+    """The ranks that wait beside the one whose call failed must not take the update for made."""
+    facts = plan(SYNCHRONOUS, OPTIMIZERS[0])
+    primary, backup = opened(facts), service(facts)
+    mirror = InMemoryMirror(primary.served, backup.served)
+    primary.served.mirror = mirror
+    mirror.dies = 0, MOMENTS[2]
+    with pytest.raises(ActorLost):
+        train(primary)
+    calls: list[Callable[[], object]] = [
+        lambda: primary.push(PushId("run", 1, 0, 0), noise(SIZE, 0, 0), nowhere),
+        lambda: primary.pull(0, (1, 0), nowhere),
+        lambda: primary.commit(0, 0, None, nowhere),
+    ]
+    for call in calls:
+        with pytest.raises(FencedError, match="server serves no more"):
+            call()
+
+
+def test_a_twin_travels_and_shares_nothing() -> None:
+    facts = async_plan(WORLD, STEPS, Consistency(asynchronous=True, delay_compensation=0.5))
+    first = AsyncService("a", facts, LIMITS, torch.zeros(SIZE))
+    second = AsyncService("b", facts, LIMITS, torch.zeros(SIZE))
+    first.restore(0, lambda params: params.fill_(1.0))
+    push(first, 0, 0)
+    become(second.served, pickle.loads(pickle.dumps(twin_of(first.served))))  # noqa: S301
+    assert state(second) == state(first)
+    before = state(second)
+    push(first, 1, 0)
+    assert state(second) == before
+    assert second.shard.clocks.done == [1, 0]

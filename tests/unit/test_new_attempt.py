@@ -1,0 +1,148 @@
+"""A shard that outlives an attempt: who waits is let go, late messages are refused."""
+
+import threading
+
+import pytest
+import torch
+from delayed import async_plan, noise
+from torch import Tensor
+
+from distplat.actors.roads import as_bytes, as_type, from_bytes
+from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.errors import FencedError, StaleError
+from distplat.platform.ledger import PushId
+from distplat.strategies.training.client import make_service
+from distplat.strategies.training.service import Limits, Service
+
+SIZE, WORLD, STEPS = 9, 2, 6
+LONG = Limits(10.0, 10.0)
+BOUNDED = Consistency(asynchronous=True, bound=0)
+
+
+def opened(consistency: Consistency) -> Service:
+    made = make_service("server-0", async_plan(WORLD, STEPS, consistency), LONG, torch.zeros(SIZE))
+    made.restore(0, lambda params: params.fill_(1.0))
+    return made
+
+
+def push(to: Service, rank: int, seq: int, attempt: int) -> int:
+    values = torch.zeros(SIZE)
+    name = PushId("run", attempt, rank, seq)
+    answer = to.push(name, noise(SIZE, rank, seq), lambda new, version: values.copy_(new))
+    assert torch.equal(values, to.params) or attempt == 1
+    return answer.version
+
+
+def both(to: Service, seq: int, attempt: int) -> None:
+    threads = [threading.Thread(target=push, args=(to, r, seq, attempt)) for r in range(WORLD)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("consistency", [SYNCHRONOUS, BOUNDED], ids=["sync", "async"])
+def test_who_waits_for_a_lost_rank_is_let_go(consistency: Consistency) -> None:
+    service = opened(consistency)
+    both(service, 0, 1)
+    errors: list[BaseException] = []
+    waits = threading.Event()
+
+    def wait() -> None:
+        waits.set()
+        try:
+            push(service, 0, 1, 1)
+        except FencedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert waits.wait(5)
+    while not service.exclusively(lambda: _has_come(service, consistency)):
+        pass
+    service.exclusively(lambda: service.renew(2))
+    thread.join(5)
+    assert not thread.is_alive()
+    assert ["attempt 1 is over" in str(error) for error in errors] == [True]
+
+
+def _has_come(service: Service, consistency: Consistency) -> bool:
+    return service.served.version == 3 if consistency.asynchronous else _staged(service) == [0]
+
+
+def _staged(service: Service) -> list[int]:
+    missing: list[int] = service.served.ledger.missing()  # type: ignore[union-attr]
+    return [rank for rank in range(WORLD) if rank not in missing]
+
+
+def test_a_synchronous_step_in_flight_is_pushed_once_more_by_all() -> None:
+    service, whole = opened(SYNCHRONOUS), opened(SYNCHRONOUS)
+    both(service, 0, 1)
+    service.served.push(PushId("run", 1, 0, 1), noise(SIZE, 0, 1))
+    service.exclusively(lambda: service.renew(2))
+    with pytest.raises(FencedError, match="attempt 1 refused"):
+        push(service, 1, 1, 1)  # late, of the lost rank: it must not count beside the new one's
+    both(service, 1, 2)
+    for seq in range(2):
+        both(whole, seq, 1)
+    assert torch.equal(service.params, whole.params)
+
+
+def test_an_asynchronous_rank_goes_on_with_its_own_next_push() -> None:
+    service = opened(Consistency(asynchronous=True))
+    push(service, 0, 0, 1)
+    push(service, 0, 1, 1)
+    service.exclusively(lambda: service.renew(2))
+    answers = [service.pull(rank, (2, 0), _nowhere) for rank in range(WORLD)]
+    assert [answer.done for answer in answers] == [2, 0]
+    push(service, 0, 2, 2)
+    push(service, 1, 0, 2)
+    assert service.served.version == 4
+
+
+def test_a_pull_of_an_earlier_attempt_is_refused() -> None:
+    service = opened(SYNCHRONOUS)
+    service.pull(0, (1, 7), _nowhere)
+    service.pull(0, (2, 0), _nowhere)
+    with pytest.raises(StaleError):
+        service.pull(0, (1, 8), _nowhere)
+
+
+def test_a_worker_with_new_memory_gets_its_last_answer_delivered_again() -> None:
+    service = opened(Consistency(asynchronous=True))
+    delivered: list[Tensor] = []
+
+    def deliver(values: Tensor, version: int) -> None:
+        delivered.append(values)
+
+    name, gradient = PushId("run", 1, 0, 0), noise(SIZE, 0, 0)
+    service.push(name, gradient, deliver)
+    service.push(name, gradient, deliver)
+    assert len(delivered) == 1
+    service.forget(0)
+    service.push(name, gradient, deliver)
+    assert len(delivered) == 2
+    assert service.served.version == 1
+
+
+def test_renewing_twice_takes_nothing_back() -> None:
+    service = opened(SYNCHRONOUS)
+    service.exclusively(lambda: service.renew(2))
+    service.served.push(PushId("run", 2, 0, 0), noise(SIZE, 0, 0))
+    service.exclusively(lambda: service.renew(2))
+    assert _staged(service) == [0]
+
+
+@pytest.mark.parametrize("wire", [None, "float16", "bfloat16"])
+def test_what_travels_arrives_as_its_type_holds_it(wire: str | None) -> None:
+    vector = torch.tensor([0.0, 1.0, -2.5, 1e-3])
+    dtype = torch.float32 if wire is None else getattr(torch, wire)
+    sent = as_bytes(as_type(vector, wire))
+    sent.flags.writeable = False  # as Ray's store gives it
+    assert sent.nbytes == vector.numel() * dtype.itemsize
+    assert torch.equal(from_bytes(sent, dtype), vector.to(dtype))
+
+
+def _nowhere(values: Tensor, version: int) -> None:
+    """Deliver nothing."""

@@ -1,0 +1,92 @@
+"""The worker's side of the roads to tables, against real servers, with the calls made at once."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from test_table_service import job
+
+from distplat.actors.messages import WorkOrder
+from distplat.actors.table_serving import TableServing
+from distplat.actors.tables import RayTables
+from distplat.platform.table_plan import TablePlan, TableSpec
+from distplat.strategies.sparse.routing import Routed, route
+from distplat.strategies.sparse.table import RowGradients
+
+SPECS = (TableSpec("a", 1000, 3, 1.0), TableSpec("b", None, 5, 1.0))
+
+
+class Handle:
+    """Stands for an actor's handle: `handle.pull.remote(...)` is the call itself."""
+
+    def __init__(self, body: TableServing) -> None:
+        self._body = body
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._body, name))
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
+
+
+def connected(nodes: list[str]) -> tuple[RayTables, TablePlan]:
+    servers = [Handle(TableServing(f"server-{k}", k, node)) for k, node in enumerate(nodes)]
+    told = job(1, len(nodes))
+    order = WorkOrder(told, "run", 0, 0, "", "", None, None, None, embedding_servers=tuple(servers))
+    tables = RayTables(order, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    return tables, tables.connect(SPECS, 10, 0)
+
+
+def routed(plan: TablePlan, table: int, ids: Any) -> Routed:
+    return route(plan, SPECS[table], np.asarray(ids, np.int64))[0]
+
+
+@pytest.mark.parametrize("nodes", [["here"], ["here", "here"], ["here", "far"], ["far", "far"]])
+def test_every_road_brings_the_same(no_ray: None, nodes: list[str]) -> None:
+    tables, plan = connected(nodes)
+    random = np.random.default_rng(0)
+    model = [dict[int, Any](), dict[int, Any]()]
+    for step in range(4):
+        count = 10 * 40**step  # so that memory must grow on the way
+        given = []
+        for table, spec in enumerate(SPECS):
+            ids = routed(plan, table, random.permutation(min(count, 1000)))
+            rows = tables.pull(table, ids, keep=True)
+            for place, row in zip(ids.ids.tolist(), rows, strict=True):
+                assert np.array_equal(model[table].setdefault(place, row.copy()), row)
+            slope = random.standard_normal((len(ids.ids), spec.width)).astype(np.float32)
+            given.append((ids, RowGradients(table, ids.ids, slope)))
+        tables.push(step, given).wait()
+        for table, (ids, gradients) in enumerate(given):
+            for place, slope in zip(ids.ids.tolist(), gradients.values, strict=True):
+                model[table][place] = model[table][place] - slope
+    for table in range(2):
+        asked = routed(plan, table, list(model[table]))
+        rows = tables.pull(table, asked, keep=False)
+        assert np.array_equal(rows, [model[table][i] for i in asked.ids.tolist()])
+
+
+def test_what_is_kept_stays_until_the_push(no_ray: None) -> None:
+    tables, plan = connected(["here"])
+    first = tables.pull(0, routed(plan, 0, [1, 2, 3]), keep=True)
+    passing = tables.pull(0, routed(plan, 0, [4, 5, 6]), keep=False)
+    copies = first.copy(), passing.copy()
+    tables.pull(0, routed(plan, 0, [7, 8, 9]), keep=True)
+    tables.pull(1, routed(plan, 1, np.arange(50_000)), keep=True)  # in larger memory
+    assert np.array_equal(first, copies[0])
+    assert not np.array_equal(passing, copies[1])
+
+
+def test_a_server_without_ids_of_a_batch_is_not_asked_for_rows(no_ray: None) -> None:
+    tables, plan = connected(["here", "here", "here"])
+    assert tables.pull(0, routed(plan, 0, []), keep=True).shape == (0, 3)
+    one = tables.pull(0, routed(plan, 0, [5]), keep=True)
+    assert one.shape == (1, 3)
+    tables.push(0, []).wait()  # of the step all hear, with gradients or without
+    assert [server._body._service._ledger.version for server in tables._servers] == [1, 1, 1]

@@ -1,0 +1,141 @@
+"""Figures of a report: what a run came to."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
+from distplat.platform.report import (
+    binned,
+    figure_rows,
+    metrics,
+    restarts,
+    samples_per_s,
+    smoothed,
+    staleness,
+    status_of,
+    time_parts,
+    usual_most,
+)
+from distplat.platform.run_record import RunRecord
+
+NAN = math.nan
+
+
+def made(step: int, loss: float = 1.0, compute: float = 0.1, **figures: float) -> StepSummary:
+    return StepSummary(step, 0, loss, 8, {"data": 0.1, "compute": compute}, 10, figures)
+
+
+@pytest.mark.parametrize(
+    ("record", "word", "detail"),
+    [
+        (RunRecord(Path(), result={"status": "FAILED", "error": "x"}), "FAILED", ""),
+        (RunRecord(Path(), result={}), "UNKNOWN", ""),
+        (RunRecord(Path(), last_sign_s=995.0), "RUNNING", "last line 5 s ago"),
+        (RunRecord(Path(), last_sign_s=700.0), "UNKNOWN", "5 min ago"),
+        (RunRecord(Path(), last_sign_s=-9000.0), "UNKNOWN", "3 h ago"),
+        (
+            RunRecord(Path(), job={"failure": {"step_timeout_s": 600}}, last_sign_s=700.0),
+            "RUNNING",
+            "300 s ago",
+        ),
+        (RunRecord(Path()), "UNKNOWN", "no metrics"),
+    ],
+)
+def test_status(record: RunRecord, word: str, detail: str) -> None:
+    status = status_of(record, 1000.0)
+    assert status.word == word
+    assert detail in status.detail
+    assert status.error == ("x" if word == "FAILED" else "")
+
+
+def test_time_is_shared_out_to_parts() -> None:
+    data, compute = time_parts([made(0, compute=5.0), made(1), made(2, compute=0.5)])
+    assert (data.name, compute.name) == ("data", "compute")
+    assert data.total_s == pytest.approx(0.3)
+    assert compute.share == pytest.approx(5.6 / 5.9)
+    assert compute.median_s == pytest.approx(0.3)  # the first step apart
+    assert compute.p95_s == pytest.approx(0.48)
+    assert time_parts([]) == []
+
+
+def test_speed() -> None:
+    assert samples_per_s([made(0), made(1)]) == pytest.approx(16 / 0.4)
+    assert samples_per_s([]) is None
+
+
+def test_figures_are_those_of_settled_steps() -> None:
+    rows = figure_rows([made(0, sent=9.0), made(1, sent=1.0), made(2, sent=3.0, late=4.0)])
+    assert [(r.name, r.mean, r.least, r.most, r.last) for r in rows] == [
+        ("sent", 2.0, 1.0, 3.0, 3.0),
+        ("late", 4.0, 4.0, 4.0, 4.0),
+    ]
+
+
+def test_figures_that_are_never_finite_are_left_out() -> None:
+    assert figure_rows([made(0, norm=NAN), made(1, norm=NAN)]) == []
+
+
+def test_metrics_are_curves() -> None:
+    found = metrics([EvalSummary(5, 1, {"a": 1.0}), EvalSummary(9, 1, {"a": 2.0, "b": 3.0})])
+    assert [(m.name, m.points) for m in found] == [("a", ((5, 1.0), (9, 2.0))), ("b", ((9, 3.0),))]
+
+
+def test_restarts_know_what_became_of_them() -> None:
+    first, second = (Setback(n, 3, "lost", (), 0.0) for n in (1, 2))
+    record = RunRecord(Path(), setbacks=[first, second], recoveries=[Recovery(1, 2.5)])
+    assert [one.recovery and one.recovery.seconds for one in restarts(record)] == [2.5, None]
+
+
+def test_staleness_is_counted() -> None:
+    steps = [made(n, staleness=value) for n, value in enumerate([0.0, 2.0, 2.0, NAN])]
+    assert staleness(steps) == {0: 1, 2: 2}
+    assert not staleness([made(0)])
+
+
+@given(st.lists(st.floats(-100, 100), max_size=40), st.integers(0, 5))
+def test_smoothing_stays_between_its_neighbours(values: list[float], reach: int) -> None:
+    found = smoothed(values, reach)
+    assert len(found) == len(values)
+    for place, mean in enumerate(found):
+        near = values[max(0, place - reach) : place + reach + 1]
+        assert min(near) - 1e-6 <= mean <= max(near) + 1e-6
+
+
+def test_smoothing_keeps_straight_lines_and_gaps() -> None:
+    assert smoothed([1.0, 2.0, 3.0, 4.0], 2) == pytest.approx([1.0, 2.0, 3.0, 4.0])
+    found = smoothed([1.0, NAN, 3.0], 1)
+    assert found[::2] == [1.0, 3.0] and math.isnan(found[1])
+
+
+@given(st.integers(0, 50), st.integers(1, 10))
+def test_bins_cover_all_steps(count: int, most: int) -> None:
+    steps = [made(n, loss=float(n)) for n in range(count)]
+    runs = binned(steps, most, lambda step: step.loss)
+    assert len(runs) <= most
+    assert [n for first, stop, _ in runs for n in range(first, stop)] == list(range(count))
+    assert all(first <= mean < stop for first, stop, mean in runs)
+
+
+def test_bins_pass_over_what_is_not_finite() -> None:
+    runs = binned([made(0, NAN), made(1, 3.0), made(2, NAN)], 2, lambda step: step.loss)
+    assert runs[0] == (0, 2, 3.0)
+    assert math.isnan(runs[1][2])
+
+
+@pytest.mark.parametrize(
+    ("values", "most"),
+    [
+        ([], 0.0),
+        ([NAN], 0.0),
+        ([1.0, 2.0], 1.6),
+        ([1.0, 1.1], 1.1),
+        ([1.0] * 99 + [50.0], 1.6),
+        ([0.0] * 99 + [50.0], 50.0),
+    ],
+)
+def test_an_axis_is_not_made_for_outliers(values: list[float], most: float) -> None:
+    assert usual_most(values) == pytest.approx(most)

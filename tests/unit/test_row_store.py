@@ -1,0 +1,140 @@
+"""Index, rows and first values of an embedding table: against dicts and plain arrays."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distplat.platform.spec import Job
+from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
+from distplat.strategies.algorithms.mixing import mix
+from distplat.strategies.sparse.index import RowIndex
+from distplat.strategies.sparse.initial import initial_rows
+from distplat.strategies.sparse.routing import route, server_of
+from distplat.strategies.sparse.rows import Rows
+
+SPEC = TableSpec("users", 1000, 8, 1.0)
+
+
+def plan(servers: int, partition: str = "hash") -> TablePlan:
+    job = Job.model_validate(
+        {
+            "name": "t",
+            "strategy": "ring",
+            "optimizer": {"name": "SGD", "lr": 0.1},
+            "embeddings": {
+                "servers": servers,
+                "partition": partition,
+                "optimizer": {"name": "SGD", "lr": 0.1},
+            },
+            "steps": 1,
+            "global_batch_size": 1,
+        }
+    )
+    return plan_of(job, "run", 0, (SPEC,), 1, rewinds=False)
+
+
+IDS = st.integers(0, 2**62) | st.integers(0, 50)
+
+
+@given(st.lists(st.lists(IDS, unique=True, max_size=40), max_size=8))
+def test_the_index_is_a_dict(batches: list[list[int]]) -> None:
+    index, model = RowIndex(), dict[int, int]()
+    for batch in batches:
+        new = [i for i in batch if i not in model]
+        slots = index.add(np.array(new, np.int64))
+        model |= dict(zip(new, slots.tolist(), strict=True))
+        asked = np.array([*batch, 7, 2**61], np.int64)
+        assert index.find(asked).tolist() == [model.get(int(i), -1) for i in asked]
+    assert index.ids.tolist() == list(model)
+    assert sorted(model.values()) == list(range(len(index)))
+
+
+def test_the_index_grows_and_keeps_what_it_has() -> None:
+    index, ids = RowIndex(), np.random.default_rng(0).permutation(40_000)
+    for part in np.array_split(ids, 17):
+        index.add(part)
+    assert index.find(ids).tolist() == list(range(40_000))
+    assert (index.find(ids + 40_000) == -1).all()
+
+
+def test_ids_whose_places_collide_are_told_apart() -> None:
+    """All of these fall into the same place of the smallest table."""
+    ids = np.arange(200_000, dtype=np.int64)
+    together = ids[(mix(ids.astype(np.uint64)) & np.uint64(1023)) == 5][:150]
+    index = RowIndex()
+    index.add(together)
+    assert index.find(together[::-1]).tolist() == list(range(150))[::-1]
+
+
+@pytest.mark.parametrize("width", [1, 3, 64, 5000])
+def test_rows_grow_in_place(width: int) -> None:
+    rows = Rows(width, fill=0.5)
+    for count in (0, 1, 7, 8, 1000):
+        before = len(rows.array)
+        rows.grow(count)
+        assert rows.array.shape == (count, width)
+        assert (rows.array[before:] == 0.5).all()
+        rows.array[before:] = np.arange(before, count)[:, None]
+    assert (rows.array == np.arange(1000)[:, None]).all()
+
+
+def test_first_values_are_a_function_of_seed_table_and_id() -> None:
+    ids = np.arange(1000)
+    rows = initial_rows(SPEC, 3, ids)
+    shuffled = np.random.default_rng(0).permutation(1000)
+    assert np.array_equal(initial_rows(SPEC, 3, ids[shuffled]), rows[shuffled])
+    assert np.array_equal(initial_rows(SPEC, 3, np.array([17])), rows[17:18])
+    other = TableSpec("items", 1000, 8, 1.0)
+    for different in (initial_rows(SPEC, 4, ids), initial_rows(other, 3, ids)):
+        assert (different == rows).mean() < 1e-3
+    assert len(np.unique(rows)) > 7500  # neither rows nor columns repeat
+
+
+def test_first_values_look_normal() -> None:
+    rows = initial_rows(TableSpec("t", None, 50, 0.1), 0, np.arange(20_000))
+    assert abs(rows.mean()) < 1e-3
+    assert abs(rows.std() - 0.1) < 1e-3
+    assert abs(rows).max() < 0.35
+    inside = (abs(rows) < 0.1).mean()
+    assert 0.66 < inside < 0.70  # 0.683 of a normal distribution
+    between = np.corrcoef(rows[:, :10].T) - np.eye(10)
+    assert abs(between).max() < 0.03
+    assert (initial_rows(TableSpec("t", None, 4, 0.0), 0, np.arange(3)) == 0).all()
+
+
+def test_first_values_stay_as_they_are() -> None:
+    """Saved tables leave rows out that follow from the seed: another formula would change them."""
+    rows = initial_rows(TableSpec("users", None, 3, 1.0), 7, np.array([0, 2**62]))
+    assert rows.tobytes().hex() == PINNED
+
+
+PINNED = "aee351bf4951a1bf1ae080bd7347503c353fb8bd0deb2fbf"
+
+
+@given(st.lists(IDS, unique=True), st.integers(1, 5))
+def test_every_id_is_routed_to_its_server(ids: list[int], servers: int) -> None:
+    asked = np.array(ids, np.int64)
+    routed, order = route(plan(servers), SPEC, asked)
+    assert np.array_equal(routed.ids, asked if order is None else asked[order])
+    assert (routed.cuts[0], routed.cuts[-1]) == (0, len(ids))
+    for server in range(servers):
+        part = routed.ids[routed.part(server)]
+        assert servers == 1 or (server_of(plan(servers), SPEC, part) == server).all()
+
+
+@pytest.mark.parametrize("partition", ["hash", "range"])
+@pytest.mark.parametrize("servers", [1, 2, 3, 7])
+def test_servers_get_equal_parts(partition: str, servers: int) -> None:
+    counts = np.bincount(server_of(plan(servers, partition), SPEC, np.arange(1000)))
+    assert len(counts) == servers
+    assert counts.sum() == 1000
+    assert counts.max() < 1.35 * 1000 / servers
+
+
+def test_a_server_of_hashed_ids_fills_its_index_evenly() -> None:
+    """Its ids must not share the bits by which the index places them."""
+    ids = np.arange(100_000)
+    mine = ids[server_of(plan(4), SPEC, ids) == 0]
+    places = mix(mine.astype(np.uint64)) & np.uint64(63)
+    assert np.bincount(places.astype(np.int64), minlength=64).min() > 300

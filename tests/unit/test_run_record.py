@@ -1,0 +1,149 @@
+"""Run directories read back: whole, still being written, damaged, and none at all."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from made_runs import RECOVERY, SAVED, SETBACK, evaluation, made_run, made_trace, step
+
+from distplat.platform.errors import SpecError, StorageError
+from distplat.platform.progress import EvalSummary, Setback, StepSummary
+from distplat.platform.run_directory import RunDirectory
+from distplat.platform.run_record import find_run, read_run
+from distplat.platform.spec import Job
+
+
+def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
+    lines = [step(0), step(1), evaluation(2, loss=1.5), SETBACK, RECOVERY, SAVED]
+    path = made_run(tmp_path, lines, result={"status": "SUCCEEDED"}, trace=made_trace())
+    record = read_run(path)
+    assert record.job["name"] == "digits"
+    assert [one.step for one in record.steps] == [0, 1]
+    assert record.steps[0].seconds["compute"] == 0.06
+    assert record.evaluations[0].metrics == {"loss": 1.5}
+    assert record.setbacks[0].replaced == ("worker-1",)
+    assert record.recoveries[0].seconds == 2.5
+    assert record.saved[0].size == 2_500_000
+    assert record.result == {"status": "SUCCEEDED"}
+    assert record.trace is not None and record.trace.stages == 2
+    assert record.notes == []
+
+
+def test_a_line_that_is_being_written_is_no_damage(tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(0)])
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')
+    record = read_run(path)
+    assert len(record.steps) == 1
+    assert record.notes == []
+
+
+def test_damage_is_noted_and_left_out(tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(0), {"kind": "step"}, {"no": "kind"}, step(1)])
+    (path / "result.json").write_text("{")
+    (path / "job.yaml").write_text("- no\n- job\n")
+    (path / "pipeline_trace.json").write_text('{"events": []}')
+    record = read_run(path)
+    assert [one.step for one in record.steps] == [0, 1]
+    assert [note.split(":")[0] for note in record.notes] == [
+        "job.yaml is damaged and left out",
+        "metrics.jsonl",
+        "result.json is damaged and left out",
+        "pipeline_trace.json is damaged and left out",
+    ]
+    assert "2 damaged lines" in record.notes[1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "7", "null", '{"kind": "step", "step": "x"}', '{"kind": "evaluation", "metrics": 3}'],
+)
+def test_no_line_stops_the_reading(line: str, tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(0)])
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n{json.dumps(step(1))}\n")
+    record = read_run(path)
+    assert len(record.steps) == 2
+    assert len(record.notes) == 1
+
+
+def test_kinds_of_other_versions_are_passed_over(tmp_path: Path) -> None:
+    record = read_run(made_run(tmp_path, [{"kind": "weather", "rain": True}, step(0)]))
+    assert len(record.steps) == 1
+    assert record.notes == []
+
+
+def test_a_step_that_was_made_twice_counts_once(tmp_path: Path) -> None:
+    lines = [step(0), step(1), step(2), SETBACK, step(1, loss=7.0), step(2)]
+    record = read_run(made_run(tmp_path, lines))
+    assert [one.step for one in record.steps] == [0, 1, 2]
+    assert record.steps[1].loss == 7.0
+
+
+def test_null_is_no_number(tmp_path: Path) -> None:
+    record = read_run(made_run(tmp_path, [step(0, loss=None)]))
+    assert math.isnan(record.steps[0].loss)
+
+
+def test_what_is_missing_is_noted(tmp_path: Path) -> None:
+    path = made_run(tmp_path, job=None)
+    (path / "metrics.jsonl").unlink()
+    (path / "result.json").write_text('{"status": "FAILED", "error": "early"}')
+    record = read_run(path)
+    assert record.notes == [
+        "metrics.jsonl is missing: no losses and no times",
+        "job.yaml is missing",
+    ]
+
+
+def test_a_trace_whose_times_run_backwards_is_damaged(tmp_path: Path) -> None:
+    trace = made_trace()
+    trace["events"][0] |= {"start_s": 3.0, "end_s": 1.0}
+    record = read_run(made_run(tmp_path, trace=trace))
+    assert record.trace is None
+    assert "an event from 3.0 to 1.0" in record.notes[0]
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="holds no run"):
+        read_run(tmp_path)
+
+
+def test_runs_are_found_by_path_and_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = made_run(tmp_path / "runs", name="digits-1")
+    monkeypatch.chdir(tmp_path)
+    assert find_run(Path("digits-1")) == find_run(Path("runs/digits-1")) == path
+    with pytest.raises(SpecError, match="did you mean 'runs/digits-1'"):
+        find_run(Path("digit-1"))
+    with pytest.raises(SpecError, match="did you mean 'runs/digits-1'"):
+        find_run(Path("runs/digits-2"))
+    with pytest.raises(SpecError, match="the directory that `submit` printed"):
+        find_run(Path("elsewhere/x"))
+
+
+def test_what_the_platform_writes_is_what_is_read(tmp_path: Path) -> None:
+    job = Job.model_validate(
+        {"name": "real", "task": "a:B", "epochs": 1, "global_batch_size": 4}
+        | {"strategy": {"name": "ring"}, "optimizer": {"name": "SGD", "lr": 0.1}}
+    )
+    directory = RunDirectory(job, "one", tmp_path)
+    made = StepSummary(0, 0, 1.5, 4, {"compute": 0.5}, 2, {"sent_bytes": 8.0})
+    judged = EvalSummary(1, 3, {"accuracy": 0.5})
+    setback = Setback(1, 1, "lost", ("worker-0",), 0.5)
+    for summary in (made, judged, setback):
+        directory.record(summary)
+    directory.finish("SUCCEEDED", {"seconds": 1.0})
+    record = read_run(directory.path)
+    assert (record.steps, record.evaluations, record.setbacks) == ([made], [judged], [setback])
+    assert record.job["name"] == "real"
+    assert record.notes == []
+
+
+def test_a_directory_that_may_not_be_read_is_said(tmp_path: Path) -> None:
+    path = made_run(tmp_path)
+    (path / "result.json").mkdir()
+    with pytest.raises(StorageError, match=r"cannot read .*result\.json"):
+        read_run(path)

@@ -1,0 +1,129 @@
+"""A table against torch: `nn.Embedding(sparse=True)` under torch's own optimizers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from distplat.platform.embeddings import AnyRowOptimizer
+from distplat.platform.table_plan import TableSpec
+from distplat.strategies.sparse.initial import initial_rows
+from distplat.strategies.sparse.rules import make_rule
+from distplat.strategies.sparse.table import RowGradients, Table
+
+SPEC = TableSpec("t", 60, 5, 1.0)
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"name": "SGD", "lr": 0.3},
+    {"name": "Adagrad", "lr": 0.3, "initial_accumulator_value": 0.1},
+    {"name": "SparseAdam", "lr": 0.03, "betas": [0.8, 0.95]},
+]
+
+
+def table(optimizer: dict[str, Any], *, rewinds: bool = False, spec: TableSpec = SPEC) -> Table:
+    rule = make_rule(TypeAdapter(AnyRowOptimizer).validate_python(optimizer))
+    return Table(spec, 0, rule, rewinds=rewinds)
+
+
+def read(table: Table, ids: Any) -> Any:
+    out = np.empty((len(ids), table.spec.width), np.float32)
+    table.read(np.asarray(ids, np.int64), out)
+    return out
+
+
+def gradients(step: int, rank: int = 0, rows: int = 12) -> RowGradients:
+    random = np.random.default_rng([step, rank])
+    ids = random.choice(60, rows, replace=False)
+    return RowGradients(0, ids, random.standard_normal((rows, 5)).astype(np.float32))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("block", [1, 5, 1000])
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=lambda o: str(o["name"]))
+def test_updates_as_torch_does(options: dict[str, Any], ranks: int, block: int) -> None:
+    mine = table(options)
+    mine._block = block
+    weight = torch.from_numpy(read(mine, range(60)))
+    theirs = nn.Embedding(60, 5, sparse=True, _weight=weight)
+    kind = getattr(torch.optim, options["name"])
+    optimizer = kind(theirs.parameters(), **{k: v for k, v in options.items() if k != "name"})
+    for step in range(12):
+        parts = [gradients(step, rank) for rank in range(ranks)]
+        mine.apply(parts, options["lr"], step)
+        ids = torch.from_numpy(np.concatenate([p.ids for p in parts]))
+        values = torch.from_numpy(np.concatenate([p.values for p in parts]))
+        theirs.weight.grad = torch.sparse_coo_tensor(
+            ids[None], values, (60, 5), check_invariants=True
+        )
+        optimizer.step()
+    np.testing.assert_allclose(read(mine, range(60)), theirs.weight.detach(), rtol=2e-5, atol=1e-6)
+
+
+def test_row_wise_adagrad_by_hand() -> None:
+    mine = table({"name": "RowWiseAdagrad", "lr": 0.5, "eps": 1e-3})
+    before = read(mine, [4])
+    gradient = np.array([[1, 2, 0, 0, 2]], np.float32)  # mean square 9/5
+    for step in range(2):
+        mine.apply([RowGradients(0, np.array([4]), gradient)], 0.5, step)
+    moved = 0.5 * gradient * (1 / (1.8**0.5 + 1e-3) + 1 / (3.6**0.5 + 1e-3))
+    np.testing.assert_allclose(read(mine, [4]), before - moved, rtol=1e-5)
+    assert mine.state_bytes == (5 + 1) * 4
+
+
+def test_rows_come_with_their_first_gradient() -> None:
+    mine = table(OPTIMIZERS[0])
+    first = read(mine, [3, 3, 9])
+    assert len(mine) == 0
+    assert np.array_equal(first, initial_rows(SPEC, 0, np.array([3, 3, 9])))
+    mine.apply([RowGradients(0, np.array([9]), np.ones((1, 5), np.float32))], 1.0, 0)
+    assert mine.ids().tolist() == [9]
+    assert np.array_equal(read(mine, [3, 9]), first[1:] - np.array([[0], [1]], np.float32))
+
+
+def test_sums_are_in_rank_order() -> None:
+    """1e8 + 1 - 1e8 is 0 in float32 from the left, 1 in another order."""
+    spec = TableSpec("t", 60, 1, 0.0)
+    values = [1e8, 1.0, -1e8]
+    parts = [RowGradients(0, np.array([2]), np.full((1, 1), v, np.float32)) for v in values]
+    mine, other = table(OPTIMIZERS[0], spec=spec), table(OPTIMIZERS[0], spec=spec)
+    mine.apply(parts, 1.0, 0)
+    other.apply([parts[0], parts[2], parts[1]], 1.0, 0)
+    assert read(mine, [2]).item() == 0.0
+    assert read(other, [2]).item() == -1.0
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=lambda o: str(o["name"]))
+def test_a_step_taken_back_and_made_again_has_the_same_bits(options: dict[str, Any]) -> None:
+    plain, rewound = table(options), table(options, rewinds=True)
+    for step in range(6):
+        parts = [gradients(step, rank) for rank in range(2)]
+        plain.apply(parts, 0.1, step)
+        before = read(rewound, range(60))
+        rewound.apply(parts, 0.1, step)
+        if step % 2:
+            rewound.rewind()
+            assert np.array_equal(read(rewound, range(60)), before)
+            rewound.rewind()  # a second time does nothing
+            rewound.apply(parts, 0.1, step)
+    assert np.array_equal(read(plain, range(60)), read(rewound, range(60)))
+
+
+def test_what_is_forgotten_is_not_taken_back() -> None:
+    mine = table(OPTIMIZERS[0], rewinds=True)
+    mine.apply([gradients(0)], 0.1, 0)
+    after = read(mine, range(60))
+    mine.forget()
+    mine.rewind()
+    assert np.array_equal(read(mine, range(60)), after)
+
+
+def test_what_is_kept_grows_with_the_step() -> None:
+    mine = table(OPTIMIZERS[1], rewinds=True)
+    for step, rows in enumerate((2, 50, 3)):
+        before = read(mine, range(60))
+        mine.apply([gradients(step, rows=rows)], 0.1, step)
+    mine.rewind()
+    assert np.array_equal(read(mine, range(60)), before)

@@ -1,0 +1,229 @@
+"""Tables that several ranks call at once: waits, exactly once, fences, the way back by a step."""
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from rank_threads import on_ranks
+
+from distplat.platform.errors import (
+    ActorLost,
+    DeadlineExceeded,
+    FencedError,
+    GapError,
+    ProtocolError,
+    StaleError,
+)
+from distplat.platform.ledger import PushId
+from distplat.platform.spec import Job
+from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
+from distplat.strategies.fakes import InMemoryTables, TableGroup
+from distplat.strategies.sparse.routing import route
+from distplat.strategies.sparse.service import TableService
+from distplat.strategies.sparse.table import RowGradients
+
+SPEC = TableSpec("t", 100, 4, 0.0)
+
+
+def job(world: int = 2, servers: int = 1, **more: Any) -> Job:
+    return Job.model_validate(
+        {
+            "name": "t",
+            "strategy": "ring",
+            "scaling": {"num_workers": world},
+            "optimizer": {"name": "SGD", "lr": 0.1},
+            "embeddings": {"servers": servers, "optimizer": {"name": "SGD", "lr": 1.0}},
+            "steps": 10,
+            "global_batch_size": world,
+            "failure": {"step_timeout_s": 0.5},
+            **more,
+        }
+    )
+
+
+def plan(attempt: int = 0, *, rewinds: bool = True, **more: Any) -> TablePlan:
+    return plan_of(job(**more), "run", attempt, (SPEC,), 10, rewinds=rewinds)
+
+
+def ones(*ids: int) -> list[RowGradients]:
+    return [RowGradients(0, np.array(ids), np.ones((len(ids), 4), np.float32))]
+
+
+def value(service: TableService, number: int, attempt: int = 0, row: int = 3) -> float:
+    out = np.empty((1, 4), np.float32)
+    service.pull(PullId(attempt, 0, number), 0, np.array([row]), out)
+    assert (out == out[0, 0]).all()
+    return float(out[0, 0])
+
+
+def opened(**more: Any) -> TableService:
+    service = TableService("embedding-server-0", 0)
+    service.open(plan(**more), 0)
+    return service
+
+
+def push(service: TableService, rank: int, seq: int, attempt: int = 0) -> int:
+    return service.push(PushId("run", attempt, rank, seq), ones(3, rank))
+
+
+def both(service: TableService, seq: int, attempt: int = 0) -> None:
+    on_ranks(2, lambda rank: push(service, rank, seq, attempt))
+
+
+def test_a_step_is_made_when_all_have_pushed_and_once() -> None:
+    service = opened()
+    both(service, 0)
+    assert value(service, 0) == -2.0
+    assert [push(service, rank, 0) for rank in range(2)] == [1, 1]  # asked again
+    assert value(service, 1) == -2.0
+    with pytest.raises(GapError):
+        push(service, 0, 2)
+    both(service, 1)
+    with pytest.raises(StaleError):
+        push(service, 0, 0)
+    assert value(service, 2) == -4.0
+
+
+def test_ranks_are_added_in_order_whoever_comes_first() -> None:
+    """1e8 + 1 - 1e8 is 0 in float32 in this order only."""
+    service = opened(world=3)
+    values = [1e8, 1.0, -1e8]
+
+    def come(rank: int) -> None:
+        time.sleep(0.05 * (2 - rank))  # the last rank first
+        gradient = RowGradients(0, np.array([3]), np.full((1, 4), values[rank], np.float32))
+        service.push(PushId("run", 0, rank, 0), [gradient])
+
+    on_ranks(3, come)
+    assert value(service, 0) == 0.0
+
+
+def test_the_schedule_scales_the_rate() -> None:
+    schedule = {"name": "step", "every_steps": 1, "gamma": 0.5}
+    service = opened(world=1, lr_schedule=schedule)
+    for step in range(3):
+        service.push(PushId("run", 0, 0, step), ones(3))
+    assert value(service, 0) == -1.75
+
+
+def test_asynchronous_pushes_wait_for_nobody_and_count_once() -> None:
+    optimizer = {"name": "SGD", "lr": 1.0}
+    service = opened(embeddings={"optimizer": optimizer, "asynchronous": True}, rewinds=False)
+    assert [push(service, 0, 0), push(service, 0, 1), push(service, 1, 0)] == [1, 2, 3]
+    assert value(service, 0) == -3.0
+    assert push(service, 1, 0) == 3  # asked again
+    assert value(service, 1) == -3.0
+    with pytest.raises(GapError):
+        push(service, 0, 3)
+    with pytest.raises(StaleError):
+        push(service, 0, 0)
+
+
+def test_who_does_not_come_is_named() -> None:
+    with pytest.raises(DeadlineExceeded, match=r"missing: worker-1; `failure.step_timeout_s`"):
+        push(opened(), 0, 0)
+
+
+def test_a_pull_that_comes_again_or_late_writes_nothing() -> None:
+    service, out = opened(), np.full((1, 4), 7.0, np.float32)
+    service.pull(PullId(0, 0, 0), 0, np.array([3]), out)
+    assert (out == 0).all()
+    out[:] = 7.0
+    service.pull(PullId(0, 0, 0), 0, np.array([3]), out)
+    assert (out == 7).all()
+    service.pull(PullId(0, 0, 1), 0, np.array([3]), out)
+    with pytest.raises(StaleError):
+        service.pull(PullId(0, 0, 0), 0, np.array([3]), out)
+    with pytest.raises(FencedError):
+        service.pull(PullId(1, 0, 2), 0, np.array([3]), out)
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_an_attempt_takes_one_step_back(behind: int) -> None:
+    """The survivors are at step 2 - behind, the tables at 2."""
+    service = opened()
+    both(service, 0)
+    both(service, 1)
+    for _ in range(2):
+        service.open(plan(attempt=1), 2 - behind)  # of every rank
+    assert value(service, 0, attempt=1) == -4.0 + 2 * behind
+    for seq in range(2 - behind, 3):
+        both(service, seq, attempt=1)
+    assert value(service, 1, attempt=1) == -6.0
+    with pytest.raises(FencedError):
+        push(service, 0, 3, attempt=0)
+    with pytest.raises(FencedError):
+        service.open(plan(attempt=0), 0)
+
+
+@pytest.mark.parametrize(("rewinds", "version"), [(True, 0), (True, 3), (False, 1)])
+def test_an_attempt_that_tables_cannot_follow_is_refused(rewinds: bool, version: int) -> None:
+    service = opened(rewinds=rewinds)
+    both(service, 0)
+    both(service, 1)
+    with pytest.raises(ProtocolError, match=f"is at step 2, the workers at {version}"):
+        service.open(plan(attempt=1, rewinds=rewinds), version)
+
+
+def test_who_waits_when_the_next_attempt_begins_comes_out() -> None:
+    service = opened(failure={"step_timeout_s": 30})
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            push(service, 0, 0)
+        except FencedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.05)
+    service.open(plan(attempt=1), 0)
+    thread.join(5)
+    assert len(errors) == 1
+    both(service, 0, attempt=1)
+    assert value(service, 0, attempt=1) == -2.0  # what was staged before is not in it
+
+
+def test_another_model_is_refused() -> None:
+    service = opened()
+    other = plan_of(job(), "run", 0, (TableSpec("t", 99, 4, 0.0),), 10, rewinds=False)
+    with pytest.raises(ProtocolError, match="not those of the first rank"):
+        service.open(other, 0)
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+def test_whole_tables_are_there_from_the_start(servers: int) -> None:
+    spec = TableSpec("t", 100, 4, 1.0, whole=True)
+    services = [TableService(f"embedding-server-{i}", i) for i in range(servers)]
+    for service in services:
+        service.open(plan_of(job(2, servers), "run", 0, (spec,), 10, rewinds=False), 0)
+    assert sum(rows for service in services for _, rows in service.sizes()) == 100
+
+
+def rows_after_three_steps(servers: int) -> bytes:
+    tables = InMemoryTables(TableGroup(job(1, servers)), 0)
+    told = tables.connect((TableSpec("t", 1000, 4, 1.0),), 10, 0)
+    random = np.random.default_rng(0)
+    for step in range(3):
+        routed, _ = route(told, told.tables[0], random.choice(1000, 300, replace=False))
+        slope = np.sin(routed.ids[:, None] * np.arange(1, 5)).astype(np.float32)
+        tables.push(step, [(routed, RowGradients(0, routed.ids, slope))]).wait()
+    routed, _ = route(told, told.tables[0], np.arange(1000))
+    return tables.pull(0, routed, keep=True)[np.argsort(routed.ids)].tobytes()
+
+
+@pytest.mark.parametrize("servers", [2, 5])
+def test_the_number_of_servers_changes_no_bit(servers: int) -> None:
+    assert rows_after_three_steps(servers) == rows_after_three_steps(1)
+
+
+def test_a_lost_server_is_named() -> None:
+    group = TableGroup(job(1))
+    tables = InMemoryTables(group, 0)
+    told = tables.connect((SPEC,), 10, 0)
+    group.lost = "its node is gone"
+    with pytest.raises(ActorLost, match="embedding-server-0 was lost: its node is gone"):
+        tables.pull(0, route(told, SPEC, np.array([1]))[0], keep=True)

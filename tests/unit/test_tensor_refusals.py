@@ -1,0 +1,95 @@
+"""What cannot be split is said: in the plan, in the model, and while it runs."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from tensor_models import CASES, Gated, Inception, Lone, features, ranks
+from torch import Tensor, nn
+
+from distplat.platform.errors import CollectiveError, SpecError
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.tensor.parallelize import parallelize
+
+
+def refused(model: nn.Module, plan: Mapping[str, str], world: int = 2) -> str:
+    with pytest.raises(SpecError) as caught:
+        parallelize(model, plan, Fabric(world).collective(0))
+    return str(caught.value)
+
+
+class Odd(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def headless() -> nn.Module:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+    return Attention()
+
+
+@pytest.mark.parametrize(
+    ("model", "style", "message"),
+    [
+        (nn.GELU(), "colwise_gather", "0 is a GELU, and `colwise` splits Linear"),
+        (Odd(4, 4), "rowwise", "0 (Odd) computes otherwise than Linear"),
+        (nn.Linear(4, 6), "colwise", "no `rowwise` layer takes 6 inputs"),
+        (nn.Linear(4, 1), "colwise_gather", "0: 1 cannot be shared out to 2 ranks"),
+        (nn.Embedding(4, 4, sparse=True), "embedding", "`sparse` cannot be split"),
+        (nn.Embedding(4, 4, max_norm=1.0), "embedding", "`max_norm` cannot be split"),
+        (headless(), "heads", "0 (Attention) does not say where its heads are"),
+        (nn.MultiheadAttention(4, 1), "heads", "1 cannot be shared out to 2 ranks"),
+        (nn.MultiheadAttention(4, 2, add_zero_attn=True), "heads", "`add_zero_attn`"),
+        (nn.Linear(4, 4), "branches", "the model: 1 branches cannot be shared out to 2 ranks"),
+        (nn.PReLU(), "branches", "1 branches cannot be"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(model: nn.Module, style: str, message: str) -> None:
+    assert message in refused(nn.Sequential(model), {"0": style})
+
+
+def test_all_problems_are_told_at_once() -> None:
+    told = refused(nn.Sequential(nn.GELU(), nn.Tanh()), {"0": "rowwise", "1": "embedding"})
+    assert "0 is a GELU" in told and "1 is a Tanh" in told
+
+
+def test_tied_parameters_are_split_alike_or_not_at_all() -> None:
+    told = refused(CASES["tied"].build(), {"0": "embedding"})
+    assert "0.weight and 2.weight are one tensor, and the plan does not split them alike" in told
+
+
+def test_a_number_that_is_no_row_is_refused_as_in_a_whole_embedding() -> None:
+    for world in (1, 2):
+        model = nn.Sequential(nn.Embedding(6, 2))
+        parallelize(model, {"0": "embedding"}, Fabric(world).collective(0))
+        for number in (6, -1):
+            with pytest.raises(IndexError):
+                model(torch.tensor([number]))
+
+
+def test_rows_say_what_they_were_given() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.MaxPool1d(2))
+    parallelize(model, {"0": "colwise", "1": "rowwise"}, Lone(0, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"1 \(rowwise\) has 4 of 8 inputs on this rank"):
+        model[1](torch.ones(1, 3))
+
+
+def test_branches_have_one_input() -> None:
+    class Apart(Inception):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([branch(x * 1) for branch in self.mixed], dim=1)
+
+    with pytest.raises(ValueError, match="mixed: branches on different ranks must have one input"):
+        ranks(Apart, {"mixed.*": "branches"}, lambda m, _: {"out": m(features(2, 3, 8, 8))})
+
+
+def test_a_missing_rank_is_named() -> None:
+    fabric = Fabric(2, timeout_s=0.2)
+    model = nn.Sequential(Gated())
+    parallelize(model, CASES["gated"].plan, fabric.collective(0))
+    with pytest.raises(CollectiveError, match="missing ranks: 1"):
+        model(features(2, 12))

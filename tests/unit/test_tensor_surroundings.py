@@ -1,0 +1,257 @@
+"""Split modules inside stages, under recomputation and autocast, with dropout, and after errors."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_threads import on_ranks
+from tensor_models import CASES, Bypass, Lone, features, ranks, split
+from torch import Tensor, nn
+
+from distplat.strategies.base import Collective
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.tensor.parallelize import forget, parallelize
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.recompute import recomputed
+from distplat.strategies.training.stages import layers_of, stages_of
+
+CHARLM = {
+    "*.token": "embedding",
+    "*.attention.1": "heads",
+    "*.mlp.1": "colwise",
+    "*.mlp.3": "rowwise",
+    "4": "colwise_gather",
+}
+
+
+@pytest.fixture
+def gpt(monkeypatch: pytest.MonkeyPatch) -> Callable[[], nn.Module]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "charlm"))
+    task: Any = importlib.import_module("charlm").CharLM(block=8, layers=2, width=24, heads=3)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = task.model()
+        return model
+
+    return build
+
+
+def backward(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Give gradients, and the outputs as `outputs`."""
+    outputs = model(inputs)
+    torch.autograd.backward(outputs.float().square().mean())
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return gradients | {"outputs": outputs.detach()}
+
+
+def test_the_gpt_of_the_examples(gpt: Callable[[], nn.Module]) -> None:
+    inputs = torch.arange(16).view(2, 8)
+    for world in (2, 3):
+        found = ranks(gpt, CHARLM, lambda model, _: backward(model, inputs), world)
+        expected = backward(gpt(), inputs)
+        for rank in found:
+            torch.testing.assert_close(rank["outputs"], expected["outputs"])
+            torch.testing.assert_close(rank["0.position"], expected["0.position"])
+            assert rank.keys() == expected.keys()
+
+
+def test_stages_are_split_each_by_its_part_of_the_plan(gpt: Callable[[], nn.Module]) -> None:
+    inputs = torch.arange(16).view(2, 8)
+    fabric = Fabric(2)
+    cut = [stages_of(layers_of(gpt()), [2]) for _ in range(2)]
+
+    def body(rank: int) -> dict[str, Tensor]:
+        group, value = fabric.collective(rank), inputs
+        found: dict[str, nn.Parameter] = {}
+        for stage in cut[rank]:
+            parallelize(stage, CHARLM, group, partial=True)
+            flat = FlatModel(stage)
+            value = stage(value)
+            found |= {n: p for n, p in stage.named_parameters()}
+            assert flat.size < sum(p.numel() for p in gpt().parameters())
+        torch.autograd.backward(value.square().mean())
+        gradients = {n: p.grad for n, p in found.items() if p.grad is not None}
+        return gradients | {"outputs": value.detach()}
+
+    expected = backward(gpt(), inputs)
+    for rank in on_ranks(2, body):
+        torch.testing.assert_close(rank["outputs"], expected["outputs"])
+        torch.testing.assert_close(rank["3.weight"], expected["3.weight"])
+        assert rank.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("name", ["gated", "encoder", "branches", "tied"])
+def test_recomputation_gives_the_same_bits(name: str) -> None:
+    case = CASES[name]
+
+    def run(model: nn.Module, recompute: bool) -> dict[str, Tensor]:
+        inputs = case.inputs
+        if inputs.is_floating_point():
+            inputs = inputs.clone().requires_grad_()
+        out = recomputed(model, inputs) if recompute else model(inputs)
+        torch.autograd.backward(out.square().mean())
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return case.build()
+
+    plain = ranks(build, case.plan, lambda model, _: run(model, False))
+    again = ranks(build, case.plan, lambda model, _: run(model, True))
+    for rank, other in zip(plain, again, strict=True):
+        assert rank.keys() == other.keys()
+        assert all(torch.equal(gradient, other[n]) for n, gradient in rank.items())
+
+
+class Still(nn.Module):
+    """Branches of which one saves nothing for backward, behind rows that are summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.branches = nn.ModuleList([nn.Identity(), nn.Linear(12, 12)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.cat([branch(x) for branch in self.branches], dim=-1)
+
+
+def test_recomputation_ends_in_the_same_place_on_all_ranks() -> None:
+    """torch stops it behind the last saved tensor, and these ranks save at different places."""
+
+    def run(model: nn.Module, _: Collective) -> dict[str, Tensor]:
+        out = recomputed(model, features(4, 12).requires_grad_())
+        torch.autograd.backward(out.square().mean())
+        return {}
+
+    ranks(Still, {"first": "rowwise", "branches.*": "branches"}, run)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_autocast(name: str) -> None:
+    case = CASES[name]
+
+    def run(model: nn.Module, _: Collective = None) -> dict[str, Tensor]:  # type: ignore[assignment]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return backward(model, case.inputs)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return case.build()
+
+    expected = run(build())["outputs"]
+    for rank in ranks(build, case.plan, run):
+        assert rank["outputs"].dtype == expected.dtype
+        assert (rank["outputs"] - expected).norm() <= 2e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_evaluation_goes_through_the_split_modules(name: str) -> None:
+    case = CASES[name]
+
+    @torch.no_grad()
+    def run(model: nn.Module, _: object = None) -> dict[str, Tensor]:
+        return {"outputs": model.eval()(case.inputs)}
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return case.build()
+
+    expected = run(build())["outputs"]
+    for rank in ranks(build, case.plan, run):
+        torch.testing.assert_close(rank["outputs"], expected)
+
+
+def test_a_repeated_run_has_the_same_bits() -> None:
+    first, second = (split(CASES["encoder"], 3, 5) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.outputs, other.outputs, strict=True))
+
+
+@pytest.mark.parametrize(("name", "sums"), [("gated", 4), ("heads", 2), ("encoder", 8)])
+def test_columns_that_read_one_input_sum_its_gradient_once(name: str, sums: int) -> None:
+    """One sum in forward and one in backward for each split, whatever it consists of."""
+    group, model = Lone(0, 2), CASES[name].build()
+    parallelize(model, CASES[name].plan, group)  # type: ignore[arg-type]
+    inputs = CASES[name].inputs.clone().requires_grad_()
+    with torch.no_grad():
+        model(inputs)
+    assert group.sums == sums / 2
+    group.sums = 0
+    torch.autograd.backward(model(inputs).sum())
+    assert group.sums == sums
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_dropout_differs_inside_a_split_and_not_outside(world: int) -> None:
+    """With 31 features over the ranks, each draws another number of them."""
+    masks, after = [], []
+    for rank in range(world):
+        model = nn.Sequential(nn.Linear(4, 31), nn.Dropout(0.5), nn.Linear(31, 4))
+        parallelize(model, {"0": "colwise", "2": "rowwise"}, Lone(rank, world))  # type: ignore[arg-type]
+        model[1].register_forward_hook(lambda _m, _i, out: masks.append(out != 0))
+        torch.manual_seed(3)
+        model(torch.ones(8, 4))
+        after.append(torch.rand(5))
+    assert all(torch.equal(numbers, after[0]) for numbers in after)
+    assert not torch.equal(masks[0][:, :10], masks[1][:, :10])
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("once")
+
+
+def by_itself(model: nn.Module, inputs: Tensor) -> Tensor:
+    outputs: Tensor = model(inputs)
+    return outputs
+
+
+def piece_by_piece(model: nn.Module, inputs: Tensor) -> Tensor:
+    """As a pipeline calls layers."""
+    forget(model)
+    for module in model.children():
+        inputs = module(inputs)
+    return inputs
+
+
+@pytest.mark.parametrize("call", [by_itself, piece_by_piece])
+def test_numbers_are_those_of_all_ranks_again_after_a_failed_forward(
+    call: Callable[[nn.Module, Tensor], Tensor],
+) -> None:
+    after = []
+    for rank in range(2):
+        model = nn.Sequential(nn.Linear(4, 31), nn.ReLU(), nn.Linear(31, 4))
+        parallelize(model, {"0": "colwise", "2": "rowwise"}, Lone(rank, 2))  # type: ignore[arg-type]
+        if rank == 0:
+            failing = model[1].register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="once"):
+                call(model, torch.ones(1, 4))
+            failing.remove()
+        torch.manual_seed(3)
+        call(model, torch.ones(1, 4))
+        after.append(torch.rand(3))
+    assert torch.equal(*after)
+
+
+def test_outputs_that_nobody_fetched_are_forgotten() -> None:
+    inputs = features(5, 12)
+
+    def run(model: nn.Module, _: Collective) -> dict[str, Tensor]:
+        failing = model.get_submodule("0.branches.1").register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="once"):
+            model(inputs)
+        failing.remove()
+        return {"whole": model(inputs * 2), "pieces": piece_by_piece(model, inputs * 2)}
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Bypass())
+
+    expected = build()(inputs * 2)
+    for found in ranks(build, {"0.*.*": "branches"}, run):
+        torch.testing.assert_close(found["whole"], expected)
+        torch.testing.assert_close(found["pieces"], expected)
