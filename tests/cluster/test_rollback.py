@@ -87,9 +87,11 @@ def test_lost_state_comes_from_the_checkpoint(
 ) -> None:
     result = train(spec(tmp_path, strategy, deeds), tmp_path)
     same(result, tmp_path, strategy)
-    [setback] = result.setbacks
-    assert len(setback.replaced) == 2
-    assert setback.step in (5, 10), "what was not yet with the driver dies with who made it"
+    # No step needs the manager: workers may be at the end before its death is noticed.
+    assert len(result.setbacks) == 1 or "ServerManager" in deeds[0]
+    for setback in result.setbacks:
+        assert len(setback.replaced) == 2
+        assert setback.step >= EVERY, "what was not yet with the driver dies with who made it"
 
 
 def test_a_resumed_run_that_loses_all_goes_back_to_what_it_began_from(tmp_path: Path) -> None:
