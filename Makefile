@@ -14,7 +14,8 @@ demo: $(VENV)/.installed
 	$(BIN)/distplat submit examples/digits/job.yaml --strategy ring
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest tests/cluster tests/gpu
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

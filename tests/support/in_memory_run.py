@@ -1,8 +1,9 @@
 """A whole training run in memory: N ranks as threads, the ports from `strategies/fakes.py`."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rank_threads import on_ranks
 from torch import Tensor
@@ -24,6 +25,7 @@ from distplat.strategies.fakes import (
 )
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.parts import Part
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Prepared, join, prepare
 
@@ -95,6 +97,12 @@ def train(
 
     def body(rank: int) -> dict[str, Tensor]:
         courier = Courier(rank, 0, lambda arrays: [a.copy() for a in arrays], deliver, timeout_s)
+
+        def take(version: int, part: Part, facts: Mapping[str, Any]) -> None:
+            courier.take(version, part, facts)
+            if not part.may_skip:  # steps are quick here: shards would have newer copies by then
+                courier.flush()
+
         join(
             ranks[rank],
             strategies[rank],
@@ -104,7 +112,7 @@ def train(
             tables=InMemoryTables(tables, rank),
             report=run.reports[rank].append,
             progress=run.progress[rank],
-            around=Around(saved, take=courier.take),
+            around=Around(saved, take=take),
         ).run()
         courier.flush()
         return strategies[rank].trained(ranks[rank].flat)
