@@ -10,6 +10,9 @@ from tasks_for_tests import Blobs, first_to_come
 from torch import Tensor, nn
 
 
+LATE_S = 2.0
+
+
 class Staged(Blobs):
     """
     Four blocks with batch norm and dropout: all that a stage keeps must come out the same.
@@ -17,7 +20,8 @@ class Staged(Blobs):
     Args:
         folder: where deeds leave their marks, so that each is done once.
         deeds: `kill 1 forward 6`: rank 1, in its seventh forward in training; `stop` freezes,
-            `backward` is the backward of that forward, `all` instead of a rank is every one.
+            `late` kills when checkpoints had time to be written, `backward` is the backward of that
+            forward, `all` instead of a rank is every one.
     """
 
     def __init__(self, folder: str, deeds: list[str]) -> None:
@@ -34,7 +38,8 @@ class Staged(Blobs):
             mine = rank in ("all", self.rank) and (when, int(at)) == (moment, forwards)
             name = f"{number}-{self.rank}" if rank == "all" else str(number)
             if mine and first_to_come(os.path.join(self.folder, name)):
-                os.kill(os.getpid(), signal.SIGKILL if deed == "kill" else signal.SIGSTOP)
+                time.sleep(LATE_S if deed == "late" else 0.0)
+                os.kill(os.getpid(), signal.SIGSTOP if deed == "stop" else signal.SIGKILL)
 
 
 class Deeds(nn.Module):
@@ -54,7 +59,7 @@ class Deeds(nn.Module):
             forwards = int(self.get_buffer("forwards"))
             self.get_buffer("forwards").add_(1)
             self.task.act("forward", forwards)
-            time.sleep(0.005)
+            time.sleep(0.002)
             outputs.register_hook(  # type: ignore[no-untyped-call]
                 lambda _: self.task.act("backward", forwards)
             )

@@ -104,7 +104,7 @@ def test_a_lost_stage_gets_its_state_from_its_twin(deed: str, victim: int, tmp_p
 
 def test_without_a_twin_all_go_back_to_the_checkpoint(tmp_path: Path) -> None:
     alone = {"name": "hybrid", "pipeline": 2, "micro_batches": 3, "cut": ["3"]}
-    deeds = ["kill 1 backward 56"]
+    deeds = ["late 1 backward 56"]
     result, watch = run(tmp_path, deeds, alone, checkpoint={"every_steps": 5})
     same(result, tmp_path, alone)
     (setback,) = watch.setbacks
@@ -112,7 +112,7 @@ def test_without_a_twin_all_go_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_both_twins_lost(tmp_path: Path) -> None:
-    deeds = ["kill 1 forward 57", "kill 3 forward 57"]
+    deeds = ["late 1 forward 57", "late 3 forward 57"]
     result, watch = run(tmp_path, deeds, checkpoint={"every_steps": 5})
     same(result, tmp_path)
     assert watch.setbacks[-1].step in WRITTEN and len(watch.setbacks[-1].replaced) == 4

@@ -20,6 +20,7 @@ from in_memory_run import Run, train
 from torch import Tensor
 
 from distplat.platform.progress import EvalReport, StepReport
+from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.task import Task
 
 
@@ -63,6 +64,8 @@ GRIDS = {
     "1x1x3": grid_of(1, 1, 3),
     "2x1x1-gpipe": grid_of(2, 1, 1, schedule="gpipe"),
     "2x1x2-interleaved": grid_of(2, 1, 2, schedule="interleaved"),
+    "2x1x2-buckets": grid_of(2, 1, 2, schedule="interleaved", bucket_mb=0.0005),
+    "2x1x2-zb-buckets": grid_of(2, 1, 2, schedule="zb-h1", bucket_mb=0.0005),
     "2x1x1-zb": grid_of(2, 1, 1, schedule="zb-h1"),
     "3x1x2-zb": grid_of(3, 1, 2, schedule="zb-h1"),
     "2x1x2-recompute": grid_of(2, 1, 2, recompute=True),
@@ -133,3 +136,22 @@ def test_two_stages_and_replicas_do_what_one_rank_does(schedule: str, more: dict
     loose = 1e-2 if "precision" in more else 1e-5
     assert distance(whole(many), whole(one)) < loose
     assert evaluation(many) == pytest.approx(evaluation(one), rel=10 * loose)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1"])
+def test_buckets_leave_while_the_pipeline_drains(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as soon as its last micro-batch has made it; only the first step sends nothing early."""
+    started: list[int] = []
+    finish = BucketReducer.finish
+
+    def counting(self: BucketReducer) -> None:
+        started.append(len(self._handles))
+        finish(self)
+
+    monkeypatch.setattr(BucketReducer, "finish", counting)
+    options, workers = grid_of(2, 1, 2, schedule=schedule, bucket_mb=0.0001)
+    train(job_of(options, workers, steps=2), Mlp)
+    assert started[:workers] == [0] * workers
+    assert min(started[workers:]) > 2, "layers of both chunks"
