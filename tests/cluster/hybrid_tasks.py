@@ -9,7 +9,6 @@ import torch
 from tasks_for_tests import Blobs, first_to_come
 from torch import Tensor, nn
 
-
 LATE_S = 2.0
 
 
