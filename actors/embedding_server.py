@@ -8,6 +8,7 @@ is no map to keep, and the controller watches these servers itself.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,9 @@ class EmbeddingServer:
         """Name in Ray's logs."""
         return self._name
 
-    def poll(self) -> None:
-        """Answer the controller: alive."""
+    def poll(self, hold_s: float) -> None:
+        """Answer the controller, after so many seconds: alive."""
+        time.sleep(hold_s)
 
     def open(self, plan: TablePlan, version: int, rank: int, memory: Address) -> bool:
         """Begin an attempt; tell whether the worker's memory can be reached."""

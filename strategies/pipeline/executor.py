@@ -206,8 +206,10 @@ class _Run:
             buffer = arrived if pooled else None
             inputs = arrived.detach()
             inputs.requires_grad_(self._tail is not None)
+        # The last micro-batch's gradients are final, and hooks are to say so.
+        in_place = self._tail is not None and number < self._final and not self._splits
         with seat.context():
-            outputs = seat.chunks[place].run(inputs, source.seed(number))
+            outputs = seat.chunks[place].run(inputs, source.seed(number), in_place=in_place)
         if buffer is not None and _one_memory(buffer, outputs):
             buffer = None  # a chunk that hands its input on: others still read it
         if seat.is_last(place):

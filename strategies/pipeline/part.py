@@ -9,6 +9,7 @@ what is drawn does not depend on where the model is cut, nor on how many stages 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
+from distplat.strategies.pipeline.in_place import InPlace
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.plan import ShardSpec
 from distplat.strategies.training.flat import FlatModel
@@ -40,27 +42,29 @@ class Chunk(Stage):
         super().__init__(layers)
         self._first, self._recompute = first, recompute
 
-    def run(self, inputs: Tensor, seed: int) -> Tensor:
+    def run(self, inputs: Tensor, seed: int, *, in_place: bool = False) -> Tensor:
         """
         Run all layers on one micro-batch.
 
         Args:
             inputs: of the first layer.
             seed: of the micro-batch; each layer draws from a generator seeded by it.
+            in_place: add linear layers' gradients up in the product (see `InPlace`).
 
         Raises:
             SpecError: a layer gives something else than one tensor.
         """
         if self._recompute:
-            return recomputed(_Seeded(self, seed), inputs)
-        return self.seeded(inputs, seed)
+            return recomputed(_Seeded(self, seed, in_place), inputs)
+        return self.seeded(inputs, seed, in_place)
 
-    def seeded(self, inputs: Tensor, seed: int) -> Tensor:
+    def seeded(self, inputs: Tensor, seed: int, in_place: bool) -> Tensor:
         """Run all layers, whatever is kept for backward."""
         names = zip(self.layer_names, self._run, strict=True)
-        for number, (name, module) in enumerate(names, start=self._first):
-            _seed(mixed(seed, number), inputs.device)
-            inputs = one_tensor(name, module(inputs))
+        with InPlace() if in_place else nullcontext():
+            for number, (name, module) in enumerate(names, start=self._first):
+                _seed(mixed(seed, number), inputs.device)
+                inputs = one_tensor(name, module(inputs))
         return inputs
 
     def set_mode(self, *, training: bool) -> None:
@@ -72,12 +76,12 @@ class Chunk(Stage):
 class _Seeded(nn.Module):
     """A chunk on one micro-batch: what is computed again must draw the same numbers."""
 
-    def __init__(self, chunk: Chunk, seed: int) -> None:
+    def __init__(self, chunk: Chunk, seed: int, in_place: bool) -> None:
         super().__init__()
-        self.chunk, self._seed = chunk, seed
+        self.chunk, self._seed, self._in_place = chunk, seed, in_place
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.chunk.seeded(inputs, self._seed)
+        return self.chunk.seeded(inputs, self._seed, self._in_place)
 
 
 def _seed(seed: int, device: torch.device) -> None:
