@@ -74,7 +74,7 @@ class Losing(threading.Thread):
     def _standstill(self, began: float) -> None:
         until = time.monotonic() + MOST_S
         while time.monotonic() < until:
-            later = [at for at in self._steps if at > began + 0.25]  # reported ten times a second
+            later = [at for at in self._steps if at > began + 0.6]  # reported twice a second
             if later:
                 self.standstills.append(later[0] - began)
                 return
