@@ -27,11 +27,8 @@ from distplat.actors.messages import Address
 
 SLOTS = 4
 """Of each rank; shm_rounds.py says why four."""
-_SLOT_OF_TWO, _SLOT_OF_MANY = 512 * 1024, 2 * 2**20
-"""
-Measured: two ranks are quickest with blocks that stay in their cores' caches; more ranks, which
-may have to share cores, with fewer blocks and so fewer waits.
-"""
+_SLOT = 512 * 1024
+"""Measured: quickest are blocks that stay in the caches; smaller ones have too many waits."""
 _ROOM_PER_RANK = 16 * 1024
 _LINE = 384
 _STATE, _PID, _VECTOR, _HEADERS = 4, 8, 12, 128
@@ -50,8 +47,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, world: int) -> "Layout":
         """Give the layout for so many ranks; a slot has room for a piece of every rank's part."""
-        usual = _SLOT_OF_TWO if world <= 2 else _SLOT_OF_MANY
-        return cls(world, max(usual, world * _ROOM_PER_RANK))
+        return cls(world, max(_SLOT, world * _ROOM_PER_RANK))
 
     @property
     def channels(self) -> int:

@@ -7,8 +7,9 @@ channel (`algorithms/schedule_messages.py`), and every channel has room for one 
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from distplat.strategies.algorithms.schedule_messages import (
     Send,
 )
 from distplat.strategies.pipeline.channel import Channel
-from distplat.strategies.pipeline.part import Chunk
+from distplat.strategies.pipeline.in_place import InPlace, Sums
+from distplat.strategies.pipeline.part import Chunk, Way
 from distplat.strategies.pipeline.seams import Source, Span, Tail
 
 
@@ -147,6 +149,7 @@ class _Run:
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
         self._have: dict[Message, tuple[Tensor, bool]] = {}  #: with whether it is a buffer
+        self._sums = Sums()
         self._live: dict[tuple[int, int], _Live] = {}
         self._late: dict[tuple[int, int], tuple[_Live, Tensor | None, Tensor | None]] = {}
         self.spans: list[Span] = []
@@ -206,10 +209,8 @@ class _Run:
             buffer = arrived if pooled else None
             inputs = arrived.detach()
             inputs.requires_grad_(self._tail is not None)
-        # The last micro-batch's gradients are final, and hooks are to say so.
-        in_place = self._tail is not None and number < self._final and not self._splits
         with seat.context():
-            outputs = seat.chunks[place].run(inputs, source.seed(number), in_place=in_place)
+            outputs = seat.chunks[place].run(inputs, source.seed(number), self._way(number))
         if buffer is not None and _one_memory(buffer, outputs):
             buffer = None  # a chunk that hands its input on: others still read it
         if seat.is_last(place):
@@ -220,6 +221,12 @@ class _Run:
             self._live[number, place] = _Live(inputs, outputs, buffer)
         elif buffer is not None:
             self._channel.give_back((place, source.sizes[number]), buffer)
+
+    def _way(self, number: int) -> Way:
+        """The last micro-batch's gradients are final, and hooks are to say so."""
+        if self._tail is None or self._splits or number == self._final:
+            return nullcontext
+        return partial(InPlace, self._sums, flush=number + 1 == self._final)
 
     def _backward(self, number: int, place: int) -> None:
         """Where backward is split, the gradient of the input alone."""

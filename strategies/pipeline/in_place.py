@@ -1,13 +1,14 @@
 """
-Weights' gradients of linear layers, added up inside the matrix product.
+Weights' gradients of linear layers, added up inside matrix products of several micro-batches.
 
-    autograd    product ──▶ a new matrix as large as the weights ──▶ added to `weight.grad`
-    here        product ─────────────────────────────────────────▶ added to `weight.grad`
+    autograd   micro-batch 0: product ─▶ a matrix as large as the weights ─▶ added to `weight.grad`
+               micro-batch 1: product ─▶ another one                      ─▶ added, ...
+    here       micro-batches 0, 1, 2, ... until they have rows enough: one product that adds
 
-A micro-batch has few rows, so its products are cheap, and writing that matrix and reading it again
-is a good part of a step: once for every layer and micro-batch. (Megatron-LM does the same on GPUs.)
-Parameters' hooks are not to be trusted then: a step's last micro-batch, whose gradients are final,
-goes the usual way.
+A micro-batch has few rows, so its product is cheap, and writing matrices and reading them again is
+a good part of a step. (Megatron-LM adds inside the product on GPUs.) Parameters' hooks are not
+to be trusted then: a step's last micro-batch, whose gradients are final, goes the usual way, and
+nothing is left of those before when it comes.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,9 +19,61 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+ENOUGH_ROWS = 32
+"""A product of so many rows computes for longer than it takes to read and write the weights'
+gradient. So many rows of inputs and gradients are kept for each layer, and no more."""
+
+
+class Sums:
+    """Products of one step that are still to be made; by weight."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        found: tuple[Tensor, Tensor],
+        *,
+        flush: bool,
+    ) -> None:
+        """
+        Add a layer's gradients for some rows, now or with later ones.
+
+        Args:
+            weight: shape [n, k]; has a gradient.
+            bias: shape [n]; the same.
+            found: gradients of outputs, shape [rows, n], and inputs, shape [rows, k].
+            flush: nothing is to be left over.
+        """
+        waiting = self._pending.setdefault(id(weight), [])
+        if flush or sum(len(rows) for rows, _ in (*waiting, found)) >= ENOUGH_ROWS:
+            together = [*waiting, found]
+            waiting.clear()
+            rows, inputs = found
+            if len(together) > 1:
+                rows, inputs = (torch.cat(parts) for parts in zip(*together, strict=True))
+            assert weight.grad is not None, "only such layers come here"
+            weight.grad.addmm_(rows.t(), inputs)
+            if bias is not None and bias.grad is not None:
+                bias.grad.add_(rows.sum(0))
+        else:  # the memory of what was found is used again
+            waiting.append((found[0].clone(), found[1].clone()))
+
 
 class InPlace(TorchFunctionMode):
-    """While active, `linear` on parameters that have a gradient of their own dtype adds to it."""
+    """
+    While active, `linear` on parameters that have a gradient of their own dtype goes this way.
+
+    Args:
+        sums: of the step.
+        flush: whether this is the last micro-batch but one.
+    """
+
+    def __init__(self, sums: Sums, *, flush: bool) -> None:
+        super().__init__()
+        self._sums, self._flush = sums, flush
 
     def __torch_function__(
         self,
@@ -32,7 +85,8 @@ class InPlace(TorchFunctionMode):
         """See torch."""
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs and torch.is_grad_enabled() and _fits(*args):
-            return _Linear.apply(*args, *[None] * (3 - len(args)))  # type: ignore[no-untyped-call]
+            bias = args[2] if len(args) > 2 else None
+            return _Linear.apply(*args[:2], bias, self._sums, self._flush)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
@@ -46,17 +100,19 @@ def _fits(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
-        ctx.bias = bias
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, sums: Sums, flush: bool
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        # Not saved: a hook on what is saved may hand back another tensor, without the gradient.
+        ctx.weight, ctx.bias, ctx.sums, ctx.flush = weight, bias, sums, flush
         return functional.linear(inputs, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
-        inputs, weight = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        (inputs,), weight = ctx.saved_tensors, ctx.weight
         gradient = gradients[0]
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        weight.grad.addmm_(rows.t(), inputs.reshape(-1, inputs.shape[-1]))
-        if ctx.bias is not None:
-            ctx.bias.grad.add_(rows.sum(0))
-        return gradient @ weight if ctx.needs_input_grad[0] else None, None, None
+        found = gradient.reshape(-1, weight.shape[0]), inputs.reshape(-1, weight.shape[1])
+        ctx.sums.add(weight, ctx.bias, found, flush=ctx.flush)
+        back = gradient @ weight if ctx.needs_input_grad[0] else None
+        return back, None, None, None, None

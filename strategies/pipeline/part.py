@@ -8,8 +8,8 @@ Dropout and its like draw from a generator that is seeded for each layer and mic
 what is drawn does not depend on where the model is cut, nor on how many stages there are.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
-from distplat.strategies.pipeline.in_place import InPlace
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.plan import ShardSpec
 from distplat.strategies.training.flat import FlatModel
@@ -26,6 +25,9 @@ from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.recompute import recomputed
 from distplat.strategies.training.stages import Layer, Stage, layers_of, one_tensor, refuse_tied
 from distplat.strategies.training.traced import traced_layers
+
+Way = Callable[[], AbstractContextManager[object]]
+"""Makes a context: forwards that are made again in backward go the same way."""
 
 
 class Chunk(Stage):
@@ -42,26 +44,26 @@ class Chunk(Stage):
         super().__init__(layers)
         self._first, self._recompute = first, recompute
 
-    def run(self, inputs: Tensor, seed: int, *, in_place: bool = False) -> Tensor:
+    def run(self, inputs: Tensor, seed: int, way: Way = nullcontext) -> Tensor:
         """
         Run all layers on one micro-batch.
 
         Args:
             inputs: of the first layer.
             seed: of the micro-batch; each layer draws from a generator seeded by it.
-            in_place: add linear layers' gradients up in the product (see `InPlace`).
+            way: makes the context in which layers run.
 
         Raises:
             SpecError: a layer gives something else than one tensor.
         """
         if self._recompute:
-            return recomputed(_Seeded(self, seed, in_place), inputs)
-        return self.seeded(inputs, seed, in_place)
+            return recomputed(_Seeded(self, seed, way), inputs)
+        return self.seeded(inputs, seed, way)
 
-    def seeded(self, inputs: Tensor, seed: int, in_place: bool) -> Tensor:
+    def seeded(self, inputs: Tensor, seed: int, way: Way) -> Tensor:
         """Run all layers, whatever is kept for backward."""
         names = zip(self.layer_names, self._run, strict=True)
-        with InPlace() if in_place else nullcontext():
+        with way():
             for number, (name, module) in enumerate(names, start=self._first):
                 _seed(mixed(seed, number), inputs.device)
                 inputs = one_tensor(name, module(inputs))
@@ -76,12 +78,12 @@ class Chunk(Stage):
 class _Seeded(nn.Module):
     """A chunk on one micro-batch: what is computed again must draw the same numbers."""
 
-    def __init__(self, chunk: Chunk, seed: int, in_place: bool) -> None:
+    def __init__(self, chunk: Chunk, seed: int, way: Way) -> None:
         super().__init__()
-        self.chunk, self._seed, self._in_place = chunk, seed, in_place
+        self.chunk, self._seed, self._way = chunk, seed, way
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.chunk.seeded(inputs, self._seed, self._in_place)
+        return self.chunk.seeded(inputs, self._seed, self._way)
 
 
 def _seed(seed: int, device: torch.device) -> None:

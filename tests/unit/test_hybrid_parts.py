@@ -134,9 +134,9 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here and share one generator: seeding and drawing must not be torn."""
     lock, seeded = threading.Lock(), part.Chunk.seeded
 
-    def locked(self: part.Chunk, inputs: Tensor, seed: int, in_place: bool) -> Tensor:
+    def locked(self: part.Chunk, inputs: Tensor, seed: int, way: part.Way) -> Tensor:
         with lock:
-            return seeded(self, inputs, seed, in_place)
+            return seeded(self, inputs, seed, way)
 
     def filled(*args: Any) -> None:
         with lock:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distplat.strategies.pipeline.in_place import InPlace
+from distplat.strategies.pipeline.in_place import ENOUGH_ROWS, InPlace, Sums
 
 
 def net(*, bias: bool = True) -> nn.Sequential:
@@ -21,7 +21,7 @@ def net(*, bias: bool = True) -> nn.Sequential:
 def backward(model: nn.Module, inputs: Tensor, *, in_place: bool) -> list[Tensor]:
     """Give the gradients of inputs and parameters."""
     inputs = inputs.detach().requires_grad_()
-    with InPlace() if in_place else nullcontext():
+    with InPlace(Sums(), flush=True) if in_place else nullcontext():
         outputs = model(inputs)
     torch.autograd.backward(outputs.square().sum())
     return [torch.as_tensor(t.grad) for t in (inputs, *model.parameters())]
@@ -39,7 +39,7 @@ def test_the_same_gradients(shape: tuple[int, ...], bias: bool) -> None:
 
 def uses(model: nn.Module, inputs: Tensor) -> bool:
     """Whether a layer of the model goes the way in place."""
-    with InPlace():
+    with InPlace(Sums(), flush=True):
         found = model(inputs)
     return found.grad_fn is not None and "_Linear" in type(found.grad_fn).__name__
 
@@ -56,3 +56,29 @@ def test_where_it_does_not_fit_torch_does_it() -> None:
         assert not uses(layer, inputs)
     layer.weight.requires_grad_(False)
     assert not uses(layer, inputs)
+
+
+def test_what_is_saved_may_be_packed() -> None:
+    model = net()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        packed = backward(model, torch.ones(3, 5).double(), in_place=True)
+    plain = backward(net(), torch.ones(3, 5).double(), in_place=True)
+    assert all(torch.equal(a, b) for a, b in zip(packed, plain, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 3, ENOUGH_ROWS // 2, ENOUGH_ROWS])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_micro_batches_together(rows: int, count: int) -> None:
+    """Their memory is used again as soon as a backward is over, and nothing is left at the end."""
+    generator = torch.Generator().manual_seed(rows)
+    batches = torch.randn(count, rows, 5, dtype=torch.float64, generator=generator)
+    mine, other, sums = net(), net(), Sums()
+    for number, batch in enumerate(batches):
+        buffer = batch.clone()
+        with InPlace(sums, flush=number + 1 == count):
+            outputs = mine(buffer)
+        torch.autograd.backward(outputs.square().sum())
+        buffer.fill_(torch.nan)
+        torch.autograd.backward(other(batch).square().sum())
+    for one, two in zip(mine.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-12, atol=1e-12)
