@@ -1,6 +1,8 @@
 """Weights shown while a worker trains: copied between steps, only when somebody asked."""
 
 import threading
+import time
+from itertools import count
 
 import torch
 from torch import nn
@@ -39,21 +41,25 @@ def test_copies_are_of_one_version() -> None:
     shown, model, done = Shown(), nn.Linear(100, 100), threading.Event()
 
     def train() -> None:
-        for version in range(1, 400):
+        for version in count(1):
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.fill_(float(version))
             shown.offer(version, model)
-        done.set()
+            if done.is_set():
+                return
 
     thread = threading.Thread(target=train)
     thread.start()
-    seen = 0
-    while not done.is_set():
-        copy = shown.ask(seen + 1)
-        if copy is not None:
-            assert copy.version > seen
-            seen = copy.version
-            assert all((value == seen).all() for value in copy.state.values())
-    thread.join()
-    assert seen > 0
+    seen, copies, until = 0, 0, time.monotonic() + 30
+    try:
+        while copies < 20:
+            assert time.monotonic() < until
+            copy = shown.ask(seen + 1)
+            if copy is not None:
+                assert copy.version > seen
+                seen, copies = copy.version, copies + 1
+                assert all((value == seen).all() for value in copy.state.values())
+    finally:
+        done.set()
+        thread.join(30)
