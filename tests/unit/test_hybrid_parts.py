@@ -10,7 +10,7 @@ from in_memory_run import Run, train
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.pipeline import part
+from distplat.strategies.pipeline import compute, part
 from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.stages import Layer
 
@@ -142,6 +142,15 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         with lock:
             materialise(*args)
 
+    def under_lock(made: Any) -> Any:
+        def make(*args: Any) -> Any:
+            with lock:  # a loader draws a seed when it begins
+                return made(*args)
+
+        return make
+
+    for name in ("micro_batches", "eval_batches"):
+        monkeypatch.setattr(compute, name, under_lock(getattr(compute, name)))
     monkeypatch.setattr(part.Chunk, "seeded", locked)
     monkeypatch.setattr(part, "materialise", filled)
 
