@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -103,12 +104,22 @@ def spawn_server(
     # Two per worker: one answers its bell, one its calls.
     threads = {"max_concurrency": 2 * job.scaling.world + _SERVER_THREADS}
     options = {**_common(run), **_resources(roles.server_resources or {"CPU": 0.0}), **threads}
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"]] if beside else []
-    others = sorted(set(others) - {beside})
+    others = _nodes_but(beside, roles.server_resources or {}) if beside is not None else []
     if others:
         turn = int(role.rpartition("-")[2]) % len(others)
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(others[turn], soft=True)
+        # A soft affinity would read better, but Ray 2.60 often does not follow it for actors.
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(others[turn], soft=False)
     return ray.remote(ServerNode).options(**options, name=name).remote(name)
+
+
+def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
+    """Give the other nodes that have room now."""
+
+    def has_room(free: dict[str, float]) -> bool:
+        return all(free.get(name, 0.0) >= amount for name, amount in needs.items())
+
+    nodes = available_resources_per_node().items()
+    return sorted(name for name, free in nodes if name != node and has_room(free))
 
 
 def _spawn_embedding_servers(job: Job, run: str, attempt: int) -> list[Any]:
