@@ -27,7 +27,7 @@ from distplat.actors.controller import Controller
 from distplat.actors.ensemble import Ensemble, Launch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.stopping import Stopping
-from distplat.actors.table_saving import sources_of
+from distplat.actors.tables.saving import sources_of
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.pieces import Bytes

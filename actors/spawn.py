@@ -17,10 +17,10 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from distplat.actors.embedding_server import EmbeddingServer
-from distplat.actors.manager import ServerManager
 from distplat.actors.messages import WorkOrder
-from distplat.actors.server import ServerNode
+from distplat.actors.servers.manager import ServerManager
+from distplat.actors.servers.node import ServerNode
+from distplat.actors.tables.node import EmbeddingServer
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job

@@ -37,9 +37,9 @@ from distplat.strategies.training.session import Around, Prepared, join, prepare
 from distplat.strategies.training.shown import Shown
 
 if TYPE_CHECKING:
-    from distplat.actors.collective import RayCollective
-    from distplat.actors.shards import RayShards
-    from distplat.actors.tables import RayTables
+    from distplat.actors.collective.port import RayCollective
+    from distplat.actors.servers.shards import RayShards
+    from distplat.actors.tables.client import RayTables
 
 
 logger = logging.getLogger(__name__)
@@ -200,8 +200,8 @@ class Connection:
         """
         if order.collective is None:
             return None
-        from distplat.actors.collective import RayCollective  # only who needs it
-        from distplat.actors.group import Settings
+        from distplat.actors.collective.group import Settings
+        from distplat.actors.collective.port import RayCollective  # only who needs it
 
         self._group = RayCollective(
             f"{order.run}/{order.attempt}",
@@ -221,7 +221,7 @@ class Connection:
         """Make the way to the servers; None where the strategy has none."""
         if order.manager is None:
             return None
-        from distplat.actors.shards import RayShards
+        from distplat.actors.servers.shards import RayShards
 
         every = order.job.checkpoint.period(prepared.sampler.steps_per_epoch)
         self._servers = RayShards(order, prepared.total_steps, every, self._abandoned)
@@ -231,7 +231,7 @@ class Connection:
         """Give the way to the embedding tables; None where the job has none."""
         if not order.embedding_servers:
             return None
-        from distplat.actors.tables import RayTables
+        from distplat.actors.tables.client import RayTables
 
         self._tables = RayTables(order, self._abandoned)
         return self._tables

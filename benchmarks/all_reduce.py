@@ -22,8 +22,8 @@ import torch.distributed as dist
 from common import median_ms, print_ratio
 from ray.util.collective.types import ReduceOp
 
-from distplat.actors.group import register
-from distplat.actors.shm import ShmGroup
+from distplat.actors.collective.group import register
+from distplat.actors.shm.group import ShmGroup
 
 MB = 2**20
 GOALS = {1: 1 / 6, 8: 1 / 5, 64: 1 / 3}

@@ -21,8 +21,8 @@ from common import WORKERS
 from ring_step import WIDTH, mlp
 from torch import Tensor, nn
 
-from distplat.actors.collective import RayCollective
-from distplat.actors.group import Settings
+from distplat.actors.collective.group import Settings
+from distplat.actors.collective.port import RayCollective
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective
 from distplat.strategies.reduction.base import Reducer

@@ -31,8 +31,8 @@ from common import WORKERS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distplat.actors.collective import RayCollective
-from distplat.actors.group import Settings
+from distplat.actors.collective.group import Settings
+from distplat.actors.collective.port import RayCollective
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.training.flat import FlatModel
 

@@ -43,7 +43,7 @@ class OurWorker:
     """A worker that has its gradients ready at once."""
 
     def connect(self, order: WorkOrder, megabytes: int) -> None:
-        from distplat.actors.shards import RayShards
+        from distplat.actors.servers.shards import RayShards
         from distplat.strategies.training.flat import FlatModel
 
         torch.set_num_threads(1)

@@ -22,8 +22,8 @@ import torch
 from common import median_ms, print_ratio
 from torch import nn
 
-from distplat.actors.embedding_server import EmbeddingServer
 from distplat.actors.messages import WorkOrder
+from distplat.actors.tables.node import EmbeddingServer
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import TableSpec
 
@@ -48,7 +48,7 @@ class OurWorker:
     """A worker that has its gradients ready at once."""
 
     def connect(self, order: WorkOrder) -> None:
-        from distplat.actors.tables import RayTables
+        from distplat.actors.tables.client import RayTables
 
         torch.set_num_threads(1)
         self.tables = RayTables(order, threading.Event())

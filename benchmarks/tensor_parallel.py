@@ -27,8 +27,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from distplat.actors.collective import RayCollective
-from distplat.actors.group import Settings
+from distplat.actors.collective.group import Settings
+from distplat.actors.collective.port import RayCollective
 from distplat.strategies.tensor.parallelize import parallelize
 
 GOALS = {"dtensor": 1.0, "alone": 1.0}

@@ -11,8 +11,8 @@ import ray
 import torch
 from collective_contract import CHECKS, FAILURES
 
-from distplat.actors.collective import RayCollective
-from distplat.actors.group import Settings
+from distplat.actors.collective.group import Settings
+from distplat.actors.collective.port import RayCollective
 from distplat.platform.errors import CollectiveError, InfrastructureError
 from distplat.strategies.base import Handle, ReduceOp
 
@@ -51,7 +51,7 @@ class Member:
         lines: list[str] = []
         keeper = logging.Handler()
         keeper.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-        logger = logging.getLogger("distplat.actors.collective")
+        logger = logging.getLogger("distplat.actors.collective.port")
         logger.setLevel(logging.INFO)
         logger.addHandler(keeper)
         try:

@@ -12,7 +12,7 @@ from test_server_loss import undisturbed
 from torch import nn
 
 from distplat.actors.messages import WorkOrder
-from distplat.actors.shards import RayShards
+from distplat.actors.servers.shards import RayShards
 from distplat.actors.spawn import spawn
 from distplat.cli.main import run as command
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs

@@ -13,8 +13,8 @@ import torch
 from ray.experimental.internal_kv import _internal_kv_list
 from ray.util.collective.types import ReduceOp
 
-from distplat.actors.group import Settings, prepare, register
-from distplat.actors.shm import BACKEND, ShmGroup
+from distplat.actors.collective.group import Settings, prepare, register
+from distplat.actors.shm.group import BACKEND, ShmGroup
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]

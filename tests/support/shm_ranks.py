@@ -8,8 +8,8 @@ from typing import TypeVar
 from rank_threads import on_ranks
 from torch import Tensor
 
-from distplat.actors.shm_arena import Arena, Layout
-from distplat.actors.shm_end import End
+from distplat.actors.shm.arena import Arena, Layout
+from distplat.actors.shm.end import End
 from distplat.platform.errors import DeadlineExceeded
 from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import ray
 
-from distplat.actors import asked
-from distplat.actors.asked import Asked
+from distplat.actors.tables import asked
+from distplat.actors.tables.asked import Asked
 from distplat.platform.errors import ActorLost, DeadlineExceeded, InfrastructureError, StaleError
 
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from distplat.actors.bell import SLOT, Bell, Listener, Request
-from distplat.actors.memory import Segment
+from distplat.actors.memory.bell import SLOT, Bell, Listener, Request
+from distplat.actors.memory.memfd import Segment
 from distplat.platform.errors import GapError
 from distplat.platform.ledger import Answer
 
@@ -136,7 +136,7 @@ def test_of_two_listeners_the_later_answers_once(segment: Segment) -> None:
 
 def test_a_listener_ends_with_its_worker() -> None:
     code = (
-        "import os, time; from distplat.actors.memory import Segment; "
+        "import os, time; from distplat.actors.memory.memfd import Segment; "
         "s = Segment.create('here', 256, 'uint8'); print(s.address.fd, flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

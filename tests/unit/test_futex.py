@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from distplat.actors.futex import Word, reached, supported
+from distplat.actors.memory.futex import Word, reached, supported
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux futexes")
 
 ECHO = """
 import mmap, sys
-from distplat.actors.futex import Word
+from distplat.actors.memory.futex import Word
 memory = memoryview(mmap.mmap(int(sys.argv[1]), 4096))
 there, back = Word(memory, 0), Word(memory, 128)
 for turn in range(1, 101):

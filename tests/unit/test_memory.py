@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from distplat.actors.memory import Segment
+from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address
 
 OWNER = """
 import sys
-from distplat.actors.memory import Segment
+from distplat.actors.memory.memfd import Segment
 segment = Segment.create("node", 5, "float32")
 segment.tensor[:] = 3.0
 print(*[segment.address.pid, segment.address.fd], flush=True)
@@ -28,7 +28,7 @@ for line in sys.stdin:
 
 MAPPER = """
 import sys
-from distplat.actors.memory import Segment
+from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address
 node, pid, fd, elements, dtype = sys.argv[1:]
 segment = Segment.open(Address(node, int(pid), int(fd), int(elements), dtype))

@@ -7,7 +7,7 @@ import torch
 from delayed import async_plan, noise
 from torch import Tensor
 
-from distplat.actors.roads import as_bytes, as_type, from_bytes
+from distplat.actors.servers.roads import as_bytes, as_type, from_bytes
 from distplat.platform.clocks import SYNCHRONOUS, Consistency
 from distplat.platform.errors import FencedError, StaleError
 from distplat.platform.ledger import PushId

@@ -9,8 +9,8 @@ import ray
 from test_table_service import job
 
 from distplat.actors.messages import WorkOrder
-from distplat.actors.table_serving import TableServing
-from distplat.actors.tables import RayTables
+from distplat.actors.tables.client import RayTables
+from distplat.actors.tables.serving import TableServing
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.strategies.sparse.routing import Routed, route
 from distplat.strategies.sparse.table import RowGradients

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from distplat.actors.shm_arena import Arena, Layout
-from distplat.actors.shm_end import End
+from distplat.actors.shm.arena import Arena, Layout
+from distplat.actors.shm.end import End
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.base import ReduceOp, Traffic
 
@@ -21,8 +21,8 @@ PEER = """
 import sys, threading, time
 import torch
 from distplat.actors.messages import Address
-from distplat.actors.shm_arena import Arena, Layout
-from distplat.actors.shm_end import End
+from distplat.actors.shm.arena import Arena, Layout
+from distplat.actors.shm.end import End
 from distplat.strategies.base import ReduceOp, Traffic
 layout = Layout.of(2)
 address = Address("", int(sys.argv[1]), int(sys.argv[2]), layout.size, "uint8")

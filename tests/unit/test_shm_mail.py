@@ -6,7 +6,7 @@ import pytest
 import torch
 from shm_ranks import ShmCollective, on_shm_ranks
 
-from distplat.actors import shm_mail
+from distplat.actors.shm import mail as mailing
 from distplat.platform.errors import CollectiveError, MismatchError
 
 SOON = 0.4
@@ -32,8 +32,8 @@ def test_lengths_and_dtypes_may_change_from_message_to_message() -> None:
 
 
 def test_a_message_longer_than_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm_mail, "LONGEST_SLOT", 64 * 1024)
-    monkeypatch.setattr(shm_mail, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(mailing, "LONGEST_SLOT", 64 * 1024)
+    monkeypatch.setattr(mailing, "PIECE_BYTES", 10_000)
     long = torch.arange(100_003)  # 13 parts
 
     def body(group: ShmCollective) -> None:

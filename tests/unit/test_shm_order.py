@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 
-from distplat.actors.shm_order import Order
+from distplat.actors.shm.order import Order
 
 
 @pytest.fixture

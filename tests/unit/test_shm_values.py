@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from shm_ranks import ShmCollective, on_shm_ranks
 from torch import Tensor
 
-from distplat.actors.shm_header import DTYPES
-from distplat.actors.shm_kernels import Scratch, combine, cut_evenly
+from distplat.actors.shm.header import DTYPES
+from distplat.actors.shm.kernels import Scratch, combine, cut_evenly
 from distplat.strategies.base import ReduceOp
 
 OPS = (ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_table_service import plan
 
-from distplat.actors.memory import Segment
+from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Parcel
-from distplat.actors.table_serving import TableServing
+from distplat.actors.tables.serving import TableServing
 from distplat.platform.errors import StaleError
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId

@@ -1,0 +1,154 @@
+"""
+A bell between a worker and a server node of the same node: a step's control without a call of Ray.
+
+    worker                          shared memory                server node, a thread per worker
+    write the request, post   ──▶   asked    + 1   ──▶           wake, serve it as if by a call
+    wake, read the answer     ◀──   answered + 1   ◀──           write the answer, post
+
+    `listen`: a call of Ray that stays open as long as the bell is used. It ends with an exception
+    when the server dies, and when a request failed: that is where errors come from.
+
+A call of Ray costs about a millisecond on a busy machine, a futex a few hundredths of one. What a
+request does is the same either way, and so is what decides on it: the shard's ledger.
+(docs/decisions/bells.md)
+"""
+
+import os
+import select
+import struct
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from distplat.actors.memory.futex import Word
+from distplat.actors.memory.memfd import Segment
+from distplat.actors.messages import Address
+from distplat.platform.ledger import Answer
+
+SLOT = 256
+"""Bytes of one bell; the two sides write to cache lines of their own."""
+_ASKED, _REQUEST, _ANSWERED, _ANSWER = 0, 8, 128, 136
+_REQUEST_LAYOUT = struct.Struct("<q?d")
+_ANSWER_LAYOUT = struct.Struct("<??q?dqddqq")
+_ALL = (1 << 32) - 1
+_LOOK_S = 0.5
+"""How often a server looks whether the worker lives and is still to be listened to."""
+
+
+class Request(NamedTuple):
+    """What a worker asks for: a push of its gradient, or the commit of a step."""
+
+    seq: int
+    norm: float | None = None
+    """Of the whole gradient, if this is a commit; None: a push."""
+
+
+class Bell:
+    """
+    One bell, as either side sees it.
+
+    Args:
+        segment: bytes in shared memory.
+        slot: which bell in it, from 0.
+    """
+
+    def __init__(self, segment: Segment, slot: int) -> None:
+        memory = segment.tensor.numpy().data.cast("B")
+        self._memory = memory[slot * SLOT : (slot + 1) * SLOT]
+        self._asked = Word(self._memory, _ASKED)
+        self._answered = Word(self._memory, _ANSWERED)
+
+    def ring(self, request: Request) -> None:
+        """Ask; the answer to the request before has been read."""
+        is_commit = request.norm is not None  # a flag: the norm itself may be any float, NaN too
+        norm = request.norm or 0.0
+        _REQUEST_LAYOUT.pack_into(self._memory, _REQUEST, request.seq, is_commit, norm)
+        self._asked.post()
+
+    def answered(self, slice_s: float) -> bool:
+        """Wait at most so many seconds for the answer; say whether it is there."""
+        return self._answered.wait(self._asked.value, slice_s)
+
+    def read(self) -> Answer | None:
+        """Give the answer that is there; None: the request failed, the standing call says why."""
+        values = _ANSWER_LAYOUT.unpack_from(self._memory, _ANSWER)
+        good, committed, version, has_norm, squared, *rest = values
+        if not good:
+            return None
+        return Answer(version, committed, squared if has_norm else None, *rest)
+
+    def asked(self, slice_s: float) -> Request | None:
+        """Wait at most so many seconds for a request that is not answered yet."""
+        if not self._asked.wait(self._answered.value + 1 & _ALL, slice_s):
+            return None
+        seq, is_commit, norm = _REQUEST_LAYOUT.unpack_from(self._memory, _REQUEST)
+        return Request(seq, norm if is_commit else None)
+
+    def answer(self, answer: Answer | None) -> None:
+        """Answer the present request; None: it failed."""
+        given = answer or Answer(0)
+        norm = given.squared_norm
+        _ANSWER_LAYOUT.pack_into(
+            self._memory,
+            _ANSWER,
+            answer is not None,
+            given.committed,
+            given.version,
+            norm is not None,
+            norm or 0.0,
+            given.staleness,
+            given.waiting_s,
+            given.apply_s,
+            given.dropped,
+            given.done,
+        )
+        self._answered.post()
+
+
+class Listener:
+    """
+    The server's side of one worker's bell.
+
+    Args:
+        address: the worker's segment of bells.
+        slot: which of them is this server's.
+    """
+
+    def __init__(self, address: Address, slot: int) -> None:
+        self._bell = Bell(Segment.open(address), slot)
+        self._worker = os.pidfd_open(address.pid)
+
+    def close(self) -> None:
+        """Let go of the worker's process."""
+        os.close(self._worker)
+
+    def serve(
+        self,
+        handle: Callable[[Request], Answer],
+        turn: threading.Lock,
+        wanted: Callable[[], bool],
+    ) -> None:
+        """
+        Answer requests until the worker ends, or another call listens to it.
+
+        A call whose message got lost is made again, and then two may be here: both may serve a
+        request, which is harmless, but only one answers.
+
+        Args:
+            handle: serves one request; its exception ends the listening.
+            turn: held to answer, and by whoever changes what `wanted` says.
+            wanted: whether this is the call that listens.
+        """
+        while wanted():
+            request = self._bell.asked(_LOOK_S)
+            if request is None:
+                if select.select([self._worker], [], [], 0)[0]:
+                    return
+                continue
+            answer = None
+            try:
+                answer = handle(request)
+            finally:
+                with turn:
+                    if wanted():
+                        self._bell.answer(answer)

@@ -1,0 +1,107 @@
+"""A worker's bells, one for each server node that shares memory with it; see `bell.py`."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from distplat.actors.memory import futex
+from distplat.actors.memory.bell import SLOT, Bell, Request
+from distplat.actors.memory.memfd import Segment
+from distplat.actors.messages import Address
+from distplat.platform.errors import ActorLost, DeadlineExceeded
+from distplat.platform.ledger import Answer
+
+logger = logging.getLogger(__name__)
+
+_SLICE_S = 0.1
+"""How often who waits for an answer looks whether the server lives."""
+_REASON_S = 5.0
+"""How long a standing call may take to say why a request failed."""
+
+Look = Callable[[], object]
+"""Called ten times a second while an answer is missing; what it raises ends the wait."""
+Listen = Callable[[int, Address, int], Any]
+"""Makes the standing call to the server of a shard: shard, segment of bells, slot."""
+
+
+class Bells:
+    """
+    Rings servers, and waits for their answers.
+
+    Args:
+        node: Ray's id of this node.
+        near: shards whose servers share memory with this worker.
+        names: of all servers, by shard.
+        listen: makes a standing call.
+        look: see `Look`.
+    """
+
+    def __init__(
+        self, node: str, near: set[int], names: Sequence[str], listen: Listen, look: Look
+    ) -> None:
+        self.shards = sorted(near) if futex.supported() else []
+        self._names, self._listen, self._look = names, listen, look
+        # Not sealed: a standing call that got lost is made again, and opens it again.
+        self._segment = Segment.create(node, SLOT * max(1, len(self.shards)), "uint8")
+        self._bells = {s: Bell(self._segment, slot) for slot, s in enumerate(self.shards)}
+        self._standing = {shard: self._call(shard) for shard in self.shards}
+
+    def close(self) -> None:
+        """Give the memory back; servers stop listening when somebody else rings."""
+        self._segment.seal()
+
+    def ring(self, request: Request) -> None:
+        """Ask all of them."""
+        for bell in self._bells.values():
+            bell.ring(request)
+
+    def answers(self, what: str, limit_s: float, setting: str) -> dict[int, Answer]:
+        """
+        Wait for all answers.
+
+        Args:
+            what: was asked, for messages.
+            limit_s: deadline of all of them.
+            setting: the field of `failure` that changes it.
+
+        Raises:
+            ActorLost, DeadlineExceeded: a server is gone, or frozen.
+            DistplatError: what a server raised.
+        """
+        until = time.monotonic() + limit_s
+        found = {}
+        for shard, bell in self._bells.items():
+            while not bell.answered(_SLICE_S):
+                self._look_after(shard)
+                self._look()
+                if time.monotonic() > until:
+                    late = [s for s, other in self._bells.items() if not other.answered(0.0)]
+                    missing = tuple(self._names[s] for s in late)
+                    raise DeadlineExceeded(what, missing, limit_s, f"failure.{setting}")
+            answer = bell.read()
+            if answer is None:
+                self._look_after(shard, _REASON_S)
+                raise ActorLost(self._names[shard], None, f"it could not say why {what} failed")
+            found[shard] = answer
+        return found
+
+    def _call(self, shard: int) -> Any:
+        return self._listen(shard, self._segment.address, self.shards.index(shard))
+
+    def _look_after(self, shard: int, wait_s: float = 0.0) -> None:
+        """Raise what the standing call says, if it has ended; make it again if it got lost."""
+        if not ray.wait([self._standing[shard]], timeout=wait_s)[0]:
+            return
+        try:
+            ray.get(self._standing[shard], timeout=_REASON_S)
+        except ray.exceptions.ActorUnavailableError:
+            logger.warning("no word from %s, asking it again to listen", self._names[shard])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayActorError as error:
+            cause = str(error).strip().splitlines()[0]
+            raise ActorLost(self._names[shard], None, cause) from None
+        self._standing[shard] = self._call(shard)

@@ -1,0 +1,127 @@
+"""
+What Ray sees of a server node.
+
+The class is plain; `spawn.py` makes an actor of it. It does not import torch here, so that the
+driver may name it; a server node imports it while it is constructed, in its own process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from distplat.actors.importing import quick_imports
+from distplat.actors.messages import Address, Attached
+from distplat.platform.ledger import Answer, PushId
+from distplat.platform.part import Role
+from distplat.platform.shard_map import Shard, ShardPlan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from distplat.platform.pieces import Whole
+    from distplat.strategies.ports import ShardCopy
+    from distplat.strategies.training.mirror import Twin, Update
+
+
+class ServerNode:
+    """Keeps one shard of the parameters. See `Serving` for what each call does."""
+
+    def __init__(self, name: str) -> None:
+        with quick_imports():
+            from distplat.actors.servers.serving import Serving  # torch: here, not in the driver
+
+        self._name = name
+        self._body = Serving(name, ray.get_runtime_context().get_node_id())
+
+    def __repr__(self) -> str:
+        """Name in Ray's logs."""
+        return self._name
+
+    def where(self) -> str:
+        """Give the id of this server's node; also the answer that says: alive."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def assign(
+        self,
+        plan: ShardPlan,
+        shard: Shard,
+        total: int,
+        dtype: str,
+        parameters: Address | None,
+        role: Role,
+    ) -> Address:
+        """Take over a shard."""
+        return self._body.assign(plan, shard, total, dtype, parameters, role)
+
+    def attach(
+        self,
+        rank: int,
+        number: tuple[int, int],
+        gradients: Address | None,
+        parameters: Address | None,
+        held: tuple[int, NDArray[np.uint8]] | None,
+    ) -> Attached:
+        """Map a worker's segments."""
+        return self._body.attach(rank, number, gradients, parameters, held)
+
+    def restore(
+        self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, Whole]
+    ) -> None:
+        """Open for service."""
+        self._body.restore(version, values, state)
+
+    def kept(self, version: int, limit_s: float) -> ShardCopy:
+        """Give what was kept of a version for a checkpoint."""
+        return self._body.kept(version, limit_s)
+
+    def earlier(self, version: int) -> NDArray[np.uint8]:
+        """Give the parameters of the version before."""
+        return self._body.earlier(version)
+
+    def pull(self, rank: int, number: tuple[int, int]) -> Answer:
+        """Give the newest parameters."""
+        return self._body.pull(rank, number)
+
+    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
+        """Take a gradient, wait for the other ranks where the strategy says so."""
+        return self._body.push(push, values)
+
+    def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
+        """Apply a staged step."""
+        return self._body.commit(rank, seq, norm)
+
+    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+        """Answer a worker's bell; stays open."""
+        self._body.listen(run, attempt, rank, bells, slot)
+
+    def mirror_to(self, term: int, name: str, handle: Any) -> None:
+        """Fill a backup and keep it up to date."""
+        self._body.mirror_to(term, name, handle)
+
+    def take_over(self, term: int, twin: Twin, inbox: Address) -> bool:
+        """Become a primary's backup."""
+        return self._body.take_over(term, twin, inbox)
+
+    def update(self, term: int, update: Update, values: NDArray[np.uint8] | None) -> None:
+        """Make the primary's update."""
+        self._body.update(term, update, values)
+
+    def promote(self, term: int) -> Address:
+        """Serve from now on."""
+        return self._body.promote(term)
+
+    def alone(self, term: int) -> None:
+        """Go on without the backup."""
+        self._body.alone(term)
+
+    def wait_for_all(self, limit_s: float) -> list[int]:
+        """Wait a while for all ranks' last push."""
+        return self._body.wait_for_all(limit_s)
+
+    def log(self) -> NDArray[np.int64] | None:
+        """Give the order of updates, if it is kept."""
+        return self._body.log()

@@ -1,0 +1,199 @@
+"""
+Where a worker's parameters and gradients lie, and how they get to the servers and back.
+
+    server on this node    gradients: it maps this worker's segment
+                           parameters, shared: the worker maps the node's and computes on it
+                           parameters, private: the server copies them into the worker's segment
+    server elsewhere       gradients: bytes in the call
+                           parameters: an object in Ray's store
+
+Shared is for servers that change only while all workers wait: a node then holds one copy of the
+parameters for all of them, and a new version is there when the answer comes. Private is for servers
+that go on meanwhile.
+"""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distplat.actors.memory.memfd import Segment
+from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.platform.ledger import Answer
+from distplat.platform.shard_map import Shard
+
+
+class Road(ABC):
+    """
+    One worker's vectors.
+
+    Args:
+        node: Ray's id of the worker's node.
+        facts: of the model.
+        joined: where the servers are.
+    """
+
+    parameters: Tensor
+    """Shape [n], on the CPU; there once the road is `open`."""
+    parameter_address: Address | None = None
+    """Where servers find it; None: they need not."""
+
+    def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
+        self.node, self._facts, self._joined = node, facts, joined
+        self._gradient_segment = Segment.create(node, facts.size, facts.dtype)
+        self.gradients = self._gradient_segment.tensor  #: shape [n]
+        self.gradient_address = self._gradient_segment.address
+        self.near: set[int] = set()  #: shards whose server shares memory with this worker
+
+    @abstractmethod
+    def candidates(self) -> list[int]:
+        """Give the shards whose servers may share memory with this worker."""
+
+    def open(self, near: set[int]) -> None:
+        """Be told which of them do: nobody else will map the segments."""
+        self.near = near
+        self._gradient_segment.seal()
+
+    @abstractmethod
+    def part_ways(self) -> None:
+        """Have the worker compute on a vector of its own, whose content is that of `parameters`."""
+
+    @abstractmethod
+    def put(self, cut: Shard, initial: Tensor) -> None:
+        """Lay initial parameters where a near server finds them."""
+
+    @abstractmethod
+    def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
+        """Have the values of an answer in `parameters`."""
+
+    def payload(
+        self, cut: Shard, vector: Tensor, *, exact: bool = False
+    ) -> NDArray[np.uint8] | None:
+        """Give what must travel in a call so that the server has its part of `vector`."""
+        if cut.index in self.near:
+            return None
+        return as_bytes(as_type(part(vector, cut), None if exact else self._joined.wire))
+
+    def _take_object(self, cut: Shard, answer: Answer, limit_s: float) -> None:
+        values: NDArray[np.uint8] = ray.get(answer.payload[0], timeout=limit_s)
+        mine = part(self.parameters, cut)
+        if self._joined.wire is None:
+            as_bytes(mine)[:] = values
+        else:
+            mine.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
+
+
+class SharedRoad(Road):
+    """See the top of the file."""
+
+    def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
+        super().__init__(node, facts, joined)
+        self._segments: dict[int, Segment] = {}
+
+    def candidates(self) -> list[int]:
+        """See `Road`."""
+        opened: dict[tuple[int, int], Segment] = {}
+        for index, address in enumerate(self._joined.parameters):
+            if address.node != self.node:
+                continue
+            key = address.pid, address.fd
+            try:
+                opened[key] = opened.get(key) or self._open(address)
+            except OSError:
+                continue  # another container on this node: its servers are reached as if far away
+            self._segments[index] = opened[key]
+        return list(self._segments)
+
+    def open(self, near: set[int]) -> None:
+        """See `Road`; where all servers are near, the model moves into their segment."""
+        super().open(near)
+        segments = [self._segments.get(i) if i in near else None for i in range(self._shards)]
+        first = segments[0]
+        self._one_copy = first is not None and all(s is first for s in segments)
+        if first is not None and self._one_copy:
+            self.parameters = first.tensor
+        else:
+            dtype = getattr(torch, self._facts.dtype)
+            self.parameters = torch.zeros(self._facts.size, dtype=dtype)
+
+    def part_ways(self) -> None:
+        """See `Road`."""
+        if self._one_copy:
+            self._one_copy, self.parameters = False, self.parameters.clone()
+
+    def _open(self, address: Address) -> Segment:
+        # Of a server's own segment, whole in length, only its shard has memory.
+        return Segment.open(address, populate=not self._joined.replicated)
+
+    @property
+    def _shards(self) -> int:
+        return len(self._joined.servers)
+
+    def put(self, cut: Shard, initial: Tensor) -> None:
+        """See `Road`."""
+        part(self._segments[cut.index].tensor, cut).copy_(part(initial, cut))
+
+    def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
+        """See `Road`."""
+        if cut.index not in self.near:
+            self._take_object(cut, answer, limit_s)
+        elif not self._one_copy:
+            part(self.parameters, cut).copy_(part(self._segments[cut.index].tensor, cut))
+
+
+class PrivateRoad(Road):
+    """See the top of the file."""
+
+    def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
+        super().__init__(node, facts, joined)
+        self._segment = Segment.create(node, facts.size, facts.dtype)
+        self.parameters = self._segment.tensor
+        self.parameter_address = self._segment.address
+
+    def candidates(self) -> list[int]:
+        """See `Road`."""
+        nodes = [address.node for address in self._joined.parameters]
+        return [index for index, node in enumerate(nodes) if node == self.node]
+
+    def open(self, near: set[int]) -> None:
+        """See `Road`."""
+        super().open(near)
+        self._segment.seal()
+
+    def part_ways(self) -> None:
+        """See `Road`; it does already."""
+
+    def put(self, cut: Shard, initial: Tensor) -> None:
+        """See `Road`."""
+        part(self.parameters, cut).copy_(part(initial, cut))
+
+    def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
+        """See `Road`; a near server has put them there."""
+        if cut.index not in self.near:
+            self._take_object(cut, answer, limit_s)
+
+
+def part(vector: Tensor, cut: Shard) -> Tensor:
+    """Give a shard's run of a vector."""
+    return vector[cut.start : cut.stop]
+
+
+def as_bytes(vector: Tensor) -> NDArray[np.uint8]:
+    """View a CPU tensor as bytes: every dtype travels, numpy's and others."""
+    array: NDArray[np.uint8] = vector.view(torch.uint8).numpy()
+    return array
+
+
+def from_bytes(values: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
+    """See bytes as a tensor of this type, shape [their number / its size]."""
+    # Ray's arrays are read-only maps of its store; torch has no read-only tensor and warns.
+    array = values if values.flags.writeable else np.array(values, copy=True)
+    return torch.from_numpy(array).view(dtype)
+
+
+def as_type(vector: Tensor, wire: str | None) -> Tensor:
+    """Give a vector in the type that travels: itself, or a copy; what fp16 cannot hold is inf."""
+    return vector if wire is None else vector.to(getattr(torch, wire))

@@ -1,0 +1,294 @@
+"""
+A server node at work: one shard, and the roads by which gradients come and parameters go.
+
+Calls come in on one thread per worker; what they wait for, and what is applied when, is the
+service's (`strategies/training/service.py`). Payload goes by shared memory to and from workers of
+this node, as bytes to and from others.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distplat.actors.logs import log_to_stderr
+from distplat.actors.memory.bell import Listener, Request
+from distplat.actors.memory.memfd import Segment
+from distplat.actors.messages import Address, Attached
+from distplat.actors.servers.mirroring import Mirroring
+from distplat.actors.servers.roads import as_bytes, as_type, from_bytes
+from distplat.platform.errors import FencedError
+from distplat.platform.ledger import Answer, PushId
+from distplat.platform.part import Role
+from distplat.platform.pieces import Place, Whole
+from distplat.platform.shard_map import Shard, ShardPlan
+from distplat.strategies.ports import ShardCopy
+from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.client import make_service, shard_copy
+from distplat.strategies.training.mirror import Twin, Update
+from distplat.strategies.training.parts import as_array
+from distplat.strategies.training.restoring import tensor_of
+from distplat.strategies.training.service import Deliver, Limits, PullId, Service
+from distplat.strategies.training.shard import ParameterShard
+
+logger = logging.getLogger(__name__)
+
+
+class Serving:
+    """
+    The body of a server node.
+
+    Args:
+        name: of the actor, for messages.
+        node: Ray's id of the node it runs on.
+    """
+
+    def __init__(self, name: str, node: str) -> None:
+        self._name, self._node = name, node
+        self._gradients: dict[int, Tensor] = {}  #: rank -> its part of this shard, shared memory
+        self._parameters: dict[int, Tensor] = {}  #: the same of workers that compute on a copy
+        self._segment: Segment | None = None
+        self._published: tuple[int, ray.ObjectRef[NDArray[np.uint8]]] | None = None
+        self._attached: dict[int, tuple[tuple[int, int], bool]] = {}  #: rank -> its call, near
+        self._listening: dict[int, object] = {}  #: rank -> the call that answers its bell
+        self._turn = threading.Lock()  #: see `Listener.serve`
+
+    def assign(
+        self,
+        plan: ShardPlan,
+        shard: Shard,
+        total: int,
+        dtype: str,
+        parameters: Address | None,
+        role: Role,
+    ) -> Address:
+        """
+        Take over a shard; a second time does nothing.
+
+        Args:
+            plan: the run's facts.
+            shard: which run of the flat vector.
+            total: elements of the whole vector.
+            dtype: its type.
+            parameters: this node's parameter segment, if another server has made it.
+            role: whether it serves the shard, or keeps up with who does.
+
+        Returns:
+            Address of the node's parameter segment, of `total` elements.
+        """
+        if self._segment is not None:
+            return self._segment.address
+        if parameters is None:
+            # A shard that is kept twice has a segment of its own, of which the rest is not touched.
+            whole = role is Role.ALONE
+            segment = Segment.create(self._node, total, dtype, populate=whole)
+        else:
+            segment = Segment.open(parameters)
+        self._plan, self._cut = plan, shard
+        limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
+        params = segment.tensor[shard.start : shard.stop]
+        self._service: Service = make_service(self._name, plan, limits, params)
+        served = self._service.served
+        self._mirroring = Mirroring(self._name, self._node, role, served, limits.step_s)
+        if role is not Role.ALONE:
+            served.mirror = self._mirroring
+        self._segment = segment
+        log_to_stderr()
+        logger.info(
+            "shard %d: parameters %d..%d of %d", shard.index, shard.start, shard.stop, total
+        )
+        return segment.address
+
+    def attach(
+        self,
+        rank: int,
+        number: tuple[int, int],
+        gradients: Address | None,
+        parameters: Address | None,
+        held: tuple[int, NDArray[np.uint8]] | None,
+    ) -> Attached:
+        """
+        Map a worker's segments. The first one of a later attempt begins it at this shard.
+
+        Args:
+            rank: of the worker.
+            number: attempt, and number of this call in it: what comes late does nothing.
+            gradients: its segment; None: it cannot be reached, the worker knows.
+            parameters: the same, of a worker that computes on a copy.
+            held: version and bytes of this shard's values that it computes on, where that counts.
+        """
+        served = self._service.served
+
+        def change() -> Attached:
+            last, near = self._attached.get(rank, ((-1, -1), False))
+            if number > last:
+                near = self._map(rank, gradients, parameters)
+                self._attached[rank] = number, near
+                self._service.renew(number[0])
+                self._service.forget(rank)
+                if held is not None and isinstance(served, AsyncShard):
+                    served.pulled_elsewhere(rank, held[0], from_bytes(held[1], served.params.dtype))
+            return Attached(near, served.ledger.version)
+
+        return self._service.exclusively(change)
+
+    def _map(self, rank: int, gradients: Address | None, parameters: Address | None) -> bool:
+        self._gradients.pop(rank, None)
+        self._parameters.pop(rank, None)
+        try:
+            if gradients is None or gradients.node != self._node:
+                return False
+            if parameters is not None:
+                self._parameters[rank] = self._mine(Segment.open(parameters))
+            self._gradients[rank] = self._mine(Segment.open(gradients))
+        except OSError:
+            self._parameters.pop(rank, None)
+            return False
+        return True
+
+    def restore(
+        self,
+        version: int,
+        values: NDArray[np.uint8] | None,
+        state: Mapping[str, Whole],
+    ) -> None:
+        """
+        Open for service.
+
+        Args:
+            version: steps that the parameters have behind them.
+            values: the parameters' bytes; None: they are in a segment, the node's or rank 0's.
+            state: what the optimizer remembers of them, by torch's names.
+        """
+
+        def fill(params: Tensor) -> None:
+            if values is not None:
+                params.copy_(from_bytes(values, params.dtype))
+            elif 0 in self._parameters:
+                params.copy_(self._parameters[0])
+
+        tensors = {name: tensor_of(whole, Place(whole.shape)) for name, whole in state.items()}
+        self._service.restore(version, fill, tensors)
+
+    def kept(self, version: int, limit_s: float) -> ShardCopy:
+        """Give what was kept of a version, as an object in Ray's store. See `Service.kept`."""
+        copy = shard_copy(self._cut.start, self._service, version, limit_s)
+        if copy.box is None:
+            return copy
+        return replace(copy, box=[ray.put([as_array(one) for one in copy.box])])
+
+    def earlier(self, version: int) -> NDArray[np.uint8]:
+        """Give the bytes of the version before the present one; see `ParameterShard.values`."""
+
+        def copy() -> NDArray[np.uint8]:
+            assert isinstance(self._service.served, ParameterShard), "only they are of one version"
+            values = self._service.served.values(version).clone()
+            return as_bytes(values)
+
+        return self._service.exclusively(copy)
+
+    def pull(self, rank: int, number: PullId) -> Answer:
+        """Give the newest parameters; see `Service.pull`."""
+        self._mirroring.part.check_serves()
+        return self._service.pull(rank, number, self._deliver(rank))
+
+    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
+        """Take a gradient's bytes; None: it is in the worker's segment. See `Service.push`."""
+        self._mirroring.part.check_serves()
+        gradient = self._gradients[push.rank] if values is None else self._received(values)
+        return self._service.push(push, gradient, self._deliver(push.rank))
+
+    def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
+        """Apply a staged step; see `Service.commit`."""
+        self._mirroring.part.check_serves()
+        return self._service.commit(rank, seq, norm, self._deliver(rank))
+
+    def mirror_to(self, term: int, name: str, handle: Any) -> None:
+        """Fill a backup and keep it up to date; see `Mirroring.mirror_to`."""
+        served = self._service.served
+        self._service.exclusively(
+            lambda: self._mirroring.mirror_to(term, name, handle, served.ledger.version is not None)
+        )
+
+    def take_over(self, term: int, twin: Twin, inbox: Address) -> bool:
+        """Become a primary's backup; see `Mirroring.take_over`."""
+        return self._service.exclusively(lambda: self._mirroring.take_over(term, twin, inbox))
+
+    def update(self, term: int, update: Update, values: NDArray[np.uint8] | None) -> None:
+        """Make the primary's update; see `Mirroring.follow`."""
+        served = self._service.served
+        self._service.exclusively(
+            lambda: self._mirroring.follow(term, update, served.version, values)
+        )
+
+    def promote(self, term: int) -> Address:
+        """Serve from now on; give the address of the parameters."""
+        assert self._segment is not None, "only a server with a shard is promoted"
+        if not self._service.exclusively(lambda: self._mirroring.alone(term)):
+            raise FencedError(f"{self._name} is past term {term}")
+        logger.info("shard %d is served here now, term %d", self._cut.index, term)
+        return self._segment.address
+
+    def alone(self, term: int) -> None:
+        """Go on without the backup; not under the lock: an update may hold it and wait for us."""
+        self._mirroring.alone(term)
+        self._service.exclusively(lambda: None)  # wake who waits to be settled
+
+    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+        """Answer a worker's bell for as long as it lives; its later call takes over from this."""
+        listener = Listener(bells, slot)
+        mine = object()
+        with self._turn:
+            self._listening[rank] = mine
+
+        def handle(request: Request) -> Answer:
+            if request.norm is not None:
+                return self.commit(rank, request.seq, request.norm)
+            return self.push(PushId(run, attempt, rank, request.seq), None)
+
+        try:
+            listener.serve(handle, self._turn, lambda: self._listening[rank] is mine)
+        finally:
+            listener.close()
+
+    def wait_for_all(self, limit_s: float) -> list[int]:
+        """See `Service.wait_for_all`."""
+        return self._service.wait_for_all(limit_s)
+
+    def log(self) -> NDArray[np.int64] | None:
+        """See `Service.log`; None too before a shard was assigned."""
+        return self._service.log() if self._segment is not None else None
+
+    def _deliver(self, rank: int) -> Deliver:
+        """Say how values get to a worker; called with the service's lock held."""
+
+        def deliver(values: Tensor, version: int) -> list[object] | None:
+            if rank in self._parameters:
+                self._parameters[rank].copy_(values)
+            if rank in self._gradients:
+                return None
+            return [self._publish(values, version)]  # in a list, or Ray would send the values
+
+        return deliver
+
+    def _publish(self, values: Tensor, version: int) -> "ray.ObjectRef[NDArray[np.uint8]]":
+        """Put a version's bytes into the object store once, whoever asks for them."""
+        if self._published is None or self._published[0] != version:
+            # ray.put copies, so the shard may go on and write into its vector.
+            self._published = version, ray.put(as_bytes(as_type(values, self._plan.wire)))
+        return self._published[1]
+
+    def _mine(self, segment: Segment) -> Tensor:
+        return segment.tensor[self._cut.start : self._cut.stop]
+
+    def _received(self, values: NDArray[np.uint8]) -> Tensor:
+        """Give a gradient from another node as the optimizer takes it."""
+        own, wire = self._service.params.dtype, self._plan.wire
+        return from_bytes(values, own if wire is None else getattr(torch, wire)).to(own)

@@ -1,0 +1,292 @@
+"""The port `Shards` over Ray: control by bells and calls (`lines.py`), bytes by `roads.py`."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+from torch import Tensor
+
+from distplat.actors.asking import ask
+from distplat.actors.memory.bell import Request
+from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
+from distplat.actors.servers.lines import ANSWER_GRACE_S, Lines
+from distplat.actors.servers.roads import PrivateRoad, SharedRoad, as_bytes, part
+from distplat.actors.servers.tracking import MapChanged, Tracker
+from distplat.platform.errors import Abandoned, ActorLost, FencedError
+from distplat.platform.ledger import Answer, PushId
+from distplat.platform.pieces import Whole
+from distplat.platform.shard_map import Shard
+from distplat.strategies.base import Pushed
+from distplat.strategies.ports import ShardCopy
+from distplat.strategies.training.client import fetch_copies, pushed, wait_for_all
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.parts import whole_of
+from distplat.strategies.training.restoring import SavedState
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class RayShards:
+    """
+    The server group, seen by one worker.
+
+    Args:
+        order: the worker's orders, with the manager's handle.
+        total_steps: updates in the run; servers need it for the learning rate.
+        checkpoint_every: steps between two checkpoints; 0: there are none.
+        abandoned: once set, waits end.
+    """
+
+    def __init__(
+        self,
+        order: WorkOrder,
+        total_steps: int,
+        checkpoint_every: int = 0,
+        abandoned: threading.Event | None = None,
+    ) -> None:
+        self._order, self._total_steps = order, total_steps
+        self._checkpoint_every = checkpoint_every
+        self._abandoned = abandoned or threading.Event()
+        self._limits = order.job.failure
+        self._pulls = self._roads = 0
+        self._tracker: Tracker | None = None
+        self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
+        self._started = False  #: whether the first push was answered
+
+    def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
+        """See `Shards`."""
+        self._flat = flat
+        self._on_device = flat.params.device.type != "cpu"
+        self._facts = ModelFacts(
+            flat.size,
+            str(flat.params.dtype)[6:],
+            flat.digest(),
+            self._total_steps,
+            self._checkpoint_every,
+        )
+        join = partial(self._order.manager.join.remote, self._order.rank, self._facts)
+        limit = self._limits.start_timeout_s + ANSWER_GRACE_S
+        name = "the server manager"
+        joined: Membership = ask("join", [join], [name], limit, "start_timeout_s", self._look)[0]
+        if joined.replicated:
+            self._tracker = Tracker(self._order.manager, joined, self._limits)
+        self._take_over(self._open_road(joined), joined.private, saved)
+
+    def close(self) -> None:
+        """Give up what this attempt needs and the next one does not."""
+        if self._lines is not None:
+            self._lines.close()
+
+    def _open_road(self, joined: Membership) -> list[int | None]:
+        """Lay out memory, attach it at all servers; give their versions, None of who has none."""
+        self._lines = lines = Lines(self._order, joined, self._look)
+        kind = PrivateRoad if joined.private else SharedRoad
+        self._road = road = kind(ray.get_runtime_context().get_node_id(), self._facts, joined)
+        rank, number = self._order.rank, (self._order.attempt, self._roads)
+        self._roads += 1
+        candidates = road.candidates()
+
+        def attach(server: Any, cut: Shard) -> Any:
+            gradients = road.gradient_address if cut.index in candidates else None
+            held = None
+            if joined.private and cut.index in self._versions:  # it has changed servers
+                values = part(self._flat.params, cut).cpu()
+                held = self._versions[cut.index], as_bytes(values.clone())
+            return server.attach.remote(rank, number, gradients, road.parameter_address, held)
+
+        attached: list[Attached] = lines.ask("attach", attach)
+        road.open({index for index, answer in enumerate(attached) if answer.near})
+        lines.hang_bells(road.node, road.near)
+        near = sorted(road.near)
+        far = [cut.index for cut in lines.cuts if cut.index not in road.near]
+        logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)
+        return [answer.version for answer in attached]
+
+    def _take_over(
+        self, versions: list[int | None], private: bool, saved: SavedState | None
+    ) -> None:
+        """
+        Go on with the servers' parameters; rank 0 fills the servers that have none.
+
+        Args:
+            versions: what the servers have, by shard.
+            private: whether shards need not be of one version.
+            saved: the checkpoint with which rank 0 began; None: a fresh run.
+        """
+        road = self._road
+        empty = [cut for cut in self._lines.cuts if versions[cut.index] is None]
+        if self._order.rank == 0 and empty:
+            initial = self._flat.params.cpu()
+            for cut in empty:
+                if cut.index in road.near:
+                    road.put(cut, initial)
+            state = saved.optimizer(self._flat) if saved is not None else {}
+            self._lines.ask(
+                "restore",
+                lambda server, cut: server.restore.remote(
+                    self._flat.version,
+                    road.payload(cut, initial, exact=True),
+                    _run_of(state, cut),
+                ),
+                empty,
+            )
+        answers = self._pull("start_timeout_s")
+        self._flat.version = min(answer.done for answer in answers)
+        if not private:
+            self._go_back(answers, self._flat.version)
+        self._move_in()
+
+    def _go_back(self, answers: list[Answer], version: int) -> None:
+        """Take the version that all shards have, where a loss has left some of them one ahead."""
+        ahead = [cut for cut in self._lines.cuts if answers[cut.index].version > version]
+        if not ahead:
+            return
+        self._road.part_ways()
+        question = lambda server, cut: server.earlier.remote(version)  # noqa: E731
+        for cut, values in zip(
+            ahead, self._lines.ask("an earlier version", question, ahead), strict=True
+        ):
+            as_bytes(part(self._road.parameters, cut))[:] = values
+        if self._on_device:
+            self._flat.params.copy_(self._road.parameters)
+
+    def _move_in(self) -> None:
+        """Have the model live where the road's vectors are."""
+        if not self._on_device:
+            self._flat.move(self._road.parameters, self._road.gradients)
+
+    def push(self, step: int) -> Pushed:
+        """See `Shards`."""
+        return self._following(lambda: self._push(step))
+
+    def _push(self, step: int) -> Pushed:
+        road = self._road
+        if self._on_device:
+            road.gradients.copy_(self._flat.grads)
+        push = PushId(self._order.run, self._order.attempt, self._order.rank, step)
+        answers = self._lines.step(
+            f"push {step}",
+            Request(step),
+            lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
+            setting="step_timeout_s" if self._started else "start_timeout_s",
+        )
+        self._started = True
+        result = pushed(answers)
+        if result.norm is None:
+            self._take(answers)
+        return result
+
+    def commit(self, step: int, norm: float) -> None:
+        """See `Shards`."""
+        rank, roads = self._order.rank, self._roads
+
+        def commit() -> list[Answer]:
+            if self._roads > roads:  # what was staged on a lost server is staged nowhere
+                self._push(step)
+            return self._lines.step(
+                f"commit {step}",
+                Request(step, norm),
+                lambda server, cut: server.commit.remote(rank, step, norm),
+            )
+
+        self._following(lambda: self._take(commit()))
+
+    def refresh(self) -> None:
+        """See `Shards`."""
+        self._following(lambda: self._pull("step_timeout_s"))
+
+    def copies(self, version: int) -> list[ShardCopy] | None:
+        """See `Shards`."""
+
+        def ask_one(cut: Shard, limit_s: float) -> ShardCopy:
+            what = f"what {version} steps have come to"
+            question = lambda server, cut: server.kept.remote(version, limit_s)  # noqa: E731
+            answer: ShardCopy = self._lines.ask(what, question, [cut])[0]
+            return answer
+
+        asks = [partial(ask_one, cut) for cut in self._lines.cuts]
+        return fetch_copies(asks, version, self._limits.step_timeout_s)
+
+    def finish(self, alive: Callable[[], None]) -> None:
+        """See `Shards`."""
+
+        def look(limit_s: float) -> list[list[int]]:
+            what = "the last step"
+            question = lambda server, cut: server.wait_for_all.remote(limit_s)  # noqa: E731
+            return self._following(lambda: self._lines.ask(what, question))
+
+        wait_for_all(look, self._total_steps, self._limits.step_timeout_s, alive)
+        self.refresh()
+
+    def _following(self, action: Callable[[], Result]) -> Result:
+        """Do something with the servers; once more where a lost one is followed by another."""
+        while True:
+            try:
+                self._look()  # servers may have changed while the worker computed
+                return action()
+            except (ActorLost, FencedError, MapChanged) as error:
+                if self._tracker is None:
+                    raise
+                self._follow(self._tracker, error)
+
+    def _follow(self, tracker: Tracker, error: Exception) -> None:
+        """Go over to the servers that keep the shards now; the step's gradient comes along."""
+        self.close()
+        while True:
+            joined = tracker.follow(error, self._check)
+            try:
+                # New memory: a server that was frozen and wakes up writes where nobody looks.
+                self._open_road(joined)
+                break
+            except (ActorLost, FencedError, MapChanged) as again:
+                error = again
+        if not self._on_device:
+            self._road.gradients.copy_(self._flat.grads)
+        self._move_in()
+
+    def _check(self) -> None:
+        """See whether this attempt is still on."""
+        if self._abandoned.is_set():
+            raise Abandoned(f"rank {self._order.rank} was told to wait no longer")
+
+    def _look(self) -> None:
+        """See whether a wait is still of use."""
+        self._check()
+        if self._tracker is not None:
+            self._tracker.look()
+
+    def _pull(self, setting: str) -> list[Answer]:
+        rank, number = self._order.rank, (self._order.attempt, self._pulls)
+        self._pulls += 1  # also where it fails: the next one is not this one again
+        answers: list[Answer] = self._lines.ask(
+            f"pull {number[1]}",
+            lambda server, cut: server.pull.remote(rank, number),
+            setting=setting,
+        )
+        self._take(answers)
+        return answers
+
+    def _take(self, answers: list[Answer]) -> None:
+        """Bring the parameters here, as far as they are not here already."""
+        for cut, answer in zip(self._lines.cuts, answers, strict=True):
+            self._versions[cut.index] = answer.version
+            try:
+                self._road.take(cut, answer, self._limits.step_timeout_s)
+            except ray.exceptions.RayError as error:  # with its owner an object is lost, too
+                cause = f"its answer could not be fetched: {type(error).__name__}"
+                raise ActorLost(self._lines.names[cut.index], None, cause) from None
+        if self._on_device:
+            self._flat.params.copy_(self._road.parameters)
+
+
+def _run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, Whole]:
+    """Give a shard's part of what an optimizer remembers of the flat vector."""
+    return {
+        name: whole_of(value[cut.start : cut.stop] if value.ndim else value)
+        for name, value in state.items()
+    }

@@ -1,0 +1,1 @@
+"""Collective operations of ranks on one node, which exchange through shared memory."""

@@ -1,0 +1,176 @@
+"""The port `Tables` over Ray: control by actor calls, ids and rows through this worker's memory."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from distplat.actors.asking import Call
+from distplat.actors.memory.memfd import Segment
+from distplat.actors.messages import Parcel, WorkOrder
+from distplat.actors.tables.asked import Asked
+from distplat.platform.ledger import PushId
+from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
+from distplat.strategies.sparse.routing import Routed
+from distplat.strategies.sparse.table import RowGradients
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_GRACE_S = 10.0
+"""A server times out by itself and says who is missing; only a frozen one needs ours on top."""
+_SMALLEST = 1 << 12
+
+
+class _Memory:
+    """A segment that servers of this node map; another, larger one where it gets too small."""
+
+    def __init__(self, dtype: str) -> None:
+        self._node, self._dtype = ray.get_runtime_context().get_node_id(), dtype
+        self._segment = Segment.create(self._node, _SMALLEST, dtype)
+
+    @property
+    def address(self) -> Any:
+        """Where servers find it."""
+        return self._segment.address
+
+    def room(self, elements: int, after: int = 0) -> tuple[Any, int]:
+        """
+        Give an array of so many elements, and where it begins.
+
+        Args:
+            elements: how many.
+            after: elements at the start that are in use; who has an array of them keeps it.
+        """
+        if after + elements > self._segment.address.elements:
+            self._segment.seal()
+            size = (after + elements) * 5 // 4
+            self._segment, after = Segment.create(self._node, size, self._dtype), 0
+        return self._segment.tensor.numpy()[after : after + elements], after
+
+    def close(self) -> None:
+        """Let nobody map it any more."""
+        self._segment.seal()
+
+
+class RayTables:
+    """
+    The servers of embedding tables, seen by one worker.
+
+    Args:
+        order: the worker's orders, with the servers' handles.
+        abandoned: once set, waits come to their end.
+    """
+
+    def __init__(self, order: WorkOrder, abandoned: threading.Event) -> None:
+        self._order, self._abandoned = order, abandoned
+        self._servers, self._limits = order.embedding_servers, order.job.failure
+        self._ids, self._values = _Memory("int64"), _Memory("float32")
+
+    def connect(self, tables: tuple[TableSpec, ...], total_steps: int, version: int) -> TablePlan:
+        """See `Tables`."""
+        order = self._order
+        self._plan = plan_of(
+            order.job, order.run, order.attempt, tables, total_steps, rewinds=order.rewinds
+        )
+        self._pulled = self._kept = 0
+        memory = self._ids.address
+        self._near: list[bool] = self._ask(
+            "connecting to tables",
+            lambda k, server: partial(server.open.remote, self._plan, version, order.rank, memory),
+            "start_timeout_s",
+        ).answers()
+        names = ", ".join(table.name for table in tables)
+        near = [k for k, is_near in enumerate(self._near) if is_near]
+        far = [k for k, is_near in enumerate(self._near) if not is_near]
+        logger.info("tables %s; by shared memory: %s, in the call: %s", names, near, far)
+        return self._plan
+
+    def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
+        """See `Tables`."""
+        count, width = len(ids.ids), self._plan.tables[table].width
+        self._ids.room(count)[0][:] = ids.ids
+        flat, start = self._values.room(count * width, self._kept)
+        if keep:
+            self._kept = start + flat.size
+        pull = PullId(self._plan.attempt, self._order.rank, self._pulled)
+        self._pulled += 1
+        asked = [k for k in range(len(self._servers)) if ids.cuts[k] < ids.cuts[k + 1]]
+
+        def question(k: int, server: Any) -> Call:
+            return partial(server.pull.remote, pull, self._parcel(k, table, ids, None, (0, start)))
+
+        answers = self._ask(f"pull {pull.number}", question, asked=asked).answers()
+        rows: NDArray[np.float32] = flat.reshape(count, width)
+        for k, answer in zip(asked, answers, strict=True):
+            if answer is not None:
+                rows[ids.part(k)] = answer
+        return rows
+
+    def push(self, step: int, gradients: Sequence[tuple[Routed, RowGradients]]) -> Asked:
+        """See `Tables`."""
+        self._kept = 0
+        places = self._write(gradients)
+        push = PushId(self._order.run, self._order.attempt, self._order.rank, step)
+
+        def question(k: int, server: Any) -> Call:
+            parcels = [
+                self._parcel(k, given.table, routed, given.values, place)
+                for (routed, given), place in zip(gradients, places, strict=True)
+            ]
+            return partial(server.push.remote, push, parcels)
+
+        return self._ask(f"push {step} to tables", question)
+
+    def close(self) -> None:
+        """Leave: no server maps this worker's memory from now on."""
+        self._ids.close()
+        self._values.close()
+
+    def _write(self, gradients: Sequence[tuple[Routed, RowGradients]]) -> list[tuple[int, int]]:
+        """Bring ids and gradients to where servers reach them; give where each table's begin."""
+        ids, _ = self._ids.room(sum(len(given.ids) for _, given in gradients))
+        values, _ = self._values.room(sum(given.values.size for _, given in gradients))
+        places, first_id, first_value = [], 0, 0
+        for _, given in gradients:
+            places.append((first_id, first_value))
+            stop_id, stop_value = first_id + len(given.ids), first_value + given.values.size
+            ids[first_id:stop_id] = given.ids
+            values[first_value:stop_value] = given.values.reshape(-1)
+            first_id, first_value = stop_id, stop_value
+        return places
+
+    def _parcel(
+        self,
+        k: int,
+        table: int,
+        ids: Routed,
+        values: NDArray[np.float32] | None,
+        place: tuple[int, int],
+    ) -> Parcel:
+        """Pack server k's part of what lies in this worker's memory, at `place`."""
+        part = ids.part(k)
+        count = part.stop - part.start
+        if not self._near[k]:
+            return Parcel(table, count, ids.ids[part], None if values is None else values[part])
+        first_value = place[1] + part.start * self._plan.tables[table].width
+        addresses = self._ids.address, self._values.address
+        return Parcel(table, count, *addresses, place[0] + part.start, first_value)
+
+    def _ask(
+        self,
+        what: str,
+        question: Callable[[int, Any], Call],
+        setting: str = "step_timeout_s",
+        asked: Sequence[int] | None = None,
+    ) -> Asked:
+        """Ask servers, by default all."""
+        numbers = range(len(self._servers)) if asked is None else asked
+        calls = [question(k, self._servers[k]) for k in numbers]
+        names = [f"embedding-server-{k}" for k in numbers]
+        limit = getattr(self._limits, setting) + _ANSWER_GRACE_S
+        return Asked(what, calls, names, limit, setting, self._abandoned)

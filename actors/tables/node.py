@@ -1,0 +1,64 @@
+"""
+What Ray sees of the servers of embedding tables.
+
+As in `servers/node.py`: plain, made an actor by `spawn.py`, and light where the driver names it.
+There is no manager: a row's server follows from its id (`strategies/sparse/routing.py`), so there
+is no map to keep, and the controller watches these servers itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import ray
+
+from distplat.actors.importing import quick_imports
+from distplat.actors.messages import Address, Parcel
+from distplat.platform.ledger import PushId
+from distplat.platform.table_plan import PullId, TablePlan, TableSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class EmbeddingServer:
+    """Keeps a part of the rows of every table. See `TableServing` for what each call does."""
+
+    def __init__(self, name: str, index: int) -> None:
+        with quick_imports():
+            from distplat.actors.tables.serving import TableServing  # torch: not in the driver
+
+        self._name = name
+        node = ray.get_runtime_context().get_node_id()
+        self._body = TableServing(f"embedding-server-{index}", index, node)
+
+    def __repr__(self) -> str:
+        """Name in Ray's logs."""
+        return self._name
+
+    def poll(self, hold_s: float) -> None:
+        """Answer the controller, after so many seconds: alive."""
+        time.sleep(hold_s)
+
+    def open(self, plan: TablePlan, version: int, rank: int, memory: Address) -> bool:
+        """Begin an attempt; tell whether the worker's memory can be reached."""
+        return self._body.open(plan, version, rank, memory)
+
+    def pull(self, pull: PullId, parcel: Parcel) -> NDArray[np.float32] | None:
+        """Give rows."""
+        return self._body.pull(pull, parcel)
+
+    def push(self, push: PushId, parcels: Sequence[Parcel]) -> int:
+        """Take gradients; answer when the step is made."""
+        return self._body.push(push, parcels)
+
+    def sizes(self) -> list[tuple[TableSpec, int]]:
+        """Give the tables, and how many rows of each are here."""
+        return self._body.sizes()
+
+    def part(self, table: int, first: int, count: int) -> bytes:
+        """Give some rows as a file."""
+        return self._body.part(table, first, count)
