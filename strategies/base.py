@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from distplat.platform.clocks import SYNCHRONOUS, Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Spec
+from distplat.platform.shard_map import Division
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective as Collective
 from distplat.strategies.collective import Handle as Handle
@@ -83,9 +84,16 @@ class Roles:
     """Name in torch of the type that travels between workers and servers of two nodes."""
     collective: GroupSpec | None = None
     """The group of all workers; None: workers get no port `Collective`."""
+    parts: tuple[tuple[int, ...], ...] = ()
+    """By part of a model that is cut, the ranks that have it: `servers` are shared out evenly to
+    the parts. Empty: all ranks have the whole."""
     group_size: int = 1
     """Workers that hold one copy of the model together; they are placed on one node if it has
     room for them."""
+
+    def division(self, world: int) -> Division:
+        """Say which ranks share which servers."""
+        return Division(self.parts or (tuple(range(world)),), self.servers)
 
 
 @dataclass

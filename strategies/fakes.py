@@ -27,6 +27,7 @@ from distplat.strategies.sparse.fake import InMemoryTables as InMemoryTables
 from distplat.strategies.sparse.fake import TableGroup as TableGroup
 from distplat.strategies.training.fake_servers import InMemoryShards as InMemoryShards
 from distplat.strategies.training.fake_servers import ServerGroup as ServerGroup
+from distplat.strategies.training.fake_servers import server_groups as server_groups
 
 _SLICE_S = 0.05
 """How often who waits for a message looks round."""

@@ -1,6 +1,9 @@
 """
 What Ray sees of the server manager: it owns the shard map, gives out the shards, watches the nodes.
 
+A model that is cut has servers of its own for each part (`Division`), which know nothing of the
+others; the manager watches all of them.
+
 The class is plain; `spawn.py` makes an actor of it. Where every shard is kept twice, a caretaker
 replaces lost servers (`caretaker.py`); else the first loss is the end of the attempt.
 """
@@ -22,7 +25,7 @@ from distplat.actors.servers.caretaker import Caretaker
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
 from distplat.platform.part import Role
 from distplat.platform.server_group import Seat
-from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards
+from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
 
@@ -43,7 +46,7 @@ class ServerManager:
         job: the run's job.
         run: its name.
         attempt: its generation.
-        servers: handles of the server nodes; the n-th keeps shard n.
+        servers: handles of the server nodes; the n-th keeps shard n, those of part 0 come first.
         roles: when they apply gradients, and how often each shard is kept.
         make: makes one more server node; see `Make` of `caretaker.py`.
     """
@@ -60,12 +63,13 @@ class ServerManager:
     ) -> None:
         self._name, self._job, self._run, self._attempt = name, job, run, attempt
         self._servers, self._roles = servers, roles
+        self._division = roles.division(job.scaling.world)
         self._joining = threading.Lock()
-        self._facts: ModelFacts | None = None
-        self._membership: Membership | None = None
+        self._facts: dict[int, ModelFacts] = {}  #: by part
+        self._first: dict[int, Membership] = {}  #: by part, the map as it was at first
         self._lost: DistplatError | None = None
         self._losing = threading.Event()  #: a server was lost for good
-        self._assigned = threading.Event()
+        self._assigned = [threading.Event() for _ in self._division.parts]
         self._caretaker: Caretaker | None = None
         if roles.replication > 1:
             self._caretaker = Caretaker(servers, job.failure, make, self._assign_backup)
@@ -85,26 +89,34 @@ class ServerManager:
 
     def join(self, rank: int, facts: ModelFacts) -> Membership:
         """
-        Take a worker in. The first to come has the shards assigned.
+        Take a worker in. The first to come with a part of the model has its shards assigned.
 
         Raises:
             ProtocolError: the worker's model is not that of the others.
             DeadlineExceeded: a server node did not take its shard.
         """
+        part = self._division.part_of(rank)
         with self._joining:
-            if self._membership is None or self._facts is None:
-                self._facts, self._membership = facts, self._assign(facts)
-                self._assigned.set()
-        if facts != self._facts:
+            if part not in self._first:
+                self._first[part] = self._assign(part, facts)
+                self._facts[part] = facts
+                self._assigned[part].set()
+        if facts != self._facts[part]:
             raise ProtocolError(
                 f"rank {rank} built another model or data set than the first rank to come: "
-                f"{facts} against {self._facts}; model() must not depend on the process"
+                f"{facts} against {self._facts[part]}; model() must not depend on the process"
             )
-        return self._present()
+        return self._present(part, self._division.place_of(rank))
 
-    def follow(self, version: int, limit_s: float) -> Membership | None:
+    def follow(self, part: int, place: int, version: int, limit_s: float) -> Membership | None:
         """
         Wait for a newer map than a worker has; None: there is none yet.
+
+        Args:
+            part: of the model, that the worker has.
+            place: see `Membership`.
+            version: of its map.
+            limit_s: seconds to wait.
 
         Raises:
             ActorLost: a server was lost with all that it kept.
@@ -115,19 +127,19 @@ class ServerManager:
             return None
         if caretaker.lost is not None:
             raise _lost_for_good(caretaker.lost)
-        return self._present()
+        return self._present(part, place)
 
     def seats(self) -> list[Seat]:
         """Tell who keeps which shard; empty where no shard is kept twice."""
         return [] if self._caretaker is None else self._caretaker.seats()
 
-    def _present(self) -> Membership:
-        """Give the map as it is now."""
-        first, caretaker = self._membership, self._caretaker
-        assert first is not None, "somebody has joined"
+    def _present(self, part: int, place: int) -> Membership:
+        """Give the map of a part as it is now; somebody has joined with it."""
+        first, caretaker = replace(self._first[part], place=place), self._caretaker
         if caretaker is None:
             return first
-        version, names = caretaker.primaries()
+        version, everybody = caretaker.primaries()
+        names = [everybody[server] for server in self._division.servers_of(part)]
         cuts = ShardMap(version, first.shard_map.total, first.shard_map.shards)
         addresses = [
             caretaker.address(name) or first.parameters[index] for index, name in enumerate(names)
@@ -135,25 +147,29 @@ class ServerManager:
         handles = [caretaker.handles[name] for name in names]
         return replace(first, shard_map=cuts, servers=handles, names=names, parameters=addresses)
 
-    def _assign(self, facts: ModelFacts) -> Membership:
-        """Give out the shards; the first server on each node makes the node's segment."""
-        cuts = cut_shards(facts.size, len(self._servers))
-        everybody = list(range(len(self._servers)))
-        nodes = self._ask(everybody, [server.where.remote for server in self._servers])
+    def _assign(self, part: int, facts: ModelFacts) -> Membership:
+        """Give out a part's shards; its first server on each node makes the node's segment."""
+        everybody = list(self._division.servers_of(part))
+        servers = [self._servers[i] for i in everybody]
+        nodes = self._ask(everybody, [server.where.remote for server in servers])
         # A shard that is kept twice has memory of its own, which lives as long as its server.
         homes = nodes if self._caretaker is None else everybody
-        first_at = {home: homes.index(home) for home in homes}
+        first_at = {home: everybody[homes.index(home)] for home in homes}
         made = self._assign_some(facts, list(first_at.values()), [None] * len(first_at))
         segments = dict(zip(first_at, made, strict=True))
-        others = [i for i in everybody if i not in first_at.values()]
-        self._assign_some(facts, others, [segments[homes[i]] for i in others])
-        addresses = [segments[home] for home in homes]
-        names = [f"server-{index}" for index in everybody]
+        others = [
+            (i, segments[home])
+            for i, home in zip(everybody, homes, strict=True)
+            if i not in first_at.values()
+        ]
+        self._assign_some(facts, [i for i, _ in others], [segment for _, segment in others])
         return Membership(
-            cuts,
-            self._servers,
-            names,
-            addresses,
+            part,
+            0,
+            cut_shards(facts.size, len(everybody)),
+            servers,
+            [f"server-{index}" for index in everybody],
+            [segments[home] for home in homes],
             self._roles.consistency.private,
             self._roles.wire,
             replicated=self._caretaker is not None,
@@ -170,28 +186,31 @@ class ServerManager:
         return self._ask(indices, calls)
 
     def _assignment(
-        self, server: Any, facts: ModelFacts, shard: int, segment: Any, role: Role
+        self, server: Any, facts: ModelFacts, index: int, segment: Any, role: Role
     ) -> Call:
-        job, shards = self._job, len(self._servers)
+        part, shard = self._division.shard_of(index)
+        cut = cut_shards(facts.size, self._division.each).shards[shard]
+        ranks = self._division.parts[part]
         plan = ShardPlan(
-            job,
+            self._job,
             self._run,
             self._attempt,
-            job.scaling.world,
+            len(ranks),
             facts.total_steps,
-            shards,
+            len(self._servers),
             self._roles.consistency,
             checkpoint_every=facts.checkpoint_every,
             wire=self._roles.wire,
+            workers=ranks,
+            uncounted=within(facts.uncounted, cut),
         )
-        cut = cut_shards(facts.size, shards).shards[shard]
         return partial(server.assign.remote, plan, cut, facts.size, facts.dtype, segment, role)
 
     def _assign_backup(self, server: Any, shard: int) -> Address:
         """Give a backup its shard, once a worker has told what the model is."""
-        self._assigned.wait()
-        assert self._facts is not None, "a worker has joined"
-        call = self._assignment(server, self._facts, shard, None, Role.BACKUP)
+        part, _ = self._division.shard_of(shard)
+        self._assigned[part].wait()
+        call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
         names = [f"a backup of shard {shard}"]
         address: Address = ask("assigning a backup", [call], names, limit, "start_timeout_s")[0]
@@ -204,9 +223,9 @@ class ServerManager:
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give the shards' orders of updates, where they are kept; none from a lost server."""
-        if self._membership is None:
+        if not self._first:
             return []
-        servers = self._present().servers
+        servers = self._present(0, 0).servers  # a model that is cut keeps none
         logs = self._ask(list(range(len(servers))), [server.log.remote for server in servers])
         return [log for log in logs if log is not None]
 

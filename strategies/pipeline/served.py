@@ -1,0 +1,127 @@
+"""
+`data_strategy: ps-sync`: server nodes keep a part of the model, and the twins push to them.
+
+    rank 0 ─┐                          ┌─ rank 1        server-0 keeps the part of ranks 0 and 2,
+            ├─▶ server-0    server-1 ◀─┤                server-1 that of ranks 1 and 3
+    rank 2 ─┘                          └─ rank 3
+
+Servers of one part know nothing of those of another, so after a failure one may be a step ahead.
+Its shards keep the version before (`training/shard.py`), and no rank pushes a step before all have
+the one before: so there is a version that all parts can give, and all go on from that.
+
+Running statistics are averaged over the twins as under `ring`, and before the push: if servers have
+made a step, all twins had the statistics that go with it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from distplat.platform.errors import StateLost
+from distplat.strategies.base import Collective, Context, Pushed, Shards
+from distplat.strategies.pipeline.seams import Versions
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.handover import broadcast_bits
+from distplat.strategies.training.parts import Holding, Part, server_part
+from distplat.strategies.training.running_stats import RunningStatistics
+
+
+class Served:
+    """
+    One rank's dealings with the servers of its part, over all attempts (see `Exchange`).
+
+    Args:
+        flat: the rank's part.
+        holding: what of the whole model it is.
+    """
+
+    def __init__(self, flat: FlatModel, holding: Holding) -> None:
+        self._flat, self._holding = flat, holding
+        self._shards: Shards | None = None
+        self._statistics: RunningStatistics | None = None
+        self._pushed = Pushed()
+        self._norm: float | None = None
+        self._pushing = False  #: the step in flight was pushed, as far as this rank knows
+        self.made = False
+
+    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+        """See `Exchange`; parameters are the servers', buffers the twins'."""
+        flat, before = self._flat, self._flat.version
+        shards = self._shards = context.shards
+        shards.connect(flat, context.saved, self._holding)
+        found = versions(flat.version)
+        version = min(found)
+        if max(found) > version + 1:
+            raise StateLost(f"some part of the model at step {version + 1}")
+        if flat.version > version:
+            shards.step_back(version)
+        self.made = self._pushing and version == before + 1
+        self._pushing = False
+        if group is not None:
+            self._settle_buffers(group, context, before)
+        return version
+
+    def _settle_buffers(self, group: Collective, context: Context, before: int) -> None:
+        """Bring buffers to the parameters' version; who has none gets them from a twin."""
+        flat, own = self._flat, self._statistics
+        if own is not None and flat.version < before:
+            own.step_back()
+        elif own is not None and not self.made:
+            own.restore()  # this rank's forward of the step is made once more
+        self._statistics = None  # should a rank be lost now, these may be half replaced
+        device = flat.params.device
+        have = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
+        group.all_gather(have, torch.tensor([int(own is not None)], device=device))
+        holders = [rank for rank, one in enumerate(have) if int(one)]
+        first = context.saved.step if context.saved is not None else 0
+        if holders and len(holders) < group.world:
+            for buffer in flat.model.buffers():
+                broadcast_bits(buffer, holders[0], group)
+        elif not holders and flat.version != first and any(True for _ in flat.model.buffers()):
+            raise StateLost("buffers of a part of the model")
+        self._statistics = RunningStatistics(flat.model, group)
+
+    def last_backward(self) -> None:
+        """Nothing leaves before all gradients are there."""
+
+    def pause(self) -> None:
+        """See `last_backward`."""
+
+    def sum_gradients(self, step: int) -> None:
+        """See `Exchange`; the servers have the sum, and without clipping they have used it."""
+        if self._statistics is not None:
+            self._statistics.average()
+        self._pushing = True
+        self._pushed = self._servers.push(step)
+
+    def squares(self) -> float:
+        """See `Exchange`; 0 where a single server clips by itself, and asks for nothing."""
+        return (self._pushed.norm or 0.0) ** 2
+
+    def ready(self, norm: float | None) -> None:
+        """See `Exchange`."""
+        self._norm = norm
+
+    def update(self, step: int) -> None:
+        """See `Exchange`."""
+        if self._pushed.norm is not None:
+            assert self._norm is not None, "ready() comes first"
+            self._servers.commit(step, self._norm)
+        if self._statistics is not None:
+            self._statistics.keep()
+        self._pushing = False
+
+    def part(self, version: int) -> Part:
+        """See `Exchange`."""
+        return server_part(
+            self._flat, self._servers, version, may_skip=False, holding=self._holding
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Give how long servers held this rank up, and worked."""
+        return {"waiting_s": self._pushed.waiting_s, "apply_s": self._pushed.apply_s}
+
+    @property
+    def _servers(self) -> Shards:
+        assert self._shards is not None, "meet() comes first"
+        return self._shards

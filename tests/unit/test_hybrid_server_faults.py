@@ -1,0 +1,140 @@
+"""
+Workers are lost under `data_strategy: ps-sync`; the others go on, to the same bits.
+
+Servers of the parts know nothing of each other: those of one stage may have made a step that the
+others have not. What is swept: in which operation a rank is lost, and who had come how far then.
+"""
+
+import time
+from collections.abc import Callable, Set
+from functools import cache
+
+import pytest
+from hybrid_models import Normed
+from hybrid_workers import WORLD, Workers, same, samples
+from torch import Tensor
+
+from distplat.platform.errors import CollectiveError, StateLost
+from distplat.strategies.fakes import Fabric, InMemoryShards
+
+LOST_AT = 3
+
+
+def workers_of(clip: float | None, servers: int = 1) -> Workers:
+    options = {"data_strategy": "ps-sync", "num_servers": servers}
+    return Workers(Normed, options=options, clip_norm=clip)
+
+
+@cache
+def unfailed(clip: float | None) -> dict[str, Tensor]:
+    model = workers_of(clip).attempt(Fabric(WORLD))
+    assert model is not None
+    return model
+
+
+def goes_on(workers: Workers, lost: Set[int], clip: float | None, untold: int = 0) -> None:
+    """Replace ranks, and compare what all come to; `untold`: samples whose report was lost."""
+    for rank in lost:
+        workers.renew(rank)
+    workers.starts.clear()
+    model = workers.attempt(Fabric(WORLD))
+    assert model is not None and same(model, unfailed(clip))
+    assert min(workers.starts) == max(workers.starts), "no part is ahead of another"
+    told = samples(workers.reports, workers.job)
+    assert [*map(max, told, [16, 16, 13] * 2)] == [16, 16, 13] * 2
+    assert sum(told) >= 90 - untold, "each step is told of"
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize(
+    ("group", "after"),
+    [
+        ("twins", 4),  # in the average of running statistics
+        ("world", 3),  # in the agreement that all have pushed
+        ("world", 6),
+        ("replica", 9),  # in a message between stages, or on the norm
+        ("replica", 10),
+    ],
+)
+def test_one_is_lost_at_any_operation(
+    group: str, after: int, victim: int, clip: float | None
+) -> None:
+    workers, fabric = workers_of(clip), Fabric(WORLD)
+    fabric.kill(victim, after=after, group=group)
+    if workers.attempt(fabric) is not None:
+        assert group == "replica", "without clipping there are fewer operations"
+        return
+    # A rank that is lost when the servers have its push takes its report with it.
+    goes_on(workers, {victim}, clip, untold=8 if (victim, group, clip) == (3, "world", None) else 0)
+    assert workers.starts[0] > 0, "survivors keep what they have"
+
+
+def gone_before(
+    workers: Workers, ranks: Set[int], call: str, *, others_first: bool
+) -> Callable[[int, InMemoryShards], InMemoryShards]:
+    """Have ranks stop before they push, or commit, a step; others of their replica are quicker."""
+
+    def around(rank: int, shards: InMemoryShards) -> InMemoryShards:
+        real = getattr(shards, call)
+
+        def until_gone(step: int, *args: float) -> object:
+            if step != LOST_AT:
+                return real(step, *args)
+            other = workers.groups[1 - workers.division.part_of(rank)]
+            until = time.monotonic() + 20
+            while others_first and min(s.served.version for s in other._services) <= LOST_AT:
+                assert time.monotonic() < until, "the other part makes the step"
+                time.sleep(0.001)
+            raise CollectiveError("test", call, step, (rank,), "it is gone")
+
+        if rank in ranks:
+            setattr(shards, call, until_gone)
+        return shards
+
+    return around
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("victim", range(WORLD))
+def test_one_is_lost_before_its_push(victim: int, servers: int) -> None:
+    """The other stage has made the step, and goes back to the version before."""
+    workers = workers_of(None, servers)
+    around = gone_before(workers, {victim}, "push", others_first=True)
+    assert workers.attempt(Fabric(WORLD), around=around) is None
+    goes_on(workers, {victim}, None)
+    assert workers.starts == [LOST_AT] * WORLD
+
+
+@pytest.mark.parametrize("lost", [set(), {0}, {3}])
+@pytest.mark.parametrize("stopped", [{0, 2}, {1, 3}])
+def test_one_part_has_committed_and_the_other_not(stopped: set[int], lost: set[int]) -> None:
+    """Both twins had pushed; the running statistics of the part that is ahead go back, too."""
+    workers = workers_of(0.5)
+    around = gone_before(workers, stopped, "commit", others_first=True)
+    assert workers.attempt(Fabric(WORLD), around=around) is None
+    goes_on(workers, lost, 0.5)
+    assert workers.starts == [LOST_AT] * WORLD
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_step_that_all_parts_have_is_not_repeated(victim: int) -> None:
+    """One rank is lost before its commit; its twin has committed for both."""
+    workers = workers_of(0.5)
+    twin = (victim + 2) % WORLD
+    around = gone_before(workers, {victim}, "commit", others_first=True)
+    assert workers.attempt(Fabric(WORLD), around=around) is None
+    made = min(s.served.version for s in workers.groups[victim % 2]._services) > LOST_AT
+    goes_on(workers, {victim} if not made else set(), 0.5)
+    assert workers.starts == [LOST_AT + made] * WORLD, f"{twin} may have committed"
+
+
+def test_running_statistics_without_a_holder_are_lost() -> None:
+    """The parameters are the servers', but buffers of a stage were its workers'."""
+    workers, fabric = workers_of(None), Fabric(WORLD)
+    fabric.kill(1, after=6, group="world")
+    assert workers.attempt(fabric) is None
+    for rank in (1, 3):
+        workers.renew(rank)
+    with pytest.raises(StateLost, match="buffers"):
+        workers.attempt(Fabric(WORLD))
