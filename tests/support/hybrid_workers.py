@@ -15,7 +15,7 @@ from in_memory_run import Keeper, take
 from rank_threads import on_ranks
 from torch import Tensor
 
-from distplat.platform.errors import CollectiveError, FencedError
+from distplat.platform.errors import CollectiveError, ProtocolError
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
@@ -69,7 +69,10 @@ class Workers:
         """Have servers, if the job wants some, that know nothing yet."""
         roles = self.strategies[0].roles(self.job)
         self.division = roles.division(self.world)
-        plan = ShardPlan(self.job, "run", 0, self.world, STEPS, roles.servers, roles.consistency)
+        every = self.job.checkpoint.period(self.prepared[0].sampler.steps_per_epoch)
+        plan = ShardPlan(
+            self.job, "run", 0, self.world, STEPS, roles.servers, roles.consistency, every
+        )
         self.groups = server_groups(plan, self.division) if roles.servers else []
 
     def begin_anew(self) -> None:
@@ -120,7 +123,7 @@ class Workers:
                 self.starts.append(loop.start)
                 loop.run()
                 state = self.strategies[rank].trained(self.prepared[rank].flat)
-            except (CollectiveError, FencedError) as error:
+            except (CollectiveError, ProtocolError) as error:
                 stopped.append(error)
                 fabric.give_up()  # as the controller has all stop
                 for group in self.groups:

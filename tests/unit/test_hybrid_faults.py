@@ -6,11 +6,15 @@ with a new one. What is swept is the number of the operation to which it does no
 the twins' exchange, in the agreement of all, and between the two.
 """
 
-import pytest
-from hybrid_workers import WORLD, Workers, same, samples
-from torch import Tensor
+from functools import cache
+from typing import Any, ClassVar
 
-from distplat.platform.errors import StateLost
+import pytest
+from hybrid_models import CLASSES, Mlp
+from hybrid_workers import WORLD, Workers, same, samples
+from torch import Tensor, nn
+
+from distplat.platform.errors import CollectiveError, StateLost
 from distplat.strategies.fakes import Fabric
 
 
@@ -78,3 +82,69 @@ def test_a_part_without_a_holder_is_lost() -> None:
         workers.renew(rank)
     with pytest.raises(StateLost):
         workers.attempt(Fabric(WORLD))
+
+
+class Doomed(Mlp):
+    """Two stages of two blocks, one of which is lost at a given forward or backward."""
+
+    at: ClassVar[tuple[str, int, int] | None] = None
+    """Forward or backward, stage, and its number among those of that stage in training."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 12), Fatal(0), Fatal(1), nn.Linear(12, CLASSES))
+
+
+class Fatal(nn.Module):
+    def __init__(self, stage: int) -> None:
+        super().__init__()
+        self.stage, self.forwards = stage, 0
+        self.inner = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Tanh())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(inputs)
+        if self.training:
+            number, self.forwards = self.forwards, self.forwards + 1
+            self._die("forward", number)
+            outputs.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: self._die("backward", number)
+            )
+        return outputs
+
+    def _die(self, moment: str, number: int) -> None:
+        if Doomed.at == (moment, self.stage, number):
+            Doomed.at = None
+            raise CollectiveError("test", moment, number, (self.stage,), "this stage was killed")
+
+
+def alone(strategy: str) -> Workers:
+    """No stage has a twin."""
+    options: dict[str, Any] = {"data": 1, "data_strategy": strategy}
+    return Workers(Doomed, options=options, checkpoint={"every_steps": 2})
+
+
+@cache
+def unfailed_alone() -> dict[str, Tensor]:
+    model = alone("ring").attempt(Fabric(2))
+    assert model is not None
+    return model
+
+
+@pytest.mark.parametrize("number", range(5, 10))
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_without_a_twin_all_go_back_to_the_checkpoint(
+    strategy: str, moment: str, stage: int, number: int
+) -> None:
+    """In any micro-batch of steps 2 to 4; of a step that ends with a checkpoint, too."""
+    expected = unfailed_alone()
+    workers = alone(strategy)
+    Doomed.at = moment, stage, number
+    assert workers.attempt(Fabric(2)) is None
+    newest = max(workers.checkpoints)
+    assert newest in ({2, 4} if number > 7 else {2}), "a slow rank may not have given its part"
+    workers.begin_anew()
+    workers.starts.clear()
+    model = workers.attempt(Fabric(2), saved=workers.checkpoints[newest])
+    assert model is not None and same(model, expected)
+    assert workers.starts == [newest] * 2
