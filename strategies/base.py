@@ -244,6 +244,16 @@ class Strategy(ABC, Generic[OptionsT]):
         """Say where each tensor of `flat` lies in the whole model; None: `flat` is the whole."""
         return None
 
+    def showing(self, job: Job) -> tuple[int, ...]:
+        """Give the ranks that together show the whole model to `distplat.weights`."""
+        return (0,)
+
+    def shown(self, flat: FlatModel) -> Part:
+        """Give this rank's part of the model as it is; asked where several ranks show it."""
+        from distplat.strategies.training.parts import model_part  # torch: in workers only
+
+        return model_part(flat)
+
     def part(self, version: int) -> Part:
         """
         Give what this rank is responsible for in a checkpoint; called between two steps.

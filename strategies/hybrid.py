@@ -193,6 +193,16 @@ class Hybrid(Strategy[HybridOptions]):
         """Say which slice of each tensor is here."""
         return dict(self._here.holding.places)
 
+    def showing(self, job: Job) -> tuple[int, ...]:
+        """See `Strategy`; the first replica does."""
+        return self.options.grid.group(0)
+
+    def shown(self, flat: FlatModel) -> Part:
+        """See `Strategy`."""
+        from distplat.strategies.training.parts import model_part  # torch: in workers only
+
+        return model_part(flat, self._here.holding)
+
     def part(self, version: int) -> Part:
         """Give each part of the model from its first replica."""
         return self._here.checkpoint(version)

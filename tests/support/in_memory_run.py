@@ -16,6 +16,7 @@ from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
+from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
@@ -43,6 +44,8 @@ class Run:
     """By rank."""
     trained: list[dict[str, Tensor]]
     """By rank: its part of the trained model."""
+    strategies: list[Strategy[Any]]
+    """By rank."""
     group: ServerGroup
     """With the shards' logs, where the strategy has servers."""
     tables: TableGroup
@@ -89,7 +92,7 @@ def train(
     fabric = Fabric(world, timeout_s)
     tables = TableGroup(job)
     progress = [Progress() for _ in range(world)]
-    run = Run(ranks, [[] for _ in range(world)], progress, [], groups[0], tables)
+    run = Run(ranks, [[] for _ in range(world)], progress, [], strategies, groups[0], tables)
     keeper = Keeper(job, run.checkpoints)
 
     def body(rank: int) -> dict[str, Tensor]:

@@ -18,8 +18,10 @@ from hybrid_models import (
 from in_memory_run import Run, train
 from torch import Tensor
 
+from distplat.platform.pieces import by_file, put_together
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
+from distplat.strategies.training.shown import part_copy
 
 HALF, STEPS = 2, 4
 SERVED = {"data_strategy": "ps-sync", "num_servers": 2}
@@ -68,6 +70,19 @@ def test_any_grid_goes_on_from_any_other(origin: str, to: str) -> None:
     assert {name: whole.shape for name, whole in last.items()} == {
         name: tuple(tensor.shape) for name, tensor in expected.items()
     }
+
+
+@pytest.mark.parametrize("grid", ["1x2x2", "2x2x1", "2x1x2", "1x2x2 ps-sync", "ring"])
+def test_what_ranks_show_is_the_whole_model(grid: str) -> None:
+    """To `distplat.weights`, of one version: here of the last."""
+    run = unstopped(grid)
+    showing = run.strategies[0].showing(job(grid))
+    assert len(showing) == (GRIDS[grid][0].get("pipeline", 1) * GRIDS[grid][0].get("tensor", 1))
+    copies = [part_copy(run.strategies[rank].shown(run.ranks[rank].flat)) for rank in showing]
+    found, expected = by_file(put_together(copies))["model"], model_of(run)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].data.tobytes() == tensor.contiguous().numpy().tobytes()
 
 
 BITS: list[tuple[type[Task], tuple[dict[str, Any], int]]] = [
