@@ -28,12 +28,14 @@ from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.compute import Pipeline, Settings
-from distplat.strategies.pipeline.executor import Executor, Seat
+from distplat.strategies.pipeline.executor import Executor
 from distplat.strategies.pipeline.measures import Measures
+from distplat.strategies.pipeline.packed import Packed
 from distplat.strategies.pipeline.part import Part
 from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
 from distplat.strategies.pipeline.rebound import Rebound
+from distplat.strategies.pipeline.run import Seat
 from distplat.strategies.pipeline.seams import Exchange
 from distplat.strategies.pipeline.served import Served
 from distplat.strategies.pipeline.twins import Twins
@@ -149,7 +151,7 @@ class Rank:
             lambda: precision(context.job, device),
             context.alive,
         )
-        self._executor = Executor(seat)
+        self._executor = Executor(seat, Packed(wanted=options.pack_weights))
         settings = Settings(
             at,
             grid.stages,
