@@ -53,6 +53,8 @@ class Served:
         version = min(found)
         if max(found) > version + 1:
             raise StateLost(f"some part of the model at step {version + 1}")
+        if version < context.base:  # whoever filled the servers had not what the others began with
+            raise StateLost(f"the state after step {context.base} and later")
         if flat.version > version:
             shards.step_back(version)
         self.made = self._pushing and version == before + 1

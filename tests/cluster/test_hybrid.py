@@ -113,10 +113,9 @@ def test_without_a_twin_all_go_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_worker_and_a_server_of_a_stage_are_lost(tmp_path: Path) -> None:
-    """To the bits of a run whose replicas are summed by all-reduce."""
     deeds = ["kill 1 backward 20", "server 1 backward 56"]
     result, watch = run(tmp_path, deeds, SERVED, checkpoint={"every_steps": 5})
-    same(result, tmp_path)
+    same(result, tmp_path, SERVED)
     first, second = watch.setbacks
     assert (first.replaced, first.step) == (("worker-1",), 6), "the step in flight is repeated"
     assert len(second.replaced) == 4 and second.step in WRITTEN
@@ -126,7 +125,7 @@ def test_a_worker_and_a_server_of_a_stage_are_lost(tmp_path: Path) -> None:
 def test_a_backup_takes_over_the_shard_of_a_stage(tmp_path: Path) -> None:
     """No worker is replaced, and no step repeated."""
     result, watch = run(tmp_path, ["server 1 forward 30"], {**SERVED, "replication": 2})
-    same(result, tmp_path)
+    same(result, tmp_path, SERVED)
     assert not watch.setbacks
 
 

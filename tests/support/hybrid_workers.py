@@ -86,6 +86,7 @@ class Workers:
         fabric: Fabric,
         deaf: Set[int] = frozenset(),
         saved: SavedState | None = None,
+        base: int = 0,
         around: Callable[[int, InMemoryShards], Shards] = lambda rank, shards: shards,
     ) -> dict[str, Tensor] | None:
         """
@@ -95,6 +96,7 @@ class Workers:
             fabric: connects the ranks.
             deaf: ranks that do not hear of the agreement on step 3.
             saved: what new ranks begin from.
+            base: steps of the newest checkpoint.
             around: puts something around a rank's way to the servers.
         """
         self.number += 1
@@ -118,7 +120,7 @@ class Workers:
                     shards=shards(rank),
                     report=self.reports.append,
                     progress=Progress(),
-                    around=Around(saved, take=partial(take, courier)),
+                    around=Around(saved, base, partial(take, courier)),
                 )
                 self.starts.append(loop.start)
                 loop.run()

@@ -137,3 +137,9 @@ def test_running_statistics_without_a_holder_are_lost() -> None:
         workers.renew(rank)
     with pytest.raises(StateLost, match="buffers"):
         workers.attempt(Fabric(WORLD))
+
+
+def test_servers_that_were_filled_with_a_first_model_are_no_state_to_go_on_from() -> None:
+    """The run began from a checkpoint, and who had it was lost before servers had anything."""
+    with pytest.raises(StateLost, match="after step 2"):
+        workers_of(None).attempt(Fabric(WORLD), base=2)
