@@ -41,12 +41,13 @@ class Served:
         self._statistics: RunningStatistics | None = None
         self._pushed = Pushed()
         self._norm: float | None = None
-        self._pushing = False  #: the step in flight was pushed, as far as this rank knows
+        self._at = 0  #: steps that this rank's buffers have behind them
+        self._pushing = False  #: the step after them was pushed, or is about to be
         self.made = False
 
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
         """See `Exchange`; parameters are the servers', buffers the twins'."""
-        flat, before = self._flat, self._flat.version
+        flat = self._flat
         shards = self._shards = context.shards
         shards.connect(flat, context.saved, self._holding)
         found = versions(flat.version)
@@ -57,20 +58,26 @@ class Served:
             raise StateLost(f"the state after step {context.base} and later")
         if flat.version > version:
             shards.step_back(version)
-        self.made = self._pushing and version == before + 1
-        self._pushing = False
+        self.made = self._pushing and version == self._at + 1
+        self._settle_buffers(version)
         if group is not None:
-            self._settle_buffers(group, context, before)
+            self._share_buffers(group, context)
         return version
 
-    def _settle_buffers(self, group: Collective, context: Context, before: int) -> None:
-        """Bring buffers to the parameters' version; who has none gets them from a twin."""
-        flat, own = self._flat, self._statistics
-        if own is not None and flat.version < before:
+    def _settle_buffers(self, version: int) -> None:
+        """Bring buffers to the parameters' version, if this rank has any."""
+        own = self._statistics
+        if own is not None and version < self._at:
             own.step_back()
-        elif own is not None and not self.made:
+        elif own is not None and self.made:
+            own.keep()
+        elif own is not None:
             own.restore()  # this rank's forward of the step is made once more
-        self._statistics = None  # should a rank be lost now, these may be half replaced
+        self._at, self._pushing = version, False
+
+    def _share_buffers(self, group: Collective, context: Context) -> None:
+        """Give new twins their buffers. Who has none counts as new until all of them are here."""
+        flat, own = self._flat, self._statistics
         device = flat.params.device
         have = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
         group.all_gather(have, torch.tensor([int(own is not None)], device=device))
@@ -116,7 +123,7 @@ class Served:
             self._servers.commit(step, self._norm)
         if self._statistics is not None:
             self._statistics.keep()
-        self._pushing = False
+        self._at, self._pushing = step + 1, False
 
     def part(self, version: int) -> Part:
         """See `Exchange`."""

@@ -112,7 +112,11 @@ def test_without_a_twin_all_go_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert setback.step in WRITTEN and len(setback.replaced) == 2
 
 
-def test_a_worker_and_a_server_of_a_stage_are_lost(tmp_path: Path) -> None:
+def test_servers_of_each_stage_are_lost(tmp_path: Path) -> None:
+    """One that has a backup, which costs nothing; and without, after a worker: the same bits."""
+    backed, watch = run(tmp_path, ["server 1 forward 30"], {**SERVED, "replication": 2})
+    assert not watch.setbacks, "no worker is replaced, and no step repeated"
+    _unfailed[repr(SERVED)] = weights(backed), backed
     deeds = ["kill 1 backward 20", "server 1 backward 56"]
     result, watch = run(tmp_path, deeds, SERVED, checkpoint={"every_steps": 5})
     same(result, tmp_path, SERVED)
@@ -120,13 +124,6 @@ def test_a_worker_and_a_server_of_a_stage_are_lost(tmp_path: Path) -> None:
     assert (first.replaced, first.step) == (("worker-1",), 6), "the step in flight is repeated"
     assert len(second.replaced) == 4 and second.step in WRITTEN
     assert all(s.figures["apply_s"] >= 0 for s in result.history)
-
-
-def test_a_backup_takes_over_the_shard_of_a_stage(tmp_path: Path) -> None:
-    """No worker is replaced, and no step repeated."""
-    result, watch = run(tmp_path, ["server 1 forward 30"], {**SERVED, "replication": 2})
-    same(result, tmp_path, SERVED)
-    assert not watch.setbacks
 
 
 def test_both_twins_lost(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hybrid_workers import WORLD, Workers, same, samples
 from torch import Tensor
 
 from distplat.platform.errors import CollectiveError, StateLost
+from distplat.strategies.base import Pushed
 from distplat.strategies.fakes import Fabric, InMemoryShards
 
 LOST_AT = 3
@@ -137,6 +138,37 @@ def test_running_statistics_without_a_holder_are_lost() -> None:
         workers.renew(rank)
     with pytest.raises(StateLost, match="buffers"):
         workers.attempt(Fabric(WORLD))
+
+
+@pytest.mark.parametrize("group", ["world", "twins"])
+@pytest.mark.parametrize("after", range(3))
+@pytest.mark.parametrize("stopped", [{0, 2}, {1}, {0, 1, 2, 3}])
+def test_another_is_lost_while_they_meet_again(stopped: set[int], after: int, group: str) -> None:
+    """Who was ahead, who had pushed and who had not: none mistakes what its buffers are of."""
+    workers, call = workers_of(0.5), "commit"
+    if len(stopped) == WORLD:  # they do not hear that servers have made the step
+        workers, call = workers_of(None), ""
+    ahead = len(stopped) < WORLD
+    around = gone_before(workers, stopped, call, others_first=True) if ahead else unheard
+    assert workers.attempt(Fabric(WORLD), around=around) is None
+    fabric = Fabric(WORLD)
+    fabric.kill(3, after=after, group=group)
+    assert workers.attempt(fabric) is None
+    goes_on(workers, {3}, 0.5 if ahead else None, untold=16)
+
+
+def unheard(rank: int, shards: InMemoryShards) -> InMemoryShards:
+    """Have a push be made, and its answer get lost."""
+    real = shards.push
+
+    def push(step: int) -> Pushed:
+        answer = real(step)
+        if step == LOST_AT:
+            raise CollectiveError("test", "push", step, (rank,), "the answer is lost")
+        return answer
+
+    setattr(shards, "push", push)  # noqa: B010
+    return shards
 
 
 def test_servers_that_were_filled_with_a_first_model_are_no_state_to_go_on_from() -> None:
