@@ -16,6 +16,7 @@ made a step, all twins had the statistics that go with it.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from distplat.platform.errors import StateLost
 from distplat.strategies.base import Collective, Context, Pushed, Shards
@@ -42,6 +43,7 @@ class Served:
         self._pushed = Pushed()
         self._norm: float | None = None
         self._at = 0  #: steps that this rank's buffers have behind them
+        self._ahead: list[Tensor] | None = None  #: what they were after one more, if that was made
         self._pushing = False  #: the step after them was pushed, or is about to be
         self.made = False
 
@@ -51,29 +53,52 @@ class Served:
         shards = self._shards = context.shards
         shards.connect(flat, context.saved, self._holding)
         found = versions(flat.version)
-        version = min(found)
+        mine, version = flat.version, min(found)
         if max(found) > version + 1:
             raise StateLost(f"some part of the model at step {version + 1}")
         if version < context.base:  # whoever filled the servers had not what the others began with
             raise StateLost(f"the state after step {context.base} and later")
-        if flat.version > version:
+        if mine > version:
             shards.step_back(version)
         self.made = self._pushing and version == self._at + 1
-        self._settle_buffers(version)
+        self._settle_buffers(version, ahead=mine > version)
         if group is not None:
             self._share_buffers(group, context)
         return version
 
-    def _settle_buffers(self, version: int) -> None:
-        """Bring buffers to the parameters' version, if this rank has any."""
+    def _settle_buffers(self, version: int, *, ahead: bool) -> None:
+        """
+        Bring buffers to the parameters' version, if this rank has any.
+
+        Should other parts make the step without this rank's doing it again, those that it had
+        after the step are wanted; so they are put by.
+
+        Args:
+            version: of the parameters.
+            ahead: whether this part's servers have made one more step.
+        """
         own = self._statistics
-        if own is not None and version < self._at:
-            own.step_back()
-        elif own is not None and self.made:
-            own.keep()
+        if own is not None and version > self._at:
+            self._go_ahead(own, version)
         elif own is not None:
+            if version < self._at:
+                own.restore()
+            if version < self._at or (ahead and self._pushing):
+                self._ahead = [buffer.clone() for buffer in self._flat.model.buffers()]
+            if version < self._at:
+                own.step_back()
             own.restore()  # this rank's forward of the step is made once more
         self._at, self._pushing = version, False
+
+    def _go_ahead(self, own: RunningStatistics, version: int) -> None:
+        """The step in flight was made: take what this rank's buffers were after it."""
+        if not self.made:
+            if self._ahead is None or version > self._at + 1:
+                self._statistics = None  # it is as if this rank were new
+                return
+            for buffer, known in zip(self._flat.model.buffers(), self._ahead, strict=True):
+                buffer.copy_(known)
+        own.keep()
 
     def _share_buffers(self, group: Collective, context: Context) -> None:
         """Give new twins their buffers. Who has none counts as new until all of them are here."""
@@ -123,7 +148,7 @@ class Served:
             self._servers.commit(step, self._norm)
         if self._statistics is not None:
             self._statistics.keep()
-        self._at, self._pushing = step + 1, False
+        self._at, self._pushing, self._ahead = step + 1, False, None
 
     def part(self, version: int) -> Part:
         """See `Exchange`."""

@@ -15,7 +15,7 @@ from in_memory_run import Keeper, take
 from rank_threads import on_ranks
 from torch import Tensor
 
-from distplat.platform.errors import CollectiveError, ProtocolError
+from distplat.platform.errors import ActorLost, CollectiveError, ProtocolError
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
@@ -125,7 +125,7 @@ class Workers:
                 self.starts.append(loop.start)
                 loop.run()
                 state = self.strategies[rank].trained(self.prepared[rank].flat)
-            except (CollectiveError, ProtocolError) as error:
+            except (ActorLost, CollectiveError, ProtocolError) as error:
                 stopped.append(error)
                 fabric.give_up()  # as the controller has all stop
                 for group in self.groups:

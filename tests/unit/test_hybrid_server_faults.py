@@ -8,6 +8,7 @@ others have not. What is swept: in which operation a rank is lost, and who had c
 import time
 from collections.abc import Callable, Set
 from functools import cache
+from typing import Any
 
 import pytest
 from hybrid_models import Normed
@@ -21,9 +22,9 @@ from distplat.strategies.fakes import Fabric, InMemoryShards
 LOST_AT = 3
 
 
-def workers_of(clip: float | None, servers: int = 1) -> Workers:
+def workers_of(clip: float | None, servers: int = 1, **more: Any) -> Workers:
     options = {"data_strategy": "ps-sync", "num_servers": servers}
-    return Workers(Normed, options=options, clip_norm=clip)
+    return Workers(Normed, options=options, clip_norm=clip, **more)
 
 
 @cache
@@ -82,11 +83,8 @@ def gone_before(
         def until_gone(step: int, *args: float) -> object:
             if step != LOST_AT:
                 return real(step, *args)
-            other = workers.groups[1 - workers.division.part_of(rank)]
-            until = time.monotonic() + 20
-            while others_first and min(s.served.version for s in other._services) <= LOST_AT:
-                assert time.monotonic() < until, "the other part makes the step"
-                time.sleep(0.001)
+            if others_first:
+                wait_until_made(workers, 1 - workers.division.part_of(rank))
             raise CollectiveError("test", call, step, (rank,), "it is gone")
 
         if rank in ranks:
@@ -94,6 +92,14 @@ def gone_before(
         return shards
 
     return around
+
+
+def wait_until_made(workers: Workers, part: int) -> None:
+    """Return when servers of a part have made the step."""
+    until = time.monotonic() + 20
+    while min(s.served.version for s in workers.groups[part]._services) <= LOST_AT:
+        assert time.monotonic() < until, "the other part makes the step"
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("servers", [1, 2])
@@ -157,6 +163,35 @@ def test_another_is_lost_while_they_meet_again(stopped: set[int], after: int, gr
     goes_on(workers, {3}, 0.5 if ahead else None, untold=16)
 
 
+class Waiting(Fabric):
+    """A rank does not come to the average of running statistics once the other part has moved."""
+
+    def __init__(self, workers: Workers, victim: int) -> None:
+        super().__init__(WORLD)
+        self._workers, self._victim = workers, victim
+
+    def meet(
+        self, group: str, operation: str, number: int, ranks: Any, me: int, gift: Any
+    ) -> list[Tensor | None]:
+        if me == self._victim and "twins" in group and number == 1:
+            wait_until_made(self._workers, 1 - self._workers.division.part_of(me))
+            raise CollectiveError(group, operation, number, (me,), "it is gone")
+        return super().meet(group, operation, number, ranks, me, gift)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 3), (1, 2)])
+def test_a_step_that_one_part_makes_in_one_attempt_and_one_in_the_next(
+    first: int, second: int
+) -> None:
+    """A rank whose part was ahead has gone back, and does not come to the step's end again."""
+    workers = workers_of(None)
+    around = gone_before(workers, {first}, "push", others_first=True)
+    assert workers.attempt(Fabric(WORLD), around=around) is None
+    assert workers.attempt(Waiting(workers, second)) is None
+    goes_on(workers, {second}, None, untold=16)
+    assert workers.starts == [LOST_AT + 1] * WORLD
+
+
 def unheard(rank: int, shards: InMemoryShards) -> InMemoryShards:
     """Have a push be made, and its answer get lost."""
     real = shards.push
@@ -169,6 +204,32 @@ def unheard(rank: int, shards: InMemoryShards) -> InMemoryShards:
 
     setattr(shards, "push", push)  # noqa: B010
     return shards
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_lost_server_takes_all_back_to_the_checkpoint(part: int, servers: int) -> None:
+    workers = workers_of(0.5, servers, checkpoint={"every_steps": 2})
+
+    def around(rank: int, shards: InMemoryShards) -> InMemoryShards:
+        real = shards.commit
+
+        def commit(step: int, norm: float) -> None:
+            if (rank, step) == (part, LOST_AT):
+                workers.groups[part].lost = "killed by the test"
+            real(step, norm)
+
+        setattr(shards, "commit", commit)  # noqa: B010
+        return shards
+
+    assert workers.attempt(Fabric(WORLD), around=around) is None
+    assert [*workers.checkpoints] == [2]
+    workers.begin_anew()
+    workers.starts.clear()
+    model = workers.attempt(Fabric(WORLD), saved=workers.checkpoints[2])
+    expected = workers_of(0.5, servers).attempt(Fabric(WORLD))
+    assert model is not None and expected is not None and same(model, expected)
+    assert workers.starts == [2] * WORLD
 
 
 def test_servers_that_were_filled_with_a_first_model_are_no_state_to_go_on_from() -> None:
