@@ -29,6 +29,9 @@ class Consistency:
     """Lambda of the correction for what changed since the pull (Zheng et al., ICML 2017)."""
     backup_workers: int = 0
     """Synchronous: a step goes on without so many of the gradients (Chen et al., 2016)."""
+    dealt: bool = False
+    """Asynchronous: tasks are leased to whoever asks (`task_scheduler.py`), who keeps the bound;
+    else each worker has its part of every step, and shards keep it."""
 
     @property
     def private(self) -> bool:

@@ -62,6 +62,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
             bound=None if chosen.staleness == "unbounded" else chosen.staleness,
             staleness_lr=chosen.staleness_lr,
             delay_compensation=chosen.delay_compensation,
+            dealt=job.embeddings is None,
         )
         return Roles(
             chosen.num_servers,
@@ -81,20 +82,29 @@ class PsAsync(Strategy[PsAsyncOptions]):
 
         self._context, self._shards, self._flat = context, context.shards, context.flat
         self._pushes, self._finished = 0, False
+        self._dealt = context.job.embeddings is None
         self._last = Pushed()
         self._stale_sum = 0
         before, flat = context.flat.version, context.flat
         self._shards.connect(flat, context.saved)
-        if self._buffers is not None and flat.version == before:
+        if self._buffers is not None and (self._dealt or flat.version == before):
             self._buffers.restore()  # this rank's forward of the step is made once more
         self._buffers = Buffers(flat.model)
         self._done = flat.version
         return self._done
 
     def exchange(self, step: int) -> None:
-        """Push; returns when it is applied and the newest parameters are here."""
+        """
+        Push; returns when it is applied and the newest parameters are here.
+
+        Args:
+            step: of this rank; where tasks are leased, the number of the task.
+        """
         self._prepare_gradient()
-        self._last = self._shards.push(step)
+        if self._dealt:
+            self._last = self._shards.push(self._pushes, step)
+        else:
+            self._last = self._shards.push(step)
 
     def _prepare_gradient(self) -> None:
         """
@@ -129,7 +139,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
 
     def synchronize(self) -> None:
         """Take the newest parameters; at the end, once all ranks have made their last push."""
-        if self._done < self._context.total_steps:
+        if self._dealt or self._done < self._context.total_steps:
             self._shards.refresh()
         elif not self._finished:
             self._shards.finish(self._context.alive)
@@ -142,4 +152,5 @@ class PsAsync(Strategy[PsAsyncOptions]):
             "staleness_mean": self._stale_sum / max(1, self._pushes),
             "waiting_s": self._last.waiting_s,
             "apply_s": self._last.apply_s,
+            "dropped": float(self._last.dropped),
         }
