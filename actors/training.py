@@ -150,10 +150,11 @@ class Session:
         if order.attempt > 0:
             logger.info("rank %d goes on from step %d", order.rank, start)
             return
+        world = order.job.scaling.world
         logger.info(
-            "rank %d of %d: %s, %d parameters on %s, %d steps",
+            "rank %d %s: %s, %d parameters on %s, %d steps",
             order.rank,
-            order.job.scaling.world,
+            f"of {world}" if order.rank < world else "joins",
             order.job.strategy.name,
             sum(slot.size for slot in prepared.flat.slots),
             prepared.flat.params.device,

@@ -37,8 +37,8 @@ def _server_lines(servers: ServersSeen) -> list[str]:
     if not servers.version:
         return ["server manager    no shard was given out yet: no worker has come"]
     total = servers.cuts[-1].stop if servers.cuts else 0
-    head = f"server manager    map version {servers.version}, {total:,} parameters"
-    columns = ["SHARD", "PARAMETERS", "SERVER", "BACKUP"]
+    head = f"server manager    map version {servers.version}, {total:,} elements"
+    columns = ["SHARD", "ELEMENTS", "SERVER", "BACKUP"]
     rows = []
     for cut, seat in zip(servers.cuts, servers.seats, strict=True):
         backup = "-"

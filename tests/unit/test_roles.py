@@ -49,8 +49,8 @@ def test_a_run_with_leases_and_backups() -> None:
     assert role_lines(seen) == [
         "run digits-1",
         "",
-        "server manager    map version 3, 1,234,567 parameters",
-        "SHARD  PARAMETERS          SERVER    BACKUP",
+        "server manager    map version 3, 1,234,567 elements",
+        "SHARD  ELEMENTS            SERVER    BACKUP",
         "0      0..617,296          server-2  server-3 (being filled)",
         "1      617,296..1,234,567  server-1  server-4",
         "",
@@ -69,7 +69,7 @@ def test_a_synchronous_run_without_backups() -> None:
     told = roster(dealt=False, attempt=0, workers=workers)
     lines = role_lines(Overview("digits-1", "digits", ServersSeen(1, CUTS, seats, False), told))
     assert lines[3:] == [
-        "SHARD  PARAMETERS          SERVER",
+        "SHARD  ELEMENTS            SERVER",
         "0      0..617,296          server-0",
         "1      617,296..1,234,567  server-1",
         "",
