@@ -10,6 +10,7 @@ A worker's clock counts its gradients that a shard has applied. A worker whose c
     worker-2     =======================|         4 - 1 = 3: waits until worker-0 is at 2
 
 Every shard keeps clocks of its own. They cannot deadlock: the slowest worker waits at no shard.
+Where tasks are leased, a worker has no clock: there the scheduler keeps the bound, by the tasks.
 """
 
 from dataclasses import dataclass

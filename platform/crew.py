@@ -99,6 +99,13 @@ class Crew:
         made = last.made - first.made
         return (last.busy_s - first.busy_s) / made if made >= _LEAST_STEPS else None
 
+    def wall_s(self, rank: int) -> float | None:
+        """Give what a step, or task, takes a worker from one to the next; None: see `step_s`."""
+        if self.step_s(rank) is None:
+            return None
+        (began, first), (told, last) = self._beats[rank][0], self._beats[rank][-1]
+        return (told - began) / (last.made - first.made)
+
     def standings(self, now: float) -> list[Standing]:
         """Tell how all are doing, in the order of their ranks."""
         paces = {rank: self.step_s(rank) for rank in self._beats}
@@ -106,9 +113,9 @@ class Crew:
         usual = median_low(known) if known else 0.0
         found = []
         for rank, beats in sorted(self._beats.items()):
-            (began, first), (told, last) = beats[0], beats[-1]
-            pace, made = paces[rank], last.made - first.made
-            per_s = made / (told - began) if pace is not None and told > began else None
+            told, last = beats[-1]
+            pace, wall_s = paces[rank], self.wall_s(rank)
+            per_s = 1 / wall_s if wall_s else None
             slow = pace is not None and pace > STRAGGLES * usual > 0
             before = self._base.get(rank, 0)
             found.append(

@@ -228,7 +228,6 @@ class TaskScheduler:
 
     def _lease(self, most: int) -> range:
         """Take the lowest run of tasks that nobody holds, as long as it may be."""
-        self._again = [task for task in self._again if task not in self.done]
         if self._again:
             first = self._again[0]
             stop = first + 1

@@ -1,10 +1,11 @@
 """
 Asynchronous parameter server: every worker at its own pace (Dean et al., NIPS 2012).
 
-A worker pushes the gradient of its own samples; each shard applies it at once and gives its newest
-parameters back. Nobody waits for a slow worker, at the price of gradients that are old when their
-turn comes. `staleness` bounds how far workers run apart (stale synchronous parallel, Ho et al.,
-NIPS 2013); two options correct for what is left. See docs/parameter_server.md.
+A worker leases tasks, parts of a step's batch, and pushes the gradient of each; each shard applies
+it at once and gives its newest parameters back. Nobody waits for a slow worker, which gets fewer
+tasks, at the price of gradients that are old when their turn comes. `staleness` bounds how far
+workers run apart (stale synchronous parallel, Ho et al., NIPS 2013); two options correct for what
+is left. See docs/parameter_server.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PsAsyncOptions(Options):
     resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none."""
     staleness: Literal["unbounded"] | Bound = "unbounded"
-    """Steps that a worker may be ahead of the slowest one before it waits."""
+    """Steps that a leased task may be ahead of the oldest one that is not done."""
     staleness_lr: Flag = False
     """Divide the learning rate by the number of updates that came between pull and push."""
     delay_compensation: NonNegative = 0.0

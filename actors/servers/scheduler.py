@@ -151,7 +151,7 @@ class Scheduler:
             self._check(attempt)
             self._take_from_the_silent(brain)
             workers = self._crew.ranks - self._leaving
-            size = lease_size(self._crew.step_s(rank), brain.left, len(workers))
+            size = lease_size(self._crew.wall_s(rank), brain.left, len(workers))
             found = brain.work(rank, number, size)
             left = until - time.monotonic()
             if found is not None or left <= 0:

@@ -10,6 +10,7 @@ when all its parts are, and metrics do not depend on who was fast.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,8 +68,8 @@ class LeasedLoop:
     def run(self) -> None:
         """Work until there is nothing more to do."""
         self.progress.step = self._offered = self.start
-        self._final = False
-        while not (work := self.leases.next(self.progress.beat)).over:
+        self._final, self._idle_s = False, 0.0
+        while not (work := self._next()).over:
             self._make_final(work)
             for version, part in work.evaluations:
                 self._evaluate(version, part)
@@ -78,6 +79,12 @@ class LeasedLoop:
             self._offer_checkpoints(work.reach)
         self._make_final(work)
         self.progress.left = not work.trained
+
+    def _next(self) -> Work:
+        began = time.perf_counter()
+        work = self.leases.next(self.progress.beat)
+        self._idle_s += time.perf_counter() - began
+        return work
 
     def _make(self, task: int) -> None:
         self.flat.grads.zero_()
@@ -93,7 +100,9 @@ class LeasedLoop:
         self.flat.version = self.progress.step
         self.progress.beat()
         mean = share.loss_sum / share.samples if share.samples else 0.0
-        epoch, figures = self.sampler.epoch_of(step), self.strategy.figures()
+        epoch = self.sampler.epoch_of(step)
+        figures = {**self.strategy.figures(), "lease_s": self._idle_s}
+        self._idle_s = 0.0
         seconds, of = clock.seconds, self.total_steps
         self.report(StepReport(part, step, epoch, mean, share.samples, seconds, of, figures))
 

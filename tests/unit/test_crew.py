@@ -36,6 +36,7 @@ def test_who_is_marked(step_s: tuple[float, ...], marked: list[int]) -> None:
 
 def test_speed_and_work_of_a_step() -> None:
     (one,) = crew(0.1).standings(5.0)
+    assert (crew(0.1).wall_s(0), crew(0.1).wall_s(1)) == (0.5, None)
     assert (one.step, one.made, one.per_s, one.silent_s) == (8, 8, 2.0, 1.0)
     assert one.step_s == pytest.approx(0.1)
 

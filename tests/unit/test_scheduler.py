@@ -34,7 +34,9 @@ def play(story: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(story, 10))
 
 
-def test_a_question_is_kept_until_there_is_work() -> None:
+def test_a_question_is_kept_until_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distplat.actors.servers.scheduler.HOLD_S", 60.0)
+
     async def story() -> None:
         desk = scheduler(Consistency(asynchronous=True, dealt=True, bound=0))
         for rank in range(2):

@@ -64,6 +64,17 @@ def test_who_was_only_slow_is_heard_and_what_was_made_twice_is_counted() -> None
     assert tasks(brain.work(1, 1, 1)) == [2], "task 1 need not be leased again"
 
 
+def test_what_another_has_made_is_not_leased_again_when_its_holder_is_lost() -> None:
+    brain = TaskScheduler(Course(3, 1))
+    brain.work(0, 0, 2)
+    brain.lose(0)
+    assert tasks(brain.work(1, 0, 2)) == [0, 1]
+    brain.finish(0, (0,))  # it was frozen
+    brain.lose(1)
+    assert brain.left == 2
+    assert tasks(brain.work(2, 0, 9)) == [1]
+
+
 def test_the_same_news_twice_counts_once() -> None:
     brain = TaskScheduler(Course(2, 1))
     brain.work(0, 0, 2)
@@ -213,6 +224,7 @@ class Runs(RuleBasedStateMachine):
             assert found.trained and self.brain.over
         assert len(found.tasks) <= most
         for task in found.tasks:
+            assert task not in self.brain.done
             lead = task // 3 - self.brain.done.low // 3
             assert lead <= self.bound
         for version, _ in found.evaluations:
