@@ -5,7 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from distplat.platform.errors import ProtocolError, StaleError
+from distplat.platform.errors import FencedError, ProtocolError, StaleError
+from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.sampler import Sampler
 from distplat.platform.spans import Spans
 from distplat.platform.task_scheduler import MOST_TASKS, Course, TaskScheduler, Work, lease_size
@@ -318,3 +319,67 @@ class Runs(RuleBasedStateMachine):
 
 TestRuns = Runs.TestCase
 TestRuns.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+
+
+class SynchronousRuns(RuleBasedStateMachine):
+    """
+    Workers that make their part of every step, die, and are replaced; calls that are made again.
+
+    Nothing is leased: the ledger commits a step once, with one part of each rank. So every sample
+    of an epoch is in exactly one committed step, however often a step was begun.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sampler = Sampler(size=11, batch=4, world=3, seed=1)
+        self.ledger = Ledger("run", 0, 3)
+        self.ledger.restore(0)
+        self.attempt = 0
+        self.at = [0, 0, 0]  # the step that each rank is in
+        self.staged: dict[int, list[int]] = {}
+        self.committed: list[list[int]] = []
+
+    @rule(rank=st.integers(0, 2), twice=st.booleans())
+    def pushes(self, rank: int, twice: bool) -> None:
+        step = self.at[rank]
+        for _ in range(1 + twice):
+            verdict = self.ledger.offer(PushId("run", self.attempt, rank, step))
+            if verdict is Verdict.NEW:
+                self.staged[rank] = self.sampler.rank_ids(step, rank).tolist()
+
+    @precondition(lambda self: self.ledger.complete)
+    @rule(who=st.integers(0, 2), twice=st.booleans())
+    def commits(self, who: int, twice: bool) -> None:
+        """One rank hears of it at once, the others when they ask."""
+        step = self.ledger.version or 0
+        for _ in range(1 + twice):
+            if self.ledger.commit(step):
+                self.committed.append([sample for ids in self.staged.values() for sample in ids])
+                self.staged.clear()
+        self.at[who] = step + 1
+
+    @rule(rank=st.integers(0, 2))
+    def hears(self, rank: int) -> None:
+        self.at[rank] = self.ledger.version or 0
+
+    @rule()
+    def somebody_is_lost(self) -> None:
+        """All go on from what the shard has, under a new number; late pushes are refused."""
+        self.attempt += 1
+        self.ledger.renew(self.attempt)
+        self.staged.clear()
+        with pytest.raises(FencedError):
+            self.ledger.offer(PushId("run", self.attempt - 1, 0, self.at[0]))
+        self.at = [self.ledger.version or 0] * 3
+
+    @invariant()
+    def every_sample_is_in_one_step_of_its_epoch(self) -> None:
+        for step, ids in enumerate(self.committed):
+            assert sorted(ids) == sorted(self.sampler.batch_ids(step).tolist())
+        for epoch in range(len(self.committed) // 3):
+            whole = [sample for ids in self.committed[3 * epoch : 3 * epoch + 3] for sample in ids]
+            assert sorted(whole) == list(range(11))
+
+
+TestSynchronousRuns = SynchronousRuns.TestCase
+TestSynchronousRuns.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
