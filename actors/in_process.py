@@ -17,8 +17,10 @@ from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
+    InMemoryLeases,
     InMemoryShards,
     InMemoryTables,
+    LeaseDesk,
     ServerGroup,
     TableGroup,
 )
@@ -86,6 +88,7 @@ def _train(
         collective=Fabric(1).collective(0),
         shards=InMemoryShards(group, 0),
         tables=InMemoryTables(tables, 0),
+        leases=InMemoryLeases(LeaseDesk(), 0) if roles.consistency.dealt else None,
         report=report,
         progress=progress,
         around=Around(saved, take=courier.take),

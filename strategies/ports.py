@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from distplat.platform.table_plan import TablePlan, TableSpec
+    from distplat.platform.task_scheduler import Course, Work
     from distplat.strategies.sparse.routing import Routed
     from distplat.strategies.sparse.table import RowGradients
     from distplat.strategies.training.flat import FlatModel
@@ -98,9 +99,12 @@ class Shards(Protocol):
             DeadlineExceeded: somebody did not come.
         """
 
-    def push(self, step: int) -> Pushed:
+    def push(self, step: int, task: int | None = None) -> Pushed:
         """
         Hand the gradients to all shards, one call to each, and wait for their answers.
+
+        Where tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is what
+        the gradient is of.
 
         Synchronous servers answer when every rank's gradients are there, asynchronous ones when
         this rank's are applied and it is not too far ahead of the others. Either way the new
@@ -130,6 +134,30 @@ class Shards(Protocol):
         Raises:
             DeadlineExceeded: for `failure.step_timeout_s` no other rank has made a step.
         """
+
+
+class Leases(Protocol):
+    """The task scheduler as one worker sees it: what to do next, and what is done."""
+
+    def connect(self, course: Course) -> None:
+        """
+        Join the run's workers.
+
+        Raises:
+            ProtocolError: this worker's data set is not that of the others.
+            ActorLost: the scheduler is gone.
+        """
+
+    def next(self, alive: Callable[[], None]) -> Work:
+        """
+        Give what is to be done next; wait while there is nothing.
+
+        Args:
+            alive: called now and then in the wait.
+        """
+
+    def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
+        """Tell what is done; returns at once."""
 
 
 class Sending(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,26 @@ from distplat.actors.servers.caretaker import Caretaker
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
 from distplat.platform.part import Role
 from distplat.platform.server_group import Seat
-from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards
+from distplat.platform.shard_map import Shard, ShardMap, ShardPlan, cut_shards
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ServersSeen:
+    """The server group, as it is shown."""
+
+    version: int
+    """Of the shard map; 0: no shard was given out yet."""
+    cuts: tuple[Shard, ...]
+    seats: tuple[Seat, ...]
+    """By shard, who keeps it."""
+    replicated: bool
+
 
 WATCH_S = 0.5
 """Period of the manager's look at its server nodes."""
@@ -120,6 +133,15 @@ class ServerManager:
     def seats(self) -> list[Seat]:
         """Tell who keeps which shard; empty where no shard is kept twice."""
         return [] if self._caretaker is None else self._caretaker.seats()
+
+    def seen(self) -> ServersSeen:
+        """Tell who keeps which shard, for those who look."""
+        count, first = len(self._servers), self._membership
+        seats = self.seats() or [Seat(index, f"server-{index}") for index in range(count)]
+        if first is None:
+            return ServersSeen(0, (), tuple(seats), self._caretaker is not None)
+        cuts = self._present().shard_map
+        return ServersSeen(cuts.version, cuts.shards, tuple(seats), self._caretaker is not None)
 
     def _present(self) -> Membership:
         """Give the map as it is now."""

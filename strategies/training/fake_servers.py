@@ -94,10 +94,10 @@ class InMemoryShards:
             flat.move(shared, flat.grads)
         self.refresh()
 
-    def push(self, step: int) -> Pushed:
+    def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
         plan = self._group.plan
-        push = PushId(plan.run, plan.attempt, self._rank, step)
+        push = PushId(plan.run, plan.attempt, self._rank, step, task)
         answers = [
             self._group.service(cut.index, step).push(
                 push, self._flat.grads[cut.start : cut.stop], self._deliver(cut)

@@ -18,14 +18,16 @@ from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, Shards, Strategy
-from distplat.strategies.ports import Tables
+from distplat.strategies.ports import Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
 from distplat.strategies.training.batches import make_sampler, total_steps
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.leased_loop import LeasedLoop, course_of
 from distplat.strategies.training.loop import Loop, Progress
 from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.task_compute import TaskModel
 
 
 @dataclass
@@ -109,12 +111,25 @@ def join(
     collective: Collective | None,
     shards: Shards | None,
     tables: Tables | None = None,
+    leases: Leases | None = None,
     report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
-) -> Loop:
+) -> Loop | LeasedLoop:
     """
     Set the strategy up with its ports and give the loop.
+
+    Args:
+        prepared: model and data.
+        strategy: the job's.
+        rank: this one.
+        collective: port to the other ranks.
+        shards: port to the servers.
+        tables: port to the embedding tables.
+        leases: port to the task scheduler.
+        report: takes what is finished.
+        progress: where this worker is.
+        around: checkpoints.
 
     Raises:
         SpecError: the checkpoint is of another model or data set.
@@ -123,14 +138,19 @@ def join(
     p = prepared
     p.part = strategy.own_part(p, rank, collective)
     world = p.job.scaling.world
-    if around.saved is not None:
-        around.saved.check_data(p.sampler.size)
-        around.saved.load_model(p.flat, strategy.places(p.flat))
+    _load(p, strategy, around.saved)
     context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards, progress.beat)
     context = replace(context, saved=around.saved, base=around.base)
     start = strategy.setup(context)
     if p.lookups is not None and tables is not None:
         p.lookups.connect(tables, p.total_steps, start)
+    checkpoint = _checkpoints(p, strategy, around.take)
+    if leases is not None:
+        evaluates = p.eval_data is not None
+        leases.connect(course_of(p.job, p.sampler, p.total_steps, start, evaluates))
+        if strategy.roles(p.job).consistency.dealt:
+            ports = strategy, rank, report, progress, leases
+            return LeasedLoop(p, *ports, TaskModel(p, strategy, progress.beat), start, checkpoint)
     return Loop(
         p.job,
         p.eval_data,
@@ -143,9 +163,16 @@ def join(
         report,
         progress,
         start,
-        _checkpoints(p, strategy, around.take),
+        checkpoint,
         p.lookups,
     )
+
+
+def _load(p: Prepared, strategy: Strategy[Any], saved: SavedState | None) -> None:
+    """Begin from a checkpoint, where there is one."""
+    if saved is not None:
+        saved.check_data(p.sampler.size)
+        saved.load_model(p.flat, strategy.places(p.flat))
 
 
 def _checkpoints(p: Prepared, strategy: Strategy[Any], take: Take | None) -> Callable[[int], None]:

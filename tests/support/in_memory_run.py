@@ -18,8 +18,10 @@ from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
+    InMemoryLeases,
     InMemoryShards,
     InMemoryTables,
+    LeaseDesk,
     ServerGroup,
     TableGroup,
 )
@@ -45,6 +47,8 @@ class Run:
     """With the shards' logs, where the strategy has servers."""
     tables: TableGroup
     """The embedding tables, where the job has some."""
+    desk: LeaseDesk = field(default_factory=LeaseDesk)
+    """Who leased which tasks, where they are leased."""
     checkpoints: dict[int, SavedState] = field(default_factory=dict)
     """By version, as they would be read from the disk."""
 
@@ -61,6 +65,7 @@ def train(
     before: Callable[[int, Prepared], None] = lambda rank, prepared: None,
     timeout_s: float = 10.0,
     saved: SavedState | None = None,
+    most: int = 1,
 ) -> Run:
     """
     Train `job.scaling.world` ranks to the end.
@@ -71,6 +76,7 @@ def train(
         before: called for each rank between `prepare` and `join`, to spoil something.
         timeout_s: deadline of the ports' waits.
         saved: the checkpoint to begin from.
+        most: tasks of a lease, where they are leased.
     """
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
@@ -86,8 +92,11 @@ def train(
     fabric = Fabric(world, timeout_s)
     tables = TableGroup(job)
     progress = [Progress() for _ in range(world)]
-    run = Run(ranks, [[] for _ in range(world)], progress, [], group, tables)
-    collecting, lock = Collecting(world), threading.Lock()
+    how = roles.consistency
+    desk = LeaseDesk(how.bound, most, timeout_s)
+    run = Run(ranks, [[] for _ in range(world)], progress, [], group, tables, desk)
+    # Where tasks are leased rank 0 alone gives parts: the others may come and go.
+    collecting, lock = Collecting(1 if how.dealt else world), threading.Lock()
 
     def deliver(delivery: Delivery) -> None:
         with lock:
@@ -110,6 +119,7 @@ def train(
             collective=fabric.collective(rank),
             shards=InMemoryShards(group, rank),
             tables=InMemoryTables(tables, rank),
+            leases=InMemoryLeases(desk, rank) if how.dealt else None,
             report=run.reports[rank].append,
             progress=run.progress[rank],
             around=Around(saved, take=take),

@@ -65,6 +65,7 @@ class Listening:
 def test_requests_and_answers_arrive_as_they_were(segment: Segment) -> None:
     listening, bell = Listening(segment, 1), Bell(segment, 1)
     requests = [Request(0), Request(1, 0.0), Request(2, 2.5), Request(3, math.inf)]
+    requests += [Request(4, task=0), Request(5, task=1 << 40)]
     for request in requests:
         bell.ring(request)
         assert bell.answered(LIMIT_S)

@@ -21,7 +21,7 @@ from distplat.platform.progress import StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
-from distplat.strategies.training.compute import _step_seed
+from distplat.strategies.training.compute import step_seed
 from distplat.strategies.training.session import Prepared
 
 SAMPLES, BATCH, EPOCHS = 37, 9, 3
@@ -219,7 +219,7 @@ def test_each_step_drops_out_anew() -> None:
 
 def test_each_rank_drops_out_anew() -> None:
     """Asked of the seed itself: threads share a generator, so masks cannot be told apart here."""
-    assert len({_step_seed(5, step, rank) for step in range(20) for rank in range(8)}) == 160
+    assert len({step_seed(5, step, rank) for step in range(20) for rank in range(8)}) == 160
 
 
 def test_ring_starts_all_ranks_from_rank_0s_parameters() -> None:
