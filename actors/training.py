@@ -138,7 +138,7 @@ class Session:
                 order.rank,
                 collective=self._connection.collective(order),
                 shards=self._connection.shards(order, prepared),
-                tables=self._connection.tables(order),
+                tables=self._connection.tables(order, prepared),
                 report=report,
                 progress=progress,
                 around=Around(_saved(order), order.base, courier.take),
@@ -223,17 +223,16 @@ class Connection:
             return None
         from distplat.actors.servers.shards import RayShards
 
-        every = order.job.checkpoint.period(prepared.sampler.steps_per_epoch)
-        self._servers = RayShards(order, prepared.total_steps, every, self._abandoned)
+        self._servers = RayShards(order, prepared.total_steps, _every(prepared), self._abandoned)
         return self._servers
 
-    def tables(self, order: WorkOrder) -> "RayTables | None":
+    def tables(self, order: WorkOrder, prepared: Prepared) -> "RayTables | None":
         """Give the way to the embedding tables; None where the job has none."""
         if not order.embedding_servers:
             return None
         from distplat.actors.tables.client import RayTables
 
-        self._tables = RayTables(order, self._abandoned)
+        self._tables = RayTables(order, _every(prepared), self._abandoned)
         return self._tables
 
     def give_up(self) -> None:
@@ -251,6 +250,11 @@ class Connection:
             self._servers.close()
         if self._tables is not None:
             self._tables.close()
+
+
+def _every(prepared: Prepared) -> int:
+    """Give the steps between two checkpoints; 0: there are none."""
+    return prepared.job.checkpoint.period(prepared.sampler.steps_per_epoch)
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:

@@ -182,6 +182,11 @@ class AsyncLedger:
         """A worker was replaced: pushes of this attempt are taken from now on."""
         self.attempt = attempt
 
+    @property
+    def done(self) -> int:
+        """Steps of the slowest rank that are applied."""
+        return min(self._next)
+
     def offer(self, push: PushId) -> Verdict:
         """
         Decide on a push and book it; `NEW` is to be applied at once, and counts as a version.

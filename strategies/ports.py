@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from distplat.platform.pieces import Entry
     from distplat.platform.table_plan import TablePlan, TableSpec
     from distplat.strategies.sparse.routing import Routed
     from distplat.strategies.sparse.table import RowGradients
@@ -73,6 +74,18 @@ class ShardCopy:
     kinds: tuple[Kind, ...] = ()
     box: Any = None
     """Opens to the vectors, in the order of `kinds`; None: they are not here."""
+
+
+@dataclass(frozen=True)
+class TablesCopy:
+    """What an embedding server has kept for a checkpoint."""
+
+    steps: int
+    """That the slowest rank has made at this server."""
+    entries: tuple[Entry, ...] = ()
+    """What is in the arrays."""
+    box: Any = None
+    """Opens to the arrays; None: they are not here."""
 
 
 class Shards(Protocol):
@@ -148,7 +161,13 @@ class Sending(Protocol):
 class Tables(Protocol):
     """The servers of embedding tables as one worker sees them (docs/embeddings.md)."""
 
-    def connect(self, tables: tuple[TableSpec, ...], total_steps: int, version: int) -> TablePlan:
+    def connect(
+        self,
+        tables: tuple[TableSpec, ...],
+        total_steps: int,
+        version: int,
+        saved: SavedState | None = None,
+    ) -> TablePlan:
         """
         Begin an attempt; give what the servers were told.
 
@@ -156,6 +175,7 @@ class Tables(Protocol):
             tables: the same on all ranks.
             total_steps: updates in the run; servers need it for the learning rate.
             version: steps that the ranks have behind them.
+            saved: the checkpoint to begin from; servers that have tables already keep theirs.
 
         Raises:
             ProtocolError: this worker's tables are not those of the others.
@@ -180,4 +200,11 @@ class Tables(Protocol):
         What was pulled before is gone. The gradients must not change, and nothing may be pulled,
         before the handle is done. Then the gradients of all ranks are added in rank order and
         applied, once.
+        """
+
+    def copies(self, version: int) -> list[TablesCopy] | None:
+        """
+        Fetch what the servers have kept of a version, for a checkpoint; from any thread.
+
+        Waits while ranks are still behind that version. None: it is not there any more.
         """

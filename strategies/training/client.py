@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -9,7 +10,8 @@ from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.base import Pushed
-from distplat.strategies.ports import ShardCopy
+from distplat.strategies.ports import ShardCopy, TablesCopy
+from distplat.strategies.sparse.service import TableService
 from distplat.strategies.training.async_service import AsyncService
 from distplat.strategies.training.parts import kind_of
 from distplat.strategies.training.service import Limits, Service
@@ -17,6 +19,8 @@ from distplat.strategies.training.sync_service import SyncService
 
 LOOK_S = 1.0
 """How long one question waits for the other ranks."""
+
+Copy = TypeVar("Copy", ShardCopy, TablesCopy)
 
 
 def make_service(name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> Service:
@@ -49,14 +53,23 @@ def shard_copy(start: int, service: Service, version: int, limit_s: float) -> Sh
     return ShardCopy(steps, start, tuple(kinds), list(kept.tensors.values()))
 
 
+def tables_copy(service: TableService, version: int, limit_s: float) -> TablesCopy:
+    """Give what an embedding server has kept of a version; its box holds the arrays themselves."""
+    steps, bundle = service.kept(version, limit_s)
+    if bundle is None:
+        return TablesCopy(steps)
+    arrays, entries = bundle
+    return TablesCopy(steps, entries, arrays)
+
+
 def fetch_copies(
-    asks: Sequence[Callable[[float], ShardCopy]], version: int, patience_s: float
-) -> list[ShardCopy] | None:
+    asks: Sequence[Callable[[float], Copy]], version: int, patience_s: float
+) -> list[Copy] | None:
     """
-    Fetch what all shards have kept of a version.
+    Fetch what all servers have kept of a version.
 
     Args:
-        asks: by shard; waits for ranks that are behind, at most so many seconds.
+        asks: by server; waits for ranks that are behind, at most so many seconds.
         version: steps.
         patience_s: how long no rank may make a step.
 

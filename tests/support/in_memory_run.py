@@ -84,7 +84,7 @@ def train(
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
     group = ServerGroup(plan, timeout_s)
     fabric = Fabric(world, timeout_s)
-    tables = TableGroup(job)
+    tables = TableGroup(job, every=every)
     progress = [Progress() for _ in range(world)]
     run = Run(ranks, [[] for _ in range(world)], progress, [], group, tables)
     collecting, lock = Collecting(world), threading.Lock()
