@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from distplat.platform.load import ShardLoad
     from distplat.platform.pieces import Entry
     from distplat.platform.table_plan import TablePlan, TableSpec
     from distplat.strategies.sparse.routing import Routed
@@ -47,8 +48,8 @@ class Pushed:
     """How long servers held this rank up for others."""
     version: int = 0
     """Updates that the parameters have behind them, on the shard with the fewest."""
-    apply_s: float = 0.0
-    """What summing and updating took, on the slowest shard."""
+    loads: tuple[ShardLoad, ...] = ()
+    """What it was to each shard."""
     dropped: int = 0
     """This rank's pushes so far that came too late for their step."""
 
@@ -120,7 +121,7 @@ class Shards(Protocol):
         parameters are in place then, unless the answer has a `norm`.
         """
 
-    def commit(self, step: int, norm: float) -> None:
+    def commit(self, step: int, norm: float) -> Pushed:
         """Have all shards apply the update of `step`; return with the new parameters in place."""
 
     def refresh(self) -> None:

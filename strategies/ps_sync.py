@@ -11,6 +11,7 @@ and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -18,6 +19,7 @@ from pydantic import Field
 from distplat.platform.clocks import Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import NonNegative
+from distplat.platform.load import load_figures
 from distplat.platform.spec import Job
 from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
@@ -109,7 +111,8 @@ class PsSync(Strategy[PsSyncOptions]):
         """Commit, where the shards had to learn the norm over all of them first."""
         assert self._buffers is not None, "setup() comes first"
         if self._pushed.norm is not None:
-            self._shards.commit(step, self._pushed.norm)
+            made = self._shards.commit(step, self._pushed.norm)
+            self._pushed = replace(made, waiting_s=self._pushed.waiting_s)
         self._buffers.keep()
 
     def part(self, version: int) -> Part:
@@ -129,8 +132,8 @@ class PsSync(Strategy[PsSyncOptions]):
             self._shards.refresh()
 
     def figures(self) -> dict[str, float]:
-        """Give how long servers held this rank up and worked, and what its gradients came to."""
-        found = {"waiting_s": self._pushed.waiting_s, "apply_s": self._pushed.apply_s}
+        """Give how long servers held this rank up, what they did, and what gradients came to."""
+        found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
         if self.options.backup_workers:
             found |= {"dropped": float(self._pushed.dropped), "skipped": float(self._skipped)}
         return found

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.ledger import Answer
+from distplat.platform.load import ShardLoad
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy, TablesCopy
@@ -29,8 +30,14 @@ def make_service(name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> 
     return kind(name, plan, limits, params)
 
 
-def pushed(answers: Sequence[Answer]) -> Pushed:
-    """Put together what all shards answered to a push."""
+def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pushed:
+    """
+    Put together what all shards answered to a push, or to a commit.
+
+    Args:
+        answers: by shard.
+        traffic: by shard, bytes of gradients that it read and of parameters that it gave.
+    """
     norm = None
     if not all(answer.committed for answer in answers):
         norm = sum(answer.squared_norm or 0.0 for answer in answers) ** 0.5
@@ -38,7 +45,10 @@ def pushed(answers: Sequence[Answer]) -> Pushed:
         norm,
         staleness=max(answer.staleness for answer in answers),
         waiting_s=max(answer.waiting_s for answer in answers),
-        apply_s=max(answer.apply_s for answer in answers),
+        loads=tuple(
+            ShardLoad(*sizes, answer.apply_s, answer.queue_s, answer.queue_depth)
+            for answer, sizes in zip(answers, traffic, strict=True)
+        ),
         version=min(answer.version for answer in answers),
         dropped=max(answer.dropped for answer in answers),
     )

@@ -104,13 +104,19 @@ class InMemoryShards:
             )
             for cut in self._cuts
         ]
-        return pushed(answers)
+        return pushed(answers, self._traffic())
 
-    def commit(self, step: int, norm: float) -> None:
+    def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""
-        for cut in self._cuts:
-            service = self._group.service(cut.index, step)
-            service.commit(self._rank, step, norm, self._deliver(cut))
+        answers = [
+            self._group.service(cut.index, step).commit(self._rank, step, norm, self._deliver(cut))
+            for cut in self._cuts
+        ]
+        return pushed(answers, self._traffic())
+
+    def _traffic(self) -> list[tuple[int, int]]:
+        sizes = [cut.size * self._flat.params.itemsize for cut in self._cuts]
+        return [(size, size * self._group.plan.consistency.private) for size in sizes]
 
     def refresh(self) -> None:
         """See `Shards`."""
