@@ -33,7 +33,7 @@ class PsSyncOptions(Options):
     """Options of `ps-sync`."""
 
     num_servers: int = Field(1, ge=1, le=256, strict=True)
-    """Server nodes; each keeps an equal part of the parameters."""
+    """Server nodes; each keeps a part of the parameters."""
     resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none, for it works while workers wait."""
     backup_workers: int = Field(0, ge=0, le=1023, strict=True)
@@ -42,6 +42,8 @@ class PsSyncOptions(Options):
     """2: each shard has a backup, which takes over when its server is lost."""
     wire: Literal["exact", "fp16", "bf16"] = "exact"
     """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
+    split: Literal["bytes", "load"] = "bytes"
+    """Shards of equal size, or by how fast each server makes updates, measured at the start."""
 
 
 @strategies.register("ps-sync")
@@ -63,6 +65,7 @@ class PsSync(Strategy[PsSyncOptions]):
             consistency,
             replication=chosen.replication,
             wire=WIRES[chosen.wire],
+            split_by_load=chosen.split == "load",
         )
 
     def problems(self, job: Job) -> list[Problem]:
@@ -77,6 +80,8 @@ class PsSync(Strategy[PsSyncOptions]):
         if backup and self.options.replication > 1:
             text = "does not go together with `replication: 2`"
             return [Problem(where, text)]
+        if self.options.split == "load" and self.options.num_servers == 1:
+            return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]
         return []
 
     def survivors_go_on(self) -> bool:

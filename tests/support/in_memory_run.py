@@ -61,6 +61,7 @@ def train(
     before: Callable[[int, Prepared], None] = lambda rank, prepared: None,
     timeout_s: float = 10.0,
     saved: SavedState | None = None,
+    speeds: Sequence[float] = (),
 ) -> Run:
     """
     Train `job.scaling.world` ranks to the end.
@@ -71,6 +72,7 @@ def train(
         before: called for each rank between `prepare` and `join`, to spoil something.
         timeout_s: deadline of the ports' waits.
         saved: the checkpoint to begin from.
+        speeds: by which the servers' shards are cut; empty: evenly.
     """
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
@@ -82,7 +84,7 @@ def train(
     steps, servers = ranks[0].total_steps, max(1, roles.servers)
     every = job.checkpoint.period(ranks[0].sampler.steps_per_epoch)
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
-    group = ServerGroup(plan, timeout_s)
+    group = ServerGroup(plan, timeout_s, speeds=speeds)
     fabric = Fabric(world, timeout_s)
     tables = TableGroup(job, every=every)
     progress = [Progress() for _ in range(world)]

@@ -20,6 +20,7 @@ from distplat.platform.progress import StepReport
 from distplat.strategies.catalog import make_job
 from distplat.strategies.training.client import make_service
 from distplat.strategies.training.service import Limits, Service
+from distplat.strategies.training.speed import elements_per_s
 
 SIZE, LATE = 9, 0.15
 
@@ -132,6 +133,21 @@ def test_a_run_tells_of_every_shard(strategy: str, clip: float | None) -> None:
             assert figures["shard_0_in_bytes"] + figures["shard_1_in_bytes"] == size
             assert min(figures["shard_0_apply_s"], figures["shard_1_apply_s"]) > 0.0
             assert 1 <= figures["queue_depth"] <= 2
+
+
+def test_a_servers_speed_is_that_of_its_middle_round() -> None:
+    seconds = iter([0, 90, 100, 101, 200, 202, 300, 303, 400, 401, 500, 502, 600, 609])
+    job = make_job(
+        {
+            "name": "load",
+            "strategy": {"name": "ps-sync", "num_servers": 2, "split": "load"},
+            "optimizer": {"name": "Adam", "lr": 0.1},
+            "global_batch_size": 9,
+            "steps": 3,
+        }
+    )
+    assert elements_per_s(job, 2, "float32", lambda: float(next(seconds))) == (1 << 18) / 2
+    assert elements_per_s(job, 300, "float32") > 0.0
 
 
 def rows_of(shards: int) -> list[tuple[str, str]]:
