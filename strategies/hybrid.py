@@ -65,6 +65,9 @@ class HybridOptions(Options):
     """`meta`: no process ever holds the whole model; needs modules with `reset_parameters`."""
     recompute: Flag = False
     """Keep a stage's input only, and compute its activations again in backward."""
+    pack_weights: Flag = True
+    """Keep large weights packed for products with few rows, once per step: faster on CPUs; a stage
+    holds them twice more while it computes."""
     tensor_plan: dict[str, str] = Field(default_factory=dict)
     """How layers are sliced, by patterns of their names, such as "blocks.*.mlp.1": colwise."""
     backend: Backend = "auto"

@@ -10,7 +10,6 @@ What the ideal step is shorter by is what messages, waits and uneven micro-batch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from distplat.platform.errors import SpecError
 from distplat.platform.pipeline_trace import Trace, TraceEvent
@@ -37,8 +36,9 @@ class StageTimes:
     """Mean of a micro-batch, over all its chunks of layers together."""
     backward_s: float
     weight_s: float
-    """Mean where the schedule splits backward, else 0."""
+    """Mean of a micro-batch, where products of weights are made apart, else 0."""
     busy_s: float
+    """With packing of weights."""
     send_s: float
     recv_s: float
     reduce_s: float
@@ -52,7 +52,7 @@ class Gantt:
     measured: Rows
     """Of each stage, what it computed; of slices of a stage, the first one's."""
     others: tuple[tuple[TraceEvent, ...], ...]
-    """Of each stage, sends, receives and the reduction."""
+    """Of each stage, sends, receives, packing and the reduction."""
     times: tuple[StageTimes, ...]
     ideal: Simulation | None
     """None: the schedule cannot be simulated; `why_not` says why."""
@@ -134,7 +134,9 @@ def _times(
 
     def mean(kind: Kind) -> float:
         took = [s.end - s.start for s in row if s.action.kind is kind]
-        return fmean(took) * chunks if took else 0.0
+        # A stage that puts products of weights off makes those of several micro-batches at once.
+        count = sum(s.action.kind is Kind.BACKWARD for s in row) if kind is Kind.WEIGHT else 0
+        return sum(took) / (count or len(took)) * chunks if took else 0.0
 
     def total(kind: str) -> float:
         return sum(e.end_s - e.start_s for e in others if e.kind == kind)
@@ -143,7 +145,7 @@ def _times(
         mean(Kind.FORWARD),
         mean(Kind.BACKWARD),
         mean(Kind.WEIGHT),
-        sum(s.end - s.start for s in row),
+        sum(s.end - s.start for s in row) + total("pack"),
         total("send"),
         total("recv"),
         total("reduce"),

@@ -6,60 +6,90 @@ Weights' gradients of linear layers, added up inside matrix products of several 
     here       micro-batches 0, 1, 2, ... until they have rows enough: one product that adds
 
 A micro-batch has few rows, so its product is cheap, and writing matrices and reading them again is
-a good part of a step. (Megatron-LM adds inside the product on GPUs.) Parameters' hooks are not
-to be trusted then: a step's last micro-batch, whose gradients are final, goes the usual way, and
-nothing is left of those before when it comes.
+a good part of a step. (Megatron-LM adds inside the product on GPUs.) No stage waits for a weight's
+gradient, so products of small micro-batches are put off until the input's gradient has been sent;
+which rows go together does not depend on when, so neither do the bits.
+
+Parameters' hooks are not to be trusted then: where a step's last micro-batch has gradients that
+somebody waits for, it goes the usual way, and nothing is left of those before when it comes.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from distplat.strategies.pipeline.packed import Packed
+
 ENOUGH_ROWS = 32
 """A product of so many rows computes for longer than it takes to read and write the weights'
 gradient. So many rows of inputs and gradients are kept for each layer, and no more."""
+MANY_ROWS = 64
+"""Of so many rows of one micro-batch the product is made at once: they would cost much to keep."""
+
+_Rows = tuple[Tensor, Tensor]
+
+
+class _Layer(NamedTuple):
+    weight: Tensor
+    """Shape [n, k]."""
+    bias: Tensor | None
+    """Shape [n]."""
 
 
 class Sums:
-    """Products of one step that are still to be made; by weight."""
+    """
+    Products of one step's linear layers.
 
-    def __init__(self) -> None:
-        self._pending: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    Args:
+        packed: weights, for products with few rows.
+    """
 
-    def add(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        found: tuple[Tensor, Tensor],
-        *,
-        flush: bool,
-    ) -> None:
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+        self._pending: defaultdict[int, list[_Rows]] = defaultdict(list)  #: by weight
+        self._due: list[tuple[_Layer, list[_Rows]]] = []  #: products with rows enough
+
+    def add(self, layer: _Layer, found: _Rows, *, flush: bool) -> None:
         """
         Add a layer's gradients for some rows, now or with later ones.
 
         Args:
-            weight: shape [n, k]; has a gradient.
-            bias: shape [n]; the same.
+            layer: whose parameters have gradients.
             found: gradients of outputs, shape [rows, n], and inputs, shape [rows, k].
-            flush: nothing is to be left over.
+            flush: nothing is to be left over but what is due.
         """
-        waiting = self._pending.setdefault(id(weight), [])
-        if flush or sum(len(rows) for rows, _ in (*waiting, found)) >= ENOUGH_ROWS:
-            together = [*waiting, found]
+        waiting = self._pending[id(layer.weight)]
+        if len(found[0]) >= MANY_ROWS and not waiting:
+            _multiply(layer, [found])
+            return
+        # The memory of what was found is used again.
+        waiting.append((found[0].clone(), found[1].clone()))
+        if flush or sum(len(rows) for rows, _ in waiting) >= ENOUGH_ROWS:
+            self._due.append((layer, [*waiting]))
             waiting.clear()
-            rows, inputs = found
-            if len(together) > 1:
-                rows, inputs = (torch.cat(parts) for parts in zip(*together, strict=True))
-            assert weight.grad is not None, "only such layers come here"
-            weight.grad.addmm_(rows.t(), inputs)
-            if bias is not None and bias.grad is not None:
-                bias.grad.add_(rows.sum(0))
-        else:  # the memory of what was found is used again
-            waiting.append((found[0].clone(), found[1].clone()))
+
+    def settle(self) -> bool:
+        """Make the products that are due; False: there were none."""
+        due, self._due = self._due, []
+        for layer, together in due:
+            _multiply(layer, together)
+        return bool(due)
+
+
+def _multiply(layer: _Layer, together: list[_Rows]) -> None:
+    rows, inputs = together[0]
+    if len(together) > 1:
+        rows, inputs = (torch.cat(parts) for parts in zip(*together, strict=True))
+    weight, bias = layer
+    assert weight.grad is not None, "only such layers come here"
+    weight.grad.addmm_(rows.t(), inputs)
+    if bias is not None and bias.grad is not None:
+        bias.grad.add_(rows.sum(0))
 
 
 class InPlace(TorchFunctionMode):
@@ -68,7 +98,7 @@ class InPlace(TorchFunctionMode):
 
     Args:
         sums: of the step.
-        flush: whether this is the last micro-batch but one.
+        flush: whether this is the last micro-batch that goes this way.
     """
 
     def __init__(self, sums: Sums, *, flush: bool) -> None:
@@ -105,14 +135,14 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs)
         # Not saved: a hook on what is saved may hand back another tensor, without the gradient.
-        ctx.weight, ctx.bias, ctx.sums, ctx.flush = weight, bias, sums, flush
-        return functional.linear(inputs, weight, bias)
+        ctx.layer, ctx.sums, ctx.flush = _Layer(weight, bias), sums, flush
+        return sums.packed.linear(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        (inputs,), weight = ctx.saved_tensors, ctx.weight
+        (inputs,), weight = ctx.saved_tensors, ctx.layer.weight
         gradient = gradients[0]
         found = gradient.reshape(-1, weight.shape[0]), inputs.reshape(-1, weight.shape[1])
-        ctx.sums.add(weight, ctx.bias, found, flush=ctx.flush)
-        back = gradient @ weight if ctx.needs_input_grad[0] else None
+        ctx.sums.add(ctx.layer, found, flush=ctx.flush)
+        back = ctx.sums.packed.back(gradient, weight) if ctx.needs_input_grad[0] else None
         return back, None, None, None, None

@@ -30,12 +30,14 @@ from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.compute import Pipeline, Settings
-from distplat.strategies.pipeline.executor import Executor, Seat
+from distplat.strategies.pipeline.executor import Executor
 from distplat.strategies.pipeline.measures import Measures
+from distplat.strategies.pipeline.packed import Packed
 from distplat.strategies.pipeline.part import Part
 from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
 from distplat.strategies.pipeline.rebound import Rebound
+from distplat.strategies.pipeline.run import Seat
 from distplat.strategies.pipeline.twins import Twins, places_of
 from distplat.strategies.tensor.parallelize import forget
 from distplat.strategies.tensor.parts import gather_full
@@ -157,7 +159,7 @@ class Rank:
             lambda: precision(context.job, device),
             context.alive,
         )
-        self._executor = Executor(seat)
+        self._executor = Executor(seat, Packed(wanted=options.pack_weights))
         settings = Settings(
             at,
             grid.stages,

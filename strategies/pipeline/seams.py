@@ -10,7 +10,7 @@ class Span(NamedTuple):
     """What was done, and when; seconds of the process's clock."""
 
     kind: str
-    """`F`, `B`, `W`, `send`, `recv`."""
+    """`F`, `B`, `W`, `send`, `recv`; `pack`: weights are packed for the step."""
     chunk: int
     micro_batch: int
     start: float
@@ -38,6 +38,10 @@ class Source(Protocol):
 
 class Tail(Protocol):
     """Told when gradients become final."""
+
+    @property
+    def listens(self) -> bool:
+        """Whether parameters' hooks are to fire in the last backward."""
 
     def last_backward(self) -> None:
         """What the backward that begins now makes is final."""
