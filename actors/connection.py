@@ -57,17 +57,16 @@ class Connection:
             return None
         from distplat.actors.servers.shards import RayShards
 
-        every = order.job.checkpoint.period(prepared.sampler.steps_per_epoch)
-        self._servers = RayShards(order, prepared.total_steps, every, self._abandoned)
+        self._servers = RayShards(order, prepared.total_steps, _every(prepared), self._abandoned)
         return self._servers
 
-    def tables(self, order: WorkOrder) -> "RayTables | None":
+    def tables(self, order: WorkOrder, prepared: Prepared) -> "RayTables | None":
         """Give the way to the embedding tables; None where the job has none."""
         if not order.embedding_servers:
             return None
         from distplat.actors.tables.client import RayTables
 
-        self._tables = RayTables(order, self._abandoned)
+        self._tables = RayTables(order, _every(prepared), self._abandoned)
         return self._tables
 
     def leases(self, order: WorkOrder, strategy: Strategy[Any]) -> "RayLeases | None":
@@ -102,3 +101,8 @@ class Connection:
             self._tables.close()
         if self._leases is not None:
             self._leases.close()
+
+
+def _every(prepared: Prepared) -> int:
+    """Give the steps between two checkpoints; 0: there are none."""
+    return prepared.job.checkpoint.period(prepared.sampler.steps_per_epoch)

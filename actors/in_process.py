@@ -75,7 +75,7 @@ def _train(
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)
-    group, tables = ServerGroup(plan), TableGroup(job, launch.run)
+    group, tables = ServerGroup(plan), TableGroup(job, launch.run, every=every)
     checkpoints = Checkpoints(launch, 1, lambda box: box)
     courier = Courier(
         0, 0, lambda arrays: [one.copy() for one in arrays], checkpoints.take, _LEAVE_S

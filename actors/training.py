@@ -133,7 +133,7 @@ class Session:
                 order.rank,
                 collective=self._connection.collective(order),
                 shards=self._connection.shards(order, prepared),
-                tables=self._connection.tables(order),
+                tables=self._connection.tables(order, prepared),
                 leases=self._connection.leases(order, strategy),
                 report=report,
                 progress=progress,

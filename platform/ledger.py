@@ -59,6 +59,10 @@ class Answer:
     """How long the worker was held up for others."""
     apply_s: float = 0.0
     """What summing and updating took."""
+    queue_s: float = 0.0
+    """How long the worker's push stood before the update that it is part of began."""
+    queue_depth: int = 0
+    """Pushes that stood there when it came, itself included."""
     dropped: int = 0
     """The worker's pushes so far that came too late for their step."""
     done: int = 0
@@ -187,6 +191,11 @@ class AsyncLedger:
     def renew(self, attempt: int) -> None:
         """A worker was replaced: pushes of this attempt are taken from now on."""
         self.attempt = attempt
+
+    @property
+    def done(self) -> int:
+        """Steps of the slowest rank that are applied."""
+        return min(self._next)
 
     def offer(self, push: PushId) -> Verdict:
         """

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from distplat.platform.load import ShardLoad
+    from distplat.platform.pieces import Entry
     from distplat.platform.table_plan import TablePlan, TableSpec
     from distplat.platform.task_scheduler import Course, Work
     from distplat.strategies.sparse.routing import Routed
@@ -47,8 +49,8 @@ class Pushed:
     """How long servers held this rank up for others."""
     version: int = 0
     """Updates that the parameters have behind them, on the shard with the fewest."""
-    apply_s: float = 0.0
-    """What summing and updating took, on the slowest shard."""
+    loads: tuple[ShardLoad, ...] = ()
+    """What it was to each shard."""
     dropped: int = 0
     """This rank's pushes so far that came too late for their step."""
 
@@ -74,6 +76,18 @@ class ShardCopy:
     kinds: tuple[Kind, ...] = ()
     box: Any = None
     """Opens to the vectors, in the order of `kinds`; None: they are not here."""
+
+
+@dataclass(frozen=True)
+class TablesCopy:
+    """What an embedding server has kept for a checkpoint."""
+
+    steps: int
+    """That the slowest rank has made at this server."""
+    entries: tuple[Entry, ...] = ()
+    """What is in the arrays."""
+    box: Any = None
+    """Opens to the arrays; None: they are not here."""
 
 
 class Shards(Protocol):
@@ -111,7 +125,7 @@ class Shards(Protocol):
         parameters are in place then, unless the answer has a `norm`.
         """
 
-    def commit(self, step: int, norm: float) -> None:
+    def commit(self, step: int, norm: float) -> Pushed:
         """Have all shards apply the update of `step`; return with the new parameters in place."""
 
     def refresh(self) -> None:
@@ -176,7 +190,13 @@ class Sending(Protocol):
 class Tables(Protocol):
     """The servers of embedding tables as one worker sees them (docs/embeddings.md)."""
 
-    def connect(self, tables: tuple[TableSpec, ...], total_steps: int, version: int) -> TablePlan:
+    def connect(
+        self,
+        tables: tuple[TableSpec, ...],
+        total_steps: int,
+        version: int,
+        saved: SavedState | None = None,
+    ) -> TablePlan:
         """
         Begin an attempt; give what the servers were told.
 
@@ -184,6 +204,7 @@ class Tables(Protocol):
             tables: the same on all ranks.
             total_steps: updates in the run; servers need it for the learning rate.
             version: steps that the ranks have behind them.
+            saved: the checkpoint to begin from; servers that have tables already keep theirs.
 
         Raises:
             ProtocolError: this worker's tables are not those of the others.
@@ -208,4 +229,11 @@ class Tables(Protocol):
         What was pulled before is gone. The gradients must not change, and nothing may be pulled,
         before the handle is done. Then the gradients of all ranks are added in rank order and
         applied, once.
+        """
+
+    def copies(self, version: int) -> list[TablesCopy] | None:
+        """
+        Fetch what the servers have kept of a version, for a checkpoint; from any thread.
+
+        Waits while ranks are still behind that version. None: it is not there any more.
         """

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from distplat.platform.clocks import Consistency
 from distplat.platform.fields import Flag, NonNegative
+from distplat.platform.load import load_figures
 from distplat.platform.spec import Job
 from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
@@ -152,6 +153,6 @@ class PsAsync(Strategy[PsAsyncOptions]):
             "staleness": float(self._last.staleness),
             "staleness_mean": self._stale_sum / max(1, self._pushes),
             "waiting_s": self._last.waiting_s,
-            "apply_s": self._last.apply_s,
+            **load_figures(self._last.loads),
             "dropped": float(self._last.dropped),
         }

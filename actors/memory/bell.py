@@ -29,7 +29,7 @@ SLOT = 256
 """Bytes of one bell; the two sides write to cache lines of their own."""
 _ASKED, _REQUEST, _ANSWERED, _ANSWER = 0, 8, 128, 136
 _REQUEST_LAYOUT = struct.Struct("<q?dq")
-_ANSWER_LAYOUT = struct.Struct("<??q?dqddqq")
+_ANSWER_LAYOUT = struct.Struct("<??q?dqdddqqq")
 _ALL = (1 << 32) - 1
 _LOOK_S = 0.5
 """How often a server looks whether the worker lives and is still to be listened to."""
@@ -102,6 +102,8 @@ class Bell:
             given.staleness,
             given.waiting_s,
             given.apply_s,
+            given.queue_s,
+            given.queue_depth,
             given.dropped,
             given.done,
         )

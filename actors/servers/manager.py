@@ -7,6 +7,7 @@ replaces lost servers (`caretaker.py`); else the first loss is the end of the at
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from distplat.actors.asking import Call, ask
+from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.actors.servers.caretaker import Caretaker
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
@@ -29,6 +31,8 @@ from distplat.strategies.base import Roles
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,8 @@ class ServerManager:
 
     def _assign(self, facts: ModelFacts) -> Membership:
         """Give out the shards; the first server on each node makes the node's segment."""
-        cuts = cut_shards(facts.size, len(self._servers))
         everybody = list(range(len(self._servers)))
+        self._cuts = cuts = self._cut(facts, everybody)
         nodes = self._ask(everybody, [server.where.remote for server in self._servers])
         # A shard that is kept twice has memory of its own, which lives as long as its server.
         homes = nodes if self._caretaker is None else everybody
@@ -180,6 +184,23 @@ class ServerManager:
             self._roles.wire,
             replicated=self._caretaker is not None,
         )
+
+    def _cut(self, facts: ModelFacts, everybody: list[int]) -> ShardMap:
+        """Cut the vector: evenly, or as fast as the servers are when all measure at once."""
+        speeds = []
+        if self._roles.split_by_load:
+            job, world = self._job, self._job.scaling.world
+            calls = [partial(s.speed.remote, job, world, facts.dtype) for s in self._servers]
+            speeds = self._ask(everybody, calls)
+        cuts = cut_shards(facts.size, len(everybody), speeds=speeds)
+        if speeds:
+            log_to_stderr()
+            told = [
+                f"{speed / 1e6:.0f} M/s: {cut.size}"
+                for speed, cut in zip(speeds, cuts.shards, strict=True)
+            ]
+            logger.info("elements by the servers' speed: %s", ", ".join(told))
+        return cuts
 
     def _assign_some(
         self, facts: ModelFacts, indices: list[int], segments: list[Any]
@@ -206,7 +227,7 @@ class ServerManager:
             checkpoint_every=facts.checkpoint_every,
             wire=self._roles.wire,
         )
-        cut = cut_shards(facts.size, shards).shards[shard]
+        cut = self._cuts.shards[shard]
         return partial(server.assign.remote, plan, cut, facts.size, facts.dtype, segment, role)
 
     def _assign_backup(self, server: Any, shard: int) -> Address:

@@ -176,12 +176,15 @@ class RayShards:
             setting="step_timeout_s" if self._started else "start_timeout_s",
         )
         self._started = True
-        result = pushed(answers)
+        result = self._pushed(answers)
         if result.norm is None:
             self._take(answers)
         return result
 
-    def commit(self, step: int, norm: float) -> None:
+    def _pushed(self, answers: list[Answer]) -> Pushed:
+        return pushed(answers, [self._road.traffic(cut) for cut in self._lines.cuts])
+
+    def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""
         rank, roads = self._order.rank, self._roads
 
@@ -194,7 +197,11 @@ class RayShards:
                 lambda server, cut: server.commit.remote(rank, step, norm),
             )
 
-        self._following(lambda: self._take(commit()))
+        def make() -> Pushed:
+            self._take(answers := commit())
+            return self._pushed(answers)
+
+        return self._following(make)
 
     def refresh(self) -> None:
         """See `Shards`."""

@@ -9,6 +9,7 @@ computes on a vector that is half of one version and half of another.
 """
 
 import time
+from collections import defaultdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +27,19 @@ class AsyncService(Service):
     def __init__(self, name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> None:
         self.shard = AsyncShard(plan, params)
         super().__init__(name, plan, limits, self.shard)
+        self._loads = defaultdict[int, tuple[tuple[float, int], float]](lambda: ((0.0, 0), 0.0))
 
     def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
         """See `Service`; returns when the worker is not too far ahead of the others."""
         rank = push.rank
-        with self._changed:
+        with self._door.visit() as visit, self._changed:
             self._check_in_office()
             began = time.perf_counter()
             if self.shard.push(push, gradient) is Verdict.NEW:
-                self._apply_s = time.perf_counter() - began
+                self._applied_since(began)
+                self._visits[rank] = visit
+                self._loads[rank] = self._queue(rank), self._apply_s
+            visit.leave()  # what it waits for now are the others' steps
             self._confirm()
             self._went_on(rank)
             self._changed.notify_all()
@@ -72,11 +77,14 @@ class AsyncService(Service):
             done, dropped = self.shard.steps, ledger.dropped.get(rank, 0)
         else:
             done = self.shard.clocks.done[rank]
+        (queue_s, queue_depth), apply_s = self._loads[rank]
         return Answer(
             version,
             staleness=staleness,
             waiting_s=waited,
-            apply_s=self._apply_s,
+            apply_s=apply_s,
+            queue_s=queue_s,
+            queue_depth=queue_depth,
             dropped=dropped,
             done=done,
             payload=payload,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -40,6 +40,8 @@ class ServerGroup:
     plan: ShardPlan
     timeout_s: float = 10.0
     lost: str = ""
+    speeds: Sequence[float] = ()
+    """See `cut_shards`."""
 
     def __post_init__(self) -> None:
         self._opening = threading.Lock()
@@ -53,13 +55,17 @@ class ServerGroup:
             if self._params is None:
                 self._params = initial.clone()
                 limits = Limits(self.timeout_s, self.timeout_s)
-                for shard in cut_shards(initial.numel(), self.plan.shards).shards:
+                for shard in self.cuts(initial.numel()):
                     part = self._params[shard.start : shard.stop]
                     name = f"server-{shard.index}"
                     self._services.append(make_service(name, self.plan, limits, part))
                     state = saved.optimizer(flat, shard.start, shard.stop) if saved else {}
                     self._services[-1].restore(flat.version, lambda params: None, state)
             return self._params
+
+    def cuts(self, total: int) -> tuple[Shard, ...]:
+        """Give the shards of a vector of so many elements."""
+        return cut_shards(total, self.plan.shards, speeds=self.speeds).shards
 
     def service(self, index: int, step: int | None = None) -> Service:
         """
@@ -89,7 +95,7 @@ class InMemoryShards:
         """See `Shards`."""
         self._flat = flat
         shared = self._group.open(flat, saved)
-        self._cuts = cut_shards(flat.size, self._group.plan.shards).shards
+        self._cuts = self._group.cuts(flat.size)
         if not self._group.plan.consistency.private:
             flat.move(shared, flat.grads)
         self.refresh()
@@ -104,13 +110,19 @@ class InMemoryShards:
             )
             for cut in self._cuts
         ]
-        return pushed(answers)
+        return pushed(answers, self._traffic())
 
-    def commit(self, step: int, norm: float) -> None:
+    def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""
-        for cut in self._cuts:
-            service = self._group.service(cut.index, step)
-            service.commit(self._rank, step, norm, self._deliver(cut))
+        answers = [
+            self._group.service(cut.index, step).commit(self._rank, step, norm, self._deliver(cut))
+            for cut in self._cuts
+        ]
+        return pushed(answers, self._traffic())
+
+    def _traffic(self) -> list[tuple[int, int]]:
+        sizes = [cut.size * self._flat.params.itemsize for cut in self._cuts]
+        return [(size, size * self._group.plan.consistency.private) for size in sizes]
 
     def refresh(self) -> None:
         """See `Shards`."""

@@ -168,8 +168,9 @@ class ReplayShards:
         """See `Shards`."""
         return Pushed(staleness=self._group.submit(self._rank, step))
 
-    def commit(self, step: int, norm: float) -> None:
+    def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`; asynchronous shards apply by themselves."""
+        return Pushed()
 
     def refresh(self) -> None:
         """Wait for the end: what a rank computes on before, the logs say."""

@@ -7,7 +7,8 @@ From a job and a task to a loop that is ready to run, in three steps that can wa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,8 +144,8 @@ def join(
     context = replace(context, saved=around.saved, base=around.base)
     start = strategy.setup(context)
     if p.lookups is not None and tables is not None:
-        p.lookups.connect(tables, p.total_steps, start)
-    checkpoint = _checkpoints(p, strategy, around.take)
+        p.lookups.connect(tables, p.total_steps, start, around.saved)
+    checkpoint = _checkpoints(p, strategy, rank, around.take)
     if leases is not None:
         evaluates = p.eval_data is not None
         leases.connect(course_of(p.job, p.sampler, p.total_steps, start, evaluates))
@@ -175,7 +176,9 @@ def _load(p: Prepared, strategy: Strategy[Any], saved: SavedState | None) -> Non
         saved.load_model(p.flat, strategy.places(p.flat))
 
 
-def _checkpoints(p: Prepared, strategy: Strategy[Any], take: Take | None) -> Callable[[int], None]:
+def _checkpoints(
+    p: Prepared, strategy: Strategy[Any], rank: int, take: Take | None
+) -> Callable[[int], None]:
     """Have the rank's part taken after each step that ends with a checkpoint."""
     if take is None:
         return lambda version: None
@@ -183,13 +186,17 @@ def _checkpoints(p: Prepared, strategy: Strategy[Any], take: Take | None) -> Cal
 
     def checkpoint(version: int) -> None:
         if is_due(version, every, p.total_steps):
-            facts = {
+            facts: dict[str, Any] = {
                 "epoch": p.sampler.epoch_of(version),
                 "steps_per_epoch": p.sampler.steps_per_epoch,
                 "samples": p.sampler.size,
                 "versions": {"torch": torch.__version__},
             }
             part = strategy.part(version)
+            if p.lookups is not None:
+                facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
+                if rank == 0:  # one of them, for all
+                    part = part.also(partial(p.lookups.copies, version))
             # The last one is waited for: by now all ranks have made their steps.
             take(
                 version, replace(part, may_skip=False) if version == p.total_steps else part, facts

@@ -66,6 +66,7 @@ def train(
     timeout_s: float = 10.0,
     saved: SavedState | None = None,
     most: int = 1,
+    speeds: Sequence[float] = (),
 ) -> Run:
     """
     Train `job.scaling.world` ranks to the end.
@@ -77,6 +78,7 @@ def train(
         timeout_s: deadline of the ports' waits.
         saved: the checkpoint to begin from.
         most: tasks of a lease, where they are leased.
+        speeds: by which the servers' shards are cut; empty: evenly.
     """
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
@@ -88,9 +90,9 @@ def train(
     steps, servers = ranks[0].total_steps, max(1, roles.servers)
     every = job.checkpoint.period(ranks[0].sampler.steps_per_epoch)
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
-    group = ServerGroup(plan, timeout_s)
+    group = ServerGroup(plan, timeout_s, speeds=speeds)
     fabric = Fabric(world, timeout_s)
-    tables = TableGroup(job)
+    tables = TableGroup(job, every=every)
     progress = [Progress() for _ in range(world)]
     how = roles.consistency
     desk = LeaseDesk(how.bound, most, timeout_s)

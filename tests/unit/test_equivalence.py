@@ -184,6 +184,22 @@ def test_the_reference_learns_and_its_options_matter(recipe: str) -> None:
         assert distance(train(job, task_type).parameters(), expected) > 1e-4
 
 
+@pytest.mark.parametrize("recipe", ["mlp-sgd", "mlp-adam-accumulated", "conv-adam"])
+def test_where_shards_are_cut_changes_no_bit(recipe: str) -> None:
+    job, task_type = job_of(recipe, "ps-sync", 2, 3), RECIPES[recipe][0]
+    even, uneven = (train(job, task_type, speeds=speeds) for speeds in ((), (1.0, 7.0, 2.0)))
+    cuts = [run.group.cuts(run.ranks[0].flat.size) for run in (even, uneven)]
+    assert cuts[0] != cuts[1]
+    assert same_bits(even, uneven)
+
+
+def test_where_shards_are_cut_changes_a_norm_by_rounding_only() -> None:
+    recipe = "conv-adamw-accumulated-clipped"
+    job = job_of(recipe, "ps-sync", 2, 3)
+    uneven = train(job, Conv, speeds=(1.0, 7.0, 2.0)).parameters()
+    assert distance(uneven, plain(recipe)[0]) < 1e-5
+
+
 @pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
 def test_a_repeated_run_gives_the_same_bits(strategy: str, workers: int, servers: int) -> None:
     recipe = "conv-adamw-accumulated-clipped"
