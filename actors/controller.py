@@ -15,8 +15,11 @@ import ray
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.ensemble import Ensemble
 from distplat.actors.messages import News
+from distplat.actors.scaling import Scaling
+from distplat.actors.servers.scheduler import Wish
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
-from distplat.platform.job import Event, Failed, Heard, JobState, Phase, Tick, Unanswered
+from distplat.platform.job import JobState, Phase
+from distplat.platform.job_events import Event, Failed, Heard, Joined, Left, Tick, Unanswered
 from distplat.platform.progress import Gathering, Recovery, Setback, Summary
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
@@ -53,7 +56,8 @@ class Controller:
         self._actors = ensemble.roles
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
-        self._gathering = Gathering(ensemble.world)
+        self._gathering = Gathering(ensemble.world, checkpoints.step if ensemble.dealt else None)
+        self._scaling = Scaling(ensemble)
         self._state = JobState(ensemble.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
         self._called_off = -1  #: the last attempt that failed
@@ -80,6 +84,7 @@ class Controller:
             self._listen()
             self._state.handle(Tick(), time.monotonic())
             self._repair()
+            self._scale()
             self._tell_checkpoints()
         if self._state.error is not None:
             raise self._state.error
@@ -108,6 +113,14 @@ class Controller:
             self._told(Recovery(state.attempt, time.monotonic() - self._failed_at))
             self._failed_at = None
 
+    def _scale(self) -> None:
+        """Have workers join or leave; a run that is in trouble has that mended first."""
+        if self._state.phase is not Phase.RUNNING:
+            return
+        for rank in self._scaling.carry_out(self._checkpoints.step):
+            self._actors[f"worker-{rank}"] = self._ensemble.workers[rank]
+            self._state.handle(Joined(rank), time.monotonic())
+
     def _go_on(self, restart: Restart, cause: str) -> None:
         replaced = tuple(f"worker-{rank}" for rank in restart.replace)
         saved = self._checkpoints.newest() if restart.everything else None
@@ -121,6 +134,9 @@ class Controller:
             time.sleep(_TICK_S)
         self._ensemble.carry_out(restart, saved, self._checkpoints.step)
         self._checkpoints.begin(restart.attempt)
+        self._gathering.lost()
+        if restart.everything:
+            self._scaling.begin_anew()
         self._actors = self._ensemble.roles
         renewed = set(self._actors) if restart.everything else set(replaced)
         self._up -= renewed
@@ -166,6 +182,8 @@ class Controller:
         if isinstance(answer, DistplatError):
             del self._actors[role]
             return [Failed(role, answer)]
+        if isinstance(answer, Wish):
+            self._scaling.hear(answer)
         return self._news(role, answer) if isinstance(answer, News) else []
 
     def _news(self, role: str, news: News) -> list[Event]:
@@ -177,6 +195,10 @@ class Controller:
         if news.attempt != self._state.attempt:
             return []  # it has not yet taken the present order up
         rank = int(role.removeprefix("worker-"))
+        if news.left:
+            del self._actors[role]
+            self._scaling.left(rank)
+            return [Left(rank)]
         events: list[Event] = [Heard(rank, news.beats, news.step, news.finished)]
         if news.error is not None:
             events.append(Failed(role, news.error))
@@ -194,7 +216,9 @@ class Controller:
         """Ask the first rank that has a part; where it was lost at the last moment, the next."""
         lost: DistplatError | None = None
         for rank in holders:
-            worker = self._ensemble.workers[rank]
+            worker = self._ensemble.workers.get(rank)
+            if worker is None:
+                continue  # it has left
             try:
                 model: bytes = ray.get(worker.result.remote(), timeout=_RESULT_TIMEOUT_S)
             except ray.exceptions.GetTimeoutError:

@@ -55,33 +55,51 @@ class Ensemble:
     """
 
     def __init__(self, launch: Launch, saved: Stored | None = None) -> None:
-        self._launch = launch
+        self._launch, self._attempt = launch, 0
+        self._ranks = launch.job.scaling.num_workers  # that were ever given
         self._cast = spawn(launch.job, launch.roles, launch.run, 0)
         self._give_orders(0, saved, saved.step if saved is not None else 0)
 
     @property
     def roles(self) -> dict[str, Any]:
         """The actors that answer `poll`, by role."""
-        actors = {f"worker-{rank}": worker for rank, worker in enumerate(self._cast.workers)}
+        actors = {f"worker-{rank}": worker for rank, worker in self._cast.workers.items()}
         if self._cast.manager is not None:
             actors["server-manager"] = self._cast.manager
+        if self._cast.scheduler is not None:
+            actors["task-scheduler"] = self._cast.scheduler
         for index, server in enumerate(self._cast.embedding_servers):
             actors[f"embedding-server-{index}"] = server
         return actors
 
     @property
-    def workers(self) -> list[Any]:
-        """The workers in rank order."""
+    def job(self) -> Job:
+        """What is run."""
+        return self._launch.job
+
+    @property
+    def dealt(self) -> bool:
+        """Whether tasks are leased."""
+        return self._launch.roles.consistency.dealt
+
+    @property
+    def scheduler(self) -> Any:
+        """The task scheduler; None: the strategy has none."""
+        return self._cast.scheduler
+
+    @property
+    def workers(self) -> dict[int, Any]:
+        """The workers by rank."""
         return self._cast.workers
 
     @property
     def world(self) -> int:
-        """Number of workers."""
-        return len(self._cast.workers)
+        """Number of workers at the start: what a step is cut into."""
+        return self._launch.job.scaling.num_workers
 
     def abandon(self, attempt: int) -> None:
         """Tell all workers to stop waiting for each other; the dead are passed over."""
-        self._calls = [worker.abandon.remote(attempt) for worker in self._cast.workers]
+        self._calls = [worker.abandon.remote(attempt) for worker in self._cast.workers.values()]
 
     def carry_out(self, restart: Restart, saved: Stored | None = None, base: int = 0) -> None:
         """
@@ -93,6 +111,7 @@ class Ensemble:
             base: steps of the newest checkpoint.
         """
         launch = self._launch
+        self._attempt = restart.attempt
         if restart.everything:
             self._cast.end()
             self._cast = spawn(launch.job, launch.roles, launch.run, restart.attempt)
@@ -104,13 +123,33 @@ class Ensemble:
                 )
         self._give_orders(restart.attempt, saved, base)
 
+    def grow(self, count: int, base: int) -> list[int]:
+        """
+        Have workers join, with ranks that nobody had before; give these.
+
+        Args:
+            count: how many.
+            base: steps of the newest checkpoint.
+        """
+        launch, ranks = self._launch, [self._ranks + number for number in range(count)]
+        self._ranks += count
+        for rank in ranks:
+            self._cast.workers[rank] = spawn_worker(launch.job, launch.run, self._attempt, rank)
+        orders = [self._order(self._attempt, rank, None, base) for rank in ranks]
+        self._calls += start_workers(self._cast, orders)
+        return ranks
+
+    def part_with(self, rank: int) -> None:
+        """End a worker that has left."""
+        ray.kill(self._cast.workers.pop(rank))
+
     def end(self) -> None:
         """End all actors."""
         self._cast.end()
 
     def _give_orders(self, attempt: int, saved: Stored | None, base: int) -> None:
         handle = _in_store(saved) if saved is not None else None
-        orders = [self._order(attempt, rank, handle, base) for rank in range(self.world)]
+        orders = [self._order(attempt, rank, handle, base) for rank in self._cast.workers]
         # Held, so that Ray keeps the calls; that a worker has its orders, polling will show.
         self._calls = start_workers(self._cast, orders)
 
@@ -128,6 +167,7 @@ class Ensemble:
             search_path=launch.working_dir,
             strategy_file=launch.strategy_file,
             manager=self._cast.manager,
+            scheduler=self._cast.scheduler,
             collective=launch.roles.collective,
             saved=saved,
             base=base,

@@ -17,8 +17,10 @@ from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
+    InMemoryLeases,
     InMemoryShards,
     InMemoryTables,
+    LeaseDesk,
     ServerGroup,
     TableGroup,
 )
@@ -73,7 +75,7 @@ def _train(
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)
-    group, tables = ServerGroup(plan), TableGroup(job, launch.run)
+    group, tables = ServerGroup(plan), TableGroup(job, launch.run, every=every)
     checkpoints = Checkpoints(launch, 1, lambda box: box)
     courier = Courier(
         0, 0, lambda arrays: [one.copy() for one in arrays], checkpoints.take, _LEAVE_S
@@ -86,6 +88,7 @@ def _train(
         collective=Fabric(1).collective(0),
         shards=InMemoryShards(group, 0),
         tables=InMemoryTables(tables, 0),
+        leases=InMemoryLeases(LeaseDesk(), 0) if roles.consistency.dealt else None,
         report=report,
         progress=progress,
         around=Around(saved, take=courier.take),

@@ -59,7 +59,9 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
     # Twice: Ray's start must not be cut off, or it leaves processes; and it sets handlers itself.
     with Stopping() as early, local_ray(launch.job), Stopping() as stopping:
         early.check()
-        checkpoints = Checkpoints(launch, launch.job.scaling.world, _open_box)
+        # Where tasks are leased rank 0 alone gives parts: the others may come and go.
+        parts = 1 if launch.roles.consistency.dealt else launch.job.scaling.world
+        checkpoints = Checkpoints(launch, parts, _open_box)
         ensemble = Ensemble(launch, checkpoints.newest())
         try:
             controller = Controller(

@@ -85,6 +85,8 @@ class WorkOrder:
     """Steps of the newest checkpoint: no attempt begins before it."""
     embedding_servers: tuple[Any, ...] = ()
     """Handles of the servers of embedding tables, in order."""
+    scheduler: Any = None
+    """Handle of the task scheduler; None: the strategy has none."""
     rewinds: bool = False
     """Whether these can take a step back: survivors of a failure may have to repeat one."""
 
@@ -104,6 +106,8 @@ class News:
     """Why it stopped; it now waits for orders."""
     deliveries: list[Delivery] = field(default_factory=list)
     """Parts of checkpoints since the last question."""
+    left: bool = False
+    """It has finished because it was told to leave: the run goes on without it."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import (
 from distplat.actors.messages import WorkOrder
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
+from distplat.actors.servers.scheduler import ROOM, Scheduler
 from distplat.actors.tables.node import EmbeddingServer
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
@@ -36,17 +37,20 @@ _SERVER_THREADS = 8
 class Cast:
     """The actors of a run."""
 
-    workers: list[Any] = field(default_factory=list)
+    workers: dict[int, Any] = field(default_factory=dict)
+    """By rank."""
     servers: list[Any] = field(default_factory=list)
     manager: Any = None
     seats: list[Any] = field(default_factory=list)
     """A placement group for each worker group of several workers."""
     embedding_servers: list[Any] = field(default_factory=list)
+    scheduler: Any = None
 
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
-        manager = [self.manager] if self.manager is not None else []
-        for actor in [*self.workers, *manager, *self.servers, *self.embedding_servers]:
+        alone = [actor for actor in (self.manager, self.scheduler) if actor is not None]
+        workers = self.workers.values()
+        for actor in [*workers, *alone, *self.servers, *self.embedding_servers]:
             ray.kill(actor)
         for seats in self.seats:
             remove_placement_group(seats)
@@ -71,17 +75,17 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     common = _common(run)
     cast.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
-        cast.workers.append(spawn_worker(job, run, attempt, rank, cast.seat(rank)))
+        cast.workers[rank] = spawn_worker(job, run, attempt, rank, cast.seat(rank))
     for index in range(roles.servers):
         cast.servers.append(spawn_server(job, roles, run, attempt, f"server-{index}"))
     if roles.servers:
         name = actor_name(job, "server-manager", attempt)
         # Two per worker: one waits for a newer map, one for anything else.
-        threads = {"max_concurrency": 2 * job.scaling.world + _SERVER_THREADS}
-        options = {**common, **_resources({"CPU": 0.0}), **threads, "name": name}
+        options = {**common, **_resources({"CPU": 0.0}), **_threads(job, roles), "name": name}
         manager = ray.remote(ServerManager).options(**options)
         make = partial(spawn_server, job, roles, run, attempt)
         cast.manager = manager.remote(name, job, run, attempt, cast.servers, roles, make)
+        cast.scheduler = _spawn_scheduler(job, roles, run, attempt)
     cast.embedding_servers = _spawn_embedding_servers(job, run, attempt)
     return cast
 
@@ -102,7 +106,7 @@ def spawn_server(
     """
     name = actor_name(job, role, attempt)
     # Two per worker: one answers its bell, one its calls.
-    threads = {"max_concurrency": 2 * job.scaling.world + _SERVER_THREADS}
+    threads = _threads(job, roles)
     options = {**_common(run), **_resources(roles.server_resources or {"CPU": 0.0}), **threads}
     others = _nodes_but(beside, roles.server_resources or {}) if beside is not None else []
     if others:
@@ -110,6 +114,18 @@ def spawn_server(
         # A soft affinity would read better, but Ray 2.60 often does not follow it for actors.
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(others[turn], soft=False)
     return ray.remote(ServerNode).options(**options, name=name).remote(name)
+
+
+def _threads(job: Job, roles: Roles) -> dict[str, int]:
+    """Give two threads for each worker that there may be, and some for others."""
+    most = job.scaling.world + (ROOM if roles.consistency.dealt else 0)
+    return {"max_concurrency": 2 * most + _SERVER_THREADS}
+
+
+def _spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:
+    name = actor_name(job, "task-scheduler", attempt)
+    options = {**_common(run), **_resources({"CPU": 0.0}), "name": name}
+    return ray.remote(Scheduler).options(**options).remote(name, job, roles.consistency)
 
 
 def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
@@ -151,6 +167,17 @@ def spawn_worker(
     return ray.remote(Worker).options(**options).remote(name)
 
 
+def lacks(job: Job, more: int) -> str:
+    """Say what the cluster lacks now for so many more workers; empty: nothing."""
+    free = ray.available_resources()
+    short = [
+        f"{amount * more:g} {name}, of which {free.get(name, 0.0):g} are free"
+        for name, amount in job.scaling.resources().items()
+        if amount * more > free.get(name, 0.0)
+    ]
+    return f"{more} more workers need " + "; ".join(short) if short else ""
+
+
 def actor_name(job: Job, role: str, attempt: int) -> str:
     """Give an actor's name; one that is made later in a run says in which attempt."""
     return f"{job.name}/{role}" + (f"/attempt-{attempt}" if attempt else "")
@@ -158,7 +185,7 @@ def actor_name(job: Job, role: str, attempt: int) -> str:
 
 def start_workers(cast: Cast, orders: list[WorkOrder]) -> list[Any]:
     """Send every worker its orders; returns the calls, which end when the worker has them."""
-    return [worker.start.remote(order) for worker, order in zip(cast.workers, orders, strict=True)]
+    return [cast.workers[order.rank].start.remote(order) for order in orders]
 
 
 def _common(run: str) -> dict[str, Any]:

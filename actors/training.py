@@ -9,16 +9,16 @@ Model, data and strategy are made once and live through all attempts.
 import logging
 import os
 import pickle
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
 from safetensors.torch import save
 
+from distplat.actors.connection import Connection
 from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
@@ -35,12 +35,6 @@ from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Prepared, join, prepare
 from distplat.strategies.training.shown import Shown, part_copy, state_copy
-
-if TYPE_CHECKING:
-    from distplat.actors.collective.port import RayCollective
-    from distplat.actors.servers.shards import RayShards
-    from distplat.actors.tables.client import RayTables
-
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +136,7 @@ class Session:
         def report(part: AnyReport) -> None:
             self._report(part)
             if isinstance(part, StepReport):  # told between two steps, by this thread
+                self._connection.count(part)
                 self._offer(part.step + 1, prepared, strategy)
 
         try:
@@ -151,7 +146,8 @@ class Session:
                 order.rank,
                 collective=self._connection.collective(order),
                 shards=self._connection.shards(order, prepared),
-                tables=self._connection.tables(order),
+                tables=self._connection.tables(order, prepared),
+                leases=self._connection.leases(order, strategy),
                 report=report,
                 progress=progress,
                 around=Around(_saved(order), order.base, courier.take),
@@ -167,10 +163,11 @@ class Session:
         if order.attempt > 0:
             logger.info("rank %d goes on from step %d", order.rank, start)
             return
+        world = order.job.scaling.world
         logger.info(
-            "rank %d of %d: %s, %d parameters on %s, %d steps",
+            "rank %d %s: %s, %d parameters on %s, %d steps",
             order.rank,
-            order.job.scaling.world,
+            f"of {world}" if order.rank < world else "joins",
             order.job.strategy.name,
             sum(slot.size for slot in prepared.flat.slots),
             prepared.flat.params.device,
@@ -193,77 +190,6 @@ class Session:
         device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy
-
-
-class Connection:
-    """An attempt's group and servers; another thread may end the waits for them at any moment."""
-
-    def __init__(self) -> None:
-        self._abandoned = threading.Event()
-        self._group: RayCollective | None = None
-        self._servers: RayShards | None = None
-        self._tables: RayTables | None = None
-
-    def collective(self, order: WorkOrder) -> "RayCollective | None":
-        """
-        Meet the other ranks; None where the strategy has no group.
-
-        Raises:
-            DistplatError: somebody did not come, or the attempt was given up.
-        """
-        if order.collective is None:
-            return None
-        from distplat.actors.collective.group import Settings
-        from distplat.actors.collective.port import RayCollective  # only who needs it
-
-        self._group = RayCollective(
-            f"{order.run}/{order.attempt}",
-            order.collective.backend,
-            order.rank,
-            order.job.scaling.world,
-            Settings(
-                order.collective.timeout_s,
-                order.job.failure.start_timeout_s,
-                order.collective.debug,
-                self._abandoned,
-            ),
-        )
-        return self._group
-
-    def shards(self, order: WorkOrder, prepared: Prepared) -> "RayShards | None":
-        """Make the way to the servers; None where the strategy has none."""
-        if order.manager is None:
-            return None
-        from distplat.actors.servers.shards import RayShards
-
-        every = order.job.checkpoint.period(prepared.sampler.steps_per_epoch)
-        self._servers = RayShards(order, prepared.total_steps, every, self._abandoned)
-        return self._servers
-
-    def tables(self, order: WorkOrder) -> "RayTables | None":
-        """Give the way to the embedding tables; None where the job has none."""
-        if not order.embedding_servers:
-            return None
-        from distplat.actors.tables.client import RayTables
-
-        self._tables = RayTables(order, self._abandoned)
-        return self._tables
-
-    def give_up(self) -> None:
-        """Make whoever waits for other ranks come out."""
-        self._abandoned.set()
-        group = self._group
-        if group is not None:
-            group.abort()
-
-    def close(self) -> None:
-        """Leave the group."""
-        if self._group is not None:
-            self._group.close()
-        if self._servers is not None:
-            self._servers.close()
-        if self._tables is not None:
-            self._tables.close()
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:

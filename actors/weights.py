@@ -18,16 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from distplat.actors.runs import RunName, find_runs, named_actors
 from distplat.platform.common_version import CommonVersion
-from distplat.platform.errors import (
-    ActorLost,
-    DeadlineExceeded,
-    DistplatError,
-    Problem,
-    SpecError,
-)
+from distplat.platform.errors import ActorLost, DeadlineExceeded
 from distplat.platform.pieces import Bundle, Place, by_file, put_together
-from distplat.platform.suggest import hint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,12 +63,11 @@ class Weights:
     The weights of one run.
 
     Args:
-        run: its name.
-        job: the name of its job.
+        name: which.
     """
 
-    def __init__(self, run: str, job: str) -> None:
-        self.run, self._job = run, job
+    def __init__(self, name: RunName) -> None:
+        self.run, self._name = name.run, name
         self._workers: dict[int, Any] = {}
 
     def latest(self, *, newer_than: int = 0, timeout_s: float = 60.0) -> Snapshot:
@@ -145,7 +138,7 @@ class Weights:
         """
         try:
             if rank not in self._workers:
-                self._workers[rank] = self._find(rank)
+                self._workers[rank] = self._name.actor(f"worker-{rank}")
             left = max(0.0, until - time.monotonic())
             reply: Reply = ray.get(self._workers[rank].weights.remote(version), timeout=left)
             return reply
@@ -155,17 +148,9 @@ class Weights:
             raise error.cause from None
         except (ray.exceptions.RayActorError, ValueError):  # ValueError: no actor of that name
             self._workers.pop(rank, None)
-            if not _actors().get(self.run):
+            if not named_actors().get(self.run):
                 raise self._over() from None
             return None
-
-    def _find(self, rank: int) -> Any:
-        """Give the newest actor of a rank: one that was replaced has an attempt in its name."""
-        role = f"{self._job}/worker-{rank}"
-        names = [name for name in _actors().get(self.run, []) if _is(name, role)]
-        if not names:
-            raise ValueError(f"the run has no rank {rank}")
-        return ray.get_actor(max(names, key=_attempt), namespace=self.run)
 
     def _over(self) -> ActorLost:
         remedy = "if it ended well, its directory has the trained model"
@@ -199,29 +184,4 @@ def weights(name: str) -> Weights:
         SpecError: nothing of that name is running.
         DistplatError: this process is not connected to Ray.
     """
-    if not ray.is_initialized():
-        raise DistplatError("not connected to Ray: call ray.init(address=...) first")
-    runs = {
-        run: names[0].split("/")[0] for run, names in sorted(_actors().items()) if "/" in names[0]
-    }
-    found = [run for run, job in runs.items() if name in (run, job)]
-    if not found:
-        known = {*runs, *runs.values()}
-        raise SpecError(Problem((), f"no run or job {name!r} is running", hint(name, known)))
-    return Weights(found[-1], runs[found[-1]])  # names of runs end with the time
-
-
-def _actors() -> dict[str, list[str]]:
-    """Give the names of all named actors by namespace, which for ours is the run."""
-    found: dict[str, list[str]] = {}
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        found.setdefault(actor["namespace"], []).append(actor["name"])
-    return found
-
-
-def _is(name: str, role: str) -> bool:
-    return name == role or name.startswith(f"{role}/attempt-")
-
-
-def _attempt(name: str) -> int:
-    return int(name.rsplit("-", 1)[1]) if "/attempt-" in name else 0
+    return Weights(find_runs(name)[-1])

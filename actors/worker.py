@@ -80,6 +80,7 @@ class Worker:
             finished=standing.model is not None,
             error=standing.error,
             deliveries=deliveries,
+            left=standing.progress.left,
         )
 
     def result(self) -> bytes:

@@ -127,17 +127,18 @@ def ours(megabytes: int, servers: int, replication: int) -> tuple[Any, list[Any]
     )
     run = f"bench-{megabytes}-{servers}"
     cast = spawn(job, Roles(servers=servers, replication=replication), run, 0)
-    for worker in cast.workers:
+    for worker in cast.workers.values():
         ray.kill(worker)
-    cast.workers = [ray.remote(OurWorker).options(num_cpus=1).remote() for _ in range(WORKERS)]
+    workers = [ray.remote(OurWorker).options(num_cpus=1).remote() for _ in range(WORKERS)]
+    cast.workers = dict(enumerate(workers))
     orders = [
         WorkOrder(job, run, 0, rank, "", "", None, cast.manager, None) for rank in range(WORKERS)
     ]
     ray.get(
-        [w.connect.remote(o, megabytes) for w, o in zip(cast.workers, orders, strict=True)],
+        [w.connect.remote(o, megabytes) for w, o in zip(workers, orders, strict=True)],
         timeout=120,
     )
-    return cast, cast.workers
+    return cast, workers
 
 
 def measure(

@@ -51,7 +51,7 @@ class OurWorker:
         from distplat.actors.tables.client import RayTables
 
         torch.set_num_threads(1)
-        self.tables = RayTables(order, threading.Event())
+        self.tables = RayTables(order, 0, threading.Event())
         spec = TableSpec("table", ROWS, WIDTH, 0.1, whole=True)
         self.plan = self.tables.connect((spec,), 1 << 20, 0)
         self.random, self.step = np.random.default_rng(0), 0

@@ -1,10 +1,16 @@
 """A strategy's figures (docs/metrics.md) in words, for the table at the end of a run."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 from distplat.platform.progress import Setback, StepSummary
 
 Figures = dict[str, float]
+
+_SHARD = re.compile(r"shard_\d+_apply_s")
+_LOAD = ("apply_s", "queue_s", "queue_depth", "in_bytes", "out_bytes")
+_MOST_SHARDS = 4
+"""Rows for shards in the table at the end of a run."""
 
 
 def mean_figures(history: Sequence[StepSummary]) -> Figures:
@@ -27,6 +33,7 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
         rows.append(("exchange", f"{size_text(figures['sent_bytes'])} sent per worker and step"))
         if "exposed_s" in figures:
             rows.append(("", _overlap(figures)))
+    rows += _servers(figures)
     if figures.get("pipeline_s"):
         rows.append(("pipeline", _pipeline(figures)))
     if figures.get("saved_bytes"):
@@ -53,6 +60,28 @@ def checkpoint_rows(steps: Sequence[int], folder: str) -> list[tuple[str, str]]:
     if not steps:
         return []
     return [("checkpoints", f"{len(steps)} written, the last of step {steps[-1]}, in {folder}")]
+
+
+def _servers(figures: Figures) -> list[tuple[str, str]]:
+    """Say what each shard had to do; of many, those that had most."""
+    if "queue_s" not in figures:
+        return []
+    count = sum(1 for name in figures if _SHARD.fullmatch(name))
+    shards = sorted(range(count), key=lambda i: -figures[f"shard_{i}_apply_s"])[:_MOST_SHARDS]
+    if not shards:
+        return [("servers", _load(figures, ""))]
+    rows = [(f"shard {i}", _load(figures, f"shard_{i}_")) for i in sorted(shards)]
+    if len(shards) < count:
+        rows.append(("", f"and {count - len(shards)} shards that had less to do"))
+    return rows
+
+
+def _load(figures: Figures, start: str) -> str:
+    of = {name: figures[start + name] for name in _LOAD}
+    return (
+        f"{_ms(of['apply_s'])} applying, {_ms(of['queue_s'])} queue, {of['queue_depth']:.2g} deep; "
+        f"{size_text(of['in_bytes'])} in, {size_text(of['out_bytes'])} out per worker and step"
+    )
 
 
 def _overlap(figures: Figures) -> str:

@@ -14,7 +14,9 @@ from rich.text import Text
 from distplat.cli import remote
 from distplat.cli.address import target_of
 from distplat.cli.render import print_pairs, print_result, to_json
-from distplat.platform.errors import Problem, SpecError
+from distplat.cli.roles import role_facts, role_lines
+from distplat.cli.running import roles_of
+from distplat.platform.errors import ClusterUnreachable, DistplatError, Problem, SpecError
 from distplat.platform.suggest import hint
 
 if TYPE_CHECKING:
@@ -79,12 +81,51 @@ def list_jobs(
 
 
 def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
-    """Print how one job stands."""
-    jobs = open_jobs(address)
-    info = remote.find(jobs, job_id)
+    """
+    Print how one job stands, and its roles where it is running.
+
+    Args:
+        address: where; None: environment, or this machine.
+        job_id: the job's; or the name of a job or run that no job API knows.
+        as_json: print JSON.
+
+    Raises:
+        SpecError: neither the job API nor Ray knows it.
+        ClusterUnreachable: nobody answers.
+    """
+    info, trouble = _look_up(address, job_id)
+    seen, silence = None, ""
+    if info is None or info["status"] == "RUNNING":
+        try:
+            name = job_id if info is None else (info["metadata"] or {}).get("job_name", job_id)
+            seen = roles_of(address, name)
+        except DistplatError as error:
+            silence = " ".join(str(error).split())
+    if info is None and seen is None:
+        assert trouble is not None, "or there would be something to show"
+        raise trouble
     if as_json:
-        print(to_json({"version": OUTPUT_VERSION, **_facts(info)}))
+        facts = {} if info is None else _facts(info)
+        roles = None if seen is None else role_facts(seen)
+        print(to_json({"version": OUTPUT_VERSION, **facts, "roles": roles}))
         return
+    if info is not None:
+        print_pairs(_pairs(info))
+    if silence:
+        remote.say(f"its roles are not shown: {silence}")
+    if seen is not None:
+        print("\n".join(role_lines(seen) if info is None else ["", *role_lines(seen)]))
+
+
+def _look_up(address: str | None, job_id: str) -> "tuple[Info, None] | tuple[None, DistplatError]":
+    """Ask the job API for a job; or give why it does not have it."""
+    try:
+        return remote.find(open_jobs(address), job_id), None
+    except (SpecError, ClusterUnreachable) as error:
+        return None, error
+
+
+def _pairs(info: "Info") -> list[tuple[str, str]]:
     row = _row(info)
     code = info["driver_exit_code"]
     pairs = [(name, row[name]) for name in _COLUMNS]
@@ -92,7 +133,7 @@ def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
         pairs.append(("exit code", str(code)))
     if info["status"] not in ("SUCCEEDED", "RUNNING") and info["message"]:
         pairs.append(("message", remote.clean_lines(info["message"])[0]))
-    print_pairs(pairs)
+    return pairs
 
 
 def print_logs(address: str | None, job_id: str, *, follow: bool) -> None:

@@ -30,6 +30,7 @@ from distplat.cli.options import (
 )
 from distplat.cli.replay import replay
 from distplat.cli.report import report
+from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
 from distplat.platform.errors import DistplatError, SpecError
 
@@ -180,6 +181,7 @@ def strategies(output: Output = "text") -> None:
 app.command()(schedule)
 app.command()(replay)
 app.command()(report)
+app.command()(scale)
 
 
 @app.command("list")
@@ -201,7 +203,11 @@ def list_jobs(
 
 @app.command()
 def status(job_id: JobId, address: Address = None, output: Output = "text") -> None:
-    """Show how a job stands."""
+    """
+    Show how a job stands; on a machine of its cluster also how each of its roles is doing.
+
+    ID may be the name of a run or a job, too, for those that were not handed in to a job API.
+    """
     from distplat.cli import jobs
 
     jobs.print_status(address, job_id, as_json=is_json(output))

@@ -1,13 +1,14 @@
 """
 In what order a shard applied gradients: what makes an asynchronous run repeatable.
 
-    place   rank  seq  pulled      `pulled`: the version at which the gradient was computed
-      0      1     0     0         place 0 takes the shard from version 0 to version 1
-      1      0     0     0         staleness 1: one update between its pull and its place
-      2      1     1     1         after its push of place 0 rank 1 pulled version 1: staleness 1
+    place   rank  task  pulled     `pulled`: the version at which the gradient was computed
+      0      1     0      0        place 0 takes the shard from version 0 to version 1
+      1      0     1      0        staleness 1: one update between its pull and its place
+      2      1     2      1        after its push of place 0 rank 1 pulled version 1: staleness 1
       ...
 
-The rest of a run follows from the job: which samples, which dropout, which learning rate. Kept in
+A task is one part of one step's batch: of N parts, part t % N of step t // N. The rest of a run
+follows from the job: which samples, which dropout, which learning rate. Kept in
 memory, 24 bytes an update; at the end all shards' logs go into one safetensors file.
 """
 
@@ -22,17 +23,19 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from distplat.platform.errors import StorageError
+from distplat.platform.spans import Spans
 
 FILE_NAME = "apply_log.safetensors"
 _WIDTH = 3
+_COLUMNS = "rank,task,pulled"
 
 
 class Applied(NamedTuple):
     """One update of a shard."""
 
     rank: int
-    seq: int
-    """Number of the rank's push: its step."""
+    task: int
+    """What the gradient was of."""
     pulled: int
     """Version of the shard at which the gradient was computed."""
 
@@ -60,51 +63,55 @@ class ApplyLog:
         return (self[place] for place in range(len(self)))
 
     def numbers(self) -> NDArray[np.int64]:
-        """Copy it as an array, shape [updates, 3]: rank, seq, pulled."""
+        """Copy it as an array, shape [updates, 3]: rank, task, pulled."""
         return np.array(self._numbers, dtype=np.int64).reshape(-1, _WIDTH)
 
 
 def staleness_counts(logs: Sequence[ApplyLog], world: int) -> list[Counter[int]]:
-    """Count by rank how often a gradient had which staleness, over all shards."""
-    counts: list[Counter[int]] = [Counter() for _ in range(world)]
+    """Count by rank how often a gradient had which staleness, over all shards; at least `world`."""
+    ranks = max([world, *(applied.rank + 1 for log in logs for applied in log)])
+    counts: list[Counter[int]] = [Counter() for _ in range(ranks)]
     for log in logs:
         for place, applied in enumerate(log):
             counts[applied.rank][place - applied.pulled] += 1
     return counts
 
 
-def largest_lead(log: ApplyLog, world: int) -> int:
-    """Give the most steps that a rank was ahead of the slowest when a gradient of it came."""
-    done, lead = [0] * world, 0
+def largest_lead(log: ApplyLog, parts: int) -> int:
+    """
+    Give the most steps that a task was ahead of the oldest missing one when its gradient came.
+
+    Args:
+        log: of one shard, from the first step on.
+        parts: tasks of a step.
+    """
+    done, lead = Spans(), 0
     for applied in log:
-        lead = max(lead, applied.seq - min(done))
-        done[applied.rank] += 1
+        lead = max(lead, applied.task // parts - done.low // parts)
+        done.add(applied.task)
     return lead
 
 
-def flaws(log: ApplyLog, world: int, steps: int) -> list[str]:
+def flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
     """
-    Say what is wrong with a finished run's log; empty: every gradient was applied exactly once.
+    Say what is wrong with a finished run's log; empty: every task was applied exactly once.
 
     Args:
         log: of one shard.
-        world: number of ranks.
-        steps: of each rank.
+        parts: tasks of a step.
+        steps: of the run.
     """
-    following, since = [0] * world, [0] * world
-    for place, (rank, seq, pulled) in enumerate(log):
-        if not 0 <= rank < world:
-            return [f"update {place} is of rank {rank}, the world has {world}"]
-        if seq != following[rank]:
-            return [f"update {place} is push {seq} of rank {rank}, expected {following[rank]}"]
-        if not since[rank] <= pulled <= place:
+    done, since = Spans(), dict[int, int]()
+    for place, (rank, task, pulled) in enumerate(log):
+        if rank < 0 or not 0 <= task < parts * steps:
+            return [f"update {place} is task {task} of rank {rank}: the run has {parts * steps}"]
+        if not done.add(task):
+            return [f"update {place} is task {task}, which was made before"]
+        if not since.get(rank, 0) <= pulled <= place:
             return [f"update {place} was computed at version {pulled}, which rank {rank} had not"]
-        following[rank], since[rank] = seq + 1, place + 1
-    return [
-        f"rank {rank} made {made} updates of {steps}"
-        for rank, made in enumerate(following)
-        if made != steps
-    ]
+        since[rank] = place + 1
+    missing = parts * steps - len(log)
+    return [f"{missing} tasks are missing, the first is {done.low}"] if missing else []
 
 
 def pack(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> bytes:
@@ -116,7 +123,7 @@ def pack(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> bytes:
         facts: what else is to be known, as text.
     """
     arrays = {f"shard-{index}": numbers for index, numbers in enumerate(logs)}
-    return save(arrays, {"columns": "rank,seq,pulled", **facts})
+    return save(arrays, {"columns": _COLUMNS, **facts})
 
 
 def read_logs(path: str) -> tuple[list[ApplyLog], dict[str, str]]:
@@ -137,4 +144,7 @@ def read_logs(path: str) -> tuple[list[ApplyLog], dict[str, str]]:
         raise StorageError(f"cannot read {path}: {error}") from None
     if any(a.ndim != 2 or a.shape[1] != _WIDTH or a.dtype != np.int64 for a in arrays):
         raise StorageError(f"{path} is no log of updates")
+    if facts.get("columns") != _COLUMNS:
+        text = f"{path} has columns {facts.get('columns')}: another version of distplat wrote it"
+        raise StorageError(text)
     return [ApplyLog(numbers) for numbers in arrays], facts

@@ -10,6 +10,7 @@ A worker's clock counts its gradients that a shard has applied. A worker whose c
     worker-2     =======================|         4 - 1 = 3: waits until worker-0 is at 2
 
 Every shard keeps clocks of its own. They cannot deadlock: the slowest worker waits at no shard.
+Where tasks are leased, a worker has no clock: there the scheduler keeps the bound, by the tasks.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ class Consistency:
     """Lambda of the correction for what changed since the pull (Zheng et al., ICML 2017)."""
     backup_workers: int = 0
     """Synchronous: a step goes on without so many of the gradients (Chen et al., 2016)."""
+    dealt: bool = False
+    """Asynchronous: tasks are leased to whoever asks (`task_scheduler.py`), who keeps the bound;
+    else each worker has its part of every step, and shards keep it."""
 
     @property
     def private(self) -> bool:

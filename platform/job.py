@@ -16,7 +16,6 @@ A user's error waits for nothing. The class reads no clock and talks to nobody: 
 decisions go out.
 """
 
-from dataclasses import dataclass
 from enum import Enum
 
 from distplat.platform.blame import repairable, weight
@@ -28,6 +27,7 @@ from distplat.platform.errors import (
     StateLost,
     UserCodeError,
 )
+from distplat.platform.job_events import Event, Failed, Heard, Joined, Left, Tick, Unanswered
 from distplat.platform.recovery import Budget, Policy, Restart
 from distplat.platform.spec import Failure
 
@@ -48,45 +48,6 @@ class Phase(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True)
-class Heard:
-    """An answer of a rank. `progress` counts its beats: it grows while the rank is at work."""
-
-    rank: int
-    progress: int
-    step: int
-    """Steps done."""
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A rank or a part of the server group reported an error, or was found dead."""
-
-    role: str
-    error: DistplatError
-    gone: bool = False
-    """Its process is no more; else it waits for orders."""
-    preempted: bool = False
-    """Its machine was taken away."""
-
-
-@dataclass(frozen=True)
-class Unanswered:
-    """A role has not answered for `seconds`."""
-
-    role: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time passed."""
-
-
-Event = Heard | Failed | Unanswered | Tick
-
-
 class JobState:
     """
     State of one run.
@@ -104,6 +65,7 @@ class JobState:
         self.error: DistplatError | None = None  #: the best explanation so far
         self.restart: Restart | None = None  #: to be carried out, then `restarted` called
         self._world, self._limits = world, limits
+        self._members = set(range(world))
         self._policy = policy or Policy()
         self._budget = Budget(self._policy)
         self._steps = dict.fromkeys(range(world), 0)
@@ -113,8 +75,8 @@ class JobState:
         self.phase, self.error, self.restart = Phase.STARTING, None, None
         self._started_at = now
         self._failed_at = 0.0
-        self._progress = dict.fromkeys(range(self._world), 0)
-        self._moved_at = dict.fromkeys(range(self._world), now)  #: when `progress` last grew
+        self._progress = dict.fromkeys(self._members, 0)
+        self._moved_at = dict.fromkeys(self._members, now)  #: when `progress` last grew
         self._finished: set[int] = set()
         self._gone: set[str] = set()  #: roles whose process is no more, or will be ended
         self._waiting: set[int] = set()  #: ranks that stopped and wait for orders
@@ -160,6 +122,12 @@ class JobState:
                 self._take_failure(event, now)
             case Unanswered(role=role, seconds=seconds):
                 self._miss(role, seconds, now)
+            case Joined(rank=rank):
+                self._members.add(rank)
+                self._steps[rank] = self.steps_done
+                self._progress[rank], self._moved_at[rank] = 0, now
+            case Left(rank=rank):
+                self._part_with(rank)
             case Tick():
                 self._watch(now)
 
@@ -174,10 +142,24 @@ class JobState:
         assert self.restart is not None, "only after a restart was decided"
         self.attempt = self.restart.attempt
         if self.restart.everything:
-            self._steps = dict.fromkeys(self._steps, step)
+            self._members = set(range(self._world))  # made anew as at the start
+            self._steps = dict.fromkeys(self._members, step)
         self._begin(now)
 
+    def _part_with(self, rank: int) -> None:
+        self._members.discard(rank)
+        self._finished.discard(rank)
+        for figures in (self._steps, self._progress, self._moved_at):
+            figures.pop(rank, None)
+        self._end_if_finished()
+
+    def _end_if_finished(self) -> None:
+        if self.phase is not Phase.SETTLING and self._finished == self._members:
+            self.phase = Phase.SUCCEEDED
+
     def _hear(self, heard: Heard, now: float) -> None:
+        if heard.rank not in self._members:
+            return  # it has left
         if heard.progress > self._progress[heard.rank]:
             self._progress[heard.rank] = heard.progress
             self._moved_at[heard.rank] = now
@@ -186,8 +168,7 @@ class JobState:
             self._finished.add(heard.rank)
         if self.phase is Phase.STARTING and all(self._progress.values()):
             self.phase = Phase.RUNNING
-        if self.phase is not Phase.SETTLING and len(self._finished) == self._world:
-            self.phase = Phase.SUCCEEDED
+        self._end_if_finished()
 
     def _take_failure(self, failed: Failed, now: float) -> None:
         if failed.gone:
@@ -234,7 +215,7 @@ class JobState:
         patience_s = self._limits.step_timeout_s * STALL_GRACE
         if not self._policy.survivors_go_on:
             patience_s = SETTLE_S
-        if len(known) == self._world or waited_s >= patience_s:
+        if known >= self._members or waited_s >= patience_s:
             self._decide()
 
     def _decide(self) -> None:
@@ -245,7 +226,7 @@ class JobState:
             self.error = RestartsExhausted(answer, tuple(self._budget.setbacks))
             self.phase = Phase.FAILED
             return
-        ranks = range(self._world)
+        ranks = sorted(self._members)
         gone = {_rank_of(role) for role in self._gone}
         usable = {rank for rank in self._waiting | self._finished if rank not in gone}
         kept = self._policy.survivors_go_on and not self._state_lost
@@ -261,8 +242,11 @@ class JobState:
 
     def _watch_steps(self, now: float) -> None:
         limit = self._limits.step_timeout_s
+        start = max(limit, self._limits.start_timeout_s)
         working = [r for r in self._steps if r not in self._finished]
-        stalled = [r for r in working if now - self._moved_at[r] > limit * STALL_GRACE]
+        quiet = {r: now - self._moved_at[r] for r in working}
+        patience = {r: limit if self._progress[r] else start for r in working}  # it has just joined
+        stalled = [r for r in working if quiet[r] > patience[r] * STALL_GRACE]
         if stalled:
             late = tuple(f"worker-{r}" for r in stalled)
             self._gone.update(late)

@@ -16,6 +16,9 @@ themselves; only the next of each may be applied:
 
     worker-0   0  1  2 |3|         push 2 again: the same answer      4: a gap    1: stale
     worker-1   0 |1|
+
+Where tasks are leased to whoever asks for them, two workers may make the same task: one that was
+taken for lost, and the one who got its lease. The first push of a task counts.
 """
 
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from enum import Enum
 from typing import Any
 
 from distplat.platform.errors import FencedError, GapError, NotReadyError, StaleError
+from distplat.platform.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class PushId:
     rank: int
     seq: int
     """Number of this worker's push, from 0; in synchronous strategies the step."""
+    task: int | None = None
+    """What it is of, where tasks are leased: then pushes are numbered from 0 in each attempt."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,10 @@ class Answer:
     """How long the worker was held up for others."""
     apply_s: float = 0.0
     """What summing and updating took."""
+    queue_s: float = 0.0
+    """How long the worker's push stood before the update that it is part of began."""
+    queue_depth: int = 0
+    """Pushes that stood there when it came, itself included."""
     dropped: int = 0
     """The worker's pushes so far that came too late for their step."""
     done: int = 0
@@ -182,6 +192,11 @@ class AsyncLedger:
         """A worker was replaced: pushes of this attempt are taken from now on."""
         self.attempt = attempt
 
+    @property
+    def done(self) -> int:
+        """Steps of the slowest rank that are applied."""
+        return min(self._next)
+
     def offer(self, push: PushId) -> Verdict:
         """
         Decide on a push and book it; `NEW` is to be applied at once, and counts as a version.
@@ -202,6 +217,61 @@ class AsyncLedger:
         if push.seq == expected - 1 >= 0:
             return Verdict.REPEAT_COMMITTED
         raise _out_of_turn(push, expected)
+
+
+class TaskLedger:
+    """
+    Book of an asynchronous shard whose workers lease their tasks: any rank may push, and of each
+    task the first gradient counts. Starts unready: without parameters it takes nothing.
+    """
+
+    def __init__(self, job: str, attempt: int) -> None:
+        self.job, self.attempt = job, attempt
+        self.version: int | None = None  #: updates applied; None: no parameters yet
+        self.made = Spans()  #: tasks that are in the parameters
+        self.dropped: dict[int, int] = {}  #: rank -> its pushes of tasks that were made before
+        self._next: dict[int, int] = {}  #: rank -> number of the push that is its turn
+
+    def restore(self, version: int, task: int = 0) -> None:
+        """
+        Parameters of this version are in place; from now on pushes are taken.
+
+        Args:
+            version: updates that they have behind them.
+            task: the first one that is not in them.
+        """
+        self.version, self.made = version, Spans(task)
+
+    def renew(self, attempt: int) -> None:
+        """Pushes of this attempt are taken from now on, each rank's from 0; what is made, stays."""
+        self.attempt = attempt
+        self._next.clear()
+
+    def offer(self, push: PushId) -> Verdict:
+        """
+        Decide on a push and book it; `NEW` is to be applied at once, and counts as a version.
+
+        Raises:
+            NotReadyError: no parameters yet.
+            FencedError: another job or attempt, or a push of no task.
+            StaleError: older than the rank's last push.
+        """
+        version = _ready(self.version)
+        _check_sender(push, self.job, self.attempt, push.rank + 1)
+        if push.task is None:
+            raise FencedError(f"push {push.seq} of rank {push.rank} refused: it is of no task")
+        expected = self._next.get(push.rank, 0)
+        if push.seq == expected - 1:
+            return Verdict.REPEAT_COMMITTED
+        # Not refused is one after a gap: a backup was not told of a push that was dropped.
+        if push.seq < expected:
+            raise _out_of_turn(push, expected)
+        self._next[push.rank] = push.seq + 1
+        if not self.made.add(push.task):
+            self.dropped[push.rank] = self.dropped.get(push.rank, 0) + 1
+            return Verdict.LATE
+        self.version = version + 1
+        return Verdict.NEW
 
 
 def _ready(version: int | None) -> int:

@@ -11,6 +11,7 @@ class StepReport:
     """One rank's part of one step."""
 
     rank: int
+    """Whose; where tasks are leased, which part of the step it is, whoever made it."""
     step: int
     epoch: int
     loss: float
@@ -115,9 +116,17 @@ class Gathering:
     A step is given out when its last rank has reported it. Where a rank was lost between its part
     and its report, that report never comes: then the step is given out without it, as soon as a
     later step is complete, or at the end. What is done again after a restart is given out once.
+
+    Where tasks are leased, later steps may be complete before earlier ones, which wait their turn.
+
+    Args:
+        world: number of ranks, or of a step's parts.
+        first: of the steps, where tasks are leased; None: ranks make one step after the other.
     """
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, first: int | None = None) -> None:
+        self._turn = first
+        self._lossy = 0  #: of steps before this one, reports may have been lost
         self._steps = _Waiting[StepReport](world)
         self._evals = _Waiting[EvalReport](world)
         self._traces = _Waiting[TraceReport](world)
@@ -128,11 +137,29 @@ class Gathering:
             traces = self._traces.add(report)
             return [join_traces(traces)] if traces else []
         if isinstance(report, StepReport):
+            if self._turn is not None:
+                return self._in_turn(report, self._turn)
             steps = self._steps.add(report)
             return [*self._partial(report.step), _join_steps(steps)] if steps else []
         # Ranks may report an evaluation for each other: it says nothing of who reported which step.
         evaluations = self._evals.add(report)
         return [_join_evals(evaluations)] if evaluations else []
+
+    def lost(self) -> None:
+        """Be told that a rank was lost: what it had done and not yet reported never comes."""
+        self._lossy = self._steps.highest + 1
+
+    def _in_turn(self, report: StepReport, turn: int) -> list[StepSummary | EvalSummary | Trace]:
+        found: list[StepSummary | EvalSummary | Trace] = []
+        complete = self._steps.put(report)
+        if complete and turn < self._lossy <= report.step:
+            found += self._partial(self._lossy)
+            turn = self._lossy
+        while steps := self._steps.complete(turn):
+            found.append(_join_steps(steps))
+            turn += 1
+        self._turn = turn
+        return found
 
     def rest(self) -> list[StepSummary | EvalSummary]:
         """Give what is left of the steps when the run is over."""
@@ -149,13 +176,23 @@ class _Waiting(Generic[Report]):
         self._world = world
         self._by_step: dict[int, dict[int, Report]] = {}
         self._next = 0  #: everything before this step was given out
+        self.highest = -1  #: the last step of which there is a report
 
     def add(self, report: Report) -> list[Report]:
         """Give the reports of all ranks, in rank order so that sums repeat; empty: some miss."""
+        return self._take(report.step) if self.put(report) else []
+
+    def put(self, report: Report) -> bool:
+        """Take a report; say whether its step is complete, and was not given out."""
         if report.step < self._next:
-            return []
+            return False
+        self.highest = max(self.highest, report.step)
         self._by_step.setdefault(report.step, {})[report.rank] = report
-        return self._take(report.step) if len(self._by_step[report.step]) == self._world else []
+        return len(self._by_step[report.step]) == self._world
+
+    def complete(self, step: int) -> list[Report]:
+        """Give the reports of a step, if all are there; empty: some miss."""
+        return self._take(step) if len(self._by_step.get(step, {})) == self._world else []
 
     def before(self, step: int | None) -> list[list[Report]]:
         """Give what there is of all steps before this one, oldest first; None: of all."""

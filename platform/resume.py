@@ -25,7 +25,7 @@ def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         job: the run's.
         run: its name.
-        facts: what rank 0 knows: `samples`, `steps_per_epoch`, `epoch`, `versions`.
+        facts: what rank 0 knows: `samples`, `steps_per_epoch`, `epoch`, `versions`, `tables`.
     """
     return {
         "run": run,
@@ -35,6 +35,7 @@ def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "global_batch_size": job.global_batch_size,
         "data": _order(job),
         "optimizer": job.optimizer.model_dump(mode="json"),
+        **_tables(job),
         **facts,
     }
 
@@ -53,7 +54,8 @@ def mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
         had = state.get("data", {}).get(field)
         if had != value:
             found.append(_differs(("data", field), had, value))
-    return found + _optimizer(state.get("optimizer", {}), job) + _length(state, job)
+    found += _optimizer(state.get("optimizer", {}), job) + _embeddings(state, job)
+    return found + _length(state, job)
 
 
 def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> Stored:
@@ -98,6 +100,25 @@ def _optimizer(had: Mapping[str, Any], job: Job) -> list[Problem]:
         for field, value in _memory(has).items()
         if _memory(had).get(field) != value
     ]
+
+
+def _tables(job: Job) -> dict[str, Any]:
+    chosen = job.embeddings
+    return {} if chosen is None else {"embeddings": chosen.model_dump(mode="json")}
+
+
+def _embeddings(state: Mapping[str, Any], job: Job) -> list[Problem]:
+    """Compare the rows' optimizers; number of servers and partition may change."""
+    had, has = state.get("embeddings"), _tables(job).get("embeddings")
+    if (had is None) != (has is None):
+        text = "the checkpoint has no embedding tables, the job has the field"
+        if has is None:
+            text = "the checkpoint has embedding tables, the job has not the field"
+        return [Problem(("embeddings",), text, "set it as it was, or start without --resume")]
+    if had is None or has is None or had["optimizer"]["name"] == has["optimizer"]["name"]:
+        return []
+    names = had["optimizer"]["name"], has["optimizer"]["name"]
+    return [_differs(("embeddings", "optimizer", "name"), *names)]
 
 
 def _memory(optimizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,13 @@ Which server node keeps which parameters: the metadata that the server manager o
 
 Parameters lie one after another in one flat vector; a shard is a run of its elements. Cutting the
 vector, not the list of tensors, balances the shards by bytes whatever the sizes of the layers: one
-huge embedding does not make one server the slow one.
+huge embedding does not make one server the slow one. Where servers differ they are cut by measured
+speed, on request: everybody waits for the slowest shard.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from distplat.platform.clocks import SYNCHRONOUS, Consistency
 from distplat.platform.cut import even_bounds
@@ -15,6 +17,9 @@ from distplat.platform.spec import Job
 
 _ALIGN = 16
 """Elements: shard bounds fall on cache lines for 4-byte elements, where vector kernels like it."""
+
+ALIKE = 1.25
+"""Servers whose speeds differ less count as equal: so much two measurements of one may differ."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,33 @@ class ShardMap:
     shards: tuple[Shard, ...]
 
 
-def cut_shards(total: int, servers: int, *, version: int = 1) -> ShardMap:
-    """Cut `total` elements into one shard per server; for a tiny model some may be empty."""
+def cut_shards(
+    total: int, servers: int, *, version: int = 1, speeds: Sequence[float] = ()
+) -> ShardMap:
+    """
+    Cut `total` elements into one shard per server; for a tiny model some may be empty.
+
+    Args:
+        total: elements.
+        servers: how many.
+        version: of the map.
+        speeds: elements that each server updates in a second; empty: as if all were alike.
+    """
     align = _ALIGN if total >= servers * _ALIGN else 1
-    bounds = even_bounds(total, servers, align=align)
+    if not speeds or max(speeds) <= ALIKE * min(speeds):
+        bounds = even_bounds(total, servers, align=align)
+    else:
+        bounds = _bounds_by_speed(total, speeds, align)
     shards = tuple(Shard(i, start, stop) for i, (start, stop) in enumerate(bounds))
     return ShardMap(version, total, shards)
+
+
+def _bounds_by_speed(total: int, speeds: Sequence[float], align: int) -> list[tuple[int, int]]:
+    """Give each server elements in proportion to its speed, so that all take the same time."""
+    blocks, whole = -(-total // align), sum(speeds)
+    inner = [round(blocks * part / whole) * align for part in accumulate(speeds[:-1])]
+    ends = [*(min(end, total) for end in inner), total]
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def within(runs: Sequence[tuple[int, int]], shard: Shard) -> tuple[tuple[int, int], ...]:
@@ -75,12 +101,14 @@ class Division:
         return self.servers // len(self.parts)
 
     def part_of(self, rank: int) -> int:
-        """Give a rank's part."""
+        """Give a rank's part; of a model that is not cut, also that of a rank that came later."""
+        if len(self.parts) == 1:
+            return 0
         return next(part for part, ranks in enumerate(self.parts) if rank in ranks)
 
     def place_of(self, rank: int) -> int:
         """Give a rank's number among those that share its servers."""
-        return self.parts[self.part_of(rank)].index(rank)
+        return rank if len(self.parts) == 1 else self.parts[self.part_of(rank)].index(rank)
 
     def servers_of(self, part: int) -> range:
         """Give the numbers of a part's servers, in the order of its shards."""

@@ -258,8 +258,4 @@ def _embedding_problems(job: Job) -> list[Problem]:
         text = "cannot be combined with `embeddings`: the norm would lack the rows' gradients"
         hint = "remove it, and lower the learning rates if need be"
         found.append(Problem(("clip_norm",), text, hint))
-    if job.checkpoint.wanted:
-        text = "cannot be combined with `embeddings`: checkpoints would lack the rows"
-        hint = "take `every_steps` and `every_epochs` out; the last rows are kept by `save_final`"
-        found.append(Problem(("checkpoint",), text, hint))
     return found

@@ -36,6 +36,8 @@ class TablePlan:
     tables: tuple[TableSpec, ...]
     rewinds: bool = False
     """Keep what the last step has changed: a restart may have to make that step again."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0: there are none."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class PullId:
     """Of this worker's pulls in the attempt, from 0."""
 
 
+def file_of(server: int) -> str:
+    """Give the name of a server's file in a checkpoint, without its ending."""
+    return f"embeddings-{server}"
+
+
 def plan_of(
     job: Job,
     run: str,
@@ -56,8 +63,11 @@ def plan_of(
     total_steps: int,
     *,
     rewinds: bool,
+    checkpoint_every: int = 0,
 ) -> TablePlan:
     """Make the plan of one attempt; `job` has the field `embeddings`."""
     assert job.embeddings is not None, "only such jobs have servers of tables"
     servers, world = job.embeddings.servers, job.scaling.world
-    return TablePlan(job, run, attempt, world, total_steps, servers, tables, rewinds)
+    return TablePlan(
+        job, run, attempt, world, total_steps, servers, tables, rewinds, checkpoint_every
+    )

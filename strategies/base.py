@@ -82,6 +82,8 @@ class Roles:
     """How many servers keep each shard: one, or a primary and its backup."""
     wire: str | None = None
     """Name in torch of the type that travels between workers and servers of two nodes."""
+    split_by_load: bool = False
+    """Whether shards are cut by the servers' measured speed; else all have the same size."""
     collective: GroupSpec | None = None
     """The group of all workers; None: workers get no port `Collective`."""
     parts: tuple[tuple[int, ...], ...] = ()

@@ -25,6 +25,8 @@ from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
 from distplat.strategies.sparse.fake import InMemoryTables as InMemoryTables
 from distplat.strategies.sparse.fake import TableGroup as TableGroup
+from distplat.strategies.training.fake_leases import InMemoryLeases as InMemoryLeases
+from distplat.strategies.training.fake_leases import LeaseDesk as LeaseDesk
 from distplat.strategies.training.fake_servers import InMemoryShards as InMemoryShards
 from distplat.strategies.training.fake_servers import ServerGroup as ServerGroup
 from distplat.strategies.training.fake_servers import server_groups as server_groups

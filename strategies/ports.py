@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from distplat.platform.load import ShardLoad
+    from distplat.platform.pieces import Entry
     from distplat.platform.table_plan import TablePlan, TableSpec
+    from distplat.platform.task_scheduler import Course, Work
     from distplat.strategies.sparse.routing import Routed
     from distplat.strategies.sparse.table import RowGradients
     from distplat.strategies.training.flat import FlatModel
@@ -47,8 +50,8 @@ class Pushed:
     """How long servers held this rank up for others."""
     version: int = 0
     """Updates that the parameters have behind them, on the shard with the fewest."""
-    apply_s: float = 0.0
-    """What summing and updating took, on the slowest shard."""
+    loads: tuple[ShardLoad, ...] = ()
+    """What it was to each shard."""
     dropped: int = 0
     """This rank's pushes so far that came too late for their step."""
 
@@ -74,6 +77,18 @@ class ShardCopy:
     kinds: tuple[Kind, ...] = ()
     box: Any = None
     """Opens to the vectors, in the order of `kinds`; None: they are not here."""
+
+
+@dataclass(frozen=True)
+class TablesCopy:
+    """What an embedding server has kept for a checkpoint."""
+
+    steps: int
+    """That the slowest rank has made at this server."""
+    entries: tuple[Entry, ...] = ()
+    """What is in the arrays."""
+    box: Any = None
+    """Opens to the arrays; None: they are not here."""
 
 
 class Shards(Protocol):
@@ -108,16 +123,19 @@ class Shards(Protocol):
         have not come further; the servers keep theirs, and take the step's gradients again.
         """
 
-    def push(self, step: int) -> Pushed:
+    def push(self, step: int, task: int | None = None) -> Pushed:
         """
         Hand the gradients to all shards, one call to each, and wait for their answers.
+
+        Where tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is what
+        the gradient is of.
 
         Synchronous servers answer when every rank's gradients are there, asynchronous ones when
         this rank's are applied and it is not too far ahead of the others. Either way the new
         parameters are in place then, unless the answer has a `norm`.
         """
 
-    def commit(self, step: int, norm: float) -> None:
+    def commit(self, step: int, norm: float) -> Pushed:
         """Have all shards apply the update of `step`; return with the new parameters in place."""
 
     def refresh(self) -> None:
@@ -142,6 +160,30 @@ class Shards(Protocol):
         """
 
 
+class Leases(Protocol):
+    """The task scheduler as one worker sees it: what to do next, and what is done."""
+
+    def connect(self, course: Course) -> None:
+        """
+        Join the run's workers.
+
+        Raises:
+            ProtocolError: this worker's data set is not that of the others.
+            ActorLost: the scheduler is gone.
+        """
+
+    def next(self, alive: Callable[[], None]) -> Work:
+        """
+        Give what is to be done next; wait while there is nothing.
+
+        Args:
+            alive: called now and then in the wait.
+        """
+
+    def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
+        """Tell what is done; returns at once."""
+
+
 class Sending(Protocol):
     """A push to embedding tables under way."""
 
@@ -158,7 +200,13 @@ class Sending(Protocol):
 class Tables(Protocol):
     """The servers of embedding tables as one worker sees them (docs/embeddings.md)."""
 
-    def connect(self, tables: tuple[TableSpec, ...], total_steps: int, version: int) -> TablePlan:
+    def connect(
+        self,
+        tables: tuple[TableSpec, ...],
+        total_steps: int,
+        version: int,
+        saved: SavedState | None = None,
+    ) -> TablePlan:
         """
         Begin an attempt; give what the servers were told.
 
@@ -166,6 +214,7 @@ class Tables(Protocol):
             tables: the same on all ranks.
             total_steps: updates in the run; servers need it for the learning rate.
             version: steps that the ranks have behind them.
+            saved: the checkpoint to begin from; servers that have tables already keep theirs.
 
         Raises:
             ProtocolError: this worker's tables are not those of the others.
@@ -190,4 +239,11 @@ class Tables(Protocol):
         What was pulled before is gone. The gradients must not change, and nothing may be pulled,
         before the handle is done. Then the gradients of all ranks are added in rank order and
         applied, once.
+        """
+
+    def copies(self, version: int) -> list[TablesCopy] | None:
+        """
+        Fetch what the servers have kept of a version, for a checkpoint; from any thread.
+
+        Waits while ranks are still behind that version. None: it is not there any more.
         """

@@ -1,10 +1,11 @@
 """
 Asynchronous parameter server: every worker at its own pace (Dean et al., NIPS 2012).
 
-A worker pushes the gradient of its own samples; each shard applies it at once and gives its newest
-parameters back. Nobody waits for a slow worker, at the price of gradients that are old when their
-turn comes. `staleness` bounds how far workers run apart (stale synchronous parallel, Ho et al.,
-NIPS 2013); two options correct for what is left. See docs/parameter_server.md.
+A worker leases tasks, parts of a step's batch, and pushes the gradient of each; each shard applies
+it at once and gives its newest parameters back. Nobody waits for a slow worker, which gets fewer
+tasks, at the price of gradients that are old when their turn comes. `staleness` bounds how far
+workers run apart (stale synchronous parallel, Ho et al., NIPS 2013); two options correct for what
+is left. See docs/parameter_server.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pydantic import Field
 
 from distplat.platform.clocks import Consistency
 from distplat.platform.fields import Flag, NonNegative
+from distplat.platform.load import load_figures
 from distplat.platform.spec import Job
 from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
@@ -34,7 +36,7 @@ class PsAsyncOptions(Options):
     resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none."""
     staleness: Literal["unbounded"] | Bound = "unbounded"
-    """Steps that a worker may be ahead of the slowest one before it waits."""
+    """Steps that a leased task may be ahead of the oldest one that is not done."""
     staleness_lr: Flag = False
     """Divide the learning rate by the number of updates that came between pull and push."""
     delay_compensation: NonNegative = 0.0
@@ -62,6 +64,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
             bound=None if chosen.staleness == "unbounded" else chosen.staleness,
             staleness_lr=chosen.staleness_lr,
             delay_compensation=chosen.delay_compensation,
+            dealt=job.embeddings is None,
         )
         return Roles(
             chosen.num_servers,
@@ -81,20 +84,29 @@ class PsAsync(Strategy[PsAsyncOptions]):
 
         self._context, self._shards, self._flat = context, context.shards, context.flat
         self._pushes, self._finished = 0, False
+        self._dealt = context.job.embeddings is None
         self._last = Pushed()
         self._stale_sum = 0
         before, flat = context.flat.version, context.flat
         self._shards.connect(flat, context.saved)
-        if self._buffers is not None and flat.version == before:
+        if self._buffers is not None and (self._dealt or flat.version == before):
             self._buffers.restore()  # this rank's forward of the step is made once more
         self._buffers = Buffers(flat.model)
         self._done = flat.version
         return self._done
 
     def exchange(self, step: int) -> None:
-        """Push; returns when it is applied and the newest parameters are here."""
+        """
+        Push; returns when it is applied and the newest parameters are here.
+
+        Args:
+            step: of this rank; where tasks are leased, the number of the task.
+        """
         self._prepare_gradient()
-        self._last = self._shards.push(step)
+        if self._dealt:
+            self._last = self._shards.push(self._pushes, step)
+        else:
+            self._last = self._shards.push(step)
 
     def _prepare_gradient(self) -> None:
         """
@@ -129,7 +141,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
 
     def synchronize(self) -> None:
         """Take the newest parameters; at the end, once all ranks have made their last push."""
-        if self._done < self._context.total_steps:
+        if self._dealt or self._done < self._context.total_steps:
             self._shards.refresh()
         elif not self._finished:
             self._shards.finish(self._context.alive)
@@ -141,5 +153,6 @@ class PsAsync(Strategy[PsAsyncOptions]):
             "staleness": float(self._last.staleness),
             "staleness_mean": self._stale_sum / max(1, self._pushes),
             "waiting_s": self._last.waiting_s,
-            "apply_s": self._last.apply_s,
+            **load_figures(self._last.loads),
+            "dropped": float(self._last.dropped),
         }

@@ -11,6 +11,7 @@ and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -18,6 +19,7 @@ from pydantic import Field
 from distplat.platform.clocks import Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import NonNegative
+from distplat.platform.load import load_figures
 from distplat.platform.spec import Job
 from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
@@ -31,7 +33,7 @@ class PsSyncOptions(Options):
     """Options of `ps-sync`."""
 
     num_servers: int = Field(1, ge=1, le=256, strict=True)
-    """Server nodes; each keeps an equal part of the parameters."""
+    """Server nodes; each keeps a part of the parameters."""
     resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none, for it works while workers wait."""
     backup_workers: int = Field(0, ge=0, le=1023, strict=True)
@@ -40,6 +42,8 @@ class PsSyncOptions(Options):
     """2: each shard has a backup, which takes over when its server is lost."""
     wire: Literal["exact", "fp16", "bf16"] = "exact"
     """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
+    split: Literal["bytes", "load"] = "bytes"
+    """Shards of equal size, or by how fast each server makes updates, measured at the start."""
 
 
 @strategies.register("ps-sync")
@@ -61,6 +65,7 @@ class PsSync(Strategy[PsSyncOptions]):
             consistency,
             replication=chosen.replication,
             wire=WIRES[chosen.wire],
+            split_by_load=chosen.split == "load",
         )
 
     def problems(self, job: Job) -> list[Problem]:
@@ -75,6 +80,8 @@ class PsSync(Strategy[PsSyncOptions]):
         if backup and self.options.replication > 1:
             text = "does not go together with `replication: 2`"
             return [Problem(where, text)]
+        if self.options.split == "load" and self.options.num_servers == 1:
+            return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]
         return []
 
     def survivors_go_on(self) -> bool:
@@ -109,7 +116,8 @@ class PsSync(Strategy[PsSyncOptions]):
         """Commit, where the shards had to learn the norm over all of them first."""
         assert self._buffers is not None, "setup() comes first"
         if self._pushed.norm is not None:
-            self._shards.commit(step, self._pushed.norm)
+            made = self._shards.commit(step, self._pushed.norm)
+            self._pushed = replace(made, waiting_s=self._pushed.waiting_s)
         self._buffers.keep()
 
     def part(self, version: int) -> Part:
@@ -129,8 +137,8 @@ class PsSync(Strategy[PsSyncOptions]):
             self._shards.refresh()
 
     def figures(self) -> dict[str, float]:
-        """Give how long servers held this rank up and worked, and what its gradients came to."""
-        found = {"waiting_s": self._pushed.waiting_s, "apply_s": self._pushed.apply_s}
+        """Give how long servers held this rank up, what they did, and what gradients came to."""
+        found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
         if self.options.backup_workers:
             found |= {"dropped": float(self._pushed.dropped), "skipped": float(self._skipped)}
         return found

@@ -28,8 +28,8 @@ from distplat.platform.ledger import Answer
 SLOT = 256
 """Bytes of one bell; the two sides write to cache lines of their own."""
 _ASKED, _REQUEST, _ANSWERED, _ANSWER = 0, 8, 128, 136
-_REQUEST_LAYOUT = struct.Struct("<q?d")
-_ANSWER_LAYOUT = struct.Struct("<??q?dqddqq")
+_REQUEST_LAYOUT = struct.Struct("<q?dq")
+_ANSWER_LAYOUT = struct.Struct("<??q?dqdddqqq")
 _ALL = (1 << 32) - 1
 _LOOK_S = 0.5
 """How often a server looks whether the worker lives and is still to be listened to."""
@@ -41,6 +41,8 @@ class Request(NamedTuple):
     seq: int
     norm: float | None = None
     """Of the whole gradient, if this is a commit; None: a push."""
+    task: int | None = None
+    """What a push is of, where tasks are leased."""
 
 
 class Bell:
@@ -62,7 +64,8 @@ class Bell:
         """Ask; the answer to the request before has been read."""
         is_commit = request.norm is not None  # a flag: the norm itself may be any float, NaN too
         norm = request.norm or 0.0
-        _REQUEST_LAYOUT.pack_into(self._memory, _REQUEST, request.seq, is_commit, norm)
+        task = -1 if request.task is None else request.task
+        _REQUEST_LAYOUT.pack_into(self._memory, _REQUEST, request.seq, is_commit, norm, task)
         self._asked.post()
 
     def answered(self, slice_s: float) -> bool:
@@ -81,8 +84,8 @@ class Bell:
         """Wait at most so many seconds for a request that is not answered yet."""
         if not self._asked.wait(self._answered.value + 1 & _ALL, slice_s):
             return None
-        seq, is_commit, norm = _REQUEST_LAYOUT.unpack_from(self._memory, _REQUEST)
-        return Request(seq, norm if is_commit else None)
+        seq, is_commit, norm, task = _REQUEST_LAYOUT.unpack_from(self._memory, _REQUEST)
+        return Request(seq, norm if is_commit else None, task if task >= 0 else None)
 
     def answer(self, answer: Answer | None) -> None:
         """Answer the present request; None: it failed."""
@@ -99,6 +102,8 @@ class Bell:
             given.staleness,
             given.waiting_s,
             given.apply_s,
+            given.queue_s,
+            given.queue_depth,
             given.dropped,
             given.done,
         )

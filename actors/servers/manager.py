@@ -10,22 +10,23 @@ replaces lost servers (`caretaker.py`); else the first loss is the end of the at
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from distplat.actors.asking import Call, ask
+from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.actors.servers.caretaker import Caretaker
+from distplat.actors.servers.watching import Watch
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
 from distplat.platform.part import Role
 from distplat.platform.server_group import Seat
-from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
+from distplat.platform.shard_map import Shard, ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
 
@@ -33,8 +34,19 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-WATCH_S = 0.5
-"""Period of the manager's look at its server nodes."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServersSeen:
+    """The server group, as it is shown."""
+
+    version: int
+    """Of the shard map; 0: no shard was given out yet."""
+    cuts: tuple[Shard, ...]
+    seats: tuple[Seat, ...]
+    """By shard, who keeps it."""
+    replicated: bool
 
 
 class ServerManager:
@@ -67,14 +79,14 @@ class ServerManager:
         self._joining = threading.Lock()
         self._facts: dict[int, ModelFacts] = {}  #: by part
         self._first: dict[int, Membership] = {}  #: by part, the map as it was at first
-        self._lost: DistplatError | None = None
-        self._losing = threading.Event()  #: a server was lost for good
+        self._cuts: dict[int, ShardMap] = {}  #: by part
         self._assigned = [threading.Event() for _ in self._division.parts]
         self._caretaker: Caretaker | None = None
+        self._watch: Watch | None = None
         if roles.replication > 1:
             self._caretaker = Caretaker(servers, job.failure, make, self._assign_backup)
         else:
-            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+            self._watch = Watch(servers, job.failure.heartbeat_timeout_s)
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
@@ -82,10 +94,13 @@ class ServerManager:
 
     def poll(self, hold_s: float) -> DistplatError | None:
         """Tell the controller which server was lost for good; `hold_s`: see `Worker.poll`."""
-        self._losing.wait(hold_s)
-        if self._caretaker is not None and self._caretaker.lost is not None:
-            return _lost_for_good(self._caretaker.lost)
-        return self._lost
+        if self._watch is not None:
+            self._watch.losing.wait(hold_s)
+            return self._watch.lost
+        caretaker = self._caretaker
+        assert caretaker is not None, "one of them looks after the servers"
+        time.sleep(hold_s)
+        return None if caretaker.lost is None else _lost_for_good(caretaker.lost)
 
     def join(self, rank: int, facts: ModelFacts) -> Membership:
         """
@@ -133,6 +148,17 @@ class ServerManager:
         """Tell who keeps which shard; empty where no shard is kept twice."""
         return [] if self._caretaker is None else self._caretaker.seats()
 
+    def seen(self) -> ServersSeen:
+        """Tell who keeps which shard, for those who look."""
+        count, replicated = len(self._servers), self._caretaker is not None
+        seats = self.seats() or [Seat(index, f"server-{index}") for index in range(count)]
+        if len(self._first) < len(self._division.parts):
+            return ServersSeen(0, (), tuple(seats), replicated)
+        maps = [self._present(part, 0).shard_map for part in range(len(self._first))]
+        cuts = [cut for one in maps for cut in one.shards]
+        shards = tuple(replace(cut, index=index) for index, cut in enumerate(cuts))
+        return ServersSeen(maps[0].version, shards, tuple(seats), replicated)
+
     def _present(self, part: int, place: int) -> Membership:
         """Give the map of a part as it is now; somebody has joined with it."""
         first, caretaker = replace(self._first[part], place=place), self._caretaker
@@ -151,6 +177,7 @@ class ServerManager:
         """Give out a part's shards; its first server on each node makes the node's segment."""
         everybody = list(self._division.servers_of(part))
         servers = [self._servers[i] for i in everybody]
+        self._cuts[part] = self._cut(facts, everybody)
         nodes = self._ask(everybody, [server.where.remote for server in servers])
         # A shard that is kept twice has memory of its own, which lives as long as its server.
         homes = nodes if self._caretaker is None else everybody
@@ -166,7 +193,7 @@ class ServerManager:
         return Membership(
             part,
             0,
-            cut_shards(facts.size, len(everybody)),
+            self._cuts[part],
             servers,
             [f"server-{index}" for index in everybody],
             [segments[home] for home in homes],
@@ -174,6 +201,24 @@ class ServerManager:
             self._roles.wire,
             replicated=self._caretaker is not None,
         )
+
+    def _cut(self, facts: ModelFacts, everybody: list[int]) -> ShardMap:
+        """Cut the vector: evenly, or as fast as the servers are when all measure at once."""
+        speeds = []
+        if self._roles.split_by_load:
+            job, world = self._job, self._job.scaling.world
+            servers = [self._servers[i] for i in everybody]
+            calls = [partial(s.speed.remote, job, world, facts.dtype) for s in servers]
+            speeds = self._ask(everybody, calls)
+        cuts = cut_shards(facts.size, len(everybody), speeds=speeds)
+        if speeds:
+            log_to_stderr()
+            told = [
+                f"{speed / 1e6:.0f} M/s: {cut.size}"
+                for speed, cut in zip(speeds, cuts.shards, strict=True)
+            ]
+            logger.info("elements by the servers' speed: %s", ", ".join(told))
+        return cuts
 
     def _assign_some(
         self, facts: ModelFacts, indices: list[int], segments: list[Any]
@@ -189,8 +234,7 @@ class ServerManager:
         self, server: Any, facts: ModelFacts, index: int, segment: Any, role: Role
     ) -> Call:
         part, shard = self._division.shard_of(index)
-        cut = cut_shards(facts.size, self._division.each).shards[shard]
-        ranks = self._division.parts[part]
+        cut, ranks = self._cuts[part].shards[shard], self._division.parts[part]
         plan = ShardPlan(
             self._job,
             self._run,
@@ -201,7 +245,7 @@ class ServerManager:
             self._roles.consistency,
             checkpoint_every=facts.checkpoint_every,
             wire=self._roles.wire,
-            workers=ranks,
+            workers=ranks if len(self._division.parts) > 1 else (),
             uncounted=within(facts.uncounted, cut),
         )
         return partial(server.assign.remote, plan, cut, facts.size, facts.dtype, segment, role)
@@ -228,38 +272,6 @@ class ServerManager:
         servers = self._present(0, 0).servers  # a model that is cut keeps none
         logs = self._ask(list(range(len(servers))), [server.log.remote for server in servers])
         return [log for log in logs if log is not None]
-
-    def _watch(self) -> None:
-        """Note the first server that dies; the controller asks for it by `poll`."""
-        heard = dict.fromkeys(range(len(self._servers)), time.monotonic())
-        while self._lost is None:
-            for index in heard:
-                self._lost = self._lost or self._look(index, heard)
-            if self._lost is not None:
-                self._losing.set()
-            self._losing.wait(WATCH_S)
-
-    def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:
-        """Ask one server whether it lives; `heard`: when each last said so."""
-        limit = self._job.failure.heartbeat_timeout_s
-        name = f"server-{index}"
-        try:
-            ray.get(self._servers[index].where.remote(), timeout=limit)
-        except ray.exceptions.ActorUnavailableError as error:
-            if time.monotonic() - heard[index] > limit:  # one lost answer is no lost server
-                return ActorLost(name, None, _first_line(error))
-            return None
-        except ray.exceptions.RayActorError as error:
-            return ActorLost(name, None, _first_line(error))
-        except ray.exceptions.GetTimeoutError:
-            cause = f"it has not answered for {limit:g} s (frozen or cut off)"
-            return ActorLost(name, None, cause)
-        heard[index] = time.monotonic()
-        return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _lost_for_good(server: str) -> ActorLost:

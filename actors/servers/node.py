@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from distplat.platform.pieces import Whole
+    from distplat.platform.spec import Job
     from distplat.strategies.ports import ShardCopy
     from distplat.strategies.training.mirror import Twin, Update
 
@@ -44,6 +45,12 @@ class ServerNode:
     def where(self) -> str:
         """Give the id of this server's node; also the answer that says: alive."""
         return str(ray.get_runtime_context().get_node_id())
+
+    def speed(self, job: Job, world: int, dtype: str) -> float:
+        """Measure how many elements this server updates in a second."""
+        from distplat.strategies.training.speed import elements_per_s  # torch
+
+        return elements_per_s(job, world, dtype)
 
     def assign(
         self,

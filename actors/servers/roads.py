@@ -41,6 +41,8 @@ class Road(ABC):
 
     parameters: Tensor
     """Shape [n], on the CPU; there once the road is `open`."""
+    one_copy = False
+    """Whether the worker computes on the servers' own memory."""
     parameter_address: Address | None = None
     """Where servers find it; None: they need not."""
 
@@ -71,6 +73,15 @@ class Road(ABC):
     @abstractmethod
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
         """Have the values of an answer in `parameters`."""
+
+    def traffic(self, cut: Shard) -> tuple[int, int]:
+        """Give the bytes of a step's gradient for a shard, and of the parameters it brings."""
+        size = cut.size * self.gradients.itemsize
+        if cut.index in self.near:
+            return size, 0 if self.one_copy else size
+        wire = self._joined.wire
+        travels = size if wire is None else cut.size * getattr(torch, wire).itemsize
+        return travels, travels
 
     def payload(
         self, cut: Shard, vector: Tensor, *, exact: bool = False
@@ -115,8 +126,8 @@ class SharedRoad(Road):
         super().open(near)
         segments = [self._segments.get(i) if i in near else None for i in range(self._shards)]
         first = segments[0]
-        self._one_copy = first is not None and all(s is first for s in segments)
-        if first is not None and self._one_copy:
+        self.one_copy = first is not None and all(s is first for s in segments)
+        if first is not None and self.one_copy:
             self.parameters = first.tensor
         else:
             dtype = getattr(torch, self._facts.dtype)
@@ -124,8 +135,8 @@ class SharedRoad(Road):
 
     def part_ways(self) -> None:
         """See `Road`."""
-        if self._one_copy:
-            self._one_copy, self.parameters = False, self.parameters.clone()
+        if self.one_copy:
+            self.one_copy, self.parameters = False, self.parameters.clone()
 
     def _open(self, address: Address) -> Segment:
         # Of a server's own segment, whole in length, only its shard has memory.
@@ -143,7 +154,7 @@ class SharedRoad(Road):
         """See `Road`."""
         if cut.index not in self.near:
             self._take_object(cut, answer, limit_s)
-        elif not self._one_copy:
+        elif not self.one_copy:
             part(self.parameters, cut).copy_(part(self._segments[cut.index].tensor, cut))
 
 

@@ -251,7 +251,7 @@ class Serving:
         def handle(request: Request) -> Answer:
             if request.norm is not None:
                 return self.commit(rank, request.seq, request.norm)
-            return self.push(PushId(run, attempt, rank, request.seq), None)
+            return self.push(PushId(run, attempt, rank, request.seq, request.task), None)
 
         try:
             listener.serve(handle, self._turn, lambda: self._listening[rank] is mine)

@@ -166,28 +166,31 @@ class RayShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
-    def push(self, step: int) -> Pushed:
+    def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
-        return self._following(lambda: self._push(step))
+        return self._following(lambda: self._push(step, task))
 
-    def _push(self, step: int) -> Pushed:
+    def _push(self, step: int, task: int | None = None) -> Pushed:
         road = self._road
         if self._on_device:
             road.gradients.copy_(self._flat.grads)
-        push = PushId(self._order.run, self._order.attempt, self._order.rank, step)
+        push = PushId(self._order.run, self._order.attempt, self._order.rank, step, task)
         answers = self._lines.step(
             f"push {step}",
-            Request(step),
+            Request(step, task=task),
             lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
             setting="step_timeout_s" if self._started else "start_timeout_s",
         )
         self._started = True
-        result = pushed(answers)
+        result = self._pushed(answers)
         if result.norm is None:
             self._take(answers)
         return result
 
-    def commit(self, step: int, norm: float) -> None:
+    def _pushed(self, answers: list[Answer]) -> Pushed:
+        return pushed(answers, [self._road.traffic(cut) for cut in self._lines.cuts])
+
+    def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""
         rank, roads = self._order.rank, self._roads
 
@@ -200,7 +203,11 @@ class RayShards:
                 lambda server, cut: server.commit.remote(rank, step, norm),
             )
 
-        self._following(lambda: self._take(commit()))
+        def make() -> Pushed:
+            self._take(answers := commit())
+            return self._pushed(answers)
+
+        return self._following(make)
 
     def refresh(self) -> None:
         """See `Shards`."""

@@ -16,8 +16,11 @@ from distplat.actors.messages import Parcel, WorkOrder
 from distplat.actors.tables.asked import Asked
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
+from distplat.strategies.ports import TablesCopy
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
+from distplat.strategies.training.client import fetch_copies
+from distplat.strategies.training.restoring import SavedState
 
 logger = logging.getLogger(__name__)
 
@@ -63,25 +66,43 @@ class RayTables:
 
     Args:
         order: the worker's orders, with the servers' handles.
+        every: steps between two checkpoints; 0: there are none.
         abandoned: once set, waits come to their end.
     """
 
-    def __init__(self, order: WorkOrder, abandoned: threading.Event) -> None:
-        self._order, self._abandoned = order, abandoned
+    def __init__(self, order: WorkOrder, every: int, abandoned: threading.Event) -> None:
+        self._order, self._every, self._abandoned = order, every, abandoned
         self._servers, self._limits = order.embedding_servers, order.job.failure
         self._ids, self._values = _Memory("int64"), _Memory("float32")
 
-    def connect(self, tables: tuple[TableSpec, ...], total_steps: int, version: int) -> TablePlan:
-        """See `Tables`."""
+    def connect(
+        self,
+        tables: tuple[TableSpec, ...],
+        total_steps: int,
+        version: int,
+        saved: SavedState | None = None,
+    ) -> TablePlan:
+        """See `Tables`; servers fetch the checkpoint's files from Ray's store themselves."""
         order = self._order
         self._plan = plan_of(
-            order.job, order.run, order.attempt, tables, total_steps, rewinds=order.rewinds
+            order.job,
+            order.run,
+            order.attempt,
+            tables,
+            total_steps,
+            rewinds=order.rewinds,
+            checkpoint_every=self._every,
         )
+        files = []
+        if saved is not None and order.saved is not None:
+            files = [order.saved.files[name] for name in saved.table_files]
         self._pulled = self._kept = 0
         memory = self._ids.address
         self._near: list[bool] = self._ask(
             "connecting to tables",
-            lambda k, server: partial(server.open.remote, self._plan, version, order.rank, memory),
+            lambda k, server: partial(
+                server.open.remote, self._plan, version, order.rank, memory, files
+            ),
             "start_timeout_s",
         ).answers()
         names = ", ".join(table.name for table in tables)
@@ -125,6 +146,18 @@ class RayTables:
             return partial(server.push.remote, push, parcels)
 
         return self._ask(f"push {step} to tables", question)
+
+    def copies(self, version: int) -> list[TablesCopy] | None:
+        """See `Tables`."""
+
+        def ask_one(k: int, limit_s: float) -> TablesCopy:
+            what = f"tables after {version} steps"
+            question = lambda k, server: partial(server.kept.remote, version, limit_s)  # noqa: E731
+            answer: TablesCopy = self._ask(what, question, asked=[k]).answers()[0]
+            return answer
+
+        asks = [partial(ask_one, k) for k in range(len(self._servers))]
+        return fetch_copies(asks, version, self._limits.step_timeout_s)
 
     def close(self) -> None:
         """Leave: no server maps this worker's memory from now on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -22,6 +22,8 @@ from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from distplat.strategies.ports import TablesCopy
 
 
 class EmbeddingServer:
@@ -43,9 +45,16 @@ class EmbeddingServer:
         """Answer the controller, after so many seconds: alive."""
         time.sleep(hold_s)
 
-    def open(self, plan: TablePlan, version: int, rank: int, memory: Address) -> bool:
+    def open(
+        self,
+        plan: TablePlan,
+        version: int,
+        rank: int,
+        memory: Address,
+        saved: Sequence[list[Any]] = (),
+    ) -> bool:
         """Begin an attempt; tell whether the worker's memory can be reached."""
-        return self._body.open(plan, version, rank, memory)
+        return self._body.open(plan, version, rank, memory, saved)
 
     def pull(self, pull: PullId, parcel: Parcel) -> NDArray[np.float32] | None:
         """Give rows."""
@@ -54,6 +63,10 @@ class EmbeddingServer:
     def push(self, push: PushId, parcels: Sequence[Parcel]) -> int:
         """Take gradients; answer when the step is made."""
         return self._body.push(push, parcels)
+
+    def kept(self, version: int, limit_s: float) -> TablesCopy:
+        """Give what was kept of a version."""
+        return self._body.kept(version, limit_s)
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
         """Give the tables, and how many rows of each are here."""

@@ -7,9 +7,11 @@ there. To and from other nodes both go as arrays in the call.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 
 from distplat.actors.logs import log_to_stderr
@@ -17,8 +19,10 @@ from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Parcel
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
+from distplat.strategies.ports import TablesCopy
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.sparse.table import RowGradients
+from distplat.strategies.training.client import tables_copy
 
 
 class TableServing:
@@ -37,9 +41,17 @@ class TableServing:
         self._plan: TablePlan | None = None
         self._mapped: dict[tuple[int, str], Segment] = {}  #: by rank and dtype: the last one
 
-    def open(self, plan: TablePlan, version: int, rank: int, memory: Address) -> bool:
+    def open(
+        self,
+        plan: TablePlan,
+        version: int,
+        rank: int,
+        memory: Address,
+        saved: Sequence[list[Any]] = (),
+    ) -> bool:
         """Begin an attempt; False: the worker's memory is out of reach, send arrays instead."""
-        self._service.open(plan, version)
+        limit_s = plan.job.failure.start_timeout_s
+        self._service.open(plan, version, (ray.get(box[0], timeout=limit_s) for box in saved))
         self._plan = plan
         if memory.node != self._node:
             return False
@@ -67,6 +79,11 @@ class TableServing:
             assert values is not None, "a push has gradients"
             gradients.append(RowGradients(parcel.table, self._ids(push.rank, parcel), values))
         return self._service.push(push, gradients)
+
+    def kept(self, version: int, limit_s: float) -> TablesCopy:
+        """Give what was kept of a version, as an object in Ray's store. See `TableService.kept`."""
+        copy = tables_copy(self._service, version, limit_s)
+        return copy if copy.box is None else replace(copy, box=[ray.put(copy.box)])
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
         """See `PartSource`."""

@@ -25,11 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 from distplat.strategies.pipeline.packed import Packed
 
-ENOUGH_ROWS = 32
+ENOUGH_ROWS = 64
 """A product of so many rows computes for longer than it takes to read and write the weights'
-gradient. So many rows of inputs and gradients are kept for each layer, and no more."""
-MANY_ROWS = 64
-"""Of so many rows of one micro-batch the product is made at once: they would cost much to keep."""
+gradient. About so many rows of inputs and gradients are kept for each layer, and no more; if one
+micro-batch has as many, its product is made at once."""
 
 _Rows = tuple[Tensor, Tensor]
 
@@ -64,7 +63,7 @@ class Sums:
             flush: nothing is to be left over but what is due.
         """
         waiting = self._pending[id(layer.weight)]
-        if len(found[0]) >= MANY_ROWS and not waiting:
+        if len(found[0]) >= ENOUGH_ROWS and not waiting:
             _multiply(layer, [found])
             return
         # The memory of what was found is used again.

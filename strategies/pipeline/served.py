@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import StateLost
+from distplat.platform.load import load_figures
 from distplat.strategies.base import Collective, Context, Pushed, Shards
 from distplat.strategies.pipeline.seams import Versions
 from distplat.strategies.training.flat import FlatModel
@@ -157,8 +158,9 @@ class Served:
         )
 
     def figures(self) -> dict[str, float]:
-        """Give how long servers held this rank up, and worked."""
-        return {"waiting_s": self._pushed.waiting_s, "apply_s": self._pushed.apply_s}
+        """Give how long servers held this rank up, and what they did: all of its part together."""
+        found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
+        return {name: value for name, value in found.items() if not name.startswith("shard_")}
 
     @property
     def _servers(self) -> Shards:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,12 @@ from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
+from distplat.strategies.ports import TablesCopy
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.sparse.table import RowGradients
+from distplat.strategies.training.client import fetch_copies, tables_copy
+from distplat.strategies.training.restoring import SavedState
 
 
 class TableGroup:
@@ -27,9 +31,13 @@ class TableGroup:
         job: must have the field `embeddings`.
         run: its name.
         rewinds: see `TablePlan`.
+        every: steps between two checkpoints; 0: there are none.
     """
 
-    def __init__(self, job: Job, run: str = "run", *, rewinds: bool = False) -> None:
+    def __init__(
+        self, job: Job, run: str = "run", *, rewinds: bool = False, every: int = 0
+    ) -> None:
+        self.every = every
         self.job, self.run, self.rewinds, self.attempt = job, run, rewinds, 0
         servers = job.embeddings.servers if job.embeddings is not None else 0
         self._services = [TableService(f"embedding-server-{i}", i) for i in range(servers)]
@@ -54,7 +62,13 @@ class InMemoryTables:
     def __init__(self, group: TableGroup, rank: int) -> None:
         self._group, self._rank = group, rank
 
-    def connect(self, tables: tuple[TableSpec, ...], total_steps: int, version: int) -> TablePlan:
+    def connect(
+        self,
+        tables: tuple[TableSpec, ...],
+        total_steps: int,
+        version: int,
+        saved: SavedState | None = None,
+    ) -> TablePlan:
         """See `Tables`."""
         self._plan = plan_of(
             self._group.job,
@@ -63,10 +77,11 @@ class InMemoryTables:
             tables,
             total_steps,
             rewinds=self._group.rewinds,
+            checkpoint_every=self._group.every,
         )
         self._pulled = 0
         for service in self._group.services:
-            service.open(self._plan, version)
+            service.open(self._plan, version, saved.tables() if saved is not None else ())
         return self._plan
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
@@ -91,6 +106,11 @@ class InMemoryTables:
         pushing = _Pushing([pool.submit(call) for call in calls])
         pool.shutdown(wait=False)
         return pushing
+
+    def copies(self, version: int) -> list[TablesCopy] | None:
+        """See `Tables`."""
+        asks = [partial(tables_copy, service, version) for service in self._group.services]
+        return fetch_copies(asks, version, self._plan.job.failure.step_timeout_s)
 
 
 class _Pushing:

@@ -22,6 +22,8 @@ from distplat.strategies.ports import Sending, Tables
 from distplat.strategies.sparse.modules import Sharded, tables_of
 from distplat.strategies.sparse.routing import Routed, route
 from distplat.strategies.sparse.table import RowGradients
+from distplat.strategies.training.parts import Boxes
+from distplat.strategies.training.restoring import SavedState
 
 
 @dataclass
@@ -53,11 +55,26 @@ class Lookups:
         self._pull_s, self._figures = 0.0, dict[str, float]()
         self._check()
 
-    def connect(self, tables: Tables, total_steps: int, version: int) -> None:
-        """Begin an attempt of a run of so many steps, of which `version` are behind."""
+    def connect(
+        self, tables: Tables, total_steps: int, version: int, saved: SavedState | None = None
+    ) -> None:
+        """
+        Begin an attempt of a run of so many steps, of which `version` are behind.
+
+        Args:
+            tables: the port.
+            total_steps: of the run.
+            version: steps made.
+            saved: the checkpoint to begin from.
+
+        Raises:
+            SpecError: it has other tables.
+        """
+        if saved is not None:
+            saved.check_tables(self.specs)
         self._tables = tables
         self._clear()
-        self._plan = tables.connect(self.specs, total_steps, version)
+        self._plan = tables.connect(self.specs, total_steps, version, saved)
         for module in self._modules.values():
             module.source = self
 
@@ -92,6 +109,11 @@ class Lookups:
         }
         self._pull_s = 0.0
         return self._tables.push(step, found)
+
+    def copies(self, version: int) -> Boxes | None:
+        """Fetch what the servers have kept of a version, for a checkpoint; from any thread."""
+        found = self._tables.copies(version)
+        return None if found is None else [(copy.box, copy.entries) for copy in found]
 
     def figures(self) -> dict[str, float]:
         """Give rows that the step just made has updated for this rank, and seconds of pulls."""

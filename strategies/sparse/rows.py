@@ -22,6 +22,7 @@ class Rows:
 
     def __init__(self, width: int, fill: float = 0.0) -> None:
         self.width, self._fill = width, fill
+        self._row = np.dtype((np.void, 4 * width))
         self._memory = mmap.mmap(-1, _PAGE, flags=_PRIVATE)
         self._count = 0
         self._look()
@@ -30,6 +31,18 @@ class Rows:
     def array(self) -> NDArray[np.float32]:
         """The rows, shape [count, width]; keep no reference to it over a `grow`."""
         return self._array[: self._count]
+
+    def put(self, slots: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        """
+        Set rows.
+
+        Args:
+            slots: shape [n].
+            values: shape [n, width].
+        """
+        # A row in one piece: numpy then copies it in one go, not element by element.
+        whole = np.ascontiguousarray(values).reshape(-1).view(self._row)
+        self.array.reshape(-1).view(self._row)[slots] = whole
 
     def grow(self, count: int) -> None:
         """Have so many rows, not fewer than before."""

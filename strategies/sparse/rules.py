@@ -25,6 +25,9 @@ Block = NDArray[np.float32]
 class Rule(ABC):
     """An update rule. Blocks are of shape [n, width]; those of a state may have width 1."""
 
+    names: tuple[str, ...] = ()
+    """Of the states, as torch calls them."""
+
     def states(self, width: int) -> list[tuple[int, float]]:
         """Give width and first value of each state that a row of this width needs."""
         return []
@@ -53,6 +56,8 @@ class _SGD(Rule):
 
 
 class _Adagrad(Rule):
+    names = ("sum",)
+
     def __init__(self, options: RowAdagrad) -> None:
         self._first, self._eps = options.initial_accumulator_value, np.float32(options.eps)
 
@@ -68,6 +73,8 @@ class _Adagrad(Rule):
 
 
 class _RowWiseAdagrad(Rule):
+    names = ("sum",)
+
     def __init__(self, options: RowWiseAdagrad) -> None:
         self._first, self._eps = options.initial_accumulator_value, np.float32(options.eps)
 
@@ -83,6 +90,8 @@ class _RowWiseAdagrad(Rule):
 
 
 class _SparseAdam(Rule):
+    names = ("exp_avg", "exp_avg_sq")
+
     def __init__(self, options: RowSparseAdam) -> None:
         self._betas, self._eps = options.betas, np.float32(options.eps)
 

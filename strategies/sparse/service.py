@@ -15,18 +15,21 @@ the dense part was not. `open` for the next attempt then takes that one step bac
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import DeadlineExceeded, FencedError, ProtocolError, StaleError
 from distplat.platform.learning_rate import factor
 from distplat.platform.ledger import AsyncLedger, Ledger, PushId, Verdict
+from distplat.platform.pieces import Bundle, Whole
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 from distplat.strategies.sparse.files import packed_part
 from distplat.strategies.sparse.routing import server_of
 from distplat.strategies.sparse.rules import make_rule
+from distplat.strategies.sparse.saved import copies_of, fill
 from distplat.strategies.sparse.table import RowGradients, Table
 
 _CREATED_AT_ONCE = 1 << 16
@@ -49,14 +52,18 @@ class TableService:
         self._tables: list[Table] = []
         self._staged: dict[int, Sequence[RowGradients]] = {}
         self._pulls: dict[int, int] = {}  #: rank -> number of its last pull
+        self._kept: tuple[int, Bundle] | None = None  #: steps of the newest copies
 
-    def open(self, plan: TablePlan, version: int) -> None:
+    def open(
+        self, plan: TablePlan, version: int, saved: Iterable[Mapping[str, Whole]] = ()
+    ) -> None:
         """
         Begin an attempt, or join it; every rank calls this.
 
         Args:
             plan: the same from all ranks.
             version: steps that the ranks have behind them.
+            saved: files of a checkpoint of that version; not looked at where tables are there.
 
         Raises:
             FencedError: a later attempt has begun.
@@ -67,7 +74,9 @@ class TableService:
             if plan.attempt < self._ledger.attempt:
                 raise FencedError(f"attempt {plan.attempt} refused: {self._ledger.attempt} began")
             if self._plan is None:
-                self._make_tables(plan)
+                files = list(saved)
+                self._tables = self._make_tables(plan, files)
+                self._ledger.version = version if files else 0
             elif plan.tables != self._plan.tables:
                 raise ProtocolError(
                     f"the embedding tables are not those of the first rank to come: {plan.tables} "
@@ -134,13 +143,28 @@ class TableService:
                 self._staged[push.rank] = gradients
             if isinstance(ledger, AsyncLedger):
                 self._apply(push.seq)  # of a repeat: nothing is staged
+                self._keep()
                 return ledger.version or 0
             if verdict is Verdict.NEW and ledger.complete:
                 self._apply(push.seq)
                 ledger.commit(push.seq)
-                self._changed.notify_all()
+                self._keep()
             self._wait_for_step(ledger, push)
             return ledger.version or 0
+
+    def kept(self, version: int, limit_s: float) -> tuple[int, Bundle | None]:
+        """
+        Give what was kept of a version, and forget it; wait at most so long for slower ranks.
+
+        Returns:
+            Steps that the slowest rank has made, and the copies; None: they are not here.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._steps >= version, limit_s)
+            if self._kept is None or self._kept[0] != version:
+                return self._steps, None
+            (_, bundle), self._kept = self._kept, None
+            return self._steps, bundle
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
         """See `PartSource`."""
@@ -151,6 +175,20 @@ class TableService:
         """See `PartSource`."""
         with self._changed:
             return packed_part(self._tables[table], first, count)
+
+    @property
+    def _steps(self) -> int:
+        """Steps of the slowest rank that are applied."""
+        ledger = self._ledger
+        return ledger.done if isinstance(ledger, AsyncLedger) else ledger.version or 0
+
+    def _keep(self) -> None:
+        """Copy the tables, if a checkpoint is due of the step that was just made."""
+        assert self._plan is not None, "the ledger refuses pushes before `open`"
+        newer = self._kept is None or self._steps > self._kept[0]
+        if newer and is_due(self._steps, self._plan.checkpoint_every, self._plan.total_steps):
+            self._kept = self._steps, copies_of(self._tables, self._index)
+        self._changed.notify_all()
 
     def _check_shapes(self, gradients: Sequence[RowGradients]) -> None:
         """Refuse before anything is booked: in the middle of an update it would be too late."""
@@ -173,16 +211,18 @@ class TableService:
         if self._ledger is not ledger:
             raise FencedError(f"push {push.seq} given up: attempt {self._ledger.attempt} began")
 
-    def _make_tables(self, plan: TablePlan) -> None:
-        job = plan.job
+    def _make_tables(self, plan: TablePlan, files: Sequence[Mapping[str, Whole]]) -> list[Table]:
+        job, tables = plan.job, []
         assert job.embeddings is not None, "no servers without the field"
-        self._plan, rule = plan, make_rule(job.embeddings.optimizer)
+        rule = make_rule(job.embeddings.optimizer)
         for spec in plan.tables:
             table = Table(spec, job.seed, rule, rewinds=plan.rewinds)
             for first in range(0, (spec.rows or 0) if spec.whole else 0, _CREATED_AT_ONCE):
                 ids = np.arange(first, min(first + _CREATED_AT_ONCE, spec.rows or 0))
                 table.create(ids[server_of(plan, spec, ids) == self._index])
-            self._tables.append(table)
+            fill(table, plan, self._index, files)
+            tables.append(table)
+        return tables
 
     def _begin(self, plan: TablePlan, version: int) -> None:
         """Bring the tables to `version`, and take pushes of this attempt from now on."""
@@ -196,7 +236,10 @@ class TableService:
         assert plan.job.embeddings is not None, "no servers without the field"
         kind = AsyncLedger if plan.job.embeddings.asynchronous else Ledger
         self._ledger = kind(plan.run, plan.attempt, plan.world)
-        self._ledger.restore(version)
+        if isinstance(self._ledger, AsyncLedger):
+            self._ledger.restore(version, version)
+        else:
+            self._ledger.restore(version)
         self._staged.clear()
         self._pulls.clear()
         self._changed.notify_all()  # who waits for the attempt before

@@ -9,20 +9,20 @@ A row comes into being with its first gradient. Whoever reads one before gets it
 which are a pure function of seed and id, and nothing is stored: evaluations leave no trace.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distplat.platform.table_plan import TableSpec
-from distplat.strategies.sparse.index import RowIndex
+from distplat.strategies.sparse.index import make_index
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.rows import Rows
 from distplat.strategies.sparse.rules import Rule
 
-_BLOCK_BYTES = 1 << 19
-"""Rows that are updated at a time: what was read is still in the cache when it is written."""
+_BLOCK_BYTES = 1 << 17
+"""Rows that are updated at a time: what was read is still in a core's cache when it is written."""
 
 Ids = NDArray[np.int64]
 Values = NDArray[np.float32]
@@ -53,9 +53,10 @@ class Table:
 
     def __init__(self, spec: TableSpec, seed: int, rule: Rule, *, rewinds: bool = False) -> None:
         self.spec, self._seed, self._rule = spec, seed, rule
-        self._index = RowIndex()
+        self._index = make_index(spec.rows)
         states = [Rows(width, fill) for width, fill in rule.states(spec.width)]
         self._arrays = [Rows(spec.width), *states]
+        self._columns = ("rows", *rule.names)
         self._summed = np.zeros(0, np.int64)  #: by slot: 1 + its place in the sum being made
         self._block = max(1, _BLOCK_BYTES // (4 * spec.width))
         self._sorted = np.zeros(0, np.int64)
@@ -79,7 +80,27 @@ class Table:
     def put(self, ids: Ids, values: Values) -> None:
         """Set rows, shape [n, width], from a saved table."""
         slots = self._slots(ids)  # first: the array may move
-        self._arrays[0].array[slots] = values
+        self._arrays[0].put(slots, values)
+
+    def copy(self) -> dict[str, Ids | Values]:
+        """Copy all of it: `ids` in the order in which they came, `rows`, and states by name."""
+        held = zip(self._columns, self._arrays, strict=True)
+        return {"ids": self._index.ids.copy(), **{name: a.array.copy() for name, a in held}}
+
+    def restore(self, ids: Ids, columns: Mapping[str, Values]) -> None:
+        """
+        Set rows and their states.
+
+        Args:
+            ids: shape [n], each once.
+            columns: `rows` and states by name, as `copy` gives them.
+
+        Raises:
+            KeyError: a state is missing.
+        """
+        slots = self._slots(ids)
+        for name, rows in zip(self._columns, self._arrays, strict=True):
+            rows.put(slots, columns[name])
 
     def read(self, ids: Ids, out: Values) -> None:
         """
@@ -115,8 +136,8 @@ class Table:
             for keep, block in zip(kept, old, strict=False):
                 keep[part] = block
             self._rule.update(old[0], old[1:], gradient[part], rate, step)
-            for array, block in zip(arrays, old, strict=True):
-                array[slots[part]] = block
+            for rows, block in zip(self._arrays, old, strict=True):
+                rows.put(slots[part], block)
         if self._rewinds:
             self._before = slots
 
@@ -128,7 +149,7 @@ class Table:
         """Take the last update back, to the bit; rows that it brought are at their first values."""
         if self._before is not None:
             for rows, kept in zip(self._arrays, self._kept, strict=True):
-                rows.array[self._before] = kept.array[: len(self._before)]
+                rows.put(self._before, kept.array[: len(self._before)])
             self._before = None
 
     def ids(self) -> Ids:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distplat.platform.apply_log import Applied, ApplyLog
 from distplat.platform.clocks import Clocks
-from distplat.platform.ledger import AsyncLedger, PushId, Verdict
+from distplat.platform.ledger import AsyncLedger, PushId, TaskLedger, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.keeping import Keeping, Kept
 from distplat.strategies.training.mirror import Mirror, Update
@@ -45,7 +45,14 @@ class AsyncShard:
     """
 
     vectors: ClassVar[Sequence[str]] = ("params", "_values")
-    books: ClassVar[Sequence[str]] = ("ledger", "clocks", "log", "pulled", "staleness")
+    books: ClassVar[Sequence[str]] = (
+        "ledger",
+        "clocks",
+        "log",
+        "pulled",
+        "staleness",
+        "_kept_up_to",
+    )
 
     def __init__(self, plan: ShardPlan, params: Tensor) -> None:
         self._plan, self.params = plan, params
@@ -55,12 +62,15 @@ class AsyncShard:
         self._parameter = self.optimizer.param_groups[0]["params"][0]
         how = plan.consistency
         self._lambda, self._scale_rate = how.delay_compensation, how.staleness_lr
-        self.ledger = AsyncLedger(plan.run, plan.attempt, plan.world)
+        self.ledger: AsyncLedger | TaskLedger = AsyncLedger(plan.run, plan.attempt, plan.world)
+        if how.dealt:
+            self.ledger = TaskLedger(plan.run, plan.attempt)
         self.clocks = Clocks(plan.world, how.bound)
         self.log = ApplyLog()
         self.pulled = [0] * plan.world  #: by rank: version that it computes on
         self.staleness = [0] * plan.world  #: by rank: of its last gradient
         self._keeping = Keeping(plan.checkpoint_every, plan.total_steps)
+        self._kept_up_to = 0  #: steps that `_keeping` was told of
         kept = plan.world if self._lambda else 0
         self._values = [torch.zeros_like(params) for _ in range(kept)]  #: by rank: what it pulled
 
@@ -71,7 +81,9 @@ class AsyncShard:
 
     @property
     def steps(self) -> int:
-        """Steps that every rank has made here."""
+        """Steps that every rank has made here, or whose every task is."""
+        if isinstance(self.ledger, TaskLedger):
+            return self.ledger.made.low // self._plan.world
         return min(self.clocks.done)
 
     def restore(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
@@ -84,8 +96,10 @@ class AsyncShard:
         """
         world = self._plan.world
         load_state(self.optimizer, state or {})
-        self.ledger.restore(version * world, version)
+        dealt = isinstance(self.ledger, TaskLedger)
+        self.ledger.restore(version * world, version * world if dealt else version)
         self.clocks.done = [version] * world
+        self._kept_up_to = version
         self.pulled = [version * world] * world
 
     def kept(self, version: int) -> Kept | None:
@@ -103,6 +117,7 @@ class AsyncShard:
 
     def pull(self, rank: int) -> int:
         """Note that a worker takes the present `params`; give their version."""
+        self._make_room(rank)
         self.pulled[rank] = self.version
         self._pulls.append(rank)
         if self._values:
@@ -124,6 +139,7 @@ class AsyncShard:
             raise ValueError(f"gradient has shape {gradient.shape}, shard {self.params.shape}")
         before = self.version
         verdict = self.ledger.offer(push)
+        self._make_room(push.rank)
         if verdict is Verdict.NEW:
             pulled = self.pulled[push.rank]
             gradient = self._compensated(push.rank, before - pulled, gradient)
@@ -144,6 +160,7 @@ class AsyncShard:
         if push.attempt > self.ledger.attempt:
             self.renew(push.attempt)
         self.ledger.offer(push)
+        self._make_room(push.rank)
         self.pulled[push.rank] = update.pulled
         self._apply(push, update.version, gradient)
 
@@ -158,10 +175,19 @@ class AsyncShard:
             version: of its values.
             values: shape [m].
         """
+        self._make_room(rank)
         if version > self.pulled[rank]:
             self.pulled[rank] = version
             if self._values:
                 self._values[rank].copy_(values)
+
+    def _make_room(self, rank: int) -> None:
+        """Have a place for a rank that joined while the run goes on."""
+        while rank >= len(self.pulled):
+            self.pulled.append(self.version)
+            self.staleness.append(0)
+            if self._lambda:
+                self._values.append(self.params.clone())
 
     def _compensated(self, rank: int, staleness: int, gradient: Tensor) -> Tensor:
         if not self._lambda or not staleness:
@@ -172,12 +198,14 @@ class AsyncShard:
     def _apply(self, push: PushId, version: int, gradient: Tensor) -> None:
         rank, pulled = push.rank, self.pulled[push.rank]
         self.staleness[rank] = version - pulled
-        self.log.add(Applied(rank, push.seq, pulled))
+        task = push.seq * self._plan.world + rank if push.task is None else push.task
+        self.log.add(Applied(rank, task, pulled))
         scale = 1.0 / max(1, self.staleness[rank]) if self._scale_rate else 1.0
         self._parameter.grad = gradient  # the worker's own vector: optimizers only read it
         place = version // self._plan.world  # one step of the schedule: an update of each worker
         step_optimizer(self.optimizer, self._plan.job, place, self._plan.total_steps, scale=scale)
-        self.clocks.tick(rank)
-        slowest = min(self.clocks.done)
-        if self.clocks.done[rank] == slowest:  # else no rank behind it has moved
-            self._keeping.reached(slowest, lambda: {"": self.params, **state_of(self.optimizer)})
+        if push.task is None:
+            self.clocks.tick(rank)
+        for steps in range(self._kept_up_to + 1, self.steps + 1):  # more than one, after a wait
+            self._keeping.reached(steps, lambda: {"": self.params, **state_of(self.optimizer)})
+        self._kept_up_to = self.steps

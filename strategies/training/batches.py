@@ -75,13 +75,13 @@ def micro_batches(
         parts: micro-batches of a step.
     """
     plan = _Plan(sampler, rank, parts, steps)
-    return iter(_loader(job, data, plan))
+    return iter(make_loader(job, data, plan))
 
 
 def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
     """Give the collated batches of some samples, `size` or fewer in each, and the numbers."""
     groups = [ids[i : i + size] for i in range(0, len(ids), size)]
-    return zip(_loader(job, data, groups), map(len, groups), strict=True)
+    return zip(make_loader(job, data, groups), map(len, groups), strict=True)
 
 
 def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
@@ -89,7 +89,18 @@ def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     return next(iter(DataLoader(data, batch_sampler=[ids])))
 
 
-def _loader(job: Job, data: Dataset[Any], plan: Any) -> DataLoader[Any]:
+def make_loader(
+    job: Job, data: Dataset[Any], plan: Any, *, persistent: bool = False
+) -> DataLoader[Any]:
+    """
+    Make the loader of a plan, which gives the ids of each batch.
+
+    Args:
+        job: how the data is loaded.
+        data: the samples.
+        plan: a torch `batch_sampler`.
+        persistent: whether it is to be gone through more than once.
+    """
     settings = job.data
     if settings.num_loaders == 0:
         return DataLoader(data, batch_sampler=plan)
@@ -100,4 +111,5 @@ def _loader(job: Job, data: Dataset[Any], plan: Any) -> DataLoader[Any]:
         prefetch_factor=settings.prefetch_factor,
         multiprocessing_context="forkserver",
         pin_memory=job.scaling.use_gpu,
+        persistent_workers=persistent,
     )

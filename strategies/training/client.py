@@ -2,14 +2,17 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.ledger import Answer
+from distplat.platform.load import ShardLoad
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.base import Pushed
-from distplat.strategies.ports import ShardCopy
+from distplat.strategies.ports import ShardCopy, TablesCopy
+from distplat.strategies.sparse.service import TableService
 from distplat.strategies.training.async_service import AsyncService
 from distplat.strategies.training.parts import kind_of
 from distplat.strategies.training.service import Limits, Service
@@ -18,6 +21,8 @@ from distplat.strategies.training.sync_service import SyncService
 LOOK_S = 1.0
 """How long one question waits for the other ranks."""
 
+Copy = TypeVar("Copy", ShardCopy, TablesCopy)
+
 
 def make_service(name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> Service:
     """Make the service that the run's consistency asks for; `params` has shape [m]."""
@@ -25,8 +30,14 @@ def make_service(name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> 
     return kind(name, plan, limits, params)
 
 
-def pushed(answers: Sequence[Answer]) -> Pushed:
-    """Put together what all shards answered to a push."""
+def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pushed:
+    """
+    Put together what all shards answered to a push, or to a commit.
+
+    Args:
+        answers: by shard.
+        traffic: by shard, bytes of gradients that it read and of parameters that it gave.
+    """
     norm = None
     if not all(answer.committed for answer in answers):
         norm = sum(answer.squared_norm or 0.0 for answer in answers) ** 0.5
@@ -34,7 +45,10 @@ def pushed(answers: Sequence[Answer]) -> Pushed:
         norm,
         staleness=max(answer.staleness for answer in answers),
         waiting_s=max(answer.waiting_s for answer in answers),
-        apply_s=max(answer.apply_s for answer in answers),
+        loads=tuple(
+            ShardLoad(*sizes, answer.apply_s, answer.queue_s, answer.queue_depth)
+            for answer, sizes in zip(answers, traffic, strict=True)
+        ),
         version=min(answer.version for answer in answers),
         dropped=max(answer.dropped for answer in answers),
     )
@@ -49,14 +63,23 @@ def shard_copy(start: int, service: Service, version: int, limit_s: float) -> Sh
     return ShardCopy(steps, start, tuple(kinds), list(kept.tensors.values()))
 
 
+def tables_copy(service: TableService, version: int, limit_s: float) -> TablesCopy:
+    """Give what an embedding server has kept of a version; its box holds the arrays themselves."""
+    steps, bundle = service.kept(version, limit_s)
+    if bundle is None:
+        return TablesCopy(steps)
+    arrays, entries = bundle
+    return TablesCopy(steps, entries, arrays)
+
+
 def fetch_copies(
-    asks: Sequence[Callable[[float], ShardCopy]], version: int, patience_s: float
-) -> list[ShardCopy] | None:
+    asks: Sequence[Callable[[float], Copy]], version: int, patience_s: float
+) -> list[Copy] | None:
     """
-    Fetch what all shards have kept of a version.
+    Fetch what all servers have kept of a version.
 
     Args:
-        asks: by shard; waits for ranks that are behind, at most so many seconds.
+        asks: by server; waits for ranks that are behind, at most so many seconds.
         version: steps.
         patience_s: how long no rank may make a step.
 

@@ -114,7 +114,7 @@ class WholeModel:
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`."""
-        torch.manual_seed(_step_seed(self.job.seed, step, self.rank))
+        torch.manual_seed(step_seed(self.job.seed, step, self.rank))
         self.flat.model.train()
         sizes = [len(ids) for ids in self._plan(step)]
         weight = 1.0 / self.sampler.batch_size(step)
@@ -209,6 +209,6 @@ def _move(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
+def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed dropout and its like by step and rank: a repeated step draws the same numbers."""
     return (seed * 1_000_003 + step * 4_099 + rank) % (1 << 63)

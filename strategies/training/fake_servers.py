@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -43,6 +43,8 @@ class ServerGroup:
     timeout_s: float = 10.0
     lost: str = ""
     servers: int = 0
+    speeds: Sequence[float] = ()
+    """See `cut_shards`."""
 
     def __post_init__(self) -> None:
         self._opening = threading.Lock()
@@ -59,7 +61,7 @@ class ServerGroup:
             if self._params is None:
                 self._params = initial.clone()
                 limits = Limits(self.timeout_s, self.timeout_s)
-                for shard in cut_shards(initial.numel(), self.servers).shards:
+                for shard in self.cuts(initial.numel()):
                     part = self._params[shard.start : shard.stop]
                     name = f"server-{shard.index}"
                     plan = replace(self.plan, uncounted=within(holding.uncounted(flat), shard))
@@ -68,6 +70,10 @@ class ServerGroup:
                     state = saved.optimizer(flat, *run, holding.places) if saved else {}
                     self._services[-1].restore(flat.version, lambda params: None, state)
             return self._params
+
+    def cuts(self, total: int) -> tuple[Shard, ...]:
+        """Give the shards of a vector of so many elements."""
+        return cut_shards(total, self.servers, speeds=self.speeds).shards
 
     def service(self, index: int, step: int | None = None) -> Service:
         """
@@ -92,12 +98,15 @@ class ServerGroup:
 
 
 def server_groups(
-    plan: ShardPlan, division: Division, timeout_s: float = 10.0
+    plan: ShardPlan, division: Division, timeout_s: float = 10.0, speeds: Sequence[float] = ()
 ) -> list[ServerGroup]:
     """Make the servers of a run, by part of the model; `plan` is that of a whole one."""
     return [
         ServerGroup(
-            replace(plan, world=len(ranks), workers=ranks), timeout_s, servers=division.each
+            replace(plan, world=len(ranks), workers=ranks if len(division.parts) > 1 else ()),
+            timeout_s,
+            speeds=speeds,
+            servers=division.each,
         )
         for ranks in division.parts
     ]
@@ -116,7 +125,7 @@ class InMemoryShards:
         """See `Shards`."""
         self._flat = flat
         shared = self._group.open(flat, saved, holding or ALL)
-        self._cuts = cut_shards(flat.size, self._group.servers).shards
+        self._cuts = self._group.cuts(flat.size)
         for cut in self._cuts if self._attempt else ():
             service = self._group.service(cut.index)
             service.exclusively(partial(service.forget, self._rank))
@@ -142,23 +151,29 @@ class InMemoryShards:
     def _versions(self) -> list[int]:
         return [self._group.service(cut.index).served.version for cut in self._cuts]
 
-    def push(self, step: int) -> Pushed:
+    def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
         plan = self._group.plan
-        push = PushId(plan.run, self._attempt, self._rank, step)
+        push = PushId(plan.run, self._attempt, self._rank, step, task)
         answers = [
             self._group.service(cut.index, step).push(
                 push, self._flat.grads[cut.start : cut.stop], self._deliver(cut)
             )
             for cut in self._cuts
         ]
-        return pushed(answers)
+        return pushed(answers, self._traffic())
 
-    def commit(self, step: int, norm: float) -> None:
+    def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""
-        for cut in self._cuts:
-            service = self._group.service(cut.index, step)
-            service.commit(self._rank, step, norm, self._deliver(cut))
+        answers = [
+            self._group.service(cut.index, step).commit(self._rank, step, norm, self._deliver(cut))
+            for cut in self._cuts
+        ]
+        return pushed(answers, self._traffic())
+
+    def _traffic(self) -> list[tuple[int, int]]:
+        sizes = [cut.size * self._flat.params.itemsize for cut in self._cuts]
+        return [(size, size * self._group.plan.consistency.private) for size in sizes]
 
     def refresh(self) -> None:
         """See `Shards`."""

@@ -31,6 +31,8 @@ class Progress:
     """Steps done; the step under way has this number."""
     beats: int = 0
     """Micro-batches and steps done: grows while the worker works, even on no samples."""
+    left: bool = False
+    """The worker was told to leave before the run's end."""
 
     def beat(self) -> None:
         """Show that the worker is at work."""

@@ -91,6 +91,9 @@ def twin_of(shard: Mirrored) -> Twin:
 def become(shard: Mirrored, twin: Twin) -> None:
     """Make an equal shard of what was copied of another; the twin is used up."""
     for name, copies in zip(shard.vectors, twin.vectors, strict=True):
+        held = getattr(shard, name)
+        if isinstance(held, list):  # ranks may have joined since the shard was made
+            held += [torch.empty_like(copy) for copy in copies[len(held) :]]
         for mine, copy in zip(_tensors(shard, name), copies, strict=True):
             mine.copy_(copy)
     for name, value in twin.books.items():

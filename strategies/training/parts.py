@@ -45,6 +45,17 @@ class Part:
         moved = tuple(replace(e, array=e.array + shift) for e in other.entries)
         return replace(self, tensors=self.tensors + other.tensors, entries=self.entries + moved)
 
+    def also(self, more: Callable[[], Boxes | None]) -> Part:
+        """Have what other servers keep of this version fetched, too."""
+        first = self.fetch or (lambda: [])
+
+        def both() -> Boxes | None:
+            found = first()
+            rest = more() if found is not None else None
+            return None if found is None or rest is None else [*found, *rest]
+
+        return replace(self, fetch=both)
+
 
 @dataclass(frozen=True)
 class Holding:

@@ -2,14 +2,14 @@
 Make an asynchronous run again from its shards' logs, in one process, to the same bits.
 
 A gradient depends on the parameters that its worker had pulled, shard by shard, and on nothing else
-that was left to chance: samples and dropout are functions of seed, step and rank. So a log says
-when each push may be applied, and at which version each pull must be made:
+that was left to chance: samples and dropout are functions of seed and task. So a log says which
+tasks each rank made, when each push may be applied, and at which version each pull must be made:
 
-    shard 0   ... rank 1 seq 4 | rank 0 seq 7 | ...        a push waits until it is the next one
-                               ^
-                               rank 0's seq 8 may have `pulled` this version: it is copied here
+    shard 0   ... rank 1 task 4 | rank 0 task 7 | ...      a push waits until it is the next one
+                                ^
+                                rank 0's next task may have `pulled` this version: it is copied here
 
-Ranks are threads that run the same step loop as workers do, one at a time (torch's generator is
+Ranks are threads that run the same loop as workers do, one at a time (torch's generator is
 one for all threads). Whatever order the threads come in, each value is computed from the same ones.
 """
 
@@ -23,6 +23,7 @@ from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
+from distplat.platform.task_scheduler import Course, Work
 from distplat.strategies.base import Pushed
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.async_shard import AsyncShard
@@ -44,13 +45,15 @@ class ReplayGroup:
 
     def __init__(self, plan: ShardPlan, logs: Sequence[ApplyLog]) -> None:
         self.plan, self._logs = plan, logs
+        self.tasks = tasks_by_rank(logs)  #: rank -> what it made, in order
         self._changed = threading.Condition()
         self.computing = threading.Lock()  #: held by the rank that computes
         self._flats: dict[int, FlatModel] = {}
-        self._ready: dict[int, int] = {}  #: rank -> number of its last gradient that is there
+        self._ready: dict[int, int] = {}  #: rank -> how many of its gradients are there
         self._wants: dict[int, dict[int, int]] = {}  #: rank -> shard -> version it is to pull
         self._waiting: dict[int, Callable[[], bool]] = {}  #: rank -> whether it may go on
-        self._pulled = [_pulled_by_rank(log, plan.world) for log in logs]
+        self._pulled = [_pulled_by_rank(log) for log in logs]
+        self._taken = [dict.fromkeys(self.tasks, 0) for _ in logs]  #: by shard: rank -> pushes
         self._places = [0] * len(logs)
         self.shards: list[AsyncShard] = []
         self.stuck = False
@@ -59,30 +62,30 @@ class ReplayGroup:
         """Take a rank in; return when all are there, with what its first step computes on."""
         with self._changed:
             self._flats[rank] = flat
-            if len(self._flats) == self.plan.world:
+            if len(self._flats) == len(self.tasks):
                 self._open(self._flats[0].params)
             self._changed.notify_all()
         self._pull_for(rank, 0)
 
-    def submit(self, rank: int, seq: int) -> int:
+    def submit(self, rank: int, number: int) -> int:
         """Have a rank's gradient applied when its turn comes, and pull; give its staleness."""
         self.computing.release()
-        self._pull_for(rank, seq + 1)
+        self._pull_for(rank, number + 1)
         return max(shard.staleness[rank] for shard in self.shards)
 
-    def _pull_for(self, rank: int, seq: int) -> None:
-        """Wait until a rank has pulled all that push `seq` is computed on; then it may compute."""
-        if seq < self.plan.total_steps:
-            versions = {index: by[rank][seq] for index, by in enumerate(self._pulled)}
-            self._wait(rank, seq - 1, versions, lambda: not self._wants[rank])
+    def _pull_for(self, rank: int, number: int) -> None:
+        """Wait until a rank has pulled all that this push is computed on; then it may compute."""
+        if number < len(self.tasks[rank]):
+            versions = {index: by[rank][number] for index, by in enumerate(self._pulled)}
+            self._wait(rank, number, versions, lambda: not self._wants[rank])
         else:
-            self._wait(rank, seq - 1, {}, lambda: True)
+            self._wait(rank, number, {}, lambda: True)
         self.computing.acquire()
 
     def finish(self, rank: int) -> None:
         """Wait for the last update, and bring the final parameters."""
         self.computing.release()
-        self._wait(rank, self.plan.total_steps - 1, {}, lambda: self._over)
+        self._wait(rank, len(self.tasks[rank]), {}, lambda: self._over)
         self.computing.acquire()
         for cut, shard in zip(self._cuts, self.shards, strict=True):
             self._flats[rank].params[cut.start : cut.stop].copy_(shard.params)
@@ -104,7 +107,7 @@ class ReplayGroup:
             self._waiting[rank] = done
             self._advance()
             # Where nobody computes and nothing can be applied, no run had these logs.
-            everybody = len(self._waiting) == self.plan.world
+            everybody = len(self._waiting) == len(self.tasks)
             if everybody and not any(may_go() for may_go in self._waiting.values()):
                 self.stuck = True
                 self._changed.notify_all()
@@ -122,7 +125,7 @@ class ReplayGroup:
 
     def _advance(self) -> None:
         """Do all that can be done now."""
-        if not self.shards or len(self._wants) < self.plan.world:
+        if not self.shards or len(self._wants) < len(self.tasks):
             return  # not all ranks are here yet
         while any([self._advance_shard(index) for index in range(len(self.shards))]):
             self._changed.notify_all()
@@ -138,16 +141,18 @@ class ReplayGroup:
                 del wants[index]
                 moved = True
         place = self._places[index]
-        if place < len(log) and self._ready.get(log[place].rank) == log[place].seq:
-            push = PushId(self.plan.run, self.plan.attempt, log[place].rank, log[place].seq)
-            shard.push(push, self._flats[push.rank].grads[part])
+        if place < len(log) and not self._has_pushed(log[place].rank, index):
+            rank, number = log[place].rank, self._taken[index][log[place].rank]
+            push = PushId(self.plan.run, self.plan.attempt, rank, number, log[place].task)
+            shard.push(push, self._flats[rank].grads[part])
+            self._taken[index][rank] += 1
             self._places[index] += 1
             moved = True
         return moved
 
     def _has_pushed(self, rank: int, index: int) -> bool:
         """Say whether the shard has all gradients that a rank has computed."""
-        return self.shards[index].clocks.done[rank] > self._ready.get(rank, -1)
+        return self._taken[index][rank] == self._ready.get(rank, 0)
 
 
 class ReplayShards:
@@ -165,22 +170,43 @@ class ReplayShards:
     def step_back(self, version: int) -> None:
         """See `Shards`; asynchronous shards have no version in common."""
 
-    def push(self, step: int) -> Pushed:
+    def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
         return Pushed(staleness=self._group.submit(self._rank, step))
 
-    def commit(self, step: int, norm: float) -> None:
+    def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`; asynchronous shards apply by themselves."""
+        return Pushed()
 
     def refresh(self) -> None:
-        """See `Shards`; what a rank computes on, the logs say."""
+        """Wait for the end: what a rank computes on before, the logs say."""
+        self._group.finish(self._rank)
 
     def copies(self, version: int) -> None:
         """See `Shards`; what was made before needs no checkpoints."""
 
     def finish(self, alive: Callable[[], None]) -> None:
-        """See `Shards`."""
-        self._group.finish(self._rank)
+        """See `Shards`; where tasks are leased, ranks hear of the end from the scheduler."""
+
+
+class ReplayLeases:
+    """What one rank made, one task after the other (see `Leases`)."""
+
+    def __init__(self, tasks: Sequence[int]) -> None:
+        self._tasks, self._given = tasks, 0
+
+    def connect(self, course: Course) -> None:
+        """See `Leases`."""
+
+    def next(self, alive: Callable[[], None]) -> Work:
+        """See `Leases`."""
+        number, self._given = self._given, self._given + 1
+        if number == len(self._tasks):
+            return Work(number, trained=True, over=True)
+        return Work(number, range(self._tasks[number], self._tasks[number] + 1))
+
+    def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
+        """See `Leases`."""
 
 
 def replay(
@@ -202,22 +228,18 @@ def replay(
         StorageError: the logs are not of this job.
     """
     group = ReplayGroup(plan, logs)
-    ranks: list[Prepared] = []
-    generators: list[Tensor] = []
-    for _ in range(plan.world):
-        ranks.append(prepare_rank())
-        generators.append(torch.get_rng_state())  # loader processes are seeded from here
+    ranks = {rank: prepare_rank() for rank in group.tasks}
     errors: list[BaseException] = []
 
     def body(rank: int) -> None:
         torch.set_num_threads(threads)
         try:
-            _run_rank(group, rank, ranks[rank], generators[rank])
+            _run_rank(group, rank, ranks[rank])
         except BaseException as error:
             errors.append(error)
             group.fail()
 
-    workers = [threading.Thread(target=body, args=(r,), daemon=True) for r in range(plan.world)]
+    workers = [threading.Thread(target=body, args=(r,), daemon=True) for r in ranks]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -227,29 +249,50 @@ def replay(
     return ranks[0].flat.model
 
 
-def _run_rank(group: ReplayGroup, rank: int, prepared: Prepared, generator: Tensor) -> None:
-    """Make one rank's steps, from torch's generator in this state."""
+def _run_rank(group: ReplayGroup, rank: int, prepared: Prepared) -> None:
+    """Make one rank's tasks."""
+    prepared.eval_data = None
     loop = join(
         prepared,
         make_strategy(group.plan.job),
         rank,
         collective=None,
         shards=ReplayShards(group, rank),
+        leases=ReplayLeases(group.tasks[rank]),
         report=lambda report: None,
         progress=Progress(),
     )
     try:
-        loop.eval_data = None
-        torch.set_rng_state(generator)
         loop.run()
     finally:
         if group.computing.locked():
             group.computing.release()
 
 
-def _pulled_by_rank(log: ApplyLog, world: int) -> list[list[int]]:
+def tasks_by_rank(logs: Sequence[ApplyLog]) -> dict[int, list[int]]:
+    """
+    Give what each rank made, in order; rank 0 is always there.
+
+    Raises:
+        StorageError: shards disagree: a worker was lost when only some of them had its gradient.
+    """
+    found: list[dict[int, list[int]]] = []
+    for log in logs:
+        made: dict[int, list[int]] = {0: []}
+        for applied in log:
+            made.setdefault(applied.rank, []).append(applied.task)
+        found.append(made)
+    if any(made != found[0] for made in found):
+        raise StorageError(
+            "the shards' logs name other tasks of a rank: it was lost between two shards, and what "
+            "it computed on there is not known"
+        )
+    return found[0]
+
+
+def _pulled_by_rank(log: ApplyLog) -> dict[int, list[int]]:
     """Give by rank, in the order of its pushes, the version at which each was computed."""
-    found: list[list[int]] = [[] for _ in range(world)]
+    found: dict[int, list[int]] = {}
     for applied in log:
-        found[applied.rank].append(applied.pulled)
+        found.setdefault(applied.rank, []).append(applied.pulled)
     return found

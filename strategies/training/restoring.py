@@ -7,7 +7,8 @@ So a run may go on under another strategy, with another number of workers or ser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.pieces import Place, Whole, run_entries, take_out
 from distplat.platform.resume import names_differ
+from distplat.platform.table_plan import TableSpec, file_of
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import dtype_name, names_of
 
@@ -52,6 +54,33 @@ class SavedState:
         if had != samples:
             text = f"the checkpoint was made with {had} training samples, the task has {samples}"
             raise SpecError(Problem(("task",), text))
+
+    def check_tables(self, tables: Sequence[TableSpec]) -> None:
+        """
+        Compare the model's embedding tables.
+
+        Raises:
+            SpecError: they are others; says what differs.
+        """
+        had = {facts["name"]: facts for facts in self.state.get("tables", [])}
+        has = {table.name: asdict(table) for table in tables}
+        lines = names_differ({*had}, {*has})
+        for name in had.keys() & has.keys():
+            differ = [f for f, value in has[name].items() if had[name].get(f) != value]
+            lines += [f"{name!r} has {f} {has[name][f]}, had {had[name].get(f)}" for f in differ]
+        if lines:
+            text = f"the checkpoint has other embedding tables: {'; '.join(sorted(lines)[:6])}"
+            raise SpecError(Problem(("task",), text))
+
+    @property
+    def table_files(self) -> tuple[str, ...]:
+        """Names of the files with embedding tables."""
+        servers = self.state.get("embeddings", {}).get("servers", 0)
+        return tuple(file_of(server) for server in range(servers))
+
+    def tables(self) -> Iterator[Mapping[str, Whole]]:
+        """Give the embedding tables, a file at a time."""
+        return (self._load(name) for name in self.table_files)
 
     def load_model(self, flat: FlatModel, places: Mapping[str, Place] | None = None) -> None:
         """

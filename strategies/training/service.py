@@ -24,6 +24,7 @@ from distplat.platform.errors import (
     StaleError,
 )
 from distplat.platform.ledger import Answer, PushId
+from distplat.platform.load import Door, Visit
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.keeping import Kept
@@ -65,6 +66,9 @@ class Service(ABC):
         self._pushes: dict[int, tuple[int, Answer]] = {}  #: rank -> its last push's number
         self._opened_at = 0  #: the version with which service began
         self._apply_s = 0.0  #: what the last update took
+        self._began = 0.0  #: when it began
+        self._door = Door()
+        self._visits: dict[int, Visit] = {}  #: rank -> its last push, as it came
         self._deposed: DistplatError | None = None  #: why this server may acknowledge nothing more
 
     @property
@@ -220,6 +224,15 @@ class Service(ABC):
         if not self._answered(push):
             self._pushes[push.rank] = push.seq, make()
         return self._pushes[push.rank][1]
+
+    def _applied_since(self, began: float) -> None:
+        """Note the time of an update that is just over."""
+        self._began, self._apply_s = began, time.perf_counter() - began
+
+    def _queue(self, rank: int) -> tuple[float, int]:
+        """Give how long a rank's push stood before the last update, and among how many."""
+        visit = self._visits.get(rank)
+        return (0.0, 0) if visit is None else (max(0.0, self._began - visit.at), visit.depth)
 
     def _went_on(self, rank: int) -> None:
         """A push says that the worker has its last pull's answer: let go of that one's payload."""

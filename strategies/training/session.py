@@ -7,7 +7,8 @@ From a job and a task to a loop that is ready to run, in three steps that can wa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, Shards, Strategy
-from distplat.strategies.ports import Tables
+from distplat.strategies.ports import Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
 from distplat.strategies.training.batches import make_sampler, total_steps
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.leased_loop import LeasedLoop, course_of
 from distplat.strategies.training.loop import Loop, Progress
 from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.task_compute import TaskModel
 
 
 @dataclass
@@ -109,12 +112,25 @@ def join(
     collective: Collective | None,
     shards: Shards | None,
     tables: Tables | None = None,
+    leases: Leases | None = None,
     report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
-) -> Loop:
+) -> Loop | LeasedLoop:
     """
     Set the strategy up with its ports and give the loop.
+
+    Args:
+        prepared: model and data.
+        strategy: the job's.
+        rank: this one.
+        collective: port to the other ranks.
+        shards: port to the servers.
+        tables: port to the embedding tables.
+        leases: port to the task scheduler.
+        report: takes what is finished.
+        progress: where this worker is.
+        around: checkpoints.
 
     Raises:
         SpecError: the checkpoint is of another model or data set.
@@ -123,14 +139,19 @@ def join(
     p = prepared
     p.part = strategy.own_part(p, rank, collective)
     world = p.job.scaling.world
-    if around.saved is not None:
-        around.saved.check_data(p.sampler.size)
-        around.saved.load_model(p.flat, strategy.places(p.flat))
+    _load(p, strategy, around.saved)
     context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards, progress.beat)
     context = replace(context, saved=around.saved, base=around.base)
     start = strategy.setup(context)
     if p.lookups is not None and tables is not None:
-        p.lookups.connect(tables, p.total_steps, start)
+        p.lookups.connect(tables, p.total_steps, start, around.saved)
+    checkpoint = _checkpoints(p, strategy, rank, around.take)
+    if leases is not None:
+        evaluates = p.eval_data is not None
+        leases.connect(course_of(p.job, p.sampler, p.total_steps, start, evaluates))
+        if strategy.roles(p.job).consistency.dealt:
+            ports = strategy, rank, report, progress, leases
+            return LeasedLoop(p, *ports, TaskModel(p, strategy, progress.beat), start, checkpoint)
     return Loop(
         p.job,
         p.eval_data,
@@ -143,12 +164,21 @@ def join(
         report,
         progress,
         start,
-        _checkpoints(p, strategy, around.take),
+        checkpoint,
         p.lookups,
     )
 
 
-def _checkpoints(p: Prepared, strategy: Strategy[Any], take: Take | None) -> Callable[[int], None]:
+def _load(p: Prepared, strategy: Strategy[Any], saved: SavedState | None) -> None:
+    """Begin from a checkpoint, where there is one."""
+    if saved is not None:
+        saved.check_data(p.sampler.size)
+        saved.load_model(p.flat, strategy.places(p.flat))
+
+
+def _checkpoints(
+    p: Prepared, strategy: Strategy[Any], rank: int, take: Take | None
+) -> Callable[[int], None]:
     """Have the rank's part taken after each step that ends with a checkpoint."""
     if take is None:
         return lambda version: None
@@ -156,13 +186,17 @@ def _checkpoints(p: Prepared, strategy: Strategy[Any], take: Take | None) -> Cal
 
     def checkpoint(version: int) -> None:
         if is_due(version, every, p.total_steps):
-            facts = {
+            facts: dict[str, Any] = {
                 "epoch": p.sampler.epoch_of(version),
                 "steps_per_epoch": p.sampler.steps_per_epoch,
                 "samples": p.sampler.size,
                 "versions": {"torch": torch.__version__},
             }
             part = strategy.part(version)
+            if p.lookups is not None:
+                facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
+                if rank == 0:  # one of them, for all
+                    part = part.also(partial(p.lookups.copies, version))
             # The last one is waited for: by now all ranks have made their steps.
             take(
                 version, replace(part, may_skip=False) if version == p.total_steps else part, facts

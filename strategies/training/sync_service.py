@@ -4,7 +4,7 @@ import time
 
 from torch import Tensor
 
-from distplat.platform.ledger import Answer, PushId
+from distplat.platform.ledger import Answer, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.service import Deliver, Limits, Service
 from distplat.strategies.training.shard import ParameterShard
@@ -20,16 +20,17 @@ class SyncService(Service):
     def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
         """See `Service`; returns when the step is made, with this gradient or without it."""
         shard = self.shard
-        with self._changed:
+        with self._door.visit() as visit, self._changed:
             self._check_in_office()
             began = time.perf_counter()
-            shard.push(push, gradient)
+            if shard.push(push, gradient) is Verdict.NEW:
+                self._visits[push.rank] = visit
             self._went_on(push.rank)
             if shard.ledger.complete:
                 if shard.commits_alone:
                     norm = shard.squared_norm
                     if shard.commit(push.seq, None if norm is None else norm**0.5):
-                        self._apply_s = time.perf_counter() - began
+                        self._applied_since(began)
                     self._confirm()
                 self._changed.notify_all()
             waited = self._wait(
@@ -49,7 +50,7 @@ class SyncService(Service):
             self._check_in_office()
             began = time.perf_counter()
             if self.shard.commit(seq, norm):
-                self._apply_s = time.perf_counter() - began
+                self._applied_since(began)
             self._confirm()
             self._changed.notify_all()
             return self._take(rank, deliver, 0.0)
@@ -60,11 +61,14 @@ class SyncService(Service):
 
     def _take(self, rank: int, deliver: Deliver, waited: float) -> Answer:
         version, dropped = self.shard.version, self.shard.ledger.dropped[rank]
+        queue_s, queue_depth = self._queue(rank)
         payload = deliver(self.params, version)
         return Answer(
             version,
             waiting_s=waited,
             apply_s=self._apply_s,
+            queue_s=queue_s,
+            queue_depth=queue_depth,
             dropped=dropped,
             done=version,
             payload=payload,

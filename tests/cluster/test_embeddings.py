@@ -21,6 +21,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return train(words("ring", 0), tmp_path_factory.mktemp("alone"))
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Two ranks that lose nothing."""
+    return train(words("ring", 2), tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.parametrize(
     ("strategy", "workers", "servers"), [("ring", 2, 2), ("ps-sync", 2, 1)], ids=str
 )
@@ -38,14 +44,27 @@ def test_equals_one_process(
     )
 
 
-def test_a_replaced_worker_leaves_the_same_bits(tmp_path: Path) -> None:
-    args = {"marker": str(tmp_path / "done"), "at": 6}
-    lossy = train(words("ring", 2, task="words:Deadly", task_args=args), tmp_path)
-    plain = train(words("ring", 2), tmp_path)
-    assert len(lossy.setbacks) == 1
+def same_bits(lossy: Result, plain: Result) -> None:
     assert weights(lossy).tobytes() == weights(plain).tobytes()
     mine, expected = tables(lossy), tables(plain)
     assert all(mine[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_a_replaced_worker_leaves_the_same_bits(plain: Result, tmp_path: Path) -> None:
+    args = {"marker": str(tmp_path / "done"), "at": 6}
+    lossy = train(words("ring", 2, task="words:Deadly", task_args=args), tmp_path)
+    assert len(lossy.setbacks) == 1
+    same_bits(lossy, plain)
+
+
+def test_a_lost_server_comes_back_from_the_checkpoint(plain: Result, tmp_path: Path) -> None:
+    args = {"marker": str(tmp_path / "done"), "at": 13, "victim": "EmbeddingServer", "pause": 0.2}
+    every = {"every_steps": 4}
+    spec = words("ring", 2, task="words:Deadly", task_args=args, checkpoint=every)
+    lossy = train(spec, tmp_path)
+    (setback,) = lossy.setbacks
+    assert setback.step in (4, 8, 12)
+    same_bits(lossy, plain)
 
 
 def test_a_lost_server_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -217,3 +218,33 @@ def test_a_users_environment_reaches_the_workers(
     )
     assert done.returncode == 0, done.stderr
     assert "the colour is red" in done.stderr
+
+
+def test_roles_are_shown_and_workers_join(open_head: Head, folder: Path) -> None:
+    """By the id of a job that was handed in to the job API, and by the name of the job."""
+    head = open_head
+    args = ["--submission-id", "roles", "--no-wait", "--strategy", "ps-async", *SLOW]
+    more = ["--set", "scaling.resources_per_worker.CPU=0.1", "--name", "elastic"]
+
+    def ask(*command: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
+        done = distplat(*command, environ=head.environ, cwd=folder)
+        assert done.returncode == code, done.stderr
+        return done
+
+    ask("submit", "job.yaml", "--address", head.url, *args, *more)
+    deadline = time.monotonic() + 60
+    while "worker-0 " not in (shown := ask("status", "roles", "--address", head.url).stdout):
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.5)
+    assert "status    RUNNING\n" in shown
+    assert re.search(r"\nserver manager +map version 1, (\d+) elements\n", shown)
+    assert re.search(r"\n0 +0\.\.\d+ +server-0\n", shown)
+    scaled = ask("scale", "elastic", "--workers", "2", "--address", head.gcs).stdout
+    assert re.search(r"\nworker-1 ", scaled)
+    facts = json.loads(ask("status", "elastic", "--address", head.gcs, "-o", "json").stdout)
+    assert [w["standing"]["rank"] for w in facts["roles"]["scheduler"]["workers"]] == [0, 1]
+    wrong = ask("scale", "elastic", "--workers", "99", "--address", head.gcs, code=2)
+    assert "error: --workers: must be 1 to 17 (got 99)" in wrong.stderr
+    unknown = ask("scale", "elastics", "--workers", "2", "--address", head.gcs, code=2)
+    assert "no run or job 'elastics' is running" in unknown.stderr
+    ask("stop", "roles", "--address", head.url)

@@ -48,7 +48,9 @@ def test_equals_one_process(
     assert all(e.samples == 37 for e in result.evaluations)
 
 
-@pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}])
+@pytest.mark.parametrize(
+    "strategy", ["ring", {"name": "ps-sync", "num_servers": 2, "split": "load"}]
+)
 def test_repeats_bit_for_bit(strategy: object, tmp_path: Path) -> None:
     spec = job(strategy, 3, task="tasks_for_tests:Big", steps=6, epochs=None)
     first, second = (weights(train(spec, tmp_path)) for _ in range(2))

@@ -20,8 +20,10 @@ from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
+    InMemoryLeases,
     InMemoryShards,
     InMemoryTables,
+    LeaseDesk,
     ServerGroup,
     TableGroup,
     server_groups,
@@ -50,6 +52,8 @@ class Run:
     """With the shards' logs, where the strategy has servers."""
     tables: TableGroup
     """The embedding tables, where the job has some."""
+    desk: LeaseDesk = field(default_factory=LeaseDesk)
+    """Who leased which tasks, where they are leased."""
     checkpoints: dict[int, SavedState] = field(default_factory=dict)
     """By version, as they would be read from the disk."""
 
@@ -66,6 +70,8 @@ def train(
     before: Callable[[int, Prepared], None] = lambda rank, prepared: None,
     timeout_s: float = 10.0,
     saved: SavedState | None = None,
+    most: int = 1,
+    speeds: Sequence[float] = (),
 ) -> Run:
     """
     Train `job.scaling.world` ranks to the end.
@@ -76,6 +82,8 @@ def train(
         before: called for each rank between `prepare` and `join`, to spoil something.
         timeout_s: deadline of the ports' waits.
         saved: the checkpoint to begin from.
+        most: tasks of a lease, where they are leased.
+        speeds: by which the servers' shards are cut; empty: evenly.
     """
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
@@ -88,12 +96,15 @@ def train(
     every = job.checkpoint.period(ranks[0].sampler.steps_per_epoch)
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
     division = roles.division(world)
-    groups = server_groups(plan, division, timeout_s)
+    groups = server_groups(plan, division, timeout_s, speeds)
     fabric = Fabric(world, timeout_s)
-    tables = TableGroup(job)
+    tables = TableGroup(job, every=every)
     progress = [Progress() for _ in range(world)]
-    run = Run(ranks, [[] for _ in range(world)], progress, [], strategies, groups[0], tables)
-    keeper = Keeper(job, run.checkpoints)
+    how = roles.consistency
+    desk = LeaseDesk(how.bound, most, timeout_s)
+    run = Run(ranks, [[] for _ in range(world)], progress, [], strategies, groups[0], tables, desk)
+    # Where tasks are leased rank 0 alone gives parts: the others may come and go.
+    keeper = Keeper(job, run.checkpoints, 1 if how.dealt else world)
 
     def body(rank: int) -> dict[str, Tensor]:
         courier = keeper.courier(rank, timeout_s)
@@ -104,6 +115,7 @@ def train(
             collective=fabric.collective(rank),
             shards=InMemoryShards(groups[division.part_of(rank)], division.place_of(rank)),
             tables=InMemoryTables(tables, rank),
+            leases=InMemoryLeases(desk, rank) if how.dealt else None,
             report=run.reports[rank].append,
             progress=run.progress[rank],
             around=Around(saved, take=partial(take, courier)),
@@ -122,11 +134,13 @@ class Keeper:
     Args:
         job: of the run.
         found: takes them, by version.
+        givers: how many ranks give parts; 0: all.
     """
 
-    def __init__(self, job: Job, found: dict[int, SavedState]) -> None:
+    def __init__(self, job: Job, found: dict[int, SavedState], givers: int = 0) -> None:
         self._job, self._found = job, found
-        self._collecting, self._lock = Collecting(job.scaling.world), threading.Lock()
+        self._collecting = Collecting(givers or job.scaling.world)
+        self._lock = threading.Lock()
 
     def courier(self, rank: int, timeout_s: float = 10.0) -> Courier:
         """Make what takes a rank's parts."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from distplat.platform.apply_log import (
     Applied,
@@ -17,7 +18,8 @@ from distplat.platform.apply_log import (
 )
 from distplat.platform.errors import StorageError
 
-GOOD = [(1, 0, 0), (0, 0, 0), (1, 1, 1), (1, 2, 3), (0, 1, 2), (0, 2, 5)]
+GOOD = [(1, 0, 0), (0, 1, 0), (1, 2, 1), (1, 4, 3), (0, 3, 2), (5, 5, 0)]
+"""Three steps of two parts; rank 5 has joined, and makes one task."""
 
 
 def log(rows: list[tuple[int, int, int]]) -> ApplyLog:
@@ -51,13 +53,22 @@ def test_a_file_of_other_numbers_is_refused(tmp_path: Path) -> None:
         read_logs(str(path))
 
 
+def test_a_log_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.safetensors"
+    path.write_bytes(save({"shard-0": log(GOOD).numbers()}, {"columns": "rank,seq,pulled"}))
+    with pytest.raises(StorageError, match="another version of distplat"):
+        read_logs(str(path))
+
+
 def test_staleness_is_counted_by_rank() -> None:
-    assert staleness_counts([log(GOOD)], 2) == [Counter({1: 1, 2: 1, 0: 1}), Counter({0: 2, 1: 1})]
+    found = staleness_counts([log(GOOD[:-1])], 3)
+    assert found == [Counter({1: 1, 2: 1}), Counter({0: 2, 1: 1}), Counter()]
+    assert staleness_counts([log(GOOD)], 2)[5] == Counter({5: 1})
 
 
 def test_the_lead_is_counted_when_a_gradient_comes() -> None:
     assert largest_lead(log(GOOD), 2) == 1
-    assert largest_lead(log([(1, seq, seq) for seq in range(5)]), 2) == 4
+    assert largest_lead(log([(1, task, task) for task in (1, 3, 5, 7, 9)]), 2) == 4
     assert largest_lead(log([]), 2) == 0
 
 
@@ -68,11 +79,11 @@ def test_a_good_log_has_no_flaw() -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (GOOD[:-1], "rank 0 made 2 updates of 3"),
-        ([*GOOD, (1, 3, 6)], "rank 1 made 4 updates of 3"),
-        ([*GOOD[:3], GOOD[2], *GOOD[3:]], "update 3 is push 1 of rank 1, expected 2"),
-        ([*GOOD[:2], *GOOD[3:]], "update 2 is push 2 of rank 1, expected 1"),
-        ([(2, 0, 0)], "update 0 is of rank 2"),
+        (GOOD[:-1], "1 tasks are missing, the first is 5"),
+        ([*GOOD, (1, 6, 6)], "update 6 is task 6 of rank 1: the run has 6"),
+        ([*GOOD[:3], GOOD[2], *GOOD[3:]], "update 3 is task 2, which was made before"),
+        ([*GOOD[:2], *GOOD[3:]], "update 2 was computed at version 3"),
+        ([(-1, 0, 0)], "update 0 is task 0 of rank -1"),
         ([(0, 0, 1)], "computed at version 1"),
         ([(0, 0, 0), (0, 1, 0)], "computed at version 0"),
     ],

@@ -15,6 +15,7 @@ from distplat.platform.clocks import Consistency
 from distplat.platform.errors import FencedError, GapError, NotReadyError, ProtocolError, StaleError
 from distplat.platform.ledger import PushId, Verdict
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.mirror import become, twin_of
 
 SIZE, WORLD = 37, 3
 ASYNC = Consistency(asynchronous=True)
@@ -60,7 +61,7 @@ def test_staleness_is_what_came_between_pull_and_push() -> None:
     shard.push(push(1, 1), noise(SIZE, 2))
     shard.push(push(0, 0), noise(SIZE, 3))
     assert (shard.staleness[1], shard.staleness[0]) == (0, 2)
-    assert list(shard.log) == [Applied(1, 0, 0), Applied(1, 1, 1), Applied(0, 0, 0)]
+    assert list(shard.log) == [Applied(1, 1, 0), Applied(1, 4, 1), Applied(0, 0, 0)]
 
 
 def test_the_learning_rate_is_divided_by_the_staleness() -> None:
@@ -140,6 +141,39 @@ def test_a_gradient_of_another_shape_is_refused_before_it_is_booked() -> None:
     assert shard.push(push(0, 0), torch.zeros(SIZE)) is Verdict.NEW
 
 
+DEALT = Consistency(asynchronous=True, dealt=True, delay_compensation=0.5)
+
+
+def leased(rank: int, seq: int, task: int) -> PushId:
+    return PushId("run", 1, rank, seq, task)
+
+
+def test_of_a_leased_task_one_gradient_is_applied_whoever_brings_it() -> None:
+    shard = make(DEALT)
+    shard.pull(0)
+    shard.pull(7)  # it has joined
+    assert shard.push(leased(7, 0, 1), noise(SIZE, 1)) is Verdict.NEW
+    before = shard.params.clone()
+    assert shard.push(leased(0, 0, 1), torch.full((SIZE,), 1e9)) is Verdict.LATE
+    assert torch.equal(shard.params, before)
+    assert (list(shard.log), shard.steps) == ([Applied(7, 1, 0)], 0)
+    for seq, task in enumerate((0, 2), start=1):
+        shard.push(leased(7, seq, task), noise(SIZE, task))
+    assert (shard.version, shard.steps) == (3, 1)
+
+
+def test_a_backup_follows_workers_that_joined() -> None:
+    shard, backup = make(DEALT), make(DEALT)
+    shard.pull(4)
+    shard.push(leased(4, 0, 0), noise(SIZE, 1))
+    become(backup, twin_of(shard))
+    assert len(backup._values) == 5
+    for one in (shard, backup):  # of a push that was dropped a backup hears nothing
+        one.push(leased(4, 1 + (one is backup), 1), noise(SIZE, 2))
+    assert torch.equal(shard.params, backup.params)
+    assert list(shard.log) == list(backup.log)
+
+
 class Histories(RuleBasedStateMachine):
     """
     Pushes and pulls that come late, twice, out of turn, or of an attempt that is over.
@@ -177,7 +211,8 @@ class Histories(RuleBasedStateMachine):
         elif offered.seq == expected:
             assert self.shard.push(offered, gradient) is Verdict.NEW
             self.params = self.params - 0.1 * gradient
-            self.log.append(Applied(offered.rank, offered.seq, self.pulled[offered.rank]))
+            task = offered.seq * WORLD + offered.rank
+            self.log.append(Applied(offered.rank, task, self.pulled[offered.rank]))
             self.next[offered.rank] += 1
         elif offered.seq == expected - 1 >= 0:
             assert self.shard.push(offered, torch.full((4,), 1e9)) is Verdict.REPEAT_COMMITTED

@@ -65,6 +65,7 @@ class Listening:
 def test_requests_and_answers_arrive_as_they_were(segment: Segment) -> None:
     listening, bell = Listening(segment, 1), Bell(segment, 1)
     requests = [Request(0), Request(1, 0.0), Request(2, 2.5), Request(3, math.inf)]
+    requests += [Request(4, task=0), Request(5, task=1 << 40)]
     for request in requests:
         bell.ring(request)
         assert bell.answered(LIMIT_S)
@@ -76,7 +77,7 @@ def test_requests_and_answers_arrive_as_they_were(segment: Segment) -> None:
 @pytest.mark.parametrize("norm", [None, 0.0, 1.5])
 def test_every_field_of_an_answer_travels(segment: Segment, norm: float | None) -> None:
     bell = Bell(segment, 0)
-    answer = Answer(7, False, norm, 4, 0.5, 0.25, 6, 8)
+    answer = Answer(7, False, norm, 4, 0.5, 0.25, 0.125, 3, 6, 8)
     bell.ring(Request(0))
     assert bell.asked(0.0) == Request(0)
     bell.answer(answer)

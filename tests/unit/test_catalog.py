@@ -94,6 +94,11 @@ def test_a_fresh_process_finds_the_same() -> None:
             PsSync,
             Roles(servers=3, server_resources={"CPU": 1.0}),
         ),
+        (
+            {"name": "ps-sync", "num_servers": 2, "split": "load"},
+            PsSync,
+            Roles(servers=2, server_resources={"CPU": 0.0}, split_by_load=True),
+        ),
     ],
 )
 def test_strategies_are_made_with_their_options(
@@ -121,6 +126,8 @@ def test_strategies_are_made_with_their_options(
         ({"name": "ring", "backend": "ncll"}, "strategy.backend", "gloo", ""),
         ({"name": "ps-sync", "num_servers": 0}, "strategy.num_servers", "1", ""),
         ({"name": "ps-sync", "num_servers": "2"}, "strategy.num_servers", "", ""),
+        ({"name": "ps-sync", "split": "load"}, "strategy.split", "no effect with one server", ""),
+        ({"name": "ps-sync", "num_servers": 2, "split": "lod"}, "strategy.split", "", "'load'"),
     ],
 )
 def test_what_is_wrong_is_named(strategy: object, field: str, message: str, hint: str) -> None:

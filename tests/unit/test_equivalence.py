@@ -21,7 +21,7 @@ from distplat.platform.progress import StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
-from distplat.strategies.training.compute import _step_seed
+from distplat.strategies.training.compute import step_seed
 from distplat.strategies.training.session import Prepared
 
 SAMPLES, BATCH, EPOCHS = 37, 9, 3
@@ -184,6 +184,22 @@ def test_the_reference_learns_and_its_options_matter(recipe: str) -> None:
         assert distance(train(job, task_type).parameters(), expected) > 1e-4
 
 
+@pytest.mark.parametrize("recipe", ["mlp-sgd", "mlp-adam-accumulated", "conv-adam"])
+def test_where_shards_are_cut_changes_no_bit(recipe: str) -> None:
+    job, task_type = job_of(recipe, "ps-sync", 2, 3), RECIPES[recipe][0]
+    even, uneven = (train(job, task_type, speeds=speeds) for speeds in ((), (1.0, 7.0, 2.0)))
+    cuts = [run.group.cuts(run.ranks[0].flat.size) for run in (even, uneven)]
+    assert cuts[0] != cuts[1]
+    assert same_bits(even, uneven)
+
+
+def test_where_shards_are_cut_changes_a_norm_by_rounding_only() -> None:
+    recipe = "conv-adamw-accumulated-clipped"
+    job = job_of(recipe, "ps-sync", 2, 3)
+    uneven = train(job, Conv, speeds=(1.0, 7.0, 2.0)).parameters()
+    assert distance(uneven, plain(recipe)[0]) < 1e-5
+
+
 @pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
 def test_a_repeated_run_gives_the_same_bits(strategy: str, workers: int, servers: int) -> None:
     recipe = "conv-adamw-accumulated-clipped"
@@ -219,7 +235,7 @@ def test_each_step_drops_out_anew() -> None:
 
 def test_each_rank_drops_out_anew() -> None:
     """Asked of the seed itself: threads share a generator, so masks cannot be told apart here."""
-    assert len({_step_seed(5, step, rank) for step in range(20) for rank in range(8)}) == 160
+    assert len({step_seed(5, step, rank) for step in range(20) for rank in range(8)}) == 160
 
 
 def test_ring_starts_all_ranks_from_rank_0s_parameters() -> None:

@@ -14,17 +14,8 @@ from distplat.platform.errors import (
     StateLost,
     UserCodeError,
 )
-from distplat.platform.job import (
-    SETTLE_S,
-    STALL_GRACE,
-    Event,
-    Failed,
-    Heard,
-    JobState,
-    Phase,
-    Tick,
-    Unanswered,
-)
+from distplat.platform.job import SETTLE_S, STALL_GRACE, JobState, Phase
+from distplat.platform.job_events import Event, Failed, Heard, Tick, Unanswered
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
 

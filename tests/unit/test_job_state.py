@@ -11,17 +11,9 @@ from distplat.platform.errors import (
     DistplatError,
     UserCodeError,
 )
-from distplat.platform.job import (
-    SETTLE_S,
-    STALL_GRACE,
-    Event,
-    Failed,
-    Heard,
-    JobState,
-    Phase,
-    Tick,
-    Unanswered,
-)
+from distplat.platform.job import SETTLE_S, STALL_GRACE, JobState, Phase
+from distplat.platform.job_events import Event, Failed, Heard, Joined, Left, Tick, Unanswered
+from distplat.platform.recovery import Policy
 from distplat.platform.spec import Failure
 
 LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
@@ -190,3 +182,40 @@ def test_nothing_comes_after_the_end(end: History) -> None:
 
 def test_steps_done_is_the_slowest_rank() -> None:
     assert play([(1, heard(0, 9, 7)), (1, heard(1, 9, 5))]).steps_done == 5
+
+
+DONE = {rank: heard(rank, 9, 9, finished=True) for rank in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("history", "phase"),
+    [
+        # one that joins must finish too, unless it leaves
+        ([(1, Joined(2)), (2, DONE[0]), (2, DONE[1])], Phase.RUNNING),
+        ([(1, Joined(2)), (2, DONE[0]), (2, DONE[1]), (3, DONE[2])], Phase.SUCCEEDED),
+        ([(1, Joined(2)), (2, DONE[0]), (2, DONE[1]), (3, Left(2))], Phase.SUCCEEDED),
+        ([(1, Left(1)), (2, heard(1, 9, 9, True)), (2, heard(0, 5, 5))], Phase.RUNNING),
+        ([(1, Left(1)), (2, DONE[0])], Phase.SUCCEEDED),
+        # it has the time of a start before its first step, and that of a step afterwards
+        ([(1, Joined(2)), (60, heard(0, 2)), (60, heard(1, 2)), (75, Tick())], Phase.RUNNING),
+        ([(1, Joined(2)), (76, heard(0, 2)), (76, heard(1, 2)), (77, Tick())], Phase.SETTLING),
+        (
+            [(1, Joined(2)), (9, heard(2, 1)), *((34, heard(r, 2)) for r in (0, 1)), (35, Tick())],
+            Phase.SETTLING,
+        ),
+    ],
+)
+def test_workers_join_and_leave(history: History, phase: Phase) -> None:
+    assert play([*STARTED, *history]).phase is phase
+
+
+def test_who_has_left_is_not_replaced_and_who_has_joined_is() -> None:
+    policy = Policy(max_failures=1, survivors_go_on=True)
+    state = JobState(2, LIMITS, 0.0, policy)
+    lost = Failed("worker-5", DEATH, gone=True)
+    waits = Failed("worker-0", BROKEN)
+    history: list[Event] = [heard(0, 1), heard(1, 1), Joined(5), Left(1), heard(5, 1), lost, waits]
+    for event in [*history, Tick()]:
+        state.handle(event, 1.0)
+    assert state.restart is not None
+    assert (state.restart.replace, state.restart.everything) == ((5,), False)

@@ -24,6 +24,7 @@ from distplat.strategies.training.sync_service import SyncService
 SIZE, WORLD, STEPS = 21, 2, 6
 ADAM = {"name": "AdamW", "lr": 0.1}
 ASYNC = Consistency(asynchronous=True)
+DEALT = Consistency(asynchronous=True, dealt=True)
 
 
 def plan(consistency: Consistency, every: int = 2) -> Any:
@@ -99,6 +100,22 @@ def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:
     step(again, 4)
     step(again, 5)
     assert same(state(again), state(shard))
+
+
+def test_a_shard_that_waited_for_one_old_task_copies_all_the_same() -> None:
+    """The slowest is at three steps at once, and a checkpoint of two is due."""
+    shard = AsyncShard(plan(DEALT), torch.linspace(-1, 1, SIZE))
+    shard.restore(0)
+    for seq, task in enumerate([0, 2, 3, 4, 5]):
+        shard.push(PushId("run", 1, 0, seq, task), noise(SIZE, task))
+    assert (shard.steps, shard.kept(2)) == (0, None)
+    shard.push(PushId("run", 1, 1, 0, 1), noise(SIZE, 1))
+    kept = shard.kept(2)
+    assert shard.steps == 3 and kept is not None
+    again = AsyncShard(plan(DEALT), kept.tensors.pop(""))
+    again.restore(2, kept.tensors)
+    assert again.push(PushId("run", 1, 0, 0, 3), noise(SIZE, 3)) is Verdict.LATE
+    assert again.push(PushId("run", 1, 0, 1, 4), noise(SIZE, 4)) is Verdict.NEW
 
 
 def test_an_asynchronous_shard_copies_when_the_slowest_is_there() -> None:

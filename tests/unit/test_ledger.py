@@ -12,7 +12,7 @@ from distplat.platform.errors import (
     ProtocolError,
     StaleError,
 )
-from distplat.platform.ledger import Ledger, PushId, Verdict
+from distplat.platform.ledger import Ledger, PushId, TaskLedger, Verdict
 
 JOB, ATTEMPT, WORLD, VERSION = "run", 2, 3, 5
 NEW, STAGED, COMMITTED = Verdict.NEW, Verdict.REPEAT_STAGED, Verdict.REPEAT_COMMITTED
@@ -215,3 +215,54 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def leased(rank: int, seq: int, task: int | None, attempt: int = ATTEMPT) -> PushId:
+    return PushId(JOB, attempt, rank, seq, task)
+
+
+def test_of_a_leased_task_the_first_push_counts() -> None:
+    book = TaskLedger(JOB, ATTEMPT)
+    with pytest.raises(NotReadyError):
+        book.offer(leased(0, 0, 7))
+    book.restore(6, task=6)
+    assert book.offer(leased(0, 0, 7)) is NEW
+    assert book.offer(leased(0, 0, 7)) is COMMITTED
+    assert book.offer(leased(9, 0, 7)) is Verdict.LATE  # it got the lease of one that was not lost
+    assert book.offer(leased(9, 0, 7)) is COMMITTED
+    assert book.offer(leased(9, 1, 5)) is Verdict.LATE  # made before the checkpoint
+    assert book.offer(leased(9, 2, 6)) is NEW
+    assert (book.version, book.made.low, book.dropped) == (8, 8, {9: 2})
+
+
+@pytest.mark.parametrize(
+    ("offered", "error"),
+    [
+        (leased(0, 0, 9), StaleError),  # late: the worker computes on what a later one brought
+        (leased(0, -1, 9), StaleError),
+        (leased(0, 3, 9, attempt=1), FencedError),
+        (leased(0, 3, 9, attempt=3), FencedError),
+        (leased(-1, 0, 9), FencedError),
+        (leased(0, 3, None), FencedError),
+    ],
+)
+def test_pushes_of_leased_tasks_that_are_refused(
+    offered: PushId, error: type[ProtocolError]
+) -> None:
+    book = TaskLedger(JOB, ATTEMPT)
+    book.restore(0)
+    for seq in range(3):
+        book.offer(leased(0, seq, seq))
+    with pytest.raises(error):
+        book.offer(offered)
+    assert (book.version, book.made.low) == (3, 3)
+
+
+def test_in_a_new_attempt_pushes_are_numbered_anew_and_tasks_stay_made() -> None:
+    book = TaskLedger(JOB, ATTEMPT)
+    book.restore(0)
+    book.offer(leased(0, 0, 0))
+    book.renew(ATTEMPT + 1)
+    assert book.offer(leased(0, 0, 0, ATTEMPT + 1)) is Verdict.LATE
+    assert book.offer(leased(0, 1, 1, ATTEMPT + 1)) is NEW
+    assert book.version == 2

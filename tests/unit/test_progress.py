@@ -110,3 +110,27 @@ def test_evaluations_are_means_over_all_samples() -> None:
 
 def test_an_evaluation_without_samples_has_no_figures() -> None:
     assert Gathering(1).add(EvalReport(0, 3, 0, {})) == [EvalSummary(3, 0, {})]
+
+
+def test_leased_steps_wait_their_turn() -> None:
+    gathering = Gathering(2, first=3)
+    assert steps(gathering, [step(0, 4), step(1, 4), step(0, 3)]) == []
+    assert steps(gathering, [step(1, 3)]) == [3, 4]
+    assert steps(gathering, [step(1, 6), step(0, 5), step(0, 6), step(1, 5)]) == [5, 6]
+    assert steps(gathering, [step(0, 5)]) == []
+
+
+def test_a_report_that_was_lost_with_a_worker_holds_nothing_up() -> None:
+    gathering = Gathering(2, first=0)
+    assert steps(gathering, [step(0, 0), step(0, 1), step(1, 1), step(0, 2)]) == []
+    gathering.lost()
+    assert steps(gathering, [step(1, 2)]) == []  # the others' reports of these may still come
+    assert steps(gathering, [step(0, 3), step(1, 3)]) == [0, 1, 2, 3]
+    assert steps(gathering, [step(1, 0)]) == []
+    assert steps(gathering, [step(0, 4), step(1, 4)]) == [4]
+
+
+def test_what_was_never_complete_comes_at_the_end() -> None:
+    gathering = Gathering(2, first=0)
+    assert steps(gathering, [step(0, 0), step(0, 1), step(1, 1)]) == []
+    assert [summary.step for summary in gathering.rest()] == [0, 1]

@@ -1,22 +1,28 @@
 """The strategy `ps-async` on servers in memory, and its runs made again."""
 
 import sys
+import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from in_memory_run import Run, train
+from rank_threads import on_ranks
 from test_equivalence import STEPS, Conv, Dropout, Mlp, distance, plain, same_bits
 
 from distplat.platform.apply_log import Applied, ApplyLog, flaws, largest_lead, staleness_counts
 from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
-from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job, make_strategy
+from distplat.strategies.fakes import InMemoryLeases, InMemoryShards, LeaseDesk, ServerGroup
+from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.replay import replay
-from distplat.strategies.training.session import prepare
+from distplat.strategies.training.session import join, prepare
 
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 
@@ -98,9 +104,59 @@ def test_the_bound_is_never_exceeded(bound: int) -> None:
 
 
 def test_without_a_bound_the_fast_run_away() -> None:
-    """Or the test above would show nothing."""
-    run = train(job("ps-async", 2, epochs=8), Uneven)
+    """Or the test above would show nothing: the slow one sits on its lease of six tasks."""
+    run = train(job("ps-async", 2, epochs=8), Uneven, most=6)
     assert largest_lead(logs_of(run)[0], 2) > 3
+
+
+def test_a_slow_worker_makes_fewer_tasks() -> None:
+    Uneven.made = 0
+    run = train(job("ps-async", 2, epochs=8), Uneven)
+    made = Counter(applied.rank for applied in logs_of(run)[0])
+    assert made[0] > 2 * made[1] > 0
+
+
+def test_a_worker_that_leaves_and_one_that_joins() -> None:
+    """Every task is made once, whoever is there; the model has the bits of its log."""
+    of = job({"name": "ps-async", "num_servers": 2, "delay_compensation": 0.5}, 2, epochs=6)
+    strategies = [make_strategy(of) for _ in range(4)]
+    ranks = [prepare(of, Mlp(), strategy=one) for one in strategies]
+    how = strategies[0].roles(of).consistency
+    plan = ShardPlan(of, "run", 0, 2, ranks[0].total_steps, 2, how)
+    group, desk = ServerGroup(plan), LeaseDesk(most=2)
+    reports: list[list[AnyReport]] = [[] for _ in ranks]
+    progress = [Progress() for _ in ranks]
+    comes = [threading.Event() for _ in ranks]
+
+    def body(rank: int) -> None:
+        def report(part: AnyReport) -> None:
+            reports[rank].append(part)
+            if rank == 0 and len(reports[0]) == 5:  # rank 3 takes the place of rank 1
+                desk.dismiss(1)
+                comes[3].set()
+            if rank == 0 and len(reports[0]) > 5:
+                comes[1].wait(5)
+
+        if rank == 3:
+            assert comes[3].wait(5)
+        shards, leases = InMemoryShards(group, rank), InMemoryLeases(desk, rank)
+        ports: dict[str, Any] = {"collective": None, "shards": shards, "leases": leases}
+        loop = join(
+            ranks[rank], strategies[rank], rank, **ports, report=report, progress=progress[rank]
+        )
+        comes[1].set() if rank == 3 else None
+        loop.run()
+
+    on_ranks(4, lambda rank: body(rank) if rank != 2 else None)
+    assert [one.left for one in progress] == [False, True, False, False]
+    logs = [ApplyLog(numbers) for numbers in group.logs()]
+    assert [flaws(log, 2, 2 * STEPS) for log in logs] == [[], []]
+    assert {applied.rank for applied in logs[0]} == {0, 1, 3}
+    found = Counter((r.step, r.rank) for rank in reports for r in rank if isinstance(r, StepReport))
+    assert found == Counter((step, part) for step in range(2 * STEPS) for part in range(2))
+    model = replay(replace(plan, run="replay"), logs, lambda: prepare(of, Mlp()), 1)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, ranks[0].flat.model.state_dict()[name]), name
 
 
 def test_a_worker_that_never_comes_is_named() -> None:
@@ -119,6 +175,7 @@ def test_figures_are_those_of_the_log() -> None:
     counts = staleness_counts(logs_of(run), 3)
     for rank, reports in enumerate(run.reports):
         steps = [report for report in reports if isinstance(report, StepReport)]
+        assert steps, "or there is nothing to compare"
         told = [int(report.figures["staleness"]) for report in steps]
         assert sorted(told) == sorted(counts[rank].elements())
         assert steps[-1].figures["staleness_mean"] == pytest.approx(sum(told) / len(told))
@@ -132,16 +189,15 @@ class Evaluated(Uneven):
 
 def test_evaluations_stop_nobody_and_the_last_is_of_the_final_parameters() -> None:
     run = train(job("ps-async", 2), Evaluated)
-    for reports in run.reports:
-        evaluations = [report for report in reports if isinstance(report, EvalReport)]
-        assert [report.step for report in evaluations] == [5, 10, 15]
+    found = [r for reports in run.reports for r in reports if isinstance(r, EvalReport)]
+    parts = sorted((report.step, report.rank) for report in found)
+    assert parts == [(step, part) for step in (5, 10, 15) for part in range(2)]
     data = Mlp().train_data()
     model = run.ranks[0].flat.model.eval()
     with torch.no_grad():
         inputs, targets = data.tensors
         expected = float(Mlp().loss(model(inputs), targets))
-    last = [reports[-1] for reports in run.reports]
-    total = sum(r.sums["loss"] for r in last if isinstance(r, EvalReport))
+    total = sum(report.sums["loss"] for report in found if report.step == 15)
     assert total / len(data) == pytest.approx(expected, rel=1e-4)
 
 
@@ -245,10 +301,9 @@ def test_a_replay_with_dropout_repeats() -> None:
 def test_a_log_in_another_order_gives_another_model() -> None:
     of = job("ps-async", 2)
     run = train(of, Mlp)
-    turns = [(rank, seq) for seq in range(STEPS) for rank in (1, 0)]
     other = ApplyLog()
-    for place, (rank, seq) in enumerate(turns):
-        other.add(Applied(rank, seq, max(0, place - 1)))
+    for place, task in enumerate(t for step in range(STEPS) for t in (2 * step + 1, 2 * step)):
+        other.add(Applied(task % 2, task, max(0, place - 1)))
     run.group.logs = lambda: [other.numbers()]  # type: ignore[method-assign]
     found = again(run, of, Mlp).state_dict()
     assert any(not torch.equal(found[name], value) for name, value in run.parameters().items())
@@ -259,12 +314,25 @@ def test_logs_that_no_run_can_have_are_refused() -> None:
     of = job({"name": "ps-async", "num_servers": 2}, 2, steps=2, epochs=None)
     run = train(of, Mlp)
     first, second = ApplyLog(), ApplyLog()
-    for row in [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)]:
+    for row in [(0, 0, 0), (0, 2, 1), (1, 1, 2), (1, 3, 3)]:
         first.add(Applied(*row))
-    for row in [(1, 0, 0), (1, 1, 1), (0, 0, 2), (0, 1, 3)]:
+    for row in [(1, 1, 0), (1, 3, 1), (0, 0, 2), (0, 2, 3)]:
         second.add(Applied(*row))
     run.group.logs = lambda: [first.numbers(), second.numbers()]  # type: ignore[method-assign]
     with pytest.raises(StorageError, match="cannot be followed"):
+        again(run, of, Mlp)
+
+
+def test_shards_that_have_other_tasks_of_a_rank_are_refused() -> None:
+    """It was lost between two of them, and somebody else has made its task for the second."""
+    of = job({"name": "ps-async", "num_servers": 2}, 2, steps=1, epochs=None)
+    run = train(of, Mlp)
+    first, second = ApplyLog(), ApplyLog()
+    for log, ranks in ((first, (0, 1)), (second, (1, 1))):
+        for task, rank in enumerate(ranks):
+            log.add(Applied(rank, task, task))
+    run.group.logs = lambda: [first.numbers(), second.numbers()]  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="lost between two shards"):
         again(run, of, Mlp)
 
 

@@ -39,7 +39,7 @@ def connected(nodes: list[str]) -> tuple[RayTables, TablePlan]:
     servers = [Handle(TableServing(f"server-{k}", k, node)) for k, node in enumerate(nodes)]
     told = job(1, len(nodes))
     order = WorkOrder(told, "run", 0, 0, "", "", None, None, None, embedding_servers=tuple(servers))
-    tables = RayTables(order, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    tables = RayTables(order, 0, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
     return tables, tables.connect(SPECS, 10, 0)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.algorithms.mixing import mix
-from distplat.strategies.sparse.index import RowIndex
+from distplat.strategies.sparse.index import MOST_BY_ARRAY, ArrayIndex, HashIndex, Index, make_index
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.routing import route, server_of
 from distplat.strategies.sparse.rows import Rows
@@ -37,32 +37,56 @@ def plan(servers: int, partition: str = "hash") -> TablePlan:
 IDS = st.integers(0, 2**62) | st.integers(0, 50)
 
 
+FEW = st.integers(0, 99)
+
+
+@given(st.lists(st.lists(FEW, unique=True, max_size=40), max_size=8))
+def test_the_index_by_array_is_a_dict(batches: list[list[int]]) -> None:
+    check_against_a_dict(ArrayIndex(100), batches, (7, 99))
+
+
 @given(st.lists(st.lists(IDS, unique=True, max_size=40), max_size=8))
-def test_the_index_is_a_dict(batches: list[list[int]]) -> None:
-    index, model = RowIndex(), dict[int, int]()
+def test_the_index_by_hash_is_a_dict(batches: list[list[int]]) -> None:
+    check_against_a_dict(HashIndex(), batches, (7, 2**61))
+
+
+def check_against_a_dict(index: Index, batches: list[list[int]], more: tuple[int, ...]) -> None:
+    model = dict[int, int]()
     for batch in batches:
         new = [i for i in batch if i not in model]
         slots = index.add(np.array(new, np.int64))
         model |= dict(zip(new, slots.tolist(), strict=True))
-        asked = np.array([*batch, 7, 2**61], np.int64)
+        asked = np.array([*batch, *more], np.int64)
         assert index.find(asked).tolist() == [model.get(int(i), -1) for i in asked]
     assert index.ids.tolist() == list(model)
     assert sorted(model.values()) == list(range(len(index)))
 
 
-def test_the_index_grows_and_keeps_what_it_has() -> None:
-    index, ids = RowIndex(), np.random.default_rng(0).permutation(40_000)
+@pytest.mark.parametrize("rows", [None, 80_000, MOST_BY_ARRAY + 1])
+def test_the_index_grows_and_keeps_what_it_has(rows: int | None) -> None:
+    index, ids = make_index(rows), np.random.default_rng(0).permutation(40_000)
     for part in np.array_split(ids, 17):
         index.add(part)
     assert index.find(ids).tolist() == list(range(40_000))
     assert (index.find(ids + 40_000) == -1).all()
 
 
+def test_an_array_takes_no_id_beyond_its_end() -> None:
+    with pytest.raises(IndexError):
+        ArrayIndex(10).find(np.array([10]))
+
+
+def test_ids_without_end_are_hashed() -> None:
+    assert isinstance(make_index(MOST_BY_ARRAY), ArrayIndex)
+    assert isinstance(make_index(MOST_BY_ARRAY + 1), HashIndex)
+    assert isinstance(make_index(None), HashIndex)
+
+
 def test_ids_whose_places_collide_are_told_apart() -> None:
     """All of these fall into the same place of the smallest table."""
     ids = np.arange(200_000, dtype=np.int64)
     together = ids[(mix(ids.astype(np.uint64)) & np.uint64(1023)) == 5][:150]
-    index = RowIndex()
+    index = HashIndex()
     index.add(together)
     assert index.find(together[::-1]).tolist() == list(range(150))[::-1]
 

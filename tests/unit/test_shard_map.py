@@ -1,10 +1,12 @@
 """Shards: complete, balanced by elements whatever the layers, and never none."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distplat.platform.shard_map import Shard, cut_shards
+from distplat.platform.shard_map import ALIKE, Shard, cut_shards
 
 
 @given(st.integers(0, 100_000), st.integers(1, 64))
@@ -43,6 +45,35 @@ def test_one_huge_tensor_is_shared_out() -> None:
 @given(st.integers(64, 5000), st.integers(1, 4))
 def test_inner_bounds_fall_on_cache_lines(total: int, servers: int) -> None:
     assert all(shard.start % 16 == 0 for shard in cut_shards(total, servers).shards)
+
+
+SPEEDS = st.lists(st.floats(1e3, 1e9), min_size=1, max_size=12)
+
+
+@given(st.integers(0, 100_000), SPEEDS)
+def test_a_map_by_speed_is_complete_and_in_proportion(total: int, speeds: list[float]) -> None:
+    shards = cut_shards(total, len(speeds), speeds=speeds).shards
+    covered = [i for shard in shards for i in (shard.start, shard.stop)]
+    assert covered == sorted(covered) and covered[0] == 0 and covered[-1] == total
+    assert all(a.stop == b.start for a, b in pairwise(shards))
+    if total >= 16 * len(speeds):
+        assert all(shard.start % 16 == 0 or shard.start == total for shard in shards)
+    if max(speeds) > ALIKE * min(speeds):
+        wanted = [total * speed / sum(speeds) for speed in speeds]
+        assert all(abs(s.size - w) <= 32 for s, w in zip(shards, wanted, strict=True))
+
+
+@given(st.integers(0, 100_000), st.floats(1e3, 1e9), st.lists(st.floats(1.0, 1.2), max_size=8))
+def test_servers_that_are_almost_alike_get_equal_shards(
+    total: int, speed: float, factors: list[float]
+) -> None:
+    speeds = [speed, *(speed * factor for factor in factors)]
+    assert cut_shards(total, len(speeds), speeds=speeds) == cut_shards(total, len(speeds))
+
+
+def test_a_server_of_half_the_speed_gets_half_as_much() -> None:
+    sizes = [s.size for s in cut_shards(30_000, 3, speeds=(2e8, 1e8, 2e8)).shards]
+    assert sizes == [12_000, 6_000, 12_000]
 
 
 def test_the_version_is_kept() -> None:

@@ -1,0 +1,108 @@
+"""What connects a worker in one attempt: group, servers, tables, scheduler; made when asked for."""
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from distplat.actors.messages import WorkOrder
+from distplat.platform.progress import StepReport
+from distplat.strategies.base import Strategy
+from distplat.strategies.training.session import Prepared
+
+if TYPE_CHECKING:
+    from distplat.actors.collective.port import RayCollective
+    from distplat.actors.servers.leases import RayLeases
+    from distplat.actors.servers.shards import RayShards
+    from distplat.actors.tables.client import RayTables
+
+
+class Connection:
+    """An attempt's group and servers; another thread may end the waits for them at any moment."""
+
+    def __init__(self) -> None:
+        self._abandoned = threading.Event()
+        self._group: RayCollective | None = None
+        self._servers: RayShards | None = None
+        self._tables: RayTables | None = None
+        self._leases: RayLeases | None = None
+
+    def collective(self, order: WorkOrder) -> "RayCollective | None":
+        """
+        Meet the other ranks; None where the strategy has no group.
+
+        Raises:
+            DistplatError: somebody did not come, or the attempt was given up.
+        """
+        if order.collective is None:
+            return None
+        from distplat.actors.collective.group import Settings
+        from distplat.actors.collective.port import RayCollective  # only who needs it
+
+        self._group = RayCollective(
+            f"{order.run}/{order.attempt}",
+            order.collective.backend,
+            order.rank,
+            order.job.scaling.world,
+            Settings(
+                order.collective.timeout_s,
+                order.job.failure.start_timeout_s,
+                order.collective.debug,
+                self._abandoned,
+            ),
+        )
+        return self._group
+
+    def shards(self, order: WorkOrder, prepared: Prepared) -> "RayShards | None":
+        """Make the way to the servers; None where the strategy has none."""
+        if order.manager is None:
+            return None
+        from distplat.actors.servers.shards import RayShards
+
+        self._servers = RayShards(order, prepared.total_steps, _every(prepared), self._abandoned)
+        return self._servers
+
+    def tables(self, order: WorkOrder, prepared: Prepared) -> "RayTables | None":
+        """Give the way to the embedding tables; None where the job has none."""
+        if not order.embedding_servers:
+            return None
+        from distplat.actors.tables.client import RayTables
+
+        self._tables = RayTables(order, _every(prepared), self._abandoned)
+        return self._tables
+
+    def leases(self, order: WorkOrder, strategy: Strategy[Any]) -> "RayLeases | None":
+        """Make the way to the task scheduler; None where the strategy has none."""
+        if order.scheduler is None:
+            return None
+        from distplat.actors.servers.leases import RayLeases
+
+        bounded = strategy.roles(order.job).consistency.bound is not None
+        self._leases = RayLeases(order, bounded, self._abandoned)
+        return self._leases
+
+    def count(self, report: StepReport) -> None:
+        """Have the task scheduler know how fast this worker is."""
+        if self._leases is not None:
+            self._leases.count(report)
+
+    def give_up(self) -> None:
+        """Make whoever waits for other ranks come out."""
+        self._abandoned.set()
+        group = self._group
+        if group is not None:
+            group.abort()
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            self._group.close()
+        if self._servers is not None:
+            self._servers.close()
+        if self._tables is not None:
+            self._tables.close()
+        if self._leases is not None:
+            self._leases.close()
+
+
+def _every(prepared: Prepared) -> int:
+    """Give the steps between two checkpoints; 0: there are none."""
+    return prepared.job.checkpoint.period(prepared.sampler.steps_per_epoch)

@@ -1,0 +1,150 @@
+"""
+The port `Leases` over Ray, and the worker's pulse: twice a second it tells how it is doing.
+
+    training   ─ task ─ task ─ task ─ task ─ task ─ task ─ ...
+    questions        ─── ask ──▶ the next lease is here before this one is used up
+    pulse      ──▶ made, busy ............ ──▶ made, busy
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from distplat.actors.asking import AGAIN_S, LOOK_S, ask
+from distplat.actors.messages import WorkOrder
+from distplat.actors.servers.lines import ANSWER_GRACE_S
+from distplat.actors.servers.scheduler import HOLD_S
+from distplat.platform.crew import Beat
+from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded
+from distplat.platform.progress import StepReport
+from distplat.platform.task_scheduler import Course, Work
+
+PULSE_S = 0.5
+"""Between two words of a worker about itself."""
+_NAME = "the task scheduler"
+
+
+class RayLeases:
+    """
+    The task scheduler, seen by one worker.
+
+    Args:
+        order: the worker's orders, with the scheduler's handle.
+        eager: whether others may wait for what this worker does: it tells of every task at once,
+            and asks for more when it has none left.
+        abandoned: once set, waits end.
+    """
+
+    def __init__(self, order: WorkOrder, eager: bool, abandoned: threading.Event) -> None:
+        self._scheduler, self._order = order.scheduler, order
+        self._rank, self._attempt = order.rank, order.attempt
+        self._eager, self._abandoned = eager, abandoned
+        self._lock = threading.Lock()
+        self._tasks: list[int] = []  #: done, and not known to be known
+        self._evaluations: list[tuple[int, int]] = []
+        self._beat = Beat(0, 0, 0.0)
+        self._number = 0  #: of the next question
+        self._question: Any = None  #: the answer to it is on its way
+        self._said = 0, 0  #: tasks and evaluations that it told of
+        self._given = self._left = 0  #: tasks of the present lease, and those not done
+        self._closed = threading.Event()
+
+    def connect(self, course: Course) -> None:
+        """See `Leases`."""
+        self._beat = Beat(course.first, 0, 0.0)
+        limit = self._order.job.failure.start_timeout_s
+
+        def join() -> Any:
+            return self._scheduler.join.remote(self._rank, self._attempt, course)
+
+        ask("join", [join], [_NAME], limit, "start_timeout_s", self._check)
+        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop the pulse."""
+        self._closed.set()
+
+    def count(self, report: StepReport) -> None:
+        """Take what a step, or task, of this worker took."""
+        busy_s = report.seconds.get("data", 0.0) + report.seconds.get("compute", 0.0)
+        before = self._beat
+        step = max(before.step, report.step + 1)
+        self._beat = Beat(step, before.made + 1, before.busy_s + busy_s)
+
+    def next(self, alive: Callable[[], None]) -> Work:
+        """See `Leases`."""
+        while True:
+            work = self._answer(self._question or self._ask(), alive)
+            self._question = None
+            if work is not None:
+                self._number += 1
+                self._given = self._left = len(work.tasks)
+                return work
+
+    def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
+        """See `Leases`."""
+        with self._lock:
+            self._tasks += tasks
+            self._evaluations += evaluations
+        self._left -= len(tasks)
+        if self._eager:
+            self._say()
+        elif self._question is None and 0 < self._left <= max(1, self._given // 4):
+            self._question = self._ask()
+
+    def _ask(self) -> Any:
+        tasks, evaluations = self._done()
+        self._said = len(tasks), len(evaluations)
+        where = self._rank, self._attempt, self._number
+        return self._scheduler.work.remote(*where, tasks, evaluations)
+
+    def _answer(self, question: Any, alive: Callable[[], None]) -> Work | None:
+        """
+        Wait for an answer; None: ask again.
+
+        Raises:
+            ActorLost, DeadlineExceeded: the scheduler is gone, or frozen.
+        """
+        limit = self._order.job.failure.heartbeat_timeout_s + HOLD_S + ANSWER_GRACE_S
+        until = time.monotonic() + limit
+        while not ray.wait([question], timeout=LOOK_S)[0]:
+            self._check()
+            alive()
+            if time.monotonic() > until:
+                setting = "failure.heartbeat_timeout_s"
+                raise DeadlineExceeded("the next task", (_NAME,), limit, setting)
+        alive()
+        try:
+            work: Work | None = ray.get(question, timeout=limit)
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(AGAIN_S)  # the answer got lost; asked again, it is the same
+            return None
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayActorError as error:
+            cause = str(error).strip().splitlines()[0]
+            raise ActorLost("task-scheduler", None, cause) from None
+        with self._lock:  # it knows of these now
+            del self._tasks[: self._said[0]], self._evaluations[: self._said[1]]
+        return work
+
+    def _done(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        with self._lock:
+            return tuple(self._tasks), tuple(self._evaluations)
+
+    def _say(self) -> None:
+        done = self._done()
+        self._scheduler.beat.remote(self._rank, self._attempt, self._beat, *done)
+
+    def _check(self) -> None:
+        if self._abandoned.is_set():
+            raise Abandoned(f"rank {self._rank} was told to wait no longer")
+
+    def _pulse(self) -> None:
+        while not self._closed.wait(PULSE_S):
+            self._say()

@@ -1,0 +1,271 @@
+"""
+What Ray sees of the task scheduler: leases work to the workers, and knows how each one is doing.
+
+The class is plain; `spawn.py` makes an actor of it. Its methods are coroutines, so any number of
+questions may be open, and no two of them run at once: what decides is in `platform/`
+(`task_scheduler.py`, `crew.py`).
+
+Workers of a synchronous run make their parts of every step without asking, and tell twice a second
+how they are doing; where tasks are leased they ask for half a second of work at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from distplat.platform.clocks import Consistency
+from distplat.platform.crew import Beat, Crew, Standing
+from distplat.platform.errors import FencedError, Problem, ProtocolError, SpecError
+from distplat.platform.spec import Job
+from distplat.platform.task_scheduler import Course, TaskScheduler, Work, lease_size
+
+HOLD_S = 1.0
+"""How long a question for work is kept while there is none."""
+ROOM = 16
+"""So many workers more than at the start may be there at once; the servers' threads are made for
+them."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A number of workers that somebody has asked for."""
+
+    number: int
+    """Of the wish, from 1."""
+    workers: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One worker in a roster."""
+
+    standing: Standing
+    lease: tuple[int, int, int] | None
+    """Of what it holds the first task, the last one, and how many; None: nothing."""
+    leaving: bool
+
+
+@dataclass(frozen=True)
+class Roster:
+    """How the workers of a run are doing."""
+
+    attempt: int
+    dealt: bool
+    """Whether tasks are leased; else each worker makes its part of every step."""
+    steps: int
+    """Of the run; 0: nobody has come yet."""
+    parts: int
+    """Of a step."""
+    done: int
+    """Steps that are made."""
+    duplicates: int
+    """Tasks that were made twice."""
+    workers: tuple[Entry, ...]
+    wish: Wish | None
+    refused: str
+    """Why the last wish was not granted; empty: it was, or is about to be."""
+
+
+class Scheduler:
+    """
+    See the top of the file.
+
+    Args:
+        name: of the actor.
+        job: the run's job.
+        consistency: whether tasks are leased, and how far ahead.
+    """
+
+    def __init__(self, name: str, job: Job, consistency: Consistency) -> None:
+        self._name, self._job, self._how = name, job, consistency
+        self._attempt = 0
+        self._crew = Crew()
+        self._brain: TaskScheduler | None = None
+        self._course: Course | None = None
+        self._leaving: set[int] = set()
+        self._changed = asyncio.Event()  #: replaced by a new one whenever something is done
+        self._wish: Wish | None = None
+        self._answered, self._refused = 0, ""
+        self._wished = asyncio.Event()
+
+    def __repr__(self) -> str:
+        """Name in Ray's logs."""
+        return self._name
+
+    async def poll(self, hold_s: float) -> Wish | None:
+        """Tell the controller what is wished for; `hold_s`: see `Worker.poll`."""
+        try:
+            await asyncio.wait_for(self._wished.wait(), hold_s)
+        except TimeoutError:
+            return None
+        return self._wish
+
+    async def join(self, rank: int, attempt: int, course: Course) -> None:
+        """
+        Take a worker in; the first of a later attempt begins it.
+
+        Raises:
+            FencedError: a later attempt has begun.
+            ProtocolError: this worker's data set is not that of the others.
+        """
+        self._check(attempt)
+        if attempt > self._attempt:
+            self._attempt = attempt
+            if self._brain is not None:
+                self._brain.renew(attempt)
+        if self._course is None:
+            self._course = course
+            if self._how.dealt:
+                self._brain = TaskScheduler(course, self._how.bound)
+        elif (course.steps, course.parts) != (self._course.steps, self._course.parts):
+            raise ProtocolError(
+                f"rank {rank} built another data set than the first rank to come: {course} against "
+                f"{self._course}; train_data() must not depend on the process"
+            )
+        self._crew.begin(rank, time.monotonic())
+        self._tell()
+
+    async def work(
+        self,
+        rank: int,
+        attempt: int,
+        number: int,
+        tasks: tuple[int, ...],
+        evaluations: tuple[tuple[int, int], ...],
+    ) -> Work | None:
+        """
+        Lease work, when there is some; None: not yet, ask again.
+
+        Args:
+            rank: who asks.
+            attempt: its generation.
+            number: of the question; the same number gets the same answer.
+            tasks: that it has done since.
+            evaluations: the same.
+        """
+        brain = self._finish(rank, attempt, tasks, evaluations)
+        until = time.monotonic() + HOLD_S
+        while True:
+            self._check(attempt)
+            self._take_from_the_silent(brain)
+            workers = self._crew.ranks - self._leaving
+            size = lease_size(self._crew.wall_s(rank), brain.left, len(workers))
+            found = brain.work(rank, number, size)
+            left = until - time.monotonic()
+            if found is not None or left <= 0:
+                return found
+            try:
+                await asyncio.wait_for(self._changed.wait(), left)
+            except TimeoutError:
+                continue
+
+    async def beat(
+        self,
+        rank: int,
+        attempt: int,
+        beat: Beat,
+        tasks: tuple[int, ...],
+        evaluations: tuple[tuple[int, int], ...],
+    ) -> None:
+        """Hear how a worker is doing, and what it has done."""
+        if attempt < self._attempt:
+            return  # it does not know yet
+        self._crew.heard(rank, beat, time.monotonic())
+        if self._brain is not None:
+            self._finish(rank, attempt, tasks, evaluations)
+
+    async def dismiss(self, ranks: tuple[int, ...]) -> None:
+        """Have workers finish what they have, and go."""
+        self._leaving.update(ranks)
+        for rank in ranks:
+            if self._brain is not None:
+                self._brain.dismiss(rank)
+        self._tell()
+
+    async def gone(self, rank: int) -> None:
+        """A worker that was dismissed has ended."""
+        self._leaving.discard(rank)
+        self._crew.forget(rank)
+
+    async def scale(self, workers: int) -> Wish:
+        """
+        Wish for a number of workers.
+
+        Raises:
+            SpecError: it cannot be had.
+        """
+        where, most = ("--workers",), self._job.scaling.world + ROOM
+        if not self._how.dealt:
+            what = f"strategy {self._job.strategy.name!r}"
+            if self._job.embeddings is not None:
+                what += " with embedding tables"
+            hint = "only ps-async leases its data to whoever is there; else stop the job, and go on"
+            hint += " from its last checkpoint with another number: submit --resume --num-workers N"
+            text = f"{what} cannot change its number of workers while it runs"
+            raise SpecError(Problem(where, text, hint))
+        if not 1 <= workers <= most:
+            raise SpecError(Problem(where, f"must be 1 to {most} (got {workers})"))
+        number = self._wish.number + 1 if self._wish is not None else 1
+        self._wish, self._refused = Wish(number, workers), ""
+        self._wished.set()
+        return self._wish
+
+    async def answer(self, number: int, refused: str) -> None:
+        """Be told that a wish is taken up; `refused`: why it is not, or empty."""
+        if self._wish is not None and number == self._wish.number:
+            self._answered, self._refused = number, refused
+            self._wished.clear()
+
+    async def roster(self) -> Roster:
+        """Tell how all are doing."""
+        now, brain, course = time.monotonic(), self._brain, self._course
+        entries = tuple(self._entry(standing) for standing in self._crew.standings(now))
+        furthest = max((entry.standing.step for entry in entries), default=0)
+        return Roster(
+            self._attempt,
+            self._how.dealt,
+            0 if course is None else course.steps,
+            1 if course is None else course.parts,
+            furthest if brain is None else brain.done.low // brain.course.parts,
+            0 if brain is None else brain.duplicates,
+            entries,
+            self._wish,
+            self._refused,
+        )
+
+    def _entry(self, standing: Standing) -> Entry:
+        held = self._brain.held(standing.rank) if self._brain is not None else []
+        lease = (held[0], held[-1], len(held)) if held else None
+        return Entry(standing, lease, standing.rank in self._leaving)
+
+    def _check(self, attempt: int) -> None:
+        if attempt < self._attempt:
+            raise FencedError(f"attempt {attempt} refused by {self._name}: {self._attempt} began")
+
+    def _finish(
+        self,
+        rank: int,
+        attempt: int,
+        tasks: tuple[int, ...],
+        evaluations: tuple[tuple[int, int], ...],
+    ) -> TaskScheduler:
+        self._check(attempt)
+        if self._brain is None:
+            raise ProtocolError(f"rank {rank} has not joined {self._name}")
+        if tasks or evaluations:
+            self._brain.finish(rank, tasks, evaluations)
+            self._tell()
+        return self._brain
+
+    def _take_from_the_silent(self, brain: TaskScheduler) -> None:
+        """Lease again what workers hold that do not answer, before the controller ends them."""
+        limit = self._job.failure.heartbeat_timeout_s
+        for rank in self._crew.silent(time.monotonic(), limit):
+            brain.lose(rank)
+
+    def _tell(self) -> None:
+        """Wake whoever waits for work."""
+        self._changed.set()
+        self._changed = asyncio.Event()

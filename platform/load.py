@@ -1,0 +1,92 @@
+"""
+What shards have to do: bytes, time at work, and the queue before them.
+
+    push comes ──▶ |  queue: others stand before it, or the step misses gradients  | apply |
+                   ^ depth: pushes that stand here now, this one too
+
+Measured at the server, push by push, and told in the answer; bytes are counted by the worker.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+MOST_SHOWN = 16
+"""Shards of which a line of metrics tells each by itself."""
+
+
+@dataclass(frozen=True)
+class ShardLoad:
+    """What one step of one rank was to one shard."""
+
+    in_bytes: int = 0
+    """Of the gradient, as it travelled or lay in shared memory."""
+    out_bytes: int = 0
+    """Of the parameters that were brought; none where the worker computes on the server's own."""
+    apply_s: float = 0.0
+    """What summing and updating took."""
+    queue_s: float = 0.0
+    """How long the push stood before the update that it is part of began."""
+    queue_depth: int = 0
+    """Pushes that stood there when it came, itself included."""
+
+
+def load_figures(loads: Sequence[ShardLoad]) -> dict[str, float]:
+    """
+    Give the figures of a step: of the slowest shard, of all together, and of each one.
+
+    Args:
+        loads: by shard; empty: nothing was pushed.
+    """
+    if not loads:
+        return {}
+    found = {
+        "apply_s": max(load.apply_s for load in loads),
+        "queue_s": max(load.queue_s for load in loads),
+        "queue_depth": float(max(load.queue_depth for load in loads)),
+        "in_bytes": float(sum(load.in_bytes for load in loads)),
+        "out_bytes": float(sum(load.out_bytes for load in loads)),
+    }
+    if 1 < len(loads) <= MOST_SHOWN:
+        for index, load in enumerate(loads):
+            found |= {f"shard_{index}_{name}": float(v) for name, v in asdict(load).items()}
+    return found
+
+
+class Visit:
+    """One push at a shard's door."""
+
+    def __init__(self, door: "Door") -> None:
+        self._door, self._inside = door, True
+        self.at = time.perf_counter()
+        self.depth = door.count(1)
+
+    def leave(self) -> None:
+        """Have had its turn; twice does nothing."""
+        if self._inside:
+            self._inside = False
+            self._door.count(-1)
+
+
+class Door:
+    """Counts the pushes that stand before a shard."""
+
+    def __init__(self) -> None:
+        self._lock, self._here = threading.Lock(), 0
+
+    def count(self, change: int) -> int:
+        """Add so many; give how many there are now."""
+        with self._lock:
+            self._here += change
+            return self._here
+
+    @contextmanager
+    def visit(self) -> Iterator[Visit]:
+        """Stand there from now on; to the end of the block, unless the visit leaves before."""
+        visit = Visit(self)
+        try:
+            yield visit
+        finally:
+            visit.leave()

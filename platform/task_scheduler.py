@@ -1,0 +1,245 @@
+"""
+Who makes which part of a run: the task scheduler's brain.
+
+A task is one part of one step's batch; there are as many parts as the job has workers at its start,
+whoever makes them and however many workers there are later. Tasks are leased in order, a run of
+them at a time; what a lost worker held is leased again, before anything new.
+
+    step              0         1         2         3
+    task            0 1 2     3 4 5     6 7 8     9 ...       three parts
+    worker-0        ═ ═ ═                         ═ ...
+    worker-1              ═ ═ ═     ═ ═ ═
+    worker-2 (slow)                         ═ ═               fewer tasks, and nobody waits for it
+
+A worker that asks is given a run of tasks, or a part of an evaluation, or nothing for now. With a
+bound, no task is leased that is more than so many steps ahead of the oldest one that is not done.
+
+The class reads no clock and talks to nobody. A worker numbers its questions: the same number gets
+the same answer, so that an answer that was lost on its way costs nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+from distplat.platform.errors import ProtocolError, StaleError
+from distplat.platform.spans import Spans
+
+LEASE_S = 0.5
+"""A lease is about so much work: a question to the scheduler costs a thousandth of it."""
+MOST_TASKS = 256
+"""Of one lease."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What there is to do in a run; the same on all workers."""
+
+    steps: int
+    """Of the run."""
+    parts: int
+    """Tasks of a step."""
+    first: int = 0
+    """Steps that were made before."""
+    evaluations: tuple[int, ...] = ()
+    """After how many steps there is one."""
+
+    @property
+    def tasks(self) -> int:
+        """Of the run."""
+        return self.steps * self.parts
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker is given; `over` says that nothing more will come."""
+
+    number: int
+    """Of the question that it answers."""
+    tasks: range = range(0)
+    """To be made in this order."""
+    evaluations: tuple[tuple[int, int], ...] = ()
+    """(Steps, part): to be evaluated with the newest parameters, before the tasks."""
+    reach: int = 0
+    """Steps all of whose tasks have been leased."""
+    trained: bool = False
+    """Every task is done: the parameters are the final ones."""
+    over: bool = False
+
+
+@dataclass
+class _Holding:
+    """What one worker has."""
+
+    tasks: set[int] = field(default_factory=set)
+    evaluations: set[tuple[int, int]] = field(default_factory=set)
+    answer: Work | None = None
+
+
+def lease_size(task_s: float | None, left: int, workers: int) -> int:
+    """
+    Give how many tasks the next lease may have.
+
+    Args:
+        task_s: what a task takes this worker, in seconds; None: not known yet.
+        left: tasks that are not leased.
+        workers: that share them: towards the end leases get short, or all would wait for the last.
+    """
+    wanted = 1 if task_s is None else int(LEASE_S / max(task_s, 1e-6))
+    return max(1, min(wanted, MOST_TASKS, left // (2 * max(1, workers))))
+
+
+class TaskScheduler:
+    """
+    Leases of one run.
+
+    Args:
+        course: what there is to do.
+        bound: steps that a lease may be ahead of the oldest task that is not done; None: any.
+    """
+
+    def __init__(self, course: Course, bound: int | None = None) -> None:
+        self.course, self._bound = course, bound
+        self.attempt = 0
+        self.done = Spans(course.first * course.parts)
+        self.duplicates = 0  #: tasks that were made once more, for nothing
+        self._next = self.done.low  #: everything from here on was never leased
+        self._again: list[int] = []  #: tasks to be leased once more, ascending
+        parts = range(course.parts)
+        self._evaluations = [(steps, part) for steps in course.evaluations for part in parts]
+        self._evaluated: set[tuple[int, int]] = set()
+        self._holdings: dict[int, _Holding] = {}
+        self._leaving: set[int] = set()
+
+    @property
+    def trained(self) -> bool:
+        """Whether every task is done."""
+        return self.done.low >= self.course.tasks
+
+    @property
+    def over(self) -> bool:
+        """Whether everything is done."""
+        return self.trained and len(self._evaluated) == self._all_evaluations
+
+    @property
+    def _all_evaluations(self) -> int:
+        return len(self.course.evaluations) * self.course.parts
+
+    @property
+    def left(self) -> int:
+        """Tasks that nobody holds."""
+        return self.course.tasks - self._next + len(self._again)
+
+    def held(self, worker: int) -> list[int]:
+        """Give the tasks that a worker has been given and has not yet done, ascending."""
+        holding = self._holdings.get(worker)
+        return sorted(holding.tasks) if holding is not None else []
+
+    def renew(self, attempt: int) -> None:
+        """Begin a later attempt: whatever anybody held is to be leased once more."""
+        if attempt > self.attempt:
+            self.attempt = attempt
+            for worker in list(self._holdings):
+                self.lose(worker)
+            self._holdings.clear()
+
+    def lose(self, worker: int) -> None:
+        """Have all that a worker holds leased to others; should it come back, it gets more."""
+        holding = self._holdings.get(worker)
+        if holding is None:
+            return
+        for task in holding.tasks:
+            if task not in self.done:
+                bisect.insort(self._again, task)
+        self._evaluations = sorted(holding.evaluations) + self._evaluations
+        holding.tasks.clear()
+        holding.evaluations.clear()
+
+    def dismiss(self, worker: int) -> None:
+        """Give a worker nothing more: it finishes what it has, and goes."""
+        self._leaving.add(worker)
+
+    def work(self, worker: int, number: int, most: int = 1) -> Work | None:
+        """
+        Answer a worker's question for work.
+
+        Args:
+            worker: its rank.
+            number: of the question, from 0 in each attempt.
+            most: tasks that it may be given.
+
+        Returns:
+            None: nothing for now; it asks again, with the same number.
+
+        Raises:
+            StaleError: it has had the answer to a later question.
+        """
+        holding = self._holdings.setdefault(worker, _Holding())
+        last = holding.answer
+        if last is not None and number == last.number:
+            return last
+        if last is not None and number < last.number:
+            raise StaleError(f"question {number} of rank {worker} refused: it has gone on since")
+        found = self._find(worker, number, most)
+        if found is not None:
+            holding.answer = found
+            holding.tasks.update(found.tasks)
+            holding.evaluations.update(found.evaluations)
+        return found
+
+    def finish(
+        self, worker: int, tasks: tuple[int, ...], evaluations: tuple[tuple[int, int], ...] = ()
+    ) -> None:
+        """
+        Take what a worker has done; what it tells twice counts once.
+
+        Raises:
+            ProtocolError: there is no such task.
+        """
+        holding = self._holdings.setdefault(worker, _Holding())
+        for task in tasks:
+            if not self.course.first * self.course.parts <= task < self.course.tasks:
+                raise ProtocolError(f"rank {worker} made task {task}: there is none of that number")
+            mine = task in holding.tasks
+            holding.tasks.discard(task)
+            if self.done.add(task):
+                if task in self._again:
+                    self._again.remove(task)
+            elif mine:
+                self.duplicates += 1
+        for evaluation in evaluations:
+            holding.evaluations.discard(evaluation)
+            self._evaluated.add(evaluation)
+            if evaluation in self._evaluations:
+                self._evaluations.remove(evaluation)
+
+    def _find(self, worker: int, number: int, most: int) -> Work | None:
+        reach, trained = self._next // self.course.parts, self.trained
+        if worker in self._leaving or self.over:
+            return Work(number, reach=reach, trained=trained, over=True)
+        if self._evaluations and self._evaluations[0][0] * self.course.parts <= self.done.low:
+            evaluation = self._evaluations.pop(0)
+            return Work(number, evaluations=(evaluation,), reach=reach, trained=trained)
+        tasks = self._lease(most)
+        if not tasks:
+            return None
+        return Work(number, tasks, reach=self._next // self.course.parts)
+
+    def _lease(self, most: int) -> range:
+        """Take the lowest run of tasks that nobody holds, as long as it may be."""
+        if self._again:
+            first = self._again[0]
+            stop = first + 1
+            while stop - first < most and stop - first < len(self._again):
+                if self._again[stop - first] != stop:
+                    break
+                stop += 1
+            del self._again[: stop - first]
+            return range(first, stop)
+        end = self.course.tasks
+        if self._bound is not None:
+            oldest = self.done.low // self.course.parts
+            end = min(end, (oldest + self._bound + 1) * self.course.parts)
+        first, self._next = self._next, max(self._next, min(self._next + most, end))
+        return range(first, self._next)

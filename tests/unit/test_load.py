@@ -1,0 +1,164 @@
+"""What shards tell of their load: figures, the queue before them, the rows of the final table."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from delayed import async_plan, noise
+from in_memory_run import train
+from rank_threads import on_ranks
+from words import Words
+
+from distplat.cli.figures import figure_rows
+from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.ledger import Answer, PushId
+from distplat.platform.load import MOST_SHOWN, Door, ShardLoad, load_figures
+from distplat.platform.progress import StepReport
+from distplat.strategies.catalog import make_job
+from distplat.strategies.training.client import make_service
+from distplat.strategies.training.service import Limits, Service
+from distplat.strategies.training.speed import elements_per_s
+
+SIZE, LATE = 9, 0.15
+
+
+def test_figures_are_of_the_slowest_of_all_and_of_each() -> None:
+    found = load_figures([ShardLoad(8, 4, 0.1, 0.5, 3), ShardLoad(16, 0, 0.2, 0.25, 1)])
+    assert found == {
+        "apply_s": 0.2,
+        "queue_s": 0.5,
+        "queue_depth": 3,
+        "in_bytes": 24,
+        "out_bytes": 4,
+        **{"shard_0_in_bytes": 8, "shard_0_out_bytes": 4, "shard_0_apply_s": 0.1},
+        **{"shard_0_queue_s": 0.5, "shard_0_queue_depth": 3},
+        **{"shard_1_in_bytes": 16, "shard_1_out_bytes": 0, "shard_1_apply_s": 0.2},
+        **{"shard_1_queue_s": 0.25, "shard_1_queue_depth": 1},
+    }
+    assert load_figures([]) == {}
+
+
+@pytest.mark.parametrize(("shards", "lines"), [(1, 5), (2, 15), (MOST_SHOWN + 1, 5)])
+def test_one_shard_and_very_many_are_told_together(shards: int, lines: int) -> None:
+    assert len(load_figures([ShardLoad()] * shards)) == lines
+
+
+def test_a_door_counts_who_stands_there() -> None:
+    door = Door()
+    with door.visit() as first, door.visit() as second:
+        assert (first.depth, second.depth) == (1, 2)
+        first.leave()
+        first.leave()
+        with door.visit() as third:
+            assert third.depth == 2
+    with pytest.raises(KeyError), door.visit():
+        raise KeyError
+    with door.visit() as last:
+        assert last.depth == 1
+
+
+def serve(consistency: Consistency, world: int = 2) -> Service:
+    plan = async_plan(world, 4, consistency)
+    service = make_service("server-0", plan, Limits(10.0, 10.0), torch.zeros(SIZE))
+    service.restore(0, lambda params: params.fill_(1.0))
+    return service
+
+
+def nowhere(values: Any, version: int) -> None:
+    """Deliver nothing."""
+
+
+def test_a_step_queues_for_its_last_gradient() -> None:
+    service = serve(SYNCHRONOUS)
+
+    def body(rank: int) -> Answer:
+        time.sleep(LATE * rank)
+        return service.push(PushId("run", 1, rank, 0), noise(SIZE, rank, 0), nowhere)
+
+    first, last = on_ranks(2, body)
+    assert LATE * 0.8 < first.queue_s < 5.0
+    assert last.queue_s < LATE * 0.8
+    assert (first.queue_depth, last.queue_depth) == (1, 2)
+    assert first.apply_s == last.apply_s > 0.0
+
+
+def test_asynchronous_pushes_queue_for_each_other() -> None:
+    service = serve(Consistency(asynchronous=True))
+    inside = threading.Event()
+
+    def slow(values: Any, version: int) -> None:
+        inside.set()
+        time.sleep(LATE)  # the lock is held
+
+    def body(rank: int) -> Answer:
+        if rank:
+            assert inside.wait(5)
+        deliver: Callable[[Any, int], None] = nowhere if rank else slow
+        return service.push(PushId("run", 1, rank, 0), noise(SIZE, rank, 0), deliver)
+
+    first, second = on_ranks(2, body)
+    assert first.queue_s < LATE * 0.8 < second.queue_s < 5.0
+    assert (first.queue_depth, second.queue_depth) == (1, 1)  # the first was applied by then
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
+def test_a_run_tells_of_every_shard(strategy: str, clip: float | None) -> None:
+    class Dense(Words):
+        def model(self) -> torch.nn.Module:
+            embedding = torch.nn.Embedding(40, 6)
+            return torch.nn.Sequential(embedding, torch.nn.Flatten(), torch.nn.Linear(36, 3))
+
+    job = make_job(
+        {
+            "name": "load",
+            "strategy": {"name": strategy, "num_servers": 2},
+            "scaling": {"num_workers": 2},
+            "optimizer": {"name": "SGD", "lr": 0.1},
+            "global_batch_size": 9,
+            "steps": 3,
+            "clip_norm": clip,
+        }
+    )
+    run = train(job, Dense)
+    size = 4 * run.ranks[0].flat.size
+    for report in run.reports[0]:
+        if isinstance(report, StepReport):
+            figures = report.figures
+            assert figures["in_bytes"] == size
+            assert figures["out_bytes"] == (size if strategy == "ps-async" else 0)
+            assert figures["shard_0_in_bytes"] + figures["shard_1_in_bytes"] == size
+            assert min(figures["shard_0_apply_s"], figures["shard_1_apply_s"]) > 0.0
+            assert 1 <= figures["queue_depth"] <= 2
+
+
+def test_a_servers_speed_is_that_of_its_middle_round() -> None:
+    seconds = iter([0, 90, 100, 101, 200, 202, 300, 303, 400, 401, 500, 502, 600, 609])
+    job = make_job(
+        {
+            "name": "load",
+            "strategy": {"name": "ps-sync", "num_servers": 2, "split": "load"},
+            "optimizer": {"name": "Adam", "lr": 0.1},
+            "global_batch_size": 9,
+            "steps": 3,
+        }
+    )
+    assert elements_per_s(job, 2, "float32", lambda: float(next(seconds))) == (1 << 18) / 2
+    assert elements_per_s(job, 300, "float32") > 0.0
+
+
+def rows_of(shards: int) -> list[tuple[str, str]]:
+    loads = [ShardLoad(4_000_000, 0, 0.001 * (i + 1), 0.0005, 2) for i in range(shards)]
+    return figure_rows(load_figures(loads))
+
+
+def test_the_table_has_a_row_for_each_shard() -> None:
+    assert rows_of(1) == [
+        ("servers", "1 ms applying, 0.5 ms queue, 2 deep; 4 MB in, 0 B out per worker and step")
+    ]
+    assert [name for name, _ in rows_of(3)] == ["shard 0", "shard 1", "shard 2"]
+    assert [name for name, _ in rows_of(6)] == ["shard 2", "shard 3", "shard 4", "shard 5", ""]
+    assert rows_of(6)[-1][1] == "and 2 shards that had less to do"

@@ -1,0 +1,117 @@
+"""How the roles of a run are drawn, and given as JSON."""
+
+import json
+from typing import Any
+
+import pytest
+
+from distplat.actors.overview import Overview
+from distplat.actors.servers.manager import ServersSeen
+from distplat.actors.servers.scheduler import Entry, Roster, Wish
+from distplat.cli.render import to_json
+from distplat.cli.roles import role_facts, role_lines
+from distplat.platform.crew import Standing
+from distplat.platform.server_group import Seat
+from distplat.platform.shard_map import Shard
+
+CUTS = (Shard(0, 0, 617_296), Shard(1, 617_296, 1_234_567))
+SEATS = (
+    Seat(0, "server-2", "server-3", ready=False),
+    Seat(1, "server-1", "server-4", ready=True),
+)
+FAST = Standing(0, 121, 200, 20.04, 0.048, 0.2, False)
+SLOW = Standing(1, 119, 40, 4.0, 0.25, 0.4, True)
+NEW = Standing(7, 0, 0, None, None, 5.0, False)
+WORKERS = (
+    Entry(FAST, (240, 249, 10), False),
+    Entry(SLOW, (237, 237, 1), True),
+    Entry(NEW, None, False),
+)
+
+
+def roster(**more: Any) -> Roster:
+    fields: dict[str, Any] = {
+        "attempt": 1,
+        "dealt": True,
+        "steps": 400,
+        "parts": 2,
+        "done": 118,
+        "duplicates": 3,
+        "workers": WORKERS,
+        "wish": None,
+        "refused": "",
+    }
+    return Roster(**{**fields, **more})
+
+
+def test_a_run_with_leases_and_backups() -> None:
+    seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), roster())
+    assert role_lines(seen) == [
+        "run digits-1",
+        "",
+        "server manager    map version 3, 1,234,567 elements",
+        "SHARD  ELEMENTS            SERVER    BACKUP",
+        "0      0..617,296          server-2  server-3 (being filled)",
+        "1      617,296..1,234,567  server-1  server-4",
+        "",
+        "task scheduler    step 118 of 400, attempt 1, tasks of 1/2 step are leased, "
+        "3 were made twice",
+        "WORKER    STEP  TASKS  TASKS/S  WORK      LEASE",
+        "worker-0  121   200    20.0     48.0 ms   240..249 (10)",
+        "worker-1  119   40     4.0      250.0 ms  237            straggler, leaving",
+        "worker-7  0     0      -        -         -              silent for 5 s",
+    ]
+
+
+def test_a_synchronous_run_without_backups() -> None:
+    seats = tuple(Seat(index, f"server-{index}") for index in range(2))
+    workers = (Entry(FAST, None, False), Entry(SLOW, None, False))
+    told = roster(dealt=False, attempt=0, workers=workers)
+    lines = role_lines(Overview("digits-1", "digits", ServersSeen(1, CUTS, seats, False), told))
+    assert lines[3:] == [
+        "SHARD  ELEMENTS            SERVER",
+        "0      0..617,296          server-0",
+        "1      617,296..1,234,567  server-1",
+        "",
+        "task scheduler    step 118 of 400, attempt 0, each worker makes its part of every step",
+        "WORKER    STEP  STEPS  STEPS/S  WORK      LEASE",
+        "worker-0  121   200    20.0     48.0 ms   part 0 of 2",
+        "worker-1  119   40     4.0      250.0 ms  part 1 of 2  straggler",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backup", "shown"),
+    [(Seat(0, "server-0"), "-"), (Seat(0, "server-0", making="server-9"), "server-9 (starting)")],
+)
+def test_backups_that_are_not_there(backup: Seat, shown: str) -> None:
+    lines = role_lines(Overview("r", "j", ServersSeen(1, CUTS[:1], (backup,), True), None))
+    assert lines[-1].endswith(f"server-0  {shown}")
+
+
+@pytest.mark.parametrize(
+    ("seen", "last"),
+    [
+        (Overview("r", "j", None, None), "its strategy has neither servers nor a task scheduler"),
+        (
+            Overview("r", "j", ServersSeen(0, (), SEATS, True), None),
+            "server manager    no shard was given out yet: no worker has come",
+        ),
+        (Overview("r", "j", None, roster(steps=0)), "task scheduler    no worker has come yet"),
+        (Overview("r", "j", None, roster(wish=Wish(2, 5))), "5 workers were asked for"),
+        (
+            Overview("r", "j", None, roster(wish=Wish(2, 5), refused="no CPU is free")),
+            "5 workers were refused: no CPU is free",
+        ),
+    ],
+)
+def test_what_is_not_there_is_said(seen: Overview, last: str) -> None:
+    assert role_lines(seen)[-1] == last
+
+
+def test_json_has_all_of_it() -> None:
+    seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), roster())
+    found = json.loads(to_json(role_facts(seen)))
+    assert found["servers"]["seats"][0]["backup"] == "server-3"
+    assert found["scheduler"]["workers"][1]["standing"]["straggler"] is True
+    assert found["scheduler"]["workers"][0]["lease"] == [240, 249, 10]

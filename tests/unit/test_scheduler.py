@@ -1,0 +1,176 @@
+"""The task scheduler's actor without Ray: what it keeps open, refuses, and hands on."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from distplat.actors.servers.scheduler import HOLD_S, ROOM, Scheduler
+from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.crew import Beat
+from distplat.platform.errors import FencedError, ProtocolError, SpecError
+from distplat.platform.spec import Job
+from distplat.platform.task_scheduler import Course
+
+COURSE = Course(steps=4, parts=2)
+DEALT = Consistency(asynchronous=True, dealt=True)
+
+
+def scheduler(how: Consistency = DEALT, **more: Any) -> Scheduler:
+    fields = {
+        "name": "small",
+        "strategy": "ps-async" if how.asynchronous else "ps-sync",
+        "scaling": {"num_workers": 2},
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "steps": 4,
+        "global_batch_size": 8,
+        "failure": {"heartbeat_timeout_s": 0.3},
+    }
+    return Scheduler("small/task-scheduler", Job.model_validate({**fields, **more}), how)
+
+
+def play(story: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(story, 10))
+
+
+def test_a_question_is_kept_until_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distplat.actors.servers.scheduler.HOLD_S", 60.0)
+
+    async def story() -> None:
+        desk = scheduler(Consistency(asynchronous=True, dealt=True, bound=0))
+        for rank in range(2):
+            await desk.join(rank, 0, COURSE)
+        first = [await desk.work(rank, 0, 0, (), ()) for rank in range(2)]
+        assert [list(work.tasks) for work in first if work] == [[0], [1]]
+        kept = asyncio.create_task(desk.work(0, 0, 1, (0,), ()))
+        await asyncio.sleep(0.05)
+        assert not kept.done()
+        await desk.beat(1, 0, Beat(1, 1, 0.1), (1,), ())
+        work = await kept
+        assert work is not None and list(work.tasks) == [2]
+
+    play(story())
+
+
+def test_what_a_silent_worker_holds_is_leased_again() -> None:
+    async def story() -> None:
+        desk = scheduler()
+        for rank in range(2):
+            await desk.join(rank, 0, Course(1, 2))
+        await desk.work(1, 0, 0, (), ())  # it is frozen from here on
+        await desk.work(0, 0, 0, (), ())
+        work, asked = None, 0.0
+        while work is None:
+            await desk.beat(0, 0, Beat(1, 1, 0.1), (1,), ())
+            work = await desk.work(0, 0, 1, (), ())
+            asked += HOLD_S
+            assert asked < 5
+        assert list(work.tasks) == [0]
+
+    play(story())
+
+
+def test_earlier_attempts_are_refused_and_their_leases_given_out_again() -> None:
+    async def story() -> None:
+        desk = scheduler()
+        for rank in range(2):
+            await desk.join(rank, 0, Course(1, 1))
+        await desk.work(0, 0, 0, (), ())
+        kept = asyncio.create_task(desk.work(1, 0, 0, (), ()))
+        await asyncio.sleep(0.05)
+        await desk.join(0, 1, Course(1, 1))
+        with pytest.raises(FencedError, match="attempt 0 refused"):
+            await kept
+        with pytest.raises(FencedError, match="attempt 0 refused"):
+            await desk.work(0, 0, 1, (0,), ())
+        await desk.beat(0, 0, Beat(3, 3, 1.0), (0,), ())  # late, and passed over
+        work = await desk.work(0, 1, 0, (), ())
+        assert work is not None and list(work.tasks) == [0]
+
+    play(story())
+
+
+def test_a_worker_with_other_data_is_refused() -> None:
+    async def story() -> None:
+        desk = scheduler()
+        await desk.join(0, 0, COURSE)
+        await desk.join(1, 0, Course(4, 2, first=2))  # it joined later
+        with pytest.raises(ProtocolError, match="rank 2 built another data set"):
+            await desk.join(2, 0, Course(5, 2))
+
+    play(story())
+
+
+def test_a_wish_is_handed_on_until_it_is_answered() -> None:
+    async def story() -> None:
+        desk = scheduler()
+        assert await desk.poll(0.01) is None
+        wish = await desk.scale(3)
+        assert [await desk.poll(0.01) for _ in range(2)] == [wish, wish]
+        await desk.answer(wish.number, "no CPU is free")
+        assert await desk.poll(0.01) is None
+        assert (await desk.roster()).refused == "no CPU is free"
+        again = await desk.scale(2)
+        assert (await desk.roster()).refused == ""
+        await desk.answer(wish.number, "late")  # of the wish before
+        assert await desk.poll(0.01) == again
+
+    play(story())
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "workers", "said"),
+    [
+        (DEALT, {}, 0, f"must be 1 to {2 + ROOM} \\(got 0\\)"),
+        (DEALT, {}, 3 + ROOM, "got 19"),
+        (SYNCHRONOUS, {}, 3, "'ps-sync' cannot change its number of workers while it runs"),
+        (
+            Consistency(asynchronous=True),
+            {"embeddings": {"optimizer": {"name": "SGD", "lr": 1.0}, "asynchronous": True}},
+            3,
+            "'ps-async' with embedding tables cannot",
+        ),
+    ],
+)
+def test_wishes_that_are_refused(
+    how: Consistency, more: dict[str, Any], workers: int, said: str
+) -> None:
+    async def story() -> None:
+        desk = scheduler(how, **more)
+        with pytest.raises(SpecError, match=said):
+            await desk.scale(workers)
+        assert await desk.poll(0.01) is None
+
+    play(story())
+
+
+def test_a_worker_that_is_dismissed_is_shown_until_it_is_gone() -> None:
+    async def story() -> None:
+        desk = scheduler()
+        for rank in range(2):
+            await desk.join(rank, 0, COURSE)
+            await desk.work(rank, 0, 0, (), ())
+        await desk.dismiss((1,))
+        assert [entry.leaving for entry in (await desk.roster()).workers] == [False, True]
+        last = await desk.work(1, 0, 1, (1,), ())
+        assert last is not None and (last.over, last.trained) == (True, False)
+        await desk.gone(1)
+        roster = await desk.roster()
+        assert [entry.standing.rank for entry in roster.workers] == [0]
+        assert (roster.workers[0].lease, roster.done) == ((0, 0, 1), 0)
+
+    play(story())
+
+
+def test_a_synchronous_run_is_told_of_by_its_workers() -> None:
+    async def story() -> None:
+        desk = scheduler(SYNCHRONOUS)
+        for rank in range(2):
+            await desk.join(rank, 0, COURSE)
+            await desk.beat(rank, 0, Beat(3, 3, 0.3 + rank), (), ())
+        roster = await desk.roster()
+        assert (roster.dealt, roster.done, roster.steps) == (False, 3, 4)
+        assert [entry.standing.straggler for entry in roster.workers] == [False, True]
+
+    play(story())
