@@ -112,7 +112,7 @@ class News:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a worker tells the server manager of its model; equal on all ranks."""
+    """What a worker tells the server manager of its model; equal on all ranks that share it."""
 
     size: int
     """Elements of the flat parameter vector."""
@@ -121,12 +121,18 @@ class ModelFacts:
     total_steps: int
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: there are none."""
+    uncounted: tuple[tuple[int, int], ...] = ()
+    """Runs of the vector that others have too, and count in the norm of the gradient."""
 
 
 @dataclass(frozen=True)
 class Membership:
-    """What a worker must know to talk to the server group."""
+    """What a worker must know to talk to the servers of its part of the model."""
 
+    part: int
+    """Its number; 0 where no model is cut."""
+    place: int
+    """The worker's number among those that have this part; where no model is cut its rank."""
     shard_map: ShardMap
     servers: list[Any]
     """Handles of the server nodes, by shard."""

@@ -25,8 +25,8 @@ from distplat.actors.messages import WorkOrder
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.actors.weights import Reply
 from distplat.platform.collecting import Delivery
-from distplat.platform.errors import DistplatError, ProtocolError
-from distplat.platform.pieces import Bytes
+from distplat.platform.errors import DistplatError
+from distplat.platform.pieces import Bundle, Bytes
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
@@ -34,7 +34,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Prepared, join, prepare
-from distplat.strategies.training.shown import Shown
+from distplat.strategies.training.shown import Shown, part_copy, state_copy
 
 logger = logging.getLogger(__name__)
 
@@ -70,23 +70,36 @@ class Session:
         self._prepared: Prepared | None = None
         self._strategy: Strategy[Any] | None = None
         self._connection = Connection()
-        self._shown = Shown()
+        self._shown: Shown[dict[str, torch.Tensor]] = Shown()
+        self._part_shown: Shown[Bundle] = Shown()
 
-    def show(self, at_least: int) -> Reply:
+    def show(self, version: int) -> Reply:
         """
         Give a copy of the parameters, once there is one; from any thread.
 
-        Raises:
-            ProtocolError: no rank has all of them.
+        Args:
+            version: that it must have at least; of a model that is cut, exactly.
         """
-        standing = self.standing
-        if self._strategy is not None and self._strategy.cuts_model:
-            raise ProtocolError("weights of a model that is cut into parts are not there yet")
+        standing, prepared, strategy = self.standing, self._prepared, self._strategy
+        if prepared is not None and strategy is not None and strategy.cuts_model:
+            passed, part = self._part_shown.exactly(version)
+            ranks, total = strategy.showing(prepared.job), prepared.total_steps
+            content = part.content if part is not None else None
+            return Reply(passed, version, None, ranks, total, content)
         steps = standing.progress.step
         if standing.model is not None:
             return Reply(steps, steps, standing.model)
-        copy = self._shown.ask(at_least)
-        return Reply(steps) if copy is None else Reply(steps, copy.version, save(copy.state))
+        copy = self._shown.ask(version)
+        return Reply(steps) if copy is None else Reply(steps, copy.version, save(copy.content))
+
+    def _offer(self, version: int, prepared: Prepared, strategy: Strategy[Any]) -> None:
+        """Show what this rank has now, between two steps."""
+        flat = prepared.flat
+        if not strategy.cuts_model:
+            self._shown.offer(version, lambda: state_copy(flat.model))
+            return
+        copy = lambda: part_copy(strategy.shown(flat))  # noqa: E731
+        self._part_shown.offer(version, copy, last=version == prepared.total_steps)
 
     def work(self, order: WorkOrder, *, called_off: bool = False) -> None:
         """
@@ -124,7 +137,7 @@ class Session:
             self._report(part)
             if isinstance(part, StepReport):  # told between two steps, by this thread
                 self._connection.count(part)
-                self._shown.offer(part.step + 1, prepared.flat.model)
+                self._offer(part.step + 1, prepared, strategy)
 
         try:
             loop = join(

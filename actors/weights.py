@@ -6,6 +6,8 @@ Weights out: the parameters of a run that goes on, for an evaluator or a rollout
     model.load_state_dict(snapshot.state)
 
 Rank 0 copies its parameters between two steps, when somebody has asked; nobody waits for anybody.
+Where the model is cut, each rank of a replica copies its part, after a step on which all of them
+are asked to agree beforehand (`platform/common_version.py`); they are put together here.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from distplat.actors.runs import RunName, find_runs, named_actors
+from distplat.platform.common_version import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded
+from distplat.platform.pieces import Bundle, Place, by_file, put_together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +43,19 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Reply:
-    """Rank 0's answer to the question for weights."""
+    """A rank's answer to the question for weights."""
 
     steps: int
     """That it has done."""
     version: int = 0
     model: bytes | None = None
     """In the safetensors format; None: ask again."""
+    ranks: tuple[int, ...] = ()
+    """Those that have a part of the model each, which together are all of it; of such a model..."""
+    total: int = 0
+    """...the run's steps,"""
+    part: Bundle | None = None
+    """and this rank's part. None: ask again."""
 
 
 class Weights:
@@ -58,7 +68,7 @@ class Weights:
 
     def __init__(self, name: RunName) -> None:
         self.run, self._name = name.run, name
-        self._rank_0: Any = None
+        self._workers: dict[int, Any] = {}
 
     def latest(self, *, newer_than: int = 0, timeout_s: float = 60.0) -> Snapshot:
         """
@@ -75,7 +85,9 @@ class Weights:
         until = time.monotonic() + timeout_s
         at_least, began = newer_than + 1, False
         while time.monotonic() < until:
-            reply = self._ask(at_least, until)
+            reply = self._ask(0, at_least, until)
+            if reply is not None and reply.ranks:
+                return self._latest_of_parts(reply, at_least, until, timeout_s)
             if reply is not None and not began:
                 # What was copied for somebody before may be old by now.
                 at_least, began = max(at_least, reply.steps), True
@@ -85,29 +97,57 @@ class Weights:
                 return self._snapshot(reply)
             else:
                 time.sleep(_AGAIN_S)
-        what = f"weights of run {self.run} above version {newer_than}"
-        raise DeadlineExceeded(what, ("worker-0",), timeout_s, "timeout_s")
+        raise self._too_late(newer_than, (0,), timeout_s)
 
-    def _ask(self, at_least: int, until: float) -> Reply | None:
+    def _latest_of_parts(
+        self, first: Reply, at_least: int, until: float, timeout_s: float
+    ) -> Snapshot:
+        """See `latest`; of a model that is cut."""
+        ranks, meeting = first.ranks, CommonVersion(at_least, first.total)
+        passed: dict[int, int] = {}
+        parts: dict[int, Bundle] = {}
+        while time.monotonic() < until:
+            target = meeting.target
+            for rank in ranks:
+                reply = None if rank in parts else self._ask(rank, target, until)
+                if reply is not None:
+                    passed[rank] = reply.steps
+                    parts |= {rank: reply.part} if reply.part is not None else {}
+            if len(passed) == len(ranks) and meeting.hear(passed, parts.keys()):
+                return self._together(target, [parts[rank] for rank in ranks])
+            if meeting.target != target:
+                parts.clear()
+            elif meeting.hopeless and min(passed.values(), default=0) == first.total:
+                raise self._over()
+            time.sleep(_AGAIN_S)
+        raise self._too_late(at_least - 1, tuple(set(ranks) - parts.keys()), timeout_s)
+
+    def _too_late(
+        self, newer_than: int, ranks: tuple[int, ...], timeout_s: float
+    ) -> DeadlineExceeded:
+        what = f"weights of run {self.run} above version {newer_than}"
+        late = tuple(f"worker-{rank}" for rank in sorted(ranks))
+        return DeadlineExceeded(what, late, timeout_s, "timeout_s")
+
+    def _ask(self, rank: int, version: int, until: float) -> Reply | None:
         """
-        Ask rank 0; None: it does not answer, and may be in the middle of being replaced.
+        Ask a rank; None: it does not answer, and may be in the middle of being replaced.
 
         Raises:
             ActorLost: the run is over.
-            ProtocolError: no rank has all of the model.
         """
         try:
-            if self._rank_0 is None:
-                self._rank_0 = self._name.actor("worker-0")
+            if rank not in self._workers:
+                self._workers[rank] = self._name.actor(f"worker-{rank}")
             left = max(0.0, until - time.monotonic())
-            reply: Reply = ray.get(self._rank_0.weights.remote(at_least), timeout=left)
+            reply: Reply = ray.get(self._workers[rank].weights.remote(version), timeout=left)
             return reply
         except ray.exceptions.GetTimeoutError:
             return None
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except (ray.exceptions.RayActorError, ValueError):  # ValueError: no actor of that name
-            self._rank_0 = None
+            self._workers.pop(rank, None)
             if not named_actors().get(self.run):
                 raise self._over() from None
             return None
@@ -121,6 +161,16 @@ class Weights:
 
         assert reply.model is not None, "asked for only where there is one"
         return Snapshot(self.run, reply.version, load(reply.model))
+
+    def _together(self, version: int, parts: list[Bundle]) -> Snapshot:
+        from distplat.strategies.training.restoring import tensor_of  # torch: see `_snapshot`
+
+        model = by_file(put_together(parts))["model"]
+        state = {
+            name: tensor_of(whole, Place(whole.shape)).view(whole.shape)
+            for name, whole in model.items()
+        }
+        return Snapshot(self.run, version, state)
 
 
 def weights(name: str) -> Weights:

@@ -89,9 +89,9 @@ class Worker:
         assert model is not None, "the controller asks only a worker that has finished"
         return model
 
-    def weights(self, at_least: int) -> Reply:
+    def weights(self, version: int) -> Reply:
         """Show the parameters, of this version or a later one (see `actors/weights.py`)."""
-        return self._session.show(at_least) if self._session is not None else Reply(0)
+        return self._session.show(version) if self._session is not None else Reply(0)
 
     def _train(self) -> None:
         keep_freed_memory()

@@ -11,7 +11,9 @@ by the model's own names. So every part says where it belongs.
     . . . . . .                . . # # . .                    . . . . . .
 
 A slab is what tensor parallelism leaves on a rank; a run is a shard of a flat vector; a run of a
-slab is both. Values are bytes here: the process that writes files knows no tensors.
+slab is both. Where several matrices lie one behind the other in one tensor, as query, key and value
+do, a slab has the same range of each of these blocks. Values are bytes here: the process that
+writes files knows no tensors.
 """
 
 from __future__ import annotations
@@ -56,17 +58,19 @@ class Place:
     shape: tuple[int, ...]
     """Of the whole tensor."""
     slab: tuple[int, int, int] | None = None
-    """Dimension, first and last index (exclusive) of it; None: all of the tensor."""
+    """Dimension, first and last index (exclusive) within a block of it; None: all of the tensor."""
     run: tuple[int, int] | None = None
     """First and last element (exclusive) of the slab, row by row; None: all of it."""
+    blocks: int = 1
+    """Equal parts of the slab's dimension, which lie one behind the other."""
 
     @property
     def slab_shape(self) -> tuple[int, ...]:
-        """Shape of the slab."""
+        """Shape of the slab; blocks are a dimension of their own, before the one that is cut."""
         if self.slab is None:
             return self.shape
         dim, start, stop = self.slab
-        return (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+        return (*self.shape[:dim], self.blocks, stop - start, *self.shape[dim + 1 :])
 
     @property
     def size(self) -> int:
@@ -211,12 +215,14 @@ def _part(whole: Whole, place: Place) -> Bytes:
 
 
 def _slab(whole: Whole, place: Place) -> Bytes:
-    """View a slab, shape [*slab, bytes of one element]."""
-    all_of_it = whole.data.reshape(*whole.shape, ITEM_BYTES[whole.dtype])
+    """View a slab, shape [*slab_shape, bytes of one element]."""
     if place.slab is None:
-        return all_of_it
+        return whole.data.reshape(*whole.shape, ITEM_BYTES[whole.dtype])
     dim, start, stop = place.slab
-    return all_of_it[(slice(None),) * dim + (slice(start, stop),)]
+    block = whole.shape[dim] // place.blocks
+    shape = (*whole.shape[:dim], place.blocks, block, *whole.shape[dim + 1 :])
+    blocks = whole.data.reshape(*shape, ITEM_BYTES[whole.dtype])
+    return blocks[(slice(None),) * (dim + 1) + (slice(start, stop),)]
 
 
 def _indices(place: Place) -> tuple[NDArray[np.intp], ...]:

@@ -75,6 +75,50 @@ def _bounds_by_speed(total: int, speeds: Sequence[float], align: int) -> list[tu
     return list(zip([0, *ends], ends, strict=False))
 
 
+def within(runs: Sequence[tuple[int, int]], shard: Shard) -> tuple[tuple[int, int], ...]:
+    """Give what of some runs of the flat vector is in a shard, counted from its beginning."""
+    cut = [(max(start, shard.start), min(stop, shard.stop)) for start, stop in runs]
+    return tuple((a - shard.start, b - shard.start) for a, b in cut if a < b)
+
+
+@dataclass(frozen=True)
+class Division:
+    """
+    Which workers share which servers: of a model that is cut, each part has servers of its own.
+
+        ranks     0, 2        1, 3            twins share servers, and push one vector;
+        servers   0, 1        2, 3            they count each other as worker 0 and worker 1
+    """
+
+    parts: tuple[tuple[int, ...], ...]
+    """By part, the ranks that have it."""
+    servers: int
+    """In all; as many for each part."""
+
+    @property
+    def each(self) -> int:
+        """Servers of one part."""
+        return self.servers // len(self.parts)
+
+    def part_of(self, rank: int) -> int:
+        """Give a rank's part; of a model that is not cut, also that of a rank that came later."""
+        if len(self.parts) == 1:
+            return 0
+        return next(part for part, ranks in enumerate(self.parts) if rank in ranks)
+
+    def place_of(self, rank: int) -> int:
+        """Give a rank's number among those that share its servers."""
+        return rank if len(self.parts) == 1 else self.parts[self.part_of(rank)].index(rank)
+
+    def servers_of(self, part: int) -> range:
+        """Give the numbers of a part's servers, in the order of its shards."""
+        return range(part * self.each, (part + 1) * self.each)
+
+    def shard_of(self, server: int) -> tuple[int, int]:
+        """Give the part, and which of its shards, that a server keeps."""
+        return divmod(server, self.each)
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """What a shard must know to work on its own."""
@@ -91,5 +135,13 @@ class ShardPlan:
     consistency: Consistency = SYNCHRONOUS
     checkpoint_every: int = 0
     """Steps between two checkpoints, for which shards keep copies; 0: there are none."""
+    workers: tuple[int, ...] = ()
+    """Their ranks, where those are not 0 to `world - 1`."""
+    uncounted: tuple[tuple[int, int], ...] = ()
+    """Runs of the shard that another one has too, and counts in the norm of the gradient."""
     wire: str | None = None
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
+
+    def worker(self, place: int) -> str:
+        """Name one of the workers, by its number among them."""
+        return f"worker-{self.workers[place] if self.workers else place}"

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from distplat.platform.clocks import SYNCHRONOUS, Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Spec
+from distplat.platform.shard_map import Division
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective as Collective
 from distplat.strategies.collective import Handle as Handle
@@ -85,9 +86,16 @@ class Roles:
     """Whether shards are cut by the servers' measured speed; else all have the same size."""
     collective: GroupSpec | None = None
     """The group of all workers; None: workers get no port `Collective`."""
+    parts: tuple[tuple[int, ...], ...] = ()
+    """By part of a model that is cut, the ranks that have it: `servers` are shared out evenly to
+    the parts. Empty: all ranks have the whole."""
     group_size: int = 1
     """Workers that hold one copy of the model together; they are placed on one node if it has
     room for them."""
+
+    def division(self, world: int) -> Division:
+        """Say which ranks share which servers."""
+        return Division(self.parts or (tuple(range(world)),), self.servers)
 
 
 @dataclass
@@ -237,6 +245,16 @@ class Strategy(ABC, Generic[OptionsT]):
     def places(self, flat: FlatModel) -> dict[str, Place] | None:
         """Say where each tensor of `flat` lies in the whole model; None: `flat` is the whole."""
         return None
+
+    def showing(self, job: Job) -> tuple[int, ...]:
+        """Give the ranks that together show the whole model to `distplat.weights`."""
+        return (0,)
+
+    def shown(self, flat: FlatModel) -> Part:
+        """Give this rank's part of the model as it is; asked where several ranks show it."""
+        from distplat.strategies.training.parts import model_part  # torch: in workers only
+
+        return model_part(flat)
 
     def part(self, version: int) -> Part:
         """

@@ -29,6 +29,7 @@ from distplat.strategies.training.fake_leases import InMemoryLeases as InMemoryL
 from distplat.strategies.training.fake_leases import LeaseDesk as LeaseDesk
 from distplat.strategies.training.fake_servers import InMemoryShards as InMemoryShards
 from distplat.strategies.training.fake_servers import ServerGroup as ServerGroup
+from distplat.strategies.training.fake_servers import server_groups as server_groups
 
 _SLICE_S = 0.05
 """How often who waits for a message looks round."""

@@ -7,21 +7,31 @@ Hybrid: a model too large for one worker, cut into stages and slices, and replic
                                    │            │
                               all-reduce   all-reduce   gradients of one stage, over its replicas
 
+With `data_strategy: ps-sync` servers of each stage sum its gradients and make its updates.
 Pipelines as in GPipe (Huang et al. 2019) and PipeDream (Narayanan et al. 2019), slices as in
 Megatron-LM (Shoeybi et al. 2019), all three together as in Narayanan et al. 2021.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from distplat.platform.errors import Problem
-from distplat.platform.fields import Count, Flag, Index, Positive, Seconds
+from distplat.platform.fields import Count, Flag, Index, NonNegative, Positive, Seconds
 from distplat.platform.grid import Grid
 from distplat.platform.spec import Job
-from distplat.strategies.base import Collective, Context, GroupSpec, Options, Roles, Strategy
+from distplat.strategies.base import (
+    WIRES,
+    Collective,
+    Context,
+    GroupSpec,
+    Options,
+    Roles,
+    Strategy,
+)
 from distplat.strategies.catalog import strategies
 
 if TYPE_CHECKING:
@@ -50,6 +60,17 @@ class HybridOptions(Options):
     """Workers that share the layers of one stage."""
     data: Count = Field(1, le=1024)
     """Replicas of the whole, each with a part of every batch."""
+    data_strategy: Literal["ring", "ps-sync"] = "ring"
+    """How replicas come together: `ring` reduces each stage's gradients over them; `ps-sync` pushes
+    them to server nodes, of which each stage and slice has its own."""
+    num_servers: Count = Field(1, le=256)
+    """Server nodes of each stage and slice; with `data_strategy: ps-sync`."""
+    resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
+    """Ray resources of one server node; by default none, for it works while workers wait."""
+    replication: Count = Field(1, le=2)
+    """2: each shard has a backup, which takes over when its server is lost."""
+    wire: Literal["exact", "fp16", "bf16"] = "exact"
+    """Type that travels between workers and servers of two nodes; on a node nothing travels."""
     schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
     """In which order a stage computes its micro-batches: docs/schedules.md."""
     micro_batches: Count | None = Field(None, le=4096)
@@ -120,10 +141,21 @@ class Hybrid(Strategy[HybridOptions]):
     _rank: Rank | None = None
 
     def roles(self, job: Job) -> Roles:
-        """Ask for one group of all workers, placed replica by replica."""
+        """Ask for one group of all workers, placed replica by replica; if wanted, for servers."""
         chosen = self.options
         spec = GroupSpec(chosen.backend, chosen.timeout_s, chosen.debug)
-        return Roles(collective=spec, group_size=chosen.grid.group_size)
+        roles = Roles(collective=spec, group_size=chosen.grid.group_size)
+        if chosen.data_strategy == "ring":
+            return roles
+        parts = chosen.grid.parts()
+        return replace(
+            roles,
+            servers=chosen.num_servers * len(parts),
+            server_resources=chosen.resources_per_server,
+            replication=chosen.replication,
+            wire=WIRES[chosen.wire],
+            parts=parts,
+        )
 
     def problems(self, job: Job) -> list[Problem]:
         """Refuse sizes that do not fit, and options that would have no effect."""
@@ -161,14 +193,22 @@ class Hybrid(Strategy[HybridOptions]):
         return self._rank.take_part(collective)
 
     def places(self, flat: FlatModel) -> dict[str, Place]:
-        """Say that each tensor here is whole; problems() refuses checkpoints of slices."""
-        from distplat.strategies.pipeline.twins import places_of
+        """Say which slice of each tensor is here."""
+        return dict(self._here.holding.places)
 
-        return places_of(flat)
+    def showing(self, job: Job) -> tuple[int, ...]:
+        """See `Strategy`; the first replica does."""
+        return self.options.grid.group(0)
+
+    def shown(self, flat: FlatModel) -> Part:
+        """See `Strategy`."""
+        from distplat.strategies.training.parts import model_part  # torch: in workers only
+
+        return model_part(flat, self._here.holding)
 
     def part(self, version: int) -> Part:
         """Give each part of the model from its first replica."""
-        return self._here.checkpoint()
+        return self._here.checkpoint(version)
 
     def setup(self, context: Context) -> int:
         """Meet the other stages and the twins; take over what twins have that are further."""
@@ -184,7 +224,7 @@ class Hybrid(Strategy[HybridOptions]):
 
     def exchange(self, step: int) -> None:
         """Sum the gradients over the twins, and see that all ranks have come so far."""
-        self._here.exchange()
+        self._here.exchange(step)
 
     def update(self, step: int) -> None:
         """Update this rank's part."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distplat.strategies.sparse.routing import Routed
     from distplat.strategies.sparse.table import RowGradients
     from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.parts import Holding
     from distplat.strategies.training.restoring import SavedState
 
 
@@ -98,7 +99,9 @@ class Shards(Protocol):
     both sides share a node nothing is copied.
     """
 
-    def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
+    def connect(
+        self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
+    ) -> None:
         """
         Agree on the shard map, move the model's flat buffers to where the servers can reach them,
         and take over the servers' parameters (rank 0's initial ones in a fresh run).
@@ -106,11 +109,18 @@ class Shards(Protocol):
         Args:
             flat: the model; its `version` is that of its parameters.
             saved: the checkpoint that they are of, with the optimizer's state; None: of none.
+            holding: what of the whole model it is; None: all of it.
 
         Raises:
             ProtocolError: this worker's model is not that of the others.
             ActorLost: a server is gone.
             DeadlineExceeded: somebody did not come.
+        """
+
+    def step_back(self, version: int) -> None:
+        """
+        Take the parameters of the version before the servers', where other parts of the model
+        have not come further; the servers keep theirs, and take the step's gradients again.
         """
 
     def push(self, step: int, task: int | None = None) -> Pushed:

@@ -1,6 +1,9 @@
 """
 What Ray sees of the server manager: it owns the shard map, gives out the shards, watches the nodes.
 
+A model that is cut has servers of its own for each part (`Division`), which know nothing of the
+others; the manager watches all of them.
+
 The class is plain; `spawn.py` makes an actor of it. Where every shard is kept twice, a caretaker
 replaces lost servers (`caretaker.py`); else the first loss is the end of the attempt.
 """
@@ -15,16 +18,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from distplat.actors.asking import Call, ask
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.actors.servers.caretaker import Caretaker
+from distplat.actors.servers.watching import Watch
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
 from distplat.platform.part import Role
 from distplat.platform.server_group import Seat
-from distplat.platform.shard_map import Shard, ShardMap, ShardPlan, cut_shards
+from distplat.platform.shard_map import Shard, ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
 
@@ -47,10 +49,6 @@ class ServersSeen:
     replicated: bool
 
 
-WATCH_S = 0.5
-"""Period of the manager's look at its server nodes."""
-
-
 class ServerManager:
     """
     See the top of the file.
@@ -60,7 +58,7 @@ class ServerManager:
         job: the run's job.
         run: its name.
         attempt: its generation.
-        servers: handles of the server nodes; the n-th keeps shard n.
+        servers: handles of the server nodes; the n-th keeps shard n, those of part 0 come first.
         roles: when they apply gradients, and how often each shard is kept.
         make: makes one more server node; see `Make` of `caretaker.py`.
     """
@@ -77,17 +75,18 @@ class ServerManager:
     ) -> None:
         self._name, self._job, self._run, self._attempt = name, job, run, attempt
         self._servers, self._roles = servers, roles
+        self._division = roles.division(job.scaling.world)
         self._joining = threading.Lock()
-        self._facts: ModelFacts | None = None
-        self._membership: Membership | None = None
-        self._lost: DistplatError | None = None
-        self._losing = threading.Event()  #: a server was lost for good
-        self._assigned = threading.Event()
+        self._facts: dict[int, ModelFacts] = {}  #: by part
+        self._first: dict[int, Membership] = {}  #: by part, the map as it was at first
+        self._cuts: dict[int, ShardMap] = {}  #: by part
+        self._assigned = [threading.Event() for _ in self._division.parts]
         self._caretaker: Caretaker | None = None
+        self._watch: Watch | None = None
         if roles.replication > 1:
             self._caretaker = Caretaker(servers, job.failure, make, self._assign_backup)
         else:
-            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+            self._watch = Watch(servers, job.failure.heartbeat_timeout_s)
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
@@ -95,33 +94,44 @@ class ServerManager:
 
     def poll(self, hold_s: float) -> DistplatError | None:
         """Tell the controller which server was lost for good; `hold_s`: see `Worker.poll`."""
-        self._losing.wait(hold_s)
-        if self._caretaker is not None and self._caretaker.lost is not None:
-            return _lost_for_good(self._caretaker.lost)
-        return self._lost
+        if self._watch is not None:
+            self._watch.losing.wait(hold_s)
+            return self._watch.lost
+        caretaker = self._caretaker
+        assert caretaker is not None, "one of them looks after the servers"
+        time.sleep(hold_s)
+        return None if caretaker.lost is None else _lost_for_good(caretaker.lost)
 
     def join(self, rank: int, facts: ModelFacts) -> Membership:
         """
-        Take a worker in. The first to come has the shards assigned.
+        Take a worker in. The first to come with a part of the model has its shards assigned.
 
         Raises:
             ProtocolError: the worker's model is not that of the others.
             DeadlineExceeded: a server node did not take its shard.
         """
+        part = self._division.part_of(rank)
         with self._joining:
-            if self._membership is None or self._facts is None:
-                self._facts, self._membership = facts, self._assign(facts)
-                self._assigned.set()
-        if facts != self._facts:
+            if part not in self._first:
+                self._first[part] = self._assign(part, facts)
+                self._facts[part] = facts
+                self._assigned[part].set()
+        if facts != self._facts[part]:
             raise ProtocolError(
                 f"rank {rank} built another model or data set than the first rank to come: "
-                f"{facts} against {self._facts}; model() must not depend on the process"
+                f"{facts} against {self._facts[part]}; model() must not depend on the process"
             )
-        return self._present()
+        return self._present(part, self._division.place_of(rank))
 
-    def follow(self, version: int, limit_s: float) -> Membership | None:
+    def follow(self, part: int, place: int, version: int, limit_s: float) -> Membership | None:
         """
         Wait for a newer map than a worker has; None: there is none yet.
+
+        Args:
+            part: of the model, that the worker has.
+            place: see `Membership`.
+            version: of its map.
+            limit_s: seconds to wait.
 
         Raises:
             ActorLost: a server was lost with all that it kept.
@@ -132,7 +142,7 @@ class ServerManager:
             return None
         if caretaker.lost is not None:
             raise _lost_for_good(caretaker.lost)
-        return self._present()
+        return self._present(part, place)
 
     def seats(self) -> list[Seat]:
         """Tell who keeps which shard; empty where no shard is kept twice."""
@@ -140,20 +150,22 @@ class ServerManager:
 
     def seen(self) -> ServersSeen:
         """Tell who keeps which shard, for those who look."""
-        count, first = len(self._servers), self._membership
+        count, replicated = len(self._servers), self._caretaker is not None
         seats = self.seats() or [Seat(index, f"server-{index}") for index in range(count)]
-        if first is None:
-            return ServersSeen(0, (), tuple(seats), self._caretaker is not None)
-        cuts = self._present().shard_map
-        return ServersSeen(cuts.version, cuts.shards, tuple(seats), self._caretaker is not None)
+        if len(self._first) < len(self._division.parts):
+            return ServersSeen(0, (), tuple(seats), replicated)
+        maps = [self._present(part, 0).shard_map for part in range(len(self._first))]
+        cuts = [cut for one in maps for cut in one.shards]
+        shards = tuple(replace(cut, index=index) for index, cut in enumerate(cuts))
+        return ServersSeen(maps[0].version, shards, tuple(seats), replicated)
 
-    def _present(self) -> Membership:
-        """Give the map as it is now."""
-        first, caretaker = self._membership, self._caretaker
-        assert first is not None, "somebody has joined"
+    def _present(self, part: int, place: int) -> Membership:
+        """Give the map of a part as it is now; somebody has joined with it."""
+        first, caretaker = replace(self._first[part], place=place), self._caretaker
         if caretaker is None:
             return first
-        version, names = caretaker.primaries()
+        version, everybody = caretaker.primaries()
+        names = [everybody[server] for server in self._division.servers_of(part)]
         cuts = ShardMap(version, first.shard_map.total, first.shard_map.shards)
         addresses = [
             caretaker.address(name) or first.parameters[index] for index, name in enumerate(names)
@@ -161,25 +173,30 @@ class ServerManager:
         handles = [caretaker.handles[name] for name in names]
         return replace(first, shard_map=cuts, servers=handles, names=names, parameters=addresses)
 
-    def _assign(self, facts: ModelFacts) -> Membership:
-        """Give out the shards; the first server on each node makes the node's segment."""
-        everybody = list(range(len(self._servers)))
-        self._cuts = cuts = self._cut(facts, everybody)
-        nodes = self._ask(everybody, [server.where.remote for server in self._servers])
+    def _assign(self, part: int, facts: ModelFacts) -> Membership:
+        """Give out a part's shards; its first server on each node makes the node's segment."""
+        everybody = list(self._division.servers_of(part))
+        servers = [self._servers[i] for i in everybody]
+        self._cuts[part] = self._cut(facts, everybody)
+        nodes = self._ask(everybody, [server.where.remote for server in servers])
         # A shard that is kept twice has memory of its own, which lives as long as its server.
         homes = nodes if self._caretaker is None else everybody
-        first_at = {home: homes.index(home) for home in homes}
+        first_at = {home: everybody[homes.index(home)] for home in homes}
         made = self._assign_some(facts, list(first_at.values()), [None] * len(first_at))
         segments = dict(zip(first_at, made, strict=True))
-        others = [i for i in everybody if i not in first_at.values()]
-        self._assign_some(facts, others, [segments[homes[i]] for i in others])
-        addresses = [segments[home] for home in homes]
-        names = [f"server-{index}" for index in everybody]
+        others = [
+            (i, segments[home])
+            for i, home in zip(everybody, homes, strict=True)
+            if i not in first_at.values()
+        ]
+        self._assign_some(facts, [i for i, _ in others], [segment for _, segment in others])
         return Membership(
-            cuts,
-            self._servers,
-            names,
-            addresses,
+            part,
+            0,
+            self._cuts[part],
+            servers,
+            [f"server-{index}" for index in everybody],
+            [segments[home] for home in homes],
             self._roles.consistency.private,
             self._roles.wire,
             replicated=self._caretaker is not None,
@@ -190,7 +207,8 @@ class ServerManager:
         speeds = []
         if self._roles.split_by_load:
             job, world = self._job, self._job.scaling.world
-            calls = [partial(s.speed.remote, job, world, facts.dtype) for s in self._servers]
+            servers = [self._servers[i] for i in everybody]
+            calls = [partial(s.speed.remote, job, world, facts.dtype) for s in servers]
             speeds = self._ask(everybody, calls)
         cuts = cut_shards(facts.size, len(everybody), speeds=speeds)
         if speeds:
@@ -213,28 +231,30 @@ class ServerManager:
         return self._ask(indices, calls)
 
     def _assignment(
-        self, server: Any, facts: ModelFacts, shard: int, segment: Any, role: Role
+        self, server: Any, facts: ModelFacts, index: int, segment: Any, role: Role
     ) -> Call:
-        job, shards = self._job, len(self._servers)
+        part, shard = self._division.shard_of(index)
+        cut, ranks = self._cuts[part].shards[shard], self._division.parts[part]
         plan = ShardPlan(
-            job,
+            self._job,
             self._run,
             self._attempt,
-            job.scaling.world,
+            len(ranks),
             facts.total_steps,
-            shards,
+            len(self._servers),
             self._roles.consistency,
             checkpoint_every=facts.checkpoint_every,
             wire=self._roles.wire,
+            workers=ranks if len(self._division.parts) > 1 else (),
+            uncounted=within(facts.uncounted, cut),
         )
-        cut = self._cuts.shards[shard]
         return partial(server.assign.remote, plan, cut, facts.size, facts.dtype, segment, role)
 
     def _assign_backup(self, server: Any, shard: int) -> Address:
         """Give a backup its shard, once a worker has told what the model is."""
-        self._assigned.wait()
-        assert self._facts is not None, "a worker has joined"
-        call = self._assignment(server, self._facts, shard, None, Role.BACKUP)
+        part, _ = self._division.shard_of(shard)
+        self._assigned[part].wait()
+        call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
         names = [f"a backup of shard {shard}"]
         address: Address = ask("assigning a backup", [call], names, limit, "start_timeout_s")[0]
@@ -247,43 +267,11 @@ class ServerManager:
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give the shards' orders of updates, where they are kept; none from a lost server."""
-        if self._membership is None:
+        if not self._first:
             return []
-        servers = self._present().servers
+        servers = self._present(0, 0).servers  # a model that is cut keeps none
         logs = self._ask(list(range(len(servers))), [server.log.remote for server in servers])
         return [log for log in logs if log is not None]
-
-    def _watch(self) -> None:
-        """Note the first server that dies; the controller asks for it by `poll`."""
-        heard = dict.fromkeys(range(len(self._servers)), time.monotonic())
-        while self._lost is None:
-            for index in heard:
-                self._lost = self._lost or self._look(index, heard)
-            if self._lost is not None:
-                self._losing.set()
-            self._losing.wait(WATCH_S)
-
-    def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:
-        """Ask one server whether it lives; `heard`: when each last said so."""
-        limit = self._job.failure.heartbeat_timeout_s
-        name = f"server-{index}"
-        try:
-            ray.get(self._servers[index].where.remote(), timeout=limit)
-        except ray.exceptions.ActorUnavailableError as error:
-            if time.monotonic() - heard[index] > limit:  # one lost answer is no lost server
-                return ActorLost(name, None, _first_line(error))
-            return None
-        except ray.exceptions.RayActorError as error:
-            return ActorLost(name, None, _first_line(error))
-        except ray.exceptions.GetTimeoutError:
-            cause = f"it has not answered for {limit:g} s (frozen or cut off)"
-            return ActorLost(name, None, cause)
-        heard[index] = time.monotonic()
-        return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _lost_for_good(server: str) -> ActorLost:

@@ -13,6 +13,7 @@ that go on meanwhile.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import numpy as np
 import ray
@@ -23,7 +24,9 @@ from torch import Tensor
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.platform.ledger import Answer
+from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
+from distplat.strategies.training.parts import whole_of
 
 
 class Road(ABC):
@@ -190,6 +193,14 @@ class PrivateRoad(Road):
 def part(vector: Tensor, cut: Shard) -> Tensor:
     """Give a shard's run of a vector."""
     return vector[cut.start : cut.stop]
+
+
+def run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, Whole]:
+    """Give a shard's part of what an optimizer remembers of the flat vector."""
+    return {
+        name: whole_of(value[cut.start : cut.stop] if value.ndim else value)
+        for name, value in state.items()
+    }
 
 
 def as_bytes(vector: Tensor) -> NDArray[np.uint8]:

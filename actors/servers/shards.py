@@ -2,28 +2,27 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from torch import Tensor
 
 from distplat.actors.asking import ask
 from distplat.actors.memory.bell import Request
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
 from distplat.actors.servers.lines import ANSWER_GRACE_S, Lines
-from distplat.actors.servers.roads import PrivateRoad, SharedRoad, as_bytes, part
+from distplat.actors.servers.roads import PrivateRoad, SharedRoad, as_bytes, part, run_of
 from distplat.actors.servers.tracking import MapChanged, Tracker
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.ledger import Answer, PushId
-from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.client import fetch_copies, pushed, wait_for_all
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.parts import whole_of
+from distplat.strategies.training.parts import ALL, Holding
 from distplat.strategies.training.restoring import SavedState
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class RayShards:
         checkpoint_every: int = 0,
         abandoned: threading.Event | None = None,
     ) -> None:
-        self._order, self._total_steps = order, total_steps
+        self._order, self._rank, self._total_steps = order, order.rank, total_steps
         self._checkpoint_every = checkpoint_every
         self._abandoned = abandoned or threading.Event()
         self._limits = order.job.failure
@@ -58,9 +57,11 @@ class RayShards:
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._started = False  #: whether the first push was answered
 
-    def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
+    def connect(
+        self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
+    ) -> None:
         """See `Shards`."""
-        self._flat = flat
+        self._flat, self._holding = flat, holding or ALL
         self._on_device = flat.params.device.type != "cpu"
         self._facts = ModelFacts(
             flat.size,
@@ -68,11 +69,13 @@ class RayShards:
             flat.digest(),
             self._total_steps,
             self._checkpoint_every,
+            self._holding.uncounted(flat),
         )
         join = partial(self._order.manager.join.remote, self._order.rank, self._facts)
         limit = self._limits.start_timeout_s + ANSWER_GRACE_S
         name = "the server manager"
         joined: Membership = ask("join", [join], [name], limit, "start_timeout_s", self._look)[0]
+        self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
             self._tracker = Tracker(self._order.manager, joined, self._limits)
         self._take_over(self._open_road(joined), joined.private, saved)
@@ -125,25 +128,27 @@ class RayShards:
             for cut in empty:
                 if cut.index in road.near:
                     road.put(cut, initial)
-            state = saved.optimizer(self._flat) if saved is not None else {}
+            places = self._holding.places
+            state = saved.optimizer(self._flat, places=places) if saved is not None else {}
             self._lines.ask(
                 "restore",
                 lambda server, cut: server.restore.remote(
                     self._flat.version,
                     road.payload(cut, initial, exact=True),
-                    _run_of(state, cut),
+                    run_of(state, cut),
                 ),
                 empty,
             )
         answers = self._pull("start_timeout_s")
         self._flat.version = min(answer.done for answer in answers)
         if not private:
-            self._go_back(answers, self._flat.version)
+            self.step_back(self._flat.version)
         self._move_in()
 
-    def _go_back(self, answers: list[Answer], version: int) -> None:
-        """Take the version that all shards have, where a loss has left some of them one ahead."""
-        ahead = [cut for cut in self._lines.cuts if answers[cut.index].version > version]
+    def step_back(self, version: int) -> None:
+        """See `Shards`; also where a loss has left some of this part's shards one ahead."""
+        self._flat.version = version
+        ahead = [cut for cut in self._lines.cuts if self._versions[cut.index] > version]
         if not ahead:
             return
         self._road.part_ways()
@@ -154,6 +159,7 @@ class RayShards:
             as_bytes(part(self._road.parameters, cut))[:] = values
         if self._on_device:
             self._flat.params.copy_(self._road.parameters)
+        self._move_in()
 
     def _move_in(self) -> None:
         """Have the model live where the road's vectors are."""
@@ -259,7 +265,7 @@ class RayShards:
     def _check(self) -> None:
         """See whether this attempt is still on."""
         if self._abandoned.is_set():
-            raise Abandoned(f"rank {self._order.rank} was told to wait no longer")
+            raise Abandoned(f"rank {self._rank} was told to wait no longer")
 
     def _look(self) -> None:
         """See whether a wait is still of use."""
@@ -289,11 +295,3 @@ class RayShards:
                 raise ActorLost(self._lines.names[cut.index], None, cause) from None
         if self._on_device:
             self._flat.params.copy_(self._road.parameters)
-
-
-def _run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, Whole]:
-    """Give a shard's part of what an optimizer remembers of the flat vector."""
-    return {
-        name: whole_of(value[cut.start : cut.stop] if value.ndim else value)
-        for name, value in state.items()
-    }

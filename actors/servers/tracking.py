@@ -34,6 +34,7 @@ class Tracker:
 
     def __init__(self, manager: Any, joined: Membership, limits: Failure) -> None:
         self._manager, self._limits = manager, limits
+        self._part, self._place = joined.part, joined.place
         self._version = joined.shard_map.version
         self._newer: Membership | None = None
         self._question = self._ask()
@@ -82,4 +83,4 @@ class Tracker:
         self._question = self._ask()
 
     def _ask(self) -> Any:
-        return self._manager.follow.remote(self._version, _ASK_S)
+        return self._manager.follow.remote(self._part, self._place, self._version, _ASK_S)

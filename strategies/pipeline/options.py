@@ -76,9 +76,6 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if chosen.recompute and chosen.schedule == "zb-h1":
         text = "cannot be combined with `schedule: zb-h1`, which would compute forward three times"
         found.append(_problem("recompute", text, "take `schedule: 1f1b`"))
-    if chosen.tensor > 1 and job.checkpoint.wanted:
-        text = "checkpoints of slices are not there yet, so they need `tensor: 1`"
-        found.append(_problem("tensor", text, "take checkpoint.every_* out, or more stages"))
     if job.embeddings is not None:
         text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
         found.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
@@ -92,6 +89,9 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
 
 
 def _without_effect(chosen: HybridOptions) -> list[Problem]:
+    ring = chosen.data_strategy == "ring"
+    servers = (ring, "with `data_strategy: ps-sync`")
+    buckets = (chosen.data == 1 or not ring, "with `data` > 1 and `data_strategy: ring`")
     idle = {
         "virtual": (chosen.schedule != "interleaved", "with `schedule: interleaved`"),
         "schedule": (chosen.pipeline == 1, "with `pipeline` > 1"),
@@ -100,8 +100,12 @@ def _without_effect(chosen: HybridOptions) -> list[Problem]:
         "trace_step": (chosen.pipeline == 1, "with `pipeline` > 1"),
         "memory_limit_mb": (chosen.cut != "auto" or chosen.places == 1, "with `cut: auto`"),
         "tensor_plan": (chosen.tensor == 1, "with `tensor` > 1"),
-        "overlap": (chosen.data == 1, "with `data` > 1"),
-        "bucket_mb": (chosen.data == 1, "with `data` > 1"),
+        "overlap": buckets,
+        "bucket_mb": buckets,
+        "num_servers": servers,
+        "resources_per_server": servers,
+        "replication": servers,
+        "wire": servers,
     }
     return [
         _problem(option, f"has an effect only {when}", "remove it")

@@ -19,9 +19,11 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.task import Task
+from distplat.strategies.tensor.parts import place_of
 from distplat.strategies.tensor.plan import ShardSpec
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.meta import materialise
+from distplat.strategies.training.parts import Holding
 from distplat.strategies.training.recompute import recomputed
 from distplat.strategies.training.stages import Layer, Stage, layers_of, one_tensor, refuse_tied
 from distplat.strategies.training.traced import traced_layers
@@ -106,6 +108,25 @@ class Part:
     specs: dict[str, ShardSpec] = field(default_factory=dict)
     """Which slice of a tensor this rank has; what is not in it is whole."""
     flat: FlatModel = field(init=False)
+
+    def holding(self, part: int) -> Holding:
+        """
+        Say what of the whole model this is.
+
+        What is not sliced is the same on all slices, and the first gives it; of a branch that is
+        elsewhere there are buffers here, which are not kept up.
+
+        Args:
+            part: number of this rank's slice.
+        """
+        here = self.flat.model.state_dict()
+        places = {name: place_of(t.shape, self.specs.get(name)) for name, t in here.items()}
+        others = {
+            name
+            for name in here
+            if (not self.specs[name].extent if name in self.specs else part > 0)
+        }
+        return Holding(places, others)
 
     def finish(self) -> None:
         """

@@ -3,8 +3,8 @@ One rank of the grid over all attempts of a run: its part, its groups, its pipel
 
 Why no step is half made. A rank updates its part only when all ranks of the grid have their summed
 gradients: they say so in a barrier. So if one rank has version s + 1, every other rank that is left
-has it too, or can make it by itself from what it holds. After a failure those do (`_catch_up`); new
-ranks then take their part from a twin.
+has it too, or can make it by itself from what it holds. After a failure those do (`Twins.meet`);
+new ranks then take their part from a twin. Parts that servers keep: see `served.py`.
 
     rank            0     1     2     3
     version         8     7*    7*    lost         * summed gradients of step 7 are there
@@ -22,9 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from distplat.platform.errors import StateLost
 from distplat.platform.grid import Grid, Position
-from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.schedule_messages import Plan
 from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.base import Collective, Context
@@ -38,13 +36,15 @@ from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
 from distplat.strategies.pipeline.rebound import Rebound
 from distplat.strategies.pipeline.run import Seat
-from distplat.strategies.pipeline.twins import Twins, places_of
+from distplat.strategies.pipeline.seams import Exchange
+from distplat.strategies.pipeline.served import Served
+from distplat.strategies.pipeline.twins import Twins
 from distplat.strategies.tensor.parallelize import forget
 from distplat.strategies.tensor.parts import gather_full
 from distplat.strategies.training.compute import Share, precision
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.parts import Holding
 from distplat.strategies.training.parts import Part as Checkpointed
-from distplat.strategies.training.parts import model_part, optimizer_part
 from distplat.strategies.training.session import Prepared
 
 if TYPE_CHECKING:
@@ -69,11 +69,10 @@ class Rank:
         self._device = torch.device(prepared.device)
         self._part: Part | None = None
         self._slices: Rebound | None = None
-        self._twins: Twins | None = None
-        self._ready = False  #: the summed gradients of the step in flight are there
+        self._exchange: Exchange | None = None
         self.caught_up: Share | None = None  #: see `Strategy.caught_up`
-        self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
         self._measures = Measures(rank, self._at)
+        self.pipeline: Pipeline  #: there once this rank is connected
 
     def take_part(self, everybody: Collective) -> FlatModel:
         """
@@ -111,32 +110,25 @@ class Rank:
         """
         at, grid = self._at, self._grid
         everybody = self._everybody = context.collective
-        if self._twins is None:
-            bucket_bytes = int(self._options.bucket_mb * 2**20)
-            self._twins = Twins(context.flat, bucket_bytes, overlap=self._options.overlap)
-        self._catch_up(context.flat, self._twins)
+        if self._exchange is None:
+            self._exchange = self._make_exchange()
         members = grid.group(at.replica)
         self._replica = everybody.subgroup(f"replica-{at.replica}", members)
         twins = None
         if grid.replicas > 1:
             name = f"twins-{at.stage}-{at.slice}"
             twins = everybody.subgroup(name, grid.twins(at.stage, at.slice))
-        version = self._twins.meet(twins, context)
-        if len({*self._versions(version)}) > 1:
-            raise StateLost("a part of the model")
+        version = self._exchange.meet(twins, context, self._versions)
+        self.caught_up = self.pipeline.share if self._exchange.made else None
         self._measures.meet(self._replica)
         self.pipeline = self._make_pipeline(context, members)
         return version
 
-    def _catch_up(self, flat: FlatModel, own: Twins) -> None:
-        """Make the update that others have made, if all that it needs is here."""
-        newest = max(self._versions(flat.version))
-        self.caught_up = None
-        if self._ready and flat.version == newest - 1:
-            own.update(flat.version, self._norm)
-            flat.version = newest
-            self.caught_up = self.pipeline.share
-        self._ready = False
+    def _make_exchange(self) -> Exchange:
+        options, flat, holding = self._options, self._own.flat, self.holding
+        if options.data_strategy == "ps-sync":
+            return Served(flat, holding)
+        return Twins(flat, holding, int(options.bucket_mb * 2**20), overlap=options.overlap)
 
     def _versions(self, mine: int) -> list[int]:
         """Ask all ranks for the version of their part."""
@@ -174,40 +166,31 @@ class Rank:
         options = self._options
         return training_plan(options.schedule, options.pipeline, count, options.chunks)
 
-    def exchange(self) -> None:
+    def exchange(self, step: int) -> None:
         """
-        Sum the gradients over the twins; return when every rank of the grid has done so.
+        Sum the gradients of a step over the twins; return when every rank of the grid has done so.
 
         Raises:
             CollectiveError: a rank is missing.
         """
         began = time.perf_counter()
-        self._exchanging.sum_gradients()
-        if self._prepared.job.clip_norm is not None:
-            self._norm = self._whole_norm()
-        self._ready = True
+        self._exchanging.sum_gradients(step)
+        clips = self._prepared.job.clip_norm is not None
+        self._exchanging.ready(self._whole_norm() if clips else None)
         if self._grid.replicas > 1:
             self._everybody.barrier()
         self._measures.reduced(began)
 
     def _whole_norm(self) -> float:
         """Give the 2-norm over all parts; what several slices hold is counted once."""
-        flat, specs = self._own.flat, self._own.specs
-        if self._slices is None:
-            squares = squared_norm(flat.grads)
-        else:
-            squares = 0.0
-            for slot in flat.slots:
-                if slot.name in specs or self._at.slice == 0:
-                    squares += squared_norm(flat.grads[slot.offset : slot.offset + slot.size])
+        squares = self._exchanging.squares()
         whole = torch.tensor([squares], dtype=torch.float64, device=self._device)
         self._replica.all_reduce(whole)
         return math.sqrt(float(whole))
 
     def update(self, step: int) -> None:
         """Update this rank's part."""
-        self._exchanging.update(step, self._norm)
-        self._ready = False
+        self._exchanging.update(step)
 
     def figures(self) -> dict[str, float]:
         """Give the figures of pipeline and exchange."""
@@ -239,13 +222,14 @@ class Rank:
         state = self._own.flat.model.state_dict()
         return state if self._slices is None else gather_full(state, self._own.specs, self._slices)
 
-    def checkpoint(self) -> Checkpointed:
+    def checkpoint(self, version: int) -> Checkpointed:
         """Give this rank's part for a checkpoint: those of the first replica give theirs."""
-        if self._at.replica > 0:
-            return Checkpointed()
-        flat = self._own.flat
-        places, memory = places_of(flat), self._exchanging.memory()
-        return model_part(flat, places).plus(optimizer_part(flat, memory, 0, places))
+        return Checkpointed() if self._at.replica > 0 else self._exchanging.part(version)
+
+    @property
+    def holding(self) -> Holding:
+        """What of the whole model this rank has."""
+        return self._own.holding(self._at.slice)
 
     @property
     def everybody(self) -> Collective:
@@ -258,9 +242,9 @@ class Rank:
         return self._device
 
     @property
-    def _exchanging(self) -> Twins:
-        assert self._twins is not None, "connect() comes first"
-        return self._twins
+    def _exchanging(self) -> Exchange:
+        assert self._exchange is not None, "connect() comes first"
+        return self._exchange
 
     @property
     def _own(self) -> Part:

@@ -1,9 +1,15 @@
 """What the executor of a pipeline asks of those around it, and what it tells them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+from distplat.strategies.base import Collective, Context
+from distplat.strategies.training.parts import Part
+
+Versions = Callable[[int], list[int]]
+"""Tells all ranks of the grid the version of this one's part; gives those of all, in rank order."""
 
 
 class Span(NamedTuple):
@@ -48,3 +54,50 @@ class Tail(Protocol):
 
     def pause(self) -> None:
         """It is over."""
+
+
+class Exchange(Tail, Protocol):
+    """How the gradients of one part of the model become an update, over all attempts of a run."""
+
+    made: bool
+    """Whether the last `meet` found the step in flight made, with what this rank had given."""
+
+    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+        """
+        Meet in a new attempt, and bring the part to the version that all have.
+
+        Args:
+            group: the twins; None: there are none.
+            context: with the attempt's ports.
+            versions: to be asked as often by every rank.
+
+        Returns:
+            Steps that the part has behind it.
+
+        Raises:
+            CollectiveError: a rank is missing.
+            StateLost: nobody that is left has what this part needs.
+        """
+
+    def sum_gradients(self, step: int) -> None:
+        """
+        Return when the twins' gradients of a step are summed.
+
+        Raises:
+            CollectiveError: a twin is missing.
+        """
+
+    def squares(self) -> float:
+        """Give the squared 2-norm of the sum; what counts for another slice is left out."""
+
+    def ready(self, norm: float | None) -> None:
+        """Be told the norm of the whole model's gradient, where the job clips; `update` is next."""
+
+    def update(self, step: int) -> None:
+        """Make the update of a step."""
+
+    def part(self, version: int) -> Part:
+        """Give the part for a checkpoint."""
+
+    def figures(self) -> dict[str, float]:
+        """Give the figures of the step just made."""

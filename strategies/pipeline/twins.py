@@ -1,26 +1,22 @@
 """
-What twins do together: the ranks that hold one part of the model, one of each replica.
+`data_strategy: ring`: what twins do together, the ranks that hold one part of the model.
 
-As under `ring`: gradients are summed in buckets, each as soon as the pipeline's tail has made it;
-running statistics are averaged; a new rank gets its state from a twin.
+As under the strategy `ring`: gradients are summed in buckets, each as soon as the pipeline's tail
+has made it; running statistics are averaged; a new rank gets its state from a twin.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from distplat.platform.pieces import Place
+from distplat.platform.errors import StateLost
+from distplat.strategies.algorithms.reduce import squared_norm_but
 from distplat.strategies.base import Collective, Context
+from distplat.strategies.pipeline.seams import Versions
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.handover import take_over_newest
 from distplat.strategies.training.optim import LocalOptimizer
+from distplat.strategies.training.parts import Holding, Part, model_part, optimizer_part
 from distplat.strategies.training.running_stats import RunningStatistics
-
-
-def places_of(flat: FlatModel) -> dict[str, Place]:
-    """Say that each tensor of a stage is a whole one of the model."""
-    return {name: Place(tuple(t.shape)) for name, t in flat.model.state_dict().items()}
 
 
 class PartOptimizer(LocalOptimizer):
@@ -35,30 +31,46 @@ class PartOptimizer(LocalOptimizer):
 
 class Twins:
     """
-    One rank's dealings with its twins, over all attempts (see `Tail` for the pipeline's side).
+    One rank's dealings with its twins, over all attempts (see `Exchange`).
 
     Args:
         flat: the rank's part.
+        holding: what of the whole model it is.
         bucket_bytes: about so much is sent at once.
         overlap: send while the pipeline still drains.
     """
 
-    def __init__(self, flat: FlatModel, bucket_bytes: int, *, overlap: bool) -> None:
-        self._flat, self._bucket_bytes, self._overlap = flat, bucket_bytes, overlap
+    def __init__(
+        self, flat: FlatModel, holding: Holding, bucket_bytes: int, *, overlap: bool
+    ) -> None:
+        self._flat, self._holding = flat, holding
+        self._bucket_bytes, self._overlap = bucket_bytes, overlap
         self._reducer: BucketReducer | None = None
         self._statistics: RunningStatistics | None = None
         self._optimizer: PartOptimizer | None = None
+        self._summed = False  #: the summed gradients of the step in flight are there
+        self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
+        self.made = False
 
-    def meet(self, group: Collective | None, context: Context) -> int:
-        """
-        Meet in a new attempt, and take over what the furthest twin has; None: there are no twins.
+    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+        """See `Exchange`; what the furthest twin has, all of them take over."""
+        self._catch_up(versions)
+        version = self._take_over(group, context)
+        if len({*versions(version)}) > 1:
+            raise StateLost("a part of the model")
+        return version
 
-        Returns:
-            Steps that the part has behind it.
+    def _catch_up(self, versions: Versions) -> None:
+        """Make the update that others have made, if all that it needs is here."""
+        flat = self._flat
+        newest = max(versions(flat.version))
+        self.made = self._summed and flat.version == newest - 1
+        if self.made:
+            self.update(flat.version)
+            flat.version = newest
+        self._summed = False
 
-        Raises:
-            CollectiveError: a twin is missing.
-        """
+    def _take_over(self, group: Collective | None, context: Context) -> int:
         flat = self._flat
         old = self._optimizer
         before = old.state() if old is not None and flat.version > 0 else {}
@@ -68,7 +80,7 @@ class Twins:
             flat.move(flat.params, group.share(flat.grads))
         self._optimizer = PartOptimizer(flat, context.job, context.total_steps)
         saved = (
-            context.saved.optimizer(flat, places=places_of(flat))
+            context.saved.optimizer(flat, places=self._holding.places)
             if context.saved is not None
             else {}
         )
@@ -98,37 +110,37 @@ class Twins:
         if self._reducer is not None:
             self._reducer.pause()
 
-    def sum_gradients(self) -> None:
-        """
-        Return with the sum over the twins in `flat.grads`.
-
-        Raises:
-            CollectiveError: a twin is missing.
-        """
+    def sum_gradients(self, step: int) -> None:
+        """See `Exchange`; the sum is in `flat.grads`."""
         if self._reducer is not None:
             self._reducer.finish()
         if self._statistics is not None:
             self._statistics.average()
 
-    def update(self, step: int, norm: float | None) -> None:
-        """
-        Make the update of a step from `flat.grads`; waits for nobody.
+    def squares(self) -> float:
+        """See `Exchange`."""
+        return squared_norm_but(self._flat.grads, self._holding.uncounted(self._flat))
 
-        Args:
-            step: its number.
-            norm: of the whole model's gradient, where the job clips.
-        """
+    def ready(self, norm: float | None) -> None:
+        """See `Exchange`."""
+        self._norm, self._summed = norm, True
+
+    def update(self, step: int) -> None:
+        """See `Exchange`; from `flat.grads`, and waits for nobody."""
         assert self._optimizer is not None, "meet() comes first"
-        if norm is not None:
-            self._optimizer.norm = norm
+        if self._norm is not None:
+            self._optimizer.norm = self._norm
         self._optimizer.step(step)
         if self._statistics is not None:
             self._statistics.keep()
+        self._summed = False
 
-    def memory(self) -> dict[str, Tensor]:
-        """Give what the optimizer remembers, by torch's names; not a copy."""
+    def part(self, version: int) -> Part:
+        """See `Exchange`."""
         assert self._optimizer is not None, "meet() comes first"
-        return self._optimizer.memory()
+        flat, holding = self._flat, self._holding
+        memory = self._optimizer.memory()
+        return model_part(flat, holding).plus(optimizer_part(flat, memory, 0, holding))
 
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""

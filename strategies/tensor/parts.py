@@ -13,6 +13,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from distplat.platform.pieces import Place
 from distplat.strategies.base import Collective
 from distplat.strategies.tensor.plan import ShardSpec
 from distplat.strategies.training.words import gather_bytes
@@ -22,6 +23,20 @@ def take(whole: Tensor, spec: ShardSpec) -> Tensor:
     """Give a part of a full tensor, of at least one dimension, as a tensor of its own."""
     ranges = [whole.narrow(spec.dim, start, stop - start) for start, stop in spec.ranges()]
     return torch.cat(ranges, spec.dim) if len(ranges) > 1 else ranges[0].clone()
+
+
+def place_of(shape: Sequence[int], spec: ShardSpec | None) -> Place:
+    """
+    Say where a rank's part lies in the full tensor.
+
+    Args:
+        shape: of the part.
+        spec: what it is; None: complete. Buffers of a branch that is elsewhere are complete, too.
+    """
+    if spec is None or not shape or shape[spec.dim] == spec.size:
+        return Place(tuple(shape))
+    full = (*shape[: spec.dim], spec.size, *shape[spec.dim + 1 :])
+    return Place(full, (spec.dim, spec.start, spec.stop), blocks=spec.blocks)
 
 
 def join(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Tensor:

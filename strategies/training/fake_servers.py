@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import PushId
-from distplat.platform.shard_map import Shard, ShardPlan, cut_shards
+from distplat.platform.shard_map import Division, Shard, ShardPlan, cut_shards, within
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.client import (
@@ -24,9 +24,10 @@ from distplat.strategies.training.client import (
     wait_for_all,
 )
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.parts import as_array
+from distplat.strategies.training.parts import ALL, Holding, as_array
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.service import Deliver, Limits, Service
+from distplat.strategies.training.shard import ParameterShard
 
 
 @dataclass
@@ -34,12 +35,14 @@ class ServerGroup:
     """
     Server nodes in memory, shared by the ranks' `InMemoryShards`.
 
-    Set `lost` to make the next call of every rank fail as if a server had died.
+    Set `lost` to make the next call of every rank fail as if a server had died. `servers` is how
+    many there are, where the plan's shards are those of several groups.
     """
 
     plan: ShardPlan
     timeout_s: float = 10.0
     lost: str = ""
+    servers: int = 0
     speeds: Sequence[float] = ()
     """See `cut_shards`."""
 
@@ -47,8 +50,11 @@ class ServerGroup:
         self._opening = threading.Lock()
         self._params: Tensor | None = None
         self._services: list[Service] = []
+        self.servers = self.servers or self.plan.shards
 
-    def open(self, flat: FlatModel, saved: SavedState | None = None) -> Tensor:
+    def open(
+        self, flat: FlatModel, saved: SavedState | None = None, holding: Holding = ALL
+    ) -> Tensor:
         """Take the first comer's parameters as the initial ones; give the shared vector."""
         initial = flat.params
         with self._opening:
@@ -58,14 +64,16 @@ class ServerGroup:
                 for shard in self.cuts(initial.numel()):
                     part = self._params[shard.start : shard.stop]
                     name = f"server-{shard.index}"
-                    self._services.append(make_service(name, self.plan, limits, part))
-                    state = saved.optimizer(flat, shard.start, shard.stop) if saved else {}
+                    plan = replace(self.plan, uncounted=within(holding.uncounted(flat), shard))
+                    self._services.append(make_service(name, plan, limits, part))
+                    run = shard.start, shard.stop
+                    state = saved.optimizer(flat, *run, holding.places) if saved else {}
                     self._services[-1].restore(flat.version, lambda params: None, state)
             return self._params
 
     def cuts(self, total: int) -> tuple[Shard, ...]:
         """Give the shards of a vector of so many elements."""
-        return cut_shards(total, self.plan.shards, speeds=self.speeds).shards
+        return cut_shards(total, self.servers, speeds=self.speeds).shards
 
     def service(self, index: int, step: int | None = None) -> Service:
         """
@@ -78,32 +86,75 @@ class ServerGroup:
             raise ActorLost(f"server-{index}", step, self.lost)
         return self._services[index]
 
+    def renew(self, attempt: int) -> None:
+        """Begin a later attempt: who waits here is told that this one is over."""
+        for service in self._services:
+            service.exclusively(partial(service.renew, attempt))
+
     def logs(self) -> list[NDArray[np.int64]]:
         """Give each shard's order of updates, where there is one to tell; see `apply_log`."""
         found = [service.log() for service in self._services]
         return [log for log in found if log is not None]
 
 
-class InMemoryShards:
-    """One rank's view of a `ServerGroup` (see `Shards`)."""
+def server_groups(
+    plan: ShardPlan, division: Division, timeout_s: float = 10.0, speeds: Sequence[float] = ()
+) -> list[ServerGroup]:
+    """Make the servers of a run, by part of the model; `plan` is that of a whole one."""
+    return [
+        ServerGroup(
+            replace(plan, world=len(ranks), workers=ranks if len(division.parts) > 1 else ()),
+            timeout_s,
+            speeds=speeds,
+            servers=division.each,
+        )
+        for ranks in division.parts
+    ]
 
-    def __init__(self, group: ServerGroup, rank: int) -> None:
-        self._group, self._rank = group, rank
+
+class InMemoryShards:
+    """One rank's view of a `ServerGroup` (see `Shards`), in one attempt."""
+
+    def __init__(self, group: ServerGroup, rank: int, attempt: int = 0) -> None:
+        self._group, self._rank, self._attempt = group, rank, attempt
         self._pulls = 0
 
-    def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
+    def connect(
+        self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
+    ) -> None:
         """See `Shards`."""
         self._flat = flat
-        shared = self._group.open(flat, saved)
+        shared = self._group.open(flat, saved, holding or ALL)
         self._cuts = self._group.cuts(flat.size)
-        if not self._group.plan.consistency.private:
+        for cut in self._cuts if self._attempt else ():
+            service = self._group.service(cut.index)
+            service.exclusively(partial(service.forget, self._rank))
+        self._group.renew(self._attempt)
+        private = self._group.plan.consistency.private
+        if not private:
             flat.move(shared, flat.grads)
         self.refresh()
+        if not private:
+            self.step_back(min(self._versions()))
+
+    def step_back(self, version: int) -> None:
+        """See `Shards`."""
+        self._flat.version = version
+        if max(self._versions()) == version:
+            return
+        self._flat.move(self._flat.params.clone(), self._flat.grads)
+        for cut in self._cuts:
+            shard = self._group.service(cut.index).served
+            assert isinstance(shard, ParameterShard), "only they are of one version"
+            self._flat.params[cut.start : cut.stop] = shard.values(version)
+
+    def _versions(self) -> list[int]:
+        return [self._group.service(cut.index).served.version for cut in self._cuts]
 
     def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
         plan = self._group.plan
-        push = PushId(plan.run, plan.attempt, self._rank, step, task)
+        push = PushId(plan.run, self._attempt, self._rank, step, task)
         answers = [
             self._group.service(cut.index, step).push(
                 push, self._flat.grads[cut.start : cut.stop], self._deliver(cut)
@@ -128,7 +179,7 @@ class InMemoryShards:
         """See `Shards`."""
         for cut in self._cuts:
             service = self._group.service(cut.index)
-            service.pull(self._rank, (0, self._pulls), self._deliver(cut))
+            service.pull(self._rank, (self._attempt, self._pulls), self._deliver(cut))
         self._pulls += 1
 
     def copies(self, version: int) -> list[ShardCopy] | None:

@@ -56,7 +56,7 @@ def take_over_newest(
         flat.version = TORN  # should a rank be lost now, nobody may take these for good
     group.broadcast(flat.params, source)
     for buffer in flat.model.buffers():
-        _broadcast_bits(buffer, source, group)
+        broadcast_bits(buffer, source, group)
     if newest > 0:
         optimizer.load(_broadcast_state(optimizer.state(), source, group, device))
     flat.version = newest
@@ -75,11 +75,11 @@ def _broadcast_state(
             received[name] = state[name]
         else:
             received[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-        _broadcast_bits(received[name], source, group)
+        broadcast_bits(received[name], source, group)
     return received
 
 
-def _broadcast_bits(tensor: Tensor, source: int, group: Collective) -> None:
+def broadcast_bits(tensor: Tensor, source: int, group: Collective) -> None:
     """Broadcast a tensor of any dtype and layout as bytes."""
     if tensor.numel() == 0:
         return

@@ -11,8 +11,8 @@ copied at once; everything after that happens behind the training's back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,28 @@ class Part:
         return replace(self, fetch=both)
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What of the whole model a rank has."""
+
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Where a tensor lies in the whole one, for those of which this rank has a slab."""
+    others: Set[str] = frozenset()
+    """Tensors that are here and that count for another rank, in checkpoints and in norms."""
+
+    def mine(self, flat: FlatModel) -> list[tuple[str, tuple[int, ...], int]]:
+        """Give `names_of` the trainable tensors that this rank gives."""
+        return [named for named in names_of(flat) if named[0] not in self.others]
+
+    def uncounted(self, flat: FlatModel) -> tuple[tuple[int, int], ...]:
+        """Give the runs of the flat vector that count for another rank."""
+        slots = [slot for slot in flat.slots if slot.name in self.others]
+        return tuple((slot.offset, slot.offset + slot.size) for slot in slots)
+
+
+ALL = Holding()
+"""All of it."""
+
 Take = Callable[[int, Part, Mapping[str, Any]], object]
 """Takes a part, with its version and facts for `state.json`; copies it before it returns."""
 
@@ -66,24 +88,30 @@ def names_of(flat: FlatModel) -> list[tuple[str, tuple[int, ...], int]]:
     return [(slot.name, slot.shape, slot.offset) for slot in flat.slots]
 
 
-def model_part(flat: FlatModel, places: Mapping[str, Place] | None = None) -> Part:
+def model_part(flat: FlatModel, holding: Holding = ALL) -> Part:
     """
-    Give the whole of a rank's model: trainable parameters, others, and buffers.
+    Give a rank's model: trainable parameters, others, and buffers.
 
     Args:
         flat: the model.
-        places: where a parameter lies in the whole one, for those of which this rank has a slab.
+        holding: what of the whole it is.
     """
-    entries = run_entries(names_of(flat), 0, flat.size, "model", dtype_name(flat.params), 0, places)
-    return Part((flat.params,), tuple(entries)).plus(buffer_part(flat))
+    names, dtype = holding.mine(flat), dtype_name(flat.params)
+    entries = run_entries(names, 0, flat.size, "model", dtype, 0, holding.places)
+    return Part((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
 
 
-def buffer_part(flat: FlatModel) -> Part:
+def buffer_part(flat: FlatModel, holding: Holding = ALL) -> Part:
     """Give what of a model is not trained: buffers and frozen parameters."""
-    trained = {slot.name for slot in flat.slots}
-    rest = {k: v for k, v in flat.model.state_dict().items() if k not in trained}
+    elsewhere = holding.others | {slot.name for slot in flat.slots}
+    rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
     entries = [
-        Entry(f"model/{name}", Place(tuple(value.shape)), dtype_name(value), number)
+        Entry(
+            f"model/{name}",
+            holding.places.get(name, Place(tuple(value.shape))),
+            dtype_name(value),
+            number,
+        )
         for number, (name, value) in enumerate(rest.items())
     ]
     return Part(tuple(rest.values()), tuple(entries))
@@ -93,7 +121,7 @@ def optimizer_part(
     flat: FlatModel,
     state: Mapping[str, Tensor],
     start: int = 0,
-    places: Mapping[str, Place] | None = None,
+    holding: Holding = ALL,
 ) -> Part:
     """
     Give the state of an optimizer over a run of the flat vector.
@@ -102,14 +130,16 @@ def optimizer_part(
         flat: the model.
         state: by torch's names; vectors of the run's length, and values without dimensions.
         start: first element of the run.
-        places: see `model_part`.
+        holding: see `model_part`.
     """
     kinds = [kind_of(f"optimizer/{name}", value) for name, value in state.items()]
-    entries = vector_entries(names_of(flat), kinds, start, places)
+    entries = vector_entries(holding.mine(flat), kinds, start, holding.places)
     return Part(tuple(state.values()), tuple(entries))
 
 
-def server_part(flat: FlatModel, shards: Shards, version: int, *, may_skip: bool) -> Part:
+def server_part(
+    flat: FlatModel, shards: Shards, version: int, *, may_skip: bool, holding: Holding = ALL
+) -> Part:
     """
     Give what server nodes keep of a version, and this rank's buffers.
 
@@ -118,16 +148,17 @@ def server_part(flat: FlatModel, shards: Shards, version: int, *, may_skip: bool
         shards: the port to the servers.
         version: steps.
         may_skip: see `Part`.
+        holding: see `model_part`.
     """
-    names = names_of(flat)
+    names, places = holding.mine(flat), holding.places
 
     def fetch() -> Boxes | None:
         copies = shards.copies(version)
         if copies is None:
             return None
-        return [(c.box, tuple(vector_entries(names, c.kinds, c.start))) for c in copies]
+        return [(c.box, tuple(vector_entries(names, c.kinds, c.start, places))) for c in copies]
 
-    return replace(buffer_part(flat), fetch=fetch, may_skip=may_skip)
+    return replace(buffer_part(flat, holding), fetch=fetch, may_skip=may_skip)
 
 
 def kind_of(key: str, tensor: Tensor) -> Kind:
@@ -148,7 +179,7 @@ def vector_entries(
         names: of the flat vector, see `run_entries`.
         kinds: of the vectors.
         start: first element of the run.
-        places: see `model_part`.
+        places: see `Holding`.
     """
     entries = []
     for number, (key, dtype, length) in enumerate(kinds):

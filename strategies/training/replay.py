@@ -29,6 +29,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.parts import Holding
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Prepared, join
 
@@ -160,9 +161,14 @@ class ReplayShards:
     def __init__(self, group: ReplayGroup, rank: int) -> None:
         self._group, self._rank = group, rank
 
-    def connect(self, flat: FlatModel, saved: SavedState | None = None) -> None:
+    def connect(
+        self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
+    ) -> None:
         """See `Shards`."""
         self._group.connect(self._rank, flat)
+
+    def step_back(self, version: int) -> None:
+        """See `Shards`; asynchronous shards have no version in common."""
 
     def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""

@@ -18,9 +18,11 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self._buffers = list(model.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
+        self._before = [buffer.clone() for buffer in self._buffers]
 
     def keep(self) -> None:
         """Remember all buffers as those of the present version."""
+        self._kept, self._before = self._before, self._kept
         for kept, buffer in zip(self._kept, self._buffers, strict=True):
             kept.copy_(buffer)
 
@@ -28,6 +30,11 @@ class Buffers:
         """Put back what was kept last."""
         for kept, buffer in zip(self._kept, self._buffers, strict=True):
             buffer.copy_(kept)
+
+    def step_back(self) -> None:
+        """Put back what was kept before that."""
+        self._kept, self._before = self._before, self._kept
+        self.restore()
 
 
 class RunningStatistics(Buffers):

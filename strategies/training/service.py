@@ -266,6 +266,6 @@ class Service(ABC):
         if ledger.attempt != attempt:
             raise FencedError(f"{what}: attempt {attempt} is over")
         if not there:
-            late = tuple(f"worker-{rank}" for rank in missing())
+            late = tuple(self._plan.worker(rank) for rank in missing())
             raise DeadlineExceeded(what, late, limit_s, f"failure.{setting}")
         return time.monotonic() - began

@@ -23,7 +23,7 @@ from torch import Tensor
 from distplat.platform.errors import GapError, StaleError
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
-from distplat.strategies.algorithms.reduce import clip_factor, squared_norm, sum_in_order
+from distplat.strategies.algorithms.reduce import clip_factor, squared_norm_but, sum_in_order
 from distplat.strategies.training.keeping import Keeping, Kept
 from distplat.strategies.training.mirror import Mirror, Update
 from distplat.strategies.training.optim import (
@@ -178,4 +178,4 @@ class ParameterShard:
             self._sum.mul_(self._weight)
         self._gradients = [None] * self._plan.world
         if self._plan.job.clip_norm is not None:
-            self.squared_norm = squared_norm(self._sum)
+            self.squared_norm = squared_norm_but(self._sum, self._plan.uncounted)

@@ -6,7 +6,7 @@ import time
 
 import ray
 import torch
-from tasks_for_tests import Blobs, first_to_come
+from tasks_for_tests import Blobs, first_to_come, process_of
 from torch import Tensor, nn
 
 LATE_S = 2.0
@@ -19,7 +19,8 @@ class Staged(Blobs):
     Args:
         folder: where deeds leave their marks, so that each is done once.
         deeds: `kill 1 forward 6`: rank 1, in its seventh forward in training; `stop` freezes,
-            `late` kills when checkpoints had time to be written, `backward` is the backward of that
+            `late` kills when checkpoints had time to be written, `server` kills a server of the
+            first part at such a time, or when backups are ready; `backward` is the backward of that
             forward, `all` instead of a rank is every one.
     """
 
@@ -37,8 +38,25 @@ class Staged(Blobs):
             mine = rank in ("all", self.rank) and (when, int(at)) == (moment, forwards)
             name = f"{number}-{self.rank}" if rank == "all" else str(number)
             if mine and first_to_come(os.path.join(self.folder, name)):
-                time.sleep(LATE_S if deed == "late" else 0.0)
-                os.kill(os.getpid(), signal.SIGSTOP if deed == "stop" else signal.SIGKILL)
+                time.sleep(LATE_S if deed in ("late", "server") else 0.0)
+                victim = server_of_first_part() if deed == "server" else os.getpid()
+                os.kill(victim, signal.SIGSTOP if deed == "stop" else signal.SIGKILL)
+
+
+def server_of_first_part() -> int:
+    """Give the process that serves shard 0, as soon as its backup is ready if it has one."""
+    name = "small/server-manager"
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    run = next(actor["namespace"] for actor in actors if actor["name"] == name)
+    manager = ray.get_actor(name, namespace=run)
+    until = time.monotonic() + 60
+    while seats := ray.get(manager.seats.remote(), timeout=30):
+        if all(seat.ready for seat in seats):
+            address = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=30).parameters[0]
+            return int(address.pid)
+        assert time.monotonic() < until, seats
+        time.sleep(0.05)
+    return process_of("ServerNode")
 
 
 class Deeds(nn.Module):

@@ -18,6 +18,7 @@ STEPS = 20
 WRITTEN = (5, 10, 15)
 """Checkpoints that may be the newest in step 19: they are written while training goes on."""
 GRID = {"name": "hybrid", "pipeline": 2, "data": 2, "micro_batches": 3, "cut": ["3"]}
+SERVED = {**GRID, "data_strategy": "ps-sync", "timeout_s": 60}
 
 
 def run(
@@ -109,6 +110,20 @@ def test_without_a_twin_all_go_back_to_the_checkpoint(tmp_path: Path) -> None:
     same(result, tmp_path, alone)
     (setback,) = watch.setbacks
     assert setback.step in WRITTEN and len(setback.replaced) == 2
+
+
+def test_servers_of_each_stage_are_lost(tmp_path: Path) -> None:
+    """One that has a backup, which costs nothing; and without, after a worker: the same bits."""
+    backed, watch = run(tmp_path, ["server 1 forward 30"], {**SERVED, "replication": 2})
+    assert not watch.setbacks, "no worker is replaced, and no step repeated"
+    _unfailed[repr(SERVED)] = weights(backed), backed
+    deeds = ["kill 1 backward 20", "server 1 backward 56"]
+    result, watch = run(tmp_path, deeds, SERVED, checkpoint={"every_steps": 5})
+    same(result, tmp_path, SERVED)
+    first, second = watch.setbacks
+    assert (first.replaced, first.step) == (("worker-1",), 6), "the step in flight is repeated"
+    assert len(second.replaced) == 4 and second.step in WRITTEN
+    assert all(s.figures["apply_s"] >= 0 for s in result.history)
 
 
 def test_both_twins_lost(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class Losing(threading.Thread):
         manager = ray.get_actor("small/server-manager", namespace=self.run_name)
         for number in self.signals:
             self.lost.append(self._ready_seat(manager).primary)
-            address = ray.get(manager.follow.remote(0, 1.0), timeout=MOST_S).parameters[0]
+            address = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=MOST_S).parameters[0]
             self.nodes.append(address.node)
             began = time.monotonic()
             os.kill(address.pid, number)

@@ -51,7 +51,15 @@ class Evaluator(threading.Thread):
             self.errors.append(error)
 
 
-@pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ring",
+        {"name": "ps-sync", "num_servers": 2},
+        {"name": "hybrid", "pipeline": 2, "cut": "even", "micro_batches": 2},
+    ],
+    ids=str,
+)
 def test_a_snapshot_is_of_its_version(strategy: object, tmp_path: Path) -> None:
     evaluator = Evaluator(3)
     args = {"marker": str(tmp_path / "never"), "deed": "none", "at": 0}

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from in_memory_run import Run
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -56,6 +57,14 @@ class Mlp(Classify):
 MLP_PLAN = {"1.0": "colwise", "2.0": "rowwise", "4.0": "colwise_gather"}
 
 
+class Normed(Mlp):
+    """Running statistics, which must come out the same as well."""
+
+    def model(self) -> nn.Module:
+        blocks = [nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Tanh()) for _ in range(2)]
+        return nn.Sequential(nn.Linear(6, 12), *blocks, nn.Linear(12, CLASSES))
+
+
 class Dropping(Mlp):
     dropout = 0.4
 
@@ -75,6 +84,56 @@ class Conv(Classify):
             nn.Tanh(),
             nn.Linear(16, CLASSES),
         )
+
+
+CONV_PLAN = {"6": "colwise", "8": "rowwise"}
+
+
+class Mixed(nn.Module):
+    """Parallel branches of unlike cost, as in Inception."""
+
+    def __init__(self, width: int, *, norm: bool) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [
+                nn.Conv2d(width, 3, 1),
+                nn.Sequential(
+                    nn.Conv2d(width, 4, 3, padding=1),
+                    nn.BatchNorm2d(4) if norm else nn.Identity(),
+                    nn.GELU(),
+                    nn.Conv2d(4, 4, 3, padding=1),
+                ),
+                nn.AvgPool2d(3, 1, 1),
+            ]
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.cat([branch(features) for branch in self.branches], dim=1)
+
+
+class Inception(Classify):
+    shape = (1, 6, 6)
+    norm = False
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1),
+            Mixed(3, norm=self.norm),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(90, 12),
+            nn.Tanh(),
+            nn.Linear(12, CLASSES),
+        )
+
+
+INCEPTION_PLAN = {"1.branches.*": "branches", "4": "colwise", "6": "rowwise"}
+
+
+class NormedInception(Inception):
+    """A branch with running statistics, which only the rank that has it keeps up."""
+
+    norm = True
 
 
 class Attention(nn.Module):
@@ -148,6 +207,27 @@ def job_of(strategy: dict[str, Any], workers: int, **more: Any) -> Job:
             **more,
         }
     )
+
+
+def grid_of(pipeline: int, tensor: int, data: int, **more: Any) -> tuple[dict[str, Any], int]:
+    options = {"pipeline": pipeline, "tensor": tensor, "data": data, **more}
+    if pipeline > 1:
+        options = {"cut": "even", "micro_batches": 4, **options}
+    return options, pipeline * tensor * data
+
+
+def whole(run: Run) -> dict[str, Tensor]:
+    """Put the parts of the trained model together."""
+    return {name: value for part in run.trained for name, value in part.items()}
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    flat = [
+        torch.cat([state[name].reshape(-1).double() for name in sorted(expected)])
+        for state in (found, expected)
+    ]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
 @cache

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rank_threads import on_ranks
@@ -15,6 +16,7 @@ from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
+from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
@@ -24,6 +26,7 @@ from distplat.strategies.fakes import (
     LeaseDesk,
     ServerGroup,
     TableGroup,
+    server_groups,
 )
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
@@ -43,6 +46,8 @@ class Run:
     """By rank."""
     trained: list[dict[str, Tensor]]
     """By rank: its part of the trained model."""
+    strategies: list[Strategy[Any]]
+    """By rank."""
     group: ServerGroup
     """With the shards' logs, where the strategy has servers."""
     tables: TableGroup
@@ -90,47 +95,70 @@ def train(
     steps, servers = ranks[0].total_steps, max(1, roles.servers)
     every = job.checkpoint.period(ranks[0].sampler.steps_per_epoch)
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
-    group = ServerGroup(plan, timeout_s, speeds=speeds)
+    division = roles.division(world)
+    groups = server_groups(plan, division, timeout_s, speeds)
     fabric = Fabric(world, timeout_s)
     tables = TableGroup(job, every=every)
     progress = [Progress() for _ in range(world)]
     how = roles.consistency
     desk = LeaseDesk(how.bound, most, timeout_s)
-    run = Run(ranks, [[] for _ in range(world)], progress, [], group, tables, desk)
+    run = Run(ranks, [[] for _ in range(world)], progress, [], strategies, groups[0], tables, desk)
     # Where tasks are leased rank 0 alone gives parts: the others may come and go.
-    collecting, lock = Collecting(1 if how.dealt else world), threading.Lock()
-
-    def deliver(delivery: Delivery) -> None:
-        with lock:
-            parts = collecting.add(delivery)
-        if parts:
-            run.checkpoints[delivery.version] = as_read(job, delivery.version, parts)
+    keeper = Keeper(job, run.checkpoints, 1 if how.dealt else world)
 
     def body(rank: int) -> dict[str, Tensor]:
-        courier = Courier(rank, 0, lambda arrays: [a.copy() for a in arrays], deliver, timeout_s)
-
-        def take(version: int, part: Part, facts: Mapping[str, Any]) -> None:
-            courier.take(version, part, facts)
-            if not part.may_skip:  # steps are quick here: shards would have newer copies by then
-                courier.flush()
-
+        courier = keeper.courier(rank, timeout_s)
         join(
             ranks[rank],
             strategies[rank],
             rank,
             collective=fabric.collective(rank),
-            shards=InMemoryShards(group, rank),
+            shards=InMemoryShards(groups[division.part_of(rank)], division.place_of(rank)),
             tables=InMemoryTables(tables, rank),
             leases=InMemoryLeases(desk, rank) if how.dealt else None,
             report=run.reports[rank].append,
             progress=run.progress[rank],
-            around=Around(saved, take=take),
+            around=Around(saved, take=partial(take, courier)),
         ).run()
         courier.flush()
         return strategies[rank].trained(ranks[rank].flat)
 
     run.trained = on_ranks(world, body)
     return run
+
+
+class Keeper:
+    """
+    Puts checkpoints together as the parts come.
+
+    Args:
+        job: of the run.
+        found: takes them, by version.
+        givers: how many ranks give parts; 0: all.
+    """
+
+    def __init__(self, job: Job, found: dict[int, SavedState], givers: int = 0) -> None:
+        self._job, self._found = job, found
+        self._collecting = Collecting(givers or job.scaling.world)
+        self._lock = threading.Lock()
+
+    def courier(self, rank: int, timeout_s: float = 10.0) -> Courier:
+        """Make what takes a rank's parts."""
+        copied = lambda arrays: [array.copy() for array in arrays]  # noqa: E731
+        return Courier(rank, 0, copied, self._deliver, timeout_s)
+
+    def _deliver(self, delivery: Delivery) -> None:
+        with self._lock:
+            parts = self._collecting.add(delivery)
+        if parts:
+            self._found[delivery.version] = as_read(self._job, delivery.version, parts)
+
+
+def take(courier: Courier, version: int, part: Part, facts: Mapping[str, Any]) -> None:
+    """Take a part; wait for it, for steps are quick here: shards would have newer copies soon."""
+    courier.take(version, part, facts)
+    if not part.may_skip:
+        courier.flush()
 
 
 def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:

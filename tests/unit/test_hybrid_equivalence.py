@@ -3,47 +3,30 @@
 from typing import Any
 
 import pytest
-import torch
 from hybrid_models import (
     BATCH,
+    CONV_PLAN,
     GPT_PLAN,
+    INCEPTION_PLAN,
     MLP_PLAN,
     SAMPLES,
     STEPS,
     Conv,
     Gpt,
+    Inception,
     Mlp,
+    distance,
+    grid_of,
     job_of,
     plain,
+    whole,
 )
 from in_memory_run import Run, train
-from torch import Tensor
 
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.strategies.pipeline import packed
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.task import Task
-
-
-def grid_of(pipeline: int, tensor: int, data: int, **more: Any) -> tuple[dict[str, Any], int]:
-    options = {"pipeline": pipeline, "tensor": tensor, "data": data, **more}
-    if pipeline > 1:
-        options = {"cut": "even", "micro_batches": 4, **options}
-    return options, pipeline * tensor * data
-
-
-def whole(run: Run) -> dict[str, Tensor]:
-    """Put the parts of the trained model together."""
-    return {name: value for part in run.trained for name, value in part.items()}
-
-
-def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    assert found.keys() == expected.keys()
-    flat = [
-        torch.cat([state[name].reshape(-1).double() for name in sorted(expected)])
-        for state in (found, expected)
-    ]
-    return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
 def losses(run: Run) -> list[float]:
@@ -105,6 +88,10 @@ def test_packed_weights(name: str, kind: type[Task], monkeypatch: pytest.MonkeyP
         (Mlp, MLP_PLAN, 2, 2),
         (Gpt, GPT_PLAN, 1, 2),
         (Gpt, GPT_PLAN, 2, 1),
+        (Conv, CONV_PLAN, 1, 2),
+        (Conv, CONV_PLAN, 2, 1),
+        (Inception, INCEPTION_PLAN, 1, 2),
+        (Inception, INCEPTION_PLAN, 2, 1),
     ],
 )
 @pytest.mark.parametrize("clip", [None, 0.3])

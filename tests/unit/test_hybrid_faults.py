@@ -6,79 +6,16 @@ with a new one. What is swept is the number of the operation to which it does no
 the twins' exchange, in the agreement of all, and between the two.
 """
 
-from collections.abc import Set
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import pytest
-import torch
-from hybrid_models import Mlp, job_of
-from rank_threads import on_ranks
-from torch import Tensor
+from hybrid_models import CLASSES, Mlp
+from hybrid_workers import WORLD, Workers, same, samples
+from torch import Tensor, nn
 
 from distplat.platform.errors import CollectiveError, StateLost
-from distplat.platform.progress import AnyReport, StepReport
-from distplat.platform.spec import Job
-from distplat.strategies.base import Collective, Strategy
-from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.pipeline.rebound import Rebound
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Prepared, join, prepare
-
-STEPS = 6
-WORLD = 4
-
-
-class Workers:
-    """Ranks that live through several attempts."""
-
-    def __init__(self, **options: Any) -> None:
-        grid = {"pipeline": 2, "data": 2, "cut": "even", "micro_batches": 2, **options}
-        self.job: Job = job_of(grid, WORLD, steps=STEPS, clip_norm=0.5)
-        self.strategies: dict[int, Strategy[Any]] = {}
-        self.prepared: dict[int, Prepared] = {}
-        self.reports: list[AnyReport] = []
-        self.starts: list[int] = []
-        for rank in range(WORLD):
-            self.renew(rank)
-
-    def renew(self, rank: int) -> None:
-        """Put a new process in the place of one that was lost."""
-        self.strategies[rank] = make_strategy(self.job)
-        self.prepared[rank] = prepare(self.job, Mlp(), strategy=self.strategies[rank])
-
-    def attempt(self, fabric: Fabric, deaf: Set[int] = frozenset()) -> dict[str, Tensor] | None:
-        """
-        Give the trained model, or None where ranks stopped because one was missing.
-
-        Args:
-            fabric: connects the ranks.
-            deaf: ranks that do not hear of the agreement on step 3.
-        """
-        stopped = []
-
-        def body(rank: int) -> dict[str, Tensor]:
-            try:
-                loop = join(
-                    self.prepared[rank],
-                    self.strategies[rank],
-                    rank,
-                    collective=Torn(fabric.collective(rank), 3 if rank in deaf else STEPS),
-                    shards=None,
-                    report=self.reports.append,
-                    progress=Progress(),
-                )
-                self.starts.append(loop.start)
-                loop.run()
-                state = self.strategies[rank].trained(self.prepared[rank].flat)
-            except CollectiveError as error:
-                stopped.append(error)
-                fabric.give_up()  # as the controller has all stop
-                return {}
-            return {name: tensor.clone() for name, tensor in state.items()}
-
-        parts = on_ranks(WORLD, body)
-        return None if stopped else {k: v for part in parts for k, v in part.items()}
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +23,6 @@ def unfailed() -> dict[str, Tensor]:
     model = Workers().attempt(Fabric(WORLD))
     assert model is not None
     return model
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 @pytest.mark.parametrize("victim", range(WORLD))
@@ -117,21 +50,7 @@ def test_one_is_lost_at_any_operation(
     model = workers.attempt(Fabric(WORLD))
     assert model is not None and same(model, unfailed)
     assert min(workers.starts) == max(workers.starts) > 0, "survivors keep what they have"
-    assert samples(workers.reports) == [16, 16, 13] * 2
-
-
-class Torn(Rebound):
-    """The agreement `at` is reached, but this rank does not hear of it: it was told to stop."""
-
-    def __init__(self, group: Collective, at: int) -> None:
-        super().__init__(group)
-        self._left = at
-
-    def barrier(self) -> None:
-        super().barrier()
-        self._left -= 1
-        if self._left < 0:
-            raise CollectiveError("world", "barrier", 0, (), "this rank was told to give up")
+    assert samples(workers.reports, workers.job) == [16, 16, 13] * 2
 
 
 @pytest.mark.parametrize("deaf", [{0}, {1, 2}, {0, 1, 3}, {2, 3}, {0, 2, 3}])
@@ -150,7 +69,7 @@ def test_some_have_made_the_update_and_some_not(
     assert model is not None and same(model, unfailed)
     assert workers.starts == [4] * WORLD
     lost = 0 if victim % 2 == 0 or victim not in deaf else 8  # with the rank its report is lost
-    assert samples(workers.reports)[3] == 16 - lost
+    assert samples(workers.reports, workers.job)[3] == 16 - lost
 
 
 def test_a_part_without_a_holder_is_lost() -> None:
@@ -165,7 +84,67 @@ def test_a_part_without_a_holder_is_lost() -> None:
         workers.attempt(Fabric(WORLD))
 
 
-def samples(reports: list[AnyReport]) -> list[int]:
-    """Count the samples of each step; what a rank reports again replaces what it reported."""
-    found = {(r.step, r.rank): r.samples for r in reports if isinstance(r, StepReport)}
-    return [sum(found.get((s, rank), 0) for rank in range(WORLD)) for s in range(STEPS)]
+class Doomed(Mlp):
+    """Two stages of two blocks, one of which is lost at a given forward or backward."""
+
+    at: ClassVar[tuple[str, int, int] | None] = None
+    """Forward or backward, stage, and its number among those of that stage in training."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 12), Fatal(0), Fatal(1), nn.Linear(12, CLASSES))
+
+
+class Fatal(nn.Module):
+    def __init__(self, stage: int) -> None:
+        super().__init__()
+        self.stage, self.forwards = stage, 0
+        self.inner = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Tanh())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(inputs)
+        if self.training:
+            number, self.forwards = self.forwards, self.forwards + 1
+            self._die("forward", number)
+            outputs.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: self._die("backward", number)
+            )
+        return outputs
+
+    def _die(self, moment: str, number: int) -> None:
+        if Doomed.at == (moment, self.stage, number):
+            Doomed.at = None
+            raise CollectiveError("test", moment, number, (self.stage,), "this stage was killed")
+
+
+def alone(strategy: str) -> Workers:
+    """No stage has a twin."""
+    options: dict[str, Any] = {"data": 1, "data_strategy": strategy}
+    return Workers(Doomed, options=options, checkpoint={"every_steps": 2})
+
+
+@cache
+def unfailed_alone() -> dict[str, Tensor]:
+    model = alone("ring").attempt(Fabric(2))
+    assert model is not None
+    return model
+
+
+@pytest.mark.parametrize("number", range(5, 10))
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_without_a_twin_all_go_back_to_the_checkpoint(
+    strategy: str, moment: str, stage: int, number: int
+) -> None:
+    """In any micro-batch of steps 2 to 4; of a step that ends with a checkpoint, too."""
+    expected = unfailed_alone()
+    workers = alone(strategy)
+    Doomed.at = moment, stage, number
+    assert workers.attempt(Fabric(2)) is None
+    newest = max(workers.checkpoints)
+    assert newest in ({2, 4} if number > 7 else {2}), "a slow rank may not have given its part"
+    workers.begin_anew()
+    workers.starts.clear()
+    model = workers.attempt(Fabric(2), saved=workers.checkpoints[newest])
+    assert model is not None and same(model, expected)
+    assert workers.starts == [newest] * 2

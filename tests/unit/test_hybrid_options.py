@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hybrid_models import job_of
 
+from distplat.platform.shard_map import Division
 from distplat.strategies.catalog import make_strategy, strategy_problems
 from distplat.strategies.hybrid import HybridOptions
 
@@ -98,13 +99,40 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         "unknown style 'colwize'",
         "did you mean 'colwise'?",
     ),
+    ({"data": 2, "num_servers": 2}, 2, {}, "strategy.num_servers", "ps-sync`", "remove"),
+    ({"data": 2, "replication": 2}, 2, {}, "strategy.replication", "ps-sync`", "remove"),
+    ({"data": 2, "wire": "fp16"}, 2, {}, "strategy.wire", "ps-sync`", "remove"),
     (
-        {"tensor": 2, "tensor_plan": {"0": "colwise"}},
+        {"data": 2, "resources_per_server": {"CPU": 1}},
         2,
-        {"checkpoint": {"every_steps": 2}},
-        "strategy.tensor",
-        "checkpoints of slices",
-        "checkpoint.every_*",
+        {},
+        "strategy.resources_per_server",
+        "ps-sync`",
+        "remove",
+    ),
+    (
+        {"data": 2, "data_strategy": "ps-sync", "bucket_mb": 5},
+        2,
+        {},
+        "strategy.bucket_mb",
+        "`data_strategy: ring`",
+        "remove",
+    ),
+    (
+        {"data": 2, "data_strategy": "ps-async"},
+        2,
+        {},
+        "strategy.data_strategy",
+        "'ps-async'",
+        "",
+    ),
+    (
+        {"data": 2, "data_strategy": "ps-sync", "backup_workers": 1},
+        2,
+        {},
+        "strategy.backup_workers",
+        "unknown",
+        "",
     ),
 ]
 
@@ -134,6 +162,22 @@ def test_micro_batches_where_the_job_does_not_say(
     job = job_of(options, workers, global_batch_size=batch)
     assert not strategy_problems(job)
     assert HybridOptions.model_validate(options).micro(job) == micro
+
+
+def test_each_part_has_servers_of_its_own() -> None:
+    options = {"pipeline": 2, "data": 2, "data_strategy": "ps-sync", "num_servers": 3}
+    job = job_of({**options, "replication": 2, "wire": "bf16"}, 4)
+    roles = make_strategy(job).roles(job)
+    assert (roles.servers, roles.replication, roles.wire) == (6, 2, "bfloat16")
+    assert roles.division(4) == Division(((0, 2), (1, 3)), 6)
+    assert roles.collective is not None and roles.group_size == 2
+    ring = job_of({"pipeline": 2, "data": 2}, 4)
+    assert make_strategy(ring).roles(ring).servers == 0
+
+
+def test_slices_have_checkpoints() -> None:
+    options = {"tensor": 2, "tensor_plan": {"0": "colwise"}}
+    assert not strategy_problems(job_of(options, 2, checkpoint={"every_steps": 2}))
 
 
 def test_survivors_go_on_where_parts_have_twins() -> None:

@@ -47,10 +47,11 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
     tensor = whole(shape)
     dim = data.draw(st.integers(0, len(shape) - 1))
     bundles = []
-    for start, stop in cuts(shape[dim], data.draw):
+    blocks = data.draw(st.sampled_from([n for n in range(1, 6) if shape[dim] % n == 0]))
+    for start, stop in cuts(shape[dim] // blocks, data.draw):
         slab = (dim, start, stop)
-        for run in [*cuts(Place(shape, slab).size, data.draw)]:
-            place = Place(shape, slab, data.draw(st.sampled_from([run])))
+        for run in [*cuts(Place(shape, slab, None, blocks).size, data.draw)]:
+            place = Place(shape, slab, data.draw(st.sampled_from([run])), blocks)
             entry = Entry("model/w", place, "int32", 0)
             bundles.append(([take_out(tensor, place)], (entry,)))
     order = data.draw(st.permutations(bundles))

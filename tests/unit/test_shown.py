@@ -5,47 +5,53 @@ import time
 from itertools import count
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from distplat.strategies.training.shown import Shown
+from distplat.strategies.training.shown import Shown, state_copy
+
+State = Shown[dict[str, Tensor]]
+
+
+def offer(shown: State, version: int, model: nn.Module) -> None:
+    shown.offer(version, lambda: state_copy(model))
 
 
 def test_nothing_is_copied_before_somebody_asks() -> None:
-    shown, model = Shown(), nn.Linear(2, 2)
-    shown.offer(1, model)
+    shown, model = State(), nn.Linear(2, 2)
+    offer(shown, 1, model)
     assert shown.ask(0) is None
-    shown.offer(2, model)
-    shown.offer(3, model)  # nobody asked since
+    offer(shown, 2, model)
+    offer(shown, 3, model)  # nobody asked since
     copy = shown.ask(2)
     assert copy is not None and copy.version == 2
     assert shown.ask(3) is None
-    shown.offer(4, model)
+    offer(shown, 4, model)
     later = shown.ask(3)
     assert later is not None and later.version == 4
 
 
 def test_a_copy_does_not_follow_the_model() -> None:
-    shown, model = Shown(), nn.BatchNorm1d(3)
+    shown, model = State(), nn.BatchNorm1d(3)
     shown.ask(0)
-    shown.offer(1, model)
+    offer(shown, 1, model)
     with torch.no_grad():
         model.weight.fill_(7.0)
     copy = shown.ask(1)
     assert copy is not None
-    assert set(copy.state) == set(model.state_dict())
-    assert (copy.state["weight"] == 1.0).all()
+    assert set(copy.content) == set(model.state_dict())
+    assert (copy.content["weight"] == 1.0).all()
 
 
 def test_copies_are_of_one_version() -> None:
     """A thread that changes the model between its offers, and one that asks all the time."""
-    shown, model, done = Shown(), nn.Linear(100, 100), threading.Event()
+    shown, model, done = State(), nn.Linear(100, 100), threading.Event()
 
     def train() -> None:
         for version in count(1):
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.fill_(float(version))
-            shown.offer(version, model)
+            offer(shown, version, model)
             if done.is_set():
                 return
 
@@ -59,7 +65,24 @@ def test_copies_are_of_one_version() -> None:
             if copy is not None:
                 assert copy.version > seen
                 seen, copies = copy.version, copies + 1
-                assert all((value == seen).all() for value in copy.state.values())
+                assert all((value == seen).all() for value in copy.content.values())
     finally:
         done.set()
         thread.join(30)
+
+
+def test_a_version_may_be_asked_for_beforehand() -> None:
+    shown = Shown[str]()
+    assert shown.exactly(2) == (0, None)
+    shown.offer(1, lambda: "one")
+    assert shown.exactly(1) == (1, None), "it is past, and was not asked for in time"
+    shown.offer(2, lambda: "two")
+    shown.offer(3, lambda: "three")
+    passed, copy = shown.exactly(2)
+    assert copy is not None and (passed, copy.content) == (3, "two")
+
+
+def test_the_last_version_is_there_for_who_asks_later() -> None:
+    shown = Shown[str]()
+    shown.offer(4, lambda: "four", last=True)
+    assert shown.exactly(4)[1] is not None

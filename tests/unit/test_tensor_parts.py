@@ -6,9 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_threads import on_ranks
 
+from distplat.platform.pieces import Entry, Place, put_together
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.parts import gather_full, join, take
+from distplat.strategies.tensor.parts import gather_full, join, place_of, take
 from distplat.strategies.tensor.plan import ShardSpec, slice_of
+from distplat.strategies.training.parts import as_array, whole_of
+from distplat.strategies.training.restoring import tensor_of
 
 
 @given(
@@ -25,6 +28,25 @@ def test_what_is_cut_can_be_joined(
     parts = [take(whole, spec) for spec in specs]
     assert [part.shape[dim] for part in parts] == [spec.extent for spec in specs]
     assert torch.equal(join(parts, specs), whole)
+    # A checkpoint takes the same parts of it, and puts the same together.
+    kept = whole_of(whole)
+    places = [place_of(part.shape, spec) for part, spec in zip(parts, specs, strict=True)]
+    for part, place in zip(parts, places, strict=True):
+        assert torch.equal(tensor_of(kept, place).view(part.shape), part)
+    entries = [Entry("model/w", place, "int64", 0) for place in places]
+    bundles = [
+        ([as_array(part.contiguous())], (entry,))
+        for part, entry in zip(parts, entries, strict=True)
+    ]
+    assert put_together(bundles)["model/w"].data.tobytes() == kept.data.tobytes()
+
+
+def test_where_parts_of_branches_lie() -> None:
+    here, elsewhere = ShardSpec(0, 0, 6, 6), ShardSpec(0, 0, 0, 6)
+    assert place_of((6, 2), here) == Place((6, 2))
+    assert place_of((0, 2), elsewhere) == Place((6, 2), (0, 0, 0))
+    assert place_of((6,), elsewhere) == Place((6,)), "a buffer, which is not emptied"
+    assert place_of((), ShardSpec(0, 0, 0, 1)) == Place(())
 
 
 def test_parts_are_tensors_of_their_own() -> None:

@@ -1,0 +1,168 @@
+"""
+`data_strategy: ps-sync`: server nodes keep a part of the model, and the twins push to them.
+
+    rank 0 ─┐                          ┌─ rank 1        server-0 keeps the part of ranks 0 and 2,
+            ├─▶ server-0    server-1 ◀─┤                server-1 that of ranks 1 and 3
+    rank 2 ─┘                          └─ rank 3
+
+Servers of one part know nothing of those of another, so after a failure one may be a step ahead.
+Its shards keep the version before (`training/shard.py`), and no rank pushes a step before all have
+the one before: so there is a version that all parts can give, and all go on from that.
+
+Running statistics are averaged over the twins as under `ring`, and before the push: if servers have
+made a step, all twins had the statistics that go with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import StateLost
+from distplat.platform.load import load_figures
+from distplat.strategies.base import Collective, Context, Pushed, Shards
+from distplat.strategies.pipeline.seams import Versions
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.handover import broadcast_bits
+from distplat.strategies.training.parts import Holding, Part, server_part
+from distplat.strategies.training.running_stats import RunningStatistics
+
+
+class Served:
+    """
+    One rank's dealings with the servers of its part, over all attempts (see `Exchange`).
+
+    Args:
+        flat: the rank's part.
+        holding: what of the whole model it is.
+    """
+
+    def __init__(self, flat: FlatModel, holding: Holding) -> None:
+        self._flat, self._holding = flat, holding
+        self._shards: Shards | None = None
+        self._statistics: RunningStatistics | None = None
+        self._pushed = Pushed()
+        self._norm: float | None = None
+        self._at = 0  #: steps that this rank's buffers have behind them
+        self._ahead: list[Tensor] | None = None  #: what they were after one more, if that was made
+        self._pushing = False  #: the step after them was pushed, or is about to be
+        self.made = False
+
+    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+        """See `Exchange`; parameters are the servers', buffers the twins'."""
+        flat = self._flat
+        shards = self._shards = context.shards
+        shards.connect(flat, context.saved, self._holding)
+        found = versions(flat.version)
+        mine, version = flat.version, min(found)
+        if max(found) > version + 1:
+            raise StateLost(f"some part of the model at step {version + 1}")
+        if version < context.base:  # whoever filled the servers had not what the others began with
+            raise StateLost(f"the state after step {context.base} and later")
+        if mine > version:
+            shards.step_back(version)
+        self.made = self._pushing and version == self._at + 1
+        self._settle_buffers(version, ahead=mine > version)
+        if group is not None:
+            self._share_buffers(group, context)
+        return version
+
+    def _settle_buffers(self, version: int, *, ahead: bool) -> None:
+        """
+        Bring buffers to the parameters' version, if this rank has any.
+
+        Should other parts make the step without this rank's doing it again, those that it had
+        after the step are wanted; so they are put by.
+
+        Args:
+            version: of the parameters.
+            ahead: whether this part's servers have made one more step.
+        """
+        own = self._statistics
+        if own is not None and version > self._at:
+            self._go_ahead(own, version)
+        elif own is not None:
+            if version < self._at:
+                own.restore()
+            if version < self._at or (ahead and self._pushing):
+                self._ahead = [buffer.clone() for buffer in self._flat.model.buffers()]
+            if version < self._at:
+                own.step_back()
+            own.restore()  # this rank's forward of the step is made once more
+        self._at, self._pushing = version, False
+
+    def _go_ahead(self, own: RunningStatistics, version: int) -> None:
+        """The step in flight was made: take what this rank's buffers were after it."""
+        if not self.made:
+            if self._ahead is None or version > self._at + 1:
+                self._statistics = None  # it is as if this rank were new
+                return
+            for buffer, known in zip(self._flat.model.buffers(), self._ahead, strict=True):
+                buffer.copy_(known)
+        own.keep()
+
+    def _share_buffers(self, group: Collective, context: Context) -> None:
+        """Give new twins their buffers. Who has none counts as new until all of them are here."""
+        flat, own = self._flat, self._statistics
+        device = flat.params.device
+        have = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
+        group.all_gather(have, torch.tensor([int(own is not None)], device=device))
+        holders = [rank for rank, one in enumerate(have) if int(one)]
+        first = context.saved.step if context.saved is not None else 0
+        if holders and len(holders) < group.world:
+            for buffer in flat.model.buffers():
+                broadcast_bits(buffer, holders[0], group)
+        elif not holders and flat.version != first and any(True for _ in flat.model.buffers()):
+            raise StateLost("buffers of a part of the model")
+        self._statistics = RunningStatistics(flat.model, group)
+
+    @property
+    def listens(self) -> bool:
+        """Nothing waits for hooks."""
+        return False
+
+    def last_backward(self) -> None:
+        """Nothing leaves before all gradients are there."""
+
+    def pause(self) -> None:
+        """See `last_backward`."""
+
+    def sum_gradients(self, step: int) -> None:
+        """See `Exchange`; the servers have the sum, and without clipping they have used it."""
+        if self._statistics is not None:
+            self._statistics.average()
+        self._pushing = True
+        self._pushed = self._servers.push(step)
+
+    def squares(self) -> float:
+        """See `Exchange`; 0 where a single server clips by itself, and asks for nothing."""
+        return (self._pushed.norm or 0.0) ** 2
+
+    def ready(self, norm: float | None) -> None:
+        """See `Exchange`."""
+        self._norm = norm
+
+    def update(self, step: int) -> None:
+        """See `Exchange`."""
+        if self._pushed.norm is not None:
+            assert self._norm is not None, "ready() comes first"
+            self._servers.commit(step, self._norm)
+        if self._statistics is not None:
+            self._statistics.keep()
+        self._at, self._pushing, self._ahead = step + 1, False, None
+
+    def part(self, version: int) -> Part:
+        """See `Exchange`."""
+        return server_part(
+            self._flat, self._servers, version, may_skip=False, holding=self._holding
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Give how long servers held this rank up, and what they did: all of its part together."""
+        found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
+        return {name: value for name, value in found.items() if not name.startswith("shard_")}
+
+    @property
+    def _servers(self) -> Shards:
+        assert self._shards is not None, "meet() comes first"
+        return self._shards

@@ -1,0 +1,113 @@
+"""Checkpoints of models that are cut: any grid goes on from any other's, and to the same bits."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import (
+    GPT_PLAN,
+    INCEPTION_PLAN,
+    Gpt,
+    NormedInception,
+    distance,
+    grid_of,
+    job_of,
+    whole,
+)
+from in_memory_run import Run, train
+from torch import Tensor
+
+from distplat.platform.pieces import by_file, put_together
+from distplat.platform.spec import Job
+from distplat.strategies.task import Task
+from distplat.strategies.training.shown import part_copy
+
+HALF, STEPS = 2, 4
+SERVED = {"data_strategy": "ps-sync", "num_servers": 2}
+ADAM = {"name": "AdamW", "lr": 0.01}
+
+GRIDS: dict[str, tuple[dict[str, Any], int]] = {
+    "1x2x2": grid_of(1, 2, 2, tensor_plan=GPT_PLAN),
+    "2x2x1": grid_of(2, 2, 1, tensor_plan=GPT_PLAN),
+    "2x1x2": grid_of(2, 1, 2),
+    "1x2x2 ps-sync": grid_of(1, 2, 2, tensor_plan=GPT_PLAN, **SERVED),
+    "2x1x2 ps-sync": grid_of(2, 1, 2, **SERVED),
+    "ring": ({"name": "ring"}, 2),
+    "ps-sync": ({"name": "ps-sync", "num_servers": 2}, 2),
+    "one process": ({"name": "ring"}, 1),
+}
+
+
+def job(grid: str, **more: Any) -> Job:
+    options, workers = GRIDS[grid]
+    fields: dict[str, Any] = {"steps": STEPS, "checkpoint": {"every_steps": HALF}, **more}
+    return job_of(options, workers, **fields)
+
+
+@cache
+def unstopped(grid: str) -> Run:
+    return train(job(grid), Gpt)
+
+
+def model_of(run: Run) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in whole(run).items()}
+
+
+@pytest.mark.parametrize("to", GRIDS)
+@pytest.mark.parametrize("origin", ["1x2x2", "2x2x1", "1x2x2 ps-sync", "2x1x2 ps-sync"])
+def test_any_grid_goes_on_from_any_other(origin: str, to: str) -> None:
+    """By SGD with momentum, of which the checkpoint must have all."""
+    saved = unstopped(origin).checkpoints[HALF]
+    resumed = train(job(to), Gpt, saved=saved)
+    expected = model_of(unstopped(origin))
+    assert distance(model_of(resumed), expected) < 1e-6
+    if to == origin:
+        found = model_of(resumed)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # Whoever wrote the last checkpoint, it holds the whole model.
+    last = resumed.checkpoints[STEPS]._load("model")
+    assert {name: whole.shape for name, whole in last.items()} == {
+        name: tuple(tensor.shape) for name, tensor in expected.items()
+    }
+
+
+@pytest.mark.parametrize("grid", ["1x2x2", "2x2x1", "2x1x2", "1x2x2 ps-sync", "ring"])
+def test_what_ranks_show_is_the_whole_model(grid: str) -> None:
+    """To `distplat.weights`, of one version: here of the last."""
+    run = unstopped(grid)
+    showing = run.strategies[0].showing(job(grid))
+    assert len(showing) == (GRIDS[grid][0].get("pipeline", 1) * GRIDS[grid][0].get("tensor", 1))
+    copies = [part_copy(run.strategies[rank].shown(run.ranks[rank].flat)) for rank in showing]
+    found, expected = by_file(put_together(copies))["model"], model_of(run)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].data.tobytes() == tensor.contiguous().numpy().tobytes()
+
+
+BITS: list[tuple[type[Task], tuple[dict[str, Any], int]]] = [
+    (NormedInception, grid_of(1, 2, 2, tensor_plan=INCEPTION_PLAN)),
+    (NormedInception, grid_of(2, 2, 1, tensor_plan=INCEPTION_PLAN)),
+    (NormedInception, grid_of(1, 2, 2, tensor_plan=INCEPTION_PLAN, **SERVED)),
+    (Gpt, grid_of(2, 2, 1, tensor_plan=GPT_PLAN, **SERVED)),
+]
+
+
+@pytest.mark.parametrize(("kind", "grid"), BITS, ids=str)
+def test_the_same_grid_goes_on_to_the_same_bits(
+    kind: type[Task], grid: tuple[dict[str, Any], int]
+) -> None:
+    """Adam's two moments and its step; running statistics of a branch that one rank has."""
+    fields: dict[str, Any] = {
+        "steps": STEPS,
+        "checkpoint": {"every_steps": HALF},
+        "optimizer": ADAM,
+    }
+    spec = job_of(*grid, clip_norm=0.5, **fields)
+    run = train(spec, kind)
+    resumed = train(spec, kind, saved=run.checkpoints[HALF])
+    expected, found = model_of(run), model_of(resumed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    fresh = train(job_of(*grid, clip_norm=0.5, **{**fields, "steps": HALF}), kind)
+    assert distance(model_of(fresh), expected) > 1e-3, "the second half matters"

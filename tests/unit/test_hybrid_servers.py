@@ -1,0 +1,74 @@
+"""`data_strategy: ps-sync`: replicas that push to servers of their part of the model."""
+
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import (
+    GPT_PLAN,
+    INCEPTION_PLAN,
+    MLP_PLAN,
+    Conv,
+    Gpt,
+    Inception,
+    Mlp,
+    distance,
+    grid_of,
+    job_of,
+    plain,
+    whole,
+)
+from in_memory_run import train
+
+from distplat.platform.shard_map import Division, Shard, within
+from distplat.strategies.algorithms.reduce import squared_norm, squared_norm_but
+from distplat.strategies.task import Task
+
+GRIDS: dict[str, tuple[type[Task], tuple[dict[str, Any], int]]] = {
+    "2x1x2 mlp": (Mlp, grid_of(2, 1, 2)),
+    "2x1x2 conv, 2 servers": (Conv, grid_of(2, 1, 2, num_servers=2)),
+    "2x1x2 gpt, interleaved": (Gpt, grid_of(2, 1, 2, schedule="interleaved")),
+    "2x1x2 mlp, zb-h1": (Mlp, grid_of(2, 1, 2, schedule="zb-h1")),
+    "3x1x1 gpt": (Gpt, grid_of(3, 1, 1)),
+    "1x1x3 mlp": (Mlp, grid_of(1, 1, 3)),
+    "1x2x2 mlp, 2 servers": (Mlp, grid_of(1, 2, 2, tensor_plan=MLP_PLAN, num_servers=2)),
+    "1x2x2 gpt": (Gpt, grid_of(1, 2, 2, tensor_plan=GPT_PLAN)),
+    "2x2x1 gpt": (Gpt, grid_of(2, 2, 1, tensor_plan=GPT_PLAN)),
+    "2x2x1 branches": (Inception, grid_of(2, 2, 1, tensor_plan=INCEPTION_PLAN)),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_servers_of_each_part_give_what_one_process_gives(name: str, clip: float | None) -> None:
+    kind, (options, workers) = GRIDS[name]
+    run = train(job_of({**options, "data_strategy": "ps-sync"}, workers, clip_norm=clip), kind)
+    expected, _ = plain(kind, clip)
+    assert distance(whole(run), expected) < 1e-5
+    if clip is not None:
+        assert distance(whole(run), plain(kind)[0]) > 1e-4, "the limit matters"
+
+
+@pytest.mark.parametrize(("servers", "each"), [(2, 1), (4, 2)])
+def test_who_shares_which_servers(servers: int, each: int) -> None:
+    division = Division(((0, 2), (1, 3)), servers)
+    assert division.each == each
+    assert [division.part_of(rank) for rank in range(4)] == [0, 1, 0, 1]
+    assert [division.place_of(rank) for rank in range(4)] == [0, 0, 1, 1]
+    of_parts = [[*division.servers_of(part)] for part in range(2)]
+    assert [n for numbers in of_parts for n in numbers] == [*range(servers)]
+    for part, numbers in enumerate(of_parts):
+        assert [division.shard_of(n) for n in numbers] == [(part, i) for i in range(each)]
+
+
+def test_runs_within_a_shard() -> None:
+    assert within([(0, 3), (5, 12), (20, 22)], Shard(1, 2, 10)) == ((0, 1), (3, 8))
+    assert within([(12, 14)], Shard(1, 2, 10)) == ()
+
+
+def test_the_norm_of_all_but_some_runs() -> None:
+    vector = torch.arange(10.0)
+    assert squared_norm_but(vector, ()) == squared_norm(vector)
+    assert squared_norm_but(vector, ((0, 2), (4, 5), (8, 10))) == pytest.approx(
+        sum(i * i for i in (2, 3, 5, 6, 7))
+    )
