@@ -204,9 +204,11 @@ def list_jobs(
 @app.command()
 def status(job_id: JobId, address: Address = None, output: Output = "text") -> None:
     """
-    Show how a job stands; on a machine of its cluster also how each of its roles is doing.
+    Show how a job stands, and its roles.
 
-    ID may be the name of a run or a job, too, for those that were not handed in to a job API.
+    Roles are shown on a machine of the cluster, while the job runs.
+
+    ID may be the name of a run or a job, too: of one that no job API knows.
     """
     from distplat.cli import jobs
 

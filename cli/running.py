@@ -33,10 +33,10 @@ def scale(
     output: Output = "text",
 ) -> None:
     """
-    Have workers join or leave a `ps-async` run, without disturbing the others.
+    Have workers join or leave a `ps-async` run.
 
-    Newcomers get leases like everybody; who leaves finishes the lease that it has. To be called on
-    a machine of the cluster.
+    The others are not disturbed. Newcomers get leases like everybody; who leaves finishes the lease
+    that it has. To be called on a machine of the cluster.
     """
     as_json = is_json(output)
     with joined(address):

@@ -1,0 +1,106 @@
+"""What becomes of a wish for more or fewer workers."""
+
+from typing import Any, cast
+
+import pytest
+
+from distplat.actors import scaling
+from distplat.actors.ensemble import Ensemble
+from distplat.actors.scaling import Scaling
+from distplat.actors.servers.scheduler import Wish
+
+
+class FakeScheduler:
+    """Notes what it is told, as `name(arguments)`."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            @staticmethod
+            def remote(*args: Any) -> None:
+                self.told.append((name, *args))
+
+        return Method
+
+
+class FakeEnsemble:
+    """Some ranks; those that join get numbers that nobody had."""
+
+    job = None
+
+    def __init__(self, *ranks: int) -> None:
+        self.workers = dict.fromkeys(ranks, object())
+        self.scheduler = FakeScheduler()
+
+    def grow(self, count: int, base: int) -> list[int]:
+        ranks = [10 + number for number in range(count)]
+        self.workers |= dict.fromkeys(ranks, object())
+        return ranks
+
+    def part_with(self, rank: int) -> None:
+        del self.workers[rank]
+
+
+def made(ensemble: FakeEnsemble) -> Scaling:
+    return Scaling(cast(Ensemble, ensemble))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the cluster lacks."""
+    lacking: list[str] = []
+    monkeypatch.setattr(scaling, "lacks", lambda job, more: "".join(lacking))
+    return lacking
+
+
+def test_without_a_wish_nothing_happens() -> None:
+    ensemble = FakeEnsemble(0, 1)
+    assert made(ensemble).carry_out(0) == []
+    assert ensemble.scheduler.told == []
+
+
+def test_a_wish_is_carried_out_once() -> None:
+    ensemble = FakeEnsemble(0, 1)
+    change = made(ensemble)
+    change.hear(Wish(1, 4))
+    assert change.carry_out(0) == [10, 11]
+    assert change.carry_out(0) == []
+    assert ensemble.scheduler.told == [("answer", 1, "")]
+    change.hear(Wish(1, 4))  # it comes again until the scheduler has the answer
+    assert change.carry_out(0) == []
+    assert len(ensemble.workers) == 4
+
+
+def test_the_highest_ranks_leave_and_those_that_are_leaving_do_not_count() -> None:
+    ensemble = FakeEnsemble(0, 1, 4, 7)
+    change = made(ensemble)
+    change.hear(Wish(1, 2))
+    change.carry_out(0)
+    assert ensemble.scheduler.told == [("dismiss", (4, 7)), ("answer", 1, "")]
+    change.hear(Wish(2, 3))
+    assert change.carry_out(0) == [10], "4 and 7 go all the same"
+    change.left(4)
+    assert sorted(ensemble.workers) == [0, 1, 7, 10]
+    assert ensemble.scheduler.told[-1] == ("gone", 4)
+
+
+def test_what_the_cluster_lacks_is_told(short: list[str]) -> None:
+    short.append("2 more workers need 2 CPU")
+    ensemble = FakeEnsemble(0, 1)
+    change = made(ensemble)
+    change.hear(Wish(3, 4))
+    assert change.carry_out(0) == []
+    assert ensemble.scheduler.told == [("answer", 3, "2 more workers need 2 CPU")]
+    assert sorted(ensemble.workers) == [0, 1]
+
+
+def test_when_all_begin_anew_nobody_is_leaving() -> None:
+    ensemble = FakeEnsemble(0, 1, 2)
+    change = made(ensemble)
+    change.hear(Wish(1, 1))
+    change.carry_out(0)
+    change.begin_anew()
+    change.hear(Wish(2, 3))
+    assert change.carry_out(0) == []
