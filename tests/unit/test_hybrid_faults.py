@@ -141,10 +141,11 @@ def test_without_a_twin_all_go_back_to_the_checkpoint(
     workers = alone(strategy)
     Doomed.at = moment, stage, number
     assert workers.attempt(Fabric(2)) is None
-    newest = max(workers.checkpoints)
-    assert newest in ({2, 4} if number > 7 else {2}), "a slow rank may not have given its part"
+    newest = max(workers.checkpoints, default=0)
+    # The other stage may be a step behind, and not have given its part of the newest.
+    assert newest in {5: {0, 2}, 6: {2}, 7: {2}, 8: {2, 4}, 9: {2, 4}}[number]
     workers.begin_anew()
     workers.starts.clear()
-    model = workers.attempt(Fabric(2), saved=workers.checkpoints[newest])
+    model = workers.attempt(Fabric(2), saved=workers.checkpoints.get(newest))
     assert model is not None and same(model, expected)
     assert workers.starts == [newest] * 2
