@@ -67,6 +67,12 @@ class LeasedLoop:
 
     def run(self) -> None:
         """Work until there is nothing more to do."""
+        try:
+            self._work()
+        finally:
+            self.compute.close()
+
+    def _work(self) -> None:
         self.progress.step = self._offered = self.start
         self._final, self._idle_s = False, 0.0
         while not (work := self._next()).over:

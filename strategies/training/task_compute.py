@@ -41,6 +41,11 @@ class TaskModel(WholeModel):
         if tasks:
             self._batches = self._reading.begin(tasks)
 
+    def close(self) -> None:
+        """End the loader's processes: they would outlive this one if it is killed."""
+        self._batches = iter(())
+        self._reading.close()
+
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`; `step` is the number of a task."""
         step, self.rank = divmod(step, self.sampler.world)
@@ -69,6 +74,10 @@ class _Reading:
                 data = _Seeded(self._data)
             self._loader = make_loader(self._job, data, self, persistent=True)
         return iter(self._loader)
+
+    def close(self) -> None:
+        """Let go of the loader; its processes end with it."""
+        self._loader = None
 
     def __iter__(self) -> Iterator[list[int]]:
         """Be a torch `batch_sampler`; for loader processes a batch begins with its seed."""

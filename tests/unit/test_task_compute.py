@@ -1,5 +1,6 @@
 """What a leased task computes on: its own samples, whatever was leased beside it."""
 
+import multiprocessing
 from typing import Any
 
 import pytest
@@ -73,4 +74,6 @@ def inputs_of(model: TaskModel, leases: list[range]) -> dict[int, Tensor]:
         model.read(lease)
         for task in lease:
             model.gradients(task, Stopwatch())
+    model.close()
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
     return dict(zip([task for lease in leases for task in lease], seen, strict=True))
