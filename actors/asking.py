@@ -25,6 +25,79 @@ Call = Callable[[], Any]
 """Makes a call to an actor; gives the reference to its answer."""
 
 
+class Asked:
+    """
+    Calls under way, made side by side, each of which may be made more than once.
+
+    Args:
+        what: is asked, for messages.
+        calls: to be made now.
+        names: of who is asked, one for each call.
+        limit_s: deadline of all of them, from now.
+        setting: the field of `failure` that changes it.
+        look: called ten times a second while an answer is missing; what it raises ends the wait.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        calls: Sequence[Call],
+        names: Sequence[str],
+        limit_s: float,
+        setting: str,
+        look: Callable[[], object] | None = None,
+    ) -> None:
+        self._what, self._calls, self._names = what, calls, names
+        self._limit_s, self._setting, self._look = limit_s, setting, look
+        self._until = time.monotonic() + limit_s
+        self._open = [call() for call in calls]
+
+    def wait(self) -> None:
+        """Return when all have answered; see `answers`."""
+        self.answers()
+
+    def answers(self) -> list[Any]:
+        """
+        Wait for the answers, and give them in the order of the calls.
+
+        Raises:
+            ActorLost, DeadlineExceeded: somebody is gone, or frozen.
+            DistplatError: what the other side or `look` raised.
+        """
+        return [self._answer(index) for index in range(len(self._calls))]
+
+    def _answer(self, index: int) -> Any:
+        while True:
+            left = max(0.0, self._until - time.monotonic())
+            try:
+                return ray.get(self._open[index], timeout=min(left, LOOK_S) if self._look else left)
+            except ray.exceptions.GetTimeoutError:
+                self._check(index)
+            except ray.exceptions.ActorUnavailableError:
+                self._check(index)
+                logger.warning(
+                    "%s: no answer from %s, asking again", self._what, self._names[index]
+                )
+                time.sleep(AGAIN_S)
+                self._open[index] = self._calls[index]()
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayActorError as error:
+                cause = str(error).strip().splitlines()[0]
+                raise ActorLost(self._names[index], None, cause) from None
+
+    def _check(self, index: int) -> None:
+        """Give up where nobody wants the answers any more, or it is too late."""
+        if self._look is not None:
+            self._look()
+        if time.monotonic() >= self._until:
+            late = ray.wait(self._open, num_returns=len(self._open), timeout=0)[1]
+            missing = tuple(self._names[self._open.index(call)] for call in late)
+            missing = missing or (self._names[index],)
+            setting = f"failure.{self._setting}"
+            raise DeadlineExceeded(self._what, missing, self._limit_s, setting) from None
+
+
 def ask(
     what: str,
     calls: Sequence[Call],
@@ -33,52 +106,5 @@ def ask(
     setting: str,
     look: Callable[[], object] | None = None,
 ) -> list[Any]:
-    """
-    Make calls side by side, and wait for their answers.
-
-    Args:
-        what: is asked, for messages.
-        calls: may each be made more than once.
-        names: of who is asked, one for each call.
-        limit_s: deadline of all of them.
-        setting: the field of `failure` that changes it.
-        look: called ten times a second while an answer is missing; what it raises ends the wait.
-
-    Raises:
-        ActorLost, DeadlineExceeded: somebody is gone, or frozen.
-        DistplatError: what the other side raised.
-    """
-    until = time.monotonic() + limit_s
-    open_calls = [call() for call in calls]
-    answers: list[Any] = [None] * len(calls)
-    for index, call in enumerate(calls):
-        while True:
-            try:
-                if look is not None:
-                    _watch(open_calls[index], until, look)
-                left = max(0.0, until - time.monotonic())
-                answers[index] = ray.get(open_calls[index], timeout=left)
-                break
-            except ray.exceptions.GetTimeoutError:
-                late = ray.wait(open_calls, num_returns=len(calls), timeout=0)[1]
-                missing = tuple(names[open_calls.index(one)] for one in late)
-                raise DeadlineExceeded(what, missing, limit_s, f"failure.{setting}") from None
-            except ray.exceptions.ActorUnavailableError:
-                if time.monotonic() > until:
-                    missing = (names[index],)
-                    raise DeadlineExceeded(what, missing, limit_s, f"failure.{setting}") from None
-                logger.warning("%s: no answer from %s, asking again", what, names[index])
-                time.sleep(AGAIN_S)
-                open_calls[index] = call()
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except ray.exceptions.RayActorError as error:
-                cause = str(error).strip().splitlines()[0]
-                raise ActorLost(names[index], None, cause) from None
-    return answers
-
-
-def _watch(call: Any, until: float, look: Callable[[], object]) -> None:
-    """Return when the call is answered or it is too late."""
-    while time.monotonic() < until and not ray.wait([call], timeout=LOOK_S)[0]:
-        look()
+    """Make calls side by side, and wait for their answers; see `Asked`."""
+    return Asked(what, calls, names, limit_s, setting, look).answers()

@@ -10,10 +10,10 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from distplat.actors.asking import Call
+from distplat.actors.asking import Asked, Call
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Parcel, WorkOrder
-from distplat.actors.tables.asked import Asked
+from distplat.platform.errors import InfrastructureError
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
 from distplat.strategies.ports import TablesCopy
@@ -206,4 +206,9 @@ class RayTables:
         calls = [question(k, self._servers[k]) for k in numbers]
         names = [f"embedding-server-{k}" for k in numbers]
         limit = getattr(self._limits, setting) + _ANSWER_GRACE_S
-        return Asked(what, calls, names, limit, setting, self._abandoned)
+
+        def look() -> None:
+            if self._abandoned.is_set():
+                raise InfrastructureError(f"{what}: this rank was told to give up")
+
+        return Asked(what, calls, names, limit, setting, look)

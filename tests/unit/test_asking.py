@@ -1,14 +1,13 @@
 """Calls under way: asked again when an answer got lost, given up when nobody wants it."""
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import ray
 
-from distplat.actors.tables import asked
-from distplat.actors.tables.asked import Asked
+from distplat.actors import asking
+from distplat.actors.asking import Asked
 from distplat.platform.errors import ActorLost, DeadlineExceeded, InfrastructureError, StaleError
 
 
@@ -38,15 +37,18 @@ def ask(
     limit_s: float = 5.0,
     given_up: bool = False,
 ) -> Asked:
-    calls, abandoned = Calls(*outcomes), threading.Event()
+    calls = Calls(*outcomes)
     monkeypatch.setattr(ray, "get", calls.get)
     monkeypatch.setattr(ray, "wait", calls.wait)
-    monkeypatch.setattr(asked, "AGAIN_S", 0.0)
-    if given_up:
-        abandoned.set()
+    monkeypatch.setattr(asking, "AGAIN_S", 0.0)
+
+    def look() -> None:
+        if given_up:
+            raise InfrastructureError("told to give up")
+
     questions = [calls.call(index) for index in range(len(outcomes))]
     names = [f"server-{index}" for index in range(len(outcomes))]
-    return Asked("push 3", questions, names, limit_s, "step_timeout_s", abandoned)
+    return Asked("push 3", questions, names, limit_s, "step_timeout_s", look)
 
 
 def unavailable() -> Any:
