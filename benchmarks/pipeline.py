@@ -6,8 +6,8 @@ Same layers, loader, optimizer and threads (one for each stage); each side runs 
 the other. The last stage's time of a step is taken from first loss to first loss. The ideal is what
 one process computes in, shared by two stages, plus the schedule's bubble (p-1)/(m+p-1).
 
-Then the bubble of the busiest stage, and how activation memory grows with micro-batches of one
-size: under 1F1B it does not.
+Then the bubble of the busiest stage, also where computing dominates, in micro-batches of 256 rows;
+and how activation memory grows with micro-batches of one size: under 1F1B it does not.
 """
 
 import argparse
@@ -36,6 +36,8 @@ sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
 STAGES, LAYERS, WIDTH, BATCH = 2, 8, 1024, 256
 GOALS = {8: 0.75, 32: 0.5}
+LARGE = 256
+"""Rows of a micro-batch that computes for much longer than it travels."""
 ROWS = 8
 """Of a micro-batch, where memory is measured."""
 
@@ -45,18 +47,19 @@ def model() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
 
 
-def samples(steps: int) -> Dataset[Any]:
+def samples(steps: int, batch: int = BATCH) -> Dataset[Any]:
     """Random inputs and targets; each step sees the same."""
     generator = torch.Generator().manual_seed(0)
-    pair = (torch.randn(BATCH, WIDTH, generator=generator) for _ in range(2))
+    pair = (torch.randn(batch, WIDTH, generator=generator) for _ in range(2))
     return Repeated(TensorDataset(*pair), steps)
 
 
 class Timed(Task):
     """Writes down when the first loss of each step was asked for."""
 
-    def __init__(self, steps: int, micro_batches: int, folder: str) -> None:
+    def __init__(self, steps: int, micro_batches: int, folder: str, batch: int = BATCH) -> None:
         self.steps, self.micro_batches, self.folder = steps, micro_batches, folder
+        self.batch = batch
         self.times: list[float] = []
         self.calls = 0
 
@@ -64,7 +67,7 @@ class Timed(Task):
         return model()
 
     def train_data(self) -> Dataset[Any]:
-        return samples(self.steps)
+        return samples(self.steps, self.batch)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.calls % self.micro_batches == 0:
@@ -75,10 +78,11 @@ class Timed(Task):
         return nn.functional.mse_loss(outputs, targets)
 
 
-BUBBLES: dict[int, list[float]] = {}
+BUBBLES: dict[tuple[int, int], list[float]] = {}
+"""By number and rows of micro-batches."""
 
 
-def ours(micro_batches: int, steps: int) -> float:
+def ours(micro_batches: int, steps: int, batch: int = BATCH) -> float:
     """Train under distplat; give milliseconds per step."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         job = {
@@ -91,8 +95,13 @@ def ours(micro_batches: int, steps: int) -> float:
             },
             "scaling": {"num_workers": STAGES},
             "optimizer": {"name": "SGD", "lr": 1e-3},
-            "task_args": {"steps": steps, "micro_batches": micro_batches, "folder": folder},
-            "global_batch_size": BATCH,
+            "task_args": {
+                "steps": steps,
+                "micro_batches": micro_batches,
+                "folder": folder,
+                "batch": batch,
+            },
+            "global_batch_size": batch,
             "steps": steps,
             "data": {"shuffle": False},
             "storage_path": runs,
@@ -101,7 +110,8 @@ def ours(micro_batches: int, steps: int) -> float:
         result = Trainer(job, Timed).fit()
         figures = [step.figures for step in result.history[WARM:]]
         bubbles = [1 - one["stage_busy_s"] / one["pipeline_s"] for one in figures]
-        BUBBLES.setdefault(micro_batches, []).append(statistics.median(bubbles))
+        key = micro_batches, batch // micro_batches
+        BUBBLES.setdefault(key, []).append(statistics.median(bubbles))
         return read_times(folder)
 
 
@@ -268,14 +278,17 @@ def main() -> None:
             args.rounds,
         )
         print_ratio(f"pipeline step, {micro_batches} micro-batches", mine, other, goal)
+        print(f"  ideal {best:.1f} ms, ours {mine / best:.2f}x of it", flush=True)
+    for micro_batches in (4, 8, 16):
+        ours(micro_batches, args.steps // 2, LARGE * micro_batches)
+    ray.shutdown()
+    for (micro_batches, rows), found in BUBBLES.items():
         expected = 1 - 1 / bubble_factor(micro_batches)
-        measured = statistics.median(BUBBLES[micro_batches])
         print(
-            f"  ideal {best:.1f} ms, ours {mine / best:.2f}x of it; "
-            f"bubble {measured:.3f}, (p-1)/(m+p-1) is {expected:.3f}",
+            f"bubble of {micro_batches} micro-batches of {rows} rows: "
+            f"{statistics.median(found):.3f}, (p-1)/(m+p-1) is {expected:.3f}",
             flush=True,
         )
-    ray.shutdown()
     for schedule in ("1f1b", "gpipe"):
         peaks = {m: peak_bytes(schedule, m)[0] / 2**20 for m in (4, 8, 16, 32)}
         shown = ", ".join(f"m={m}: {peak:.2f} MiB" for m, peak in peaks.items())

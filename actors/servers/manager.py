@@ -116,6 +116,8 @@ class ServerManager:
                 self._first[part] = self._assign(part, facts)
                 self._facts[part] = facts
                 self._assigned[part].set()
+                if self._watch is not None and len(self._first) == len(self._assigned):
+                    self._watch.begin()
         if facts != self._facts[part]:
             raise ProtocolError(
                 f"rank {rank} built another model or data set than the first rank to come: "

@@ -18,6 +18,9 @@ class Watch:
     """
     Notes the first server that dies, or does not answer.
 
+    One that is given its shard loads torch, and may be silent for longer than a heartbeat; whoever
+    gives it out has a deadline of its own. So silence counts from `begin` on, a death at any time.
+
     Args:
         servers: handles, in order.
         limit_s: how long one may not answer.
@@ -27,7 +30,12 @@ class Watch:
         self._servers, self._limit_s = servers, limit_s
         self.lost: DistplatError | None = None
         self.losing = threading.Event()  #: something is in `lost`
+        self._begun_at: float | None = None
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def begin(self) -> None:
+        """All servers have their shards."""
+        self._begun_at = time.monotonic()
 
     def _watch(self) -> None:
         heard = dict.fromkeys(range(len(self._servers)), time.monotonic())
@@ -40,20 +48,28 @@ class Watch:
 
     def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:
         """Ask one server whether it lives; `heard`: when each last said so."""
-        name = f"server-{index}"
-        try:
-            ray.get(self._servers[index].where.remote(), timeout=self._limit_s)
-        except ray.exceptions.ActorUnavailableError as error:
-            if time.monotonic() - heard[index] > self._limit_s:  # one lost answer: no lost server
+        name, asked = f"server-{index}", time.monotonic()
+        question = self._servers[index].where.remote()
+        while True:
+            try:
+                ray.get(question, timeout=min(WATCH_S, self._limit_s))
+            except ray.exceptions.ActorUnavailableError as error:
+                if self._is_late(heard[index]):  # one lost answer is no lost server
+                    return ActorLost(name, None, _first_line(error))
+                return None
+            except ray.exceptions.RayActorError as error:
                 return ActorLost(name, None, _first_line(error))
+            except ray.exceptions.GetTimeoutError:
+                if self._is_late(asked):
+                    cause = f"it has not answered for {self._limit_s:g} s (frozen or cut off)"
+                    return ActorLost(name, None, cause)
+                continue
+            heard[index] = time.monotonic()
             return None
-        except ray.exceptions.RayActorError as error:
-            return ActorLost(name, None, _first_line(error))
-        except ray.exceptions.GetTimeoutError:
-            cause = f"it has not answered for {self._limit_s:g} s (frozen or cut off)"
-            return ActorLost(name, None, cause)
-        heard[index] = time.monotonic()
-        return None
+
+    def _is_late(self, since: float) -> bool:
+        begun = self._begun_at
+        return begun is not None and time.monotonic() - max(since, begun) > self._limit_s
 
 
 def _first_line(error: Exception) -> str:
