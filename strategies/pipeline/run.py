@@ -109,7 +109,8 @@ class Run:
             elif isinstance(step, Recv):
                 kind, chunk = "recv", step.message.target // stages
                 number = step.message.micro_batch
-                self._have[step.message] = self._receive(step), True
+                buffer = self._channel.receive(self._kind(step.message), step.source)
+                self._have[step.message] = buffer, True
             else:
                 kind, chunk, number = step.kind.value, step.chunk, step.micro_batch
                 self._compute(step)
@@ -117,12 +118,15 @@ class Run:
             if self._nobody_waits(step):
                 self._beside("W", self._sums.settle, number)
             alive()
-        self._beside("W", self._sums.settle, self._final)
         self._channel.finish()
         return self.spans
 
     def _nobody_waits(self, step: Send | Recv | Action) -> bool:
-        """Whether a backward is over, and what it gives the stage before is on its way."""
+        """
+        Whether a backward is over, and what it gives the stage before is on its way.
+
+        So it is once for each backward, before the next one: nothing is due at a step's end.
+        """
         if isinstance(step, Send):
             return step.message.content is Content.GRADIENT
         if isinstance(step, Recv) or step.kind is not Kind.BACKWARD:
@@ -134,9 +138,6 @@ class Run:
         began = time.perf_counter()
         if work():
             self.spans.append(Span(kind, 0, number, began, time.perf_counter()))
-
-    def _receive(self, step: Recv) -> Tensor:
-        return self._channel.receive(self._kind(step.message), step.source)
 
     def _kind(self, message: Message) -> tuple[int, int]:
         """Give what buffers of a message are like: a gradient has the shape of its activation."""
@@ -151,7 +152,6 @@ class Run:
         makes_final = Kind.WEIGHT if self._splits else Kind.BACKWARD
         final = action.micro_batch == self._final and action.kind is makes_final
         if final and self._tail is not None:
-            self._sums.settle()  # others' gradients are final with this one
             self._tail.last_backward()
         if action.kind is Kind.BACKWARD:
             self._backward(action.micro_batch, place)
