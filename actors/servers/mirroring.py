@@ -66,6 +66,11 @@ class Mirroring:
         """See `Mirror`."""
         return self.part.settled
 
+    @property
+    def backup(self) -> str | None:
+        """Name of a primary's backup; None: it has none."""
+        return self._backup.name if self._backup is not None else None
+
     def send(self, update: Update, gradient: Tensor) -> None:
         """See `Mirror`."""
         backup, term = self._backup, self.part.term
