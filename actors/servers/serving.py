@@ -101,17 +101,15 @@ class Serving:
             served.mirror = self._mirroring
         self._segment = segment
         log_to_stderr()
-        logger.info(
-            "shard %d: parameters %d..%d of %d", shard.index, shard.start, shard.stop, total
-        )
+        which = shard.index, shard.start, shard.stop, total
+        logger.info("shard %d: parameters %d..%d of %d", *which)
         return segment.address
 
     def held(self) -> Held:
         """Say what is kept here, and as what; the manager knows this server's name."""
         if self._segment is None:
             return Held(self._name, None)
-        part, backup = self._mirroring.part, self._mirroring.backup
-        return Held(self._name, self._plan.number, part.role, part.term, backup, self._cut)
+        return self._mirroring.held(self._plan.number, self._cut)
 
     def attach(
         self,
