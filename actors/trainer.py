@@ -75,7 +75,8 @@ class Result:
         """The last figures: `loss` of the last step, and `eval_*` of the last evaluation."""
         last = {"loss": self.history[-1].loss} if self.history else {}
         if self.evaluations:
-            last |= {f"eval_{k}": v for k, v in self.evaluations[-1].metrics.items()}
+            newest = max(self.evaluations, key=lambda one: one.step)  # they may come in any order
+            last |= {f"eval_{k}": v for k, v in newest.metrics.items()}
         return last
 
 

@@ -118,6 +118,7 @@ class Gathering:
     later step is complete, or at the end. What is done again after a restart is given out once.
 
     Where tasks are leased, later steps may be complete before earlier ones, which wait their turn.
+    Evaluations do not: there a later one may be given out first.
 
     Args:
         world: number of ranks, or of a step's parts.
@@ -128,7 +129,7 @@ class Gathering:
         self._turn = first
         self._lossy = 0  #: of steps before this one, reports may have been lost
         self._steps = _Waiting[StepReport](world)
-        self._evals = _Waiting[EvalReport](world)
+        self._evals = _Waiting[EvalReport](world, in_order=first is None)
         self._traces = _Waiting[TraceReport](world)
 
     def add(self, report: AnyReport) -> list[StepSummary | EvalSummary | Trace]:
@@ -170,9 +171,17 @@ class Gathering:
 
 
 class _Waiting(Generic[Report]):
-    """Reports of one kind, by step and rank, until they are complete."""
+    """
+    Reports of one kind, by step and rank, until they are complete.
 
-    def __init__(self, world: int) -> None:
+    Args:
+        world: reports of a step.
+        in_order: nothing comes of a step before one that was given out, unless it is made again.
+    """
+
+    def __init__(self, world: int, *, in_order: bool = True) -> None:
+        self._in_order = in_order
+        self._given: set[int] = set()  #: steps that were given out, where they come in any order
         self._world = world
         self._by_step: dict[int, dict[int, Report]] = {}
         self._next = 0  #: everything before this step was given out
@@ -184,7 +193,7 @@ class _Waiting(Generic[Report]):
 
     def put(self, report: Report) -> bool:
         """Take a report; say whether its step is complete, and was not given out."""
-        if report.step < self._next:
+        if report.step in self._given or (self._in_order and report.step < self._next):
             return False
         self.highest = max(self.highest, report.step)
         self._by_step.setdefault(report.step, {})[report.rank] = report
@@ -201,6 +210,8 @@ class _Waiting(Generic[Report]):
 
     def _take(self, step: int) -> list[Report]:
         self._next = max(self._next, step + 1)
+        if not self._in_order:
+            self._given.add(step)
         reports = self._by_step.pop(step)
         return [reports[rank] for rank in sorted(reports)]
 

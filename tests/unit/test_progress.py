@@ -134,3 +134,16 @@ def test_what_was_never_complete_comes_at_the_end() -> None:
     gathering = Gathering(2, first=0)
     assert steps(gathering, [step(0, 0), step(0, 1), step(1, 1)]) == []
     assert [summary.step for summary in gathering.rest()] == [0, 1]
+
+
+def test_leased_evaluations_may_end_in_any_order() -> None:
+    """One worker made parts of the first and all of the second, and is heard of first."""
+
+    def part(rank: int, step: int) -> EvalReport:
+        return EvalReport(rank, step, 2, {"loss": 1.0})
+
+    gathering = Gathering(2, first=0)
+    found = [gathering.add(part(*one)) for one in [(0, 25), (0, 50), (1, 50), (1, 50), (1, 25)]]
+    told = [[summary.step for summary in some] for some in found]
+    assert told == [[], [], [50], [], [25]]
+    assert gathering.add(part(0, 25)) == gathering.add(part(1, 25)) == [], "told once"
