@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest --reruns 1 tests/cluster tests/gpu
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 tests/cluster tests/gpu
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
