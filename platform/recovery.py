@@ -75,6 +75,8 @@ class Restart:
     everything: bool
     """Servers are made anew too; all begin from the last checkpoint, or from the first step."""
     wait_s: float
+    world: int | None = None
+    """How many ranks there are from now on; None: as many as before."""
 
 
 class Budget:

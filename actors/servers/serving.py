@@ -101,15 +101,15 @@ class Serving:
             served.mirror = self._mirroring
         self._segment = segment
         log_to_stderr()
-        logger.info(
-            "shard %d: parameters %d..%d of %d", shard.index, shard.start, shard.stop, total
-        )
+        text = "shard %d: parameters %d..%d of %d"
+        logger.info(text, shard.index, shard.start, shard.stop, total)
         return segment.address
 
     def attach(
         self,
         rank: int,
         number: tuple[int, int],
+        world: int,
         gradients: Address | None,
         parameters: Address | None,
         held: tuple[int, NDArray[np.uint8]] | None,
@@ -120,6 +120,7 @@ class Serving:
         Args:
             rank: of the worker.
             number: attempt, and number of this call in it: what comes late does nothing.
+            world: workers that share this shard in this attempt.
             gradients: its segment; None: it cannot be reached, the worker knows.
             parameters: the same, of a worker that computes on a copy.
             held: version and bytes of this shard's values that it computes on, where that counts.
@@ -131,13 +132,20 @@ class Serving:
             if number > last:
                 near = self._map(rank, gradients, parameters)
                 self._attached[rank] = number, near
-                self._service.renew(number[0])
+                self._begin(number[0], world)
                 self._service.forget(rank)
                 if held is not None and isinstance(served, AsyncShard):
                     served.pulled_elsewhere(rank, held[0], from_bytes(held[1], served.params.dtype))
             return Attached(near, served.ledger.version)
 
         return self._service.exclusively(change)
+
+    def _begin(self, attempt: int, world: int) -> None:
+        """Begin an attempt, unless it has begun; let go of the memory of those who left."""
+        if self._service.renew(attempt, world) and not self._plan.consistency.dealt:
+            for rank in [one for one in self._gradients if one >= world]:
+                del self._gradients[rank]
+                self._parameters.pop(rank, None)
 
     def _map(self, rank: int, gradients: Address | None, parameters: Address | None) -> bool:
         self._gradients.pop(rank, None)
@@ -174,7 +182,7 @@ class Serving:
             elif 0 in self._parameters:
                 params.copy_(self._parameters[0])
 
-        tensors = {name: tensor_of(whole, Place(whole.shape)) for name, whole in state.items()}
+        tensors = {name: tensor_of(one, Place(one.shape)) for name, one in state.items()}
         self._service.restore(version, fill, tensors)
 
     def kept(self, version: int, limit_s: float) -> ShardCopy:
@@ -189,8 +197,7 @@ class Serving:
 
         def copy() -> NDArray[np.uint8]:
             assert isinstance(self._service.served, ParameterShard), "only they are of one version"
-            values = self._service.served.values(version).clone()
-            return as_bytes(values)
+            return as_bytes(self._service.served.values(version).clone())
 
         return self._service.exclusively(copy)
 
@@ -223,10 +230,8 @@ class Serving:
 
     def update(self, term: int, update: Update, values: NDArray[np.uint8] | None) -> None:
         """Make the primary's update; see `Mirroring.follow`."""
-        served = self._service.served
-        self._service.exclusively(
-            lambda: self._mirroring.follow(term, update, served.version, values)
-        )
+        served, follow = self._service.served, self._mirroring.follow
+        self._service.exclusively(lambda: follow(term, update, served.version, values))
 
     def promote(self, term: int) -> Address:
         """Serve from now on; give the address of the parameters."""
