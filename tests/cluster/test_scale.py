@@ -199,7 +199,8 @@ def test_a_synchronous_run_goes_on_with_more_and_fewer(tmp_path: Path) -> None:
     assert [summary.step for summary in result.history] == list(range(400))
     size = Sampler(37, 32, 1).batch_size
     short = [one.step for one in result.history if one.samples != size(one.step)]
-    assert len(short) <= 2, "but for what a lost worker had not told"
+    lost = watch.setbacks[0].step
+    assert not set(short) - set(range(lost - 20, lost)), "but what a lost worker had not told"
     # Sums are of other parts, so bits differ; and that is all.
     other = np.frombuffer(undisturbed(spec), np.float32)
     assert distance(weights(result), other) < 1e-5
