@@ -18,6 +18,7 @@ from distplat.actors.ensemble import Ensemble
 from distplat.actors.messages import News
 from distplat.actors.resizing import Resizer
 from distplat.actors.scaling import Scaling
+from distplat.actors.servers.recruiting import Wanted
 from distplat.actors.servers.scheduler import Wish
 from distplat.platform.calling_off import Stop, how_to_stop
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
@@ -161,7 +162,7 @@ class Controller:
             self._state.handle(Joined(rank), time.monotonic())
 
     def _go_on(self, restart: Restart) -> None:
-        replaced = tuple(f"worker-{rank}" for rank in restart.replace)
+        replaced = *(f"worker-{rank}" for rank in restart.replace), *restart.coordinators
         saved = self._checkpoints.newest() if restart.everything else None
         if restart.everything:
             self.base = saved.step if saved is not None else 0
@@ -189,6 +190,8 @@ class Controller:
         """Go on with as many workers as there are now."""
         if restart.everything:
             (self._scaling or self._resizer).begin_anew()
+        elif "task-scheduler" in restart.coordinators:
+            (self._scaling or self._resizer).tell_again()
         if self._scaling is not None:
             return
         world, before = self._ensemble.world, self._resizer.world
@@ -241,6 +244,8 @@ class Controller:
             return [Failed(role, answer)]
         if isinstance(answer, Wish):
             (self._scaling or self._resizer).hear(answer)
+        if isinstance(answer, Wanted):
+            self._ensemble.recruit(answer)
         return self._news(role, answer) if isinstance(answer, News) else []
 
     def _news(self, role: str, news: News) -> list[Event]:

@@ -13,7 +13,15 @@ from typing import Any
 import ray
 
 from distplat.actors.messages import SavedHandle, WorkOrder
-from distplat.actors.spawn import spawn, spawn_worker, start_workers
+from distplat.actors.servers.recruiting import Wanted
+from distplat.actors.spawn import (
+    spawn,
+    spawn_manager,
+    spawn_scheduler,
+    spawn_server,
+    spawn_worker,
+    start_workers,
+)
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import StorageError
 from distplat.platform.recovery import Policy, Restart
@@ -57,6 +65,7 @@ class Ensemble:
     def __init__(self, launch: Launch, saved: Stored | None = None) -> None:
         self._launch, self._attempt = launch, 0
         self.job = launch.job  #: what is run, with the number of workers that there are
+        self._made_for = launch.job  #: the same when servers and scheduler were made
         self._enlisted = 0
         self._ranks = launch.job.scaling.num_workers  # that were ever given
         self._cast = spawn(launch.job, launch.roles, launch.run, 0)
@@ -124,6 +133,7 @@ class Ensemble:
             self.job = self.job.with_workers(restart.world)
         if restart.everything:
             self._cast.end()
+            self._made_for = self.job
             self._cast = spawn(self.job, launch.roles, launch.run, restart.attempt)
         else:
             for rank in restart.replace:
@@ -133,6 +143,7 @@ class Ensemble:
                 )
             if restart.world is not None:
                 self._resize(restart.world)
+            self._replace_coordinators(restart)
         self._give_orders(restart.attempt, saved, base)
 
     def _resize(self, world: int) -> None:
@@ -160,6 +171,24 @@ class Ensemble:
     def let_go(self, rank: int) -> None:
         """End a worker that was to join."""
         ray.kill(self._cast.newcomers.pop(rank))
+
+    def _replace_coordinators(self, restart: Restart) -> None:
+        launch, cast = self._launch, self._cast
+        given = self._made_for, launch.roles, launch.run, restart.attempt
+        if "server-manager" in restart.coordinators:
+            ray.kill(cast.manager)  # it may only be frozen
+            cast.manager = spawn_manager(*given, cast.servers, adopts=True)
+        if "task-scheduler" in restart.coordinators:
+            ray.kill(cast.scheduler)
+            cast.scheduler = spawn_scheduler(*given)
+
+    def recruit(self, wanted: Wanted) -> None:
+        """Make a server node for the manager; asked for twice, it is brought once more."""
+        launch, servers = self._launch, self._cast.servers
+        if wanted.server not in servers:
+            given = self._made_for, launch.roles, launch.run, self._attempt
+            servers[wanted.server] = spawn_server(*given, wanted.server, wanted.beside)
+        self._cast.manager.bring.remote(wanted.server, servers[wanted.server])
 
     def grow(self, count: int, base: int) -> list[int]:
         """

@@ -59,6 +59,10 @@ class Resizer:
         """All actors were made anew; of a wish that is left the new scheduler knows nothing."""
         self._brain.begin_anew(self._ensemble.world)
         self._calls.clear()
+        self.tell_again()
+
+    def tell_again(self) -> None:
+        """There is a new task scheduler, which counts wishes from 1; what is under way goes on."""
         self._heard, self._number = None, 0
 
     def resized(self) -> None:

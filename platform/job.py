@@ -45,7 +45,7 @@ from distplat.platform.job_events import (
     Tick,
     Unanswered,
 )
-from distplat.platform.recovery import Budget, Policy, Restart
+from distplat.platform.recovery import COORDINATORS, Budget, Policy, Restart
 from distplat.platform.spec import Failure
 
 SETTLE_S = 2.0
@@ -124,7 +124,7 @@ class JobState:
 
     @property
     def _servers_lost(self) -> bool:
-        return any(rank_of(role) is None for role in self._gone)
+        return any(rank_of(role) is None for role in self._gone - COORDINATORS)
 
     @property
     def steps_done(self) -> int:
@@ -261,7 +261,7 @@ class JobState:
     def _decide(self) -> None:
         """Every rank is accounted for: go on, or give up."""
         if self.error is None:
-            self.restart = Restart(self.attempt + 1, (), False, 0.0, self._wanted)
+            self.restart = Restart(self.attempt + 1, (), False, 0.0, world=self._wanted)
             return
         answer = self._budget.spend(self.furthest, str(self.error), self._preempted)
         if isinstance(answer, str):
@@ -273,9 +273,9 @@ class JobState:
         usable = {rank for rank in self._waiting | self._finished if rank not in gone}
         kept = self._policy.survivors_go_on and not self._state_lost
         everything = self._servers_lost or not self._policy.has_all(usable) or not kept
-        lost = self._members - usable
-        renew = tuple(rank for rank in ranks if everything or rank in lost)
-        self.restart = Restart(self.attempt + 1, renew, everything, answer, self._wanted)
+        renew = tuple(rank for rank in ranks if everything or rank in self._members - usable)
+        lost = () if everything else tuple(sorted(self._gone & COORDINATORS))
+        self.restart = Restart(self.attempt + 1, renew, everything, answer, lost, self._wanted)
 
     def _watch_start(self, now: float) -> None:
         limit = self._limits.start_timeout_s

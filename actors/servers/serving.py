@@ -28,6 +28,7 @@ from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.part import Role
 from distplat.platform.pieces import Place, Whole
+from distplat.platform.server_group import Held
 from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_shard import AsyncShard
@@ -46,8 +47,7 @@ class Serving:
     The body of a server node.
 
     Args:
-        name: of the actor, for messages.
-        node: Ray's id of the node it runs on.
+        name: of the actor, for messages; node: Ray's id of the node it runs on.
     """
 
     def __init__(self, name: str, node: str) -> None:
@@ -70,7 +70,7 @@ class Serving:
         role: Role,
     ) -> Address:
         """
-        Take over a shard; a second time does nothing.
+        Take over a shard, once; give the address of the node's segment, of `total` elements.
 
         Args:
             plan: the run's facts.
@@ -79,31 +79,32 @@ class Serving:
             dtype: its type.
             parameters: this node's parameter segment, if another server has made it.
             role: whether it serves the shard, or keeps up with who does.
-
-        Returns:
-            Address of the node's parameter segment, of `total` elements.
         """
         if self._segment is not None:
             return self._segment.address
         if parameters is None:
             # A shard that is kept twice has a segment of its own, of which the rest is not touched.
-            whole = role is Role.ALONE
-            segment = Segment.create(self._node, total, dtype, populate=whole)
+            segment = Segment.create(self._node, total, dtype, populate=role is Role.ALONE)
         else:
             segment = Segment.open(parameters)
         self._plan, self._cut = plan, shard
         limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
-        params = segment.tensor[shard.start : shard.stop]
-        self._service: Service = make_service(self._name, plan, limits, params)
+        self._service: Service = make_service(self._name, plan, limits, self._mine(segment))
         served = self._service.served
         self._mirroring = Mirroring(self._name, self._node, role, served, limits.step_s)
         if role is not Role.ALONE:
             served.mirror = self._mirroring
         self._segment = segment
         log_to_stderr()
-        text = "shard %d: parameters %d..%d of %d"
-        logger.info(text, shard.index, shard.start, shard.stop, total)
+        which = shard.index, shard.start, shard.stop, total
+        logger.info("shard %d: parameters %d..%d of %d", *which)
         return segment.address
+
+    def held(self) -> Held:
+        """Say what is kept here, and as what; the manager knows this server's name."""
+        if self._segment is None:
+            return Held(self._name, None)
+        return self._mirroring.held(self._plan.number, self._cut)
 
     def attach(
         self,
@@ -143,9 +144,8 @@ class Serving:
     def _begin(self, attempt: int, world: int) -> None:
         """Begin an attempt, unless it has begun; let go of the memory of those who left."""
         if self._service.renew(attempt, world) and not self._plan.consistency.dealt:
-            for rank in [one for one in self._gradients if one >= world]:
-                del self._gradients[rank]
-                self._parameters.pop(rank, None)
+            self._gradients = {r: one for r, one in self._gradients.items() if r < world}
+            self._parameters = {r: one for r, one in self._parameters.items() if r < world}
 
     def _map(self, rank: int, gradients: Address | None, parameters: Address | None) -> bool:
         self._gradients.pop(rank, None)
@@ -248,8 +248,7 @@ class Serving:
 
     def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
         """Answer a worker's bell for as long as it lives; its later call takes over from this."""
-        listener = Listener(bells, slot)
-        mine = object()
+        listener, mine = Listener(bells, slot), object()
         with self._turn:
             self._listening[rank] = mine
 

@@ -138,6 +138,13 @@ def test_a_lost_server_takes_all_back_and_the_number_changes_all_the_same() -> N
     assert (state.steps_done, state.furthest) == (2, 2)
 
 
+def test_a_lost_coordinator_is_replaced_and_the_number_changes_all_the_same() -> None:
+    history: History = [(2, dead("task-scheduler")), *((2, stopped(rank)) for rank in range(3))]
+    state = play([*history, (2, Tick())])
+    lost = ("task-scheduler",)
+    assert state.restart == Restart(1, (), everything=False, wait_s=0, coordinators=lost, world=5)
+
+
 def test_after_going_back_there_are_as_many_as_before() -> None:
     state = play(ALL_STOP)
     state.restarted(2.0)

@@ -209,3 +209,15 @@ def test_when_all_were_made_anew_newcomers_are_made_again(ensemble: FakeEnsemble
     resizer.hear(Wish(1, 2))  # the new scheduler counts from 1
     assert resizer.look(0) is None
     assert ensemble.newcomers == {}
+
+
+def test_a_new_scheduler_is_heard_and_newcomers_go_on_making_themselves_ready(
+    ensemble: FakeEnsemble,
+) -> None:
+    resizer = made(ensemble, 4, number=7)
+    resizer.tell_again()
+    ensemble.newcomers |= {2: "ready", 3: "ready"}
+    assert resizer.look(0) == 4, "the wish stands"
+    resizer.hear(Wish(1, 3))  # it counts from 1
+    assert resizer.look(0) == 3
+    assert ensemble.newcomers == {2: "ready"}
