@@ -29,6 +29,7 @@ from distplat.platform.tensor_file import encode
 
 if TYPE_CHECKING:
     from distplat.actors.ensemble import Launch
+    from distplat.platform.spec import Job
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Checkpoints:
 
     def __init__(self, launch: Launch, world: int, open_box: Open) -> None:
         self._launch, self._open = launch, open_box
+        self._job = launch.job
         self._catalogue = Catalogue(launch.folder / FOLDER)
         self._collecting = Collecting(world)
         self._changed = threading.Condition()
@@ -63,9 +65,11 @@ class Checkpoints:
         self._failures: list[str] = []  #: of the disk, since it last took one
         self.step = 0  #: of the newest one; 0: there is none
 
-    def begin(self, attempt: int) -> None:
-        """Be told that another attempt begins."""
-        self._collecting.begin(attempt)
+    def begin(self, attempt: int, job: Job) -> None:
+        """Be told that another attempt begins; `job`: with the number of workers that it has."""
+        more = job.scaling.world != self._job.scaling.world
+        self._collecting.begin(attempt, job.scaling.world if more else None)
+        self._job = job
 
     def take(self, delivery: Delivery) -> None:
         """Take a rank's part; hand the version to the thread when it is complete."""
@@ -151,7 +155,7 @@ class Checkpoints:
         found = by_file(put_together(bundles))
         tensors = {name: found.get(name, {}) for name in (*_FILES, *found)}
         files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}
-        state = state_of(launch.job, launch.run, parts[0].facts)
+        state = state_of(self._job, launch.run, parts[0].facts)
         path = self._catalogue.write(step, files, state)
         self._catalogue.prune(launch.job.checkpoint.num_to_keep)
         return path

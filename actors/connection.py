@@ -4,6 +4,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from distplat.actors.messages import WorkOrder
+from distplat.platform.errors import Abandoned
 from distplat.platform.progress import StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.training.session import Prepared
@@ -19,7 +20,7 @@ class Connection:
     """An attempt's group and servers; another thread may end the waits for them at any moment."""
 
     def __init__(self) -> None:
-        self._abandoned = threading.Event()
+        self._abandoned, self._resting = threading.Event(), threading.Event()
         self._group: RayCollective | None = None
         self._servers: RayShards | None = None
         self._tables: RayTables | None = None
@@ -83,6 +84,25 @@ class Connection:
         """Have the task scheduler know how fast this worker is."""
         if self._leases is not None:
             self._leases.count(report)
+
+    @property
+    def rests(self) -> bool:
+        """Whether the attempt is to end between two steps."""
+        return self._resting.is_set()
+
+    def rest(self) -> None:
+        """Have the attempt end between two steps."""
+        self._resting.set()
+
+    def pause(self) -> None:
+        """
+        Be about to begin a step.
+
+        Raises:
+            Abandoned: the attempt is to end here.
+        """
+        if self._resting.is_set():
+            raise Abandoned("this worker was told to stop between two steps")
 
     def give_up(self) -> None:
         """Make whoever waits for other ranks come out."""

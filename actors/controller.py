@@ -8,6 +8,7 @@ while the others go on being asked.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,18 +16,31 @@ import ray
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.ensemble import Ensemble
 from distplat.actors.messages import News
+from distplat.actors.resizing import Resizer
 from distplat.actors.scaling import Scaling
 from distplat.actors.servers.recruiting import Wanted
 from distplat.actors.servers.scheduler import Wish
+from distplat.platform.calling_off import Stop, how_to_stop
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 from distplat.platform.job import JobState, Phase
-from distplat.platform.job_events import Event, Failed, Heard, Joined, Left, Tick, Unanswered
-from distplat.platform.progress import Gathering, Recovery, Setback, Summary
+from distplat.platform.job_events import (
+    Event,
+    Failed,
+    Heard,
+    Joined,
+    Left,
+    Resize,
+    Tick,
+    Unanswered,
+)
+from distplat.platform.progress import Gathering, Recovery, Resized, Setback, Summary
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
 from distplat.platform.tensor_file import decode, encode
 
 _TICK_S = 0.1
+_SETTLING_TICK_S = 0.02
+"""While workers stop and begin again nothing is computed."""
 _HOLD_S = 0.5
 """For so long an actor keeps its answer back while training goes on: a death or an end of its own
 comes at once all the same, and ten questions a second cost the workers a part of their time."""
@@ -58,10 +72,13 @@ class Controller:
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
         self._gathering = Gathering(ensemble.world, checkpoints.step if ensemble.dealt else None)
-        self._scaling = Scaling(ensemble)
+        self._scaling = Scaling(ensemble) if ensemble.dealt else None
+        self._resizer = Resizer(ensemble)  # where tasks are not leased
         self._state = JobState(ensemble.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
-        self._called_off = -1  #: the last attempt that failed
+        self._called_off = -1, Stop.ABANDON  #: the last attempt that was to end, and how
+        self._halted_at: float | None = None  #: when the first worker stopped for a resize
+        self._resized: Resized | None = None  #: to be told when all are at work
         self._holders = policy.holders
         self._checkpoints = checkpoints
         self.base = checkpoints.step  #: steps that were made before the present servers were
@@ -102,49 +119,88 @@ class Controller:
 
     def _repair(self) -> None:
         """Carry out what the state has decided about a failure."""
+        state, now = self._state, time.monotonic()
+        if state.phase is Phase.SETTLING:
+            self._call_off(now)
+        if state.restart is not None:
+            self._go_on(state.restart)
+        if state.phase is Phase.RUNNING and self._failed_at is not None:
+            self._told(Recovery(state.attempt, now - self._failed_at))
+            self._failed_at = None
+        if state.phase is Phase.RUNNING and self._resized is not None:
+            self._told(replace(self._resized, seconds=now - (self._halted_at or now)))
+            self._resized = self._halted_at = None
+
+    def _call_off(self, now: float) -> None:
+        """Have all stop: between two steps if nothing failed, at once if something did."""
         state = self._state
-        if state.phase is Phase.SETTLING and self._called_off < state.attempt:
-            self._called_off = state.attempt
-            self._failed_at = self._failed_at or time.monotonic()
+        how = how_to_stop(state.error is not None, state.halted)
+        if (state.attempt, how) <= self._called_off:
+            return
+        self._called_off = state.attempt, how
+        if how is Stop.REST:
+            self._ensemble.rest(state.attempt)
+        elif how is Stop.HALT:  # nobody can make a step any more that this one has not made
+            self._halted_at = now
+            self._ensemble.abandon(state.attempt, state.halted or 0)
+        else:
+            self._failed_at = self._failed_at or now
             if state.may_go_on:
                 self._ensemble.abandon(state.attempt)
-        if state.restart is not None:
-            self._go_on(state.restart, str(state.error))
-        if state.phase is Phase.RUNNING and self._failed_at is not None:
-            self._told(Recovery(state.attempt, time.monotonic() - self._failed_at))
-            self._failed_at = None
 
     def _scale(self) -> None:
         """Have workers join or leave; a run that is in trouble has that mended first."""
         if self._state.phase is not Phase.RUNNING:
             return
+        if self._scaling is None:
+            wanted = self._resizer.look(self._checkpoints.step)
+            if wanted is not None:
+                self._state.handle(Resize(wanted), time.monotonic())
+            return
         for rank in self._scaling.carry_out(self._checkpoints.step):
             self._actors[f"worker-{rank}"] = self._ensemble.workers[rank]
             self._state.handle(Joined(rank), time.monotonic())
 
-    def _go_on(self, restart: Restart, cause: str) -> None:
+    def _go_on(self, restart: Restart) -> None:
         replaced = *(f"worker-{rank}" for rank in restart.replace), *restart.coordinators
         saved = self._checkpoints.newest() if restart.everything else None
         if restart.everything:
             self.base = saved.step if saved is not None else 0
         step = self.base if restart.everything else self._state.furthest
-        self._told(Setback(restart.attempt, step, cause, replaced, restart.wait_s))
+        if self._state.error is not None:
+            cause = str(self._state.error)
+            self._told(Setback(restart.attempt, step, cause, replaced, restart.wait_s))
+            self._gathering.lost()
         until = time.monotonic() + restart.wait_s
         while time.monotonic() < until:
             self._check()
             time.sleep(_TICK_S)
+        before = set(self._actors)
         self._ensemble.carry_out(restart, saved, self._checkpoints.step)
-        self._checkpoints.begin(restart.attempt)
-        self._gathering.lost()
-        if restart.everything:
-            self._scaling.begin_anew()
-        elif "task-scheduler" in restart.coordinators:
-            self._scaling.tell_again()
         self._actors = self._ensemble.roles
         renewed = set(self._actors) if restart.everything else set(replaced)
+        renewed |= before ^ set(self._actors)
         self._up -= renewed
         self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
+        self._checkpoints.begin(restart.attempt, self._ensemble.job)
+        self._renumber(restart, step)
         self._state.restarted(time.monotonic(), step)
+
+    def _renumber(self, restart: Restart, step: int) -> None:
+        """Go on with as many workers as there are now."""
+        if restart.everything:
+            (self._scaling or self._resizer).begin_anew()
+        elif "task-scheduler" in restart.coordinators:
+            (self._scaling or self._resizer).tell_again()
+        if self._scaling is not None:
+            return
+        world, before = self._ensemble.world, self._resizer.world
+        if restart.world is not None:
+            self._resizer.resized()
+            self._holders = ()
+            self._resized = Resized(restart.attempt, step, before, world, 0.0)
+        if restart.world is not None or restart.everything:
+            self._gathering.resize(world, step)
 
     def _ask_everybody(self) -> None:
         """Keep one question open to every actor."""
@@ -159,9 +215,10 @@ class Controller:
         """Take the answers of one tick."""
         began = time.monotonic()
         answered, silent = [], []
+        tick_s = _TICK_S if self._state.phase is Phase.RUNNING else _SETTLING_TICK_S
         if self._open:
             calls = list(self._open)
-            answered, silent = ray.wait(calls, num_returns=len(calls), timeout=_TICK_S)
+            answered, silent = ray.wait(calls, num_returns=len(calls), timeout=tick_s)
         for call in answered:
             role, _ = self._open.pop(call)
             for event in self._events(role, call):
@@ -172,7 +229,7 @@ class Controller:
             if role in self._up:
                 self._state.handle(Unanswered(role, now - asked_at), now)
         if not silent:
-            time.sleep(max(0.0, _TICK_S - (now - began)))
+            time.sleep(max(0.0, tick_s - (now - began)))
 
     def _events(self, role: str, call: Any) -> list[Event]:
         try:
@@ -186,7 +243,7 @@ class Controller:
             del self._actors[role]
             return [Failed(role, answer)]
         if isinstance(answer, Wish):
-            self._scaling.hear(answer)
+            (self._scaling or self._resizer).hear(answer)
         if isinstance(answer, Wanted):
             self._ensemble.recruit(answer)
         return self._news(role, answer) if isinstance(answer, News) else []
@@ -201,6 +258,7 @@ class Controller:
             return []  # it has not yet taken the present order up
         rank = int(role.removeprefix("worker-"))
         if news.left:
+            assert self._scaling is not None, "only who leases tasks is told to leave"
             del self._actors[role]
             self._scaling.left(rank)
             return [Left(rank)]

@@ -64,6 +64,9 @@ class Ensemble:
 
     def __init__(self, launch: Launch, saved: Stored | None = None) -> None:
         self._launch, self._attempt = launch, 0
+        self.job = launch.job  #: what is run, with the number of workers that there are
+        self._made_for = launch.job  #: the same when servers and scheduler were made
+        self._enlisted = 0
         self._ranks = launch.job.scaling.num_workers  # that were ever given
         self._cast = spawn(launch.job, launch.roles, launch.run, 0)
         self._give_orders(0, saved, saved.step if saved is not None else 0)
@@ -79,11 +82,6 @@ class Ensemble:
         for index, server in enumerate(self._cast.embedding_servers):
             actors[f"embedding-server-{index}"] = server
         return actors
-
-    @property
-    def job(self) -> Job:
-        """What is run."""
-        return self._launch.job
 
     @property
     def dealt(self) -> bool:
@@ -102,12 +100,23 @@ class Ensemble:
 
     @property
     def world(self) -> int:
-        """Number of workers at the start: what a step is cut into."""
-        return self._launch.job.scaling.num_workers
+        """What a step is cut into: the workers that there are, or were where tasks are leased."""
+        return self.job.scaling.num_workers
 
-    def abandon(self, attempt: int) -> None:
-        """Tell all workers to stop waiting for each other; the dead are passed over."""
-        self._calls = [worker.abandon.remote(attempt) for worker in self._cast.workers.values()]
+    def rest(self, attempt: int) -> None:
+        """Tell all workers to stop between two steps."""
+        self._calls = [worker.rest.remote(attempt) for worker in self._cast.workers.values()]
+
+    def abandon(self, attempt: int, step: int = 0) -> None:
+        """
+        Tell all workers to stop waiting for each other; the dead are passed over.
+
+        Args:
+            attempt: which they are at.
+            step: who has not made so many steps makes them first.
+        """
+        workers = self._cast.workers.values()
+        self._calls = [worker.abandon.remote(attempt, step) for worker in workers]
 
     def carry_out(self, restart: Restart, saved: Stored | None = None, base: int = 0) -> None:
         """
@@ -120,21 +129,52 @@ class Ensemble:
         """
         launch = self._launch
         self._attempt = restart.attempt
+        if restart.world is not None:
+            self.job = self.job.with_workers(restart.world)
         if restart.everything:
             self._cast.end()
-            self._cast = spawn(launch.job, launch.roles, launch.run, restart.attempt)
+            self._made_for = self.job
+            self._cast = spawn(self.job, launch.roles, launch.run, restart.attempt)
         else:
             for rank in restart.replace:
                 ray.kill(self._cast.workers[rank])
                 self._cast.workers[rank] = spawn_worker(
-                    launch.job, launch.run, restart.attempt, rank, self._cast.seat(rank)
+                    self.job, launch.run, restart.attempt, rank, self._cast.seat(rank)
                 )
+            if restart.world is not None:
+                self._resize(restart.world)
             self._replace_coordinators(restart)
         self._give_orders(restart.attempt, saved, base)
 
+    def _resize(self, world: int) -> None:
+        """End who is not to go on, and take those in who have made themselves ready."""
+        for rank in [one for one in self._cast.workers if one >= world]:
+            self.part_with(rank)
+        for rank in range(world):
+            if rank not in self._cast.workers:
+                self._cast.workers[rank] = self._cast.newcomers.pop(rank)
+
+    def enlist(self, rank: int, base: int) -> Any:
+        """
+        Have a worker make itself ready to join; give the call that ends when it is.
+
+        Args:
+            rank: that it is to have.
+            base: steps of the newest checkpoint.
+        """
+        self._enlisted += 1
+        name = f"{self._attempt + 1}.{self._enlisted}"
+        worker = spawn_worker(self.job, self._launch.run, name, rank)
+        self._cast.newcomers[rank] = worker
+        return worker.prepare.remote(self._order(self._attempt + 1, rank, None, base))
+
+    def let_go(self, rank: int) -> None:
+        """End a worker that was to join."""
+        ray.kill(self._cast.newcomers.pop(rank))
+
     def _replace_coordinators(self, restart: Restart) -> None:
         launch, cast = self._launch, self._cast
-        given = launch.job, launch.roles, launch.run, restart.attempt
+        given = self._made_for, launch.roles, launch.run, restart.attempt
         if "server-manager" in restart.coordinators:
             ray.kill(cast.manager)  # it may only be frozen
             cast.manager = spawn_manager(*given, cast.servers, adopts=True)
@@ -146,7 +186,7 @@ class Ensemble:
         """Make a server node for the manager; asked for twice, it is brought once more."""
         launch, servers = self._launch, self._cast.servers
         if wanted.server not in servers:
-            given = launch.job, launch.roles, launch.run, self._attempt
+            given = self._made_for, launch.roles, launch.run, self._attempt
             servers[wanted.server] = spawn_server(*given, wanted.server, wanted.beside)
         self._cast.manager.bring.remote(wanted.server, servers[wanted.server])
 
@@ -186,7 +226,7 @@ class Ensemble:
         if launch.task is not None:
             task = ray.cloudpickle.dumps(launch.task)
         return WorkOrder(
-            job=launch.job,
+            job=self.job,
             run=launch.run,
             attempt=attempt,
             rank=rank,

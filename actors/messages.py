@@ -144,6 +144,8 @@ class Membership:
     """Whether each worker computes on a copy of its own."""
     wire: str | None = None
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
+    twins: int | None = None
+    """Workers that share these servers, where the model is cut; None: all of the run."""
     replicated: bool = False
     """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""
 

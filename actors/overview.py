@@ -84,7 +84,10 @@ def scale(run: RunName, workers: int, wait_s: float) -> Roster:
             raise ActorLost("task-scheduler", None, cause)
         if roster.wish.number == wish.number and roster.refused:
             raise SpecError(Problem(("--workers",), roster.refused))
-        if wait_s == 0 or len(roster.workers) == workers:
+        if roster.wish is not None and roster.wish.number > wish.number:
+            text = f"{roster.wish.workers} workers were asked for meanwhile"
+            raise SpecError(Problem(("--workers",), text))
+        if wait_s == 0 or (not roster.pending and len(roster.workers) == workers):
             return roster
         if time.monotonic() > until:
             what = f"{workers} workers instead of {len(roster.workers)}"

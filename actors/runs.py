@@ -74,5 +74,7 @@ def named_actors() -> dict[str, list[str]]:
     return found
 
 
-def _attempt(name: str) -> int:
-    return int(name.rsplit("-", 1)[1]) if "/attempt-" in name else 0
+def _attempt(name: str) -> tuple[int, ...]:
+    """Read `attempt-3`, or `attempt-3.1` of a worker that was made before that attempt began."""
+    numbers = name.rsplit("-", 1)[1] if "/attempt-" in name else "0"
+    return tuple(map(int, numbers.split(".")))

@@ -38,6 +38,8 @@ class Cast:
 
     workers: dict[int, Any] = field(default_factory=dict)
     """By rank."""
+    newcomers: dict[int, Any] = field(default_factory=dict)
+    """By the rank that they are to have: workers that make themselves ready."""
     servers: dict[str, Any] = field(default_factory=dict)
     """Server nodes by name."""
     manager: Any = None
@@ -49,7 +51,7 @@ class Cast:
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
         alone = [actor for actor in (self.manager, self.scheduler) if actor is not None]
-        workers = self.workers.values()
+        workers = [*self.workers.values(), *self.newcomers.values()]
         for actor in [*workers, *alone, *self.servers.values(), *self.embedding_servers]:
             ray.kill(actor)
         for seats in self.seats:
@@ -124,7 +126,7 @@ def spawn_server(
 
 def _threads(job: Job, roles: Roles) -> dict[str, int]:
     """Give two threads for each worker that there may be, and some for others."""
-    most = job.scaling.world + (ROOM if roles.consistency.dealt else 0)
+    most = job.scaling.world + (ROOM if roles.consistency.dealt or roles.resizes else 0)
     return {"max_concurrency": 2 * most + _SERVER_THREADS}
 
 
@@ -132,7 +134,8 @@ def spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:
     """Ask Ray for the task scheduler."""
     name = actor_name(job, "task-scheduler", attempt)
     options = {**_common(run), **_resources({"CPU": 0.0}), "name": name}
-    return ray.remote(Scheduler).options(**options).remote(name, job, roles.consistency)
+    scheduler = ray.remote(Scheduler).options(**options)
+    return scheduler.remote(name, job, roles.consistency, roles.resizes)
 
 
 def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
@@ -161,7 +164,7 @@ def _spawn_embedding_servers(job: Job, run: str, attempt: int) -> list[Any]:
 def spawn_worker(
     job: Job,
     run: str,
-    attempt: int,
+    attempt: int | str,
     rank: int,
     seat: PlacementGroupSchedulingStrategy | None = None,
 ) -> Any:
@@ -185,8 +188,8 @@ def lacks(job: Job, more: int) -> str:
     return f"{more} more workers need " + "; ".join(short) if short else ""
 
 
-def actor_name(job: Job, role: str, attempt: int) -> str:
-    """Give an actor's name; one that is made later in a run says in which attempt."""
+def actor_name(job: Job, role: str, attempt: int | str) -> str:
+    """Give an actor's name; one that is made later in a run says for which attempt."""
     return f"{job.name}/{role}" + (f"/attempt-{attempt}" if attempt else "")
 
 

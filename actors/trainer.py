@@ -20,6 +20,7 @@ from distplat.platform.errors import Interrupted, Problem, SpecError, StorageErr
 from distplat.platform.progress import (
     EvalSummary,
     Recovery,
+    Resized,
     Saved,
     Setback,
     StepSummary,
@@ -55,6 +56,8 @@ class Result:
     """All that came to the disk, oldest first; older ones may be deleted by now."""
     setbacks: list[Setback] = field(default_factory=list)
     """Failures after which the run went on."""
+    resizes: list[Resized] = field(default_factory=list)
+    """Changes of the number of workers, of a run whose workers make every step together."""
     seconds: float = 0.0
     """From `fit` to the trained model."""
 
@@ -67,6 +70,8 @@ class Result:
                 self.evaluations.append(summary)
             case Setback():
                 self.setbacks.append(summary)
+            case Resized():
+                self.resizes.append(summary)
             case Saved():
                 self.checkpoints.append(summary)
 
@@ -89,8 +94,8 @@ class Observer(Protocol):
     def stepped(self, summary: StepSummary | EvalSummary) -> None:
         """A step or an evaluation is over on all ranks."""
 
-    def disturbed(self, news: Setback | Recovery) -> None:
-        """Workers were lost and the run goes on without them, or all ranks are at work again."""
+    def disturbed(self, news: Setback | Recovery | Resized) -> None:
+        """Workers were lost and the run goes on, all are at work again, or their number changed."""
 
 
 class Trainer:
@@ -169,7 +174,7 @@ class Trainer:
             for observer in self._observers:
                 if isinstance(summary, StepSummary | EvalSummary):
                     observer.stepped(summary)
-                elif isinstance(summary, Setback | Recovery):
+                elif isinstance(summary, Setback | Recovery | Resized):
                     observer.disturbed(summary)
 
         try:

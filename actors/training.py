@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from distplat.actors.messages import WorkOrder
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.actors.weights import Reply
 from distplat.platform.collecting import Delivery
-from distplat.platform.errors import DistplatError
+from distplat.platform.errors import Abandoned, DistplatError
 from distplat.platform.pieces import Bundle, Bytes
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
@@ -33,7 +34,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Prepared, join, prepare
+from distplat.strategies.training.session import Around, Prepared, join, prepare, resize
 from distplat.strategies.training.shown import Shown, part_copy, state_copy
 
 logger = logging.getLogger(__name__)
@@ -123,10 +124,36 @@ class Session:
             step = progress.step if progress.beats else None
             self.standing = replace(self.standing, error=as_user_error(error, order.rank, step))
 
-    def abandon(self, attempt: int) -> None:
-        """Stop waiting for other ranks in this attempt; from any thread."""
+    def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
+        """Build model and data for an attempt that is to come; tell `ready` how that ended."""
+        try:
+            self._prepare(order)
+            ready.set_result(None)
+        except DistplatError as error:
+            ready.set_exception(error)
+        except BaseException as error:  # see `work`
+            ready.set_exception(as_user_error(error, order.rank, None))
+
+    def rest(self, attempt: int) -> None:
+        """End this attempt before its next step; from any thread."""
         if self.standing.attempt == attempt:
-            self._connection.give_up()
+            self._connection.rest()
+
+    def abandon(self, attempt: int, step: int = 0) -> None:
+        """
+        Stop waiting for other ranks in this attempt; from any thread.
+
+        Args:
+            attempt: which.
+            step: who has not made so many steps is not to stop before it has: nobody is missing
+                for them.
+        """
+        standing, connection = self.standing, self._connection
+        if standing.attempt != attempt:
+            return
+        connection.rest()  # first: who is behind now sees it when the step is made
+        if standing.progress.step >= step:
+            connection.give_up()
 
     def _attempt(self, order: WorkOrder, progress: Progress) -> bytes:
         prepared, strategy = self._prepare(order)
@@ -151,11 +178,16 @@ class Session:
                 report=report,
                 progress=progress,
                 around=Around(_saved(order), order.base, courier.take),
+                pause=self._connection.pause,
             )
             self._say_what(order, prepared, loop.start)
             loop.run()
             courier.flush()
             return saved_model(strategy.trained(prepared.flat))
+        except Abandoned:
+            if self._connection.rests:
+                courier.flush()  # a checkpoint on its way is whole, and this attempt's
+            raise
         finally:
             self._connection.close()
 
@@ -177,6 +209,7 @@ class Session:
     def _prepare(self, order: WorkOrder) -> tuple[Prepared, Strategy[Any]]:
         """Build model, data and strategy, unless an attempt before has built them."""
         if self._prepared is not None and self._strategy is not None:
+            resize(self._prepared, order.job, self._strategy)
             return self._prepared, self._strategy
         job = order.job
         log_to_stderr()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from distplat.actors.allocator import keep_freed_memory
@@ -30,7 +31,8 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._orders: queue.SimpleQueue[WorkOrder] = queue.SimpleQueue()
+        #: with somebody who waits until model and data are there, an order is no more than that
+        self._orders: queue.SimpleQueue[tuple[WorkOrder, Future[None] | None]] = queue.SimpleQueue()
         self._reports: deque[AnyReport] = deque()
         self._deliveries: deque[Delivery] = deque()
         self._session: Session | None = None
@@ -45,16 +47,42 @@ class Worker:
 
     def start(self, order: WorkOrder) -> None:
         """Begin an attempt, the first or the next one, and return at once."""
-        self._orders.put(order)
+        self._take(order, None)
+
+    def prepare(self, order: WorkOrder) -> None:
+        """
+        Make model and data ready for an attempt that is to come; returns when they are.
+
+        Raises:
+            DistplatError: why there is none.
+        """
+        ready: Future[None] = Future()
+        self._take(order, ready)
+        ready.result(order.job.failure.start_timeout_s)
+
+    def _take(self, order: WorkOrder, ready: Future[None] | None) -> None:
+        self._orders.put((order, ready))
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="train", daemon=True)
             self._thread.start()
 
-    def abandon(self, attempt: int) -> None:
-        """Call an attempt off: stop waiting for the other ranks, and wait for orders."""
-        self._given_up = attempt
+    def rest(self, attempt: int) -> None:
+        """Have an attempt end when the step under way is made; then wait for orders."""
         if self._session is not None:
-            self._session.abandon(attempt)
+            self._session.rest(attempt)
+
+    def abandon(self, attempt: int, step: int = 0) -> None:
+        """
+        Call an attempt off: stop waiting for the other ranks, and wait for orders.
+
+        Args:
+            attempt: which.
+            step: steps that the others have made; who is behind makes these first.
+        """
+        if not step:
+            self._given_up = attempt
+        if self._session is not None:
+            self._session.abandon(attempt, step)
 
     def poll(self, hold_s: float) -> News:
         """
@@ -100,7 +128,10 @@ class Worker:
 
         self._session = Session(self._reports.append, self._deliver)
         while True:  # the actor is ended from outside; nobody waits for this thread
-            order = self._orders.get()
+            order, ready = self._orders.get()
+            if ready is not None:
+                self._session.prepare(order, ready)
+                continue
             self._ended.clear()
             self._session.work(order, called_off=order.attempt <= self._given_up)
             self._ended.set()

@@ -1,10 +1,11 @@
 """
 One whole training step on 2 workers, forward to update: an MLP of 10.5 M parameters, a conv net.
 
-Ours: `ring` (each worker updates all, or its part) and `ps-sync` under Trainer. Peer: torch DDP over gloo under Ray Train's
-TorchTrainer. Same layers, batch, data, optimizer (SGD with momentum) and threads; each side runs
-alone, in turn with the other. A worker's time of a step is taken from loss to loss in its own
-process; the first steps are left out. The MLP is bound by its gradients, the conv net by compute.
+Ours: `ring` (each worker updates all, or its part) and `ps-sync` under Trainer. Peer: torch DDP
+over gloo under Ray Train's TorchTrainer. Same layers, batch, data, optimizer (SGD with momentum)
+and threads; each side runs alone, in turn with the other. A worker's time of a step is taken from
+loss to loss in its own process; the first steps are left out. The MLP is bound by its gradients,
+the conv net by compute.
 """
 
 import argparse

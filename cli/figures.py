@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from distplat.platform.progress import Setback, StepSummary
+from distplat.platform.progress import Resized, Setback, StepSummary
 
 Figures = dict[str, float]
 
@@ -53,6 +53,12 @@ def restart_rows(setbacks: Iterable[Setback]) -> list[tuple[str, str]]:
         )
         for number, setback in enumerate(setbacks)
     ]
+
+
+def resize_text(one: Resized) -> str:
+    """Say how many workers there are from which step on: `4 workers from step 120 on, ...`."""
+    count = f"{one.workers} worker" + ("s" if one.workers > 1 else "")
+    return f"{count} from step {one.step} on, stood still {one.seconds:.1f} s"
 
 
 def checkpoint_rows(steps: Sequence[int], folder: str) -> list[tuple[str, str]]:

@@ -20,9 +20,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from distplat.cli.figures import checkpoint_rows, figure_rows, mean_figures, restart_rows
+from distplat.cli.figures import (
+    checkpoint_rows,
+    figure_rows,
+    mean_figures,
+    resize_text,
+    restart_rows,
+)
 from distplat.platform.checkpoints import FOLDER
-from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
+from distplat.platform.progress import EvalSummary, Recovery, Resized, Setback, StepSummary
 from distplat.platform.spec import Job
 
 if TYPE_CHECKING:
@@ -92,10 +98,13 @@ class View:
             self._last_drawn = now
             self._draw(summary, now)
 
-    def disturbed(self, news: Setback | Recovery) -> None:
-        """Say that workers were lost, and when all are at work again."""
+    def disturbed(self, news: Setback | Recovery | Resized) -> None:
+        """Say that workers were lost, when all are at work again, and how many there are."""
         if isinstance(news, Recovery):
             self._say(f"attempt {news.attempt}: all workers are at work after {news.seconds:.1f} s")
+            return
+        if isinstance(news, Resized):
+            self._say(f"attempt {news.attempt}: {resize_text(news)}")
             return
         who = ", ".join(news.replaced) or "nobody"
         self._say(
@@ -185,6 +194,7 @@ def facts_of(job: Job, result: Result) -> Facts:
         "figures": mean_figures(history),
         "checkpoints": [saved.step for saved in result.checkpoints],
         "restarts": [text for _, text in restart_rows(result.setbacks)],
+        "resizes": [resize_text(one) for one in result.resizes],
         "run_directory": str(result.path),
         "model": str(result.checkpoint) if result.checkpoint else None,
     }
@@ -239,7 +249,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
         shares = [f"{part} {share:.0%}" for part, share in facts["time_split"].items()]
         rows += [("speed", f"{facts['samples_per_s']:.0f} samples/s"), ("time", ", ".join(shares))]
     rows += figure_rows(facts["figures"])
-    rows += [("" if n else "restarts", text) for n, text in enumerate(facts["restarts"])]
+    for name in ("restarts", "resizes"):
+        rows += [("" if n else name, text) for n, text in enumerate(facts[name])]
     folder = f"{facts['run_directory']}/{FOLDER}"
     rows += checkpoint_rows(facts["checkpoints"], folder)
     rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]

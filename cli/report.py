@@ -1,6 +1,7 @@
 """`distplat report`: what a run came to, as a page beside it and as a table."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -111,6 +112,7 @@ def _facts(record: RunRecord, now: float) -> dict[str, object]:
             }
             for one in restarts(record)
         ],
+        "resizes": [asdict(one) for one in record.resizes],
         "pipeline": _pipeline_facts(record),
         "notes": record.notes,
     }

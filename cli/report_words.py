@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distplat.cli.figures import size_text
+from distplat.cli.figures import resize_text, size_text
 from distplat.platform.progress import Saved
 from distplat.platform.report import Restart, metrics, samples_per_s
 from distplat.platform.run_record import RunRecord
@@ -22,6 +22,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         found.append(("last loss", number(record.steps[-1].loss)))
     for metric in metrics(record.evaluations):
         found.append((f"evaluation: {metric.name}", number(metric.points[-1][1])))
+    found += [("then", resize_text(one)) for one in record.resizes]
     if record.saved:
         last = record.saved[-1]
         found.append(("last checkpoint", f"after step {last.step}, {size_text(last.size)}"))

@@ -33,10 +33,10 @@ def scale(
     output: Output = "text",
 ) -> None:
     """
-    Have workers join or leave a `ps-async` run.
+    Have workers join or leave a `ps-async` or `ps-sync` run.
 
-    The others are not disturbed. Newcomers get leases like everybody; who leaves finishes the lease
-    that it has. To be called on a machine of the cluster.
+    No other worker is restarted. Under `ps-async` nobody is disturbed; under `ps-sync` all change
+    between two steps, once newcomers are ready. To be called on a machine of the cluster.
     """
     as_json = is_json(output)
     with joined(address):

@@ -51,9 +51,16 @@ class Collecting:
         self._parts: dict[int, dict[int, Delivery]] = {}  #: version -> rank -> its part
         self.skipped: list[int] = []  #: versions of which there is no checkpoint
 
-    def begin(self, attempt: int) -> None:
-        """Be told that another attempt begins: what the one before left unfinished goes."""
+    def begin(self, attempt: int, world: int | None = None) -> None:
+        """
+        Be told that another attempt begins: what the one before left unfinished goes.
+
+        Args:
+            attempt: its number.
+            world: its ranks; None: as many as before.
+        """
         self._attempt = attempt
+        self._world = world or self._world
         self._parts.clear()
 
     def add(self, delivery: Delivery) -> list[Delivery]:

@@ -82,9 +82,15 @@ class Crew:
         step = before[-1][1].step if before else 0
         self._beats[rank] = deque([(now, Beat(step, 0, 0.0))])
 
+    def keep(self, ranks: range) -> None:
+        """Forget all others: there are fewer workers now."""
+        for rank in self.ranks - {*ranks}:
+            self.forget(rank)
+
     def forget(self, rank: int) -> None:
         """A worker has left."""
         self._beats.pop(rank, None)
+        self._base.pop(rank, None)  # another process may come to have this rank
 
     def silent(self, now: float, limit_s: float) -> list[int]:
         """Give who was not heard of for longer than that."""

@@ -148,7 +148,7 @@ class DeadlineExceeded(InfrastructureError):
 
 
 class Abandoned(InfrastructureError):
-    """This rank was told to stop waiting: another one was lost, and orders will follow."""
+    """This rank was told to stop: another one was lost, or their number changes. Orders follow."""
 
 
 class CollectiveError(InfrastructureError):

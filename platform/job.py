@@ -9,6 +9,10 @@ The controller's brain: what the state of a run makes of each piece of news.
         |                              |
         +-- `restart`: who was lost is replaced; the attempt's number grows by one
 
+Where the number of ranks is to change all settle, too, though nothing failed: the next attempt
+begins with as many as there are to be, and costs no budget. A failure on the way is one; the next
+attempt has the new number all the same.
+
 One failure brings others: a rank that raises leaves its peers in a collective that then breaks.
 So a failure of the platform waits for a better explanation: until every rank is accounted for
 (lost, or stopped and waiting for orders), or no more than `SETTLE_S` where the run will not go on.
@@ -16,10 +20,14 @@ A user's error waits for nothing. The class reads no clock and talks to nobody: 
 decisions go out.
 """
 
+from collections.abc import Iterable
+from dataclasses import replace
 from enum import Enum
 
 from distplat.platform.blame import repairable, weight
+from distplat.platform.deadlines import STALL_GRACE, frozen, rank_of, stalled
 from distplat.platform.errors import (
+    Abandoned,
     ActorLost,
     DeadlineExceeded,
     DistplatError,
@@ -27,15 +35,21 @@ from distplat.platform.errors import (
     StateLost,
     UserCodeError,
 )
-from distplat.platform.job_events import Event, Failed, Heard, Joined, Left, Tick, Unanswered
+from distplat.platform.job_events import (
+    Event,
+    Failed,
+    Heard,
+    Joined,
+    Left,
+    Resize,
+    Tick,
+    Unanswered,
+)
 from distplat.platform.recovery import COORDINATORS, Budget, Policy, Restart
 from distplat.platform.spec import Failure
 
 SETTLE_S = 2.0
 """How long a broken peer may take to say why; a death is seen by polling, well within it."""
-STALL_GRACE = 1.25
-"""A stalled rank is given this much more than `step_timeout_s`: its peers' own time-outs inside
-the exchange come first and know more."""
 
 
 class Phase(Enum):
@@ -82,6 +96,7 @@ class JobState:
         self._waiting: set[int] = set()  #: ranks that stopped and wait for orders
         self._preempted = False
         self._state_lost = False
+        self._wanted: int | None = None  #: ranks that there are to be in the next attempt
 
     @property
     def over(self) -> bool:
@@ -91,15 +106,25 @@ class JobState:
     @property
     def may_go_on(self) -> bool:
         """Whether a failure of the kind seen so far can be repaired by this policy."""
-        allowed = self._policy.max_failures > 0 or (
-            self._preempted and self._policy.max_preemptions > 0
-        )
+        if self._resizing:
+            return True
+        allowed = self._policy.max_failures or (self._preempted and self._policy.max_preemptions)
         kept = self._policy.begin_anew or not self._servers_lost
-        return allowed and kept and (self.error is None or repairable(self.error))
+        return bool(allowed) and kept and (self.error is None or repairable(self.error))
+
+    @property
+    def _resizing(self) -> bool:
+        """Whether all stop for no other reason than that there are to be more or fewer."""
+        return self._wanted is not None and self.error is None
+
+    @property
+    def halted(self) -> int | None:
+        """Steps that the first rank to stop has behind it; None: nobody has stopped."""
+        return max((self._steps[rank] for rank in self._waiting), default=None)
 
     @property
     def _servers_lost(self) -> bool:
-        return any(_rank_of(role) is None for role in self._gone - COORDINATORS)
+        return any(rank_of(role) is None for role in self._gone - COORDINATORS)
 
     @property
     def steps_done(self) -> int:
@@ -128,23 +153,31 @@ class JobState:
                 self._progress[rank], self._moved_at[rank] = 0, now
             case Left(rank=rank):
                 self._part_with(rank)
+            case Resize(world=world):
+                self._resize(world, now)
             case Tick():
                 self._watch(now)
 
     def restarted(self, now: float, step: int = 0) -> None:
-        """
-        Be told that `restart` was carried out: the next attempt begins.
-
-        Args:
-            now: seconds.
-            step: steps that all have behind them, where everything was made anew.
-        """
+        """Be told that `restart` is carried out; `step`: done before, where all was made anew."""
         assert self.restart is not None, "only after a restart was decided"
         self.attempt = self.restart.attempt
         if self.restart.everything:
+            self._world = self.restart.world or self._world
             self._members = set(range(self._world))  # made anew as at the start
             self._steps = dict.fromkeys(self._members, step)
+        elif self.restart.world is not None:
+            self._world, furthest = self.restart.world, self.furthest
+            self._members = set(range(self._world))
+            self._steps = {rank: self._steps.get(rank, furthest) for rank in self._members}
+        if self.restart.world is not None:  # ranks that have all of the model each
+            self._policy = replace(self._policy, holders=())
         self._begin(now)
+
+    def _resize(self, world: int, now: float) -> None:
+        """Have all stop; a run that is in trouble, or ends, has that first."""
+        if self.phase is Phase.RUNNING and not self._finished:
+            self.phase, self._failed_at, self._wanted = Phase.SETTLING, now, world
 
     def _part_with(self, rank: int) -> None:
         self._members.discard(rank)
@@ -154,7 +187,8 @@ class JobState:
         self._end_if_finished()
 
     def _end_if_finished(self) -> None:
-        if self.phase is not Phase.SETTLING and self._finished == self._members:
+        failed = self.phase is Phase.SETTLING and not self._resizing
+        if not failed and self._finished == self._members:
             self.phase = Phase.SUCCEEDED
 
     def _hear(self, heard: Heard, now: float) -> None:
@@ -173,67 +207,75 @@ class JobState:
     def _take_failure(self, failed: Failed, now: float) -> None:
         if failed.gone:
             self._gone.add(failed.role)
-        elif (rank := _rank_of(failed.role)) is not None:
+        elif (rank := rank_of(failed.role)) is not None:
             self._waiting.add(rank)
-        if isinstance(failed.error, ActorLost) and _rank_of(failed.error.role) is None:
+        if self._resizing and isinstance(failed.error, Abandoned):
+            return  # as it was told
+        if isinstance(failed.error, ActorLost) and rank_of(failed.error.role) is None:
             self._gone.add(failed.error.role)  # a server, whoever noticed it first
         self._preempted |= failed.preempted
         self._state_lost |= isinstance(failed.error, StateLost)
         self._fail(failed.error, now)
 
     def _miss(self, role: str, seconds: float, now: float) -> None:
-        if self.phase is Phase.SETTLING and self.may_go_on and seconds > SETTLE_S:
+        failed = self.phase is Phase.SETTLING and not self._resizing
+        if failed and self.may_go_on and seconds > SETTLE_S:
             self._gone.add(role)
         elif seconds > self._limits.heartbeat_timeout_s:
             self._gone.add(role)
-            self._fail(_frozen(role, seconds, self.steps_done or None), now)
+            self._fail(frozen(role, seconds, self.steps_done or None), now)
 
     def _fail(self, error: DistplatError, now: float) -> None:
+        if self.error is None:
+            self.phase, self._failed_at = Phase.SETTLING, now
         if self.error is None or weight(error) > weight(self.error):
             self.error = error
-        if self.phase is not Phase.SETTLING:
-            self.phase, self._failed_at = Phase.SETTLING, now
         if isinstance(self.error, UserCodeError):
             self.phase = Phase.FAILED
 
     def _watch(self, now: float) -> None:
         if self.phase is Phase.SETTLING:
-            self._settle(now - self._failed_at)
+            self._settle(now)
         elif self.phase is Phase.STARTING:
             self._watch_start(now)
-        elif self.phase is Phase.RUNNING:
+        else:
             self._watch_steps(now)
 
-    def _settle(self, waited_s: float) -> None:
+    def _settle(self, now: float) -> None:
+        waited_s = now - self._failed_at
         if not self.may_go_on:
             if waited_s >= SETTLE_S:
                 self.phase = Phase.FAILED
             return
         known = (
-            self._waiting | self._finished | {r for r in map(_rank_of, self._gone) if r is not None}
+            self._waiting | self._finished | {r for r in map(rank_of, self._gone) if r is not None}
         )
         patience_s = self._limits.step_timeout_s * STALL_GRACE
         if not self._policy.survivors_go_on:
             patience_s = SETTLE_S
-        if known >= self._members or waited_s >= patience_s:
+        if self._resizing and waited_s >= patience_s and not known >= self._members:
+            self._stall(self._members - known, now)
+        elif known >= self._members or waited_s >= patience_s:
             self._decide()
 
     def _decide(self) -> None:
         """Every rank is accounted for: go on, or give up."""
-        assert self.error is not None, "a run settles only after a failure"
+        if self.error is None:
+            self.restart = Restart(self.attempt + 1, (), False, 0.0, world=self._wanted)
+            return
         answer = self._budget.spend(self.furthest, str(self.error), self._preempted)
         if isinstance(answer, str):
             self.error = RestartsExhausted(answer, tuple(self._budget.setbacks))
             self.phase = Phase.FAILED
             return
-        ranks = sorted(self._members)
-        gone = {_rank_of(role) for role in self._gone}
+        ranks = sorted(self._members) if self._wanted is None else [*range(self._wanted)]
+        gone = {rank_of(role) for role in self._gone}
         usable = {rank for rank in self._waiting | self._finished if rank not in gone}
         kept = self._policy.survivors_go_on and not self._state_lost
         everything = self._servers_lost or not self._policy.has_all(usable) or not kept
-        replace = tuple(r for r in ranks if everything or r not in usable)
+        renew = tuple(rank for rank in ranks if everything or rank in self._members - usable)
         lost = () if everything else tuple(sorted(self._gone & COORDINATORS))
-        self.restart = Restart(self.attempt + 1, replace, everything, answer, lost)
+        self.restart = Restart(self.attempt + 1, renew, everything, answer, lost, self._wanted)
 
     def _watch_start(self, now: float) -> None:
         limit = self._limits.start_timeout_s
@@ -242,25 +284,16 @@ class JobState:
             self._fail(DeadlineExceeded("start", late, limit, "failure.start_timeout_s"), now)
 
     def _watch_steps(self, now: float) -> None:
+        working = {r: beats for r, beats in self._progress.items() if r not in self._finished}
+        quiet = {rank: now - self._moved_at[rank] for rank in working}
+        late = stalled(working, quiet, self._limits)
+        if late:
+            self._stall(late, now)
+
+    def _stall(self, ranks: Iterable[int], now: float) -> None:
+        """Ranks were waited for too long: they are as good as lost."""
+        what = f"step {self.steps_done}"
+        late = tuple(f"worker-{rank}" for rank in sorted(ranks))
+        self._gone.update(late)
         limit = self._limits.step_timeout_s
-        start = max(limit, self._limits.start_timeout_s)
-        working = [r for r in self._steps if r not in self._finished]
-        quiet = {r: now - self._moved_at[r] for r in working}
-        patience = {r: limit if self._progress[r] else start for r in working}  # it has just joined
-        stalled = [r for r in working if quiet[r] > patience[r] * STALL_GRACE]
-        if stalled:
-            late = tuple(f"worker-{r}" for r in stalled)
-            self._gone.update(late)
-            what = f"step {self.steps_done}"
-            self._fail(DeadlineExceeded(what, late, limit, "failure.step_timeout_s"), now)
-
-
-def _rank_of(role: str) -> int | None:
-    """Give the rank of a worker's role; None for servers and their manager."""
-    kind, _, number = role.partition("-")
-    return int(number) if kind == "worker" and number.isdigit() else None
-
-
-def _frozen(role: str, seconds: float, step: int | None) -> ActorLost:
-    cause = f"it has not answered for {seconds:.0f} s (frozen or cut off)"
-    return ActorLost(role, step, cause, "`failure.heartbeat_timeout_s` changes this deadline")
+        self._fail(DeadlineExceeded(what, late, limit, "failure.step_timeout_s"), now)

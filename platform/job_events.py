@@ -51,8 +51,15 @@ class Left:
 
 
 @dataclass(frozen=True)
+class Resize:
+    """So many workers there are to be; those that come are ready to begin."""
+
+    world: int
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
 
-Event = Heard | Failed | Unanswered | Joined | Left | Tick
+Event = Heard | Failed | Unanswered | Joined | Left | Resize | Tick

@@ -101,10 +101,14 @@ class Ledger:
         self.version = version
         self._staged.clear()
 
-    def renew(self, attempt: int) -> None:
-        """A worker was replaced: all push what is not committed once more, in this attempt."""
+    def renew(self, attempt: int, world: int | None = None) -> None:
+        """All push what is not committed once more; `world`: so many ranks from now on."""
         self.attempt = attempt
         self._staged.clear()
+        if world is not None and world != self.world:
+            self.world = world
+            self.dropped = (self.dropped + [0] * world)[:world]
+            self._last = {rank: last for rank, last in self._last.items() if rank < world}
 
     def offer(self, push: PushId) -> Verdict:
         """
@@ -188,7 +192,7 @@ class AsyncLedger:
         self.version = version
         self._next = [step] * self.world
 
-    def renew(self, attempt: int) -> None:
+    def renew(self, attempt: int, world: int | None = None) -> None:
         """A worker was replaced: pushes of this attempt are taken from now on."""
         self.attempt = attempt
 
@@ -242,7 +246,7 @@ class TaskLedger:
         """
         self.version, self.made = version, Spans(task)
 
-    def renew(self, attempt: int) -> None:
+    def renew(self, attempt: int, world: int | None = None) -> None:
         """Pushes of this attempt are taken from now on, each rank's from 0; what is made, stays."""
         self.attempt = attempt
         self._next.clear()

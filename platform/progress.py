@@ -88,6 +88,21 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Resized:
+    """The run goes on with another number of workers."""
+
+    attempt: int
+    """Number of the attempt that began with them."""
+    step: int
+    """The first that they make."""
+    before: int
+    """Workers that there were."""
+    workers: int
+    seconds: float
+    """From the first worker that stopped until all were at work."""
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint is on the disk."""
 
@@ -103,7 +118,7 @@ class Saved:
 AnyReport = StepReport | EvalReport | TraceReport
 """What a rank reports."""
 
-Summary = StepSummary | EvalSummary | Trace | Setback | Recovery | Saved
+Summary = StepSummary | EvalSummary | Trace | Setback | Recovery | Resized | Saved
 """What is told of a run while it goes on."""
 
 Report = TypeVar("Report", StepReport, EvalReport, TraceReport)
@@ -146,6 +161,17 @@ class Gathering:
         evaluations = self._evals.add(report)
         return [_join_evals(evaluations)] if evaluations else []
 
+    def resize(self, world: int, step: int) -> None:
+        """
+        Be told that from a step on there are so many ranks; what there is of it is made anew.
+
+        Args:
+            world: ranks.
+            step: steps that are done.
+        """
+        for reports in (self._steps, self._evals, self._traces):
+            reports.resize(world, step)
+
     def lost(self) -> None:
         """Be told that a rank was lost: what it had done and not yet reported never comes."""
         self._lossy = self._steps.highest + 1
@@ -182,10 +208,19 @@ class _Waiting(Generic[Report]):
     def __init__(self, world: int, *, in_order: bool = True) -> None:
         self._in_order = in_order
         self._given: set[int] = set()  #: steps that were given out, where they come in any order
-        self._world = world
+        self._worlds = [(0, world)]  #: from which step on how many reports are all, ascending
         self._by_step: dict[int, dict[int, Report]] = {}
         self._next = 0  #: everything before this step was given out
         self.highest = -1  #: the last step of which there is a report
+
+    def resize(self, world: int, step: int) -> None:
+        """From this step on so many reports are all; those that there are of it do not count."""
+        self._worlds = [one for one in self._worlds if one[0] < step] + [(step, world)]
+        self._by_step = {s: found for s, found in self._by_step.items() if s < step}
+
+    def _whole(self, step: int) -> bool:
+        world = next(world for first, world in reversed(self._worlds) if first <= step)
+        return len(self._by_step.get(step, {})) == world
 
     def add(self, report: Report) -> list[Report]:
         """Give the reports of all ranks, in rank order so that sums repeat; empty: some miss."""
@@ -197,11 +232,11 @@ class _Waiting(Generic[Report]):
             return False
         self.highest = max(self.highest, report.step)
         self._by_step.setdefault(report.step, {})[report.rank] = report
-        return len(self._by_step[report.step]) == self._world
+        return self._whole(report.step)
 
     def complete(self, step: int) -> list[Report]:
         """Give the reports of a step, if all are there; empty: some miss."""
-        return self._take(step) if len(self._by_step.get(step, {})) == self._world else []
+        return self._take(step) if self._whole(step) else []
 
     def before(self, step: int | None) -> list[list[Report]]:
         """Give what there is of all steps before this one, oldest first; None: of all."""

@@ -80,6 +80,8 @@ class Restart:
     wait_s: float
     coordinators: tuple[str, ...] = ()
     """Roles that are made anew, too, though all else goes on: see `COORDINATORS`."""
+    world: int | None = None
+    """How many ranks there are from now on; None: as many as before."""
 
 
 class Budget:

@@ -31,6 +31,7 @@ from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import (
     EvalSummary,
     Recovery,
+    Resized,
     Saved,
     Setback,
     StepSummary,
@@ -43,6 +44,7 @@ _KINDS = {
     EvalSummary: "evaluation",
     Setback: "setback",
     Recovery: "recovery",
+    Resized: "resized",
     Saved: "checkpoint",
 }
 """Value of `kind` in a line of metrics.jsonl."""

@@ -18,7 +18,14 @@ import yaml
 
 from distplat.platform.errors import Problem, SpecError, StorageError
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace, TraceEvent
-from distplat.platform.progress import EvalSummary, Recovery, Saved, Setback, StepSummary
+from distplat.platform.progress import (
+    EvalSummary,
+    Recovery,
+    Resized,
+    Saved,
+    Setback,
+    StepSummary,
+)
 from distplat.platform.suggest import nearest
 
 T = TypeVar("T")
@@ -37,6 +44,7 @@ class RunRecord:
     evaluations: list[EvalSummary] = field(default_factory=list)
     setbacks: list[Setback] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
+    resizes: list[Resized] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
     """Checkpoints, in the order in which they were made; the oldest may be gone by now."""
     result: Mapping[str, Any] | None = None
@@ -134,19 +142,27 @@ def _read_metrics(record: RunRecord) -> None:
             steps[found.step] = found
         elif isinstance(found, EvalSummary):
             evaluations[found.step] = found
-        elif isinstance(found, Setback):
-            record.setbacks.append(found)
-        elif isinstance(found, Recovery):
-            record.recoveries.append(found)
-        elif isinstance(found, Saved):
-            record.saved.append(found)
+        else:
+            _keep(record, found)
     record.steps = [steps[step] for step in sorted(steps)]
     record.evaluations = [evaluations[step] for step in sorted(evaluations)]
     if damaged:
         record.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
 
 
-def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | Saved | None:
+def _keep(record: RunRecord, found: object) -> None:
+    match found:
+        case Setback():
+            record.setbacks.append(found)
+        case Recovery():
+            record.recoveries.append(found)
+        case Resized():
+            record.resizes.append(found)
+        case Saved():
+            record.saved.append(found)
+
+
+def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | Resized | Saved | None:
     """Read one line; None for a kind that is not known here."""
     fields = _mapping(line)
     match fields["kind"]:
@@ -173,6 +189,10 @@ def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | Save
             )
         case "recovery":
             return Recovery(int(fields["attempt"]), _number(fields["seconds"]))
+        case "resized":
+            names = "attempt", "step", "before", "workers"
+            attempt, step, before, workers = (int(fields[name]) for name in names)
+            return Resized(attempt, step, before, workers, _number(fields["seconds"]))
         case "checkpoint":
             path, size = str(fields["path"]), int(fields["size"])
             return Saved(int(fields["step"]), path, size, _number(fields["seconds"]))

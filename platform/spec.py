@@ -174,6 +174,11 @@ class Job(Spec):
     storage_path: Folder = "runs"
     """Where run directories are made; relative to the directory `submit` was called in."""
 
+    def with_workers(self, number: int) -> "Job":
+        """Give the same job with another number of workers; `problems` is to be asked of it."""
+        scaling = self.scaling.model_copy(update={"num_workers": number})
+        return self.model_copy(update={"scaling": scaling})
+
     def problems(self) -> list[Problem]:
         """Check what no single field can see; empty: the job holds together."""
         return [

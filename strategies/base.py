@@ -80,6 +80,9 @@ class Roles:
     """When the servers apply gradients."""
     replication: int = 1
     """How many servers keep each shard: one, or a primary and its backup."""
+    resizes: bool = False
+    """Whether there may be more or fewer workers from one attempt to the next: all state is the
+    servers', and every worker has the whole model."""
     wire: str | None = None
     """Name in torch of the type that travels between workers and servers of two nodes."""
     split_by_load: bool = False

@@ -64,6 +64,7 @@ class PsSync(Strategy[PsSyncOptions]):
             chosen.resources_per_server,
             consistency,
             replication=chosen.replication,
+            resizes=job.embeddings is None,
             wire=WIRES[chosen.wire],
             split_by_load=chosen.split == "load",
         )

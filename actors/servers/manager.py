@@ -210,6 +210,7 @@ class ServerManager:
             [segments[home] for home in homes],
             self._roles.consistency.private,
             self._roles.wire,
+            twins=None if len(self._division.parts) == 1 else len(self._division.parts[part]),
             replicated=self._caretaker is not None,
         )
 

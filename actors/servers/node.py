@@ -73,12 +73,13 @@ class ServerNode:
         self,
         rank: int,
         number: tuple[int, int],
+        world: int,
         gradients: Address | None,
         parameters: Address | None,
         held: tuple[int, NDArray[np.uint8]] | None,
     ) -> Attached:
         """Map a worker's segments."""
-        return self._body.attach(rank, number, gradients, parameters, held)
+        return self._body.attach(rank, number, world, gradients, parameters, held)
 
     def restore(
         self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, Whole]

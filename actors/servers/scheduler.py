@@ -66,6 +66,8 @@ class Roster:
     wish: Wish | None
     refused: str
     """Why the last wish was not granted; empty: it was, or is about to be."""
+    pending: bool = False
+    """Whether the last wish is still to be answered."""
 
 
 class Scheduler:
@@ -76,10 +78,13 @@ class Scheduler:
         name: of the actor.
         job: the run's job.
         consistency: whether tasks are leased, and how far ahead.
+        resizes: whether there may be more or fewer workers though none are.
     """
 
-    def __init__(self, name: str, job: Job, consistency: Consistency) -> None:
-        self._name, self._job, self._how = name, job, consistency
+    def __init__(
+        self, name: str, job: Job, consistency: Consistency, resizes: bool = False
+    ) -> None:
+        self._name, self._job, self._how, self._resizes = name, job, consistency, resizes
         self._attempt = 0
         self._crew = Crew()
         self._brain: TaskScheduler | None = None
@@ -115,6 +120,9 @@ class Scheduler:
             self._attempt = attempt
             if self._brain is not None:
                 self._brain.renew(attempt)
+            else:
+                self._course = None  # there may be more or fewer parts now
+                self._crew.keep(range(course.parts))
         if self._course is None:
             self._course = course
             if self._how.dealt:
@@ -199,12 +207,12 @@ class Scheduler:
             SpecError: it cannot be had.
         """
         where, most = ("--workers",), self._job.scaling.world + ROOM
-        if not self._how.dealt:
+        if not (self._how.dealt or self._resizes):
             what = f"strategy {self._job.strategy.name!r}"
             if self._job.embeddings is not None:
                 what += " with embedding tables"
-            hint = "only ps-async leases its data to whoever is there; else stop the job, and go on"
-            hint += " from its last checkpoint with another number: submit --resume --num-workers N"
+            hint = "stop the job, and go on from its last checkpoint with another number: "
+            hint += "submit --resume --num-workers N"
             text = f"{what} cannot change its number of workers while it runs"
             raise SpecError(Problem(where, text, hint))
         if not 1 <= workers <= most:
@@ -214,8 +222,13 @@ class Scheduler:
         self._wished.set()
         return self._wish
 
+    async def heard(self, number: int) -> None:
+        """Be told that a wish is known; the answer will follow."""
+        if self._wish is not None and number == self._wish.number:
+            self._wished.clear()
+
     async def answer(self, number: int, refused: str) -> None:
-        """Be told that a wish is taken up; `refused`: why it is not, or empty."""
+        """Be told what became of a wish; `refused`: why it is not granted, or empty."""
         if self._wish is not None and number == self._wish.number:
             self._answered, self._refused = number, refused
             self._wished.clear()
@@ -235,6 +248,7 @@ class Scheduler:
             entries,
             self._wish,
             self._refused,
+            self._wish is not None and self._answered < self._wish.number,
         )
 
     def _entry(self, standing: Standing) -> Entry:

@@ -70,7 +70,7 @@ class Serving:
         role: Role,
     ) -> Address:
         """
-        Take over a shard; a second time does nothing.
+        Take over a shard, once; give the address of the node's segment, of `total` elements.
 
         Args:
             plan: the run's facts.
@@ -79,22 +79,17 @@ class Serving:
             dtype: its type.
             parameters: this node's parameter segment, if another server has made it.
             role: whether it serves the shard, or keeps up with who does.
-
-        Returns:
-            Address of the node's parameter segment, of `total` elements.
         """
         if self._segment is not None:
             return self._segment.address
         if parameters is None:
             # A shard that is kept twice has a segment of its own, of which the rest is not touched.
-            whole = role is Role.ALONE
-            segment = Segment.create(self._node, total, dtype, populate=whole)
+            segment = Segment.create(self._node, total, dtype, populate=role is Role.ALONE)
         else:
             segment = Segment.open(parameters)
         self._plan, self._cut = plan, shard
         limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
-        params = segment.tensor[shard.start : shard.stop]
-        self._service: Service = make_service(self._name, plan, limits, params)
+        self._service: Service = make_service(self._name, plan, limits, self._mine(segment))
         served = self._service.served
         self._mirroring = Mirroring(self._name, self._node, role, served, limits.step_s)
         if role is not Role.ALONE:
@@ -115,6 +110,7 @@ class Serving:
         self,
         rank: int,
         number: tuple[int, int],
+        world: int,
         gradients: Address | None,
         parameters: Address | None,
         held: tuple[int, NDArray[np.uint8]] | None,
@@ -125,6 +121,7 @@ class Serving:
         Args:
             rank: of the worker.
             number: attempt, and number of this call in it: what comes late does nothing.
+            world: workers that share this shard in this attempt.
             gradients: its segment; None: it cannot be reached, the worker knows.
             parameters: the same, of a worker that computes on a copy.
             held: version and bytes of this shard's values that it computes on, where that counts.
@@ -136,13 +133,19 @@ class Serving:
             if number > last:
                 near = self._map(rank, gradients, parameters)
                 self._attached[rank] = number, near
-                self._service.renew(number[0])
+                self._begin(number[0], world)
                 self._service.forget(rank)
                 if held is not None and isinstance(served, AsyncShard):
                     served.pulled_elsewhere(rank, held[0], from_bytes(held[1], served.params.dtype))
             return Attached(near, served.ledger.version)
 
         return self._service.exclusively(change)
+
+    def _begin(self, attempt: int, world: int) -> None:
+        """Begin an attempt, unless it has begun; let go of the memory of those who left."""
+        if self._service.renew(attempt, world) and not self._plan.consistency.dealt:
+            self._gradients = {r: one for r, one in self._gradients.items() if r < world}
+            self._parameters = {r: one for r, one in self._parameters.items() if r < world}
 
     def _map(self, rank: int, gradients: Address | None, parameters: Address | None) -> bool:
         self._gradients.pop(rank, None)
@@ -179,7 +182,7 @@ class Serving:
             elif 0 in self._parameters:
                 params.copy_(self._parameters[0])
 
-        tensors = {name: tensor_of(whole, Place(whole.shape)) for name, whole in state.items()}
+        tensors = {name: tensor_of(one, Place(one.shape)) for name, one in state.items()}
         self._service.restore(version, fill, tensors)
 
     def kept(self, version: int, limit_s: float) -> ShardCopy:
@@ -194,8 +197,7 @@ class Serving:
 
         def copy() -> NDArray[np.uint8]:
             assert isinstance(self._service.served, ParameterShard), "only they are of one version"
-            values = self._service.served.values(version).clone()
-            return as_bytes(values)
+            return as_bytes(self._service.served.values(version).clone())
 
         return self._service.exclusively(copy)
 
@@ -228,10 +230,8 @@ class Serving:
 
     def update(self, term: int, update: Update, values: NDArray[np.uint8] | None) -> None:
         """Make the primary's update; see `Mirroring.follow`."""
-        served = self._service.served
-        self._service.exclusively(
-            lambda: self._mirroring.follow(term, update, served.version, values)
-        )
+        served, follow = self._service.served, self._mirroring.follow
+        self._service.exclusively(lambda: follow(term, update, served.version, values))
 
     def promote(self, term: int) -> Address:
         """Serve from now on; give the address of the parameters."""
@@ -248,8 +248,7 @@ class Serving:
 
     def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
         """Answer a worker's bell for as long as it lives; its later call takes over from this."""
-        listener = Listener(bells, slot)
-        mine = object()
+        listener, mine = Listener(bells, slot), object()
         with self._turn:
             self._listening[rank] = mine
 

@@ -90,7 +90,8 @@ class RayShards:
         self._lines = lines = Lines(self._order, joined, self._look)
         kind = PrivateRoad if joined.private else SharedRoad
         self._road = road = kind(ray.get_runtime_context().get_node_id(), self._facts, joined)
-        rank, number = self._order.rank, (self._order.attempt, self._roads)
+        world = joined.twins or self._order.job.scaling.world
+        who = self._order.rank, (self._order.attempt, self._roads), world
         self._roads += 1
         candidates = road.candidates()
 
@@ -100,7 +101,7 @@ class RayShards:
             if joined.private and cut.index in self._versions:  # it has changed servers
                 values = part(self._flat.params, cut).cpu()
                 held = self._versions[cut.index], as_bytes(values.clone())
-            return server.attach.remote(rank, number, gradients, road.parameter_address, held)
+            return server.attach.remote(*who, gradients, road.parameter_address, held)
 
         attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})

@@ -111,9 +111,9 @@ class AsyncShard:
         """
         return self._keeping.give(version)
 
-    def renew(self, attempt: int) -> None:
+    def renew(self, attempt: int, world: int | None = None) -> None:
         """See `AsyncLedger.renew`."""
-        self.ledger.renew(attempt)
+        self.ledger.renew(attempt, world)
 
     def pull(self, rank: int) -> int:
         """Note that a worker takes the present `params`; give their version."""

@@ -86,10 +86,10 @@ class ServerGroup:
             raise ActorLost(f"server-{index}", step, self.lost)
         return self._services[index]
 
-    def renew(self, attempt: int) -> None:
+    def renew(self, attempt: int, world: int | None = None) -> None:
         """Begin a later attempt: who waits here is told that this one is over."""
         for service in self._services:
-            service.exclusively(partial(service.renew, attempt))
+            service.exclusively(partial(service.renew, attempt, world))
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give each shard's order of updates, where there is one to tell; see `apply_log`."""
@@ -113,10 +113,13 @@ def server_groups(
 
 
 class InMemoryShards:
-    """One rank's view of a `ServerGroup` (see `Shards`), in one attempt."""
+    """One rank's view of a `ServerGroup` (see `Shards`), in one attempt; `world`: its ranks."""
 
-    def __init__(self, group: ServerGroup, rank: int, attempt: int = 0) -> None:
+    def __init__(
+        self, group: ServerGroup, rank: int, attempt: int = 0, world: int | None = None
+    ) -> None:
         self._group, self._rank, self._attempt = group, rank, attempt
+        self._world = world
         self._pulls = 0
 
     def connect(
@@ -129,7 +132,7 @@ class InMemoryShards:
         for cut in self._cuts if self._attempt else ():
             service = self._group.service(cut.index)
             service.exclusively(partial(service.forget, self._rank))
-        self._group.renew(self._attempt)
+        self._group.renew(self._attempt, self._world)
         private = self._group.plan.consistency.private
         if not private:
             flat.move(shared, flat.grads)

@@ -64,6 +64,8 @@ class Loop:
     """Told after each step how many are done: a checkpoint may be due."""
     lookups: Lookups | None = None
     """The model's embedding tables, if it has some."""
+    pause: Callable[[], object] = lambda: None
+    """Called before each step; raises where the attempt is to end between two steps."""
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
@@ -76,6 +78,7 @@ class Loop:
         steps = range(self.start, self.total_steps)
         self.compute.start(steps)
         for step in steps:
+            self.pause()
             if self.strategy.skips(step):
                 self._skip(step)
             else:

@@ -178,16 +178,22 @@ class Service(ABC):
             finally:
                 self._changed.notify_all()
 
-    def renew(self, attempt: int) -> None:
+    def renew(self, attempt: int, world: int | None = None) -> bool:
         """
-        Begin a later attempt, unless it has begun; the lock is held.
+        Begin a later attempt; False: it has begun. The lock is held.
 
         Who waits here for a rank that was lost is told so; it has its orders by now.
+
+        Args:
+            attempt: its number.
+            world: its ranks; None: as many as before.
         """
-        if attempt > self.served.ledger.attempt:
-            self.served.renew(attempt)
+        later = attempt > self.served.ledger.attempt
+        if later:
+            self.served.renew(attempt, world)
             self._opened_at = self.served.steps
             self._changed.notify_all()
+        return later
 
     def forget(self, rank: int) -> None:
         """A worker has new vectors: deliver the answer to its last push once more when it asks."""

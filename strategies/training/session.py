@@ -104,6 +104,12 @@ def prepare(
     return Prepared(job, task, left, data, eval_data, sampler, steps, device, part, lookups)
 
 
+def resize(prepared: Prepared, job: Job, strategy: Strategy[Any]) -> None:
+    """Take over the job of another attempt: the same but for the number of workers."""
+    prepared.job = job
+    prepared.sampler = replace(prepared.sampler, world=strategy.replicas(job))
+
+
 def join(
     prepared: Prepared,
     strategy: Strategy[Any],
@@ -116,6 +122,7 @@ def join(
     report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
+    pause: Callable[[], object] = lambda: None,
 ) -> Loop | LeasedLoop:
     """
     Set the strategy up with its ports and give the loop.
@@ -131,6 +138,7 @@ def join(
         report: takes what is finished.
         progress: where this worker is.
         around: checkpoints.
+        pause: see `Loop`.
 
     Raises:
         SpecError: the checkpoint is of another model or data set.
@@ -152,21 +160,10 @@ def join(
         if strategy.roles(p.job).consistency.dealt:
             ports = strategy, rank, report, progress, leases
             return LeasedLoop(p, *ports, TaskModel(p, strategy, progress.beat), start, checkpoint)
-    return Loop(
-        p.job,
-        p.eval_data,
-        p.flat,
-        p.sampler,
-        p.total_steps,
-        strategy,
-        strategy.compute(p, context),
-        rank,
-        report,
-        progress,
-        start,
-        checkpoint,
-        p.lookups,
-    )
+    work = strategy.compute(p, context)
+    data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
+    loop = Loop(*data, strategy, work, rank, report, progress, start, checkpoint, p.lookups)
+    return replace(loop, pause=pause)
 
 
 def _load(p: Prepared, strategy: Strategy[Any], saved: SavedState | None) -> None:

@@ -51,10 +51,9 @@ class ParameterShard:
         self.mirror: Mirror | None = None  #: the way to a backup
         self._sum = torch.zeros_like(params)
         self.optimizer = make_optimizer(plan.job.optimizer, params, self._sum)
-        self._gradients: list[Tensor | None] = [None] * plan.world
+        self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         backup = plan.consistency.backup_workers
         self.ledger = Ledger(plan.run, plan.attempt, plan.world, backup)
-        self._weight = plan.world / (plan.world - backup)
         self.squared_norm: float | None = None  #: of the staged sum, once complete and wanted
         self._before: Tensor | None = params.clone() if plan.shards > 1 else None
         self._before_version: int | None = None  #: version of `_before`
@@ -87,10 +86,10 @@ class ParameterShard:
         self.ledger.restore(version)
         self._before_version = None
 
-    def renew(self, attempt: int) -> None:
+    def renew(self, attempt: int, world: int | None = None) -> None:
         """See `Ledger.renew`."""
-        self.ledger.renew(attempt)
-        self._gradients = [None] * self._plan.world
+        self.ledger.renew(attempt, world)
+        self._gradients.clear()
 
     def values(self, version: int) -> Tensor:
         """
@@ -173,9 +172,10 @@ class ParameterShard:
 
     def _add_up(self) -> None:
         """Sum in rank order (I2), and let go of the workers' vectors."""
-        sum_in_order([g for g in self._gradients if g is not None], self._sum)
-        if self._weight != 1.0:  # still a mean, over the samples that are there
-            self._sum.mul_(self._weight)
-        self._gradients = [None] * self._plan.world
+        world, backup = self.ledger.world, self._plan.consistency.backup_workers
+        sum_in_order([self._gradients[rank] for rank in sorted(self._gradients)], self._sum)
+        if backup:  # still a mean, over the samples that are there
+            self._sum.mul_(world / (world - backup))
+        self._gradients.clear()
         if self._plan.job.clip_norm is not None:
             self.squared_norm = squared_norm_but(self._sum, self._plan.uncounted)

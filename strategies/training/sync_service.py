@@ -57,7 +57,7 @@ class SyncService(Service):
 
     def wait_for_all(self, limit_s: float) -> list[int]:
         """See `Service`; ranks are never apart."""
-        return [self.shard.version] * self._plan.world
+        return [self.shard.version] * self.shard.ledger.world
 
     def _take(self, rank: int, deliver: Deliver, waited: float) -> Answer:
         version, dropped = self.shard.version, self.shard.ledger.dropped[rank]

@@ -1,13 +1,18 @@
-"""Workers join and leave an asynchronous run that goes on; every task is made once."""
+"""Workers join and leave a run that goes on: no other is restarted, and no sample is lost."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import ray
-from small_runs import HERE, job, train
+from small_runs import HERE, distance, job, train, weights
+from test_server_loss import undisturbed
 
 from distplat.actors.overview import Overview, one_run, overview, scale
 from distplat.actors.runs import RunName
@@ -15,7 +20,8 @@ from distplat.cli.main import run as command
 from distplat.cli.roles import role_lines
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
 from distplat.platform.errors import SpecError
-from distplat.platform.progress import Recovery, Setback
+from distplat.platform.progress import Recovery, Resized, Setback, StepSummary
+from distplat.platform.sampler import Sampler
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 
@@ -30,6 +36,7 @@ class Story(threading.Thread):
         super().__init__(daemon=True)
         self.story, self.ends = story, ends
         self.training = threading.Event()
+        self.step = 0
         self.setbacks: list[Setback] = []
         self.recovered = threading.Event()
         self.errors: list[BaseException] = []
@@ -38,12 +45,14 @@ class Story(threading.Thread):
         self.start()
 
     def stepped(self, summary: object) -> None:
+        if isinstance(summary, StepSummary):
+            self.step = summary.step
         self.training.set()
 
-    def disturbed(self, news: Setback | Recovery) -> None:
+    def disturbed(self, news: Setback | Recovery | Resized) -> None:
         if isinstance(news, Setback):
             self.setbacks.append(news)
-        else:
+        elif isinstance(news, Recovery):
             self.recovered.set()
 
     def run(self) -> None:
@@ -113,3 +122,105 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
     assert flaws(log, 2, STEPS) == []
     assert {applied.rank for applied in log} == {0, 1, 2, 3, 4}
     assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
+
+
+def goes_on(mine: Story, run: RunName, workers: int) -> Overview:
+    """Wait until some more steps are made, by so many workers."""
+    step, until = mine.step, time.monotonic() + PATIENCE_S
+    while mine.step < step + 5:
+        assert time.monotonic() < until, role_lines(overview(run))
+        time.sleep(0.05)
+    seen = overview(run)
+    assert seen.roster is not None
+    assert (sorted(made(seen)), seen.roster.parts) == ([*range(workers)], workers)
+    return seen
+
+
+def kill_server(run: RunName, shard: int) -> None:
+    """Kill the server of a shard; where it is kept twice, once its backup may take over."""
+
+    def may_be_lost(seen: Overview) -> bool:
+        assert seen.servers is not None
+        return seen.servers.seats[shard].ready or not seen.servers.replicated
+
+    seen = wait_until(run, may_be_lost)
+    assert seen.servers is not None
+    manager = run.actor("server-manager")
+    if seen.servers.replicated:
+        joined = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=PATIENCE_S)
+        os.kill(joined.parameters[shard].pid, signal.SIGKILL)
+    else:
+        ray.kill(run.actor(seen.servers.seats[shard].primary))
+
+
+def synchronous(ends: Path, strategy: dict[str, Any], **more: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "task": "tasks_for_tests:Paced",
+        "task_args": {"until": str(ends), "seconds": 0.04},
+        "optimizer": {"name": "SGD", "lr": 0.02},
+        "global_batch_size": 32,
+        "clip_norm": 0.5,
+        "epochs": None,
+        "steps": 400,
+        "evaluation": {"every_epochs": 100},
+    }
+    return job({"name": "ps-sync", **strategy}, 2, **{**fields, **more})
+
+
+def test_a_synchronous_run_goes_on_with_more_and_fewer(tmp_path: Path) -> None:
+    def story(run: RunName, mine: Story) -> None:
+        first = [run.actor(f"worker-{rank}") for rank in range(2)]
+        scale(run, 5, 0)  # and thought better of it
+        scale(run, 4, PATIENCE_S)
+        goes_on(mine, run, 4)
+        with pytest.raises(SpecError, match="14 more workers need 7 CPU, of which"):
+            scale(run, 18, PATIENCE_S)
+        scale(run, 3, PATIENCE_S)
+        goes_on(mine, run, 3)
+        assert not mine.setbacks
+        ray.kill(run.actor("worker-2"))
+        assert mine.recovered.wait(PATIENCE_S)
+        kill_server(run, 0)
+        goes_on(mine, run, 3)
+        assert [run.actor(f"worker-{rank}") for rank in range(2)] == first
+        scale(run, 1, PATIENCE_S)
+        scale(run, 1, PATIENCE_S)
+        goes_on(mine, run, 1)
+        assert run.actor("worker-0") == first[0]
+
+    ends = tmp_path / "ends"
+    watch = Story(story, ends)
+    spec = synchronous(ends, {"num_servers": 2, "replication": 2})
+    result = train(spec, tmp_path, observers=(watch,))
+    watch.join(10)
+    assert not watch.errors, watch.errors
+    assert [setback.replaced for setback in watch.setbacks] == [("worker-2",)]
+    assert [(one.before, one.workers) for one in result.resizes] == [(2, 4), (4, 3), (3, 1)]
+    assert [summary.step for summary in result.history] == list(range(400))
+    size = Sampler(37, 32, 1).batch_size
+    short = [one.step for one in result.history if one.samples != size(one.step)]
+    lost = watch.setbacks[0].step
+    assert not set(short) - set(range(lost - 20, lost)), "but what a lost worker had not told"
+    # Sums are of other parts, so bits differ; and that is all.
+    other = np.frombuffer(undisturbed(spec), np.float32)
+    assert distance(weights(result), other) < 1e-5
+
+
+def test_after_going_back_there_are_as_many_workers_as_before(tmp_path: Path) -> None:
+    def story(run: RunName, mine: Story) -> None:
+        scale(run, 3, PATIENCE_S)
+        goes_on(mine, run, 3)
+        kill_server(run, 0)
+        assert mine.recovered.wait(PATIENCE_S)
+        goes_on(mine, run, 3)
+
+    ends = tmp_path / "ends"
+    watch = Story(story, ends)
+    spec = synchronous(ends, {}, checkpoint={"every_steps": 5})
+    result = train(spec, tmp_path, observers=(watch,))
+    watch.join(10)
+    assert not watch.errors, watch.errors
+    assert [s.replaced for s in watch.setbacks] == [("worker-0", "worker-1", "worker-2")]
+    assert watch.setbacks[0].step >= 5
+    assert [summary.step for summary in result.history] == list(range(400))
+    assert distance(weights(result), np.frombuffer(undisturbed(spec), np.float32)) < 1e-5

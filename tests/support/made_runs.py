@@ -31,6 +31,14 @@ SETBACK = {
     "wait_s": 0.0,
 }
 RECOVERY = {"kind": "recovery", "attempt": 1, "seconds": 2.5}
+RESIZED = {
+    "kind": "resized",
+    "attempt": 2,
+    "step": 4,
+    "before": 2,
+    "workers": 3,
+    "seconds": 0.25,
+}
 
 SAVED = {
     "kind": "checkpoint",

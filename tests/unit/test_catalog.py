@@ -88,16 +88,16 @@ def test_a_fresh_process_finds_the_same() -> None:
             Ring,
             Roles(collective=GroupSpec("auto", 5.0)),
         ),
-        ("ps-sync", PsSync, Roles(servers=1, server_resources={"CPU": 0.0})),
+        ("ps-sync", PsSync, Roles(servers=1, server_resources={"CPU": 0.0}, resizes=True)),
         (
             {"name": "ps-sync", "num_servers": 3, "resources_per_server": {"CPU": 1}},
             PsSync,
-            Roles(servers=3, server_resources={"CPU": 1.0}),
+            Roles(servers=3, server_resources={"CPU": 1.0}, resizes=True),
         ),
         (
             {"name": "ps-sync", "num_servers": 2, "split": "load"},
             PsSync,
-            Roles(servers=2, server_resources={"CPU": 0.0}, split_by_load=True),
+            Roles(servers=2, server_resources={"CPU": 0.0}, resizes=True, split_by_load=True),
         ),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from distplat.actors.trainer import Result
 from distplat.cli import render
 from distplat.cli.render import View, facts_of, print_result, to_json
-from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
+from distplat.platform.progress import EvalSummary, Recovery, Resized, Setback, StepSummary
 from distplat.platform.spec import Job
 
 JOB = Job.model_validate(
@@ -83,15 +83,19 @@ def test_every_evaluation_is_shown(clock: Clock) -> None:
     ]
 
 
-def test_a_failure_says_from_where_the_run_goes_on() -> None:
+def test_a_failure_or_a_resize_says_from_where_the_run_goes_on() -> None:
     out = io.StringIO()
     view = View(out)
     view.disturbed(Setback(1, 10, "server-0 was lost: killed\nmore", ("worker-0", "worker-1"), 0.0))
     view.disturbed(Recovery(1, 3.25))
+    view.disturbed(Resized(2, 120, 2, 4, 0.28))
+    view.disturbed(Resized(3, 121, 4, 1, 0.11))
     assert out.getvalue().splitlines() == [
         "failure: server-0 was lost: killed",
         "attempt 1: replacing worker-0, worker-1, going on from step 10",
         "attempt 1: all workers are at work after 3.2 s",
+        "attempt 2: 4 workers from step 120 on, stood still 0.3 s",
+        "attempt 3: 1 worker from step 121 on, stood still 0.1 s",
     ]
 
 
@@ -146,6 +150,7 @@ def test_the_facts_are_those_of_the_run() -> None:
         "figures": {},
         "checkpoints": [],
         "restarts": [],
+        "resizes": [],
         "run_directory": "/runs/lin-1",
         "model": "/runs/lin-1/model.safetensors",
     }

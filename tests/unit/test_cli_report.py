@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import RECOVERY, SAVED, SETBACK, evaluation, made_run, made_trace, step
+from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
 
 from distplat.cli.main import run
 
@@ -51,7 +51,8 @@ def page_of(path: Path) -> str:
 
 def lively(**changes: Any) -> list[dict[str, Any]]:
     lines = [step(n, figures=FIGURES, **changes) for n in range(8)]
-    return [*lines[:4], SAVED, SETBACK, RECOVERY, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
+    disturbed = [SAVED, SETBACK, RECOVERY, RESIZED]
+    return [*lines[:4], *disturbed, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
 
 
 def test_a_run_that_went_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +61,7 @@ def test_a_run_that_went_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     told = capsys.readouterr().out
     for line in (
         "after step 4, 2.5 MB",
+        "3 workers from step 4 on, stood still 0.2 s",
         "SUCCEEDED",
         "8 of 10",
         "80 samples/s",

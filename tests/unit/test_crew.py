@@ -75,3 +75,13 @@ def test_a_new_attempt_counts_on() -> None:
     made.heard(0, Beat(9, 1, 0.1), 11.0)
     (one,) = made.standings(11.0)
     assert (one.step, one.made) == (9, 9)
+
+
+def test_who_is_no_more_is_forgotten_with_all_that_he_made() -> None:
+    made = crew(0.1, 0.1, 0.1)
+    made.begin(2, 5.0)  # the next attempt: what was made before counts
+    assert [one.made for one in made.standings(5.0)] == [8, 8, 8]
+    made.keep(range(2))
+    assert made.ranks == {0, 1}
+    made.begin(2, 6.0)  # another process has the rank now
+    assert [one.made for one in made.standings(6.0)] == [8, 8, 0]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from distplat.platform.deadlines import STALL_GRACE
 from distplat.platform.errors import (
     ActorLost,
     CollectiveError,
@@ -11,7 +12,7 @@ from distplat.platform.errors import (
     DistplatError,
     UserCodeError,
 )
-from distplat.platform.job import SETTLE_S, STALL_GRACE, JobState, Phase
+from distplat.platform.job import SETTLE_S, JobState, Phase
 from distplat.platform.job_events import Event, Failed, Heard, Joined, Left, Tick, Unanswered
 from distplat.platform.recovery import Policy
 from distplat.platform.spec import Failure

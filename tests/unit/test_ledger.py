@@ -129,12 +129,13 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attempt = 0
+        self.attempt, self.world = 0, WORLD
         self.applied: list[list[int]] = []
+        self.worlds: list[int] = []  #: by step, how many ranks were to make it
         self._start()
 
     def _start(self) -> None:
-        self.book = Ledger(JOB, self.attempt, WORLD)
+        self.book = Ledger(JOB, self.attempt, self.world)
         self.book.restore(len(self.applied))
         self.staged: list[int] = []
 
@@ -145,8 +146,15 @@ class Histories(RuleBasedStateMachine):
         self.book.renew(self.attempt)
         self.staged.clear()
 
+    @rule(world=st.integers(1, 5))
+    def workers_come_or_go(self, world: int) -> None:
+        """The same, and so many are to push from now on."""
+        self.attempt, self.world = self.attempt + 1, world
+        self.book.renew(self.attempt, world)
+        self.staged.clear()
+
     @rule(
-        rank=st.integers(0, WORLD - 1),
+        rank=st.integers(0, 5),
         ahead=st.sampled_from([0, 0, 0, -1, -2, -3, 1, 2]),
         behind=st.sampled_from([0, 0, 0, 0, 1, 2]),
     )
@@ -154,7 +162,7 @@ class Histories(RuleBasedStateMachine):
         """A push for `ahead` steps from now, of `behind` attempts ago."""
         now = len(self.applied)
         offered = push(rank, now + ahead, self.attempt - behind)
-        if behind:
+        if behind or rank >= self.world:
             self._refused(FencedError, offered)
         elif ahead > 0:
             self._refused(GapError, offered)
@@ -178,17 +186,17 @@ class Histories(RuleBasedStateMachine):
         now = len(self.applied)
         if ahead == -1:
             assert self.book.commit(now - 1) is False
-        elif ahead == 0 and len(self.staged) == WORLD:
+        elif ahead == 0 and len(self.staged) == self.world:
             self._commit()
         else:
             with pytest.raises(StaleError if ahead < 0 else GapError):
                 self.book.commit(now + ahead)
 
-    @precondition(lambda self: len(self.staged) < WORLD)
-    @rule(order=st.permutations(range(WORLD)))
+    @precondition(lambda self: len(self.staged) < self.world)
+    @rule(order=st.permutations(range(5)))
     def step_goes_through(self, order: list[int]) -> None:
         """What is missing comes, in any order, and is committed: histories get long."""
-        for rank in order:
+        for rank in [one for one in order if one < self.world]:
             if self.book.offer(push(rank, len(self.applied), self.attempt)) is NEW:
                 self.staged.append(rank)
         self._commit()
@@ -196,6 +204,7 @@ class Histories(RuleBasedStateMachine):
     def _commit(self) -> None:
         assert self.book.commit(len(self.applied)) is True
         self.applied.append(self.staged)
+        self.worlds.append(self.world)
         self.staged = []
 
     @rule()
@@ -207,10 +216,11 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost_and_nothing_counted_twice(self) -> None:
         """Every step that was applied had every rank's gradient, once."""
-        assert all(sorted(ranks) == list(range(WORLD)) for ranks in self.applied)
+        for ranks, world in zip(self.applied, self.worlds, strict=True):
+            assert sorted(ranks) == list(range(world))
         assert self.book.version == len(self.applied)
-        assert self.book.complete == (len(self.staged) == WORLD)
-        assert self.book.missing() == sorted(set(range(WORLD)) - set(self.staged))
+        assert self.book.complete == (len(self.staged) == self.world)
+        assert self.book.missing() == sorted(set(range(self.world)) - set(self.staged))
 
 
 TestHistories = Histories.TestCase

@@ -147,3 +147,32 @@ def test_leased_evaluations_may_end_in_any_order() -> None:
     told = [[summary.step for summary in some] for some in found]
     assert told == [[], [], [50], [], [25]]
     assert gathering.add(part(0, 25)) == gathering.add(part(1, 25)) == [], "told once"
+
+
+def test_with_more_ranks_a_step_is_complete_with_more_reports() -> None:
+    gathering = Gathering(2)
+    assert steps(gathering, [step(0, 0), step(1, 0), step(0, 1)]) == [0]
+    gathering.resize(3, 2)
+    assert steps(gathering, [step(2, 2), step(1, 2)]) == []
+    assert steps(gathering, [step(1, 1)]) == [1], "it was made by two"
+    assert steps(gathering, [step(0, 2)]) == [2]
+    gathering.resize(1, 3)
+    gathering.resize(2, 3)  # nothing was made between
+    assert steps(gathering, [step(0, 3), step(1, 3)]) == [3]
+
+
+def test_an_evaluation_that_was_cut_off_is_made_again_in_other_parts() -> None:
+    gathering = Gathering(3)
+    assert gathering.add(EvalReport(2, 5, 1, {"loss": 9.0})) == []
+    gathering.resize(1, 5)
+    assert gathering.add(EvalReport(0, 5, 3, {"loss": 6.0})) == [EvalSummary(5, 3, {"loss": 2.0})]
+
+
+def test_after_going_back_all_that_is_made_again_is_made_by_as_many_as_there_are() -> None:
+    gathering = Gathering(1)
+    assert steps(gathering, [step(0, 0), step(0, 1), step(0, 2)]) == [0, 1, 2]
+    gathering.resize(2, 3)
+    assert steps(gathering, [step(0, 3), step(1, 3), step(0, 4)]) == [3]
+    gathering.resize(2, 1)
+    again = [step(rank, number) for number in range(1, 6) for rank in range(2)]
+    assert steps(gathering, again) == [4, 5]

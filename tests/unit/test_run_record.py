@@ -5,17 +5,17 @@ import math
 from pathlib import Path
 
 import pytest
-from made_runs import RECOVERY, SAVED, SETBACK, evaluation, made_run, made_trace, step
+from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
 
 from distplat.platform.errors import SpecError, StorageError
-from distplat.platform.progress import EvalSummary, Setback, StepSummary
+from distplat.platform.progress import EvalSummary, Resized, Setback, StepSummary
 from distplat.platform.run_directory import RunDirectory
 from distplat.platform.run_record import find_run, read_run
 from distplat.platform.spec import Job
 
 
 def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
-    lines = [step(0), step(1), evaluation(2, loss=1.5), SETBACK, RECOVERY, SAVED]
+    lines = [step(0), step(1), evaluation(2, loss=1.5), SETBACK, RECOVERY, RESIZED, SAVED]
     path = made_run(tmp_path, lines, result={"status": "SUCCEEDED"}, trace=made_trace())
     record = read_run(path)
     assert record.job["name"] == "digits"
@@ -24,6 +24,7 @@ def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
     assert record.evaluations[0].metrics == {"loss": 1.5}
     assert record.setbacks[0].replaced == ("worker-1",)
     assert record.recoveries[0].seconds == 2.5
+    assert record.resizes == [Resized(2, 4, 2, 3, 0.25)]
     assert record.saved[0].size == 2_500_000
     assert record.result == {"status": "SUCCEEDED"}
     assert record.trace is not None and record.trace.stages == 2
@@ -133,11 +134,13 @@ def test_what_the_platform_writes_is_what_is_read(tmp_path: Path) -> None:
     made = StepSummary(0, 0, 1.5, 4, {"compute": 0.5}, 2, {"sent_bytes": 8.0})
     judged = EvalSummary(1, 3, {"accuracy": 0.5})
     setback = Setback(1, 1, "lost", ("worker-0",), 0.5)
-    for summary in (made, judged, setback):
+    resized = Resized(2, 1, 2, 3, 0.25)
+    for summary in (made, judged, setback, resized):
         directory.record(summary)
     directory.finish("SUCCEEDED", {"seconds": 1.0})
     record = read_run(directory.path)
     assert (record.steps, record.evaluations, record.setbacks) == ([made], [judged], [setback])
+    assert record.resizes == [resized]
     assert record.job["name"] == "real"
     assert record.notes == []
 

@@ -17,7 +17,7 @@ COURSE = Course(steps=4, parts=2)
 DEALT = Consistency(asynchronous=True, dealt=True)
 
 
-def scheduler(how: Consistency = DEALT, **more: Any) -> Scheduler:
+def scheduler(how: Consistency = DEALT, resizes: bool = False, **more: Any) -> Scheduler:
     fields = {
         "name": "small",
         "strategy": "ps-async" if how.asynchronous else "ps-sync",
@@ -27,7 +27,7 @@ def scheduler(how: Consistency = DEALT, **more: Any) -> Scheduler:
         "global_batch_size": 8,
         "failure": {"heartbeat_timeout_s": 0.3},
     }
-    return Scheduler("small/task-scheduler", Job.model_validate({**fields, **more}), how)
+    return Scheduler("small/task-scheduler", Job.model_validate({**fields, **more}), how, resizes)
 
 
 def play(story: Coroutine[Any, Any, None]) -> None:
@@ -172,5 +172,42 @@ def test_a_synchronous_run_is_told_of_by_its_workers() -> None:
         roster = await desk.roster()
         assert (roster.dealt, roster.done, roster.steps) == (False, 3, 4)
         assert [entry.standing.straggler for entry in roster.workers] == [False, True]
+
+    play(story())
+
+
+def test_the_wish_of_a_synchronous_run_is_pending_until_it_is_answered() -> None:
+    async def story() -> None:
+        desk = scheduler(SYNCHRONOUS, resizes=True)
+        wish = await desk.scale(3)
+        assert await desk.poll(0.01) == wish
+        await desk.heard(wish.number)
+        assert await desk.poll(0.01) is None
+        assert (await desk.roster()).pending
+        await desk.answer(wish.number, "worker-2 could not be started")
+        roster = await desk.roster()
+        assert (roster.pending, roster.refused) == (False, "worker-2 could not be started")
+        later = await desk.scale(2)
+        await desk.heard(wish.number)  # late, of the wish before
+        assert await desk.poll(0.01) == later
+
+    play(story())
+
+
+def test_an_attempt_of_another_number_of_workers_has_another_roster() -> None:
+    async def story() -> None:
+        desk = scheduler(SYNCHRONOUS, resizes=True)
+        for rank in range(2):
+            await desk.join(rank, 0, COURSE)
+        for rank in (2, 0, 1):
+            await desk.join(rank, 1, Course(4, 3, first=2))
+        roster = await desk.roster()
+        assert (roster.attempt, roster.parts) == (1, 3)
+        assert [entry.standing.rank for entry in roster.workers] == [0, 1, 2]
+        await desk.join(0, 2, Course(4, 1, first=3))
+        await desk.beat(2, 1, Beat(3, 3, 1.0), (), ())  # late, of one who has left
+        assert [entry.standing.rank for entry in (await desk.roster()).workers] == [0]
+        with pytest.raises(ProtocolError, match="rank 1 built another data set"):
+            await desk.join(1, 2, Course(4, 2))
 
     play(story())

@@ -1,0 +1,151 @@
+"""
+More or fewer workers where all of them make every step together: `distplat scale` of `ps-sync`.
+
+    newcomers    import, build model and data ──▶ ready
+    the others   train ─────────────────────────────────▶│ stop between two steps │ all go on
+    controller                                     Resize ┘ next attempt's orders ┘
+
+What is to be done is decided in `platform/resizing.py` and `platform/job.py`; who leaves, and the
+orders, are the ensemble's. A newcomer that is lost before it is ready disturbs nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import ray
+
+from distplat.actors.ensemble import Ensemble
+from distplat.actors.servers.scheduler import Wish
+from distplat.actors.spawn import lacks
+from distplat.platform.errors import UserCodeError
+from distplat.platform.resizing import Resizing
+from distplat.strategies.catalog import strategy_problems
+
+logger = logging.getLogger(__name__)
+
+_REASON_S = 10.0
+"""How long the reason may take to come of a call that has failed."""
+
+
+class Resizer:
+    """
+    Carries out wishes for another number of workers, one after the other.
+
+    Args:
+        ensemble: the run's actors.
+    """
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self._ensemble = ensemble
+        self._brain = Resizing(ensemble.world)
+        self._heard: Wish | None = None
+        self._number = 0  #: of the wish that is being carried out
+        self._calls: dict[int, tuple[Any, float]] = {}  #: newcomer -> when it is ready, deadline
+
+    @property
+    def world(self) -> int:
+        """Workers that the run goes on with."""
+        return self._brain.world
+
+    def hear(self, wish: Wish) -> None:
+        """Take a wish; the same one comes again until it is known to be heard."""
+        if wish.number > self._number:
+            self._heard = wish
+
+    def begin_anew(self) -> None:
+        """All actors were made anew; of a wish that is left the new scheduler knows nothing."""
+        self._brain.begin_anew(self._ensemble.world)
+        self._calls.clear()
+        self.tell_again()
+
+    def tell_again(self) -> None:
+        """There is a new task scheduler, which counts wishes from 1; what is under way goes on."""
+        self._heard, self._number = None, 0
+
+    def resized(self) -> None:
+        """The run goes on with as many workers as the ensemble has now."""
+        self._brain.resized(self._ensemble.world)
+        self._calls = {rank: c for rank, c in self._calls.items() if rank in self._brain.newcomers}
+
+    def look(self, base: int) -> int | None:
+        """
+        Carry on; called while all workers are at work.
+
+        Args:
+            base: steps of the newest checkpoint.
+
+        Returns:
+            Workers to go on with from the next step; None: nothing is to change now.
+        """
+        brain = self._brain
+        if self._heard is not None:
+            self._take(self._heard)
+            self._heard = None
+        for rank in brain.to_drop:
+            self._drop(rank)
+        for rank in brain.to_make:
+            limit = self._ensemble.job.failure.start_timeout_s
+            self._calls[rank] = self._ensemble.enlist(rank, base), time.monotonic() + limit
+            brain.made(rank)
+        for rank in list(self._calls):
+            if rank in self._calls:  # else it was let go with one that was lost
+                self._look_after(rank)
+        if brain.granted:
+            self._answer("")
+        return brain.due
+
+    def _take(self, wish: Wish) -> None:
+        self._number = wish.number
+        more = wish.workers - self._brain.world - len(self._brain.newcomers)
+        refused = _refusal(self._ensemble, wish.workers, more)
+        if refused:
+            self._ensemble.scheduler.answer.remote(wish.number, refused)
+            return
+        self._ensemble.scheduler.heard.remote(wish.number)
+        self._brain.wish(wish.workers)
+
+    def _look_after(self, rank: int) -> None:
+        call, until = self._calls[rank]
+        if not ray.wait([call], timeout=0)[0]:
+            if time.monotonic() > until:
+                limit = self._ensemble.job.failure.start_timeout_s
+                self._give_up(rank, f"it was not ready within {limit:g} s")
+            return
+        del self._calls[rank]
+        try:
+            ray.get(call, timeout=_REASON_S)
+        except ray.exceptions.RayTaskError as error:
+            logger.warning("worker-%d: %s", rank, error.cause)
+            # Of the user's own errors the last line says what it was, after the traceback.
+            lines = str(error.cause).strip().splitlines()
+            self._give_up(rank, lines[-1 if isinstance(error.cause, UserCodeError) else 0])
+        except ray.exceptions.RayError as error:
+            self._give_up(rank, str(error).strip().splitlines()[0])
+        else:
+            self._brain.ready(rank)
+
+    def _give_up(self, rank: int, why: str) -> None:
+        """A newcomer is lost: the run goes on as it was."""
+        self._answer(f"worker-{rank} could not be started: {why}")
+        for other in list(self._brain.newcomers):
+            self._drop(other)
+
+    def _answer(self, refused: str) -> None:
+        self._brain.give_up()
+        self._ensemble.scheduler.answer.remote(self._number, refused)
+
+    def _drop(self, rank: int) -> None:
+        self._calls.pop(rank, None)
+        self._brain.dropped(rank)
+        self._ensemble.let_go(rank)
+
+
+def _refusal(ensemble: Ensemble, workers: int, more: int) -> str:
+    """Say why there cannot be so many workers; empty: there can."""
+    job = ensemble.job.with_workers(workers)
+    for problem in [*job.problems(), *strategy_problems(job)]:
+        return f"{problem.field}: {problem.message}"
+    return lacks(job, more) if more > 0 else ""

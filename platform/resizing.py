@@ -1,0 +1,80 @@
+"""
+A wish for another number of ranks, where all ranks change at the same step: what comes of it.
+
+    wish: 4       worker-2 and worker-3 are made, and the run goes on with two
+    both ready    due: the run is to stop between two steps, and to go on with four
+    one lost      the wish is given up, the other one is let go; the run went on all the time
+    wish: 1       nobody is to be made: due at once
+
+A later wish takes the place of an earlier one; who is being made and is still wanted, stays. The
+class reads no clock and talks to nobody.
+"""
+
+
+class Resizing:
+    """
+    Who is made ready to join, and when the number is to change.
+
+    Args:
+        world: ranks that there are.
+    """
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.wanted: int | None = None  #: ranks that there are to be; None: no wish is open
+        self.newcomers: dict[int, bool] = {}  #: rank -> whether it is ready
+
+    def wish(self, workers: int) -> None:
+        """So many ranks are wished for, from now on."""
+        self.wanted = workers
+
+    def give_up(self) -> None:
+        """The wish cannot be had."""
+        self.wanted = None
+
+    @property
+    def to_make(self) -> list[int]:
+        """Ranks that are to be made ready, and nobody has begun with."""
+        wanted = range(self.world, self.wanted or 0)
+        return [rank for rank in wanted if rank not in self.newcomers]
+
+    @property
+    def to_drop(self) -> list[int]:
+        """Newcomers that nobody wants any more."""
+        wanted = range(self.world, self.wanted or 0)
+        return [rank for rank in self.newcomers if rank not in wanted]
+
+    def made(self, rank: int) -> None:
+        """A newcomer was asked for; it is starting."""
+        self.newcomers[rank] = False
+
+    def ready(self, rank: int) -> None:
+        """It could begin at once."""
+        self.newcomers[rank] = True
+
+    def dropped(self, rank: int) -> None:
+        """It was let go, or is lost."""
+        self.newcomers.pop(rank, None)
+
+    @property
+    def due(self) -> int | None:
+        """Ranks to go on with, when there is nothing more to wait for; None: go on as it is."""
+        if self.wanted is None or self.wanted == self.world:
+            return None
+        wanted = range(self.world, self.wanted)
+        return self.wanted if all(self.newcomers.get(rank) for rank in wanted) else None
+
+    @property
+    def granted(self) -> bool:
+        """Whether there are as many as are wished for."""
+        return self.wanted == self.world
+
+    def resized(self, world: int) -> None:
+        """The run goes on with so many ranks; newcomers among them are no newcomers any more."""
+        self.world = world
+        self.newcomers = {rank: r for rank, r in self.newcomers.items() if rank >= world}
+
+    def begin_anew(self, world: int) -> None:
+        """All processes were made anew, newcomers went with them; the wish stands."""
+        self.world = world
+        self.newcomers = {}

@@ -1,0 +1,237 @@
+"""The controller's brain when there are to be more or fewer workers: nothing failed, all stop."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from distplat.platform.calling_off import Stop, how_to_stop
+from distplat.platform.deadlines import STALL_GRACE
+from distplat.platform.errors import Abandoned, ActorLost, CollectiveError, DeadlineExceeded
+from distplat.platform.job import SETTLE_S, JobState, Phase
+from distplat.platform.job_events import Event, Failed, Heard, Resize, Tick, Unanswered
+from distplat.platform.recovery import Policy, Restart
+from distplat.platform.spec import Failure
+
+LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
+GO_ON = Policy(max_failures=1, survivors_go_on=True, holders=((0, 1, 2),))
+NO_FAILURE = Policy(max_failures=0, survivors_go_on=True, begin_anew=False)
+STEP = 3
+TOLD = Abandoned("as it was told")
+History = Sequence[tuple[float, Event]]
+
+
+def dead(role: str | int) -> Failed:
+    name = role if isinstance(role, str) else f"worker-{role}"
+    return Failed(name, ActorLost(name, STEP, "killed"), gone=True)
+
+
+def stopped(rank: int, error: Exception = TOLD) -> Failed:
+    return Failed(f"worker-{rank}", error)  # type: ignore[arg-type]
+
+
+def heard(rank: int, step: int = STEP, finished: bool = False) -> Heard:
+    return Heard(rank, step + 1, step, finished)
+
+
+def play(history: History, policy: Policy = GO_ON, world: int = 5) -> JobState:
+    state = JobState(3, LIMITS, 0.0, policy)
+    started: History = [(0, heard(rank)) for rank in range(3)]
+    for now, event in [*started, (1, Resize(world)), *history]:
+        state.handle(event, now)
+    return state
+
+
+ALL_STOP: History = [(1, stopped(0)), (1, stopped(1)), (1.1, stopped(2)), (1.1, Tick())]
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("policy", [GO_ON, NO_FAILURE])
+def test_when_all_have_stopped_the_next_attempt_has_the_new_number(
+    world: int, policy: Policy
+) -> None:
+    for stop in range(len(ALL_STOP)):
+        before = play(ALL_STOP[:stop], policy, world)
+        assert (before.phase, before.restart, before.error) == (Phase.SETTLING, None, None)
+    state = play(ALL_STOP, policy, world)
+    assert state.restart == Restart(1, (), everything=False, wait_s=0.0, world=world)
+    state.restarted(2.0)
+    assert (state.phase, state.attempt, state.error) == (Phase.STARTING, 1, None)
+    for rank in range(world):
+        assert state.phase is Phase.STARTING
+        state.handle(heard(rank, 4), 3.0)
+    assert state.phase is Phase.RUNNING
+    assert (state.steps_done, state.furthest) == (4, 4)
+
+
+def test_it_costs_no_budget() -> None:
+    state = play(ALL_STOP, world=2)
+    state.restarted(2.0)
+    for number in range(5):
+        for rank in range(2):
+            state.handle(heard(rank), 3.0)
+        state.handle(Resize(2), 3.0)
+        for event in (stopped(0), stopped(1), Tick()):
+            state.handle(event, 3.0)
+        assert state.restart is not None
+        state.restarted(3.0)
+        assert state.attempt == number + 2
+    state.handle(dead(1), 4.0)
+    for event in (stopped(0), Tick()):
+        state.handle(event, 4.0)
+    assert state.restart == Restart(7, (1,), everything=False, wait_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("world", "history", "replace"),
+    [
+        # before anybody has stopped, and when all others have
+        (5, [(2, dead(1)), (2, stopped(0)), (2, stopped(2)), (2, Tick())], (1,)),
+        (5, [(2, stopped(0)), (2, stopped(2)), (2, dead(1)), (2, Tick())], (1,)),
+        # one that was to leave is not missed
+        (2, [(2, stopped(0)), (2, stopped(1)), (2, dead(2)), (2, Tick())], ()),
+        (1, [(2, dead(0)), (2, stopped(1)), (2, dead(2)), (2, Tick())], (0,)),
+        # another error than that of one who was told to stop
+        (
+            5,
+            [
+                (2, stopped(1, CollectiveError("g", "x", 3, (1,), "deadline"))),
+                (2, stopped(0)),
+                (2, stopped(2)),
+                (2, Tick()),
+            ],
+            (),
+        ),
+        # frozen: as soon as it is known that something is wrong the other one is, too
+        (
+            5,
+            [
+                (2, stopped(0)),
+                (2 + 10.1, Unanswered("worker-1", 10.1)),
+                (2 + 10.1, stopped(2)),
+                (2 + 10.1, Tick()),
+            ],
+            (1,),
+        ),
+    ],
+)
+def test_a_failure_on_the_way_is_a_failure_and_the_number_changes_all_the_same(
+    world: int, history: History, replace: tuple[int, ...]
+) -> None:
+    state = play(history, world=world)
+    assert state.error is not None
+    assert state.restart == Restart(1, replace, everything=False, wait_s=0.0, world=world)
+    assert play(history, NO_FAILURE, world).restart is None
+    state.restarted(20)
+    state.handle(dead(0), 20)  # the budget was of one
+    state.handle(Tick(), 20)
+    for rank in range(1, world):
+        state.handle(stopped(rank), 20)
+    state.handle(Tick(), 20)
+    assert state.phase is Phase.FAILED
+
+
+def test_a_lost_server_takes_all_back_and_the_number_changes_all_the_same() -> None:
+    history = [(2.0, stopped(0)), (2.0, dead("server-0")), (2, stopped(1)), (2, stopped(2))]
+    state = play([*history, (2, Tick())])
+    assert state.restart == Restart(1, tuple(range(5)), everything=True, wait_s=0.0, world=5)
+    state.restarted(3.0, step=2)
+    assert (state.steps_done, state.furthest) == (2, 2)
+
+
+def test_a_lost_coordinator_is_replaced_and_the_number_changes_all_the_same() -> None:
+    history: History = [(2, dead("task-scheduler")), *((2, stopped(rank)) for rank in range(3))]
+    state = play([*history, (2, Tick())])
+    lost = ("task-scheduler",)
+    assert state.restart == Restart(1, (), everything=False, wait_s=0, coordinators=lost, world=5)
+
+
+def test_after_going_back_there_are_as_many_as_before() -> None:
+    state = play(ALL_STOP)
+    state.restarted(2.0)
+    for rank in range(5):
+        state.handle(heard(rank), 3.0)
+    state.handle(dead("server-0"), 3.0)
+    for rank in range(5):
+        state.handle(stopped(rank), 3.0)
+    state.handle(Tick(), 3.0)
+    assert state.restart == Restart(2, tuple(range(5)), everything=True, wait_s=0.0)
+    state.restarted(4.0, step=2)
+    for rank in range(5):
+        assert state.phase is Phase.STARTING
+        state.handle(heard(rank, 2), 5.0)
+    assert state.phase is Phase.RUNNING
+
+
+def test_those_of_the_start_may_all_be_lost_when_others_have_come() -> None:
+    """Every worker has the whole model: `holders` names those of the start."""
+    state = play(ALL_STOP)
+    state.restarted(2.0)
+    for rank in range(5):
+        state.handle(heard(rank), 3.0)
+    for event in (dead(0), dead(1), dead(2), stopped(3), stopped(4), Tick()):
+        state.handle(event, 3.0)
+    assert state.restart == Restart(2, (0, 1, 2), everything=False, wait_s=0.0)
+
+
+def test_a_busy_worker_is_waited_for_as_long_as_a_step_may_take() -> None:
+    busy: History = [(1, stopped(0)), (1, stopped(2))]
+    late = 1 + 20 * STALL_GRACE
+    state = play([*busy, (late - 0.1, Unanswered("worker-1", SETTLE_S + 1)), (late - 0.1, Tick())])
+    assert (state.restart, state.error) == (None, None)
+    state = play([*busy, (late, Tick()), (late, Tick())])
+    assert isinstance(state.error, DeadlineExceeded)
+    assert "worker-1" in str(state.error)
+    assert state.restart == Restart(1, (1,), everything=False, wait_s=0.0, world=5)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        [(0.5, heard(1, 9, finished=True))],
+        [(0.5, dead(1))],
+    ],
+    ids=["it ends", "it is in trouble"],
+)
+def test_a_run_that_is_otherwise_busy_is_left_alone(first: History) -> None:
+    state = JobState(3, LIMITS, 0.0, GO_ON)
+    for now, event in [*((0.0, heard(rank)) for rank in range(3)), *first]:
+        state.handle(event, now)
+    phase = state.phase
+    state.handle(Resize(5), 1.0)
+    assert state.phase is phase
+    for rank in (0, 2):
+        state.handle(stopped(rank, CollectiveError("g", "x", 3, (1,), "y")), 1.0)
+    state.handle(Tick(), 1.0)
+    assert state.restart is not None
+    assert state.restart.world is None
+
+
+def test_a_run_that_starts_is_left_alone() -> None:
+    state = JobState(3, LIMITS, 0.0, GO_ON)
+    state.handle(Resize(5), 1.0)
+    assert state.phase is Phase.STARTING
+
+
+def test_a_run_that_ends_meanwhile_has_ended() -> None:
+    state = play([(1, heard(rank, 9, finished=True)) for rank in range(3)])
+    assert state.phase is Phase.SUCCEEDED
+
+
+def test_who_has_finished_counts_as_stopped() -> None:
+    state = play([(1, heard(0, 9, finished=True)), (1, stopped(1)), (1, stopped(2)), (1, Tick())])
+    assert state.restart == Restart(1, (), everything=False, wait_s=0.0, world=5)
+
+
+def test_how_far_the_first_to_stop_has_come_is_told() -> None:
+    state = play([])
+    assert state.halted is None
+    state.handle(heard(1, 7), 2)
+    state.handle(stopped(1), 2)
+    assert state.halted == 7
+
+
+def test_how_workers_are_stopped() -> None:
+    assert how_to_stop(False, None) is Stop.REST
+    assert how_to_stop(False, 0) is Stop.HALT
+    assert how_to_stop(True, None) is how_to_stop(True, 5) is Stop.ABANDON
+    assert Stop.REST < Stop.HALT < Stop.ABANDON

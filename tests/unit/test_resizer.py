@@ -1,0 +1,223 @@
+"""The body of a resize without Ray: who is made and let go, what is answered, what is due."""
+
+from typing import Any, cast
+
+import pytest
+import ray
+
+from distplat.actors import resizing
+from distplat.actors.ensemble import Ensemble
+from distplat.actors.resizing import Resizer
+from distplat.actors.servers.scheduler import Wish
+from distplat.platform.errors import UserCodeError
+from distplat.platform.spec import Job
+
+JOB = Job.model_validate(
+    {
+        "name": "small",
+        "strategy": {"name": "ps-sync", "backup_workers": 1},
+        "scaling": {"num_workers": 2},
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "steps": 4,
+        "global_batch_size": 8,
+        "failure": {"start_timeout_s": 7},
+    }
+)
+
+
+class FakeScheduler:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            @staticmethod
+            def remote(*args: Any) -> None:
+                self.told.append((name, *args))
+
+        return Method
+
+
+class FakeEnsemble:
+    """Two workers, and newcomers by rank: what their call came to, or None while it is open."""
+
+    def __init__(self) -> None:
+        self.job, self.scheduler = JOB, FakeScheduler()
+        self.newcomers: dict[int, object] = {}
+
+    @property
+    def world(self) -> int:
+        return self.job.scaling.world
+
+    def enlist(self, rank: int, base: int) -> int:
+        assert rank not in self.newcomers
+        self.newcomers[rank] = None
+        return rank
+
+    def let_go(self, rank: int) -> None:
+        del self.newcomers[rank]
+
+    def resize(self, world: int) -> None:
+        for rank in range(self.world, world):
+            assert self.newcomers.pop(rank) == "ready"
+        self.job = self.job.with_workers(world)
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def lacking() -> list[str]:
+    """What the cluster lacks."""
+    return []
+
+
+@pytest.fixture
+def ensemble(monkeypatch: pytest.MonkeyPatch, clock: Clock, lacking: list[str]) -> FakeEnsemble:
+    fake = FakeEnsemble()
+
+    def wait(calls: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        done = [rank for rank in calls if fake.newcomers[rank] is not None]
+        return done, [rank for rank in calls if rank not in done]
+
+    def get(rank: int, timeout: float) -> None:
+        outcome = fake.newcomers[rank]
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(resizing, "time", clock)
+    monkeypatch.setattr(resizing, "lacks", lambda job, more: "".join(lacking))
+    return fake
+
+
+def made(ensemble: FakeEnsemble, workers: int, number: int = 1) -> Resizer:
+    resizer = Resizer(cast(Ensemble, ensemble))
+    resizer.hear(Wish(number, workers))
+    assert resizer.look(0) is None
+    return resizer
+
+
+def test_newcomers_are_ready_before_anything_is_due(ensemble: FakeEnsemble) -> None:
+    resizer = made(ensemble, 4)
+    assert ensemble.newcomers == {2: None, 3: None}
+    ensemble.newcomers[3] = "ready"
+    assert resizer.look(0) is None
+    ensemble.newcomers[2] = "ready"
+    assert resizer.look(0) == 4
+    assert resizer.look(0) == 4, "until it is so"
+    assert ensemble.scheduler.told == [("heard", 1)]
+    ensemble.resize(4)
+    resizer.resized()
+    assert (resizer.look(0), resizer.world) == (None, 4)
+    assert ensemble.scheduler.told == [("heard", 1), ("answer", 1, "")]
+    resizer.hear(Wish(1, 4))  # it comes again until the scheduler has the answer
+    assert resizer.look(0) is None
+    assert ensemble.scheduler.told == [("heard", 1), ("answer", 1, "")]
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (ray.exceptions.RayActorError(), "the actor experienced an error"),
+        (
+            ray.exceptions.RayTaskError(
+                "f", "", UserCodeError(3, None, "KeyError: 17", "Trace\n  x")
+            ),
+            "your task failed on rank 3, before the first step: keyerror: 17",
+        ),
+        (None, "it was not ready within 7 s"),
+    ],
+    ids=["killed", "it raised", "too slow"],
+)
+def test_when_one_cannot_come_all_are_let_go(
+    ensemble: FakeEnsemble, clock: Clock, lost: int, outcome: object, said: str
+) -> None:
+    resizer = made(ensemble, 4)
+    ensemble.newcomers |= {lost: outcome, 5 - lost: "ready" if lost == 3 else None}
+    clock.now = 7.1
+    assert resizer.look(0) is None
+    assert ensemble.newcomers == {}
+    number, refused = ensemble.scheduler.told[-1][1:]
+    assert number == 1
+    assert refused.startswith(f"worker-{lost} could not be started: ")
+    assert said in refused.lower()
+    assert "\n" not in refused
+    assert resizer.look(0) is None
+    resizer.hear(Wish(2, 3))
+    resizer.look(0)
+    assert ensemble.newcomers == {2: None}
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [
+        (9, "global_batch_size: 8 samples cannot be cut into 9 workers"),
+        (1, "strategy.backup_workers: must be less than the 1 workers (got 1)"),
+        (3, "1 more workers need 1 CPU"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
+    ensemble: FakeEnsemble, lacking: list[str], workers: int, said: str
+) -> None:
+    resizer = made(ensemble, 4)
+    lacking.append("1 more workers need 1 CPU" if workers == 3 else "")
+    if workers == 3:  # nobody has come yet
+        resizer = Resizer(cast(Ensemble, ensemble))
+        ensemble.newcomers.clear()
+    resizer.hear(Wish(2, workers))
+    assert resizer.look(0) is None
+    assert ("answer", 2) == ensemble.scheduler.told[-1][:2]
+    assert said in ensemble.scheduler.told[-1][2]
+    assert list(ensemble.newcomers) == ([] if workers == 3 else [2, 3])
+
+
+def test_as_many_as_there_are_is_granted_at_once(ensemble: FakeEnsemble) -> None:
+    made(ensemble, 2)
+    assert ensemble.scheduler.told == [("heard", 1), ("answer", 1, "")]
+
+
+def test_a_later_wish_takes_the_place_of_the_earlier(ensemble: FakeEnsemble) -> None:
+    resizer = made(ensemble, 5)
+    resizer.hear(Wish(2, 3))
+    assert resizer.look(0) is None
+    assert ensemble.newcomers == {2: None}
+    ensemble.newcomers[2] = "ready"
+    assert resizer.look(0) == 3
+    assert ensemble.scheduler.told == [("heard", 1), ("heard", 2)]
+
+
+def test_when_all_were_made_anew_newcomers_are_made_again(ensemble: FakeEnsemble) -> None:
+    resizer = made(ensemble, 4, number=7)
+    ensemble.newcomers.clear()  # they ended with all others
+    resizer.begin_anew()
+    assert resizer.look(0) is None
+    assert ensemble.newcomers == {2: None, 3: None}
+    resizer.hear(Wish(1, 2))  # the new scheduler counts from 1
+    assert resizer.look(0) is None
+    assert ensemble.newcomers == {}
+
+
+def test_a_new_scheduler_is_heard_and_newcomers_go_on_making_themselves_ready(
+    ensemble: FakeEnsemble,
+) -> None:
+    resizer = made(ensemble, 4, number=7)
+    resizer.tell_again()
+    ensemble.newcomers |= {2: "ready", 3: "ready"}
+    assert resizer.look(0) == 4, "the wish stands"
+    resizer.hear(Wish(1, 3))  # it counts from 1
+    assert resizer.look(0) == 3
+    assert ensemble.newcomers == {2: "ready"}
