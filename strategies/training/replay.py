@@ -90,6 +90,10 @@ class ReplayGroup:
         for cut, shard in zip(self._cuts, self.shards, strict=True):
             self._flats[rank].params[cut.start : cut.stop].copy_(shard.params)
 
+    def bounds(self) -> list[tuple[int, int]]:
+        """Give each shard's first element, and the one after its last."""
+        return [(cut.start, cut.stop) for cut in self._cuts]
+
     @property
     def _over(self) -> bool:
         return all(place == len(log) for place, log in zip(self._places, self._logs, strict=True))
@@ -169,6 +173,17 @@ class ReplayShards:
 
     def step_back(self, version: int) -> None:
         """See `Shards`; asynchronous shards have no version in common."""
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """See `Shards`."""
+        return self._group.bounds()
+
+    def may_leave(self, shard: int) -> bool:
+        """See `Shards`; when a gradient is applied, the logs say."""
+        return False
+
+    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
+        """See `Shards`; asked of no part."""
 
     def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
