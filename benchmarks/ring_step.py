@@ -100,8 +100,8 @@ def read_times(folder: str) -> float:
     return max(float(p.read_text()) for p in Path(folder).iterdir() if p.is_file()) * 1e3
 
 
-def ours(strategy: str, steps: int, kind: str) -> float:
-    """Train under distplat; give milliseconds per step."""
+def ours(strategy: object, steps: int, kind: str, **fields: Any) -> float:
+    """Train under distplat; give milliseconds per step. `fields` are more of the job's."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         job = {
             "name": "bench",
@@ -113,6 +113,7 @@ def ours(strategy: str, steps: int, kind: str) -> float:
             "steps": steps,
             "storage_path": runs,
             "checkpoint": {"save_final": False},
+            **fields,
         }
         Trainer(job, Timed).fit()
         return read_times(folder)

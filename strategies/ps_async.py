@@ -50,7 +50,7 @@ class PsAsyncOptions(Options):
     """2: each shard has a backup, which takes over when its server is lost."""
     wire: Literal["exact", "fp16", "bf16"] = "exact"
     """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
-    overlap: Flag = True
+    overlap: Flag = False
     """Push a shard's part while backward still makes the others', where that is safe."""
 
 

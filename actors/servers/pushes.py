@@ -27,7 +27,6 @@ class Pushes:
         road: where the worker's vectors lie.
         ferry: to the device.
         versions: by shard, that of the values which are here; kept up to date.
-        staged: whether steps wait for a commit.
     """
 
     def __init__(
@@ -37,22 +36,16 @@ class Pushes:
         road: Road,
         ferry: Direct,
         versions: dict[int, int],
-        staged: bool,
     ) -> None:
         self._order, self._lines, self._road, self._ferry = order, lines, road, ferry
-        self._versions, self._staged = versions, staged
+        self._versions = versions
         self._limit_s = order.job.failure.step_timeout_s
         self._round: Round | None = None  #: a push of which some parts have left
         self._left: set[int] = set()
 
     def may_leave(self, shard: int) -> bool:
-        """
-        See `Shards`.
-
-        Where a commit follows, a push changes no parameters, and when somebody commits all ranks
-        have pushed all shards: the last of them after backward.
-        """
-        return self._staged or self._ferry.apart or self._road.apart(self._lines.cuts[shard])
+        """See `Shards`."""
+        return self._ferry.apart or self._road.apart(self._lines.cuts[shard])
 
     def push_part(self, shard: int, step: int, task: int | None, setting: str) -> None:
         """See `Shards`."""

@@ -111,10 +111,7 @@ class RayShards:
         if self._on_device:
             shared = road.gradients, road.parameters
             self._ferry = cuda_ferry(self._flat.grads, self._flat.params, shared)
-        staged = self._order.job.clip_norm is not None and len(lines.cuts) > 1
-        self._pushes = Pushes(
-            self._order, lines, road, self._ferry, self._versions, staged and not joined.private
-        )
+        self._pushes = Pushes(self._order, lines, road, self._ferry, self._versions)
         near = sorted(road.near)
         far = [cut.index for cut in lines.cuts if cut.index not in road.near]
         logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)

@@ -137,7 +137,6 @@ class InMemoryShards:
         self._group.renew(self._attempt)
         plan = self._group.plan
         private = plan.consistency.private
-        self._staged = plan.job.clip_norm is not None and len(self._cuts) > 1 and not private
         if not private and not self._group.apart:
             flat.move(shared, flat.grads)
         self.refresh()
@@ -163,8 +162,8 @@ class InMemoryShards:
         return [(cut.start, cut.stop) for cut in self._cuts]
 
     def may_leave(self, shard: int) -> bool:
-        """See `Shards`; where a commit follows, a push changes nothing yet."""
-        return self._group.apart or self._staged
+        """See `Shards`."""
+        return self._group.apart
 
     def push_part(self, shard: int, step: int, task: int | None = None) -> None:
         """See `Shards`."""
