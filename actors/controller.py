@@ -16,6 +16,7 @@ from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.ensemble import Ensemble
 from distplat.actors.messages import News
 from distplat.actors.scaling import Scaling
+from distplat.actors.servers.recruiting import Wanted
 from distplat.actors.servers.scheduler import Wish
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 from distplat.platform.job import JobState, Phase
@@ -122,7 +123,7 @@ class Controller:
             self._state.handle(Joined(rank), time.monotonic())
 
     def _go_on(self, restart: Restart, cause: str) -> None:
-        replaced = tuple(f"worker-{rank}" for rank in restart.replace)
+        replaced = *(f"worker-{rank}" for rank in restart.replace), *restart.coordinators
         saved = self._checkpoints.newest() if restart.everything else None
         if restart.everything:
             self.base = saved.step if saved is not None else 0
@@ -137,6 +138,8 @@ class Controller:
         self._gathering.lost()
         if restart.everything:
             self._scaling.begin_anew()
+        elif "task-scheduler" in restart.coordinators:
+            self._scaling.tell_again()
         self._actors = self._ensemble.roles
         renewed = set(self._actors) if restart.everything else set(replaced)
         self._up -= renewed
@@ -184,6 +187,8 @@ class Controller:
             return [Failed(role, answer)]
         if isinstance(answer, Wish):
             self._scaling.hear(answer)
+        if isinstance(answer, Wanted):
+            self._ensemble.recruit(answer)
         return self._news(role, answer) if isinstance(answer, News) else []
 
     def _news(self, role: str, news: News) -> list[Event]:

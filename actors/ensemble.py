@@ -13,7 +13,15 @@ from typing import Any
 import ray
 
 from distplat.actors.messages import SavedHandle, WorkOrder
-from distplat.actors.spawn import spawn, spawn_worker, start_workers
+from distplat.actors.servers.recruiting import Wanted
+from distplat.actors.spawn import (
+    spawn,
+    spawn_manager,
+    spawn_scheduler,
+    spawn_server,
+    spawn_worker,
+    start_workers,
+)
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import StorageError
 from distplat.platform.recovery import Policy, Restart
@@ -121,7 +129,26 @@ class Ensemble:
                 self._cast.workers[rank] = spawn_worker(
                     launch.job, launch.run, restart.attempt, rank, self._cast.seat(rank)
                 )
+            self._replace_coordinators(restart)
         self._give_orders(restart.attempt, saved, base)
+
+    def _replace_coordinators(self, restart: Restart) -> None:
+        launch, cast = self._launch, self._cast
+        given = launch.job, launch.roles, launch.run, restart.attempt
+        if "server-manager" in restart.coordinators:
+            ray.kill(cast.manager)  # it may only be frozen
+            cast.manager = spawn_manager(*given, cast.servers, adopts=True)
+        if "task-scheduler" in restart.coordinators:
+            ray.kill(cast.scheduler)
+            cast.scheduler = spawn_scheduler(*given)
+
+    def recruit(self, wanted: Wanted) -> None:
+        """Make a server node for the manager; asked for twice, it is brought once more."""
+        launch, servers = self._launch, self._cast.servers
+        if wanted.server not in servers:
+            given = launch.job, launch.roles, launch.run, self._attempt
+            servers[wanted.server] = spawn_server(*given, wanted.server, wanted.beside)
+        self._cast.manager.bring.remote(wanted.server, servers[wanted.server])
 
     def grow(self, count: int, base: int) -> list[int]:
         """

@@ -10,9 +10,9 @@ from typing import Any
 import ray
 
 from distplat.actors.runs import RunName, find_runs
-from distplat.actors.servers.manager import ServersSeen
 from distplat.actors.servers.scheduler import Roster
 from distplat.platform.errors import ActorLost, DeadlineExceeded, Problem, SpecError
+from distplat.platform.server_group import ServersSeen
 
 ANSWER_S = 10.0
 _AGAIN_S = 0.2
@@ -79,7 +79,10 @@ def scale(run: RunName, workers: int, wait_s: float) -> Roster:
         roster: Roster | None = _ask(run, "task-scheduler", lambda actor: actor.roster.remote())
         if roster is None:
             raise ActorLost("task-scheduler", None, f"run {run.run} is over")
-        if roster.wish is not None and roster.wish.number == wish.number and roster.refused:
+        if roster.wish is None:
+            cause = "it was lost, and the one that follows it does not know the wish: ask again"
+            raise ActorLost("task-scheduler", None, cause)
+        if roster.wish.number == wish.number and roster.refused:
             raise SpecError(Problem(("--workers",), roster.refused))
         if wait_s == 0 or len(roster.workers) == workers:
             return roster

@@ -42,6 +42,11 @@ class Scaling:
         self._wish = None
         self._leaving.clear()
 
+    def tell_again(self) -> None:
+        """The task scheduler is another one: it does not know who is leaving."""
+        self._wish = None
+        self._ensemble.scheduler.dismiss.remote(tuple(self._leaving))
+
     def carry_out(self, base: int) -> list[int]:
         """
         Have workers join or leave, if there is a wish.

@@ -6,7 +6,6 @@ restarted by Ray: they end with their owner (I8), and a shard must not come back
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import ray
@@ -39,7 +38,8 @@ class Cast:
 
     workers: dict[int, Any] = field(default_factory=dict)
     """By rank."""
-    servers: list[Any] = field(default_factory=list)
+    servers: dict[str, Any] = field(default_factory=dict)
+    """Server nodes by name."""
     manager: Any = None
     seats: list[Any] = field(default_factory=list)
     """A placement group for each worker group of several workers."""
@@ -50,7 +50,7 @@ class Cast:
         """Kill all of them; the dead are passed over."""
         alone = [actor for actor in (self.manager, self.scheduler) if actor is not None]
         workers = self.workers.values()
-        for actor in [*workers, *alone, *self.servers, *self.embedding_servers]:
+        for actor in [*workers, *alone, *self.servers.values(), *self.embedding_servers]:
             ray.kill(actor)
         for seats in self.seats:
             remove_placement_group(seats)
@@ -72,22 +72,28 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     """
     _check_feasible(job, roles)
     cast = Cast()
-    common = _common(run)
     cast.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
         cast.workers[rank] = spawn_worker(job, run, attempt, rank, cast.seat(rank))
     for index in range(roles.servers):
-        cast.servers.append(spawn_server(job, roles, run, attempt, f"server-{index}"))
+        name = f"server-{index}"
+        cast.servers[name] = spawn_server(job, roles, run, attempt, name)
     if roles.servers:
-        name = actor_name(job, "server-manager", attempt)
-        # Two per worker: one waits for a newer map, one for anything else.
-        options = {**common, **_resources({"CPU": 0.0}), **_threads(job, roles), "name": name}
-        manager = ray.remote(ServerManager).options(**options)
-        make = partial(spawn_server, job, roles, run, attempt)
-        cast.manager = manager.remote(name, job, run, attempt, cast.servers, roles, make)
-        cast.scheduler = _spawn_scheduler(job, roles, run, attempt)
+        cast.manager = spawn_manager(job, roles, run, attempt, cast.servers)
+        cast.scheduler = spawn_scheduler(job, roles, run, attempt)
     cast.embedding_servers = _spawn_embedding_servers(job, run, attempt)
     return cast
+
+
+def spawn_manager(
+    job: Job, roles: Roles, run: str, attempt: int, servers: dict[str, Any], *, adopts: bool = False
+) -> Any:
+    """Ask Ray for the server manager; `adopts`: the servers have had another one before."""
+    name = actor_name(job, "server-manager", attempt)
+    # Two per worker: one waits for a newer map, one for anything else.
+    options = {**_common(run), **_resources({"CPU": 0.0}), **_threads(job, roles), "name": name}
+    manager = ray.remote(ServerManager).options(**options)
+    return manager.remote(name, job, run, attempt, servers, roles, adopts=adopts)
 
 
 def spawn_server(
@@ -122,7 +128,8 @@ def _threads(job: Job, roles: Roles) -> dict[str, int]:
     return {"max_concurrency": 2 * most + _SERVER_THREADS}
 
 
-def _spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:
+def spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:
+    """Ask Ray for the task scheduler."""
     name = actor_name(job, "task-scheduler", attempt)
     options = {**_common(run), **_resources({"CPU": 0.0}), "name": name}
     return ray.remote(Scheduler).options(**options).remote(name, job, roles.consistency)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview
-    from distplat.actors.servers.manager import ServersSeen
     from distplat.actors.servers.scheduler import Entry, Roster
+    from distplat.platform.server_group import ServersSeen
 
 
 def role_lines(seen: Overview) -> list[str]:

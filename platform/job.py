@@ -28,7 +28,7 @@ from distplat.platform.errors import (
     UserCodeError,
 )
 from distplat.platform.job_events import Event, Failed, Heard, Joined, Left, Tick, Unanswered
-from distplat.platform.recovery import Budget, Policy, Restart
+from distplat.platform.recovery import COORDINATORS, Budget, Policy, Restart
 from distplat.platform.spec import Failure
 
 SETTLE_S = 2.0
@@ -99,7 +99,7 @@ class JobState:
 
     @property
     def _servers_lost(self) -> bool:
-        return any(_rank_of(role) is None for role in self._gone)
+        return any(_rank_of(role) is None for role in self._gone - COORDINATORS)
 
     @property
     def steps_done(self) -> int:
@@ -232,7 +232,8 @@ class JobState:
         kept = self._policy.survivors_go_on and not self._state_lost
         everything = self._servers_lost or not self._policy.has_all(usable) or not kept
         replace = tuple(r for r in ranks if everything or r not in usable)
-        self.restart = Restart(self.attempt + 1, replace, everything, answer)
+        lost = () if everything else tuple(sorted(self._gone & COORDINATORS))
+        self.restart = Restart(self.attempt + 1, replace, everything, answer, lost)
 
     def _watch_start(self, now: float) -> None:
         limit = self._limits.start_timeout_s

@@ -18,6 +18,9 @@ FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 SAME_STEP_LIMIT = 3
 """So many failures at the same step end the run: what comes next would fail there too."""
+COORDINATORS = frozenset({"server-manager", "task-scheduler"})
+"""What they know, they can be told again by the servers and the workers: without them no state is
+lost."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Restart:
     everything: bool
     """Servers are made anew too; all begin from the last checkpoint, or from the first step."""
     wait_s: float
+    coordinators: tuple[str, ...] = ()
+    """Roles that are made anew, too, though all else goes on: see `COORDINATORS`."""
 
 
 class Budget:

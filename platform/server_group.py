@@ -11,13 +11,21 @@ an earlier pair is told from one of the present pair (see `Part`). Only this cla
 primary may go on alone: one that misses its backup waits to be told. So there is never a moment in
 which the primary goes on without the backup while the backup is promoted (I4).
 
+A manager that was lost is followed by another one, which asks the servers what they keep (`adopt`).
+
 The class reads no clock and talks to nobody: news come in, orders go out.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+
+from distplat.platform.part import Role
+from distplat.platform.shard_map import Shard
 
 MOST_LOSSES = 8
 """So many servers lost for one shard, and no further backup is made: something else is wrong."""
+_TERMS = 1 << 20
+"""Of one manager, far more than it will need: a later one's are above all of them."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,21 @@ class GoAlone:
 Order = MakeBackup | Fill | Promote | GoAlone
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a server says of itself to a manager that was not there before."""
+
+    server: str
+    shard: int | None
+    """Number of its shard, among those of all parts of the model; None: it was given none yet."""
+    role: Role = Role.WAITING
+    term: int = 0
+    backup: str | None = None
+    """Of a primary that is mirrored."""
+    cut: Shard | None = None
+    """Which run of its part's vector the shard is."""
+
+
 @dataclass
 class Seat:
     """One shard and who keeps it."""
@@ -73,6 +96,18 @@ class Seat:
     making: str | None = None
     """A backup that is being started."""
     losses: int = 0
+
+
+@dataclass(frozen=True)
+class ServersSeen:
+    """The server group, as it is shown."""
+
+    version: int
+    """Of the shard map; 0: no shard was given out yet."""
+    cuts: tuple[Shard, ...]
+    seats: tuple[Seat, ...]
+    """By shard, who keeps it."""
+    replicated: bool
 
 
 @dataclass
@@ -103,9 +138,42 @@ class ServerGroup:
             found += [name for name in (seat.primary, seat.backup, seat.making) if name is not None]
         return found
 
+    def adopt(self, held: Sequence[Held], names: Collection[str], generation: int) -> list[str]:
+        """
+        Take over, before anything else, what a manager before has left behind.
+
+        Every shard stays with its primary, which is to go on alone in a term of this manager: so
+        whatever the one before has still on its way is refused. Backups are made anew.
+
+        Args:
+            held: what the servers say that answer.
+            names: of all servers that were ever made.
+            generation: number of managers before this one.
+
+        Returns:
+            Servers that are of no use any more. `broken` tells that a shard has no primary for
+            certain: a mirrored one may have been replaced by its backup, if that does not answer.
+        """
+        self._made = 1 + max(int(name.rpartition("-")[2]) for name in names)
+        for seat in self.seats:
+            mine = [one for one in held if one.shard == seat.shard]
+            fresh = [one for one in held if one.shard is None and one.server == seat.primary]
+            found = max(filter(_serves, mine), key=lambda one: one.term, default=None)
+            if found is not None and _is_sure(found, mine):
+                seat.primary, seat.term = found.server, generation * _TERMS
+            elif mine or not fresh:
+                self.broken = seat.primary
+        kept = {seat.primary for seat in self.seats}
+        return [one.server for one in held if one.server not in kept]
+
     def begin(self) -> list[Order]:
         """Have every shard get its backup."""
-        return [order for seat in self.seats for order in self._make(seat)]
+        orders: list[Order] = []
+        for seat in self.seats:
+            if seat.term > 1:
+                orders.append(GoAlone(seat.shard, seat.primary, seat.term))
+            orders += self._make(seat)
+        return orders
 
     def made(self, server: str) -> list[Order]:
         """A backup was started: have it filled."""
@@ -158,3 +226,15 @@ class ServerGroup:
         seat.making = f"server-{self._made}"
         self._made += 1
         return [MakeBackup(seat.shard, seat.making, seat.primary)]
+
+
+def _serves(one: Held) -> bool:
+    return one.role is not Role.BACKUP
+
+
+def _is_sure(primary: Held, others: Sequence[Held]) -> bool:
+    """Say whether no other server can have been made the primary instead."""
+    if primary.role is not Role.MIRRORED:
+        return True
+    here = [one for one in others if one.server == primary.backup]
+    return any(one.role is Role.BACKUP for one in here)

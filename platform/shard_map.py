@@ -141,6 +141,8 @@ class ShardPlan:
     """Runs of the shard that another one has too, and counts in the norm of the gradient."""
     wire: str | None = None
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
+    number: int = 0
+    """Of the shard, among those of all parts of the model."""
 
     def worker(self, place: int) -> str:
         """Name one of the workers, by its number among them."""

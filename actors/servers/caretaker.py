@@ -43,7 +43,7 @@ _ANSWER_GRACE_S = 10.0
 """A primary times out by itself and knows more; only a frozen one needs ours on top."""
 
 Make = Callable[[str, str], Any]
-"""Makes a server node: name, and the node on which it should rather not be."""
+"""Has a server node made: name, and the node on which it should rather not be."""
 Assign = Callable[[Any, int], Address]
 """Gives a server its shard, as a backup; waits for the first worker, who knows the model."""
 
@@ -53,21 +53,28 @@ class Caretaker:
     Keeps a group of servers and their backups going.
 
     Args:
-        primaries: handles of the first primaries, by shard.
+        group: who keeps what.
+        handles: of its servers, by name.
         limits: the job's deadlines.
         make: see `Make`.
         assign: see `Assign`.
     """
 
-    def __init__(self, primaries: list[Any], limits: Failure, make: Make, assign: Assign) -> None:
+    def __init__(
+        self,
+        group: ServerGroup,
+        handles: dict[str, Any],
+        limits: Failure,
+        make: Make,
+        assign: Assign,
+    ) -> None:
         self._limits, self._make, self._assign = limits, make, assign
-        self._group = ServerGroup(len(primaries))
-        self.handles = {f"server-{i}": handle for i, handle in enumerate(primaries)}
+        self._group, self.handles = group, dict(handles)
         self._addresses: dict[str, Address] = {}  #: of promoted servers' parameters
         self._news: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
         self._open: dict[Any, tuple[str, float]] = {}  #: question -> (server, when it was asked)
         self._heard: dict[str, float] = {}  #: server -> when it last answered
-        self._map = self._group.version, [f"server-{i}" for i in range(len(primaries))]
+        self._map = group.version, [seat.primary for seat in group.seats]
         self._changed = threading.Condition()
         self.lost: str | None = None  #: a server that was lost with all that it kept
         threading.Thread(target=self._run, name="caretaker", daemon=True).start()

@@ -26,7 +26,7 @@ from distplat.platform.task_scheduler import Course, Work
 
 PULSE_S = 0.5
 """Between two words of a worker about itself."""
-_NAME = "the task scheduler"
+_NAME = "task-scheduler"
 
 
 class RayLeases:
@@ -128,7 +128,7 @@ class RayLeases:
             raise error.cause from None
         except ray.exceptions.RayActorError as error:
             cause = str(error).strip().splitlines()[0]
-            raise ActorLost("task-scheduler", None, cause) from None
+            raise ActorLost(_NAME, None, cause) from None
         with self._lock:  # it knows of these now
             del self._tasks[: self._said[0]], self._evaluations[: self._said[1]]
         return work

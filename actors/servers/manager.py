@@ -6,27 +6,31 @@ others; the manager watches all of them.
 
 The class is plain; `spawn.py` makes an actor of it. Where every shard is kept twice, a caretaker
 replaces lost servers (`caretaker.py`); else the first loss is the end of the attempt.
+
+A manager that follows a lost one asks the servers what they have (`adopting.py`): nothing that it
+must know is anywhere else.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distplat.actors.asking import Call, ask
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.actors.servers.adopting import adopt
 from distplat.actors.servers.caretaker import Caretaker
+from distplat.actors.servers.recruiting import Recruiting, Wanted
 from distplat.actors.servers.watching import Watch
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
 from distplat.platform.part import Role
-from distplat.platform.server_group import Seat
-from distplat.platform.shard_map import Shard, ShardMap, ShardPlan, cut_shards, within
+from distplat.platform.server_group import Seat, ServerGroup, ServersSeen
+from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
 
@@ -35,18 +39,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ServersSeen:
-    """The server group, as it is shown."""
-
-    version: int
-    """Of the shard map; 0: no shard was given out yet."""
-    cuts: tuple[Shard, ...]
-    seats: tuple[Seat, ...]
-    """By shard, who keeps it."""
-    replicated: bool
 
 
 class ServerManager:
@@ -58,9 +50,10 @@ class ServerManager:
         job: the run's job.
         run: its name.
         attempt: its generation.
-        servers: handles of the server nodes; the n-th keeps shard n, those of part 0 come first.
+        servers: handles of the server nodes by name; at first `server-n` keeps shard n, and those
+            of part 0 come first.
         roles: when they apply gradients, and how often each shard is kept.
-        make: makes one more server node; see `Make` of `caretaker.py`.
+        adopts: whether they have had another manager before.
     """
 
     def __init__(
@@ -69,12 +62,13 @@ class ServerManager:
         job: Job,
         run: str,
         attempt: int,
-        servers: list[Any],
+        servers: dict[str, Any],
         roles: Roles,
-        make: Callable[[str, str], Any],
+        *,
+        adopts: bool = False,
     ) -> None:
         self._name, self._job, self._run, self._attempt = name, job, run, attempt
-        self._servers, self._roles = servers, roles
+        self._roles = roles
         self._division = roles.division(job.scaling.world)
         self._joining = threading.Lock()
         self._facts: dict[int, ModelFacts] = {}  #: by part
@@ -83,24 +77,39 @@ class ServerManager:
         self._assigned = [threading.Event() for _ in self._division.parts]
         self._caretaker: Caretaker | None = None
         self._watch: Watch | None = None
+        group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
+        held = adopt(group, servers, attempt, limit) if adopts else []
+        self._found = {one.shard: one.cut for one in held if one.cut is not None}
+        self._servers = [servers[seat.primary] for seat in group.seats]  # as they were at first
         if roles.replication > 1:
-            self._caretaker = Caretaker(servers, job.failure, make, self._assign_backup)
+            self._recruiting = Recruiting(job.failure.start_timeout_s)
+            make, assign = self._recruiting.make, self._assign_backup
+            self._caretaker = Caretaker(group, servers, job.failure, make, assign)
         else:
-            self._watch = Watch(servers, job.failure.heartbeat_timeout_s)
+            self._watch = Watch(self._servers, limit)
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
-    def poll(self, hold_s: float) -> DistplatError | None:
-        """Tell the controller which server was lost for good; `hold_s`: see `Worker.poll`."""
+    def poll(self, hold_s: float) -> DistplatError | Wanted | None:
+        """
+        Tell the controller which server was lost for good, or is to be made.
+
+        Args:
+            hold_s: see `Worker.poll`.
+        """
         if self._watch is not None:
             self._watch.losing.wait(hold_s)
             return self._watch.lost
         caretaker = self._caretaker
         assert caretaker is not None, "one of them looks after the servers"
-        time.sleep(hold_s)
-        return None if caretaker.lost is None else _lost_for_good(caretaker.lost)
+        wanted = self._recruiting.next(hold_s)
+        return wanted if caretaker.lost is None else _lost_for_good(caretaker.lost)
+
+    def bring(self, server: str, handle: Any) -> None:
+        """Take a server that was wanted."""
+        self._recruiting.bring(server, handle)
 
     def join(self, rank: int, facts: ModelFacts) -> Membership:
         """
@@ -206,7 +215,13 @@ class ServerManager:
 
     def _cut(self, facts: ModelFacts, everybody: list[int]) -> ShardMap:
         """Cut the vector: evenly, or as fast as the servers are when all measure at once."""
+        found = [self._found[number] for number in everybody if number in self._found]
+        if len(found) == len(everybody):
+            return ShardMap(1, facts.size, tuple(found))
         speeds = []
+        if self._roles.split_by_load and found:  # they could not be cut in the same way again
+            cause = "its manager was lost before every server had its shard"
+            raise ActorLost(f"server-{everybody[0]}", None, cause)
         if self._roles.split_by_load:
             job, world = self._job, self._job.scaling.world
             servers = [self._servers[i] for i in everybody]
@@ -249,6 +264,7 @@ class ServerManager:
             wire=self._roles.wire,
             workers=ranks if len(self._division.parts) > 1 else (),
             uncounted=within(facts.uncounted, cut),
+            number=index,
         )
         return partial(server.assign.remote, plan, cut, facts.size, facts.dtype, segment, role)
 

@@ -25,6 +25,8 @@ from distplat.actors.messages import Address
 from distplat.actors.servers.roads import from_bytes
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
 from distplat.platform.part import Part, Role
+from distplat.platform.server_group import Held
+from distplat.platform.shard_map import Shard
 from distplat.strategies.training.mirror import Mirrored, Twin, Update, become, twin_of
 
 _SLICE_S = 0.05
@@ -65,6 +67,11 @@ class Mirroring:
     def settled(self) -> bool:
         """See `Mirror`."""
         return self.part.settled
+
+    def held(self, number: int, cut: Shard) -> Held:
+        """Say what this server keeps, and as what."""
+        backup = self._backup.name if self._backup is not None else None
+        return Held(self._name, number, self.part.role, self.part.term, backup, cut)
 
     def send(self, update: Update, gradient: Tensor) -> None:
         """See `Mirror`."""

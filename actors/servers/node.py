@@ -16,6 +16,7 @@ from distplat.actors.importing import quick_imports
 from distplat.actors.messages import Address, Attached
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.part import Role
+from distplat.platform.server_group import Held
 from distplat.platform.shard_map import Shard, ShardPlan
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class ServerNode:
     def where(self) -> str:
         """Give the id of this server's node; also the answer that says: alive."""
         return str(ray.get_runtime_context().get_node_id())
+
+    def held(self) -> Held:
+        """Say what this server keeps, and as what, to a manager that was not there before."""
+        return self._body.held()
 
     def speed(self, job: Job, world: int, dtype: str) -> float:
         """Measure how many elements this server updates in a second."""

@@ -119,6 +119,8 @@ class Scheduler:
             self._course = course
             if self._how.dealt:
                 self._brain = TaskScheduler(course, self._how.bound)
+                for leaving in self._leaving:
+                    self._brain.dismiss(leaving)
         elif (course.steps, course.parts) != (self._course.steps, self._course.parts):
             raise ProtocolError(
                 f"rank {rank} built another data set than the first rank to come: {course} against "

@@ -28,6 +28,7 @@ from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.part import Role
 from distplat.platform.pieces import Place, Whole
+from distplat.platform.server_group import Held
 from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_shard import AsyncShard
@@ -46,8 +47,7 @@ class Serving:
     The body of a server node.
 
     Args:
-        name: of the actor, for messages.
-        node: Ray's id of the node it runs on.
+        name: of the actor, for messages; node: Ray's id of the node it runs on.
     """
 
     def __init__(self, name: str, node: str) -> None:
@@ -101,10 +101,15 @@ class Serving:
             served.mirror = self._mirroring
         self._segment = segment
         log_to_stderr()
-        logger.info(
-            "shard %d: parameters %d..%d of %d", shard.index, shard.start, shard.stop, total
-        )
+        which = shard.index, shard.start, shard.stop, total
+        logger.info("shard %d: parameters %d..%d of %d", *which)
         return segment.address
+
+    def held(self) -> Held:
+        """Say what is kept here, and as what; the manager knows this server's name."""
+        if self._segment is None:
+            return Held(self._name, None)
+        return self._mirroring.held(self._plan.number, self._cut)
 
     def attach(
         self,

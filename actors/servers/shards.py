@@ -75,8 +75,8 @@ class RayShards:
         )
         join = partial(self._order.manager.join.remote, self._order.rank, self._facts)
         limit = self._limits.start_timeout_s + ANSWER_GRACE_S
-        name = "the server manager"
-        joined: Membership = ask("join", [join], [name], limit, "start_timeout_s", self._look)[0]
+        who = ["server-manager"]
+        joined: Membership = ask("join", [join], who, limit, "start_timeout_s", self._look)[0]
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
             self._tracker = Tracker(self._order.manager, joined, self._limits)

@@ -10,6 +10,7 @@ import ray
 
 from distplat.actors.asking import AGAIN_S, LOOK_S
 from distplat.actors.messages import Membership
+from distplat.platform.errors import ActorLost
 from distplat.platform.spec import Failure
 
 _ASK_S = 10.0
@@ -45,7 +46,7 @@ class Tracker:
 
         Raises:
             MapChanged: there is a newer map.
-            DistplatError: a shard was lost for good.
+            ActorLost: a shard was lost for good, or the manager.
         """
         if ray.wait([self._question], timeout=0)[0]:
             self._take_answer()
@@ -78,6 +79,9 @@ class Tracker:
             time.sleep(AGAIN_S)  # the answer got lost; ask again
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except ray.exceptions.RayActorError as error:
+            cause = str(error).strip().splitlines()[0]
+            raise ActorLost("server-manager", None, cause) from None
         if self._newer is not None:
             self._version = self._newer.shard_map.version
         self._question = self._ask()

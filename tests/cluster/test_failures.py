@@ -88,9 +88,8 @@ def test_killed_worker(strategy: str, tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize("role", ["ServerNode", "ServerManager"])
-def test_killed_server(role: str, tmp_path: Path) -> None:
-    killer = Killer(role, signal.SIGKILL)
+def test_killed_server(tmp_path: Path) -> None:
+    killer = Killer("ServerNode", signal.SIGKILL)
     spec = job({"name": "ps-sync", "num_servers": 2}, 2, **LONG)
     with pytest.raises(ActorLost, match="server"):
         train(spec, tmp_path, observers=(killer,))

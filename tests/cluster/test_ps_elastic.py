@@ -116,7 +116,7 @@ def test_shards_that_a_loss_left_at_two_versions_come_together() -> None:
         assert connect(0) == [0, 0]
         assert push(0) == [[0.625], [0.625]]  # 1 - (1 + 2) / 8
         waiting = ranks[0].push.remote(1)
-        ray.get(cast.servers[0].push.remote(PushId(run, 0, 1, 1), None), timeout=60)
+        ray.get(cast.servers["server-0"].push.remote(PushId(run, 0, 1, 1), None), timeout=60)
         ray.kill(ranks[1])
         ray.get(ranks[0].abandon.remote(), timeout=60)
         with pytest.raises(Abandoned):

@@ -75,22 +75,19 @@ def test_a_run_goes_on_where_another_stopped(strategy: object, tmp_path: Path) -
     ("deeds", "strategy"),
     [
         (["ServerNode 0 at 13"], SERVERS),
-        (["ServerManager 1 at 13"], SERVERS),
         (["kill 0 at 13"], SHARDED),
         (["kill all at 13"], RING),
     ],
-    ids=["a server", "the manager", "a part", "all at once"],
+    ids=["a server", "a part", "all at once"],
 )
 def test_lost_state_comes_from_the_checkpoint(
     deeds: list[str], strategy: object, tmp_path: Path
 ) -> None:
     result = train(spec(tmp_path, strategy, deeds), tmp_path)
     same(result, tmp_path, strategy)
-    # No step needs the manager: workers may be at the end before its death is noticed.
-    assert len(result.setbacks) == 1 or "ServerManager" in deeds[0]
-    for setback in result.setbacks:
-        assert len(setback.replaced) == 2
-        assert setback.step >= EVERY, "what was not yet with the driver dies with who made it"
+    (setback,) = result.setbacks
+    assert len(setback.replaced) == 2
+    assert setback.step >= EVERY, "what was not yet with the driver dies with who made it"
 
 
 def test_a_resumed_run_that_loses_all_goes_back_to_what_it_began_from(tmp_path: Path) -> None:

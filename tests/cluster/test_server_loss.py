@@ -52,7 +52,12 @@ class Losing(threading.Thread):
 
     def run(self) -> None:
         assert self.training.wait(MOST_S)
-        manager = ray.get_actor("small/server-manager", namespace=self.run_name)
+        self.lose()
+        self.done.touch()
+
+    def lose(self, manager_name: str = "small/server-manager") -> None:
+        """Send the signals."""
+        manager = ray.get_actor(manager_name, namespace=self.run_name)
         for number in self.signals:
             self.lost.append(self._ready_seat(manager).primary)
             address = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=MOST_S).parameters[0]
@@ -60,7 +65,6 @@ class Losing(threading.Thread):
             began = time.monotonic()
             os.kill(address.pid, number)
             self._standstill(began)
-        self.done.touch()
 
     def _ready_seat(self, manager: Any) -> Seat:
         until = time.monotonic() + MOST_S

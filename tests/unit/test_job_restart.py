@@ -141,6 +141,41 @@ def test_what_a_server_kept_is_given_up_only_if_the_job_says_so(
         assert (state.phase, state.error) == (Phase.FAILED, SERVER_LOST)
 
 
+def no_coordinator(role: str) -> Failed:
+    return Failed(role, ActorLost(role, 3, "killed"), gone=True)
+
+
+@pytest.mark.parametrize(
+    ("history", "coordinators"),
+    [
+        ([(1, no_coordinator("server-manager"))], ("server-manager",)),
+        # a worker notices first, the controller later
+        (
+            [
+                (1, stopped(0, ActorLost("task-scheduler", 3, "x"))),
+                (1, no_coordinator("task-scheduler")),
+            ],
+            ("task-scheduler",),
+        ),
+        # frozen, both
+        (
+            [(1, Unanswered("server-manager", 99)), (1, Unanswered("task-scheduler", 99))],
+            ("server-manager", "task-scheduler"),
+        ),
+    ],
+)
+def test_a_lost_coordinator_takes_no_state_with_it(
+    history: History, coordinators: tuple[str, ...]
+) -> None:
+    rest: History = [(1, stopped(rank)) for rank in range(3)]
+    state = play([*history, *rest, (1, Tick())])
+    assert state.restart == Restart(1, (), False, 0.0, coordinators)
+    state = play([*history, (1, dead(1)), *rest, (1, Tick())])
+    assert state.restart == Restart(1, (1,), False, 0.0, coordinators)
+    state = play([*history, (1, stopped(2, SERVER_LOST)), *rest, (1, Tick())])
+    assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
+
+
 def lose(state: JobState, now: float, step: int) -> None:
     """All ranks are at work, have made `step` steps, then rank 1 dies."""
     for rank in range(3):

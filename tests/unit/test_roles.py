@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 
 from distplat.actors.overview import Overview
-from distplat.actors.servers.manager import ServersSeen
 from distplat.actors.servers.scheduler import Entry, Roster, Wish
 from distplat.cli.render import to_json
 from distplat.cli.roles import role_facts, role_lines
 from distplat.platform.crew import Standing
-from distplat.platform.server_group import Seat
+from distplat.platform.server_group import Seat, ServersSeen
 from distplat.platform.shard_map import Shard
 
 CUTS = (Shard(0, 0, 617_296), Shard(1, 617_296, 1_234_567))

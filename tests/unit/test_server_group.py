@@ -13,6 +13,7 @@ from distplat.platform.server_group import (
     MOST_LOSSES,
     Fill,
     GoAlone,
+    Held,
     MakeBackup,
     Order,
     Promote,
@@ -108,6 +109,55 @@ def test_a_part_refuses_what_is_not_its_own() -> None:
         part.check_update(2)
 
 
+ALONE, MIRRORED, BACKUP, WAITING = Role.ALONE, Role.MIRRORED, Role.BACKUP, Role.WAITING
+
+
+@pytest.mark.parametrize(
+    ("held", "primary", "useless"),
+    [
+        # a pair: the primary has everything, and its backup is made anew
+        (
+            [Held("server-0", 0, MIRRORED, 2, "server-1"), Held("server-1", 0, BACKUP, 2)],
+            "server-0",
+            ["server-1"],
+        ),
+        # a promoted backup, and the primary before it, which was only frozen
+        (
+            [Held("server-0", 0, MIRRORED, 2, "server-1"), Held("server-1", 0, ALONE, 3)],
+            "server-1",
+            ["server-0"],
+        ),
+        # a backup that was being started
+        ([Held("server-0", 0, ALONE, 5), Held("server-3", None)], "server-0", ["server-3"]),
+        # a mirrored primary whose backup does not answer may have been replaced by it
+        ([Held("server-0", 0, MIRRORED, 2, "server-1")], None, ["server-0"]),
+        # a backup by itself may lack what the primary did after it was given up
+        ([Held("server-1", 0, BACKUP, 2)], None, ["server-1"]),
+        ([], None, []),
+        # no worker has come yet
+        ([Held("server-0", None), Held("server-1", None)], "server-0", ["server-1"]),
+        # another server has the shard: the first one lost it
+        ([Held("server-0", None), Held("server-1", 0, BACKUP, 2)], None, ["server-1"]),
+    ],
+)
+def test_a_manager_that_follows_another_asks_the_servers(
+    held: list[Held], primary: str | None, useless: list[str]
+) -> None:
+    group = ServerGroup(1)
+    dropped = group.adopt(held, ["server-0", "server-1", "server-3"], generation=2)
+    if primary is None:
+        assert group.broken == "server-0"
+        return
+    assert (group.broken, group.seats[0].primary, dropped) == (None, primary, useless)
+    term = group.seats[0].term
+    make = MakeBackup(0, "server-4", primary)  # a name that nobody had before
+    if held[0].shard is None:
+        assert (term, group.begin()) == (1, [make])
+    else:
+        assert term > max(one.term for one in held) + 1000
+        assert group.begin() == [GoAlone(0, primary, term), make]
+
+
 @dataclass
 class Node:
     """A server with its updates; `owed` are applied and not yet acknowledged."""
@@ -138,7 +188,7 @@ class Losses(RuleBasedStateMachine):
         self.orders: list[Order] = []
         self.confirmed: list[tuple[str, int]] = []
         self.acknowledged: list[int] = []
-        self.count = 0
+        self.count = self.managers = 0
         self._begin(self.group.begin())
 
     def _begin(self, orders: list[Order]) -> None:
@@ -242,6 +292,24 @@ class Losses(RuleBasedStateMachine):
             primary.part.change(Role.MIRRORED, order.term)
             primary.mirror = order.backup
             self.confirmed.append((order.backup, order.term))
+
+    @rule()
+    def lose_the_manager(self) -> None:
+        """Another one follows; what the first has sent may still come."""
+        if self.group.broken is not None:
+            return
+        self.managers += 1
+        held = [
+            Held(name, 0, node.part.role, node.part.term, node.mirror)
+            for name, node in self.nodes.items()
+            if node.answers
+        ]
+        self.group = ServerGroup(1)
+        for useless in self.group.adopt(held, self.nodes, self.managers):
+            self.nodes[useless].up = False
+        self.confirmed.clear()
+        if self.group.broken is None:
+            self._begin(self.group.begin())
 
     @rule(data=st.data())
     def confirm(self, data: st.DataObject) -> None:

@@ -1,0 +1,53 @@
+"""How the server manager gets new servers: wanted until they have come, each brought once."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from distplat.actors.servers.recruiting import Recruiting, Wanted
+from distplat.platform.errors import DeadlineExceeded
+
+
+def making(recruiting: Recruiting, server: str, found: dict[str, Any]) -> threading.Thread:
+    def make() -> None:
+        found[server] = recruiting.make(server, "node-1")
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_server_is_wanted_until_it_comes() -> None:
+    recruiting, found = Recruiting(10.0), dict[str, Any]()
+    assert recruiting.next(0.0) is None
+    thread = making(recruiting, "server-2", found)
+    wanted = Wanted("server-2", "node-1")
+    assert recruiting.next(10.0) == wanted
+    assert recruiting.next(0.0) == wanted, "the first answer may have been lost"
+    recruiting.bring("server-9", "nobody asked for it")
+    recruiting.bring("server-2", "handle")
+    recruiting.bring("server-2", "the same call once more")
+    thread.join(10.0)
+    assert found == {"server-2": "handle"}
+    assert recruiting.next(0.0) is None
+
+
+def test_two_at_once() -> None:
+    recruiting, found = Recruiting(10.0), dict[str, Any]()
+    threads = [making(recruiting, name, found) for name in ("server-2", "server-3")]
+    for _ in threads:
+        wanted = recruiting.next(10.0)
+        assert wanted is not None
+        recruiting.bring(wanted.server, wanted.server.upper())
+    for thread in threads:
+        thread.join(10.0)
+    assert found == {"server-2": "SERVER-2", "server-3": "SERVER-3"}
+
+
+def test_one_that_does_not_come_is_named() -> None:
+    recruiting = Recruiting(0.05)
+    with pytest.raises(DeadlineExceeded) as caught:
+        recruiting.make("server-2", "node-1")
+    assert caught.value.missing == ("server-2",)
+    assert recruiting.next(0.0) is None
