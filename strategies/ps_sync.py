@@ -120,8 +120,8 @@ class PsSync(Strategy[PsSyncOptions]):
 
     def last_backward(self, step: int) -> None:
         """Have each shard's part leave as soon as it is complete."""
-        assert self._early is not None, "setup() comes first"
-        self._early.last_backward(step)
+        if self._early is not None:
+            self._early.last_backward(step)
 
     def exchange(self, step: int) -> None:
         """Push; returns when the shards have the gradients that the step needs."""
