@@ -8,7 +8,7 @@ gives the same answer again. `docs/decisions/asking_again.md` says why Ray's own
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -36,6 +36,7 @@ class Asked:
         limit_s: deadline of all of them, from now.
         setting: the field of `failure` that changes it.
         look: called ten times a second while an answer is missing; what it raises ends the wait.
+        made: told of each call that is made its number and its reference.
     """
 
     def __init__(
@@ -46,11 +47,26 @@ class Asked:
         limit_s: float,
         setting: str,
         look: Callable[[], object] | None = None,
+        made: Callable[[int, Any], object] = lambda number, reference: None,
     ) -> None:
-        self._what, self._calls, self._names = what, calls, names
-        self._limit_s, self._setting, self._look = limit_s, setting, look
-        self._until = time.monotonic() + limit_s
-        self._open = [call() for call in calls]
+        self._what, self._limit_s, self._setting = what, limit_s, setting
+        self._look, self._made = look, made
+        self._calls: list[Call] = []
+        self._names: list[str] = []
+        self._open: list[Any] = []
+        for call, name in zip(calls, names, strict=True):
+            self.add(call, name)
+        self.start_again()
+
+    def add(self, call: Call, name: str) -> None:
+        """Make one more call."""
+        self._calls.append(call)
+        self._names.append(name)
+        self._open.append(self._make(len(self._open)))
+
+    def start_again(self) -> None:
+        """Have the deadline count from now: only now somebody waits."""
+        self._until = time.monotonic() + self._limit_s
 
     def wait(self) -> None:
         """Return when all have answered; see `answers`."""
@@ -64,14 +80,28 @@ class Asked:
             ActorLost, DeadlineExceeded: somebody is gone, or frozen.
             DistplatError: what the other side or `look` raised.
         """
-        return [self._answer(index) for index in range(len(self._calls))]
+        found = dict(self.arrivals())
+        return [found[index] for index in range(len(self._calls))]
 
-    def _answer(self, index: int) -> Any:
-        while True:
+    def arrivals(self) -> Iterator[tuple[int, Any]]:
+        """
+        Wait for the answers, and give each when it comes, with the number of its call.
+
+        Raises:
+            ActorLost, DeadlineExceeded, DistplatError: see `answers`.
+        """
+        missing = list(range(len(self._calls)))
+        while missing:
             left = max(0.0, self._until - time.monotonic())
+            calls = [self._open[index] for index in missing]
+            come = ray.wait(calls, num_returns=1, timeout=min(left, LOOK_S) if self._look else left)
+            if not come[0]:
+                self._check(missing[0])
+                continue
+            index = missing[calls.index(come[0][0])]
             try:
-                return ray.get(self._open[index], timeout=min(left, LOOK_S) if self._look else left)
-            except ray.exceptions.GetTimeoutError:
+                answer = ray.get(come[0][0], timeout=left)
+            except ray.exceptions.GetTimeoutError:  # it is large, and still on its way
                 self._check(index)
             except ray.exceptions.ActorUnavailableError:
                 self._check(index)
@@ -79,12 +109,20 @@ class Asked:
                     "%s: no answer from %s, asking again", self._what, self._names[index]
                 )
                 time.sleep(AGAIN_S)
-                self._open[index] = self._calls[index]()
+                self._open[index] = self._make(index)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayActorError as error:
                 cause = str(error).strip().splitlines()[0]
                 raise ActorLost(self._names[index], None, cause) from None
+            else:
+                missing.remove(index)
+                yield index, answer
+
+    def _make(self, index: int) -> Any:
+        reference = self._calls[index]()
+        self._made(index, reference)
+        return reference
 
     def _check(self, index: int) -> None:
         """Give up where nobody wants the answers any more, or it is too late."""

@@ -111,12 +111,12 @@ def read_times(folder: str) -> float:
     return max(float(p.read_text()) for p in Path(folder).iterdir() if p.is_file()) * 1e3
 
 
-def ours(strategy: str, steps: int, kind: str) -> float:
-    """Train under distplat; give milliseconds per step."""
+def ours(strategy: object, steps: int, kind: str, **fields: Any) -> float:
+    """Train under distplat; give milliseconds per step. `fields` are more of the job's."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         job = {
             "name": "bench",
-            "strategy": STRATEGIES[strategy],
+            "strategy": strategy,
             "scaling": {"num_workers": WORKERS},
             "optimizer": {"name": "SGD", "lr": 1e-3, "momentum": 0.9},
             "task_args": {"steps": steps, "folder": folder, "kind": kind},
@@ -124,6 +124,7 @@ def ours(strategy: str, steps: int, kind: str) -> float:
             "steps": steps,
             "storage_path": runs,
             "checkpoint": {"save_final": False},
+            **fields,
         }
         Trainer(job, Timed).fit()
         return read_times(folder)
@@ -181,7 +182,9 @@ def main() -> None:
     )
     for (kind, strategy), goal in GOALS.items():
         mine, other = alternately(
-            partial(ours, strategy, args.steps, kind), partial(peer, args.steps, kind), args.rounds
+            partial(ours, STRATEGIES[strategy], args.steps, kind),
+            partial(peer, args.steps, kind),
+            args.rounds,
         )
         print_ratio(f"{strategy} training step, {kind}", mine, other, goal)
     ray.shutdown()

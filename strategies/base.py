@@ -235,6 +235,9 @@ class Strategy(ABC, Generic[OptionsT]):
         Be told that the step's last backward begins: gradients that it finishes are final.
 
         Not called on a rank that has no samples in this step.
+
+        Args:
+            step: as `exchange` will be told; where tasks are leased, the number of the task.
         """
 
     @abstractmethod

@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from distplat.platform.clocks import Consistency
+from distplat.platform.errors import Problem
 from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.load import load_figures
 from distplat.platform.spec import Job
 from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
+from distplat.strategies.overlap import overlap_problems
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distplat.strategies.training.early import EarlyPush
     from distplat.strategies.training.parts import Part
     from distplat.strategies.training.running_stats import Buffers
 
@@ -45,6 +50,8 @@ class PsAsyncOptions(Options):
     """2: each shard has a backup, which takes over when its server is lost."""
     wire: Literal["exact", "fp16", "bf16"] = "exact"
     """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
+    overlap: Flag = False
+    """Push a shard's part while backward still makes the others', where that is safe."""
 
 
 @strategies.register("ps-async")
@@ -55,6 +62,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
     has_parts = True
     options_type = PsAsyncOptions
     _buffers: Buffers | None = None
+    _early: EarlyPush | None = None
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
@@ -74,14 +82,25 @@ class PsAsync(Strategy[PsAsyncOptions]):
             wire=WIRES[chosen.wire],
         )
 
+    def problems(self, job: Job) -> list[Problem]:
+        """Refuse to overlap where nothing can leave early."""
+        given, overlap = self.options.model_fields_set, self.options.overlap
+        if job.clip_norm is not None and "overlap" in given and overlap:
+            text = "has no effect with `clip_norm`: the norm is known when backward is over"
+            return [Problem(("strategy", "overlap"), text, "remove it")]
+        return overlap_problems(given, overlap, self.options.num_servers)
+
     def survivors_go_on(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""
         return True
 
     def setup(self, context: Context) -> int:
         """Take the servers' parameters."""
-        from distplat.strategies.training.running_stats import Buffers  # torch: in workers only
+        from distplat.strategies.training.early import EarlyPush  # torch: in workers only
+        from distplat.strategies.training.running_stats import Buffers
 
+        if self._early is not None:
+            self._early.close()
         self._context, self._shards, self._flat = context, context.shards, context.flat
         self._pushes, self._finished = 0, False
         self._dealt = context.job.embeddings is None
@@ -93,7 +112,14 @@ class PsAsync(Strategy[PsAsyncOptions]):
             self._buffers.restore()  # this rank's forward of the step is made once more
         self._buffers = Buffers(flat.model)
         self._done = flat.version
+        early = self.options.overlap and context.job.clip_norm is None
+        self._early = EarlyPush(flat, self._shards, overlap=early, prepare=self._weigh)
         return self._done
+
+    def last_backward(self, step: int) -> None:
+        """Have each shard's part leave as soon as it is complete."""
+        if self._early is not None:
+            self._early.last_backward(*self._name(step))
 
     def exchange(self, step: int) -> None:
         """
@@ -102,26 +128,28 @@ class PsAsync(Strategy[PsAsyncOptions]):
         Args:
             step: of this rank; where tasks are leased, the number of the task.
         """
-        self._prepare_gradient()
-        if self._dealt:
-            self._last = self._shards.push(self._pushes, step)
-        else:
-            self._last = self._shards.push(step)
+        from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
 
-    def _prepare_gradient(self) -> None:
+        assert self._early is not None, "setup() comes first"
+        self._early.finish()
+        grads, limit = self._flat.grads, self._context.job.clip_norm
+        if limit is not None:
+            grads.mul_(clip_factor(squared_norm(grads) ** 0.5, limit))
+        self._last = self._shards.push(*self._name(step))
+
+    def _name(self, step: int) -> tuple[int, int | None]:
+        """Give the push's number, and its task where tasks are leased."""
+        return (self._pushes, step) if self._dealt else (step, None)
+
+    def _weigh(self, part: Tensor) -> None:
         """
-        Make the gradient one of this rank's own samples, clipped by its own norm.
+        Make a part of the gradient one of this rank's own samples; clipping follows.
 
         As it comes, a sample weighs 1/global batch. Times the world that is the mean over this
         rank's samples where the batch is cut evenly; where it is not, every sample counts alike.
         """
-        from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
-
-        grads, limit = self._flat.grads, self._context.job.clip_norm
         if self._context.world > 1:
-            grads.mul_(self._context.world)
-        if limit is not None:
-            grads.mul_(clip_factor(squared_norm(grads) ** 0.5, limit))
+            part.mul_(self._context.world)
 
     def update(self, step: int) -> None:
         """Count; the servers have made the update."""
@@ -155,4 +183,5 @@ class PsAsync(Strategy[PsAsyncOptions]):
             "waiting_s": self._last.waiting_s,
             **load_figures(self._last.loads),
             "dropped": float(self._last.dropped),
+            **self._last.overlap(),
         }

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -53,16 +53,22 @@ class Bells:
         """Give the memory back; servers stop listening when somebody else rings."""
         self._segment.seal()
 
-    def ring(self, request: Request) -> None:
-        """Ask all of them."""
-        for bell in self._bells.values():
-            bell.ring(request)
+    def ring(self, shard: int, request: Request) -> None:
+        """Ask one of them; its answer to the request before has been read."""
+        self._bells[shard].ring(request)
 
-    def answers(self, what: str, limit_s: float, setting: str) -> dict[int, Answer]:
+    def answered_at(self, shard: int) -> float:
+        """Give when the answer that was read last was written, by the monotonic clock."""
+        return self._bells[shard].answered_at
+
+    def answers(
+        self, rung: Sequence[int], what: str, limit_s: float, setting: str
+    ) -> Iterator[tuple[int, Answer]]:
         """
-        Wait for all answers.
+        Wait for answers, and give one after the other.
 
         Args:
+            rung: shards that were asked.
             what: was asked, for messages.
             limit_s: deadline of all of them.
             setting: the field of `failure` that changes it.
@@ -72,21 +78,20 @@ class Bells:
             DistplatError: what a server raised.
         """
         until = time.monotonic() + limit_s
-        found = {}
-        for shard, bell in self._bells.items():
+        for shard in rung:
+            bell = self._bells[shard]
             while not bell.answered(_SLICE_S):
                 self._look_after(shard)
                 self._look()
                 if time.monotonic() > until:
-                    late = [s for s, other in self._bells.items() if not other.answered(0.0)]
+                    late = [one for one in rung if not self._bells[one].answered(0.0)]
                     missing = tuple(self._names[s] for s in late)
                     raise DeadlineExceeded(what, missing, limit_s, f"failure.{setting}")
             answer = bell.read()
             if answer is None:
                 self._look_after(shard, _REASON_S)
                 raise ActorLost(self._names[shard], None, f"it could not say why {what} failed")
-            found[shard] = answer
-        return found
+            yield shard, answer
 
     def _call(self, shard: int) -> Any:
         return self._listen(shard, self._segment.address, self.shards.index(shard))

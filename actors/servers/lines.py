@@ -5,22 +5,26 @@ A step of a server on this node is asked for by a bell (`memory/bells.py`), ever
 else by a call.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from distplat.actors.asking import Call, ask
+from distplat.actors.asking import Asked, Call, ask
 from distplat.actors.memory.bell import Request
 from distplat.actors.memory.bells import Bells
 from distplat.actors.messages import Address, Membership, WorkOrder
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
+from distplat.strategies.algorithms.shard_release import covered
 
 ANSWER_GRACE_S = 10.0
 """A server times out by itself and says who is missing; only a frozen one needs ours on top."""
 
 Question = Callable[[Any, Shard], Any]
 """Calls a server about its shard; gives the reference to its answer."""
+Take = Callable[[Shard, Answer], None]
+"""Has the values of an answer where they are wanted."""
 
 
 class Lines:
@@ -34,31 +38,19 @@ class Lines:
     """
 
     def __init__(self, order: WorkOrder, joined: Membership, look: Callable[[], None]) -> None:
-        self._order, self._look = order, look
-        self._servers, self.names = joined.servers, joined.names
+        self._order, self.look = order, look
+        self.servers, self.names = joined.servers, joined.names
         self.cuts = joined.shard_map.shards
-        self._bells: Bells | None = None
+        self.bells: Bells | None = None
 
     def hang_bells(self, node: str, near: set[int]) -> None:
         """Use bells to the shards that share memory with this node."""
-        self._bells = Bells(node, near, self.names, self._listen, self._look)
+        self.bells = Bells(node, near, self.names, self._listen, self.look)
 
     def close(self) -> None:
         """Take the bells down."""
-        if self._bells is not None:
-            self._bells.close()
-
-    def step(
-        self, what: str, request: Request, question: Question, setting: str = "step_timeout_s"
-    ) -> list[Answer]:
-        """Ask all servers for a part of a step: by bell where there is one, else by a call."""
-        assert self._bells is not None, "bells are hung when the servers have said who is near"
-        self._bells.ring(request)
-        far = [cut for cut in self.cuts if cut.index not in self._bells.shards]
-        called = self.ask(what, question, far, setting) if far else []
-        answers = self._bells.answers(what, self._limit(setting), setting)
-        answers |= {cut.index: answer for cut, answer in zip(far, called, strict=True)}
-        return [answers[cut.index] for cut in self.cuts]
+        if self.bells is not None:
+            self.bells.close()
 
     def ask(
         self,
@@ -75,14 +67,106 @@ class Lines:
             DistplatError: what a server raised.
         """
         cuts = self.cuts if cuts is None else cuts
-        calls: list[Call] = [partial(question, self._servers[cut.index], cut) for cut in cuts]
+        calls: list[Call] = [partial(question, self.servers[cut.index], cut) for cut in cuts]
         names = [self.names[cut.index] for cut in cuts]
-        return ask(what, calls, names, self._limit(setting), setting, self._look)
+        return ask(what, calls, names, self.limit_s(setting), setting, self.look)
 
-    def _limit(self, setting: str) -> float:
+    def limit_s(self, setting: str) -> float:
+        """Give the deadline of an answer; `setting` is the field of `failure` that changes it."""
         seconds: float = getattr(self._order.job.failure, setting)
         return seconds + ANSWER_GRACE_S
 
     def _listen(self, shard: int, bells: Address, slot: int) -> Any:
-        order, server = self._order, self._servers[shard]
+        order, server = self._order, self.servers[shard]
         return server.listen.remote(order.run, order.attempt, order.rank, bells, slot)
+
+
+class Round:
+    """
+    One question for values to the servers of all shards, to each when it is time for it.
+
+        send([2])      send([1])    send([0]), answers()
+            ├── 2 updates ── its values travel ──▶ taken at once
+                           ├── 1 updates ── its values travel ──▶ taken at once
+
+    Args:
+        lines: to the servers.
+        what: is asked, for messages.
+        question: as a call.
+        take: told of each answer when it comes.
+        request: the same by bell, to whoever has one; None: by calls alone.
+        setting: the field of `failure` that changes the deadline, which counts from `answers`.
+    """
+
+    def __init__(
+        self,
+        lines: Lines,
+        what: str,
+        question: Question,
+        take: Take,
+        request: Request | None = None,
+        setting: str = "step_timeout_s",
+    ) -> None:
+        self._lines, self._what, self._question, self._take = lines, what, question, take
+        self._request, self._setting = request, setting
+        self._bells = lines.bells if request is not None else None
+        limit_s = lines.limit_s(setting)
+        self._asked = Asked(what, [], [], limit_s, setting, lines.look, self._call_made)
+        self._called: list[Shard] = []
+        self._rung: list[int] = []
+        self._sent: dict[int, float] = {}  #: shard -> when it was asked
+        self._came: dict[int, float] = {}  #: shard -> when it answered
+
+    def send(self, cuts: Sequence[Shard]) -> None:
+        """Ask the servers of some shards; of each once."""
+        for cut in cuts:
+            self._sent[cut.index] = time.monotonic()
+            if self._bells is not None and cut.index in self._bells.shards:
+                assert self._request is not None, "it is what the bells are for"
+                self._rung.append(cut.index)
+                self._bells.ring(cut.index, self._request)
+            else:
+                self._called.append(cut)
+                call = partial(self._question, self._lines.servers[cut.index], cut)
+                self._asked.add(call, self._lines.names[cut.index])
+
+    def answers(self) -> list[Answer]:
+        """
+        Wait for all answers, have each taken when it comes, and give them by shard.
+
+        Raises:
+            ActorLost, DeadlineExceeded: a server is gone, or frozen.
+            DistplatError: what a server raised.
+        """
+        self._asked.start_again()
+        found: dict[int, Answer] = {}
+        if self._bells is not None:
+            limit_s = self._lines.limit_s(self._setting)
+            rung = self._bells.answers(self._rung, self._what, limit_s, self._setting)
+            for index, answer in rung:
+                self._came[index] = self._bells.answered_at(index)
+                self._take(self._lines.cuts[index], answer)
+                found[index] = answer
+        for number, answer in self._asked.arrivals():
+            cut = self._called[number]
+            self._take(cut, answer)
+            found[cut.index] = answer
+        return [found[cut.index] for cut in self._lines.cuts]
+
+    def hidden_s(self, end: float) -> float:
+        """Give for how long before a moment of the monotonic clock answers were waited for."""
+        return covered([(at, self._came.get(one, end)) for one, at in self._sent.items()], end)
+
+    def _call_made(self, number: int, reference: Any) -> None:
+        """
+        Have an answer's values come to this node as soon as it is there, whoever waits for it.
+
+        The callbacks run on Ray's own thread; that of the answer must not wait for anything.
+        """
+
+        def came(future: Any) -> None:
+            self._came[self._called[number].index] = time.monotonic()
+            if future.exception() is None and future.result().payload is not None:
+                future.result().payload[0].future()
+
+        reference.future().add_done_callback(came)

@@ -10,17 +10,18 @@ from typing import Any, TypeVar
 import ray
 
 from distplat.actors.asking import ask
-from distplat.actors.memory.bell import Request
+from distplat.actors.memory.ferry import Direct, cuda_ferry
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
 from distplat.actors.servers.lines import ANSWER_GRACE_S, Lines
+from distplat.actors.servers.pushes import Pushes
 from distplat.actors.servers.roads import PrivateRoad, SharedRoad, as_bytes, part, run_of
 from distplat.actors.servers.tracking import MapChanged, Tracker
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
-from distplat.platform.ledger import Answer, PushId
+from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
-from distplat.strategies.training.client import fetch_copies, pushed, wait_for_all
+from distplat.strategies.training.client import fetch_copies, wait_for_all
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import ALL, Holding
 from distplat.strategies.training.restoring import SavedState
@@ -55,7 +56,8 @@ class RayShards:
         self._pulls = self._roads = 0
         self._tracker: Tracker | None = None
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
-        self._started = False  #: whether the first push was answered
+        self._ferry = Direct()
+        self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
 
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
@@ -84,6 +86,7 @@ class RayShards:
         """Give up what this attempt needs and the next one does not."""
         if self._lines is not None:
             self._lines.close()
+        self._ferry.close()
 
     def _open_road(self, joined: Membership) -> list[int | None]:
         """Lay out memory, attach it at all servers; give their versions, None of who has none."""
@@ -106,6 +109,10 @@ class RayShards:
         attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
         lines.hang_bells(road.node, road.near)
+        if self._on_device:
+            shared = road.gradients, road.parameters
+            self._ferry = cuda_ferry(self._flat.grads, self._flat.params, shared)
+        self._pushes = Pushes(self._order, lines, road, self._ferry, self._versions)
         near = sorted(road.near)
         far = [cut.index for cut in lines.cuts if cut.index not in road.near]
         logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)
@@ -167,48 +174,37 @@ class RayShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
+    def bounds(self) -> list[tuple[int, int]]:
+        """See `Shards`."""
+        return [(cut.start, cut.stop) for cut in self._lines.cuts]
+
+    def may_leave(self, shard: int) -> bool:
+        """See `Shards`."""
+        return self._pushes.may_leave(shard)
+
+    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
+        """See `Shards`."""
+        self._pushes.push_part(shard, step, task, self._setting)
+
     def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
         return self._following(lambda: self._push(step, task))
 
     def _push(self, step: int, task: int | None = None) -> Pushed:
-        road = self._road
-        if self._on_device:
-            road.gradients.copy_(self._flat.grads)
-        push = PushId(self._order.run, self._order.attempt, self._order.rank, step, task)
-        answers = self._lines.step(
-            f"push {step}",
-            Request(step, task=task),
-            lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
-            setting="step_timeout_s" if self._started else "start_timeout_s",
-        )
-        self._started = True
-        result = self._pushed(answers)
-        if result.norm is None:
-            self._take(answers)
+        result = self._pushes.push(step, task, self._setting)
+        self._setting = "step_timeout_s"
         return result
-
-    def _pushed(self, answers: list[Answer]) -> Pushed:
-        return pushed(answers, [self._road.traffic(cut) for cut in self._lines.cuts])
 
     def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""
-        rank, roads = self._order.rank, self._roads
+        roads = self._roads
 
-        def commit() -> list[Answer]:
+        def commit() -> Pushed:
             if self._roads > roads:  # what was staged on a lost server is staged nowhere
                 self._push(step)
-            return self._lines.step(
-                f"commit {step}",
-                Request(step, norm),
-                lambda server, cut: server.commit.remote(rank, step, norm),
-            )
+            return self._pushes.commit(step, norm)
 
-        def make() -> Pushed:
-            self._take(answers := commit())
-            return self._pushed(answers)
-
-        return self._following(make)
+        return self._following(commit)
 
     def refresh(self) -> None:
         """See `Shards`."""
@@ -275,24 +271,6 @@ class RayShards:
             self._tracker.look()
 
     def _pull(self, setting: str) -> list[Answer]:
-        rank, number = self._order.rank, (self._order.attempt, self._pulls)
+        number = self._order.attempt, self._pulls
         self._pulls += 1  # also where it fails: the next one is not this one again
-        answers: list[Answer] = self._lines.ask(
-            f"pull {number[1]}",
-            lambda server, cut: server.pull.remote(rank, number),
-            setting=setting,
-        )
-        self._take(answers)
-        return answers
-
-    def _take(self, answers: list[Answer]) -> None:
-        """Bring the parameters here, as far as they are not here already."""
-        for cut, answer in zip(self._lines.cuts, answers, strict=True):
-            self._versions[cut.index] = answer.version
-            try:
-                self._road.take(cut, answer, self._limits.step_timeout_s)
-            except ray.exceptions.RayError as error:  # with its owner an object is lost, too
-                cause = f"its answer could not be fetched: {type(error).__name__}"
-                raise ActorLost(self._lines.names[cut.index], None, cause) from None
-        if self._on_device:
-            self._flat.params.copy_(self._road.parameters)
+        return self._pushes.pull(number, setting)

@@ -15,18 +15,14 @@ samples; only the moments differ between ranks. The order changes once, by a bro
 steps, at the same place of every rank's sequence.
 """
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.buckets import FIRST_BYTES, Release, cut_buckets
 from distplat.strategies.base import Collective, Handle
 from distplat.strategies.reduction.figures import Meter, OverlapMeter
 from distplat.strategies.reduction.wire import Wire
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.listening import came_again, listen
 
 
 class BucketReducer:
@@ -71,7 +67,7 @@ class BucketReducer:
         self._begun = self._listening = False
         self._agreed = not overlap
         self._new = True
-        self._hooks = _listen(flat, self._on_gradient) if overlap and not self._alone else []
+        self._hooks = listen(flat, self._on_gradient) if overlap and not self._alone else []
 
     def last_backward(self) -> None:
         """See `Reducer`. Called once for each part that has a last backward of its own."""
@@ -137,11 +133,7 @@ class BucketReducer:
         if not self._listening:
             return
         if self._release.has_left(parameter):
-            text = (
-                f"the gradient of {name!r} came again after it was sent: backward within backward"
-            )
-            hint = "set `overlap: false`, or use checkpointing with use_reentrant=False"
-            raise SpecError(Problem(("strategy", "overlap"), text, hint))
+            raise came_again(name)
         for number in self._release.gradient(parameter):
             self._start(number)
 
@@ -164,18 +156,3 @@ class BucketReducer:
         if order[0] >= 0:
             self._release.agree(order, held)
             self._agreed = True
-
-
-def _listen(flat: FlatModel, heard: Callable[[int, str], None]) -> list[RemovableHandle]:
-    """Call `heard` with place and name of each parameter whose gradient a backward has finished."""
-    parameters = dict(flat.model.named_parameters())
-
-    def hook(place: int, name: str) -> Callable[[Tensor], None]:
-        return lambda _: heard(place, name)
-
-    return [
-        parameters[slot.name].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            hook(place, slot.name)
-        )
-        for place, slot in enumerate(flat.slots)
-    ]

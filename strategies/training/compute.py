@@ -125,7 +125,7 @@ class WholeModel:
             with precision(self.job, self.flat.params.device):
                 loss = checked_loss(self.task, self.flat.model(inputs), targets)
             if number == len(sizes):
-                self.strategy.last_backward(step)
+                self._last_backward(step)
             torch.autograd.backward(loss * (size * weight))
             loss_sum += loss.item() * size
             self.alive()
@@ -148,6 +148,9 @@ class WholeModel:
                 found.add(eval_figures(self.task, self.flat.model(inputs), targets), size)
             self.alive()
         return found
+
+    def _last_backward(self, step: int) -> None:
+        self.strategy.last_backward(step)
 
     def _plan(self, step: int) -> list[Any]:
         return self.sampler.micro_batches(step, self.rank, self.job.gradient_accumulation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.errors import ActorLost
-from distplat.platform.ledger import PushId
+from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Division, Shard, ShardPlan, cut_shards, within
+from distplat.strategies.algorithms.shard_release import covered
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.client import (
@@ -45,6 +47,8 @@ class ServerGroup:
     servers: int = 0
     speeds: Sequence[float] = ()
     """See `cut_shards`."""
+    apart: bool = False
+    """Whether ranks compute on copies that no server writes to, as if on another node."""
 
     def __post_init__(self) -> None:
         self._opening = threading.Lock()
@@ -121,6 +125,7 @@ class InMemoryShards:
         self._group, self._rank, self._attempt = group, rank, attempt
         self._world = world
         self._pulls = 0
+        self._early: dict[int, _Early] = {}  #: shard -> its part's push under way
 
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
@@ -134,7 +139,7 @@ class InMemoryShards:
             service.exclusively(partial(service.forget, self._rank))
         self._group.renew(self._attempt, self._world)
         private = self._group.plan.consistency.private
-        if not private:
+        if not private and not self._group.apart:
             flat.move(shared, flat.grads)
         self.refresh()
         if not private:
@@ -154,35 +159,63 @@ class InMemoryShards:
     def _versions(self) -> list[int]:
         return [self._group.service(cut.index).served.version for cut in self._cuts]
 
+    def bounds(self) -> list[tuple[int, int]]:
+        """See `Shards`."""
+        return [(cut.start, cut.stop) for cut in self._cuts]
+
+    def may_leave(self, shard: int) -> bool:
+        """See `Shards`."""
+        return self._group.apart
+
+    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
+        """See `Shards`."""
+        self._early[shard] = _Early(partial(self._push, self._cuts[shard], step, task))
+
     def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
-        plan = self._group.plan
-        push = PushId(plan.run, self._attempt, self._rank, step, task)
-        answers = [
-            self._group.service(cut.index, step).push(
-                push, self._flat.grads[cut.start : cut.stop], self._deliver(cut)
-            )
-            for cut in self._cuts
-        ]
-        return pushed(answers, self._traffic())
+        began, early = time.monotonic(), self._early
+        answers = {c.index: self._push(c, step, task) for c in self._cuts if c.index not in early}
+        answers |= {shard: part.answer() for shard, part in early.items()}
+        self._early = {}
+        result = self._taken([answers[cut.index] for cut in self._cuts])
+        hidden = covered([part.span() for part in early.values()], began)
+        return replace(result, hidden_s=hidden, exposed_s=time.monotonic() - began)
+
+    def _push(self, cut: Shard, step: int, task: int | None) -> Answer:
+        push = PushId(self._group.plan.run, self._attempt, self._rank, step, task)
+        gradient = self._flat.grads[cut.start : cut.stop]
+        return self._group.service(cut.index, step).push(push, gradient, self._deliver(cut))
 
     def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""
-        answers = [
-            self._group.service(cut.index, step).commit(self._rank, step, norm, self._deliver(cut))
-            for cut in self._cuts
-        ]
-        return pushed(answers, self._traffic())
+        return self._taken(
+            [
+                self._group.service(cut.index, step).commit(
+                    self._rank, step, norm, self._deliver(cut)
+                )
+                for cut in self._cuts
+            ]
+        )
 
-    def _traffic(self) -> list[tuple[int, int]]:
+    def _taken(self, answers: list[Answer]) -> Pushed:
+        """Have the values of the answers, where they are not here."""
+        for cut, answer in zip(self._cuts, answers, strict=True):
+            if answer.payload is not None:
+                self._flat.params[cut.start : cut.stop] = answer.payload
         sizes = [cut.size * self._flat.params.itemsize for cut in self._cuts]
-        return [(size, size * self._group.plan.consistency.private) for size in sizes]
+        moved = self._group.apart or self._group.plan.consistency.private
+        return pushed(answers, [(size, size * moved) for size in sizes])
 
     def refresh(self) -> None:
         """See `Shards`."""
-        for cut in self._cuts:
-            service = self._group.service(cut.index)
-            service.pull(self._rank, (self._attempt, self._pulls), self._deliver(cut))
+        self._taken(
+            [
+                self._group.service(cut.index).pull(
+                    self._rank, (self._attempt, self._pulls), self._deliver(cut)
+                )
+                for cut in self._cuts
+            ]
+        )
         self._pulls += 1
 
     def copies(self, version: int) -> list[ShardCopy] | None:
@@ -210,10 +243,43 @@ class InMemoryShards:
         self.refresh()
 
     def _deliver(self, cut: Shard) -> Deliver:
-        mine = self._flat.params[cut.start : cut.stop]
+        mine, apart = self._flat.params[cut.start : cut.stop], self._group.apart
 
-        def deliver(values: Tensor, version: int) -> None:
+        def deliver(values: Tensor, version: int) -> Tensor | None:
+            if apart:
+                return values.clone()
             if mine.data_ptr() != values.data_ptr():
                 mine.copy_(values)
+            return None
 
         return deliver
+
+
+class _Early:
+    """A push of one part in a thread of its own."""
+
+    def __init__(self, push: Callable[[], Answer]) -> None:
+        self._answer: Answer | None = None
+        self._error: BaseException | None = None
+        self._began = self._ended = time.monotonic()
+        self._thread = threading.Thread(target=self._run, args=(push,), daemon=True)
+        self._thread.start()
+
+    def answer(self) -> Answer:
+        """Wait for the answer; the service has the deadline."""
+        self._thread.join()
+        if self._answer is None:
+            assert self._error is not None, "it ends with one of the two"
+            raise self._error
+        return self._answer
+
+    def span(self) -> tuple[float, float]:
+        """Give when it began and ended."""
+        return self._began, self._ended
+
+    def _run(self, push: Callable[[], Answer]) -> None:
+        try:
+            self._answer = push()
+        except BaseException as error:
+            self._error = error
+        self._ended = time.monotonic()

@@ -23,13 +23,13 @@ from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
-from distplat.platform.task_scheduler import Course, Work
 from distplat.strategies.base import Pushed
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import Holding
+from distplat.strategies.training.replay_leases import ReplayLeases
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Prepared, join
 
@@ -87,7 +87,7 @@ class ReplayGroup:
         self.computing.release()
         self._wait(rank, len(self.tasks[rank]), {}, lambda: self._over)
         self.computing.acquire()
-        for cut, shard in zip(self._cuts, self.shards, strict=True):
+        for cut, shard in zip(self.cuts, self.shards, strict=True):
             self._flats[rank].params[cut.start : cut.stop].copy_(shard.params)
 
     @property
@@ -117,8 +117,8 @@ class ReplayGroup:
                 raise StorageError("the log of updates cannot be followed: it is not of this job")
 
     def _open(self, initial: Tensor) -> None:
-        self._cuts = cut_shards(initial.numel(), self.plan.shards).shards
-        for cut in self._cuts:
+        self.cuts = cut_shards(initial.numel(), self.plan.shards).shards
+        for cut in self.cuts:
             shard = AsyncShard(self.plan, initial[cut.start : cut.stop].clone())
             shard.restore(0)
             self.shards.append(shard)
@@ -131,7 +131,7 @@ class ReplayGroup:
             self._changed.notify_all()
 
     def _advance_shard(self, index: int) -> bool:
-        shard, cut, log = self.shards[index], self._cuts[index], self._logs[index]
+        shard, cut, log = self.shards[index], self.cuts[index], self._logs[index]
         part = slice(cut.start, cut.stop)
         moved = False
         for rank, wants in self._wants.items():
@@ -170,6 +170,17 @@ class ReplayShards:
     def step_back(self, version: int) -> None:
         """See `Shards`; asynchronous shards have no version in common."""
 
+    def bounds(self) -> list[tuple[int, int]]:
+        """See `Shards`."""
+        return [(cut.start, cut.stop) for cut in self._group.cuts]
+
+    def may_leave(self, shard: int) -> bool:
+        """See `Shards`; when a gradient is applied, the logs say."""
+        return False
+
+    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
+        """See `Shards`; asked of no part."""
+
     def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
         return Pushed(staleness=self._group.submit(self._rank, step))
@@ -187,26 +198,6 @@ class ReplayShards:
 
     def finish(self, alive: Callable[[], None]) -> None:
         """See `Shards`; where tasks are leased, ranks hear of the end from the scheduler."""
-
-
-class ReplayLeases:
-    """What one rank made, one task after the other (see `Leases`)."""
-
-    def __init__(self, tasks: Sequence[int]) -> None:
-        self._tasks, self._given = tasks, 0
-
-    def connect(self, course: Course) -> None:
-        """See `Leases`."""
-
-    def next(self, alive: Callable[[], None]) -> Work:
-        """See `Leases`."""
-        number, self._given = self._given, self._given + 1
-        if number == len(self._tasks):
-            return Work(number, trained=True, over=True)
-        return Work(number, range(self._tasks[number], self._tasks[number] + 1))
-
-    def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
-        """See `Leases`."""
 
 
 def replay(

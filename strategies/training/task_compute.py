@@ -35,6 +35,7 @@ class TaskModel(WholeModel):
     ) -> None:
         super().__init__(prepared, strategy, 0, alive)
         self._reading = _Reading(self.job, self.data, self.sampler)
+        self._task = 0  #: whose gradient is being made
 
     def read(self, tasks: range) -> None:
         """Begin to read the data of these tasks; all those before have been made."""
@@ -48,6 +49,7 @@ class TaskModel(WholeModel):
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`; `step` is the number of a task."""
+        self._task = step
         step, self.rank = divmod(step, self.sampler.world)
         return super().gradients(step, clock)
 
@@ -55,6 +57,9 @@ class TaskModel(WholeModel):
         """Evaluate one of as many parts of the data as a step has."""
         self.rank = part
         return self.evaluate(data)
+
+    def _last_backward(self, step: int) -> None:
+        self.strategy.last_backward(self._task)
 
 
 class _Reading:

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from in_memory_run import train as train_in_memory
 from ray.cluster_utils import Cluster
 from small_runs import HERE, distance, job, train, weights
 from table_runs import tables, words
+from tasks_for_tests import Big
 from test_server_loss import Losing, long_job, undisturbed
 
 from distplat.cli.main import run
+from distplat.strategies.catalog import make_job
 
 pytestmark = pytest.mark.cluster
 
@@ -90,9 +93,32 @@ def test_asynchronous_between_nodes(
 ) -> None:
     """What a worker pulled came whole: else the run could not be made again to the same bits."""
     resources = {name: amount for name, amount in servers.items() if name != "num_servers"}
-    strategy = {"name": "ps-async", "num_servers": servers["num_servers"]}
-    result = train(big({**strategy, "resources_per_server": resources}, scale), tmp_path)
+    strategy = {"name": "ps-async", "num_servers": servers["num_servers"], "overlap": True}
+    spec = big({**strategy, "resources_per_server": resources}, scale)
+    result = train({**spec, "clip_norm": None}, tmp_path)  # so that parts leave behind backward
     assert run(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("servers", "scale"),
+    [
+        pytest.param({"right": 1}, scaling(2, left=1), id="all-servers-elsewhere"),
+        pytest.param({"slot": 1}, scaling(1, slot=1), id="one-server-near-two-far"),
+    ],
+)
+def test_parts_leave_behind_backward(
+    servers: dict[str, float], scale: dict[str, Any], tmp_path: Path
+) -> None:
+    """And the result has the bits of servers in memory, to which nothing leaves early."""
+    strategy = {"name": "ps-sync", "num_servers": 3, "resources_per_server": servers}
+    spec = {**big(strategy, scale), "clip_norm": None}
+    result = train(spec, tmp_path)
+    hidden = [step.figures["hidden_s"] for step in result.history]
+    assert hidden[0] == 0.0 and min(hidden[1:]) > 0.0
+    spec["strategy"] = {**strategy, "overlap": False}
+    parameters = train_in_memory(make_job(spec), Big).parameters()
+    expected = np.concatenate([parameters[name].numpy().ravel() for name in sorted(parameters)])
+    assert weights(result).tobytes() == expected.tobytes()
 
 
 def test_halves_between_nodes(alone: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The same model on a CUDA device: several workers share one card by fractions of it."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task, Trainer
+from distplat.actors.memory.ferry import cuda_ferry
+from distplat.actors.memory.memfd import Segment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +46,9 @@ class Net(Task):
         return nn.functional.cross_entropy(outputs, targets)
 
 
-def train(strategy: object, workers: int, storage: Path, *, gpu: bool) -> NDArray[np.float32]:
+def train(
+    strategy: object, workers: int, storage: Path, *, gpu: bool, clip_norm: float | None = 1.0
+) -> NDArray[np.float32]:
     share = {"GPU": 0.9 / max(1, workers)} if gpu else {}
     job = {
         "name": "cuda",
@@ -56,7 +61,7 @@ def train(strategy: object, workers: int, storage: Path, *, gpu: bool) -> NDArra
         "optimizer": {"name": "AdamW", "lr": 1e-3},
         "global_batch_size": 24,
         "epochs": 3,
-        "clip_norm": 1.0,
+        "clip_norm": clip_norm,
         "storage_path": str(storage),
     }
     result = Trainer(job, Net).fit()
@@ -72,3 +77,46 @@ def test_equals_the_cpu(strategy: object, workers: int, tmp_path: Path) -> None:
     on_card = train(strategy, workers, tmp_path, gpu=True)
     # CUDA's matrix products round otherwise than the CPU's: float32, not bits.
     assert np.linalg.norm(on_card - alone) < 1e-4 * np.linalg.norm(alone)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_the_same_bits_when_parts_leave_behind_backward(
+    clip_norm: float | None, tmp_path: Path
+) -> None:
+    found = set()
+    for overlap in (False, True):
+        strategy = {"name": "ps-sync", "num_servers": 2, "overlap": overlap}
+        found.add(train(strategy, 2, tmp_path, gpu=True, clip_norm=clip_norm).tobytes())
+    assert len(found) == 1
+
+
+def test_parts_cross_pinned_memory_while_the_device_computes() -> None:
+    """Each is handed over with what the device had computed when it was called for."""
+    gradients, parameters = (torch.zeros(1 << 20, device="cuda") for _ in range(2))
+    shared = [Segment.create("here", 1 << 20, "float32") for _ in range(2)]
+    memory = [segment.tensor for segment in shared]
+    ferry = cuda_ferry(gradients, parameters, memory)
+    assert all(one.is_pinned() for one in memory)
+    seen: list[float] = []
+
+    def note(part: Tensor) -> None:
+        seen.extend((part.min().item(), part.max().item()))
+
+    half = 1 << 19
+    for start in (half, 0):
+        busy = torch.randn(2048, 2048, device="cuda")
+        for _ in range(20):
+            busy = busy @ busy / 2048
+        gradients[start : start + half] += 1 + start
+        part = memory[0][start : start + half]
+        ferry.out(part, start, partial(note, part))
+    ferry.wait(30.0)
+    assert seen == [1 + half, 1 + half, 1, 1]
+    memory[1].fill_(3.0)
+    ferry.home(memory[1], 0)
+    ferry.join()
+    assert parameters.eq(3.0).all()
+    ferry.close()
+    assert not memory[0].is_pinned()
+    for segment in shared:
+        segment.seal()

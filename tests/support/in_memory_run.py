@@ -72,6 +72,7 @@ def train(
     saved: SavedState | None = None,
     most: int = 1,
     speeds: Sequence[float] = (),
+    apart: bool = False,
 ) -> Run:
     """
     Train `job.scaling.world` ranks to the end.
@@ -84,6 +85,7 @@ def train(
         saved: the checkpoint to begin from.
         most: tasks of a lease, where they are leased.
         speeds: by which the servers' shards are cut; empty: evenly.
+        apart: whether ranks compute on copies, as if servers were on another node.
     """
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
@@ -97,6 +99,8 @@ def train(
     plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
     division = roles.division(world)
     groups = server_groups(plan, division, timeout_s, speeds)
+    for group in groups:
+        group.apart = apart
     fabric = Fabric(world, timeout_s)
     tables = TableGroup(job, every=every)
     progress = [Progress() for _ in range(world)]

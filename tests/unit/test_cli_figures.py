@@ -20,6 +20,15 @@ def test_means_leave_the_first_step_out() -> None:
 TRAFFIC = {"sent_bytes": 84e6, "exposed_s": 0.01, "waiting_s": 0.0012, "working_s": 0.0104}
 
 
+SERVERS = {
+    "apply_s": 0.002,
+    "queue_s": 0.001,
+    "queue_depth": 2.0,
+    "in_bytes": 8.0,
+    "out_bytes": 4.0,
+}
+
+
 @pytest.mark.parametrize(
     ("figures", "rows"),
     [
@@ -41,6 +50,21 @@ TRAFFIC = {"sent_bytes": 84e6, "exposed_s": 0.01, "waiting_s": 0.0012, "working_
             [
                 ("exchange", "84 MB sent per worker and step"),
                 ("", "1.2 ms waiting, 10.4 ms working"),
+            ],
+        ),
+        (
+            {
+                **SERVERS,
+                "exposed_s": 0.03,
+                "hidden_s": 0.01,
+                "hidden_fraction": 0.25,
+            },
+            [
+                (
+                    "servers",
+                    "2 ms applying, 1 ms queue, 2 deep; 8 B in, 4 B out per worker and step",
+                ),
+                ("push", "30 ms after backward, 10 ms (25%) behind it"),
             ],
         ),
         (

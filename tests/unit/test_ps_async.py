@@ -11,7 +11,7 @@ import pytest
 import torch
 from in_memory_run import Run, train
 from rank_threads import on_ranks
-from test_equivalence import STEPS, Conv, Dropout, Mlp, distance, plain, same_bits
+from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
 
 from distplat.platform.apply_log import Applied, ApplyLog, flaws, largest_lead, staleness_counts
 from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
@@ -248,7 +248,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
         make_job(job({"name": "ps-async", **options}, 2).model_dump())
 
 
-def again(run: Run, of: Job, task: type[Mlp]) -> torch.nn.Module:
+def again(run: Run, of: Job, task: type[Classify]) -> torch.nn.Module:
     """Make a run again from its logs."""
     roles = make_strategy(of).roles(of)
     steps, world = run.ranks[0].total_steps, of.scaling.world

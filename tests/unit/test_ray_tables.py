@@ -33,6 +33,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(get_node_id=lambda: "here")
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(ray, "wait", lambda calls, **_: (calls[:1], calls[1:]))
 
 
 def connected(nodes: list[str]) -> tuple[RayTables, TablePlan]:
