@@ -79,7 +79,7 @@ class ReplayGroup:
             versions = {index: by[rank][number] for index, by in enumerate(self._pulled)}
             self._wait(rank, number, versions, lambda: not self._wants[rank])
         else:
-            self._wait(rank, number, {}, lambda: True)
+            self._wait(rank, number, {}, lambda: bool(self.shards))  # all ranks are here
         self.computing.acquire()
 
     def finish(self, rank: int) -> None:
@@ -243,18 +243,17 @@ def replay(
 def _run_rank(group: ReplayGroup, rank: int, prepared: Prepared) -> None:
     """Make one rank's tasks."""
     prepared.eval_data = None
-    loop = join(
-        prepared,
-        make_strategy(group.plan.job),
-        rank,
-        collective=None,
-        shards=ReplayShards(group, rank),
-        leases=ReplayLeases(group.tasks[rank]),
-        report=lambda report: None,
-        progress=Progress(),
-    )
     try:
-        loop.run()
+        join(
+            prepared,
+            make_strategy(group.plan.job),
+            rank,
+            collective=None,
+            shards=ReplayShards(group, rank),
+            leases=ReplayLeases(group.tasks[rank]),
+            report=lambda report: None,
+            progress=Progress(),
+        ).run()
     finally:
         if group.computing.locked():
             group.computing.release()

@@ -336,6 +336,19 @@ def test_shards_that_have_other_tasks_of_a_rank_are_refused() -> None:
         again(run, of, Mlp)
 
 
+@pytest.mark.timeout(60)
+def test_a_replay_of_a_run_in_which_rank_0_made_nothing() -> None:
+    """It came when the others had made all; it is there all the same, and must wait for them."""
+    of = job({"name": "ps-async", "num_servers": 2}, 1, steps=3, epochs=None)
+    run = train(of, Mlp)
+    log = ApplyLog()
+    for task in range(3):
+        log.add(Applied(1, task, task))
+    run.group.logs = lambda: [log.numbers()] * 2  # type: ignore[method-assign]
+    for name, value in again(run, of, Mlp).state_dict().items():
+        assert torch.equal(value, run.parameters()[name]), name
+
+
 def test_what_a_task_raises_ends_a_replay() -> None:
     of = job("ps-async", 2)
     run = train(of, Mlp)
