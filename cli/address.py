@@ -68,6 +68,12 @@ def token_at_hand(environ: Mapping[str, str]) -> str | None:
     return token or None
 
 
+def bring_token(target: Target) -> None:
+    """Have Ray use the token at hand for an address that it is given; before it is imported."""
+    if target.kind == "driver" and token_at_hand(os.environ):
+        os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it once
+
+
 def _parse(text: str, origin: str) -> Target:
     if text in ("local", "auto"):
         return Target("local" if text == "local" else "driver", text, origin)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distplat.cli.address import host_and_port, target_of
+from distplat.cli.address import bring_token, host_and_port, target_of
 from distplat.cli.options import Address, Output, is_json
 from distplat.cli.render import to_json
 from distplat.platform.errors import Problem, SpecError
@@ -89,6 +89,7 @@ def joined(address: str | None) -> Iterator[None]:
     if target.kind == "jobs" and host_and_port(target.address)[0] not in _HERE:
         text = f"{target.address} is a job API, and this needs a machine of the cluster"
         raise SpecError(Problem((target.origin,), text, "call it there, without --address"))
+    bring_token(target)
     from distplat.cli.join import connected
 
     with (

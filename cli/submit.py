@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from distplat.cli import remote, shipping
-from distplat.cli.address import Target, target_of, token_at_hand
+from distplat.cli.address import Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, train
 from distplat.cli.render import Facts, View, print_result, to_json
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
@@ -134,8 +134,7 @@ def dry_run(request: Request) -> None:
 
 def _target(request: Request, job: Job) -> Target:
     target = target_of(request.address, os.environ)
-    if target.kind == "driver" and token_at_hand(os.environ):
-        os.environ["RAY_AUTH_MODE"] = "token"  # before the first import of Ray, which caches it
+    bring_token(target)
     if target.origin or job.scaling.num_workers == 0:
         return target
     from distplat.cli.join import running_here

@@ -115,6 +115,11 @@ def test_ctrl_c_leaves_a_remote_job_running_until_it_is_stopped(
         return distplat(*command.split(), environ=head.environ, cwd=folder)
 
     assert "status    RUNNING\n" in ask(f"status slow --address {head.url}").stdout
+    plain = {name: value for name, value in head.environ.items() if name != "RAY_AUTH_MODE"}
+    joined = distplat(
+        *f"scale nobody --workers 1 --address {head.gcs}".split(), environ=plain, cwd=folder
+    )
+    assert (joined.returncode, "'nobody' is running" in joined.stderr) == (2, True), joined.stderr
     assert ask(stop[1]).stdout == "slow: STOPPED\n"
     again = ask(stop[1])
     assert (again.returncode, again.stdout) == (0, "slow: already STOPPED\n")
