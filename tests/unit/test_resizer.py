@@ -1,9 +1,10 @@
 """The body of a resize without Ray: who is made and let go, what is answered, what is due."""
 
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import ray
+from told import Told
 
 from distplat.actors import resizing
 from distplat.actors.ensemble import Ensemble
@@ -25,26 +26,11 @@ JOB = Job.model_validate(
 )
 
 
-class FakeScheduler:
-    """Notes what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        class Method:
-            @staticmethod
-            def remote(*args: Any) -> None:
-                self.told.append((name, *args))
-
-        return Method
-
-
 class FakeEnsemble:
     """Two workers, and newcomers by rank: what their call came to, or None while it is open."""
 
     def __init__(self) -> None:
-        self.job, self.scheduler = JOB, FakeScheduler()
+        self.job, self.scheduler = JOB, Told()
         self.newcomers: dict[int, object] = {}
 
     @property

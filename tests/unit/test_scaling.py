@@ -1,28 +1,14 @@
 """What becomes of a wish for more or fewer workers."""
 
-from typing import Any, cast
+from typing import cast
 
 import pytest
+from told import Told
 
 from distplat.actors import scaling
 from distplat.actors.ensemble import Ensemble
 from distplat.actors.scaling import Scaling
 from distplat.actors.servers.scheduler import Wish
-
-
-class FakeScheduler:
-    """Notes what it is told, as `name(arguments)`."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        class Method:
-            @staticmethod
-            def remote(*args: Any) -> None:
-                self.told.append((name, *args))
-
-        return Method
 
 
 class FakeEnsemble:
@@ -32,7 +18,7 @@ class FakeEnsemble:
 
     def __init__(self, *ranks: int) -> None:
         self.workers = dict.fromkeys(ranks, object())
-        self.scheduler = FakeScheduler()
+        self.scheduler = Told()
 
     def grow(self, count: int, base: int) -> list[int]:
         ranks = [10 + number for number in range(count)]
