@@ -151,6 +151,16 @@ class Membership:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """What a server of embedding tables answers to a worker that joins an attempt."""
+
+    near: bool
+    """Whether it reaches the worker's memory; else ids and rows travel in the calls."""
+    steps: int
+    """That its tables have behind them."""
+
+
+@dataclass(frozen=True)
 class Parcel:
     """Ids of one table and a place for their rows, or their gradients, on the way to a server."""
 

@@ -53,7 +53,8 @@ class OurWorker:
         torch.set_num_threads(1)
         self.tables = RayTables(order, 0, threading.Event())
         spec = TableSpec("table", ROWS, WIDTH, 0.1, whole=True)
-        self.plan = self.tables.connect((spec,), 1 << 20, 0)
+        self.plan, _ = self.tables.connect((spec,), 1 << 20)
+        self.tables.begin(0)
         self.random, self.step = np.random.default_rng(0), 0
         self.gradient = np.ones((ASKED, WIDTH), np.float32)
 

@@ -118,6 +118,9 @@ class Context:
     """The checkpoint that `flat` was filled from, with the optimizer's state; None: from none."""
     base: int = 0
     """Steps of the newest checkpoint: what has fewer behind it is no state to go on from."""
+    tables_made: int | None = None
+    """Steps that every server of embedding tables has made, or one more; None: there are none.
+    They can all go back to as many."""
 
     @property
     def collective(self) -> Collective:

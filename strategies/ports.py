@@ -237,22 +237,36 @@ class Tables(Protocol):
         self,
         tables: tuple[TableSpec, ...],
         total_steps: int,
-        version: int,
         saved: SavedState | None = None,
-    ) -> TablePlan:
+    ) -> tuple[TablePlan, int]:
         """
-        Begin an attempt; give what the servers were told.
+        Join an attempt: from now on the servers take nothing of an earlier one.
 
         Args:
             tables: the same on all ranks.
             total_steps: updates in the run; servers need it for the learning rate.
-            version: steps that the ranks have behind them.
             saved: the checkpoint to begin from; servers that have tables already keep theirs.
+
+        Returns:
+            What the servers were told, and the steps that each of them has behind it at least.
 
         Raises:
             ProtocolError: this worker's tables are not those of the others.
             ActorLost: a server is gone.
             DeadlineExceeded: a server did not answer.
+        """
+
+    def begin(self, version: int) -> None:
+        """
+        Have the tables at the step that all go on from; before anything is pulled or pushed.
+
+        Servers may have made one step more than is known of everybody, and take it back.
+
+        Args:
+            version: steps that the ranks have behind them; the same on all of them.
+
+        Raises:
+            ProtocolError: a server is at another step, and cannot come to this one.
         """
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
@@ -265,13 +279,21 @@ class Tables(Protocol):
             keep: whether the memory stays as it is until the next push, else until the next pull.
         """
 
-    def push(self, step: int, gradients: Sequence[tuple[Routed, RowGradients]]) -> Sending:
+    def push(
+        self,
+        step: int,
+        gradients: Sequence[tuple[Routed, RowGradients]],
+        task: int | None = None,
+    ) -> Sending:
         """
         Begin to hand gradients over, at most one entry for each table; every rank, every step.
 
         What was pulled before is gone. The gradients must not change, and nothing may be pulled,
         before the handle is done. Then the gradients of all ranks are added in rank order and
-        applied, once.
+        applied, once; asynchronous tables apply this rank's alone.
+
+        Where tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is what
+        the gradients are of.
         """
 
     def copies(self, version: int) -> list[TablesCopy] | None:

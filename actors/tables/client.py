@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from distplat.actors.asking import Asked, Call
 from distplat.actors.memory.memfd import Segment
-from distplat.actors.messages import Parcel, WorkOrder
+from distplat.actors.messages import Opened, Parcel, WorkOrder
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
@@ -79,9 +79,8 @@ class RayTables:
         self,
         tables: tuple[TableSpec, ...],
         total_steps: int,
-        version: int,
         saved: SavedState | None = None,
-    ) -> TablePlan:
+    ) -> tuple[TablePlan, int]:
         """See `Tables`; servers fetch the checkpoint's files from Ray's store themselves."""
         order = self._order
         self._plan = plan_of(
@@ -93,23 +92,30 @@ class RayTables:
             rewinds=order.rewinds,
             checkpoint_every=self._every,
         )
-        files = []
+        at, files = 0, []
         if saved is not None and order.saved is not None:
-            files = [order.saved.files[name] for name in saved.table_files]
+            at, files = saved.step, [order.saved.files[name] for name in saved.table_files]
         self._pulled = self._kept = 0
         memory = self._ids.address
-        self._near: list[bool] = self._ask(
+        opened: list[Opened] = self._ask(
             "connecting to tables",
             lambda k, server: partial(
-                server.open.remote, self._plan, version, order.rank, memory, files
+                server.open.remote, self._plan, order.rank, memory, at, files
             ),
             "start_timeout_s",
         ).answers()
+        self._near = [answer.near for answer in opened]
         names = ", ".join(table.name for table in tables)
         near = [k for k, is_near in enumerate(self._near) if is_near]
         far = [k for k, is_near in enumerate(self._near) if not is_near]
         logger.info("tables %s; by shared memory: %s, in the call: %s", names, near, far)
-        return self._plan
+        return self._plan, min(answer.steps for answer in opened)
+
+    def begin(self, version: int) -> None:
+        """See `Tables`."""
+        attempt = self._plan.attempt
+        question = lambda k, server: partial(server.begin.remote, attempt, version)  # noqa: E731
+        self._ask(f"going on from step {version}", question, "start_timeout_s").answers()
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         """See `Tables`."""
@@ -132,11 +138,16 @@ class RayTables:
                 rows[ids.part(k)] = answer
         return rows
 
-    def push(self, step: int, gradients: Sequence[tuple[Routed, RowGradients]]) -> Asked:
+    def push(
+        self,
+        step: int,
+        gradients: Sequence[tuple[Routed, RowGradients]],
+        task: int | None = None,
+    ) -> Asked:
         """See `Tables`."""
         self._kept = 0
         places = self._write(gradients)
-        push = PushId(self._order.run, self._order.attempt, self._order.rank, step)
+        push = PushId(self._order.run, self._order.attempt, self._order.rank, step, task)
 
         def question(k: int, server: Any) -> Call:
             parcels = [

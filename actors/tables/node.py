@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from distplat.actors.importing import quick_imports
-from distplat.actors.messages import Address, Parcel
+from distplat.actors.messages import Address, Opened, Parcel
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 
@@ -48,13 +48,17 @@ class EmbeddingServer:
     def open(
         self,
         plan: TablePlan,
-        version: int,
         rank: int,
         memory: Address,
+        saved_at: int = 0,
         saved: Sequence[list[Any]] = (),
-    ) -> bool:
-        """Begin an attempt; tell whether the worker's memory can be reached."""
-        return self._body.open(plan, version, rank, memory, saved)
+    ) -> Opened:
+        """Join an attempt."""
+        return self._body.open(plan, rank, memory, saved_at, saved)
+
+    def begin(self, attempt: int, version: int) -> None:
+        """Have the tables at this version."""
+        self._body.begin(attempt, version)
 
     def pull(self, pull: PullId, parcel: Parcel) -> NDArray[np.float32] | None:
         """Give rows."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory.memfd import Segment
-from distplat.actors.messages import Address, Parcel
+from distplat.actors.messages import Address, Opened, Parcel
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 from distplat.strategies.ports import TablesCopy
@@ -44,22 +44,21 @@ class TableServing:
     def open(
         self,
         plan: TablePlan,
-        version: int,
         rank: int,
         memory: Address,
+        saved_at: int = 0,
         saved: Sequence[list[Any]] = (),
-    ) -> bool:
-        """Begin an attempt; False: the worker's memory is out of reach, send arrays instead."""
+    ) -> Opened:
+        """Join an attempt. See `TableService.open`."""
         limit_s = plan.job.failure.start_timeout_s
-        self._service.open(plan, version, (ray.get(box[0], timeout=limit_s) for box in saved))
+        files = (ray.get(box[0], timeout=limit_s) for box in saved)
+        steps = self._service.open(plan, saved_at, files)
         self._plan = plan
-        if memory.node != self._node:
-            return False
-        try:
-            self._map(rank, memory)
-        except OSError:
-            return False
-        return True
+        return Opened(self._reaches(rank, memory), steps)
+
+    def begin(self, attempt: int, version: int) -> None:
+        """Have the tables at this version. See `TableService.begin`."""
+        self._service.begin(attempt, version)
 
     def pull(self, pull: PullId, parcel: Parcel) -> NDArray[np.float32] | None:
         """Put rows into the worker's memory; give them, where it is out of reach."""
@@ -92,6 +91,16 @@ class TableServing:
     def part(self, table: int, first: int, count: int) -> bytes:
         """See `PartSource`."""
         return self._service.part(table, first, count)
+
+    def _reaches(self, rank: int, memory: Address) -> bool:
+        """Map a worker's memory, where that can be done."""
+        if memory.node != self._node:
+            return False
+        try:
+            self._map(rank, memory)
+        except OSError:
+            return False
+        return True
 
     def _ids(self, rank: int, parcel: Parcel) -> NDArray[np.int64]:
         if not isinstance(parcel.ids, Address):

@@ -66,9 +66,8 @@ class InMemoryTables:
         self,
         tables: tuple[TableSpec, ...],
         total_steps: int,
-        version: int,
         saved: SavedState | None = None,
-    ) -> TablePlan:
+    ) -> tuple[TablePlan, int]:
         """See `Tables`."""
         self._plan = plan_of(
             self._group.job,
@@ -80,9 +79,14 @@ class InMemoryTables:
             checkpoint_every=self._group.every,
         )
         self._pulled = 0
+        at, files = (saved.step, list(saved.tables())) if saved is not None else (0, [])
+        opened = [service.open(self._plan, at, files) for service in self._group.services]
+        return self._plan, min(opened)
+
+    def begin(self, version: int) -> None:
+        """See `Tables`."""
         for service in self._group.services:
-            service.open(self._plan, version, saved.tables() if saved is not None else ())
-        return self._plan
+            service.begin(self._plan.attempt, version)
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         """See `Tables`."""
@@ -94,9 +98,14 @@ class InMemoryTables:
             service.pull(pull, table, ids.ids[part], rows[part])
         return rows
 
-    def push(self, step: int, gradients: Sequence[tuple[Routed, RowGradients]]) -> _Pushing:
+    def push(
+        self,
+        step: int,
+        gradients: Sequence[tuple[Routed, RowGradients]],
+        task: int | None = None,
+    ) -> _Pushing:
         """See `Tables`; a thread for each server, for a service waits for the other ranks."""
-        push = PushId(self._plan.run, self._plan.attempt, self._rank, step)
+        push = PushId(self._plan.run, self._plan.attempt, self._rank, step, task)
         services = self._group.services
         pool = ThreadPoolExecutor(len(services))
         calls: list[Callable[[], int]] = []

@@ -55,17 +55,17 @@ class Lookups:
         self._pull_s, self._figures = 0.0, dict[str, float]()
         self._check()
 
-    def connect(
-        self, tables: Tables, total_steps: int, version: int, saved: SavedState | None = None
-    ) -> None:
+    def connect(self, tables: Tables, total_steps: int, saved: SavedState | None = None) -> int:
         """
-        Begin an attempt of a run of so many steps, of which `version` are behind.
+        Join an attempt; `begin` must follow before the model is used.
 
         Args:
             tables: the port.
             total_steps: of the run.
-            version: steps made.
             saved: the checkpoint to begin from.
+
+        Returns:
+            Steps that the tables have behind them, on every server.
 
         Raises:
             SpecError: it has other tables.
@@ -74,7 +74,12 @@ class Lookups:
             saved.check_tables(self.specs)
         self._tables = tables
         self._clear()
-        self._plan = tables.connect(self.specs, total_steps, version, saved)
+        self._plan, made = tables.connect(self.specs, total_steps, saved)
+        return made
+
+    def begin(self, version: int) -> None:
+        """Have rows from now on, those that so many steps have left."""
+        self._tables.begin(version)
         for module in self._modules.values():
             module.source = self
 
@@ -93,8 +98,8 @@ class Lookups:
             self._owed[number].append(_Owed(routed, values))
         return values, None if order is None else torch.from_numpy(_inverse(order))
 
-    def push(self, step: int) -> Sending:
-        """Begin to push what the step's backwards have left."""
+    def push(self, step: int, task: int | None = None) -> Sending:
+        """Begin to push what the step's backwards have left; names as for `Tables.push`."""
         found = []
         for number, (spec, owed) in enumerate(zip(self.specs, self._owed, strict=True)):
             parts = [self._without_padding(number, part) for part in owed]
@@ -108,7 +113,7 @@ class Lookups:
             "rows_pull_s": self._pull_s,
         }
         self._pull_s = 0.0
-        return self._tables.push(step, found)
+        return self._tables.push(step, found, task)
 
     def copies(self, version: int) -> Boxes | None:
         """Fetch what the servers have kept of a version, for a checkpoint; from any thread."""

@@ -2,16 +2,18 @@
 A server's tables that many workers call at once: locks, waits with deadlines, answers.
 
 A server node and the fake in memory wrap the same service; how ids and rows travel is theirs.
-A step's gradients are applied together when the last rank has pushed (`platform/ledger.py`); the
-thread that brings them makes the update, the others wait.
+A step's gradients are applied together when the last rank has pushed (`platform/table_book.py`);
+the thread that brings them makes the update, the others wait.
 
     push(seq=version)  ──▶  all ranks there  ──▶  rewind possible to `version`  ──▶  version + 1
                                                   until the first push for `version + 1`
 
 Asynchronous tables apply each push when it comes, as one update, and nobody waits.
 
-A worker that was lost may leave the servers a step ahead of the survivors: all gradients were in,
-the dense part was not. `open` for the next attempt then takes that one step back (I3).
+A worker that was lost may leave the servers a step ahead of the others: all gradients were in, the
+dense part was not. So an attempt begins in two calls. `open` ends the attempt before, from when on
+no step is made, and tells how far this server is; `begin` takes one step back where others have not
+come as far (I3). Between them the ranks learn how far everybody is.
 """
 
 import threading
@@ -23,8 +25,9 @@ from numpy.typing import NDArray
 from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import DeadlineExceeded, FencedError, ProtocolError, StaleError
 from distplat.platform.learning_rate import factor
-from distplat.platform.ledger import AsyncLedger, Ledger, PushId, Verdict
+from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.pieces import Bundle, Whole
+from distplat.platform.table_book import TableBook
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 from distplat.strategies.sparse.files import packed_part
 from distplat.strategies.sparse.routing import server_of
@@ -48,42 +51,66 @@ class TableService:
         self._name, self._index = name, index
         self._changed = threading.Condition()
         self._plan: TablePlan | None = None
-        self._ledger: Ledger | AsyncLedger = Ledger("", -1, 0)
+        self._book: TableBook | None = None  #: None: nobody has opened the tables
         self._tables: list[Table] = []
         self._staged: dict[int, Sequence[RowGradients]] = {}
         self._pulls: dict[int, int] = {}  #: rank -> number of its last pull
         self._kept: tuple[int, Bundle] | None = None  #: steps of the newest copies
 
     def open(
-        self, plan: TablePlan, version: int, saved: Iterable[Mapping[str, Whole]] = ()
-    ) -> None:
+        self, plan: TablePlan, saved_at: int = 0, saved: Iterable[Mapping[str, Whole]] = ()
+    ) -> int:
         """
-        Begin an attempt, or join it; every rank calls this.
+        End the attempt before, and join this one; every rank calls this.
 
         Args:
             plan: the same from all ranks.
-            version: steps that the ranks have behind them.
-            saved: files of a checkpoint of that version; not looked at where tables are there.
+            saved_at: steps behind the checkpoint.
+            saved: its files; not looked at where tables are there.
+
+        Returns:
+            Steps that the tables have behind them; without `begin` there will be no more.
 
         Raises:
             FencedError: a later attempt has begun.
-            ProtocolError: another rank's model has other tables; or the tables cannot be brought
-                to this version.
+            ProtocolError: another rank's model has other tables.
+            StateLost: see `TableBook.renew`.
         """
         with self._changed:
-            if plan.attempt < self._ledger.attempt:
-                raise FencedError(f"attempt {plan.attempt} refused: {self._ledger.attempt} began")
-            if self._plan is None:
-                files = list(saved)
-                self._tables = self._make_tables(plan, files)
-                self._ledger.version = version if files else 0
+            if self._plan is None or self._book is None:
+                self._tables = self._make_tables(plan, list(saved))
+                self._plan, self._book = plan, TableBook(self._name, plan, saved_at)
+            elif plan.attempt < self._book.attempt:
+                raise FencedError(f"attempt {plan.attempt} refused: {self._book.attempt} began")
             elif plan.tables != self._plan.tables:
                 raise ProtocolError(
                     f"the embedding tables are not those of the first rank to come: {plan.tables} "
                     f"against {self._plan.tables}; model() must not depend on the process"
                 )
-            if plan.attempt > self._ledger.attempt:
-                self._begin(plan, version)
+            if plan.attempt > self._book.attempt:
+                self._plan = plan
+                self._staged.clear()
+                self._pulls.clear()
+                self._changed.notify_all()  # who waits for the attempt before
+                self._book.renew(plan.attempt, plan.world)
+            return self._book.steps
+
+    def begin(self, attempt: int, version: int) -> None:
+        """
+        Have the tables at a version; every rank calls this, with the same one.
+
+        Args:
+            attempt: that it joined.
+            version: steps that the ranks go on from.
+
+        Raises:
+            FencedError: a later attempt has begun.
+            ProtocolError: the tables cannot be brought to this version.
+        """
+        with self._changed:
+            if self._opened(attempt, "a begin").begin(version):
+                for table in self._tables:
+                    table.rewind()
 
     def pull(
         self,
@@ -110,8 +137,7 @@ class TableService:
             FencedError: it is one of another attempt.
         """
         with self._changed:
-            if pull.attempt != self._ledger.attempt:
-                raise FencedError(f"pull of attempt {pull.attempt} refused by {self._name}")
+            self._opened(pull.attempt, "a pull")
             last = self._pulls.get(pull.rank, -1)
             if pull.number < last:
                 raise StaleError(f"pull {pull.number} of rank {pull.rank} refused: it has gone on")
@@ -136,21 +162,17 @@ class TableService:
             DeadlineExceeded: ranks did not come; names them.
         """
         with self._changed:
+            book = self._opened(push.attempt, "a push")
             self._check_shapes(gradients)
-            ledger = self._ledger
-            verdict = ledger.offer(push)
-            if verdict is Verdict.NEW:
+            place, before = book.place, book.steps
+            if book.offer(push) is Verdict.NEW:
                 self._staged[push.rank] = gradients
-            if isinstance(ledger, AsyncLedger):
-                self._apply(push.seq)  # of a repeat: nothing is staged
-                self._keep()
-                return ledger.version or 0
-            if verdict is Verdict.NEW and ledger.complete:
-                self._apply(push.seq)
-                ledger.commit(push.seq)
-                self._keep()
-            self._wait_for_step(ledger, push)
-            return ledger.version or 0
+                if book.complete:
+                    self._apply(place)
+                    book.commit(push)
+                    self._keep(before, book.steps)
+            self._wait_for_step(book, push)
+            return book.updates
 
     def kept(self, version: int, limit_s: float) -> tuple[int, Bundle | None]:
         """
@@ -160,11 +182,11 @@ class TableService:
             Steps that the slowest rank has made, and the copies; None: they are not here.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._steps >= version, limit_s)
+            self._changed.wait_for(lambda: self.steps >= version, limit_s)
             if self._kept is None or self._kept[0] != version:
-                return self._steps, None
+                return self.steps, None
             (_, bundle), self._kept = self._kept, None
-            return self._steps, bundle
+            return self.steps, bundle
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
         """See `PartSource`."""
@@ -177,17 +199,24 @@ class TableService:
             return packed_part(self._tables[table], first, count)
 
     @property
-    def _steps(self) -> int:
-        """Steps of the slowest rank that are applied."""
-        ledger = self._ledger
-        return ledger.done if isinstance(ledger, AsyncLedger) else ledger.version or 0
+    def steps(self) -> int:
+        """Steps of which every rank's gradients are applied."""
+        return self._book.steps if self._book is not None else 0
 
-    def _keep(self) -> None:
-        """Copy the tables, if a checkpoint is due of the step that was just made."""
-        assert self._plan is not None, "the ledger refuses pushes before `open`"
-        newer = self._kept is None or self._steps > self._kept[0]
-        if newer and is_due(self._steps, self._plan.checkpoint_every, self._plan.total_steps):
-            self._kept = self._steps, copies_of(self._tables, self._index)
+    def _opened(self, attempt: int, what: str) -> TableBook:
+        """Give the book, to a rank of the present attempt."""
+        if self._book is None or attempt != self._book.attempt:
+            raise FencedError(f"{what} of attempt {attempt} refused by {self._name}")
+        return self._book
+
+    def _keep(self, before: int, now: int) -> None:
+        """Copy the tables, if a checkpoint is due of a step that was just made."""
+        assert self._plan is not None, "nobody pushes before `open`"
+        every, total = self._plan.checkpoint_every, self._plan.total_steps
+        for version in range(before + 1, now + 1):  # several, where the slowest rank was late
+            newer = self._kept is None or version > self._kept[0]
+            if newer and is_due(version, every, total):
+                self._kept = version, copies_of(self._tables, self._index)
         self._changed.notify_all()
 
     def _check_shapes(self, gradients: Sequence[RowGradients]) -> None:
@@ -197,19 +226,19 @@ class TableService:
             if part.values.shape != wanted:
                 raise ValueError(f"gradients have shape {part.values.shape}, not {wanted}")
 
-    def _wait_for_step(self, ledger: Ledger, push: PushId) -> None:
-        assert self._plan is not None, "the ledger refuses pushes before `open`"
+    def _wait_for_step(self, book: TableBook, push: PushId) -> None:
+        assert self._plan is not None, "nobody pushes before `open`"
         limit = self._plan.job.failure.step_timeout_s
 
         def over() -> bool:
-            return self._ledger is not ledger or (ledger.version or 0) > push.seq
+            return book.attempt != push.attempt or book.passed(push)
 
         if not self._changed.wait_for(over, limit):
-            late = tuple(f"worker-{rank}" for rank in ledger.missing())
+            late = tuple(f"worker-{rank}" for rank in book.missing())
             what = f"push {push.seq} to {self._name}"
             raise DeadlineExceeded(what, late, limit, "failure.step_timeout_s")
-        if self._ledger is not ledger:
-            raise FencedError(f"push {push.seq} given up: attempt {self._ledger.attempt} began")
+        if book.attempt != push.attempt:
+            raise FencedError(f"push {push.seq} given up: attempt {book.attempt} began")
 
     def _make_tables(self, plan: TablePlan, files: Sequence[Mapping[str, Whole]]) -> list[Table]:
         job, tables = plan.job, []
@@ -224,31 +253,12 @@ class TableService:
             tables.append(table)
         return tables
 
-    def _begin(self, plan: TablePlan, version: int) -> None:
-        """Bring the tables to `version`, and take pushes of this attempt from now on."""
-        here = self._ledger.version or 0
-        if here == version + 1 and plan.rewinds:
-            for table in self._tables:
-                table.rewind()
-        elif here != version:
-            raise ProtocolError(f"{self._name} is at step {here}, the workers at {version}")
-        self._plan = plan
-        assert plan.job.embeddings is not None, "no servers without the field"
-        kind = AsyncLedger if plan.job.embeddings.asynchronous else Ledger
-        self._ledger = kind(plan.run, plan.attempt, plan.world)
-        if isinstance(self._ledger, AsyncLedger):
-            self._ledger.restore(version, version)
-        else:
-            self._ledger.restore(version)
-        self._staged.clear()
-        self._pulls.clear()
-        self._changed.notify_all()  # who waits for the attempt before
-
-    def _apply(self, step: int) -> None:
-        assert self._plan is not None, "the ledger refuses pushes before `open`"
+    def _apply(self, place: int) -> None:
+        """Make an update of what is staged, at this place of the learning rate's schedule."""
+        assert self._plan is not None, "nobody pushes before `open`"
         job = self._plan.job
         assert job.embeddings is not None, "no servers without the field"
-        rate = job.embeddings.optimizer.lr * factor(job.lr_schedule, step, self._plan.total_steps)
+        rate = job.embeddings.optimizer.lr * factor(job.lr_schedule, place, self._plan.total_steps)
         for number, table in enumerate(self._tables):
             parts = [
                 g for _, some in sorted(self._staged.items()) for g in some if g.table == number
@@ -256,5 +266,5 @@ class TableService:
             parts = [part for part in parts if len(part.ids)]
             table.forget()
             if parts:
-                table.apply(parts, rate, step)
+                table.apply(parts, rate, place)
         self._staged.clear()

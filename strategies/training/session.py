@@ -150,9 +150,13 @@ def join(
     _load(p, strategy, around.saved)
     context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards, progress.beat)
     context = replace(context, saved=around.saved, base=around.base)
+    rows = p.lookups if tables is not None else None
+    if rows is not None and tables is not None:
+        made = rows.connect(tables, p.total_steps, around.saved)
+        context = replace(context, tables_made=made)
     start = strategy.setup(context)
-    if p.lookups is not None and tables is not None:
-        p.lookups.connect(tables, p.total_steps, start, around.saved)
+    if rows is not None:
+        rows.begin(start)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
     if leases is not None:
         evaluates = p.eval_data is not None

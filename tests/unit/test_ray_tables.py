@@ -41,7 +41,9 @@ def connected(nodes: list[str]) -> tuple[RayTables, TablePlan]:
     told = job(1, len(nodes))
     order = WorkOrder(told, "run", 0, 0, "", "", None, None, None, embedding_servers=tuple(servers))
     tables = RayTables(order, 0, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
-    return tables, tables.connect(SPECS, 10, 0)
+    told_back, _ = tables.connect(SPECS, 10)
+    tables.begin(0)
+    return tables, told_back
 
 
 def routed(plan: TablePlan, table: int, ids: Any) -> Routed:
@@ -90,4 +92,4 @@ def test_a_server_without_ids_of_a_batch_is_not_asked_for_rows(no_ray: None) -> 
     one = tables.pull(0, routed(plan, 0, [5]), keep=True)
     assert one.shape == (1, 3)
     tables.push(0, []).wait()  # of the step all hear, with gradients or without
-    assert [server._body._service._ledger.version for server in tables._servers] == [1, 1, 1]
+    assert [server._body._service._book.updates for server in tables._servers] == [1, 1, 1]

@@ -155,7 +155,7 @@ def gradient(step: int) -> list[RowGradients]:
 def service(plan: TablePlan, steps: int) -> TableService:
     """A server after some steps of one rank."""
     made = TableService("server", 0)
-    made.open(plan, 0)
+    made.open(plan)
     for step in range(steps):
         made.push(PushId("run", 0, 0, step), gradient(step))
     return made
@@ -214,7 +214,7 @@ def test_tables_that_are_there_are_not_taken_from_a_checkpoint() -> None:
     server = service(plan(2), 3)
     saved = files(server.kept(2, 0.0)[1])
     now = server._tables[0].copy()["rows"].tobytes()
-    server.open(plan(2, attempt=1), 3, saved)
+    assert server.open(plan(2, attempt=1), 2, saved) == 3
     assert server._tables[0].copy()["rows"].tobytes() == now
 
 

@@ -60,7 +60,8 @@ def value(service: TableService, number: int, attempt: int = 0, row: int = 3) ->
 
 def opened(**more: Any) -> TableService:
     service = TableService("embedding-server-0", 0)
-    service.open(plan(**more), 0)
+    service.open(plan(**more))
+    service.begin(0, 0)
     return service
 
 
@@ -115,8 +116,6 @@ def test_asynchronous_pushes_wait_for_nobody_and_count_once() -> None:
     assert value(service, 0) == -3.0
     assert push(service, 1, 0) == 3  # asked again
     assert value(service, 1) == -3.0
-    with pytest.raises(GapError):
-        push(service, 0, 3)
     with pytest.raises(StaleError):
         push(service, 0, 0)
 
@@ -147,7 +146,8 @@ def test_an_attempt_takes_one_step_back(behind: int) -> None:
     both(service, 0)
     both(service, 1)
     for _ in range(2):
-        service.open(plan(attempt=1), 2 - behind)  # of every rank
+        service.open(plan(attempt=1))
+        service.begin(1, 2 - behind)  # of every rank
     assert value(service, 0, attempt=1) == -4.0 + 2 * behind
     for seq in range(2 - behind, 3):
         both(service, seq, attempt=1)
@@ -155,7 +155,9 @@ def test_an_attempt_takes_one_step_back(behind: int) -> None:
     with pytest.raises(FencedError):
         push(service, 0, 3, attempt=0)
     with pytest.raises(FencedError):
-        service.open(plan(attempt=0), 0)
+        service.open(plan(attempt=0))
+    with pytest.raises(FencedError):
+        service.begin(0, 2)
 
 
 @pytest.mark.parametrize(("rewinds", "version"), [(True, 0), (True, 3), (False, 1)])
@@ -163,8 +165,9 @@ def test_an_attempt_that_tables_cannot_follow_is_refused(rewinds: bool, version:
     service = opened(rewinds=rewinds)
     both(service, 0)
     both(service, 1)
+    service.open(plan(attempt=1, rewinds=rewinds))
     with pytest.raises(ProtocolError, match=f"is at step 2, the workers at {version}"):
-        service.open(plan(attempt=1, rewinds=rewinds), version)
+        service.begin(1, version)
 
 
 def test_who_waits_when_the_next_attempt_begins_comes_out() -> None:
@@ -180,7 +183,7 @@ def test_who_waits_when_the_next_attempt_begins_comes_out() -> None:
     thread = threading.Thread(target=wait)
     thread.start()
     time.sleep(0.05)
-    service.open(plan(attempt=1), 0)
+    service.open(plan(attempt=1))
     thread.join(5)
     assert len(errors) == 1
     both(service, 0, attempt=1)
@@ -191,7 +194,7 @@ def test_another_model_is_refused() -> None:
     service = opened()
     other = plan_of(job(), "run", 0, (TableSpec("t", 99, 4, 0.0),), 10, rewinds=False)
     with pytest.raises(ProtocolError, match="not those of the first rank"):
-        service.open(other, 0)
+        service.open(other)
 
 
 @pytest.mark.parametrize("servers", [1, 3])
@@ -199,13 +202,13 @@ def test_whole_tables_are_there_from_the_start(servers: int) -> None:
     spec = TableSpec("t", 100, 4, 1.0, whole=True)
     services = [TableService(f"embedding-server-{i}", i) for i in range(servers)]
     for service in services:
-        service.open(plan_of(job(2, servers), "run", 0, (spec,), 10, rewinds=False), 0)
+        service.open(plan_of(job(2, servers), "run", 0, (spec,), 10, rewinds=False))
     assert sum(rows for service in services for _, rows in service.sizes()) == 100
 
 
 def rows_after_three_steps(servers: int) -> bytes:
     tables = InMemoryTables(TableGroup(job(1, servers)), 0)
-    told = tables.connect((TableSpec("t", 1000, 4, 1.0),), 10, 0)
+    told, _ = tables.connect((TableSpec("t", 1000, 4, 1.0),), 10)
     random = np.random.default_rng(0)
     for step in range(3):
         routed, _ = route(told, told.tables[0], random.choice(1000, 300, replace=False))
@@ -223,7 +226,7 @@ def test_the_number_of_servers_changes_no_bit(servers: int) -> None:
 def test_a_lost_server_is_named() -> None:
     group = TableGroup(job(1))
     tables = InMemoryTables(group, 0)
-    told = tables.connect((SPEC,), 10, 0)
+    told, _ = tables.connect((SPEC,), 10)
     group.lost = "its node is gone"
     with pytest.raises(ActorLost, match="embedding-server-0 was lost: its node is gone"):
         tables.pull(0, route(told, SPEC, np.array([1]))[0], keep=True)

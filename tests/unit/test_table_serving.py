@@ -27,16 +27,16 @@ def segments(node: str = "here") -> tuple[Segment, Segment]:
 def test_who_is_near() -> None:
     server = serving()
     ids, _ = segments()
-    assert server.open(plan(), 0, 0, ids.address)
-    assert not server.open(plan(), 0, 1, segments("elsewhere")[0].address)
+    assert server.open(plan(), 0, ids.address).near
+    assert not server.open(plan(), 1, segments("elsewhere")[0].address).near
     gone = Address("here", os.getpid(), 999_999, 64, "int64")
-    assert not server.open(plan(), 0, 1, gone)
+    assert not server.open(plan(), 1, gone).near
 
 
 @pytest.mark.parametrize("near", [True, False])
 def test_rows_go_there_and_gradients_come_back(near: bool) -> None:
     server, (ids, values) = serving(), segments()
-    assert server.open(plan(world=1), 0, 0, ids.address)
+    server.open(plan(world=1), 0, ids.address)
     ids.tensor.numpy()[2:5] = IDS
     gradients = np.arange(12, dtype=np.float32).reshape(3, 4)
     values.tensor.numpy()[10:22] = gradients.reshape(-1)
@@ -53,7 +53,7 @@ def test_rows_go_there_and_gradients_come_back(near: bool) -> None:
 
 def test_a_lost_answer_is_given_again_without_touching_memory_in_use() -> None:
     server, (ids, values) = serving(), segments()
-    server.open(plan(world=1), 0, 0, ids.address)
+    server.open(plan(world=1), 0, ids.address)
     near, far = Parcel(0, 3, ids.address, values.address), Parcel(0, 3, IDS, None)
     server.pull(PullId(0, 0, 0), near)
     values.tensor.fill_(7.0)
@@ -68,7 +68,7 @@ def test_a_lost_answer_is_given_again_without_touching_memory_in_use() -> None:
 
 def test_larger_memory_takes_the_place_of_the_old() -> None:
     server, (ids, values) = serving(), segments()
-    server.open(plan(world=1), 0, 0, ids.address)
+    server.open(plan(world=1), 0, ids.address)
     server.pull(PullId(0, 0, 0), Parcel(0, 3, ids.address, values.address))
     larger = Segment.create("here", 1024, "float32")
     larger.tensor.fill_(7.0)
@@ -79,7 +79,7 @@ def test_larger_memory_takes_the_place_of_the_old() -> None:
 
 def test_gradients_of_another_shape_are_refused_before_they_count() -> None:
     server, (ids, _) = serving(), segments()
-    server.open(plan(world=1), 0, 0, ids.address)
+    server.open(plan(world=1), 0, ids.address)
     with pytest.raises(ValueError, match=r"gradients have shape \(3, 5\), not \(3, 4\)"):
         server.push(PushId("run", 0, 0, 0), [Parcel(0, 3, IDS, np.zeros((3, 5), np.float32))])
     fine = Parcel(0, 3, IDS, np.ones((3, 4), np.float32))
