@@ -4,9 +4,9 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from distplat.actors.messages import WorkOrder
-from distplat.platform.errors import Abandoned
 from distplat.platform.progress import StepReport
 from distplat.strategies.base import Strategy
+from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.session import Prepared
 
 if TYPE_CHECKING:
@@ -17,10 +17,17 @@ if TYPE_CHECKING:
 
 
 class Connection:
-    """An attempt's group and servers; another thread may end the waits for them at any moment."""
+    """
+    An attempt's group and servers; another thread may end the waits for them at any moment.
 
-    def __init__(self) -> None:
-        self._abandoned, self._resting = threading.Event(), threading.Event()
+    Args:
+        attempt: which.
+        gate: what the worker passes before each step of it.
+    """
+
+    def __init__(self, attempt: int, gate: Gate) -> None:
+        self.attempt, self.gate = attempt, gate
+        self._abandoned = threading.Event()
         self._group: RayCollective | None = None
         self._servers: RayShards | None = None
         self._tables: RayTables | None = None
@@ -85,28 +92,10 @@ class Connection:
         if self._leases is not None:
             self._leases.count(report)
 
-    @property
-    def rests(self) -> bool:
-        """Whether the attempt is to end between two steps."""
-        return self._resting.is_set()
-
-    def rest(self) -> None:
-        """Have the attempt end between two steps."""
-        self._resting.set()
-
-    def pause(self) -> None:
-        """
-        Be about to begin a step.
-
-        Raises:
-            Abandoned: the attempt is to end here.
-        """
-        if self._resting.is_set():
-            raise Abandoned("this worker was told to stop between two steps")
-
     def give_up(self) -> None:
-        """Make whoever waits for other ranks come out."""
+        """Make whoever waits for other ranks come out, and nobody begin a step."""
         self._abandoned.set()
+        self.gate.give_up()
         group = self._group
         if group is not None:
             group.abort()

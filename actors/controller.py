@@ -132,17 +132,17 @@ class Controller:
             self._resized = self._halted_at = None
 
     def _call_off(self, now: float) -> None:
-        """Have all stop: between two steps if nothing failed, at once if something did."""
+        """Have all stop: before the same step if nothing failed, at once if something did."""
         state = self._state
-        how = how_to_stop(state.error is not None, state.halted)
+        self._halted_at = self._halted_at or (now if state.halted else None)
+        how = how_to_stop(state.error is not None, state.agreed)
         if (state.attempt, how) <= self._called_off:
             return
         self._called_off = state.attempt, how
         if how is Stop.REST:
             self._ensemble.rest(state.attempt)
-        elif how is Stop.HALT:  # nobody can make a step any more that this one has not made
-            self._halted_at = now
-            self._ensemble.abandon(state.attempt, state.halted or 0)
+        elif how is Stop.REST_AT and state.agreed is not None:
+            self._ensemble.rest_at(state.attempt, state.agreed)
         else:
             self._failed_at = self._failed_at or now
             if state.may_go_on:
@@ -262,7 +262,7 @@ class Controller:
             del self._actors[role]
             self._scaling.left(rank)
             return [Left(rank)]
-        events: list[Event] = [Heard(rank, news.beats, news.step, news.finished)]
+        events: list[Event] = [Heard(rank, news.beats, news.step, news.finished, news.rests_at)]
         if news.error is not None:
             events.append(Failed(role, news.error))
         return events

@@ -104,19 +104,17 @@ class Ensemble:
         return self.job.scaling.num_workers
 
     def rest(self, attempt: int) -> None:
-        """Tell all workers to stop between two steps."""
+        """Tell all workers to begin no further step, and to say which it would have been."""
         self._calls = [worker.rest.remote(attempt) for worker in self._cast.workers.values()]
 
-    def abandon(self, attempt: int, step: int = 0) -> None:
-        """
-        Tell all workers to stop waiting for each other; the dead are passed over.
-
-        Args:
-            attempt: which they are at.
-            step: who has not made so many steps makes them first.
-        """
+    def rest_at(self, attempt: int, step: int) -> None:
+        """Tell all workers, which rest, to go on until they are before this step."""
         workers = self._cast.workers.values()
-        self._calls = [worker.abandon.remote(attempt, step) for worker in workers]
+        self._calls = [worker.rest_at.remote(attempt, step) for worker in workers]
+
+    def abandon(self, attempt: int) -> None:
+        """Tell all workers to stop waiting for each other; the dead are passed over."""
+        self._calls = [worker.abandon.remote(attempt) for worker in self._cast.workers.values()]
 
     def carry_out(self, restart: Restart, saved: Stored | None = None, base: int = 0) -> None:
         """

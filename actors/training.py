@@ -32,6 +32,7 @@ from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
+from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Prepared, join, prepare, resize
@@ -44,7 +45,9 @@ logger = logging.getLogger(__name__)
 class Standing:
     """How things stand with an attempt; replaced as a whole, for other threads read it."""
 
-    attempt: int = -1
+    attempt: int
+    gate: Gate
+    """What it passes before each step."""
     progress: Progress = field(default_factory=Progress)
     model: bytes | None = None
     """The trained model in the safetensors format, once the attempt has ended well."""
@@ -67,10 +70,10 @@ class Session:
         deliver: Callable[[Delivery], None],
     ) -> None:
         self._report, self._deliver = report, deliver
-        self.standing = Standing()
+        self.standing = Standing(-1, Gate(0.0))
         self._prepared: Prepared | None = None
         self._strategy: Strategy[Any] | None = None
-        self._connection = Connection()
+        self._connection = Connection(-1, self.standing.gate)
         self._shown: Shown[dict[str, torch.Tensor]] = Shown()
         self._part_shown: Shown[Bundle] = Shown()
 
@@ -110,8 +113,9 @@ class Session:
             order: what to do; its attempt's number is higher than that of the one before.
             called_off: whether the attempt was abandoned before it began.
         """
-        self._connection = Connection()
-        self.standing = Standing(order.attempt)
+        gate = Gate(order.job.failure.step_timeout_s)
+        self._connection = Connection(order.attempt, gate)
+        self.standing = Standing(order.attempt, gate)
         if called_off:
             self._connection.give_up()
         try:
@@ -135,29 +139,27 @@ class Session:
             ready.set_exception(as_user_error(error, order.rank, None))
 
     def rest(self, attempt: int) -> None:
-        """End this attempt before its next step; from any thread."""
-        if self.standing.attempt == attempt:
-            self._connection.rest()
+        """Begin no further step of this attempt; from any thread."""
+        connection = self._connection  # read once: the next attempt has another
+        if connection.attempt == attempt:
+            connection.gate.rest()
 
-    def abandon(self, attempt: int, step: int = 0) -> None:
-        """
-        Stop waiting for other ranks in this attempt; from any thread.
+    def rest_at(self, attempt: int, step: int) -> None:
+        """Go on in this attempt until this step is the next one, and end it; from any thread."""
+        connection = self._connection
+        if connection.attempt == attempt:
+            connection.gate.rest_at(step)
 
-        Args:
-            attempt: which.
-            step: who has not made so many steps is not to stop before it has: nobody is missing
-                for them.
-        """
-        standing, connection = self.standing, self._connection
-        if standing.attempt != attempt:
-            return
-        connection.rest()  # first: who is behind now sees it when the step is made
-        if standing.progress.step >= step:
+    def abandon(self, attempt: int) -> None:
+        """Stop waiting for other ranks in this attempt; from any thread."""
+        connection = self._connection
+        if connection.attempt == attempt:
             connection.give_up()
 
     def _attempt(self, order: WorkOrder, progress: Progress) -> bytes:
         prepared, strategy = self._prepare(order)
         limit_s = order.job.failure.step_timeout_s
+        gate = self._connection.gate
         courier = Courier(order.rank, order.attempt, _put, self._deliver, limit_s)
 
         def report(part: AnyReport) -> None:
@@ -178,14 +180,15 @@ class Session:
                 report=report,
                 progress=progress,
                 around=Around(_saved(order), order.base, courier.take),
-                pause=self._connection.pause,
+                pause=gate.before,
             )
+            gate.start(loop.start)
             self._say_what(order, prepared, loop.start)
             loop.run()
             courier.flush()
             return saved_model(strategy.trained(prepared.flat))
         except Abandoned:
-            if self._connection.rests:
+            if gate.rested:
                 courier.flush()  # a checkpoint on its way is whole, and this attempt's
             raise
         finally:

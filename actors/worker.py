@@ -67,22 +67,21 @@ class Worker:
             self._thread.start()
 
     def rest(self, attempt: int) -> None:
-        """Have an attempt end when the step under way is made; then wait for orders."""
+        """Begin no further step of an attempt, and let `poll` tell which it would have been."""
         if self._session is not None:
             self._session.rest(attempt)
+            self._news.set()
 
-    def abandon(self, attempt: int, step: int = 0) -> None:
-        """
-        Call an attempt off: stop waiting for the other ranks, and wait for orders.
-
-        Args:
-            attempt: which.
-            step: steps that the others have made; who is behind makes these first.
-        """
-        if not step:
-            self._given_up = attempt
+    def rest_at(self, attempt: int, step: int) -> None:
+        """Go on until this step is the next one; then wait for orders."""
         if self._session is not None:
-            self._session.abandon(attempt, step)
+            self._session.rest_at(attempt, step)
+
+    def abandon(self, attempt: int) -> None:
+        """Call an attempt off: stop waiting for the other ranks, and wait for orders."""
+        self._given_up = attempt
+        if self._session is not None:
+            self._session.abandon(attempt)
 
     def poll(self, hold_s: float) -> News:
         """
@@ -109,6 +108,7 @@ class Worker:
             error=standing.error,
             deliveries=deliveries,
             left=standing.progress.left,
+            rests_at=standing.gate.answer,
         )
 
     def result(self) -> bytes:

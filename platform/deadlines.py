@@ -1,6 +1,6 @@
 """When a rank has been silent, or busy, for too long; and how that is told."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from distplat.platform.errors import ActorLost
 from distplat.platform.spec import Failure
@@ -10,20 +10,54 @@ STALL_GRACE = 1.25
 the exchange come first and know more."""
 
 
-def stalled(
-    progress: Mapping[int, int], quiet: Mapping[int, float], limits: Failure
-) -> tuple[int, ...]:
+class Beats:
     """
-    Give the ranks that have not moved for longer than they may.
+    How far each rank says that it has come, and when that last grew.
 
     Args:
-        progress: beats of the ranks that are at work; 0: it has just joined.
-        quiet: seconds since each of them moved.
-        limits: the job's deadlines.
+        ranks: those that there are.
+        now: seconds on any clock that never goes back.
     """
-    start = max(limits.step_timeout_s, limits.start_timeout_s)
-    patience = {rank: limits.step_timeout_s if beats else start for rank, beats in progress.items()}
-    return tuple(rank for rank in progress if quiet[rank] > patience[rank] * STALL_GRACE)
+
+    def __init__(self, ranks: Iterable[int], now: float) -> None:
+        self._count = dict.fromkeys(ranks, 0)  #: 0: it has just joined
+        self._moved_at = dict.fromkeys(self._count, now)
+
+    def join(self, rank: int, now: float) -> None:
+        """There is one more."""
+        self._count[rank], self._moved_at[rank] = 0, now
+
+    def leave(self, rank: int) -> None:
+        """It is no more."""
+        self._count.pop(rank, None)
+        self._moved_at.pop(rank, None)
+
+    def hear(self, rank: int, count: int, now: float) -> None:
+        """A rank tells its beats; it has moved if they are more than before."""
+        if count > self._count[rank]:
+            self._count[rank], self._moved_at[rank] = count, now
+
+    @property
+    def still(self) -> list[int]:
+        """Ranks that have not yet moved."""
+        return [rank for rank, count in self._count.items() if not count]
+
+    def stalled(self, working: Iterable[int], now: float, limits: Failure) -> tuple[int, ...]:
+        """
+        Give the ranks that have not moved for longer than they may.
+
+        Args:
+            working: ranks that should.
+            now: on the same clock.
+            limits: the job's deadlines.
+        """
+        step_s, start_s = limits.step_timeout_s, max(limits.step_timeout_s, limits.start_timeout_s)
+        patience_s = {rank: step_s if self._count[rank] else start_s for rank in working}
+        return tuple(
+            rank
+            for rank, seconds in patience_s.items()
+            if now - self._moved_at[rank] > seconds * STALL_GRACE
+        )
 
 
 def frozen(role: str, seconds: float, step: int | None) -> ActorLost:

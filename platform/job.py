@@ -25,7 +25,8 @@ from dataclasses import replace
 from enum import Enum
 
 from distplat.platform.blame import repairable, weight
-from distplat.platform.deadlines import STALL_GRACE, frozen, rank_of, stalled
+from distplat.platform.calling_off import Agreement
+from distplat.platform.deadlines import STALL_GRACE, Beats, frozen, rank_of
 from distplat.platform.errors import (
     Abandoned,
     ActorLost,
@@ -89,14 +90,14 @@ class JobState:
         self.phase, self.error, self.restart = Phase.STARTING, None, None
         self._started_at = now
         self._failed_at = 0.0
-        self._progress = dict.fromkeys(self._members, 0)
-        self._moved_at = dict.fromkeys(self._members, now)  #: when `progress` last grew
+        self._beats = Beats(self._members, now)
         self._finished: set[int] = set()
         self._gone: set[str] = set()  #: roles whose process is no more, or will be ended
         self._waiting: set[int] = set()  #: ranks that stopped and wait for orders
         self._preempted = False
         self._state_lost = False
         self._wanted: int | None = None  #: ranks that there are to be in the next attempt
+        self._agreement = Agreement()  #: where all stop for that
 
     @property
     def over(self) -> bool:
@@ -118,9 +119,14 @@ class JobState:
         return self._wanted is not None and self.error is None
 
     @property
-    def halted(self) -> int | None:
-        """Steps that the first rank to stop has behind it; None: nobody has stopped."""
-        return max((self._steps[rank] for rank in self._waiting), default=None)
+    def agreed(self) -> int | None:
+        """The step before which all stop for a resize; None: not all ranks have answered."""
+        return self._agreement.step(self._members)
+
+    @property
+    def halted(self) -> bool:
+        """Whether somebody has stopped for a resize."""
+        return self._wanted is not None and bool(self._waiting)
 
     @property
     def _servers_lost(self) -> bool:
@@ -150,7 +156,7 @@ class JobState:
             case Joined(rank=rank):
                 self._members.add(rank)
                 self._steps[rank] = self.steps_done
-                self._progress[rank], self._moved_at[rank] = 0, now
+                self._beats.join(rank, now)
             case Left(rank=rank):
                 self._part_with(rank)
             case Resize(world=world):
@@ -182,8 +188,8 @@ class JobState:
     def _part_with(self, rank: int) -> None:
         self._members.discard(rank)
         self._finished.discard(rank)
-        for figures in (self._steps, self._progress, self._moved_at):
-            figures.pop(rank, None)
+        self._steps.pop(rank, None)
+        self._beats.leave(rank)
         self._end_if_finished()
 
     def _end_if_finished(self) -> None:
@@ -194,13 +200,12 @@ class JobState:
     def _hear(self, heard: Heard, now: float) -> None:
         if heard.rank not in self._members:
             return  # it has left
-        if heard.progress > self._progress[heard.rank]:
-            self._progress[heard.rank] = heard.progress
-            self._moved_at[heard.rank] = now
+        self._beats.hear(heard.rank, heard.progress, now)
         self._steps[heard.rank] = max(heard.step, self._steps[heard.rank])
+        self._agreement.answered(heard.rank, heard.rests_at)
         if heard.finished:
             self._finished.add(heard.rank)
-        if self.phase is Phase.STARTING and all(self._progress.values()):
+        if self.phase is Phase.STARTING and not self._beats.still:
             self.phase = Phase.RUNNING
         self._end_if_finished()
 
@@ -247,14 +252,11 @@ class JobState:
             if waited_s >= SETTLE_S:
                 self.phase = Phase.FAILED
             return
-        known = (
-            self._waiting | self._finished | {r for r in map(rank_of, self._gone) if r is not None}
-        )
-        patience_s = self._limits.step_timeout_s * STALL_GRACE
-        if not self._policy.survivors_go_on:
-            patience_s = SETTLE_S
-        if self._resizing and waited_s >= patience_s and not known >= self._members:
-            self._stall(self._members - known, now)
+        known = self._waiting | self._finished | {rank_of(role) for role in self._gone}
+        step_s = self._limits.step_timeout_s * STALL_GRACE
+        patience_s = step_s if self._policy.survivors_go_on else SETTLE_S
+        if self._resizing and not known >= self._members:
+            self._watch_steps(now)  # who evaluates, or makes the last step, is at work
         elif known >= self._members or waited_s >= patience_s:
             self._decide()
 
@@ -280,14 +282,12 @@ class JobState:
     def _watch_start(self, now: float) -> None:
         limit = self._limits.start_timeout_s
         if now - self._started_at > limit:
-            late = tuple(f"worker-{r}" for r, done in self._progress.items() if not done)
+            late = tuple(f"worker-{rank}" for rank in self._beats.still)
             self._fail(DeadlineExceeded("start", late, limit, "failure.start_timeout_s"), now)
 
     def _watch_steps(self, now: float) -> None:
-        working = {r: beats for r, beats in self._progress.items() if r not in self._finished}
-        quiet = {rank: now - self._moved_at[rank] for rank in working}
-        late = stalled(working, quiet, self._limits)
-        if late:
+        working = self._members - self._finished - self._waiting
+        if late := self._beats.stalled(working, now, self._limits):
             self._stall(late, now)
 
     def _stall(self, ranks: Iterable[int], now: float) -> None:

@@ -14,6 +14,8 @@ class Heard:
     step: int
     """Steps done."""
     finished: bool
+    rests_at: int | None = None
+    """The first step that it does not begin, where it was told to rest and this is known."""
 
 
 @dataclass(frozen=True)

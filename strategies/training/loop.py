@@ -64,8 +64,8 @@ class Loop:
     """Told after each step how many are done: a checkpoint may be due."""
     lookups: Lookups | None = None
     """The model's embedding tables, if it has some."""
-    pause: Callable[[], object] = lambda: None
-    """Called before each step; raises where the attempt is to end between two steps."""
+    pause: Callable[[int], object] = lambda step: None
+    """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
@@ -78,7 +78,7 @@ class Loop:
         steps = range(self.start, self.total_steps)
         self.compute.start(steps)
         for step in steps:
-            self.pause()
+            self.pause(step)
             if self.strategy.skips(step):
                 self._skip(step)
             else:

@@ -122,7 +122,7 @@ def join(
     report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
-    pause: Callable[[], object] = lambda: None,
+    pause: Callable[[int], object] = lambda step: None,
 ) -> Loop | LeasedLoop:
     """
     Set the strategy up with its ports and give the loop.

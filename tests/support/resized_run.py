@@ -1,27 +1,30 @@
 """
 A run in memory whose number of ranks changes: one attempt after the other, on the same servers.
 
-In each attempt but the last rank 0 stops before a given step, and the others wait for it at the
-servers with that step's gradient: a step in flight, which the next attempt makes anew.
+In each attempt but the last all are told to rest while rank 0 is behind: the others have pushed the
+gradient of the step before the one at which all are to stop, and wait for rank 0's at the servers.
 """
 
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distplat.platform.errors import Abandoned, FencedError
+from distplat.platform.calling_off import Agreement
+from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, Gathering, Summary
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
-from distplat.strategies.base import Strategy
+from distplat.strategies.base import Pushed, Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import InMemoryShards, ServerGroup
 from distplat.strategies.task import Task
+from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Prepared, join, prepare, resize
 from distplat.strategies.training.sync_service import SyncService
@@ -45,6 +48,8 @@ class ResizedRun:
     summaries: list[Summary] = field(default_factory=list)
     seen: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """(step, world) -> samples that reported parts of the step are of, in the order of reports."""
+    pushed: list[tuple[int, int]] = field(default_factory=list)
+    """(step, rank) of each gradient on its way to the servers, in any order."""
     parameters: list[dict[str, Tensor]] = field(default_factory=list)
     """By rank, at the end."""
 
@@ -75,7 +80,8 @@ def train_resized(
             gathering.resize(world, course[attempt - 1][1])
         following = course[attempt + 1][0] if attempt + 1 < len(course) else None
         attempted = _Attempt(job.with_workers(world), group, ranks, attempt, run, ids)
-        for report in attempted.make(stop, following):
+        start = course[attempt - 1][1] if attempt else 0
+        for report in attempted.make(start, None if following is None else stop):
             run.summaries += gathering.add(report)
     models = [ranks[rank].prepared.flat.model for rank in range(len(ranks))]
     run.parameters = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
@@ -94,6 +100,21 @@ def _servers(job: Job, task: type[Task]) -> ServerGroup:
     return ServerGroup(plan, WAIT_S)
 
 
+class _Noting(InMemoryShards):
+    """Notes what is pushed."""
+
+    def __init__(
+        self, pushed: list[tuple[int, int]], group: ServerGroup, rank: int, attempt: int, world: int
+    ) -> None:
+        super().__init__(group, rank, attempt, world)
+        self._pushed, self._mine = pushed, rank
+
+    def push(self, step: int, task: int | None = None) -> Pushed:
+        """See `Shards`."""
+        self._pushed.append((step, self._mine))
+        return super().push(step, task)
+
+
 class _Attempt:
     """One attempt of all ranks, as threads."""
 
@@ -110,45 +131,68 @@ class _Attempt:
         self._run, self._ids = run, ids
         self._reports: list[AnyReport] = []
         self._errors: list[BaseException] = []
+        self._gates = {rank: Gate(WAIT_S) for rank in ranks}
+        self._behind = -1  #: step before which rank 0 has all told to rest
 
-    def make(self, before: int, following: int | None) -> list[AnyReport]:
+    def make(self, start: int, stop: int | None) -> list[AnyReport]:
         """
-        Go on until rank 0 is before a step; give what ranks reported.
+        Go on until all are before a step; give what ranks reported.
 
         Args:
-            before: the step.
-            following: ranks of the next attempt; None: go on to the end.
+            start: the attempt's first step.
+            stop: the step; None: go on to the end.
         """
-        stop = None if following is None else before
+        if stop == start:
+            self._rest()  # they hear it before they have begun
+        elif stop is not None:
+            self._behind = stop - 1 if len(self._ranks) > 1 else stop
         threads = [
-            threading.Thread(target=self._rank, args=(rank, stop), daemon=True)
-            for rank in self._ranks
+            threading.Thread(target=self._rank, args=(rank,), daemon=True) for rank in self._ranks
         ]
         for thread in threads:
             thread.start()
         if stop is not None:
-            threads[0].join(WAIT_S)
-            self._wait_until_all_others_have_pushed(stop)
-            self._group.renew(self._number + 1, following)
+            self._rest_at(stop)
         for thread in threads:
             thread.join(WAIT_S)
             assert not thread.is_alive()
-        unexpected = [e for e in self._errors if not isinstance(e, Abandoned | FencedError)]
+        unexpected = [e for e in self._errors if not isinstance(e, Abandoned)]
         assert not unexpected, unexpected
         assert len(self._errors) == (len(threads) if stop is not None else 0)
         return self._reports
 
+    def _rest(self) -> None:
+        for gate in self._gates.values():
+            gate.rest()
+
+    def _rest_at(self, stop: int) -> None:
+        """Ask who rests where, as the controller does, and tell all."""
+        agreement, until = Agreement(), time.monotonic() + WAIT_S
+        while (agreed := agreement.step(self._ranks)) is None:
+            assert time.monotonic() < until, agreement.missing(self._ranks)
+            for rank, gate in self._gates.items():
+                agreement.answered(rank, gate.answer)
+            time.sleep(0.005)
+        assert agreed == stop
+        for gate in self._gates.values():
+            gate.rest_at(agreed)
+
+    def _before(self, rank: int, step: int) -> None:
+        if (rank, step) == (0, self._behind):
+            self._wait_until_all_others_have_pushed(step)
+            self._rest()
+        self._gates[rank].before(step)
+
     def _wait_until_all_others_have_pushed(self, step: int) -> None:
         until = time.monotonic() + WAIT_S
-        for cut in self._group.cuts(self._ranks[0].prepared.flat.size):
-            service = self._group.service(cut.index)
-            assert isinstance(service, SyncService)
-            # Shards are asked one after the other: the second one has not heard of this step.
-            while cut.index == 0 and service.shard.ledger.missing() != [0]:
-                assert time.monotonic() < until, (step, service.shard.ledger.missing())
-                time.sleep(0.005)
+        service = self._group.service(0)  # the second one has not heard of this step
+        assert isinstance(service, SyncService)
+        others = len(self._ranks) > 1
+        while others and service.shard.ledger.missing() != [0]:
+            assert time.monotonic() < until, (step, service.shard.ledger.missing())
+            time.sleep(0.005)
 
-    def _rank(self, rank: int, stop: int | None) -> None:
+    def _rank(self, rank: int) -> None:
         mine = self._ranks[rank]
         resize(mine.prepared, self._job, mine.strategy)
         samples: list[int] = []
@@ -163,10 +207,6 @@ class _Attempt:
             self._run.seen[key] = self._run.seen.get(key, []) + samples
             samples.clear()
 
-        def pause() -> None:
-            if rank == 0 and mine.progress.step == stop:
-                raise Abandoned("told to stop")
-
         world = self._job.scaling.world
         hook = mine.prepared.flat.model.register_forward_pre_hook(note)
         try:
@@ -175,10 +215,10 @@ class _Attempt:
                 mine.strategy,
                 rank,
                 collective=None,
-                shards=InMemoryShards(self._group, rank, self._number, world),
+                shards=_Noting(self._run.pushed, self._group, rank, self._number, world),
                 report=report,
                 progress=mine.progress,
-                pause=pause,
+                pause=partial(self._before, rank),
             ).run()
         except BaseException as error:
             self._errors.append(error)

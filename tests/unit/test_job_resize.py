@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from distplat.platform.calling_off import Stop, how_to_stop
 from distplat.platform.deadlines import STALL_GRACE
 from distplat.platform.errors import Abandoned, ActorLost, CollectiveError, DeadlineExceeded
 from distplat.platform.job import SETTLE_S, JobState, Phase
@@ -174,11 +173,12 @@ def test_those_of_the_start_may_all_be_lost_when_others_have_come() -> None:
 
 
 def test_a_busy_worker_is_waited_for_as_long_as_a_step_may_take() -> None:
-    busy: History = [(1, stopped(0)), (1, stopped(2))]
-    late = 1 + 20 * STALL_GRACE
-    state = play([*busy, (late - 0.1, Unanswered("worker-1", SETTLE_S + 1)), (late - 0.1, Tick())])
+    moved_at = 12
+    busy: History = [(1, stopped(0)), (1, stopped(2)), (moved_at, Heard(1, 9, STEP, False))]
+    late = moved_at + 20 * STALL_GRACE
+    state = play([*busy, (late, Unanswered("worker-1", SETTLE_S + 1)), (late, Tick())])
     assert (state.restart, state.error) == (None, None)
-    state = play([*busy, (late, Tick()), (late, Tick())])
+    state = play([*busy, (late + 0.1, Tick()), (late + 0.1, Tick())])
     assert isinstance(state.error, DeadlineExceeded)
     assert "worker-1" in str(state.error)
     assert state.restart == Restart(1, (1,), everything=False, wait_s=0.0, world=5)
@@ -222,16 +222,33 @@ def test_who_has_finished_counts_as_stopped() -> None:
     assert state.restart == Restart(1, (), everything=False, wait_s=0.0, world=5)
 
 
-def test_how_far_the_first_to_stop_has_come_is_told() -> None:
+def test_where_all_stop_is_known_when_all_have_said_where_they_can() -> None:
     state = play([])
-    assert state.halted is None
-    state.handle(heard(1, 7), 2)
+    for rank, step in [(0, 4), (2, None), (1, 3), (0, 9)]:  # one goes on once it is told
+        state.handle(Heard(rank, 4, STEP, False, step), 2)
+        assert state.agreed is None
+    state.handle(Heard(2, 4, STEP, False, 4), 2)
+    assert (state.agreed, state.halted) == (4, False)
     state.handle(stopped(1), 2)
-    assert state.halted == 7
+    assert (state.agreed, state.halted, state.restart) == (4, True, None)
 
 
-def test_how_workers_are_stopped() -> None:
-    assert how_to_stop(False, None) is Stop.REST
-    assert how_to_stop(False, 0) is Stop.HALT
-    assert how_to_stop(True, None) is how_to_stop(True, 5) is Stop.ABANDON
-    assert Stop.REST < Stop.HALT < Stop.ABANDON
+def test_an_attempt_knows_nothing_of_where_the_one_before_stopped() -> None:
+    told = [(1, Heard(rank, 4, STEP, False, STEP)) for rank in range(3)]
+    assert play(told).agreed == STEP
+    state = play([*told, *ALL_STOP], world=3)
+    state.restarted(2.0)
+    for rank in range(3):
+        assert not state.halted
+        state.handle(heard(rank), 2.0)
+    assert state.phase is Phase.RUNNING
+    assert state.agreed is None
+
+
+def test_who_stops_for_a_failure_has_not_halted_for_a_resize() -> None:
+    state = JobState(3, LIMITS, 0.0, GO_ON)
+    for rank in range(3):
+        state.handle(heard(rank), 1.0)
+    for event in (dead(1), stopped(0)):
+        state.handle(event, 1.0)
+    assert not state.halted

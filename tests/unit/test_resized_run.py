@@ -77,6 +77,7 @@ def test_every_sample_of_an_epoch_is_in_one_step_and_the_model_is_the_same(
     job = make(strategy=strategy, clip_norm=clip_norm)
     run = train_resized(job, Numbered, course, numbers)
 
+    assert sorted(run.pushed) == _each_once(course), "a gradient was made for nothing"
     steps = [one for one in run.summaries if isinstance(one, StepSummary)]
     assert [one.step for one in steps] == list(range(STEPS))
     order = Sampler(SAMPLES, BATCH, 1)
@@ -96,6 +97,15 @@ def test_every_sample_of_an_epoch_is_in_one_step_and_the_model_is_the_same(
             assert torch.allclose(mine[name], value, rtol=1e-9, atol=1e-12), name
     for one, other in zip(steps, _losses(alone.reports[0]), strict=True):
         assert one.loss == pytest.approx(other, rel=1e-9)
+
+
+def _each_once(course: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Give (step, rank) of all gradients of a run, if no step is begun that is not made."""
+    ends = [*(stop for _, stop in course[:-1]), STEPS]
+    worlds = {
+        s: w for (w, _), end in reversed([*zip(course, ends, strict=True)]) for s in range(end)
+    }
+    return [(step, rank) for step in range(STEPS) for rank in range(worlds[step])]
 
 
 def _seen(seen: dict[tuple[int, int], list[int]], step: int) -> list[int]:

@@ -2,21 +2,35 @@
 
 import threading
 import time
-from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from distplat.actors.connection import Connection
+from distplat.actors.training import Session, Standing
 from distplat.actors.worker import Worker
 from distplat.platform.collecting import Delivery
+from distplat.platform.errors import Abandoned
+from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 
 
 def working() -> Worker:
     """A worker in the middle of an attempt."""
     worker: Any = Worker("worker-0")
-    standing = SimpleNamespace(attempt=0, progress=Progress(3, 4), model=None, error=None)
-    worker._session = SimpleNamespace(standing=standing)
+    gate = Gate(10)
+    gate.start(2)
+    gate.before(2)
+    worker._session = Session(lambda report: None, lambda delivery: None)
+    worker._session.standing = Standing(0, gate, Progress(3, 4))
+    worker._session._connection = Connection(0, gate)
     result: Worker = worker
     return result
+
+
+def session(worker: Worker) -> Session:
+    assert worker._session is not None
+    return worker._session
 
 
 def test_an_answer_is_kept_back_while_there_is_nothing_to_tell() -> None:
@@ -44,3 +58,41 @@ def test_the_end_is_told_at_once() -> None:
     for _ in range(3):
         worker.poll(5)
     assert time.monotonic() - began < 4
+
+
+def test_where_a_worker_rests_is_told_at_once() -> None:
+    worker = working()
+    assert worker.poll(0.0).rests_at is None
+    threading.Timer(0.05, worker.rest, [0]).start()
+    began = time.monotonic()
+    assert worker.poll(20).rests_at == 3
+    assert time.monotonic() - began < 10
+    worker.rest_at(0, 4)
+    gate = session(worker).standing.gate
+    gate.before(3)
+    with pytest.raises(Abandoned):
+        gate.before(4)
+
+
+def test_an_attempt_that_is_called_off_ends_before_its_next_step() -> None:
+    worker = working()
+    worker.abandon(0)
+    with pytest.raises(Abandoned):
+        session(worker).standing.gate.before(3)
+
+
+def test_what_is_said_of_another_attempt_is_not_heard() -> None:
+    worker = working()
+    for other in (-1, 1):
+        worker.rest(other)
+        worker.rest_at(other, 3)
+        worker.abandon(other)
+    assert worker.poll(0.0).rests_at is None
+    session(worker).standing.gate.before(3)
+
+
+def test_before_it_has_begun_a_worker_has_no_answer() -> None:
+    worker = Worker("worker-0")
+    worker.rest(0)
+    worker.rest_at(0, 4)
+    assert worker.poll(0.0).rests_at is None
