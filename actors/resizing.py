@@ -2,7 +2,7 @@
 More or fewer workers where all of them make every step together: `distplat scale` of `ps-sync`.
 
     newcomers    import, build model and data ──▶ ready
-    the others   train ─────────────────────────────────▶│ stop between two steps │ all go on
+    the others   train ─────────────────────────────────▶│ stop before one step   │ all go on
     controller                                     Resize ┘ next attempt's orders ┘
 
 What is to be done is decided in `platform/resizing.py` and `platform/job.py`; who leaves, and the

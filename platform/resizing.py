@@ -2,7 +2,7 @@
 A wish for another number of ranks, where all ranks change at the same step: what comes of it.
 
     wish: 4       worker-2 and worker-3 are made, and the run goes on with two
-    both ready    due: the run is to stop between two steps, and to go on with four
+    both ready    due: the run is to stop before one step, and to go on with four
     one lost      the wish is given up, the other one is let go; the run went on all the time
     wish: 1       nobody is to be made: due at once
 

@@ -271,8 +271,8 @@ class _Attempt:
         shards = _LosingShards(self._group, rank, self._number, world)
         shards.loss = loss
 
-        def pause() -> None:
-            if isinstance(event, Resize) and mine.progress.step == event.step:
+        def pause(step: int) -> None:
+            if isinstance(event, Resize) and step == event.step:
                 raise Abandoned("told to stop")
 
         resize(mine.prepared, self._job, mine.strategy)
