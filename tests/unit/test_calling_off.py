@@ -8,6 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distplat.platform.calling_off import Agreement, Next, Resting, Stop, how_to_stop
+from distplat.platform.errors import Abandoned, ActorLost
+from distplat.platform.job import JobState, Phase
+from distplat.platform.job_events import Event, Failed, Heard, Resize, Tick
+from distplat.platform.recovery import Policy, Restart
+from distplat.platform.spec import Failure
 
 
 @pytest.mark.parametrize(
@@ -191,3 +196,93 @@ def test_all_stop_before_the_same_step_whenever_they_hear_of_it(
         assert worker.step == agreed, "somebody waits for ever, or has gone too far"
         assert worker.begun == list(range(agreed)), "all begin all steps before, and no other"
         assert worker.stopped is (agreed < steps), "or the run has come to its end"
+
+
+LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
+
+
+class Run(World):
+    """The same with all that the controller decides, and a worker that may be lost."""
+
+    def __init__(self, workers: int, steps: int, backup: int) -> None:
+        super().__init__(workers, steps, backup)
+        self.state = JobState(workers, LIMITS, 0.0, Policy(1, survivors_go_on=True))
+        self.lost: int | None = None
+        for rank in range(workers):
+            self.state.handle(Heard(rank, 1, 0, False), 0.0)
+
+    @property
+    def agreed(self) -> int | None:
+        return self.state.agreed
+
+    def resize(self) -> None:
+        self.state.handle(Resize(5), 0.0)
+        self.asked = self.asked or self.state.phase is Phase.SETTLING
+
+    def go(self, rank: int) -> None:
+        if rank != self.lost:
+            super().go(rank)
+
+    def hear(self, rank: int) -> None:
+        if self.state.error is None:
+            super().hear(rank)
+        else:
+            self.workers[rank].stopped |= self.workers[rank].step < self.steps
+
+    def ask(self, rank: int) -> None:
+        name, worker = f"worker-{rank}", self.workers[rank]
+        events: list[Event] = []
+        if rank == self.lost:
+            events.append(Failed(name, ActorLost(name, None, "killed"), gone=True))
+        else:
+            done = worker.step == self.steps
+            events.append(Heard(rank, 1 + worker.step, worker.step, done, worker.resting.answer))
+            events += [Failed(name, Abandoned("as it was told"))] if worker.stopped else []
+        for event in events:
+            self.state.handle(event, 0.0)
+
+    def settle(self) -> None:
+        self.resize()
+        for _ in range(2 * self.steps + 5):
+            for rank in range(len(self.workers)):
+                self.hear(rank)
+                self.go(rank)
+                self.ask(rank)
+        self.state.handle(Tick(), 0.0)
+
+
+@given(
+    st.integers(2, 4),
+    st.integers(1, 9),
+    st.integers(0, 1),
+    st.integers(0, 40),
+    st.none() | st.tuples(st.integers(0, 40), st.integers(0, 3)),
+    st.data(),
+)
+def test_the_next_attempt_begins_where_all_have_stopped_whoever_is_lost(
+    workers: int,
+    steps: int,
+    backup: int,
+    told_after: int,
+    loss: tuple[int, int] | None,
+    data: st.DataObject,
+) -> None:
+    run = Run(workers, steps, backup)
+    acts = st.tuples(st.sampled_from(["go", "hear", "ask"]), st.integers(0, workers - 1))
+    for number, (act, rank) in enumerate(data.draw(st.lists(acts, max_size=120))):
+        if number == told_after:
+            run.resize()
+        if loss is not None and number == loss[0]:
+            run.lost = loss[1] % workers
+        getattr(run, act)(rank)
+    run.settle()
+    state, world = run.state, 5 if run.asked else None
+    if state.phase is Phase.SUCCEEDED:
+        assert all(worker.step == steps for worker in run.workers)
+    elif run.lost is None:
+        assert state.restart == Restart(1, (), everything=False, wait_s=0.0, world=5)
+        assert state.agreed == state.furthest == state.steps_done < steps
+    else:
+        assert state.restart is not None
+        assert (state.restart.replace, state.restart.everything) == ((run.lost,), False)
+        assert state.restart.world == world
