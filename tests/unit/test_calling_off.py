@@ -216,8 +216,9 @@ class Run(World):
         return self.state.agreed
 
     def resize(self) -> None:
+        runs = self.state.phase is Phase.RUNNING  # else it has other cares
         self.state.handle(Resize(5), 0.0)
-        self.asked = self.asked or self.state.phase is Phase.SETTLING
+        self.asked |= runs and self.state.phase is Phase.SETTLING
 
     def go(self, rank: int) -> None:
         if rank != self.lost:
