@@ -83,7 +83,7 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
     if roles.servers:
         cast.manager = spawn_manager(job, roles, run, attempt, cast.servers)
         cast.scheduler = spawn_scheduler(job, roles, run, attempt)
-    cast.embedding_servers = _spawn_embedding_servers(job, run, attempt)
+    cast.embedding_servers = _spawn_embedding_servers(job, roles, run, attempt)
     return cast
 
 
@@ -126,8 +126,12 @@ def spawn_server(
 
 def _threads(job: Job, roles: Roles) -> dict[str, int]:
     """Give two threads for each worker that there may be, and some for others."""
-    most = job.scaling.world + (ROOM if roles.consistency.dealt or roles.resizes else 0)
-    return {"max_concurrency": 2 * most + _SERVER_THREADS}
+    return {"max_concurrency": 2 * _most_workers(job, roles) + _SERVER_THREADS}
+
+
+def _most_workers(job: Job, roles: Roles) -> int:
+    """Give how many workers there may be at once."""
+    return job.scaling.world + (ROOM if roles.consistency.dealt or roles.resizes else 0)
 
 
 def spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:
@@ -148,10 +152,10 @@ def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
     return sorted(name for name, free in nodes if name != node and has_room(free))
 
 
-def _spawn_embedding_servers(job: Job, run: str, attempt: int) -> list[Any]:
+def _spawn_embedding_servers(job: Job, roles: Roles, run: str, attempt: int) -> list[Any]:
     if job.embeddings is None:
         return []
-    threads = {"max_concurrency": job.scaling.world + _SERVER_THREADS}
+    threads = {"max_concurrency": _most_workers(job, roles) + _SERVER_THREADS}
     common = {**_common(run), **_resources(job.embeddings.resources_per_server), **threads}
     servers = []
     for index in range(job.embeddings.servers):

@@ -142,8 +142,9 @@ class InMemoryShards:
         if not private and not self._group.apart:
             flat.move(shared, flat.grads)
         self.refresh()
+        flat.version = min(self._group.service(cut.index).served.steps for cut in self._cuts)
         if not private:
-            self.step_back(min(self._versions()))
+            self.step_back(flat.version)
 
     def step_back(self, version: int) -> None:
         """See `Shards`."""

@@ -126,10 +126,10 @@ def test_a_wish_is_handed_on_until_it_is_answered() -> None:
         (DEALT, {}, 3 + ROOM, "got 19"),
         (SYNCHRONOUS, {}, 3, "'ps-sync' cannot change its number of workers while it runs"),
         (
-            Consistency(asynchronous=True),
-            {"embeddings": {"optimizer": {"name": "SGD", "lr": 1.0}, "asynchronous": True}},
+            SYNCHRONOUS,
+            {"embeddings": {"optimizer": {"name": "SGD", "lr": 1.0}}},
             3,
-            "'ps-async' with embedding tables cannot",
+            "'ps-sync' with embedding tables cannot",
         ),
     ],
 )
