@@ -130,7 +130,7 @@ def _threads(job: Job, roles: Roles) -> dict[str, int]:
 
 
 def _most_workers(job: Job, roles: Roles) -> int:
-    """Give how many workers there may be at once."""
+    """Count the workers that there may be at a time."""
     return job.scaling.world + (ROOM if roles.consistency.dealt or roles.resizes else 0)
 
 

@@ -30,12 +30,7 @@ from distplat.platform.recovery import policy_of
 from distplat.platform.resume import start_from
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import (
-    load_strategy_file,
-    make_job,
-    make_strategy,
-    tables_go_on,
-)
+from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
 from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
@@ -132,7 +127,7 @@ class Trainer:
         self.job = job if isinstance(job, Job) else make_job(job)
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
-        self._survivors_go_on = strategy.survivors_go_on() and tables_go_on(self.job, self._roles)
+        self._survivors_go_on = strategy.survivors_go_on()
         self._holders = strategy.holders(self.job)
         self._has_parts = strategy.has_parts
         if task is None and self.job.task is None:

@@ -134,19 +134,6 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
     return None if found else strategy
 
 
-def tables_go_on(job: Job, roles: Roles) -> bool:
-    """
-    Say whether embedding tables, if there are any, can follow survivors of a failure.
-
-    They take one step back. Of asynchronous ones nobody knows how far they are, and servers of
-    parameters keep other steps than they do: these start anew together. Where tasks are leased,
-    both count them.
-    """
-    if job.embeddings is None or roles.consistency.asynchronous:
-        return True
-    return not (job.embeddings.asynchronous or roles.servers)
-
-
 def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:
     """Tables make a step when every rank has pushed; some strategies' ranks do not keep step."""
     steps, name = roles.consistency, job.strategy.name

@@ -23,7 +23,7 @@ from distplat.platform.load import load_figures
 from distplat.platform.spec import Job
 from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
-from distplat.strategies.overlap import overlap_problems
+from distplat.strategies.overlap import overlap_problems, rows_come_first, rows_first_problems
 
 if TYPE_CHECKING:
     from distplat.strategies.training.early import EarlyPush
@@ -69,7 +69,7 @@ class PsSync(Strategy[PsSyncOptions]):
             chosen.resources_per_server,
             consistency,
             replication=chosen.replication,
-            resizes=job.embeddings is None,
+            resizes=True,
             wire=WIRES[chosen.wire],
             split_by_load=chosen.split == "load",
         )
@@ -89,7 +89,8 @@ class PsSync(Strategy[PsSyncOptions]):
         if self.options.split == "load" and self.options.num_servers == 1:
             return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]
         given = self.options.model_fields_set
-        return overlap_problems(given, self.options.overlap, self.options.num_servers)
+        found = overlap_problems(given, self.options.overlap, self.options.num_servers)
+        return found or rows_first_problems(given, self.options.overlap, job)
 
     def survivors_go_on(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""
@@ -107,10 +108,13 @@ class PsSync(Strategy[PsSyncOptions]):
         self._skipped = 0
         before, flat = context.flat.version, context.flat
         self._shards.connect(flat, context.saved)
+        if context.tables_made is not None and context.tables_made < flat.version:
+            self._shards.step_back(context.tables_made)
         if self._buffers is not None and flat.version == before:
             self._buffers.restore()  # this rank's forward of the step is made once more
         self._buffers = Buffers(flat.model)
-        self._early = EarlyPush(flat, self._shards, overlap=self.options.overlap)
+        early = self.options.overlap and not rows_come_first(context.job)
+        self._early = EarlyPush(flat, self._shards, overlap=early)
         return flat.version
 
     def skips(self, step: int) -> bool:

@@ -17,6 +17,7 @@ from distplat.platform.fields import Count, Flag, Positive, Seconds
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, GroupSpec, Options, Roles, Strategy
 from distplat.strategies.catalog import strategies
+from distplat.strategies.overlap import rows_come_first, rows_first_problems
 
 if TYPE_CHECKING:
     from distplat.strategies.reduction.base import Reducer
@@ -83,6 +84,7 @@ class Ring(Strategy[RingOptions]):
         if chosen.shard_optimizer and "overlap" in given and chosen.overlap:
             text = "has no effect with `shard_optimizer: true`: gradients go when all are there"
             found.append(Problem(("strategy", "overlap"), text, "remove it"))
+        found += rows_first_problems(given, chosen.overlap, job)
         if chosen.backend == "nccl" and not job.scaling.use_gpu:
             text = "`nccl` runs between GPUs only"
             hint = "set scaling.use_gpu: true, or `backend: auto`"
@@ -110,7 +112,8 @@ class Ring(Strategy[RingOptions]):
             if context.saved is not None:
                 sharded.load(context.saved.optimizer(flat, *sharded.bounds))
         else:
-            self._reducer = _reducer(self.options, flat, collective)
+            early = self.options.overlap and not rows_come_first(context.job)
+            self._reducer = _reducer(self.options, flat, collective, overlap=early)
             _pass_residual_on(old, self._reducer)
             self._optimizer = context.local_optimizer()
             saved = context.saved.optimizer(flat) if context.saved is not None else {}
@@ -176,7 +179,9 @@ def _pass_residual_on(old: Reducer | None, new: Reducer) -> None:
         new.inherit(old)
 
 
-def _reducer(options: RingOptions, flat: FlatModel, collective: Collective) -> Reducer:
+def _reducer(
+    options: RingOptions, flat: FlatModel, collective: Collective, *, overlap: bool
+) -> Reducer:
     """Make what `compression` names."""
     if options.compression == "topk":
         from distplat.strategies.reduction.topk import TopKReducer
@@ -190,4 +195,4 @@ def _reducer(options: RingOptions, flat: FlatModel, collective: Collective) -> R
 
     wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
     bucket_bytes = int(options.bucket_mb * 2**20)
-    return BucketReducer(flat, collective, bucket_bytes, overlap=options.overlap, wire_dtype=wire)
+    return BucketReducer(flat, collective, bucket_bytes, overlap=overlap, wire_dtype=wire)

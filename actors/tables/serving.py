@@ -53,6 +53,8 @@ class TableServing:
         limit_s = plan.job.failure.start_timeout_s
         files = (ray.get(box[0], timeout=limit_s) for box in saved)
         steps = self._service.open(plan, saved_at, files)
+        if self._plan is None or plan.attempt > self._plan.attempt:
+            self._mapped = {}  # every worker has new memory; of one that was lost none is held
         self._plan = plan
         return Opened(self._reaches(rank, memory), steps)
 

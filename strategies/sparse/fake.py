@@ -13,7 +13,7 @@ from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
-from distplat.strategies.ports import TablesCopy
+from distplat.strategies.ports import Sending, TablesCopy
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.sparse.table import RowGradients
@@ -103,7 +103,7 @@ class InMemoryTables:
         step: int,
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
-    ) -> _Pushing:
+    ) -> Sending:
         """See `Tables`; a thread for each server, for a service waits for the other ranks."""
         push = PushId(self._plan.run, self._plan.attempt, self._rank, step, task)
         services = self._group.services

@@ -6,7 +6,8 @@ epochs' bounds. Loader processes come from a fork server: forking a process in w
 run could deadlock the child.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, get_context
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -58,6 +59,34 @@ def make_sampler(job: Job, data: Dataset[Any], replicas: int | None = None) -> S
 def total_steps(job: Job, sampler: Sampler) -> int:
     """Give the number of updates in the run."""
     return job.steps if job.steps is not None else (job.epochs or 0) * sampler.steps_per_epoch
+
+
+def ready_loaders(job: Job) -> Callable[[], None]:
+    """
+    Start the server that loader processes are forked from, where there are to be some.
+
+    It imports torch once. Else each loader does, in every attempt and every evaluation: 1.6 s
+    instead of 0.05 s.
+
+    Returns:
+        Waits until it can be forked from.
+    """
+    if not job.data.num_loaders:
+        return lambda: None
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "torch.utils.data"])
+    forkserver.ensure_running()
+
+    def wait() -> None:
+        first = context.Process(target=_nothing)
+        first.start()
+        first.join()
+
+    return wait
+
+
+def _nothing() -> None:
+    """Be the first process that is forked."""
 
 
 def micro_batches(

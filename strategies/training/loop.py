@@ -18,6 +18,7 @@ from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
+from distplat.strategies.overlap import rows_come_first
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.compute import Compute, Share, Stopwatch
 from distplat.strategies.training.flat import FlatModel
@@ -97,6 +98,9 @@ class Loop:
         clock = Stopwatch()
         share = self.compute.gradients(step, clock)
         sent = self.lookups.push(step) if self.lookups is not None else None
+        if sent is not None and rows_come_first(self.job):
+            sent.wait()
+            sent = None
         self.strategy.exchange(step)
         if sent is not None:
             sent.wait()  # before the update: a rank past a step knows that the tables are

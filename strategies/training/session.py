@@ -22,7 +22,7 @@ from distplat.strategies.base import Collective, Context, Shards, Strategy
 from distplat.strategies.ports import Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
-from distplat.strategies.training.batches import make_sampler, total_steps
+from distplat.strategies.training.batches import make_sampler, ready_loaders, total_steps
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
 from distplat.strategies.training.loop import Loop, Progress
@@ -87,6 +87,7 @@ def prepare(
     Raises:
         ValueError: a model or data set that cannot be trained; or whatever the task raises.
     """
+    loaders_ready = ready_loaders(job)
     torch.manual_seed(job.seed)
     model = task.model() if strategy is None else strategy.build(task)
     if not isinstance(model, torch.nn.Module):
@@ -101,6 +102,7 @@ def prepare(
     eval_data = task.eval_data()
     steps = total_steps(job, sampler)
     left = None if whole else model
+    loaders_ready()
     return Prepared(job, task, left, data, eval_data, sampler, steps, device, part, lookups)
 
 

@@ -4,8 +4,9 @@ One parameter-server shard: parameters, optimizer state and the ledger of what w
 Plain and synchronous: a server-node actor and the in-memory fake wrap the same class. A shard
 waits for nobody; it says what it has, and its owner decides how to wait.
 
-Of several shards each commits by itself, so for a moment one may be a version ahead of another. It
-keeps the version before until the first push of the next step proves that all are past it:
+Of several shards each commits by itself, so for a moment one may be a version ahead of another, or
+of the embedding tables beside it. It keeps the version before until the first push of the next step
+proves that all are past it:
 
     shard 0   version 4   | commit: 5, keeps 4      | a push for 5: lets 4 go, keeps 5 ...
     shard 1   version 4              | commit: 5, keeps 4    |
@@ -55,7 +56,8 @@ class ParameterShard:
         backup = plan.consistency.backup_workers
         self.ledger = Ledger(plan.run, plan.attempt, plan.world, backup)
         self.squared_norm: float | None = None  #: of the staged sum, once complete and wanted
-        self._before: Tensor | None = params.clone() if plan.shards > 1 else None
+        apart = plan.shards > 1 or plan.job.embeddings is not None
+        self._before: Tensor | None = params.clone() if apart else None
         self._before_version: int | None = None  #: version of `_before`
         self._keeping = Keeping(plan.checkpoint_every, plan.total_steps)
 

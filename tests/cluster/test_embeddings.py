@@ -50,9 +50,12 @@ def same_bits(lossy: Result, plain: Result) -> None:
     assert all(mine[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
-def test_a_replaced_worker_leaves_the_same_bits(plain: Result, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_a_replaced_worker_leaves_the_same_bits(
+    plain: Result, strategy: str, tmp_path: Path
+) -> None:
     args = {"marker": str(tmp_path / "done"), "at": 6}
-    lossy = train(words("ring", 2, task="words:Deadly", task_args=args), tmp_path)
+    lossy = train(words(strategy, 2, task="words:Deadly", task_args=args), tmp_path)
     assert len(lossy.setbacks) == 1
     same_bits(lossy, plain)
 

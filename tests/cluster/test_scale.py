@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from exact import BATCH, RATE, expected
 from small_runs import HERE, distance, job, train, weights
+from table_runs import tables, words
 from test_server_loss import undisturbed
 
 from distplat.actors.overview import Overview, one_run, overview, scale
@@ -26,6 +28,7 @@ from distplat.platform.sampler import Sampler
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 
 STEPS = 1000
+EPOCHS = 80  # of four steps
 PATIENCE_S = 60.0
 
 
@@ -224,3 +227,30 @@ def test_after_going_back_there_are_as_many_workers_as_before(tmp_path: Path) ->
     assert watch.setbacks[0].step >= 5
     assert [summary.step for summary in result.history] == list(range(400))
     assert distance(weights(result), np.frombuffer(undisturbed(spec), np.float32)) < 1e-5
+
+
+def test_embedding_tables_follow_a_synchronous_run(tmp_path: Path) -> None:
+    def story(run: RunName, mine: Story) -> None:
+        scale(run, 3, PATIENCE_S)
+        goes_on(mine, run, 3)
+        ray.kill(run.actor("worker-1"))
+        assert mine.recovered.wait(PATIENCE_S)
+        goes_on(mine, run, 3)
+        scale(run, 1, PATIENCE_S)
+        goes_on(mine, run, 1)
+
+    ends = tmp_path / "ends"
+    watch = Story(story, ends)
+    args = {"until": str(ends), "seconds": 0.03}
+    optimizer = {"name": "SGD", "lr": RATE}
+    spec = words("ps-sync", 2, task="exact:Paced", task_args=args, optimizer=optimizer)
+    spec |= {"global_batch_size": BATCH, "epochs": EPOCHS, "lr_schedule": {"name": "constant"}}
+    spec["embeddings"]["optimizer"] = optimizer
+    result = train(spec, tmp_path, observers=(watch,))
+    watch.join(10)
+    assert not watch.errors, watch.errors
+    assert [setback.replaced for setback in watch.setbacks] == [("worker-1",)]
+    assert [(one.before, one.workers) for one in result.resizes] == [(2, 3), (3, 1)]
+    rows, dense = expected(EPOCHS)
+    assert (tables(result)["rows"][:, 1:] == rows[:, None]).all()
+    assert (weights(result) == dense).all()

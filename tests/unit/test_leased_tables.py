@@ -19,7 +19,7 @@ from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.base import Strategy
-from distplat.strategies.catalog import make_job, make_strategy, tables_go_on
+from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.fakes import (
     InMemoryLeases,
     InMemoryShards,
@@ -315,12 +315,6 @@ def test_a_run_in_the_calling_process(tmp_path: Path) -> None:
         "step-000010",
         "step-000012",
     }
-
-
-def test_who_is_left_goes_on() -> None:
-    job = make_job(counting())
-    strategy = make_strategy(job)
-    assert strategy.survivors_go_on() and tables_go_on(job, strategy.roles(job))
 
 
 FAULT = st.builds(Fault, st.integers(0, 4), st.sampled_from(MOMENTS))

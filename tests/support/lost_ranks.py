@@ -1,0 +1,294 @@
+"""
+Runs in memory that lose ranks in the middle of a step, beside servers and embedding tables.
+
+What a rank had sent before it was lost has arrived or has not, at each server for itself. The
+others stop where they wait; all go on in a new attempt, with a new rank in the lost one's place.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.platform.errors import Abandoned, CollectiveError, FencedError
+from distplat.platform.ledger import Answer
+from distplat.platform.shard_map import Shard, ShardPlan
+from distplat.platform.spec import Job
+from distplat.strategies.base import Strategy
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.fakes import (
+    Fabric,
+    InMemoryShards,
+    InMemoryTables,
+    ServerGroup,
+    TableGroup,
+)
+from distplat.strategies.ports import Pushed, Sending
+from distplat.strategies.sparse.routing import Routed
+from distplat.strategies.sparse.table import RowGradients
+from distplat.strategies.task import Task
+from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.session import Prepared, join, prepare, resize
+
+WAIT_S = 10.0
+
+
+class Lost(Exception):
+    """As if the rank's process were no more."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One rank is lost in a step."""
+
+    step: int
+    rank: int
+    tables: int
+    """So many servers of tables have had its push."""
+    shards: int = -1
+    """So many shards have; -1: there are none."""
+    others_s: float = 0.02
+    """So long the others go on."""
+
+    @property
+    def shards_follow(self) -> bool:
+        """Whether the rank lives on to push to shards."""
+        return self.shards >= 0
+
+
+@dataclass(frozen=True)
+class Resize:
+    """All ranks stop before a step."""
+
+    step: int
+    world: int
+    """Ranks from then on."""
+
+
+@dataclass
+class LossyRun:
+    """What is left of a run at its end."""
+
+    ranks: dict[int, "Rank"]
+    tables: TableGroup
+    starts: list[int] = field(default_factory=list)
+    """By attempt: the step that it began with."""
+
+    def dense(self) -> NDArray[np.float32]:
+        """Copy the parameters of rank 0."""
+        vector: NDArray[np.float32] = self.ranks[0].prepared.flat.params.numpy().copy()
+        return vector
+
+    def rows(self, number: int, count: int) -> NDArray[np.float32]:
+        """Put a table together, shape [count, width]; rows that are not there are nan."""
+        width = self.tables.services[0].sizes()[number][0].width
+        found = np.full((count, width), np.nan, np.float32)
+        for service in self.tables.services:
+            kept = service._tables[number]
+            kept.read(kept.ids(), out := np.empty((len(kept), width), np.float32))
+            found[kept.ids()] = out
+        return found
+
+
+@dataclass
+class Rank:
+    """What one worker keeps from attempt to attempt."""
+
+    prepared: Prepared
+    strategy: Strategy[Any]
+    progress: Progress = field(default_factory=Progress)
+
+
+_ENDS: dict[type, tuple[type[Exception], ...]] = {
+    Loss: (Lost, Abandoned, FencedError, CollectiveError),
+    Resize: (Abandoned,),
+    type(None): (),
+}
+"""How ranks may come out of an attempt."""
+
+
+class _LosingTables(InMemoryTables):
+    """Reaches some of the servers only, in one step."""
+
+    def __init__(self, group: TableGroup, rank: int, loss: Loss | None) -> None:
+        super().__init__(group, rank)
+        self._loss = loss
+
+    def push(
+        self,
+        step: int,
+        gradients: Sequence[tuple[Routed, RowGradients]],
+        task: int | None = None,
+    ) -> Sending:
+        if self._loss is None or step != self._loss.step:
+            return super().push(step, gradients, task)
+        whole, reached = self._group, TableGroup(self._group.job)
+        reached._services = whole._services[: self._loss.tables]
+        sent = None
+        if reached._services:
+            self._group = reached
+            copies = [(routed, replace(one, values=one.values.copy())) for routed, one in gradients]
+            sent = super().push(step, copies, task)
+            self._group = whole
+        complete = len(reached._services) == len(whole._services)
+        return _LastPush(sent if complete else None, lost=not self._loss.shards_follow)
+
+
+class _LastPush:
+    """A push after which the rank is lost, or with which."""
+
+    def __init__(self, sent: Sending | None, *, lost: bool) -> None:
+        self._sent, self._lost = sent, lost
+
+    def wait(self) -> None:
+        if self._sent is not None:
+            self._sent.wait()
+        if self._sent is None or self._lost:
+            raise Lost
+
+
+class _LosingShards(InMemoryShards):
+    """The same for shards."""
+
+    loss: Loss | None = None
+
+    def push(self, step: int, task: int | None = None) -> Pushed:
+        pushed = super().push(step, task)
+        if self.loss is not None and step == self.loss.step:
+            raise Lost
+        return pushed
+
+    def _push(self, cut: Shard, step: int, task: int | None) -> Answer:
+        if self.loss is None or step != self.loss.step:
+            return super()._push(cut, step, task)
+        if cut.index >= self.loss.shards:
+            raise Lost
+        push = super()._push
+        if self.loss.shards == len(self._cuts):
+            return push(cut, step, task)
+        threading.Thread(target=_quietly, args=(push, cut, step, task), daemon=True).start()
+        time.sleep(0.01)
+        return Answer(step + 1)
+
+
+def _quietly(push: Any, *args: Any) -> None:
+    try:
+        push(*args)
+    except FencedError:
+        pass  # the attempt is over, as it should be
+
+
+def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> LossyRun:
+    """
+    Train to the end, with one event after the other.
+
+    Args:
+        job: names the strategy; has the field `embeddings`.
+        task: its class.
+        events: at most one for each attempt.
+    """
+    first = _rank(job, task)
+    roles, steps = first.strategy.roles(job), first.prepared.total_steps
+    plan = ShardPlan(
+        job, "run", 0, job.scaling.world, steps, max(1, roles.servers), roles.consistency
+    )
+    group, tables = ServerGroup(plan, WAIT_S), TableGroup(job, rewinds=True)
+    run = LossyRun({}, tables)
+    for attempt, event in enumerate([*events, None]):
+        for rank in range(job.scaling.world):
+            if rank not in run.ranks:
+                run.ranks[rank] = _rank(job, task)
+        run.starts.append(_Attempt(job, group, run, attempt, event).make())
+        if isinstance(event, Loss):
+            del run.ranks[event.rank]
+        if isinstance(event, Resize):
+            job = job.with_workers(event.world)
+            run.ranks = {rank: one for rank, one in run.ranks.items() if rank < event.world}
+    return run
+
+
+def _rank(job: Job, task: type[Task]) -> Rank:
+    strategy = make_strategy(job)
+    return Rank(prepare(job, task(), strategy=strategy), strategy)
+
+
+class _Attempt:
+    """One attempt of all ranks, as threads."""
+
+    def __init__(
+        self, job: Job, group: ServerGroup, run: LossyRun, number: int, event: Loss | Resize | None
+    ) -> None:
+        self._job, self._group, self._run, self._number = job, group, run, number
+        self._event = event
+        self._fabric = Fabric(job.scaling.world, WAIT_S)
+        self._starts: set[int] = set()
+        self._errors: dict[int, BaseException] = {}
+
+    def make(self) -> int:
+        """Go on until the event, or to the end; give the step that all began with."""
+        run, event = self._run, self._event
+        run.tables.job, run.tables.attempt = self._job, self._number
+        threads = {
+            rank: threading.Thread(target=self._train, args=(rank,), daemon=True)
+            for rank in run.ranks
+        }
+        for thread in threads.values():
+            thread.start()
+        if isinstance(event, Loss):
+            threads[event.rank].join(WAIT_S)
+            time.sleep(event.others_s)
+            self._abandon()
+        for thread in threads.values():
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+        expected = _ENDS[type(event)]
+        wrong = [error for error in self._errors.values() if not isinstance(error, expected)]
+        assert not wrong, wrong
+        if isinstance(event, Loss):  # the others may have made the last step
+            assert isinstance(self._errors[event.rank], Lost)
+        else:
+            assert len(self._errors) == (len(threads) if event is not None else 0), self._errors
+        (start,) = self._starts
+        return start
+
+    def _abandon(self) -> None:
+        """Have all come out who wait for the lost rank."""
+        following = self._number + 1
+        self._group.renew(following)
+        self._fabric.give_up()
+        for service in self._run.tables.services:
+            assert service._plan is not None, "all ranks opened it"
+            service.open(replace(service._plan, attempt=following))
+
+    def _train(self, rank: int) -> None:
+        mine, event = self._run.ranks[rank], self._event
+        world = self._job.scaling.world
+        loss = event if isinstance(event, Loss) and event.rank == rank else None
+        shards = _LosingShards(self._group, rank, self._number, world)
+        shards.loss = loss
+
+        def pause() -> None:
+            if isinstance(event, Resize) and mine.progress.step == event.step:
+                raise Abandoned("told to stop")
+
+        resize(mine.prepared, self._job, mine.strategy)
+        try:
+            loop = join(
+                mine.prepared,
+                mine.strategy,
+                rank,
+                collective=self._fabric.collective(rank),
+                shards=shards,
+                tables=_LosingTables(self._run.tables, rank, loss),
+                report=lambda report: None,
+                progress=mine.progress,
+                pause=pause,
+            )
+            self._starts.add(loop.start)
+            loop.run()
+        except BaseException as error:
+            self._errors[rank] = error

@@ -1,0 +1,164 @@
+"""Ranks that are lost, join and leave beside embedding tables: every gradient counts once."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from exact import ROWS as EXACT_ROWS
+from exact import Exact, expected
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from lost_ranks import Loss, LossyRun, Resize, train_lossy
+from words import ROWS, Words
+
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_job
+
+STEPS = 15
+
+
+def words(strategy: dict[str, Any], world: int = 3) -> Job:
+    return make_job(
+        {
+            "name": "words",
+            "strategy": strategy,
+            "scaling": {"num_workers": world},
+            "optimizer": {"name": "AdamW", "lr": 0.05},
+            "lr_schedule": {"name": "cosine"},
+            "embeddings": {"servers": 2, "optimizer": {"name": "Adagrad", "lr": 0.5}},
+            "global_batch_size": 9,
+            "epochs": 3,
+            "evaluation": {"every_epochs": 0},
+        }
+    )
+
+
+def exact(strategy: dict[str, Any], world: int = 2) -> Job:
+    embeddings = {"servers": 2, "optimizer": {"name": "SGD", "lr": 0.5}, "asynchronous": True}
+    return make_job(
+        {
+            "name": "exact",
+            "strategy": strategy,
+            "scaling": {"num_workers": world},
+            "optimizer": {"name": "SGD", "lr": 0.5},
+            "embeddings": embeddings,
+            "global_batch_size": 8,
+            "epochs": 2,
+        }
+    )
+
+
+def same_bits(run: LossyRun, other: LossyRun) -> None:
+    assert run.dense().tobytes() == other.dense().tobytes()
+    for number in range(2):
+        assert run.rows(number, ROWS).tobytes() == other.rows(number, ROWS).tobytes()
+
+
+PS_SYNC = {servers: {"name": "ps-sync", "num_servers": servers} for servers in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[int, LossyRun]:
+    return {n: train_lossy(words(strategy), Words, []) for n, strategy in PS_SYNC.items()}
+
+
+losses = some.builds(
+    Loss,
+    step=some.integers(0, STEPS - 1),
+    rank=some.integers(0, 2),
+    tables=some.integers(0, 2),
+    shards=some.integers(0, 2),
+    others_s=some.sampled_from([0.0, 0.02]),
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    servers=some.sampled_from([1, 2]),
+    events=some.lists(losses, min_size=1, max_size=3, unique_by=lambda loss: loss.step),
+)
+def test_synchronous_runs_keep_their_bits(
+    undisturbed: dict[int, LossyRun], servers: int, events: list[Loss]
+) -> None:
+    events = sorted(events, key=lambda event: event.step)
+    events = [Loss(e.step, e.rank, e.tables, min(e.shards, servers), e.others_s) for e in events]
+    run = train_lossy(words(PS_SYNC[servers]), Words, events)
+    same_bits(run, undisturbed[servers])
+
+
+@pytest.mark.parametrize(
+    ("servers", "loss", "goes_on_from"),
+    [
+        (1, Loss(5, 1, tables=2, shards=0), 5),  # the tables have made the step
+        (1, Loss(5, 1, tables=1, shards=0), 5),  # one of them
+        (1, Loss(5, 1, tables=0, shards=1), 5),  # the shard
+        (1, Loss(5, 1, tables=1, shards=1), 5),
+        (1, Loss(5, 1, tables=2, shards=1), 6),  # all have
+        (2, Loss(5, 0, tables=0, shards=2), 5),
+        (2, Loss(5, 0, tables=2, shards=1), 5),
+        (2, Loss(5, 0, tables=1, shards=1), 5),
+    ],
+    ids=str,
+)
+def test_all_go_on_with_the_step_that_some_server_lacks(
+    undisturbed: dict[int, LossyRun], servers: int, loss: Loss, goes_on_from: int
+) -> None:
+    run = train_lossy(words(PS_SYNC[servers]), Words, [loss])
+    assert run.starts == [0, goes_on_from]
+    same_bits(run, undisturbed[servers])
+
+
+def test_more_and_fewer_ranks_train_the_same_model() -> None:
+    one = train_lossy(words(PS_SYNC[2], world=1), Words, [])
+    events: list[Loss | Resize] = [
+        Resize(4, 3),
+        Loss(6, 2, tables=1, shards=2),
+        Resize(9, 5),
+        Resize(11, 1),
+    ]
+    run = train_lossy(words(PS_SYNC[2], world=2), Words, events)
+    assert run.starts == [0, 4, 6, 9, 11]
+    np.testing.assert_allclose(run.dense(), one.dense(), rtol=1e-4, atol=1e-5)
+    for number in range(2):
+        mine, alone = run.rows(number, ROWS), one.rows(number, ROWS)
+        assert np.array_equal(np.isnan(mine), np.isnan(alone))
+        np.testing.assert_allclose(mine, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tables", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("strategy", "shards"),
+    [
+        ({"name": "ring"}, -1),
+        (PS_SYNC[1], 0),
+        (PS_SYNC[1], 1),
+        (PS_SYNC[2], 0),
+        (PS_SYNC[2], 1),
+        (PS_SYNC[2], 2),
+    ],
+    ids=str,
+)
+def test_asynchronous_tables_count_each_gradient_once(
+    strategy: dict[str, Any], shards: int, tables: int
+) -> None:
+    events = [Loss(2, 1, tables, shards), Loss(5, 0, tables, shards)]
+    run = train_lossy(exact(strategy), Exact, events)
+    check_exact(run)
+
+
+def test_asynchronous_tables_follow_more_and_fewer_ranks() -> None:
+    events: list[Loss | Resize] = [
+        Resize(1, 4),
+        Loss(2, 1, tables=1, shards=0),
+        Resize(3, 1),
+        Resize(6, 2),
+    ]
+    run = train_lossy(exact(PS_SYNC[2]), Exact, events)
+    assert run.starts == [0, 1, 2, 3, 6]
+    check_exact(run)
+
+
+def check_exact(run: LossyRun) -> None:
+    rows, dense = expected(epochs=2)
+    assert np.array_equal(run.rows(0, EXACT_ROWS), np.repeat(rows[:, None], 4, axis=1))
+    assert (run.dense()[:6] == dense).all()
