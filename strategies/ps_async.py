@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from distplat.platform.clocks import Consistency
+from distplat.platform.consistency import Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.load import load_figures
@@ -72,7 +72,6 @@ class PsAsync(Strategy[PsAsyncOptions]):
             bound=None if chosen.staleness == "unbounded" else chosen.staleness,
             staleness_lr=chosen.staleness_lr,
             delay_compensation=chosen.delay_compensation,
-            dealt=True,
         )
         return Roles(
             chosen.num_servers,

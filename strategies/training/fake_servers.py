@@ -23,7 +23,6 @@ from distplat.strategies.training.client import (
     make_service,
     pushed,
     shard_copy,
-    wait_for_all,
 )
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import ALL, Holding, as_array
@@ -230,18 +229,6 @@ class InMemoryShards:
         return fetch_copies(
             [partial(ask, cut) for cut in self._cuts], version, self._group.timeout_s
         )
-
-    def finish(self, alive: Callable[[], None]) -> None:
-        """See `Shards`."""
-        wait_for_all(
-            lambda limit_s: [
-                self._group.service(cut.index).wait_for_all(limit_s) for cut in self._cuts
-            ],
-            self._group.plan.total_steps,
-            self._group.timeout_s,
-            alive,
-        )
-        self.refresh()
 
     def _deliver(self, cut: Shard) -> Deliver:
         mine, apart = self._flat.params[cut.start : cut.stop], self._group.apart

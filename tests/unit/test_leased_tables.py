@@ -28,6 +28,7 @@ from distplat.strategies.fakes import (
     ServerGroup,
     TableGroup,
 )
+from distplat.strategies.ports import Sending
 from distplat.strategies.training.leased_loop import LeasedLoop
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Prepared, join, prepare
@@ -95,6 +96,20 @@ class Servers:
         return Server(self._real.service(index), broken and step is not None)
 
 
+class Tables(InMemoryTables):
+    """Has its rows in before the rank breaks off."""
+
+    def __init__(self, servers: Any, rank: int, fault: Fault) -> None:
+        super().__init__(servers, rank)
+        self._fault = fault
+
+    def push(self, *given: Any) -> Sending:
+        sending = super().push(*given)
+        if not self._fault.here(ONE_TABLE):
+            sending.wait()
+        return sending
+
+
 class Leases(InMemoryLeases):
     """Tells of nothing that comes after the end."""
 
@@ -147,7 +162,7 @@ class Counted:
             rank,
             collective=None,
             shards=InMemoryShards(shards, rank, self.attempt),
-            tables=InMemoryTables(tables, rank),
+            tables=Tables(tables, rank, fault),
             leases=Leases(self.desk, rank, fault),
             report=mine.reports.append,
             progress=Progress(),
