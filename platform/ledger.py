@@ -12,13 +12,13 @@ Ray delivers a call at least once. What may arrive twice is answered as the firs
 lose a push or count one twice is refused. The memory is O(ranks), however long the run is.
 
 An asynchronous shard applies each push when it comes. Every worker's pushes are numbered for
-themselves; only the next of each may be applied:
+themselves, and name the task that they are of:
 
-    worker-0   0  1  2 |3|         push 2 again: the same answer      4: a gap    1: stale
+    worker-0   0  1  2 |3|         push 2 again: the same answer      1: stale
     worker-1   0 |1|
 
-Where tasks are leased to whoever asks for them, two workers may make the same task: one that was
-taken for lost, and the one who got its lease. The first push of a task counts.
+Tasks are leased to whoever asks for them, so two workers may make the same one: one that was taken
+for lost, and the one who got its lease. The first push of a task counts.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Answer:
     dropped: int = 0
     """The worker's pushes so far that came too late for their step."""
     done: int = 0
-    """The worker's pushes that the shard has applied: the number of its next one."""
+    """Steps of which the shard has every gradient."""
     payload: Any = None
     """How the values travel, where worker and server share no memory."""
 
@@ -173,60 +173,10 @@ class Ledger:
         return True
 
 
-class AsyncLedger:
-    """Book of one asynchronous shard. Starts unready: without parameters it takes nothing."""
-
-    def __init__(self, job: str, attempt: int, world: int) -> None:
-        self.job, self.attempt, self.world = job, attempt, world
-        self.version: int | None = None  #: updates applied; None: no parameters yet
-        self._next = [0] * world  #: by rank: number of the push that may be applied
-
-    def restore(self, version: int, step: int = 0) -> None:
-        """
-        Parameters of this version are in place; from now on pushes are taken.
-
-        Args:
-            version: updates that they have behind them.
-            step: number of each rank's next push.
-        """
-        self.version = version
-        self._next = [step] * self.world
-
-    def renew(self, attempt: int, world: int | None = None) -> None:
-        """A worker was replaced: pushes of this attempt are taken from now on."""
-        self.attempt = attempt
-
-    @property
-    def done(self) -> int:
-        """Steps of the slowest rank that are applied."""
-        return min(self._next)
-
-    def offer(self, push: PushId) -> Verdict:
-        """
-        Decide on a push and book it; `NEW` is to be applied at once, and counts as a version.
-
-        Raises:
-            NotReadyError: no parameters yet.
-            FencedError: another job or attempt, or no rank of this world.
-            StaleError: older than the worker's last push.
-            GapError: not the one that follows it.
-        """
-        version = _ready(self.version)
-        _check_sender(push, self.job, self.attempt, self.world)
-        expected = self._next[push.rank]
-        if push.seq == expected:
-            self._next[push.rank] += 1
-            self.version = version + 1
-            return Verdict.NEW
-        if push.seq == expected - 1 >= 0:
-            return Verdict.REPEAT_COMMITTED
-        raise _out_of_turn(push, expected)
-
-
 class TaskLedger:
     """
-    Book of an asynchronous shard whose workers lease their tasks: any rank may push, and of each
-    task the first gradient counts. Starts unready: without parameters it takes nothing.
+    Book of an asynchronous shard, or of asynchronous tables: any rank may push, and of each task
+    the first gradient counts. Starts unready: without parameters it takes nothing.
     """
 
     def __init__(self, job: str, attempt: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
 

@@ -65,9 +65,22 @@ def plan_of(
     rewinds: bool,
     checkpoint_every: int = 0,
 ) -> TablePlan:
-    """Make the plan of one attempt; `job` has the field `embeddings`."""
+    """
+    Make the plan of one attempt.
+
+    Args:
+        job: has the field `embeddings`.
+        run: its name.
+        attempt: its number.
+        tables: the same on all ranks.
+        total_steps: of the run.
+        rewinds: whether a step may have to be made again; asynchronous tables keep nothing for
+            that, their book knows what is in them.
+        checkpoint_every: steps between two checkpoints; 0: there are none.
+    """
     assert job.embeddings is not None, "only such jobs have servers of tables"
     servers, world = job.embeddings.servers, job.scaling.world
+    rewinds = rewinds and not job.embeddings.asynchronous
     return TablePlan(
         job, run, attempt, world, total_steps, servers, tables, rewinds, checkpoint_every
     )

@@ -157,7 +157,12 @@ class TaskScheduler:
         holding.evaluations.clear()
 
     def dismiss(self, worker: int) -> None:
-        """Give a worker nothing more: it finishes what it has, and goes."""
+        """
+        Give a worker nothing more: it finishes what it has, tells so, and goes.
+
+        It asks for more before it has finished (`actors/servers/leases.py`). Were it told at once
+        that nothing more will come, it would go, and nobody would hear of its last tasks.
+        """
         self._leaving.add(worker)
 
     def work(self, worker: int, number: int, most: int = 1) -> Work | None:
@@ -216,6 +221,9 @@ class TaskScheduler:
 
     def _find(self, worker: int, number: int, most: int) -> Work | None:
         reach, trained = self._next // self.course.parts, self.trained
+        holding = self._holdings[worker]
+        if worker in self._leaving and not self.over and (holding.tasks or holding.evaluations):
+            return None
         if worker in self._leaving or self.over:
             return Work(number, reach=reach, trained=trained, over=True)
         if self._evaluations and self._evaluations[0][0] * self.course.parts <= self.done.low:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Spec
 from distplat.platform.shard_map import Division

@@ -164,8 +164,8 @@ class Shards(Protocol):
         the gradient is of.
 
         Synchronous servers answer when every rank's gradients are there, asynchronous ones when
-        this rank's are applied and it is not too far ahead of the others. Either way the new
-        parameters are in place then, unless the answer has a `norm`.
+        this rank's are applied. Either way the new parameters are in place then, unless the answer
+        has a `norm`.
         """
 
     def commit(self, step: int, norm: float) -> Pushed:
@@ -179,17 +179,6 @@ class Shards(Protocol):
         Fetch what the shards have kept of a version, for a checkpoint; from any thread.
 
         Waits while ranks are still behind that version. None: it is not there any more.
-        """
-
-    def finish(self, alive: Callable[[], None]) -> None:
-        """
-        Wait for every rank's last push, then bring the final parameters here.
-
-        Args:
-            alive: called now and then while others still work: this rank is not stalled.
-
-        Raises:
-            DeadlineExceeded: for `failure.step_timeout_s` no other rank has made a step.
         """
 
 

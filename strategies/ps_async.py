@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from distplat.platform.clocks import Consistency
+from distplat.platform.consistency import Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.load import load_figures
@@ -72,7 +72,6 @@ class PsAsync(Strategy[PsAsyncOptions]):
             bound=None if chosen.staleness == "unbounded" else chosen.staleness,
             staleness_lr=chosen.staleness_lr,
             delay_compensation=chosen.delay_compensation,
-            dealt=job.embeddings is None,
         )
         return Roles(
             chosen.num_servers,
@@ -95,38 +94,41 @@ class PsAsync(Strategy[PsAsyncOptions]):
         return True
 
     def setup(self, context: Context) -> int:
-        """Take the servers' parameters."""
+        """
+        Take the servers' parameters.
+
+        Tables may lack a task that the shards have, and the other way round: the run goes on with
+        the first step of which one of them lacks something, and who has it drops it.
+        """
         from distplat.strategies.training.early import EarlyPush  # torch: in workers only
         from distplat.strategies.training.running_stats import Buffers
 
         if self._early is not None:
             self._early.close()
         self._context, self._shards, self._flat = context, context.shards, context.flat
-        self._pushes, self._finished = 0, False
-        self._dealt = context.job.embeddings is None
+        self._pushes = self._stale_sum = 0
         self._last = Pushed()
-        self._stale_sum = 0
-        before, flat = context.flat.version, context.flat
+        flat = context.flat
         self._shards.connect(flat, context.saved)
-        if self._buffers is not None and (self._dealt or flat.version == before):
-            self._buffers.restore()  # this rank's forward of the step is made once more
+        if self._buffers is not None:
+            self._buffers.restore()  # what it broke off is made once more
         self._buffers = Buffers(flat.model)
-        self._done = flat.version
         early = self.options.overlap and context.job.clip_norm is None
         self._early = EarlyPush(flat, self._shards, overlap=early, prepare=self._weigh)
-        return self._done
+        tables = context.tables_made
+        return flat.version if tables is None else min(flat.version, tables)
 
     def last_backward(self, step: int) -> None:
         """Have each shard's part leave as soon as it is complete."""
         if self._early is not None:
-            self._early.last_backward(*self._name(step))
+            self._early.last_backward(self._pushes, step)
 
     def exchange(self, step: int) -> None:
         """
         Push; returns when it is applied and the newest parameters are here.
 
         Args:
-            step: of this rank; where tasks are leased, the number of the task.
+            step: the number of the task.
         """
         from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
 
@@ -135,11 +137,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
         grads, limit = self._flat.grads, self._context.job.clip_norm
         if limit is not None:
             grads.mul_(clip_factor(squared_norm(grads) ** 0.5, limit))
-        self._last = self._shards.push(*self._name(step))
-
-    def _name(self, step: int) -> tuple[int, int | None]:
-        """Give the push's number, and its task where tasks are leased."""
-        return (self._pushes, step) if self._dealt else (step, None)
+        self._last = self._shards.push(self._pushes, step)
 
     def _weigh(self, part: Tensor) -> None:
         """
@@ -154,7 +152,6 @@ class PsAsync(Strategy[PsAsyncOptions]):
     def update(self, step: int) -> None:
         """Count; the servers have made the update."""
         assert self._buffers is not None, "setup() comes first"
-        self._done = step + 1
         self._pushes += 1
         self._buffers.keep()
         self._stale_sum += self._last.staleness
@@ -168,12 +165,8 @@ class PsAsync(Strategy[PsAsyncOptions]):
         return server_part(self._context.flat, self._shards, version, may_skip=True)
 
     def synchronize(self) -> None:
-        """Take the newest parameters; at the end, once all ranks have made their last push."""
-        if self._dealt or self._done < self._context.total_steps:
-            self._shards.refresh()
-        elif not self._finished:
-            self._shards.finish(self._context.alive)
-            self._finished = True
+        """Take the newest parameters: at the end, once every task is done, the final ones."""
+        self._shards.refresh()
 
     def figures(self) -> dict[str, float]:
         """Give the staleness of the push just made, its mean so far, and the wait for others."""

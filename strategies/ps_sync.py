@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distplat.platform.clocks import Consistency
+from distplat.platform.consistency import Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.load import load_figures

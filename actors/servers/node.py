@@ -131,10 +131,6 @@ class ServerNode:
         """Go on without the backup."""
         self._body.alone(term)
 
-    def wait_for_all(self, limit_s: float) -> list[int]:
-        """Wait a while for all ranks' last push."""
-        return self._body.wait_for_all(limit_s)
-
     def log(self) -> NDArray[np.int64] | None:
         """Give the order of updates, if it is kept."""
         return self._body.log()

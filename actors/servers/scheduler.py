@@ -15,7 +15,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from distplat.platform.clocks import Consistency
+from distplat.platform.consistency import Consistency
 from distplat.platform.crew import Beat, Crew, Standing
 from distplat.platform.errors import FencedError, Problem, ProtocolError, SpecError
 from distplat.platform.spec import Job
@@ -208,12 +208,10 @@ class Scheduler:
         """
         where, most = ("--workers",), self._job.scaling.world + ROOM
         if not (self._how.dealt or self._resizes):
-            what = f"strategy {self._job.strategy.name!r}"
-            if self._job.embeddings is not None:
-                what += " with embedding tables"
             hint = "stop the job, and go on from its last checkpoint with another number: "
             hint += "submit --resume --num-workers N"
-            text = f"{what} cannot change its number of workers while it runs"
+            name = self._job.strategy.name
+            text = f"strategy {name!r} cannot change its number of workers while it runs"
             raise SpecError(Problem(where, text, hint))
         if not 1 <= workers <= most:
             raise SpecError(Problem(where, f"must be 1 to {most} (got {workers})"))

@@ -262,10 +262,6 @@ class Serving:
         finally:
             listener.close()
 
-    def wait_for_all(self, limit_s: float) -> list[int]:
-        """See `Service.wait_for_all`."""
-        return self._service.wait_for_all(limit_s)
-
     def log(self) -> NDArray[np.int64] | None:
         """See `Service.log`; None too before a shard was assigned."""
         return self._service.log() if self._segment is not None else None

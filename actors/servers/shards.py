@@ -21,7 +21,7 @@ from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
-from distplat.strategies.training.client import fetch_copies, wait_for_all
+from distplat.strategies.training.client import fetch_copies
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import ALL, Holding
 from distplat.strategies.training.restoring import SavedState
@@ -221,17 +221,6 @@ class RayShards:
 
         asks = [partial(ask_one, cut) for cut in self._lines.cuts]
         return fetch_copies(asks, version, self._limits.step_timeout_s)
-
-    def finish(self, alive: Callable[[], None]) -> None:
-        """See `Shards`."""
-
-        def look(limit_s: float) -> list[list[int]]:
-            what = "the last step"
-            question = lambda server, cut: server.wait_for_all.remote(limit_s)  # noqa: E731
-            return self._following(lambda: self._lines.ask(what, question))
-
-        wait_for_all(look, self._total_steps, self._limits.step_timeout_s, alive)
-        self.refresh()
 
     def _following(self, action: Callable[[], Result]) -> Result:
         """Do something with the servers; once more where a lost one is followed by another."""

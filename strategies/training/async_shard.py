@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.apply_log import Applied, ApplyLog
-from distplat.platform.clocks import Clocks
-from distplat.platform.ledger import AsyncLedger, PushId, TaskLedger, Verdict
+from distplat.platform.ledger import PushId, TaskLedger, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.keeping import Keeping, Kept
 from distplat.strategies.training.mirror import Mirror, Update
@@ -47,7 +46,6 @@ class AsyncShard:
     vectors: ClassVar[Sequence[str]] = ("params", "_values")
     books: ClassVar[Sequence[str]] = (
         "ledger",
-        "clocks",
         "log",
         "pulled",
         "staleness",
@@ -62,10 +60,7 @@ class AsyncShard:
         self._parameter = self.optimizer.param_groups[0]["params"][0]
         how = plan.consistency
         self._lambda, self._scale_rate = how.delay_compensation, how.staleness_lr
-        self.ledger: AsyncLedger | TaskLedger = AsyncLedger(plan.run, plan.attempt, plan.world)
-        if how.dealt:
-            self.ledger = TaskLedger(plan.run, plan.attempt)
-        self.clocks = Clocks(plan.world, how.bound)
+        self.ledger = TaskLedger(plan.run, plan.attempt)
         self.log = ApplyLog()
         self.pulled = [0] * plan.world  #: by rank: version that it computes on
         self.staleness = [0] * plan.world  #: by rank: of its last gradient
@@ -81,38 +76,34 @@ class AsyncShard:
 
     @property
     def steps(self) -> int:
-        """Steps that every rank has made here, or whose every task is."""
-        if isinstance(self.ledger, TaskLedger):
-            return self.ledger.made.low // self._plan.world
-        return min(self.clocks.done)
+        """Steps of which every task is made here."""
+        return self.ledger.made.low // self._plan.world
 
     def restore(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
         """
-        Declare `params` to have so many steps of every rank behind them; pushes are taken now.
+        Declare `params` to have so many steps behind them; pushes are taken now.
 
         Args:
-            version: steps; each rank's next push has this number.
+            version: steps.
             state: what the optimizer remembers of them; None: nothing.
         """
-        world = self._plan.world
+        updates = version * self._plan.world
         load_state(self.optimizer, state or {})
-        dealt = isinstance(self.ledger, TaskLedger)
-        self.ledger.restore(version * world, version * world if dealt else version)
-        self.clocks.done = [version] * world
+        self.ledger.restore(updates, updates)
         self._kept_up_to = version
-        self.pulled = [version * world] * world
+        self.pulled = [updates] * self._plan.world
 
     def kept(self, version: int) -> Kept | None:
         """
         Hand over the copies for a checkpoint; None: they are not there.
 
-        They were made when the slowest rank's gradient of step `version - 1` was applied; of
-        faster ranks there are later gradients in them, too.
+        They were made when the last task of step `version - 1` was applied; later tasks may be in
+        them, too.
         """
         return self._keeping.give(version)
 
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """See `AsyncLedger.renew`."""
+        """See `TaskLedger.renew`."""
         self.ledger.renew(attempt, world)
 
     def pull(self, rank: int) -> int:
@@ -126,14 +117,14 @@ class AsyncShard:
 
     def push(self, push: PushId, gradient: Tensor) -> Verdict:
         """
-        Apply a worker's gradient; a second time does nothing.
+        Apply a worker's gradient; a second time, or a second one of a task, does nothing.
 
         Args:
             push: its identity.
             gradient: shape [m], of the mean loss over the worker's own samples.
 
         Raises:
-            ProtocolError: see `AsyncLedger.offer`; nothing is changed.
+            ProtocolError: see `TaskLedger.offer`; nothing is changed.
         """
         if gradient.shape != self.params.shape:
             raise ValueError(f"gradient has shape {gradient.shape}, shard {self.params.shape}")
@@ -198,14 +189,12 @@ class AsyncShard:
     def _apply(self, push: PushId, version: int, gradient: Tensor) -> None:
         rank, pulled = push.rank, self.pulled[push.rank]
         self.staleness[rank] = version - pulled
-        task = push.seq * self._plan.world + rank if push.task is None else push.task
-        self.log.add(Applied(rank, task, pulled))
+        assert push.task is not None, "the ledger refuses a push of no task"
+        self.log.add(Applied(rank, push.task, pulled))
         scale = 1.0 / max(1, self.staleness[rank]) if self._scale_rate else 1.0
         self._parameter.grad = gradient  # the worker's own vector: optimizers only read it
         place = version // self._plan.world  # one step of the schedule: an update of each worker
         step_optimizer(self.optimizer, self._plan.job, place, self._plan.total_steps, scale=scale)
-        if push.task is None:
-            self.clocks.tick(rank)
         for steps in range(self._kept_up_to + 1, self.steps + 1):  # more than one, after a wait
             self._keeping.reached(steps, lambda: {"": self.params, **state_of(self.optimizer)})
         self._kept_up_to = self.steps

@@ -6,7 +6,6 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.ledger import Answer
 from distplat.platform.load import ShardLoad
 from distplat.platform.shard_map import ShardPlan
@@ -96,36 +95,3 @@ def fetch_copies(
                 before, until = copy.steps, time.monotonic() + patience_s
         copies.append(copy)
     return copies
-
-
-def wait_for_all(
-    ask: Callable[[float], Sequence[Sequence[int]]],
-    steps: int,
-    patience_s: float,
-    alive: Callable[[], None],
-) -> None:
-    """
-    Wait until every rank has made all steps at every shard, as long as some rank makes steps.
-
-    Args:
-        ask: waits for them, at most so many seconds; gives by shard the ranks' steps.
-        steps: of each rank.
-        patience_s: how long nothing may happen.
-        alive: called while others still work.
-
-    Raises:
-        DeadlineExceeded: nothing happened; names the ranks that are behind.
-    """
-    before: Sequence[Sequence[int]] = ()
-    until = time.monotonic() + patience_s
-    while True:
-        now = ask(min(LOOK_S, patience_s))
-        behind = {rank for done in now for rank, made in enumerate(done) if made < steps}
-        if not behind:
-            return
-        if now != before:
-            before, until = now, time.monotonic() + patience_s
-            alive()
-        elif time.monotonic() > until:
-            late = tuple(f"worker-{rank}" for rank in sorted(behind))
-            raise DeadlineExceeded("the last step", late, patience_s, "failure.step_timeout_s")

@@ -31,8 +31,21 @@ class LeaseDesk:
             self._ranks.add(rank)
             if self.brain is None:
                 self.brain = TaskScheduler(course, self._bound)
-            elif self.brain.course != course:
+            elif (course.steps, course.parts) != (self.brain.course.steps, self.brain.course.parts):
                 raise ProtocolError(f"rank {rank} knows another course: {course}")
+
+    def lose(self, rank: int) -> None:
+        """Lease what a rank holds to others: it is lost, or was not heard of."""
+        with self._changed:
+            assert self.brain is not None, "somebody has connected"
+            self.brain.lose(rank)
+            self._changed.notify_all()
+
+    def renew(self, attempt: int) -> None:
+        """Begin a later attempt; no rank is at work."""
+        with self._changed:
+            assert self.brain is not None, "somebody has connected"
+            self.brain.renew(attempt)
 
     def dismiss(self, rank: int) -> None:
         """Have a rank finish what it has, and go."""

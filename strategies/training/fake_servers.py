@@ -23,7 +23,6 @@ from distplat.strategies.training.client import (
     make_service,
     pushed,
     shard_copy,
-    wait_for_all,
 )
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import ALL, Holding, as_array
@@ -142,8 +141,9 @@ class InMemoryShards:
         if not private and not self._group.apart:
             flat.move(shared, flat.grads)
         self.refresh()
+        flat.version = min(self._group.service(cut.index).served.steps for cut in self._cuts)
         if not private:
-            self.step_back(min(self._versions()))
+            self.step_back(flat.version)
 
     def step_back(self, version: int) -> None:
         """See `Shards`."""
@@ -229,18 +229,6 @@ class InMemoryShards:
         return fetch_copies(
             [partial(ask, cut) for cut in self._cuts], version, self._group.timeout_s
         )
-
-    def finish(self, alive: Callable[[], None]) -> None:
-        """See `Shards`."""
-        wait_for_all(
-            lambda limit_s: [
-                self._group.service(cut.index).wait_for_all(limit_s) for cut in self._cuts
-            ],
-            self._group.plan.total_steps,
-            self._group.timeout_s,
-            alive,
-        )
-        self.refresh()
 
     def _deliver(self, cut: Shard) -> Deliver:
         mine, apart = self._flat.params[cut.start : cut.stop], self._group.apart

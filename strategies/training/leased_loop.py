@@ -3,6 +3,7 @@ The loop of a worker that leases its tasks: it asks for work, does it, says that
 
     ask ─▶ tasks 12..16, or a part of an evaluation, or "nothing more"
              for each task:   gradient of that part of that step -> exchange -> update -> done
+                                              rows of tables, if there are some ─┘
 
 A task is reported as what it is, part p of step s, whoever made it: so a step's report is complete
 when all its parts are, and metrics do not depend on who was fast.
@@ -64,6 +65,8 @@ class LeasedLoop:
     def __post_init__(self) -> None:
         self.flat, self.sampler = self.prepared.flat, self.prepared.sampler
         self.total_steps, self.eval_data = self.prepared.total_steps, self.prepared.eval_data
+        self.lookups = self.prepared.lookups
+        self._made = 0  #: tasks, in this attempt: the number of the next push
 
     def run(self) -> None:
         """Work until there is nothing more to do."""
@@ -96,7 +99,11 @@ class LeasedLoop:
         self.flat.grads.zero_()
         clock = Stopwatch()
         share = self.compute.gradients(task, clock)
+        sent = self.lookups.push(self._made, task) if self.lookups is not None else None
+        self._made += 1
         self.strategy.exchange(task)
+        if sent is not None:
+            sent.wait()  # before `finish`: a task that is known to be done is in everywhere
         clock.lap("exchange")
         self.strategy.update(task)
         clock.lap("update")
@@ -108,6 +115,8 @@ class LeasedLoop:
         mean = share.loss_sum / share.samples if share.samples else 0.0
         epoch = self.sampler.epoch_of(step)
         figures = {**self.strategy.figures(), "lease_s": self._idle_s}
+        if self.lookups is not None:
+            figures |= self.lookups.figures()
         self._idle_s = 0.0
         seconds, of = clock.seconds, self.total_steps
         self.report(StepReport(part, step, epoch, mean, share.samples, seconds, of, figures))

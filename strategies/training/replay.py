@@ -196,9 +196,6 @@ class ReplayShards:
     def copies(self, version: int) -> None:
         """See `Shards`; what was made before needs no checkpoints."""
 
-    def finish(self, alive: Callable[[], None]) -> None:
-        """See `Shards`; where tasks are leased, ranks hear of the end from the scheduler."""
-
 
 def replay(
     plan: ShardPlan, logs: Sequence[ApplyLog], prepare_rank: Callable[[], Prepared], threads: int

@@ -158,10 +158,6 @@ class Service(ABC):
         """
         raise ProtocolError(f"commit {seq} refused: {self._name} applies gradients by itself")
 
-    @abstractmethod
-    def wait_for_all(self, limit_s: float) -> list[int]:
-        """Wait until all ranks have made all steps, or so long; give the ranks' steps."""
-
     def log(self) -> NDArray[np.int64] | None:
         """Give the order of updates, shape [updates, 3]; None: it follows from the job."""
         return None

@@ -55,10 +55,6 @@ class SyncService(Service):
             self._changed.notify_all()
             return self._take(rank, deliver, 0.0)
 
-    def wait_for_all(self, limit_s: float) -> list[int]:
-        """See `Service`; ranks are never apart."""
-        return [self.shard.version] * self.shard.ledger.world
-
     def _take(self, rank: int, deliver: Deliver, waited: float) -> Answer:
         version, dropped = self.shard.version, self.shard.ledger.dropped[rank]
         queue_s, queue_depth = self._queue(rank)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from counting import SAMPLES, counting
 from exact import BATCH, RATE, expected
 from small_runs import HERE, distance, job, train, weights
 from table_runs import tables, words
@@ -125,6 +126,36 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
     assert flaws(log, 2, STEPS) == []
     assert {applied.rank for applied in log} == {0, 1, 2, 3, 4}
     assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
+
+
+def test_whoever_comes_and_goes_each_task_is_in_the_tables_once(tmp_path: Path) -> None:
+    """The trained model counts gradients: of each sample one an epoch, in its row and elsewhere."""
+
+    def story(run: RunName, mine: Story) -> None:
+        wait_until(run, lambda seen: min(made(seen).values()) > 0)
+        scale(run, 3, PATIENCE_S)
+        wait_until(run, lambda seen: made(seen).get(2, 0) > 0)
+        assert not mine.setbacks, "nobody was disturbed"
+        for role in ("worker-1", "task-scheduler"):
+            ray.kill(run.actor(role))
+        assert mine.recovered.wait(PATIENCE_S)
+        wait_until(run, lambda seen: seen.roster is not None and made(seen).get(1, 0) > 0)
+        scale(run, 1, PATIENCE_S)
+
+    ends = tmp_path / "ends"
+    watch = Story(story, ends)
+    given = {"until": str(ends), "seconds": 0.05}
+    spec = counting(name="small", task="counting:Counting", task_args=given, epochs=100)
+    spec["scaling"]["resources_per_worker"] = {"CPU": 0.5}
+    result = train(spec, tmp_path, observers=(watch,))
+    watch.join(10)
+    assert not watch.errors, watch.errors
+    lost = {role for setback in watch.setbacks for role in setback.replaced}
+    assert lost == {"worker-1", "task-scheduler"}
+    assert weights(result)[:SAMPLES].tolist() == [-100] * SAMPLES
+    rows = tables(result)["rows"]
+    assert rows[:, 0].tolist() == list(range(SAMPLES))
+    assert set(rows[:, 1:].ravel()) == {-100}
 
 
 def goes_on(mine: Story, run: RunName, workers: int) -> Overview:

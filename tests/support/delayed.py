@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distplat.platform.clocks import Consistency
+from distplat.platform.consistency import Consistency
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
@@ -53,7 +53,7 @@ def run_schedule(
         views.append(start.clone())
     steps = [0] * plan.world
     for rank in ranks:
-        push = PushId(plan.run, plan.attempt, rank, steps[rank])
+        push = PushId(plan.run, plan.attempt, rank, steps[rank], steps[rank] * plan.world + rank)
         shard.push(push, gradient(views[rank], rank, steps[rank]))
         shard.pull(rank)
         views[rank] = shard.params.clone()

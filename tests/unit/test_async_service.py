@@ -1,7 +1,5 @@
 """A served shard: who waits, what a repeated call gets, who is named when a wait runs out."""
 
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +9,11 @@ from delayed import async_plan, noise
 from rank_threads import on_ranks
 from torch import Tensor
 
-from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import DeadlineExceeded, ProtocolError, StaleError
 from distplat.platform.ledger import Answer, PushId
 from distplat.strategies.training.async_service import AsyncService
-from distplat.strategies.training.client import make_service, wait_for_all
+from distplat.strategies.training.client import make_service
 from distplat.strategies.training.service import Limits
 from distplat.strategies.training.sync_service import SyncService
 
@@ -27,8 +25,9 @@ SOON, LONG = 0.2, 10.0
 class Served:
     """A service, and one vector per worker into which it delivers."""
 
-    def __init__(self, world: int, bound: int | None = None, limit_s: float = LONG) -> None:
-        plan = async_plan(world, STEPS, Consistency(asynchronous=True, bound=bound))
+    def __init__(self, world: int, limit_s: float = LONG) -> None:
+        plan = async_plan(world, STEPS, Consistency(asynchronous=True))
+        self.world = world
         limits = Limits(limit_s, limit_s)
         self.service = AsyncService("server-0", plan, limits, torch.zeros(SIZE))
         self.vectors = [torch.full((SIZE,), -1.0) for _ in range(world)]
@@ -47,7 +46,7 @@ class Served:
         return deliver
 
     def push(self, rank: int, seq: int) -> Answer:
-        push = PushId("run", 1, rank, seq)
+        push = PushId("run", 1, rank, seq, seq * self.world + rank)
         return self.service.push(push, noise(SIZE, rank, seq), self.deliver(rank))
 
     def pull(self, rank: int, number: int) -> Answer:
@@ -108,69 +107,26 @@ def test_parameters_are_restored_once() -> None:
     assert served.service.shard.version == 1
 
 
-def test_without_a_bound_nobody_waits() -> None:
+def test_nobody_waits() -> None:
     served = Served(2, limit_s=SOON).open()
     answers = [served.push(1, seq) for seq in range(STEPS)]
     assert [answer.version for answer in answers] == [1, 2, 3, 4]
     assert all(answer.waiting_s < SOON for answer in answers)
 
 
-def test_a_worker_too_far_ahead_waits_for_the_slowest() -> None:
-    served = Served(3, bound=1).open()
-    for rank in (1, 2):
-        served.push(rank, 0)
-    went_on = threading.Event()
-
-    def body(rank: int) -> float:
-        if rank == 1:
-            waited = served.push(1, 1).waiting_s  # at 2 of 0: one too many
-            assert went_on.is_set()
-            return waited
-        if rank == 0:
-            time.sleep(SOON)
-            went_on.set()
-            served.push(0, 0)
-        return 0.0
-
-    assert on_ranks(3, body)[1] >= SOON / 2
-    assert served.push(2, 1).waiting_s < SOON
-
-
-def test_who_waited_gets_what_came_meanwhile() -> None:
-    served = Served(2, bound=0).open()
-
-    def body(rank: int) -> int:
-        time.sleep(SOON * (1 - rank))
-        return served.push(rank, 0).version
-
-    assert on_ranks(2, body) == [2, 2]
-    assert torch.equal(served.vectors[0], served.vectors[1])
-
-
-def test_a_push_asked_again_while_it_waits_is_applied_once() -> None:
-    served = Served(2, bound=0).open()
-
-    def body(place: int) -> Answer:
-        if place < 3:
-            return served.push(1, 0)
-        time.sleep(SOON)
-        return served.push(0, 0)
-
-    answers = on_ranks(4, body)
+def test_a_push_asked_again_while_it_is_under_way_is_applied_once() -> None:
+    served = Served(2).open()
+    answers = on_ranks(3, lambda place: served.push(1, 0))
     assert answers[0] is answers[1] is answers[2]
-    assert served.service.shard.clocks.done == [1, 1]
-    assert served.deliveries == 2
+    assert (served.service.shard.version, served.deliveries) == (1, 1)
 
 
-def test_a_wait_that_runs_out_names_who_is_behind() -> None:
-    served = Served(3, bound=1, limit_s=SOON).open()
+def test_of_a_task_that_was_made_before_the_worker_is_told() -> None:
+    served = Served(2).open()
     served.push(1, 0)
-    served.push(2, 0)
-    with pytest.raises(DeadlineExceeded) as caught:
-        served.push(1, 1)
-    error = caught.value
-    assert (error.what, error.missing) == ("push 1 to server-0", ("worker-0",))
-    assert error.setting == "failure.step_timeout_s"
+    late = served.service.push(PushId("run", 1, 0, 0, 1), noise(SIZE, 9), served.deliver(0))
+    assert (late.version, late.dropped, late.done) == (1, 1, 0)
+    assert torch.equal(served.vectors[0], served.service.params)
 
 
 def test_nobody_restores() -> None:
@@ -182,48 +138,6 @@ def test_there_is_nothing_to_commit() -> None:
     served = Served(1).open()
     with pytest.raises(ProtocolError, match="by itself"):
         served.service.commit(0, 0, 1.0, served.deliver(0))
-
-
-def test_the_last_steps_are_waited_for() -> None:
-    served = Served(2).open()
-    for seq in range(STEPS):
-        served.push(0, seq)
-    assert served.service.wait_for_all(0.01) == [STEPS, 0]
-
-    def body(rank: int) -> list[int]:
-        if rank == 0:
-            return served.service.wait_for_all(LONG)
-        for seq in range(STEPS):
-            served.push(1, seq)
-        return []
-
-    assert on_ranks(2, body)[0] == [STEPS, STEPS]
-
-
-def test_at_the_end_others_may_take_long_as_long_as_they_move() -> None:
-    done = [[0, 3]]
-    beats = []
-
-    def ask(limit_s: float) -> list[list[int]]:
-        time.sleep(0.6 * SOON)
-        done[0] = [min(3, done[0][0] + 1), 3]
-        return [list(done[0])]
-
-    wait_for_all(ask, 3, SOON, lambda: beats.append(1))
-    assert done == [[3, 3]] and len(beats) == 2
-
-
-def test_at_the_end_who_does_not_move_is_named() -> None:
-    asked = []
-
-    def ask(limit_s: float) -> list[list[int]]:
-        asked.append(limit_s)
-        time.sleep(limit_s)
-        return [[3, 1, 3], [3, 2, 3]]
-
-    with pytest.raises(DeadlineExceeded, match=r"missing: worker-1; .*step_timeout_s"):
-        wait_for_all(ask, 3, SOON, lambda: None)
-    assert max(asked) <= SOON
 
 
 def test_who_comes_to_its_answer_after_the_commit_still_gets_the_norm() -> None:

@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
 from distplat.platform.apply_log import Applied, flaws
-from distplat.platform.clocks import Consistency
-from distplat.platform.errors import FencedError, GapError, NotReadyError, ProtocolError, StaleError
+from distplat.platform.consistency import Consistency
+from distplat.platform.errors import FencedError, NotReadyError, ProtocolError, StaleError
 from distplat.platform.ledger import PushId, Verdict
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.mirror import become, twin_of
@@ -30,7 +30,8 @@ def make(consistency: Consistency = ASYNC, **job: Any) -> AsyncShard:
 
 
 def push(rank: int, seq: int, attempt: int = 1, run: str = "run") -> PushId:
-    return PushId(run, attempt, rank, seq)
+    """Name a rank's push of its own part of a step."""
+    return PushId(run, attempt, rank, seq, seq * WORLD + rank)
 
 
 @pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM], ids=["sgd", "adam"])
@@ -105,15 +106,13 @@ def test_a_workers_gradient_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("offered", "error"),
     [
-        (push(1, 2), GapError),
-        (push(1, 9), GapError),
         (push(1, -1), StaleError),
         (push(0, 0), StaleError),
         (push(1, 1, attempt=0), FencedError),
         (push(1, 1, attempt=2), FencedError),
         (push(1, 1, run="other"), FencedError),
-        (push(3, 0), FencedError),
         (push(-1, 0), FencedError),
+        (PushId("run", 1, 1, 1), FencedError),
     ],
 )
 def test_a_refused_push_changes_nothing(offered: PushId, error: type[ProtocolError]) -> None:
@@ -124,7 +123,7 @@ def test_a_refused_push_changes_nothing(offered: PushId, error: type[ProtocolErr
     with pytest.raises(error):
         shard.push(offered, noise(SIZE, 5))
     assert torch.equal(shard.params, before)
-    assert (shard.version, len(shard.log), shard.clocks.done) == (3, 3, [2, 1, 0])
+    assert (shard.version, len(shard.log), shard.steps) == (3, 3, 0)
 
 
 def test_without_parameters_it_takes_nothing() -> None:
@@ -141,7 +140,7 @@ def test_a_gradient_of_another_shape_is_refused_before_it_is_booked() -> None:
     assert shard.push(push(0, 0), torch.zeros(SIZE)) is Verdict.NEW
 
 
-DEALT = Consistency(asynchronous=True, dealt=True, delay_compensation=0.5)
+CORRECTED = Consistency(asynchronous=True, delay_compensation=0.5)
 
 
 def leased(rank: int, seq: int, task: int) -> PushId:
@@ -149,7 +148,7 @@ def leased(rank: int, seq: int, task: int) -> PushId:
 
 
 def test_of_a_leased_task_one_gradient_is_applied_whoever_brings_it() -> None:
-    shard = make(DEALT)
+    shard = make(CORRECTED)
     shard.pull(0)
     shard.pull(7)  # it has joined
     assert shard.push(leased(7, 0, 1), noise(SIZE, 1)) is Verdict.NEW
@@ -163,7 +162,7 @@ def test_of_a_leased_task_one_gradient_is_applied_whoever_brings_it() -> None:
 
 
 def test_a_backup_follows_workers_that_joined() -> None:
-    shard, backup = make(DEALT), make(DEALT)
+    shard, backup = make(CORRECTED), make(CORRECTED)
     shard.pull(4)
     shard.push(leased(4, 0, 0), noise(SIZE, 1))
     become(backup, twin_of(shard))
@@ -176,7 +175,8 @@ def test_a_backup_follows_workers_that_joined() -> None:
 
 class Histories(RuleBasedStateMachine):
     """
-    Pushes and pulls that come late, twice, out of turn, or of an attempt that is over.
+    Pushes and pulls that come late, twice, out of turn, of a task that another rank has made, or
+    of an attempt that is over.
 
     The serial model is a list of the gradients that count, and plain SGD over them: parameters,
     versions, log and staleness must be those of the list, whatever was sent.
@@ -184,40 +184,44 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plan = async_plan(WORLD, 1000, ASYNC)
-        self.shard = AsyncShard(self.plan, torch.linspace(-1, 1, 4))
+        self.shard = AsyncShard(async_plan(WORLD, 1000, ASYNC), torch.linspace(-1, 1, 4))
         self.shard.restore(0)
         self.params = torch.linspace(-1, 1, 4)
         self.next = [0] * WORLD
         self.pulled = [0] * WORLD
+        self.dropped = [0] * WORLD
         self.log: list[Applied] = []
 
     @rule(
         rank=st.integers(0, WORLD - 1),
+        task=st.integers(0, 12),
         ahead=st.sampled_from([0, 0, 0, 0, -1, -2, 1, 3]),
         attempt=st.sampled_from([1, 1, 1, 1, 0, 2]),
         twice=st.booleans(),
     )
-    def push_comes(self, rank: int, ahead: int, attempt: int, twice: bool) -> None:
-        seq = self.next[rank] + ahead
+    def push_comes(self, rank: int, task: int, ahead: int, attempt: int, twice: bool) -> None:
+        seq = max(0, self.next[rank] + ahead)
         for _ in range(1 + twice):
-            self._offer(push(rank, seq, attempt))
+            self._offer(PushId("run", attempt, rank, seq, task), task)
 
-    def _offer(self, offered: PushId) -> None:
-        expected = self.next[offered.rank]
-        gradient = noise(4, offered.rank, max(0, offered.seq))
+    def _offer(self, offered: PushId, task: int) -> None:
+        expected, rank = self.next[offered.rank], offered.rank
         if offered.attempt != 1:
             self._refused(FencedError, offered)
-        elif offered.seq == expected:
+        elif offered.seq == expected - 1:
+            assert self.shard.push(offered, torch.full((4,), 1e9)) is Verdict.REPEAT_COMMITTED
+        elif offered.seq < expected:
+            self._refused(StaleError, offered)
+        elif task in {applied.task for applied in self.log}:
+            assert self.shard.push(offered, torch.full((4,), 1e9)) is Verdict.LATE
+            self.dropped[rank] += 1
+            self.next[rank] = offered.seq + 1
+        else:
+            gradient = noise(4, rank, task)
             assert self.shard.push(offered, gradient) is Verdict.NEW
             self.params = self.params - 0.1 * gradient
-            task = offered.seq * WORLD + offered.rank
-            self.log.append(Applied(offered.rank, task, self.pulled[offered.rank]))
-            self.next[offered.rank] += 1
-        elif offered.seq == expected - 1 >= 0:
-            assert self.shard.push(offered, torch.full((4,), 1e9)) is Verdict.REPEAT_COMMITTED
-        else:
-            self._refused(GapError if offered.seq > expected else StaleError, offered)
+            self.log.append(Applied(rank, task, self.pulled[rank]))
+            self.next[rank] = offered.seq + 1
 
     def _refused(self, error: type[ProtocolError], offered: PushId) -> None:
         with pytest.raises(error):
@@ -231,9 +235,11 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def it_is_the_serial_model(self) -> None:
         torch.testing.assert_close(self.shard.params, self.params)
-        assert self.shard.version == len(self.log) == sum(self.next)
+        assert self.shard.version == len(self.log)
         assert list(self.shard.log) == self.log
-        assert self.shard.clocks.done == self.next
+        tasks = {applied.task for applied in self.log}
+        assert self.shard.steps == min(set(range(20)) - tasks) // WORLD
+        assert [self.shard.ledger.dropped.get(rank, 0) for rank in range(WORLD)] == self.dropped
 
 
 TestHistories = Histories.TestCase

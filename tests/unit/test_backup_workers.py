@@ -10,7 +10,7 @@ from in_memory_run import train
 from test_equivalence import Mlp, same_bits
 from test_ps_async import job
 
-from distplat.platform.clocks import Consistency
+from distplat.platform.consistency import Consistency
 from distplat.platform.errors import GapError, ProtocolError, SpecError, StaleError
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.progress import EvalReport, StepReport

@@ -3,6 +3,7 @@
 import time
 from contextlib import suppress
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -124,9 +125,15 @@ def test_asynchronous_ranks_train() -> None:
     embeddings = {"optimizer": {"name": "SGD", "lr": 0.5}, "asynchronous": True, "servers": 2}
     spec = job(Words, 3, strategy="ps-async", embeddings=embeddings, epochs=20)
     run = train(spec, Words)
-    losses = [part.loss for part in run.reports[0] if isinstance(part, StepReport)]
-    assert losses[-1] < 0.3 * losses[0]
-    assert {service.steps for service in run.tables.services} == {len(losses)}
+    parts = [one for some in run.reports for one in some if isinstance(one, StepReport)]
+    steps = run.ranks[0].total_steps
+    assert sorted((one.step, one.rank) for one in parts) == [
+        (s, p) for s in range(steps) for p in range(3)
+    ]
+    first, last = (mean([one.loss for one in parts if one.step == step]) for step in (0, steps - 1))
+    assert last < 0.3 * first
+    assert {service.steps for service in run.tables.services} == {steps}
+    assert {one.figures["rows"] > 0 for one in parts if one.samples} == {True}
 
 
 def test_partition_changes_no_bit() -> None:

@@ -13,7 +13,7 @@ from rank_threads import on_ranks
 from words import Words
 
 from distplat.cli.figures import figure_rows
-from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.load import MOST_SHOWN, Door, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
@@ -97,7 +97,7 @@ def test_asynchronous_pushes_queue_for_each_other() -> None:
         if rank:
             assert inside.wait(5)
         deliver: Callable[[Any, int], None] = nowhere if rank else slow
-        return service.push(PushId("run", 1, rank, 0), noise(SIZE, rank, 0), deliver)
+        return service.push(PushId("run", 1, rank, 0, rank), noise(SIZE, rank, 0), deliver)
 
     first, second = on_ranks(2, body)
     assert first.queue_s < LATE * 0.8 < second.queue_s < 5.0

@@ -9,7 +9,7 @@ import torch
 from delayed import async_plan, noise
 from torch import Tensor
 
-from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan
@@ -65,7 +65,7 @@ def nowhere(values: Tensor, version: int) -> None:
 
 def push(to: Service, rank: int, seq: int) -> None:
     """Push; of a synchronous step only the last rank's call may be made from one thread."""
-    name, gradient = PushId("run", 1, rank, seq), noise(SIZE, rank, seq)
+    name, gradient = PushId("run", 1, rank, seq, seq * WORLD + rank), noise(SIZE, rank, seq)
     if isinstance(to.served, ParameterShard) and rank < WORLD - 1:
         to.served.push(name, gradient)
     else:
@@ -218,4 +218,4 @@ def test_a_twin_travels_and_shares_nothing() -> None:
     before = state(second)
     push(first, 1, 0)
     assert state(second) == before
-    assert second.shard.clocks.done == [1, 0]
+    assert (first.shard.ledger.made.low, second.shard.ledger.made.low) == (2, 1)

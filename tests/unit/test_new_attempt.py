@@ -8,7 +8,7 @@ from delayed import async_plan, noise
 from torch import Tensor
 
 from distplat.actors.servers.roads import as_bytes, as_type, from_bytes
-from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import FencedError, StaleError
 from distplat.platform.ledger import PushId
 from distplat.strategies.training.client import make_service
@@ -16,7 +16,6 @@ from distplat.strategies.training.service import Limits, Service
 
 SIZE, WORLD, STEPS = 9, 2, 6
 LONG = Limits(10.0, 10.0)
-BOUNDED = Consistency(asynchronous=True, bound=0)
 
 
 def opened(consistency: Consistency) -> Service:
@@ -25,9 +24,9 @@ def opened(consistency: Consistency) -> Service:
     return made
 
 
-def push(to: Service, rank: int, seq: int, attempt: int) -> int:
+def push(to: Service, rank: int, seq: int, attempt: int, task: int | None = None) -> int:
     values = torch.zeros(SIZE)
-    name = PushId("run", attempt, rank, seq)
+    name = PushId("run", attempt, rank, seq, task)
     answer = to.push(name, noise(SIZE, rank, seq), lambda new, version: values.copy_(new))
     assert torch.equal(values, to.params) or attempt == 1
     return answer.version
@@ -42,9 +41,8 @@ def both(to: Service, seq: int, attempt: int) -> None:
         assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("consistency", [SYNCHRONOUS, BOUNDED], ids=["sync", "async"])
-def test_who_waits_for_a_lost_rank_is_let_go(consistency: Consistency) -> None:
-    service = opened(consistency)
+def test_who_waits_for_a_lost_rank_is_let_go() -> None:
+    service = opened(SYNCHRONOUS)
     both(service, 0, 1)
     errors: list[BaseException] = []
     waits = threading.Event()
@@ -59,16 +57,12 @@ def test_who_waits_for_a_lost_rank_is_let_go(consistency: Consistency) -> None:
     thread = threading.Thread(target=wait)
     thread.start()
     assert waits.wait(5)
-    while not service.exclusively(lambda: _has_come(service, consistency)):
+    while not service.exclusively(lambda: _staged(service) == [0]):
         pass
     service.exclusively(lambda: service.renew(2))
     thread.join(5)
     assert not thread.is_alive()
     assert ["attempt 1 is over" in str(error) for error in errors] == [True]
-
-
-def _has_come(service: Service, consistency: Consistency) -> bool:
-    return service.served.version == 3 if consistency.asynchronous else _staged(service) == [0]
 
 
 def _staged(service: Service) -> list[int]:
@@ -89,16 +83,19 @@ def test_a_synchronous_step_in_flight_is_pushed_once_more_by_all() -> None:
     assert torch.equal(service.params, whole.params)
 
 
-def test_an_asynchronous_rank_goes_on_with_its_own_next_push() -> None:
+def test_asynchronous_ranks_number_their_pushes_anew_and_tasks_stay_made() -> None:
     service = opened(Consistency(asynchronous=True))
-    push(service, 0, 0, 1)
-    push(service, 0, 1, 1)
+    for seq, task in enumerate((0, 1, 3)):
+        push(service, 0, seq, 1, task)
     service.exclusively(lambda: service.renew(2))
     answers = [service.pull(rank, (2, 0), _nowhere) for rank in range(WORLD)]
-    assert [answer.done for answer in answers] == [2, 0]
-    push(service, 0, 2, 2)
-    push(service, 1, 0, 2)
-    assert service.served.version == 4
+    assert [answer.done for answer in answers] == [1, 1]
+    with pytest.raises(FencedError):
+        push(service, 0, 3, 1, 2)
+    service.forget(0)  # it has new vectors
+    push(service, 0, 0, 2, 3)
+    push(service, 1, 0, 2, 2)
+    assert (service.served.version, service.served.steps) == (4, 2)
 
 
 def test_a_pull_of_an_earlier_attempt_is_refused() -> None:
@@ -116,7 +113,7 @@ def test_a_worker_with_new_memory_gets_its_last_answer_delivered_again() -> None
     def deliver(values: Tensor, version: int) -> None:
         delivered.append(values)
 
-    name, gradient = PushId("run", 1, 0, 0), noise(SIZE, 0, 0)
+    name, gradient = PushId("run", 1, 0, 0, 0), noise(SIZE, 0, 0)
     service.push(name, gradient, deliver)
     service.push(name, gradient, deliver)
     assert len(delivered) == 1

@@ -120,7 +120,7 @@ def _losses(reports: list[Any]) -> list[float]:
 
 def test_with_backup_workers_a_step_is_scaled_by_those_that_there_are() -> None:
     """Four workers, of which a step waits for three: their sum counts as a mean of four."""
-    from distplat.platform.clocks import Consistency
+    from distplat.platform.consistency import Consistency
     from distplat.platform.ledger import PushId
     from distplat.platform.shard_map import ShardPlan
     from distplat.strategies.training.shard import ParameterShard

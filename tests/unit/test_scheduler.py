@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from distplat.actors.servers.scheduler import HOLD_S, ROOM, Scheduler
-from distplat.platform.clocks import SYNCHRONOUS, Consistency
+from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.crew import Beat
 from distplat.platform.errors import FencedError, ProtocolError, SpecError
 from distplat.platform.spec import Job
 from distplat.platform.task_scheduler import Course
 
 COURSE = Course(steps=4, parts=2)
-DEALT = Consistency(asynchronous=True, dealt=True)
+DEALT = Consistency(asynchronous=True)
 
 
-def scheduler(how: Consistency = DEALT, resizes: bool = False, **more: Any) -> Scheduler:
+def scheduler(how: Consistency = DEALT, resizes: bool = False) -> Scheduler:
     fields = {
         "name": "small",
         "strategy": "ps-async" if how.asynchronous else "ps-sync",
@@ -27,7 +27,7 @@ def scheduler(how: Consistency = DEALT, resizes: bool = False, **more: Any) -> S
         "global_batch_size": 8,
         "failure": {"heartbeat_timeout_s": 0.3},
     }
-    return Scheduler("small/task-scheduler", Job.model_validate({**fields, **more}), how, resizes)
+    return Scheduler("small/task-scheduler", Job.model_validate(fields), how, resizes)
 
 
 def play(story: Coroutine[Any, Any, None]) -> None:
@@ -38,7 +38,7 @@ def test_a_question_is_kept_until_there_is_work(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("distplat.actors.servers.scheduler.HOLD_S", 60.0)
 
     async def story() -> None:
-        desk = scheduler(Consistency(asynchronous=True, dealt=True, bound=0))
+        desk = scheduler(Consistency(asynchronous=True, bound=0))
         for rank in range(2):
             await desk.join(rank, 0, COURSE)
         first = [await desk.work(rank, 0, 0, (), ()) for rank in range(2)]
@@ -120,24 +120,16 @@ def test_a_wish_is_handed_on_until_it_is_answered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "more", "workers", "said"),
+    ("how", "workers", "said"),
     [
-        (DEALT, {}, 0, f"must be 1 to {2 + ROOM} \\(got 0\\)"),
-        (DEALT, {}, 3 + ROOM, "got 19"),
-        (SYNCHRONOUS, {}, 3, "'ps-sync' cannot change its number of workers while it runs"),
-        (
-            Consistency(asynchronous=True),
-            {"embeddings": {"optimizer": {"name": "SGD", "lr": 1.0}, "asynchronous": True}},
-            3,
-            "'ps-async' with embedding tables cannot",
-        ),
+        (DEALT, 0, f"must be 1 to {2 + ROOM} \\(got 0\\)"),
+        (DEALT, 3 + ROOM, "got 19"),
+        (SYNCHRONOUS, 3, "'ps-sync' cannot change its number of workers while it runs"),
     ],
 )
-def test_wishes_that_are_refused(
-    how: Consistency, more: dict[str, Any], workers: int, said: str
-) -> None:
+def test_wishes_that_are_refused(how: Consistency, workers: int, said: str) -> None:
     async def story() -> None:
-        desk = scheduler(how, **more)
+        desk = scheduler(how)
         with pytest.raises(SpecError, match=said):
             await desk.scale(workers)
         assert await desk.poll(0.01) is None

@@ -9,7 +9,7 @@ from test_table_service import plan
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Parcel
 from distplat.actors.tables.serving import TableServing
-from distplat.platform.errors import StaleError
+from distplat.platform.errors import FencedError, StaleError
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId
 
@@ -75,6 +75,25 @@ def test_larger_memory_takes_the_place_of_the_old() -> None:
     server.pull(PullId(0, 0, 1), Parcel(0, 3, ids.address, larger.address, 0, 1000))
     assert (larger.tensor[1000:1012] == 0).all()
     assert (larger.tensor[:1000] == 7).all()
+
+
+def test_a_late_push_leaves_no_old_memory_behind() -> None:
+    """The new memory may have the address of the old: a descriptor's number is used again."""
+    server, (ids, values) = serving(), segments()
+    server.open(plan(world=1), 0, ids.address)
+    old = Parcel(0, 3, ids.address, values.address)
+    server.open(plan(1, world=1), 1, segments()[0].address)  # another worker is quicker
+    with pytest.raises(FencedError):
+        server.push(PushId("run", 0, 0, 0), [old])
+    new = segments()
+    for before, now in zip((ids, values), new, strict=True):
+        os.dup2(now.address.fd, before.address.fd)
+    server.open(plan(1, world=1), 0, ids.address)
+    new[0].tensor.numpy()[:3] = IDS
+    new[1].tensor.fill_(1.0)
+    server.push(PushId("run", 1, 0, 0), [old])
+    rows = server.pull(PullId(1, 0, 0), Parcel(0, 3, IDS, None))
+    assert rows is not None and (rows == -1.0).all()
 
 
 def test_gradients_of_another_shape_are_refused_before_they_count() -> None:

@@ -143,10 +143,31 @@ def test_a_worker_that_is_dismissed_gets_nothing_more() -> None:
     brain = TaskScheduler(Course(4, 1))
     brain.work(0, 0)
     brain.dismiss(0)
+    assert brain.work(0, 1) is None, "it asks before it has told of its last task"
+    brain.finish(0, (0,))
     found = brain.work(0, 1)
     assert found is not None and (found.over, found.trained) == (True, False)
-    brain.finish(0, (0,))
     assert [tasks(brain.work(1, number)) for number in range(3)] == [[1], [2], [3]]
+
+
+def test_a_worker_that_is_dismissed_and_not_heard_of_holds_nobody_up() -> None:
+    brain = TaskScheduler(Course(4, 1), bound=0)
+    brain.work(0, 0)
+    brain.dismiss(0)
+    brain.lose(0)
+    found = brain.work(0, 1)
+    assert found is not None and found.over
+    assert tasks(brain.work(1, 0)) == [0]
+
+
+def test_who_is_dismissed_at_the_end_just_ends() -> None:
+    brain = TaskScheduler(Course(1, 1, evaluations=(1,)))
+    brain.work(0, 0)
+    brain.dismiss(0)
+    brain.finish(1, (0,))  # somebody else has made it
+    brain.finish(1, (), ((1, 0),))
+    found = brain.work(0, 1)
+    assert found is not None and (found.over, found.trained) == (True, True)
 
 
 @pytest.mark.parametrize(

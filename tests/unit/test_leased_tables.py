@@ -1,0 +1,355 @@
+"""`ps-async` beside embedding tables: whatever fails, each task is in once, and everywhere."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from counting import BATCH, PARTS, SAMPLES, WIDTH, Counting, counting
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rank_threads import on_ranks
+from safetensors.numpy import load_file
+
+from distplat import Trainer
+from distplat.platform.errors import DistplatError
+from distplat.platform.progress import AnyReport, StepReport
+from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.base import Strategy
+from distplat.strategies.catalog import make_job, make_strategy
+from distplat.strategies.fakes import (
+    InMemoryLeases,
+    InMemoryShards,
+    InMemoryTables,
+    LeaseDesk,
+    ServerGroup,
+    TableGroup,
+)
+from distplat.strategies.ports import Sending
+from distplat.strategies.training.leased_loop import LeasedLoop
+from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.session import Prepared, join, prepare
+
+EPOCHS = 3
+STEPS = EPOCHS * SAMPLES // BATCH
+
+ONE_TABLE = "only the first server of the tables has it"
+TABLES = "all servers of the tables have it, and no shard"
+ONE_SHARD = "and the first shard"
+SILENT = "everything has it, and the task scheduler is not told"
+MOMENTS = (ONE_TABLE, TABLES, ONE_SHARD, SILENT)
+
+
+class Gone(DistplatError):
+    """As if a worker were lost at this moment."""
+
+
+@dataclass
+class Fault:
+    """What happens to a rank in one attempt."""
+
+    at: int = -1
+    """It breaks off in its task of this number; -1: in none."""
+    moment: str = ""
+    made: int = 0
+    """Tasks that it has made."""
+
+    def here(self, moment: str) -> bool:
+        return self.made == self.at and self.moment == moment
+
+
+class Server:
+    """A server as one rank sees it: all pushes come twice, and some not at all."""
+
+    def __init__(self, real: Any, broken: bool) -> None:
+        self._real, self._broken = real, broken
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def push(self, *push: Any) -> Any:
+        if self._broken:
+            raise Gone("lost")
+        self._real.push(*push)
+        return self._real.push(*push)
+
+
+class Servers:
+    """The servers of tables, or of shards, as one rank sees them."""
+
+    def __init__(self, real: Any, fault: Fault) -> None:
+        self._real, self._fault = real, fault
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    @property
+    def services(self) -> list[Any]:
+        late = self._fault.here(ONE_TABLE)
+        return [Server(one, index > 0 and late) for index, one in enumerate(self._real.services)]
+
+    def service(self, index: int, step: int | None = None) -> Any:
+        broken = self._fault.here(TABLES) or (index > 0 and self._fault.here(ONE_SHARD))
+        return Server(self._real.service(index), broken and step is not None)
+
+
+class Tables(InMemoryTables):
+    """Has its rows in before the rank breaks off."""
+
+    def __init__(self, servers: Any, rank: int, fault: Fault) -> None:
+        super().__init__(servers, rank)
+        self._fault = fault
+
+    def push(self, *given: Any) -> Sending:
+        sending = super().push(*given)
+        if not self._fault.here(ONE_TABLE):
+            sending.wait()
+        return sending
+
+
+class Leases(InMemoryLeases):
+    """Tells of nothing that comes after the end."""
+
+    def __init__(self, desk: LeaseDesk, rank: int, fault: Fault) -> None:
+        super().__init__(desk, rank)
+        self._fault = fault
+
+    def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
+        if self._fault.here(SILENT):
+            raise Gone("lost")
+        super().finish(tasks, evaluations)
+        self._fault.made += len(tasks)
+
+
+@dataclass
+class Rank:
+    """A worker's process."""
+
+    prepared: Prepared
+    strategy: Strategy[Any]
+    reports: list[AnyReport] = field(default_factory=list)
+
+
+class Counted:
+    """A run of `Counting`, attempt by attempt."""
+
+    def __init__(self, most: int = 1) -> None:
+        self.job = make_job(counting(epochs=EPOCHS))
+        self.attempt, self.ranks = 0, dict[int, Rank]()
+        how = make_strategy(self.job).roles(self.job).consistency
+        self.shards = ServerGroup(ShardPlan(self.job, "run", 0, PARTS, STEPS, 2, how))
+        self.tables, self.desk = TableGroup(self.job), LeaseDesk(most=most)
+        self.most = most
+
+    def rank(self, rank: int) -> Rank:
+        """Give a rank's process, the one that there is or another."""
+        if rank not in self.ranks:
+            strategy = make_strategy(self.job)
+            self.ranks[rank] = Rank(prepare(self.job, Counting(), strategy=strategy), strategy)
+        return self.ranks[rank]
+
+    def loop(self, rank: int, fault: Fault | None = None) -> LeasedLoop:
+        """Have a rank join the attempt."""
+        mine, fault = self.rank(rank), fault or Fault()
+        tables: Any = Servers(self.tables, fault)
+        shards: Any = Servers(self.shards, fault)
+        loop = join(
+            mine.prepared,
+            mine.strategy,
+            rank,
+            collective=None,
+            shards=InMemoryShards(shards, rank, self.attempt),
+            tables=Tables(tables, rank, fault),
+            leases=Leases(self.desk, rank, fault),
+            report=mine.reports.append,
+            progress=Progress(),
+        )
+        assert isinstance(loop, LeasedLoop)
+        return loop
+
+    def run(self, faults: dict[int, Fault]) -> None:
+        """Have these ranks work until each of them is lost, or nothing is left to do."""
+        order = sorted(faults)
+        loops = [self.loop(rank, faults[rank]) for rank in order]
+
+        def body(place: int) -> None:
+            try:
+                loops[place].run()
+            except Gone:
+                self.desk.lose(order[place])
+                del self.ranks[order[place]]
+
+        on_ranks(len(order), body)
+
+    def begin_anew(self, *, with_scheduler: bool) -> None:
+        """Begin a later attempt."""
+        self.attempt += 1
+        self.tables.attempt = self.attempt
+        if with_scheduler:
+            self.desk = LeaseDesk(most=self.most)
+        else:
+            self.desk.renew(self.attempt)
+
+    def check(self) -> None:
+        """Each gradient of a sample is in once for each epoch, in its row and in the dense part."""
+        for index, service in enumerate(self.tables.services):
+            assert service._book is not None
+            assert (service.steps, service._book.updates) == (STEPS, STEPS * PARTS), index
+        rows = np.zeros((SAMPLES, WIDTH), np.float32)
+        for service in self.tables.services:
+            table = service._tables[0]
+            table.read(table.ids(), mine := np.empty((len(table), WIDTH), np.float32))
+            rows[table.ids()] = mine
+        assert (-rows).tolist() == [[EPOCHS] * WIDTH] * SAMPLES
+        for index in range(2):
+            shard = self.shards.service(index).served
+            assert (shard.steps, shard.version) == (STEPS, STEPS * PARTS), index
+        params = np.concatenate([self.shards.service(index).params for index in range(2)])
+        assert (-params[:SAMPLES]).tolist() == [EPOCHS] * SAMPLES
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Give what was reported, by ranks that are still there."""
+        reports = [one for rank in self.ranks.values() for one in rank.reports]
+        return sorted((one.step, one.rank) for one in reports if isinstance(one, StepReport))
+
+
+EVERYTHING = [(step, part) for step in range(STEPS) for part in range(PARTS)]
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_some_ranks_make_everything_once(most: int) -> None:
+    run = Counted(most)
+    run.run({rank: Fault() for rank in range(3)})
+    run.check()
+    assert run.parts() == EVERYTHING
+    final = [rank.prepared.flat.params.tolist() for rank in run.ranks.values()]
+    assert final[0] == final[1] == final[2]
+    assert final[0][:SAMPLES] == [-EPOCHS] * SAMPLES
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_a_lost_rank_was_making_others_make(moment: str) -> None:
+    run = Counted(most=3)
+    run.run({0: Fault(), 1: Fault(1, moment), 2: Fault(0, moment)})
+    run.check()
+
+
+def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> None:
+    run = Counted()
+    first, second = run.loop(0), run.loop(1)
+    gradients, silent, came = second.compute.gradients, threading.Event(), threading.Event()
+
+    def make(step: int, clock: Any) -> Any:
+        found = gradients(step, clock)
+        if not silent.is_set():
+            run.desk.lose(1)
+            silent.set()
+            assert came.wait(10)
+        return found
+
+    second.compute.gradients = make  # type: ignore[method-assign]
+
+    def body(rank: int) -> None:
+        if rank == 1:
+            second.run()
+            return
+        assert silent.wait(10)
+        first.run()
+        came.set()
+
+    on_ranks(2, body)
+    run.check()
+    dropped = [report.figures["dropped"] for report in run.ranks[1].reports]  # type: ignore[union-attr]
+    assert dropped and set(dropped) == {1.0}
+    for service in run.tables.services:
+        assert service._book is not None and service._book._tasks.dropped == {1: 1}
+
+
+@pytest.mark.parametrize("with_scheduler", [False, True])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_all_are_lost(moment: str, with_scheduler: bool) -> None:
+    """Its only rank was alone, so the shards have a step of which the tables lack a task."""
+    run = Counted()
+    run.run({0: Fault(5, moment)})
+    assert run.shards.service(0).served.steps == 3 - (moment == TABLES)
+    assert run.tables.services[1].steps == 3 - (moment == ONE_TABLE)
+    run.begin_anew(with_scheduler=with_scheduler)
+    run.run({0: Fault(), 1: Fault()})
+    run.check()
+
+
+def test_ranks_join_and_leave() -> None:
+    run = Counted(most=2)
+    comes, there = threading.Event(), threading.Event()
+
+    def body(rank: int) -> None:
+        if rank == 2:
+            assert comes.wait(10)
+        loop = run.loop(rank)
+        made, make = 0, loop._make
+
+        def counted(task: int) -> None:
+            nonlocal made
+            make(task)
+            made += 1
+            if rank == 0 and made == 4:
+                run.desk.dismiss(1)
+                comes.set()
+            if rank == 0 and made == 6:
+                assert there.wait(10)
+
+        loop._make = counted  # type: ignore[method-assign]
+        if rank == 2:
+            there.set()
+        loop.run()
+        assert loop.progress.left == (rank == 1)
+
+    on_ranks(3, body)
+    run.check()
+    assert run.parts() == EVERYTHING
+    assert run.ranks[2].reports
+
+
+def test_a_run_in_the_calling_process(tmp_path: Path) -> None:
+    spec = counting(0, checkpoint={"every_steps": 5}, storage_path=str(tmp_path))
+    result = Trainer(spec, Counting).fit()
+    assert [summary.step for summary in result.history] == list(range(STEPS))
+    assert result.checkpoint is not None
+    assert load_file(result.checkpoint)["dense"].tolist() == [-EPOCHS] * SAMPLES
+    files = [load_file(path) for path in result.path.glob("embeddings.rows.*")]
+    found = {
+        int(i): row.tolist()
+        for one in files
+        for i, row in zip(one["ids"], one["rows"], strict=True)
+    }
+    assert found == {i: [-EPOCHS] * WIDTH for i in range(SAMPLES)}
+    assert {path.name for path in (result.path / "checkpoints").iterdir()} >= {
+        "step-000010",
+        "step-000012",
+    }
+
+
+FAULT = st.builds(Fault, st.integers(0, 4), st.sampled_from(MOMENTS))
+ATTEMPT = st.tuples(st.lists(FAULT, min_size=1, max_size=3), st.booleans(), st.booleans())
+
+
+@example([([Fault(3, ONE_TABLE), Fault(0, TABLES)], True, False)] * 2, 1)
+@given(st.lists(ATTEMPT, max_size=3), st.integers(1, 4))
+@settings(max_examples=25)
+def test_one_attempt_after_the_other(
+    attempts: list[tuple[list[Fault], bool, bool]], most: int
+) -> None:
+    """In each all ranks are lost, at moments of their own, and perhaps the scheduler with them."""
+    run = Counted(most)
+    for faults, with_scheduler, one_stays in attempts:
+        mine = {rank: Fault(one.at, one.moment) for rank, one in enumerate(faults)}
+        kept = run.rank(0)
+        run.run(mine)
+        if one_stays:
+            run.ranks[0] = kept
+        run.begin_anew(with_scheduler=with_scheduler)
+    run.run({0: Fault(), 1: Fault()})
+    run.check()
