@@ -38,6 +38,8 @@ class Address:
     elements: int
     dtype: str
     """Name in torch, for example `float32`."""
+    inode: int = 0
+    """Of the memory: pid and descriptor may be another one's by now. 0: not known."""
 
 
 @dataclass(frozen=True)

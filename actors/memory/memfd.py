@@ -42,7 +42,8 @@ class Segment:
         """Make a segment of zeros, shape [elements], owned by this process."""
         fd = os.memfd_create("distplat", os.MFD_CLOEXEC)
         os.ftruncate(fd, max(1, elements) * getattr(torch, dtype).itemsize)
-        return cls(fd, Address(node, os.getpid(), fd, elements, dtype), populate=populate)
+        inode = os.fstat(fd).st_ino
+        return cls(fd, Address(node, os.getpid(), fd, elements, dtype, inode), populate=populate)
 
     @classmethod
     def open(cls, address: Address, *, populate: bool = True) -> "Segment":
@@ -57,6 +58,9 @@ class Segment:
         if not os.readlink(where).startswith("/memfd:distplat"):
             raise FileNotFoundError(errno.ENOENT, "no memory of ours", where)
         fd = os.open(where, os.O_RDWR | os.O_CLOEXEC)
+        if address.inode not in (0, os.fstat(fd).st_ino):
+            os.close(fd)
+            raise FileNotFoundError(errno.ENOENT, "this memory is gone, and another is here", where)
         segment = cls(fd, address, populate=populate)
         segment.seal()
         return segment

@@ -30,7 +30,7 @@ class SharedVectors:
             OSError: a part cannot be reached any more.
         """
         here = mine.address
-        addresses = [replace(here, pid=pid, fd=fd) for pid, fd in offers]
+        addresses = [replace(here, pid=pid, fd=fd, inode=0) for pid, fd in offers]
         self._bytes.append([self._map(mine, address) for address in addresses])
         start = mine.tensor.data_ptr()
         self._ranges.append((start, start + mine.tensor.numel()))
@@ -69,7 +69,7 @@ class SharedVectors:
 
     @staticmethod
     def _map(mine: Segment, address: Address) -> Tensor:
-        if address == mine.address:
+        if (address.pid, address.fd) == (mine.address.pid, mine.address.fd):
             return mine.tensor
         return Segment.open(address).tensor
 

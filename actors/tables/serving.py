@@ -55,8 +55,6 @@ class TableServing:
         steps = self._service.open(plan, saved_at, files)
         if self._plan is None or plan.attempt > self._plan.attempt:
             self._mapped = {}  # every worker has new memory; of one that was lost none is held
-        for dtype in ("int64", "float32"):  # a late call of this worker may have mapped the old
-            self._mapped.pop((rank, dtype), None)
         self._plan = plan
         return Opened(self._reaches(rank, memory), steps)
 

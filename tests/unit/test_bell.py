@@ -146,7 +146,7 @@ def test_a_listener_ends_with_its_worker() -> None:
         fd = int(worker.stdout.readline())
         own = Segment.create("here", SLOT, "uint8")
         own.seal()
-        theirs = replace(own.address, pid=worker.pid, fd=fd)
+        theirs = replace(own.address, pid=worker.pid, fd=fd, inode=0)
         listener = Listener(theirs, 0)
         ended = threading.Event()
 

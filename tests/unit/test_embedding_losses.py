@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact import ROWS as EXACT_ROWS
-from exact import Exact, expected
+from counting import BATCH, SAMPLES, Counting, counting
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from lost_ranks import Loss, LossyRun, Resize, train_lossy
@@ -15,6 +14,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
 
 STEPS = 15
+EPOCHS = 2
 
 
 def words(strategy: dict[str, Any], world: int = 3) -> Job:
@@ -33,19 +33,10 @@ def words(strategy: dict[str, Any], world: int = 3) -> Job:
     )
 
 
-def exact(strategy: dict[str, Any], world: int = 2) -> Job:
-    embeddings = {"servers": 2, "optimizer": {"name": "SGD", "lr": 0.5}, "asynchronous": True}
-    return make_job(
-        {
-            "name": "exact",
-            "strategy": strategy,
-            "scaling": {"num_workers": world},
-            "optimizer": {"name": "SGD", "lr": 0.5},
-            "embeddings": embeddings,
-            "global_batch_size": 8,
-            "epochs": 2,
-        }
-    )
+def counted(strategy: dict[str, Any], world: int = 2) -> Job:
+    """Each gradient of a sample counts 1."""
+    optimizer = {"name": "SGD", "lr": float(BATCH)}
+    return make_job(counting(world, strategy=strategy, optimizer=optimizer, epochs=EPOCHS))
 
 
 def same_bits(run: LossyRun, other: LossyRun) -> None:
@@ -142,8 +133,8 @@ def test_asynchronous_tables_count_each_gradient_once(
     strategy: dict[str, Any], shards: int, tables: int
 ) -> None:
     events = [Loss(2, 1, tables, shards), Loss(5, 0, tables, shards)]
-    run = train_lossy(exact(strategy), Exact, events)
-    check_exact(run)
+    run = train_lossy(counted(strategy), Counting, events)
+    each_counts_once(run)
 
 
 def test_asynchronous_tables_follow_more_and_fewer_ranks() -> None:
@@ -153,12 +144,11 @@ def test_asynchronous_tables_follow_more_and_fewer_ranks() -> None:
         Resize(3, 1),
         Resize(6, 2),
     ]
-    run = train_lossy(exact(PS_SYNC[2]), Exact, events)
+    run = train_lossy(counted(PS_SYNC[2]), Counting, events)
     assert run.starts == [0, 1, 2, 3, 6]
-    check_exact(run)
+    each_counts_once(run)
 
 
-def check_exact(run: LossyRun) -> None:
-    rows, dense = expected(epochs=2)
-    assert np.array_equal(run.rows(0, EXACT_ROWS), np.repeat(rows[:, None], 4, axis=1))
-    assert (run.dense()[:6] == dense).all()
+def each_counts_once(run: LossyRun) -> None:
+    assert (run.rows(0, SAMPLES) == -EPOCHS).all()
+    assert (run.dense()[:SAMPLES] == -EPOCHS).all()

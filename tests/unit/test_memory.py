@@ -30,8 +30,8 @@ MAPPER = """
 import sys
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address
-node, pid, fd, elements, dtype = sys.argv[1:]
-segment = Segment.open(Address(node, int(pid), int(fd), int(elements), dtype))
+node, pid, fd, elements, dtype, inode = sys.argv[1:]
+segment = Segment.open(Address(node, int(pid), int(fd), int(elements), dtype, int(inode)))
 print(*segment.tensor.tolist())
 segment.tensor.add_(1)
 """
@@ -117,6 +117,16 @@ def test_a_descriptor_of_another_file_raises() -> None:
     address = Segment.create("node", 3, "float32").address
     with open(__file__, "rb") as other, pytest.raises(FileNotFoundError):
         Segment.open(replace(address, fd=other.fileno()))
+
+
+def test_a_descriptor_of_other_memory_raises() -> None:
+    old = Segment.create("node", 3, "float32")
+    old.seal()
+    new = Segment.create("node", 3, "float32")
+    assert new.address.fd == old.address.fd, "the lowest that is free"
+    assert new.address != old.address
+    with pytest.raises(FileNotFoundError, match="this memory is gone"):
+        Segment.open(old.address)
 
 
 def test_pages_may_come_when_they_are_touched() -> None:

@@ -1,6 +1,7 @@
 """A server of tables and the roads to it: shared memory on its node, arrays from elsewhere."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,20 +79,21 @@ def test_larger_memory_takes_the_place_of_the_old() -> None:
 
 
 def test_a_late_push_leaves_no_old_memory_behind() -> None:
-    """The new memory may have the address of the old: a descriptor's number is used again."""
+    """The number of a descriptor is used again: process and descriptor may be those of the old."""
     server, (ids, values) = serving(), segments()
     server.open(plan(world=1), 0, ids.address)
-    old = Parcel(0, 3, ids.address, values.address)
+    old, old_ids = Parcel(0, 3, ids.address, values.address), ids.address
     server.open(plan(1, world=1), 1, segments()[0].address)  # another worker is quicker
     with pytest.raises(FencedError):
         server.push(PushId("run", 0, 0, 0), [old])
-    new = segments()
-    for before, now in zip((ids, values), new, strict=True):
-        os.dup2(now.address.fd, before.address.fd)
+    for segment in (ids, values):
+        segment.seal()
+    ids, values = segments()
+    assert replace(ids.address, inode=0) == replace(old_ids, inode=0), "the lowest that is free"
     server.open(plan(1, world=1), 0, ids.address)
-    new[0].tensor.numpy()[:3] = IDS
-    new[1].tensor.fill_(1.0)
-    server.push(PushId("run", 1, 0, 0), [old])
+    ids.tensor.numpy()[:3] = IDS
+    values.tensor.fill_(1.0)
+    server.push(PushId("run", 1, 0, 0), [Parcel(0, 3, ids.address, values.address)])
     rows = server.pull(PullId(1, 0, 0), Parcel(0, 3, IDS, None))
     assert rows is not None and (rows == -1.0).all()
 
