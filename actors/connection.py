@@ -7,7 +7,7 @@ from distplat.actors.messages import WorkOrder
 from distplat.platform.progress import StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.training.gate import Gate
-from distplat.strategies.training.session import Prepared
+from distplat.strategies.training.session import Ports, Prepared
 
 if TYPE_CHECKING:
     from distplat.actors.collective.port import RayCollective
@@ -33,13 +33,22 @@ class Connection:
         self._tables: RayTables | None = None
         self._leases: RayLeases | None = None
 
-    def collective(self, order: WorkOrder) -> "RayCollective | None":
+    def ports(self, order: WorkOrder, prepared: Prepared, strategy: Strategy[Any]) -> Ports:
         """
-        Meet the other ranks; None where the strategy has no group.
+        Make what the worker needs; the other ranks are met, servers are not yet asked.
 
         Raises:
             DistplatError: somebody did not come, or the attempt was given up.
         """
+        return Ports(
+            self._meet(order),
+            self._reach_shards(order, prepared),
+            self._reach_tables(order, prepared),
+            self._reach_scheduler(order, strategy),
+        )
+
+    def _meet(self, order: WorkOrder) -> "RayCollective | None":
+        """Meet the other ranks; None where the strategy has no group."""
         if order.collective is None:
             return None
         from distplat.actors.collective.group import Settings
@@ -59,7 +68,7 @@ class Connection:
         )
         return self._group
 
-    def shards(self, order: WorkOrder, prepared: Prepared) -> "RayShards | None":
+    def _reach_shards(self, order: WorkOrder, prepared: Prepared) -> "RayShards | None":
         """Make the way to the servers; None where the strategy has none."""
         if order.manager is None:
             return None
@@ -68,7 +77,7 @@ class Connection:
         self._servers = RayShards(order, prepared.total_steps, _every(prepared), self._abandoned)
         return self._servers
 
-    def tables(self, order: WorkOrder, prepared: Prepared) -> "RayTables | None":
+    def _reach_tables(self, order: WorkOrder, prepared: Prepared) -> "RayTables | None":
         """Give the way to the embedding tables; None where the job has none."""
         if not order.embedding_servers:
             return None
@@ -77,7 +86,7 @@ class Connection:
         self._tables = RayTables(order, _every(prepared), self._abandoned)
         return self._tables
 
-    def leases(self, order: WorkOrder, strategy: Strategy[Any]) -> "RayLeases | None":
+    def _reach_scheduler(self, order: WorkOrder, strategy: Strategy[Any]) -> "RayLeases | None":
         """Make the way to the task scheduler; None where the strategy has none."""
         if order.scheduler is None:
             return None

@@ -27,7 +27,7 @@ from distplat.strategies.fakes import (
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, join, prepare
+from distplat.strategies.training.session import Around, Ports, join, prepare
 
 _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
@@ -85,10 +85,12 @@ def _train(
         prepared,
         strategy,
         0,
-        collective=Fabric(1).collective(0),
-        shards=InMemoryShards(group, 0),
-        tables=InMemoryTables(tables, 0),
-        leases=InMemoryLeases(LeaseDesk(), 0) if roles.consistency.dealt else None,
+        Ports(
+            collective=Fabric(1).collective(0),
+            shards=InMemoryShards(group, 0),
+            tables=InMemoryTables(tables, 0),
+            leases=InMemoryLeases(LeaseDesk(), 0) if roles.consistency.dealt else None,
+        ),
         report=report,
         progress=progress,
         around=Around(saved, take=courier.take),

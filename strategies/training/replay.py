@@ -31,7 +31,7 @@ from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import Holding
 from distplat.strategies.training.replay_leases import ReplayLeases
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Prepared, join
+from distplat.strategies.training.session import Ports, Prepared, join
 
 
 class ReplayGroup:
@@ -245,9 +245,7 @@ def _run_rank(group: ReplayGroup, rank: int, prepared: Prepared) -> None:
             prepared,
             make_strategy(group.plan.job),
             rank,
-            collective=None,
-            shards=ReplayShards(group, rank),
-            leases=ReplayLeases(group.tasks[rank]),
+            Ports(shards=ReplayShards(group, rank), leases=ReplayLeases(group.tasks[rank])),
             report=lambda report: None,
             progress=Progress(),
         ).run()

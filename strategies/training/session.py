@@ -57,6 +57,20 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Ports:
+    """What connects a worker to others in one attempt; None: job and strategy do without it."""
+
+    collective: Collective | None = None
+    """To the other ranks."""
+    shards: Shards | None = None
+    """To the parameter servers."""
+    tables: Tables | None = None
+    """To the servers of embedding tables."""
+    leases: Leases | None = None
+    """To the task scheduler."""
+
+
+@dataclass(frozen=True)
 class Around:
     """The checkpoints before and after."""
 
@@ -116,11 +130,8 @@ def join(
     prepared: Prepared,
     strategy: Strategy[Any],
     rank: int,
+    ports: Ports,
     *,
-    collective: Collective | None,
-    shards: Shards | None,
-    tables: Tables | None = None,
-    leases: Leases | None = None,
     report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
@@ -133,10 +144,7 @@ def join(
         prepared: model and data.
         strategy: the job's.
         rank: this one.
-        collective: port to the other ranks.
-        shards: port to the servers.
-        tables: port to the embedding tables.
-        leases: port to the task scheduler.
+        ports: to the others.
         report: takes what is finished.
         progress: where this worker is.
         around: checkpoints.
@@ -146,30 +154,38 @@ def join(
         SpecError: the checkpoint is of another model or data set.
         DistplatError: whatever the ports raise while the ranks find each other.
     """
-    p = prepared
-    p.part = strategy.own_part(p, rank, collective)
-    world = p.job.scaling.world
+    p, leases = prepared, ports.leases
+    p.part = strategy.own_part(p, rank, ports.collective)
     _load(p, strategy, around.saved)
-    context = Context(p.job, rank, world, p.total_steps, p.flat, collective, shards, progress.beat)
-    context = replace(context, saved=around.saved, base=around.base)
-    rows = p.lookups if tables is not None else None
-    if rows is not None and tables is not None:
-        made = rows.connect(tables, p.total_steps, around.saved)
-        context = replace(context, tables_made=made)
-    start = strategy.setup(context)
-    if rows is not None:
-        rows.begin(start)
+    context = _context(p, rank, ports, around, progress)
+    start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
     if leases is not None:
         evaluates = p.eval_data is not None
         leases.connect(course_of(p.job, p.sampler, p.total_steps, start, evaluates))
         if strategy.roles(p.job).consistency.dealt:
-            ports = strategy, rank, report, progress, leases
-            return LeasedLoop(p, *ports, TaskModel(p, strategy, progress.beat), start, checkpoint)
+            given = strategy, rank, report, progress, leases
+            return LeasedLoop(p, *given, TaskModel(p, strategy, progress.beat), start, checkpoint)
     work = strategy.compute(p, context)
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, work, rank, report, progress, start, checkpoint, p.lookups)
     return replace(loop, pause=pause)
+
+
+def _context(p: Prepared, rank: int, ports: Ports, around: Around, progress: Progress) -> Context:
+    where = p.job, rank, p.job.scaling.world, p.total_steps, p.flat
+    context = Context(*where, ports.collective, ports.shards, progress.beat)
+    return replace(context, saved=around.saved, base=around.base)
+
+
+def _set_up(p: Prepared, strategy: Strategy[Any], context: Context, tables: Tables | None) -> int:
+    """Give the step from which the strategy goes on, and the tables, if there are some, with it."""
+    if p.lookups is None or tables is None:
+        return strategy.setup(context)
+    made = p.lookups.connect(tables, p.total_steps, context.saved)
+    start = strategy.setup(replace(context, tables_made=made))
+    p.lookups.begin(start)
+    return start
 
 
 def _load(p: Prepared, strategy: Strategy[Any], saved: SavedState | None) -> None:

@@ -26,7 +26,7 @@ from distplat.strategies.pipeline.rebound import Rebound
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Prepared, join, prepare
+from distplat.strategies.training.session import Around, Ports, Prepared, join, prepare
 
 STEPS = 6
 WORLD = 4
@@ -116,8 +116,10 @@ class Workers:
                     self.prepared[rank],
                     self.strategies[rank],
                     rank,
-                    collective=Torn(fabric.collective(rank), 3 if rank in deaf else STEPS),
-                    shards=shards(rank),
+                    Ports(
+                        collective=Torn(fabric.collective(rank), 3 if rank in deaf else STEPS),
+                        shards=shards(rank),
+                    ),
                     report=self.reports.append,
                     progress=Progress(),
                     around=Around(saved, base, partial(take, courier)),

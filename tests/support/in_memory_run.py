@@ -32,7 +32,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import Part
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Prepared, join, prepare
+from distplat.strategies.training.session import Around, Ports, Prepared, join, prepare
 
 
 @dataclass
@@ -116,10 +116,12 @@ def train(
             ranks[rank],
             strategies[rank],
             rank,
-            collective=fabric.collective(rank),
-            shards=InMemoryShards(groups[division.part_of(rank)], division.place_of(rank)),
-            tables=InMemoryTables(tables, rank),
-            leases=InMemoryLeases(desk, rank) if how.dealt else None,
+            Ports(
+                collective=fabric.collective(rank),
+                shards=InMemoryShards(groups[division.part_of(rank)], division.place_of(rank)),
+                tables=InMemoryTables(tables, rank),
+                leases=InMemoryLeases(desk, rank) if how.dealt else None,
+            ),
             report=run.reports[rank].append,
             progress=run.progress[rank],
             around=Around(saved, take=partial(take, courier)),

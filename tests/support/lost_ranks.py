@@ -32,7 +32,7 @@ from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Prepared, join, prepare, resize
+from distplat.strategies.training.session import Ports, Prepared, join, prepare, resize
 
 WAIT_S = 10.0
 
@@ -281,9 +281,11 @@ class _Attempt:
                 mine.prepared,
                 mine.strategy,
                 rank,
-                collective=self._fabric.collective(rank),
-                shards=shards,
-                tables=_LosingTables(self._run.tables, rank, loss),
+                Ports(
+                    collective=self._fabric.collective(rank),
+                    shards=shards,
+                    tables=_LosingTables(self._run.tables, rank, loss),
+                ),
                 report=lambda report: None,
                 progress=mine.progress,
                 pause=pause,

@@ -26,7 +26,7 @@ from distplat.strategies.fakes import InMemoryShards, ServerGroup
 from distplat.strategies.task import Task
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Prepared, join, prepare, resize
+from distplat.strategies.training.session import Ports, Prepared, join, prepare, resize
 from distplat.strategies.training.sync_service import SyncService
 
 WAIT_S = 10.0
@@ -214,8 +214,7 @@ class _Attempt:
                 mine.prepared,
                 mine.strategy,
                 rank,
-                collective=None,
-                shards=_Noting(self._run.pushed, self._group, rank, self._number, world),
+                Ports(shards=_Noting(self._run.pushed, self._group, rank, self._number, world)),
                 report=report,
                 progress=mine.progress,
                 pause=partial(self._before, rank),

@@ -26,7 +26,7 @@ from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Prepared, join, prepare
+from distplat.strategies.training.session import Ports, Prepared, join, prepare
 
 
 class Local(Words):
@@ -204,9 +204,7 @@ def attempt(
             ranks[rank],
             strategies[rank],
             rank,
-            collective=fabric.collective(rank),
-            shards=None,
-            tables=InMemoryTables(group, rank),
+            Ports(collective=fabric.collective(rank), tables=InMemoryTables(group, rank)),
             report=lambda report: None,
             progress=Progress(),
         )

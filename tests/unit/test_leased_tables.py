@@ -31,7 +31,7 @@ from distplat.strategies.fakes import (
 from distplat.strategies.ports import Sending
 from distplat.strategies.training.leased_loop import LeasedLoop
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Prepared, join, prepare
+from distplat.strategies.training.session import Ports, Prepared, join, prepare
 
 EPOCHS = 3
 STEPS = EPOCHS * SAMPLES // BATCH
@@ -160,10 +160,11 @@ class Counted:
             mine.prepared,
             mine.strategy,
             rank,
-            collective=None,
-            shards=InMemoryShards(shards, rank, self.attempt),
-            tables=Tables(tables, rank, fault),
-            leases=Leases(self.desk, rank, fault),
+            Ports(
+                shards=InMemoryShards(shards, rank, self.attempt),
+                tables=Tables(tables, rank, fault),
+                leases=Leases(self.desk, rank, fault),
+            ),
             report=mine.reports.append,
             progress=Progress(),
         )

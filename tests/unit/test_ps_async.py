@@ -22,7 +22,7 @@ from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.fakes import InMemoryLeases, InMemoryShards, LeaseDesk, ServerGroup
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.replay import replay
-from distplat.strategies.training.session import join, prepare
+from distplat.strategies.training.session import Ports, join, prepare
 
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 
@@ -140,10 +140,9 @@ def test_a_worker_that_leaves_and_one_that_joins() -> None:
         if rank == 3:
             assert comes[3].wait(5)
         shards, leases = InMemoryShards(group, rank), InMemoryLeases(desk, rank)
-        ports: dict[str, Any] = {"collective": None, "shards": shards, "leases": leases}
-        loop = join(
-            ranks[rank], strategies[rank], rank, **ports, report=report, progress=progress[rank]
-        )
+        ports = Ports(shards=shards, leases=leases)
+        where = ranks[rank], strategies[rank], rank, ports
+        loop = join(*where, report=report, progress=progress[rank])
         comes[1].set() if rank == 3 else None
         loop.run()
 
