@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from table_rows import table_rows
 
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
 from distplat.platform.ledger import Answer
@@ -84,14 +85,8 @@ class LossyRun:
         return vector
 
     def rows(self, number: int, count: int) -> NDArray[np.float32]:
-        """Put a table together, shape [count, width]; rows that are not there are nan."""
-        width = self.tables.services[0].sizes()[number][0].width
-        found = np.full((count, width), np.nan, np.float32)
-        for service in self.tables.services:
-            kept = service._tables[number]
-            kept.read(kept.ids(), out := np.empty((len(kept), width), np.float32))
-            found[kept.ids()] = out
-        return found
+        """See `table_rows`."""
+        return table_rows(self.tables, number, count)
 
 
 @dataclass

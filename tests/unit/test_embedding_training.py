@@ -12,6 +12,7 @@ import torch
 from in_memory_run import Run, train
 from rank_threads import on_ranks
 from safetensors.torch import load_file
+from table_rows import table_rows
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from words import ROWS, WIDTH, Net, Words
@@ -60,13 +61,8 @@ def job(task: type[Task], world: int, *, servers: int = 2, **more: Any) -> Any:
 
 
 def table(run: Run, number: int, rows: int = ROWS) -> Any:
-    """Put a table together from its servers."""
-    found = np.full((rows, WIDTH), np.nan, np.float32)
-    for service in run.tables.services:
-        kept = service._tables[number]
-        kept.read(kept.ids(), out := np.empty((len(kept), WIDTH), np.float32))
-        found[kept.ids()] = out
-    return found
+    """See `table_rows`."""
+    return table_rows(run.tables, number, rows)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,17 @@
+"""What the servers of a table in memory have, put together."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.strategies.fakes import TableGroup
+
+
+def table_rows(group: TableGroup, number: int, count: int) -> NDArray[np.float32]:
+    """Give a table, shape [count, width]; rows that are not there are nan."""
+    width = group.services[0].sizes()[number][0].width
+    found = np.full((count, width), np.nan, np.float32)
+    for service in group.services:
+        kept = service._tables[number]
+        kept.read(kept.ids(), out := np.empty((len(kept), width), np.float32))
+        found[kept.ids()] = out
+    return found
