@@ -169,7 +169,7 @@ def test_the_links_lead_to_the_folders(folder: str) -> None:
 @pytest.mark.parametrize("path", [*OURS, ROOT / "distplat/__init__.py"], ids=label)
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 500
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first, last = node.body[0], node.body[-1]  # a command's options are not its length
