@@ -1,0 +1,167 @@
+"""
+The reference of `distplat verify`: what a plain torch loop makes of a task.
+
+Of distplat there is the task here, and which samples come when (`plan.py`); nothing else. Virtual
+ranks compute one after the other, each on a model of its own, for models may count or remember:
+
+    for each step:   forward and backward of every rank's micro-batches, one at a time
+                     gradients: summed in rank order, divided once by the sum of the weights
+                     clipping and the optimizer: torch's, over the model's own tensors
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.data import default_collate
+
+from distplat.strategies.task import Task
+from distplat.strategies.verification.plan import Forward, Recipe, Schedule
+
+
+@dataclass
+class Trained:
+    """What came out; a run of the engine is brought into the same form."""
+
+    states: dict[int, dict[str, Tensor]]
+    """The model's state by steps done; of a run some may be missing, not the last."""
+    losses: list[float] = field(default_factory=list)
+    """By step: over all samples."""
+    used: list[set[str]] = field(default_factory=list)
+    """By step: parameters that had a gradient; references only."""
+    draws: bool = False
+    """Whether a forward drew random numbers; references only."""
+
+
+class Rank:
+    """A virtual rank: its task, its model, and the tensors of both."""
+
+    def __init__(self, make_task: Callable[[], Task], seed: int) -> None:
+        seed_all(seed)
+        self.task = make_task()
+        seed_all(seed)
+        self.model = self.task.model()
+
+    def named(self) -> dict[str, Tensor]:
+        """Give parameters and buffers by name, each once; those that the task keeps come last."""
+        kept = {f"task.{name}": value for name, value in vars(self.task).items()}
+        found: list[tuple[str, Any]] = []
+        for prefix, module in {"": self.model, **kept}.items():
+            if isinstance(module, nn.Module):
+                tensors = [*module.named_parameters(), *module.named_buffers()]
+                found += [(f"{prefix}.{name}".lstrip("."), tensor) for name, tensor in tensors]
+        found += [(name, value) for name, value in kept.items() if isinstance(value, nn.Parameter)]
+        names = {tensor: name for name, tensor in reversed(found)}
+        return {name: tensor for name, tensor in found if names[tensor] == name}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Give the parameters by name."""
+        return {n: tensor for n, tensor in self.named().items() if isinstance(tensor, nn.Parameter)}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copy the model's state."""
+        state = self.model.state_dict().items()
+        return {name: value.detach().clone() for name, value in state if isinstance(value, Tensor)}
+
+
+def train(
+    make_task: Callable[[], Task], schedule: Schedule, recipe: Recipe, *, reverse: bool = False
+) -> Trained:
+    """
+    Train by the plain loop.
+
+    Args:
+        make_task: makes the task anew.
+        schedule: which samples come when.
+        recipe: how.
+        reverse: sum in reverse order, of gradients that are rounded otherwise: for the noise floor.
+    """
+    ranks = [Rank(make_task, recipe.seed) for _ in schedule[0]]
+    spread(ranks, ranks[0].named())
+    seed_all(recipe.seed)
+    data = ranks[0].task.train_data()
+    parameters = ranks[0].parameters()
+    optimizer = getattr(torch.optim, recipe.optimizer)(parameters.values(), **recipe.arguments)
+    found = Trained({0: ranks[0].snapshot()})
+    for step, rate in zip(schedule, recipe.rates, strict=True):
+        before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
+        size = sum(len(forward.ids) for forwards in step for forward in forwards)
+        parts = []
+        for rank, forwards in zip(ranks, step, strict=True):
+            rank.model.train()
+            parts += [compute(rank, data, each, size, recipe, reverse, found) for each in forwards]
+        spread(ranks, settled(ranks, before))
+        total = sum(weight for _, _, weight in parts)
+        found.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
+        for name, parameter in parameters.items():
+            given = [gradients[name] for gradients, _, _ in parts if name in gradients]
+            summed = sum(given[::-1] if reverse else given, start=torch.zeros(()))
+            parameter.grad = (summed * (size / total)).to(parameter.dtype) if given else None
+        found.used.append({name for name, p in parameters.items() if p.grad is not None})
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        spread(ranks, ranks[0].named())
+        found.states[len(found.losses)] = ranks[0].snapshot()
+    return found
+
+
+def compute(
+    rank: Rank, data: Any, forward: Forward, size: int, recipe: Recipe, rounded: bool, to: Trained
+) -> tuple[dict[str, Tensor], float, float]:
+    """Give a micro-batch's gradients (of its sum over `size`), the sum of its loss, its weight."""
+    if forward.seed is not None:
+        torch.manual_seed(forward.seed)
+    inputs, targets = default_collate([data[i] for i in forward.ids])
+    drawn = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
+        loss: Any = rank.task.loss(rank.model(inputs), targets)
+    to.draws |= not torch.equal(drawn, torch.get_rng_state())
+    loss, weight = loss if isinstance(loss, tuple) else (loss * len(forward.ids), len(forward.ids))
+    scale = 0.75 if rounded else 1.0
+    torch.autograd.backward(loss * (scale / size))
+    gradients = {}
+    for name, parameter in rank.parameters().items():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.to_dense() / scale
+            parameter.grad = None
+    return gradients, float(loss.detach()), float(weight)
+
+
+@torch.no_grad()
+def settled(ranks: Sequence[Rank], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join what forwards wrote: of each element the first rank's; running statistics' mean."""
+    found = dict(before)
+    for rank in reversed(ranks):
+        for name, value in rank.named().items():
+            found[name] = torch.where(value != before[name], value, found[name])
+    norms = [n for n, module in ranks[0].model.named_modules() if isinstance(module, _NormBase)]
+    for path in [f"{n}.{k}".lstrip(".") for n in norms for k in ("running_mean", "running_var")]:
+        if path in before:
+            found[path] = torch.stack([rank.named()[path] for rank in ranks]).mean(0)
+    return found
+
+
+@torch.no_grad()
+def spread(ranks: Sequence[Rank], values: Mapping[str, Tensor]) -> None:
+    """Give all ranks the same tensors."""
+    for rank in ranks:
+        for name, tensor in rank.named().items():
+            tensor.copy_(values[name].clone())
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
