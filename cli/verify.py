@@ -1,4 +1,4 @@
-"""`distplat verify`: does a run train what the task means? The user's own task against plain torch."""
+"""`distplat verify`: does a run train what the task means? Its runs against plain torch."""
 
 from __future__ import annotations
 

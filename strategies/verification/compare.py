@@ -99,6 +99,7 @@ def last(trained: Trained) -> dict[str, Tensor]:
 
 
 def is_finite(trained: Trained) -> bool:
+    """Say whether losses and the trained model are finite."""
     state = [bool(torch.isfinite(value).all()) for value in last(trained).values()]
     return all(state) and all(map(math.isfinite, trained.losses))
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from distplat.platform.learning_rate import factor
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
+from distplat.strategies.training.compute import step_seed
+from distplat.strategies.verification.tables import KEPT, row_optimizer
 
 
 @dataclass(frozen=True)
@@ -25,15 +32,22 @@ Schedule = Sequence[Sequence[Sequence[Forward]]]
 """By step, by rank: micro-batches."""
 
 
+Optimize = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+"""Makes an optimizer of such parameters."""
+
+ROWS = f"task.{KEPT}."
+"""What names of embedding tables begin with."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained."""
 
-    optimizer: str
-    """Name of a class in `torch.optim`."""
-    arguments: dict[str, Any]
-    rates: list[float] = field(default_factory=list)
-    """Learning rate of each step."""
+    optimizer: Optimize
+    factors: list[float]
+    """On the learning rate, by step."""
+    rows: Optimize
+    """Of embedding tables, whose gradients are sparse."""
     clip_norm: float | None = None
     autocast: bool = False
     """Forward under bfloat16 autocast."""
@@ -42,12 +56,12 @@ class Recipe:
 
 def recipe_of(job: Job) -> Recipe:
     """Give the recipe of a job, whose field `steps` is set."""
-    steps = job.steps or 0
-    rates = [job.optimizer.lr * factor(job.lr_schedule, step, steps) for step in range(steps)]
-    bf16 = job.precision == "bf16"
-    return Recipe(
-        job.optimizer.name, job.optimizer.arguments(), rates, job.clip_norm, bf16, job.seed
-    )
+    steps, spec, tables = job.steps or 0, job.optimizer, job.embeddings
+    factors = [factor(job.lr_schedule, step, steps) for step in range(steps)]
+    optimizer = partial(getattr(torch.optim, spec.name), **spec.arguments())
+    rows = optimizer if tables is None else row_optimizer(tables)
+    autocast = job.precision == "bf16"
+    return Recipe(optimizer, factors, rows, job.clip_norm, autocast, job.seed)
 
 
 def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:
@@ -59,8 +73,6 @@ def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:
         size: samples of the data set.
         merged: join the ranks' micro-batches, for models that compute over all ranks at once.
     """
-    from distplat.strategies.training.compute import step_seed  # torch
-
     strategy = make_strategy(job)
     world, micro = strategy.replicas(job), job.gradient_accumulation
     if isinstance(strategy, Hybrid):
@@ -92,3 +104,10 @@ def _join(ranks: list[list[Forward]]) -> list[Forward]:
 def _sampler(job: Job, size: int, world: int) -> Sampler:
     data = job.data
     return Sampler(size, job.global_batch_size, world, job.seed, data.shuffle, data.drop_last)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

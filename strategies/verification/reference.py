@@ -2,28 +2,23 @@
 The reference of `distplat verify`: what a plain torch loop makes of a task.
 
 Of distplat there is the task here, and which samples come when (`plan.py`); nothing else. Virtual
-ranks compute one after the other, each on a model of its own, for models may count or remember:
-
-    for each step:   forward and backward of every rank's micro-batches, one at a time
-                     gradients: summed in rank order, divided once by the sum of the weights
-                     clipping and the optimizer: torch's, over the model's own tensors
+ranks compute one after the other, each on a model of its own, for models may count or remember.
 """
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import default_collate
 
 from distplat.strategies.task import Task
-from distplat.strategies.verification.plan import Forward, Recipe, Schedule
+from distplat.strategies.verification.plan import ROWS, Forward, Recipe, Schedule, seed_all
 
 
 @dataclass
@@ -35,9 +30,9 @@ class Trained:
     losses: list[float] = field(default_factory=list)
     """By step: over all samples."""
     used: list[set[str]] = field(default_factory=list)
-    """By step: parameters that had a gradient; references only."""
+    """Of references, by step: parameters that had a gradient."""
     draws: bool = False
-    """Whether a forward drew random numbers; references only."""
+    """Of references: whether a forward drew random numbers."""
 
 
 class Rank:
@@ -61,10 +56,6 @@ class Rank:
         names = {tensor: name for name, tensor in reversed(found)}
         return {name: tensor for name, tensor in found if names[tensor] == name}
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Give the parameters by name."""
-        return {n: tensor for n, tensor in self.named().items() if isinstance(tensor, nn.Parameter)}
-
     def snapshot(self) -> dict[str, Tensor]:
         """Copy the model's state."""
         state = self.model.state_dict().items()
@@ -74,23 +65,18 @@ class Rank:
 def train(
     make_task: Callable[[], Task], schedule: Schedule, recipe: Recipe, *, reverse: bool = False
 ) -> Trained:
-    """
-    Train by the plain loop.
-
-    Args:
-        make_task: makes the task anew.
-        schedule: which samples come when.
-        recipe: how.
-        reverse: sum in reverse order, of gradients that are rounded otherwise: for the noise floor.
-    """
+    """Train by the plain loop; `reverse`: sum backwards what is rounded otherwise."""
     ranks = [Rank(make_task, recipe.seed) for _ in schedule[0]]
     spread(ranks, ranks[0].named())
     seed_all(recipe.seed)
     data = ranks[0].task.train_data()
-    parameters = ranks[0].parameters()
-    optimizer = getattr(torch.optim, recipe.optimizer)(parameters.values(), **recipe.arguments)
+    named = ranks[0].named().items()
+    parameters = {name: tensor for name, tensor in named if isinstance(tensor, nn.Parameter)}
+    rows = {name: parameters[name] for name in parameters if name.startswith(ROWS)}
+    dense = [parameters[name] for name in parameters if name not in rows]
+    optimizers = [recipe.optimizer(dense), *([recipe.rows([*rows.values()])] if rows else [])]
     found = Trained({0: ranks[0].snapshot()})
-    for step, rate in zip(schedule, recipe.rates, strict=True):
+    for step, factor in zip(schedule, recipe.factors, strict=True):
         before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
         size = sum(len(forward.ids) for forwards in step for forward in forwards)
         parts = []
@@ -102,15 +88,16 @@ def train(
         found.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
         for name, parameter in parameters.items():
             given = [gradients[name] for gradients, _, _ in parts if name in gradients]
-            summed = sum(given[::-1] if reverse else given, start=torch.zeros(()))
-            parameter.grad = (summed * (size / total)).to(parameter.dtype) if given else None
+            total_of = reduce(torch.add, given[::-1] if reverse else given) if given else None
+            parameter.grad = None if total_of is None else total_of * (size / total)
         found.used.append({name for name, p in parameters.items() if p.grad is not None})
         if recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+            nn.utils.clip_grad_norm_(dense, recipe.clip_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            optimizer.step()
+            optimizer.zero_grad()
         spread(ranks, ranks[0].named())
         found.states[len(found.losses)] = ranks[0].snapshot()
     return found
@@ -130,11 +117,11 @@ def compute(
     loss, weight = loss if isinstance(loss, tuple) else (loss * len(forward.ids), len(forward.ids))
     scale = 0.75 if rounded else 1.0
     torch.autograd.backward(loss * (scale / size))
+    given = {name: tensor for name, tensor in rank.named().items() if tensor.grad is not None}
     gradients = {}
-    for name, parameter in rank.parameters().items():
-        if parameter.grad is not None:
-            gradients[name] = parameter.grad.to_dense() / scale
-            parameter.grad = None
+    for name, tensor in given.items():
+        gradient, tensor.grad = tensor.grad, None
+        gradients[name] = (gradient if name.startswith(ROWS) else gradient.to_dense()) / scale
     return gradients, float(loss.detach()), float(weight)
 
 
@@ -158,10 +145,3 @@ def spread(ranks: Sequence[Rank], values: Mapping[str, Tensor]) -> None:
     for rank in ranks:
         for name, tensor in rank.named().items():
             tensor.copy_(values[name].clone())
-
-
-def seed_all(seed: int) -> None:
-    """Seed the generators of torch, numpy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)

@@ -24,6 +24,7 @@ from distplat.strategies.verification.compare import compare, is_finite
 from distplat.strategies.verification.plan import parts, recipe_of, union
 from distplat.strategies.verification.reference import Rank, Trained, train
 from distplat.strategies.verification.switched import Switches
+from distplat.strategies.verification.tables import with_rows
 
 MEANING_STEPS = 6
 """Steps that are compared with the whole batch."""
@@ -71,6 +72,9 @@ def references(job: Job, make: Make) -> References:
         job: names the strategy; its field `steps` is set.
         make: makes the task.
     """
+    if job.embeddings is not None:
+        without = make
+        make = lambda switches: with_rows(without(switches), job.seed)  # noqa: E731
     first = Rank(lambda: make(Switches()), job.seed)
     size = len(first.task.train_data())  # type: ignore[arg-type]
     norms = [module for module in first.model.modules() if isinstance(module, _BatchNorm)]
@@ -83,7 +87,7 @@ def references(job: Job, make: Make) -> References:
         switches = Switches(dropout=False)
         plain = train(lambda: make(switches), schedule, recipe)
     reversed_ = train(lambda: make(switches), schedule, recipe, reverse=True)
-    trainable = [name for name, p in first.parameters().items() if p.requires_grad]
+    trainable = [name for name, p in first.named().items() if p.requires_grad]
     found = References(switches, plain, reversed_, sorted({*trainable, *set().union(*plain.used)}))
     if norms and not merged:
         text = "each worker normalises by its own samples; compared with it frozen"
@@ -109,7 +113,7 @@ def _add_whole(found: References, job: Job, make: Make, size: int, merged: bool)
     ragged = None
     if size > batch and not job.data.drop_last and not merged:
         ragged = min(2, (size - 1) // batch) * batch + 1
-    for double in (True, False):
+    for double in (True, False) if job.embeddings is None else (False,):  # rows are float32
         for samples in dict.fromkeys((ragged, None)):
             switches = Switches(double, dropout=False, frozen_norm=True, samples=samples)
             with contextlib.suppress(Exception):
@@ -141,9 +145,9 @@ def _whole(
 
 
 _LOSS = (
-    "loss() of a batch is not the mean of its parts' losses. Where it is a mean over something else "
-    "than samples, return (sum, weight); where samples look at each other (in-batch negatives), "
-    "take one worker and no accumulation"
+    "loss() of a batch is not the mean of its parts' losses. Where it is a mean over something "
+    "else than samples, return (sum, weight); where samples look at each other (in-batch "
+    "negatives), take one worker and no accumulation"
 )
 _MODEL = (
     "the model gives a sample another output when the batch is cut: it looks over the batch, or "

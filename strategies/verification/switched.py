@@ -73,6 +73,8 @@ def switched(kind: type[Task], switches: Switches) -> type[Task]:
     base: Any = kind
 
     def model(self: Any) -> nn.Module:
+        if switches.double:
+            _convert_own(self, nn.Module, nn.Parameter)
         built = base.model(self)
         return _set(built, switches) if isinstance(built, nn.Module) else built
 
@@ -82,7 +84,7 @@ def switched(kind: type[Task], switches: Switches) -> type[Task]:
 
     def loss(self: Any, outputs: Any, targets: Any) -> Any:
         if switches.double:
-            _convert_own(self)
+            _convert_own(self, Tensor)
         return base.loss(self, outputs, targets)
 
     body: dict[str, Any] = {"model": model, "train_data": train_data, "loss": loss}
@@ -120,14 +122,15 @@ def _converted(value: Any) -> Any:
     return value
 
 
-def _convert_own(task: Any) -> None:
-    """Bring what the task keeps for its loss, such as class weights, to float64."""
-    for name, value in vars(task).items():
-        if isinstance(value, nn.Module):
+def _convert_own(task: Any, *kinds: type) -> None:
+    """Bring what the task keeps, such as class weights of its loss, to float64."""
+    for name, value in [*vars(task).items()]:
+        if isinstance(value, nn.Module) and nn.Module in kinds:
             value.double()
         elif isinstance(value, nn.Parameter):
-            value.data = value.data.double()
-        elif isinstance(value, Tensor) and value.is_floating_point():
+            if nn.Parameter in kinds:
+                value.data = value.data.double()
+        elif isinstance(value, Tensor) and Tensor in kinds and value.is_floating_point():
             setattr(task, name, value.double())
 
 
