@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from drawn_tasks import Drawn
 from test_property_training import met
 
 from distplat.strategies.ring import Ring
-from distplat.strategies.training import fake_servers, optim, shard
+from distplat.strategies.training import optim, shard
 from distplat.strategies.training.compute import WholeModel
 
 MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
