@@ -1,4 +1,4 @@
-"""`distplat verify` on real processes: tasks that draw random numbers, and one that hides a fault."""
+"""`distplat verify` on real processes: tasks that draw random numbers, one that hides a fault."""
 
 from pathlib import Path
 from typing import Any
