@@ -87,8 +87,8 @@ def verify(wanted: Wanted, say: Callable[[str], object]) -> Iterator[Row]:
         most = max((j.scaling.num_workers for j in jobs.values() if isinstance(j, Job)), default=1)
         with local_ray(wanted.job.with_workers(most), logs=False), redirect_stdout(sys.stderr):
             if failed is not None:
-                for job in exact.values():
-                    runner(job, Switches())  # says it better, where it fails too
+                for short in exact.values():
+                    runner(short, Switches())  # says it better, where it fails too
                 raise failed
             for name, job in jobs.items():
                 say(f"{name}: runs")

@@ -1,12 +1,12 @@
 """
 The reference of `distplat verify`: what a plain torch loop makes of a task.
 
-Of distplat there is the task here, and which samples come when (`plan.py`); nothing else. Virtual
-ranks compute one after the other, each on a model of its own, for models may count or remember.
+Of distplat there are the task and which samples come when (`plan.py`). Virtual ranks compute one
+after the other, each on a model of its own, for models may count or remember.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
@@ -20,15 +20,16 @@ from torch.utils.data import default_collate
 from distplat.strategies.task import Task
 from distplat.strategies.verification.plan import ROWS, Forward, Recipe, Schedule, seed_all
 
+Named = dict[str, Tensor]
+
 
 @dataclass
 class Trained:
     """What came out; a run of the engine is brought into the same form."""
 
-    states: dict[int, dict[str, Tensor]]
+    states: dict[int, Named]
     """The model's state by steps done; of a run some may be missing, not the last."""
     losses: list[float] = field(default_factory=list)
-    """By step: over all samples."""
     used: list[set[str]] = field(default_factory=list)
     """Of references, by step: parameters that had a gradient."""
     draws: bool = False
@@ -44,7 +45,7 @@ class Rank:
         seed_all(seed)
         self.model = self.task.model()
 
-    def named(self) -> dict[str, Tensor]:
+    def named(self) -> Named:
         """Give parameters and buffers by name, each once; those that the task keeps come last."""
         kept = {f"task.{name}": value for name, value in vars(self.task).items()}
         found: list[tuple[str, Any]] = []
@@ -56,7 +57,7 @@ class Rank:
         names = {tensor: name for name, tensor in reversed(found)}
         return {name: tensor for name, tensor in found if names[tensor] == name}
 
-    def snapshot(self) -> dict[str, Tensor]:
+    def snapshot(self) -> Named:
         """Copy the model's state."""
         state = self.model.state_dict().items()
         return {name: value.detach().clone() for name, value in state if isinstance(value, Tensor)}
@@ -78,12 +79,13 @@ def train(
     found = Trained({0: ranks[0].snapshot()})
     for step, factor in zip(schedule, recipe.factors, strict=True):
         before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
-        size = sum(len(forward.ids) for forwards in step for forward in forwards)
+        sizes = [sum(len(forward.ids) for forward in forwards) for forwards in step]
+        size = sum(sizes)
         parts = []
         for rank, forwards in zip(ranks, step, strict=True):
             rank.model.train()
             parts += [compute(rank, data, each, size, recipe, reverse, found) for each in forwards]
-        spread(ranks, settled(ranks, before))
+        spread(ranks, settled(ranks, before, sizes))
         total = sum(weight for _, _, weight in parts)
         found.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
         for name, parameter in parameters.items():
@@ -105,7 +107,7 @@ def train(
 
 def compute(
     rank: Rank, data: Any, forward: Forward, size: int, recipe: Recipe, rounded: bool, to: Trained
-) -> tuple[dict[str, Tensor], float, float]:
+) -> tuple[Named, float, float]:
     """Give a micro-batch's gradients (of its sum over `size`), the sum of its loss, its weight."""
     if forward.seed is not None:
         torch.manual_seed(forward.seed)
@@ -117,30 +119,36 @@ def compute(
     loss, weight = loss if isinstance(loss, tuple) else (loss * len(forward.ids), len(forward.ids))
     scale = 0.75 if rounded else 1.0
     torch.autograd.backward(loss * (scale / size))
-    given = {name: tensor for name, tensor in rank.named().items() if tensor.grad is not None}
     gradients = {}
-    for name, tensor in given.items():
+    for name, tensor in rank.named().items():
         gradient, tensor.grad = tensor.grad, None
-        gradients[name] = (gradient if name.startswith(ROWS) else gradient.to_dense()) / scale
+        if gradient is not None:
+            gradients[name] = (gradient if name.startswith(ROWS) else gradient.to_dense()) / scale
     return gradients, float(loss.detach()), float(weight)
 
 
 @torch.no_grad()
-def settled(ranks: Sequence[Rank], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join what forwards wrote: of each element the first rank's; running statistics' mean."""
-    found = dict(before)
-    for rank in reversed(ranks):
-        for name, value in rank.named().items():
-            found[name] = torch.where(value != before[name], value, found[name])
+def settled(ranks: Sequence[Rank], before: Named, sizes: Sequence[int]) -> Named:
+    """
+    Join what forwards wrote: buffers and frozen parameters are the first rank's with samples.
+
+    Running statistics are means over samples, elements of parameters the first rank's that wrote.
+    """
     norms = [n for n, module in ranks[0].model.named_modules() if isinstance(module, _NormBase)]
-    for path in [f"{n}.{k}".lstrip(".") for n in norms for k in ("running_mean", "running_var")]:
-        if path in before:
-            found[path] = torch.stack([rank.named()[path] for rank in ranks]).mean(0)
+    each = [(rank.named(), size) for rank, size in zip(ranks, sizes, strict=True) if size]
+    found = dict(each[0][0])
+    for name, old in before.items():
+        if found[name].requires_grad:
+            found[name] = old
+            for tensors, _ in reversed(each):
+                found[name] = torch.where(tensors[name] != old, tensors[name], found[name])
+        elif name.startswith(tuple(norms)) and name.endswith(("running_mean", "running_var")):
+            found[name] = sum(tensors[name] * (size / sum(sizes)) for tensors, size in each)
     return found
 
 
 @torch.no_grad()
-def spread(ranks: Sequence[Rank], values: Mapping[str, Tensor]) -> None:
+def spread(ranks: Sequence[Rank], values: Named) -> None:
     """Give all ranks the same tensors."""
     for rank in ranks:
         for name, tensor in rank.named().items():

@@ -141,7 +141,7 @@ def _set(model: nn.Module, switches: Switches) -> nn.Module:
         if switches.frozen_norm and isinstance(module, _BatchNorm):
             if not isinstance(module, nn.SyncBatchNorm):
                 module.eval()
-                module.train = _stays(module)  # type: ignore[method-assign]
+                module.train = _stays(module)  # type: ignore[method-assign, assignment]
     return model.double() if switches.double else model
 
 

@@ -38,7 +38,8 @@ class Branches(nn.Module):
         self.left, self.right = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.left(x)) * self.right(x)
+        out: Tensor = torch.tanh(self.left(x)) * self.right(x)
+        return out
 
 
 class Shared(nn.Module):
@@ -62,14 +63,16 @@ class Unused(Plain):
         self.spare = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self[0](x))
+        out: Tensor = torch.tanh(self[0](x))
+        return out
 
 
 class ZeroGradient(Plain):
     """A layer whose gradient is exactly zero: it moves by momentum and decay all the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x) + 0.0 * self[0](x)
+        out: Tensor = torch.tanh(x) + 0.0 * self[0](x)
+        return out
 
 
 class Frozen(nn.Module):
@@ -305,9 +308,9 @@ class Unpack(nn.Module):
     """Gives the tensor out of a batch's inputs."""
 
     def forward(self, inputs: Any) -> Tensor:
-        if isinstance(inputs, dict):
-            return inputs["x"]  # type: ignore[no-any-return]
-        return inputs[0] if isinstance(inputs, list | tuple) else inputs
+        found = inputs["x"] if isinstance(inputs, dict) else inputs
+        x: Tensor = found[0] if isinstance(found, list | tuple) else found
+        return x
 
 
 def build(drawn: Drawn) -> nn.Module:

@@ -65,14 +65,14 @@ def forget_momentum(patch: Patch) -> None:
 
 
 def take_the_next_rate(patch: Patch) -> None:
-    original = optim.factor
+    original = optim.factor  # type: ignore[attr-defined]
     patch.setattr(
         optim, "factor", lambda schedule, step, steps: original(schedule, step + 1, steps)
     )
 
 
 def leave_a_rank_out(patch: Patch) -> None:
-    original = shard.sum_in_order
+    original = shard.sum_in_order  # type: ignore[attr-defined]
     patch.setattr(shard, "sum_in_order", lambda parts, out: original(parts[:-1], out))
 
 
