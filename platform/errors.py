@@ -5,6 +5,7 @@ Every error that distplat raises on purpose, in one tree.
     |- SpecError                        2   bad job file, option or argument; nothing was started
     |- ClusterUnreachable               3   no Ray there, or it refused our token
     |- UserCodeError                    1   the user's task raised; never retried
+    |- NonFiniteError                   1   a loss or gradient is NaN or infinite; never retried
     |- InfrastructureError              4   a part of the platform was lost
     |  |- ActorLost                         a worker, server node or the server manager died
     |  |- DeadlineExceeded                  a wait ran out; names who was missing
@@ -109,6 +110,25 @@ class UserCodeError(DistplatError):
         at = "before the first step" if self.step is None else f"in step {self.step}"
         where = f"your task failed on rank {self.rank}, {at}: {self.summary}"
         return f"{self.traceback.rstrip()}\n\n{where}"
+
+
+class NonFiniteError(DistplatError):
+    """A loss or a gradient holds NaN or infinity. Names rank, step and first parameter."""
+
+    exit_code = 1
+
+    def __init__(self, rank: int, step: int, what: str) -> None:
+        super().__init__(rank, step, what)
+        self.rank, self.step, self.what = rank, step, what
+
+    def __str__(self) -> str:
+        """Where it happened, what was found, and what to do."""
+        who = f"rank {self.rank}" if self.rank >= 0 else "several ranks"
+        return (
+            f"step {self.step + 1}, {who}: {self.what}; the step was not applied "
+            "(lower the learning rate or set `clip_norm`; `failure.non_finite: skip` leaves such "
+            "steps out, `ignore` applies them)"
+        )
 
 
 class InfrastructureError(DistplatError):

@@ -7,9 +7,9 @@ ports, which `actors/` implements over Ray and `strategies/fakes.py` inside one 
     worker loop          strategy                 port                         behind it
     -----------          --------                 ----                         ---------
     batch, forward,
-    backward        ->   exchange(step)     ->    Collective.all_reduce   ->   other workers
+    backward        ->   exchange(step, local) -> Collective.all_reduce   ->   other workers
                                             or    Shards.push             ->   server nodes
-                         update(step)       ->    the local optimizer
+                         update(step, total)   -> the local optimizer
                                             or    Shards.commit           ->   server nodes
 
 This module needs no torch itself: listing strategies and checking a job must be quick.
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from distplat.platform.pipeline_trace import TraceReport
     from distplat.strategies.task import Task
     from distplat.strategies.training.compute import Compute, Share
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.optim import LocalOptimizer
     from distplat.strategies.training.parts import Part
@@ -149,8 +150,8 @@ class Strategy(ABC, Generic[OptionsT]):
     One architecture of distributed training.
 
     A subclass in one file, registered under a name, is all there is to add. The worker loop calls
-    `setup`, then for every step `exchange` (the local gradient is ready: the gradient of the
-    global batch's mean loss, of which this rank's samples are one term of the sum) and `update`.
+    `setup`, then for every step `exchange` (the local gradient is ready: that of this rank's
+    losses, summed and divided by the global batch) and `update`.
 
     After a failure the workers that are left keep their strategy object and call `setup` again,
     with new ports; new workers come to theirs with a new object (docs/architecture.md).
@@ -244,12 +245,28 @@ class Strategy(ABC, Generic[OptionsT]):
         """
 
     @abstractmethod
-    def exchange(self, step: int) -> None:
-        """Gradients are ready in `flat.grads`: combine them with the other ranks'."""
+    def exchange(self, step: int, local: StepControl) -> StepControl:
+        """
+        Gradients are ready in `flat.grads`: combine them with the other ranks'.
+
+        Args:
+            step: the present one; where tasks are leased, the number of the task.
+            local: this rank's control record.
+
+        Returns:
+            The records of all ranks, summed: what every rank decides by.
+        """
 
     @abstractmethod
-    def update(self, step: int) -> None:
-        """Bring `flat.params` from version `step` to version `step + 1`."""
+    def update(self, step: int, total: StepControl) -> None:
+        """
+        Bring `flat.params` from version `step` to version `step + 1`.
+
+        Args:
+            step: as for `exchange`.
+            total: what `exchange` gave; with `total.skip` parameters and optimizer stay as they
+                are.
+        """
 
     def places(self, flat: FlatModel) -> dict[str, Place] | None:
         """Say where each tensor of `flat` lies in the whole model; None: `flat` is the whole."""

@@ -22,6 +22,7 @@ from distplat.strategies.overlap import rows_come_first, rows_first_problems
 if TYPE_CHECKING:
     from distplat.strategies.reduction.base import Reducer
     from distplat.strategies.reduction.sharded import ShardedUpdate
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.optim import LocalOptimizer
     from distplat.strategies.training.parts import Part
@@ -113,7 +114,8 @@ class Ring(Strategy[RingOptions]):
                 sharded.load(context.saved.optimizer(flat, *sharded.bounds))
         else:
             early = self.options.overlap and not rows_come_first(context.job)
-            self._reducer = _reducer(self.options, flat, collective, overlap=early)
+            look = context.job.failure.non_finite != "ignore"
+            self._reducer = _reducer(self.options, flat, collective, overlap=early, look=look)
             _pass_residual_on(old, self._reducer)
             self._optimizer = context.local_optimizer()
             saved = context.saved.optimizer(flat) if context.saved is not None else {}
@@ -130,16 +132,20 @@ class Ring(Strategy[RingOptions]):
         assert self._reducer is not None, "setup() comes first"
         self._reducer.last_backward()
 
-    def exchange(self, step: int) -> None:
-        """Sum the gradients; each rank's are already weighted by its share of the batch."""
+    def exchange(self, step: int, local: StepControl) -> StepControl:
+        """Sum the gradients; each rank's are already divided by the global batch."""
         assert self._reducer is not None and self._statistics is not None, "setup() comes first"
-        self._reducer.finish()
+        total = self._reducer.finish(local)
         self._statistics.average()
+        return total
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """Make the same update on every rank."""
         assert self._statistics is not None, "setup() comes first"
-        self._optimizer.step(step)
+        if total.skip:
+            self._statistics.restore()
+            return
+        self._optimizer.step(step, total.present, total.scale)
         self._statistics.keep()
 
     def part(self, version: int) -> Part:
@@ -180,19 +186,21 @@ def _pass_residual_on(old: Reducer | None, new: Reducer) -> None:
 
 
 def _reducer(
-    options: RingOptions, flat: FlatModel, collective: Collective, *, overlap: bool
+    options: RingOptions, flat: FlatModel, collective: Collective, *, overlap: bool, look: bool
 ) -> Reducer:
     """Make what `compression` names."""
     if options.compression == "topk":
         from distplat.strategies.reduction.topk import TopKReducer
 
-        return TopKReducer(flat, collective, options.topk_density)
+        return TopKReducer(flat, collective, options.topk_density, look=look)
     if options.compression == "powersgd":
         from distplat.strategies.reduction.powersgd import PowerSGDReducer
 
-        return PowerSGDReducer(flat, collective, options.powersgd_rank)
+        return PowerSGDReducer(flat, collective, options.powersgd_rank, look=look)
     from distplat.strategies.reduction.buckets import BucketReducer
 
     wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
     bucket_bytes = int(options.bucket_mb * 2**20)
-    return BucketReducer(flat, collective, bucket_bytes, overlap=overlap, wire_dtype=wire)
+    return BucketReducer(
+        flat, collective, bucket_bytes, overlap=overlap, wire_dtype=wire, look=look
+    )

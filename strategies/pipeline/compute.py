@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,11 @@ from distplat.strategies.training.compute import (
     Share,
     Stopwatch,
     Sums,
-    checked_loss,
     eval_figures,
     precision,
     to_device,
 )
+from distplat.strategies.training.losses import LossTerm, loss_term
 from distplat.strategies.training.session import Prepared
 
 _WINDOW = 32
@@ -95,8 +95,8 @@ class Pipeline:
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
         if self._ends and s.at.slice == 0:
-            losses = zip(source.losses, sizes, strict=True)
-            self.share = Share(sum(loss.item() * size for loss, size in losses), sum(sizes))
+            for term, size in zip(source.terms, sizes, strict=True):
+                self.share = self.share.plus(term, size)
         return self.share
 
     def skip(self, step: int) -> None:
@@ -123,10 +123,10 @@ class Pipeline:
         """Take a batch apart, on this rank's device."""
         return to_device(batch, self._device)
 
-    def differentiated(self, outputs: Tensor, targets: Any) -> Tensor:
+    def differentiated(self, outputs: Tensor, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""
         with precision(self._p.job, self._device):
-            return checked_loss(self._p.task, outputs, targets)
+            return loss_term(self._p.task.loss(outputs, targets), samples)
 
     def figures_of(self, outputs: Tensor, targets: Any) -> dict[str, Tensor | float]:
         """Give the figures of an evaluation micro-batch."""
@@ -182,17 +182,18 @@ class _Training(_Loaded):
         batches: Iterator[Any],
         sizes: Sequence[int],
         seed: int,
-        weight: float,
+        part: float,
     ) -> None:
         super().__init__(owner, batches, sizes)
-        self._seed, self._weight = seed, weight
-        self.losses: list[Tensor] = []  #: in order; micro-batches come to the last place so
+        self._seed, self._part = seed, part
+        self.terms: list[LossTerm] = []  #: in order; micro-batches come to the last stage so
 
     def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
-        """Give the loss, weighted by the micro-batch's share of the global batch."""
-        loss = self._owner.differentiated(outputs, self.targets(micro_batch))
-        self.losses.append(loss.detach())
-        return loss * (self.sizes[micro_batch] * self._weight)
+        """Give the loss, summed and divided by the global batch."""
+        size = self.sizes[micro_batch]
+        term = self._owner.differentiated(outputs, self.targets(micro_batch), size)
+        self.terms.append(replace(term, value=term.value.detach()))
+        return term.value * (term.factor * self._part)
 
     def seed(self, micro_batch: int) -> int:
         """See `Source`."""

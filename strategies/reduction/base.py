@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from distplat.strategies.training.control import StepControl
+
 
 class Reducer(Protocol):
     """
@@ -14,9 +16,15 @@ class Reducer(Protocol):
     def last_backward(self) -> None:
         """Be told that the step's last backward begins; skipped on a rank without samples."""
 
-    def finish(self) -> None:
+    def finish(self, local: StepControl) -> StepControl:
         """
         Return with the sum over all ranks in `flat.grads`; the local gradients are all there.
+
+        Args:
+            local: this rank's control record, without a look at the gradients.
+
+        Returns:
+            The sum of all ranks' records. Where it is not finite the gradients may be anything.
 
         Raises:
             CollectiveError: a rank is missing.

@@ -19,8 +19,10 @@ import torch
 
 from distplat.strategies.algorithms.buckets import FIRST_BYTES, Release, cut_buckets
 from distplat.strategies.base import Collective, Handle
+from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter, OverlapMeter
 from distplat.strategies.reduction.wire import Wire
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.listening import came_again, listen
 
@@ -39,6 +41,7 @@ class BucketReducer:
         bucket_bytes: about so much is sent at once; the first bucket is smaller.
         overlap: send while backward goes on.
         wire_dtype: `float16`, `bfloat16`, or None: gradients travel as they are.
+        look: look for NaN and infinity in each bucket before it leaves.
 
     Raises:
         SpecError: gradients that are as small as `wire_dtype` already.
@@ -52,9 +55,13 @@ class BucketReducer:
         *,
         overlap: bool = True,
         wire_dtype: str | None = None,
+        look: bool = True,
     ) -> None:
-        self._grads, self._collective = flat.grads, collective
+        self._flat, self._grads, self._collective = flat, flat.grads, collective
         self._alone = collective.world == 1
+        self._look = look
+        self._broken: int | None = None  #: first parameter so far that is not finite here
+        self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         item = flat.grads.itemsize
         offsets = [slot.offset for slot in flat.slots]
         self._cuts = cut_buckets(offsets, flat.size, bucket_bytes // item, FIRST_BYTES // item)
@@ -80,10 +87,10 @@ class BucketReducer:
         """Be told that the backward is over, and that another one which is not the last follows."""
         self._listening = False
 
-    def finish(self) -> None:
-        """See `Reducer`."""
+    def finish(self, local: StepControl) -> StepControl:
+        """See `Reducer`; the control record leaves behind the last bucket."""
         if self._alone:
-            return
+            return local.looked_at(self._flat) if self._look else local
         if not self._begun:
             self._begin()
         self._begun = self._listening = False
@@ -91,13 +98,20 @@ class BucketReducer:
         self._overlap.finish()
         for number in self._release.rest():
             self._start(number)
+        broken, self._broken = self._broken, None
+        self._control.start(local if broken is None else local.broken(broken))
         for number in self._release.order:
             self._handles.pop(number).wait()
             if self._wire is not None:
                 self._wire.unpack(self._cuts[number].start, self._cuts[number].stop)
         self._overlap.end(self._wire.seconds - cast_before if self._wire else 0.0)
+        total = self._control.wait()
         if not self._agreed:
             self._agree()
+        overflows = self._grads.dtype is torch.float16
+        if self._wire is not None:
+            overflows = self._wire.overflows
+        return total.overflowed(self._flat) if self._look and overflows else total
 
     def figures(self) -> dict[str, float]:
         """See `Reducer`."""
@@ -139,6 +153,10 @@ class BucketReducer:
 
     def _start(self, number: int) -> None:
         cut = self._cuts[number]
+        if self._look:  # here, for a moment later the bucket holds other ranks' gradients too
+            slot = self._flat.first_non_finite(cut.start, cut.stop)
+            if slot is not None:
+                self._broken = slot if self._broken is None else min(slot, self._broken)
         if self._wire is None:
             travels = self._grads[cut.start : cut.stop]
         else:

@@ -27,7 +27,9 @@ from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective
 from distplat.strategies.reduction.base import Reducer
+from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter, time_all_reduce
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 
 
@@ -40,10 +42,12 @@ class CompressedReducer(Reducer):
     Args:
         flat: its gradients are set to zero: an all-reduce of them is timed here, as a baseline.
         collective: the group; every rank makes its reducer at the same time.
+        look: look for NaN and infinity in the gradients before they are exchanged.
     """
 
-    def __init__(self, flat: FlatModel, collective: Collective) -> None:
-        self._flat, self._collective = flat, collective
+    def __init__(self, flat: FlatModel, collective: Collective, *, look: bool = True) -> None:
+        self._flat, self._collective, self._look = flat, collective, look
+        self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         self.residual = torch.zeros_like(flat.grads)
         """What this rank has not sent yet: shape [n]."""
         self._meant = torch.zeros_like(flat.grads)
@@ -70,10 +74,20 @@ class CompressedReducer(Reducer):
     def last_backward(self) -> None:
         """See `Reducer`. What is to be sent is known only when all gradients are there."""
 
-    def finish(self) -> None:
-        """See `Reducer`."""
+    def finish(self, local: StepControl) -> StepControl:
+        """
+        See `Reducer`.
+
+        The control record goes first: of a step that is not finite nothing is sent, so residuals
+        stay as they are.
+        """
+        local = local.looked_at(self._flat) if self._look else local
         if self._alone:
-            return
+            return local
+        self._control.start(local)
+        total = self._control.wait()
+        if self._look and not total.finite:
+            return total
         if not self._figures:
             self._step.lap()  # what setting up has cost is no step's
         self._sending.lap()
@@ -89,6 +103,7 @@ class CompressedReducer(Reducer):
             "saved_s": self._baseline_s - (seconds - lap["waiting_s"]),
             "error_norm": error_norm,
         }
+        return total
 
     def figures(self) -> dict[str, float]:
         """See `Reducer`."""

@@ -57,8 +57,10 @@ class PowerSGDReducer(CompressedReducer):
         rank: of the factors. A matrix for which they would not be smaller is sent as it is.
     """
 
-    def __init__(self, flat: FlatModel, collective: Collective, rank: int) -> None:
-        super().__init__(flat, collective)
+    def __init__(
+        self, flat: FlatModel, collective: Collective, rank: int, *, look: bool = True
+    ) -> None:
+        super().__init__(flat, collective, look=look)
         shapes = [(slot, lowrank.matrix_shape(slot.shape, rank)) for slot in flat.slots]
         large = [(slot, shape) for slot, shape in shapes if shape is not None]
         self._others = [slot for slot, shape in shapes if shape is None]

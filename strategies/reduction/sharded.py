@@ -24,7 +24,9 @@ from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
 from distplat.strategies.base import Collective
+from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import LocalOptimizer, make_optimizer, step_optimizer
 
@@ -53,6 +55,8 @@ class ShardedUpdate(LocalOptimizer):
         self._gradient = self._gradients[group.rank]
         self._part = self._parameters[group.rank]
         self._optimizer = make_optimizer(job.optimizer, self._part, self._gradient)
+        self._look = job.failure.non_finite != "ignore"
+        self._control = ControlSum(group, len(flat.slots), flat.grads.device)
         self._meter = Meter(group)
         self._new = True
         self._exchange_s = 0.0
@@ -60,9 +64,9 @@ class ShardedUpdate(LocalOptimizer):
     def last_backward(self) -> None:
         """See `Reducer`; nothing goes before all gradients are there."""
 
-    def finish(self) -> None:
+    def finish(self, local: StepControl) -> StepControl:
         """
-        Sum the gradients of this rank's part over all ranks, in place.
+        Sum the gradients of this rank's part over all ranks, in place; see `Reducer`.
 
         Unlike with other reducers the rest of `flat.grads` stays this rank's own.
 
@@ -73,9 +77,12 @@ class ShardedUpdate(LocalOptimizer):
             self._new = False
             self._meter.lap()  # what setting up has cost is no step's
         began = time.perf_counter()
+        self._control.start(local.looked_at(self._flat) if self._look else local)
         if self._group.world > 1:
             self._group.reduce_scatter(self._gradient, self._gradients)
+        total = self._control.wait()
         self._exchange_s = time.perf_counter() - began
+        return total
 
     def step(self, step: int) -> None:
         """

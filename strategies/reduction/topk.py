@@ -33,15 +33,18 @@ class TopKReducer(CompressedReducer):
         flat: see `CompressedReducer`.
         collective: the group.
         density: part of the entries that is sent, above 0 and up to 1; at least one entry is.
+        look: see `CompressedReducer`.
 
     Raises:
         ValueError: the model has more parameters than an int32 can number.
     """
 
-    def __init__(self, flat: FlatModel, collective: Collective, density: float) -> None:
+    def __init__(
+        self, flat: FlatModel, collective: Collective, density: float, *, look: bool = True
+    ) -> None:
         if flat.size > _MOST_ELEMENTS:
             raise ValueError(f"topk sends places as int32: at most {_MOST_ELEMENTS} parameters")
-        super().__init__(flat, collective)
+        super().__init__(flat, collective, look=look)
         self._count = entries_sent(density, flat.size)
         # One message per rank, [values | places], in words of 4 bytes whatever the values' dtype.
         words = _words(self._count, flat.grads.dtype) + self._count

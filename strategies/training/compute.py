@@ -10,13 +10,16 @@ and micro-batches is the gradient of the global batch's mean, however uneven the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,6 +28,8 @@ from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
 from distplat.strategies.task import Task
 from distplat.strategies.training.batches import eval_batches, micro_batches
+from distplat.strategies.training.control import StepControl
+from distplat.strategies.training.losses import LossTerm, loss_term
 
 if TYPE_CHECKING:
     from distplat.strategies.training.session import Prepared
@@ -54,9 +59,32 @@ class Share:
     """What a rank's part of a step came to."""
 
     loss_sum: float = 0.0
-    """Over the samples."""
+    """Over the samples, or as loss() summed it."""
     samples: int = 0
     """Each sample of a step is counted on one rank."""
+    weight: float = 0.0
+    """What the sum is divided by: the samples, unless loss() gave weights."""
+
+    def record(self, rank: int, present: NDArray[np.bool_]) -> StepControl:
+        """
+        Give the control record of the step, without a look at the gradient.
+
+        Args:
+            rank: this one.
+            present: by slot, whether a backward reached the parameter.
+        """
+        broken = not math.isfinite(self.loss_sum)
+        return StepControl(self.samples, self.weight, int(broken), rank, present=present)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss; 0 where this rank had no samples."""
+        return self.loss_sum / self.weight if self.weight else 0.0
+
+    def plus(self, term: LossTerm, samples: int) -> Share:
+        """Add a micro-batch."""
+        loss = term.value.item() * term.factor
+        return Share(self.loss_sum + loss, self.samples + samples, self.weight + term.weight)
 
 
 @dataclass
@@ -117,20 +145,22 @@ class WholeModel:
         torch.manual_seed(step_seed(self.job.seed, step, self.rank))
         self.flat.model.train()
         sizes = [len(ids) for ids in self._plan(step)]
-        weight = 1.0 / self.sampler.batch_size(step)
-        loss_sum = 0.0
+        share, part = Share(), 1.0 / self.sampler.batch_size(step)
         for number, size in enumerate(sizes, 1):
             inputs, targets = to_device(next(self._batches), self.flat.params.device)
             clock.lap("data")
             with precision(self.job, self.flat.params.device):
-                loss = checked_loss(self.task, self.flat.model(inputs), targets)
+                outputs = self.flat.model(inputs)
+                term = loss_term(self.task.loss(outputs, targets), size)
+            self.flat.before_backward()
             if number == len(sizes):
                 self._last_backward(step)
-            torch.autograd.backward(loss * (size * weight))
-            loss_sum += loss.item() * size
+            torch.autograd.backward(term.value * (term.factor * part))
+            self.flat.take_in()
+            share = share.plus(term, size)
             self.alive()
             clock.lap("compute")
-        return Share(loss_sum, sum(sizes))
+        return share
 
     def skip(self, step: int) -> None:
         """See `Compute`."""
@@ -160,21 +190,6 @@ class WholeModel:
         start, stop = even_bounds(len(data), world)[self.rank]
         size = max(1, self.job.global_batch_size // world)
         return eval_batches(self.job, data, range(start, stop), size)
-
-
-def checked_loss(task: Task, outputs: Any, targets: Any) -> Tensor:
-    """
-    Give the task's loss of one micro-batch.
-
-    Raises:
-        ValueError: it is no scalar.
-    """
-    loss = task.loss(outputs, targets)
-    if loss.ndim != 0:
-        raise ValueError(
-            f"loss() must return a scalar, the mean over the batch; got shape {[*loss.shape]}"
-        )
-    return loss
 
 
 def eval_figures(task: Task, outputs: Any, targets: Any) -> dict[str, Tensor | float]:

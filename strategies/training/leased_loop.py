@@ -21,6 +21,7 @@ from distplat.platform.task_scheduler import Course, Work
 from distplat.strategies.base import Strategy
 from distplat.strategies.ports import Leases
 from distplat.strategies.training.compute import Stopwatch
+from distplat.strategies.training.control import NonFiniteSteps
 from distplat.strategies.training.task_compute import TaskModel
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class LeasedLoop:
         self.flat, self.sampler = self.prepared.flat, self.prepared.sampler
         self.total_steps, self.eval_data = self.prepared.total_steps, self.prepared.eval_data
         self.lookups = self.prepared.lookups
+        self._non_finite = NonFiniteSteps.of(self.prepared.job)
         self._made = 0  #: tasks, in this attempt: the number of the next push
 
     def run(self) -> None:
@@ -96,30 +98,33 @@ class LeasedLoop:
         return work
 
     def _make(self, task: int) -> None:
-        self.flat.grads.zero_()
+        self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(task, clock)
+        local = share.record(self.rank, self.flat.present)
         sent = self.lookups.push(self._made, task) if self.lookups is not None else None
         self._made += 1
-        self.strategy.exchange(task)
+        total = self.strategy.exchange(task, local)
+        total = self._non_finite.decide(total, task // self.sampler.world, self.flat.slots)
         if sent is not None:
             sent.wait()  # before `finish`: a task that is known to be done is in everywhere
         clock.lap("exchange")
-        self.strategy.update(task)
+        self.strategy.update(task, total)
         clock.lap("update")
         self.leases.finish((task,))
         step, part = divmod(task, self.sampler.world)
         self.progress.step = max(self.progress.step, step + 1)
         self.flat.version = self.progress.step
         self.progress.beat()
-        mean = share.loss_sum / share.samples if share.samples else 0.0
         epoch = self.sampler.epoch_of(step)
-        figures = {**self.strategy.figures(), "lease_s": self._idle_s}
+        figures = {**self.strategy.figures(), **self._non_finite.figures()}
+        figures["lease_s"] = self._idle_s
         if self.lookups is not None:
             figures |= self.lookups.figures()
         self._idle_s = 0.0
-        seconds, of = clock.seconds, self.total_steps
-        self.report(StepReport(part, step, epoch, mean, share.samples, seconds, of, figures))
+        seconds, of, mean, weight = clock.seconds, self.total_steps, share.loss, share.weight
+        samples = share.samples
+        self.report(StepReport(part, step, epoch, mean, samples, seconds, of, figures, weight))
 
     def _make_final(self, work: Work) -> None:
         """Take the final parameters, once every task is done."""

@@ -21,6 +21,7 @@ from distplat.strategies.base import Strategy
 from distplat.strategies.overlap import rows_come_first
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.compute import Compute, Share, Stopwatch
+from distplat.strategies.training.control import NonFiniteSteps
 from distplat.strategies.training.flat import FlatModel
 
 
@@ -68,6 +69,9 @@ class Loop:
     pause: Callable[[int], object] = lambda step: None
     """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
 
+    def __post_init__(self) -> None:
+        self._non_finite = NonFiniteSteps.of(self.job)
+
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
         self.progress.step = self.start
@@ -94,41 +98,34 @@ class Loop:
             self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
 
     def _step(self, step: int) -> None:
-        self.flat.grads.zero_()
+        self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(step, clock)
+        local = share.record(self.rank, self.flat.present)
         sent = self.lookups.push(step) if self.lookups is not None else None
         if sent is not None and rows_come_first(self.job):
             sent.wait()
             sent = None
-        self.strategy.exchange(step)
+        total = self.strategy.exchange(step, local)
+        total = self._non_finite.decide(total, step, self.flat.slots)
         if sent is not None:
             sent.wait()  # before the update: a rank past a step knows that the tables are
         clock.lap("exchange")
-        self.strategy.update(step)
+        self.strategy.update(step, total)
         clock.lap("update")
         self._end_step(step, share, clock)
 
     def _end_step(self, step: int, share: Share, clock: Stopwatch) -> None:
         self.flat.version = self.progress.step = step + 1
         self.progress.beats += 1
-        mean = share.loss_sum / share.samples if share.samples else 0.0
         epoch = self.sampler.epoch_of(step)
-        figures = self.strategy.figures()
+        figures = {**self.strategy.figures(), **self._non_finite.figures()}
         if self.lookups is not None:
             figures = {**figures, **self.lookups.figures()}
-        self.report(
-            StepReport(
-                self.rank,
-                step,
-                epoch,
-                mean,
-                share.samples,
-                clock.seconds,
-                self.total_steps,
-                figures,
-            )
-        )
+        seconds, of = clock.seconds, self.total_steps
+        mean, samples, weight = share.loss, share.samples, share.weight
+        report = StepReport(self.rank, step, epoch, mean, samples, seconds, of, figures, weight)
+        self.report(report)
         trace = self.strategy.trace(step)
         if trace is not None:
             self.report(trace)
