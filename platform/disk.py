@@ -1,4 +1,4 @@
-"""What is done to a disk, operation by operation: a crash may come between any two, or it is full."""
+"""What is done to a disk, one operation at a time: a crash may come between two, or it is full."""
 
 import contextlib
 import hashlib
