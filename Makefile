@@ -28,7 +28,6 @@ fmt: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/ps_step.py
-	$(BIN)/python benchmarks/ps_overlap.py
 	$(BIN)/python benchmarks/stragglers.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/all_reduce.py

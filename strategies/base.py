@@ -18,7 +18,7 @@ This module needs no torch itself: listing strategies and checking a job must be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 class Options(Spec):
     """Base of a strategy's options: frozen, unknown names refused, one sentence per field."""
+
+    removed: ClassVar[Mapping[str, str]] = {}
+    """Options that there were once, and what is to be said to who still sets them."""
 
 
 @dataclass(frozen=True)

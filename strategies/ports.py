@@ -54,20 +54,6 @@ class Pushed:
     """What it was to each shard."""
     dropped: int = 0
     """This rank's pushes so far that came too late for their step."""
-    hidden_s: float = 0.0
-    """How long parts of it were under way before `push` was called, which backward hid."""
-    exposed_s: float = 0.0
-    """How long this rank stood in `push`."""
-
-    def overlap(self) -> dict[str, float]:
-        """Give the figures that docs/metrics.md has of it."""
-        whole = self.hidden_s + self.exposed_s
-        fraction = self.hidden_s / whole if self.hidden_s else 0.0
-        return {
-            "exposed_s": self.exposed_s,
-            "hidden_s": self.hidden_s,
-            "hidden_fraction": fraction,
-        }
 
 
 class Kind(NamedTuple):
@@ -137,28 +123,9 @@ class Shards(Protocol):
         have not come further; the servers keep theirs, and take the step's gradients again.
         """
 
-    def bounds(self) -> Sequence[tuple[int, int]]:
-        """Give, by shard, its first element in the flat vector, and the one after its last."""
-
-    def may_leave(self, shard: int) -> bool:
-        """
-        Say whether a shard's part may be pushed now, while this rank's backward goes on.
-
-        Not where the answer changes what this rank computes on.
-        """
-
-    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
-        """
-        Begin to push a shard's part, before `push` of the same step; returns at once.
-
-        The part must not change any more. Errors come up in `push`.
-        """
-
     def push(self, step: int, task: int | None = None) -> Pushed:
         """
         Hand the gradients to all shards, one call to each, and wait for their answers.
-
-        Parts that were pushed before are not pushed again, unless their server was lost.
 
         Where tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is what
         the gradient is of.

@@ -17,7 +17,6 @@ import os
 import select
 import struct
 import threading
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ SLOT = 256
 """Bytes of one bell; the two sides write to cache lines of their own."""
 _ASKED, _REQUEST, _ANSWERED, _ANSWER = 0, 8, 128, 136
 _REQUEST_LAYOUT = struct.Struct("<q?dq")
-_ANSWER_LAYOUT = struct.Struct("<??q?dqdddqqqd")
+_ANSWER_LAYOUT = struct.Struct("<??q?dqdddqqq")
 _ALL = (1 << 32) - 1
 _LOOK_S = 0.5
 """How often a server looks whether the worker lives and is still to be listened to."""
@@ -60,7 +59,6 @@ class Bell:
         self._memory = memory[slot * SLOT : (slot + 1) * SLOT]
         self._asked = Word(self._memory, _ASKED)
         self._answered = Word(self._memory, _ANSWERED)
-        self.answered_at = 0.0  #: when the answer read last was written, by the monotonic clock
 
     def ring(self, request: Request) -> None:
         """Ask; the answer to the request before has been read."""
@@ -77,7 +75,7 @@ class Bell:
     def read(self) -> Answer | None:
         """Give the answer that is there; None: the request failed, the standing call says why."""
         values = _ANSWER_LAYOUT.unpack_from(self._memory, _ANSWER)
-        good, committed, version, has_norm, squared, *rest, self.answered_at = values
+        good, committed, version, has_norm, squared, *rest = values
         if not good:
             return None
         return Answer(version, committed, squared if has_norm else None, *rest)
@@ -108,7 +106,6 @@ class Bell:
             given.queue_depth,
             given.dropped,
             given.done,
-            time.monotonic(),
         )
         self._answered.post()
 

@@ -57,10 +57,6 @@ class Bells:
         """Ask one of them; its answer to the request before has been read."""
         self._bells[shard].ring(request)
 
-    def answered_at(self, shard: int) -> float:
-        """Give when the answer that was read last was written, by the monotonic clock."""
-        return self._bells[shard].answered_at
-
     def answers(
         self, rung: Sequence[int], what: str, limit_s: float, setting: str
     ) -> Iterator[tuple[int, Answer]]:

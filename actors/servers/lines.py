@@ -5,7 +5,6 @@ A step of a server on this node is asked for by a bell (`memory/bells.py`), ever
 else by a call.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +15,6 @@ from distplat.actors.memory.bells import Bells
 from distplat.actors.messages import Address, Membership, WorkOrder
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
-from distplat.strategies.algorithms.shard_release import covered
 
 ANSWER_GRACE_S = 10.0
 """A server times out by itself and says who is missing; only a frozen one needs ours on top."""
@@ -114,13 +112,10 @@ class Round:
         self._asked = Asked(what, [], [], limit_s, setting, lines.look, self._call_made)
         self._called: list[Shard] = []
         self._rung: list[int] = []
-        self._sent: dict[int, float] = {}  #: shard -> when it was asked
-        self._came: dict[int, float] = {}  #: shard -> when it answered
 
     def send(self, cuts: Sequence[Shard]) -> None:
         """Ask the servers of some shards; of each once."""
         for cut in cuts:
-            self._sent[cut.index] = time.monotonic()
             if self._bells is not None and cut.index in self._bells.shards:
                 assert self._request is not None, "it is what the bells are for"
                 self._rung.append(cut.index)
@@ -144,7 +139,6 @@ class Round:
             limit_s = self._lines.limit_s(self._setting)
             rung = self._bells.answers(self._rung, self._what, limit_s, self._setting)
             for index, answer in rung:
-                self._came[index] = self._bells.answered_at(index)
                 self._take(self._lines.cuts[index], answer)
                 found[index] = answer
         for number, answer in self._asked.arrivals():
@@ -152,10 +146,6 @@ class Round:
             self._take(cut, answer)
             found[cut.index] = answer
         return [found[cut.index] for cut in self._lines.cuts]
-
-    def hidden_s(self, end: float) -> float:
-        """Give for how long before a moment of the monotonic clock answers were waited for."""
-        return covered([(at, self._came.get(one, end)) for one, at in self._sent.items()], end)
 
     def _call_made(self, number: int, reference: Any) -> None:
         """
@@ -165,7 +155,6 @@ class Round:
         """
 
         def came(future: Any) -> None:
-            self._came[self._called[number].index] = time.monotonic()
             if future.exception() is None and future.result().payload is not None:
                 future.result().payload[0].future()
 

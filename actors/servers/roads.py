@@ -74,10 +74,6 @@ class Road(ABC):
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
         """Have the values of an answer in `parameters`."""
 
-    @abstractmethod
-    def apart(self, cut: Shard) -> bool:
-        """Say whether this shard's server can change `parameters` only through `take`."""
-
     def traffic(self, cut: Shard) -> tuple[int, int]:
         """Give the bytes of a step's gradient for a shard, and of the parameters it brings."""
         size = cut.size * self.gradients.itemsize
@@ -150,10 +146,6 @@ class SharedRoad(Road):
     def _shards(self) -> int:
         return len(self._joined.servers)
 
-    def apart(self, cut: Shard) -> bool:
-        """See `Road`."""
-        return not self.one_copy
-
     def put(self, cut: Shard, initial: Tensor) -> None:
         """See `Road`."""
         part(self._segments[cut.index].tensor, cut).copy_(part(initial, cut))
@@ -187,10 +179,6 @@ class PrivateRoad(Road):
 
     def part_ways(self) -> None:
         """See `Road`; it does already."""
-
-    def apart(self, cut: Shard) -> bool:
-        """See `Road`; a near server writes there when it answers."""
-        return cut.index not in self.near
 
     def put(self, cut: Shard, initial: Tensor) -> None:
         """See `Road`."""

@@ -174,18 +174,6 @@ class RayShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
-    def bounds(self) -> list[tuple[int, int]]:
-        """See `Shards`."""
-        return [(cut.start, cut.stop) for cut in self._lines.cuts]
-
-    def may_leave(self, shard: int) -> bool:
-        """See `Shards`."""
-        return self._pushes.may_leave(shard)
-
-    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
-        """See `Shards`."""
-        self._pushes.push_part(shard, step, task, self._setting)
-
     def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
         return self._following(lambda: self._push(step, task))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Division, Shard, ShardPlan, cut_shards, within
-from distplat.strategies.algorithms.shard_release import covered
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.client import (
@@ -124,7 +122,6 @@ class InMemoryShards:
         self._group, self._rank, self._attempt = group, rank, attempt
         self._world = world
         self._pulls = 0
-        self._early: dict[int, _Early] = {}  #: shard -> its part's push under way
 
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
@@ -159,27 +156,9 @@ class InMemoryShards:
     def _versions(self) -> list[int]:
         return [self._group.service(cut.index).served.version for cut in self._cuts]
 
-    def bounds(self) -> list[tuple[int, int]]:
-        """See `Shards`."""
-        return [(cut.start, cut.stop) for cut in self._cuts]
-
-    def may_leave(self, shard: int) -> bool:
-        """See `Shards`."""
-        return self._group.apart
-
-    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
-        """See `Shards`."""
-        self._early[shard] = _Early(partial(self._push, self._cuts[shard], step, task))
-
     def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
-        began, early = time.monotonic(), self._early
-        answers = {c.index: self._push(c, step, task) for c in self._cuts if c.index not in early}
-        answers |= {shard: part.answer() for shard, part in early.items()}
-        self._early = {}
-        result = self._taken([answers[cut.index] for cut in self._cuts])
-        hidden = covered([part.span() for part in early.values()], began)
-        return replace(result, hidden_s=hidden, exposed_s=time.monotonic() - began)
+        return self._taken([self._push(cut, step, task) for cut in self._cuts])
 
     def _push(self, cut: Shard, step: int, task: int | None) -> Answer:
         push = PushId(self._group.plan.run, self._attempt, self._rank, step, task)
@@ -241,33 +220,3 @@ class InMemoryShards:
             return None
 
         return deliver
-
-
-class _Early:
-    """A push of one part in a thread of its own."""
-
-    def __init__(self, push: Callable[[], Answer]) -> None:
-        self._answer: Answer | None = None
-        self._error: BaseException | None = None
-        self._began = self._ended = time.monotonic()
-        self._thread = threading.Thread(target=self._run, args=(push,), daemon=True)
-        self._thread.start()
-
-    def answer(self) -> Answer:
-        """Wait for the answer; the service has the deadline."""
-        self._thread.join()
-        if self._answer is None:
-            assert self._error is not None, "it ends with one of the two"
-            raise self._error
-        return self._answer
-
-    def span(self) -> tuple[float, float]:
-        """Give when it began and ended."""
-        return self._began, self._ended
-
-    def _run(self, push: Callable[[], Answer]) -> None:
-        try:
-            self._answer = push()
-        except BaseException as error:
-            self._error = error
-        self._ended = time.monotonic()

@@ -170,17 +170,6 @@ class ReplayShards:
     def step_back(self, version: int) -> None:
         """See `Shards`; asynchronous shards have no version in common."""
 
-    def bounds(self) -> list[tuple[int, int]]:
-        """See `Shards`."""
-        return [(cut.start, cut.stop) for cut in self._group.cuts]
-
-    def may_leave(self, shard: int) -> bool:
-        """See `Shards`; when a gradient is applied, the logs say."""
-        return False
-
-    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
-        """See `Shards`; asked of no part."""
-
     def push(self, step: int, task: int | None = None) -> Pushed:
         """See `Shards`."""
         return Pushed(staleness=self._group.submit(self._rank, step))

@@ -67,9 +67,6 @@ class Cluster:
     def answers(self, rung: list[int], *_: Any) -> Any:
         yield from ((shard, Answer(shard)) for shard in rung)
 
-    def answered_at(self, shard: int) -> float:
-        return 0.0
-
     def round(self, take: Callable[[Shard, Answer], None], *, bells: bool = True) -> Round:
         request = Request(0) if bells else None
         return Round(cast(Lines, self.lines), "push 0", self.ask, take, request)
@@ -113,19 +110,3 @@ def test_a_pull_is_a_call_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     asked.send(CUTS)
     asked.answers()
     assert cluster.rung == [] and sorted(cluster.calls) == [0, 1, 2]
-
-
-def test_time_before_the_wait_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shard 2 was asked at 1 and answered at 3; backward ended at 7; the others came after it."""
-    from distplat.actors.servers import lines
-
-    clock = iter([1.0, 3.0, 8.0, 8.0, 9.0, 9.0])
-    monkeypatch.setattr(lines, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    cluster = Cluster(monkeypatch, set())
-    asked = cluster.round(lambda cut, answer: None)
-    asked.send(CUTS[2:])
-    cluster.reply(2)
-    asked.send(CUTS[:2])
-    cluster.order = [0, 1]
-    asked.answers()
-    assert asked.hidden_s(7.0) == 2.0
