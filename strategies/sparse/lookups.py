@@ -5,8 +5,8 @@ Every forward pulls the rows of its ids into a small tensor; backward leaves the
 When the step's last backward is over, what belongs to one row is added up, in the order of the
 forwards, and pushed.
 
-A table is used in a step where a backward has come to rows of it. What is pushed has an entry for each
-table that was used, without rows where no id was looked up: torch counts such steps, too.
+A table is used in a step where a backward has come to rows of it. What is pushed has an entry for
+each table that was used, without rows where no id was looked up: torch counts such steps, too.
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def _spec_of(name: str, module: Sharded) -> TableSpec:
     return TableSpec(name, rows, width, module.init_std, module.whole)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # `first_non_finite` is there for that
 def _added_up(
     plan: TablePlan, spec: TableSpec, parts: list[tuple[Routed, NDArray[np.float32]]]
 ) -> tuple[Routed, NDArray[np.float32]]:

@@ -5,8 +5,8 @@ Embeddings whose rows live on servers: drop-ins for `nn.Embedding` and `nn.Embed
                                 │                        │
                              servers ◀── one gradient per row, duplicates summed ── backward
 
-No worker ever holds the table, no strategy ever sees it. The module's only parameter, `table`, has no
-elements: whether it requires a gradient says whether the rows are trained.
+No worker ever holds the table, no strategy ever sees it. The module's only parameter, `table`, has
+no elements: whether it requires a gradient says whether the rows are trained.
 """
 
 from __future__ import annotations

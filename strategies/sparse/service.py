@@ -146,9 +146,7 @@ class TableService:
                 self._tables[table].read(ids, out)
                 self._pulls[pull.rank] = pull.number
 
-    def push(
-        self, push: PushId, gradients: Sequence[RowGradients], skip: bool = False
-    ) -> int:
+    def push(self, push: PushId, gradients: Sequence[RowGradients], skip: bool = False) -> int:
         """
         Take a rank's gradients; return when they are applied: asynchronous tables do that at once,
         others when the last rank has pushed.

@@ -118,6 +118,7 @@ class Table:
         if len(new):
             out[new] = initial_rows(self.spec, self._seed, ids[new])
 
+    @np.errstate(over="ignore", invalid="ignore")  # torch says nothing of nan and inf either
     def apply(self, parts: Sequence[RowGradients], rate: float) -> None:
         """
         Make one update of the rows that have gradients.

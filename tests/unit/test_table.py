@@ -66,7 +66,7 @@ def test_row_wise_adagrad_by_hand() -> None:
     mine = table({"name": "RowWiseAdagrad", "lr": 0.5, "eps": 1e-3})
     before = read(mine, [4])
     gradient = np.array([[1, 2, 0, 0, 2]], np.float32)  # mean square 9/5
-    for step in range(2):
+    for _ in range(2):
         mine.apply([RowGradients(0, np.array([4]), gradient)], 0.5)
     moved = 0.5 * gradient * (1 / (1.8**0.5 + 1e-3) + 1 / (3.6**0.5 + 1e-3))
     np.testing.assert_allclose(read(mine, [4]), before - moved, rtol=1e-5)
