@@ -240,9 +240,10 @@ class Tables(Protocol):
         step: int,
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
+        skip: bool = False,
     ) -> Sending:
         """
-        Begin to hand gradients over, at most one entry for each table; every rank, every step.
+        Begin to hand gradients over, an entry for each table that was used; every rank, every step.
 
         What was pulled before is gone. The gradients must not change, and nothing may be pulled,
         before the handle is done. Then the gradients of all ranks are added in rank order and
@@ -250,6 +251,9 @@ class Tables(Protocol):
 
         Where tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is what
         the gradients are of.
+
+        One rank's `skip` leaves the step out on all servers; beside asynchronous tables, its own
+        push. The step counts as made.
         """
 
     def copies(self, version: int) -> list[TablesCopy] | None:

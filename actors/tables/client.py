@@ -143,6 +143,7 @@ class RayTables:
         step: int,
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
+        skip: bool = False,
     ) -> Asked:
         """See `Tables`."""
         self._kept = 0
@@ -154,7 +155,7 @@ class RayTables:
                 self._parcel(k, given.table, routed, given.values, place)
                 for (routed, given), place in zip(gradients, places, strict=True)
             ]
-            return partial(server.push.remote, push, parcels)
+            return partial(server.push.remote, push, parcels, skip)
 
         return self._ask(f"push {step} to tables", question)
 

@@ -64,9 +64,9 @@ class EmbeddingServer:
         """Give rows."""
         return self._body.pull(pull, parcel)
 
-    def push(self, push: PushId, parcels: Sequence[Parcel]) -> int:
+    def push(self, push: PushId, parcels: Sequence[Parcel], skip: bool = False) -> int:
         """Take gradients; answer when the step is made."""
-        return self._body.push(push, parcels)
+        return self._body.push(push, parcels, skip)
 
     def kept(self, version: int, limit_s: float) -> TablesCopy:
         """Give what was kept of a version."""

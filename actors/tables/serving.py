@@ -72,14 +72,14 @@ class TableServing:
         self._service.pull(pull, parcel.table, ids, rows, again=far)
         return rows if far else None
 
-    def push(self, push: PushId, parcels: Sequence[Parcel]) -> int:
+    def push(self, push: PushId, parcels: Sequence[Parcel], skip: bool = False) -> int:
         """Take gradients; return when the step is made. See `TableService.push`."""
         gradients = []
         for parcel in parcels:
             values = self._values(push.rank, parcel)
             assert values is not None, "a push has gradients"
             gradients.append(RowGradients(parcel.table, self._ids(push.rank, parcel), values))
-        return self._service.push(push, gradients)
+        return self._service.push(push, gradients, skip)
 
     def kept(self, version: int, limit_s: float) -> TablesCopy:
         """Give what was kept of a version, as an object in Ray's store. See `TableService.kept`."""

@@ -103,6 +103,7 @@ class InMemoryTables:
         step: int,
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
+        skip: bool = False,
     ) -> Sending:
         """See `Tables`; a thread for each server, for a service waits for the other ranks."""
         push = PushId(self._plan.run, self._plan.attempt, self._rank, step, task)
@@ -111,7 +112,7 @@ class InMemoryTables:
         calls: list[Callable[[], int]] = []
         for server, service in enumerate(services):
             parts = [part_of(routed, given, server) for routed, given in gradients]
-            calls.append(lambda service=service, parts=parts: service.push(push, parts))  # type: ignore[misc]
+            calls.append(lambda service=service, parts=parts: service.push(push, parts, skip))  # type: ignore[misc]
         pushing = _Pushing([pool.submit(call) for call in calls])
         pool.shutdown(wait=False)
         return pushing

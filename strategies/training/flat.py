@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from distplat.strategies.sparse.modules import dense_parameters
+
 _ALIGN = 16
 """Elements: a multiple of a cache line for every dtype of 4 bytes and more."""
 
@@ -52,7 +54,7 @@ class FlatModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in dense_parameters(model) if p.requires_grad]
         _check_uniform(named)
         self._parameters = [p for _, p in named]
         self.slots = _lay_out(named)

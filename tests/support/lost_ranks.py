@@ -118,16 +118,17 @@ class _LosingTables(InMemoryTables):
         step: int,
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
+        skip: bool = False,
     ) -> Sending:
         if self._loss is None or step != self._loss.step:
-            return super().push(step, gradients, task)
+            return super().push(step, gradients, task, skip)
         whole, reached = self._group, TableGroup(self._group.job)
         reached._services = whole._services[: self._loss.tables]
         sent = None
         if reached._services:
             self._group = reached
             copies = [(routed, replace(one, values=one.values.copy())) for routed, one in gradients]
-            sent = super().push(step, copies, task)
+            sent = super().push(step, copies, task, skip)
             self._group = whole
         complete = len(reached._services) == len(whole._services)
         return _LastPush(sent if complete else None, lost=not self._loss.shards_follow)
