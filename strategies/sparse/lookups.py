@@ -12,7 +12,7 @@ each table that was used, without rows where no id was looked up: torch counts s
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import numpy as np
@@ -116,7 +116,9 @@ class Lookups:
                 return f"{self.specs[given.table].name}, id {given.ids[finite.argmin()]}"
         return None
 
-    def push(self, step: int, task: int | None = None, *, skip: bool = False) -> Sending:
+    def push(
+        self, step: int, task: int | None = None, *, skip: bool = False, scale: float = 1.0
+    ) -> Sending:
         """
         Begin to push what the step's backwards have left.
 
@@ -125,8 +127,11 @@ class Lookups:
             task: as there.
             skip: push nothing, and have all servers leave out what other ranks push for this step;
                 asynchronous tables leave out this rank's push alone.
+            scale: what gradients are multiplied by: makes them those of a weighted mean.
         """
         found = [] if skip else self._gradients()
+        if scale != 1.0:
+            found = [(ids, replace(rows, values=rows.values * scale)) for ids, rows in found]
         self._clear()
         self._figures = {
             "rows": float(sum(len(ids.ids) for ids, _ in found)),

@@ -64,6 +64,8 @@ class Share:
     """Each sample of a step is counted on one rank."""
     weight: float = 0.0
     """What the sum is divided by: the samples, unless loss() gave weights."""
+    weighted: bool = False
+    """Whether loss() gave them."""
 
     def record(self, rank: int, present: NDArray[np.bool_]) -> StepControl:
         """
@@ -84,7 +86,9 @@ class Share:
     def plus(self, term: LossTerm, samples: int) -> Share:
         """Add a micro-batch."""
         loss = term.value.item() * term.factor
-        return Share(self.loss_sum + loss, self.samples + samples, self.weight + term.weight)
+        weighted = self.weighted or term.weighted
+        weight = self.weight + term.weight
+        return Share(self.loss_sum + loss, self.samples + samples, weight, weighted)
 
 
 @dataclass

@@ -12,7 +12,7 @@ sum it from the headers of the pushes, so every rank and every server decides al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -23,7 +23,7 @@ from distplat.platform.errors import NonFiniteError
 from distplat.platform.spec import Job
 
 if TYPE_CHECKING:
-    from distplat.strategies.training.flat import FlatModel, Slot
+    from distplat.strategies.training.flat import FlatModel
 
 Policy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""
@@ -90,7 +90,11 @@ class StepControl:
     def pack(self) -> NDArray[np.float64]:
         """Give it as a vector that can be summed over ranks, shape [6 + slots]."""
         vector = np.empty(_HEAD + len(self.present))
-        vector[_SAMPLES], vector[_WEIGHT], vector[_COUNT] = self.samples, self.weight, self.non_finite
+        vector[_SAMPLES], vector[_WEIGHT], vector[_COUNT] = (
+            self.samples,
+            self.weight,
+            self.non_finite,
+        )
         # Counted from 1, and only by those who are not finite: a sum of one is its number.
         vector[_RANK] = self.rank + 1 if self.non_finite else 0
         vector[_SLOT] = self.slot + 1 if self.non_finite else 0
@@ -150,14 +154,24 @@ class NonFiniteSteps:
         """Give the steps skipped so far, once there are some."""
         return {"skipped_steps": float(self.skipped)} if self.skipped else {}
 
-    def decide(self, total: StepControl, step: int, slots: Sequence[Slot]) -> StepControl:
+    @property
+    def skips(self) -> bool:
+        """Whether steps may be left out."""
+        return self._policy == "skip"
+
+    @property
+    def looks(self) -> bool:
+        """Whether anybody wants to know."""
+        return self._policy != "ignore"
+
+    def decide(self, total: StepControl, step: int, name: Callable[[int], str]) -> StepControl:
         """
         Say whether a step is applied or skipped.
 
         Args:
             total: the records of all ranks, summed.
             step: from 0.
-            slots: of the flat vector.
+            name: gives the name of what a slot holds.
 
         Raises:
             NonFiniteError: the run ends here.
@@ -165,19 +179,19 @@ class NonFiniteSteps:
         if total.finite or self._policy == "ignore":
             return total
         if self._policy == "stop":
-            raise NonFiniteError(total.rank, step, _finding(total, slots))
+            raise NonFiniteError(total.rank, step, _finding(total, name))
         self.skipped += 1
         if self.skipped > self._budget:
-            what = f"{_finding(total, slots)}; {self._budget} steps were skipped before"
+            what = f"{_finding(total, name)}; {self._budget} steps were skipped before"
             raise NonFiniteError(total.rank, step, what)
         return replace(total, skip=True)
 
 
-def _finding(total: StepControl, slots: Sequence[Slot]) -> str:
+def _finding(total: StepControl, name: Callable[[int], str]) -> str:
     if not total.non_finite:
         return "the weights of the losses add up to 0"
     if total.slot >= 0:
-        return f"the gradient of {slots[total.slot].name!r} holds NaN or infinity"
+        return f"the gradient of {name(total.slot)!r} holds NaN or infinity"
     if total.rank >= 0:
         return "the loss is NaN or infinite"
     return f"losses or gradients of {total.non_finite} ranks hold NaN or infinity"

@@ -21,7 +21,7 @@ from distplat.platform.task_scheduler import Course, Work
 from distplat.strategies.base import Strategy
 from distplat.strategies.ports import Leases
 from distplat.strategies.training.compute import Stopwatch
-from distplat.strategies.training.control import NonFiniteSteps
+from distplat.strategies.training.step_exchange import StepExchange, Turn
 from distplat.strategies.training.task_compute import TaskModel
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class LeasedLoop:
     def __post_init__(self) -> None:
         self.flat, self.sampler = self.prepared.flat, self.prepared.sampler
         self.total_steps, self.eval_data = self.prepared.total_steps, self.prepared.eval_data
-        self.lookups = self.prepared.lookups
-        self._non_finite = NonFiniteSteps.of(self.prepared.job)
+        given = self.prepared.job, self.flat, self.strategy, self.prepared.lookups
+        self._exchange = StepExchange(*given)
         self._made = 0  #: tasks, in this attempt: the number of the next push
 
     def run(self) -> None:
@@ -101,26 +101,19 @@ class LeasedLoop:
         self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(task, clock)
-        local = share.record(self.rank, self.flat.present)
-        sent = self.lookups.push(self._made, task) if self.lookups is not None else None
+        step, part = divmod(task, self.sampler.world)
+        total = self._exchange.exchange(Turn(step, self._made, task), self.rank, share)
         self._made += 1
-        total = self.strategy.exchange(task, local)
-        total = self._non_finite.decide(total, task // self.sampler.world, self.flat.slots)
-        if sent is not None:
-            sent.wait()  # before `finish`: a task that is known to be done is in everywhere
         clock.lap("exchange")
         self.strategy.update(task, total)
         clock.lap("update")
         self.leases.finish((task,))
-        step, part = divmod(task, self.sampler.world)
         self.progress.step = max(self.progress.step, step + 1)
         self.flat.version = self.progress.step
         self.progress.beat()
         epoch = self.sampler.epoch_of(step)
-        figures = {**self.strategy.figures(), **self._non_finite.figures()}
-        figures["lease_s"] = self._idle_s
-        if self.lookups is not None:
-            figures |= self.lookups.figures()
+        figures = {**self.strategy.figures(), "lease_s": self._idle_s}
+        figures |= self._exchange.figures()
         self._idle_s = 0.0
         seconds, of, mean, weight = clock.seconds, self.total_steps, share.loss, share.weight
         samples = share.samples

@@ -18,11 +18,10 @@ from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
-from distplat.strategies.overlap import rows_come_first
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.compute import Compute, Share, Stopwatch
-from distplat.strategies.training.control import NonFiniteSteps
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.step_exchange import StepExchange, Turn
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Loop:
     """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
 
     def __post_init__(self) -> None:
-        self._non_finite = NonFiniteSteps.of(self.job)
+        self._exchange = StepExchange(self.job, self.flat, self.strategy, self.lookups)
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
@@ -101,15 +100,7 @@ class Loop:
         self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(step, clock)
-        local = share.record(self.rank, self.flat.present)
-        sent = self.lookups.push(step) if self.lookups is not None else None
-        if sent is not None and rows_come_first(self.job):
-            sent.wait()
-            sent = None
-        total = self.strategy.exchange(step, local)
-        total = self._non_finite.decide(total, step, self.flat.slots)
-        if sent is not None:
-            sent.wait()  # before the update: a rank past a step knows that the tables are
+        total = self._exchange.exchange(Turn(step, step), self.rank, share)
         clock.lap("exchange")
         self.strategy.update(step, total)
         clock.lap("update")
@@ -119,9 +110,7 @@ class Loop:
         self.flat.version = self.progress.step = step + 1
         self.progress.beats += 1
         epoch = self.sampler.epoch_of(step)
-        figures = {**self.strategy.figures(), **self._non_finite.figures()}
-        if self.lookups is not None:
-            figures = {**figures, **self.lookups.figures()}
+        figures = {**self.strategy.figures(), **self._exchange.figures()}
         seconds, of = clock.seconds, self.total_steps
         mean, samples, weight = share.loss, share.samples, share.weight
         report = StepReport(self.rank, step, epoch, mean, samples, seconds, of, figures, weight)

@@ -26,6 +26,8 @@ class LossTerm:
     """What `value` counts by in the sum over the step: the samples, or 1 for a sum."""
     weight: float
     """What the sum is to be divided by."""
+    weighted: bool = False
+    """Whether loss() gave the weight."""
 
 
 def loss_term(value: Any, samples: int) -> LossTerm:
@@ -43,7 +45,7 @@ def loss_term(value: Any, samples: int) -> LossTerm:
         weight = float(value[1])
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"loss() gave the weight {weight:g}: it must be finite, 0 or more")
-        return LossTerm(_scalar(value[0]), 1.0, weight)
+        return LossTerm(_scalar(value[0]), 1.0, weight, weighted=True)
     return LossTerm(_scalar(value), float(samples), float(samples))
 
 
