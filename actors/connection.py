@@ -4,6 +4,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from distplat.actors.messages import WorkOrder
+from distplat.actors.transport import Transport
 from distplat.platform.progress import StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.training.gate import Gate
@@ -11,9 +12,9 @@ from distplat.strategies.training.session import Ports, Prepared
 
 if TYPE_CHECKING:
     from distplat.actors.collective.port import RayCollective
-    from distplat.actors.servers.leases import RayLeases
-    from distplat.actors.servers.shards import RayShards
-    from distplat.actors.tables.client import RayTables
+    from distplat.actors.servers.leases import RemoteLeases
+    from distplat.actors.servers.shards import RemoteShards
+    from distplat.actors.tables.client import RemoteTables
 
 
 class Connection:
@@ -21,17 +22,18 @@ class Connection:
     An attempt's group and servers; another thread may end the waits for them at any moment.
 
     Args:
+        transport: the worker's.
         attempt: which.
         gate: what the worker passes before each step of it.
     """
 
-    def __init__(self, attempt: int, gate: Gate) -> None:
-        self.attempt, self.gate = attempt, gate
+    def __init__(self, transport: Transport, attempt: int, gate: Gate) -> None:
+        self._transport, self.attempt, self.gate = transport, attempt, gate
         self._abandoned = threading.Event()
         self._group: RayCollective | None = None
-        self._servers: RayShards | None = None
-        self._tables: RayTables | None = None
-        self._leases: RayLeases | None = None
+        self._servers: RemoteShards | None = None
+        self._tables: RemoteTables | None = None
+        self._leases: RemoteLeases | None = None
 
     def ports(self, order: WorkOrder, prepared: Prepared, strategy: Strategy[Any]) -> Ports:
         """
@@ -68,32 +70,33 @@ class Connection:
         )
         return self._group
 
-    def _reach_shards(self, order: WorkOrder, prepared: Prepared) -> "RayShards | None":
+    def _reach_shards(self, order: WorkOrder, prepared: Prepared) -> "RemoteShards | None":
         """Make the way to the servers; None where the strategy has none."""
         if order.manager is None:
             return None
-        from distplat.actors.servers.shards import RayShards
+        from distplat.actors.servers.shards import RemoteShards
 
-        self._servers = RayShards(order, prepared.total_steps, _every(prepared), self._abandoned)
+        steps, every = prepared.total_steps, _every(prepared)
+        self._servers = RemoteShards(self._transport, order, steps, every, self._abandoned)
         return self._servers
 
-    def _reach_tables(self, order: WorkOrder, prepared: Prepared) -> "RayTables | None":
+    def _reach_tables(self, order: WorkOrder, prepared: Prepared) -> "RemoteTables | None":
         """Give the way to the embedding tables; None where the job has none."""
         if not order.embedding_servers:
             return None
-        from distplat.actors.tables.client import RayTables
+        from distplat.actors.tables.client import RemoteTables
 
-        self._tables = RayTables(order, _every(prepared), self._abandoned)
+        self._tables = RemoteTables(self._transport, order, _every(prepared), self._abandoned)
         return self._tables
 
-    def _reach_scheduler(self, order: WorkOrder, strategy: Strategy[Any]) -> "RayLeases | None":
+    def _reach_scheduler(self, order: WorkOrder, strategy: Strategy[Any]) -> "RemoteLeases | None":
         """Make the way to the task scheduler; None where the strategy has none."""
         if order.scheduler is None:
             return None
-        from distplat.actors.servers.leases import RayLeases
+        from distplat.actors.servers.leases import RemoteLeases
 
         bounded = strategy.roles(order.job).consistency.bound is not None
-        self._leases = RayLeases(order, bounded, self._abandoned)
+        self._leases = RemoteLeases(self._transport, order, bounded, self._abandoned)
         return self._leases
 
     def count(self, report: StepReport) -> None:

@@ -26,6 +26,7 @@ from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
 from distplat.actors.ensemble import Ensemble, Launch
 from distplat.actors.messages import rendezvous_key
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.stopping import Stopping
 from distplat.actors.tables.saving import sources_of
 from distplat.platform.apply_log import FILE_NAME, pack
@@ -88,9 +89,10 @@ def _open_box(box: list[Any]) -> list[Bytes]:
 def _keep_log(launch: Launch, ensemble: Ensemble, keep: Keep) -> None:
     """Fetch the shards' logs; a run that has its model does not fail for want of them."""
     manager = ensemble.roles["server-manager"]
-    limit = launch.job.failure.step_timeout_s
+    limit, setting = launch.job.failure.step_timeout_s, "step_timeout_s"
+    calls = [manager.logs.remote]
     try:
-        logs = ask("log", [manager.logs.remote], ["server-manager"], limit, "step_timeout_s")[0]
+        logs = ask(RayTransport(), "log", calls, ["server-manager"], limit, setting)[0]
     except InfrastructureError as error:
         logger.warning("no %s: %s", FILE_NAME, error)
     else:

@@ -23,6 +23,7 @@ from distplat.actors.connection import Connection
 from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.actors.weights import Reply
 from distplat.platform.collecting import Delivery
@@ -73,7 +74,7 @@ class Session:
         self.standing = Standing(-1, Gate(0.0))
         self._prepared: Prepared | None = None
         self._strategy: Strategy[Any] | None = None
-        self._connection = Connection(-1, self.standing.gate)
+        self._connection = Connection(RayTransport(), -1, self.standing.gate)
         self._shown: Shown[dict[str, torch.Tensor]] = Shown()
         self._part_shown: Shown[Bundle] = Shown()
 
@@ -114,7 +115,7 @@ class Session:
             called_off: whether the attempt was abandoned before it began.
         """
         gate = Gate(order.job.failure.step_timeout_s)
-        self._connection = Connection(order.attempt, gate)
+        self._connection = Connection(RayTransport(), order.attempt, gate)
         self.standing = Standing(order.attempt, gate)
         if called_off:
             self._connection.give_up()

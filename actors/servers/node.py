@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import Address, Attached
+from distplat.actors.ray_transport import RayTransport
+from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.part import Role
 from distplat.platform.server_group import Held
@@ -30,22 +30,28 @@ if TYPE_CHECKING:
 
 
 class ServerNode:
-    """Keeps one shard of the parameters. See `Serving` for what each call does."""
+    """
+    Keeps one shard of the parameters. See `Serving` for what each call does.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the actor.
+        transport: its way to other actors; None: Ray's.
+    """
+
+    def __init__(self, name: str, transport: Transport | None = None) -> None:
         with quick_imports():
             from distplat.actors.servers.serving import Serving  # torch: here, not in the driver
 
-        self._name = name
-        self._body = Serving(name, ray.get_runtime_context().get_node_id())
+        self._name, self._transport = name, transport or RayTransport()
+        self._body = Serving(name, self._transport)
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
     def where(self) -> str:
-        """Give the id of this server's node; also the answer that says: alive."""
-        return str(ray.get_runtime_context().get_node_id())
+        """Give the name of this server's node; also the answer that says: alive."""
+        return self._transport.node
 
     def held(self) -> Held:
         """Say what this server keeps, and as what, to a manager that was not there before."""
@@ -134,3 +140,7 @@ class ServerNode:
     def log(self) -> NDArray[np.int64] | None:
         """Give the order of updates, if it is kept."""
         return self._body.log()
+
+    def close(self) -> None:
+        """Let go of what a process's end would free."""
+        self._body.close()

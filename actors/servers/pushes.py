@@ -2,13 +2,12 @@
 
 from functools import partial
 
-import ray
-
 from distplat.actors.memory.bell import Request
 from distplat.actors.memory.ferry import Direct
 from distplat.actors.messages import WorkOrder
 from distplat.actors.servers.lines import Lines, Round
 from distplat.actors.servers.roads import Road, part
+from distplat.actors.transport import TransportError
 from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Shard
@@ -42,12 +41,12 @@ class Pushes:
 
     def push(self, step: int, task: int | None, setting: str) -> Pushed:
         """See `Shards`; `setting` is the field of `failure` that changes the deadline."""
-        road, order = self._road, self._order
+        road, order, call = self._road, self._order, self._lines.transport.call
         push = PushId(order.run, order.attempt, order.rank, step, task)
         asked = Round(
             self._lines,
             f"push {step}",
-            lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
+            lambda server, cut: call(server, "push", push, road.payload(cut, road.gradients)),
             self._take,
             Request(step, task=task),
             setting,
@@ -60,8 +59,8 @@ class Pushes:
 
     def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""
-        rank = self._order.rank
-        question = lambda server, cut: server.commit.remote(rank, step, norm)  # noqa: E731
+        rank, call = self._order.rank, self._lines.transport.call
+        question = lambda server, cut: call(server, "commit", rank, step, norm)  # noqa: E731
         request = Request(step, norm)
         asked = Round(self._lines, f"commit {step}", question, self._take, request)
         asked.send(self._lines.cuts)
@@ -69,8 +68,8 @@ class Pushes:
 
     def pull(self, number: tuple[int, int], setting: str) -> list[Answer]:
         """Bring the newest parameters; `number` is that of the pull (`PullId`)."""
-        rank = self._order.rank
-        question = lambda server, cut: server.pull.remote(rank, number)  # noqa: E731
+        rank, call = self._order.rank, self._lines.transport.call
+        question = lambda server, cut: call(server, "pull", rank, number)  # noqa: E731
         what = f"pull {number[1]}"
         asked = Round(self._lines, what, question, self._take, setting=setting)
         asked.send(self._lines.cuts)
@@ -92,7 +91,7 @@ class Pushes:
         self._versions[cut.index] = answer.version
         try:
             self._road.take(cut, answer, self._limit_s)
-        except ray.exceptions.RayError as error:  # with its owner an object is lost, too
-            cause = f"its answer could not be fetched: {type(error).__name__}"
+        except TransportError as error:  # with its owner an object is lost, too
+            cause = f"its answer could not be fetched: {error}"
             raise ActorLost(self._lines.names[cut.index], None, cause) from None
         self._ferry.home(part(self._road.parameters, cut), cut.start)

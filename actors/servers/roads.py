@@ -5,7 +5,7 @@ Where a worker's parameters and gradients lie, and how they get to the servers a
                            parameters, shared: the worker maps the node's and computes on it
                            parameters, private: the server copies them into the worker's segment
     server elsewhere       gradients: bytes in the call
-                           parameters: an object in Ray's store
+                           parameters: an object that the server puts, and the worker gets
 
 Shared is for servers that change only while all workers wait: a node then holds one copy of the
 parameters for all of them, and a new version is there when the answer comes. Private is for servers
@@ -16,13 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
@@ -34,7 +34,7 @@ class Road(ABC):
     One worker's vectors.
 
     Args:
-        node: Ray's id of the worker's node.
+        transport: the worker's.
         facts: of the model.
         joined: where the servers are.
     """
@@ -46,9 +46,10 @@ class Road(ABC):
     parameter_address: Address | None = None
     """Where servers find it; None: they need not."""
 
-    def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
-        self.node, self._facts, self._joined = node, facts, joined
-        self._gradient_segment = Segment.create(node, facts.size, facts.dtype)
+    def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
+        self._transport, self._facts, self._joined = transport, facts, joined
+        self._node = transport.node
+        self._gradient_segment = Segment.create(self._node, facts.size, facts.dtype)
         self.gradients = self._gradient_segment.tensor  #: shape [n]
         self.gradient_address = self._gradient_segment.address
         self.near: set[int] = set()  #: shards whose server shares memory with this worker
@@ -92,7 +93,7 @@ class Road(ABC):
         return as_bytes(as_type(part(vector, cut), None if exact else self._joined.wire))
 
     def _take_object(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        values: NDArray[np.uint8] = ray.get(answer.payload[0], timeout=limit_s)
+        values: NDArray[np.uint8] = self._transport.get(answer.payload[0], limit_s)
         mine = part(self.parameters, cut)
         if self._joined.wire is None:
             as_bytes(mine)[:] = values
@@ -103,15 +104,15 @@ class Road(ABC):
 class SharedRoad(Road):
     """See the top of the file."""
 
-    def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
-        super().__init__(node, facts, joined)
+    def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
+        super().__init__(transport, facts, joined)
         self._segments: dict[int, Segment] = {}
 
     def candidates(self) -> list[int]:
         """See `Road`."""
         opened: dict[tuple[int, int], Segment] = {}
         for index, address in enumerate(self._joined.parameters):
-            if address.node != self.node:
+            if address.node != self._node:
                 continue
             key = address.pid, address.fd
             try:
@@ -161,16 +162,16 @@ class SharedRoad(Road):
 class PrivateRoad(Road):
     """See the top of the file."""
 
-    def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
-        super().__init__(node, facts, joined)
-        self._segment = Segment.create(node, facts.size, facts.dtype)
+    def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
+        super().__init__(transport, facts, joined)
+        self._segment = Segment.create(self._node, facts.size, facts.dtype)
         self.parameters = self._segment.tensor
         self.parameter_address = self._segment.address
 
     def candidates(self) -> list[int]:
         """See `Road`."""
         nodes = [address.node for address in self._joined.parameters]
-        return [index for index, node in enumerate(nodes) if node == self.node]
+        return [index for index, node in enumerate(nodes) if node == self._node]
 
     def open(self, near: set[int]) -> None:
         """See `Road`."""

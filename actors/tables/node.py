@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import Address, Opened, Parcel
+from distplat.actors.ray_transport import RayTransport
+from distplat.actors.transport import Transport
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 
@@ -27,15 +27,21 @@ if TYPE_CHECKING:
 
 
 class EmbeddingServer:
-    """Keeps a part of the rows of every table. See `TableServing` for what each call does."""
+    """
+    Keeps a part of the rows of every table. See `TableServing` for what each call does.
 
-    def __init__(self, name: str, index: int) -> None:
+    Args:
+        name: of the actor.
+        index: its number.
+        transport: its way to other actors; None: Ray's.
+    """
+
+    def __init__(self, name: str, index: int, transport: Transport | None = None) -> None:
         with quick_imports():
             from distplat.actors.tables.serving import TableServing  # torch: not in the driver
 
         self._name = name
-        node = ray.get_runtime_context().get_node_id()
-        self._body = TableServing(f"embedding-server-{index}", index, node)
+        self._body = TableServing(f"embedding-server-{index}", index, transport or RayTransport())
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""

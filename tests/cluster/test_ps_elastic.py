@@ -12,7 +12,8 @@ from test_server_loss import undisturbed
 from torch import nn
 
 from distplat.actors.messages import WorkOrder
-from distplat.actors.servers.shards import RayShards
+from distplat.actors.ray_transport import RayTransport
+from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.spawn import spawn
 from distplat.cli.main import run as command
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
@@ -75,7 +76,7 @@ class Rank:
 
     def connect(self, order: WorkOrder) -> int:
         self.abandoned = threading.Event()
-        self.shards = RayShards(order, 100, abandoned=self.abandoned)
+        self.shards = RemoteShards(RayTransport(), order, 100, abandoned=self.abandoned)
         self.shards.connect(self.flat)
         self.flat.grads.fill_(1.0 + order.rank)
         return self.flat.version
