@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distplat.platform.task_scheduler import Course, Work
     from distplat.strategies.sparse.routing import Routed
     from distplat.strategies.sparse.table import RowGradients
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.parts import Holding
     from distplat.strategies.training.restoring import SavedState
@@ -54,6 +55,8 @@ class Pushed:
     """What it was to each shard."""
     dropped: int = 0
     """This rank's pushes so far that came too late for their step."""
+    total: StepControl | None = None
+    """The control records of all ranks, without `present`; None: of a push that was too late."""
 
 
 class Kind(NamedTuple):
@@ -123,7 +126,7 @@ class Shards(Protocol):
         have not come further; the servers keep theirs, and take the step's gradients again.
         """
 
-    def push(self, step: int, task: int | None = None) -> Pushed:
+    def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """
         Hand the gradients to all shards, one call to each, and wait for their answers.
 

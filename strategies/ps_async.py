@@ -24,6 +24,7 @@ from distplat.strategies.catalog import strategies
 from distplat.strategies.overlap import NO_EARLY_PUSH
 
 if TYPE_CHECKING:
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.parts import Part
     from distplat.strategies.training.running_stats import Buffers
 
@@ -100,30 +101,38 @@ class PsAsync(Strategy[PsAsyncOptions]):
         tables = context.tables_made
         return flat.version if tables is None else min(flat.version, tables)
 
-    def exchange(self, step: int) -> None:
+    def exchange(self, step: int, local: StepControl) -> StepControl:
         """
         Push; returns when it is applied and the newest parameters are here.
 
         As it comes, a sample weighs 1/global batch. Times the world that is the mean over this
         rank's samples where the batch is cut evenly; where it is not, every sample counts alike.
+        A weighted loss is divided by the weights of this push.
 
         Args:
             step: the number of the task.
+            local: see `Strategy`; the push is decided by itself.
         """
-        from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
+        from distplat.strategies.algorithms.reduce import clip_factor
 
-        grads, limit = self._flat.grads, self._context.job.clip_norm
-        if self._context.world > 1:
-            grads.mul_(self._context.world)
-        if limit is not None:
-            grads.mul_(clip_factor(squared_norm(grads) ** 0.5, limit))
-        self._last = self._shards.push(self._pushes, step)
+        flat, job = self._flat, self._context.job
+        if job.failure.non_finite != "ignore":
+            local = local.looked_at(flat)
+        scale = self._context.world * local.scale
+        if job.clip_norm is not None:
+            scale *= clip_factor(flat.squared_norm() ** 0.5 * scale, job.clip_norm)
+        flat.scale_gradients(scale)
+        self._last = self._shards.push(self._pushes, local, step)
+        return local
 
-    def update(self, step: int) -> None:
-        """Count; the servers have made the update."""
+    def update(self, step: int, total: StepControl) -> None:
+        """Count; the servers have made the update, or left it out."""
         assert self._buffers is not None, "setup() comes first"
         self._pushes += 1
-        self._buffers.keep()
+        if total.skip:
+            self._buffers.restore()
+        else:
+            self._buffers.keep()
         self._stale_sum += self._last.staleness
 
     def part(self, version: int) -> Part:

@@ -27,6 +27,7 @@ from distplat.strategies.catalog import strategies
 from distplat.strategies.overlap import NO_EARLY_PUSH
 
 if TYPE_CHECKING:
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.parts import Part
     from distplat.strategies.training.running_stats import Buffers
 
@@ -114,17 +115,23 @@ class PsSync(Strategy[PsSyncOptions]):
         self._skipped += late
         return late
 
-    def exchange(self, step: int) -> None:
+    def exchange(self, step: int, local: StepControl) -> StepControl:
         """Push; returns when the shards have the gradients that the step needs."""
-        self._pushed = self._shards.push(step)
+        if self._context.job.failure.non_finite != "ignore":
+            local = local.looked_at(self._context.flat)
+        self._pushed = self._shards.push(step, local)
+        return (self._pushed.total or local).named(local)
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """Commit, where the shards had to learn the norm over all of them first."""
         assert self._buffers is not None, "setup() comes first"
         if self._pushed.norm is not None:
             made = self._shards.commit(step, self._pushed.norm)
             self._pushed = replace(made, waiting_s=self._pushed.waiting_s)
-        self._buffers.keep()
+        if total.skip:
+            self._buffers.restore()
+        else:
+            self._buffers.keep()
 
     def part(self, version: int) -> Part:
         """Rank 0 gives what the servers keep, and its buffers."""

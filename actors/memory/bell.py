@@ -20,16 +20,21 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distplat.actors.memory.futex import Word
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address
 from distplat.platform.ledger import Answer
+from distplat.strategies.training.control import HEAD_SIZE
 
-SLOT = 256
+SLOT = 512
 """Bytes of one bell; the two sides write to cache lines of their own."""
 _ASKED, _REQUEST, _ANSWERED, _ANSWER = 0, 8, 128, 136
 _REQUEST_LAYOUT = struct.Struct("<q?dq")
-_ANSWER_LAYOUT = struct.Struct("<??q?dqdddqqq")
+_ANSWER_LAYOUT = struct.Struct(f"<??q?dqdddqqq?{HEAD_SIZE}d")
+_NO_TOTAL = (0.0,) * HEAD_SIZE
 _ALL = (1 << 32) - 1
 _LOOK_S = 0.5
 """How often a server looks whether the worker lives and is still to be listened to."""
@@ -43,6 +48,12 @@ class Request(NamedTuple):
     """Of the whole gradient, if this is a commit; None: a push."""
     task: int | None = None
     """What a push is of, where tasks are leased."""
+
+
+def control_of(segment: Segment, size: int) -> NDArray[np.float64]:
+    """View the control record behind the bells of a segment, shape [size]."""
+    found: NDArray[np.float64] = segment.tensor.numpy()[segment.address.elements - 8 * size :]
+    return found.view(np.float64)
 
 
 class Bell:
@@ -75,10 +86,11 @@ class Bell:
     def read(self) -> Answer | None:
         """Give the answer that is there; None: the request failed, the standing call says why."""
         values = _ANSWER_LAYOUT.unpack_from(self._memory, _ANSWER)
-        good, committed, version, has_norm, squared, *rest = values
+        good, committed, version, has_norm, squared, *rest, has_total = values[:-HEAD_SIZE]
         if not good:
             return None
-        return Answer(version, committed, squared if has_norm else None, *rest)
+        norm, total = squared if has_norm else None, values[-HEAD_SIZE:] if has_total else ()
+        return Answer(version, committed, norm, *rest, total=total)
 
     def asked(self, slice_s: float) -> Request | None:
         """Wait at most so many seconds for a request that is not answered yet."""
@@ -106,6 +118,8 @@ class Bell:
             given.queue_depth,
             given.dropped,
             given.done,
+            bool(given.total),
+            *(given.total or _NO_TOTAL),
         )
         self._answered.post()
 
@@ -117,11 +131,17 @@ class Listener:
     Args:
         address: the worker's segment of bells.
         slot: which of them is this server's.
+        control: values of the worker's control record, behind the bells.
     """
 
-    def __init__(self, address: Address, slot: int) -> None:
-        self._bell = Bell(Segment.open(address), slot)
+    def __init__(self, address: Address, slot: int, control: int) -> None:
+        segment = Segment.open(address)
+        self._bell, self._control = Bell(segment, slot), control_of(segment, control)
         self._worker = os.pidfd_open(address.pid)
+
+    def control(self) -> NDArray[np.float64]:
+        """Give a copy of the worker's control record, of the request that is being served."""
+        return self._control.copy()
 
     def close(self) -> None:
         """Let go of the worker's process."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from distplat.actors.memory import futex
-from distplat.actors.memory.bell import SLOT, Bell, Request
+from distplat.actors.memory.bell import SLOT, Bell, Request, control_of
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address
 from distplat.actors.transport import ActorDied, Transport, Unanswered
@@ -34,6 +34,7 @@ class Bells:
         transport: by which standing calls are made.
         near: shards whose servers share memory with this worker.
         names: of all servers, by shard.
+        control: values of this worker's control record, which lies behind the bells.
         listen: makes a standing call.
         look: see `Look`.
     """
@@ -43,6 +44,7 @@ class Bells:
         transport: Transport,
         near: set[int],
         names: Sequence[str],
+        control: int,
         listen: Listen,
         look: Look,
     ) -> None:
@@ -50,7 +52,9 @@ class Bells:
         self.shards = sorted(near) if futex.supported() else []
         self._names, self._listen, self._look = names, listen, look
         # Not sealed: a standing call that got lost is made again, and opens it again.
-        self._segment = Segment.create(transport.node, SLOT * max(1, len(self.shards)), "uint8")
+        size = SLOT * max(1, len(self.shards)) + 8 * control
+        self._segment = Segment.create(transport.node, size, "uint8")
+        self.control = control_of(self._segment, control)  #: written before a bell is rung
         self._bells = {s: Bell(self._segment, slot) for slot, s in enumerate(self.shards)}
         self._standing = {shard: self._call(shard) for shard in self.shards}
 

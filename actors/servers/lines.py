@@ -45,9 +45,16 @@ class Lines:
         self.cuts = joined.shard_map.shards
         self.bells: Bells | None = None
 
-    def hang_bells(self, near: set[int]) -> None:
-        """Use bells to the shards that share memory with this node."""
-        self.bells = Bells(self.transport, near, self.names, self._listen, self.look)
+    def hang_bells(self, near: set[int], control: int) -> None:
+        """
+        Use bells to the shards that share memory with this node.
+
+        Args:
+            near: the shards.
+            control: values of a control record.
+        """
+        self._control = control
+        self.bells = Bells(self.transport, near, self.names, control, self._listen, self.look)
 
     def close(self) -> None:
         """Take the bells down."""
@@ -81,7 +88,7 @@ class Lines:
     def _listen(self, shard: int, bells: Address, slot: int) -> Any:
         order, server = self._order, self.servers[shard]
         who = order.run, order.attempt, order.rank
-        return self.transport.call(server, "listen", *who, bells, slot)
+        return self.transport.call(server, "listen", *who, bells, slot, self._control)
 
 
 class Round:

@@ -105,17 +105,21 @@ class ServerNode:
         """Give the newest parameters."""
         return self._body.pull(rank, number)
 
-    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
+    def push(
+        self, push: PushId, values: NDArray[np.uint8] | None, control: NDArray[np.float64]
+    ) -> Answer:
         """Take a gradient, wait for the other ranks where the strategy says so."""
-        return self._body.push(push, values)
+        return self._body.push(push, values, control)
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step."""
         return self._body.commit(rank, seq, norm)
 
-    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+    def listen(
+        self, run: str, attempt: int, rank: int, bells: Address, slot: int, control: int
+    ) -> None:
         """Answer a worker's bell; stays open."""
-        self._body.listen(run, attempt, rank, bells, slot)
+        self._body.listen(run, attempt, rank, bells, slot, control)
 
     def mirror_to(self, term: int, name: str, handle: Any) -> None:
         """Fill a backup and keep it up to date."""

@@ -13,6 +13,7 @@ from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.training.client import pushed
+from distplat.strategies.training.control import StepControl
 
 
 class Pushes:
@@ -39,14 +40,19 @@ class Pushes:
         self._versions = versions
         self._limit_s = order.job.failure.step_timeout_s
 
-    def push(self, step: int, task: int | None, setting: str) -> Pushed:
+    def push(self, step: int, control: StepControl, task: int | None, setting: str) -> Pushed:
         """See `Shards`; `setting` is the field of `failure` that changes the deadline."""
+        record = control.pack()
+        if self._lines.bells is not None:
+            self._lines.bells.control[:] = record
         road, order, call = self._road, self._order, self._lines.transport.call
         push = PushId(order.run, order.attempt, order.rank, step, task)
         asked = Round(
             self._lines,
             f"push {step}",
-            lambda server, cut: call(server, "push", push, road.payload(cut, road.gradients)),
+            lambda server, cut: call(
+                server, "push", push, road.payload(cut, road.gradients), record
+            ),
             self._take,
             Request(step, task=task),
             setting,

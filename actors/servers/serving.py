@@ -33,6 +33,7 @@ from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.client import make_service, shard_copy
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.mirror import Twin, Update
 from distplat.strategies.training.parts import as_array
 from distplat.strategies.training.restoring import tensor_of
@@ -207,11 +208,21 @@ class Serving:
         self._mirroring.part.check_serves()
         return self._service.pull(rank, number, self._deliver(rank))
 
-    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
-        """Take a gradient's bytes; None: it is in the worker's segment. See `Service.push`."""
+    def push(
+        self, push: PushId, values: NDArray[np.uint8] | None, control: NDArray[np.float64]
+    ) -> Answer:
+        """
+        Take a gradient; see `Service.push`.
+
+        Args:
+            push: its identity.
+            values: its bytes; None: they are in the worker's segment.
+            control: the worker's control record.
+        """
         self._mirroring.part.check_serves()
         gradient = self._gradients[push.rank] if values is None else self._received(values)
-        return self._service.push(push, gradient, self._deliver(push.rank))
+        record = StepControl.unpack(control)
+        return self._service.push(push, gradient, record, self._deliver(push.rank))
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step; see `Service.commit`."""
@@ -247,9 +258,11 @@ class Serving:
         self._mirroring.alone(term)
         self._service.exclusively(lambda: None)  # wake who waits to be settled
 
-    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+    def listen(
+        self, run: str, attempt: int, rank: int, bells: Address, slot: int, control: int
+    ) -> None:
         """Answer a worker's bell for as long as it lives; its later call takes over from this."""
-        listener, mine = Listener(bells, slot), object()
+        listener, mine = Listener(bells, slot, control), object()
         with self._turn:
             self._listening[rank] = mine
 
@@ -261,7 +274,8 @@ class Serving:
                 raise FencedError(f"{self._name} does not listen here any more")
             if request.norm is not None:
                 return self.commit(rank, request.seq, request.norm)
-            return self.push(PushId(run, attempt, rank, request.seq, request.task), None)
+            push = PushId(run, attempt, rank, request.seq, request.task)
+            return self.push(push, None, listener.control())
 
         try:
             listener.serve(handle, self._turn, wanted)

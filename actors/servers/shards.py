@@ -21,6 +21,7 @@ from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.client import fetch_copies
+from distplat.strategies.training.control import StepControl, control_size
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import ALL, Holding
 from distplat.strategies.training.restoring import SavedState
@@ -118,7 +119,7 @@ class RemoteShards:
 
         attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
-        lines.hang_bells(road.near)
+        lines.hang_bells(road.near, control_size(len(self._flat.slots)))
         if self._on_device:
             shared = road.gradients, road.parameters
             self._ferry = cuda_ferry(self._flat.grads, self._flat.params, shared)
@@ -187,12 +188,13 @@ class RemoteShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
-    def push(self, step: int, task: int | None = None) -> Pushed:
+    def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
+        self._control = control
         return self._following(lambda: self._push(step, task))
 
     def _push(self, step: int, task: int | None = None) -> Pushed:
-        result = self._pushes.push(step, task, self._setting)
+        result = self._pushes.push(step, self._control, task, self._setting)
         self._setting = "step_timeout_s"
         return result
 

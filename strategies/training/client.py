@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from distplat.platform.ledger import Answer
@@ -13,6 +14,7 @@ from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy, TablesCopy
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.training.async_service import AsyncService
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.parts import kind_of
 from distplat.strategies.training.service import Limits, Service
 from distplat.strategies.training.sync_service import SyncService
@@ -50,6 +52,7 @@ def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pus
         ),
         version=min(answer.version for answer in answers),
         dropped=max(answer.dropped for answer in answers),
+        total=StepControl.unpack(np.array(answers[0].total)) if answers[0].total else None,
     )
 
 

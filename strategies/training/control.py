@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Policy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""
 
-_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _HEAD = range(7)
+_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, HEAD_SIZE = range(7)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class StepControl:
 
     def pack(self) -> NDArray[np.float64]:
         """Give it as a vector that can be summed over ranks, shape [6 + slots]."""
-        vector = np.empty(_HEAD + len(self.present))
+        vector = np.empty(HEAD_SIZE + len(self.present))
         vector[_SAMPLES], vector[_WEIGHT], vector[_COUNT] = (
             self.samples,
             self.weight,
@@ -99,8 +99,13 @@ class StepControl:
         vector[_RANK] = self.rank + 1 if self.non_finite else 0
         vector[_SLOT] = self.slot + 1 if self.non_finite else 0
         vector[_STATE] = self.state_changed
-        vector[_HEAD:] = self.present
+        vector[HEAD_SIZE:] = self.present
         return vector
+
+    @property
+    def head(self) -> tuple[float, ...]:
+        """Give what `pack` begins with: all but `present`; `unpack` reads it, too."""
+        return tuple(self.pack()[:HEAD_SIZE].tolist())
 
     @classmethod
     def unpack(cls, vector: NDArray[np.float64]) -> Self:
@@ -114,7 +119,7 @@ class StepControl:
             int(vector[_RANK]) - 1 if one else -1,
             int(vector[_SLOT]) - 1 if one else -1,
             bool(vector[_STATE]),
-            vector[_HEAD:] > 0,
+            vector[HEAD_SIZE:] > 0,
         )
 
     @classmethod
@@ -128,7 +133,7 @@ class StepControl:
 
 def control_size(slots: int) -> int:
     """Give the length of `StepControl.pack` for so many slots."""
-    return _HEAD + slots
+    return HEAD_SIZE + slots
 
 
 class NonFiniteSteps:

@@ -22,6 +22,7 @@ from distplat.strategies.training.client import (
     pushed,
     shard_copy,
 )
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import ALL, Holding, as_array
 from distplat.strategies.training.restoring import SavedState
@@ -156,14 +157,17 @@ class InMemoryShards:
     def _versions(self) -> list[int]:
         return [self._group.service(cut.index).served.version for cut in self._cuts]
 
-    def push(self, step: int, task: int | None = None) -> Pushed:
+    def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
+        self._control = control
         return self._taken([self._push(cut, step, task) for cut in self._cuts])
 
     def _push(self, cut: Shard, step: int, task: int | None) -> Answer:
         push = PushId(self._group.plan.run, self._attempt, self._rank, step, task)
         gradient = self._flat.grads[cut.start : cut.stop]
-        return self._group.service(cut.index, step).push(push, gradient, self._deliver(cut))
+        return self._group.service(cut.index, step).push(
+            push, gradient, self._control, self._deliver(cut)
+        )
 
     def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""

@@ -26,6 +26,7 @@ from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.strategies.base import Pushed
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import Holding
@@ -50,6 +51,7 @@ class ReplayGroup:
         self.computing = threading.Lock()  #: held by the rank that computes
         self._flats: dict[int, FlatModel] = {}
         self._ready: dict[int, int] = {}  #: rank -> how many of its gradients are there
+        self._controls: dict[int, StepControl] = {}  #: rank -> of its last gradient
         self._wants: dict[int, dict[int, int]] = {}  #: rank -> shard -> version it is to pull
         self._waiting: dict[int, Callable[[], bool]] = {}  #: rank -> whether it may go on
         self._pulled = [_pulled_by_rank(log) for log in logs]
@@ -67,8 +69,9 @@ class ReplayGroup:
             self._changed.notify_all()
         self._pull_for(rank, 0)
 
-    def submit(self, rank: int, number: int) -> int:
+    def submit(self, rank: int, number: int, control: StepControl) -> int:
         """Have a rank's gradient applied when its turn comes, and pull; give its staleness."""
+        self._controls[rank] = control
         self.computing.release()
         self._pull_for(rank, number + 1)
         return max(shard.staleness[rank] for shard in self.shards)
@@ -144,7 +147,7 @@ class ReplayGroup:
         if place < len(log) and not self._has_pushed(log[place].rank, index):
             rank, number = log[place].rank, self._taken[index][log[place].rank]
             push = PushId(self.plan.run, self.plan.attempt, rank, number, log[place].task)
-            shard.push(push, self._flats[rank].grads[part])
+            shard.push(push, self._flats[rank].grads[part], self._controls[rank])
             self._taken[index][rank] += 1
             self._places[index] += 1
             moved = True
@@ -170,9 +173,9 @@ class ReplayShards:
     def step_back(self, version: int) -> None:
         """See `Shards`; asynchronous shards have no version in common."""
 
-    def push(self, step: int, task: int | None = None) -> Pushed:
+    def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
-        return Pushed(staleness=self._group.submit(self._rank, step))
+        return Pushed(staleness=self._group.submit(self._rank, step, control), total=control)
 
     def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`; asynchronous shards apply by themselves."""
