@@ -188,7 +188,7 @@ class NoLength(Dataset[Any]):
     [
         (lambda: DataLoader(samples()), "got a DataLoader: return its data set"),
         (Endless, "got an IterableDataset"),
-        (lambda: (sample for sample in samples()), "got a generator"),
+        (lambda: (samples()[i] for i in range(8)), "got a generator"),
         (lambda: iter([1]), "got a list_iterator"),
         (lambda: TensorDataset, "got the class TensorDataset: call it"),
         (lambda: samples().tensors, "got a tuple of tensors: TensorDataset(...)"),
@@ -308,7 +308,8 @@ class Spectral(nn.Module):
         self.w = nn.Parameter(torch.ones(3, 2, dtype=torch.complex64))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return (torch.fft.fft(inputs) @ self.w).abs()
+        found: Tensor = (torch.fft.fft(inputs) @ self.w).abs()
+        return found
 
 
 @pytest.mark.parametrize(
