@@ -32,31 +32,44 @@ _SCHEDULE = "name it in the job file's `lr_schedule`"
 _CLIP = "give the job file's `clip_norm`"
 _EVENTS = "there are no callbacks: `Trainer(..., observers=...)` is told of every step"
 _INSTEAD = {
-    _COLLATE: ("collate_fn", "collate", "data_collator", "get_collate_fn"),
-    _LOSS: ("training_step", "train_step", "compute_loss", "loss_fn", "loss_function", "criterion")
-    + ("get_loss", "backward"),
-    _OPTIMIZER: ("configure_optimizers", "create_optimizer", "get_optimizer", "make_optimizer")
-    + ("optimizer", "optimizers", "optimizer_step", "optimizer_zero_grad"),
-    _SCHEDULE: ("create_scheduler", "lr_scheduler", "lr_scheduler_step", "configure_schedulers")
-    + ("create_optimizer_and_scheduler", "get_scheduler"),
-    _CLIP: ("clip_gradients", "configure_gradient_clipping"),
-    _MODEL: ("forward", "call", "build_model", "create_model", "make_model", "get_model")
-    + ("model_init", "configure_model", "predict_step"),
-    _DATA: ("train_dataloader", "get_train_dataloader", "train_loader", "training_dataset")
-    + ("train_dataset", "get_train_dataset", "train_set", "prepare_data"),
-    _EVAL: ("validation_step", "test_step", "eval_step", "prediction_step", "compute_metrics")
-    + ("val_dataloader", "eval_dataloader", "test_dataloader", "get_eval_dataloader")
-    + ("val_data", "valid_data", "validation_data", "test_data", "val_dataset", "eval_dataset")
-    + ("validation_dataset", "test_dataset", "validation_epoch_end")
-    + ("get_metrics", "configure_metrics"),
-    _EVENTS: ("training_epoch_end", "configure_callbacks", "on_train_start", "on_train_end")
-    + ("on_fit_start", "on_fit_end", "on_train_epoch_start", "on_train_epoch_end")
-    + ("on_train_batch_start", "on_train_batch_end", "on_validation_epoch_end", "on_epoch_begin")
-    + ("on_validation_start", "on_validation_end", "on_before_optimizer_step", "on_epoch_end")
-    + ("on_step_end", "on_save_checkpoint", "on_load_checkpoint", "on_train_begin"),
+    _COLLATE: "collate_fn collate data_collator get_collate_fn",
+    _LOSS: """
+        training_step train_step compute_loss loss_fn loss_function criterion get_loss
+        backward
+    """,
+    _OPTIMIZER: """
+        configure_optimizers create_optimizer get_optimizer make_optimizer optimizer
+        optimizers optimizer_step optimizer_zero_grad
+    """,
+    _SCHEDULE: """
+        create_scheduler lr_scheduler lr_scheduler_step configure_schedulers
+        create_optimizer_and_scheduler get_scheduler
+    """,
+    _CLIP: "clip_gradients configure_gradient_clipping",
+    _MODEL: """
+        forward call build_model create_model make_model get_model model_init
+        configure_model predict_step
+    """,
+    _DATA: """
+        train_dataloader get_train_dataloader train_loader training_dataset
+        train_dataset get_train_dataset train_set prepare_data
+    """,
+    _EVAL: """
+        validation_step test_step eval_step prediction_step compute_metrics
+        val_dataloader eval_dataloader test_dataloader get_eval_dataloader val_data
+        valid_data validation_data test_data val_dataset eval_dataset validation_dataset
+        test_dataset validation_epoch_end get_metrics configure_metrics
+    """,
+    _EVENTS: """
+        training_epoch_end configure_callbacks on_train_start on_train_end on_fit_start
+        on_fit_end on_train_epoch_start on_train_epoch_end on_train_batch_start
+        on_train_batch_end on_validation_epoch_end on_epoch_begin on_validation_start
+        on_validation_end on_before_optimizer_step on_epoch_end on_step_end
+        on_save_checkpoint on_load_checkpoint on_train_begin
+    """,
 }
 """By what to write instead: hooks of Lightning, of Hugging Face's Trainer and of Keras."""
-_REMEDY = {name: remedy for remedy, names in _INSTEAD.items() for name in names}
+_REMEDY = {name: remedy for remedy, names in _INSTEAD.items() for name in names.split()}
 _NEAR = 0.8
 """`metric` and `train_dat` are near; `loss_weight` and `model_name` are not."""
 _LONGER = 3
@@ -105,7 +118,7 @@ def _members(kind: type[Task]) -> Iterator[tuple[str, Callable[..., object]]]:
     """Give the methods of a class and of its own bases, public ones and others, once each."""
     seen: set[str] = set()
     for one in kind.__mro__:
-        if one is Task or not issubclass(one, Task) and one.__module__ in ("abc", "builtins"):
+        if one is Task or one.__module__ in ("abc", "builtins"):
             continue
         for name, value in vars(one).items():
             inner = value.__func__ if isinstance(value, staticmethod | classmethod) else value

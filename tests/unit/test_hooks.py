@@ -52,8 +52,10 @@ def test_a_hook_that_is_none_is_told_with_its_place(name: str, instead: str) -> 
 
 @pytest.mark.parametrize(
     "name",
-    ["__init__", "_collate_fn", "_metric", "loss_weight", "model_config", "train_data_path"]
-    + ["unigram_entropy", "tokenizer", "augment", "windows", "log", "data", "vocabulary", "mask"],
+    (
+        "__init__ _collate_fn _metric loss_weight model_config train_data_path unigram_entropy "
+        "tokenizer augment windows log data vocabulary mask"
+    ).split(),
 )
 def test_a_helper_is_silent(name: str) -> None:
     assert unheard(with_method(name)) == []
