@@ -12,6 +12,7 @@ This module needs no torch, and looks at a class only: the driver can ask it.
 from __future__ import annotations
 
 import inspect
+from abc import ABC
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -118,7 +119,7 @@ def _members(kind: type[Task]) -> Iterator[tuple[str, Callable[..., object]]]:
     """Give the methods of a class and of its own bases, public ones and others, once each."""
     seen: set[str] = set()
     for one in kind.__mro__:
-        if one is Task or one.__module__ in ("abc", "builtins"):
+        if one in (Task, ABC, object):
             continue
         for name, value in vars(one).items():
             inner = value.__func__ if isinstance(value, staticmethod | classmethod) else value
