@@ -6,8 +6,9 @@ from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.courier import Courier
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
-from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import saved_model
+from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
@@ -55,9 +56,9 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
         return _train(launch, report, tell, progress, keep)
     except (DistplatError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        step = progress.step if progress.beats else None
-        raise as_user_error(error, 0, step) from error
+    except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
+        at, evaluating = progress.at, progress.evaluating
+        raise as_user_error(error, 0, at, evaluating=evaluating) from error
 
 
 def _train(

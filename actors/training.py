@@ -23,7 +23,8 @@ from distplat.actors.connection import Connection
 from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
-from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.task_loading import load_task_class
+from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
 from distplat.platform.collecting import Delivery
 from distplat.platform.errors import Abandoned, DistplatError
@@ -124,9 +125,9 @@ class Session:
         except DistplatError as error:
             self.standing = replace(self.standing, error=error.with_traceback(None))
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
-            progress = self.standing.progress
-            step = progress.step if progress.beats else None
-            self.standing = replace(self.standing, error=as_user_error(error, order.rank, step))
+            at = self.standing.progress
+            found = as_user_error(error, order.rank, at.at, evaluating=at.evaluating)
+            self.standing = replace(self.standing, error=found)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
         """Build model and data for an attempt that is to come; tell `ready` how that ended."""

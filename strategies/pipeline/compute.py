@@ -23,15 +23,8 @@ from distplat.strategies.pipeline.executor import Executor
 from distplat.strategies.pipeline.plans import PlanOf
 from distplat.strategies.pipeline.seams import Tail
 from distplat.strategies.training.batches import eval_batches, micro_batches
-from distplat.strategies.training.compute import (
-    Share,
-    Stopwatch,
-    Sums,
-    checked_loss,
-    eval_figures,
-    precision,
-    to_device,
-)
+from distplat.strategies.training.checks import checked_loss, eval_figures
+from distplat.strategies.training.compute import Share, Stopwatch, Sums, precision, to_device
 from distplat.strategies.training.session import Prepared
 
 _WINDOW = 32
@@ -128,7 +121,7 @@ class Pipeline:
         with precision(self._p.job, self._device):
             return checked_loss(self._p.task, outputs, targets)
 
-    def figures_of(self, outputs: Tensor, targets: Any) -> dict[str, Tensor | float]:
+    def figures_of(self, outputs: Tensor, targets: Any) -> dict[str, float]:
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
             return eval_figures(self._p.task, outputs, targets)

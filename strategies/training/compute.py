@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
-from distplat.strategies.task import Task
 from distplat.strategies.training.batches import eval_batches, micro_batches
+from distplat.strategies.training.checks import checked_loss, eval_figures
 
 if TYPE_CHECKING:
     from distplat.strategies.training.session import Prepared
@@ -65,12 +65,15 @@ class Sums:
 
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    """Figure -> samples of the batches that gave it: not every batch need give each."""
 
-    def add(self, figures: Mapping[str, Tensor | float], size: int) -> None:
+    def add(self, figures: Mapping[str, float], size: int) -> None:
         """Take the means over a batch of so many samples."""
         self.samples += size
         for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value) * size
+            self.sums[name] = self.sums.get(name, 0.0) + value * size
+            self.counts[name] = self.counts.get(name, 0) + size
 
 
 class Compute(Protocol):
@@ -160,26 +163,6 @@ class WholeModel:
         start, stop = even_bounds(len(data), world)[self.rank]
         size = max(1, self.job.global_batch_size // world)
         return eval_batches(self.job, data, range(start, stop), size)
-
-
-def checked_loss(task: Task, outputs: Any, targets: Any) -> Tensor:
-    """
-    Give the task's loss of one micro-batch.
-
-    Raises:
-        ValueError: it is no scalar.
-    """
-    loss = task.loss(outputs, targets)
-    if loss.ndim != 0:
-        raise ValueError(
-            f"loss() must return a scalar, the mean over the batch; got shape {[*loss.shape]}"
-        )
-    return loss
-
-
-def eval_figures(task: Task, outputs: Any, targets: Any) -> dict[str, Tensor | float]:
-    """Give loss and metrics of one evaluation batch, means over it."""
-    return {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}
 
 
 def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:

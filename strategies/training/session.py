@@ -23,6 +23,7 @@ from distplat.strategies.ports import Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
 from distplat.strategies.training.batches import make_sampler, ready_loaders, total_steps
+from distplat.strategies.training.checks import check_state, checked_data, checked_model
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
 from distplat.strategies.training.loop import Loop, Progress
@@ -103,17 +104,19 @@ def prepare(
     """
     loaders_ready = ready_loaders(job)
     torch.manual_seed(job.seed)
-    model = task.model() if strategy is None else strategy.build(task)
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model() must return a torch.nn.Module, got {type(model).__name__}")
+    model = checked_model(task, task.model() if strategy is None else strategy.build(task))
+    sent = strategy is not None and strategy.roles(job).collective is not None
+    check_state(model, sent=sent and job.scaling.world > 1)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     part = FlatModel(model.to(device)) if whole else None
     torch.manual_seed(job.seed)
-    data = task.train_data()
+    data = checked_data(task, task.train_data(), "train_data")
     sampler = make_sampler(job, data, None if strategy is None else strategy.replicas(job))
     torch.manual_seed(job.seed)
     eval_data = task.eval_data()
+    if eval_data is not None:
+        eval_data = checked_data(task, eval_data, "eval_data")
     steps = total_steps(job, sampler)
     left = None if whole else model
     loaders_ready()
