@@ -30,8 +30,8 @@ from distplat.strategies.training.compute import (
     checked_loss,
     eval_figures,
     precision,
-    to_device,
 )
+from distplat.strategies.training.device import to_device
 from distplat.strategies.training.session import Prepared
 
 _WINDOW = 32
