@@ -28,7 +28,7 @@ from distplat.strategies.fakes import (
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Ports, join, prepare
+from distplat.strategies.training.session import Around, Ports, join, make_task, prepare
 
 _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
@@ -69,10 +69,11 @@ def _train(
     keep: Keep,
 ) -> bytes:
     job = launch.job
-    kind = launch.task or load_task_class(job.task or "", launch.working_dir)
+    kind = launch.task
+    task = make_task(job, lambda: kind or load_task_class(job.task or "", launch.working_dir))
     strategy = make_strategy(job)
     device = "cuda" if job.scaling.use_gpu else "cpu"
-    prepared = prepare(job, kind(**job.task_args), device, strategy)
+    prepared = prepare(job, task, device, strategy)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)

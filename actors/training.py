@@ -36,7 +36,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Prepared, join, prepare, resize
+from distplat.strategies.training.session import Around, Prepared, join, make_task, prepare, resize
 from distplat.strategies.training.shown import Shown, part_copy, state_copy
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ class Session:
         if order.strategy_file is not None:
             order.strategy_file.load()
         self._strategy = make_strategy(job)
-        task = _task_class(order)(**job.task_args)
+        task = make_task(job, lambda: _task_class(order))
         device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy

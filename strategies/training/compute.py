@@ -24,7 +24,12 @@ from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
 from distplat.strategies.training.batches import eval_batches, micro_batches
+<<<<<<< HEAD
 from distplat.strategies.training.checks import checked_loss, eval_figures
+=======
+from distplat.strategies.training.device import to_device
+from distplat.strategies.training.seeding import seed_evaluation, seed_step
+>>>>>>> data
 
 if TYPE_CHECKING:
     from distplat.strategies.training.session import Prepared
@@ -117,7 +122,7 @@ class WholeModel:
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`."""
-        torch.manual_seed(step_seed(self.job.seed, step, self.rank))
+        seed_step(self.job.seed, step, self.rank)
         self.flat.model.train()
         sizes = [len(ids) for ids in self._plan(step)]
         weight = 1.0 / self.sampler.batch_size(step)
@@ -143,6 +148,7 @@ class WholeModel:
     @torch.no_grad()
     def evaluate(self, data: Dataset[Any]) -> Sums:
         """See `Compute`."""
+        seed_evaluation(self.job.seed, self.rank)
         self.flat.model.eval()
         found = Sums()
         for batch, size in self._eval_batches(data):
@@ -170,31 +176,3 @@ def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
     if job.precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def to_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
-    """
-    Take a collated (inputs, targets) apart and move its tensors to a device.
-
-    Raises:
-        ValueError: it is no pair.
-    """
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise ValueError("a sample of train_data must be a pair (inputs, targets)")
-    return _move(batch[0], device), _move(batch[1], device)
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """Move tensors, alone or in lists, tuples and mappings, to a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_move(item, device) for item in value)
-    return value
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed dropout and its like by step and rank: a repeated step draws the same numbers."""
-    return (seed * 1_000_003 + step * 4_099 + rank) % (1 << 63)
