@@ -6,8 +6,9 @@ from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.courier import Courier
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
-from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import saved_model
+from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
@@ -27,7 +28,7 @@ from distplat.strategies.fakes import (
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Ports, join, prepare
+from distplat.strategies.training.session import Around, Ports, join, make_task, prepare
 
 _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
@@ -55,9 +56,9 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
         return _train(launch, report, tell, progress, keep)
     except (DistplatError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        step = progress.step if progress.beats else None
-        raise as_user_error(error, 0, step) from error
+    except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
+        at, evaluating = progress.at, progress.evaluating
+        raise as_user_error(error, 0, at, evaluating=evaluating) from error
 
 
 def _train(
@@ -68,10 +69,11 @@ def _train(
     keep: Keep,
 ) -> bytes:
     job = launch.job
-    kind = launch.task or load_task_class(job.task or "", launch.working_dir)
+    kind = launch.task
+    task = make_task(job, lambda: kind or load_task_class(job.task or "", launch.working_dir))
     strategy = make_strategy(job)
     device = "cuda" if job.scaling.use_gpu else "cpu"
-    prepared = prepare(job, kind(**job.task_args), device, strategy)
+    prepared = prepare(job, task, device, strategy)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)

@@ -21,6 +21,7 @@ import numpy as np
 import ray
 from ray.experimental.internal_kv import _internal_kv_del
 
+from distplat.actors import hash_seed
 from distplat.actors.asking import ask
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
@@ -107,13 +108,14 @@ def local_ray(job: Job) -> Iterator[None]:
         return
     cpus = job.scaling.num_workers * job.scaling.resources()["CPU"]
     # More workers than cores is slow but right: on a laptop that is what trying out means.
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
-        logging_level="error",  # Ray warns of its own token file at every start
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with hash_seed.inherited():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
+            logging_level="error",  # Ray warns of its own token file at every start
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()

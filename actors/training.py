@@ -24,7 +24,8 @@ from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.task_loading import load_task_class
+from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
 from distplat.platform.collecting import Delivery
 from distplat.platform.errors import Abandoned, DistplatError
@@ -36,7 +37,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Prepared, join, prepare, resize
+from distplat.strategies.training.session import Around, Prepared, join, make_task, prepare, resize
 from distplat.strategies.training.shown import Shown, part_copy, state_copy
 
 logger = logging.getLogger(__name__)
@@ -125,9 +126,9 @@ class Session:
         except DistplatError as error:
             self.standing = replace(self.standing, error=error.with_traceback(None))
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
-            progress = self.standing.progress
-            step = progress.step if progress.beats else None
-            self.standing = replace(self.standing, error=as_user_error(error, order.rank, step))
+            at = self.standing.progress
+            found = as_user_error(error, order.rank, at.at, evaluating=at.evaluating)
+            self.standing = replace(self.standing, error=found)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
         """Build model and data for an attempt that is to come; tell `ready` how that ended."""
@@ -220,7 +221,7 @@ class Session:
         if order.strategy_file is not None:
             order.strategy_file.load()
         self._strategy = make_strategy(job)
-        task = _task_class(order)(**job.task_args)
+        task = make_task(job, lambda: _task_class(order))
         device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy

@@ -120,6 +120,8 @@ def run_entries(
     """
     Name what lies in a run of a flat vector; padding between the tensors has no name.
 
+    A tensor without elements lies in each run that its place touches: no run must leave it out.
+
     Args:
         names: name, shape and first element in the flat vector, of each tensor.
         start: first element of the run.
@@ -132,9 +134,10 @@ def run_entries(
     found = []
     places = places or {}
     for name, shape, offset in names:
-        first, last = max(start, offset), min(stop, offset + math.prod(shape))
-        if first < last:
-            whole = last - first == math.prod(shape)
+        size = math.prod(shape)
+        first, last = max(start, offset), min(stop, offset + size)
+        if first < last or (size == 0 and first == last):
+            whole = last - first == size
             run = None if whole else (first - offset, last - offset)
             place = replace(places.get(name, Place(shape)), run=run)
             found.append(Entry(f"{prefix}/{name}", place, dtype, array, first - start))

@@ -37,6 +37,8 @@ class EvalReport:
     samples: int
     sums: dict[str, float]
     """Figure -> sum over this rank's samples."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """Figure -> samples in its sum, those of the batches that gave it; not there: all samples."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,11 @@ def _join_steps(reports: list[StepReport]) -> StepSummary:
 
 
 def _join_evals(reports: list[EvalReport]) -> EvalSummary:
-    samples = sum(r.samples for r in reports)
-    names = next((r.sums for r in reports if r.samples), {})
-    means = {name: sum(r.sums.get(name, 0.0) for r in reports) / samples for name in names}
-    return EvalSummary(reports[0].step, samples, means)
+    """A figure's mean is over the samples of the batches that gave it, on whatever rank."""
+    names = dict.fromkeys(name for r in reports for name in r.sums)
+    means = {}
+    for name in names:
+        giving = [r for r in reports if name in r.sums]
+        count = sum(r.counts.get(name, r.samples) for r in giving)
+        means[name] = sum(r.sums[name] for r in giving) / (count or 1.0)
+    return EvalSummary(reports[0].step, sum(r.samples for r in reports), means)

@@ -23,15 +23,9 @@ from distplat.strategies.pipeline.executor import Executor
 from distplat.strategies.pipeline.plans import PlanOf
 from distplat.strategies.pipeline.seams import Tail
 from distplat.strategies.training.batches import eval_batches, micro_batches
-from distplat.strategies.training.compute import (
-    Share,
-    Stopwatch,
-    Sums,
-    eval_figures,
-    precision,
-    to_device,
-)
-from distplat.strategies.training.losses import LossTerm, loss_term
+from distplat.strategies.training.compute import Share, Stopwatch, Sums, precision
+from distplat.strategies.training.device import to_device
+from distplat.strategies.training.losses import Figures, LossTerm, eval_figures, loss_term
 from distplat.strategies.training.session import Prepared
 
 _WINDOW = 32
@@ -126,12 +120,12 @@ class Pipeline:
     def differentiated(self, outputs: Tensor, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""
         with precision(self._p.job, self._device):
-            return loss_term(self._p.task.loss(outputs, targets), samples)
+            return loss_term(self._p.task, outputs, targets, samples)
 
-    def figures_of(self, outputs: Tensor, targets: Any) -> dict[str, Tensor | float]:
+    def figures_of(self, outputs: Tensor, targets: Any, samples: int) -> Figures:
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
-            return eval_figures(self._p.task, outputs, targets)
+            return eval_figures(self._p.task, outputs, targets, samples)
 
 
 class _Loaded:
@@ -211,8 +205,8 @@ class _Evaluation(_Loaded):
 
     def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
         """Add the figures up."""
-        figures = self._owner.figures_of(outputs, self.targets(micro_batch))
-        self._found.add(figures, self.sizes[micro_batch])
+        size = self.sizes[micro_batch]
+        self._found.add(self._owner.figures_of(outputs, self.targets(micro_batch), size), size)
         return outputs
 
     def seed(self, micro_batch: int) -> int:

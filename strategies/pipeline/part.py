@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
@@ -25,6 +24,7 @@ from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.parts import Holding
 from distplat.strategies.training.recompute import recomputed
+from distplat.strategies.training.seeding import seed_quickly
 from distplat.strategies.training.stages import Layer, Stage, layers_of, one_tensor, refuse_tied
 from distplat.strategies.training.traced import traced_layers
 
@@ -67,7 +67,7 @@ class Chunk(Stage):
         names = zip(self.layer_names, self._run, strict=True)
         with way():
             for number, (name, module) in enumerate(names, start=self._first):
-                _seed(mixed(seed, number), inputs.device)
+                seed_quickly(mixed(seed, number))
                 inputs = one_tensor(name, module(inputs))
         return inputs
 
@@ -86,13 +86,6 @@ class _Seeded(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.chunk.seeded(inputs, self._seed, self._way)
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.manual_seed(seed)  # pyright: ignore
-    else:
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: a tenth of the time
 
 
 @dataclass

@@ -16,8 +16,8 @@ from distplat.strategies.pipeline.plans import training_plan
 from distplat.strategies.tensor.parallelize import parallelize
 from distplat.strategies.tensor.plan import resolve
 from distplat.strategies.training.batches import one_batch
-from distplat.strategies.training.compute import to_device
 from distplat.strategies.training.cut import Memory
+from distplat.strategies.training.device import to_device
 from distplat.strategies.training.session import Prepared
 
 if TYPE_CHECKING:

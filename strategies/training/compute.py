@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
-from distplat.strategies.task import Task
 from distplat.strategies.training.batches import eval_batches, micro_batches
 from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.losses import LossTerm, loss_term
+from distplat.strategies.training.device import to_device
+from distplat.strategies.training.losses import Figures, LossTerm, eval_figures, loss_term
+from distplat.strategies.training.seeding import seed_evaluation, seed_step
 
 if TYPE_CHECKING:
     from distplat.strategies.training.session import Prepared
@@ -97,12 +97,15 @@ class Sums:
 
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    """Figure -> weight of the batches that gave it: not every batch need give each."""
 
-    def add(self, figures: Mapping[str, Tensor | float], size: int) -> None:
-        """Take the means over a batch of so many samples."""
+    def add(self, figures: Figures, size: int) -> None:
+        """Take the figures of a batch of so many samples."""
         self.samples += size
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value) * size
+        for name, (value, weight) in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0.0) + weight
 
 
 class Compute(Protocol):
@@ -146,7 +149,7 @@ class WholeModel:
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`."""
-        torch.manual_seed(step_seed(self.job.seed, step, self.rank))
+        seed_step(self.job.seed, step, self.rank)
         self.flat.model.train()
         sizes = [len(ids) for ids in self._plan(step)]
         share, part = Share(), 1.0 / self.sampler.batch_size(step)
@@ -155,7 +158,7 @@ class WholeModel:
             clock.lap("data")
             with precision(self.job, self.flat.params.device):
                 outputs = self.flat.model(inputs)
-                term = loss_term(self.task.loss(outputs, targets), size)
+                term = loss_term(self.task, outputs, targets, size)
             self.flat.before_backward()
             if number == len(sizes):
                 self._last_backward(step)
@@ -174,12 +177,14 @@ class WholeModel:
     @torch.no_grad()
     def evaluate(self, data: Dataset[Any]) -> Sums:
         """See `Compute`."""
+        seed_evaluation(self.job.seed, self.rank)
         self.flat.model.eval()
         found = Sums()
         for batch, size in self._eval_batches(data):
             inputs, targets = to_device(batch, self.flat.params.device)
             with precision(self.job, self.flat.params.device):
-                found.add(eval_figures(self.task, self.flat.model(inputs), targets), size)
+                outputs = self.flat.model(inputs)
+                found.add(eval_figures(self.task, outputs, targets, size), size)
             self.alive()
         return found
 
@@ -196,41 +201,8 @@ class WholeModel:
         return eval_batches(self.job, data, range(start, stop), size)
 
 
-def eval_figures(task: Task, outputs: Any, targets: Any) -> dict[str, Tensor | float]:
-    """Give loss and metrics of one evaluation batch, means over it."""
-    return {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}
-
-
 def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
     """Give the context in which the job's forwards run."""
     if job.precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def to_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
-    """
-    Take a collated (inputs, targets) apart and move its tensors to a device.
-
-    Raises:
-        ValueError: it is no pair.
-    """
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise ValueError("a sample of train_data must be a pair (inputs, targets)")
-    return _move(batch[0], device), _move(batch[1], device)
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """Move tensors, alone or in lists, tuples and mappings, to a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_move(item, device) for item in value)
-    return value
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed dropout and its like by step and rank: a repeated step draws the same numbers."""
-    return (seed * 1_000_003 + step * 4_099 + rank) % (1 << 63)

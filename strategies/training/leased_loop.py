@@ -79,6 +79,7 @@ class LeasedLoop:
 
     def _work(self) -> None:
         self.progress.step = self._offered = self.start
+        self.progress.begun = True
         self._final, self._idle_s = False, 0.0
         while not (work := self._next()).over:
             self._make_final(work)
@@ -134,8 +135,11 @@ class LeasedLoop:
         assert self.eval_data is not None, "evaluations are asked for only where there is data"
         if not self._final:
             self.strategy.synchronize()
+        self.progress.evaluating = True
         found = self.compute.evaluate_part(self.eval_data, part)
-        self.report(EvalReport(part, version, found.samples, found.sums))
+        self.progress.evaluating = False
+        sums = found.samples, found.sums, found.counts
+        self.report(EvalReport(part, version, *sums))
         self.leases.finish((), ((version, part),))
         self.progress.beat()
 

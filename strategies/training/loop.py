@@ -34,6 +34,17 @@ class Progress:
     """Micro-batches and steps done: grows while the worker works, even on no samples."""
     left: bool = False
     """The worker was told to leave before the run's end."""
+    begun: bool = False
+    """The loop has been entered."""
+    evaluating: bool = False
+    """The evaluation after `step` is under way, not the next step."""
+
+    @property
+    def at(self) -> int | None:
+        """The step under way, or the one whose evaluation is, from 1; None: none was begun."""
+        if not self.begun:
+            return None
+        return self.step if self.evaluating else self.step + 1
 
     def beat(self) -> None:
         """Show that the worker is at work."""
@@ -73,7 +84,7 @@ class Loop:
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
-        self.progress.step = self.start
+        self.progress.step, self.progress.begun = self.start, True
         unreported = self.strategy.caught_up()
         if unreported is not None:
             self._end_step(self.start - 1, unreported, Stopwatch())
@@ -134,7 +145,9 @@ class Loop:
 
     def _evaluate(self, data: Dataset[Any], step: int) -> None:
         """Run this rank's part of the evaluation data; the controller puts the parts together."""
+        self.progress.evaluating = True
         found = self.compute.evaluate(data)
-        mine = EvalReport(self.rank, step, found.samples, found.sums)
+        self.progress.evaluating = False
+        mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
         for text in self.strategy.gather(json.dumps(asdict(mine)).encode()):
             self.report(EvalReport(**json.loads(text)))

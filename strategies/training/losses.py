@@ -10,10 +10,17 @@ and the division by the weights of all ranks and micro-batches is one factor at 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from distplat.strategies.task import Task
+from distplat.strategies.training.checks import checked_loss, checked_metrics, checked_weight
+
+Figures = Mapping[str, tuple[float, float]]
+"""By name: a sum, and the weight that it is divided by once all batches are added up."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +37,35 @@ class LossTerm:
     """Whether loss() gave the weight."""
 
 
-def loss_term(value: Any, samples: int) -> LossTerm:
+def loss_term(task: Task, outputs: Any, targets: Any, samples: int) -> LossTerm:
     """
-    Read what a task's loss() gave for one micro-batch.
+    Give the task's loss of one micro-batch.
 
     Args:
-        value: a scalar, or a pair of a scalar and a weight.
+        task: the user's.
+        outputs: what the model gave.
+        targets: as loaded.
         samples: of the micro-batch.
 
     Raises:
-        ValueError: it is neither; or the weight is negative, infinite or NaN.
+        ValueError: loss() gave neither a scalar nor (sum, weight).
     """
+    value = task.loss(outputs, targets)
     if isinstance(value, tuple) and len(value) == 2:
-        weight = float(value[1])
-        if not 0.0 <= weight < float("inf"):
-            raise ValueError(f"loss() gave the weight {weight:g}: it must be finite, 0 or more")
-        return LossTerm(_scalar(value[0]), 1.0, weight, weighted=True)
-    return LossTerm(_scalar(value), float(samples), float(samples))
+        weight = checked_weight(task, value[1])
+        return LossTerm(checked_loss(task, value[0], outputs), 1.0, weight, weighted=True)
+    return LossTerm(checked_loss(task, value, outputs), float(samples), float(samples))
 
 
-def _scalar(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        got = f"shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"loss() must return a scalar, the mean over the batch, or (sum, weight); got {got}"
-        )
-    return value
+def eval_figures(task: Task, outputs: Any, targets: Any, samples: int) -> Figures:
+    """
+    Give loss and metrics of one evaluation batch.
+
+    Raises:
+        ValueError: one of them is no number; names it.
+    """
+    term = loss_term(task, outputs, targets, samples)
+    figures = {"loss": (float(term.value) * term.factor, term.weight)}
+    for name, mean in checked_metrics(task, outputs, targets).items():
+        figures[name] = mean * samples, float(samples)
+    return figures

@@ -1,11 +1,13 @@
 """
-From a job and a task to a loop that is ready to run, in three steps that can wait between.
+From a job and a task to a loop that is ready to run, in steps that can wait between.
 
+    make_task    import the task's module
     prepare      build model and data; talks to nobody
     join         connect the ports, set the strategy up; waits for the others
     Loop.run     train
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,13 +24,19 @@ from distplat.strategies.base import Collective, Context, Shards, Strategy
 from distplat.strategies.ports import Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
-from distplat.strategies.training.batches import make_sampler, ready_loaders, total_steps
+from distplat.strategies.training.batches import make_sampler, total_steps
+from distplat.strategies.training.checks import check_state, checked_data, checked_model
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.held_generators import warning_of
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
+from distplat.strategies.training.loader_processes import ready_loaders
 from distplat.strategies.training.loop import Loop, Progress
 from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.seeding import seed_all
 from distplat.strategies.training.task_compute import TaskModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,6 +94,20 @@ FRESH = Around()
 """No checkpoints."""
 
 
+def make_task(job: Job, load: Callable[[], type[Task]]) -> Task:
+    """
+    Make the task. Seeded before, so that whatever its module and class draw is the same for all.
+
+    Args:
+        job: the run.
+        load: imports the module and gives the class.
+    """
+    seed_all(job.seed)
+    kind = load()
+    seed_all(job.seed)
+    return kind(**job.task_args)
+
+
 def prepare(
     job: Job, task: Task, device: str = "cpu", strategy: Strategy[Any] | None = None
 ) -> Prepared:
@@ -102,22 +124,32 @@ def prepare(
         ValueError: a model or data set that cannot be trained; or whatever the task raises.
     """
     loaders_ready = ready_loaders(job)
-    torch.manual_seed(job.seed)
-    model = task.model() if strategy is None else strategy.build(task)
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model() must return a torch.nn.Module, got {type(model).__name__}")
+    seed_all(job.seed)
+    model = checked_model(task, task.model() if strategy is None else strategy.build(task))
+    sent = strategy is not None and strategy.roles(job).collective is not None
+    check_state(model, sent=sent and job.scaling.world > 1)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     part = FlatModel(model.to(device)) if whole else None
-    torch.manual_seed(job.seed)
-    data = task.train_data()
+    seed_all(job.seed)
+    data = checked_data(task, task.train_data(), "train_data")
     sampler = make_sampler(job, data, None if strategy is None else strategy.replicas(job))
-    torch.manual_seed(job.seed)
+    seed_all(job.seed)
     eval_data = task.eval_data()
+    if eval_data is not None:
+        eval_data = checked_data(task, eval_data, "eval_data")
+    _warn_of_held_generators(data, eval_data)
     steps = total_steps(job, sampler)
     left = None if whole else model
     loaders_ready()
     return Prepared(job, task, left, data, eval_data, sampler, steps, device, part, lookups)
+
+
+def _warn_of_held_generators(data: Dataset[Any], eval_data: Dataset[Any] | None) -> None:
+    for one, what in ((data, "train_data"), (eval_data, "eval_data")):
+        warning = warning_of(one, what) if one is not None else None
+        if warning is not None:
+            logger.warning(warning)
 
 
 def resize(prepared: Prepared, job: Job, strategy: Strategy[Any]) -> None:

@@ -20,6 +20,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parent / "supp
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray instance of this module's own, with more CPUs than the machine has cores."""
+    os.environ["PYTHONHASHSEED"] = "0"  # as for a run's own Ray, so that workers start at once
     ray.init(
         address="local",
         include_dashboard=False,

@@ -20,8 +20,8 @@ from distplat.platform.learning_rate import factor
 from distplat.platform.progress import StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.strategies.algorithms.seeds import step_seed
 from distplat.strategies.task import Task
-from distplat.strategies.training.compute import step_seed
 from distplat.strategies.training.session import Prepared
 
 SAMPLES, BATCH, EPOCHS = 37, 9, 3

@@ -8,7 +8,7 @@ import sys
 from multiprocessing import get_context
 
 from distplat.strategies.catalog import make_job
-from distplat.strategies.training.batches import ready_loaders
+from distplat.strategies.training.loader_processes import ready_loaders
 
 if __name__ == "__main__":
     ready_loaders(make_job({
