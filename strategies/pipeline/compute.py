@@ -23,20 +23,9 @@ from distplat.strategies.pipeline.executor import Executor
 from distplat.strategies.pipeline.plans import PlanOf
 from distplat.strategies.pipeline.seams import Tail
 from distplat.strategies.training.batches import eval_batches, micro_batches
-<<<<<<< HEAD
 from distplat.strategies.training.checks import checked_loss, eval_figures
-from distplat.strategies.training.compute import Share, Stopwatch, Sums, precision, to_device
-=======
-from distplat.strategies.training.compute import (
-    Share,
-    Stopwatch,
-    Sums,
-    checked_loss,
-    eval_figures,
-    precision,
-)
+from distplat.strategies.training.compute import Share, Stopwatch, Sums, precision
 from distplat.strategies.training.device import to_device
->>>>>>> data
 from distplat.strategies.training.session import Prepared
 
 _WINDOW = 32

@@ -24,12 +24,9 @@ from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
 from distplat.strategies.training.batches import eval_batches, micro_batches
-<<<<<<< HEAD
 from distplat.strategies.training.checks import checked_loss, eval_figures
-=======
 from distplat.strategies.training.device import to_device
 from distplat.strategies.training.seeding import seed_evaluation, seed_step
->>>>>>> data
 
 if TYPE_CHECKING:
     from distplat.strategies.training.session import Prepared
