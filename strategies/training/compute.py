@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from distplat.platform.cut import even_bounds
