@@ -132,14 +132,17 @@ class Ring(Strategy[RingOptions]):
 
     def exchange(self, step: int) -> None:
         """Sum the gradients; each rank's are already weighted by its share of the batch."""
+        from distplat.strategies.reduction.presence import union_of
+
         assert self._reducer is not None and self._statistics is not None, "setup() comes first"
         self._reducer.finish()
+        self._present = union_of(self._flat.present, self._collective, self._device)
         self._statistics.average()
 
     def update(self, step: int) -> None:
         """Make the same update on every rank."""
         assert self._statistics is not None, "setup() comes first"
-        self._optimizer.step(step)
+        self._optimizer.step(step, self._present)
         self._statistics.keep()
 
     def part(self, version: int) -> Part:

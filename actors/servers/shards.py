@@ -72,6 +72,7 @@ class RayShards:
             self._total_steps,
             self._checkpoint_every,
             self._holding.uncounted(flat),
+            flat.layout,
         )
         join = partial(self._order.manager.join.remote, self._order.rank, self._facts)
         limit = self._limits.start_timeout_s + ANSWER_GRACE_S

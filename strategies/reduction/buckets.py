@@ -53,7 +53,7 @@ class BucketReducer:
         overlap: bool = True,
         wire_dtype: str | None = None,
     ) -> None:
-        self._grads, self._collective = flat.grads, collective
+        self._flat, self._grads, self._collective = flat, flat.grads, collective
         self._alone = collective.world == 1
         item = flat.grads.itemsize
         offsets = [slot.offset for slot in flat.slots]
@@ -134,6 +134,7 @@ class BucketReducer:
             return
         if self._release.has_left(parameter):
             raise came_again(name)
+        self._flat.ready(parameter)
         for number in self._release.gradient(parameter):
             self._start(number)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from distplat.platform.ledger import Answer, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.optim import Presence
 from distplat.strategies.training.service import Deliver, Limits, Service
 
 
@@ -30,13 +31,20 @@ class AsyncService(Service):
         super().__init__(name, plan, limits, self.shard)
         self._loads = defaultdict[int, tuple[tuple[float, int], float]](lambda: ((0.0, 0), 0.0))
 
-    def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
+    def push(
+        self,
+        push: PushId,
+        gradient: Tensor,
+        deliver: Deliver,
+        present: Presence = None,
+        weight: float | None = None,
+    ) -> Answer:
         """See `Service`; returns when it is applied, or dropped."""
         rank = push.rank
         with self._door.visit() as visit, self._changed:
             self._check_in_office()
             began = time.perf_counter()
-            if self.shard.push(push, gradient) is Verdict.NEW:
+            if self.shard.push(push, gradient, present, weight) is Verdict.NEW:
                 self._applied_since(began)
                 self._visits[rank] = visit
                 self._loads[rank] = self._queue(rank), self._apply_s

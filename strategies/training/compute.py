@@ -80,7 +80,7 @@ class Compute(Protocol):
         """Begin to read the data of these steps; once, before the first of them."""
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """Fill `flat.grads`, which is zero, with this rank's share of the step's gradient."""
+        """Fill `flat.grads`, which is zero, with this rank's share, and `flat.present`."""
 
     def skip(self, step: int) -> None:
         """Pass over the data of a step."""
@@ -124,9 +124,11 @@ class WholeModel:
             clock.lap("data")
             with precision(self.job, self.flat.params.device):
                 loss = checked_loss(self.task, self.flat.model(inputs), targets)
+            self.flat.before_backward()
             if number == len(sizes):
                 self._last_backward(step)
             torch.autograd.backward(loss * (size * weight))
+            self.flat.take_in()
             loss_sum += loss.item() * size
             self.alive()
             clock.lap("compute")

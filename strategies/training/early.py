@@ -40,7 +40,7 @@ class EarlyPush:
     ) -> None:
         self._flat, self._shards, self._prepare = flat, shards, prepare
         self._bounds = shards.bounds()
-        parameters = [(slot.offset, slot.offset + slot.size) for slot in flat.slots]
+        parameters = [(slot.offset, slot.stop) for slot in flat.slots]
         self._release = ShardRelease(parameters, self._bounds)
         self._prepared: set[int] = set()
         self._push: tuple[int, int | None] | None = None  #: number and task of the one to come
@@ -72,6 +72,7 @@ class EarlyPush:
             return
         if self._release.has_left(parameter):
             raise came_again(name)
+        self._flat.ready(parameter)
         for number in self._release.gradient(parameter):
             if self._shards.may_leave(number):
                 self._prepare_once(number)

@@ -67,7 +67,9 @@ class ServerGroup:
                 for shard in self.cuts(initial.numel()):
                     part = self._params[shard.start : shard.stop]
                     name = f"server-{shard.index}"
-                    plan = replace(self.plan, uncounted=within(holding.uncounted(flat), shard))
+                    uncounted = within(holding.uncounted(flat), shard)
+                    layout = flat.layout.cut(shard.start, shard.stop)
+                    plan = replace(self.plan, uncounted=uncounted, layout=layout)
                     self._services.append(make_service(name, plan, limits, part))
                     run = shard.start, shard.stop
                     state = saved.optimizer(flat, *run, holding.places) if saved else {}
@@ -184,7 +186,9 @@ class InMemoryShards:
     def _push(self, cut: Shard, step: int, task: int | None) -> Answer:
         push = PushId(self._group.plan.run, self._attempt, self._rank, step, task)
         gradient = self._flat.grads[cut.start : cut.stop]
-        return self._group.service(cut.index, step).push(push, gradient, self._deliver(cut))
+        present = self._flat.present.copy()
+        service = self._group.service(cut.index, step)
+        return service.push(push, gradient, self._deliver(cut), present)
 
     def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`."""

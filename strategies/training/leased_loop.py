@@ -96,7 +96,7 @@ class LeasedLoop:
         return work
 
     def _make(self, task: int) -> None:
-        self.flat.grads.zero_()
+        self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(task, clock)
         sent = self.lookups.push(self._made, task) if self.lookups is not None else None

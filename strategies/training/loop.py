@@ -94,7 +94,7 @@ class Loop:
             self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
 
     def _step(self, step: int) -> None:
-        self.flat.grads.zero_()
+        self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(step, clock)
         sent = self.lookups.push(step) if self.lookups is not None else None

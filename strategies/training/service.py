@@ -28,6 +28,7 @@ from distplat.platform.load import Door, Visit
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.keeping import Kept
+from distplat.strategies.training.optim import Presence
 from distplat.strategies.training.shard import ParameterShard
 
 Result = TypeVar("Result")
@@ -140,9 +141,16 @@ class Service(ABC):
             return answer
 
     @abstractmethod
-    def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
+    def push(
+        self,
+        push: PushId,
+        gradient: Tensor,
+        deliver: Deliver,
+        present: Presence = None,
+        weight: float | None = None,
+    ) -> Answer:
         """
-        Take a worker's gradient; return when the worker may go on.
+        Take a worker's gradient (see `ParameterShard.push`); return when the worker may go on.
 
         Raises:
             ProtocolError: the push must not be applied.

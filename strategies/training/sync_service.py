@@ -6,6 +6,7 @@ from torch import Tensor
 
 from distplat.platform.ledger import Answer, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.training.optim import Presence
 from distplat.strategies.training.service import Deliver, Limits, Service
 from distplat.strategies.training.shard import ParameterShard
 
@@ -17,13 +18,20 @@ class SyncService(Service):
         self.shard = ParameterShard(plan, params)
         super().__init__(name, plan, limits, self.shard)
 
-    def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
+    def push(
+        self,
+        push: PushId,
+        gradient: Tensor,
+        deliver: Deliver,
+        present: Presence = None,
+        weight: float | None = None,
+    ) -> Answer:
         """See `Service`; returns when the step is made, with this gradient or without it."""
         shard = self.shard
         with self._door.visit() as visit, self._changed:
             self._check_in_office()
             began = time.perf_counter()
-            if shard.push(push, gradient) is Verdict.NEW:
+            if shard.push(push, gradient, present, weight) is Verdict.NEW:
                 self._visits[push.rank] = visit
             self._went_on(push.rank)
             if shard.ledger.complete:
