@@ -14,6 +14,7 @@ from itertools import accumulate
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
+from distplat.platform.vector_layout import Layout
 
 _ALIGN = 16
 """Elements: shard bounds fall on cache lines for 4-byte elements, where vector kernels like it."""
@@ -143,6 +144,8 @@ class ShardPlan:
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
     number: int = 0
     """Of the shard, among those of all parts of the model."""
+    layout: Layout | None = None
+    """What lies where in the shard; None: it is as if it were a single parameter."""
 
     def worker(self, place: int) -> str:
         """Name one of the workers, by its number among them."""

@@ -66,7 +66,7 @@ class Kind(NamedTuple):
     """Of a checkpoint: `model`, or `optimizer/` and torch's name."""
     dtype: str
     length: int | None
-    """None: a value without dimensions."""
+    """None: a number for each parameter, by its place among all."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class ShardCopy:
     kinds: tuple[Kind, ...] = ()
     box: Any = None
     """Opens to the vectors, in the order of `kinds`; None: they are not here."""
+    used: bytes = b""
+    """A byte for each parameter, 0: the optimizer remembers nothing of it."""
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,7 @@ class ServerManager:
             workers=ranks if len(self._division.parts) > 1 else (),
             uncounted=within(facts.uncounted, cut),
             number=index,
+            layout=facts.layout and facts.layout.cut(cut.start, cut.stop),
         )
         return self._call(server, "assign", plan, cut, facts.size, facts.dtype, segment, role)
 

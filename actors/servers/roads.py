@@ -26,6 +26,7 @@ from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
+from distplat.strategies.training.optim import PER_PARAMETER
 from distplat.strategies.training.parts import whole_of
 
 
@@ -199,7 +200,7 @@ def part(vector: Tensor, cut: Shard) -> Tensor:
 def run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, Whole]:
     """Give a shard's part of what an optimizer remembers of the flat vector."""
     return {
-        name: whole_of(value[cut.start : cut.stop] if value.ndim else value)
+        name: whole_of(value if name.startswith(PER_PARAMETER) else value[cut.start : cut.stop])
         for name, value in state.items()
     }
 

@@ -75,6 +75,7 @@ class RemoteShards:
             self._total_steps,
             self._checkpoint_every,
             self._holding.uncounted(flat),
+            flat.layout,
         )
         where = self._order.manager, "join", self._order.rank, self._facts
         joined: Membership = ask(

@@ -25,6 +25,7 @@ from distplat.strategies.reduction.wire import Wire
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.listening import came_again, listen
+from distplat.strategies.training.segments import first_non_finite
 
 
 class BucketReducer:
@@ -65,6 +66,7 @@ class BucketReducer:
         item = flat.grads.itemsize
         offsets = [slot.offset for slot in flat.slots]
         self._cuts = cut_buckets(offsets, flat.size, bucket_bytes // item, FIRST_BYTES // item)
+        self._layouts = [flat.layout.cut(cut.start, cut.stop) for cut in self._cuts]
         self._release = Release([cut.parameters for cut in self._cuts])
         self._handles: dict[int, Handle] = {}
         self._wire: Wire | None = None
@@ -148,13 +150,14 @@ class BucketReducer:
             return
         if self._release.has_left(parameter):
             raise came_again(name)
+        self._flat.ready(parameter)
         for number in self._release.gradient(parameter):
             self._start(number)
 
     def _start(self, number: int) -> None:
         cut = self._cuts[number]
         if self._look:  # here, for a moment later the bucket holds other ranks' gradients too
-            slot = self._flat.first_non_finite(cut.start, cut.stop)
+            slot = first_non_finite(self._grads[cut.start : cut.stop], self._layouts[number])
             if slot is not None:
                 self._broken = slot if self._broken is None else min(slot, self._broken)
         if self._wire is None:

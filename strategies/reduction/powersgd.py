@@ -112,7 +112,7 @@ class PowerSGDReducer(CompressedReducer):
 
 
 def _part(vector: Tensor, slot: Slot) -> Tensor:
-    return vector[slot.offset : slot.offset + slot.size]
+    return vector[slot.offset : slot.stop]
 
 
 def _cut(vector: Tensor, sizes: list[int]) -> list[Tensor]:

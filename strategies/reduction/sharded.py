@@ -22,13 +22,14 @@ from torch import Tensor
 
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
-from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
+from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.base import Collective
 from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.optim import LocalOptimizer, make_optimizer, step_optimizer
+from distplat.strategies.training.optim import FlatOptimizer, LocalOptimizer, Presence, rate_of
+from distplat.strategies.training.segments import scale_in_place, squared_norm_of, typed_views
 
 _ALIGN = 16
 """Elements: parts begin on a cache line, and where a vectorised loop over the whole would too."""
@@ -54,7 +55,8 @@ class ShardedUpdate(LocalOptimizer):
         self.bounds = bounds[group.rank]
         self._gradient = self._gradients[group.rank]
         self._part = self._parameters[group.rank]
-        self._optimizer = make_optimizer(job.optimizer, self._part, self._gradient)
+        self._layout = flat.layout.cut(*self.bounds)
+        self._optimizer = FlatOptimizer(job.optimizer, self._part, self._gradient, self._layout)
         self._look = job.failure.non_finite != "ignore"
         self._control = ControlSum(group, len(flat.slots), flat.grads.device)
         self._meter = Meter(group)
@@ -84,17 +86,22 @@ class ShardedUpdate(LocalOptimizer):
         self._exchange_s = time.perf_counter() - began
         return total
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, present: Presence = None, scale: float = 1.0) -> None:
         """
         Clip, update this rank's part, and take the other parts over from the other ranks.
+
+        Args:
+            step: see `LocalOptimizer.step`.
+            present: see `LocalOptimizer.step`.
+            scale: see `LocalOptimizer.step`.
 
         Raises:
             CollectiveError: a rank is missing.
         """
         if self._job.clip_norm is not None:
-            self._gradient.mul_(clip_factor(self._norm(), self._job.clip_norm))
-        if self._part.numel():
-            step_optimizer(self._optimizer, self._job, step, self._total)
+            scale *= clip_factor(self._norm() * scale, self._job.clip_norm)
+        scale_in_place(typed_views(self._gradient, self._layout.segments), scale)
+        self._optimizer.step(rate_of(self._job, step, self._total), present)
         began = time.perf_counter()
         if self._group.world > 1:
             self._group.all_gather(self._parameters, self._part)
@@ -114,12 +121,14 @@ class ShardedUpdate(LocalOptimizer):
     @property
     def state_bytes(self) -> int:
         """Memory that this rank's part of the state takes."""
-        return sum(value.nbytes for value in self.memory().values())
+        return self._optimizer.state_bytes
 
     def _norm(self) -> float:
         """Give the 2-norm of the summed gradient over all parts, the same bits on every rank."""
         square = torch.tensor(
-            [squared_norm(self._gradient)], dtype=torch.float64, device=self._gradient.device
+            [squared_norm_of(self._gradient, self._layout.segments)],
+            dtype=torch.float64,
+            device=self._gradient.device,
         )
         if self._group.world > 1:
             self._group.all_reduce(square)

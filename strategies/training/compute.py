@@ -115,7 +115,7 @@ class Compute(Protocol):
         """Begin to read the data of these steps; once, before the first of them."""
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """Fill `flat.grads`, which is zero, with this rank's share of the step's gradient."""
+        """Fill `flat.grads`, which is zero, with this rank's share, and `flat.present`."""
 
     def skip(self, step: int) -> None:
         """Pass over the data of a step."""

@@ -66,7 +66,9 @@ class ServerGroup:
                 for shard in self.cuts(initial.numel()):
                     part = self._params[shard.start : shard.stop]
                     name = f"server-{shard.index}"
-                    plan = replace(self.plan, uncounted=within(holding.uncounted(flat), shard))
+                    uncounted = within(holding.uncounted(flat), shard)
+                    layout = flat.layout.cut(shard.start, shard.stop)
+                    plan = replace(self.plan, uncounted=uncounted, layout=layout)
                     self._services.append(make_service(name, plan, limits, part))
                     run = shard.start, shard.stop
                     state = saved.optimizer(flat, *run, holding.places) if saved else {}

@@ -72,7 +72,7 @@ def _broadcast_state(
     received = {}
     for name, dtype, shape in json.loads(text):
         if group.rank == source:
-            received[name] = state[name]
+            received[name] = state[name].to(device)
         else:
             received[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         broadcast_bits(received[name], source, group)
