@@ -20,6 +20,7 @@ from distplat.platform.cut import even_bounds
 from distplat.platform.grid import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.limits import entering
 from distplat.strategies.pipeline.plans import PlanOf
 from distplat.strategies.pipeline.seams import Tail
 from distplat.strategies.training.batches import eval_batches, micro_batches
@@ -123,12 +124,12 @@ class Pipeline:
         """Take a batch apart, on this rank's device."""
         return to_device(batch, self._device)
 
-    def differentiated(self, outputs: Tensor, targets: Any) -> Tensor:
+    def differentiated(self, outputs: Any, targets: Any) -> Tensor:
         """Give the loss of a micro-batch."""
         with precision(self._p.job, self._device):
             return checked_loss(self._p.task, outputs, targets)
 
-    def figures_of(self, outputs: Tensor, targets: Any) -> dict[str, Tensor | float]:
+    def figures_of(self, outputs: Any, targets: Any) -> dict[str, Tensor | float]:
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
             return eval_figures(self._p.task, outputs, targets)
@@ -143,22 +144,18 @@ class _Loaded:
         self._pairs: dict[int, tuple[Any, Any]] = {}
         self.loading_s = 0.0
 
-    def inputs(self, micro_batch: int) -> Tensor:
+    def inputs(self, micro_batch: int) -> Any:
         """See `Source`."""
         inputs = self.peek(micro_batch)
         if not self._owner._ends:
             del self._pairs[micro_batch]
         return inputs
 
-    def peek(self, micro_batch: int) -> Tensor:
-        """See `Source`."""
+    def peek(self, micro_batch: int) -> Any:
+        """See `Source`; of a model that is cut one tensor."""
         self._read_up_to(micro_batch)
         inputs = self._pairs[micro_batch][0]
-        if not isinstance(inputs, Tensor):
-            raise ValueError(
-                f"a pipeline takes one tensor as inputs, train_data gives {type(inputs).__name__}"
-            )
-        return inputs
+        return entering(inputs) if self._owner._settings.stages > 1 else inputs
 
     def targets(self, micro_batch: int) -> Any:
         """Give a micro-batch's targets; once."""
@@ -188,7 +185,7 @@ class _Training(_Loaded):
         self._seed, self._weight = seed, weight
         self.losses: list[Tensor] = []  #: in order; micro-batches come to the last place so
 
-    def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
+    def loss(self, micro_batch: int, outputs: Any) -> Tensor:
         """Give the loss, weighted by the micro-batch's share of the global batch."""
         loss = self._owner.differentiated(outputs, self.targets(micro_batch))
         self.losses.append(loss.detach())
@@ -208,7 +205,7 @@ class _Evaluation(_Loaded):
         super().__init__(owner, batches, sizes)
         self._found = found
 
-    def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
+    def loss(self, micro_batch: int, outputs: Any) -> Any:
         """Add the figures up."""
         figures = self._owner.figures_of(outputs, self.targets(micro_batch))
         self._found.add(figures, self.sizes[micro_batch])
