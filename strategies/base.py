@@ -314,5 +314,10 @@ class Strategy(ABC, Generic[OptionsT]):
         return None
 
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
-        """Give this rank's part of the trained model by name; the ports are still there."""
+        """
+        Give this rank's part of the trained model by name; the ports are still there.
+
+        A strategy whose ranks send to each other here, or in the last update, ends with a barrier:
+        who leaves may take with it what was not yet read.
+        """
         return flat.model.state_dict()

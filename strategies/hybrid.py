@@ -14,6 +14,7 @@ Megatron-LM (Shoeybi et al. 2019), all three together as in Narayanan et al. 202
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -54,6 +55,10 @@ _PER_STAGE = 4
 class HybridOptions(Options):
     """Options of `hybrid`."""
 
+    gone: ClassVar[Mapping[str, str]] = {
+        "pack_weights": "it is gone, and so are packed weights: remove it",
+    }
+
     pipeline: Count = Field(1, le=1024)
     """Stages: pieces of the model that follow each other, a worker each (or `tensor` workers)."""
     tensor: Count = Field(1, le=1024)
@@ -86,9 +91,6 @@ class HybridOptions(Options):
     """`meta`: no process ever holds the whole model; needs modules with `reset_parameters`."""
     recompute: Flag = False
     """Keep a stage's input only, and compute its activations again in backward."""
-    pack_weights: Flag = True
-    """Keep large weights packed for products with few rows, once per step: faster on CPUs; a stage
-    holds them twice more while it computes."""
     tensor_plan: dict[str, str] = Field(default_factory=dict)
     """How layers are sliced, by patterns of their names, such as "blocks.*.mlp.1": colwise."""
     backend: Backend = "auto"

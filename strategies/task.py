@@ -61,10 +61,11 @@ class Task(ABC):
         An `nn.Sequential` is cut into its children; override this for any other model.
 
         Raises:
-            NotImplementedError: the model is no `nn.Sequential` and the task does not say.
+            NotImplementedError: the model is no `nn.Sequential`, or has a `forward` of its own, and
+                the task does not say.
         """
         from torch import nn  # here: naming a task costs no torch
 
-        if isinstance(model, nn.Sequential):
+        if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
             return list(model)
         raise NotImplementedError(f"{type(self).__name__} does not say how its model is cut")

@@ -20,6 +20,7 @@ from distplat.platform.cut import even_bounds
 from distplat.platform.grid import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.limits import entering
 from distplat.strategies.pipeline.plans import PlanOf
 from distplat.strategies.pipeline.seams import Tail
 from distplat.strategies.training.batches import eval_batches, micro_batches
@@ -118,12 +119,12 @@ class Pipeline:
         """Take a batch apart, on this rank's device."""
         return to_device(batch, self._device)
 
-    def differentiated(self, outputs: Tensor, targets: Any, samples: int) -> LossTerm:
+    def differentiated(self, outputs: Any, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""
         with precision(self._p.job, self._device):
             return loss_term(self._p.task, outputs, targets, samples)
 
-    def figures_of(self, outputs: Tensor, targets: Any, samples: int) -> Figures:
+    def figures_of(self, outputs: Any, targets: Any, samples: int) -> Figures:
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
             return eval_figures(self._p.task, outputs, targets, samples)
@@ -138,22 +139,18 @@ class _Loaded:
         self._pairs: dict[int, tuple[Any, Any]] = {}
         self.loading_s = 0.0
 
-    def inputs(self, micro_batch: int) -> Tensor:
+    def inputs(self, micro_batch: int) -> Any:
         """See `Source`."""
         inputs = self.peek(micro_batch)
         if not self._owner._ends:
             del self._pairs[micro_batch]
         return inputs
 
-    def peek(self, micro_batch: int) -> Tensor:
-        """See `Source`."""
+    def peek(self, micro_batch: int) -> Any:
+        """See `Source`; of a model that is cut one tensor."""
         self._read_up_to(micro_batch)
         inputs = self._pairs[micro_batch][0]
-        if not isinstance(inputs, Tensor):
-            raise ValueError(
-                f"a pipeline takes one tensor as inputs, train_data gives {type(inputs).__name__}"
-            )
-        return inputs
+        return entering(inputs) if self._owner._settings.stages > 1 else inputs
 
     def targets(self, micro_batch: int) -> Any:
         """Give a micro-batch's targets; once."""
@@ -183,7 +180,7 @@ class _Training(_Loaded):
         self._seed, self._part = seed, part
         self.terms: list[LossTerm] = []  #: in order; micro-batches come to the last stage so
 
-    def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
+    def loss(self, micro_batch: int, outputs: Any) -> Tensor:
         """Give the loss, summed and divided by the global batch."""
         size = self.sizes[micro_batch]
         term = self._owner.differentiated(outputs, self.targets(micro_batch), size)
@@ -204,7 +201,7 @@ class _Evaluation(_Loaded):
         super().__init__(owner, batches, sizes)
         self._found = found
 
-    def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
+    def loss(self, micro_batch: int, outputs: Any) -> Any:
         """Add the figures up."""
         size = self.sizes[micro_batch]
         self._found.add(self._owner.figures_of(outputs, self.targets(micro_batch), size), size)

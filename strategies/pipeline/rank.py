@@ -29,8 +29,8 @@ from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.compute import Pipeline, Settings
 from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.measures import Measures
-from distplat.strategies.pipeline.packed import Packed
 from distplat.strategies.pipeline.part import Part
 from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
@@ -151,7 +151,9 @@ class Rank:
             lambda: precision(context.job, device),
             context.alive,
         )
-        self._executor = Executor(seat, Packed(wanted=options.pack_weights))
+        self._executor = Executor(
+            seat, Reached([self._own.module], self._prepared.task, self._own.names)
+        )
         settings = Settings(
             at,
             grid.stages,
@@ -220,7 +222,11 @@ class Rank:
             CollectiveError: a rank is missing.
         """
         state = self._own.flat.model.state_dict()
-        return state if self._slices is None else gather_full(state, self._own.specs, self._slices)
+        if self._slices is not None:
+            state = gather_full(state, self._own.specs, self._slices)
+        # Who leaves takes with it what it has sent and nobody has read yet.
+        self._everybody.barrier()
+        return state
 
     def checkpoint(self, version: int) -> Checkpointed:
         """Give this rank's part for a checkpoint: those of the first replica give theirs."""

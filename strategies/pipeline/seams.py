@@ -1,9 +1,7 @@
 """What the executor of a pipeline asks of those around it, and what it tells them."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
-
-from torch import Tensor
+from typing import Any, NamedTuple, Protocol
 
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.training.parts import Part
@@ -16,7 +14,7 @@ class Span(NamedTuple):
     """What was done, and when; seconds of the process's clock."""
 
     kind: str
-    """`F`, `B`, `W`, `send`, `recv`; `pack`: weights are packed for the step."""
+    """`F`, `B`, `W`, `send`, `recv`."""
     chunk: int
     micro_batch: int
     start: float
@@ -29,13 +27,13 @@ class Source(Protocol):
     sizes: Sequence[int]
     """Samples of each micro-batch."""
 
-    def inputs(self, micro_batch: int) -> Tensor:
+    def inputs(self, micro_batch: int) -> Any:
         """Give what enters the first place; asked on its rank."""
 
-    def peek(self, micro_batch: int) -> Tensor:
+    def peek(self, micro_batch: int) -> Any:
         """Give the same, which will be asked for once more."""
 
-    def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
+    def loss(self, micro_batch: int, outputs: Any) -> Any:
         """Give what is to be differentiated; asked on the last place's rank."""
 
     def seed(self, micro_batch: int) -> int:
@@ -44,10 +42,6 @@ class Source(Protocol):
 
 class Tail(Protocol):
     """Told when gradients become final."""
-
-    @property
-    def listens(self) -> bool:
-        """Whether parameters' hooks are to fire in the last backward."""
 
     def last_backward(self) -> None:
         """What the backward that begins now makes is final."""

@@ -116,11 +116,6 @@ class Served:
             raise StateLost("buffers of a part of the model")
         self._statistics = RunningStatistics(flat.model, group)
 
-    @property
-    def listens(self) -> bool:
-        """Nothing waits for hooks."""
-        return False
-
     def last_backward(self) -> None:
         """Nothing leaves before all gradients are there."""
 

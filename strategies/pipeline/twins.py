@@ -95,11 +95,6 @@ class Twins:
         self._statistics.keep()
         return version
 
-    @property
-    def listens(self) -> bool:
-        """Whether buckets wait for hooks."""
-        return self._reducer is not None
-
     def last_backward(self) -> None:
         """Let each bucket go as soon as its last gradient is there."""
         if self._reducer is not None:

@@ -11,6 +11,7 @@ so the two do not go well together.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(stage: nn.Module, inputs: Tensor) -> Tensor:
+def recomputed(stage: nn.Module, inputs: Any) -> Any:
     """Run a stage so that its activations are computed again in backward."""
     if not torch.is_grad_enabled():
-        outputs: Tensor = stage(inputs)
-        return outputs
+        return stage(inputs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _StatisticsStay(stage)
 
-    outputs = checkpoint(
+    return checkpoint(
         stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
     )
-    return outputs
 
 
 class _StatisticsStay:

@@ -19,6 +19,7 @@ from typing import Any
 from torch import fx, nn
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.training.module_hooks import called_hooks
 from distplat.strategies.training.stages import Layer, layers_of
 
 _tracing = threading.Lock()
@@ -31,8 +32,9 @@ class _Tracer(fx.Tracer):
         self._inside = {*inside}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Take a module whole."""
-        return type(m) is not nn.Sequential and module_qualified_name not in self._inside
+        """Take a module whole; one with hooks always, for a trace would call them once for all."""
+        traced = type(m) is nn.Sequential or module_qualified_name in self._inside
+        return not traced or bool(called_hooks(m))
 
 
 def traced_layers(model: nn.Module, inside: Sequence[str] = ()) -> list[Layer]:

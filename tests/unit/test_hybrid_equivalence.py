@@ -24,7 +24,6 @@ from hybrid_models import (
 from in_memory_run import Run, train
 
 from distplat.platform.progress import EvalReport, StepReport
-from distplat.strategies.pipeline import packed
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.task import Task
 
@@ -65,19 +64,6 @@ def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) ->
     expected, plain_losses = plain(kind)
     assert distance(whole(run), expected) < 1e-5
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
-
-
-@pytest.mark.parametrize("kind", [Mlp, Gpt])
-@pytest.mark.parametrize("name", ["2x1x2", "3x1x1", "2x1x1-gpipe", "2x1x2-recompute"])
-def test_packed_weights(name: str, kind: type[Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With weights and batches of every size."""
-    monkeypatch.setattr(packed, "LEAST_ELEMENTS", 1)
-    monkeypatch.setattr(packed, "LEAST_USES", 1)
-    options, world = GRIDS[name]
-    runs = [train(job_of({**options, "pack_weights": pack}, world), kind) for pack in (True, False)]
-    found, unpacked = map(whole, runs)
-    assert distance(found, plain(kind)[0]) < 1e-5
-    assert distance(found, unpacked) > 0, "the products were the same ones"
 
 
 @pytest.mark.parametrize(

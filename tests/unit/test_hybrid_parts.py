@@ -1,16 +1,18 @@
 """Where models are cut, what ranks hold of them, and what is drawn on them."""
 
 import threading
+import time
 from typing import Any
 
 import pytest
 import torch
-from hybrid_models import Dropping, Gpt, Mlp, job_of
+from hybrid_models import MLP_PLAN, Dropping, Gpt, Mlp, job_of
 from in_memory_run import Run, train
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.pipeline import compute, part
+from distplat.strategies.pipeline import rank as ranks
 from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.stages import Layer
 
@@ -132,11 +134,11 @@ def test_measured_layers_are_those_of_a_model_on_meta() -> None:
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here and share one generator: seeding and drawing must not be torn."""
-    lock, seeded = threading.Lock(), part.Chunk.seeded
+    lock, seeded = threading.Lock(), part.Layers.seeded
 
-    def locked(self: part.Chunk, inputs: Tensor, seed: int, way: part.Way) -> Tensor:
+    def locked(self: part.Layers, inputs: Tensor, seed: int) -> Tensor:
         with lock:
-            return seeded(self, inputs, seed, way)
+            return seeded(self, inputs, seed)
 
     def filled(*args: Any) -> None:
         with lock:
@@ -151,7 +153,7 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("micro_batches", "eval_batches"):
         monkeypatch.setattr(compute, name, under_lock(getattr(compute, name)))
-    monkeypatch.setattr(part.Chunk, "seeded", locked)
+    monkeypatch.setattr(part.Layers, "seeded", locked)
     monkeypatch.setattr(part, "materialise", filled)
 
 
@@ -168,6 +170,31 @@ def test_dropout_repeats_and_does_not_depend_on_the_cut() -> None:
         assert all(torch.allclose(first[name], other[name], atol=1e-6) for name in first)
     without = trained(Mlp)
     assert not all(torch.allclose(first[name], without[name], atol=1e-3) for name in first)
+
+
+def test_nobody_leaves_before_the_trained_model_is_put_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is sent may be in the sender's memory until it is read, however late that is."""
+    order: list[str] = []
+    gather, trained = ranks.gather_full, ranks.Rank.trained
+
+    def late(state: Any, specs: Any, group: Any, to: int = 0) -> dict[str, Tensor]:
+        if group.rank == to:
+            time.sleep(0.3)
+        found = gather(state, specs, group, to)
+        order.append("read" if group.rank == to else "sent")
+        return found
+
+    def leaving(self: ranks.Rank) -> dict[str, Tensor]:
+        found = trained(self)
+        order.append("left")
+        return found
+
+    monkeypatch.setattr(ranks, "gather_full", late)
+    monkeypatch.setattr(ranks.Rank, "trained", leaving)
+    train(job_of({"tensor": 2, "tensor_plan": MLP_PLAN}, 2, steps=1), Mlp)
+    assert order == ["sent", "read", "left", "left"]
 
 
 def test_layers_have_every_parameter_once() -> None:
