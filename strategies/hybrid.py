@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from distplat.strategies.pipeline.rank import Rank
     from distplat.strategies.task import Task
     from distplat.strategies.training.compute import Compute, Share
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.parts import Part
     from distplat.strategies.training.session import Prepared
@@ -224,13 +225,13 @@ class Hybrid(Strategy[HybridOptions]):
         """Give this rank's part of the pipeline."""
         return self._here.pipeline
 
-    def exchange(self, step: int) -> None:
+    def exchange(self, step: int, local: StepControl) -> StepControl:
         """Sum the gradients over the twins, and see that all ranks have come so far."""
-        self._here.exchange(step)
+        return self._here.exchange(step, local)
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """Update this rank's part."""
-        self._here.update(step)
+        self._here.update(step, total)
 
     def gather(self, data: bytes) -> list[bytes]:
         """Give every rank what all brought."""

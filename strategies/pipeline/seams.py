@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from distplat.strategies.base import Collective, Context
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.parts import Part
 
 Versions = Callable[[int], list[int]]
@@ -73,9 +74,31 @@ class Exchange(Tail, Protocol):
             StateLost: nobody that is left has what this part needs.
         """
 
-    def sum_gradients(self, step: int) -> None:
+    def begin(self, step: int, local: StepControl) -> StepControl:
+        """
+        Look at this rank's gradients of a step, and sum what needs no word of other parts.
+
+        Args:
+            step: the present one.
+            local: this rank's control record.
+
+        Returns:
+            The record, with what was found in the gradients.
+
+        Raises:
+            CollectiveError: a rank is missing.
+        """
+
+    def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """
         Return when the twins' gradients of a step are summed.
+
+        Args:
+            step: the present one.
+            total: the control record of all ranks; `present` is this rank's own.
+
+        Returns:
+            The same, with `present` of all twins.
 
         Raises:
             CollectiveError: a twin is missing.
@@ -87,8 +110,8 @@ class Exchange(Tail, Protocol):
     def ready(self, norm: float | None) -> None:
         """Be told the norm of the whole model's gradient, where the job clips; `update` is next."""
 
-    def update(self, step: int) -> None:
-        """Make the update of a step."""
+    def update(self, step: int, total: StepControl) -> None:
+        """Make the update of a step, unless the record says that it is left out."""
 
     def part(self, version: int) -> Part:
         """Give the part for a checkpoint."""

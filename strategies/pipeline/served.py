@@ -15,6 +15,8 @@ made a step, all twins had the statistics that go with it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from distplat.platform.errors import StateLost
 from distplat.platform.load import load_figures
 from distplat.strategies.base import Collective, Context, Pushed, Shards
 from distplat.strategies.pipeline.seams import Versions
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.handover import broadcast_bits
 from distplat.strategies.training.parts import Holding, Part, server_part
@@ -41,6 +44,7 @@ class Served:
         self._flat, self._holding = flat, holding
         self._shards: Shards | None = None
         self._statistics: RunningStatistics | None = None
+        self._look, self._twins = True, 1
         self._pushed = Pushed()
         self._norm: float | None = None
         self._at = 0  #: steps that this rank's buffers have behind them
@@ -51,6 +55,8 @@ class Served:
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
         """See `Exchange`; parameters are the servers', buffers the twins'."""
         flat = self._flat
+        self._look = context.job.failure.non_finite != "ignore"
+        self._twins = 1 if group is None else group.world
         shards = self._shards = context.shards
         shards.connect(flat, context.saved, self._holding)
         found = versions(flat.version)
@@ -122,12 +128,19 @@ class Served:
     def pause(self) -> None:
         """See `last_backward`."""
 
-    def sum_gradients(self, step: int) -> None:
+    def begin(self, step: int, local: StepControl) -> StepControl:
+        """See `Exchange`; servers decide by all parts' records, so nothing is pushed yet."""
+        return local.looked_at(self._flat) if self._look else local
+
+    def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """See `Exchange`; the servers have the sum, and without clipping they have used it."""
         if self._statistics is not None:
             self._statistics.average()
         self._pushing = True
-        self._pushed = self._servers.push(step)
+        share = 1.0 / self._twins  # the servers of this part add the twins' records up
+        mine = replace(total, samples=total.samples * share, weight=total.weight * share)
+        self._pushed = self._servers.push(step, mine)
+        return total
 
     def squares(self) -> float:
         """See `Exchange`; 0 where a single server clips by itself, and asks for nothing."""
@@ -137,12 +150,14 @@ class Served:
         """See `Exchange`."""
         self._norm = norm
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """See `Exchange`."""
         if self._pushed.norm is not None:
             assert self._norm is not None, "ready() comes first"
             self._servers.commit(step, self._norm)
-        if self._statistics is not None:
+        if self._statistics is not None and total.skip:
+            self._statistics.restore()
+        elif self._statistics is not None:
             self._statistics.keep()
         self._at, self._pushing, self._ahead = step + 1, False, None
 

@@ -7,11 +7,14 @@ has made it; running statistics are averaged; a new rank gets its state from a t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from distplat.platform.errors import StateLost
 from distplat.strategies.algorithms.reduce import squared_norm_but
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.seams import Versions
 from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.handover import take_over_newest
 from distplat.strategies.training.optim import LocalOptimizer
@@ -50,6 +53,8 @@ class Twins:
         self._optimizer: PartOptimizer | None = None
         self._summed = False  #: the summed gradients of the step in flight are there
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
+        self._total = StepControl()  #: of the step in flight
+        self._look = True
         self.made = False
 
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
@@ -66,7 +71,7 @@ class Twins:
         newest = max(versions(flat.version))
         self.made = self._summed and flat.version == newest - 1
         if self.made:
-            self.update(flat.version)
+            self.update(flat.version, self._total)
             flat.version = newest
         self._summed = False
 
@@ -74,6 +79,7 @@ class Twins:
         flat = self._flat
         old = self._optimizer
         before = old.state() if old is not None and flat.version > 0 else {}
+        self._look = context.job.failure.non_finite != "ignore"
         if self._reducer is not None:
             self._reducer.close()
         if group is not None:
@@ -87,7 +93,8 @@ class Twins:
         self._optimizer.load(before or saved)
         if group is None:
             return flat.version
-        self._reducer = BucketReducer(flat, group, self._bucket_bytes, overlap=self._overlap)
+        bucket_bytes, look = self._bucket_bytes, self._look
+        self._reducer = BucketReducer(flat, group, bucket_bytes, overlap=self._overlap, look=look)
         if self._statistics is not None:
             self._statistics.restore()
         self._statistics = RunningStatistics(flat.model, group)
@@ -105,12 +112,23 @@ class Twins:
         if self._reducer is not None:
             self._reducer.pause()
 
-    def sum_gradients(self, step: int) -> None:
+    def begin(self, step: int, local: StepControl) -> StepControl:
         """See `Exchange`; the sum is in `flat.grads`."""
-        if self._reducer is not None:
-            self._reducer.finish()
+        if self._reducer is None:
+            mine = local.looked_at(self._flat) if self._look else local
+            self._total = mine
+            return mine
+        self._total = self._reducer.finish(local)
+        mine = self._reducer.local
+        overflow = self._total.non_finite and self._total.rank < 0 and self._total.slot >= 0
+        return mine.broken(self._total.slot) if overflow else mine
+
+    def sum_gradients(self, step: int, total: StepControl) -> StepControl:
+        """See `Exchange`; `begin` has summed them."""
         if self._statistics is not None:
             self._statistics.average()
+        self._total = replace(total, present=self._total.present)
+        return self._total
 
     def squares(self) -> float:
         """See `Exchange`."""
@@ -120,13 +138,16 @@ class Twins:
         """See `Exchange`."""
         self._norm, self._summed = norm, True
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """See `Exchange`; from `flat.grads`, and waits for nobody."""
         assert self._optimizer is not None, "meet() comes first"
         if self._norm is not None:
             self._optimizer.norm = self._norm
-        self._optimizer.step(step)
-        if self._statistics is not None:
+        if not total.skip:
+            self._optimizer.step(step, total.present, total.scale)
+        if self._statistics is not None and total.skip:
+            self._statistics.restore()
+        elif self._statistics is not None:
             self._statistics.keep()
         self._summed = False
 

@@ -62,6 +62,8 @@ class BucketReducer:
         self._alone = collective.world == 1
         self._look = look
         self._broken: int | None = None  #: first parameter so far that is not finite here
+        self.local = StepControl()
+        """This rank's record of the last step, with what was found in its gradients."""
         self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         item = flat.grads.itemsize
         offsets = [slot.offset for slot in flat.slots]
@@ -92,7 +94,8 @@ class BucketReducer:
     def finish(self, local: StepControl) -> StepControl:
         """See `Reducer`; the control record leaves behind the last bucket."""
         if self._alone:
-            return local.looked_at(self._flat) if self._look else local
+            self.local = local.looked_at(self._flat) if self._look else local
+            return self.local
         if not self._begun:
             self._begin()
         self._begun = self._listening = False
@@ -101,7 +104,8 @@ class BucketReducer:
         for number in self._release.rest():
             self._start(number)
         broken, self._broken = self._broken, None
-        self._control.start(local if broken is None else local.broken(broken))
+        self.local = local if broken is None else local.broken(broken)
+        self._control.start(self.local)
         for number in self._release.order:
             self._handles.pop(number).wait()
             if self._wire is not None:

@@ -31,6 +31,10 @@ Policy = Literal["stop", "skip", "ignore"]
 _SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, HEAD_SIZE = range(7)
 
 
+ELSEWHERE = -2
+"""`StepControl.slot` of a gradient that is not this rank's: its parameter has no name here."""
+
+
 @dataclass(frozen=True)
 class StepControl:
     """
@@ -197,6 +201,8 @@ def _finding(total: StepControl, name: Callable[[int], str]) -> str:
         return "the weights of the losses add up to 0"
     if total.slot >= 0:
         return f"the gradient of {name(total.slot)!r} holds NaN or infinity"
+    if total.slot == ELSEWHERE:
+        return "the gradient holds NaN or infinity"
     if total.rank >= 0:
         return "the loss is NaN or infinite"
     return f"losses or gradients of {total.non_finite} ranks hold NaN or infinity"
