@@ -32,6 +32,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/all_reduce.py
 	$(BIN)/python benchmarks/ring_step.py
+	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/tensor_parallel.py

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from in_memory_run import Run, train
+from lost_ranks import Loss, LossyRun, train_lossy
 from rank_threads import on_ranks
 from table_rows import table_rows
 from torch import Tensor, nn
@@ -204,6 +205,22 @@ def test_a_resumed_run_counts_on(servers: int) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
     updates = {tuple(t.updates for t in s._tables) for s in resumed.tables.services}
     assert updates == {tuple(t.updates for t in whole.tables.services[0]._tables)}
+
+
+def updates(run: LossyRun) -> list[list[int]]:
+    """Give the updates of each table, by server."""
+    return [[table.updates for table in service._tables] for service in run.tables.services]
+
+
+@pytest.mark.parametrize("tables", [0, 1, 2])
+@pytest.mark.parametrize("step", [5, 6, 7])  # `rests`, `alone` on one rank, and on the other
+def test_a_lost_rank_leaves_the_count_as_it_was(step: int, tables: int) -> None:
+    spec = job(OPTIMIZERS[2], strategy="ps-sync")
+    whole = train_lossy(spec, Uses, [])
+    run = train_lossy(spec, Uses, [Loss(step, 1, tables, shards=0)])
+    assert updates(run) == updates(whole) == [[STEPS, STEPS // 4, STEPS // 2, 0]] * 2
+    for number in range(4):
+        assert run.rows(number, ROWS).tobytes() == whole.rows(number, ROWS).tobytes()
 
 
 class Ranks:
