@@ -90,7 +90,7 @@ class Bell:
         if not good:
             return None
         norm, total = squared if has_norm else None, values[-HEAD_SIZE:] if has_total else ()
-        return Answer(version, committed, norm, *rest, total=total)
+        return Answer(version, committed, norm, *(*rest, total))
 
     def asked(self, slice_s: float) -> Request | None:
         """Wait at most so many seconds for a request that is not answered yet."""

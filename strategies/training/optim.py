@@ -216,7 +216,8 @@ class FlatOptimizer:
     def _state_of(self, run: _Run) -> dict[str, Any]:
         for optimizer in self._torch:
             if run.parameter in optimizer.state:
-                return optimizer.state[run.parameter]
+                state: dict[str, Any] = optimizer.state[run.parameter]
+                return state
         return {}
 
     def _take_new_states(self, runs: Sequence[_Run]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray
+from control_records import record_of
 from small_runs import HERE, job, train, weights
 from test_elastic import Watch
 from test_server_loss import undisturbed
@@ -82,7 +83,7 @@ class Rank:
         return self.flat.version
 
     def push(self, step: int) -> None:
-        self.shards.push(step)
+        self.shards.push(step, record_of(self.flat))
 
     def abandon(self) -> None:
         self.abandoned.set()

@@ -32,6 +32,7 @@ from distplat.strategies.ports import Pushed, Sending
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
 from distplat.strategies.task import Task
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Ports, Prepared, join, prepare, resize
 
@@ -152,8 +153,8 @@ class _LosingShards(InMemoryShards):
 
     loss: Loss | None = None
 
-    def push(self, step: int, task: int | None = None) -> Pushed:
-        pushed = super().push(step, task)
+    def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
+        pushed = super().push(step, control, task)
         if self.loss is not None and step == self.loss.step:
             raise Lost
         return pushed

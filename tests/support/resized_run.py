@@ -24,6 +24,7 @@ from distplat.strategies.base import Pushed, Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import InMemoryShards, ServerGroup
 from distplat.strategies.task import Task
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Ports, Prepared, join, prepare, resize
@@ -109,10 +110,10 @@ class _Noting(InMemoryShards):
         super().__init__(group, rank, attempt, world)
         self._pushed, self._mine = pushed, rank
 
-    def push(self, step: int, task: int | None = None) -> Pushed:
+    def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
         self._pushed.append((step, self._mine))
-        return super().push(step, task)
+        return super().push(step, control, task)
 
 
 class _Attempt:

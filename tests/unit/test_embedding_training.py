@@ -26,6 +26,7 @@ from distplat.strategies.fakes import Fabric, InMemoryTables, TableGroup
 from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.lookups import Lookups
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Ports, Prepared, join, prepare
 
@@ -182,11 +183,12 @@ class Stopping(Ring):
 
     stop_at = 5
 
-    def exchange(self, step: int) -> None:
-        super().exchange(step)
+    def exchange(self, step: int, local: StepControl) -> StepControl:
+        total = super().exchange(step, local)
         if step == self.stop_at:
             time.sleep(0.2)  # the tables have made the step by now
             raise CollectiveError("world", "all_reduce", step, (1,), "as if a rank were lost")
+        return total
 
 
 def attempt(

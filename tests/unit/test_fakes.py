@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from collective_contract import CHECKS, FAILURES, Check, part_of
+from control_records import full_record, record_of
 from rank_threads import on_ranks
 from torch import nn
 
@@ -166,7 +167,7 @@ def test_shards_sum_and_update(servers: int) -> None:
         shards, flat = ends[rank]
         for step in range(3):
             flat.grads.fill_(rank + 1.0)
-            norm = shards.push(step).norm
+            norm = shards.push(step, record_of(flat)).norm
             if norm is not None:
                 shards.commit(step, norm)
         return norm
@@ -193,7 +194,7 @@ def test_a_missing_pusher_is_named() -> None:
 
     def body(rank: int) -> None:
         if rank != 1:
-            ends[rank].push(0)
+            ends[rank].push(0, full_record())
 
     errors = errors_of(3, body)
     assert errors[1] is None
@@ -212,7 +213,7 @@ def test_a_late_pusher_is_waited_for() -> None:
         if rank == 1:
             time.sleep(SOON)
             pushed.set()
-        ends[rank].push(0)
+        ends[rank].push(0, full_record())
         assert pushed.is_set()
 
     on_ranks(2, body)
@@ -222,10 +223,10 @@ def test_a_late_pusher_is_waited_for() -> None:
 def test_a_lost_server_is_named(call: str) -> None:
     group = ServerGroup(plan(1, 2))
     shards, _ = connected(group, 0)
-    shards.push(0)
+    shards.push(0, full_record())
     group.lost = "killed by the test"
     calls: dict[str, Callable[[], object]] = {
-        "push": lambda: shards.push(1),
+        "push": lambda: shards.push(1, full_record()),
         "commit": lambda: shards.commit(0, 1.0),
     }
     with pytest.raises(ActorLost, match=r"server-0 was lost.*killed by the test"):

@@ -26,6 +26,7 @@ from in_memory_run import Run, train
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.task import Task
+from distplat.strategies.training.control import StepControl
 
 
 def losses(run: Run) -> list[float]:
@@ -133,9 +134,9 @@ def test_buckets_leave_while_the_pipeline_drains(
     started: list[int] = []
     finish = BucketReducer.finish
 
-    def counting(self: BucketReducer) -> None:
+    def counting(self: BucketReducer, local: StepControl) -> StepControl:
         started.append(len(self._handles))
-        finish(self)
+        return finish(self, local)
 
     monkeypatch.setattr(BucketReducer, "finish", counting)
     options, workers = grid_of(2, 1, 2, schedule=schedule, bucket_mb=0.0001)

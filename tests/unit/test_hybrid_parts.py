@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distplat.platform.errors import SpecError
 from distplat.strategies.pipeline import compute, part
 from distplat.strategies.pipeline import rank as ranks
+from distplat.strategies.tensor.parts import gather_full
 from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.stages import Layer
 
@@ -177,7 +178,7 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
 ) -> None:
     """What is sent may be in the sender's memory until it is read, however late that is."""
     order: list[str] = []
-    gather, trained = ranks.gather_full, ranks.Rank.trained
+    gather, trained = gather_full, ranks.Rank.trained
 
     def late(state: Any, specs: Any, group: Any, to: int = 0) -> dict[str, Tensor]:
         if group.rank == to:

@@ -18,6 +18,7 @@ from torch import Tensor
 from distplat.platform.errors import CollectiveError, StateLost
 from distplat.strategies.base import Pushed
 from distplat.strategies.fakes import Fabric, InMemoryShards
+from distplat.strategies.training.control import StepControl
 
 LOST_AT = 3
 
@@ -196,8 +197,8 @@ def unheard(rank: int, shards: InMemoryShards) -> InMemoryShards:
     """Have a push be made, and its answer get lost."""
     real = shards.push
 
-    def push(step: int) -> Pushed:
-        answer = real(step)
+    def push(step: int, control: StepControl) -> Pushed:
+        answer = real(step, control)
         if step == LOST_AT:
             raise CollectiveError("test", "push", step, (rank,), "the answer is lost")
         return answer

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from control_records import record_of
 from in_memory_run import Run, train
 from test_equivalence import Classify, Conv, Mlp, distance, job_of, plain
 from torch import nn
@@ -123,7 +124,7 @@ def test_nothing_is_handed_over() -> None:
     flat = run.ranks[0].flat
     update = ShardedUpdate(flat, Fabric(1).collective(0), job("Adam", 1, None), 15)
     flat.grads.copy_(torch.ones_like(flat.grads))
-    update.finish()
+    update.finish(record_of(flat))
     update.step(0)
     assert update.state() == {}
     assert update.state_bytes == 3 * flat.params.nbytes + 4 * len(flat.slots)
