@@ -236,7 +236,7 @@ def take_part(
     runs = bounds(points, len(layers))
     _refuse_untrained(layers, runs)
     mine: list[Layer] = []
-    chunks = {}
+    chunks: dict[int, Chunk] = {}
     for place in places:
         start, stop = runs[place]
         some = layers[start:stop]

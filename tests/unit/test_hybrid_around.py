@@ -89,8 +89,9 @@ class Doubled(nn.Sequential):
     """A `Sequential` that is more than its children one after the other."""
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = super().forward(input * 2)
-        return output + 1
+        for layer in self:
+            input = layer(input * 2)
+        return input + 1
 
 
 def nested(model: nn.Sequential) -> nn.Module:
@@ -101,13 +102,17 @@ def nested(model: nn.Sequential) -> nn.Module:
 
 def on_layers(model: nn.Sequential) -> nn.Module:
     model[2].register_forward_hook(lambda module, args, out: out * 3)
-    model[4].register_full_backward_hook(lambda module, given, got: (given[0] * 0.5,))
+
+    def halved(module: nn.Module, given: Any, got: Any) -> Any:
+        return (given[0] * 0.5,)
+
+    model[4].register_full_backward_hook(halved)
     return model
 
 
 def on_weights(model: nn.Sequential) -> nn.Module:
     for parameter in model[2].parameters():
-        parameter.register_hook(lambda gradient: gradient * 0.5)
+        parameter.register_hook(lambda gradient: gradient * 0.5)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -188,13 +193,14 @@ def kwargs_hook(model: nn.Module) -> nn.Module:
 
 
 def own_forward(model: nn.Sequential) -> nn.Module:
-    plain_forward = model.forward
-    model.forward = lambda inputs: plain_forward(inputs) * 2  # type: ignore[method-assign]
+    forward: Any = model.forward
+    model.forward = lambda inputs: forward(inputs) * 2  # type: ignore[method-assign]
     return model
 
 
 def saving(model: nn.Module) -> nn.Module:
-    model.register_state_dict_post_hook(lambda module, state, prefix, meta: None)
+    hook = lambda module, state, prefix, meta: None  # noqa: E731
+    model.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -251,7 +257,7 @@ class Inside(nn.Module):
 def test_a_module_of_which_only_parts_are_layers() -> None:
     def made(model: nn.Sequential) -> nn.Module:
         inside = Inside(model)
-        inside.body.register_forward_hook(lambda module, args, out: out * 2)
+        inside.get_submodule("body").register_forward_hook(lambda module, args, out: out * 2)
         return inside
 
     def stages(self: Task, model: Any) -> list[nn.Module]:
@@ -328,12 +334,14 @@ def test_sync_batch_norm() -> None:
 
 
 def on_sliced_weight(model: nn.Sequential) -> nn.Module:
-    model[0].weight.register_hook(lambda gradient: gradient * 0.5)
+    weight: Any = model[0].weight
+    weight.register_hook(lambda gradient: gradient * 0.5)
     return model
 
 
 def late_on_sliced_weight(model: nn.Sequential) -> nn.Module:
-    model[2].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    weight: Any = model[2].weight
+    weight.register_post_accumulate_grad_hook(lambda parameter: None)
     return model
 
 
@@ -389,9 +397,10 @@ class Mapped(Small):
     made = Inwards
 
     def train_data(self) -> Any:
-        return [({"x": inputs}, targets) for inputs, targets in super().train_data()]
+        pairs = zip(*super().train_data().tensors, strict=True)
+        return [({"x": inputs}, targets) for inputs, targets in pairs]
 
-    def eval_data(self) -> None:
+    def eval_data(self) -> Any:
         return None
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distplat.platform.errors import SpecError
 from distplat.strategies.pipeline import compute, part
 from distplat.strategies.pipeline import rank as ranks
+from distplat.strategies.tensor.parts import gather_full
 from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.stages import Layer
 
@@ -177,7 +178,7 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
 ) -> None:
     """What is sent may be in the sender's memory until it is read, however late that is."""
     order: list[str] = []
-    gather, trained = ranks.gather_full, ranks.Rank.trained
+    gather, trained = gather_full, ranks.Rank.trained
 
     def late(state: Any, specs: Any, group: Any, to: int = 0) -> dict[str, Tensor]:
         if group.rank == to:
@@ -195,6 +196,48 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
     monkeypatch.setattr(ranks.Rank, "trained", leaving)
     train(job_of({"tensor": 2, "tensor_plan": MLP_PLAN}, 2, steps=1), Mlp)
     assert order == ["sent", "read", "left", "left"]
+
+
+class Counting(nn.Module):
+    """Writes into what is not trained, whatever the mode."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.mean = nn.Parameter(torch.zeros(12), requires_grad=False)
+        self._frozen = frozen
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._frozen:
+            self.mean.lerp_(inputs.detach().mean(0), 0.1)
+        else:
+            self.get_buffer("calls").add_(1)
+        return inputs - self.mean
+
+
+def counting(frozen: bool) -> type[Mlp]:
+    def model(self: Mlp) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(6, 12), Counting(frozen=frozen), nn.Linear(12, 12), nn.Linear(12, 4)
+        )
+
+    return type("Counted", (Mlp,), {"model": model, "eval_data": lambda self: None})
+
+
+def test_layers_are_called_once_for_each_micro_batch() -> None:
+    """A pass that agrees on shapes, or one that measures, leaves no trace."""
+    for cut in ("even", "auto"):
+        options = {**EVEN, "cut": cut}
+        run = train(job_of(options, 2, steps=3), counting(frozen=False))
+        assert whole(run)["1.calls"] == 3 * 4
+
+
+@pytest.mark.parametrize(("frozen", "name"), [(True, "1.mean"), (False, "1.calls")])
+def test_what_a_forward_writes_cannot_be_computed_again(frozen: bool, name: str) -> None:
+    for options, workers in ((EVEN, 2), ({}, 1)):
+        job = job_of({**options, "recompute": True}, workers)
+        with pytest.raises(SpecError, match=f"writes into {name}, and `recompute`"):
+            train(job, counting(frozen), timeout_s=2)
 
 
 def test_layers_have_every_parameter_once() -> None:
