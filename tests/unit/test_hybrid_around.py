@@ -49,6 +49,7 @@ def plain(kind: type[Task], around: str = "") -> dict[str, Tensor]:
     model, (inputs, targets) = task.model(), Small().train_data().tensors
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(STEPS):
+        model.train()
         optimizer.zero_grad()
         here = slice(step % 2 * BATCH, (step % 2 + 1) * BATCH)
         task.loss(model(inputs[here].clone()), targets[here]).backward()  # type: ignore[no-untyped-call]
@@ -271,6 +272,61 @@ def test_layers_that_are_not_the_model() -> None:
         return [*model.body[:3], model.head]
 
     refused(task_of(Inside, stages=stages), "compute otherwise than Inside does", "`stages`")
+
+
+class FrozenBody(Inside):
+    """Trains its head alone, without having frozen the rest."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            middle = self.body(inputs)
+        outputs: Tensor = self.head(middle)
+        return outputs
+
+
+class Exact(Inside):
+    """Has a part that is never computed in halves."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            middle = self.body(inputs)
+        outputs: Tensor = self.head(middle)
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [(FrozenBody, ("body", "torch.no_grad")), (Exact, ("body", "torch.autocast"))],
+)
+def test_contexts_that_a_trace_leaves_out(made: type[Inside], words: tuple[str, ...]) -> None:
+    with pytest.raises(SpecError) as caught:
+        trained(task_of(made), (2, 1, 1))
+    assert all(word in str(caught.value) for word in words)
+    same(task_of(made), (1, 1, 2))
+
+
+def test_layers_that_reach_other_parameters() -> None:
+    def stages(self: Task, model: Any) -> list[nn.Module]:
+        return [*model.body, model.head]
+
+    refused(task_of(FrozenBody, stages=stages), "other parameters gradients", "body.0.weight")
+
+
+class Switching(nn.Sequential):
+    def train(self, mode: bool = True) -> "Switching":
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def test_a_way_of_its_own_to_switch_the_mode() -> None:
+    def made(model: nn.Sequential) -> nn.Module:
+        return Switching(model[0], nn.Dropout(0.5), *model[1:])
+
+    refused(task_of(made), "a `train` of its own")
+    same(task_of(made), (1, 1, 2))
+    inner = task_of(lambda model: nn.Sequential(made(model[:2]), *model[2:]))
+    same(inner)
 
 
 class Weighted(Small):
