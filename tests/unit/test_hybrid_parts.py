@@ -1,8 +1,11 @@
 """Where models are cut, what ranks hold of them, and what is drawn on them."""
 
+import itertools
+import random
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hybrid_models import Dropping, Gpt, Mlp, job_of
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from distplat.platform.errors import SpecError
 from distplat.strategies.pipeline import compute, part
 from distplat.strategies.training.meta import materialise
-from distplat.strategies.training.stages import Layer
+from distplat.strategies.training.stages import Layer, layers_of
 
 EVEN = {"pipeline": 2, "cut": "even", "micro_batches": 4}
 
@@ -168,6 +171,27 @@ def test_dropout_repeats_and_does_not_depend_on_the_cut() -> None:
         assert all(torch.allclose(first[name], other[name], atol=1e-6) for name in first)
     without = trained(Mlp)
     assert not all(torch.allclose(first[name], without[name], atol=1e-3) for name in first)
+
+
+class Drawing(nn.Module):
+    """Adds numbers of numpy's and python's generators."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + float(np.random.rand()) + random.random() + torch.rand(())
+
+
+def test_what_layers_draw_does_not_depend_on_the_cut() -> None:
+    model = nn.Sequential(*(Drawing() for _ in range(4)))
+    layers = layers_of(model, [*model])
+
+    def outputs(*cuts: int) -> float:
+        value = torch.zeros((), dtype=torch.float64)
+        for first, stop in itertools.pairwise((0, *cuts, 4)):
+            np.random.rand(), random.random(), torch.rand(3)
+            value = part.Chunk(layers[first:stop], first).run(value, seed=5)
+        return value.item()
+
+    assert outputs() == outputs(2) == outputs(1, 3)
 
 
 def test_layers_have_every_parameter_once() -> None:
