@@ -75,7 +75,7 @@ def warning_of(data: Dataset[Any], what: str) -> str | None:
 
 def _global() -> tuple[Any, ...]:
     """Give the generators that are seeded for each sample."""
-    return random._inst, np.random.mtrand._rand, torch.default_generator  # type: ignore[attr-defined]
+    return random._inst, np.random.mtrand._rand, torch.default_generator
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:

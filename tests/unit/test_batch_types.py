@@ -67,7 +67,8 @@ def test_types_are_kept_on_the_way_to_a_device() -> None:
     encoding = moved(Encoding({"ids": ones()}, encodings="kept"), META)
     assert type(encoding) is Encoding
     assert (encoding["ids"].device, encoding.encodings) == (META, "kept")
-    for mapping in (OrderedDict(a=ones()), defaultdict(list, a=ones()), MappingProxyType({"a": 1})):
+    mappings: list[Any] = [OrderedDict(a=ones()), defaultdict(ones, a=ones())]
+    for mapping in [*mappings, MappingProxyType({"a": 1})]:
         assert type(moved(mapping, META)) is type(mapping)
     assert moved(MappingProxyType({"a": ones()}), META)["a"].device == META
     packed = moved(pack_sequence([ones(), ones()]), META)
@@ -132,7 +133,8 @@ class OfPairs(Task):
 
             def forward(self, pair: Any) -> Tensor:
                 assert type(pair) is Pair
-                return self.layer(pair.a) + pair.b.unsqueeze(1)
+                outputs: Tensor = self.layer(pair.a) + pair.b.unsqueeze(1)
+                return outputs
 
         return Model()
 
@@ -165,7 +167,7 @@ def test_namedtuples_and_dataclasses_are_trained_on() -> None:
         ids = [(4 * step + i) % 8 for i in range(4)]
         inputs = Pair(torch.stack([data[i][0].a for i in ids]), torch.tensor(ids))
         optimizer.zero_grad()
-        task.loss(model(inputs), Frozen(torch.ones(4, 1))).backward()
+        torch.autograd.backward(task.loss(model(inputs), Frozen(torch.ones(4, 1))))
         optimizer.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(found[name], value)

@@ -118,7 +118,7 @@ def test_an_exception_in_a_loader_comes_out() -> None:
 def test_classes_and_functions_of_a_function_go_to_loaders() -> None:
     class Local(Dataset[Any]):
         def __init__(self) -> None:
-            self.transform = lambda value: value + 1
+            self.transform: Any = lambda value: value + 1
             self.large, self.small = torch.arange(20_000), [torch.full((1,), i) for i in range(400)]
 
         def __len__(self) -> int:
