@@ -171,7 +171,7 @@ class Job(Spec):
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
     seed: Index = 0
-    """Seeds model, data order and dropout; the same seed gives the same bits."""
+    """Seeds model, data, their order and dropout; the same seed gives the same bits."""
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

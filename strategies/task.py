@@ -21,8 +21,10 @@ class Task(ABC):
     """
     What to train. Subclass it; constructor arguments come from `task_args` of the job file.
 
-    Every method may be called once in every process of the run. Random numbers come from torch's
-    generator, which is seeded from the job before each call: all ranks build the same model.
+    Every method may be called once in every process of the run. The global generators of python,
+    numpy and torch are seeded from the job before the module is imported, before the class is
+    made, and before `model`, `train_data` and `eval_data`: all ranks build the same. Samples are
+    seeded one by one (docs/random_numbers.md).
     """
 
     @abstractmethod

@@ -58,11 +58,17 @@ def _of_the_whole(model: nn.Module) -> list[Problem]:
         or model._forward_hooks_with_kwargs,
         "a hook with `always_call`": model._forward_hooks_always_called,
         "a `__call__` of its own": type(model).__call__ is not nn.Module.__call__,
+        "a `train` of its own": _own_train(model),
     }
     told += [kind for kind, there in others.items() if there]
     text = "the whole model ({}) has {}, and a pipeline calls its layers only"
     hint = "put it on a layer, or set `pipeline: 1`"
     return [_problem(text.format(type(model).__name__, kind), hint) for kind in told]
+
+
+def _own_train(module: nn.Module) -> bool:
+    """Whether switching to training mode is more than switching all parts."""
+    return type(module).train is not nn.Module.train or "train" in vars(module)
 
 
 def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
@@ -74,6 +80,7 @@ def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
             continue
         never_called = type(module).forward is nn.Module.forward
         told = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
+        told += ["a `train` of its own"] if _own_train(module) else []
         text = f"{name} ({type(module).__name__}) has {{}}, and a pipeline calls its parts only"
         hint = f"have the task's `stages` name {name} itself, or set `pipeline: 1`"
         found += [_problem(text.format(kind), hint) for kind in told]

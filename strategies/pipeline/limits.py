@@ -52,12 +52,12 @@ def refuse(model: nn.Module) -> None:
         raise SpecError(Problem(("strategy", "name"), text, hint))
 
 
-@torch.no_grad()
 def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Tensor]) -> None:
     """
     See whether layers one after the other give what the model gives, in evaluation mode.
 
-    Models that draw random numbers in evaluation, or take no single tensor, are not compared.
+    Outputs are compared, and which parameters a backward would reach. Models that draw random
+    numbers in evaluation, or take no single tensor, are not.
 
     Args:
         model: with values.
@@ -69,9 +69,9 @@ def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Tens
     """
     device = next(model.parameters()).device
     given = inputs().to(device)
-    with untouched(model, *(layer.module for layer in layers)):
+    with untouched(model, *(layer.module for layer in layers)), torch.enable_grad():
         try:
-            whole, again = (model(given.clone()) for _ in range(2))
+            again, whole = (model(given.clone()) for _ in range(2))
         except Exception:  # what is trained is what the layers say, if the model says nothing
             return
         if not isinstance(whole, Tensor) or not _close(whole, again):
@@ -79,13 +79,18 @@ def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Tens
         behind = given.clone()
         for layer in layers:
             behind = one_tensor(layer.name, layer.module(behind))
+    hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
+    what = f"the layers {', '.join(one.name for one in layers)} one after the other"
     if not _close(behind, whole):
-        text = f"the layers {', '.join(one.name for one in layers)} one after the other compute "
-        text += f"otherwise than {type(model).__name__} does"
-        hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
-        raise _refused(text, hint)
+        raise _refused(f"{what} compute otherwise than {type(model).__name__} does", hint)
+    mine, theirs = ({id(leaf) for leaf in _leaves(one)} for one in (behind, whole))
+    differ = [name for name, p in model.named_parameters() if (id(p) in mine) != (id(p) in theirs)]
+    if differ:
+        text = f"{what} give other parameters gradients than {type(model).__name__} does: "
+        raise _refused(text + ", ".join(differ), hint)
 
 
+@torch.no_grad()
 def _close(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False

@@ -23,11 +23,11 @@ class _Dataclass(ABC):  # noqa: B024  it is only asked for its subclasses
 
 
 def _by_field(batch: list[Any], *, collate_fn_map: _Rules | None = None) -> Any:
-    names = [field.name for field in fields(batch[0]) if hasattr(batch[0], field.name)]
-    together = {
-        name: collate([getattr(one, name) for one in batch], collate_fn_map=collate_fn_map)
-        for name in names
-    }
+    together = {}
+    for field in fields(batch[0]):
+        values = [getattr(one, field.name, None) for one in batch]
+        if any(value is not None for value in values):  # an optional field that nobody has set
+            together[field.name] = collate(values, collate_fn_map=collate_fn_map)
     return with_fields(batch[0], together)
 
 

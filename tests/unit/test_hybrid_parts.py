@@ -1,9 +1,12 @@
 """Where models are cut, what ranks hold of them, and what is drawn on them."""
 
+import itertools
+import random
 import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hybrid_models import MLP_PLAN, Dropping, Gpt, Mlp, job_of
@@ -15,7 +18,7 @@ from distplat.strategies.pipeline import compute, part
 from distplat.strategies.pipeline import rank as ranks
 from distplat.strategies.tensor.parts import gather_full
 from distplat.strategies.training.meta import materialise
-from distplat.strategies.training.stages import Layer
+from distplat.strategies.training.stages import Layer, layers_of
 
 EVEN = {"pipeline": 2, "cut": "even", "micro_batches": 4}
 
@@ -173,6 +176,7 @@ def test_dropout_repeats_and_does_not_depend_on_the_cut() -> None:
     assert not all(torch.allclose(first[name], without[name], atol=1e-3) for name in first)
 
 
+<<<<<<< .merge_file_Hz526M
 def test_nobody_leaves_before_the_trained_model_is_put_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -196,6 +200,69 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
     monkeypatch.setattr(ranks.Rank, "trained", leaving)
     train(job_of({"tensor": 2, "tensor_plan": MLP_PLAN}, 2, steps=1), Mlp)
     assert order == ["sent", "read", "left", "left"]
+
+
+class Counting(nn.Module):
+    """Writes into what is not trained, whatever the mode."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.mean = nn.Parameter(torch.zeros(12), requires_grad=False)
+        self._frozen = frozen
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._frozen:
+            self.mean.lerp_(inputs.detach().mean(0), 0.1)
+        else:
+            self.get_buffer("calls").add_(1)
+        return inputs - self.mean
+
+
+def counting(frozen: bool) -> type[Mlp]:
+    def model(self: Mlp) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(6, 12), Counting(frozen=frozen), nn.Linear(12, 12), nn.Linear(12, 4)
+        )
+
+    return type("Counted", (Mlp,), {"model": model, "eval_data": lambda self: None})
+
+
+def test_layers_are_called_once_for_each_micro_batch() -> None:
+    """A pass that agrees on shapes, or one that measures, leaves no trace."""
+    for cut in ("even", "auto"):
+        options = {**EVEN, "cut": cut}
+        run = train(job_of(options, 2, steps=3), counting(frozen=False))
+        assert whole(run)["1.calls"] == 3 * 4
+
+
+@pytest.mark.parametrize(("frozen", "name"), [(True, "1.mean"), (False, "1.calls")])
+def test_what_a_forward_writes_cannot_be_computed_again(frozen: bool, name: str) -> None:
+    for options, workers in ((EVEN, 2), ({}, 1)):
+        job = job_of({**options, "recompute": True}, workers)
+        with pytest.raises(SpecError, match=f"writes into {name}, and `recompute`"):
+            train(job, counting(frozen), timeout_s=2)
+=======
+class Drawing(nn.Module):
+    """Adds numbers of numpy's and python's generators."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + float(np.random.rand()) + random.random() + torch.rand(())
+
+
+def test_what_layers_draw_does_not_depend_on_the_cut() -> None:
+    model = nn.Sequential(*(Drawing() for _ in range(4)))
+    layers = layers_of(model, [*model])
+
+    def outputs(*cuts: int) -> float:
+        value = torch.zeros((), dtype=torch.float64)
+        for first, stop in itertools.pairwise((0, *cuts, 4)):
+            np.random.rand(), random.random(), torch.rand(3)
+            value = part.Chunk(layers[first:stop], first).run(value, seed=5)
+        return value.item()
+
+    assert outputs() == outputs(2) == outputs(1, 3)
+>>>>>>> .merge_file_czZQmB
 
 
 def test_layers_have_every_parameter_once() -> None:

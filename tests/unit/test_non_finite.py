@@ -97,7 +97,7 @@ def name_of(world: Any) -> str:
 def test_stop_ends_the_run_before_the_step_is_applied(
     strategy: dict[str, Any], workers: int, loss_too: bool
 ) -> None:
-    """Sample 14 is in the third batch, in its first half: with two data-parallel ranks, rank 0's."""
+    """Sample 14 is in the third batch, and in its first half: rank 0 has it."""
     with pytest.raises(NonFiniteError) as caught:
         train(job_of(strategy, workers, "stop", bad=(14,), loss_too=loss_too), Spoiled)
     error = caught.value
