@@ -109,6 +109,10 @@ class Workers:
             group, place = self.division.part_of(rank), self.division.place_of(rank)
             return around(rank, InMemoryShards(self.groups[group], place, self.number))
 
+        def collective(rank: int) -> Collective:
+            group = fabric.collective(rank)
+            return Torn(group, 3) if rank in deaf else group
+
         def body(rank: int) -> dict[str, Tensor]:
             courier = keeper.courier(rank)
             try:
@@ -117,7 +121,7 @@ class Workers:
                     self.strategies[rank],
                     rank,
                     Ports(
-                        collective=Torn(fabric.collective(rank), 3 if rank in deaf else STEPS),
+                        collective=collective(rank),
                         shards=shards(rank),
                     ),
                     report=self.reports.append,

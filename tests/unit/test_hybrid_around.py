@@ -152,13 +152,13 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 @pytest.mark.parametrize("made", KEPT.values(), ids=KEPT.keys())
 def test_kept(made: Callable[[Any], Any], schedule: str) -> None:
     same(task_of(made), schedule=schedule)
 
 
-@pytest.mark.parametrize("how", [{"cut": "auto"}, {"recompute": True}, {"cut": ["2"]}], ids=str)
+@pytest.mark.parametrize("how", [{"cut": "auto"}, {"recompute": True}], ids=str)
 @pytest.mark.parametrize("made", KEPT.values(), ids=KEPT.keys())
 def test_kept_however_it_is_cut(made: Callable[[Any], Any], how: dict[str, Any]) -> None:
     same(task_of(made), **how)
@@ -167,7 +167,7 @@ def test_kept_however_it_is_cut(made: Callable[[Any], Any], how: dict[str, Any])
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("grid", [(1, 1, 2), (2, 1, 2)])
-@pytest.mark.parametrize("made", [hooked, in_place, parametrized, Shared])
+@pytest.mark.parametrize("made", [hooked, parametrized, Shared])
 def test_kept_with_replicas(
     made: Callable[[Any], Any], grid: tuple[int, int, int], data_strategy: str
 ) -> None:
@@ -325,8 +325,12 @@ def test_a_way_of_its_own_to_switch_the_mode() -> None:
 
     refused(task_of(made), "a `train` of its own")
     same(task_of(made), (1, 1, 2))
-    inner = task_of(lambda model: nn.Sequential(made(model[:2]), *model[2:]))
-    same(inner)
+
+    def inner(model: nn.Sequential) -> nn.Module:
+        layers: Any = model[2:]
+        return nn.Sequential(made(model[:2]), *layers)
+
+    same(task_of(inner))
 
 
 class Weighted(Small):
