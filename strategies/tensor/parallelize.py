@@ -30,7 +30,7 @@ from distplat.strategies.tensor.layers import (
     split_vocabulary,
 )
 from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
-from distplat.strategies.training.hooks import called_hooks, is_parametrized, tensor_hooks
+from distplat.strategies.training.module_hooks import called_hooks, is_parametrized, tensor_hooks
 
 
 def parallelize(

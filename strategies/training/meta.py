@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.training.hooks import tensor_hooks
+from distplat.strategies.training.module_hooks import tensor_hooks
 from distplat.strategies.training.stages import Layer
 
 _RESET = ("reset_parameters", "_reset_parameters")

@@ -176,7 +176,6 @@ def test_dropout_repeats_and_does_not_depend_on_the_cut() -> None:
     assert not all(torch.allclose(first[name], without[name], atol=1e-3) for name in first)
 
 
-<<<<<<< .merge_file_Hz526M
 def test_nobody_leaves_before_the_trained_model_is_put_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -242,7 +241,8 @@ def test_what_a_forward_writes_cannot_be_computed_again(frozen: bool, name: str)
         job = job_of({**options, "recompute": True}, workers)
         with pytest.raises(SpecError, match=f"writes into {name}, and `recompute`"):
             train(job, counting(frozen), timeout_s=2)
-=======
+
+
 class Drawing(nn.Module):
     """Adds numbers of numpy's and python's generators."""
 
@@ -258,11 +258,10 @@ def test_what_layers_draw_does_not_depend_on_the_cut() -> None:
         value = torch.zeros((), dtype=torch.float64)
         for first, stop in itertools.pairwise((0, *cuts, 4)):
             np.random.rand(), random.random(), torch.rand(3)
-            value = part.Chunk(layers[first:stop], first).run(value, seed=5)
+            value = part.Layers(layers[first:stop], first).run(value, seed=5)
         return value.item()
 
     assert outputs() == outputs(2) == outputs(1, 3)
->>>>>>> .merge_file_czZQmB
 
 
 def test_layers_have_every_parameter_once() -> None:
