@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distplat.strategies.training.early import EarlyPush
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.parts import Part
-    from distplat.strategies.training.running_stats import Buffers
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 
@@ -61,7 +61,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
     summary = "asynchronous data parallel: sharded parameter server, workers at their own pace"
     has_parts = True
     options_type = PsAsyncOptions
-    _buffers: Buffers | None = None
+    _state: ModelState | None = None
     _early: EarlyPush | None = None
 
     def roles(self, job: Job) -> Roles:
@@ -101,7 +101,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
         the first step of which one of them lacks something, and who has it drops it.
         """
         from distplat.strategies.training.early import EarlyPush  # torch: in workers only
-        from distplat.strategies.training.running_stats import Buffers
+        from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
 
         if self._early is not None:
             self._early.close()
@@ -110,9 +110,13 @@ class PsAsync(Strategy[PsAsyncOptions]):
         self._last = Pushed()
         flat = context.flat
         self._shards.connect(flat, context.saved)
-        if self._buffers is not None:
-            self._buffers.restore()  # what it broke off is made once more
-        self._buffers = Buffers(flat.model)
+        why = "which waits for all ranks: here each goes at its own pace"
+        refuse_sync_batch_norm(flat.model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")
+        self._state = context.state
+        self._state.connect(None, served="use `strategy: ring`", shifting=True)
+        if self._state.version is not None:
+            self._state.restore()  # what it broke off is made once more
+        self._state.keep(flat.version)
         early = self.options.overlap and context.job.clip_norm is None
         self._early = EarlyPush(flat, self._shards, overlap=early, prepare=self._weigh)
         tables = context.tables_made
@@ -132,7 +136,8 @@ class PsAsync(Strategy[PsAsyncOptions]):
         """
         from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
 
-        assert self._early is not None, "setup() comes first"
+        assert self._early is not None and self._state is not None, "setup() comes first"
+        self._state.synchronize(self._pushes)
         self._early.finish()
         grads, limit = self._flat.grads, self._context.job.clip_norm
         if limit is not None:
@@ -151,9 +156,9 @@ class PsAsync(Strategy[PsAsyncOptions]):
 
     def update(self, step: int) -> None:
         """Count; the servers have made the update."""
-        assert self._buffers is not None, "setup() comes first"
+        assert self._state is not None, "setup() comes first"
         self._pushes += 1
-        self._buffers.keep()
+        self._state.keep(self._pushes)
         self._stale_sum += self._last.staleness
 
     def part(self, version: int) -> Part:

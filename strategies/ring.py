@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from distplat.strategies.reduction.base import Reducer
     from distplat.strategies.reduction.sharded import ShardedUpdate
     from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.optim import LocalOptimizer
     from distplat.strategies.training.parts import Part
-    from distplat.strategies.training.running_stats import RunningStatistics
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 Compression = Literal["none", "fp16", "bf16", "topk", "powersgd"]
@@ -62,7 +62,7 @@ class Ring(Strategy[RingOptions]):
     options_type: ClassVar[type[Options]] = RingOptions
     has_parts = True
     _reducer: Reducer | None = None
-    _statistics: RunningStatistics | None = None
+    _state: ModelState | None = None
     _optimizer: LocalOptimizer | ShardedUpdate
 
     def roles(self, job: Job) -> Roles:
@@ -98,10 +98,12 @@ class Ring(Strategy[RingOptions]):
     def setup(self, context: Context) -> int:
         """Take over the newest parameters that a rank has; in a fresh run those of rank 0."""
         from distplat.strategies.training.handover import take_over_newest  # torch: in workers only
-        from distplat.strategies.training.running_stats import RunningStatistics
 
         flat, collective = context.flat, context.collective
         self._collective, self._device, self._flat = collective, flat.params.device, flat
+        self._state = context.state
+        self._state.settle(flat.version)
+        self._state.connect(collective)
         old = self._reducer
         before = self._optimizer.state() if old is not None and flat.version > 0 else {}
         if old is not None:
@@ -118,11 +120,8 @@ class Ring(Strategy[RingOptions]):
             self._optimizer = context.local_optimizer()
             saved = context.saved.optimizer(flat) if context.saved is not None else {}
             self._optimizer.load(before or saved)
-        if self._statistics is not None:
-            self._statistics.restore()
-        self._statistics = RunningStatistics(flat.model, collective)
         version = take_over_newest(flat, self._optimizer, collective, context.base)
-        self._statistics.keep()
+        self._state.keep(version)
         return version
 
     def last_backward(self, step: int) -> None:
@@ -132,15 +131,16 @@ class Ring(Strategy[RingOptions]):
 
     def exchange(self, step: int) -> None:
         """Sum the gradients; each rank's are already weighted by its share of the batch."""
-        assert self._reducer is not None and self._statistics is not None, "setup() comes first"
+        assert self._reducer is not None and self._state is not None, "setup() comes first"
+        self._state.end_forwards(step)
         self._reducer.finish()
-        self._statistics.average()
+        self._state.synchronize(step)
 
     def update(self, step: int) -> None:
         """Make the same update on every rank."""
-        assert self._statistics is not None, "setup() comes first"
+        assert self._state is not None, "setup() comes first"
         self._optimizer.step(step)
-        self._statistics.keep()
+        self._state.keep(step + 1)
 
     def part(self, version: int) -> Part:
         """Rank 0 gives the model and the optimizer's state; a sharded one each rank for itself."""

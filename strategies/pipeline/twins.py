@@ -14,9 +14,9 @@ from distplat.strategies.pipeline.seams import Versions
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.handover import take_over_newest
+from distplat.strategies.training.model_state import ModelState
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.parts import Holding, Part, model_part, optimizer_part
-from distplat.strategies.training.running_stats import RunningStatistics
 
 
 class PartOptimizer(LocalOptimizer):
@@ -46,7 +46,7 @@ class Twins:
         self._flat, self._holding = flat, holding
         self._bucket_bytes, self._overlap = bucket_bytes, overlap
         self._reducer: BucketReducer | None = None
-        self._statistics: RunningStatistics | None = None
+        self._state: ModelState | None = None
         self._optimizer: PartOptimizer | None = None
         self._summed = False  #: the summed gradients of the step in flight are there
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
@@ -55,7 +55,11 @@ class Twins:
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
         """See `Exchange`; what the furthest twin has, all of them take over."""
         self._catch_up(versions)
+        self._state = context.state
+        self._state.settle(self._flat.version)
+        self._state.connect(group)
         version = self._take_over(group, context)
+        self._state.keep(version)
         if len({*versions(version)}) > 1:
             raise StateLost("a part of the model")
         return version
@@ -88,12 +92,7 @@ class Twins:
         if group is None:
             return flat.version
         self._reducer = BucketReducer(flat, group, self._bucket_bytes, overlap=self._overlap)
-        if self._statistics is not None:
-            self._statistics.restore()
-        self._statistics = RunningStatistics(flat.model, group)
-        version = take_over_newest(flat, self._optimizer, group, context.base)
-        self._statistics.keep()
-        return version
+        return take_over_newest(flat, self._optimizer, group, context.base)
 
     @property
     def listens(self) -> bool:
@@ -114,8 +113,8 @@ class Twins:
         """See `Exchange`; the sum is in `flat.grads`."""
         if self._reducer is not None:
             self._reducer.finish()
-        if self._statistics is not None:
-            self._statistics.average()
+        if self._state is not None:
+            self._state.synchronize(step)
 
     def squares(self) -> float:
         """See `Exchange`."""
@@ -131,8 +130,8 @@ class Twins:
         if self._norm is not None:
             self._optimizer.norm = self._norm
         self._optimizer.step(step)
-        if self._statistics is not None:
-            self._statistics.keep()
+        if self._state is not None:
+            self._state.keep(step + 1)
         self._summed = False
 
     def part(self, version: int) -> Part:

@@ -137,6 +137,8 @@ class LeasedLoop:
         if not self._final:
             self.strategy.synchronize()
         found = self.compute.evaluate_part(self.eval_data, part)
+        if self.prepared.state is not None:
+            self.prepared.state.discard()
         self.report(EvalReport(part, version, found.samples, found.sums))
         self.leases.finish((), ((version, part),))
         self.progress.beat()

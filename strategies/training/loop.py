@@ -67,6 +67,8 @@ class Loop:
     """The model's embedding tables, if it has some."""
     pause: Callable[[int], object] = lambda step: None
     """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
+    evaluated: Callable[[], object] = lambda: None
+    """Told after each evaluation: what its forwards wrote is no part of the training."""
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
@@ -149,6 +151,7 @@ class Loop:
     def _evaluate(self, data: Dataset[Any], step: int) -> None:
         """Run this rank's part of the evaluation data; the controller puts the parts together."""
         found = self.compute.evaluate(data)
+        self.evaluated()
         mine = EvalReport(self.rank, step, found.samples, found.sums)
         for text in self.strategy.gather(json.dumps(asdict(mine)).encode()):
             self.report(EvalReport(**json.loads(text)))

@@ -26,6 +26,7 @@ from distplat.strategies.training.batches import make_sampler, ready_loaders, to
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
 from distplat.strategies.training.loop import Loop, Progress
+from distplat.strategies.training.model_state import ModelState, shares_of
 from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.task_compute import TaskModel
@@ -48,6 +49,8 @@ class Prepared:
     """What this worker trains; None: the strategy has yet to cut it."""
     lookups: Lookups | None = None
     """The model's embedding tables, if it has some."""
+    state: ModelState | None = None
+    """What `part` has beside what gradients train; there once that is known."""
 
     @property
     def flat(self) -> FlatModel:
@@ -68,6 +71,8 @@ class Ports:
     """To the servers of embedding tables."""
     leases: Leases | None = None
     """To the task scheduler."""
+    peers: Callable[[], Collective] | None = None
+    """Makes a group of all workers, for a strategy that has none; see `Context.peers`."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,8 @@ def join(
     p, leases = prepared, ports.leases
     p.part = strategy.own_part(p, rank, ports.collective)
     _load(p, strategy, around.saved)
+    if p.state is None:
+        p.state = ModelState(p.flat, shares_of(p), p.task.buffers)
     context = _context(p, rank, ports, around, progress)
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
@@ -169,13 +176,19 @@ def join(
     work = strategy.compute(p, context)
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, work, rank, report, progress, start, checkpoint, p.lookups)
-    return replace(loop, pause=pause)
+    return replace(loop, pause=pause, evaluated=p.state.discard)
 
 
 def _context(p: Prepared, rank: int, ports: Ports, around: Around, progress: Progress) -> Context:
     where = p.job, rank, p.job.scaling.world, p.total_steps, p.flat
     context = Context(*where, ports.collective, ports.shards, progress.beat)
-    return replace(context, saved=around.saved, base=around.base)
+    return replace(
+        context,
+        saved=around.saved,
+        base=around.base,
+        model_state=p.state,
+        meet_peers=ports.peers,
+    )
 
 
 def _set_up(p: Prepared, strategy: Strategy[Any], context: Context, tables: Tables | None) -> int:

@@ -121,6 +121,7 @@ def train(
                 shards=InMemoryShards(groups[division.part_of(rank)], division.place_of(rank)),
                 tables=InMemoryTables(tables, rank),
                 leases=InMemoryLeases(desk, rank) if how.dealt else None,
+                peers=partial(fabric.collective, rank),
             ),
             report=run.reports[rank].append,
             progress=run.progress[rank],
