@@ -1,14 +1,18 @@
 """What connects a worker in one attempt: group, servers, tables, scheduler; made when asked for."""
 
+import logging
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from distplat.actors.board import RayBoard
 from distplat.actors.messages import WorkOrder
 from distplat.platform.progress import StepReport
 from distplat.strategies.base import GroupSpec, Strategy
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.session import Ports, Prepared
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from distplat.actors.collective.port import RayCollective
@@ -47,6 +51,7 @@ class Connection:
             self._reach_tables(order, prepared),
             self._reach_scheduler(order, strategy),
             partial(self._meet_peers, order),
+            RayBoard(order.run),
         )
 
     def _meet(self, order: WorkOrder) -> "RayCollective | None":
@@ -121,15 +126,18 @@ class Connection:
             group.abort()
 
     def close(self) -> None:
-        """Leave the group."""
-        if self._group is not None:
-            self._group.close()
-        if self._servers is not None:
-            self._servers.close()
-        if self._tables is not None:
-            self._tables.close()
-        if self._leases is not None:
-            self._leases.close()
+        """
+        Leave the group, servers, tables and scheduler, as far as they were reached.
+
+        Raises nothing: who closes may be on his way out with the true reason.
+        """
+        for port in (self._group, self._servers, self._tables, self._leases):
+            if port is None:
+                continue
+            try:
+                port.close()
+            except Exception:
+                logger.warning("%s could not be closed", type(port).__name__, exc_info=True)
 
 
 def _every(prepared: Prepared) -> int:

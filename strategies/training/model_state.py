@@ -211,10 +211,15 @@ class ModelState:
         if lost:
             raise StateLost(f"{lost[0].slot.name!r} as it was before the step in flight")
 
+    def leave_out(self, version: int) -> None:
+        """Be told that a step is passed over: what its forwards wrote is undone."""
+        self.restore()
+        self.keep(version)
+
     def step_back(self) -> None:
         """Put back what was kept before that."""
         for one in self._watched:
-            if one.copied and one.before is not None and not (one.trained and self._served):
+            if one.has_copy and one.before is not None and not (one.trained and self._served):
                 one.kept = one.before
                 one.restore()
         self._mark()
@@ -236,7 +241,7 @@ class ModelState:
         lost = []
         for number in sorted(self._known | self._moved()):
             one = self._watched[number]
-            if not one.copied:
+            if not one.has_copy:
                 lost.append(one)
             elif not (one.trained and self._served):
                 one.restore()
@@ -269,7 +274,7 @@ class ModelState:
             rest = set(range(len(self._watched))) - self._known - found
             found |= {number for number in rest if self._watched[number].differs()}
         self._refuse([self._watched[number] for number in sorted(found)])
-        copied = [n for n in self._known if self._watched[n].copied]
+        copied = [n for n in self._known if self._watched[n].has_copy]
         shaped = {n for n in copied if not self._watched[n].slot.same_kind(self._watched[n].kept)}
         self._new |= found | shaped
         return bool(self._new)

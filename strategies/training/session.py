@@ -19,9 +19,16 @@ from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, Shards, Strategy
-from distplat.strategies.ports import Leases, Tables
+from distplat.strategies.ports import Board, Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
+from distplat.strategies.training.agreement import (
+    Facts,
+    agree,
+    agree_on_values,
+    facts_of,
+    hash_samples,
+)
 from distplat.strategies.training.batches import make_sampler, ready_loaders, total_steps
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
@@ -51,6 +58,8 @@ class Prepared:
     """The model's embedding tables, if it has some."""
     state: ModelState | None = None
     """What `part` has beside what gradients train; there once that is known."""
+    facts: Facts | None = None
+    """What this worker has, to be compared with what the others have."""
 
     @property
     def flat(self) -> FlatModel:
@@ -73,6 +82,8 @@ class Ports:
     """To the task scheduler."""
     peers: Callable[[], Collective] | None = None
     """Makes a group of all workers, for a strategy that has none; see `Context.peers`."""
+    board: Board | None = None
+    """Where the ranks of a run learn whether they have the same."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +167,11 @@ def join(
         pause: see `Loop`.
 
     Raises:
-        SpecError: the checkpoint is of another model or data set.
+        SpecError: the checkpoint is of another model or data set, or another rank has another one.
         DistplatError: whatever the ports raise while the ranks find each other.
     """
     p, leases = prepared, ports.leases
+    _compare(p, strategy, rank, ports.board)
     p.part = strategy.own_part(p, rank, ports.collective)
     _load(p, strategy, around.saved)
     if p.state is None:
@@ -177,6 +189,19 @@ def join(
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, work, rank, report, progress, start, checkpoint, p.lookups)
     return replace(loop, pause=pause, evaluated=p.state.discard)
+
+
+def _compare(p: Prepared, strategy: Strategy[Any], rank: int, board: Board | None) -> None:
+    """See that this rank has what the others have."""
+    if board is None:
+        return
+    seed = p.job.seed
+    if p.facts is None:
+        model = p.model if p.model is not None else p.flat.model
+        p.facts = facts_of(p.task, model, p.data, p.eval_data, seed)
+        agree(p.facts, rank, board, lambda positions: hash_samples(p.data, positions, seed))
+        if strategy.roles(p.job).consistency.dealt:
+            agree_on_values(model, rank, board)
 
 
 def _context(p: Prepared, rank: int, ports: Ports, around: Around, progress: Progress) -> Context:

@@ -14,6 +14,8 @@ from distplat.strategies.training.state_transfer import Slot, slots_of
 Rule = Literal["rank0", "mean", "local", "written"]
 """What ranks do with a tensor that a forward changed; `written`: see `model_state.py`."""
 _CHOICES = ("rank0", "mean", "local")
+_SMALL_BYTES = 1 << 20
+"""Frozen parameters up to this size have a copy from the start; larger ones once they change."""
 
 
 class Watched:
@@ -33,6 +35,7 @@ class Watched:
     ) -> None:
         self.slot, self._rule = slot, rule
         self.copied, self.capped, self.silent = copied, capped, silent
+        self.has_copy = False  #: `kept` is one, of a buffer that may be None
         self.kept: Tensor | None = None
         self.before: Tensor | None = None  #: what was kept before that
         self._sum: tuple[int, ...] | None = None
@@ -52,7 +55,7 @@ class Watched:
     def sum_up(self) -> None:
         """Have `differs` know what the values are now."""
         now = self.slot.tensor
-        self._sum = checksum(now) if self.kept is None and now is not None else None
+        self._sum = checksum(now) if not self.has_copy and now is not None else None
 
     def differs(self) -> bool:
         """Say whether the values are others than those kept, or summed up; False: not known."""
@@ -67,12 +70,12 @@ class Watched:
 
     def keep(self, *, changed: bool) -> None:
         """Remember it; `changed`: its values may be others than when it was kept last."""
-        if not changed and self.kept is not None:
+        if not changed and self.has_copy:
             self.before = self.kept
             return
         spare = self.before if self.before is not self.kept else None
         self.before = self.kept
-        self.kept = copied_into(self.slot.tensor, spare)
+        self.kept, self.has_copy = copied_into(self.slot.tensor, spare), True
 
     def restore(self) -> None:
         """Put back what was kept."""
@@ -128,7 +131,8 @@ def watch(model: nn.Module, choose: Callable[[str], str | None]) -> Iterator[Wat
         rule: Rule = "written"
         if not (parameter and tensor is not None and tensor.requires_grad):
             rule = _chosen(choose, slot.name, averaged=key in averaged)
-        copied, silent = not parameter or key in capped, key in running
+        small = rule != "written" and tensor is not None and tensor.nbytes <= _SMALL_BYTES
+        copied, silent = not parameter or key in capped or small, key in running
         yield Watched(slot, rule, copied=copied, capped=key in capped, silent=silent)
 
 
