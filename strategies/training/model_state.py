@@ -187,7 +187,11 @@ class ModelState:
         """Remember all that changes as that of a version: the next forward writes into it."""
         if self.version is None:
             self._until = version + _FIRST_STEPS
-        changed = self._known | self._moved()
+        moved = self._moved()
+        for number in moved:
+            self._watched[number].refresh()  # a frozen parameter may have been thawed
+        self._known -= {n for n in moved if self._watched[n].thawed}
+        changed = self._known | moved
         for number, one in enumerate(self._watched):
             if one.copied:
                 one.keep(changed=number in changed)

@@ -141,7 +141,7 @@ class SyncNorms:
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Give the sums of a backward over all ranks, shape [2C], float64."""
         self._announce(_BACKWARD, sums.numel() // 2)
-        sums = sums.double()
+        sums = sums.to(torch.float64, copy=True)
         self._group.all_reduce(sums)
         return sums
 

@@ -48,6 +48,11 @@ class Watched:
         self.trained = isinstance(now, nn.Parameter) and now.requires_grad
 
     @property
+    def thawed(self) -> bool:
+        """Whether it was frozen at first, and gradients train it now."""
+        return self.trained and self._rule != "written"
+
+    @property
     def rule(self) -> Rule:
         """What ranks do with it."""
         return "written" if self.capped or self.trained else self._rule
