@@ -1,14 +1,19 @@
 """What connects a worker in one attempt: group, servers, tables, scheduler; made when asked for."""
 
+import logging
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from distplat.actors.board import RayBoard
 from distplat.actors.messages import WorkOrder
 from distplat.actors.transport import Transport
 from distplat.platform.progress import StepReport
-from distplat.strategies.base import Strategy
+from distplat.strategies.base import GroupSpec, Strategy
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.session import Ports, Prepared
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from distplat.actors.collective.port import RayCollective
@@ -47,24 +52,35 @@ class Connection:
             self._reach_shards(order, prepared),
             self._reach_tables(order, prepared),
             self._reach_scheduler(order, strategy),
+            partial(self._meet_peers, order),
+            RayBoard(order.run),
         )
 
     def _meet(self, order: WorkOrder) -> "RayCollective | None":
         """Meet the other ranks; None where the strategy has no group."""
-        if order.collective is None:
-            return None
+        return None if order.collective is None else self._form(order, order.collective)
+
+    def _meet_peers(self, order: WorkOrder) -> "RayCollective":
+        """
+        Make a group though the strategy has none; for models that need one.
+
+        It waits as long as servers do: for the slowest rank of a step.
+        """
+        return self._form(order, GroupSpec(timeout_s=order.job.failure.step_timeout_s))
+
+    def _form(self, order: WorkOrder, spec: GroupSpec) -> "RayCollective":
         from distplat.actors.collective.group import Settings
         from distplat.actors.collective.port import RayCollective  # only who needs it
 
         self._group = RayCollective(
             f"{order.run}/{order.attempt}",
-            order.collective.backend,
+            spec.backend,
             order.rank,
             order.job.scaling.world,
             Settings(
-                order.collective.timeout_s,
+                spec.timeout_s,
                 order.job.failure.start_timeout_s,
-                order.collective.debug,
+                spec.debug,
                 self._abandoned,
             ),
         )
@@ -113,15 +129,18 @@ class Connection:
             group.abort()
 
     def close(self) -> None:
-        """Leave the group."""
-        if self._group is not None:
-            self._group.close()
-        if self._servers is not None:
-            self._servers.close()
-        if self._tables is not None:
-            self._tables.close()
-        if self._leases is not None:
-            self._leases.close()
+        """
+        Leave the group, servers, tables and scheduler, as far as they were reached.
+
+        Raises nothing: who closes may be on his way out with the true reason.
+        """
+        for port in (self._group, self._servers, self._tables, self._leases):
+            if port is None:
+                continue
+            try:
+                port.close()
+            except Exception:
+                logger.warning("%s could not be closed", type(port).__name__, exc_info=True)
 
 
 def _every(prepared: Prepared) -> int:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from distplat.strategies.training.compute import Compute, Share
     from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.optim import LocalOptimizer
     from distplat.strategies.training.parts import Part
     from distplat.strategies.training.restoring import SavedState
@@ -125,6 +126,24 @@ class Context:
     tables_made: int | None = None
     """Steps that every server of embedding tables has made, or one more; None: there are none.
     They can all go back to as many."""
+    model_state: ModelState | None = None
+    meet_peers: Callable[[], Collective] | None = None
+    """Makes a group of all workers; every rank calls it, or none. See `peers`."""
+
+    @property
+    def state(self) -> ModelState:
+        """What the model has beside what gradients train."""
+        assert self.model_state is not None, "join() makes it"
+        return self.model_state
+
+    def peers(self) -> Collective | None:
+        """
+        Make a group of all workers, for a strategy whose `roles` asked for none.
+
+        For models that have more to agree on than gradients: all ranks must come to the same
+        answer, from the model alone, whether they call this. None: the ports have no such group.
+        """
+        return None if self.meet_peers is None else self.meet_peers()
 
     @property
     def collective(self) -> Collective:

@@ -35,6 +35,17 @@ _SLICE_S = 0.05
 """How often who waits for a message looks round."""
 
 
+class InMemoryBoard:
+    """See `Board`; one object for all ranks."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def first(self, name: str, value: bytes) -> bytes:
+        """See `Board`."""
+        return self._values.setdefault(name, value)
+
+
 class Fabric:
     """
     What connects the ranks of one in-memory world. Make one, hand each thread its `collective`.

@@ -189,9 +189,13 @@ class Hybrid(Strategy[HybridOptions]):
     def own_part(self, prepared: Prepared, rank: int, collective: Collective | None) -> FlatModel:
         """Agree with the others where the model is cut, and take this rank's part."""
         from distplat.strategies.pipeline.rank import Rank  # torch: in workers only
+        from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
 
         assert collective is not None, "roles() asked for a group"
         if self._rank is None:
+            if self.options.data > 1 and prepared.model is not None:
+                why = "which `hybrid` does not compute over its replicas"
+                refuse_sync_batch_norm(prepared.model, why, "use nn.BatchNorm, or `data: 1`")
             self._rank = Rank(self.options, prepared, rank)
         return self._rank.take_part(collective)
 

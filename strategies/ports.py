@@ -154,6 +154,13 @@ class Shards(Protocol):
         """
 
 
+class Board(Protocol):
+    """Where the ranks of a run leave small things for each other, whenever they come."""
+
+    def first(self, name: str, value: bytes) -> bytes:
+        """Leave a value under a name, unless somebody has done so; give the one that is there."""
+
+
 class Leases(Protocol):
     """The task scheduler as one worker sees it: what to do next, and what is done."""
 

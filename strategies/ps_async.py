@@ -25,8 +25,8 @@ from distplat.strategies.overlap import NO_EARLY_PUSH
 
 if TYPE_CHECKING:
     from distplat.strategies.training.control import StepControl
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.parts import Part
-    from distplat.strategies.training.running_stats import Buffers
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 
@@ -58,7 +58,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
     summary = "asynchronous data parallel: sharded parameter server, workers at their own pace"
     has_parts = True
     options_type = PsAsyncOptions
-    _buffers: Buffers | None = None
+    _state: ModelState | None = None
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
@@ -88,16 +88,20 @@ class PsAsync(Strategy[PsAsyncOptions]):
         Tables may lack a task that the shards have, and the other way round: the run goes on with
         the first step of which one of them lacks something, and who has it drops it.
         """
-        from distplat.strategies.training.running_stats import Buffers  # torch: in workers only
+        from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
 
         self._context, self._shards, self._flat = context, context.shards, context.flat
         self._pushes = self._stale_sum = 0
         self._last = Pushed()
         flat = context.flat
         self._shards.connect(flat, context.saved)
-        if self._buffers is not None:
-            self._buffers.restore()  # what it broke off is made once more
-        self._buffers = Buffers(flat.model)
+        why = "which waits for all ranks: here each goes at its own pace"
+        refuse_sync_batch_norm(flat.model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")
+        self._state = context.state
+        self._state.connect(None, served="use `strategy: ring`", shifting=True)
+        if self._state.version is not None:
+            self._state.restore()  # what it broke off is made once more
+        self._state.keep(flat.version)
         tables = context.tables_made
         return flat.version if tables is None else min(flat.version, tables)
 
@@ -115,6 +119,8 @@ class PsAsync(Strategy[PsAsyncOptions]):
         """
         from distplat.strategies.algorithms.reduce import clip_factor
 
+        assert self._state is not None, "setup() comes first"
+        self._state.synchronize(self._pushes)
         flat, job = self._flat, self._context.job
         if job.failure.non_finite != "ignore":
             local = local.looked_at(flat)
@@ -127,12 +133,12 @@ class PsAsync(Strategy[PsAsyncOptions]):
 
     def update(self, step: int, total: StepControl) -> None:
         """Count; the servers have made the update, or left it out."""
-        assert self._buffers is not None, "setup() comes first"
+        assert self._state is not None, "setup() comes first"
         self._pushes += 1
         if total.skip:
-            self._buffers.restore()
+            self._state.leave_out(self._pushes)
         else:
-            self._buffers.keep()
+            self._state.keep(self._pushes)
         self._stale_sum += self._last.staleness
 
     def part(self, version: int) -> Part:

@@ -28,8 +28,8 @@ from distplat.strategies.overlap import NO_EARLY_PUSH
 
 if TYPE_CHECKING:
     from distplat.strategies.training.control import StepControl
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.parts import Part
-    from distplat.strategies.training.running_stats import Buffers
 
 
 class PsSyncOptions(Options):
@@ -57,7 +57,7 @@ class PsSync(Strategy[PsSyncOptions]):
     summary = "synchronous data parallel: sharded parameter server, updates on the server nodes"
     has_parts = True
     options_type = PsSyncOptions
-    _buffers: Buffers | None = None
+    _state: ModelState | None = None
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
@@ -95,28 +95,42 @@ class PsSync(Strategy[PsSyncOptions]):
 
     def setup(self, context: Context) -> int:
         """Move the model to where the servers reach it; take their parameters."""
-        from distplat.strategies.training.running_stats import Buffers  # torch: in workers only
-
         self._context, self._shards = context, context.shards
         self._pushed = Pushed()
         self._skipped = 0
-        before, flat = context.flat.version, context.flat
+        flat = context.flat
         self._shards.connect(flat, context.saved)
         if context.tables_made is not None and context.tables_made < flat.version:
             self._shards.step_back(context.tables_made)
-        if self._buffers is not None and flat.version == before:
-            self._buffers.restore()  # this rank's forward of the step is made once more
-        self._buffers = Buffers(flat.model)
+        self._state = context.state
+        self._meet(context)
         return flat.version
+
+    def _meet(self, context: Context) -> None:
+        """Have the state that goes with the servers' parameters, by a group where one is needed."""
+        from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
+
+        state, flat, backup = context.state, context.flat, self.options.backup_workers
+        if backup:
+            why = "which waits for all ranks, and `backup_workers` does not"
+            refuse_sync_batch_norm(flat.model, why, "remove it, or use nn.BatchNorm")
+        group = context.peers() if state.needs_group and not backup else None
+        state.connect(group, served="use `strategy: ring`", shifting=backup > 0)
+        state.meet(flat.version, context.saved.step if context.saved is not None else 0)
 
     def skips(self, step: int) -> bool:
         """Say whether the others have made the step without this rank."""
         late = self._pushed.version > step
         self._skipped += late
+        if late and self._state is not None:
+            self._state.keep(step + 1)
         return late
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """Push; returns when the shards have the gradients that the step needs."""
+        assert self._state is not None, "setup() comes first"
+        self._state.end_forwards(step)
+        self._state.synchronize(step)
         if self._context.job.failure.non_finite != "ignore":
             local = local.looked_at(self._context.flat)
         self._pushed = self._shards.push(step, local)
@@ -124,14 +138,14 @@ class PsSync(Strategy[PsSyncOptions]):
 
     def update(self, step: int, total: StepControl) -> None:
         """Commit, where the shards had to learn the norm over all of them first."""
-        assert self._buffers is not None, "setup() comes first"
+        assert self._state is not None, "setup() comes first"
         if self._pushed.norm is not None:
             made = self._shards.commit(step, self._pushed.norm)
             self._pushed = replace(made, waiting_s=self._pushed.waiting_s)
         if total.skip:
-            self._buffers.restore()
+            self._state.leave_out(step + 1)
         else:
-            self._buffers.keep()
+            self._state.keep(step + 1)
 
     def part(self, version: int) -> Part:
         """Rank 0 gives what the servers keep, and its buffers."""

@@ -8,6 +8,7 @@ the same update, or each its own part of it (`shard_optimizer`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from distplat.strategies.reduction.sharded import ShardedUpdate
     from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.optim import LocalOptimizer
     from distplat.strategies.training.parts import Part
-    from distplat.strategies.training.running_stats import RunningStatistics
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 Compression = Literal["none", "fp16", "bf16", "topk", "powersgd"]
@@ -63,7 +64,7 @@ class Ring(Strategy[RingOptions]):
     options_type: ClassVar[type[Options]] = RingOptions
     has_parts = True
     _reducer: Reducer | None = None
-    _statistics: RunningStatistics | None = None
+    _state: ModelState | None = None
     _optimizer: LocalOptimizer | ShardedUpdate
 
     def roles(self, job: Job) -> Roles:
@@ -99,10 +100,12 @@ class Ring(Strategy[RingOptions]):
     def setup(self, context: Context) -> int:
         """Take over the newest parameters that a rank has; in a fresh run those of rank 0."""
         from distplat.strategies.training.handover import take_over_newest  # torch: in workers only
-        from distplat.strategies.training.running_stats import RunningStatistics
 
         flat, collective = context.flat, context.collective
         self._collective, self._device, self._flat = collective, flat.params.device, flat
+        self._state = context.state
+        self._state.settle(flat.version)
+        self._state.connect(collective)
         old = self._reducer
         before = self._optimizer.state() if old is not None and flat.version > 0 else {}
         if old is not None:
@@ -120,11 +123,8 @@ class Ring(Strategy[RingOptions]):
             self._optimizer = context.local_optimizer()
             saved = context.saved.optimizer(flat) if context.saved is not None else {}
             self._optimizer.load(before or saved)
-        if self._statistics is not None:
-            self._statistics.restore()
-        self._statistics = RunningStatistics(flat.model, collective)
         version = take_over_newest(flat, self._optimizer, collective, context.base)
-        self._statistics.keep()
+        self._state.keep(version)
         return version
 
     def last_backward(self, step: int) -> None:
@@ -134,19 +134,20 @@ class Ring(Strategy[RingOptions]):
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """Sum the gradients; each rank's are already divided by the global batch."""
-        assert self._reducer is not None and self._statistics is not None, "setup() comes first"
-        total = self._reducer.finish(local)
-        self._statistics.average()
+        assert self._reducer is not None and self._state is not None, "setup() comes first"
+        self._state.end_forwards(step)
+        total = self._reducer.finish(replace(local, state_changed=self._state.news(step)))
+        self._state.synchronize(step, total.state_changed)
         return total
 
     def update(self, step: int, total: StepControl) -> None:
         """Make the same update on every rank."""
-        assert self._statistics is not None, "setup() comes first"
+        assert self._state is not None, "setup() comes first"
         if total.skip:
-            self._statistics.restore()
+            self._state.leave_out(step + 1)
             return
         self._optimizer.step(step, total.present, total.scale)
-        self._statistics.keep()
+        self._state.keep(step + 1)
 
     def part(self, version: int) -> Part:
         """Rank 0 gives the model and the optimizer's state; a sharded one each rank for itself."""

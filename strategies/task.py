@@ -56,6 +56,20 @@ class Task(ABC):
         """Give named figures of an evaluation batch, each a mean over it; `loss` is added."""
         return {}
 
+    def buffers(self, name: str) -> str | None:
+        """
+        Say what ranks do with a buffer, or a frozen parameter, that a forward changes.
+
+        Args:
+            name: of the model's `state_dict`.
+
+        Returns:
+            `"rank0"`: all have rank 0's after each step. `"mean"`: the mean over the ranks,
+            weighted by their samples. `"local"`: each keeps its own, and rank 0's is saved. None:
+            `"mean"` for a batch norm's running mean and variance, else `"rank0"`.
+        """
+        return None
+
     def stages(self, model: nn.Module) -> list[nn.Module]:
         """
         Cut the model into modules that follow each other, for strategies that split it by layers.

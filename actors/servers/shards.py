@@ -95,8 +95,9 @@ class RemoteShards:
 
     def close(self) -> None:
         """Give up what this attempt needs and the next one does not."""
-        if self._lines is not None:
-            self._lines.close()
+        lines: Lines | None = getattr(self, "_lines", None)  # there once a server was reached
+        if lines is not None:
+            lines.close()
         self._ferry.close()
 
     def _open_road(self, joined: Membership) -> list[int | None]:

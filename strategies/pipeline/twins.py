@@ -17,9 +17,9 @@ from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.handover import take_over_newest
+from distplat.strategies.training.model_state import ModelState
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.parts import Holding, Part, model_part, optimizer_part
-from distplat.strategies.training.running_stats import RunningStatistics
 
 
 class PartOptimizer(LocalOptimizer):
@@ -49,7 +49,7 @@ class Twins:
         self._flat, self._holding = flat, holding
         self._bucket_bytes, self._overlap = bucket_bytes, overlap
         self._reducer: BucketReducer | None = None
-        self._statistics: RunningStatistics | None = None
+        self._state: ModelState | None = None
         self._optimizer: PartOptimizer | None = None
         self._summed = False  #: the summed gradients of the step in flight are there
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
@@ -60,7 +60,11 @@ class Twins:
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
         """See `Exchange`; what the furthest twin has, all of them take over."""
         self._catch_up(versions)
+        self._state = context.state
+        self._state.settle(self._flat.version)
+        self._state.connect(group)
         version = self._take_over(group, context)
+        self._state.keep(version)
         if len({*versions(version)}) > 1:
             raise StateLost("a part of the model")
         return version
@@ -95,12 +99,7 @@ class Twins:
             return flat.version
         bucket_bytes, look = self._bucket_bytes, self._look
         self._reducer = BucketReducer(flat, group, bucket_bytes, overlap=self._overlap, look=look)
-        if self._statistics is not None:
-            self._statistics.restore()
-        self._statistics = RunningStatistics(flat.model, group)
-        version = take_over_newest(flat, self._optimizer, group, context.base)
-        self._statistics.keep()
-        return version
+        return take_over_newest(flat, self._optimizer, group, context.base)
 
     def last_backward(self) -> None:
         """Let each bucket go as soon as its last gradient is there."""
@@ -118,6 +117,8 @@ class Twins:
             mine = local.looked_at(self._flat) if self._look else local
             self._total = mine
             return mine
+        if self._state is not None:
+            local = replace(local, state_changed=self._state.news(step))
         self._total = self._reducer.finish(local)
         mine = self._reducer.local
         overflow = self._total.non_finite and self._total.rank < 0 and self._total.slot >= 0
@@ -125,8 +126,8 @@ class Twins:
 
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """See `Exchange`; `begin` has summed them."""
-        if self._statistics is not None:
-            self._statistics.average()
+        if self._state is not None:
+            self._state.synchronize(step, self._total.state_changed)
         self._total = replace(total, present=self._total.present)
         return self._total
 
@@ -145,10 +146,10 @@ class Twins:
             self._optimizer.norm = self._norm
         if not total.skip:
             self._optimizer.step(step, total.present, total.scale)
-        if self._statistics is not None and total.skip:
-            self._statistics.restore()
-        elif self._statistics is not None:
-            self._statistics.keep()
+        if self._state is not None and total.skip:
+            self._state.leave_out(step + 1)
+        elif self._state is not None:
+            self._state.keep(step + 1)
         self._summed = False
 
     def part(self, version: int) -> Part:

@@ -138,6 +138,8 @@ class LeasedLoop:
         self.progress.evaluating = True
         found = self.compute.evaluate_part(self.eval_data, part)
         self.progress.evaluating = False
+        if self.prepared.state is not None:
+            self.prepared.state.discard()
         sums = found.samples, found.sums, found.counts
         self.report(EvalReport(part, version, *sums))
         self.leases.finish((), ((version, part),))

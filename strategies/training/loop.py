@@ -78,6 +78,8 @@ class Loop:
     """The model's embedding tables, if it has some."""
     pause: Callable[[int], object] = lambda step: None
     """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
+    evaluated: Callable[[], object] = lambda: None
+    """Told after each evaluation: what its forwards wrote is no part of the training."""
 
     def __post_init__(self) -> None:
         self._exchange = StepExchange(self.job, self.flat, self.strategy, self.lookups)
@@ -148,6 +150,7 @@ class Loop:
         self.progress.evaluating = True
         found = self.compute.evaluate(data)
         self.progress.evaluating = False
+        self.evaluated()
         mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
         for text in self.strategy.gather(json.dumps(asdict(mine)).encode()):
             self.report(EvalReport(**json.loads(text)))

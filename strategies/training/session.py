@@ -21,9 +21,16 @@ from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, Shards, Strategy
-from distplat.strategies.ports import Leases, Tables
+from distplat.strategies.ports import Board, Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
+from distplat.strategies.training.agreement import (
+    Facts,
+    agree,
+    agree_on_values,
+    facts_of,
+    hash_samples,
+)
 from distplat.strategies.training.batches import make_sampler, total_steps
 from distplat.strategies.training.checks import check_state, checked_data, checked_model
 from distplat.strategies.training.flat import FlatModel
@@ -31,6 +38,7 @@ from distplat.strategies.training.held_generators import warning_of
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
 from distplat.strategies.training.loader_processes import ready_loaders
 from distplat.strategies.training.loop import Loop, Progress
+from distplat.strategies.training.model_state import ModelState, shares_of
 from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.seeding import seed_all
@@ -56,6 +64,10 @@ class Prepared:
     """What this worker trains; None: the strategy has yet to cut it."""
     lookups: Lookups | None = None
     """The model's embedding tables, if it has some."""
+    state: ModelState | None = None
+    """What `part` has beside what gradients train; there once that is known."""
+    facts: Facts | None = None
+    """What this worker has, to be compared with what the others have."""
 
     @property
     def flat(self) -> FlatModel:
@@ -76,6 +88,10 @@ class Ports:
     """To the servers of embedding tables."""
     leases: Leases | None = None
     """To the task scheduler."""
+    peers: Callable[[], Collective] | None = None
+    """Makes a group of all workers, for a strategy that has none; see `Context.peers`."""
+    board: Board | None = None
+    """Where the ranks of a run learn whether they have the same."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +199,15 @@ def join(
         pause: see `Loop`.
 
     Raises:
-        SpecError: the checkpoint is of another model or data set.
+        SpecError: the checkpoint is of another model or data set, or another rank has another one.
         DistplatError: whatever the ports raise while the ranks find each other.
     """
     p, leases = prepared, ports.leases
+    _compare(p, strategy, rank, ports.board)
     p.part = strategy.own_part(p, rank, ports.collective)
     _load(p, strategy, around.saved)
+    if p.state is None:
+        p.state = ModelState(p.flat, shares_of(p), p.task.buffers)
     context = _context(p, rank, ports, around, progress)
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
@@ -201,13 +220,32 @@ def join(
     work = strategy.compute(p, context)
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, work, rank, report, progress, start, checkpoint, p.lookups)
-    return replace(loop, pause=pause)
+    return replace(loop, pause=pause, evaluated=p.state.discard)
+
+
+def _compare(p: Prepared, strategy: Strategy[Any], rank: int, board: Board | None) -> None:
+    """See that this rank has what the others have."""
+    if board is None:
+        return
+    seed = p.job.seed
+    if p.facts is None:
+        model = p.model if p.model is not None else p.flat.model
+        p.facts = facts_of(p.task, model, p.data, p.eval_data, seed)
+        agree(p.facts, rank, board, lambda positions: hash_samples(p.data, positions, seed))
+        if strategy.roles(p.job).consistency.dealt:
+            agree_on_values(model, rank, board)
 
 
 def _context(p: Prepared, rank: int, ports: Ports, around: Around, progress: Progress) -> Context:
     where = p.job, rank, p.job.scaling.world, p.total_steps, p.flat
     context = Context(*where, ports.collective, ports.shards, progress.beat)
-    return replace(context, saved=around.saved, base=around.base)
+    return replace(
+        context,
+        saved=around.saved,
+        base=around.base,
+        model_state=p.state,
+        meet_peers=ports.peers,
+    )
 
 
 def _set_up(p: Prepared, strategy: Strategy[Any], context: Context, tables: Tables | None) -> int:

@@ -20,6 +20,7 @@ from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
+    InMemoryBoard,
     InMemoryLeases,
     InMemoryShards,
     InMemoryTables,
@@ -101,7 +102,7 @@ def train(
     groups = server_groups(plan, division, timeout_s, speeds)
     for group in groups:
         group.apart = apart
-    fabric = Fabric(world, timeout_s)
+    fabric, board = Fabric(world, timeout_s), InMemoryBoard()
     tables = TableGroup(job, every=every)
     progress = [Progress() for _ in range(world)]
     how = roles.consistency
@@ -121,6 +122,8 @@ def train(
                 shards=InMemoryShards(groups[division.part_of(rank)], division.place_of(rank)),
                 tables=InMemoryTables(tables, rank),
                 leases=InMemoryLeases(desk, rank) if how.dealt else None,
+                peers=partial(fabric.collective, rank),
+                board=board,
             ),
             report=run.reports[rank].append,
             progress=run.progress[rank],

@@ -53,7 +53,7 @@ def goes_on(workers: Workers, lost: Set[int], clip: float | None, untold: int = 
 @pytest.mark.parametrize(
     ("group", "after"),
     [
-        ("twins", 4),  # in the average of running statistics
+        ("twins", 16),  # in the average of running statistics
         ("world", 3),  # in the agreement that all have pushed
         ("world", 6),
         ("replica", 9),  # in a message between stages, or on the norm
