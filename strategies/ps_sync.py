@@ -92,6 +92,10 @@ class PsSync(Strategy[PsSyncOptions]):
         found = overlap_problems(given, self.options.overlap, self.options.num_servers)
         return found or rows_first_problems(given, self.options.overlap, job)
 
+    def can_thaw(self) -> bool:
+        """The servers keep frozen parameters behind the others."""
+        return True
+
     def survivors_go_on(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""
         return True

@@ -91,6 +91,10 @@ class Ring(Strategy[RingOptions]):
             found.append(Problem(("strategy", "backend"), text, hint))
         return found
 
+    def can_thaw(self) -> bool:
+        """Say whether ranks hold all of the optimizer; its parts are cut once for all."""
+        return not self.options.shard_optimizer
+
     def survivors_go_on(self) -> bool:
         """Say whether each worker holds all state; parts of a sharded optimizer die with one."""
         return not self.options.shard_optimizer
@@ -132,11 +136,11 @@ class Ring(Strategy[RingOptions]):
 
     def exchange(self, step: int) -> None:
         """Sum the gradients; each rank's are already weighted by its share of the batch."""
-        from distplat.strategies.reduction.presence import union_of
+        from distplat.strategies.reduction.presence import agree_on_presence
 
         assert self._reducer is not None and self._statistics is not None, "setup() comes first"
         self._reducer.finish()
-        self._present = union_of(self._flat.present, self._collective, self._device)
+        self._present = agree_on_presence(self._flat, self._collective, step)
         self._statistics.average()
 
     def update(self, step: int) -> None:

@@ -228,7 +228,8 @@ class ServerManager:
             servers = [self._servers[i] for i in everybody]
             calls = [partial(s.speed.remote, job, world, facts.dtype) for s in servers]
             speeds = self._ask(everybody, calls)
-        cuts = cut_shards(facts.size, len(everybody), speeds=speeds)
+        tail = facts.layout.tail_size if facts.layout is not None else 0
+        cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail)
         if speeds:
             log_to_stderr()
             told = [

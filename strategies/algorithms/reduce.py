@@ -36,15 +36,6 @@ def squared_norm(vector: Tensor) -> float:
     return total
 
 
-def squared_norm_but(vector: Tensor, runs: Sequence[tuple[int, int]]) -> float:
-    """Give `squared_norm` of all but some runs, which rise: [n] -> scalar."""
-    total, at = 0.0, 0
-    for start, stop in runs:
-        total += squared_norm(vector[at:start])
-        at = stop
-    return total + squared_norm(vector[at:])
-
-
 def clip_factor(norm: float, limit: float) -> float:
     """Give what to multiply gradients of 2-norm `norm` by so that it is at most `limit`."""
     return min(1.0, limit / (norm + 1e-6))  # the 1e-6 is torch's own, in clip_grad_norm_

@@ -59,7 +59,7 @@ class PowerSGDReducer(CompressedReducer):
 
     def __init__(self, flat: FlatModel, collective: Collective, rank: int) -> None:
         super().__init__(flat, collective)
-        shapes = [(slot, lowrank.matrix_shape(slot.shape, rank)) for slot in flat.slots]
+        shapes = [(slot, lowrank.matrix_shape(slot.shape, rank)) for slot in flat.trained_slots]
         large = [(slot, shape) for slot, shape in shapes if shape is not None]
         self._others = [slot for slot, shape in shapes if shape is None]
         lefts = [rank * rows for _, (rows, _) in large]
@@ -102,7 +102,7 @@ class PowerSGDReducer(CompressedReducer):
 
     def _write_sum(self) -> None:
         """Fill `flat.grads` with what has come of all ranks."""
-        grads = self._flat.grads
+        grads = self._grads
         for m in self._matrices:
             lowrank.write_product(m.left, m.right, out=m.view(grads))
         for slot, rest in zip(self._others, self._rests, strict=True):

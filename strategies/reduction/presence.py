@@ -7,21 +7,43 @@ import torch
 from numpy.typing import NDArray
 
 from distplat.strategies.base import Collective
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.segments import typed
 
 
-def union_of(
-    present: NDArray[np.bool_], group: Collective, device: torch.device
-) -> NDArray[np.bool_]:
+def sum_tail(flat: FlatModel, group: Collective) -> None:
+    """Sum the gradients of parameters that were frozen at first, once one of them takes part."""
+    if flat.active.any() and group.world > 1:
+        for segment in flat.layout.segments:
+            if segment.start >= flat.layout.tail:
+                group.all_reduce(typed(flat.grads, segment.start, segment.stop, segment.dtype))
+
+
+def agree_on_presence(flat: FlatModel, group: Collective, step: int) -> NDArray[np.bool_]:
     """
-    Say which parameters have a gradient on any rank.
+    Say which parameters have a gradient on any rank, and have them take part that are new.
 
     Args:
-        present: by parameter, on this rank; every rank has as many.
+        flat: the model; the gradients of all but its tail are summed already.
         group: all ranks; each calls this.
-        device: on which the group works.
+        step: for messages.
+
+    Returns:
+        By slot, whether it has a gradient.
     """
+    found = union_of(np.concatenate([flat.present, flat.active | flat.thawed]), group, flat)
+    present, thawed = found[: len(flat.slots)], found[len(flat.slots) :]
+    if (thawed & ~flat.active).any():
+        flat.activate_tail(thawed, step, had_samples=flat.began)
+    sum_tail(flat, group)
+    return present
+
+
+def union_of(flags: NDArray[np.bool_], group: Collective, flat: FlatModel) -> NDArray[np.bool_]:
+    """Say which of some flags are set on any rank."""
     if group.world == 1:
-        return present.copy()
-    counts = torch.from_numpy(present.astype(np.float32)).to(device)
+        return flags.copy()
+    counts = torch.from_numpy(flags.astype(np.float32)).to(flat.params.device)
     group.all_reduce(counts)
-    return (counts > 0).cpu().numpy()
+    found: NDArray[np.bool_] = (counts > 0).cpu().numpy()
+    return found

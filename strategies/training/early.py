@@ -40,7 +40,7 @@ class EarlyPush:
     ) -> None:
         self._flat, self._shards, self._prepare = flat, shards, prepare
         self._bounds = shards.bounds()
-        parameters = [(slot.offset, slot.stop) for slot in flat.slots]
+        parameters = [(slot.offset, slot.stop) for slot in flat.trained_slots]
         self._release = ShardRelease(parameters, self._bounds)
         self._prepared: set[int] = set()
         self._push: tuple[int, int | None] | None = None  #: number and task of the one to come
@@ -68,7 +68,7 @@ class EarlyPush:
 
     def _on_gradient(self, parameter: int, name: str) -> None:
         """Have complete parts leave now that one more gradient is there; autograd calls this."""
-        if self._push is None:
+        if self._push is None or self._flat.tail_in_use:  # its gradients may come last
             return
         if self._release.has_left(parameter):
             raise came_again(name)

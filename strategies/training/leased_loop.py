@@ -99,6 +99,7 @@ class LeasedLoop:
         self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(task, clock)
+        self.flat.check_layout(task // self.sampler.world)
         sent = self.lookups.push(self._made, task) if self.lookups is not None else None
         self._made += 1
         self.strategy.exchange(task)

@@ -97,6 +97,7 @@ class Loop:
         self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(step, clock)
+        self.flat.check_layout(step)
         sent = self.lookups.push(step) if self.lookups is not None else None
         if sent is not None and rows_come_first(self.job):
             sent.wait()

@@ -15,9 +15,10 @@ one for all threads). Whatever order the threads come in, each value is computed
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
@@ -63,7 +64,7 @@ class ReplayGroup:
         with self._changed:
             self._flats[rank] = flat
             if len(self._flats) == len(self.tasks):
-                self._open(self._flats[0].params)
+                self._open(self._flats[0])
             self._changed.notify_all()
         self._pull_for(rank, 0)
 
@@ -116,10 +117,11 @@ class ReplayGroup:
             if not done():
                 raise StorageError("the log of updates cannot be followed: it is not of this job")
 
-    def _open(self, initial: Tensor) -> None:
-        self.cuts = cut_shards(initial.numel(), self.plan.shards).shards
+    def _open(self, flat: FlatModel) -> None:
+        self.cuts = cut_shards(flat.size, self.plan.shards, tail=flat.layout.tail_size).shards
         for cut in self.cuts:
-            shard = AsyncShard(self.plan, initial[cut.start : cut.stop].clone())
+            plan = replace(self.plan, layout=flat.layout.cut(cut.start, cut.stop))
+            shard = AsyncShard(plan, flat.params[cut.start : cut.stop].clone())
             shard.restore(0)
             self.shards.append(shard)
 
@@ -144,7 +146,8 @@ class ReplayGroup:
         if place < len(log) and not self._has_pushed(log[place].rank, index):
             rank, number = log[place].rank, self._taken[index][log[place].rank]
             push = PushId(self.plan.run, self.plan.attempt, rank, number, log[place].task)
-            shard.push(push, self._flats[rank].grads[part])
+            flat = self._flats[rank]
+            shard.push(push, flat.grads[part], flat.present)
             self._taken[index][rank] += 1
             self._places[index] += 1
             moved = True

@@ -108,7 +108,8 @@ def prepare(
         raise ValueError(f"model() must return a torch.nn.Module, got {type(model).__name__}")
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
-    part = FlatModel(model.to(device)) if whole else None
+    thaws = strategy is not None and strategy.can_thaw()
+    part = FlatModel(model.to(device), thaws=thaws) if whole else None
     torch.manual_seed(job.seed)
     data = task.train_data()
     sampler = make_sampler(job, data, None if strategy is None else strategy.replicas(job))

@@ -56,6 +56,8 @@ class ParameterShard:
         self._sum = torch.zeros_like(params)
         self._layout = layout_of(plan, params)
         self.optimizer = FlatOptimizer(plan.job.optimizer, params, self._sum, self._layout)
+        self._segments = [one for one in self._layout.segments if one.start < self._layout.tail]
+        self._thawing = [one for one in self._layout.pieces if one.start >= self._layout.tail]
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._presence: dict[int, bytes | None] = {}  #: rank -> parameters of which it has one
         self._weights: dict[int, float | None] = {}  #: rank -> its part of the loss's weight
@@ -186,7 +188,12 @@ class ParameterShard:
         self._keeping.reached(step + 1, lambda: {"": self.params, **self.optimizer.state()})
 
     def _typed(self, vector: Tensor) -> list[Tensor]:
-        return typed_views(vector, self._layout.segments)
+        return typed_views(vector, self._segments)
+
+    def _look_for_thawed(self, flags: bytes | None) -> None:
+        """Have the tail take part once one of its parameters does."""
+        if flags is not None and any(flags[piece.slot] for piece in self._thawing):
+            self._segments, self._thawing = self._layout.segments, []
 
     def _forget_pushes(self) -> None:
         self._gradients.clear()
@@ -202,14 +209,15 @@ class ParameterShard:
     def _add_up(self) -> None:
         """Sum in rank order (I2), and let go of the workers' vectors."""
         ranks = sorted(self._gradients)
+        self._present = union([self._presence[rank] for rank in ranks])
+        self._look_for_thawed(self._present)
         parts = [self._typed(self._gradients[rank]) for rank in ranks]
         for terms, out in zip(zip(*parts, strict=True), self._typed(self._sum), strict=True):
             sum_in_order(terms, out)
-        self._present = union([self._presence[rank] for rank in ranks])
         self._scale = self._missing_share([self._weights[rank] for rank in ranks])
         self._forget_pushes()
         if self._plan.job.clip_norm is not None:
-            square = squared_norm_of(self._sum, self._layout.segments, self._plan.uncounted)
+            square = squared_norm_of(self._sum, self._segments, self._plan.uncounted)
             self.squared_norm = square * self._scale**2
 
     def _missing_share(self, weights: Sequence[float | None]) -> float:
