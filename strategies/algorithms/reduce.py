@@ -28,11 +28,16 @@ def sum_in_order(parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 def squared_norm(vector: Tensor) -> float:
-    """Give the sum of squares, each block in its own dtype, their sum in float64: [n] -> scalar."""
+    """
+    Give the sum of squares: [n] -> scalar.
+
+    Of each block in its own dtype, halves in float32; the blocks' sum in float64.
+    """
     total = 0.0
+    kind = torch.float32 if vector.itemsize < 4 else vector.dtype
     for start in range(0, vector.numel(), BLOCK_ELEMENTS):
         block = vector[start : start + BLOCK_ELEMENTS]
-        total += float(torch.linalg.vector_norm(block)) ** 2
+        total += float(torch.linalg.vector_norm(block, dtype=kind)) ** 2
     return total
 
 

@@ -202,9 +202,13 @@ def test_as_a_plain_loop(
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_a_model_of_several_types(strategy: Any) -> None:
-    """Alone to the rounding of a fused kernel; sums over ranks round halves to 8 or 11 bits."""
+    """
+    Alone to the last place of float16; torch's norms of halves are rounded to 8 or 11 bits before
+    they clip all layers, and sums of halves over ranks are rounded, too.
+    """
     momentum = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
-    compare(job(strategy, 1, optimizer=momentum, clip_norm=0.5), Mixed, 1e-6)
+    compare(job(strategy, 1, optimizer=momentum), Mixed, 2e-4)
+    compare(job(strategy, 1, optimizer=momentum, clip_norm=0.5), Mixed, 2e-3)
     compare(job(strategy, 3, optimizer=momentum, clip_norm=0.5), Mixed, 1e-2)
 
 
