@@ -201,16 +201,12 @@ class FlatModel:
             had_samples: whether this rank has computed anything in this step.
 
         Raises:
-            SpecError: a parameter takes part on another rank only, or has changed while it was
-                frozen: servers and other ranks do not have its values.
+            SpecError: this rank has computed something, and without one of them.
         """
         for number in np.flatnonzero(union & ~self.active).tolist():
-            place = self._trained + number
-            slot, parameter = self.slots[place], self.parameters[place]
+            slot = self.slots[self._trained + number]
             if had_samples and not self.thawed[number]:
                 raise thaw_error(step, f"{slot.name!r} is frozen on this worker, on others not")
-            if not torch.equal(parameter.detach(), slot.view(self.params)):
-                raise thaw_error(step, f"{slot.name!r} was changed while it was frozen")
         self.take_over_tail(union)
 
     def take_over_tail(self, union: NDArray[np.bool_]) -> None:
@@ -259,12 +255,18 @@ class FlatModel:
             `params` has the new values.
 
         Raises:
-            SpecError: the model has other parameters than it had; names them.
+            SpecError: the model has other parameters than it had; or one that is frozen no more
+                has not the values that it had, which is what others have. Names it.
         """
         self._check_objects(step)
         if any(map(_REQUIRES_GRAD, self._outside)):
             name = next(name for name, p in self._fixed if p.requires_grad)
             raise thaw_error(step, f"{name!r} has requires_grad=True; it was frozen at first")
+        for number in np.flatnonzero(self.thawed).tolist():
+            place = self._trained + number
+            slot, parameter = self.slots[place], self.parameters[place]
+            if not torch.equal(parameter.detach(), slot.view(self.params)):
+                raise thaw_error(step, f"{slot.name!r} was changed while it was frozen")
         if thorough or self._looked < _THOROUGH_STEPS:
             self._looked += 1
             self._check_modules(step)
