@@ -51,6 +51,11 @@ class Layout:
     tail: int
     """First element of parameters that were frozen when training began; `size`: there are none."""
 
+    @property
+    def tail_size(self) -> int:
+        """Elements of parameters that were frozen when training began."""
+        return self.size - self.tail
+
     def cut(self, start: int, stop: int) -> Layout:
         """Give the contents of a run of this vector."""
         segments = [

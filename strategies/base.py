@@ -191,6 +191,10 @@ class Strategy(ABC, Generic[OptionsT]):
     def __init__(self, options: OptionsT) -> None:
         self.options = options
 
+    def can_thaw(self) -> bool:
+        """Say whether parameters that are frozen at first may take part in training later."""
+        return False
+
     def roles(self, job: Job) -> Roles:
         """Say what the strategy needs besides workers."""
         return Roles()

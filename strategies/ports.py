@@ -146,6 +146,14 @@ class Shards(Protocol):
     def refresh(self) -> None:
         """Bring the newest parameters here."""
 
+    def tail(self) -> NDArray[np.bool_]:
+        """
+        Say which parameters that were frozen at first are trained by now.
+
+        Returns:
+            By slot of the flat vector's tail; empty: none is.
+        """
+
     def copies(self, version: int) -> list[ShardCopy] | None:
         """
         Fetch what the shards have kept of a version, for a checkpoint; from any thread.

@@ -89,6 +89,10 @@ class PsSync(Strategy[PsSyncOptions]):
             return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]
         return []
 
+    def can_thaw(self) -> bool:
+        """The servers keep frozen parameters behind the others."""
+        return True
+
     def survivors_go_on(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""
         return True
@@ -102,6 +106,8 @@ class PsSync(Strategy[PsSyncOptions]):
         self._shards.connect(flat, context.saved)
         if context.tables_made is not None and context.tables_made < flat.version:
             self._shards.step_back(context.tables_made)
+        if flat.active.size and (tail := self._shards.tail()).any():
+            flat.take_over_tail(tail)
         self._state = context.state
         self._meet(context)
         return flat.version
@@ -134,7 +140,11 @@ class PsSync(Strategy[PsSyncOptions]):
         if self._context.job.failure.non_finite != "ignore":
             local = local.looked_at(self._context.flat)
         self._pushed = self._shards.push(step, local)
-        return (self._pushed.total or local).named(local)
+        total = (self._pushed.total or local).named(local)
+        if total.thawed:
+            flat = self._context.flat
+            flat.activate_tail(self._shards.tail(), step, had_samples=flat.began)
+        return total
 
     def update(self, step: int, total: StepControl) -> None:
         """Commit, where the shards had to learn the norm over all of them first."""

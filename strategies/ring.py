@@ -93,6 +93,10 @@ class Ring(Strategy[RingOptions]):
             found.append(Problem(("strategy", "backend"), text, hint))
         return found
 
+    def can_thaw(self) -> bool:
+        """Say whether ranks hold all of the optimizer; its parts are cut once for all."""
+        return not self.options.shard_optimizer
+
     def survivors_go_on(self) -> bool:
         """Say whether each worker holds all state; parts of a sharded optimizer die with one."""
         return not self.options.shard_optimizer
@@ -134,9 +138,12 @@ class Ring(Strategy[RingOptions]):
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """Sum the gradients; each rank's are already divided by the global batch."""
+        from distplat.strategies.reduction.tail import sum_tail
+
         assert self._reducer is not None and self._state is not None, "setup() comes first"
         self._state.end_forwards(step)
         total = self._reducer.finish(replace(local, state_changed=self._state.news(step)))
+        sum_tail(self._flat, self._collective, total, step)
         self._state.synchronize(step, total.state_changed)
         return total
 

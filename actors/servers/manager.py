@@ -233,7 +233,8 @@ class ServerManager:
             servers = [self._servers[i] for i in everybody]
             calls = [self._call(server, "speed", job, world, facts.dtype) for server in servers]
             speeds = self._ask(everybody, calls)
-        cuts = cut_shards(facts.size, len(everybody), speeds=speeds)
+        tail = facts.layout.tail_size if facts.layout is not None else 0
+        cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail)
         if speeds:
             log_to_stderr()
             told = [

@@ -115,6 +115,10 @@ class ServerNode:
         """Apply a staged step."""
         return self._body.commit(rank, seq, norm)
 
+    def tail(self) -> NDArray[np.bool_]:
+        """Say which parameters that were frozen at first are trained by now."""
+        return self._body.tail()
+
     def listen(
         self, run: str, attempt: int, rank: int, bells: Address, slot: int, control: int
     ) -> None:

@@ -7,6 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distplat.actors.asking import ask
 from distplat.actors.memory.ferry import Direct, cuda_ferry
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
@@ -121,7 +124,7 @@ class RemoteShards:
 
         attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
-        lines.hang_bells(road.near, control_size(len(self._flat.slots)))
+        lines.hang_bells(road.near, control_size(len(self._flat.flags)))
         if self._on_device:
             shared = road.gradients, road.parameters
             self._ferry = cuda_ferry(self._flat.grads, self._flat.params, shared)
@@ -214,6 +217,17 @@ class RemoteShards:
     def refresh(self) -> None:
         """See `Shards`."""
         self._following(lambda: self._pull("step_timeout_s"))
+
+    def tail(self) -> NDArray[np.bool_]:
+        """See `Shards`."""
+
+        def ask_first() -> NDArray[np.bool_]:
+            question = lambda server, cut: self._transport.call(server, "tail")  # noqa: E731
+            first = self._lines.cuts[:1]
+            found: NDArray[np.bool_] = self._lines.ask("thawed parameters", question, first)[0]
+            return found
+
+        return self._following(ask_first)
 
     def copies(self, version: int) -> list[ShardCopy] | None:
         """See `Shards`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from distplat.platform.errors import StateLost
-from distplat.strategies.algorithms.reduce import squared_norm_but
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.seams import Versions
 from distplat.strategies.reduction.buckets import BucketReducer
@@ -20,6 +19,7 @@ from distplat.strategies.training.handover import take_over_newest
 from distplat.strategies.training.model_state import ModelState
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.parts import Holding, Part, model_part, optimizer_part
+from distplat.strategies.training.segments import squared_norm_of
 
 
 class PartOptimizer(LocalOptimizer):
@@ -133,7 +133,8 @@ class Twins:
 
     def squares(self) -> float:
         """See `Exchange`."""
-        return squared_norm_but(self._flat.grads, self._holding.uncounted(self._flat))
+        flat, uncounted = self._flat, self._holding.uncounted(self._flat)
+        return squared_norm_of(flat.grads, flat.layout.segments, uncounted)
 
     def ready(self, norm: float | None) -> None:
         """See `Exchange`."""

@@ -15,17 +15,21 @@ samples; only the moments differ between ranks. The order changes once, by a bro
 steps, at the same place of every rank's sequence.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
-from distplat.strategies.algorithms.buckets import FIRST_BYTES, Release, cut_buckets
+from distplat.strategies.algorithms.buckets import FIRST_BYTES, Bucket, Release, cut_buckets
 from distplat.strategies.base import Collective, Handle
+from distplat.strategies.reduction.base import several_types
 from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter, OverlapMeter
 from distplat.strategies.reduction.wire import Wire
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.listening import came_again, listen
-from distplat.strategies.training.segments import first_non_finite
+from distplat.strategies.training.segments import first_non_finite, typed
 
 
 class BucketReducer:
@@ -45,7 +49,7 @@ class BucketReducer:
         look: look for NaN and infinity in each bucket before it leaves.
 
     Raises:
-        SpecError: gradients that are as small as `wire_dtype` already.
+        SpecError: gradients that are as small as `wire_dtype` already, or of several types.
     """
 
     def __init__(
@@ -60,20 +64,21 @@ class BucketReducer:
     ) -> None:
         self._flat, self._grads, self._collective = flat, flat.grads, collective
         self._alone = collective.world == 1
+        if wire_dtype is not None and flat.mixed:
+            raise several_types(flat)
         self._look = look
         self._broken: int | None = None  #: first parameter so far that is not finite here
         self.local = StepControl()
         """This rank's record of the last step, with what was found in its gradients."""
-        self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
-        item = flat.grads.itemsize
-        offsets = [slot.offset for slot in flat.slots]
-        self._cuts = cut_buckets(offsets, flat.size, bucket_bytes // item, FIRST_BYTES // item)
+        self._control = ControlSum(collective, len(flat.flags), flat.grads.device)
+        self._cuts = [*cut_segments(flat, bucket_bytes)]
+        self._types = [flat.layout.runs(cut.start, cut.stop)[0].dtype for cut in self._cuts]
         self._layouts = [flat.layout.cut(cut.start, cut.stop) for cut in self._cuts]
         self._release = Release([cut.parameters for cut in self._cuts])
         self._handles: dict[int, Handle] = {}
         self._wire: Wire | None = None
         if wire_dtype is not None and not self._alone:
-            self._wire = Wire(flat.grads, wire_dtype, collective)
+            self._wire = Wire(flat.grads[: flat.layout.tail], wire_dtype, collective)
         self._meter, self._overlap = Meter(collective), OverlapMeter(collective)
         self._begun = self._listening = False
         self._agreed = not overlap
@@ -161,11 +166,13 @@ class BucketReducer:
     def _start(self, number: int) -> None:
         cut = self._cuts[number]
         if self._look:  # here, for a moment later the bucket holds other ranks' gradients too
-            slot = first_non_finite(self._grads[cut.start : cut.stop], self._layouts[number])
+            layout = self._layouts[number]
+            run = self._grads[cut.start : cut.stop]
+            slot = first_non_finite(run, layout.segments, layout.pieces)
             if slot is not None:
                 self._broken = slot if self._broken is None else min(slot, self._broken)
         if self._wire is None:
-            travels = self._grads[cut.start : cut.stop]
+            travels = typed(self._grads, cut.start, cut.stop, self._types[number])
         else:
             travels = self._wire.pack(cut.start, cut.stop)
         self._overlap.start()
@@ -181,3 +188,27 @@ class BucketReducer:
         if order[0] >= 0:
             self._release.agree(order, held)
             self._agreed = True
+
+
+def cut_segments(flat: FlatModel, bucket_bytes: int) -> Iterator[Bucket]:
+    """Cut each segment into buckets, the last one first: what backward makes first is there."""
+    item = flat.grads.itemsize
+    limit = first = bucket_bytes // item
+    first = min(first, FIRST_BYTES // item)
+    for segment in reversed([one for one in flat.layout.segments if one.start < flat.layout.tail]):
+        inside = [
+            (place, slot.offset - segment.start)
+            for place, slot in enumerate(flat.slots)
+            if segment.start <= slot.offset < segment.stop
+        ]
+        begin = inside[0][0]
+        size = segment.stop - segment.start
+        for cut in cut_buckets([offset for _, offset in inside], size, limit, first):
+            members = range(cut.parameters.start + begin, cut.parameters.stop + begin)
+            yield replace(
+                cut,
+                start=cut.start + segment.start,
+                stop=cut.stop + segment.start,
+                parameters=members,
+            )
+        first = limit

@@ -26,7 +26,7 @@ from torch import Tensor
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective
-from distplat.strategies.reduction.base import Reducer
+from distplat.strategies.reduction.base import Reducer, several_types
 from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter, time_all_reduce
 from distplat.strategies.training.control import StepControl
@@ -43,19 +43,25 @@ class CompressedReducer(Reducer):
         flat: its gradients are set to zero: an all-reduce of them is timed here, as a baseline.
         collective: the group; every rank makes its reducer at the same time.
         look: look for NaN and infinity in the gradients before they are exchanged.
+
+    Raises:
+        SpecError: the parameters are of several types.
     """
 
     def __init__(self, flat: FlatModel, collective: Collective, *, look: bool = True) -> None:
+        if flat.mixed:
+            raise several_types(flat)
         self._flat, self._collective, self._look = flat, collective, look
-        self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
-        self.residual = torch.zeros_like(flat.grads)
+        self._control = ControlSum(collective, len(flat.flags), flat.grads.device)
+        self._grads = flat.grads[: flat.layout.tail]
+        self.residual = torch.zeros_like(self._grads)
         """What this rank has not sent yet: shape [n]."""
-        self._meant = torch.zeros_like(flat.grads)
+        self._meant = torch.zeros_like(self._grads)
         self._alone = collective.world == 1
-        sent, _ = traffic_elements(flat.size, collective.rank, collective.world)
+        sent, _ = traffic_elements(self._grads.numel(), collective.rank, collective.world)
         self._plain_bytes = sent * flat.grads.itemsize
         self._travel_s = 0.0
-        self._baseline_s = 0.0 if self._alone else time_all_reduce(flat.grads, collective)
+        self._baseline_s = 0.0 if self._alone else time_all_reduce(self._grads, collective)
         self._step, self._sending = Meter(collective), Meter(collective)
         self._figures: dict[str, float] = {}
 
@@ -122,7 +128,7 @@ class CompressedReducer(Reducer):
 
     def _exchange(self) -> float:
         """Exchange with error feedback; give |not sent| / |meant|, 2-norms."""
-        torch.add(self.residual, self._flat.grads, out=self._meant)
+        torch.add(self.residual, self._grads, out=self._meant)
         sent = self._send(self._meant)
         self.residual, self._meant = self._meant, self.residual
         left = squared_norm(self.residual)

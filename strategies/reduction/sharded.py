@@ -16,12 +16,14 @@ the update it would get in the whole vector.
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
+from distplat.platform.vector_layout import Segment
 from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.base import Collective
 from distplat.strategies.reduction.control_sum import ControlSum
@@ -29,7 +31,12 @@ from distplat.strategies.reduction.figures import Meter
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import FlatOptimizer, LocalOptimizer, Presence, rate_of
-from distplat.strategies.training.segments import scale_in_place, squared_norm_of, typed_views
+from distplat.strategies.training.segments import (
+    scale_in_place,
+    squared_norm_of,
+    typed,
+    typed_views,
+)
 
 _ALIGN = 16
 """Elements: parts begin on a cache line, and where a vectorised loop over the whole would too."""
@@ -47,18 +54,23 @@ class ShardedUpdate(LocalOptimizer):
     """
 
     def __init__(self, flat: FlatModel, group: Collective, job: Job, total_steps: int) -> None:
+        assert flat.layout.tail == flat.size, "parts are for all of a run: nothing may thaw"
         self._flat, self._job, self._total = flat, job, total_steps
         self._group, self._rank = group, group.rank
         bounds = even_bounds(flat.size, group.world, align=_ALIGN)
-        self._gradients = [flat.grads[start:stop] for start, stop in bounds]
+        self._gradients = [
+            [typed(flat.grads, a, b, one.dtype) for a, b in _cut_of(one, bounds)]
+            for one in flat.layout.segments
+        ]
+        """By segment and rank."""
         self._parameters = [flat.params[start:stop] for start, stop in bounds]
         self.bounds = bounds[group.rank]
-        self._gradient = self._gradients[group.rank]
+        self._gradient = flat.grads[slice(*self.bounds)]
         self._part = self._parameters[group.rank]
         self._layout = flat.layout.cut(*self.bounds)
         self._optimizer = FlatOptimizer(job.optimizer, self._part, self._gradient, self._layout)
         self._look = job.failure.non_finite != "ignore"
-        self._control = ControlSum(group, len(flat.slots), flat.grads.device)
+        self._control = ControlSum(group, len(flat.flags), flat.grads.device)
         self._meter = Meter(group)
         self._new = True
         self._exchange_s = 0.0
@@ -81,7 +93,8 @@ class ShardedUpdate(LocalOptimizer):
         began = time.perf_counter()
         self._control.start(local.looked_at(self._flat) if self._look else local)
         if self._group.world > 1:
-            self._group.reduce_scatter(self._gradient, self._gradients)
+            for parts in self._gradients:
+                self._group.reduce_scatter(parts[self._rank], parts)
         total = self._control.wait()
         self._exchange_s = time.perf_counter() - began
         return total
@@ -133,3 +146,9 @@ class ShardedUpdate(LocalOptimizer):
         if self._group.world > 1:
             self._group.all_reduce(square)
         return math.sqrt(float(square))
+
+
+def _cut_of(segment: Segment, bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Give what of a segment each rank has; of some it may be nothing."""
+    cut = [(max(segment.start, a), min(segment.stop, b)) for a, b in bounds]
+    return [(a, max(a, b)) for a, b in cut]

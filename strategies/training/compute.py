@@ -17,9 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from distplat.platform.cut import even_bounds
@@ -32,6 +30,7 @@ from distplat.strategies.training.losses import Figures, LossTerm, eval_figures,
 from distplat.strategies.training.seeding import seed_evaluation, seed_step
 
 if TYPE_CHECKING:
+    from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.session import Prepared
 
 
@@ -67,16 +66,17 @@ class Share:
     weighted: bool = False
     """Whether loss() gave them."""
 
-    def record(self, rank: int, present: NDArray[np.bool_]) -> StepControl:
+    def record(self, rank: int, flat: FlatModel) -> StepControl:
         """
         Give the control record of the step, without a look at the gradient.
 
         Args:
             rank: this one.
-            present: by slot, whether a backward reached the parameter.
+            flat: what this rank trains, after the step's last backward.
         """
-        broken = not math.isfinite(self.loss_sum)
-        return StepControl(self.samples, self.weight, int(broken), rank, present=present)
+        broken, thawed = not math.isfinite(self.loss_sum), bool(flat.thawed.any())
+        figures = self.samples, self.weight, int(broken), rank
+        return StepControl(*figures, thawed=thawed, present=flat.flags)
 
     @property
     def loss(self) -> float:

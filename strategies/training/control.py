@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Policy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""
 
-_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, HEAD_SIZE = range(7)
+_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _THAWED, HEAD_SIZE = range(8)
 
 
 ELSEWHERE = -2
@@ -56,8 +56,11 @@ class StepControl:
     """Its first parameter that is not finite; -1: the loss, or several ranks."""
     state_changed: bool = False
     """Whether a forward has changed buffers or frozen parameters."""
+    thawed: bool = False
+    """Whether a frozen parameter is to be trained from this step on."""
     present: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    """By slot of the flat vector: whether a backward has reached the parameter."""
+    """By slot of the flat vector: whether a backward has reached the parameter. Behind that, by
+    slot of the vector's tail, whether it is trained: see `FlatModel.flags`."""
     skip: bool = False
     """Whether the step is left out: decided alike everywhere, by `decided`."""
 
@@ -92,7 +95,7 @@ class StepControl:
         return replace(self, rank=local.rank, slot=local.slot) if local.non_finite else self
 
     def pack(self) -> NDArray[np.float64]:
-        """Give it as a vector that can be summed over ranks, shape [6 + slots]."""
+        """Give it as a vector that can be summed over ranks, shape [7 + flags]."""
         vector = np.empty(HEAD_SIZE + len(self.present))
         vector[_SAMPLES], vector[_WEIGHT], vector[_COUNT] = (
             self.samples,
@@ -102,7 +105,7 @@ class StepControl:
         # Counted from 1, and only by those who are not finite: a sum of one is its number.
         vector[_RANK] = self.rank + 1 if self.non_finite else 0
         vector[_SLOT] = self.slot + 1 if self.non_finite else 0
-        vector[_STATE] = self.state_changed
+        vector[_STATE], vector[_THAWED] = self.state_changed, self.thawed
         vector[HEAD_SIZE:] = self.present
         return vector
 
@@ -123,6 +126,7 @@ class StepControl:
             int(vector[_RANK]) - 1 if one else -1,
             int(vector[_SLOT]) - 1 if one else -1,
             bool(vector[_STATE]),
+            bool(vector[_THAWED]),
             vector[HEAD_SIZE:] > 0,
         )
 
@@ -135,9 +139,9 @@ class StepControl:
         return cls.unpack(summed)
 
 
-def control_size(slots: int) -> int:
-    """Give the length of `StepControl.pack` for so many slots."""
-    return HEAD_SIZE + slots
+def control_size(flags: int) -> int:
+    """Give the length of `StepControl.pack` for so many flags."""
+    return HEAD_SIZE + flags
 
 
 class NonFiniteSteps:

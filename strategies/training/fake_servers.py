@@ -51,6 +51,7 @@ class ServerGroup:
     def __post_init__(self) -> None:
         self._opening = threading.Lock()
         self._params: Tensor | None = None
+        self._tail = 0  #: elements that are frozen
         self._services: list[Service] = []
         self.servers = self.servers or self.plan.shards
 
@@ -63,6 +64,7 @@ class ServerGroup:
             if self._params is None:
                 self._params = initial.clone()
                 limits = Limits(self.timeout_s, self.timeout_s)
+                self._tail = flat.layout.tail_size
                 for shard in self.cuts(initial.numel()):
                     part = self._params[shard.start : shard.stop]
                     name = f"server-{shard.index}"
@@ -77,7 +79,7 @@ class ServerGroup:
 
     def cuts(self, total: int) -> tuple[Shard, ...]:
         """Give the shards of a vector of so many elements."""
-        return cut_shards(total, self.servers, speeds=self.speeds).shards
+        return cut_shards(total, self.servers, speeds=self.speeds, tail=self._tail).shards
 
     def service(self, index: int, step: int | None = None) -> Service:
         """
@@ -202,6 +204,12 @@ class InMemoryShards:
             ]
         )
         self._pulls += 1
+
+    def tail(self) -> NDArray[np.bool_]:
+        """See `Shards`."""
+        served = self._group.service(0).served
+        assert isinstance(served, ParameterShard), "only they have a tail"
+        return served.tail
 
     def copies(self, version: int) -> list[ShardCopy] | None:
         """See `Shards`."""

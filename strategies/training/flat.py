@@ -15,8 +15,8 @@ docs/decisions/flat_vectors.md.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -24,9 +24,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.vector_layout import Layout, Piece, Segment
+from distplat.platform.vector_layout import Segment
 from distplat.strategies.sparse.modules import dense_parameters
 from distplat.strategies.training.gradients import Gradients
+from distplat.strategies.training.laying_out import (
+    TIE,
+    Slot,
+    by_type,
+    check_memory,
+    homes,
+    lay_out,
+    room_for,
+    thaw_error,
+    trainable,
+)
 from distplat.strategies.training.segments import (
     dtype_name,
     first_non_finite,
@@ -35,13 +46,6 @@ from distplat.strategies.training.segments import (
     typed_views,
 )
 
-_ALIGN = 16
-"""Elements: a multiple of a cache line for every dtype of 4 bytes and more."""
-
-_LINE_BYTES = 64
-_BLOCK_BYTES = 4096
-"""Vectors of several types are a multiple of it: shards of them end between two elements."""
-
 _THOROUGH_STEPS = 3
 """Steps after which the modules are walked in any case, to see whether they were changed."""
 
@@ -49,63 +53,65 @@ TORN = -1
 """Version of parameters that are in the middle of being replaced: good for nothing."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one parameter lies."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    """First element in the flat vector."""
-    stop: int
-    """Its last one, exclusive."""
-    dtype: torch.dtype
-
-    @property
-    def size(self) -> int:
-        """Number of elements of the parameter."""
-        return int(torch.Size(self.shape).numel())
-
-    def view(self, vector: Tensor) -> Tensor:
-        """Give this parameter's part of a flat vector, in its own type and shape."""
-        run = vector[self.offset : self.stop]
-        return (run if run.dtype == self.dtype else run.view(self.dtype)).view(self.shape)
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class FlatModel:
     """
     A model moved onto flat vectors.
 
+    Frozen parameters stay in memory of their own, which a forward may write to. With `thaws` they
+    have a place in the vector, too, behind the others: nobody touches this tail until one of them
+    takes part in training, from a step on which all ranks agree (`activate_tail`).
+
     Args:
         model: on its device; its parameters are re-pointed, in place.
         extra: trainable parameters that lie outside of the model, by name; trained like its own.
+        thaws: whether frozen parameters may take part in training later.
 
     Raises:
         ValueError: nothing to train, or trainable parameters of several devices.
         SpecError: trainable parameters that cannot lie in a vector; names them.
     """
 
-    def __init__(self, model: nn.Module, extra: Mapping[str, nn.Parameter] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        extra: Mapping[str, nn.Parameter] | None = None,
+        *,
+        thaws: bool = False,
+    ) -> None:
         self.model, self.extra = model, dict(extra or {})
-        named = _trainable(model, self.extra)
-        _check_memory(model, named)
-        named = _by_type(named)
-        self._parameters = [p for _, p in named]
-        self.slots, self.layout, dtype = _lay_out(named)
-        device = self._parameters[0].device
+        named = by_type(trainable(model, self.extra))
+        check_memory(model, named)
+        frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+        tail = by_type(room_for(frozen, named, model)) if thaws else []
+        self.parameters = [p for _, p in named + tail]  #: in the order of `slots`
+        self._trained = len(named)  #: how many of them are no tail
+        behind = {id(p) for _, p in tail}
+        self._fixed = [(n, p) for n, p in frozen if id(p) not in behind]
+        self.slots, self.layout, dtype = lay_out(named, tail)
+        device = self.parameters[0].device
         self.params = torch.zeros(self.layout.size, dtype=dtype, device=device)
-        for slot, parameter in zip(self.slots, self._parameters, strict=True):
-            slot.view(self.params).copy_(parameter.detach())
         self.grads = torch.zeros_like(self.params)
         self.version = 0  #: updates that `params` has had; `TORN`: half replaced by another rank's
-        self._gradients = Gradients([slot.name for slot in self.slots], self._parameters)
-        self._homes = _homes(model, self._parameters)
+        for slot, parameter in zip(self.slots, self.parameters, strict=True):
+            slot.view(self.params).copy_(parameter.detach())
+        self.present: NDArray[np.bool_] = np.arange(len(self.slots)) < self._trained
+        """By slot: whether a backward of this step has given it a gradient, on this rank. Until the
+        first step begins: who is trained."""
+        self.thawed = np.zeros(len(tail), np.bool_)
+        """By slot of the tail: whether it would take part in training, and does not yet."""
+        self.active = np.zeros(len(tail), np.bool_)
+        """By slot of the tail: whether it takes part in training."""
+        self._homes = homes(model, self.parameters)
         self._looked = 0
+        self.began = False  #: whether this rank has computed anything in this step
         self._point()
 
     @property
     def size(self) -> int:
-        """Elements of the flat vectors, padding included."""
+        """Elements of the flat vectors, padding and tail included."""
         return self.params.numel()
 
     @property
@@ -114,14 +120,18 @@ class FlatModel:
         return len({one.dtype for one in self.layout.segments}) > 1
 
     @property
-    def present(self) -> NDArray[np.bool_]:
-        """By slot: whether a backward of this step has given it a gradient, on this rank."""
-        return self._gradients.present
+    def trained_slots(self) -> list[Slot]:
+        """Parameters that are no tail: the first ones of `slots`."""
+        return self.slots[: self._trained]
 
     def digest(self) -> str:
         """Fingerprint of names, shapes and types: equal on all ranks that train one model."""
-        text = repr((self.slots, self.params.dtype))
+        text = repr((self.slots, self.layout.tail, self.params.dtype))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the model's state, and parameters from outside of it by their names; no copies."""
+        return {**self.model.state_dict(), **{k: p.detach() for k, p in self.extra.items()}}
 
     def move(self, params: Tensor, grads: Tensor) -> None:
         """
@@ -133,12 +143,21 @@ class FlatModel:
         self._point()
 
     def typed(self, vector: Tensor) -> list[Tensor]:
-        """View a vector of this model by segment, each in its own type."""
-        return typed_views(vector, self.layout.segments)
+        """View what is trained of a vector of this model by segment, each in its own type."""
+        return typed_views(vector, self.segments)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What is trained of the vectors: the tail once a parameter there takes part."""
+        every = self.layout.segments
+        if self.active.any():
+            return every
+        return tuple(one for one in every if one.start < self.layout.tail)
 
     def begin_step(self) -> None:
         """Set the gradients to zero and forget which parameters had one."""
-        self.grads.zero_()
+        self._used_grads.zero_()
+        self.present[:] = self.began = False
         self._gradients.begin()
 
     def before_backward(self) -> None:
@@ -149,6 +168,8 @@ class FlatModel:
             SpecError: see `Gradients.before_backward`.
         """
         self._gradients.before_backward()
+        self._look_for_thawed()
+        self.began = True
 
     def take_in(self) -> None:
         """
@@ -158,10 +179,65 @@ class FlatModel:
             SpecError: see `Gradients.take_in`.
         """
         self._gradients.take_in()
+        self._look_for_thawed()
+        for number in np.flatnonzero(self.thawed).tolist():
+            place = self._trained + number
+            grad = self.parameters[place].grad
+            if grad is not None:  # in memory of its own, and the sum so far
+                self.slots[place].view(self.grads).copy_(grad)
+                self.present[place] = True
 
     def ready(self, place: int) -> None:
         """Be told by a hook that the backward under way has finished a slot's gradient."""
         self._gradients.ready(place)
+
+    @property
+    def tail_in_use(self) -> bool:
+        """Whether this rank has gradients, or will have, behind the slots trained at first."""
+        return bool(self.active.any() or self.thawed.any())
+
+    def activate_tail(self, union: NDArray[np.bool_], step: int, *, had_samples: bool) -> None:
+        """
+        Have frozen parameters take part in training; all ranks call this at one step boundary.
+
+        Their gradients of this step, where there are some, are in the vector already.
+
+        Args:
+            union: by slot of the tail, whether it takes part on any rank.
+            step: for messages.
+            had_samples: whether this rank has computed anything in this step.
+
+        Raises:
+            SpecError: this rank has computed something, and without one of them.
+        """
+        for number in np.flatnonzero(union & ~self.active).tolist():
+            slot = self.slots[self._trained + number]
+            if had_samples and not self.thawed[number]:
+                raise thaw_error(step, f"{slot.name!r} is frozen on this worker, on others not")
+        self.take_over_tail(union)
+
+    def take_over_tail(self, union: NDArray[np.bool_]) -> None:
+        """Have frozen parameters take part in training, with the values that `params` has."""
+        self.active |= union
+        self.thawed &= ~self.active
+        for number in np.flatnonzero(union).tolist():
+            self.parameters[self._trained + number].requires_grad_(True)
+        self._point()
+
+    def fill_tail(self) -> None:
+        """Have `params` hold the frozen parameters as they are now; a checkpoint was read."""
+        for number in np.flatnonzero(~self.active).tolist():
+            place = self._trained + number
+            self.slots[place].view(self.params).copy_(self.parameters[place].detach())
+
+    def trained_names(self) -> frozenset[str]:
+        """Give the names of the parameters that live in the vector by now."""
+        return frozenset(self.slots[place].name for place in self._live())
+
+    @property
+    def flags(self) -> NDArray[np.bool_]:
+        """Give what all ranks must know: `present`, then by slot of the tail if it is trained."""
+        return np.concatenate([self.present, self.active | self.thawed])
 
     def name(self, slot: int) -> str:
         """Give the name of a slot's parameter."""
@@ -169,15 +245,26 @@ class FlatModel:
 
     def first_non_finite(self) -> int | None:
         """Give the slot of the first parameter whose gradient is not finite; None: all are."""
-        return first_non_finite(self.grads, self.layout)
+        segments = self.layout.segments if self.tail_in_use else self.segments
+        return first_non_finite(self.grads, segments, self.layout.pieces)
 
     def squared_norm(self) -> float:
         """Give the sum of squares of the gradient, in float64."""
-        return squared_norm_of(self.grads, self.layout.segments)
+        return squared_norm_of(self.grads, self.segments)
 
     def scale_gradients(self, scale: float) -> None:
         """Multiply the gradient by a number; by 1 costs nothing."""
         scale_in_place(self.typed(self.grads), scale)
+
+    def _look_for_thawed(self) -> None:
+        if any(map(_REQUIRES_GRAD, self._frozen)):
+            wanted = [p.requires_grad for p in self.parameters[self._trained :]]
+            self.thawed |= np.array(wanted) & ~self.active
+
+    def _live(self) -> list[int]:
+        """Give the slots whose parameters live in the vector."""
+        active = (self._trained + np.flatnonzero(self.active)).tolist()
+        return [*range(self._trained), *active]
 
     def check_layout(self, step: int, *, thorough: bool = False) -> list[str]:
         """
@@ -192,36 +279,44 @@ class FlatModel:
             `params` has the new values.
 
         Raises:
-            SpecError: the model has other parameters than it had; names them.
+            SpecError: the model has other parameters than it had; or one that is frozen no more
+                has not the values that it had, which is what others have. Names it.
         """
         self._check_objects(step)
+        if any(map(_REQUIRES_GRAD, self._outside)):
+            name = next(name for name, p in self._fixed if p.requires_grad)
+            raise thaw_error(step, f"{name!r} has requires_grad=True; it was frozen at first")
+        for number in np.flatnonzero(self.thawed).tolist():
+            place = self._trained + number
+            slot, parameter = self.slots[place], self.parameters[place]
+            if not torch.equal(parameter.detach(), slot.view(self.params)):
+                raise thaw_error(step, f"{slot.name!r} was changed while it was frozen")
         if thorough or self._looked < _THOROUGH_STEPS:
             self._looked += 1
             self._check_modules(step)
-        now = list(map(Tensor.data_ptr, self._parameters))
+        now = list(map(Tensor.data_ptr, self._housed))
         if now == self._pointers:
             return []
         moved = [i for i, (a, b) in enumerate(zip(now, self._pointers, strict=True)) if a != b]
-        return [self._bring_back(place, step) for place in moved]
+        live = self._live()
+        return [self._bring_back(live[number], step) for number in moved]
 
     def _check_objects(self, step: int) -> None:
         """Compare the parameters that the modules have now with those they had."""
-        for (held, key, name), parameter in self._homes:
+        for held, key, name, parameter in self._homes:
             if held.get(key) is not parameter:
                 text = f"step {step + 1}: the parameter {name!r} was replaced or removed"
                 raise SpecError(Problem(("task",), text, "write into it: param.data.copy_(...)"))
 
     def _check_modules(self, step: int) -> None:
-        known = {id(parameter) for parameter in self._parameters}
+        known = {id(parameter) for parameter in self.parameters}
         for name, parameter in dense_parameters(self.model):
             if parameter.requires_grad and parameter.numel() and id(parameter) not in known:
-                text = f"step {step + 1}: {name!r} was not trained when the run began"
-                hint = "build it in model() with requires_grad=True; freeze it in the first step"
-                raise SpecError(Problem(("task",), text, hint))
+                raise thaw_error(step, f"{name!r} was not there when the run began")
 
     def _bring_back(self, place: int, step: int) -> str:
         """Copy a parameter's data into the vector and have the parameter there again."""
-        slot, parameter = self.slots[place], self._parameters[place]
+        slot, parameter = self.slots[place], self.parameters[place]
         data = parameter.data
         if (tuple(data.shape), data.dtype) != (slot.shape, slot.dtype):
             text = (
@@ -232,7 +327,7 @@ class FlatModel:
         begin, end = self.params.data_ptr(), self.params.data_ptr() + self.params.nbytes
         if begin <= data.data_ptr() < end:
             text = f"step {step + 1}: {slot.name!r} shares the memory of another parameter"
-            raise SpecError(Problem(("task",), text, _TIE))
+            raise SpecError(Problem(("task",), text, TIE))
         view = slot.view(self.params)
         view.copy_(data)
         parameter.data = view
@@ -240,107 +335,17 @@ class FlatModel:
 
     def _point(self) -> None:
         """Make parameters and gradients views of the present vectors."""
-        for slot, parameter in zip(self.slots, self._parameters, strict=True):
+        live = self._live()
+        slots = [self.slots[place] for place in live]
+        self._housed = [self.parameters[place] for place in live]
+        behind = np.flatnonzero(~self.active) + self._trained
+        self._frozen = [self.parameters[place] for place in behind.tolist()]
+        self._outside = [p for _, p in self._fixed]
+        for slot, parameter in zip(slots, self._housed, strict=True):
             parameter.data = slot.view(self.params)
-        self._pointers = list(map(Tensor.data_ptr, self._parameters))
-        self._gradients.point([slot.view(self.grads) for slot in self.slots])
-
-
-_TIE = "tie parameters by giving both modules the same nn.Parameter"
-
-
-def _trainable(
-    model: nn.Module, extra: Mapping[str, nn.Parameter]
-) -> list[tuple[str, nn.Parameter]]:
-    """
-    Give the parameters to be trained; an empty one has nothing to train.
-
-    Raises:
-        ValueError, SpecError: see `FlatModel`.
-    """
-    found = [(name, p) for name, p in dense_parameters(model) if p.requires_grad and p.numel()]
-    known = {id(p) for _, p in found}
-    found += [(k, p) for k, p in extra.items() if id(p) not in known and p.requires_grad]
-    if not found:
-        raise ValueError("the model has no trainable parameter")
-    first_name, first = found[0]
-    for name, p in found:
-        if p.device != first.device:
-            raise ValueError(
-                f"trainable parameters must share a device: {first_name} is on {first.device}, "
-                f"{name} is on {p.device}"
-            )
-        if not p.is_floating_point():
-            text = f"trainable parameters must be real numbers: {name!r} is {p.dtype}"
-            hint = "keep a complex one as real numbers, and use torch.view_as_complex in forward"
-            raise SpecError(Problem(("task",), text, hint))
-    return found
-
-
-def _by_type(named: Sequence[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Sort parameters by type, in the order in which types first occur; else as they are."""
-    order = list(dict.fromkeys(p.dtype for _, p in named))
-    return sorted(named, key=lambda one: order.index(one[1].dtype))
-
-
-def _lay_out(
-    named: Sequence[tuple[str, nn.Parameter]],
-) -> tuple[list[Slot], Layout, torch.dtype]:
-    """Give each parameter, sorted by type, its place; what lies where; the vector's type."""
-    dtypes = {p.dtype for _, p in named}
-    mixed = len(dtypes) > 1
-    slots: list[Slot] = []
-    segments: list[Segment] = []
-    offset = stop = 0
-    for name, p in named:
-        length, align = (p.nbytes, _LINE_BYTES) if mixed else (p.numel(), _ALIGN)
-        stop = offset + length
-        slots.append(Slot(name, tuple(p.shape), offset, stop, p.dtype))
-        offset += -(-length // align) * align
-        goes_on = bool(segments) and segments[-1].dtype == dtype_name(p)
-        start = segments.pop().start if goes_on else slots[-1].offset
-        segments.append(Segment(start, offset, dtype_name(p)))
-    size = -(-stop // _BLOCK_BYTES) * _BLOCK_BYTES if mixed else stop
-    segments[-1] = Segment(segments[-1].start, size, segments[-1].dtype)
-    pieces = tuple(Piece(place, slot.offset, slot.stop) for place, slot in enumerate(slots))
-    layout = Layout(size, tuple(segments), pieces, len(slots), size)
-    return slots, layout, torch.uint8 if mixed else slots[0].dtype
-
-
-def _check_memory(model: nn.Module, trained: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """
-    See that no trained parameter shares memory with another tensor: apart they would not be equal.
-
-    Raises:
-        SpecError: two do; names them.
-    """
-    mine = {id(p) for _, p in trained}
-    others = [(n, p) for n, p in model.named_parameters() if id(p) not in mine]
-    spans = [
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name, id(tensor) in mine)
-        for name, tensor in [*trained, *others, *model.named_buffers()]
-        if tensor.numel() and tensor.is_contiguous() and tensor.device.type != "meta"
-    ]
-    spans.sort(key=lambda span: span[:2])
-    end, holder, holder_trained = 0, "", False
-    for start, stop, name, is_trained in spans:
-        if start < end and (is_trained or holder_trained):
-            text = f"{holder!r} and {name!r} are different tensors in the same memory"
-            raise SpecError(Problem(("task",), text, _TIE))
-        if stop > end:
-            end, holder, holder_trained = stop, name, is_trained
-
-
-_Home = tuple[tuple[dict[str, nn.Parameter | None], str, str], nn.Parameter]
-
-
-def _homes(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[_Home]:
-    """Give where the modules hold each parameter: module's table, key, name."""
-    wanted = {id(parameter) for parameter in parameters}
-    found: list[_Home] = []
-    for prefix, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in wanted:
-                name = f"{prefix}.{key}" if prefix else key
-                found.append(((module._parameters, key, name), parameter))
-    return found
+        self._pointers = list(map(Tensor.data_ptr, self._housed))
+        names = [slot.name for slot in slots]
+        self._gradients = Gradients(names, self._housed, self.present, live)
+        self._gradients.point([slot.view(self.grads) for slot in slots])
+        used = self.size if self.active.any() else self.layout.tail
+        self._used_grads = self.grads[:used]

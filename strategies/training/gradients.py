@@ -36,12 +36,20 @@ class Gradients:
     Args:
         names: of the parameters.
         parameters: in the same order.
+        present: written to: by slot, whether a backward of this step has given it a gradient.
+        places: the parameters' slots; None: the first ones, in order.
     """
 
-    def __init__(self, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
-        self._names, self._parameters = names, parameters
-        self.present: NDArray[np.bool_] = np.ones(len(parameters), np.bool_)
-        """By parameter: whether a backward of this step has given it a gradient."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        present: NDArray[np.bool_],
+        places: Sequence[int] | None = None,
+    ) -> None:
+        self._names, self._parameters, self._present = names, parameters, present
+        self._places = np.arange(len(parameters)) if places is None else np.array(places)
+        self._has = present[self._places]
 
     def point(self, views: Sequence[Tensor]) -> None:
         """Go on in these views, one for each parameter and of its shape."""
@@ -52,7 +60,7 @@ class Gradients:
 
     def begin(self) -> None:
         """Begin a step; the views are zero."""
-        self.present[:] = False
+        self._has[:] = self._present[:] = False
         if not self._in_place():
             for parameter, view in zip(self._parameters, self._views, strict=True):
                 parameter.grad = view
@@ -91,15 +99,17 @@ class Gradients:
                 if grad is not self._views[place]:
                     self._collect(place, grad)
         now = self._read()
-        self.present |= np.not_equal(now, self._versions)
+        self._has |= np.not_equal(now, self._versions)
+        self._present[self._places] = self._has
         self._versions = now
 
     def ready(self, place: int) -> None:
-        """Have one parameter's gradient in the vector; a backward has just finished it."""
+        """Have one parameter's gradient in the vector, the n-th's; a backward has finished it."""
         grad = self._parameters[place].grad
         if grad is not self._views[place]:
             self._collect(place, grad)
-        self.present[place] |= grad is not None
+        self._has[place] |= grad is not None
+        self._present[self._places[place]] = self._has[place]
 
     def _in_place(self) -> bool:
         return all(map(is_, map(_GRAD, self._parameters), self._views))
@@ -109,7 +119,7 @@ class Gradients:
 
     def _check_untouched(self, place: int) -> None:
         """See whether a change of a gradient between two backwards does harm."""
-        any_left, had = _any(self._views[place]), self.present[place]
+        any_left, had = _any(self._views[place]), self._has[place]
         if any_left:
             raise _own_backward(self._names[place])
         if had:
@@ -123,7 +133,7 @@ class Gradients:
         Where torch puts one elsewhere, under `create_graph`, it is the whole sum so far.
         """
         view, name = self._views[place], self._names[place]
-        if self.present[place] and (grad is None or not grad.requires_grad):
+        if self._has[place] and (grad is None or not grad.requires_grad):
             raise _lost(name)
         if grad is None:
             if view._version != self._versions[place]:

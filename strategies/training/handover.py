@@ -60,11 +60,21 @@ def take_over_newest(
     if group.rank != source:
         flat.version = TORN  # should a rank be lost now, nobody may take these for good
     group.broadcast(flat.params, source)
+    _share_thawed(flat, source, group)
     broadcast_slots(untrained_slots(flat.model), source, group, device)
     if newest > 0:
         optimizer.load(_broadcast_state(optimizer.state(), source, group, device))
     flat.version = newest
     return newest
+
+
+def _share_thawed(flat: FlatModel, source: int, group: Collective) -> None:
+    """Have the same frozen parameters take part in training as on the source."""
+    if flat.active.size:
+        active = torch.from_numpy(flat.active.astype("uint8")).to(flat.params.device)
+        group.broadcast(active, source)
+        if group.rank != source:
+            flat.take_over_tail(active.cpu().numpy().astype(bool))
 
 
 def _broadcast_state(

@@ -103,6 +103,7 @@ class LeasedLoop:
         clock = Stopwatch()
         share = self.compute.gradients(task, clock)
         step, part = divmod(task, self.sampler.world)
+        self.flat.check_layout(step)
         total = self._exchange.exchange(Turn(step, self._made, task), self.rank, share)
         self._made += 1
         clock.lap("exchange")

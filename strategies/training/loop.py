@@ -113,6 +113,7 @@ class Loop:
         self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(step, clock)
+        self.flat.check_layout(step)
         total = self._exchange.exchange(Turn(step, step), self.rank, share)
         clock.lap("exchange")
         self.strategy.update(step, total)

@@ -44,7 +44,7 @@ NUMBERS = {"step", "mu_product"}
 """What torch's optimizers remember of a parameter that is one number."""
 
 Presence: TypeAlias = "Sequence[bool] | NDArray[np.bool_] | None"
-"""By slot, whether a parameter has a gradient on any rank; None: all have."""
+"""By slot, whether a parameter has a gradient on any rank; None: all that are no tail."""
 
 
 @dataclass
@@ -88,7 +88,11 @@ class FlatOptimizer:
         self._pieces = self._layout.pieces
         self._slots = np.array([piece.slot for piece in self._pieces], np.int64)
         self._segment_of = _segments_of(self._layout)
-        self._torch = [_make(spec, fused) for fused in (True, False)]
+        starts = [piece.start for piece in self._pieces]
+        self._at_first = np.array(starts, np.int64) < self._layout.tail  #: who is no tail
+        self._torch = {(a, b): _make(spec, a) for a in (True, False) for b in (True, False)}
+        """By whether the kernel is a fused one, and whether there is a state: such a kernel wants
+        one of all parameters or of none."""
         self._used = np.zeros(len(self._pieces), np.bool_)
         self._vectors: dict[str, Tensor] = {}
         self._scalars: dict[str, Tensor] = {}  #: by piece
@@ -104,11 +108,11 @@ class FlatOptimizer:
             present: see `Presence`.
         """
         runs = self._runs_of(present)
-        for optimizer in self._torch:
-            optimizer.param_groups[0]["lr"] = lr
         with torch.no_grad():
-            for optimizer in self._torch:
-                if optimizer.param_groups[0]["params"]:
+            for optimizer in self._torch.values():
+                [group] = optimizer.param_groups
+                group["lr"] = lr
+                if group["params"]:
                     inspect.unwrap(type(optimizer).step)(optimizer)
         if not all(run.used for run in runs):
             self._take_new_states(runs)
@@ -157,7 +161,9 @@ class FlatOptimizer:
 
     def _runs_of(self, present: Presence) -> list[_Run]:
         """Give the runs to be updated; set torch's optimizers up for them if they are others."""
-        mine = None if present is None else np.asarray(present, np.bool_)[self._slots]
+        mine: NDArray[np.bool_] | None = self._at_first
+        if present is not None:
+            mine = np.asarray(present, np.bool_)[self._slots]
         if mine is not None and mine.all():
             mine = None
         if self._runs is not None and _equal(mine, self._present):
@@ -165,7 +171,7 @@ class FlatOptimizer:
         self._write_back()
         self._present = mine
         self._runs = self._group(mine)
-        for optimizer in self._torch:
+        for optimizer in self._torch.values():
             optimizer.param_groups[0]["params"] = []
             optimizer.state.clear()
         for run in self._runs:
@@ -202,7 +208,7 @@ class FlatOptimizer:
     def _set_up(self, run: _Run) -> None:
         """Make a run a parameter of the torch optimizer that is right for its type."""
         fused = run.dtype in _FUSED_TYPES or self._vector.device.type != "cpu"
-        optimizer = self._torch[0 if fused else 1]
+        optimizer = self._torch[fused, run.used]
         run.parameter = nn.Parameter(typed(self._vector, run.start, run.stop, run.dtype))
         run.parameter.grad = typed(self.gradient, run.start, run.stop, run.dtype)
         optimizer.param_groups[0]["params"].append(run.parameter)
@@ -214,7 +220,7 @@ class FlatOptimizer:
             }
 
     def _state_of(self, run: _Run) -> dict[str, Any]:
-        for optimizer in self._torch:
+        for optimizer in self._torch.values():
             if run.parameter in optimizer.state:
                 state: dict[str, Any] = optimizer.state[run.parameter]
                 return state

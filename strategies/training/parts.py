@@ -20,7 +20,8 @@ from torch import Tensor
 
 from distplat.platform.pieces import Bytes, Entry, Place, Whole
 from distplat.strategies.ports import Kind, Shards
-from distplat.strategies.training.flat import FlatModel, Slot
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.laying_out import Slot
 from distplat.strategies.training.optim import PER_PARAMETER, USED
 from distplat.strategies.training.segments import dtype_name
 
@@ -89,13 +90,14 @@ def model_part(flat: FlatModel, holding: Holding = ALL) -> Part:
         flat: the model.
         holding: what of the whole it is.
     """
-    entries = vector_entries(flat, [kind_of("model", flat.params)], holding=holding)
+    live = flat.trained_names()
+    entries = vector_entries(flat, [kind_of("model", flat.params)], 0, b"", holding, live)
     return Part((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
 
 
 def buffer_part(flat: FlatModel, holding: Holding = ALL) -> Part:
     """Give what of a model is not trained: buffers and frozen parameters."""
-    elsewhere = holding.others | {slot.name for slot in flat.slots}
+    elsewhere = holding.others | flat.trained_names()
     rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
     entries = [
         Entry(
@@ -126,7 +128,8 @@ def optimizer_part(
     """
     kinds, used = kinds_of(state)
     tensors = tuple(value for name, value in state.items() if name != USED)
-    return Part(tensors, tuple(vector_entries(flat, kinds, start, used, holding)))
+    entries = vector_entries(flat, kinds, start, used, holding)
+    return Part(tensors, tuple(entries))
 
 
 def server_part(
@@ -142,13 +145,15 @@ def server_part(
         may_skip: see `Part`.
         holding: see `model_part`.
     """
+    live = flat.trained_names()  # in the step that this version follows, not when it is fetched
 
     def fetch() -> Boxes | None:
         copies = shards.copies(version)
         if copies is None:
             return None
         return [
-            (c.box, tuple(vector_entries(flat, c.kinds, c.start, c.used, holding))) for c in copies
+            (c.box, tuple(vector_entries(flat, c.kinds, c.start, c.used, holding, live)))
+            for c in copies
         ]
 
     return replace(buffer_part(flat, holding), fetch=fetch, may_skip=may_skip)
@@ -172,6 +177,7 @@ def vector_entries(
     start: int = 0,
     used: bytes = b"",
     holding: Holding = ALL,
+    live: Set[str] = frozenset(),
 ) -> list[Entry]:
     """
     Name what is in vectors over one run; the n-th array is that of the n-th kind.
@@ -182,6 +188,7 @@ def vector_entries(
         start: first element of the run.
         used: a byte for each parameter, 0: an optimizer remembers nothing of it.
         holding: see `model_part`.
+        live: names of the parameters whose values are those in the vector `model`.
     """
     length = next((kind.length for kind in kinds if kind.length is not None), 0)
     entries = []
@@ -190,7 +197,7 @@ def vector_entries(
         if slot.name in holding.others:
             continue
         for number, (key, dtype, vector) in enumerate(kinds):
-            if key != "model" and not used[place]:
+            if slot.name not in live if key == "model" else not used[place]:
                 continue
             if vector is None:
                 entries.append(Entry(f"{key}/{slot.name}", Place(()), dtype, number, place))

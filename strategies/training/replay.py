@@ -15,9 +15,12 @@ one for all threads). Whatever order the threads come in, each value is computed
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
@@ -65,7 +68,7 @@ class ReplayGroup:
         with self._changed:
             self._flats[rank] = flat
             if len(self._flats) == len(self.tasks):
-                self._open(self._flats[0].params)
+                self._open(self._flats[0])
             self._changed.notify_all()
         self._pull_for(rank, 0)
 
@@ -119,10 +122,11 @@ class ReplayGroup:
             if not done():
                 raise StorageError("the log of updates cannot be followed: it is not of this job")
 
-    def _open(self, initial: Tensor) -> None:
-        self.cuts = cut_shards(initial.numel(), self.plan.shards).shards
+    def _open(self, flat: FlatModel) -> None:
+        self.cuts = cut_shards(flat.size, self.plan.shards, tail=flat.layout.tail_size).shards
         for cut in self.cuts:
-            shard = AsyncShard(self.plan, initial[cut.start : cut.stop].clone())
+            plan = replace(self.plan, layout=flat.layout.cut(cut.start, cut.stop))
+            shard = AsyncShard(plan, flat.params[cut.start : cut.stop].clone())
             shard.restore(0)
             self.shards.append(shard)
 
@@ -184,6 +188,10 @@ class ReplayShards:
     def refresh(self) -> None:
         """Wait for the end: what a rank computes on before, the logs say."""
         self._group.finish(self._rank)
+
+    def tail(self) -> NDArray[np.bool_]:
+        """See `Shards`; asynchronous shards have none."""
+        return np.zeros(0, np.bool_)
 
     def copies(self, version: int) -> None:
         """See `Shards`; what was made before needs no checkpoints."""

@@ -97,11 +97,12 @@ class SavedState:
             SpecError: it is another model; says what differs.
         """
         found = self._load("model")
-        mine = flat.model.state_dict()
+        mine = flat.state_dict()
         _check_model(found, mine, places)
         for name, tensor in mine.items():
             place = (places or {}).get(name, Place(tuple(tensor.shape)))
             tensor.copy_(tensor_of(found[name], place).view(tensor.shape))
+        flat.fill_tail()
         flat.version = self.step
 
     def optimizer(

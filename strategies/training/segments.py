@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distplat.platform.vector_layout import Layout, Segment
+from distplat.platform.vector_layout import Piece, Segment
 from distplat.strategies.algorithms.reduce import squared_norm
 
 
@@ -57,16 +57,18 @@ def squared_norm_of(
     return total
 
 
-def first_non_finite(vector: Tensor, layout: Layout) -> int | None:
+def first_non_finite(
+    vector: Tensor, segments: Sequence[Segment], pieces: Sequence[Piece]
+) -> int | None:
     """
     Give the slot of the first parameter that has an element which is not finite; None: all are.
 
     One pass over the vector; slots are looked for only where it found something.
     """
-    if all(_finite(run) for run in typed_views(vector, layout.segments)):
+    if all(_finite(run) for run in typed_views(vector, segments)):
         return None
-    for segment in layout.segments:
-        for piece in layout.pieces:
+    for segment in segments:
+        for piece in pieces:
             if segment.start <= piece.start < segment.stop:
                 if not _finite(typed(vector, piece.start, piece.stop, segment.dtype)):
                     return piece.slot

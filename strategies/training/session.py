@@ -146,7 +146,8 @@ def prepare(
     check_state(model, sent=sent and job.scaling.world > 1)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
-    part = FlatModel(model.to(device)) if whole else None
+    thaws = strategy is not None and strategy.can_thaw()
+    part = FlatModel(model.to(device), thaws=thaws) if whole else None
     seed_all(job.seed)
     data = checked_data(task, task.train_data(), "train_data")
     sampler = make_sampler(job, data, None if strategy is None else strategy.replicas(job))

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.errors import GapError, StaleError
@@ -57,9 +58,14 @@ class ParameterShard:
         self._sum = torch.zeros_like(params)
         self._layout = layout_of(plan, params)
         self.optimizer = FlatOptimizer(plan.job.optimizer, params, self._sum, self._layout)
+        segments = self._layout.segments
+        self._segments = tuple(one for one in segments if one.start < self._layout.tail)
+        self._thawing = [one for one in self._layout.pieces if one.start >= self._layout.tail]
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
         self.total = StepControl()  #: of the staged sum, or of the step applied last
+        self.tail: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """By parameter that was frozen at first, whether it is trained by now; empty: none is."""
         self._present: bytes | None = None  #: of the staged sum: parameters that are updated
         self._scale = 1.0  #: of the staged sum: what it is still to be multiplied by
         backup = plan.consistency.backup_workers
@@ -173,6 +179,7 @@ class ParameterShard:
     def follow(self, update: Update, gradient: Tensor) -> None:
         """See `Mirrored`; `gradient` is summed and clipped, shape [m]."""
         self._keep_present()
+        self._look_for_thawed(update.present)
         self._sum.copy_(gradient)
         self.ledger.restore(update.version + 1)
         self._update(update.version, update.present)
@@ -184,7 +191,15 @@ class ParameterShard:
         self._keeping.reached(step + 1, lambda: {"": self.params, **self.optimizer.state()})
 
     def _typed(self, vector: Tensor) -> list[Tensor]:
-        return typed_views(vector, self._layout.segments)
+        return typed_views(vector, self._segments)
+
+    def _look_for_thawed(self, flags: bytes | None) -> None:
+        """Have the tail take part once one of its parameters does."""
+        if flags is not None and len(flags) > self._layout.parameters:
+            tail = np.frombuffer(flags, np.bool_)[self._layout.parameters :]
+            self.tail = tail if not self.tail.size else self.tail | tail
+        if flags is not None and any(flags[piece.slot] for piece in self._thawing):
+            self._segments, self._thawing = self._layout.segments, []
 
     def _forget_pushes(self) -> None:
         self._gradients.clear()
@@ -201,6 +216,7 @@ class ParameterShard:
         ranks = sorted(self._gradients)
         self.total = StepControl.total([self._controls[rank].pack() for rank in ranks])
         self._present = flags_of(self.total, self._plan.job.failure.non_finite)
+        self._look_for_thawed(self._present)
         world, backup = self.ledger.world, self._plan.consistency.backup_workers
         # With backup workers still a mean, over the samples that are there.
         self._scale = self.total.scale * (world / (world - backup) if backup else 1.0)
@@ -209,7 +225,7 @@ class ParameterShard:
             sum_in_order(terms, out)
         self._forget_pushes()
         if self._plan.job.clip_norm is not None:
-            square = squared_norm_of(self._sum, self._layout.segments, self._plan.uncounted)
+            square = squared_norm_of(self._sum, self._segments, self._plan.uncounted)
             self.squared_norm = square * self._scale**2
 
 

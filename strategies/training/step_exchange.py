@@ -57,7 +57,7 @@ class StepExchange:
             NonFiniteError: the run ends here.
         """
         flat, index = self._flat, turn.step if turn.task is None else turn.task
-        local = share.record(rank, flat.present)
+        local = share.record(rank, flat)
         if self._lookups is None:
             total = self._strategy.exchange(index, local)
             return self._steps.decide(total, turn.step, flat.name)
