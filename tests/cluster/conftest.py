@@ -1,5 +1,6 @@
 """One local Ray per module, and a census after every test: nothing of a run may be left."""
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -73,6 +74,7 @@ def census() -> Iterator[None]:
     before = set(os.listdir("/dev/shm"))
     yield
     deadline = time.monotonic() + GONE_WITHIN_S
+    gc.collect()  # of servers that were threads of this process
     while left := leftovers(before):
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.2)

@@ -12,20 +12,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from in_memory_run import impatient
 from numpy.typing import NDArray
 from table_rows import table_rows
 
+from distplat.actors.local_actors import ELSEWHERE, HERE, Servers
+from distplat.actors.local_transport import Call
+from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
-from distplat.platform.ledger import Answer
-from distplat.platform.shard_map import Shard, ShardPlan
+from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
-    InMemoryShards,
     InMemoryTables,
-    ServerGroup,
     TableGroup,
 )
 from distplat.strategies.ports import Pushed, Sending
@@ -146,37 +147,6 @@ class _LastPush:
             raise Lost
 
 
-class _LosingShards(InMemoryShards):
-    """The same for shards."""
-
-    loss: Loss | None = None
-
-    def push(self, step: int, task: int | None = None) -> Pushed:
-        pushed = super().push(step, task)
-        if self.loss is not None and step == self.loss.step:
-            raise Lost
-        return pushed
-
-    def _push(self, cut: Shard, step: int, task: int | None) -> Answer:
-        if self.loss is None or step != self.loss.step:
-            return super()._push(cut, step, task)
-        if cut.index >= self.loss.shards:
-            raise Lost
-        push = super()._push
-        if self.loss.shards == len(self._cuts):
-            return push(cut, step, task)
-        threading.Thread(target=_quietly, args=(push, cut, step, task), daemon=True).start()
-        time.sleep(0.01)
-        return Answer(step + 1)
-
-
-def _quietly(push: Any, *args: Any) -> None:
-    try:
-        push(*args)
-    except FencedError:
-        pass  # the attempt is over, as it should be
-
-
 def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> LossyRun:
     """
     Train to the end, with one event after the other.
@@ -187,22 +157,20 @@ def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> 
         events: at most one for each attempt.
     """
     first = _rank(job, task)
-    roles, steps = first.strategy.roles(job), first.prepared.total_steps
-    plan = ShardPlan(
-        job, "run", 0, job.scaling.world, steps, max(1, roles.servers), roles.consistency
-    )
-    group, tables = ServerGroup(plan, WAIT_S), TableGroup(job, rewinds=True)
+    servers = Servers(impatient(job, WAIT_S), first.strategy.roles(job))
+    tables = TableGroup(job, rewinds=True)
     run = LossyRun({}, tables)
     for attempt, event in enumerate([*events, None]):
         for rank in range(job.scaling.world):
             if rank not in run.ranks:
                 run.ranks[rank] = _rank(job, task)
-        run.starts.append(_Attempt(job, group, run, attempt, event).make())
+        run.starts.append(_Attempt(job, servers, run, attempt, event).make())
         if isinstance(event, Loss):
             del run.ranks[event.rank]
         if isinstance(event, Resize):
             job = job.with_workers(event.world)
             run.ranks = {rank: one for rank, one in run.ranks.items() if rank < event.world}
+    servers.close()
     return run
 
 
@@ -215,9 +183,9 @@ class _Attempt:
     """One attempt of all ranks, as threads."""
 
     def __init__(
-        self, job: Job, group: ServerGroup, run: LossyRun, number: int, event: Loss | Resize | None
+        self, job: Job, servers: Servers, run: LossyRun, number: int, event: Loss | Resize | None
     ) -> None:
-        self._job, self._group, self._run, self._number = job, group, run, number
+        self._job, self._servers, self._run, self._number = job, servers, run, number
         self._event = event
         self._fabric = Fabric(job.scaling.world, WAIT_S)
         self._starts: set[int] = set()
@@ -253,7 +221,7 @@ class _Attempt:
     def _abandon(self) -> None:
         """Have all come out who wait for the lost rank."""
         following = self._number + 1
-        self._group.renew(following)
+        self._servers.renew(following)
         self._fabric.give_up()
         for service in self._run.tables.services:
             assert service._plan is not None, "all ranks opened it"
@@ -261,10 +229,7 @@ class _Attempt:
 
     def _train(self, rank: int) -> None:
         mine, event = self._run.ranks[rank], self._event
-        world = self._job.scaling.world
         loss = event if isinstance(event, Loss) and event.rank == rank else None
-        shards = _LosingShards(self._group, rank, self._number, world)
-        shards.loss = loss
 
         def pause(step: int) -> None:
             if isinstance(event, Resize) and step == event.step:
@@ -278,7 +243,7 @@ class _Attempt:
                 rank,
                 Ports(
                     collective=self._fabric.collective(rank),
-                    shards=shards,
+                    shards=self._shards(rank, loss),
                     tables=_LosingTables(self._run.tables, rank, loss),
                 ),
                 report=lambda report: None,
@@ -289,3 +254,32 @@ class _Attempt:
             loop.run()
         except BaseException as error:
             self._errors[rank] = error
+
+    def _shards(self, rank: int, loss: Loss | None) -> RemoteShards:
+        """Give the way to the servers; in the step of its loss a rank's push reaches some only."""
+        steps, node = (
+            self._run.ranks[rank].prepared.total_steps,
+            HERE if loss is None else ELSEWHERE,
+        )
+        way = self._servers.shards(rank, steps, attempt=self._number, job=self._job, node=node)
+        if loss is None:
+            return way
+        reached, push = [f"server-{number}" for number in range(loss.shards)], way.push
+
+        def lost(call: Call) -> None:
+            pushed = call.args[0] if call.method == "push" else None
+            if not isinstance(pushed, PushId) or call.process != f"worker-{rank}":
+                return
+            here = pushed.attempt == self._number and pushed.seq == loss.step
+            if here and call.actor not in reached:
+                raise Lost
+
+        def push_all(step: int, task: int | None = None) -> Pushed:
+            pushed = push(step, task)
+            if step == loss.step:
+                raise Lost
+            return pushed
+
+        self._servers.cluster.add_rule(lost)
+        way.push = push_all  # type: ignore[method-assign]
+        return way

@@ -223,7 +223,7 @@ def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
         strategy.stop_at = -1
     assert attempt(1, ranks, strategies, group) == [5, 5]
     whole = train(spec, Words)
-    lossy = Run(ranks, [], [], [], [], whole.group, group)
+    lossy = Run(ranks, [], [], [], [], whole.servers, group)
     for number in range(2):
         assert table(lossy, number).tobytes() == table(whole, number).tobytes()
     for name, value in whole.parameters().items():

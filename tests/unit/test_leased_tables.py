@@ -15,17 +15,18 @@ from rank_threads import on_ranks
 from safetensors.numpy import load_file
 
 from distplat import Trainer
+from distplat.actors.local_actors import ELSEWHERE
+from distplat.actors.local_actors import Servers as Shards
+from distplat.actors.local_transport import Call
+from distplat.actors.local_transport import Fault as LocalFault
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, StepReport
-from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.fakes import (
     InMemoryLeases,
-    InMemoryShards,
     InMemoryTables,
     LeaseDesk,
-    ServerGroup,
     TableGroup,
 )
 from distplat.strategies.ports import Sending
@@ -78,7 +79,7 @@ class Server:
 
 
 class Servers:
-    """The servers of tables, or of shards, as one rank sees them."""
+    """The servers of tables, as one rank sees them."""
 
     def __init__(self, real: Any, fault: Fault) -> None:
         self._real, self._fault = real, fault
@@ -90,10 +91,6 @@ class Servers:
     def services(self) -> list[Any]:
         late = self._fault.here(ONE_TABLE)
         return [Server(one, index > 0 and late) for index, one in enumerate(self._real.services)]
-
-    def service(self, index: int, step: int | None = None) -> Any:
-        broken = self._fault.here(TABLES) or (index > 0 and self._fault.here(ONE_SHARD))
-        return Server(self._real.service(index), broken and step is not None)
 
 
 class Tables(InMemoryTables):
@@ -139,8 +136,9 @@ class Counted:
     def __init__(self, most: int = 1) -> None:
         self.job = make_job(counting(epochs=EPOCHS))
         self.attempt, self.ranks = 0, dict[int, Rank]()
-        how = make_strategy(self.job).roles(self.job).consistency
-        self.shards = ServerGroup(ShardPlan(self.job, "run", 0, PARTS, STEPS, 2, how))
+        self.faults: dict[str, Fault] = {}  #: by worker
+        self.shards = Shards(self.job, make_strategy(self.job).roles(self.job))
+        self.shards.cluster.add_rule(self._twice_or_never)
         self.tables, self.desk = TableGroup(self.job), LeaseDesk(most=most)
         self.most = most
 
@@ -151,17 +149,28 @@ class Counted:
             self.ranks[rank] = Rank(prepare(self.job, Counting(), strategy=strategy), strategy)
         return self.ranks[rank]
 
+    def _twice_or_never(self, call: Call) -> LocalFault | None:
+        """Have all pushes to shards come twice, and some not at all."""
+        if call.method != "push":
+            return None
+        fault = self.faults[call.process]
+        if fault.here(TABLES) or (call.actor != "server-0" and fault.here(ONE_SHARD)):
+            raise Gone("lost")
+        return LocalFault(twice=True)
+
     def loop(self, rank: int, fault: Fault | None = None) -> LeasedLoop:
         """Have a rank join the attempt."""
         mine, fault = self.rank(rank), fault or Fault()
         tables: Any = Servers(self.tables, fault)
-        shards: Any = Servers(self.shards, fault)
+        self.faults[f"worker-{rank}"] = fault
         loop = join(
             mine.prepared,
             mine.strategy,
             rank,
             Ports(
-                shards=InMemoryShards(shards, rank, self.attempt),
+                shards=self.shards.shards(
+                    rank, STEPS, attempt=self.attempt, node=ELSEWHERE, every=0
+                ),
                 tables=Tables(tables, rank, fault),
                 leases=Leases(self.desk, rank, fault),
             ),
@@ -184,6 +193,8 @@ class Counted:
                 del self.ranks[order[place]]
 
         on_ranks(len(order), body)
+        assert self.shards.cluster.drain(10.0)
+        self.shards.end_attempt()
 
     def begin_anew(self, *, with_scheduler: bool) -> None:
         """Begin a later attempt."""
@@ -210,6 +221,7 @@ class Counted:
             assert (shard.steps, shard.version) == (STEPS, STEPS * PARTS), index
         params = np.concatenate([self.shards.service(index).params for index in range(2)])
         assert (-params[:SAMPLES]).tolist() == [EPOCHS] * SAMPLES
+        self.shards.close()
 
     def parts(self) -> list[tuple[int, int]]:
         """Give what was reported, by ranks that are still there."""

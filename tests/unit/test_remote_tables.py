@@ -79,4 +79,4 @@ def test_a_server_without_ids_of_a_batch_is_not_asked_for_rows() -> None:
     one = tables.pull(0, routed(plan, 0, [5]), keep=True)
     assert one.shape == (1, 3)
     tables.push(0, []).wait()  # of the step all hear, with gradients or without
-    assert [server.body._body._service._book.updates for server in tables._servers] == [1, 1, 1]
+    assert [server.body.serving._service._book.updates for server in tables._servers] == [1, 1, 1]
