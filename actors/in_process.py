@@ -11,7 +11,7 @@ from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.courier import Courier
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
-from distplat.actors.local_actors import Servers
+from distplat.actors.local_actors import Servers, TableServers
 from distplat.actors.local_transport import opened
 from distplat.actors.task_loading import as_user_error, load_task_class
 from distplat.actors.training import saved_model
@@ -24,9 +24,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
     InMemoryLeases,
-    InMemoryTables,
     LeaseDesk,
-    TableGroup,
 )
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.training.loop import Progress
@@ -78,19 +76,19 @@ def _train(
     prepared = prepare(job, kind(**job.task_args), device, strategy)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
-    tables = TableGroup(job, launch.run, every=every)
     checkpoints = Checkpoints(launch, 1, opened)
     copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
     courier = Courier(0, 0, copied, checkpoints.take, _LEAVE_S)
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
+        tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
         servers = None
         if roles.servers:
             servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
         ports = Ports(
             collective=Fabric(1).collective(0),
             shards=servers.shards(0, steps, every=every) if servers is not None else None,
-            tables=InMemoryTables(tables, 0),
+            tables=tables.tables(0, saved=saved) if job.embeddings is not None else None,
             leases=InMemoryLeases(LeaseDesk(), 0) if roles.consistency.dealt else None,
         )
         around = Around(saved, take=courier.take)

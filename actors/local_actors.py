@@ -18,18 +18,105 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.actors.local_transport import LocalCluster, LocalTransport
-from distplat.actors.messages import WorkOrder
+from distplat.actors.messages import SavedHandle, WorkOrder
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.shards import RemoteShards
+from distplat.actors.tables.client import RemoteTables
+from distplat.actors.tables.node import EmbeddingServer
 from distplat.platform.shard_map import Shard
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
+from distplat.strategies.sparse.service import TableService
+from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.service import Service
 
 HERE = "node-0"
 """The servers' node."""
 ELSEWHERE = "node-1"
+
+
+class TableServers:
+    """
+    Servers of embedding tables, for one run.
+
+    Args:
+        job: the run's job; has the field `embeddings`, or there are none.
+        run: its name.
+        rewinds: see `TablePlan`.
+        every: steps between two checkpoints; 0: there are none.
+        cluster: where they live; None: one of their own.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        run: str = "run",
+        *,
+        rewinds: bool = False,
+        every: int = 0,
+        cluster: LocalCluster | None = None,
+    ) -> None:
+        self.job, self.run, self._rewinds, self._every = job, run, rewinds, every
+        self.cluster = cluster or LocalCluster()
+        self._clients: list[RemoteTables] = []
+        names = [f"embedding-server-{number}" for number in range(_tables_servers(job))]
+        self.nodes = tuple(
+            self.cluster.spawn(name, HERE, partial(EmbeddingServer, name, number))
+            for number, name in enumerate(names)
+        )
+
+    @property
+    def services(self) -> list[TableService]:
+        """The services themselves."""
+        return [node.body.serving.service for node in self.nodes]
+
+    def tables(
+        self,
+        rank: int,
+        *,
+        attempt: int = 0,
+        node: str = HERE,
+        job: Job | None = None,
+        saved: SavedState | None = None,
+        abandoned: threading.Event | None = None,
+    ) -> RemoteTables:
+        """
+        Give a worker's way to the servers.
+
+        Args:
+            rank: the worker's.
+            attempt: of the run.
+            node: the worker's; `ELSEWHERE`: it shares no memory with the servers.
+            job: of the attempt, where it has another number of workers.
+            saved: the checkpoint that the run began from.
+            abandoned: once set, waits end.
+        """
+        transport = self.cluster.transport(node, f"worker-{rank}")
+        handle = None
+        if saved is not None:
+            names = zip(saved.table_files, saved.tables(), strict=True)
+            files = {name: [transport.put(dict(tables))] for name, tables in names}
+            handle = SavedHandle(dict(saved.state), files)
+        order = order_of(
+            job or self.job,
+            self.run,
+            rank,
+            attempt,
+            embedding_servers=self.nodes,
+            saved=handle,
+            rewinds=self._rewinds,
+        )
+        found = RemoteTables(transport, order, self._every, abandoned or threading.Event())
+        self._clients.append(found)
+        return found
+
+    def close(self) -> None:
+        """End all; what they kept can still be looked at."""
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+        self.cluster.close()
 
 
 class Servers:
@@ -142,6 +229,10 @@ def order_of(job: Job, run: str, rank: int, attempt: int = 0, **more: Any) -> Wo
     """Make the orders of a worker that is a thread here: as far as ports read them."""
     fields = {"task": "", "search_path": "", "strategy_file": None, "collective": None}
     return WorkOrder(job, run, attempt, rank, **{"manager": None, **fields, **more})
+
+
+def _tables_servers(job: Job) -> int:
+    return job.embeddings.servers if job.embeddings is not None else 0
 
 
 def _speed(speed: float, job: Job, world: int, dtype: str) -> float:

@@ -39,6 +39,11 @@ class TableServing:
         self._plan: TablePlan | None = None
         self._mapped: dict[tuple[int, str], Segment] = {}  #: by rank and dtype: the last one
 
+    @property
+    def service(self) -> TableService:
+        """The tables at work."""
+        return self._service
+
     def open(
         self,
         plan: TablePlan,

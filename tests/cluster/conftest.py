@@ -74,7 +74,7 @@ def census() -> Iterator[None]:
     before = set(os.listdir("/dev/shm"))
     yield
     deadline = time.monotonic() + GONE_WITHIN_S
-    gc.collect()  # of servers that were threads of this process
     while left := leftovers(before):
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.2)
+        gc.collect()  # what is left of servers that were threads of this process

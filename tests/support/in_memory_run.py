@@ -14,7 +14,7 @@ from rank_threads import on_ranks
 from torch import Tensor
 
 from distplat.actors.courier import Courier
-from distplat.actors.local_actors import ELSEWHERE, HERE, Servers
+from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
 from distplat.actors.local_transport import opened
 from distplat.platform.collecting import Collecting, Delivery
 from distplat.platform.pieces import by_file, put_together
@@ -26,9 +26,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
     InMemoryLeases,
-    InMemoryTables,
     LeaseDesk,
-    TableGroup,
 )
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
@@ -52,7 +50,7 @@ class Run:
     """By rank."""
     servers: Servers
     """What the servers have, where the strategy has some."""
-    tables: TableGroup
+    tables: TableServers
     """The embedding tables, where the job has some."""
     desk: LeaseDesk = field(default_factory=LeaseDesk)
     """Who leased which tasks, where they are leased."""
@@ -100,7 +98,7 @@ def train(
     servers = Servers(impatient(job, timeout_s), roles, speeds=speeds)
     node = ELSEWHERE if apart else HERE
     fabric = Fabric(world, timeout_s)
-    tables = TableGroup(job, every=every)
+    tables = TableServers(impatient(job, timeout_s), every=every)
     progress = [Progress() for _ in range(world)]
     how = roles.consistency
     desk = LeaseDesk(how.bound, most, timeout_s)
@@ -117,7 +115,7 @@ def train(
             Ports(
                 collective=fabric.collective(rank),
                 shards=servers.shards(rank, steps, every=every, node=node),
-                tables=InMemoryTables(tables, rank),
+                tables=tables.tables(rank, saved=saved) if job.embeddings is not None else None,
                 leases=InMemoryLeases(desk, rank) if how.dealt else None,
             ),
             report=run.reports[rank].append,
@@ -131,6 +129,7 @@ def train(
         run.trained = on_ranks(world, body)
     finally:
         servers.close()
+        tables.close()
     return run
 
 

@@ -16,9 +16,10 @@ from in_memory_run import impatient
 from numpy.typing import NDArray
 from table_rows import table_rows
 
-from distplat.actors.local_actors import ELSEWHERE, HERE, Servers
-from distplat.actors.local_transport import Call
+from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
+from distplat.actors.local_transport import Call, Fault
 from distplat.actors.servers.shards import RemoteShards
+from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
@@ -26,12 +27,8 @@ from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
-    InMemoryTables,
-    TableGroup,
 )
 from distplat.strategies.ports import Pushed, Sending
-from distplat.strategies.sparse.routing import Routed
-from distplat.strategies.sparse.table import RowGradients
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Ports, Prepared, join, prepare, resize
@@ -76,7 +73,7 @@ class LossyRun:
     """What is left of a run at its end."""
 
     ranks: dict[int, "Rank"]
-    tables: TableGroup
+    tables: TableServers
     starts: list[int] = field(default_factory=list)
     """By attempt: the step that it began with."""
 
@@ -107,33 +104,6 @@ _ENDS: dict[type, tuple[type[Exception], ...]] = {
 """How ranks may come out of an attempt."""
 
 
-class _LosingTables(InMemoryTables):
-    """Reaches some of the servers only, in one step."""
-
-    def __init__(self, group: TableGroup, rank: int, loss: Loss | None) -> None:
-        super().__init__(group, rank)
-        self._loss = loss
-
-    def push(
-        self,
-        step: int,
-        gradients: Sequence[tuple[Routed, RowGradients]],
-        task: int | None = None,
-    ) -> Sending:
-        if self._loss is None or step != self._loss.step:
-            return super().push(step, gradients, task)
-        whole, reached = self._group, TableGroup(self._group.job)
-        reached._services = whole._services[: self._loss.tables]
-        sent = None
-        if reached._services:
-            self._group = reached
-            copies = [(routed, replace(one, values=one.values.copy())) for routed, one in gradients]
-            sent = super().push(step, copies, task)
-            self._group = whole
-        complete = len(reached._services) == len(whole._services)
-        return _LastPush(sent if complete else None, lost=not self._loss.shards_follow)
-
-
 class _LastPush:
     """A push after which the rank is lost, or with which."""
 
@@ -158,7 +128,7 @@ def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> 
     """
     first = _rank(job, task)
     servers = Servers(impatient(job, WAIT_S), first.strategy.roles(job))
-    tables = TableGroup(job, rewinds=True)
+    tables = TableServers(impatient(job, WAIT_S), rewinds=True)
     run = LossyRun({}, tables)
     for attempt, event in enumerate([*events, None]):
         for rank in range(job.scaling.world):
@@ -171,6 +141,7 @@ def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> 
             job = job.with_workers(event.world)
             run.ranks = {rank: one for rank, one in run.ranks.items() if rank < event.world}
     servers.close()
+    tables.close()
     return run
 
 
@@ -194,7 +165,6 @@ class _Attempt:
     def make(self) -> int:
         """Go on until the event, or to the end; give the step that all began with."""
         run, event = self._run, self._event
-        run.tables.job, run.tables.attempt = self._job, self._number
         threads = {
             rank: threading.Thread(target=self._train, args=(rank,), daemon=True)
             for rank in run.ranks
@@ -244,7 +214,7 @@ class _Attempt:
                 Ports(
                     collective=self._fabric.collective(rank),
                     shards=self._shards(rank, loss),
-                    tables=_LosingTables(self._run.tables, rank, loss),
+                    tables=self._tables(rank, loss),
                 ),
                 report=lambda report: None,
                 progress=mine.progress,
@@ -282,4 +252,31 @@ class _Attempt:
 
         self._servers.cluster.add_rule(lost)
         way.push = push_all  # type: ignore[method-assign]
+        return way
+
+    def _tables(self, rank: int, loss: Loss | None) -> RemoteTables:
+        """Give the way to the tables; in the step of its loss a rank's push reaches some only."""
+        tables = self._run.tables
+        way = tables.tables(rank, attempt=self._number, job=self._job)
+        if loss is None:
+            return way
+        names, push = [node.name for node in tables.nodes], way.push
+        complete = loss.tables >= len(names)
+
+        def lost(call: Call) -> Fault | None:
+            pushed = call.args[0] if call.method == "push" else None
+            if not isinstance(pushed, PushId) or call.process != f"worker-{rank}":
+                return None
+            here = pushed.attempt == self._number and pushed.seq == loss.step
+            reached = call.actor in names[: loss.tables]
+            return Fault(lose="request") if here and not reached else None
+
+        def push_some(step: int, *args: Any) -> Any:
+            sent = push(step, *args)
+            if step != loss.step:
+                return sent
+            return _LastPush(sent if complete else None, lost=not loss.shards_follow)
+
+        tables.cluster.add_rule(lost)
+        way.push = push_some  # type: ignore[assignment,method-assign]
         return way
