@@ -71,7 +71,7 @@ class Actor:
     def __init__(self, name: str, node: str) -> None:
         self.name, self.node = name, node
         self.body: Any = None  #: the object itself, for tests that look into it
-        self.died: ActorDied | None = None
+        self.died = ""  #: how; empty: it lives
         self._open: set[Future[Any]] = set()
         self._changing = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -79,9 +79,9 @@ class Actor:
     def die(self, cause: str) -> None:
         """End: no call is answered any more. A method `close` of the object is called."""
         with self._changing:
-            if self.died is not None:
+            if self.died:
                 return
-            self.died = ActorDied(f"{self.name} died: {cause}")
+            self.died = f"{self.name} died: {cause}"
             left, self._open = self._open, set()
         close = getattr(self.body, "close", None)
         if close is not None:
@@ -89,15 +89,20 @@ class Actor:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
         for reply in left:
-            reply.set_exception(self.died)
+            reply.set_exception(ActorDied(self.died))
 
     def expect(self, reply: Future[Any]) -> None:
         """Have a reply told when this actor dies."""
         with self._changing:
-            if self.died is None:
+            if not self.died:
                 self._open.add(reply)
                 return
-        reply.set_exception(self.died)
+        reply.set_exception(ActorDied(self.died))
+
+    def open_replies(self) -> list[Future[Any]]:
+        """Give the calls that are not answered yet."""
+        with self._changing:
+            return list(self._open)
 
     def settle(self, reply: Future[Any], answer: Any, error: BaseException | None = None) -> None:
         """Answer, unless that was done."""
@@ -112,8 +117,8 @@ class Actor:
 
     def carry_out(self, method: str, args: tuple[Any, ...]) -> Any:
         """Call the object; coroutines run on a loop of the actor's, one at a time."""
-        if self.died is not None:
-            raise self.died
+        if self.died:
+            raise ActorDied(self.died)
         bound = getattr(self.body, method)
         if not inspect.iscoroutinefunction(bound):
             return bound(*args)
@@ -200,10 +205,17 @@ class LocalCluster:
                 return found
         return NO_FAULT
 
+    def drain(self, limit_s: float) -> bool:
+        """Wait until every call is answered that was made so far; False: some are not in time."""
+        open_calls = [reply for actor in self._actors for reply in actor.open_replies()]
+        return not concurrent.futures.wait(open_calls, limit_s).not_done
+
     def close(self) -> None:
         """End all actors."""
         for actor in self._actors:
             actor.die("the run is over")
+        self._actors.clear()
+        self._rules.clear()
 
 
 class LocalTransport:
@@ -252,6 +264,11 @@ class LocalTransport:
     def kill(self, actor: Any) -> None:
         """See `Transport`."""
         actor.die("killed")
+
+
+def opened(box: list[Any]) -> Any:
+    """Give what is in a checkpoint's box: arrays, or where they were put."""
+    return box[0].packed.open() if isinstance(box[0], Stored) else box
 
 
 def _serve(actor: Actor, method: str, args: _Packed, reply: Future[Any], fault: Fault) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from distplat.actors.logs import log_to_stderr
 from distplat.actors.transport import ActorDied, NotHere, Unanswered
 
 
@@ -62,6 +63,12 @@ class RayTransport:
     def kill(self, actor: Any) -> None:
         """See `Transport`."""
         ray.kill(actor)
+
+
+def alone() -> RayTransport:
+    """Give the transport of an actor that Ray has made; its process is its own, stderr too."""
+    log_to_stderr()
+    return RayTransport()
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 What a strategy is, and the ports through which it reaches the others.
 
 A strategy says what is exchanged between gradients and update; how bytes travel is behind two
-ports, which `actors/` implements over Ray and `strategies/fakes.py` inside one process:
+ports, which `actors/` implements, over Ray and inside one process:
 
     worker loop          strategy                 port                         behind it
     -----------          --------                 ----                         ---------

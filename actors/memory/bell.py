@@ -5,8 +5,8 @@ A bell between a worker and a server node of the same node: a step's control wit
     write the request, post   ──▶   asked    + 1   ──▶           wake, serve it as if by a call
     wake, read the answer     ◀──   answered + 1   ◀──           write the answer, post
 
-    `listen`: a call of Ray that stays open as long as the bell is used. It ends with an exception
-    when the server dies, and when a request failed: that is where errors come from.
+    `listen`: a call that stays open as long as the bell is used. It ends with an exception when the
+    server dies, and when a request failed: that is where errors come from.
 
 A call of Ray costs about a millisecond on a busy machine, a futex a few hundredths of one. What a
 request does is the same either way, and so is what decides on it: the shard's ledger.
@@ -14,7 +14,6 @@ request does is the same either way, and so is what decides on it: the shard's l
 """
 
 import os
-import select
 import struct
 import threading
 from collections.abc import Callable
@@ -25,13 +24,14 @@ from numpy.typing import NDArray
 
 from distplat.actors.memory.futex import Word
 from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.processes import has_ended
 from distplat.actors.messages import Address
 from distplat.platform.ledger import Answer
 from distplat.strategies.training.control import HEAD_SIZE
 
 SLOT = 512
 """Bytes of one bell; the two sides write to cache lines of their own."""
-_ASKED, _REQUEST, _ANSWERED, _ANSWER = 0, 8, 128, 136
+_ASKED, _REQUEST, _CLOSED, _ANSWERED, _ANSWER = 0, 8, 64, 128, 136
 _REQUEST_LAYOUT = struct.Struct("<q?dq")
 _ANSWER_LAYOUT = struct.Struct(f"<??q?dqdddqqq?{HEAD_SIZE}d")
 _NO_TOTAL = (0.0,) * HEAD_SIZE
@@ -78,6 +78,16 @@ class Bell:
         task = -1 if request.task is None else request.task
         _REQUEST_LAYOUT.pack_into(self._memory, _REQUEST, request.seq, is_commit, norm, task)
         self._asked.post()
+
+    def close(self) -> None:
+        """Ring no more; the other side ends its call."""
+        self._memory[_CLOSED] = 1
+        self._asked.wake()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody will ring any more."""
+        return bool(self._memory[_CLOSED])
 
     def answered(self, slice_s: float) -> bool:
         """Wait at most so many seconds for the answer; say whether it is there."""
@@ -154,7 +164,7 @@ class Listener:
         wanted: Callable[[], bool],
     ) -> None:
         """
-        Answer requests until the worker ends, or another call listens to it.
+        Answer requests until the worker rings no more or ends, or another call listens to it.
 
         A call whose message got lost is made again, and then two may be here: both may serve a
         request, which is harmless, but only one answers.
@@ -164,10 +174,10 @@ class Listener:
             turn: held to answer, and by whoever changes what `wanted` says.
             wanted: whether this is the call that listens.
         """
-        while wanted():
+        while wanted() and not self._bell.closed:
             request = self._bell.asked(_LOOK_S)
             if request is None:
-                if select.select([self._worker], [], [], 0)[0]:
+                if has_ended(self._worker):
                     return
                 continue
             answer = None

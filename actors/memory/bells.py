@@ -59,7 +59,9 @@ class Bells:
         self._standing = {shard: self._call(shard) for shard in self.shards}
 
     def close(self) -> None:
-        """Give the memory back; servers stop listening when somebody else rings."""
+        """Ring no more, and give the memory back."""
+        for bell in self._bells.values():
+            bell.close()
         self._segment.seal()
 
     def ring(self, shard: int, request: Request) -> None:

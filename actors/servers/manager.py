@@ -21,9 +21,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distplat.actors.asking import Call, ask
-from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import Address, Membership, ModelFacts
-from distplat.actors.ray_transport import RayTransport
+from distplat.actors.ray_transport import alone
 from distplat.actors.servers.adopting import adopt
 from distplat.actors.servers.caretaker import Caretaker
 from distplat.actors.servers.recruiting import Recruiting, Wanted
@@ -56,7 +55,7 @@ class ServerManager:
             of part 0 come first.
         roles: when they apply gradients, and how often each shard is kept.
         adopts: whether they have had another manager before.
-        transport: its way to other actors; None: Ray's.
+        transport: its way to other actors; None: Ray's, in a process of its own.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class ServerManager:
         adopts: bool = False,
         transport: Transport | None = None,
     ) -> None:
-        self._transport = transport or RayTransport()
+        self._transport = transport or alone()
         self._name, self._job, self._run, self._attempt = name, job, run, attempt
         self._roles = roles
         self._division = roles.division(job.scaling.world)
@@ -236,7 +235,6 @@ class ServerManager:
         tail = facts.layout.tail_size if facts.layout is not None else 0
         cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail)
         if speeds:
-            log_to_stderr()
             told = [
                 f"{speed / 1e6:.0f} M/s: {cut.size}"
                 for speed, cut in zip(speeds, cuts.shards, strict=True)

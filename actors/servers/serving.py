@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory.bell import Listener, Request
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Attached
@@ -97,10 +96,14 @@ class Serving:
         if role is not Role.ALONE:
             served.mirror = self._mirroring
         self._segment = segment
-        log_to_stderr()
         which = shard.index, shard.start, shard.stop, total
         logger.info("shard %d: parameters %d..%d of %d", *which)
         return segment.address
+
+    @property
+    def service(self) -> Service | None:
+        """The shard at work; None: none was assigned yet."""
+        return self._service if self._segment is not None else None
 
     def held(self) -> Held:
         """Say what is kept here, and as what; the manager knows this server's name."""

@@ -60,6 +60,7 @@ class RemoteShards:
         self._abandoned = abandoned or threading.Event()
         self._limits = order.job.failure
         self._pulls = self._roads = 0
+        self._open_lines: Lines | None = None  #: None: not connected yet
         self._tracker: Tracker | None = None
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._ferry = Direct()
@@ -98,14 +99,18 @@ class RemoteShards:
 
     def close(self) -> None:
         """Give up what this attempt needs and the next one does not."""
-        lines: Lines | None = getattr(self, "_lines", None)  # there once a server was reached
-        if lines is not None:
-            lines.close()
+        if self._open_lines is not None:
+            self._open_lines.close()
         self._ferry.close()
+
+    @property
+    def _lines(self) -> Lines:
+        assert self._open_lines is not None, "connect() comes first"
+        return self._open_lines
 
     def _open_road(self, joined: Membership) -> list[int | None]:
         """Lay out memory, attach it at all servers; give their versions, None of who has none."""
-        self._lines = lines = Lines(self._transport, self._order, joined, self._look)
+        self._open_lines = lines = Lines(self._transport, self._order, joined, self._look)
         kind = PrivateRoad if joined.private else SharedRoad
         self._road = road = kind(self._transport, self._facts, joined)
         world = joined.twins or self._order.job.scaling.world

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Opened, Parcel
 from distplat.actors.transport import Transport
@@ -36,10 +35,14 @@ class TableServing:
     """
 
     def __init__(self, name: str, index: int, transport: Transport) -> None:
-        log_to_stderr()
         self._transport, self._service = transport, TableService(name, index)
         self._plan: TablePlan | None = None
         self._mapped: dict[tuple[int, str], Segment] = {}  #: by rank and dtype: the last one
+
+    @property
+    def service(self) -> TableService:
+        """The tables at work."""
+        return self._service
 
     def open(
         self,

@@ -1,9 +1,9 @@
 """
 A server's tables that many workers call at once: locks, waits with deadlines, answers.
 
-A server node and the fake in memory wrap the same service; how ids and rows travel is theirs.
-A step's gradients are applied together when the last rank has pushed (`platform/table_book.py`);
-the thread that brings them makes the update, the others wait.
+How ids and rows travel is the server node's. A step's gradients are applied together when the last
+rank has pushed (`platform/table_book.py`); the thread that brings them makes the update, the others
+wait.
 
     push(seq=version)  ──▶  all ranks there  ──▶  rewind possible to `version`  ──▶  version + 1
                                                   until the first push for `version + 1`

@@ -1,4 +1,4 @@
-"""What both kinds of clients of a server group have in common: over Ray, and in memory."""
+"""What clients and servers of parameters and of tables have in common."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """
 A shard that many workers call at once: locks, waits with deadlines, answers.
 
-A server node and the fake in memory wrap the same service; how values reach a worker is theirs
-(`Deliver`). Calls come in on one thread per worker; whoever has to wait sleeps on a condition.
+How values reach a worker is the server node's (`Deliver`). Calls come in on one thread per worker;
+whoever has to wait sleeps on a condition.
 """
 
 import threading

@@ -1,8 +1,7 @@
 """
 One parameter-server shard: parameters, optimizer state and the ledger of what was applied.
 
-Plain and synchronous: a server-node actor and the in-memory fake wrap the same class. A shard
-waits for nobody; it says what it has, and its owner decides how to wait.
+Plain and synchronous: a shard waits for nobody. It says what it has; its owner decides how to wait.
 
 Of several shards each commits by itself, so for a moment one may be a version ahead of another, or
 of the embedding tables beside it. It keeps the version before until the first push of the next step

@@ -1,5 +1,6 @@
 """One local Ray per module, and a census after every test: nothing of a run may be left."""
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -77,3 +78,4 @@ def census() -> Iterator[None]:
     while left := leftovers(before):
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.2)
+        gc.collect()  # what is left of servers that were threads of this process

@@ -188,7 +188,7 @@ def test_the_reference_learns_and_its_options_matter(recipe: str) -> None:
 def test_where_shards_are_cut_changes_no_bit(recipe: str) -> None:
     job, task_type = job_of(recipe, "ps-sync", 2, 3), RECIPES[recipe][0]
     even, uneven = (train(job, task_type, speeds=speeds) for speeds in ((), (1.0, 7.0, 2.0)))
-    cuts = [run.group.cuts(run.ranks[0].flat.size) for run in (even, uneven)]
+    cuts = [run.servers.cuts() for run in (even, uneven)]
     assert cuts[0] != cuts[1]
     assert same_bits(even, uneven)
 

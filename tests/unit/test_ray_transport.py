@@ -29,4 +29,4 @@ def test_errors(
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(expected) as caught:
         RayTransport().get(object(), 1.0)
-    assert str(caught.value) == text
+    assert text in str(caught.value)

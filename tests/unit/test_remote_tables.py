@@ -79,19 +79,19 @@ def test_a_server_without_ids_of_a_batch_is_not_asked_for_rows() -> None:
     one = tables.pull(0, routed(plan, 0, [5]), keep=True)
     assert one.shape == (1, 3)
     tables.push(0, []).wait()  # of the step all hear, with gradients or without
-    services = [server.body._body._service for server in tables._servers]
+    services = [server.body.serving._service for server in tables._servers]
     assert [service._book.updates for service in services] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("ids", [[5], []], ids=str)
 def test_all_servers_hear_which_tables_were_used(ids: list[int]) -> None:
     tables, plan = connected(["here", "far", "here"])
-    services = [server.body._body._service for server in tables._servers]
+    services = [server.body.serving._service for server in tables._servers]
     used = routed(plan, 1, ids)
     given = [(used, RowGradients(1, used.ids, np.ones((len(ids), 5), np.float32)))]
     for step, skip in enumerate((False, True, False)):
         tables.push(step, given, None, skip).wait()
     assert [[table.updates for table in service._tables] for service in services] == [[0, 2]] * 3
     first = np.empty((len(ids), 5), np.float32)
-    connected(["here"])[0]._servers[0].body._body._service._tables[1].read(used.ids, first)
+    connected(["here"])[0]._servers[0].body.serving._service._tables[1].read(used.ids, first)
     assert np.array_equal(tables.pull(1, used, keep=False), first - 2)

@@ -180,7 +180,7 @@ def test_asynchronous_ranks_go_on_from_the_slowest() -> None:
     second = train(longer, Plain, saved=saved)
     made = sorted((r.step, r.rank) for reports in second.reports for r in reports)
     assert made == [(step, part) for step in range(STEPS, 20) for part in range(3)]
-    assert len(second.group.logs()[0]) == 3 * (20 - STEPS)
+    assert len(second.servers.logs()[0]) == 3 * (20 - STEPS)
 
 
 class Other(Plain):

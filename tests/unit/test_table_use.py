@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from distplat import Task
+from distplat.actors.local_actors import TableServers
 from distplat.nn import ShardedEmbedding
 from distplat.strategies.catalog import make_job
-from distplat.strategies.fakes import InMemoryTables, TableGroup
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.sparse.modules import tables_of
@@ -234,15 +234,14 @@ class Ranks:
     def __init__(self, *, asynchronous: bool = False) -> None:
         tables = {"asynchronous": asynchronous}
         self.job = job(OPTIMIZERS[2], embeddings=tables)
-        self.group = TableGroup(self.job, rewinds=True)
+        self.group = TableServers(self.job, rewinds=True)
         self.nets = [Uses().model() for _ in range(2)]
         self.lookups = [Lookups(net, self.job) for net in self.nets]
         self.attempt(0, 0)
 
     def attempt(self, number: int, version: int) -> None:
-        self.group.attempt = number
         for rank, lookups in enumerate(self.lookups):
-            lookups.connect(InMemoryTables(self.group, rank), STEPS)
+            lookups.connect(self.group.tables(rank, attempt=number), STEPS)
         for lookups in self.lookups:
             lookups.begin(version)
 
