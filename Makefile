@@ -32,11 +32,11 @@ fmt: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/ps_step.py
-	$(BIN)/python benchmarks/ps_overlap.py
 	$(BIN)/python benchmarks/stragglers.py
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/all_reduce.py
 	$(BIN)/python benchmarks/ring_step.py
+	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/tensor_parallel.py

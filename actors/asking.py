@@ -1,7 +1,7 @@
 """
 Calls to the server group whose answer may get lost on its way: asked again until one comes.
 
-Ray says `ActorUnavailableError` when it does not know whether a call was carried out. Every call
+A transport says `Unanswered` when it does not know whether a call was carried out. Every call
 that is made here may be made twice: pushes and pulls are numbered (`platform/ledger.py`), the rest
 gives the same answer again. `docs/decisions/asking_again.md` says why Ray's own retries do not do.
 """
@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ray
-
+from distplat.actors.transport import ActorDied, NotHere, Transport, Unanswered
 from distplat.platform.errors import ActorLost, DeadlineExceeded
 
 logger = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ AGAIN_S = 0.05
 LOOK_S = 0.1
 """How often who waits looks round."""
 Call = Callable[[], Any]
-"""Makes a call to an actor; gives the reference to its answer."""
+"""Makes a call to an actor; gives the reply."""
 
 
 class Asked:
@@ -30,25 +29,28 @@ class Asked:
     Calls under way, made side by side, each of which may be made more than once.
 
     Args:
+        transport: by which they are made.
         what: is asked, for messages.
         calls: to be made now.
         names: of who is asked, one for each call.
         limit_s: deadline of all of them, from now.
         setting: the field of `failure` that changes it.
         look: called ten times a second while an answer is missing; what it raises ends the wait.
-        made: told of each call that is made its number and its reference.
+        made: told of each call that is made its number and its reply.
     """
 
     def __init__(
         self,
+        transport: Transport,
         what: str,
         calls: Sequence[Call],
         names: Sequence[str],
         limit_s: float,
         setting: str,
         look: Callable[[], object] | None = None,
-        made: Callable[[int, Any], object] = lambda number, reference: None,
+        made: Callable[[int, Any], object] = lambda number, reply: None,
     ) -> None:
+        self._transport = transport
         self._what, self._limit_s, self._setting = what, limit_s, setting
         self._look, self._made = look, made
         self._calls: list[Call] = []
@@ -94,49 +96,47 @@ class Asked:
         while missing:
             left = max(0.0, self._until - time.monotonic())
             calls = [self._open[index] for index in missing]
-            come = ray.wait(calls, num_returns=1, timeout=min(left, LOOK_S) if self._look else left)
-            if not come[0]:
+            come = self._transport.wait(calls, min(left, LOOK_S) if self._look else left)
+            if not come:
                 self._check(missing[0])
                 continue
-            index = missing[calls.index(come[0][0])]
+            index = missing[calls.index(come[0])]
             try:
-                answer = ray.get(come[0][0], timeout=left)
-            except ray.exceptions.GetTimeoutError:  # it is large, and still on its way
+                answer = self._transport.get(come[0], left)
+            except NotHere:  # it is large, and still on its way
                 self._check(index)
-            except ray.exceptions.ActorUnavailableError:
+            except Unanswered:
                 self._check(index)
                 logger.warning(
                     "%s: no answer from %s, asking again", self._what, self._names[index]
                 )
                 time.sleep(AGAIN_S)
                 self._open[index] = self._make(index)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except ray.exceptions.RayActorError as error:
-                cause = str(error).strip().splitlines()[0]
-                raise ActorLost(self._names[index], None, cause) from None
+            except ActorDied as error:
+                raise ActorLost(self._names[index], None, str(error)) from None
             else:
                 missing.remove(index)
                 yield index, answer
 
     def _make(self, index: int) -> Any:
-        reference = self._calls[index]()
-        self._made(index, reference)
-        return reference
+        reply = self._calls[index]()
+        self._made(index, reply)
+        return reply
 
     def _check(self, index: int) -> None:
         """Give up where nobody wants the answers any more, or it is too late."""
         if self._look is not None:
             self._look()
         if time.monotonic() >= self._until:
-            late = ray.wait(self._open, num_returns=len(self._open), timeout=0)[1]
-            missing = tuple(self._names[self._open.index(call)] for call in late)
-            missing = missing or (self._names[index],)
+            here = self._transport.wait(self._open, 0.0, everything=True)
+            late = [number for number, call in enumerate(self._open) if call not in here]
+            missing = tuple(self._names[number] for number in late or [index])
             setting = f"failure.{self._setting}"
             raise DeadlineExceeded(self._what, missing, self._limit_s, setting) from None
 
 
 def ask(
+    transport: Transport,
     what: str,
     calls: Sequence[Call],
     names: Sequence[str],
@@ -145,4 +145,4 @@ def ask(
     look: Callable[[], object] | None = None,
 ) -> list[Any]:
     """Make calls side by side, and wait for their answers; see `Asked`."""
-    return Asked(what, calls, names, limit_s, setting, look).answers()
+    return Asked(transport, what, calls, names, limit_s, setting, look).answers()

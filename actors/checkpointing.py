@@ -93,7 +93,9 @@ class Checkpoints:
             StorageError: the disk refuses again and again.
         """
         if len(self._failures) >= PATIENCE:
-            raise StorageError(f"{PATIENCE} checkpoints in a row failed: {self._failures[-1]}")
+            where = self._catalogue.folder
+            text = f"{PATIENCE} checkpoints in a row could not be written to {where}"
+            raise StorageError(f"{text}: {self._failures[-1]}")
         return [self._news.popleft() for _ in range(len(self._news))]
 
     def drain(self) -> None:
@@ -134,10 +136,9 @@ class Checkpoints:
             path = self._put(step, parts)
             size = sum(file.stat().st_size for file in path.iterdir())
         except OSError as error:
-            self._failures.append(f"step {step}: {error}")
-            logger.warning(
-                "no checkpoint of step %d in %s: %s", step, self._catalogue.folder, error
-            )
+            why = error.strerror or str(error)
+            self._failures.append(f"step {step}: {why}")
+            logger.warning("no checkpoint of step %d in %s: %s", step, self._catalogue.folder, why)
         except Exception as error:  # the parts' owner is lost, for example: the next may be better
             logger.warning("no checkpoint of step %d: %s", step, error)
         else:

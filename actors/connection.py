@@ -1,19 +1,25 @@
 """What connects a worker in one attempt: group, servers, tables, scheduler; made when asked for."""
 
+import logging
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from distplat.actors.board import RayBoard
 from distplat.actors.messages import WorkOrder
+from distplat.actors.transport import Transport
 from distplat.platform.progress import StepReport
-from distplat.strategies.base import Strategy
+from distplat.strategies.base import GroupSpec, Strategy
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.session import Ports, Prepared
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from distplat.actors.collective.port import RayCollective
-    from distplat.actors.servers.leases import RayLeases
-    from distplat.actors.servers.shards import RayShards
-    from distplat.actors.tables.client import RayTables
+    from distplat.actors.servers.leases import RemoteLeases
+    from distplat.actors.servers.shards import RemoteShards
+    from distplat.actors.tables.client import RemoteTables
 
 
 class Connection:
@@ -21,17 +27,18 @@ class Connection:
     An attempt's group and servers; another thread may end the waits for them at any moment.
 
     Args:
+        transport: the worker's.
         attempt: which.
         gate: what the worker passes before each step of it.
     """
 
-    def __init__(self, attempt: int, gate: Gate) -> None:
-        self.attempt, self.gate = attempt, gate
+    def __init__(self, transport: Transport, attempt: int, gate: Gate) -> None:
+        self._transport, self.attempt, self.gate = transport, attempt, gate
         self._abandoned = threading.Event()
         self._group: RayCollective | None = None
-        self._servers: RayShards | None = None
-        self._tables: RayTables | None = None
-        self._leases: RayLeases | None = None
+        self._servers: RemoteShards | None = None
+        self._tables: RemoteTables | None = None
+        self._leases: RemoteLeases | None = None
 
     def ports(self, order: WorkOrder, prepared: Prepared, strategy: Strategy[Any]) -> Ports:
         """
@@ -45,55 +52,67 @@ class Connection:
             self._reach_shards(order, prepared),
             self._reach_tables(order, prepared),
             self._reach_scheduler(order, strategy),
+            partial(self._meet_peers, order),
+            RayBoard(order.run),
         )
 
     def _meet(self, order: WorkOrder) -> "RayCollective | None":
         """Meet the other ranks; None where the strategy has no group."""
-        if order.collective is None:
-            return None
+        return None if order.collective is None else self._form(order, order.collective)
+
+    def _meet_peers(self, order: WorkOrder) -> "RayCollective":
+        """
+        Make a group though the strategy has none; for models that need one.
+
+        It waits as long as servers do: for the slowest rank of a step.
+        """
+        return self._form(order, GroupSpec(timeout_s=order.job.failure.step_timeout_s))
+
+    def _form(self, order: WorkOrder, spec: GroupSpec) -> "RayCollective":
         from distplat.actors.collective.group import Settings
         from distplat.actors.collective.port import RayCollective  # only who needs it
 
         self._group = RayCollective(
             f"{order.run}/{order.attempt}",
-            order.collective.backend,
+            spec.backend,
             order.rank,
             order.job.scaling.world,
             Settings(
-                order.collective.timeout_s,
+                spec.timeout_s,
                 order.job.failure.start_timeout_s,
-                order.collective.debug,
+                spec.debug,
                 self._abandoned,
             ),
         )
         return self._group
 
-    def _reach_shards(self, order: WorkOrder, prepared: Prepared) -> "RayShards | None":
+    def _reach_shards(self, order: WorkOrder, prepared: Prepared) -> "RemoteShards | None":
         """Make the way to the servers; None where the strategy has none."""
         if order.manager is None:
             return None
-        from distplat.actors.servers.shards import RayShards
+        from distplat.actors.servers.shards import RemoteShards
 
-        self._servers = RayShards(order, prepared.total_steps, _every(prepared), self._abandoned)
+        steps, every = prepared.total_steps, _every(prepared)
+        self._servers = RemoteShards(self._transport, order, steps, every, self._abandoned)
         return self._servers
 
-    def _reach_tables(self, order: WorkOrder, prepared: Prepared) -> "RayTables | None":
+    def _reach_tables(self, order: WorkOrder, prepared: Prepared) -> "RemoteTables | None":
         """Give the way to the embedding tables; None where the job has none."""
         if not order.embedding_servers:
             return None
-        from distplat.actors.tables.client import RayTables
+        from distplat.actors.tables.client import RemoteTables
 
-        self._tables = RayTables(order, _every(prepared), self._abandoned)
+        self._tables = RemoteTables(self._transport, order, _every(prepared), self._abandoned)
         return self._tables
 
-    def _reach_scheduler(self, order: WorkOrder, strategy: Strategy[Any]) -> "RayLeases | None":
+    def _reach_scheduler(self, order: WorkOrder, strategy: Strategy[Any]) -> "RemoteLeases | None":
         """Make the way to the task scheduler; None where the strategy has none."""
         if order.scheduler is None:
             return None
-        from distplat.actors.servers.leases import RayLeases
+        from distplat.actors.servers.leases import RemoteLeases
 
         bounded = strategy.roles(order.job).consistency.bound is not None
-        self._leases = RayLeases(order, bounded, self._abandoned)
+        self._leases = RemoteLeases(self._transport, order, bounded, self._abandoned)
         return self._leases
 
     def count(self, report: StepReport) -> None:
@@ -110,15 +129,18 @@ class Connection:
             group.abort()
 
     def close(self) -> None:
-        """Leave the group."""
-        if self._group is not None:
-            self._group.close()
-        if self._servers is not None:
-            self._servers.close()
-        if self._tables is not None:
-            self._tables.close()
-        if self._leases is not None:
-            self._leases.close()
+        """
+        Leave the group, servers, tables and scheduler, as far as they were reached.
+
+        Raises nothing: who closes may be on his way out with the true reason.
+        """
+        for port in (self._group, self._servers, self._tables, self._leases):
+            if port is None:
+                continue
+            try:
+                port.close()
+            except Exception:
+                logger.warning("%s could not be closed", type(port).__name__, exc_info=True)
 
 
 def _every(prepared: Prepared) -> int:

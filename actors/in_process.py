@@ -1,33 +1,36 @@
-"""`num_workers: 0`: one rank in the calling process, without Ray, for a debugger and a profiler."""
+"""
+`num_workers: 0`: one rank in the calling process, without Ray, for a debugger and a profiler.
+
+Servers are those of a run on Ray, as objects here (`local_actors.py`).
+"""
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.courier import Courier
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
-from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.local_actors import Servers, TableServers
+from distplat.actors.local_transport import opened
+from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import saved_model
+from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, Gathering, Summary
-from distplat.platform.shard_map import ShardPlan
 from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
     InMemoryLeases,
-    InMemoryShards,
-    InMemoryTables,
     LeaseDesk,
-    ServerGroup,
-    TableGroup,
 )
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Ports, join, prepare
+from distplat.strategies.training.session import Around, Ports, join, make_task, prepare
 
 _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
@@ -55,9 +58,9 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
         return _train(launch, report, tell, progress, keep)
     except (DistplatError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        step = progress.step if progress.beats else None
-        raise as_user_error(error, 0, step) from error
+    except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
+        at, evaluating = progress.at, progress.evaluating
+        raise as_user_error(error, 0, at, evaluating=evaluating) from error
 
 
 def _train(
@@ -68,42 +71,40 @@ def _train(
     keep: Keep,
 ) -> bytes:
     job = launch.job
-    kind = launch.task or load_task_class(job.task or "", launch.working_dir)
+    kind = launch.task
+    task = make_task(job, lambda: kind or load_task_class(job.task or "", launch.working_dir))
     strategy = make_strategy(job)
     device = "cuda" if job.scaling.use_gpu else "cpu"
-    prepared = prepare(job, kind(**job.task_args), device, strategy)
+    prepared = prepare(job, task, device, strategy)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
-    plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)
-    group, tables = ServerGroup(plan), TableGroup(job, launch.run, every=every)
-    checkpoints = Checkpoints(launch, 1, lambda box: box)
-    courier = Courier(
-        0, 0, lambda arrays: [one.copy() for one in arrays], checkpoints.take, _LEAVE_S
-    )
+    checkpoints = Checkpoints(launch, 1, opened)
+    copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
+    courier = Courier(0, 0, copied, checkpoints.take, _LEAVE_S)
     saved = _saved(checkpoints.newest())
-    join(
-        prepared,
-        strategy,
-        0,
-        Ports(
+    with ExitStack() as ending:
+        tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
+        servers = None
+        if roles.servers:
+            servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
+        ports = Ports(
             collective=Fabric(1).collective(0),
-            shards=InMemoryShards(group, 0),
-            tables=InMemoryTables(tables, 0),
+            shards=servers.shards(0, steps, every=every) if servers is not None else None,
+            tables=tables.tables(0, saved=saved) if job.embeddings is not None else None,
             leases=InMemoryLeases(LeaseDesk(), 0) if roles.consistency.dealt else None,
-        ),
-        report=report,
-        progress=progress,
-        around=Around(saved, take=courier.take),
-    ).run()
-    courier.flush()
+        )
+        around = Around(saved, take=courier.take)
+        join(prepared, strategy, 0, ports, report=report, progress=progress, around=around).run()
+        courier.flush()
+        model = saved_model(strategy.trained(prepared.flat))
     checkpoints.drain()
     for written in checkpoints.news():
         tell(written)
-    if roles.consistency.asynchronous and saved is None:
-        keep(FILE_NAME, pack(group.logs(), {"run": launch.run}))
+    if servers is not None and roles.consistency.asynchronous and saved is None:
+        keep(FILE_NAME, pack(servers.logs(), {"run": launch.run}))
     if job.embeddings is not None and job.checkpoint.save_final:
         keep_tables(tables.services, job.seed, keep)
-    return saved_model(strategy.trained(prepared.flat))
+    return model
 
 
 def _saved(stored: Stored | None) -> SavedState | None:

@@ -21,11 +21,13 @@ import numpy as np
 import ray
 from ray.experimental.internal_kv import _internal_kv_del
 
+from distplat.actors import hash_seed
 from distplat.actors.asking import ask
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
 from distplat.actors.ensemble import Ensemble, Launch
 from distplat.actors.messages import rendezvous_key
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.stopping import Stopping
 from distplat.actors.tables.saving import sources_of
 from distplat.platform.apply_log import FILE_NAME, pack
@@ -88,9 +90,10 @@ def _open_box(box: list[Any]) -> list[Bytes]:
 def _keep_log(launch: Launch, ensemble: Ensemble, keep: Keep) -> None:
     """Fetch the shards' logs; a run that has its model does not fail for want of them."""
     manager = ensemble.roles["server-manager"]
-    limit = launch.job.failure.step_timeout_s
+    limit, setting = launch.job.failure.step_timeout_s, "step_timeout_s"
+    calls = [manager.logs.remote]
     try:
-        logs = ask("log", [manager.logs.remote], ["server-manager"], limit, "step_timeout_s")[0]
+        logs = ask(RayTransport(), "log", calls, ["server-manager"], limit, setting)[0]
     except InfrastructureError as error:
         logger.warning("no %s: %s", FILE_NAME, error)
     else:
@@ -111,14 +114,15 @@ def local_ray(job: Job, *, logs: bool = True) -> Iterator[None]:
         return
     cpus = job.scaling.num_workers * job.scaling.resources()["CPU"]
     # More workers than cores is slow but right: on a laptop that is what trying out means.
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
-        log_to_driver=logs,
-        logging_level="error",  # Ray warns of its own token file at every start
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with hash_seed.inherited():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
+            log_to_driver=logs,
+            logging_level="error",  # Ray warns of its own token file at every start
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distplat.platform.progress import AnyReport
     from distplat.platform.shard_map import ShardMap
     from distplat.platform.spec import Job
+    from distplat.platform.vector_layout import Layout
     from distplat.strategies.base import GroupSpec
     from distplat.strategies.catalog import StrategyFile
 
@@ -127,6 +128,8 @@ class ModelFacts:
     """Steps between two checkpoints; 0: there are none."""
     uncounted: tuple[tuple[int, int], ...] = ()
     """Runs of the vector that others have too, and count in the norm of the gradient."""
+    layout: Layout | None = None
+    """What lies where in the vector; None: it is as if it were a single parameter."""
 
 
 @dataclass(frozen=True)

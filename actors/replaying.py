@@ -15,7 +15,7 @@ from distplat.platform.errors import Problem, SpecError, StorageError
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.catalog import load_job, make_strategy
 from distplat.strategies.training.replay import replay
-from distplat.strategies.training.session import Prepared, prepare
+from distplat.strategies.training.session import Prepared, make_task, prepare
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
         text = "a run that failed, or that went on from a checkpoint, keeps no log"
         raise StorageError(f"there is no {directory / FILE_NAME}: {text}")
     logs, facts = read_logs(str(directory / FILE_NAME))
-    kind = load_task_class(job.task, str(working_dir))
+    entry = job.task
 
     def prepare_rank() -> Prepared:
         device = "cuda" if job.scaling.use_gpu else "cpu"
-        return prepare(job, kind(**job.task_args), device)
+        task = make_task(job, lambda: load_task_class(entry, str(working_dir)))
+        return prepare(job, task, device)
 
     world, steps = job.scaling.world, prepare_rank().total_steps
     found = [flaw for log in logs for flaw in flaws(log, world, steps)]

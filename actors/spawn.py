@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from distplat.actors import hash_seed
 from distplat.actors.messages import WorkOrder
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
@@ -176,6 +177,7 @@ def spawn_worker(
     name = actor_name(job, f"worker-{rank}", attempt)
     threads = {"max_concurrency": _WORKER_THREADS}
     options = {**_common(run), **_resources(job.scaling.resources()), **threads, "name": name}
+    options |= hash_seed.options()
     if seat is not None:
         options["scheduling_strategy"] = seat
     return ray.remote(Worker).options(**options).remote(name)

@@ -1,21 +1,12 @@
-"""Find the user's task, and tell the user's errors from ours."""
+"""Find the user's task."""
 
 import importlib
 import sys
-import traceback
 from pathlib import Path
-from types import TracebackType
 
-import distplat
-from distplat.platform.errors import Problem, SpecError, UserCodeError
+from distplat.platform.errors import Problem, SpecError
 from distplat.platform.suggest import hint
 from distplat.strategies.task import Task
-
-_OURS = [
-    (Path(distplat.__file__).parent / part).resolve()
-    for part in ("platform", "strategies", "actors")
-]
-"""Where our code lies: behind the links of a clone, or in the package itself once installed."""
 
 
 def load_task_class(entry: str, search_path: str) -> type[Task]:
@@ -45,19 +36,3 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
     what = "has no class" if found is None else "has no subclass of distplat.Task called"
     message = f"module {module_name!r} {what} {class_name!r}"
     raise SpecError(Problem(("task",), message, hint(class_name, names)))
-
-
-def as_user_error(error: BaseException, rank: int, step: int | None) -> UserCodeError:
-    """Wrap what user code raised, with the traceback from the first frame that is the user's."""
-    frame: TracebackType | None = error.__traceback__
-    while frame is not None and _is_ours(frame.tb_frame.f_code.co_filename):
-        frame = frame.tb_next
-    lines = traceback.format_exception(type(error), error, frame)
-    summary = traceback.format_exception_only(error)[-1].strip()
-    return UserCodeError(rank, step, summary, "".join(lines))
-
-
-def _is_ours(filename: str) -> bool:
-    path = Path(filename).resolve()
-    ours = any(path.is_relative_to(folder) for folder in _OURS)
-    return ours or filename.startswith("<frozen importlib") or "/importlib/" in filename

@@ -23,7 +23,9 @@ from distplat.actors.connection import Connection
 from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
-from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.ray_transport import RayTransport
+from distplat.actors.task_loading import load_task_class
+from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
 from distplat.platform.collecting import Delivery
 from distplat.platform.errors import Abandoned, DistplatError
@@ -35,7 +37,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Prepared, join, prepare, resize
+from distplat.strategies.training.session import Around, Prepared, join, make_task, prepare, resize
 from distplat.strategies.training.shown import Shown, part_copy, state_copy
 
 logger = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ class Session:
         self.standing = Standing(-1, Gate(0.0))
         self._prepared: Prepared | None = None
         self._strategy: Strategy[Any] | None = None
-        self._connection = Connection(-1, self.standing.gate)
+        self._connection = Connection(RayTransport(), -1, self.standing.gate)
         self._shown: Shown[dict[str, torch.Tensor]] = Shown()
         self._part_shown: Shown[Bundle] = Shown()
 
@@ -114,7 +116,7 @@ class Session:
             called_off: whether the attempt was abandoned before it began.
         """
         gate = Gate(order.job.failure.step_timeout_s)
-        self._connection = Connection(order.attempt, gate)
+        self._connection = Connection(RayTransport(), order.attempt, gate)
         self.standing = Standing(order.attempt, gate)
         if called_off:
             self._connection.give_up()
@@ -124,9 +126,9 @@ class Session:
         except DistplatError as error:
             self.standing = replace(self.standing, error=error.with_traceback(None))
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
-            progress = self.standing.progress
-            step = progress.step if progress.beats else None
-            self.standing = replace(self.standing, error=as_user_error(error, order.rank, step))
+            at = self.standing.progress
+            found = as_user_error(error, order.rank, at.at, evaluating=at.evaluating)
+            self.standing = replace(self.standing, error=found)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
         """Build model and data for an attempt that is to come; tell `ready` how that ended."""
@@ -219,7 +221,7 @@ class Session:
         if order.strategy_file is not None:
             order.strategy_file.load()
         self._strategy = make_strategy(job)
-        task = _task_class(order)(**job.task_args)
+        task = make_task(job, lambda: _task_class(order))
         device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy

@@ -29,6 +29,7 @@ from distplat.strategies.reduction.base import Reducer
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.reduction.powersgd import PowerSGDReducer
 from distplat.strategies.reduction.topk import TopKReducer
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 
 METHODS = ("none", "fp16", "bf16", "topk 1 %", "topk 0.1 %", "powersgd 4", "powersgd 16")
@@ -85,7 +86,7 @@ class Side:
             torch.autograd.backward(loss / WORKERS)
             self.group.barrier()
             began = time.perf_counter()
-            reducer.finish()
+            reducer.finish(StepControl(1.0, 1.0, present=flat.present))
             row = {"exchange_s": time.perf_counter() - began, **reducer.figures()}
             rows.append({**row, "loss": loss.item()})
             flat.params.add_(flat.grads, alpha=-RATE)

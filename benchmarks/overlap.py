@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distplat.actors.collective.group import Settings
 from distplat.actors.collective.port import RayCollective
 from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 
 dist: Any = torch.distributed  # torch's stubs leave out the stores
@@ -117,7 +118,7 @@ class Stepper:
         loss = self._network(self._inputs).square().mean()
         self._reducer.last_backward()
         torch.autograd.backward(loss)
-        self._reducer.finish()
+        self._reducer.finish(StepControl(1.0, 1.0, present=self._flat.present))
         seconds = time.perf_counter() - began
         figures = self._reducer.figures()
         return {"step_s": seconds, **{name: figures[name] for name in FIGURES}}

@@ -43,21 +43,24 @@ class OurWorker:
     """A worker that has its gradients ready at once."""
 
     def connect(self, order: WorkOrder, megabytes: int) -> None:
-        from distplat.actors.servers.shards import RayShards
+        from distplat.actors.ray_transport import RayTransport
+        from distplat.actors.servers.shards import RemoteShards
+        from distplat.strategies.training.control import StepControl
         from distplat.strategies.training.flat import FlatModel
 
         torch.set_num_threads(1)
         self.flat = FlatModel(layers(megabytes))
-        self.shards = RayShards(order, total_steps=1 << 20)
+        self.shards = RemoteShards(RayTransport(), order, total_steps=1 << 20)
         self.shards.connect(self.flat)
         self.flat.grads.fill_(1.0)
+        self.control = StepControl(1.0, 1.0, present=self.flat.present)
         self.step = 0
 
     def run(self, steps: int) -> list[float]:
         seconds = []
         for _ in range(steps):
             began = time.perf_counter()
-            self.shards.push(self.step)
+            self.shards.push(self.step, self.control)
             seconds.append(time.perf_counter() - began)
             self.step += 1
         return seconds

@@ -48,10 +48,11 @@ class OurWorker:
     """A worker that has its gradients ready at once."""
 
     def connect(self, order: WorkOrder) -> None:
-        from distplat.actors.tables.client import RayTables
+        from distplat.actors.ray_transport import RayTransport
+        from distplat.actors.tables.client import RemoteTables
 
         torch.set_num_threads(1)
-        self.tables = RayTables(order, 0, threading.Event())
+        self.tables = RemoteTables(RayTransport(), order, 0, threading.Event())
         spec = TableSpec("table", ROWS, WIDTH, 0.1, whole=True)
         self.plan, _ = self.tables.connect((spec,), 1 << 20)
         self.tables.begin(0)

@@ -34,10 +34,6 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
         if "exposed_s" in figures:
             rows.append(("", _overlap(figures)))
     rows += _servers(figures)
-    if "queue_s" in figures and figures.get("hidden_s"):
-        hidden, share = _ms(figures["hidden_s"]), figures["hidden_fraction"]
-        exposed = _ms(figures["exposed_s"])
-        rows.append(("push", f"{exposed} after backward, {hidden} ({share:.0%}) behind it"))
     if figures.get("pipeline_s"):
         rows.append(("pipeline", _pipeline(figures)))
     if figures.get("saved_bytes"):

@@ -33,7 +33,7 @@ from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
 from distplat.cli.verify import verify
-from distplat.platform.errors import DistplatError, SpecError
+from distplat.platform.errors import DistplatError, SpecError, UserCodeError
 
 _EPILOG = """
 \b
@@ -279,8 +279,12 @@ def _report(error: Exception) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return error.exit_code
+    if isinstance(error, UserCodeError):
+        frames = f"{error.frames}\n\n" if error.frames else ""
+        print(f"{frames}error: {error.told}", file=sys.stderr)
+        return error.exit_code
     if isinstance(error, DistplatError):
-        before, _, last = str(error).rpartition("\n")  # a task's error begins with its traceback
+        before, _, last = str(error).rpartition("\n")
         print(f"{before}\nerror: {last}".lstrip(), file=sys.stderr)
         return error.exit_code
     if isinstance(error, OSError) and error.errno == errno.EPIPE:

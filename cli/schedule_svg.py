@@ -13,7 +13,7 @@ _COLOURS = {Kind.FORWARD: "#0072b2", Kind.BACKWARD: "#e69f00", Kind.WEIGHT: "#00
 _INK = {Kind.FORWARD: "#ffffff", Kind.BACKWARD: "#000000", Kind.WEIGHT: "#ffffff"}
 _NAMES = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "gradient of weights"}
 _IDLE = "#f0f0f0"
-STRIPS = {"recv": "#cc79a7", "send": "#56b4e9", "reduce": "#d55e00", "pack": "#8a8a8a"}
+STRIPS = {"recv": "#cc79a7", "send": "#56b4e9", "reduce": "#d55e00"}
 
 _LEFT, _TOP, _RIGHT = 72, 64, 24
 _ROW, _GAP = 30, 6

@@ -19,6 +19,7 @@ _HOMES = {
     "Task": "distplat.strategies.task",
     "load_job": "distplat.strategies.catalog",
     "DistplatError": "distplat.platform.errors",
+    "sample_rng": "distplat.strategies.training.seeding",
 }
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "load_job",
+    "sample_rng",
     "weights",
 ]
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from distplat.platform.spec import Job
     from distplat.strategies.catalog import load_job
     from distplat.strategies.task import Task
+    from distplat.strategies.training.seeding import sample_rng
 
 
 def __getattr__(name: str) -> object:

@@ -16,6 +16,7 @@ from pydantic import Field
 from distplat.platform.spec import Job
 from distplat.strategies.base import Context, GroupSpec, Options, ReduceOp, Roles, Strategy
 from distplat.strategies.catalog import strategies
+from distplat.strategies.training.control import StepControl
 
 
 class LocalSgdOptions(Options):
@@ -43,13 +44,15 @@ class LocalSgd(Strategy[LocalSgdOptions]):
         self.optimizer = context.local_optimizer()
         return 0
 
-    def exchange(self, step: int) -> None:
+    def exchange(self, step: int, local: StepControl) -> StepControl:
         """Keep the gradient here, but make it the mean of this rank's samples, not of all."""
         self.flat.grads.mul_(self.collective.world)
+        return local.looked_at(self.flat)
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """Step alone; now and then meet."""
-        self.optimizer.step(step)
+        if not total.skip:
+            self.optimizer.step(step, total.present, total.scale)
         if (step + 1) % self.options.period == 0:
             self.synchronize()
 

@@ -1,5 +1,6 @@
-"""What a catalogue does to a disk, operation by operation: a crash may come between any two."""
+"""What is done to a disk, one operation at a time: a crash may come between two, or it is full."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -64,3 +65,71 @@ class RealDisk:
     def remove(self, path: Path) -> None:
         """See `Disk`."""
         shutil.rmtree(path)
+
+
+class Records:
+    """
+    A file that grows by whole records: what does not fit on the disk leaves no part of it behind.
+
+    Args:
+        path: of the file; made where there is none.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._size = os.fstat(self._file).st_size
+
+    def write(self, record: bytes) -> None:
+        """
+        Add a record; a reader sees it at once.
+
+        Raises:
+            OSError: the disk is full; the file ends with the record before.
+        """
+        left = memoryview(record)
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(record)
+
+    def flush(self) -> None:
+        """Nothing is held back; here for those who write to any file."""
+
+    def close(self) -> None:
+        """Close it; a second time does nothing."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """
+    Write a file, flush it to the disk, then give it its name: a reader sees all of it or none.
+
+    Raises:
+        OSError: the disk is full, or the directory is gone; what was there before stays.
+    """
+    partial = path.with_suffix(path.suffix + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # a disk that is full must not stay so
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

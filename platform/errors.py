@@ -5,6 +5,7 @@ Every error that distplat raises on purpose, in one tree.
     |- SpecError                        2   bad job file, option or argument; nothing was started
     |- ClusterUnreachable               3   no Ray there, or it refused our token
     |- UserCodeError                    1   the user's task raised; never retried
+    |- NonFiniteError                   1   a loss or gradient is NaN or infinite; never retried
     |- InfrastructureError              4   a part of the platform was lost
     |  |- ActorLost                         a worker, server node or the server manager died
     |  |- DeadlineExceeded                  a wait ran out; names who was missing
@@ -96,19 +97,69 @@ class ClusterUnreachable(DistplatError):
 
 
 class UserCodeError(DistplatError):
-    """The user's task raised. Carries the user's own traceback as text."""
+    """
+    The user's task raised. Carries the user's own traceback as text.
+
+    Args:
+        rank: whose.
+        step: in which, from 1; None: before the first.
+        summary: the exception and its message.
+        traceback: with the user's frames only; ends with the summary.
+        remedy: what to do about it, where that is known.
+        evaluating: it was in the evaluation after that step.
+    """
 
     exit_code = 1
 
-    def __init__(self, rank: int, step: int | None, summary: str, traceback: str) -> None:
-        super().__init__(rank, step, summary, traceback)
+    def __init__(
+        self,
+        rank: int,
+        step: int | None,
+        summary: str,
+        traceback: str,
+        remedy: str = "",
+        evaluating: bool = False,
+    ) -> None:
+        super().__init__(rank, step, summary, traceback, remedy, evaluating)
         self.rank, self.step, self.summary, self.traceback = rank, step, summary, traceback
+        self.remedy, self.evaluating = remedy, evaluating
 
     def __str__(self) -> str:
-        """The traceback first, then where it happened."""
-        at = "before the first step" if self.step is None else f"in step {self.step}"
-        where = f"your task failed on rank {self.rank}, {at}: {self.summary}"
-        return f"{self.traceback.rstrip()}\n\n{where}"
+        """The traceback first, then what failed where."""
+        return f"{self.frames}\n\n{self.told}" if self.frames else self.told
+
+    @property
+    def frames(self) -> str:
+        """The traceback; empty where it says no more than the summary does."""
+        text = self.traceback.rstrip()
+        return "" if text == self.summary else text
+
+    @property
+    def told(self) -> str:
+        """Rank, step and summary, and the remedy on a line of its own."""
+        where = "in the evaluation after" if self.evaluating else "in"
+        at = "before the first step" if self.step is None else f"{where} step {self.step}"
+        text = f"your task failed on rank {self.rank}, {at}: {self.summary}"
+        return f"{text}\n  hint: {self.remedy}" if self.remedy else text
+
+
+class NonFiniteError(DistplatError):
+    """A loss or a gradient holds NaN or infinity. Names rank, step and first parameter."""
+
+    exit_code = 1
+
+    def __init__(self, rank: int, step: int, what: str) -> None:
+        super().__init__(rank, step, what)
+        self.rank, self.step, self.what = rank, step, what
+
+    def __str__(self) -> str:
+        """Where it happened, what was found, and what to do."""
+        who = f"rank {self.rank}" if self.rank >= 0 else "several ranks"
+        return (
+            f"step {self.step + 1}, {who}: {self.what}; the step was not applied "
+            "(lower the learning rate or set `clip_norm`; `failure.non_finite: skip` leaves such "
+            "steps out, `ignore` applies them)"
+        )
 
 
 class InfrastructureError(DistplatError):

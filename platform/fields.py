@@ -1,6 +1,7 @@
 """The base of all job-file models, and the kinds of value that their fields share."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from pydantic_core import PydanticCustomError
@@ -12,6 +13,8 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+    gone: ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier versions, and what is to be said to who still writes them."""
 
 
 def _no_bool(value: object) -> object:

@@ -67,6 +67,8 @@ class Answer:
     """The worker's pushes so far that came too late for their step."""
     done: int = 0
     """Steps of which the shard has every gradient."""
+    total: tuple[float, ...] = ()
+    """Head of the step's control record, summed over the ranks; empty: of no step."""
     payload: Any = None
     """How the values travel, where worker and server share no memory."""
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -106,39 +106,6 @@ class Whole:
 
 Bundle = tuple[list[Bytes], tuple[Entry, ...]]
 """Arrays, and what is in them."""
-
-
-def run_entries(
-    names: Iterable[tuple[str, tuple[int, ...], int]],
-    start: int,
-    stop: int,
-    prefix: str,
-    dtype: str,
-    array: int,
-    places: Mapping[str, Place] | None = None,
-) -> list[Entry]:
-    """
-    Name what lies in a run of a flat vector; padding between the tensors has no name.
-
-    Args:
-        names: name, shape and first element in the flat vector, of each tensor.
-        start: first element of the run.
-        stop: its last one, exclusive.
-        prefix: of the keys: `model`, `optimizer/exp_avg`.
-        dtype: of the vector.
-        array: number of the array that holds the run and nothing else.
-        places: by name, which slab of a whole tensor the one in the vector is; others are whole.
-    """
-    found = []
-    places = places or {}
-    for name, shape, offset in names:
-        first, last = max(start, offset), min(stop, offset + math.prod(shape))
-        if first < last:
-            whole = last - first == math.prod(shape)
-            run = None if whole else (first - offset, last - offset)
-            place = replace(places.get(name, Place(shape)), run=run)
-            found.append(Entry(f"{prefix}/{name}", place, dtype, array, first - start))
-    return found
 
 
 def put_together(bundles: Iterable[Bundle]) -> dict[str, Whole]:

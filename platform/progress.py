@@ -15,7 +15,7 @@ class StepReport:
     step: int
     epoch: int
     loss: float
-    """Mean over this rank's samples; 0 where it had none."""
+    """Mean over this rank's weights; 0 where it had none."""
     samples: int
     seconds: dict[str, float]
     """Wall time by part of the step: `data`, `compute`, `exchange`, `update`."""
@@ -23,6 +23,8 @@ class StepReport:
     """Steps of the whole run; 0: not known."""
     figures: dict[str, float] = field(default_factory=dict)
     """The strategy's own, for example bytes on the wire."""
+    weight: float | None = None
+    """What the loss is a mean over; None: the samples."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class EvalReport:
     samples: int
     sums: dict[str, float]
     """Figure -> sum over this rank's samples."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """Figure -> samples in its sum, those of the batches that gave it; not there: all samples."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,9 @@ class _Waiting(Generic[Report]):
 def _join_steps(reports: list[StepReport]) -> StepSummary:
     first = reports[0]
     samples = sum(r.samples for r in reports)
-    loss = sum(r.loss * r.samples for r in reports) / max(1, samples)
+    weights = [r.samples if r.weight is None else r.weight for r in reports]
+    losses = [r.loss * weight for r, weight in zip(reports, weights, strict=True) if weight]
+    loss = sum(losses) / (sum(weights) or 1.0)
     slowest = {part: max(r.seconds[part] for r in reports) for part in first.seconds}
     names = dict.fromkeys(name for r in reports for name in r.figures)
     figures = {name: max(r.figures.get(name, 0.0) for r in reports) for name in names}
@@ -262,7 +268,11 @@ def _join_steps(reports: list[StepReport]) -> StepSummary:
 
 
 def _join_evals(reports: list[EvalReport]) -> EvalSummary:
-    samples = sum(r.samples for r in reports)
-    names = next((r.sums for r in reports if r.samples), {})
-    means = {name: sum(r.sums.get(name, 0.0) for r in reports) / samples for name in names}
-    return EvalSummary(reports[0].step, samples, means)
+    """A figure's mean is over the samples of the batches that gave it, on whatever rank."""
+    names = dict.fromkeys(name for r in reports for name in r.sums)
+    means = {}
+    for name in names:
+        giving = [r for r in reports if name in r.sums]
+        count = sum(r.counts.get(name, r.samples) for r in giving)
+        means[name] = sum(r.sums[name] for r in giving) / (count or 1.0)
+    return EvalSummary(reports[0].step, sum(r.samples for r in reports), means)

@@ -14,10 +14,12 @@ The run directory: what a run leaves on disk.
 Metrics are flushed with every line: they are there when the run is not any more.
 """
 
+import errno
 import json
 import math
 import os
 import secrets
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from distplat.platform.disk import Records, write_whole
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
@@ -73,10 +76,10 @@ class RunDirectory:
         self.path = (base / job.storage_path / run).resolve()
         try:
             self.path.mkdir(parents=True, mode=0o700)
-            (self.path / "job.yaml").write_text(render_job(job))
-            self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
+            write_whole(self.path / "job.yaml", render_job(job).encode())
+            self._metrics = Records(self.path / "metrics.jsonl")
         except OSError as error:
-            raise StorageError(f"cannot make the run directory {self.path}: {error}") from error
+            raise _refused(f"make the run directory {self.path}", error) from error
         self._board: _TensorBoard | None = None
 
     def record(self, summary: Summary) -> None:
@@ -89,15 +92,17 @@ class RunDirectory:
         if isinstance(summary, Trace):
             self.keep(TRACE_FILE, summary.to_json())
             return
-        kind = _KINDS[type(summary)]
+        line = _to_json({"kind": _KINDS[type(summary)], **asdict(summary)}) + "\n"
+        target = self._metrics.path
         try:
-            self._metrics.write(_to_json({"kind": kind, **asdict(summary)}) + "\n")
+            self._metrics.write(line.encode())
+            target = self.path / "tensorboard"
             if self._board is None:
-                self._board = _TensorBoard(self.path / "tensorboard")
+                self._board = _TensorBoard(target)
             if isinstance(summary, StepSummary | EvalSummary):
                 self._board.add(summary)
         except OSError as error:
-            raise StorageError(f"cannot write to {self.path}: {error}") from error
+            raise _refused(f"write {target}", error) from error
 
     def save_model(self, model: bytes) -> Path:
         """
@@ -120,21 +125,30 @@ class RunDirectory:
         """
         path = self.path / name
         try:
-            _write_durably(path, data)
+            write_whole(path, data)
         except OSError as error:
-            raise StorageError(f"cannot write {path}: {error}") from error
+            raise _refused(f"write {path}", error) from error
         return path
 
     def finish(self, status: str, facts: Mapping[str, Any]) -> None:
-        """Write down how the run ended, and close the files."""
+        """
+        Write down how the run ended, and close the files.
+
+        Raises:
+            StorageError: the disk is full, or the directory is gone.
+        """
         if self._board is not None:
             self._board.close()
         self._metrics.close()
         text = _to_json({"status": status, **facts}, indent=2) + "\n"
-        try:
-            _write_durably(self.path / "result.json", text.encode())
-        except OSError as error:
-            raise StorageError(f"cannot write to {self.path}: {error}") from error
+        self.keep("result.json", text.encode())
+
+
+def _refused(what: str, error: OSError) -> StorageError:
+    """Say what could not be done, why, and what helps where the disk is full."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "; free some, or have `storage_path` lead to another disk" if full else ""
+    return StorageError(f"cannot {what}: {error.strerror or error}{remedy}")
 
 
 def _to_json(facts: Mapping[str, Any], indent: int | None = None) -> str:
@@ -150,31 +164,27 @@ def _to_json(facts: Mapping[str, Any], indent: int | None = None) -> str:
     return json.dumps(strict(facts), indent=indent, allow_nan=False)
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    """Write, flush to the disk, then take the name: a reader sees the old file or the whole new."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 class _TensorBoard:
-    """TensorBoard's own event writer, without torch's wrapper: the driver does not import torch."""
+    """
+    TensorBoard's own format, without torch's wrapper: the driver does not import torch.
+
+    Its `EventFileWriter` writes in a thread, where a full disk is told to nobody.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
 
     def __init__(self, path: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        self._writer = EventFileWriter(str(path), flush_secs=10)
+        path.mkdir()
+        now = time.time()
+        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self._writer = RecordWriter(Records(path / name))
+        self._write(Event(wall_time=now, file_version="brain.Event:2"))
 
     def add(self, summary: StepSummary | EvalSummary) -> None:
         """Add one point to each curve."""
@@ -185,11 +195,12 @@ class _TensorBoard:
         else:
             values = {f"eval/{name}": value for name, value in summary.metrics.items()}
         points = [self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
-        event = self._event(
-            wall_time=time.time(), step=summary.step, summary=self._summary(value=points)
-        )
-        self._writer.add_event(event)
+        shown = self._summary(value=points)
+        self._write(self._event(wall_time=time.time(), step=summary.step, summary=shown))
+
+    def _write(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
 
     def close(self) -> None:
-        """Flush and close."""
+        """Close the file."""
         self._writer.close()

@@ -73,6 +73,11 @@ class Sampler:
         start, stop = even_bounds(self.batch_size(step), self.world)[rank]
         return self.batch_ids(step)[start:stop]
 
+    def first_place(self, step: int, rank: int) -> int:
+        """Give the place in the epoch's order where a rank's part of a step begins."""
+        index = step % self.steps_per_epoch
+        return index * self.batch + even_bounds(self.batch_size(step), self.world)[rank][0]
+
     def micro_batches(self, step: int, rank: int, parts: int) -> list[NDArray[np.int64]]:
         """Cut a rank's part of a step into at most `parts` runs, none of them empty."""
         ids = self.rank_ids(step, rank)

@@ -14,6 +14,7 @@ from itertools import accumulate
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
+from distplat.platform.vector_layout import Layout
 
 _ALIGN = 16
 """Elements: shard bounds fall on cache lines for 4-byte elements, where vector kernels like it."""
@@ -47,7 +48,7 @@ class ShardMap:
 
 
 def cut_shards(
-    total: int, servers: int, *, version: int = 1, speeds: Sequence[float] = ()
+    total: int, servers: int, *, version: int = 1, speeds: Sequence[float] = (), tail: int = 0
 ) -> ShardMap:
     """
     Cut `total` elements into one shard per server; for a tiny model some may be empty.
@@ -57,14 +58,17 @@ def cut_shards(
         servers: how many.
         version: of the map.
         speeds: elements that each server updates in a second; empty: as if all were alike.
+        tail: how many of the last elements are frozen; the last shard has them on top.
     """
+    whole, total = total, total - tail
     align = _ALIGN if total >= servers * _ALIGN else 1
     if not speeds or max(speeds) <= ALIKE * min(speeds):
         bounds = even_bounds(total, servers, align=align)
     else:
         bounds = _bounds_by_speed(total, speeds, align)
+    bounds[-1] = bounds[-1][0], whole
     shards = tuple(Shard(i, start, stop) for i, (start, stop) in enumerate(bounds))
-    return ShardMap(version, total, shards)
+    return ShardMap(version, whole, shards)
 
 
 def _bounds_by_speed(total: int, speeds: Sequence[float], align: int) -> list[tuple[int, int]]:
@@ -143,6 +147,8 @@ class ShardPlan:
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
     number: int = 0
     """Of the shard, among those of all parts of the model."""
+    layout: Layout | None = None
+    """What lies where in the shard; None: it is as if it were a single parameter."""
 
     def worker(self, place: int) -> str:
         """Name one of the workers, by its number among them."""

@@ -135,6 +135,11 @@ class Failure(Spec):
     """How long a rank or a server node may be waited for inside a step."""
     heartbeat_timeout_s: Seconds = 30.0
     """How long a process that is up may leave the controller's question unanswered."""
+    non_finite: Literal["stop", "skip", "ignore"] = "stop"
+    """A step with a loss or gradient that is NaN or infinite: `stop` ends the run before it is
+    applied, `skip` leaves it out on all ranks, `ignore` applies it."""
+    max_skipped_steps: Index = 100
+    """Steps that `non_finite: skip` may leave out; one more ends the run."""
 
 
 class Job(Spec):
@@ -166,7 +171,7 @@ class Job(Spec):
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
     seed: Index = 0
-    """Seeds model, data order and dropout; the same seed gives the same bits."""
+    """Seeds model, data, their order and dropout; the same seed gives the same bits."""
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

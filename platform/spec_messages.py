@@ -99,8 +99,10 @@ def _problem(one: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> Pro
     if kind.startswith("union_tag") and field is not None:
         where, message, advice = _tag_problem(where, value, field)
     elif kind == "extra_forbidden":
-        known = holder.model_fields if holder else ()
-        message, advice = f"unknown field (value {show(value)})", hint(str(where[-1]), known)
+        known, name = holder.model_fields if holder else (), str(where[-1])
+        gone = getattr(holder, "gone", {})
+        message = f"unknown field (value {show(value)})"
+        advice = gone[name] if name in gone else hint(name, known)
     elif kind == "literal_error":
         expected = str(one["ctx"]["expected"])
         near = nearest(value, findall(r"'([^']*)'", expected)) if isinstance(value, str) else None

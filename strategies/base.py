@@ -2,14 +2,14 @@
 What a strategy is, and the ports through which it reaches the others.
 
 A strategy says what is exchanged between gradients and update; how bytes travel is behind two
-ports, which `actors/` implements over Ray and `strategies/fakes.py` inside one process:
+ports, which `actors/` implements, over Ray and inside one process:
 
     worker loop          strategy                 port                         behind it
     -----------          --------                 ----                         ---------
     batch, forward,
-    backward        ->   exchange(step)     ->    Collective.all_reduce   ->   other workers
+    backward        ->   exchange(step, local) -> Collective.all_reduce   ->   other workers
                                             or    Shards.push             ->   server nodes
-                         update(step)       ->    the local optimizer
+                         update(step, total)   -> the local optimizer
                                             or    Shards.commit           ->   server nodes
 
 This module needs no torch itself: listing strategies and checking a job must be quick.
@@ -18,7 +18,7 @@ This module needs no torch itself: listing strategies and checking a job must be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from distplat.platform.pipeline_trace import TraceReport
     from distplat.strategies.task import Task
     from distplat.strategies.training.compute import Compute, Share
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.optim import LocalOptimizer
     from distplat.strategies.training.parts import Part
     from distplat.strategies.training.restoring import SavedState
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
 
 class Options(Spec):
     """Base of a strategy's options: frozen, unknown names refused, one sentence per field."""
+
+    removed: ClassVar[Mapping[str, str]] = {}
+    """Options that there were once, and what is to be said to who still sets them."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,24 @@ class Context:
     tables_made: int | None = None
     """Steps that every server of embedding tables has made, or one more; None: there are none.
     They can all go back to as many."""
+    model_state: ModelState | None = None
+    meet_peers: Callable[[], Collective] | None = None
+    """Makes a group of all workers; every rank calls it, or none. See `peers`."""
+
+    @property
+    def state(self) -> ModelState:
+        """What the model has beside what gradients train."""
+        assert self.model_state is not None, "join() makes it"
+        return self.model_state
+
+    def peers(self) -> Collective | None:
+        """
+        Make a group of all workers, for a strategy whose `roles` asked for none.
+
+        For models that have more to agree on than gradients: all ranks must come to the same
+        answer, from the model alone, whether they call this. None: the ports have no such group.
+        """
+        return None if self.meet_peers is None else self.meet_peers()
 
     @property
     def collective(self) -> Collective:
@@ -149,8 +172,8 @@ class Strategy(ABC, Generic[OptionsT]):
     One architecture of distributed training.
 
     A subclass in one file, registered under a name, is all there is to add. The worker loop calls
-    `setup`, then for every step `exchange` (the local gradient is ready: the gradient of the
-    global batch's mean loss, of which this rank's samples are one term of the sum) and `update`.
+    `setup`, then for every step `exchange` (the local gradient is ready: that of this rank's
+    losses, summed and divided by the global batch) and `update`.
 
     After a failure the workers that are left keep their strategy object and call `setup` again,
     with new ports; new workers come to theirs with a new object (docs/architecture.md).
@@ -167,6 +190,10 @@ class Strategy(ABC, Generic[OptionsT]):
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
+
+    def can_thaw(self) -> bool:
+        """Say whether parameters that are frozen at first may take part in training later."""
+        return False
 
     def roles(self, job: Job) -> Roles:
         """Say what the strategy needs besides workers."""
@@ -244,12 +271,28 @@ class Strategy(ABC, Generic[OptionsT]):
         """
 
     @abstractmethod
-    def exchange(self, step: int) -> None:
-        """Gradients are ready in `flat.grads`: combine them with the other ranks'."""
+    def exchange(self, step: int, local: StepControl) -> StepControl:
+        """
+        Gradients are ready in `flat.grads`: combine them with the other ranks'.
+
+        Args:
+            step: the present one; where tasks are leased, the number of the task.
+            local: this rank's control record.
+
+        Returns:
+            The records of all ranks, summed: what every rank decides by.
+        """
 
     @abstractmethod
-    def update(self, step: int) -> None:
-        """Bring `flat.params` from version `step` to version `step + 1`."""
+    def update(self, step: int, total: StepControl) -> None:
+        """
+        Bring `flat.params` from version `step` to version `step + 1`.
+
+        Args:
+            step: as for `exchange`.
+            total: what `exchange` gave; with `total.skip` parameters and optimizer stay as they
+                are.
+        """
 
     def places(self, flat: FlatModel) -> dict[str, Place] | None:
         """Say where each tensor of `flat` lies in the whole model; None: `flat` is the whole."""
@@ -294,5 +337,10 @@ class Strategy(ABC, Generic[OptionsT]):
         return None
 
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
-        """Give this rank's part of the trained model by name; the ports are still there."""
+        """
+        Give this rank's part of the trained model by name; the ports are still there.
+
+        A strategy whose ranks send to each other here, or in the last update, ends with a barrier:
+        who leaves may take with it what was not yet read.
+        """
         return flat.model.state_dict()

@@ -3,7 +3,8 @@ The ports in memory: N ranks as threads of one process, with faults on request.
 
 For tests of strategies without Ray, for `num_workers: 0`, and for users who test their own
 strategy. They keep the contracts of `strategies/base.py`: sums in rank order, deadlines, errors
-that name the missing ranks.
+that name the missing ranks. Servers of parameters and of tables have no fake: the real ones run
+in this process as well (`actors/local_actors.py`).
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ from distplat.platform.errors import CollectiveError
 from distplat.strategies.algorithms.reduce import sum_in_order
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
-from distplat.strategies.sparse.fake import InMemoryTables as InMemoryTables
-from distplat.strategies.sparse.fake import TableGroup as TableGroup
 from distplat.strategies.training.fake_leases import InMemoryLeases as InMemoryLeases
 from distplat.strategies.training.fake_leases import LeaseDesk as LeaseDesk
-from distplat.strategies.training.fake_servers import InMemoryShards as InMemoryShards
-from distplat.strategies.training.fake_servers import ServerGroup as ServerGroup
-from distplat.strategies.training.fake_servers import server_groups as server_groups
 
 _SLICE_S = 0.05
 """How often who waits for a message looks round."""
+
+
+class InMemoryBoard:
+    """See `Board`; one object for all ranks."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def first(self, name: str, value: bytes) -> bytes:
+        """See `Board`."""
+        return self._values.setdefault(name, value)
 
 
 class Fabric:

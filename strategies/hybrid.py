@@ -14,6 +14,7 @@ Megatron-LM (Shoeybi et al. 2019), all three together as in Narayanan et al. 202
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from distplat.strategies.pipeline.rank import Rank
     from distplat.strategies.task import Task
     from distplat.strategies.training.compute import Compute, Share
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.parts import Part
     from distplat.strategies.training.session import Prepared
@@ -53,6 +55,10 @@ _PER_STAGE = 4
 
 class HybridOptions(Options):
     """Options of `hybrid`."""
+
+    gone: ClassVar[Mapping[str, str]] = {
+        "pack_weights": "it is gone, and so are packed weights: remove it",
+    }
 
     pipeline: Count = Field(1, le=1024)
     """Stages: pieces of the model that follow each other, a worker each (or `tensor` workers)."""
@@ -86,9 +92,6 @@ class HybridOptions(Options):
     """`meta`: no process ever holds the whole model; needs modules with `reset_parameters`."""
     recompute: Flag = False
     """Keep a stage's input only, and compute its activations again in backward."""
-    pack_weights: Flag = True
-    """Keep large weights packed for products with few rows, once per step: faster on CPUs; a stage
-    holds them twice more while it computes."""
     tensor_plan: dict[str, str] = Field(default_factory=dict)
     """How layers are sliced, by patterns of their names, such as "blocks.*.mlp.1": colwise."""
     backend: Backend = "auto"
@@ -186,9 +189,13 @@ class Hybrid(Strategy[HybridOptions]):
     def own_part(self, prepared: Prepared, rank: int, collective: Collective | None) -> FlatModel:
         """Agree with the others where the model is cut, and take this rank's part."""
         from distplat.strategies.pipeline.rank import Rank  # torch: in workers only
+        from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
 
         assert collective is not None, "roles() asked for a group"
         if self._rank is None:
+            if self.options.data > 1 and prepared.model is not None:
+                why = "which `hybrid` does not compute over its replicas"
+                refuse_sync_batch_norm(prepared.model, why, "use nn.BatchNorm, or `data: 1`")
             self._rank = Rank(self.options, prepared, rank)
         return self._rank.take_part(collective)
 
@@ -222,13 +229,13 @@ class Hybrid(Strategy[HybridOptions]):
         """Give this rank's part of the pipeline."""
         return self._here.pipeline
 
-    def exchange(self, step: int) -> None:
+    def exchange(self, step: int, local: StepControl) -> StepControl:
         """Sum the gradients over the twins, and see that all ranks have come so far."""
-        self._here.exchange(step)
+        return self._here.exchange(step, local)
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """Update this rank's part."""
-        self._here.update(step)
+        self._here.update(step, total)
 
     def gather(self, data: bytes) -> list[bytes]:
         """Give every rank what all brought."""

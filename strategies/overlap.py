@@ -3,20 +3,8 @@
 from distplat.platform.errors import Problem
 from distplat.platform.spec import Job
 
-
-def overlap_problems(given: set[str], overlap: bool, servers: int) -> list[Problem]:
-    """
-    Refuse an `overlap` that is asked for where a single server leaves nothing to send early.
-
-    Args:
-        given: options that the job file names.
-        overlap: the option.
-        servers: how many there are.
-    """
-    if "overlap" in given and overlap and servers == 1:
-        text = "has no effect with one server: its part is complete when backward is over"
-        return [Problem(("strategy", "overlap"), text, "set num_servers, or remove it")]
-    return []
+NO_EARLY_PUSH = "was removed: gradients go to the servers when backward is over"
+"""What servers' strategies say of it: a step with early pushes took as long as one without."""
 
 
 def rows_come_first(job: Job) -> bool:
@@ -30,7 +18,14 @@ def rows_come_first(job: Job) -> bool:
 
 
 def rows_first_problems(given: set[str], overlap: bool, job: Job) -> list[Problem]:
-    """Refuse an `overlap` that is asked for where rows come first; see `overlap_problems`."""
+    """
+    Refuse an `overlap` that is asked for where rows come first.
+
+    Args:
+        given: options that the job file names.
+        overlap: the option.
+        job: the job.
+    """
     if "overlap" in given and overlap and rows_come_first(job):
         text = "has no effect with `embeddings.asynchronous: true`: rows go before gradients"
         return [Problem(("strategy", "overlap"), text, "remove it")]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distplat.platform.task_scheduler import Course, Work
     from distplat.strategies.sparse.routing import Routed
     from distplat.strategies.sparse.table import RowGradients
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.parts import Holding
     from distplat.strategies.training.restoring import SavedState
@@ -54,20 +55,8 @@ class Pushed:
     """What it was to each shard."""
     dropped: int = 0
     """This rank's pushes so far that came too late for their step."""
-    hidden_s: float = 0.0
-    """How long parts of it were under way before `push` was called, which backward hid."""
-    exposed_s: float = 0.0
-    """How long this rank stood in `push`."""
-
-    def overlap(self) -> dict[str, float]:
-        """Give the figures that docs/metrics.md has of it."""
-        whole = self.hidden_s + self.exposed_s
-        fraction = self.hidden_s / whole if self.hidden_s else 0.0
-        return {
-            "exposed_s": self.exposed_s,
-            "hidden_s": self.hidden_s,
-            "hidden_fraction": fraction,
-        }
+    total: StepControl | None = None
+    """The control records of all ranks, without `present`; None: of a push that was too late."""
 
 
 class Kind(NamedTuple):
@@ -77,7 +66,7 @@ class Kind(NamedTuple):
     """Of a checkpoint: `model`, or `optimizer/` and torch's name."""
     dtype: str
     length: int | None
-    """None: a value without dimensions."""
+    """None: a number for each parameter, by its place among all."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +80,8 @@ class ShardCopy:
     kinds: tuple[Kind, ...] = ()
     box: Any = None
     """Opens to the vectors, in the order of `kinds`; None: they are not here."""
+    used: bytes = b""
+    """A byte for each parameter, 0: the optimizer remembers nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -137,28 +128,9 @@ class Shards(Protocol):
         have not come further; the servers keep theirs, and take the step's gradients again.
         """
 
-    def bounds(self) -> Sequence[tuple[int, int]]:
-        """Give, by shard, its first element in the flat vector, and the one after its last."""
-
-    def may_leave(self, shard: int) -> bool:
-        """
-        Say whether a shard's part may be pushed now, while this rank's backward goes on.
-
-        Not where the answer changes what this rank computes on.
-        """
-
-    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
-        """
-        Begin to push a shard's part, before `push` of the same step; returns at once.
-
-        The part must not change any more. Errors come up in `push`.
-        """
-
-    def push(self, step: int, task: int | None = None) -> Pushed:
+    def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """
         Hand the gradients to all shards, one call to each, and wait for their answers.
-
-        Parts that were pushed before are not pushed again, unless their server was lost.
 
         Where tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is what
         the gradient is of.
@@ -174,12 +146,27 @@ class Shards(Protocol):
     def refresh(self) -> None:
         """Bring the newest parameters here."""
 
+    def tail(self) -> NDArray[np.bool_]:
+        """
+        Say which parameters that were frozen at first are trained by now.
+
+        Returns:
+            By slot of the flat vector's tail; empty: none is.
+        """
+
     def copies(self, version: int) -> list[ShardCopy] | None:
         """
         Fetch what the shards have kept of a version, for a checkpoint; from any thread.
 
         Waits while ranks are still behind that version. None: it is not there any more.
         """
+
+
+class Board(Protocol):
+    """Where the ranks of a run leave small things for each other, whenever they come."""
+
+    def first(self, name: str, value: bytes) -> bytes:
+        """Leave a value under a name, unless somebody has done so; give the one that is there."""
 
 
 class Leases(Protocol):
@@ -273,9 +260,10 @@ class Tables(Protocol):
         step: int,
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
+        skip: bool = False,
     ) -> Sending:
         """
-        Begin to hand gradients over, at most one entry for each table; every rank, every step.
+        Begin to hand gradients over, an entry for each table that was used; every rank, every step.
 
         What was pulled before is gone. The gradients must not change, and nothing may be pulled,
         before the handle is done. Then the gradients of all ranks are added in rank order and
@@ -283,6 +271,9 @@ class Tables(Protocol):
 
         Where tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is what
         the gradients are of.
+
+        One rank's `skip` leaves the step out on all servers; beside asynchronous tables, its own
+        push. The step counts as made.
         """
 
     def copies(self, version: int) -> list[TablesCopy] | None:

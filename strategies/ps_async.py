@@ -10,25 +10,23 @@ is left. See docs/parameter_server.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from distplat.platform.consistency import Consistency
-from distplat.platform.errors import Problem
 from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.load import load_figures
 from distplat.platform.spec import Job
 from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
-from distplat.strategies.overlap import overlap_problems
+from distplat.strategies.overlap import NO_EARLY_PUSH
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from distplat.strategies.training.early import EarlyPush
+    from distplat.strategies.training.control import StepControl
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.parts import Part
-    from distplat.strategies.training.running_stats import Buffers
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 
@@ -36,6 +34,7 @@ Bound = Annotated[int, Field(ge=0, strict=True)]
 class PsAsyncOptions(Options):
     """Options of `ps-async`."""
 
+    removed: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
     num_servers: int = Field(1, ge=1, le=256, strict=True)
     """Server nodes; each keeps an equal part of the parameters."""
     resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
@@ -50,8 +49,6 @@ class PsAsyncOptions(Options):
     """2: each shard has a backup, which takes over when its server is lost."""
     wire: Literal["exact", "fp16", "bf16"] = "exact"
     """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
-    overlap: Flag = False
-    """Push a shard's part while backward still makes the others', where that is safe."""
 
 
 @strategies.register("ps-async")
@@ -61,8 +58,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
     summary = "asynchronous data parallel: sharded parameter server, workers at their own pace"
     has_parts = True
     options_type = PsAsyncOptions
-    _buffers: Buffers | None = None
-    _early: EarlyPush | None = None
+    _state: ModelState | None = None
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
@@ -81,14 +77,6 @@ class PsAsync(Strategy[PsAsyncOptions]):
             wire=WIRES[chosen.wire],
         )
 
-    def problems(self, job: Job) -> list[Problem]:
-        """Refuse to overlap where nothing can leave early."""
-        given, overlap = self.options.model_fields_set, self.options.overlap
-        if job.clip_norm is not None and "overlap" in given and overlap:
-            text = "has no effect with `clip_norm`: the norm is known when backward is over"
-            return [Problem(("strategy", "overlap"), text, "remove it")]
-        return overlap_problems(given, overlap, self.options.num_servers)
-
     def survivors_go_on(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""
         return True
@@ -100,60 +88,57 @@ class PsAsync(Strategy[PsAsyncOptions]):
         Tables may lack a task that the shards have, and the other way round: the run goes on with
         the first step of which one of them lacks something, and who has it drops it.
         """
-        from distplat.strategies.training.early import EarlyPush  # torch: in workers only
-        from distplat.strategies.training.running_stats import Buffers
+        from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
 
-        if self._early is not None:
-            self._early.close()
         self._context, self._shards, self._flat = context, context.shards, context.flat
         self._pushes = self._stale_sum = 0
         self._last = Pushed()
         flat = context.flat
         self._shards.connect(flat, context.saved)
-        if self._buffers is not None:
-            self._buffers.restore()  # what it broke off is made once more
-        self._buffers = Buffers(flat.model)
-        early = self.options.overlap and context.job.clip_norm is None
-        self._early = EarlyPush(flat, self._shards, overlap=early, prepare=self._weigh)
+        why = "which waits for all ranks: here each goes at its own pace"
+        refuse_sync_batch_norm(flat.model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")
+        self._state = context.state
+        self._state.connect(None, served="use `strategy: ring`", shifting=True)
+        if self._state.version is not None:
+            self._state.restore()  # what it broke off is made once more
+        self._state.keep(flat.version)
         tables = context.tables_made
         return flat.version if tables is None else min(flat.version, tables)
 
-    def last_backward(self, step: int) -> None:
-        """Have each shard's part leave as soon as it is complete."""
-        if self._early is not None:
-            self._early.last_backward(self._pushes, step)
-
-    def exchange(self, step: int) -> None:
+    def exchange(self, step: int, local: StepControl) -> StepControl:
         """
         Push; returns when it is applied and the newest parameters are here.
 
-        Args:
-            step: the number of the task.
-        """
-        from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
-
-        assert self._early is not None, "setup() comes first"
-        self._early.finish()
-        grads, limit = self._flat.grads, self._context.job.clip_norm
-        if limit is not None:
-            grads.mul_(clip_factor(squared_norm(grads) ** 0.5, limit))
-        self._last = self._shards.push(self._pushes, step)
-
-    def _weigh(self, part: Tensor) -> None:
-        """
-        Make a part of the gradient one of this rank's own samples; clipping follows.
-
         As it comes, a sample weighs 1/global batch. Times the world that is the mean over this
         rank's samples where the batch is cut evenly; where it is not, every sample counts alike.
-        """
-        if self._context.world > 1:
-            part.mul_(self._context.world)
+        A weighted loss is divided by the weights of this push.
 
-    def update(self, step: int) -> None:
-        """Count; the servers have made the update."""
-        assert self._buffers is not None, "setup() comes first"
+        Args:
+            step: the number of the task.
+            local: see `Strategy`; the push is decided by itself.
+        """
+        from distplat.strategies.algorithms.reduce import clip_factor
+
+        assert self._state is not None, "setup() comes first"
+        self._state.synchronize(self._pushes)
+        flat, job = self._flat, self._context.job
+        if job.failure.non_finite != "ignore":
+            local = local.looked_at(flat)
+        scale = self._context.world * local.scale
+        if job.clip_norm is not None:
+            scale *= clip_factor(flat.squared_norm() ** 0.5 * scale, job.clip_norm)
+        flat.scale_gradients(scale)
+        self._last = self._shards.push(self._pushes, local, step)
+        return local
+
+    def update(self, step: int, total: StepControl) -> None:
+        """Count; the servers have made the update, or left it out."""
+        assert self._state is not None, "setup() comes first"
         self._pushes += 1
-        self._buffers.keep()
+        if total.skip:
+            self._state.leave_out(self._pushes)
+        else:
+            self._state.keep(self._pushes)
         self._stale_sum += self._last.staleness
 
     def part(self, version: int) -> Part:
@@ -176,5 +161,4 @@ class PsAsync(Strategy[PsAsyncOptions]):
             "waiting_s": self._last.waiting_s,
             **load_figures(self._last.loads),
             "dropped": float(self._last.dropped),
-            **self._last.overlap(),
         }

@@ -11,29 +11,31 @@ and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from distplat.platform.consistency import Consistency
 from distplat.platform.errors import Problem
-from distplat.platform.fields import Flag, NonNegative
+from distplat.platform.fields import NonNegative
 from distplat.platform.load import load_figures
 from distplat.platform.spec import Job
 from distplat.strategies.base import WIRES, Context, Options, Pushed, Roles, Strategy
 from distplat.strategies.catalog import strategies
-from distplat.strategies.overlap import overlap_problems, rows_come_first, rows_first_problems
+from distplat.strategies.overlap import NO_EARLY_PUSH
 
 if TYPE_CHECKING:
-    from distplat.strategies.training.early import EarlyPush
+    from distplat.strategies.training.control import StepControl
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.parts import Part
-    from distplat.strategies.training.running_stats import Buffers
 
 
 class PsSyncOptions(Options):
     """Options of `ps-sync`."""
 
+    removed: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
     num_servers: int = Field(1, ge=1, le=256, strict=True)
     """Server nodes; each keeps a part of the parameters."""
     resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
@@ -46,8 +48,6 @@ class PsSyncOptions(Options):
     """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
     split: Literal["bytes", "load"] = "bytes"
     """Shards of equal size, or by how fast each server makes updates, measured at the start."""
-    overlap: Flag = True
-    """Push a shard's part while backward still makes the others', where that is safe."""
 
 
 @strategies.register("ps-sync")
@@ -57,8 +57,7 @@ class PsSync(Strategy[PsSyncOptions]):
     summary = "synchronous data parallel: sharded parameter server, updates on the server nodes"
     has_parts = True
     options_type = PsSyncOptions
-    _buffers: Buffers | None = None
-    _early: EarlyPush | None = None
+    _state: ModelState | None = None
 
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
@@ -88,9 +87,11 @@ class PsSync(Strategy[PsSyncOptions]):
             return [Problem(where, text)]
         if self.options.split == "load" and self.options.num_servers == 1:
             return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]
-        given = self.options.model_fields_set
-        found = overlap_problems(given, self.options.overlap, self.options.num_servers)
-        return found or rows_first_problems(given, self.options.overlap, job)
+        return []
+
+    def can_thaw(self) -> bool:
+        """The servers keep frozen parameters behind the others."""
+        return True
 
     def survivors_go_on(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""
@@ -98,55 +99,63 @@ class PsSync(Strategy[PsSyncOptions]):
 
     def setup(self, context: Context) -> int:
         """Move the model to where the servers reach it; take their parameters."""
-        from distplat.strategies.training.early import EarlyPush  # torch: in workers only
-        from distplat.strategies.training.running_stats import Buffers
-
-        if self._early is not None:
-            self._early.close()
         self._context, self._shards = context, context.shards
         self._pushed = Pushed()
         self._skipped = 0
-        before, flat = context.flat.version, context.flat
+        flat = context.flat
         self._shards.connect(flat, context.saved)
         if context.tables_made is not None and context.tables_made < flat.version:
             self._shards.step_back(context.tables_made)
-        if self._buffers is not None and flat.version == before:
-            self._buffers.restore()  # this rank's forward of the step is made once more
-        self._buffers = Buffers(flat.model)
-        early = self.options.overlap and not rows_come_first(context.job)
-        self._early = EarlyPush(flat, self._shards, overlap=early)
+        if flat.active.size and (tail := self._shards.tail()).any():
+            flat.take_over_tail(tail)
+        self._state = context.state
+        self._meet(context)
         return flat.version
+
+    def _meet(self, context: Context) -> None:
+        """Have the state that goes with the servers' parameters, by a group where one is needed."""
+        from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
+
+        state, flat, backup = context.state, context.flat, self.options.backup_workers
+        if backup:
+            why = "which waits for all ranks, and `backup_workers` does not"
+            refuse_sync_batch_norm(flat.model, why, "remove it, or use nn.BatchNorm")
+        group = context.peers() if state.needs_group and not backup else None
+        state.connect(group, served="use `strategy: ring`", shifting=backup > 0)
+        state.meet(flat.version, context.saved.step if context.saved is not None else 0)
 
     def skips(self, step: int) -> bool:
         """Say whether the others have made the step without this rank."""
         late = self._pushed.version > step
         self._skipped += late
+        if late and self._state is not None:
+            self._state.keep(step + 1)
         return late
 
-    def last_backward(self, step: int) -> None:
-        """Have each shard's part leave as soon as it is complete."""
-        if self._early is not None:
-            self._early.last_backward(step)
-
-    def exchange(self, step: int) -> None:
+    def exchange(self, step: int, local: StepControl) -> StepControl:
         """Push; returns when the shards have the gradients that the step needs."""
-        assert self._early is not None, "setup() comes first"
-        self._early.finish()
-        self._pushed = self._shards.push(step)
+        assert self._state is not None, "setup() comes first"
+        self._state.end_forwards(step)
+        self._state.synchronize(step)
+        if self._context.job.failure.non_finite != "ignore":
+            local = local.looked_at(self._context.flat)
+        self._pushed = self._shards.push(step, local)
+        total = (self._pushed.total or local).named(local)
+        if total.thawed:
+            flat = self._context.flat
+            flat.activate_tail(self._shards.tail(), step, had_samples=flat.began)
+        return total
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """Commit, where the shards had to learn the norm over all of them first."""
-        assert self._buffers is not None, "setup() comes first"
+        assert self._state is not None, "setup() comes first"
         if self._pushed.norm is not None:
             made = self._shards.commit(step, self._pushed.norm)
-            pushed = self._pushed
-            self._pushed = replace(
-                made,
-                waiting_s=pushed.waiting_s,
-                hidden_s=pushed.hidden_s,
-                exposed_s=pushed.exposed_s,
-            )
-        self._buffers.keep()
+            self._pushed = replace(made, waiting_s=self._pushed.waiting_s)
+        if total.skip:
+            self._state.leave_out(step + 1)
+        else:
+            self._state.keep(step + 1)
 
     def part(self, version: int) -> Part:
         """Rank 0 gives what the servers keep, and its buffers."""
@@ -167,7 +176,6 @@ class PsSync(Strategy[PsSyncOptions]):
     def figures(self) -> dict[str, float]:
         """Give how long servers held this rank up, what they did, and what gradients came to."""
         found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
-        found |= self._pushed.overlap()
         if self.options.backup_workers:
             found |= {"dropped": float(self._pushed.dropped), "skipped": float(self._skipped)}
         return found

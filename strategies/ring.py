@@ -8,6 +8,7 @@ the same update, or each its own part of it (`shard_optimizer`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -22,10 +23,11 @@ from distplat.strategies.overlap import rows_come_first, rows_first_problems
 if TYPE_CHECKING:
     from distplat.strategies.reduction.base import Reducer
     from distplat.strategies.reduction.sharded import ShardedUpdate
+    from distplat.strategies.training.control import StepControl
     from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.model_state import ModelState
     from distplat.strategies.training.optim import LocalOptimizer
     from distplat.strategies.training.parts import Part
-    from distplat.strategies.training.running_stats import RunningStatistics
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 Compression = Literal["none", "fp16", "bf16", "topk", "powersgd"]
@@ -62,7 +64,7 @@ class Ring(Strategy[RingOptions]):
     options_type: ClassVar[type[Options]] = RingOptions
     has_parts = True
     _reducer: Reducer | None = None
-    _statistics: RunningStatistics | None = None
+    _state: ModelState | None = None
     _optimizer: LocalOptimizer | ShardedUpdate
 
     def roles(self, job: Job) -> Roles:
@@ -91,6 +93,10 @@ class Ring(Strategy[RingOptions]):
             found.append(Problem(("strategy", "backend"), text, hint))
         return found
 
+    def can_thaw(self) -> bool:
+        """Say whether ranks hold all of the optimizer; its parts are cut once for all."""
+        return not self.options.shard_optimizer
+
     def survivors_go_on(self) -> bool:
         """Say whether each worker holds all state; parts of a sharded optimizer die with one."""
         return not self.options.shard_optimizer
@@ -98,10 +104,12 @@ class Ring(Strategy[RingOptions]):
     def setup(self, context: Context) -> int:
         """Take over the newest parameters that a rank has; in a fresh run those of rank 0."""
         from distplat.strategies.training.handover import take_over_newest  # torch: in workers only
-        from distplat.strategies.training.running_stats import RunningStatistics
 
         flat, collective = context.flat, context.collective
         self._collective, self._device, self._flat = collective, flat.params.device, flat
+        self._state = context.state
+        self._state.settle(flat.version)
+        self._state.connect(collective)
         old = self._reducer
         before = self._optimizer.state() if old is not None and flat.version > 0 else {}
         if old is not None:
@@ -113,16 +121,14 @@ class Ring(Strategy[RingOptions]):
                 sharded.load(context.saved.optimizer(flat, *sharded.bounds))
         else:
             early = self.options.overlap and not rows_come_first(context.job)
-            self._reducer = _reducer(self.options, flat, collective, overlap=early)
+            look = context.job.failure.non_finite != "ignore"
+            self._reducer = _reducer(self.options, flat, collective, overlap=early, look=look)
             _pass_residual_on(old, self._reducer)
             self._optimizer = context.local_optimizer()
             saved = context.saved.optimizer(flat) if context.saved is not None else {}
             self._optimizer.load(before or saved)
-        if self._statistics is not None:
-            self._statistics.restore()
-        self._statistics = RunningStatistics(flat.model, collective)
         version = take_over_newest(flat, self._optimizer, collective, context.base)
-        self._statistics.keep()
+        self._state.keep(version)
         return version
 
     def last_backward(self, step: int) -> None:
@@ -130,17 +136,25 @@ class Ring(Strategy[RingOptions]):
         assert self._reducer is not None, "setup() comes first"
         self._reducer.last_backward()
 
-    def exchange(self, step: int) -> None:
-        """Sum the gradients; each rank's are already weighted by its share of the batch."""
-        assert self._reducer is not None and self._statistics is not None, "setup() comes first"
-        self._reducer.finish()
-        self._statistics.average()
+    def exchange(self, step: int, local: StepControl) -> StepControl:
+        """Sum the gradients; each rank's are already divided by the global batch."""
+        from distplat.strategies.reduction.tail import sum_tail
 
-    def update(self, step: int) -> None:
+        assert self._reducer is not None and self._state is not None, "setup() comes first"
+        self._state.end_forwards(step)
+        total = self._reducer.finish(replace(local, state_changed=self._state.news(step)))
+        sum_tail(self._flat, self._collective, total, step)
+        self._state.synchronize(step, total.state_changed)
+        return total
+
+    def update(self, step: int, total: StepControl) -> None:
         """Make the same update on every rank."""
-        assert self._statistics is not None, "setup() comes first"
-        self._optimizer.step(step)
-        self._statistics.keep()
+        assert self._state is not None, "setup() comes first"
+        if total.skip:
+            self._state.leave_out(step + 1)
+            return
+        self._optimizer.step(step, total.present, total.scale)
+        self._state.keep(step + 1)
 
     def part(self, version: int) -> Part:
         """Rank 0 gives the model and the optimizer's state; a sharded one each rank for itself."""
@@ -180,19 +194,21 @@ def _pass_residual_on(old: Reducer | None, new: Reducer) -> None:
 
 
 def _reducer(
-    options: RingOptions, flat: FlatModel, collective: Collective, *, overlap: bool
+    options: RingOptions, flat: FlatModel, collective: Collective, *, overlap: bool, look: bool
 ) -> Reducer:
     """Make what `compression` names."""
     if options.compression == "topk":
         from distplat.strategies.reduction.topk import TopKReducer
 
-        return TopKReducer(flat, collective, options.topk_density)
+        return TopKReducer(flat, collective, options.topk_density, look=look)
     if options.compression == "powersgd":
         from distplat.strategies.reduction.powersgd import PowerSGDReducer
 
-        return PowerSGDReducer(flat, collective, options.powersgd_rank)
+        return PowerSGDReducer(flat, collective, options.powersgd_rank, look=look)
     from distplat.strategies.reduction.buckets import BucketReducer
 
     wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
     bucket_bytes = int(options.bucket_mb * 2**20)
-    return BucketReducer(flat, collective, bucket_bytes, overlap=overlap, wire_dtype=wire)
+    return BucketReducer(
+        flat, collective, bucket_bytes, overlap=overlap, wire_dtype=wire, look=look
+    )

@@ -21,8 +21,10 @@ class Task(ABC):
     """
     What to train. Subclass it; constructor arguments come from `task_args` of the job file.
 
-    Every method may be called once in every process of the run. Random numbers come from torch's
-    generator, which is seeded from the job before each call: all ranks build the same model.
+    Every method may be called once in every process of the run. The global generators of python,
+    numpy and torch are seeded from the job before the module is imported, before the class is
+    made, and before `model`, `train_data` and `eval_data`: all ranks build the same. Samples are
+    seeded one by one (docs/random_numbers.md).
     """
 
     @abstractmethod
@@ -54,6 +56,20 @@ class Task(ABC):
         """Give named figures of an evaluation batch, each a mean over it; `loss` is added."""
         return {}
 
+    def buffers(self, name: str) -> str | None:
+        """
+        Say what ranks do with a buffer, or a frozen parameter, that a forward changes.
+
+        Args:
+            name: of the model's `state_dict`.
+
+        Returns:
+            `"rank0"`: all have rank 0's after each step. `"mean"`: the mean over the ranks,
+            weighted by their samples. `"local"`: each keeps its own, and rank 0's is saved. None:
+            `"mean"` for a batch norm's running mean and variance, else `"rank0"`.
+        """
+        return None
+
     def stages(self, model: nn.Module) -> list[nn.Module]:
         """
         Cut the model into modules that follow each other, for strategies that split it by layers.
@@ -61,10 +77,11 @@ class Task(ABC):
         An `nn.Sequential` is cut into its children; override this for any other model.
 
         Raises:
-            NotImplementedError: the model is no `nn.Sequential` and the task does not say.
+            NotImplementedError: the model is no `nn.Sequential`, or has a `forward` of its own, and
+                the task does not say.
         """
         from torch import nn  # here: naming a task costs no torch
 
-        if isinstance(model, nn.Sequential):
+        if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
             return list(model)
         raise NotImplementedError(f"{type(self).__name__} does not say how its model is cut")

@@ -5,8 +5,8 @@ A bell between a worker and a server node of the same node: a step's control wit
     write the request, post   ──▶   asked    + 1   ──▶           wake, serve it as if by a call
     wake, read the answer     ◀──   answered + 1   ◀──           write the answer, post
 
-    `listen`: a call of Ray that stays open as long as the bell is used. It ends with an exception
-    when the server dies, and when a request failed: that is where errors come from.
+    `listen`: a call that stays open as long as the bell is used. It ends with an exception when the
+    server dies, and when a request failed: that is where errors come from.
 
 A call of Ray costs about a millisecond on a busy machine, a futex a few hundredths of one. What a
 request does is the same either way, and so is what decides on it: the shard's ledger.
@@ -14,23 +14,27 @@ request does is the same either way, and so is what decides on it: the shard's l
 """
 
 import os
-import select
 import struct
 import threading
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distplat.actors.memory.futex import Word
 from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.processes import has_ended
 from distplat.actors.messages import Address
 from distplat.platform.ledger import Answer
+from distplat.strategies.training.control import HEAD_SIZE
 
-SLOT = 256
+SLOT = 512
 """Bytes of one bell; the two sides write to cache lines of their own."""
-_ASKED, _REQUEST, _ANSWERED, _ANSWER = 0, 8, 128, 136
+_ASKED, _REQUEST, _CLOSED, _ANSWERED, _ANSWER = 0, 8, 64, 128, 136
 _REQUEST_LAYOUT = struct.Struct("<q?dq")
-_ANSWER_LAYOUT = struct.Struct("<??q?dqdddqqqd")
+_ANSWER_LAYOUT = struct.Struct(f"<??q?dqdddqqq?{HEAD_SIZE}d")
+_NO_TOTAL = (0.0,) * HEAD_SIZE
 _ALL = (1 << 32) - 1
 _LOOK_S = 0.5
 """How often a server looks whether the worker lives and is still to be listened to."""
@@ -44,6 +48,12 @@ class Request(NamedTuple):
     """Of the whole gradient, if this is a commit; None: a push."""
     task: int | None = None
     """What a push is of, where tasks are leased."""
+
+
+def control_of(segment: Segment, size: int) -> NDArray[np.float64]:
+    """View the control record behind the bells of a segment, shape [size]."""
+    found: NDArray[np.float64] = segment.tensor.numpy()[segment.address.elements - 8 * size :]
+    return found.view(np.float64)
 
 
 class Bell:
@@ -60,7 +70,6 @@ class Bell:
         self._memory = memory[slot * SLOT : (slot + 1) * SLOT]
         self._asked = Word(self._memory, _ASKED)
         self._answered = Word(self._memory, _ANSWERED)
-        self.answered_at = 0.0  #: when the answer read last was written, by the monotonic clock
 
     def ring(self, request: Request) -> None:
         """Ask; the answer to the request before has been read."""
@@ -70,6 +79,16 @@ class Bell:
         _REQUEST_LAYOUT.pack_into(self._memory, _REQUEST, request.seq, is_commit, norm, task)
         self._asked.post()
 
+    def close(self) -> None:
+        """Ring no more; the other side ends its call."""
+        self._memory[_CLOSED] = 1
+        self._asked.wake()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody will ring any more."""
+        return bool(self._memory[_CLOSED])
+
     def answered(self, slice_s: float) -> bool:
         """Wait at most so many seconds for the answer; say whether it is there."""
         return self._answered.wait(self._asked.value, slice_s)
@@ -77,10 +96,11 @@ class Bell:
     def read(self) -> Answer | None:
         """Give the answer that is there; None: the request failed, the standing call says why."""
         values = _ANSWER_LAYOUT.unpack_from(self._memory, _ANSWER)
-        good, committed, version, has_norm, squared, *rest, self.answered_at = values
+        good, committed, version, has_norm, squared, *rest, has_total = values[:-HEAD_SIZE]
         if not good:
             return None
-        return Answer(version, committed, squared if has_norm else None, *rest)
+        norm, total = squared if has_norm else None, values[-HEAD_SIZE:] if has_total else ()
+        return Answer(version, committed, norm, *(*rest, total))
 
     def asked(self, slice_s: float) -> Request | None:
         """Wait at most so many seconds for a request that is not answered yet."""
@@ -108,7 +128,8 @@ class Bell:
             given.queue_depth,
             given.dropped,
             given.done,
-            time.monotonic(),
+            bool(given.total),
+            *(given.total or _NO_TOTAL),
         )
         self._answered.post()
 
@@ -120,11 +141,17 @@ class Listener:
     Args:
         address: the worker's segment of bells.
         slot: which of them is this server's.
+        control: values of the worker's control record, behind the bells.
     """
 
-    def __init__(self, address: Address, slot: int) -> None:
-        self._bell = Bell(Segment.open(address), slot)
+    def __init__(self, address: Address, slot: int, control: int) -> None:
+        segment = Segment.open(address)
+        self._bell, self._control = Bell(segment, slot), control_of(segment, control)
         self._worker = os.pidfd_open(address.pid)
+
+    def control(self) -> NDArray[np.float64]:
+        """Give a copy of the worker's control record, of the request that is being served."""
+        return self._control.copy()
 
     def close(self) -> None:
         """Let go of the worker's process."""
@@ -137,7 +164,7 @@ class Listener:
         wanted: Callable[[], bool],
     ) -> None:
         """
-        Answer requests until the worker ends, or another call listens to it.
+        Answer requests until the worker rings no more or ends, or another call listens to it.
 
         A call whose message got lost is made again, and then two may be here: both may serve a
         request, which is harmless, but only one answers.
@@ -147,10 +174,10 @@ class Listener:
             turn: held to answer, and by whoever changes what `wanted` says.
             wanted: whether this is the call that listens.
         """
-        while wanted():
+        while wanted() and not self._bell.closed:
             request = self._bell.asked(_LOOK_S)
             if request is None:
-                if select.select([self._worker], [], [], 0)[0]:
+                if has_ended(self._worker):
                     return
                 continue
             answer = None

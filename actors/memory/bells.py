@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ray
-
 from distplat.actors.memory import futex
-from distplat.actors.memory.bell import SLOT, Bell, Request
+from distplat.actors.memory.bell import SLOT, Bell, Request, control_of
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address
+from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import ActorLost, DeadlineExceeded
 from distplat.platform.ledger import Answer
 
@@ -32,34 +31,42 @@ class Bells:
     Rings servers, and waits for their answers.
 
     Args:
-        node: Ray's id of this node.
+        transport: by which standing calls are made.
         near: shards whose servers share memory with this worker.
         names: of all servers, by shard.
+        control: values of this worker's control record, which lies behind the bells.
         listen: makes a standing call.
         look: see `Look`.
     """
 
     def __init__(
-        self, node: str, near: set[int], names: Sequence[str], listen: Listen, look: Look
+        self,
+        transport: Transport,
+        near: set[int],
+        names: Sequence[str],
+        control: int,
+        listen: Listen,
+        look: Look,
     ) -> None:
+        self._transport = transport
         self.shards = sorted(near) if futex.supported() else []
         self._names, self._listen, self._look = names, listen, look
         # Not sealed: a standing call that got lost is made again, and opens it again.
-        self._segment = Segment.create(node, SLOT * max(1, len(self.shards)), "uint8")
+        size = SLOT * max(1, len(self.shards)) + 8 * control
+        self._segment = Segment.create(transport.node, size, "uint8")
+        self.control = control_of(self._segment, control)  #: written before a bell is rung
         self._bells = {s: Bell(self._segment, slot) for slot, s in enumerate(self.shards)}
         self._standing = {shard: self._call(shard) for shard in self.shards}
 
     def close(self) -> None:
-        """Give the memory back; servers stop listening when somebody else rings."""
+        """Ring no more, and give the memory back."""
+        for bell in self._bells.values():
+            bell.close()
         self._segment.seal()
 
     def ring(self, shard: int, request: Request) -> None:
         """Ask one of them; its answer to the request before has been read."""
         self._bells[shard].ring(request)
-
-    def answered_at(self, shard: int) -> float:
-        """Give when the answer that was read last was written, by the monotonic clock."""
-        return self._bells[shard].answered_at
 
     def answers(
         self, rung: Sequence[int], what: str, limit_s: float, setting: str
@@ -98,15 +105,12 @@ class Bells:
 
     def _look_after(self, shard: int, wait_s: float = 0.0) -> None:
         """Raise what the standing call says, if it has ended; make it again if it got lost."""
-        if not ray.wait([self._standing[shard]], timeout=wait_s)[0]:
+        if not self._transport.wait([self._standing[shard]], wait_s):
             return
         try:
-            ray.get(self._standing[shard], timeout=_REASON_S)
-        except ray.exceptions.ActorUnavailableError:
+            self._transport.get(self._standing[shard], _REASON_S)
+        except Unanswered:
             logger.warning("no word from %s, asking it again to listen", self._names[shard])
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayActorError as error:
-            cause = str(error).strip().splitlines()[0]
-            raise ActorLost(self._names[shard], None, cause) from None
+        except ActorDied as error:
+            raise ActorLost(self._names[shard], None, str(error)) from None
         self._standing[shard] = self._call(shard)

@@ -75,9 +75,6 @@ class CudaSide:
 class Direct:
     """The worker computes where the servers read."""
 
-    apart = False
-    """Whether what the worker computes on is written by `home` alone."""
-
     def out(self, shared: Tensor, start: int, then: Callable[[], object]) -> None:
         """
         Have a part of the gradient in shared memory, then call `then`.
@@ -117,8 +114,6 @@ class Ferry(Direct):
         side: the stream for the copies.
         pinned: memory that was pinned for them.
     """
-
-    apart = True
 
     def __init__(
         self, gradients: Tensor, parameters: Tensor, side: Side, pinned: Sequence[Tensor] = ()

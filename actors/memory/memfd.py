@@ -10,6 +10,7 @@ frees the memory when the last mapping and descriptor are gone, whatever killed 
 import errno
 import mmap
 import os
+import weakref
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Segment:
     def __init__(self, fd: int, address: Address, *, populate: bool = True) -> None:
         dtype = getattr(torch, address.dtype)
         size = max(1, address.elements) * dtype.itemsize
-        self._fd: int | None = fd
+        self._close = weakref.finalize(self, os.close, fd)
         self.address = address
         # The tensor keeps the mapping alive; the mapping keeps its own reference to the memory.
         flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
@@ -67,6 +68,4 @@ class Segment:
 
     def seal(self) -> None:
         """Close the descriptor: nobody new can map the segment, who has it keeps it."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._close()

@@ -7,20 +7,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import ray
-
+from distplat.actors.transport import Transport, TransportError
 from distplat.platform.server_group import Held, ServerGroup
 
 logger = logging.getLogger(__name__)
 
 
 def adopt(
-    group: ServerGroup, servers: Mapping[str, Any], generation: int, limit_s: float
+    transport: Transport,
+    group: ServerGroup,
+    servers: Mapping[str, Any],
+    generation: int,
+    limit_s: float,
 ) -> list[Held]:
     """
     Have a group take over from a manager that was lost; see `ServerGroup.adopt`.
 
     Args:
+        transport: the manager's.
         group: a new one.
         servers: handles of all servers that were ever made, by name.
         generation: number of managers before.
@@ -29,27 +33,28 @@ def adopt(
     Returns:
         What the servers say.
     """
-    held = _ask_held(servers, limit_s)
+    held = _ask_held(transport, servers, limit_s)
     for useless in group.adopt(held, servers, generation):
         logger.info("%s is not needed any more", useless)
-        ray.kill(servers[useless])
+        transport.kill(servers[useless])
     return held
 
 
-def _ask_held(servers: Mapping[str, Any], limit_s: float) -> list[Held]:
+def _ask_held(transport: Transport, servers: Mapping[str, Any], limit_s: float) -> list[Held]:
     """
     Ask all servers what they keep; those that are gone, or do not answer in time, are left out.
 
     Args:
+        transport: the manager's.
         servers: handles, by name.
         limit_s: how long an answer may take.
     """
-    calls = {server.held.remote(): name for name, server in servers.items()}
-    answered = ray.wait(list(calls), num_returns=len(calls), timeout=limit_s)[0]
+    calls = {transport.call(server, "held"): name for name, server in servers.items()}
+    answered = transport.wait(list(calls), limit_s, everything=True)
     found = []
     for call in answered:
         try:
-            found.append(replace(ray.get(call, timeout=limit_s), server=calls[call]))
-        except ray.exceptions.RayError as error:
-            logger.warning("%s: %s", calls[call], str(error).splitlines()[0])
+            found.append(replace(transport.get(call, limit_s), server=calls[call]))
+        except TransportError as error:
+            logger.warning("%s: %s", calls[call], error)
     return sorted(found, key=lambda held: held.server)

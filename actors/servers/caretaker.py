@@ -18,10 +18,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import ray
-
 from distplat.actors.asking import Call, ask
 from distplat.actors.messages import Address
+from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
 from distplat.platform.errors import DistplatError, NotReadyError
 from distplat.platform.server_group import (
     Fill,
@@ -53,6 +52,7 @@ class Caretaker:
     Keeps a group of servers and their backups going.
 
     Args:
+        transport: the manager's.
         group: who keeps what.
         handles: of its servers, by name.
         limits: the job's deadlines.
@@ -62,13 +62,15 @@ class Caretaker:
 
     def __init__(
         self,
+        transport: Transport,
         group: ServerGroup,
         handles: dict[str, Any],
         limits: Failure,
         make: Make,
         assign: Assign,
     ) -> None:
-        self._limits, self._make, self._assign = limits, make, assign
+        self._transport, self._limits = transport, limits
+        self._make, self._assign = make, assign
         self._group, self.handles = group, dict(handles)
         self._addresses: dict[str, Address] = {}  #: of promoted servers' parameters
         self._news: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
@@ -130,12 +132,13 @@ class Caretaker:
                 work, suspect = partial(self._leave_alone, order), order.server
         try:
             self._news.put(work())
-        except (DistplatError, ray.exceptions.RayError) as error:
+        except (DistplatError, TransportError) as error:
             logger.warning("%s failed: %s", order, error)
             self._news.put(partial(self._lose, suspect))
 
     def _make_one(self, order: MakeBackup) -> Callable[[], list[Order]]:
-        beside = self._ask(order.beside, "where", self.handles[order.beside].where.remote)
+        where = partial(self._transport.call, self.handles[order.beside], "where")
+        beside = self._ask(order.beside, "where", where)
         handle = self._make(order.server, beside)
         self.handles[order.server] = handle
         self._assign(handle, order.shard)
@@ -143,7 +146,8 @@ class Caretaker:
 
     def _fill(self, order: Fill) -> Callable[[], list[Order]]:
         primary, backup = self.handles[order.primary], self.handles[order.backup]
-        call = partial(primary.mirror_to.remote, order.term, order.backup, backup)
+        who = order.term, order.backup, backup
+        call = partial(self._transport.call, primary, "mirror_to", *who)
         until = time.monotonic() + self._limits.start_timeout_s
         while True:
             try:
@@ -161,8 +165,9 @@ class Caretaker:
         return ready
 
     def _promote(self, order: Promote) -> Callable[[], list[Order]]:
-        promote = self.handles[order.server].promote
-        address = self._ask(order.server, "promotion", partial(promote.remote, order.term))
+        server = self.handles[order.server]
+        call = partial(self._transport.call, server, "promote", order.term)
+        address = self._ask(order.server, "promotion", call)
 
         def announce() -> list[Order]:
             with self._changed:
@@ -176,13 +181,14 @@ class Caretaker:
         return announce
 
     def _leave_alone(self, order: GoAlone) -> Callable[[], list[Order]]:
-        call = partial(self.handles[order.server].alone.remote, order.term)
+        server = self.handles[order.server]
+        call = partial(self._transport.call, server, "alone", order.term)
         self._ask(order.server, "going on alone", call)
         return list
 
     def _ask(self, server: str, what: str, call: Call) -> Any:
         limit = self._limits.step_timeout_s + _ANSWER_GRACE_S
-        return ask(what, [call], [server], limit, "step_timeout_s")[0]
+        return ask(self._transport, what, [call], [server], limit, "step_timeout_s")[0]
 
     def _watch(self) -> None:
         """Ask every server that has not been asked for a while; take the answers."""
@@ -191,11 +197,9 @@ class Caretaker:
         for name in self._group.servers:
             due = now - self._heard.get(name, 0.0) > _ASK_EVERY_S
             if name in self.handles and name not in asked and due:
-                self._open[self.handles[name].where.remote()] = name, now
+                self._open[self._transport.call(self.handles[name], "where")] = name, now
         questions = list(self._open)
-        answered = (
-            ray.wait(questions, num_returns=len(questions), timeout=0)[0] if questions else []
-        )
+        answered = self._transport.wait(questions, 0.0, everything=True) if questions else []
         for question in answered:
             name, _ = self._open.pop(question)
             if self._answers(name, question):
@@ -210,11 +214,11 @@ class Caretaker:
 
     def _answers(self, name: str, question: Any) -> bool:
         try:
-            ray.get(question, timeout=0)
-        except ray.exceptions.ActorUnavailableError:  # one lost answer is no lost server
+            self._transport.get(question, 0.0)
+        except Unanswered:  # one lost answer is no lost server
             silent_s = time.monotonic() - self._heard.get(name, time.monotonic())
             return silent_s < self._limits.heartbeat_timeout_s
-        except ray.exceptions.RayActorError:
+        except ActorDied:
             return False
         return True
 
@@ -223,5 +227,5 @@ class Caretaker:
         handle = self.handles.get(name)
         if handle is not None:
             logger.warning("%s is lost", name)
-            ray.kill(handle)  # it may only be frozen
+            self._transport.kill(handle)  # it may only be frozen
         return orders

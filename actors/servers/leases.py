@@ -1,5 +1,5 @@
 """
-The port `Leases` over Ray, and the worker's pulse: twice a second it tells how it is doing.
+The port `Leases`, and the worker's pulse: twice a second it tells how it is doing.
 
     training   ─ task ─ task ─ task ─ task ─ task ─ task ─ ...
     questions        ─── ask ──▶ the next lease is here before this one is used up
@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
-
 from distplat.actors.asking import AGAIN_S, LOOK_S, ask
 from distplat.actors.messages import WorkOrder
 from distplat.actors.servers.lines import ANSWER_GRACE_S
 from distplat.actors.servers.scheduler import HOLD_S
+from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.crew import Beat
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded
 from distplat.platform.progress import StepReport
@@ -29,19 +28,22 @@ PULSE_S = 0.5
 _NAME = "task-scheduler"
 
 
-class RayLeases:
+class RemoteLeases:
     """
     The task scheduler, seen by one worker.
 
     Args:
+        transport: the worker's.
         order: the worker's orders, with the scheduler's handle.
         eager: whether others may wait for what this worker does: it tells of every task at once,
             and asks for more when it has none left.
         abandoned: once set, waits end.
     """
 
-    def __init__(self, order: WorkOrder, eager: bool, abandoned: threading.Event) -> None:
-        self._scheduler, self._order = order.scheduler, order
+    def __init__(
+        self, transport: Transport, order: WorkOrder, eager: bool, abandoned: threading.Event
+    ) -> None:
+        self._transport, self._scheduler, self._order = transport, order.scheduler, order
         self._rank, self._attempt = order.rank, order.attempt
         self._eager, self._abandoned = eager, abandoned
         self._lock = threading.Lock()
@@ -60,9 +62,10 @@ class RayLeases:
         limit = self._order.job.failure.start_timeout_s
 
         def join() -> Any:
-            return self._scheduler.join.remote(self._rank, self._attempt, course)
+            who = self._rank, self._attempt
+            return self._transport.call(self._scheduler, "join", *who, course)
 
-        ask("join", [join], [_NAME], limit, "start_timeout_s", self._check)
+        ask(self._transport, "join", [join], [_NAME], limit, "start_timeout_s", self._check)
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
 
     def close(self) -> None:
@@ -101,7 +104,7 @@ class RayLeases:
         tasks, evaluations = self._done()
         self._said = len(tasks), len(evaluations)
         where = self._rank, self._attempt, self._number
-        return self._scheduler.work.remote(*where, tasks, evaluations)
+        return self._transport.call(self._scheduler, "work", *where, tasks, evaluations)
 
     def _answer(self, question: Any, alive: Callable[[], None]) -> Work | None:
         """
@@ -112,7 +115,7 @@ class RayLeases:
         """
         limit = self._order.job.failure.heartbeat_timeout_s + HOLD_S + ANSWER_GRACE_S
         until = time.monotonic() + limit
-        while not ray.wait([question], timeout=LOOK_S)[0]:
+        while not self._transport.wait([question], LOOK_S):
             self._check()
             alive()
             if time.monotonic() > until:
@@ -120,15 +123,12 @@ class RayLeases:
                 raise DeadlineExceeded("the next task", (_NAME,), limit, setting)
         alive()
         try:
-            work: Work | None = ray.get(question, timeout=limit)
-        except ray.exceptions.ActorUnavailableError:
+            work: Work | None = self._transport.get(question, limit)
+        except Unanswered:
             time.sleep(AGAIN_S)  # the answer got lost; asked again, it is the same
             return None
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayActorError as error:
-            cause = str(error).strip().splitlines()[0]
-            raise ActorLost(_NAME, None, cause) from None
+        except ActorDied as error:
+            raise ActorLost(_NAME, None, str(error)) from None
         with self._lock:  # it knows of these now
             del self._tasks[: self._said[0]], self._evaluations[: self._said[1]]
         return work
@@ -139,7 +139,8 @@ class RayLeases:
 
     def _say(self) -> None:
         done = self._done()
-        self._scheduler.beat.remote(self._rank, self._attempt, self._beat, *done)
+        who = self._rank, self._attempt
+        self._transport.call(self._scheduler, "beat", *who, self._beat, *done)
 
     def _check(self) -> None:
         if self._abandoned.is_set():

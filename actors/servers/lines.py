@@ -5,7 +5,6 @@ A step of a server on this node is asked for by a bell (`memory/bells.py`), ever
 else by a call.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,15 +13,15 @@ from distplat.actors.asking import Asked, Call, ask
 from distplat.actors.memory.bell import Request
 from distplat.actors.memory.bells import Bells
 from distplat.actors.messages import Address, Membership, WorkOrder
+from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
-from distplat.strategies.algorithms.shard_release import covered
 
 ANSWER_GRACE_S = 10.0
 """A server times out by itself and says who is missing; only a frozen one needs ours on top."""
 
 Question = Callable[[Any, Shard], Any]
-"""Calls a server about its shard; gives the reference to its answer."""
+"""Calls a server about its shard; gives the reply."""
 Take = Callable[[Shard, Answer], None]
 """Has the values of an answer where they are wanted."""
 
@@ -32,20 +31,30 @@ class Lines:
     How a worker asks the servers of one shard map.
 
     Args:
+        transport: by which calls are made.
         order: the worker's orders.
         joined: the map, and who serves.
         look: called in waits; raises where they are of no use any more.
     """
 
-    def __init__(self, order: WorkOrder, joined: Membership, look: Callable[[], None]) -> None:
-        self._order, self.look = order, look
+    def __init__(
+        self, transport: Transport, order: WorkOrder, joined: Membership, look: Callable[[], None]
+    ) -> None:
+        self.transport, self._order, self.look = transport, order, look
         self.servers, self.names = joined.servers, joined.names
         self.cuts = joined.shard_map.shards
         self.bells: Bells | None = None
 
-    def hang_bells(self, node: str, near: set[int]) -> None:
-        """Use bells to the shards that share memory with this node."""
-        self.bells = Bells(node, near, self.names, self._listen, self.look)
+    def hang_bells(self, near: set[int], control: int) -> None:
+        """
+        Use bells to the shards that share memory with this node.
+
+        Args:
+            near: the shards.
+            control: values of a control record.
+        """
+        self._control = control
+        self.bells = Bells(self.transport, near, self.names, control, self._listen, self.look)
 
     def close(self) -> None:
         """Take the bells down."""
@@ -69,7 +78,7 @@ class Lines:
         cuts = self.cuts if cuts is None else cuts
         calls: list[Call] = [partial(question, self.servers[cut.index], cut) for cut in cuts]
         names = [self.names[cut.index] for cut in cuts]
-        return ask(what, calls, names, self.limit_s(setting), setting, self.look)
+        return ask(self.transport, what, calls, names, self.limit_s(setting), setting, self.look)
 
     def limit_s(self, setting: str) -> float:
         """Give the deadline of an answer; `setting` is the field of `failure` that changes it."""
@@ -78,7 +87,8 @@ class Lines:
 
     def _listen(self, shard: int, bells: Address, slot: int) -> Any:
         order, server = self._order, self.servers[shard]
-        return server.listen.remote(order.run, order.attempt, order.rank, bells, slot)
+        who = order.run, order.attempt, order.rank
+        return self.transport.call(server, "listen", *who, bells, slot, self._control)
 
 
 class Round:
@@ -111,16 +121,15 @@ class Round:
         self._request, self._setting = request, setting
         self._bells = lines.bells if request is not None else None
         limit_s = lines.limit_s(setting)
-        self._asked = Asked(what, [], [], limit_s, setting, lines.look, self._call_made)
+        self._asked = Asked(
+            lines.transport, what, [], [], limit_s, setting, lines.look, self._call_made
+        )
         self._called: list[Shard] = []
         self._rung: list[int] = []
-        self._sent: dict[int, float] = {}  #: shard -> when it was asked
-        self._came: dict[int, float] = {}  #: shard -> when it answered
 
     def send(self, cuts: Sequence[Shard]) -> None:
         """Ask the servers of some shards; of each once."""
         for cut in cuts:
-            self._sent[cut.index] = time.monotonic()
             if self._bells is not None and cut.index in self._bells.shards:
                 assert self._request is not None, "it is what the bells are for"
                 self._rung.append(cut.index)
@@ -144,7 +153,6 @@ class Round:
             limit_s = self._lines.limit_s(self._setting)
             rung = self._bells.answers(self._rung, self._what, limit_s, self._setting)
             for index, answer in rung:
-                self._came[index] = self._bells.answered_at(index)
                 self._take(self._lines.cuts[index], answer)
                 found[index] = answer
         for number, answer in self._asked.arrivals():
@@ -153,20 +161,6 @@ class Round:
             found[cut.index] = answer
         return [found[cut.index] for cut in self._lines.cuts]
 
-    def hidden_s(self, end: float) -> float:
-        """Give for how long before a moment of the monotonic clock answers were waited for."""
-        return covered([(at, self._came.get(one, end)) for one, at in self._sent.items()], end)
-
-    def _call_made(self, number: int, reference: Any) -> None:
-        """
-        Have an answer's values come to this node as soon as it is there, whoever waits for it.
-
-        The callbacks run on Ray's own thread; that of the answer must not wait for anything.
-        """
-
-        def came(future: Any) -> None:
-            self._came[self._called[number].index] = time.monotonic()
-            if future.exception() is None and future.result().payload is not None:
-                future.result().payload[0].future()
-
-        reference.future().add_done_callback(came)
+    def _call_made(self, number: int, reply: Any) -> None:
+        """Have an answer's values come to this node when it is here, whoever is waited for."""
+        self._lines.transport.prefetch(reply, lambda answer: answer.payload and answer.payload[0])

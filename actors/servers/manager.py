@@ -21,12 +21,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distplat.actors.asking import Call, ask
-from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.actors.ray_transport import alone
 from distplat.actors.servers.adopting import adopt
 from distplat.actors.servers.caretaker import Caretaker
 from distplat.actors.servers.recruiting import Recruiting, Wanted
 from distplat.actors.servers.watching import Watch
+from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
 from distplat.platform.part import Role
 from distplat.platform.server_group import Seat, ServerGroup, ServersSeen
@@ -54,6 +55,7 @@ class ServerManager:
             of part 0 come first.
         roles: when they apply gradients, and how often each shard is kept.
         adopts: whether they have had another manager before.
+        transport: its way to other actors; None: Ray's, in a process of its own.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class ServerManager:
         roles: Roles,
         *,
         adopts: bool = False,
+        transport: Transport | None = None,
     ) -> None:
+        self._transport = transport or alone()
         self._name, self._job, self._run, self._attempt = name, job, run, attempt
         self._roles = roles
         self._division = roles.division(job.scaling.world)
@@ -78,15 +82,15 @@ class ServerManager:
         self._caretaker: Caretaker | None = None
         self._watch: Watch | None = None
         group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
-        held = adopt(group, servers, attempt, limit) if adopts else []
+        held = adopt(self._transport, group, servers, attempt, limit) if adopts else []
         self._found = {one.shard: one.cut for one in held if one.cut is not None}
         self._servers = [servers[seat.primary] for seat in group.seats]  # as they were at first
         if roles.replication > 1:
             self._recruiting = Recruiting(job.failure.start_timeout_s)
             make, assign = self._recruiting.make, self._assign_backup
-            self._caretaker = Caretaker(group, servers, job.failure, make, assign)
+            self._caretaker = Caretaker(self._transport, group, servers, job.failure, make, assign)
         else:
-            self._watch = Watch(self._servers, limit)
+            self._watch = Watch(self._transport, self._servers, limit)
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
@@ -189,7 +193,7 @@ class ServerManager:
         everybody = list(self._division.servers_of(part))
         servers = [self._servers[i] for i in everybody]
         self._cuts[part] = self._cut(facts, everybody)
-        nodes = self._ask(everybody, [server.where.remote for server in servers])
+        nodes = self._ask(everybody, [self._call(server, "where") for server in servers])
         # A shard that is kept twice has memory of its own, which lives as long as its server.
         homes = nodes if self._caretaker is None else everybody
         first_at = {home: everybody[homes.index(home)] for home in homes}
@@ -226,11 +230,11 @@ class ServerManager:
         if self._roles.split_by_load:
             job, world = self._job, self._job.scaling.world
             servers = [self._servers[i] for i in everybody]
-            calls = [partial(s.speed.remote, job, world, facts.dtype) for s in servers]
+            calls = [self._call(server, "speed", job, world, facts.dtype) for server in servers]
             speeds = self._ask(everybody, calls)
-        cuts = cut_shards(facts.size, len(everybody), speeds=speeds)
+        tail = facts.layout.tail_size if facts.layout is not None else 0
+        cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail)
         if speeds:
-            log_to_stderr()
             told = [
                 f"{speed / 1e6:.0f} M/s: {cut.size}"
                 for speed, cut in zip(speeds, cuts.shards, strict=True)
@@ -266,8 +270,9 @@ class ServerManager:
             workers=ranks if len(self._division.parts) > 1 else (),
             uncounted=within(facts.uncounted, cut),
             number=index,
+            layout=facts.layout and facts.layout.cut(cut.start, cut.stop),
         )
-        return partial(server.assign.remote, plan, cut, facts.size, facts.dtype, segment, role)
+        return self._call(server, "assign", plan, cut, facts.size, facts.dtype, segment, role)
 
     def _assign_backup(self, server: Any, shard: int) -> Address:
         """Give a backup its shard, once a worker has told what the model is."""
@@ -276,20 +281,24 @@ class ServerManager:
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
         names = [f"a backup of shard {shard}"]
-        address: Address = ask("assigning a backup", [call], names, limit, "start_timeout_s")[0]
+        what, setting = "assigning a backup", "start_timeout_s"
+        address: Address = ask(self._transport, what, [call], names, limit, setting)[0]
         return address
+
+    def _call(self, server: Any, method: str, *args: Any) -> Call:
+        return partial(self._transport.call, server, method, *args)
 
     def _ask(self, indices: list[int], calls: Sequence[Call]) -> list[Any]:
         names = [f"server-{index}" for index in indices]
         limit = self._job.failure.start_timeout_s
-        return ask("assigning shards", calls, names, limit, "start_timeout_s")
+        return ask(self._transport, "assigning shards", calls, names, limit, "start_timeout_s")
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give the shards' orders of updates, where they are kept; none from a lost server."""
         if not self._first:
             return []
         servers = self._present(0, 0).servers  # a model that is cut keeps none
-        logs = self._ask(list(range(len(servers))), [server.log.remote for server in servers])
+        logs = self._ask(list(range(len(servers))), [self._call(one, "log") for one in servers])
         return [log for log in logs if log is not None]
 
 

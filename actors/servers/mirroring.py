@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address
 from distplat.actors.servers.roads import from_bytes
+from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
 from distplat.platform.part import Part, Role
 from distplat.platform.server_group import Held
@@ -49,14 +49,17 @@ class Mirroring:
 
     Args:
         name: of this server.
-        node: Ray's id of its node.
+        transport: its way to other servers.
         role: its first part.
         shard: what is kept twice.
         limit_s: how long a backup may take.
     """
 
-    def __init__(self, name: str, node: str, role: Role, shard: Mirrored, limit_s: float) -> None:
-        self._name, self._node, self._shard, self._limit_s = name, node, shard, limit_s
+    def __init__(
+        self, name: str, transport: Transport, role: Role, shard: Mirrored, limit_s: float
+    ) -> None:
+        self._name, self._transport = name, transport
+        self._shard, self._limit_s = shard, limit_s
         self.part = Part(role)
         self._changing = threading.Lock()
         self._backup: Backup | None = None
@@ -85,7 +88,7 @@ class Mirroring:
             values = gradient.detach().clone().view(torch.uint8).numpy()
 
         def call() -> Any:
-            return backup.handle.update.remote(term, update, values)
+            return self._transport.call(backup.handle, "update", term, update, values)
 
         self._sent = call, call()
 
@@ -104,16 +107,14 @@ class Mirroring:
 
     def _made(self, call: Callable[[], Any], answer: Any) -> bool:
         """Look a moment whether the backup has made the update."""
-        if not ray.wait([answer], timeout=_SLICE_S)[0]:
+        if not self._transport.wait([answer], _SLICE_S):
             return False
         try:
-            ray.get(answer, timeout=self._limit_s)
-        except ray.exceptions.ActorUnavailableError:
+            self._transport.get(answer, self._limit_s)
+        except Unanswered:
             self._sent = call, call()  # it may have made it: then it says so again
             return False
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayActorError:
+        except ActorDied:
             time.sleep(_SLICE_S)  # it died; only the manager says whether we go on alone
             return False
         return True
@@ -148,13 +149,13 @@ class Mirroring:
             raise FencedError(f"{self._name} is in term {self.part.term}, not before {term}")
         twin = twin_of(self._shard)
         elements, dtype = twin.vectors[0][0].numel(), str(twin.vectors[0][0].dtype)[6:]
-        inbox = Segment.create(self._node, elements, dtype)
-        call = handle.take_over.remote(term, twin, inbox.address)
+        inbox = Segment.create(self._transport.node, elements, dtype)
+        call = self._transport.call(handle, "take_over", term, twin, inbox.address)
         until = time.monotonic() + self._limit_s
-        while not ray.wait([call], timeout=_SLICE_S)[0]:
+        while not self._transport.wait([call], _SLICE_S):
             if self.part.term >= term or time.monotonic() > until:
                 raise FencedError(f"{name} was given up before it was filled")
-        near = ray.get(call, timeout=self._limit_s)
+        near = self._transport.get(call, self._limit_s)
         inbox.seal()
         with self._changing:
             if self.part.change(Role.MIRRORED, term):
@@ -174,7 +175,7 @@ class Mirroring:
             self.part.check_update(term)  # the same call once more, or one that came too late
             return self._inbox is not None
         become(self._shard, twin)
-        if inbox.node == self._node:
+        if inbox.node == self._transport.node:
             try:
                 self._inbox = Segment.open(inbox).tensor
             except OSError:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import Address, Attached
+from distplat.actors.ray_transport import alone
+from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.part import Role
 from distplat.platform.server_group import Held
@@ -30,26 +30,32 @@ if TYPE_CHECKING:
 
 
 class ServerNode:
-    """Keeps one shard of the parameters. See `Serving` for what each call does."""
+    """
+    Keeps one shard of the parameters. See `Serving` for what each call does.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the actor.
+        transport: its way to other actors; None: Ray's, in a process of its own.
+    """
+
+    def __init__(self, name: str, transport: Transport | None = None) -> None:
         with quick_imports():
             from distplat.actors.servers.serving import Serving  # torch: here, not in the driver
 
-        self._name = name
-        self._body = Serving(name, ray.get_runtime_context().get_node_id())
+        self._name, self._transport = name, transport or alone()
+        self.serving = Serving(name, self._transport)
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
     def where(self) -> str:
-        """Give the id of this server's node; also the answer that says: alive."""
-        return str(ray.get_runtime_context().get_node_id())
+        """Give the name of this server's node; also the answer that says: alive."""
+        return self._transport.node
 
     def held(self) -> Held:
         """Say what this server keeps, and as what, to a manager that was not there before."""
-        return self._body.held()
+        return self.serving.held()
 
     def speed(self, job: Job, world: int, dtype: str) -> float:
         """Measure how many elements this server updates in a second."""
@@ -67,7 +73,7 @@ class ServerNode:
         role: Role,
     ) -> Address:
         """Take over a shard."""
-        return self._body.assign(plan, shard, total, dtype, parameters, role)
+        return self.serving.assign(plan, shard, total, dtype, parameters, role)
 
     def attach(
         self,
@@ -79,58 +85,70 @@ class ServerNode:
         held: tuple[int, NDArray[np.uint8]] | None,
     ) -> Attached:
         """Map a worker's segments."""
-        return self._body.attach(rank, number, world, gradients, parameters, held)
+        return self.serving.attach(rank, number, world, gradients, parameters, held)
 
     def restore(
         self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, Whole]
     ) -> None:
         """Open for service."""
-        self._body.restore(version, values, state)
+        self.serving.restore(version, values, state)
 
     def kept(self, version: int, limit_s: float) -> ShardCopy:
         """Give what was kept of a version for a checkpoint."""
-        return self._body.kept(version, limit_s)
+        return self.serving.kept(version, limit_s)
 
     def earlier(self, version: int) -> NDArray[np.uint8]:
         """Give the parameters of the version before."""
-        return self._body.earlier(version)
+        return self.serving.earlier(version)
 
     def pull(self, rank: int, number: tuple[int, int]) -> Answer:
         """Give the newest parameters."""
-        return self._body.pull(rank, number)
+        return self.serving.pull(rank, number)
 
-    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
+    def push(
+        self, push: PushId, values: NDArray[np.uint8] | None, control: NDArray[np.float64]
+    ) -> Answer:
         """Take a gradient, wait for the other ranks where the strategy says so."""
-        return self._body.push(push, values)
+        return self.serving.push(push, values, control)
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step."""
-        return self._body.commit(rank, seq, norm)
+        return self.serving.commit(rank, seq, norm)
 
-    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+    def tail(self) -> NDArray[np.bool_]:
+        """Say which parameters that were frozen at first are trained by now."""
+        return self.serving.tail()
+
+    def listen(
+        self, run: str, attempt: int, rank: int, bells: Address, slot: int, control: int
+    ) -> None:
         """Answer a worker's bell; stays open."""
-        self._body.listen(run, attempt, rank, bells, slot)
+        self.serving.listen(run, attempt, rank, bells, slot, control)
 
     def mirror_to(self, term: int, name: str, handle: Any) -> None:
         """Fill a backup and keep it up to date."""
-        self._body.mirror_to(term, name, handle)
+        self.serving.mirror_to(term, name, handle)
 
     def take_over(self, term: int, twin: Twin, inbox: Address) -> bool:
         """Become a primary's backup."""
-        return self._body.take_over(term, twin, inbox)
+        return self.serving.take_over(term, twin, inbox)
 
     def update(self, term: int, update: Update, values: NDArray[np.uint8] | None) -> None:
         """Make the primary's update."""
-        self._body.update(term, update, values)
+        self.serving.update(term, update, values)
 
     def promote(self, term: int) -> Address:
         """Serve from now on."""
-        return self._body.promote(term)
+        return self.serving.promote(term)
 
     def alone(self, term: int) -> None:
         """Go on without the backup."""
-        self._body.alone(term)
+        self.serving.alone(term)
 
     def log(self) -> NDArray[np.int64] | None:
         """Give the order of updates, if it is kept."""
-        return self._body.log()
+        return self.serving.log()
+
+    def close(self) -> None:
+        """Let go of what a process's end would free."""
+        self.serving.close()

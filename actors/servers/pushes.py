@@ -1,20 +1,19 @@
 """One worker's pushes, commits and pulls, over the lines and the road that it has at present."""
 
-import time
-from dataclasses import replace
-
-import ray
+from functools import partial
 
 from distplat.actors.memory.bell import Request
 from distplat.actors.memory.ferry import Direct
 from distplat.actors.messages import WorkOrder
 from distplat.actors.servers.lines import Lines, Round
 from distplat.actors.servers.roads import Road, part
+from distplat.actors.transport import TransportError
 from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.training.client import pushed
+from distplat.strategies.training.control import StepControl
 
 
 class Pushes:
@@ -40,71 +39,56 @@ class Pushes:
         self._order, self._lines, self._road, self._ferry = order, lines, road, ferry
         self._versions = versions
         self._limit_s = order.job.failure.step_timeout_s
-        self._round: Round | None = None  #: a push of which some parts have left
-        self._left: set[int] = set()
 
-    def may_leave(self, shard: int) -> bool:
-        """See `Shards`."""
-        return self._ferry.apart or self._road.apart(self._lines.cuts[shard])
-
-    def push_part(self, shard: int, step: int, task: int | None, setting: str) -> None:
-        """See `Shards`."""
-        self._leave(self._round or self._begin(step, task, setting), self._lines.cuts[shard])
-
-    def push(self, step: int, task: int | None, setting: str) -> Pushed:
+    def push(self, step: int, control: StepControl, task: int | None, setting: str) -> Pushed:
         """See `Shards`; `setting` is the field of `failure` that changes the deadline."""
-        began = time.monotonic()
-        going = self._round or self._begin(step, task, setting)
-        for cut in self._lines.cuts:
-            if cut.index not in self._left:
-                self._leave(going, cut)
-        self._ferry.wait(self._limit_s)
-        answers = going.answers()
-        self._ferry.join()
-        self._round = None
-        found = pushed(answers, [self._road.traffic(cut) for cut in self._lines.cuts])
-        hidden_s = going.hidden_s(began)
-        return replace(found, hidden_s=hidden_s, exposed_s=time.monotonic() - began)
-
-    def commit(self, step: int, norm: float) -> Pushed:
-        """See `Shards`."""
-        rank = self._order.rank
-        question = lambda server, cut: server.commit.remote(rank, step, norm)  # noqa: E731
-        request = Request(step, norm)
-        answers = self._ask(Round(self._lines, f"commit {step}", question, self._take, request))
-        return pushed(answers, [self._road.traffic(cut) for cut in self._lines.cuts])
-
-    def pull(self, number: tuple[int, int], setting: str) -> list[Answer]:
-        """Bring the newest parameters; `number` is that of the pull (`PullId`)."""
-        rank = self._order.rank
-        question = lambda server, cut: server.pull.remote(rank, number)  # noqa: E731
-        what = f"pull {number[1]}"
-        return self._ask(Round(self._lines, what, question, self._take, setting=setting))
-
-    def _ask(self, asked: Round) -> list[Answer]:
-        asked.send(self._lines.cuts)
-        answers = asked.answers()
-        self._ferry.join()
-        return answers
-
-    def _begin(self, step: int, task: int | None, setting: str) -> Round:
-        road, order = self._road, self._order
+        record = control.pack()
+        if self._lines.bells is not None:
+            self._lines.bells.control[:] = record
+        road, order, call = self._road, self._order, self._lines.transport.call
         push = PushId(order.run, order.attempt, order.rank, step, task)
-        self._left = set()
-        self._round = Round(
+        asked = Round(
             self._lines,
             f"push {step}",
-            lambda server, cut: server.push.remote(push, road.payload(cut, road.gradients)),
+            lambda server, cut: call(
+                server, "push", push, road.payload(cut, road.gradients), record
+            ),
             self._take,
             Request(step, task=task),
             setting,
         )
-        return self._round
+        for cut in self._lines.cuts:
+            send = partial(asked.send, [cut])
+            self._ferry.out(part(road.gradients, cut), cut.start, send)
+        self._ferry.wait(self._limit_s)
+        return self._made(asked)
 
-    def _leave(self, going: Round, cut: Shard) -> None:
-        self._left.add(cut.index)
-        gradient = part(self._road.gradients, cut)
-        self._ferry.out(gradient, cut.start, lambda: going.send([cut]))
+    def commit(self, step: int, norm: float) -> Pushed:
+        """See `Shards`."""
+        rank, call = self._order.rank, self._lines.transport.call
+        question = lambda server, cut: call(server, "commit", rank, step, norm)  # noqa: E731
+        request = Request(step, norm)
+        asked = Round(self._lines, f"commit {step}", question, self._take, request)
+        asked.send(self._lines.cuts)
+        return self._made(asked)
+
+    def pull(self, number: tuple[int, int], setting: str) -> list[Answer]:
+        """Bring the newest parameters; `number` is that of the pull (`PullId`)."""
+        rank, call = self._order.rank, self._lines.transport.call
+        question = lambda server, cut: call(server, "pull", rank, number)  # noqa: E731
+        what = f"pull {number[1]}"
+        asked = Round(self._lines, what, question, self._take, setting=setting)
+        asked.send(self._lines.cuts)
+        return self._answers(asked)
+
+    def _made(self, asked: Round) -> Pushed:
+        answers = self._answers(asked)
+        return pushed(answers, [self._road.traffic(cut) for cut in self._lines.cuts])
+
+    def _answers(self, asked: Round) -> list[Answer]:
+        answers = asked.answers()
+        self._ferry.join()
+        return answers
 
     def _take(self, cut: Shard, answer: Answer) -> None:
         """Bring a shard's values here, as far as they are not here already."""
@@ -113,7 +97,7 @@ class Pushes:
         self._versions[cut.index] = answer.version
         try:
             self._road.take(cut, answer, self._limit_s)
-        except ray.exceptions.RayError as error:  # with its owner an object is lost, too
-            cause = f"its answer could not be fetched: {type(error).__name__}"
+        except TransportError as error:  # with its owner an object is lost, too
+            cause = f"its answer could not be fetched: {error}"
             raise ActorLost(self._lines.names[cut.index], None, cause) from None
         self._ferry.home(part(self._road.parameters, cut), cut.start)

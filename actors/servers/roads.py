@@ -5,7 +5,7 @@ Where a worker's parameters and gradients lie, and how they get to the servers a
                            parameters, shared: the worker maps the node's and computes on it
                            parameters, private: the server copies them into the worker's segment
     server elsewhere       gradients: bytes in the call
-                           parameters: an object in Ray's store
+                           parameters: an object that the server puts, and the worker gets
 
 Shared is for servers that change only while all workers wait: a node then holds one copy of the
 parameters for all of them, and a new version is there when the answer comes. Private is for servers
@@ -16,16 +16,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
+from distplat.strategies.training.optim import PER_PARAMETER
 from distplat.strategies.training.parts import whole_of
 
 
@@ -34,7 +35,7 @@ class Road(ABC):
     One worker's vectors.
 
     Args:
-        node: Ray's id of the worker's node.
+        transport: the worker's.
         facts: of the model.
         joined: where the servers are.
     """
@@ -46,9 +47,10 @@ class Road(ABC):
     parameter_address: Address | None = None
     """Where servers find it; None: they need not."""
 
-    def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
-        self.node, self._facts, self._joined = node, facts, joined
-        self._gradient_segment = Segment.create(node, facts.size, facts.dtype)
+    def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
+        self._transport, self._facts, self._joined = transport, facts, joined
+        self._node = transport.node
+        self._gradient_segment = Segment.create(self._node, facts.size, facts.dtype)
         self.gradients = self._gradient_segment.tensor  #: shape [n]
         self.gradient_address = self._gradient_segment.address
         self.near: set[int] = set()  #: shards whose server shares memory with this worker
@@ -74,10 +76,6 @@ class Road(ABC):
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
         """Have the values of an answer in `parameters`."""
 
-    @abstractmethod
-    def apart(self, cut: Shard) -> bool:
-        """Say whether this shard's server can change `parameters` only through `take`."""
-
     def traffic(self, cut: Shard) -> tuple[int, int]:
         """Give the bytes of a step's gradient for a shard, and of the parameters it brings."""
         size = cut.size * self.gradients.itemsize
@@ -96,7 +94,7 @@ class Road(ABC):
         return as_bytes(as_type(part(vector, cut), None if exact else self._joined.wire))
 
     def _take_object(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        values: NDArray[np.uint8] = ray.get(answer.payload[0], timeout=limit_s)
+        values: NDArray[np.uint8] = self._transport.get(answer.payload[0], limit_s)
         mine = part(self.parameters, cut)
         if self._joined.wire is None:
             as_bytes(mine)[:] = values
@@ -107,15 +105,15 @@ class Road(ABC):
 class SharedRoad(Road):
     """See the top of the file."""
 
-    def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
-        super().__init__(node, facts, joined)
+    def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
+        super().__init__(transport, facts, joined)
         self._segments: dict[int, Segment] = {}
 
     def candidates(self) -> list[int]:
         """See `Road`."""
         opened: dict[tuple[int, int], Segment] = {}
         for index, address in enumerate(self._joined.parameters):
-            if address.node != self.node:
+            if address.node != self._node:
                 continue
             key = address.pid, address.fd
             try:
@@ -150,10 +148,6 @@ class SharedRoad(Road):
     def _shards(self) -> int:
         return len(self._joined.servers)
 
-    def apart(self, cut: Shard) -> bool:
-        """See `Road`."""
-        return not self.one_copy
-
     def put(self, cut: Shard, initial: Tensor) -> None:
         """See `Road`."""
         part(self._segments[cut.index].tensor, cut).copy_(part(initial, cut))
@@ -169,16 +163,16 @@ class SharedRoad(Road):
 class PrivateRoad(Road):
     """See the top of the file."""
 
-    def __init__(self, node: str, facts: ModelFacts, joined: Membership) -> None:
-        super().__init__(node, facts, joined)
-        self._segment = Segment.create(node, facts.size, facts.dtype)
+    def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
+        super().__init__(transport, facts, joined)
+        self._segment = Segment.create(self._node, facts.size, facts.dtype)
         self.parameters = self._segment.tensor
         self.parameter_address = self._segment.address
 
     def candidates(self) -> list[int]:
         """See `Road`."""
         nodes = [address.node for address in self._joined.parameters]
-        return [index for index, node in enumerate(nodes) if node == self.node]
+        return [index for index, node in enumerate(nodes) if node == self._node]
 
     def open(self, near: set[int]) -> None:
         """See `Road`."""
@@ -187,10 +181,6 @@ class PrivateRoad(Road):
 
     def part_ways(self) -> None:
         """See `Road`; it does already."""
-
-    def apart(self, cut: Shard) -> bool:
-        """See `Road`; a near server writes there when it answers."""
-        return cut.index not in self.near
 
     def put(self, cut: Shard, initial: Tensor) -> None:
         """See `Road`."""
@@ -210,7 +200,7 @@ def part(vector: Tensor, cut: Shard) -> Tensor:
 def run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, Whole]:
     """Give a shard's part of what an optimizer remembers of the flat vector."""
     return {
-        name: whole_of(value[cut.start : cut.stop] if value.ndim else value)
+        name: whole_of(value if name.startswith(PER_PARAMETER) else value[cut.start : cut.stop])
         for name, value in state.items()
     }
 

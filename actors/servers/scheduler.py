@@ -160,9 +160,7 @@ class Scheduler:
         while True:
             self._check(attempt)
             self._take_from_the_silent(brain)
-            workers = self._crew.ranks - self._leaving
-            size = lease_size(self._crew.wall_s(rank), brain.left, len(workers))
-            found = brain.work(rank, number, size)
+            found = brain.work(rank, number, self.lease_size(rank, brain))
             left = until - time.monotonic()
             if found is not None or left <= 0:
                 return found
@@ -170,6 +168,11 @@ class Scheduler:
                 await asyncio.wait_for(self._changed.wait(), left)
             except TimeoutError:
                 continue
+
+    def lease_size(self, rank: int, brain: TaskScheduler) -> int:
+        """Give how many tasks a worker is leased at once."""
+        workers = self._crew.ranks - self._leaving
+        return lease_size(self._crew.wall_s(rank), brain.left, len(workers))
 
     async def beat(
         self,

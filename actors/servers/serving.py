@@ -13,17 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory.bell import Listener, Request
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Attached
 from distplat.actors.servers.mirroring import Mirroring
 from distplat.actors.servers.roads import as_bytes, as_type, from_bytes
+from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.part import Role
@@ -33,6 +32,7 @@ from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.client import make_service, shard_copy
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.mirror import Twin, Update
 from distplat.strategies.training.parts import as_array
 from distplat.strategies.training.restoring import tensor_of
@@ -47,15 +47,16 @@ class Serving:
     The body of a server node.
 
     Args:
-        name: of the actor, for messages; node: Ray's id of the node it runs on.
+        name: of the actor, for messages.
+        transport: its way to other actors.
     """
 
-    def __init__(self, name: str, node: str) -> None:
-        self._name, self._node = name, node
+    def __init__(self, name: str, transport: Transport) -> None:
+        self._name, self._transport, self._node = name, transport, transport.node
         self._gradients: dict[int, Tensor] = {}  #: rank -> its part of this shard, shared memory
         self._parameters: dict[int, Tensor] = {}  #: the same of workers that compute on a copy
         self._segment: Segment | None = None
-        self._published: tuple[int, ray.ObjectRef[NDArray[np.uint8]]] | None = None
+        self._published: tuple[int, Any] | None = None  #: version, and where its bytes are
         self._attached: dict[int, tuple[tuple[int, int], bool]] = {}  #: rank -> its call, near
         self._listening: dict[int, object] = {}  #: rank -> the call that answers its bell
         self._turn = threading.Lock()  #: see `Listener.serve`
@@ -91,14 +92,18 @@ class Serving:
         limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
         self._service: Service = make_service(self._name, plan, limits, self._mine(segment))
         served = self._service.served
-        self._mirroring = Mirroring(self._name, self._node, role, served, limits.step_s)
+        self._mirroring = Mirroring(self._name, self._transport, role, served, limits.step_s)
         if role is not Role.ALONE:
             served.mirror = self._mirroring
         self._segment = segment
-        log_to_stderr()
         which = shard.index, shard.start, shard.stop, total
         logger.info("shard %d: parameters %d..%d of %d", *which)
         return segment.address
+
+    @property
+    def service(self) -> Service | None:
+        """The shard at work; None: none was assigned yet."""
+        return self._service if self._segment is not None else None
 
     def held(self) -> Held:
         """Say what is kept here, and as what; the manager knows this server's name."""
@@ -186,11 +191,11 @@ class Serving:
         self._service.restore(version, fill, tensors)
 
     def kept(self, version: int, limit_s: float) -> ShardCopy:
-        """Give what was kept of a version, as an object in Ray's store. See `Service.kept`."""
+        """Give what was kept of a version, as an object to be fetched. See `Service.kept`."""
         copy = shard_copy(self._cut.start, self._service, version, limit_s)
         if copy.box is None:
             return copy
-        return replace(copy, box=[ray.put([as_array(one) for one in copy.box])])
+        return replace(copy, box=[self._transport.put([as_array(one) for one in copy.box])])
 
     def earlier(self, version: int) -> NDArray[np.uint8]:
         """Give the bytes of the version before the present one; see `ParameterShard.values`."""
@@ -206,11 +211,27 @@ class Serving:
         self._mirroring.part.check_serves()
         return self._service.pull(rank, number, self._deliver(rank))
 
-    def push(self, push: PushId, values: NDArray[np.uint8] | None) -> Answer:
-        """Take a gradient's bytes; None: it is in the worker's segment. See `Service.push`."""
+    def push(
+        self, push: PushId, values: NDArray[np.uint8] | None, control: NDArray[np.float64]
+    ) -> Answer:
+        """
+        Take a gradient; see `Service.push`.
+
+        Args:
+            push: its identity.
+            values: its bytes; None: they are in the worker's segment.
+            control: the worker's control record.
+        """
         self._mirroring.part.check_serves()
         gradient = self._gradients[push.rank] if values is None else self._received(values)
-        return self._service.push(push, gradient, self._deliver(push.rank))
+        record = StepControl.unpack(control)
+        return self._service.push(push, gradient, record, self._deliver(push.rank))
+
+    def tail(self) -> NDArray[np.bool_]:
+        """See `Shards.tail`."""
+        served = self._service.served
+        assert isinstance(served, ParameterShard), "only they have a tail"
+        return self._service.exclusively(lambda: served.tail)
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step; see `Service.commit`."""
@@ -246,21 +267,36 @@ class Serving:
         self._mirroring.alone(term)
         self._service.exclusively(lambda: None)  # wake who waits to be settled
 
-    def listen(self, run: str, attempt: int, rank: int, bells: Address, slot: int) -> None:
+    def listen(
+        self, run: str, attempt: int, rank: int, bells: Address, slot: int, control: int
+    ) -> None:
         """Answer a worker's bell for as long as it lives; its later call takes over from this."""
-        listener, mine = Listener(bells, slot), object()
+        listener, mine = Listener(bells, slot, control), object()
         with self._turn:
             self._listening[rank] = mine
 
+        def wanted() -> bool:
+            return self._listening.get(rank) is mine
+
         def handle(request: Request) -> Answer:
+            if not wanted():
+                raise FencedError(f"{self._name} does not listen here any more")
             if request.norm is not None:
                 return self.commit(rank, request.seq, request.norm)
-            return self.push(PushId(run, attempt, rank, request.seq, request.task), None)
+            push = PushId(run, attempt, rank, request.seq, request.task)
+            return self.push(push, None, listener.control())
 
         try:
-            listener.serve(handle, self._turn, lambda: self._listening[rank] is mine)
+            listener.serve(handle, self._turn, wanted)
         finally:
             listener.close()
+
+    def close(self) -> None:
+        """Answer no bell any more, and let nobody map the segment; a process's end does as much."""
+        with self._turn:
+            self._listening.clear()
+        if self._segment is not None:
+            self._segment.seal()
 
     def log(self) -> NDArray[np.int64] | None:
         """See `Service.log`; None too before a shard was assigned."""
@@ -278,11 +314,12 @@ class Serving:
 
         return deliver
 
-    def _publish(self, values: Tensor, version: int) -> "ray.ObjectRef[NDArray[np.uint8]]":
-        """Put a version's bytes into the object store once, whoever asks for them."""
+    def _publish(self, values: Tensor, version: int) -> Any:
+        """Put a version's bytes where workers get them, once, whoever asks for them."""
         if self._published is None or self._published[0] != version:
-            # ray.put copies, so the shard may go on and write into its vector.
-            self._published = version, ray.put(as_bytes(as_type(values, self._plan.wire)))
+            # `put` copies, so the shard may go on and write into its vector.
+            found = self._transport.put(as_bytes(as_type(values, self._plan.wire)))
+            self._published = version, found
         return self._published[1]
 
     def _mine(self, segment: Segment) -> Tensor:

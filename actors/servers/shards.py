@@ -1,4 +1,4 @@
-"""The port `Shards` over Ray: control by bells and calls (`lines.py`), bytes by `roads.py`."""
+"""The port `Shards`: control by bells and calls (`lines.py`), bytes by `roads.py`."""
 
 import logging
 import threading
@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import ray
+import numpy as np
+from numpy.typing import NDArray
 
 from distplat.actors.asking import ask
 from distplat.actors.memory.ferry import Direct, cuda_ferry
@@ -16,12 +17,14 @@ from distplat.actors.servers.lines import ANSWER_GRACE_S, Lines
 from distplat.actors.servers.pushes import Pushes
 from distplat.actors.servers.roads import PrivateRoad, SharedRoad, as_bytes, part, run_of
 from distplat.actors.servers.tracking import MapChanged, Tracker
+from distplat.actors.transport import Transport
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.client import fetch_copies
+from distplat.strategies.training.control import StepControl, control_size
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import ALL, Holding
 from distplat.strategies.training.restoring import SavedState
@@ -31,11 +34,12 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class RayShards:
+class RemoteShards:
     """
     The server group, seen by one worker.
 
     Args:
+        transport: the worker's.
         order: the worker's orders, with the manager's handle.
         total_steps: updates in the run; servers need it for the learning rate.
         checkpoint_every: steps between two checkpoints; 0: there are none.
@@ -44,16 +48,19 @@ class RayShards:
 
     def __init__(
         self,
+        transport: Transport,
         order: WorkOrder,
         total_steps: int,
         checkpoint_every: int = 0,
         abandoned: threading.Event | None = None,
     ) -> None:
-        self._order, self._rank, self._total_steps = order, order.rank, total_steps
+        self._transport, self._order = transport, order
+        self._rank, self._total_steps = order.rank, total_steps
         self._checkpoint_every = checkpoint_every
         self._abandoned = abandoned or threading.Event()
         self._limits = order.job.failure
         self._pulls = self._roads = 0
+        self._open_lines: Lines | None = None  #: None: not connected yet
         self._tracker: Tracker | None = None
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._ferry = Direct()
@@ -72,27 +79,40 @@ class RayShards:
             self._total_steps,
             self._checkpoint_every,
             self._holding.uncounted(flat),
+            flat.layout,
         )
-        join = partial(self._order.manager.join.remote, self._order.rank, self._facts)
-        limit = self._limits.start_timeout_s + ANSWER_GRACE_S
-        who = ["server-manager"]
-        joined: Membership = ask("join", [join], who, limit, "start_timeout_s", self._look)[0]
+        where = self._order.manager, "join", self._order.rank, self._facts
+        joined: Membership = ask(
+            self._transport,
+            "join",
+            [partial(self._transport.call, *where)],
+            ["server-manager"],
+            self._limits.start_timeout_s + ANSWER_GRACE_S,
+            "start_timeout_s",
+            self._look,
+        )[0]
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
-            self._tracker = Tracker(self._order.manager, joined, self._limits)
+            manager = self._order.manager
+            self._tracker = Tracker(self._transport, manager, joined, self._limits)
         self._take_over(self._open_road(joined), joined.private, saved)
 
     def close(self) -> None:
         """Give up what this attempt needs and the next one does not."""
-        if self._lines is not None:
-            self._lines.close()
+        if self._open_lines is not None:
+            self._open_lines.close()
         self._ferry.close()
+
+    @property
+    def _lines(self) -> Lines:
+        assert self._open_lines is not None, "connect() comes first"
+        return self._open_lines
 
     def _open_road(self, joined: Membership) -> list[int | None]:
         """Lay out memory, attach it at all servers; give their versions, None of who has none."""
-        self._lines = lines = Lines(self._order, joined, self._look)
+        self._open_lines = lines = Lines(self._transport, self._order, joined, self._look)
         kind = PrivateRoad if joined.private else SharedRoad
-        self._road = road = kind(ray.get_runtime_context().get_node_id(), self._facts, joined)
+        self._road = road = kind(self._transport, self._facts, joined)
         world = joined.twins or self._order.job.scaling.world
         who = self._order.rank, (self._order.attempt, self._roads), world
         self._roads += 1
@@ -104,18 +124,19 @@ class RayShards:
             if joined.private and cut.index in self._versions:  # it has changed servers
                 values = part(self._flat.params, cut).cpu()
                 held = self._versions[cut.index], as_bytes(values.clone())
-            return server.attach.remote(*who, gradients, road.parameter_address, held)
+            segments = gradients, road.parameter_address
+            return self._transport.call(server, "attach", *who, *segments, held)
 
         attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
-        lines.hang_bells(road.node, road.near)
+        lines.hang_bells(road.near, control_size(len(self._flat.flags)))
         if self._on_device:
             shared = road.gradients, road.parameters
             self._ferry = cuda_ferry(self._flat.grads, self._flat.params, shared)
         self._pushes = Pushes(self._order, lines, road, self._ferry, self._versions)
         near = sorted(road.near)
         far = [cut.index for cut in lines.cuts if cut.index not in road.near]
-        logger.info("servers reached by shared memory: %s, by Ray objects: %s", near, far)
+        logger.info("servers reached by shared memory: %s, in calls: %s", near, far)
         return [answer.version for answer in attached]
 
     def _take_over(
@@ -140,7 +161,9 @@ class RayShards:
             state = saved.optimizer(self._flat, places=places) if saved is not None else {}
             self._lines.ask(
                 "restore",
-                lambda server, cut: server.restore.remote(
+                lambda server, cut: self._transport.call(
+                    server,
+                    "restore",
                     self._flat.version,
                     road.payload(cut, initial, exact=True),
                     run_of(state, cut),
@@ -160,7 +183,8 @@ class RayShards:
         if not ahead:
             return
         self._road.part_ways()
-        question = lambda server, cut: server.earlier.remote(version)  # noqa: E731
+        call = self._transport.call
+        question = lambda server, cut: call(server, "earlier", version)  # noqa: E731
         for cut, values in zip(
             ahead, self._lines.ask("an earlier version", question, ahead), strict=True
         ):
@@ -174,24 +198,13 @@ class RayShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
-    def bounds(self) -> list[tuple[int, int]]:
+    def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
-        return [(cut.start, cut.stop) for cut in self._lines.cuts]
-
-    def may_leave(self, shard: int) -> bool:
-        """See `Shards`."""
-        return self._pushes.may_leave(shard)
-
-    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
-        """See `Shards`."""
-        self._pushes.push_part(shard, step, task, self._setting)
-
-    def push(self, step: int, task: int | None = None) -> Pushed:
-        """See `Shards`."""
+        self._control = control
         return self._following(lambda: self._push(step, task))
 
     def _push(self, step: int, task: int | None = None) -> Pushed:
-        result = self._pushes.push(step, task, self._setting)
+        result = self._pushes.push(step, self._control, task, self._setting)
         self._setting = "step_timeout_s"
         return result
 
@@ -210,12 +223,24 @@ class RayShards:
         """See `Shards`."""
         self._following(lambda: self._pull("step_timeout_s"))
 
+    def tail(self) -> NDArray[np.bool_]:
+        """See `Shards`."""
+
+        def ask_first() -> NDArray[np.bool_]:
+            question = lambda server, cut: self._transport.call(server, "tail")  # noqa: E731
+            first = self._lines.cuts[:1]
+            found: NDArray[np.bool_] = self._lines.ask("thawed parameters", question, first)[0]
+            return found
+
+        return self._following(ask_first)
+
     def copies(self, version: int) -> list[ShardCopy] | None:
         """See `Shards`."""
+        call = self._transport.call
 
         def ask_one(cut: Shard, limit_s: float) -> ShardCopy:
             what = f"what {version} steps have come to"
-            question = lambda server, cut: server.kept.remote(version, limit_s)  # noqa: E731
+            question = lambda server, cut: call(server, "kept", version, limit_s)  # noqa: E731
             answer: ShardCopy = self._lines.ask(what, question, [cut])[0]
             return answer
 

@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ray
-
 from distplat.actors.asking import AGAIN_S, LOOK_S
 from distplat.actors.messages import Membership
+from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import ActorLost
 from distplat.platform.spec import Failure
 
@@ -28,13 +27,16 @@ class Tracker:
     Keeps a worker's map of the servers up to date.
 
     Args:
+        transport: the worker's.
         manager: handle of the server manager.
         joined: the map that the worker has.
         limits: the job's deadlines.
     """
 
-    def __init__(self, manager: Any, joined: Membership, limits: Failure) -> None:
-        self._manager, self._limits = manager, limits
+    def __init__(
+        self, transport: Transport, manager: Any, joined: Membership, limits: Failure
+    ) -> None:
+        self._transport, self._manager, self._limits = transport, manager, limits
         self._part, self._place = joined.part, joined.place
         self._version = joined.shard_map.version
         self._newer: Membership | None = None
@@ -48,7 +50,7 @@ class Tracker:
             MapChanged: there is a newer map.
             ActorLost: a shard was lost for good, or the manager.
         """
-        if ray.wait([self._question], timeout=0)[0]:
+        if self._transport.wait([self._question], 0.0):
             self._take_answer()
         if self._newer is not None:
             raise MapChanged
@@ -66,7 +68,7 @@ class Tracker:
             check()
             if time.monotonic() > until:
                 raise error
-            if ray.wait([self._question], timeout=LOOK_S)[0]:
+            if self._transport.wait([self._question], LOOK_S):
                 self._take_answer()
         found, self._newer = self._newer, None
         self._version = found.shard_map.version
@@ -74,17 +76,15 @@ class Tracker:
 
     def _take_answer(self) -> None:
         try:
-            self._newer = ray.get(self._question, timeout=_GRACE_S)
-        except ray.exceptions.ActorUnavailableError:
+            self._newer = self._transport.get(self._question, _GRACE_S)
+        except Unanswered:
             time.sleep(AGAIN_S)  # the answer got lost; ask again
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayActorError as error:
-            cause = str(error).strip().splitlines()[0]
-            raise ActorLost("server-manager", None, cause) from None
+        except ActorDied as error:
+            raise ActorLost("server-manager", None, str(error)) from None
         if self._newer is not None:
             self._version = self._newer.shard_map.version
         self._question = self._ask()
 
     def _ask(self) -> Any:
-        return self._manager.follow.remote(self._part, self._place, self._version, _ASK_S)
+        known = self._part, self._place, self._version
+        return self._transport.call(self._manager, "follow", *known, _ASK_S)

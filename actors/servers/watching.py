@@ -6,8 +6,7 @@ import threading
 import time
 from typing import Any
 
-import ray
-
+from distplat.actors.transport import ActorDied, NotHere, Transport, Unanswered
 from distplat.platform.errors import ActorLost, DistplatError
 
 WATCH_S = 0.5
@@ -22,12 +21,13 @@ class Watch:
     gives it out has a deadline of its own. So silence counts from `begin` on, a death at any time.
 
     Args:
+        transport: the manager's.
         servers: handles, in order.
         limit_s: how long one may not answer.
     """
 
-    def __init__(self, servers: list[Any], limit_s: float) -> None:
-        self._servers, self._limit_s = servers, limit_s
+    def __init__(self, transport: Transport, servers: list[Any], limit_s: float) -> None:
+        self._transport, self._servers, self._limit_s = transport, servers, limit_s
         self.lost: DistplatError | None = None
         self.losing = threading.Event()  #: something is in `lost`
         self._begun_at: float | None = None
@@ -49,17 +49,17 @@ class Watch:
     def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:
         """Ask one server whether it lives; `heard`: when each last said so."""
         name, asked = f"server-{index}", time.monotonic()
-        question = self._servers[index].where.remote()
+        question = self._transport.call(self._servers[index], "where")
         while True:
             try:
-                ray.get(question, timeout=min(WATCH_S, self._limit_s))
-            except ray.exceptions.ActorUnavailableError as error:
+                self._transport.get(question, min(WATCH_S, self._limit_s))
+            except Unanswered as error:
                 if self._is_late(heard[index]):  # one lost answer is no lost server
-                    return ActorLost(name, None, _first_line(error))
+                    return ActorLost(name, None, str(error))
                 return None
-            except ray.exceptions.RayActorError as error:
-                return ActorLost(name, None, _first_line(error))
-            except ray.exceptions.GetTimeoutError:
+            except ActorDied as error:
+                return ActorLost(name, None, str(error))
+            except NotHere:
                 if self._is_late(asked):
                     cause = f"it has not answered for {self._limit_s:g} s (frozen or cut off)"
                     return ActorLost(name, None, cause)
@@ -70,7 +70,3 @@ class Watch:
     def _is_late(self, since: float) -> bool:
         begun = self._begun_at
         return begun is not None and time.monotonic() - max(since, begun) > self._limit_s
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -167,7 +167,8 @@ class End:
         self._watch.give_up(TOLD)
 
     def close(self) -> None:
-        """Leave the group; who waits for this rank fails soon."""
+        """Leave the group once what it sent is taken; who waits for this rank fails soon."""
+        self._mail.drain()
         self._watch.give_up("this rank has left the group")
         self._arena.leave()
         self._arena.segment.seal()

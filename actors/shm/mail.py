@@ -13,6 +13,7 @@ longest slot go in parts, each as a message of its own.
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -119,6 +120,17 @@ class Mail:
             channel.messages += 1
             channel.taken.post()
         return activity
+
+    def drain(self) -> None:
+        """
+        Wait until all messages are taken: their slots are this process's.
+
+        Whoever died or left takes none; the deadline is that of an operation.
+        """
+        for to, channel in self._outgoing.items():
+            activity = Activity("close", channel.messages)
+            with suppress(CollectiveError):
+                self._watch.until(channel.taken, channel.messages & _ALL, to, activity)
 
     def close(self) -> None:
         """Let go of the slots; messages that nobody has taken are lost."""

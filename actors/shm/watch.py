@@ -1,13 +1,13 @@
 """Waiting for other ranks, with an eye on what may happen to them: death, leave, deadline."""
 
 import os
-import select
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from distplat.actors.memory.futex import Word, reached
+from distplat.actors.memory.processes import has_ended
 from distplat.actors.shm.arena import Arena
 from distplat.platform.errors import CollectiveError
 
@@ -136,7 +136,7 @@ class Watch:
         descriptor = self._deaths.get(rank)
         if descriptor is None:
             return False
-        return descriptor < 0 or bool(select.select([descriptor], [], [], 0)[0])
+        return descriptor < 0 or has_ended(descriptor)
 
 
 def _open_process(pid: int) -> int:

@@ -1,4 +1,4 @@
-"""The port `Tables` over Ray: control by actor calls, ids and rows through this worker's memory."""
+"""The port `Tables`: control by actor calls, ids and rows through this worker's memory."""
 
 import logging
 import threading
@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
 from distplat.actors.asking import Asked, Call
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Opened, Parcel, WorkOrder
+from distplat.actors.transport import Transport
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
@@ -32,8 +32,8 @@ _SMALLEST = 1 << 12
 class _Memory:
     """A segment that servers of this node map; another, larger one where it gets too small."""
 
-    def __init__(self, dtype: str) -> None:
-        self._node, self._dtype = ray.get_runtime_context().get_node_id(), dtype
+    def __init__(self, node: str, dtype: str) -> None:
+        self._node, self._dtype = node, dtype
         self._segment = Segment.create(self._node, _SMALLEST, dtype)
 
     @property
@@ -60,20 +60,25 @@ class _Memory:
         self._segment.seal()
 
 
-class RayTables:
+class RemoteTables:
     """
     The servers of embedding tables, seen by one worker.
 
     Args:
+        transport: the worker's.
         order: the worker's orders, with the servers' handles.
         every: steps between two checkpoints; 0: there are none.
         abandoned: once set, waits come to their end.
     """
 
-    def __init__(self, order: WorkOrder, every: int, abandoned: threading.Event) -> None:
-        self._order, self._every, self._abandoned = order, every, abandoned
+    def __init__(
+        self, transport: Transport, order: WorkOrder, every: int, abandoned: threading.Event
+    ) -> None:
+        self._transport, self._order = transport, order
+        self._every, self._abandoned = every, abandoned
         self._servers, self._limits = order.embedding_servers, order.job.failure
-        self._ids, self._values = _Memory("int64"), _Memory("float32")
+        self._ids = _Memory(transport.node, "int64")
+        self._values = _Memory(transport.node, "float32")
 
     def connect(
         self,
@@ -81,7 +86,7 @@ class RayTables:
         total_steps: int,
         saved: SavedState | None = None,
     ) -> tuple[TablePlan, int]:
-        """See `Tables`; servers fetch the checkpoint's files from Ray's store themselves."""
+        """See `Tables`; servers fetch the checkpoint's files themselves."""
         order = self._order
         self._plan = plan_of(
             order.job,
@@ -100,7 +105,7 @@ class RayTables:
         opened: list[Opened] = self._ask(
             "connecting to tables",
             lambda k, server: partial(
-                server.open.remote, self._plan, order.rank, memory, at, files
+                self._transport.call, server, "open", self._plan, order.rank, memory, at, files
             ),
             "start_timeout_s",
         ).answers()
@@ -113,8 +118,8 @@ class RayTables:
 
     def begin(self, version: int) -> None:
         """See `Tables`."""
-        attempt = self._plan.attempt
-        question = lambda k, server: partial(server.begin.remote, attempt, version)  # noqa: E731
+        attempt, call = self._plan.attempt, self._transport.call
+        question = lambda k, server: partial(call, server, "begin", attempt, version)  # noqa: E731
         self._ask(f"going on from step {version}", question, "start_timeout_s").answers()
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
@@ -129,7 +134,8 @@ class RayTables:
         asked = [k for k in range(len(self._servers)) if ids.cuts[k] < ids.cuts[k + 1]]
 
         def question(k: int, server: Any) -> Call:
-            return partial(server.pull.remote, pull, self._parcel(k, table, ids, None, (0, start)))
+            parcel = self._parcel(k, table, ids, None, (0, start))
+            return partial(self._transport.call, server, "pull", pull, parcel)
 
         answers = self._ask(f"pull {pull.number}", question, asked=asked).answers()
         rows: NDArray[np.float32] = flat.reshape(count, width)
@@ -143,6 +149,7 @@ class RayTables:
         step: int,
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
+        skip: bool = False,
     ) -> Asked:
         """See `Tables`."""
         self._kept = 0
@@ -154,16 +161,17 @@ class RayTables:
                 self._parcel(k, given.table, routed, given.values, place)
                 for (routed, given), place in zip(gradients, places, strict=True)
             ]
-            return partial(server.push.remote, push, parcels)
+            return partial(self._transport.call, server, "push", push, parcels, skip)
 
         return self._ask(f"push {step} to tables", question)
 
     def copies(self, version: int) -> list[TablesCopy] | None:
         """See `Tables`."""
+        call = self._transport.call
 
         def ask_one(k: int, limit_s: float) -> TablesCopy:
             what = f"tables after {version} steps"
-            question = lambda k, server: partial(server.kept.remote, version, limit_s)  # noqa: E731
+            question = lambda k, server: partial(call, server, "kept", version, limit_s)  # noqa: E731
             answer: TablesCopy = self._ask(what, question, asked=[k]).answers()[0]
             return answer
 
@@ -222,4 +230,4 @@ class RayTables:
             if self._abandoned.is_set():
                 raise InfrastructureError(f"{what}: this rank was told to give up")
 
-        return Asked(what, calls, names, limit, setting, look)
+        return Asked(self._transport, what, calls, names, limit, setting, look)

@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import Address, Opened, Parcel
+from distplat.actors.ray_transport import alone
+from distplat.actors.transport import Transport
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 
@@ -27,15 +27,21 @@ if TYPE_CHECKING:
 
 
 class EmbeddingServer:
-    """Keeps a part of the rows of every table. See `TableServing` for what each call does."""
+    """
+    Keeps a part of the rows of every table. See `TableServing` for what each call does.
 
-    def __init__(self, name: str, index: int) -> None:
+    Args:
+        name: of the actor.
+        index: its number.
+        transport: its way to other actors; None: Ray's, in a process of its own.
+    """
+
+    def __init__(self, name: str, index: int, transport: Transport | None = None) -> None:
         with quick_imports():
             from distplat.actors.tables.serving import TableServing  # torch: not in the driver
 
         self._name = name
-        node = ray.get_runtime_context().get_node_id()
-        self._body = TableServing(f"embedding-server-{index}", index, node)
+        self.serving = TableServing(f"embedding-server-{index}", index, transport or alone())
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
@@ -54,28 +60,28 @@ class EmbeddingServer:
         saved: Sequence[list[Any]] = (),
     ) -> Opened:
         """Join an attempt."""
-        return self._body.open(plan, rank, memory, saved_at, saved)
+        return self.serving.open(plan, rank, memory, saved_at, saved)
 
     def begin(self, attempt: int, version: int) -> None:
         """Have the tables at this version."""
-        self._body.begin(attempt, version)
+        self.serving.begin(attempt, version)
 
     def pull(self, pull: PullId, parcel: Parcel) -> NDArray[np.float32] | None:
         """Give rows."""
-        return self._body.pull(pull, parcel)
+        return self.serving.pull(pull, parcel)
 
-    def push(self, push: PushId, parcels: Sequence[Parcel]) -> int:
+    def push(self, push: PushId, parcels: Sequence[Parcel], skip: bool = False) -> int:
         """Take gradients; answer when the step is made."""
-        return self._body.push(push, parcels)
+        return self.serving.push(push, parcels, skip)
 
     def kept(self, version: int, limit_s: float) -> TablesCopy:
         """Give what was kept of a version."""
-        return self._body.kept(version, limit_s)
+        return self.serving.kept(version, limit_s)
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
         """Give the tables, and how many rows of each are here."""
-        return self._body.sizes()
+        return self.serving.sizes()
 
     def part(self, table: int, first: int, count: int) -> bytes:
         """Give some rows as a file."""
-        return self._body.part(table, first, count)
+        return self.serving.part(table, first, count)

@@ -5,6 +5,7 @@ from typing import Any
 
 from distplat.actors.asking import ask
 from distplat.actors.ensemble import Ensemble
+from distplat.actors.ray_transport import RayTransport
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import TableSpec
 from distplat.strategies.sparse.files import PartSource
@@ -17,15 +18,17 @@ class _Server:
         self._handle, self._name, self._limit_s = handle, name, limit_s
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
-        found: list[tuple[TableSpec, int]] = self._ask(self._handle.sizes.remote)
+        found: list[tuple[TableSpec, int]] = self._ask("sizes")
         return found
 
     def part(self, table: int, first: int, count: int) -> bytes:
-        found: bytes = self._ask(partial(self._handle.part.remote, table, first, count))
+        found: bytes = self._ask("part", table, first, count)
         return found
 
-    def _ask(self, call: Any) -> Any:
-        return ask("saving tables", [call], [self._name], self._limit_s, "step_timeout_s")[0]
+    def _ask(self, method: str, *args: Any) -> Any:
+        transport, setting = RayTransport(), "step_timeout_s"
+        call = partial(transport.call, self._handle, method, *args)
+        return ask(transport, "saving tables", [call], [self._name], self._limit_s, setting)[0]
 
 
 def sources_of(ensemble: Ensemble, job: Job) -> list[PartSource]:

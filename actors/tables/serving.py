@@ -11,12 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
-from distplat.actors.logs import log_to_stderr
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Opened, Parcel
+from distplat.actors.transport import Transport
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 from distplat.strategies.ports import TablesCopy
@@ -32,14 +31,18 @@ class TableServing:
     Args:
         name: for messages.
         index: its number.
-        node: Ray's id of the node it runs on.
+        transport: its way to objects.
     """
 
-    def __init__(self, name: str, index: int, node: str) -> None:
-        log_to_stderr()
-        self._node, self._service = node, TableService(name, index)
+    def __init__(self, name: str, index: int, transport: Transport) -> None:
+        self._transport, self._service = transport, TableService(name, index)
         self._plan: TablePlan | None = None
         self._mapped: dict[tuple[int, str], Segment] = {}  #: by rank and dtype: the last one
+
+    @property
+    def service(self) -> TableService:
+        """The tables at work."""
+        return self._service
 
     def open(
         self,
@@ -51,7 +54,7 @@ class TableServing:
     ) -> Opened:
         """Join an attempt. See `TableService.open`."""
         limit_s = plan.job.failure.start_timeout_s
-        files = (ray.get(box[0], timeout=limit_s) for box in saved)
+        files = (self._transport.get(box[0], limit_s) for box in saved)
         steps = self._service.open(plan, saved_at, files)
         if self._plan is None or plan.attempt > self._plan.attempt:
             self._mapped = {}  # every worker has new memory; of one that was lost none is held
@@ -72,19 +75,19 @@ class TableServing:
         self._service.pull(pull, parcel.table, ids, rows, again=far)
         return rows if far else None
 
-    def push(self, push: PushId, parcels: Sequence[Parcel]) -> int:
+    def push(self, push: PushId, parcels: Sequence[Parcel], skip: bool = False) -> int:
         """Take gradients; return when the step is made. See `TableService.push`."""
         gradients = []
         for parcel in parcels:
             values = self._values(push.rank, parcel)
             assert values is not None, "a push has gradients"
             gradients.append(RowGradients(parcel.table, self._ids(push.rank, parcel), values))
-        return self._service.push(push, gradients)
+        return self._service.push(push, gradients, skip)
 
     def kept(self, version: int, limit_s: float) -> TablesCopy:
-        """Give what was kept of a version, as an object in Ray's store. See `TableService.kept`."""
+        """Give what was kept of a version, as an object to be fetched. See `TableService.kept`."""
         copy = tables_copy(self._service, version, limit_s)
-        return copy if copy.box is None else replace(copy, box=[ray.put(copy.box)])
+        return copy if copy.box is None else replace(copy, box=[self._transport.put(copy.box)])
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
         """See `PartSource`."""
@@ -96,7 +99,7 @@ class TableServing:
 
     def _reaches(self, rank: int, memory: Address) -> bool:
         """Map a worker's memory, where that can be done."""
-        if memory.node != self._node:
+        if memory.node != self._transport.node:
             return False
         try:
             self._map(rank, memory)

@@ -36,9 +36,8 @@ class StageTimes:
     """Mean of a micro-batch, over all its chunks of layers together."""
     backward_s: float
     weight_s: float
-    """Mean of a micro-batch, where products of weights are made apart, else 0."""
+    """Mean of a micro-batch, where the schedule splits backward, else 0."""
     busy_s: float
-    """With packing of weights."""
     send_s: float
     recv_s: float
     reduce_s: float
@@ -134,9 +133,7 @@ def _times(
 
     def mean(kind: Kind) -> float:
         took = [s.end - s.start for s in row if s.action.kind is kind]
-        # A stage that puts products of weights off makes those of several micro-batches at once.
-        count = sum(s.action.kind is Kind.BACKWARD for s in row) if kind is Kind.WEIGHT else 0
-        return sum(took) / (count or len(took)) * chunks if took else 0.0
+        return sum(took) / len(took) * chunks if took else 0.0
 
     def total(kind: str) -> float:
         return sum(e.end_s - e.start_s for e in others if e.kind == kind)
@@ -145,7 +142,7 @@ def _times(
         mean(Kind.FORWARD),
         mean(Kind.BACKWARD),
         mean(Kind.WEIGHT),
-        sum(s.end - s.start for s in row) + total("pack"),
+        sum(s.end - s.start for s in row),
         total("send"),
         total("recv"),
         total("reduce"),

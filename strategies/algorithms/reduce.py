@@ -28,21 +28,17 @@ def sum_in_order(parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 def squared_norm(vector: Tensor) -> float:
-    """Give the sum of squares, each block in its own dtype, their sum in float64: [n] -> scalar."""
+    """
+    Give the sum of squares: [n] -> scalar.
+
+    Of each block in its own dtype, halves in float32; the blocks' sum in float64.
+    """
     total = 0.0
+    kind = torch.float32 if vector.itemsize < 4 else vector.dtype
     for start in range(0, vector.numel(), BLOCK_ELEMENTS):
         block = vector[start : start + BLOCK_ELEMENTS]
-        total += float(torch.linalg.vector_norm(block)) ** 2
+        total += float(torch.linalg.vector_norm(block, dtype=kind)) ** 2
     return total
-
-
-def squared_norm_but(vector: Tensor, runs: Sequence[tuple[int, int]]) -> float:
-    """Give `squared_norm` of all but some runs, which rise: [n] -> scalar."""
-    total, at = 0.0, 0
-    for start, stop in runs:
-        total += squared_norm(vector[at:start])
-        at = stop
-    return total + squared_norm(vector[at:])
 
 
 def clip_factor(norm: float, limit: float) -> float:

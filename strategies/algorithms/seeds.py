@@ -1,6 +1,8 @@
 """Seeds from several numbers, so that what is drawn depends on all of them and on nothing else."""
 
 _MASK = (1 << 64) - 1
+_STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION = range(1, 5)
+"""What a seed is for: equal numbers for another purpose give another seed."""
 
 
 def mixed(*numbers: int) -> int:
@@ -16,3 +18,23 @@ def mixed(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed dropout and its like by step and rank: a repeated step draws the same numbers."""
+    return mixed(_STEP, seed, step, rank)
+
+
+def evaluation_seed(seed: int, rank: int) -> int:
+    """Seed what a model draws in an evaluation: the same numbers in each."""
+    return mixed(_EVALUATION, seed, rank)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Seed the training samples of an epoch; a sample's own seed is mixed from it and a place."""
+    return mixed(_TRAINING_DATA, seed, epoch)
+
+
+def evaluation_data_seed(seed: int) -> int:
+    """Seed the evaluation samples: each draws the same numbers in every evaluation."""
+    return mixed(_EVALUATION_DATA, seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,18 +20,13 @@ from distplat.platform.cut import even_bounds
 from distplat.platform.grid import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.limits import entering
 from distplat.strategies.pipeline.plans import PlanOf
 from distplat.strategies.pipeline.seams import Tail
 from distplat.strategies.training.batches import eval_batches, micro_batches
-from distplat.strategies.training.compute import (
-    Share,
-    Stopwatch,
-    Sums,
-    checked_loss,
-    eval_figures,
-    precision,
-    to_device,
-)
+from distplat.strategies.training.compute import Share, Stopwatch, Sums, precision
+from distplat.strategies.training.device import to_device
+from distplat.strategies.training.losses import Figures, LossTerm, eval_figures, loss_term
 from distplat.strategies.training.session import Prepared
 
 _WINDOW = 32
@@ -92,11 +87,12 @@ class Pipeline:
         seed = mixed(self._p.job.seed, step, s.at.replica)
         source = _Training(self, self._batches, sizes, seed, 1.0 / sampler.batch_size(step))
         self._executor.train(s.training(len(sizes)), source, self._tail)
+        self._p.flat.present[:] = True
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
         if self._ends and s.at.slice == 0:
-            losses = zip(source.losses, sizes, strict=True)
-            self.share = Share(sum(loss.item() * size for loss, size in losses), sum(sizes))
+            for term, size in zip(source.terms, sizes, strict=True):
+                self.share = self.share.plus(term, size)
         return self.share
 
     def skip(self, step: int) -> None:
@@ -123,15 +119,15 @@ class Pipeline:
         """Take a batch apart, on this rank's device."""
         return to_device(batch, self._device)
 
-    def differentiated(self, outputs: Tensor, targets: Any) -> Tensor:
+    def differentiated(self, outputs: Any, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""
         with precision(self._p.job, self._device):
-            return checked_loss(self._p.task, outputs, targets)
+            return loss_term(self._p.task, outputs, targets, samples)
 
-    def figures_of(self, outputs: Tensor, targets: Any) -> dict[str, Tensor | float]:
+    def figures_of(self, outputs: Any, targets: Any, samples: int) -> Figures:
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
-            return eval_figures(self._p.task, outputs, targets)
+            return eval_figures(self._p.task, outputs, targets, samples)
 
 
 class _Loaded:
@@ -143,22 +139,18 @@ class _Loaded:
         self._pairs: dict[int, tuple[Any, Any]] = {}
         self.loading_s = 0.0
 
-    def inputs(self, micro_batch: int) -> Tensor:
+    def inputs(self, micro_batch: int) -> Any:
         """See `Source`."""
         inputs = self.peek(micro_batch)
         if not self._owner._ends:
             del self._pairs[micro_batch]
         return inputs
 
-    def peek(self, micro_batch: int) -> Tensor:
-        """See `Source`."""
+    def peek(self, micro_batch: int) -> Any:
+        """See `Source`; of a model that is cut one tensor."""
         self._read_up_to(micro_batch)
         inputs = self._pairs[micro_batch][0]
-        if not isinstance(inputs, Tensor):
-            raise ValueError(
-                f"a pipeline takes one tensor as inputs, train_data gives {type(inputs).__name__}"
-            )
-        return inputs
+        return entering(inputs) if self._owner._settings.stages > 1 else inputs
 
     def targets(self, micro_batch: int) -> Any:
         """Give a micro-batch's targets; once."""
@@ -182,17 +174,18 @@ class _Training(_Loaded):
         batches: Iterator[Any],
         sizes: Sequence[int],
         seed: int,
-        weight: float,
+        part: float,
     ) -> None:
         super().__init__(owner, batches, sizes)
-        self._seed, self._weight = seed, weight
-        self.losses: list[Tensor] = []  #: in order; micro-batches come to the last place so
+        self._seed, self._part = seed, part
+        self.terms: list[LossTerm] = []  #: in order; micro-batches come to the last stage so
 
-    def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
-        """Give the loss, weighted by the micro-batch's share of the global batch."""
-        loss = self._owner.differentiated(outputs, self.targets(micro_batch))
-        self.losses.append(loss.detach())
-        return loss * (self.sizes[micro_batch] * self._weight)
+    def loss(self, micro_batch: int, outputs: Any) -> Tensor:
+        """Give the loss, summed and divided by the global batch."""
+        size = self.sizes[micro_batch]
+        term = self._owner.differentiated(outputs, self.targets(micro_batch), size)
+        self.terms.append(replace(term, value=term.value.detach()))
+        return term.value * (term.factor * self._part)
 
     def seed(self, micro_batch: int) -> int:
         """See `Source`."""
@@ -208,10 +201,10 @@ class _Evaluation(_Loaded):
         super().__init__(owner, batches, sizes)
         self._found = found
 
-    def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
+    def loss(self, micro_batch: int, outputs: Any) -> Any:
         """Add the figures up."""
-        figures = self._owner.figures_of(outputs, self.targets(micro_batch))
-        self._found.add(figures, self.sizes[micro_batch])
+        size = self.sizes[micro_batch]
+        self._found.add(self._owner.figures_of(outputs, self.targets(micro_batch), size), size)
         return outputs
 
     def seed(self, micro_batch: int) -> int:

@@ -5,11 +5,13 @@ Deadlock is impossible by construction: the lists run to their ends with room fo
 channel (`algorithms/schedule_messages.py`), and every channel has room for one at least.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from distplat.strategies.algorithms.schedule_messages import Plan
-from distplat.strategies.pipeline.packed import Packed
+from distplat.strategies.pipeline.limits import Reached, untouched
 from distplat.strategies.pipeline.run import Run, Seat
 from distplat.strategies.pipeline.seams import Source, Span, Tail
 
@@ -20,12 +22,11 @@ class Executor:
 
     Args:
         seat: where it is.
-        packed: of its weights.
+        reached: watches what backward reaches.
     """
 
-    def __init__(self, seat: Seat, packed: Packed) -> None:
-        self._seat = seat
-        self._packed = packed
+    def __init__(self, seat: Seat, reached: Reached) -> None:
+        self._seat, self._reached = seat, reached
         self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
         self.spans: list[Span] = []  #: of the plan that ran last
 
@@ -35,12 +36,12 @@ class Executor:
 
         Raises:
             CollectiveError: a stage is missing.
+            SpecError: see `Reached`.
         """
         self._agree_on_shapes(source)
         self._mode(training=True)
-        self._packed.begin(plan.schedule.micro_batches)
-        self.spans = Run(self._seat, plan, source, tail, self._packed).run()
-        self._packed.end()
+        self.spans = Run(self._seat, plan, source, tail, self._reached.look).run()
+        self._reached.stepped()
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, source: Source) -> None:
@@ -52,7 +53,7 @@ class Executor:
         """
         self._agree_on_shapes(source)
         self._mode(training=False)
-        Run(self._seat, plan, source, None, self._packed).run()
+        Run(self._seat, plan, source, None).run()
 
     def _mode(self, *, training: bool) -> None:
         for chunk in self._seat.chunks.values():
@@ -66,14 +67,16 @@ class Executor:
         first = {size: number for number, size in reversed([*enumerate(source.sizes)])}
         for size in sorted(first.keys() - self._sizes):
             self._mode(training=False)
-            self._pass_through(source, size, first[size])
+            chunks: Any = self._seat.chunks.values()
+            with untouched(*chunks):
+                self._pass_through(source, size, first[size])
             self._sizes.add(size)
 
     def _pass_through(self, source: Source, size: int, number: int) -> None:
         arrived: Tensor | None = None  # from a chunk of this rank
         for place, chunk in self._seat.chunks.items():
             if place == 0:
-                inputs = source.peek(number)
+                inputs = source.peek(number).clone()  # a layer may work in place
             elif arrived is not None:
                 inputs = arrived
             else:

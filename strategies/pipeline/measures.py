@@ -9,7 +9,7 @@ from distplat.platform.pipeline_trace import TraceEvent, TraceReport
 from distplat.strategies.base import Collective, Traffic
 from distplat.strategies.pipeline.seams import Span
 
-_COMPUTING = ("F", "B", "W", "pack")
+_COMPUTING = ("F", "B", "W")
 
 
 class Measures:

@@ -96,7 +96,6 @@ def _without_effect(chosen: HybridOptions) -> list[Problem]:
         "virtual": (chosen.schedule != "interleaved", "with `schedule: interleaved`"),
         "schedule": (chosen.pipeline == 1, "with `pipeline` > 1"),
         "cut": (chosen.places == 1, "with `pipeline` > 1"),
-        "pack_weights": (chosen.pipeline == 1, "with `pipeline` > 1"),
         "trace_step": (chosen.pipeline == 1, "with `pipeline` > 1"),
         "memory_limit_mb": (chosen.cut != "auto" or chosen.places == 1, "with `cut: auto`"),
         "tensor_plan": (chosen.tensor == 1, "with `tensor` > 1"),

@@ -8,16 +8,18 @@ Dropout and its like draw from a generator that is seeded for each layer and mic
 what is drawn does not depend on where the model is cut, nor on how many stages there are.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
+from distplat.strategies.pipeline.around import with_hooks
+from distplat.strategies.pipeline.limits import Named
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.parts import place_of
 from distplat.strategies.tensor.plan import ShardSpec
@@ -25,14 +27,34 @@ from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.parts import Holding
 from distplat.strategies.training.recompute import recomputed
+from distplat.strategies.training.seeding import seed_quickly
 from distplat.strategies.training.stages import Layer, Stage, layers_of, one_tensor, refuse_tied
 from distplat.strategies.training.traced import traced_layers
 
-Way = Callable[[], AbstractContextManager[object]]
-"""Makes a context: forwards that are made again in backward go the same way."""
+
+class Chunk(Protocol):
+    """What one place along the model computes; an `nn.Module`."""
+
+    def run(self, inputs: Any, seed: int) -> Any:
+        """
+        Go forward on one micro-batch.
+
+        Args:
+            inputs: of the place.
+            seed: of the micro-batch; dropout and its like draw from generators seeded by it.
+
+        Raises:
+            SpecError: a layer gives something else than one tensor.
+        """
+
+    def set_mode(self, *, training: bool) -> None:
+        """Switch between training and evaluation."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """See `nn.Module`."""
 
 
-class Chunk(Stage):
+class Layers(Stage):
     """
     Layers one behind the other that run on one rank.
 
@@ -46,53 +68,70 @@ class Chunk(Stage):
         super().__init__(layers)
         self._first, self._recompute = first, recompute
 
-    def run(self, inputs: Tensor, seed: int, way: Way = nullcontext) -> Tensor:
-        """
-        Run all layers on one micro-batch.
-
-        Args:
-            inputs: of the first layer.
-            seed: of the micro-batch; each layer draws from a generator seeded by it.
-            way: makes the context in which layers run.
-
-        Raises:
-            SpecError: a layer gives something else than one tensor.
-        """
+    def run(self, inputs: Tensor, seed: int) -> Tensor:
+        """See `Chunk`; each layer draws from a generator of its own."""
         if self._recompute:
-            return recomputed(_Seeded(self, seed, way), inputs)
-        return self.seeded(inputs, seed, way)
+            outputs: Tensor = recomputed(_Seeded(self, seed), inputs)
+            return outputs
+        return self.seeded(inputs, seed)
 
-    def seeded(self, inputs: Tensor, seed: int, way: Way) -> Tensor:
+    def seeded(self, inputs: Tensor, seed: int) -> Tensor:
         """Run all layers, whatever is kept for backward."""
         names = zip(self.layer_names, self._run, strict=True)
-        with way():
-            for number, (name, module) in enumerate(names, start=self._first):
-                _seed(mixed(seed, number), inputs.device)
-                inputs = one_tensor(name, module(inputs))
+        for number, (name, module) in enumerate(names, start=self._first):
+            seed_quickly(mixed(seed, number))
+            inputs = one_tensor(name, module(inputs))
         return inputs
 
     def set_mode(self, *, training: bool) -> None:
-        """Switch layers between training and evaluation, those made around parts too."""
+        """See `Chunk`; layers made around parts, too."""
         for module in self._run:
             module.train(training)
+
+
+class Uncut(nn.Module):
+    """
+    The whole model, called as plain torch calls it: any inputs, any outputs, all of its hooks.
+
+    Args:
+        model: with values.
+        recompute: keep the input only, and compute again in backward.
+    """
+
+    def __init__(self, model: nn.Module, *, recompute: bool) -> None:
+        super().__init__()
+        self.model, self._recompute = model, recompute
+
+    def run(self, inputs: Any, seed: int) -> Any:
+        """See `Chunk`; the whole model draws from one generator."""
+        if self._recompute:
+            return recomputed(_Seeded(self, seed), inputs)
+        return self.seeded(inputs, seed)
+
+    def seeded(self, inputs: Any, seed: int) -> Any:
+        """Call the model, whatever is kept for backward."""
+        seed_quickly(mixed(seed, 0))
+        return self.model(inputs)
+
+    def set_mode(self, *, training: bool) -> None:
+        """See `Chunk`."""
+        self.model.train(training)
 
 
 class _Seeded(nn.Module):
     """A chunk on one micro-batch: what is computed again must draw the same numbers."""
 
-    def __init__(self, chunk: Chunk, seed: int, way: Way) -> None:
+    def __init__(self, chunk: Layers | Uncut, seed: int) -> None:
         super().__init__()
-        self.chunk, self._seed, self._way = chunk, seed, way
+        self.chunk, self._seed = chunk, seed
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.chunk.seeded(inputs, self._seed, self._way)
+    def forward(self, inputs: Any) -> Any:
+        # Copies: a layer may work in place, and what is computed again begins with the same values.
+        return self.chunk.seeded(tree_map(_copied, inputs), self._seed)
 
 
-def _seed(seed: int, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.manual_seed(seed)  # pyright: ignore
-    else:
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: a tenth of the time
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @dataclass
@@ -103,10 +142,12 @@ class Part:
     """Where the whole model is cut: numbers of the layers with which places begin."""
     chunks: dict[int, Chunk]
     """By place along the model."""
-    module: Stage
+    module: nn.Module
     """All chunks' layers, with the names that they have in the model."""
     specs: dict[str, ShardSpec] = field(default_factory=dict)
     """Which slice of a tensor this rank has; what is not in it is whole."""
+    names: dict[int, Named] = field(default_factory=dict)
+    """Of the whole model's parameters, for errors."""
     flat: FlatModel = field(init=False)
 
     def holding(self, part: int) -> Holding:
@@ -129,16 +170,7 @@ class Part:
         return Holding(places, others)
 
     def finish(self) -> None:
-        """
-        Move the parameters onto flat vectors; they are not exchanged by others afterwards.
-
-        Raises:
-            SpecError: there is nothing to train.
-        """
-        if not any(p.requires_grad for p in self.module.parameters()):
-            names = ", ".join(self.module.layer_names)
-            text = f"a stage would have nothing to train: {names}"
-            raise SpecError(Problem(("strategy", "cut"), text, "cut elsewhere, or by `cut: auto`"))
+        """Move the parameters onto flat vectors; they are not exchanged by others afterwards."""
         self.flat = FlatModel(self.module)
 
 
@@ -147,7 +179,8 @@ def layers_for(task: Task, model: nn.Module) -> list[Layer]:
     Give a model's layers, as the task names them or as a trace finds them.
 
     Raises:
-        SpecError: neither way works, or a parameter of the model is in no layer.
+        SpecError: neither way works, a parameter of the model is in no layer, or the layers leave
+            out what the model does around them.
     """
     try:
         modules = task.stages(model)
@@ -161,7 +194,7 @@ def layers_for(task: Task, model: nn.Module) -> list[Layer]:
     if outside:
         text = f"parameters of the model are in no stage: {', '.join(outside)}"
         raise SpecError(Problem((), text, "have the task's `stages` name all parts of the model"))
-    return layers
+    return with_hooks(model, layers)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -189,12 +222,13 @@ def take_part(
         device: where the rank computes.
 
     Raises:
-        SpecError: a tensor would be on two ranks; names it.
+        SpecError: a tensor would be on two ranks, or a place would have nothing to train.
     """
     refuse_tied(layers, points)
     runs = bounds(points, len(layers))
+    _refuse_untrained(layers, runs)
     mine: list[Layer] = []
-    chunks = {}
+    chunks: dict[int, Chunk] = {}
     for place in places:
         start, stop = runs[place]
         some = layers[start:stop]
@@ -202,6 +236,30 @@ def take_part(
             materialise(some, start, seed, device)
         for layer in some:
             layer.module.to(device)
-        chunks[place] = Chunk(some, start, recompute=recompute)
+        chunks[place] = Layers(some, start, recompute=recompute)
         mine += some
     return Part(list(points), chunks, Stage(mine))
+
+
+def take_whole(
+    task: Task, model: nn.Module, *, recompute: bool, seed: int | None, device: str
+) -> Part:
+    """
+    Make what a rank holds of a model that is not cut; see `take_part`.
+
+    Raises:
+        SpecError: values are wanted (`seed`), and the model's layers cannot be told.
+    """
+    if seed is not None:
+        materialise(layers_for(task, model), 0, seed, device)
+    whole = Uncut(model.to(device), recompute=recompute)
+    return Part([], {0: whole}, model)
+
+
+def _refuse_untrained(layers: Sequence[Layer], runs: Sequence[tuple[int, int]]) -> None:
+    """All ranks say this alike: each rank of a stage needs something to exchange and update."""
+    for start, stop in runs:
+        some = layers[start:stop]
+        if not any(p.requires_grad for layer in some for p in layer.module.parameters()):
+            text = f"a stage would have nothing to train: {', '.join(one.name for one in some)}"
+            raise SpecError(Problem(("strategy", "cut"), text, "cut elsewhere, or by `cut: auto`"))

@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distplat.platform.grid import Position
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective
 from distplat.strategies.pipeline.cutting import Wish, agree_on_points
-from distplat.strategies.pipeline.part import Part, layers_for, take_part
+from distplat.strategies.pipeline.limits import compare, entering, names_of, refuse
+from distplat.strategies.pipeline.part import Part, layers_for, take_part, take_whole
 from distplat.strategies.pipeline.plans import training_plan
 from distplat.strategies.tensor.parallelize import parallelize
 from distplat.strategies.tensor.plan import resolve
 from distplat.strategies.training.batches import one_batch
-from distplat.strategies.training.compute import to_device
 from distplat.strategies.training.cut import Memory
+from distplat.strategies.training.device import to_device
 from distplat.strategies.training.session import Prepared
+from distplat.strategies.training.stages import Layer
 
 if TYPE_CHECKING:
     from distplat.strategies.hybrid import HybridOptions
@@ -47,35 +49,66 @@ def agreed_part(
         SpecError: the model cannot be cut, or sliced, as the job says.
         CollectiveError: a rank is missing.
     """
-    device = torch.device(prepared.device)
-    model, layers = prepared.model, []
     if known is None:
-        assert model is not None, "a model that was built and not yet cut"
-        layers = layers_for(prepared.task, model)
-        resolve(options.tensor_plan, [name for name, _ in model.named_modules()])
-    points = agree_on_points(
-        layers,
-        _wish(options, prepared.job),
-        None if known is None else known.points,
-        lambda: _first_inputs(options, prepared),
-        everybody,
-        device,
-    )
-    if known is not None:
-        return known
-    part = take_part(
+        assert prepared.model is not None, "a model that was built and not yet cut"
+        names = names_of(prepared.model)
+        part = _taken(options, prepared, prepared.model, at, everybody)
+        part.names = names
+        prepared.model = None
+        if slices is not None:
+            part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
+        part.finish()
+        return part
+    if options.places > 1:
+        _agree(options, prepared, [], known.points, everybody)
+    return known
+
+
+def _taken(
+    options: HybridOptions,
+    prepared: Prepared,
+    model: nn.Module,
+    at: Position,
+    everybody: Collective,
+) -> Part:
+    task = prepared.task
+    refuse(model)
+    resolve(options.tensor_plan, [name for name, _ in model.named_modules()])
+    seed = prepared.job.seed if options.init == "meta" else None
+    if options.places == 1:
+        return take_whole(
+            task, model, recompute=options.recompute, seed=seed, device=prepared.device
+        )
+    layers = layers_for(task, model)
+    if everybody.rank == 0 and seed is None:
+        compare(model, layers, lambda: _first_inputs(options, prepared, most=1))
+    points = _agree(options, prepared, layers, None, everybody)
+    mine = range(at.stage, options.places, options.pipeline)
+    return take_part(
         layers,
         points,
-        range(at.stage, options.places, options.pipeline),
+        mine,
         recompute=options.recompute,
-        seed=prepared.job.seed if options.init == "meta" else None,
+        seed=seed,
         device=prepared.device,
     )
-    prepared.model = None
-    if slices is not None:
-        part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
-    part.finish()
-    return part
+
+
+def _agree(
+    options: HybridOptions,
+    prepared: Prepared,
+    layers: list[Layer],
+    known: list[int] | None,
+    everybody: Collective,
+) -> list[int]:
+    return agree_on_points(
+        layers,
+        _wish(options, prepared.job),
+        known,
+        lambda: _first_inputs(options, prepared),
+        everybody,
+        torch.device(prepared.device),
+    )
 
 
 def _wish(options: HybridOptions, job: Job) -> Wish:
@@ -92,13 +125,14 @@ def _wish(options: HybridOptions, job: Job) -> Wish:
     return Wish(options.places, options.cut, memory, job.seed if options.init == "meta" else None)
 
 
-def _first_inputs(options: HybridOptions, prepared: Prepared) -> Tensor:
-    """Give the first micro-batch of the run, to measure layers with."""
-    ids = prepared.sampler.micro_batches(0, 0, options.micro(prepared.job))[0]
+def _first_inputs(options: HybridOptions, prepared: Prepared, most: int | None = None) -> Tensor:
+    """
+    Give the first micro-batch of the run, or its first samples, to try layers with.
+
+    Raises:
+        SpecError: it is not one tensor.
+    """
+    ids = prepared.sampler.micro_batches(0, 0, options.micro(prepared.job))[0][:most]
     device = torch.device(prepared.device)
     inputs, _ = to_device(one_batch(prepared.data, ids.tolist()), device)
-    if not isinstance(inputs, Tensor):
-        raise ValueError(
-            f"a pipeline takes one tensor as inputs, train_data gives {type(inputs).__name__}"
-        )
-    return inputs
+    return entering(inputs)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,8 @@ from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.compute import Pipeline, Settings
 from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.measures import Measures
-from distplat.strategies.pipeline.packed import Packed
 from distplat.strategies.pipeline.part import Part
 from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
@@ -42,6 +43,7 @@ from distplat.strategies.pipeline.twins import Twins
 from distplat.strategies.tensor.parallelize import forget
 from distplat.strategies.tensor.parts import gather_full
 from distplat.strategies.training.compute import Share, precision
+from distplat.strategies.training.control import ELSEWHERE, StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import Holding
 from distplat.strategies.training.parts import Part as Checkpointed
@@ -151,7 +153,9 @@ class Rank:
             lambda: precision(context.job, device),
             context.alive,
         )
-        self._executor = Executor(seat, Packed(wanted=options.pack_weights))
+        self._executor = Executor(
+            seat, Reached([self._own.module], self._prepared.task, self._own.names)
+        )
         settings = Settings(
             at,
             grid.stages,
@@ -166,20 +170,38 @@ class Rank:
         options = self._options
         return training_plan(options.schedule, options.pipeline, count, options.chunks)
 
-    def exchange(self, step: int) -> None:
+    def exchange(self, step: int, local: StepControl) -> StepControl:
         """
         Sum the gradients of a step over the twins; return when every rank of the grid has done so.
+
+        Args:
+            step: the present one.
+            local: this rank's control record.
+
+        Returns:
+            The records of all ranks, summed; `present` is that of this part of the model.
 
         Raises:
             CollectiveError: a rank is missing.
         """
         began = time.perf_counter()
-        self._exchanging.sum_gradients(step)
+        mine = self._exchanging.begin(step, local)
+        total = self._exchanging.sum_gradients(step, self._sum_of_all(mine))
         clips = self._prepared.job.clip_norm is not None
         self._exchanging.ready(self._whole_norm() if clips else None)
         if self._grid.replicas > 1:
             self._everybody.barrier()
         self._measures.reduced(began)
+        return total
+
+    def _sum_of_all(self, mine: StepControl) -> StepControl:
+        """Add the records of all ranks up; every part of the model has parameters of its own."""
+        head = torch.tensor(mine.head, dtype=torch.float64, device=self._device)
+        self._everybody.all_reduce(head)
+        total = StepControl.unpack(head.cpu().numpy())
+        if total.slot >= 0:
+            total = replace(total, slot=ELSEWHERE)
+        return replace(total, present=mine.present).named(mine)
 
     def _whole_norm(self) -> float:
         """Give the 2-norm over all parts; what several slices hold is counted once."""
@@ -188,9 +210,9 @@ class Rank:
         self._replica.all_reduce(whole)
         return math.sqrt(float(whole))
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """Update this rank's part."""
-        self._exchanging.update(step)
+        self._exchanging.update(step, total)
 
     def figures(self) -> dict[str, float]:
         """Give the figures of pipeline and exchange."""
@@ -220,7 +242,11 @@ class Rank:
             CollectiveError: a rank is missing.
         """
         state = self._own.flat.model.state_dict()
-        return state if self._slices is None else gather_full(state, self._own.specs, self._slices)
+        if self._slices is not None:
+            state = gather_full(state, self._own.specs, self._slices)
+        # Who leaves takes with it what it has sent and nobody has read yet.
+        self._everybody.barrier()
+        return state
 
     def checkpoint(self, version: int) -> Checkpointed:
         """Give this rank's part for a checkpoint: those of the first replica give theirs."""

@@ -1,26 +1,26 @@
 """
 One stage goes through a plan: what is live between forward and backward, and what is sent when.
 
-    stage 0    F0 ─▶ F1 ─▶ ...      B0       what nobody waits for:
-    stage 1          F0    B0 ─▶ ──▲  W0     weights' gradients, after the input's gradient has left
+    stage 0    F0 ─▶ F1 ─▶ ...      B0
+    stage 1          F0    B0 ─▶ ──▲
+
+Parameters' gradients are what autograd adds up in `.grad`, whichever layers micro-batches reach.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from distplat.strategies.algorithms.schedule import Action, Kind
 from distplat.strategies.algorithms.schedule_messages import Content, Message, Plan, Recv, Send
 from distplat.strategies.pipeline.channel import Channel
-from distplat.strategies.pipeline.in_place import InPlace, Sums
-from distplat.strategies.pipeline.packed import Packed
-from distplat.strategies.pipeline.part import Chunk, Way
+from distplat.strategies.pipeline.part import Chunk
 from distplat.strategies.pipeline.seams import Source, Span, Tail
 
 
@@ -53,7 +53,8 @@ class Seat:
 class _Live(NamedTuple):
     """A micro-batch between forward and backward."""
 
-    inputs: Tensor
+    inputs: Any
+    """A tensor; on the first place whatever the data gives."""
     outputs: Tensor
     """On the last place what is to be differentiated."""
     buffer: Tensor | None
@@ -69,22 +70,24 @@ class Run:
         plan: what is to be done.
         source: of micro-batches.
         tail: told when gradients become final; None: forwards alone.
-        packed: weights of this step.
+        look: shown what each place gives, before it is differentiated.
     """
 
     def __init__(
-        self, seat: Seat, plan: Plan, source: Source, tail: Tail | None, packed: Packed
+        self,
+        seat: Seat,
+        plan: Plan,
+        source: Source,
+        tail: Tail | None,
+        look: Callable[[Tensor], None] = lambda outputs: None,
     ) -> None:
         self._seat, self._plan, self._source, self._tail = seat, plan, source, tail
+        self._look = look
         self._channel = seat.channel
         self._schedule = plan.schedule
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
         self._have: dict[Message, tuple[Tensor, bool]] = {}  #: with whether it is a buffer
-        self._packed, self._sums = packed, Sums(packed)
-        # Who listens learns from parameters' hooks when gradients are final.
-        by_hooks = tail is not None and tail.listens
-        self._last = self._final - 1 if by_hooks else self._final  #: that adds in place
         self._live: dict[tuple[int, int], _Live] = {}
         self._late: dict[tuple[int, int], tuple[_Live, Tensor | None, Tensor | None]] = {}
         self.spans: list[Span] = []
@@ -98,8 +101,6 @@ class Run:
         """
         stages, alive = self._seat.stages, self._seat.alive
         for step in self._plan.steps[self._seat.stage]:
-            if isinstance(step, Recv):  # the first message is long in coming
-                self._beside("pack", self._packed.prepare, step.message.micro_batch)
             began = time.perf_counter()
             if isinstance(step, Send):
                 kind, chunk = "send", step.message.source // stages
@@ -115,29 +116,9 @@ class Run:
                 kind, chunk, number = step.kind.value, step.chunk, step.micro_batch
                 self._compute(step)
             self.spans.append(Span(kind, chunk, number, began, time.perf_counter()))
-            if self._nobody_waits(step):
-                self._beside("W", self._sums.settle, number)
             alive()
         self._channel.finish()
         return self.spans
-
-    def _nobody_waits(self, step: Send | Recv | Action) -> bool:
-        """
-        Whether a backward is over, and what it gives the stage before is on its way.
-
-        So it is once for each backward, before the next one: nothing is due at a step's end.
-        """
-        if isinstance(step, Send):
-            return step.message.content is Content.GRADIENT
-        if isinstance(step, Recv) or step.kind is not Kind.BACKWARD:
-            return False
-        return self._schedule.place(self._seat.stage, step) == 0
-
-    def _beside(self, kind: str, work: Callable[[], bool], number: int) -> None:
-        """Compute what is in no schedule."""
-        began = time.perf_counter()
-        if work():
-            self.spans.append(Span(kind, 0, number, began, time.perf_counter()))
 
     def _kind(self, message: Message) -> tuple[int, int]:
         """Give what buffers of a message are like: a gradient has the shape of its activation."""
@@ -164,14 +145,15 @@ class Run:
         seat, source = self._seat, self._source
         buffer: Tensor | None = None
         if place == 0:
-            inputs = source.inputs(number)
+            inputs = given = source.inputs(number)
         else:
             arrived, pooled = self._have.pop(_activation(number, place))
             buffer = arrived if pooled else None
             inputs = arrived.detach()
             inputs.requires_grad_(self._tail is not None)
+            given = entered(inputs)
         with seat.context():
-            outputs = seat.chunks[place].run(inputs, source.seed(number), self._way(number))
+            outputs = seat.chunks[place].run(given, source.seed(number))
         if buffer is not None and _one_memory(buffer, outputs):
             buffer = None  # a chunk that hands its input on: others still read it
         if seat.is_last(place):
@@ -179,15 +161,10 @@ class Run:
         else:
             self._have[_activation(number, place + 1)] = outputs.detach(), False
         if self._tail is not None:
+            self._look(outputs)
             self._live[number, place] = _Live(inputs, outputs, buffer)
         elif buffer is not None:
             self._channel.give_back((place, source.sizes[number]), buffer)
-
-    def _way(self, number: int) -> Way:
-        """The last micro-batch's gradients are final, and hooks are to say so."""
-        if self._tail is None or self._splits or number > self._last:
-            return nullcontext
-        return partial(InPlace, self._sums, flush=number == self._last)
 
     def _backward(self, number: int, place: int) -> None:
         """Where backward is split, the gradient of the input alone."""
@@ -196,11 +173,9 @@ class Run:
         buffer = gradient if pooled else None
         if self._splits:
             if place > 0 and live.outputs.requires_grad:
-                torch.autograd.backward(
-                    live.outputs, gradient, inputs=[live.inputs], retain_graph=True
-                )
+                self._differentiate(live.outputs, gradient, [live.inputs], retain_graph=True)
         elif live.outputs.requires_grad:
-            torch.autograd.backward(live.outputs, gradient)
+            self._differentiate(live.outputs, gradient)
         if place > 0:
             made = live.inputs.grad
             live.inputs.grad = None
@@ -217,8 +192,19 @@ class Run:
         live, gradient, buffer = self._late.pop((number, place))
         own = [p for p in self._seat.chunks[place].parameters() if p.requires_grad]
         if own and live.outputs.requires_grad:
-            torch.autograd.backward(live.outputs, gradient, inputs=own)
+            self._differentiate(live.outputs, gradient, own)
         self._give_back(number, place, live, buffer)
+
+    @staticmethod
+    def _differentiate(
+        outputs: Tensor,
+        gradient: Tensor | None,
+        inputs: Sequence[Tensor] | None = None,
+        *,
+        retain_graph: bool = False,
+    ) -> None:
+        """Go backward once; all of a step's backwards are here."""
+        torch.autograd.backward(outputs, gradient, retain_graph, inputs=inputs)
 
     def _gradient_for(self, number: int, place: int) -> tuple[Tensor | None, bool]:
         if self._seat.is_last(place):
@@ -231,6 +217,29 @@ class Run:
             self._channel.give_back((place, size), live.buffer)
         if gradient is not None:
             self._channel.give_back((place + 1, size), gradient)
+
+
+def entered(inputs: Tensor) -> Tensor:
+    """
+    Give what a chunk is to be called with: the same memory, but no leaf of autograd.
+
+    So a chunk may begin with a layer that works in place, and its input's gradient is still the one
+    before that layer. Nothing is copied.
+    """
+    if not inputs.requires_grad:
+        return inputs
+    outputs: Tensor = _Entered.apply(inputs)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+class _Entered(Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        return inputs.data  # no view: autograd refuses to write into one of a leaf
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 def _one_memory(one: Tensor, other: Tensor) -> bool:

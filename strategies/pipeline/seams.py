@@ -1,11 +1,10 @@
 """What the executor of a pipeline asks of those around it, and what it tells them."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
-
-from torch import Tensor
+from typing import Any, NamedTuple, Protocol
 
 from distplat.strategies.base import Collective, Context
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.parts import Part
 
 Versions = Callable[[int], list[int]]
@@ -16,7 +15,7 @@ class Span(NamedTuple):
     """What was done, and when; seconds of the process's clock."""
 
     kind: str
-    """`F`, `B`, `W`, `send`, `recv`; `pack`: weights are packed for the step."""
+    """`F`, `B`, `W`, `send`, `recv`."""
     chunk: int
     micro_batch: int
     start: float
@@ -29,13 +28,13 @@ class Source(Protocol):
     sizes: Sequence[int]
     """Samples of each micro-batch."""
 
-    def inputs(self, micro_batch: int) -> Tensor:
+    def inputs(self, micro_batch: int) -> Any:
         """Give what enters the first place; asked on its rank."""
 
-    def peek(self, micro_batch: int) -> Tensor:
+    def peek(self, micro_batch: int) -> Any:
         """Give the same, which will be asked for once more."""
 
-    def loss(self, micro_batch: int, outputs: Tensor) -> Tensor:
+    def loss(self, micro_batch: int, outputs: Any) -> Any:
         """Give what is to be differentiated; asked on the last place's rank."""
 
     def seed(self, micro_batch: int) -> int:
@@ -44,10 +43,6 @@ class Source(Protocol):
 
 class Tail(Protocol):
     """Told when gradients become final."""
-
-    @property
-    def listens(self) -> bool:
-        """Whether parameters' hooks are to fire in the last backward."""
 
     def last_backward(self) -> None:
         """What the backward that begins now makes is final."""
@@ -79,9 +74,31 @@ class Exchange(Tail, Protocol):
             StateLost: nobody that is left has what this part needs.
         """
 
-    def sum_gradients(self, step: int) -> None:
+    def begin(self, step: int, local: StepControl) -> StepControl:
+        """
+        Look at this rank's gradients of a step, and sum what needs no word of other parts.
+
+        Args:
+            step: the present one.
+            local: this rank's control record.
+
+        Returns:
+            The record, with what was found in the gradients.
+
+        Raises:
+            CollectiveError: a rank is missing.
+        """
+
+    def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """
         Return when the twins' gradients of a step are summed.
+
+        Args:
+            step: the present one.
+            total: the control record of all ranks; `present` is this rank's own.
+
+        Returns:
+            The same, with `present` of all twins.
 
         Raises:
             CollectiveError: a twin is missing.
@@ -93,8 +110,8 @@ class Exchange(Tail, Protocol):
     def ready(self, norm: float | None) -> None:
         """Be told the norm of the whole model's gradient, where the job clips; `update` is next."""
 
-    def update(self, step: int) -> None:
-        """Make the update of a step."""
+    def update(self, step: int, total: StepControl) -> None:
+        """Make the update of a step, unless the record says that it is left out."""
 
     def part(self, version: int) -> Part:
         """Give the part for a checkpoint."""

@@ -15,6 +15,8 @@ made a step, all twins had the statistics that go with it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,10 @@ from distplat.platform.errors import StateLost
 from distplat.platform.load import load_figures
 from distplat.strategies.base import Collective, Context, Pushed, Shards
 from distplat.strategies.pipeline.seams import Versions
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.handover import broadcast_bits
+from distplat.strategies.training.model_state import ModelState
 from distplat.strategies.training.parts import Holding, Part, server_part
-from distplat.strategies.training.running_stats import RunningStatistics
 
 
 class Served:
@@ -40,19 +42,27 @@ class Served:
     def __init__(self, flat: FlatModel, holding: Holding) -> None:
         self._flat, self._holding = flat, holding
         self._shards: Shards | None = None
-        self._statistics: RunningStatistics | None = None
+        self._state: ModelState | None = None
+        self._new = True  #: this rank's buffers are of no version
+        self._look, self._twins = True, 1
         self._pushed = Pushed()
         self._norm: float | None = None
         self._at = 0  #: steps that this rank's buffers have behind them
-        self._ahead: list[Tensor] | None = None  #: what they were after one more, if that was made
+        self._ahead: list[Tensor | None] | None = (
+            None  #: what they were after one more, if that was made
+        )
         self._pushing = False  #: the step after them was pushed, or is about to be
         self.made = False
 
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
         """See `Exchange`; parameters are the servers', buffers the twins'."""
         flat = self._flat
+        self._look = context.job.failure.non_finite != "ignore"
+        self._twins = 1 if group is None else group.world
         shards = self._shards = context.shards
         shards.connect(flat, context.saved, self._holding)
+        self._state = context.state
+        self._state.connect(group, served="use `data_strategy: ring`")
         found = versions(flat.version)
         mine, version = flat.version, min(found)
         if max(found) > version + 1:
@@ -65,6 +75,8 @@ class Served:
         self._settle_buffers(version, ahead=mine > version)
         if group is not None:
             self._share_buffers(group, context)
+        self._state.keep(version)
+        self._new = False
         return version
 
     def _settle_buffers(self, version: int, *, ahead: bool) -> None:
@@ -78,48 +90,41 @@ class Served:
             version: of the parameters.
             ahead: whether this part's servers have made one more step.
         """
-        own = self._statistics
+        own = None if self._new else self._state
         if own is not None and version > self._at:
             self._go_ahead(own, version)
         elif own is not None:
             if version < self._at:
                 own.restore()
             if version < self._at or (ahead and self._pushing):
-                self._ahead = [buffer.clone() for buffer in self._flat.model.buffers()]
+                self._ahead = own.snapshot()
             if version < self._at:
                 own.step_back()
             own.restore()  # this rank's forward of the step is made once more
         self._at, self._pushing = version, False
 
-    def _go_ahead(self, own: RunningStatistics, version: int) -> None:
+    def _go_ahead(self, own: ModelState, version: int) -> None:
         """The step in flight was made: take what this rank's buffers were after it."""
         if not self.made:
             if self._ahead is None or version > self._at + 1:
-                self._statistics = None  # it is as if this rank were new
+                self._new = True
                 return
-            for buffer, known in zip(self._flat.model.buffers(), self._ahead, strict=True):
-                buffer.copy_(known)
-        own.keep()
+            own.load(self._ahead)
+        own.keep(version)
 
     def _share_buffers(self, group: Collective, context: Context) -> None:
         """Give new twins their buffers. Who has none counts as new until all of them are here."""
-        flat, own = self._flat, self._statistics
+        flat = self._flat
+        assert self._state is not None, "meet() has it"
         device = flat.params.device
         have = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
-        group.all_gather(have, torch.tensor([int(own is not None)], device=device))
+        group.all_gather(have, torch.tensor([int(not self._new)], device=device))
         holders = [rank for rank, one in enumerate(have) if int(one)]
         first = context.saved.step if context.saved is not None else 0
-        if holders and len(holders) < group.world:
-            for buffer in flat.model.buffers():
-                broadcast_bits(buffer, holders[0], group)
-        elif not holders and flat.version != first and any(True for _ in flat.model.buffers()):
+        if not holders and flat.version != first and self._state.needs_group:
             raise StateLost("buffers of a part of the model")
-        self._statistics = RunningStatistics(flat.model, group)
-
-    @property
-    def listens(self) -> bool:
-        """Nothing waits for hooks."""
-        return False
+        if len(holders) < group.world:
+            self._state.take_from(holders[0] if holders else 0)
 
     def last_backward(self) -> None:
         """Nothing leaves before all gradients are there."""
@@ -127,12 +132,19 @@ class Served:
     def pause(self) -> None:
         """See `last_backward`."""
 
-    def sum_gradients(self, step: int) -> None:
+    def begin(self, step: int, local: StepControl) -> StepControl:
+        """See `Exchange`; servers decide by all parts' records, so nothing is pushed yet."""
+        return local.looked_at(self._flat) if self._look else local
+
+    def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """See `Exchange`; the servers have the sum, and without clipping they have used it."""
-        if self._statistics is not None:
-            self._statistics.average()
+        if self._state is not None:
+            self._state.synchronize(step)
         self._pushing = True
-        self._pushed = self._servers.push(step)
+        share = 1.0 / self._twins  # the servers of this part add the twins' records up
+        mine = replace(total, samples=total.samples * share, weight=total.weight * share)
+        self._pushed = self._servers.push(step, mine)
+        return total
 
     def squares(self) -> float:
         """See `Exchange`; 0 where a single server clips by itself, and asks for nothing."""
@@ -142,13 +154,15 @@ class Served:
         """See `Exchange`."""
         self._norm = norm
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """See `Exchange`."""
         if self._pushed.norm is not None:
             assert self._norm is not None, "ready() comes first"
             self._servers.commit(step, self._norm)
-        if self._statistics is not None:
-            self._statistics.keep()
+        if self._state is not None and total.skip:
+            self._state.leave_out(step + 1)
+        elif self._state is not None:
+            self._state.keep(step + 1)
         self._at, self._pushing, self._ahead = step + 1, False, None
 
     def part(self, version: int) -> Part:

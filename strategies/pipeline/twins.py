@@ -7,16 +7,19 @@ has made it; running statistics are averaged; a new rank gets its state from a t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from distplat.platform.errors import StateLost
-from distplat.strategies.algorithms.reduce import squared_norm_but
 from distplat.strategies.base import Collective, Context
 from distplat.strategies.pipeline.seams import Versions
 from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.handover import take_over_newest
+from distplat.strategies.training.model_state import ModelState
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.parts import Holding, Part, model_part, optimizer_part
-from distplat.strategies.training.running_stats import RunningStatistics
+from distplat.strategies.training.segments import squared_norm_of
 
 
 class PartOptimizer(LocalOptimizer):
@@ -46,16 +49,22 @@ class Twins:
         self._flat, self._holding = flat, holding
         self._bucket_bytes, self._overlap = bucket_bytes, overlap
         self._reducer: BucketReducer | None = None
-        self._statistics: RunningStatistics | None = None
+        self._state: ModelState | None = None
         self._optimizer: PartOptimizer | None = None
         self._summed = False  #: the summed gradients of the step in flight are there
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
+        self._total = StepControl()  #: of the step in flight
+        self._look = True
         self.made = False
 
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
         """See `Exchange`; what the furthest twin has, all of them take over."""
         self._catch_up(versions)
+        self._state = context.state
+        self._state.settle(self._flat.version)
+        self._state.connect(group)
         version = self._take_over(group, context)
+        self._state.keep(version)
         if len({*versions(version)}) > 1:
             raise StateLost("a part of the model")
         return version
@@ -66,7 +75,7 @@ class Twins:
         newest = max(versions(flat.version))
         self.made = self._summed and flat.version == newest - 1
         if self.made:
-            self.update(flat.version)
+            self.update(flat.version, self._total)
             flat.version = newest
         self._summed = False
 
@@ -74,6 +83,7 @@ class Twins:
         flat = self._flat
         old = self._optimizer
         before = old.state() if old is not None and flat.version > 0 else {}
+        self._look = context.job.failure.non_finite != "ignore"
         if self._reducer is not None:
             self._reducer.close()
         if group is not None:
@@ -87,18 +97,9 @@ class Twins:
         self._optimizer.load(before or saved)
         if group is None:
             return flat.version
-        self._reducer = BucketReducer(flat, group, self._bucket_bytes, overlap=self._overlap)
-        if self._statistics is not None:
-            self._statistics.restore()
-        self._statistics = RunningStatistics(flat.model, group)
-        version = take_over_newest(flat, self._optimizer, group, context.base)
-        self._statistics.keep()
-        return version
-
-    @property
-    def listens(self) -> bool:
-        """Whether buckets wait for hooks."""
-        return self._reducer is not None
+        bucket_bytes, look = self._bucket_bytes, self._look
+        self._reducer = BucketReducer(flat, group, bucket_bytes, overlap=self._overlap, look=look)
+        return take_over_newest(flat, self._optimizer, group, context.base)
 
     def last_backward(self) -> None:
         """Let each bucket go as soon as its last gradient is there."""
@@ -110,29 +111,46 @@ class Twins:
         if self._reducer is not None:
             self._reducer.pause()
 
-    def sum_gradients(self, step: int) -> None:
+    def begin(self, step: int, local: StepControl) -> StepControl:
         """See `Exchange`; the sum is in `flat.grads`."""
-        if self._reducer is not None:
-            self._reducer.finish()
-        if self._statistics is not None:
-            self._statistics.average()
+        if self._reducer is None:
+            mine = local.looked_at(self._flat) if self._look else local
+            self._total = mine
+            return mine
+        if self._state is not None:
+            local = replace(local, state_changed=self._state.news(step))
+        self._total = self._reducer.finish(local)
+        mine = self._reducer.local
+        overflow = self._total.non_finite and self._total.rank < 0 and self._total.slot >= 0
+        return mine.broken(self._total.slot) if overflow else mine
+
+    def sum_gradients(self, step: int, total: StepControl) -> StepControl:
+        """See `Exchange`; `begin` has summed them."""
+        if self._state is not None:
+            self._state.synchronize(step, self._total.state_changed)
+        self._total = replace(total, present=self._total.present)
+        return self._total
 
     def squares(self) -> float:
         """See `Exchange`."""
-        return squared_norm_but(self._flat.grads, self._holding.uncounted(self._flat))
+        flat, uncounted = self._flat, self._holding.uncounted(self._flat)
+        return squared_norm_of(flat.grads, flat.layout.segments, uncounted)
 
     def ready(self, norm: float | None) -> None:
         """See `Exchange`."""
         self._norm, self._summed = norm, True
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, total: StepControl) -> None:
         """See `Exchange`; from `flat.grads`, and waits for nobody."""
         assert self._optimizer is not None, "meet() comes first"
         if self._norm is not None:
             self._optimizer.norm = self._norm
-        self._optimizer.step(step)
-        if self._statistics is not None:
-            self._statistics.keep()
+        if not total.skip:
+            self._optimizer.step(step, total.present, total.scale)
+        if self._state is not None and total.skip:
+            self._state.leave_out(step + 1)
+        elif self._state is not None:
+            self._state.keep(step + 1)
         self._summed = False
 
     def part(self, version: int) -> Part:

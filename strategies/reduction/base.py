@@ -1,6 +1,21 @@
 """What `ring` asks of a way to sum gradients; one file per way beside this one."""
 
-from typing import Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from distplat.platform.errors import Problem, SpecError
+
+if TYPE_CHECKING:
+    from distplat.strategies.training.control import StepControl
+from distplat.strategies.training.flat import FlatModel
+
+
+def several_types(flat: FlatModel) -> SpecError:
+    """Say that compression is for gradients of one type."""
+    types = sorted({segment.dtype for segment in flat.layout.segments})
+    text = f"is for models of one type; the trainable parameters are {' and '.join(types)}"
+    return SpecError(Problem(("strategy", "compression"), text, "remove it"))
 
 
 class Reducer(Protocol):
@@ -14,9 +29,15 @@ class Reducer(Protocol):
     def last_backward(self) -> None:
         """Be told that the step's last backward begins; skipped on a rank without samples."""
 
-    def finish(self) -> None:
+    def finish(self, local: StepControl) -> StepControl:
         """
         Return with the sum over all ranks in `flat.grads`; the local gradients are all there.
+
+        Args:
+            local: this rank's control record, without a look at the gradients.
+
+        Returns:
+            The sum of all ranks' records. Where it is not finite the gradients may be anything.
 
         Raises:
             CollectiveError: a rank is missing.

@@ -15,14 +15,21 @@ samples; only the moments differ between ranks. The order changes once, by a bro
 steps, at the same place of every rank's sequence.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
-from distplat.strategies.algorithms.buckets import FIRST_BYTES, Release, cut_buckets
+from distplat.strategies.algorithms.buckets import FIRST_BYTES, Bucket, Release, cut_buckets
 from distplat.strategies.base import Collective, Handle
+from distplat.strategies.reduction.base import several_types
+from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter, OverlapMeter
 from distplat.strategies.reduction.wire import Wire
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.listening import came_again, listen
+from distplat.strategies.training.segments import first_non_finite, typed
 
 
 class BucketReducer:
@@ -39,9 +46,10 @@ class BucketReducer:
         bucket_bytes: about so much is sent at once; the first bucket is smaller.
         overlap: send while backward goes on.
         wire_dtype: `float16`, `bfloat16`, or None: gradients travel as they are.
+        look: look for NaN and infinity in each bucket before it leaves.
 
     Raises:
-        SpecError: gradients that are as small as `wire_dtype` already.
+        SpecError: gradients that are as small as `wire_dtype` already, or of several types.
     """
 
     def __init__(
@@ -52,17 +60,25 @@ class BucketReducer:
         *,
         overlap: bool = True,
         wire_dtype: str | None = None,
+        look: bool = True,
     ) -> None:
-        self._grads, self._collective = flat.grads, collective
+        self._flat, self._grads, self._collective = flat, flat.grads, collective
         self._alone = collective.world == 1
-        item = flat.grads.itemsize
-        offsets = [slot.offset for slot in flat.slots]
-        self._cuts = cut_buckets(offsets, flat.size, bucket_bytes // item, FIRST_BYTES // item)
+        if wire_dtype is not None and flat.mixed:
+            raise several_types(flat)
+        self._look = look
+        self._broken: int | None = None  #: first parameter so far that is not finite here
+        self.local = StepControl()
+        """This rank's record of the last step, with what was found in its gradients."""
+        self._control = ControlSum(collective, len(flat.flags), flat.grads.device)
+        self._cuts = [*cut_segments(flat, bucket_bytes)]
+        self._types = [flat.layout.runs(cut.start, cut.stop)[0].dtype for cut in self._cuts]
+        self._layouts = [flat.layout.cut(cut.start, cut.stop) for cut in self._cuts]
         self._release = Release([cut.parameters for cut in self._cuts])
         self._handles: dict[int, Handle] = {}
         self._wire: Wire | None = None
         if wire_dtype is not None and not self._alone:
-            self._wire = Wire(flat.grads, wire_dtype, collective)
+            self._wire = Wire(flat.grads[: flat.layout.tail], wire_dtype, collective)
         self._meter, self._overlap = Meter(collective), OverlapMeter(collective)
         self._begun = self._listening = False
         self._agreed = not overlap
@@ -80,10 +96,11 @@ class BucketReducer:
         """Be told that the backward is over, and that another one which is not the last follows."""
         self._listening = False
 
-    def finish(self) -> None:
-        """See `Reducer`."""
+    def finish(self, local: StepControl) -> StepControl:
+        """See `Reducer`; the control record leaves behind the last bucket."""
         if self._alone:
-            return
+            self.local = local.looked_at(self._flat) if self._look else local
+            return self.local
         if not self._begun:
             self._begin()
         self._begun = self._listening = False
@@ -91,13 +108,21 @@ class BucketReducer:
         self._overlap.finish()
         for number in self._release.rest():
             self._start(number)
+        broken, self._broken = self._broken, None
+        self.local = local if broken is None else local.broken(broken)
+        self._control.start(self.local)
         for number in self._release.order:
             self._handles.pop(number).wait()
             if self._wire is not None:
                 self._wire.unpack(self._cuts[number].start, self._cuts[number].stop)
         self._overlap.end(self._wire.seconds - cast_before if self._wire else 0.0)
+        total = self._control.wait()
         if not self._agreed:
             self._agree()
+        overflows = self._grads.dtype is torch.float16
+        if self._wire is not None:
+            overflows = self._wire.overflows
+        return total.overflowed(self._flat) if self._look and overflows else total
 
     def figures(self) -> dict[str, float]:
         """See `Reducer`."""
@@ -134,13 +159,20 @@ class BucketReducer:
             return
         if self._release.has_left(parameter):
             raise came_again(name)
+        self._flat.ready(parameter)
         for number in self._release.gradient(parameter):
             self._start(number)
 
     def _start(self, number: int) -> None:
         cut = self._cuts[number]
+        if self._look:  # here, for a moment later the bucket holds other ranks' gradients too
+            layout = self._layouts[number]
+            run = self._grads[cut.start : cut.stop]
+            slot = first_non_finite(run, layout.segments, layout.pieces)
+            if slot is not None:
+                self._broken = slot if self._broken is None else min(slot, self._broken)
         if self._wire is None:
-            travels = self._grads[cut.start : cut.stop]
+            travels = typed(self._grads, cut.start, cut.stop, self._types[number])
         else:
             travels = self._wire.pack(cut.start, cut.stop)
         self._overlap.start()
@@ -156,3 +188,27 @@ class BucketReducer:
         if order[0] >= 0:
             self._release.agree(order, held)
             self._agreed = True
+
+
+def cut_segments(flat: FlatModel, bucket_bytes: int) -> Iterator[Bucket]:
+    """Cut each segment into buckets, the last one first: what backward makes first is there."""
+    item = flat.grads.itemsize
+    limit = first = bucket_bytes // item
+    first = min(first, FIRST_BYTES // item)
+    for segment in reversed([one for one in flat.layout.segments if one.start < flat.layout.tail]):
+        inside = [
+            (place, slot.offset - segment.start)
+            for place, slot in enumerate(flat.slots)
+            if segment.start <= slot.offset < segment.stop
+        ]
+        begin = inside[0][0]
+        size = segment.stop - segment.start
+        for cut in cut_buckets([offset for _, offset in inside], size, limit, first):
+            members = range(cut.parameters.start + begin, cut.parameters.stop + begin)
+            yield replace(
+                cut,
+                start=cut.start + segment.start,
+                stop=cut.stop + segment.start,
+                parameters=members,
+            )
+        first = limit

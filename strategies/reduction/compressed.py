@@ -26,8 +26,10 @@ from torch import Tensor
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective
-from distplat.strategies.reduction.base import Reducer
+from distplat.strategies.reduction.base import Reducer, several_types
+from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter, time_all_reduce
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 
 
@@ -40,18 +42,26 @@ class CompressedReducer(Reducer):
     Args:
         flat: its gradients are set to zero: an all-reduce of them is timed here, as a baseline.
         collective: the group; every rank makes its reducer at the same time.
+        look: look for NaN and infinity in the gradients before they are exchanged.
+
+    Raises:
+        SpecError: the parameters are of several types.
     """
 
-    def __init__(self, flat: FlatModel, collective: Collective) -> None:
-        self._flat, self._collective = flat, collective
-        self.residual = torch.zeros_like(flat.grads)
+    def __init__(self, flat: FlatModel, collective: Collective, *, look: bool = True) -> None:
+        if flat.mixed:
+            raise several_types(flat)
+        self._flat, self._collective, self._look = flat, collective, look
+        self._control = ControlSum(collective, len(flat.flags), flat.grads.device)
+        self._grads = flat.grads[: flat.layout.tail]
+        self.residual = torch.zeros_like(self._grads)
         """What this rank has not sent yet: shape [n]."""
-        self._meant = torch.zeros_like(flat.grads)
+        self._meant = torch.zeros_like(self._grads)
         self._alone = collective.world == 1
-        sent, _ = traffic_elements(flat.size, collective.rank, collective.world)
+        sent, _ = traffic_elements(self._grads.numel(), collective.rank, collective.world)
         self._plain_bytes = sent * flat.grads.itemsize
         self._travel_s = 0.0
-        self._baseline_s = 0.0 if self._alone else time_all_reduce(flat.grads, collective)
+        self._baseline_s = 0.0 if self._alone else time_all_reduce(self._grads, collective)
         self._step, self._sending = Meter(collective), Meter(collective)
         self._figures: dict[str, float] = {}
 
@@ -70,10 +80,20 @@ class CompressedReducer(Reducer):
     def last_backward(self) -> None:
         """See `Reducer`. What is to be sent is known only when all gradients are there."""
 
-    def finish(self) -> None:
-        """See `Reducer`."""
+    def finish(self, local: StepControl) -> StepControl:
+        """
+        See `Reducer`.
+
+        The control record goes first: of a step that is not finite nothing is sent, so residuals
+        stay as they are.
+        """
+        local = local.looked_at(self._flat) if self._look else local
         if self._alone:
-            return
+            return local
+        self._control.start(local)
+        total = self._control.wait()
+        if self._look and not total.finite:
+            return total
         if not self._figures:
             self._step.lap()  # what setting up has cost is no step's
         self._sending.lap()
@@ -89,6 +109,7 @@ class CompressedReducer(Reducer):
             "saved_s": self._baseline_s - (seconds - lap["waiting_s"]),
             "error_norm": error_norm,
         }
+        return total
 
     def figures(self) -> dict[str, float]:
         """See `Reducer`."""
@@ -107,7 +128,7 @@ class CompressedReducer(Reducer):
 
     def _exchange(self) -> float:
         """Exchange with error feedback; give |not sent| / |meant|, 2-norms."""
-        torch.add(self.residual, self._flat.grads, out=self._meant)
+        torch.add(self.residual, self._grads, out=self._meant)
         sent = self._send(self._meant)
         self.residual, self._meant = self._meant, self.residual
         left = squared_norm(self.residual)

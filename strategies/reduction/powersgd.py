@@ -25,7 +25,8 @@ from distplat.strategies.algorithms import lowrank
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.base import Collective
 from distplat.strategies.reduction.compressed import CompressedReducer
-from distplat.strategies.training.flat import FlatModel, Slot
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.laying_out import Slot
 
 _SEED = 20190531
 """Of the first directions: the same on every rank, whatever the job's seed is."""
@@ -57,9 +58,11 @@ class PowerSGDReducer(CompressedReducer):
         rank: of the factors. A matrix for which they would not be smaller is sent as it is.
     """
 
-    def __init__(self, flat: FlatModel, collective: Collective, rank: int) -> None:
-        super().__init__(flat, collective)
-        shapes = [(slot, lowrank.matrix_shape(slot.shape, rank)) for slot in flat.slots]
+    def __init__(
+        self, flat: FlatModel, collective: Collective, rank: int, *, look: bool = True
+    ) -> None:
+        super().__init__(flat, collective, look=look)
+        shapes = [(slot, lowrank.matrix_shape(slot.shape, rank)) for slot in flat.trained_slots]
         large = [(slot, shape) for slot, shape in shapes if shape is not None]
         self._others = [slot for slot, shape in shapes if shape is None]
         lefts = [rank * rows for _, (rows, _) in large]
@@ -102,7 +105,7 @@ class PowerSGDReducer(CompressedReducer):
 
     def _write_sum(self) -> None:
         """Fill `flat.grads` with what has come of all ranks."""
-        grads = self._flat.grads
+        grads = self._grads
         for m in self._matrices:
             lowrank.write_product(m.left, m.right, out=m.view(grads))
         for slot, rest in zip(self._others, self._rests, strict=True):
@@ -110,7 +113,7 @@ class PowerSGDReducer(CompressedReducer):
 
 
 def _part(vector: Tensor, slot: Slot) -> Tensor:
-    return vector[slot.offset : slot.offset + slot.size]
+    return vector[slot.offset : slot.stop]
 
 
 def _cut(vector: Tensor, sizes: list[int]) -> list[Tensor]:

@@ -16,17 +16,27 @@ the update it would get in the whole vector.
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
-from distplat.strategies.algorithms.reduce import clip_factor, squared_norm
+from distplat.platform.vector_layout import Segment
+from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.base import Collective
+from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.optim import LocalOptimizer, make_optimizer, step_optimizer
+from distplat.strategies.training.optim import FlatOptimizer, LocalOptimizer, Presence, rate_of
+from distplat.strategies.training.segments import (
+    scale_in_place,
+    squared_norm_of,
+    typed,
+    typed_views,
+)
 
 _ALIGN = 16
 """Elements: parts begin on a cache line, and where a vectorised loop over the whole would too."""
@@ -44,15 +54,23 @@ class ShardedUpdate(LocalOptimizer):
     """
 
     def __init__(self, flat: FlatModel, group: Collective, job: Job, total_steps: int) -> None:
+        assert flat.layout.tail == flat.size, "parts are for all of a run: nothing may thaw"
         self._flat, self._job, self._total = flat, job, total_steps
         self._group, self._rank = group, group.rank
         bounds = even_bounds(flat.size, group.world, align=_ALIGN)
-        self._gradients = [flat.grads[start:stop] for start, stop in bounds]
+        self._gradients = [
+            [typed(flat.grads, a, b, one.dtype) for a, b in _cut_of(one, bounds)]
+            for one in flat.layout.segments
+        ]
+        """By segment and rank."""
         self._parameters = [flat.params[start:stop] for start, stop in bounds]
         self.bounds = bounds[group.rank]
-        self._gradient = self._gradients[group.rank]
+        self._gradient = flat.grads[slice(*self.bounds)]
         self._part = self._parameters[group.rank]
-        self._optimizer = make_optimizer(job.optimizer, self._part, self._gradient)
+        self._layout = flat.layout.cut(*self.bounds)
+        self._optimizer = FlatOptimizer(job.optimizer, self._part, self._gradient, self._layout)
+        self._look = job.failure.non_finite != "ignore"
+        self._control = ControlSum(group, len(flat.flags), flat.grads.device)
         self._meter = Meter(group)
         self._new = True
         self._exchange_s = 0.0
@@ -60,9 +78,9 @@ class ShardedUpdate(LocalOptimizer):
     def last_backward(self) -> None:
         """See `Reducer`; nothing goes before all gradients are there."""
 
-    def finish(self) -> None:
+    def finish(self, local: StepControl) -> StepControl:
         """
-        Sum the gradients of this rank's part over all ranks, in place.
+        Sum the gradients of this rank's part over all ranks, in place; see `Reducer`.
 
         Unlike with other reducers the rest of `flat.grads` stays this rank's own.
 
@@ -73,21 +91,30 @@ class ShardedUpdate(LocalOptimizer):
             self._new = False
             self._meter.lap()  # what setting up has cost is no step's
         began = time.perf_counter()
+        self._control.start(local.looked_at(self._flat) if self._look else local)
         if self._group.world > 1:
-            self._group.reduce_scatter(self._gradient, self._gradients)
+            for parts in self._gradients:
+                self._group.reduce_scatter(parts[self._rank], parts)
+        total = self._control.wait()
         self._exchange_s = time.perf_counter() - began
+        return total
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, present: Presence = None, scale: float = 1.0) -> None:
         """
         Clip, update this rank's part, and take the other parts over from the other ranks.
+
+        Args:
+            step: see `LocalOptimizer.step`.
+            present: see `LocalOptimizer.step`.
+            scale: see `LocalOptimizer.step`.
 
         Raises:
             CollectiveError: a rank is missing.
         """
         if self._job.clip_norm is not None:
-            self._gradient.mul_(clip_factor(self._norm(), self._job.clip_norm))
-        if self._part.numel():
-            step_optimizer(self._optimizer, self._job, step, self._total)
+            scale *= clip_factor(self._norm() * scale, self._job.clip_norm)
+        scale_in_place(typed_views(self._gradient, self._layout.segments), scale)
+        self._optimizer.step(rate_of(self._job, step, self._total), present)
         began = time.perf_counter()
         if self._group.world > 1:
             self._group.all_gather(self._parameters, self._part)
@@ -107,13 +134,21 @@ class ShardedUpdate(LocalOptimizer):
     @property
     def state_bytes(self) -> int:
         """Memory that this rank's part of the state takes."""
-        return sum(value.nbytes for value in self.memory().values())
+        return self._optimizer.state_bytes
 
     def _norm(self) -> float:
         """Give the 2-norm of the summed gradient over all parts, the same bits on every rank."""
         square = torch.tensor(
-            [squared_norm(self._gradient)], dtype=torch.float64, device=self._gradient.device
+            [squared_norm_of(self._gradient, self._layout.segments)],
+            dtype=torch.float64,
+            device=self._gradient.device,
         )
         if self._group.world > 1:
             self._group.all_reduce(square)
         return math.sqrt(float(square))
+
+
+def _cut_of(segment: Segment, bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Give what of a segment each rank has; of some it may be nothing."""
+    cut = [(max(segment.start, a), min(segment.stop, b)) for a, b in bounds]
+    return [(a, max(a, b)) for a, b in cut]

@@ -33,16 +33,19 @@ class TopKReducer(CompressedReducer):
         flat: see `CompressedReducer`.
         collective: the group.
         density: part of the entries that is sent, above 0 and up to 1; at least one entry is.
+        look: see `CompressedReducer`.
 
     Raises:
         ValueError: the model has more parameters than an int32 can number.
     """
 
-    def __init__(self, flat: FlatModel, collective: Collective, density: float) -> None:
-        if flat.size > _MOST_ELEMENTS:
+    def __init__(
+        self, flat: FlatModel, collective: Collective, density: float, *, look: bool = True
+    ) -> None:
+        if flat.layout.tail > _MOST_ELEMENTS:
             raise ValueError(f"topk sends places as int32: at most {_MOST_ELEMENTS} parameters")
-        super().__init__(flat, collective)
-        self._count = entries_sent(density, flat.size)
+        super().__init__(flat, collective, look=look)
+        self._count = entries_sent(density, flat.layout.tail)
         # One message per rank, [values | places], in words of 4 bytes whatever the values' dtype.
         words = _words(self._count, flat.grads.dtype) + self._count
         self._wires = [
@@ -58,14 +61,14 @@ class TopKReducer(CompressedReducer):
         self._places(mine).copy_(chosen)
         sent = squared_norm(self._values(mine))
         self._all_gather(self._wires, mine)
-        grads = self._flat.grads.zero_()
+        grads = self._grads.zero_()
         places = [self._places(wire) for wire in self._wires]
         add_sparse(grads, places, [self._values(wire) for wire in self._wires])
         meant.index_fill_(0, chosen, 0.0)
         return sent
 
     def _values(self, wire: Tensor) -> Tensor:
-        dtype = self._flat.grads.dtype
+        dtype = self._grads.dtype
         return wire[: _words(self._count, dtype)].view(dtype)[: self._count]
 
     def _places(self, wire: Tensor) -> Tensor:

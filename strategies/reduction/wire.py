@@ -45,6 +45,7 @@ class Wire:
         self._baseline_s = time_all_reduce(gradients, collective)
         self._steps = -1
         self.seconds = 0.0  #: spent in casting, in this step
+        self.overflows = kind is torch.float16  #: whether a finite gradient may become infinite
 
     def begin(self) -> None:
         """Another step comes."""

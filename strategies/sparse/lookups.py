@@ -4,12 +4,16 @@ One worker's look-ups: rows that its model asks for, and gradients that it owes 
 Every forward pulls the rows of its ids into a small tensor; backward leaves their gradients there.
 When the step's last backward is over, what belongs to one row is added up, in the order of the
 forwards, and pushed.
+
+A table is used in a step where a backward has come to rows of it. What is pushed has an entry for
+each table that was used, without rows where no id was looked up: torch counts such steps, too.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 
 import numpy as np
 import torch
@@ -52,6 +56,7 @@ class Lookups:
         self.specs = tuple(_spec_of(name, module) for name, module in self._modules.items())
         self._padding = [module.padding_idx for module in self._modules.values()]
         self._owed: list[list[_Owed]] = [[] for _ in self.specs]
+        self._made: list[tuple[Routed, RowGradients]] | None = None
         self._pull_s, self._figures = 0.0, dict[str, float]()
         self._check()
 
@@ -84,36 +89,56 @@ class Lookups:
             module.source = self
 
     def rows(self, module: Sharded, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `RowSource`; rows asked for in training are owed a gradient."""
+        """See `RowSource`; rows of a table that is trained are owed a gradient."""
         number = self._numbers[module]
         routed, order = route(self._plan, self.specs[number], ids.numpy())
-        learns = module.training and torch.is_grad_enabled()
+        keep = torch.is_grad_enabled()  # of a frozen table, too: backward may read its rows
         began = time.perf_counter()
-        values = torch.from_numpy(self._tables.pull(number, routed, keep=learns))
-        self._pull_s += learns * (time.perf_counter() - began)
+        values = torch.from_numpy(self._tables.pull(number, routed, keep=keep))
+        self._pull_s += keep * (time.perf_counter() - began)
         if module.padding_idx is not None:
             values[torch.from_numpy(routed.ids == module.padding_idx)] = 0.0
-        if learns:
+        if module.trained:
             values.requires_grad_()
             self._owed[number].append(_Owed(routed, values))
         return values, None if order is None else torch.from_numpy(_inverse(order))
 
-    def push(self, step: int, task: int | None = None) -> Sending:
-        """Begin to push what the step's backwards have left; names as for `Tables.push`."""
-        found = []
-        for number, (spec, owed) in enumerate(zip(self.specs, self._owed, strict=True)):
-            parts = [self._without_padding(number, part) for part in owed]
-            parts = [(ids, grads) for ids, grads in parts if len(ids.ids)]
-            if len(parts) > 1:
-                parts = [_added_up(self._plan, spec, parts)]
-            found += [(ids, RowGradients(number, ids.ids, grads)) for ids, grads in parts]
+    def first_non_finite(self) -> str | None:
+        """
+        Look for nan and inf in what `push` is about to send; after the step's last backward.
+
+        Returns:
+            Table and id of the first row with one, None where there is none.
+        """
+        for _, given in self._gradients():
+            if given.values.size and not isfinite(sum(_ends(given.values))):
+                finite = np.isfinite(given.values).all(axis=1)
+                return f"{self.specs[given.table].name}, id {given.ids[finite.argmin()]}"
+        return None
+
+    def push(
+        self, step: int, task: int | None = None, *, skip: bool = False, scale: float = 1.0
+    ) -> Sending:
+        """
+        Begin to push what the step's backwards have left.
+
+        Args:
+            step: as for `Tables.push`.
+            task: as there.
+            skip: push nothing, and have all servers leave out what other ranks push for this step;
+                asynchronous tables leave out this rank's push alone.
+            scale: what gradients are multiplied by: makes them those of a weighted mean.
+        """
+        found = [] if skip else self._gradients()
+        if scale != 1.0:
+            found = [(ids, replace(rows, values=rows.values * scale)) for ids, rows in found]
         self._clear()
         self._figures = {
             "rows": float(sum(len(ids.ids) for ids, _ in found)),
             "rows_pull_s": self._pull_s,
         }
         self._pull_s = 0.0
-        return self._tables.push(step, found, task)
+        return self._tables.push(step, found, task, skip)
 
     def copies(self, version: int) -> Boxes | None:
         """Fetch what the servers have kept of a version, for a checkpoint; from any thread."""
@@ -125,21 +150,36 @@ class Lookups:
         return self._figures
 
     def _clear(self) -> None:
+        self._made = None
         for owed in self._owed:
             owed.clear()
 
-    def _without_padding(self, number: int, owed: _Owed) -> tuple[Routed, NDArray[np.float32]]:
-        """Give ids and gradients of one forward, without those that nobody trains."""
-        if owed.rows.grad is None:  # the loss did not depend on it
-            return Routed(owed.ids.ids[:0], (0,) * len(owed.ids.cuts)), np.empty((0, 0), np.float32)
-        gradients = owed.rows.grad.numpy()
+    def _gradients(self) -> list[tuple[Routed, RowGradients]]:
+        """Give what the step's backwards have left, an entry for each table that was used."""
+        if self._made is None:
+            self._made = []
+            for number, (spec, owed) in enumerate(zip(self.specs, self._owed, strict=True)):
+                parts = [self._without_padding(number, one.ids, one.rows.grad) for one in owed]
+                reached = [part for part in parts if part is not None]
+                if reached:
+                    routed, sums = _added_up(self._plan, spec, reached)
+                    self._made.append((routed, RowGradients(number, routed.ids, sums)))
+        return self._made
+
+    def _without_padding(
+        self, number: int, ids: Routed, gradient: Tensor | None
+    ) -> tuple[Routed, NDArray[np.float32]] | None:
+        """Give ids and gradients of one forward, but for the padding; None: no backward came."""
+        if gradient is None:
+            return None
+        gradients = gradient.numpy()
         padding = self._padding[number]
-        keep = owed.ids.ids != padding
+        keep = ids.ids != padding
         if padding is None or keep.all():
-            return owed.ids, gradients
+            return ids, gradients
         before = np.concatenate([[0], np.cumsum(keep)])
-        cuts = tuple(int(before[cut]) for cut in owed.ids.cuts)
-        return Routed(owed.ids.ids[keep], cuts), gradients[keep]
+        cuts = tuple(int(before[cut]) for cut in ids.cuts)
+        return Routed(ids.ids[keep], cuts), gradients[keep]
 
     def _check(self) -> None:
         if not self._modules:
@@ -162,10 +202,13 @@ def _spec_of(name: str, module: Sharded) -> TableSpec:
     return TableSpec(name, rows, width, module.init_std, module.whole)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # `first_non_finite` is there for that
 def _added_up(
     plan: TablePlan, spec: TableSpec, parts: list[tuple[Routed, NDArray[np.float32]]]
 ) -> tuple[Routed, NDArray[np.float32]]:
-    """Sum the gradients of rows that several forwards have used, in the order of the forwards."""
+    """Sum the gradients of rows that forwards have used, in the order of the forwards."""
+    if len(parts) == 1:
+        return parts[0]
     together = torch.from_numpy(np.concatenate([ids.ids for ids, _ in parts]))
     unique, places = torch.unique(together, return_inverse=True)
     routed, order = route(plan, spec, unique.numpy())
@@ -177,6 +220,12 @@ def _added_up(
         sums[places[first : first + len(ids.ids)].numpy()] += gradients
         first += len(ids.ids)
     return routed, sums
+
+
+def _ends(values: NDArray[np.float32]) -> tuple[float, float]:
+    """Give least and largest element; both are nan where one is."""
+    low, high = torch.from_numpy(values).aminmax()
+    return float(low), float(high)
 
 
 def _inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -5,12 +5,14 @@ Embeddings whose rows live on servers: drop-ins for `nn.Embedding` and `nn.Embed
                                 │                        │
                              servers ◀── one gradient per row, duplicates summed ── backward
 
-The module has no parameter of its own: no worker ever holds the table, no strategy ever sees it.
+No worker ever holds the table, no strategy ever sees it. The module's only parameter, `table`, has
+no elements: whether it requires a gradient says whether the rows are trained.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,21 @@ class Sharded(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx, self.init_std, self.whole = padding_idx, init_std, whole
         self.source: RowSource | None = None  #: set while a run, or a loaded model, is at work
+        self.table = nn.Parameter(torch.empty(0))
+
+    @property
+    def trained(self) -> bool:
+        """Whether a look-up now leaves gradients, as it would for `nn.Embedding`."""
+        return torch.is_grad_enabled() and self.table.requires_grad
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """See `nn.Module`; `table` has nothing to save."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}table"]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """See `nn.Module`; `table` is not missed."""
+        super()._load_from_state_dict({**state_dict, f"{prefix}table": self.table}, prefix, *args)
 
     def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor, int | None]:
         """Give the batch's rows, the place of each id among them, and that of the padding."""
@@ -197,6 +214,12 @@ def _check(
         raise ValueError(f"init_std must be finite and not negative, got {init_std}")
     if whole and num_embeddings is None:
         raise ValueError("whole=True needs num_embeddings")
+
+
+def dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Give the parameters that lie in the model, with their names: all but those of tables."""
+    tables = {id(module.table) for module in tables_of(model).values()}
+    return ((name, p) for name, p in model.named_parameters() if id(p) not in tables)
 
 
 def tables_of(model: nn.Module) -> dict[str, Sharded]:

@@ -2,7 +2,8 @@
 How rows are updated: torch's optimizers as they treat sparse gradients, and row-wise Adagrad.
 
 Only the rows of a step and their states are touched: what torch does for an
-`nn.Embedding(sparse=True)` under SGD, Adagrad and SparseAdam, up to rounding.
+`nn.Embedding(sparse=True)` under SGD, Adagrad and SparseAdam, up to rounding. SparseAdam alone
+counts steps, and as torch does it counts the table's: those in which it had a gradient.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +45,7 @@ class Rule(ABC):
             states: one for each of `states`.
             gradient: shape [n, width].
             rate: learning rate of the step.
-            step: from 0.
+            step: updates that the table has behind it, not steps of the run.
         """
 
 

@@ -5,6 +5,7 @@ Embedding tables in a checkpoint: what a server gives to it, and what another ta
         <table>/ids       [n] int64, in the order in which the rows came
         <table>/rows      [n, width] float32
         <table>/<state>   [n, width or 1] float32, for each state of the rows' optimizer
+        <table>/step      int64: updates of the table, the same on all servers
 
 The files are those of the servers that wrote them; whoever reads takes the rows that are its own,
 so a run may go on with another number of servers.
@@ -31,7 +32,8 @@ def copies_of(tables: Sequence[Table], server: int) -> Bundle:
     arrays: list[Bytes] = []
     entries = []
     for table in tables:
-        for name, array in table.copy().items():
+        columns = {**table.copy(), "step": np.array(table.updates)}
+        for name, array in columns.items():
             key = f"{file_of(server)}/{table.spec.name}/{name}"
             entries.append(Entry(key, Place(array.shape), str(array.dtype), len(arrays)))
             arrays.append(array.reshape(-1).view(np.uint8))
@@ -62,6 +64,7 @@ def fill(table: Table, plan: TablePlan, server: int, files: Iterable[Mapping[str
 def _fill(table: Table, plan: TablePlan, server: int, file: Mapping[str, Whole]) -> None:
     start = f"{table.spec.name}/"
     columns = {k.removeprefix(start): _array(v) for k, v in file.items() if k.startswith(start)}
+    table.updates = max(table.updates, int(columns.pop("step")))
     ids = columns.pop("ids")
     mine = np.flatnonzero(_server_of(plan, table.spec, ids) == server)
     for first in range(0, len(mine), _AT_ONCE):

@@ -1,9 +1,9 @@
 """
 A server's tables that many workers call at once: locks, waits with deadlines, answers.
 
-A server node and the fake in memory wrap the same service; how ids and rows travel is theirs.
-A step's gradients are applied together when the last rank has pushed (`platform/table_book.py`);
-the thread that brings them makes the update, the others wait.
+How ids and rows travel is the server node's. A step's gradients are applied together when the last
+rank has pushed (`platform/table_book.py`); the thread that brings them makes the update, the others
+wait.
 
     push(seq=version)  ──▶  all ranks there  ──▶  rewind possible to `version`  ──▶  version + 1
                                                   until the first push for `version + 1`
@@ -54,6 +54,7 @@ class TableService:
         self._book: TableBook | None = None  #: None: nobody has opened the tables
         self._tables: list[Table] = []
         self._staged: dict[int, Sequence[RowGradients]] = {}
+        self._skipped = False  #: whether some rank has the step under way left out
         self._pulls: dict[int, int] = {}  #: rank -> number of its last pull
         self._kept: tuple[int, Bundle] | None = None  #: steps of the newest copies
 
@@ -89,7 +90,7 @@ class TableService:
                 )
             if plan.attempt > self._book.attempt:
                 self._plan = plan
-                self._staged.clear()
+                self._unstage()
                 self._pulls.clear()
                 self._changed.notify_all()  # who waits for the attempt before
                 self._book.renew(plan.attempt, plan.world)
@@ -145,7 +146,7 @@ class TableService:
                 self._tables[table].read(ids, out)
                 self._pulls[pull.rank] = pull.number
 
-    def push(self, push: PushId, gradients: Sequence[RowGradients]) -> int:
+    def push(self, push: PushId, gradients: Sequence[RowGradients], skip: bool = False) -> int:
         """
         Take a rank's gradients; return when they are applied: asynchronous tables do that at once,
         others when the last rank has pushed.
@@ -153,6 +154,8 @@ class TableService:
         Args:
             push: its name.
             gradients: at most one of each table; they must not change until this returns.
+            skip: leave the step out, whatever other ranks push: it is counted as made, and rows,
+                their optimizer's states and its count of updates stay as they are.
 
         Returns:
             Updates that the tables have behind them.
@@ -167,6 +170,7 @@ class TableService:
             place, before = book.place, book.steps
             if book.offer(push) is Verdict.NEW:
                 self._staged[push.rank] = gradients
+                self._skipped |= skip
                 if book.complete:
                     self._apply(place)
                     book.commit(push)
@@ -260,11 +264,14 @@ class TableService:
         assert job.embeddings is not None, "no servers without the field"
         rate = job.embeddings.optimizer.lr * factor(job.lr_schedule, place, self._plan.total_steps)
         for number, table in enumerate(self._tables):
-            parts = [
-                g for _, some in sorted(self._staged.items()) for g in some if g.table == number
-            ]
-            parts = [part for part in parts if len(part.ids)]
-            table.forget()
+            staged = [] if self._skipped else sorted(self._staged.items())
+            parts = [given for _, some in staged for given in some if given.table == number]
             if parts:
-                table.apply(parts, rate, place)
+                table.apply(parts, rate)
+            else:
+                table.forget()
+        self._unstage()
+
+    def _unstage(self) -> None:
         self._staged.clear()
+        self._skipped = False

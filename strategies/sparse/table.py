@@ -53,6 +53,7 @@ class Table:
 
     def __init__(self, spec: TableSpec, seed: int, rule: Rule, *, rewinds: bool = False) -> None:
         self.spec, self._seed, self._rule = spec, seed, rule
+        self.updates = 0  #: steps in which some rank used the table, torch's `step` of a parameter
         self._index = make_index(spec.rows)
         states = [Rows(width, fill) for width, fill in rule.states(spec.width)]
         self._arrays = [Rows(spec.width), *states]
@@ -117,14 +118,16 @@ class Table:
         if len(new):
             out[new] = initial_rows(self.spec, self._seed, ids[new])
 
-    def apply(self, parts: Sequence[RowGradients], rate: float, step: int) -> None:
+    @np.errstate(over="ignore", invalid="ignore")  # torch says nothing of nan and inf either
+    def apply(self, parts: Sequence[RowGradients], rate: float) -> None:
         """
         Make one update of the rows that have gradients.
 
         Args:
-            parts: one for each rank that has some, in rank order; they are added in that order.
+            parts: one for each rank that used the table, in rank order; they are added in that
+                order. Without rows the update counts nevertheless: they are on other servers, or
+                nowhere, as where torch's sparse gradient is empty.
             rate: learning rate.
-            step: from 0.
         """
         self.forget()
         slots, gradient = self._add_up(parts)
@@ -135,9 +138,10 @@ class Table:
             old = [array.take(slots[part], axis=0) for array in arrays]
             for keep, block in zip(kept, old, strict=False):
                 keep[part] = block
-            self._rule.update(old[0], old[1:], gradient[part], rate, step)
+            self._rule.update(old[0], old[1:], gradient[part], rate, self.updates)
             for rows, block in zip(self._arrays, old, strict=True):
                 rows.put(slots[part], block)
+        self.updates += 1
         if self._rewinds:
             self._before = slots
 
@@ -150,6 +154,7 @@ class Table:
         if self._before is not None:
             for rows, kept in zip(self._arrays, self._kept, strict=True):
                 rows.put(self._before, kept.array[: len(self._before)])
+            self.updates -= 1
             self._before = None
 
     def ids(self) -> Ids:
@@ -179,6 +184,7 @@ class Table:
 
     def _add_up(self, parts: Sequence[RowGradients]) -> tuple[NDArray[np.int64], Values]:
         """Give slots, each once, and the sums of their gradients (I2)."""
+        parts = [part for part in parts if len(part.ids)] or parts[:1]
         found = [self._slots(part.ids) for part in parts]
         if len(parts) == 1:
             return found[0], parts[0].values

@@ -30,6 +30,7 @@ from distplat.strategies.tensor.layers import (
     split_vocabulary,
 )
 from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
+from distplat.strategies.training.module_hooks import called_hooks, is_parametrized, tensor_hooks
 
 
 def parallelize(
@@ -58,6 +59,7 @@ def parallelize(
     _check_pairs(modules, styles)
     if group.world == 1:
         return {}
+    _refuse_lost(modules, styles)
     tied = _tied(module)
     splitting = _Splitting(modules, group)
     specs = splitting.all(styles)
@@ -162,6 +164,32 @@ def _check_pairs(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) ->
         if style == "colwise"
         and (width := getattr(modules[name], "out_features", None)) not in taken
     ]
+    if problems:
+        raise SpecError(*problems)
+
+
+def _refuse_lost(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> None:
+    """
+    Refuse what hangs on layers to be sliced, where it would see a part for the whole.
+
+    Branches are whole on the rank that has them; theirs are called by each rank, with one input.
+    """
+    problems = []
+    hint = "leave the layer out of the plan, or take it off"
+    for name, style in styles.items():
+        whole = style == "branches"
+        for own, one in modules[name].named_modules(prefix=name):
+            if whole and own != name:
+                continue
+            told = called_hooks(one)
+            if is_parametrized(one) and not whole:
+                told.append("a parametrization")
+            text = f"{own} ({type(one).__name__}) has {{}}, and `{style}` slices it"
+            problems += [Problem((), text.format(kind), hint) for kind in told]
+            parameters = [] if whole else one.named_parameters(own, recurse=False)
+            for parameter, tensor in parameters:
+                text = f"{parameter} has {{}}, and `{style}` slices it"
+                problems += [Problem((), text.format(k), hint) for k in tensor_hooks(tensor)]
     if problems:
         raise SpecError(*problems)
 

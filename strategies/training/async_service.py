@@ -19,6 +19,7 @@ from torch import Tensor
 from distplat.platform.ledger import Answer, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.service import Deliver, Limits, Service
 
 
@@ -28,15 +29,19 @@ class AsyncService(Service):
     def __init__(self, name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> None:
         self.shard = AsyncShard(plan, params)
         super().__init__(name, plan, limits, self.shard)
+        self._totals: dict[int, tuple[float, ...]] = {}  #: rank -> head of its push's record
         self._loads = defaultdict[int, tuple[tuple[float, int], float]](lambda: ((0.0, 0), 0.0))
 
-    def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
+    def push(
+        self, push: PushId, gradient: Tensor, control: StepControl, deliver: Deliver
+    ) -> Answer:
         """See `Service`; returns when it is applied, or dropped."""
         rank = push.rank
         with self._door.visit() as visit, self._changed:
             self._check_in_office()
             began = time.perf_counter()
-            if self.shard.push(push, gradient) is Verdict.NEW:
+            self._totals[rank] = control.head  # decided by itself
+            if self.shard.push(push, gradient, control) is Verdict.NEW:
                 self._applied_since(began)
                 self._visits[rank] = visit
                 self._loads[rank] = self._queue(rank), self._apply_s
@@ -65,5 +70,6 @@ class AsyncService(Service):
             queue_depth=queue_depth,
             dropped=self.shard.ledger.dropped.get(rank, 0),
             done=self.shard.steps,
+            total=self._totals.pop(rank, ()),
             payload=payload,
         )

@@ -24,14 +24,12 @@ from torch import Tensor
 from distplat.platform.apply_log import Applied, ApplyLog
 from distplat.platform.ledger import PushId, TaskLedger, Verdict
 from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.keeping import Keeping, Kept
 from distplat.strategies.training.mirror import Mirror, Update
-from distplat.strategies.training.optim import (
-    load_state,
-    make_optimizer,
-    state_of,
-    step_optimizer,
-)
+from distplat.strategies.training.optim import FlatOptimizer, rate_of
+from distplat.strategies.training.segments import typed_views
+from distplat.strategies.training.shard import everything, flags_of, from_flags, layout_of
 
 
 class AsyncShard:
@@ -56,8 +54,8 @@ class AsyncShard:
         self._plan, self.params = plan, params
         self.mirror: Mirror | None = None  #: the way to a backup
         self._pulls: list[int] = []  #: ranks that took the present version: the backup is to know
-        self.optimizer = make_optimizer(plan.job.optimizer, params, torch.zeros_like(params))
-        self._parameter = self.optimizer.param_groups[0]["params"][0]
+        self._layout = layout_of(plan, params)
+        self.optimizer = FlatOptimizer(plan.job.optimizer, params, params, self._layout)
         how = plan.consistency
         self._lambda, self._scale_rate = how.delay_compensation, how.staleness_lr
         self.ledger = TaskLedger(plan.run, plan.attempt)
@@ -88,7 +86,7 @@ class AsyncShard:
             state: what the optimizer remembers of them; None: nothing.
         """
         updates = version * self._plan.world
-        load_state(self.optimizer, state or {})
+        self.optimizer.load(state or {})
         self.ledger.restore(updates, updates)
         self._kept_up_to = version
         self.pulled = [updates] * self._plan.world
@@ -115,13 +113,19 @@ class AsyncShard:
             self._values[rank].copy_(self.params)
         return self.version
 
-    def push(self, push: PushId, gradient: Tensor) -> Verdict:
+    def push(
+        self,
+        push: PushId,
+        gradient: Tensor,
+        control: StepControl | None = None,
+    ) -> Verdict:
         """
         Apply a worker's gradient; a second time, or a second one of a task, does nothing.
 
         Args:
             push: its identity.
             gradient: shape [m], of the mean loss over the worker's own samples.
+            control: the push's control record; None: it has a gradient of every parameter.
 
         Raises:
             ProtocolError: see `TaskLedger.offer`; nothing is changed.
@@ -134,11 +138,13 @@ class AsyncShard:
         if verdict is Verdict.NEW:
             pulled = self.pulled[push.rank]
             gradient = self._compensated(push.rank, before - pulled, gradient)
+            record = control or everything(self._layout)
+            flags = flags_of(record, self._plan.job.failure.non_finite)
             if self.mirror is not None:
-                told = Update(before, push, tuple(self._pulls), pulled)
+                told = Update(before, push, tuple(self._pulls), pulled, flags)
                 self.mirror.send(told, gradient)
             self._pulls.clear()
-            self._apply(push, before, gradient)
+            self._apply(push, before, gradient, flags)
         return verdict
 
     def follow(self, update: Update, gradient: Tensor) -> None:
@@ -153,7 +159,7 @@ class AsyncShard:
         self.ledger.offer(push)
         self._make_room(push.rank)
         self.pulled[push.rank] = update.pulled
-        self._apply(push, update.version, gradient)
+        self._apply(push, update.version, gradient, update.present)
 
     def pulled_elsewhere(self, rank: int, version: int, values: Tensor) -> None:
         """
@@ -183,18 +189,25 @@ class AsyncShard:
     def _compensated(self, rank: int, staleness: int, gradient: Tensor) -> Tensor:
         if not self._lambda or not staleness:
             return gradient
-        drift = self.params - self._values[rank]
-        return torch.addcmul(gradient, gradient * gradient, drift, value=self._lambda)
+        corrected = torch.empty_like(gradient)
+        vectors = (gradient, self.params, self._values[rank], corrected)
+        for own, now, then, out in zip(*(self._typed(one) for one in vectors), strict=True):
+            torch.addcmul(own, own * own, now - then, value=self._lambda, out=out)
+        return corrected
 
-    def _apply(self, push: PushId, version: int, gradient: Tensor) -> None:
+    def _typed(self, vector: Tensor) -> list[Tensor]:
+        return typed_views(vector, self._layout.segments)
+
+    def _apply(self, push: PushId, version: int, gradient: Tensor, flags: bytes | None) -> None:
         rank, pulled = push.rank, self.pulled[push.rank]
         self.staleness[rank] = version - pulled
         assert push.task is not None, "the ledger refuses a push of no task"
         self.log.add(Applied(rank, push.task, pulled))
         scale = 1.0 / max(1, self.staleness[rank]) if self._scale_rate else 1.0
-        self._parameter.grad = gradient  # the worker's own vector: optimizers only read it
+        self.optimizer.use(gradient)  # the worker's own vector: optimizers only read it
         place = version // self._plan.world  # one step of the schedule: an update of each worker
-        step_optimizer(self.optimizer, self._plan.job, place, self._plan.total_steps, scale=scale)
+        rate = rate_of(self._plan.job, place, self._plan.total_steps)
+        self.optimizer.step(rate * scale, from_flags(flags))
         for steps in range(self._kept_up_to + 1, self.steps + 1):  # more than one, after a wait
-            self._keeping.reached(steps, lambda: {"": self.params, **state_of(self.optimizer)})
+            self._keeping.reached(steps, lambda: {"": self.params, **self.optimizer.state()})
         self._kept_up_to = self.steps

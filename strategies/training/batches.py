@@ -2,30 +2,61 @@
 Batches of one worker: torch's DataLoader over the sampler's plan of the whole run.
 
 One loader lives through all epochs, so loader processes start once and read ahead across the
-epochs' bounds. Loader processes come from a fork server: forking a process in which Ray's threads
-run could deadlock the child.
+epochs' bounds. Whoever reads a sample, the worker itself or a loader process, seeds the global
+generators for it first: what is drawn depends on the job's seed, the epoch and the sample's place.
 """
 
-from collections.abc import Callable, Iterator
-from multiprocessing import forkserver, get_context
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    get_worker_info,
+)
 
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.strategies.algorithms.seeds import epoch_seed, evaluation_data_seed
+from distplat.strategies.training.collating import collated
+from distplat.strategies.training.loader_processes import ByValue, LoaderContext, importable
+from distplat.strategies.training.seeding import generators_kept, seed_sample
+
+
+class Run(NamedTuple):
+    """Samples that follow each other in an epoch's order: those of a micro-batch."""
+
+    seed: int
+    """Of the epoch; each sample's own is mixed from it and the sample's place."""
+    first: int
+    """Place of the first sample."""
+    ids: list[int]
+    """In the data set."""
 
 
 class _Plan:
-    """The sample ids of every micro-batch of one rank, in order: a torch `batch_sampler`."""
+    """The samples of every micro-batch of one rank, in order: a torch `batch_sampler`."""
 
     def __init__(self, sampler: Sampler, rank: int, parts: int, steps: range) -> None:
         self._sampler, self._rank, self._parts, self._steps = sampler, rank, parts, steps
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Run]:
         for step in self._steps:
-            for ids in self._sampler.micro_batches(step, self._rank, self._parts):
-                yield ids.tolist()
+            yield from runs(self._sampler, step, self._rank, self._parts)
+
+
+def runs(sampler: Sampler, step: int, rank: int, parts: int) -> Iterator[Run]:
+    """Give the samples of each micro-batch of a rank's step, and where they are in the epoch."""
+    seed = epoch_seed(sampler.seed, sampler.epoch_of(step))
+    first = sampler.first_place(step, rank)
+    for ids in sampler.micro_batches(step, rank, parts):
+        yield Run(seed, first, ids.tolist())
+        first += len(ids)
 
 
 def make_sampler(job: Job, data: Dataset[Any], replicas: int | None = None) -> Sampler:
@@ -43,9 +74,11 @@ def make_sampler(job: Job, data: Dataset[Any], replicas: int | None = None) -> S
     try:
         size = len(data)  # type: ignore[arg-type]
     except TypeError:
+        size = -1
+    if size < 0 or isinstance(data, IterableDataset):
         raise ValueError(
             f"{type(data).__name__} has no length: train_data must be a map-style data set"
-        ) from None
+        )
     return Sampler(
         size=size,
         batch=job.global_batch_size,
@@ -59,34 +92,6 @@ def make_sampler(job: Job, data: Dataset[Any], replicas: int | None = None) -> S
 def total_steps(job: Job, sampler: Sampler) -> int:
     """Give the number of updates in the run."""
     return job.steps if job.steps is not None else (job.epochs or 0) * sampler.steps_per_epoch
-
-
-def ready_loaders(job: Job) -> Callable[[], None]:
-    """
-    Start the server that loader processes are forked from, where there are to be some.
-
-    It imports torch once. Else each loader does, in every attempt and every evaluation: 1.6 s
-    instead of 0.05 s.
-
-    Returns:
-        Waits until it can be forked from.
-    """
-    if not job.data.num_loaders:
-        return lambda: None
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch.utils.data"])
-    forkserver.ensure_running()
-
-    def wait() -> None:
-        first = context.Process(target=_nothing)
-        first.start()
-        first.join()
-
-    return wait
-
-
-def _nothing() -> None:
-    """Be the first process that is forked."""
 
 
 def micro_batches(
@@ -103,42 +108,119 @@ def micro_batches(
         steps: in this order.
         parts: micro-batches of a step.
     """
-    plan = _Plan(sampler, rank, parts, steps)
-    return iter(make_loader(job, data, plan))
+    return iter(Loader(job, data, _Plan(sampler, rank, parts, steps)))
 
 
 def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
     """Give the collated batches of some samples, `size` or fewer in each, and the numbers."""
+    seed = evaluation_data_seed(job.seed)
     groups = [ids[i : i + size] for i in range(0, len(ids), size)]
-    return zip(make_loader(job, data, groups), map(len, groups), strict=True)
+    plan = [Run(seed, group.start, [*group]) for group in groups]
+    return zip(Loader(job, data, plan), map(len, groups), strict=True)
 
 
 def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     """Give some samples, collated."""
-    return next(iter(DataLoader(data, batch_sampler=[ids])))
+    return collated(Samples(data).__getitems__(Run(0, 0, ids)))
 
 
-def make_loader(
-    job: Job, data: Dataset[Any], plan: Any, *, persistent: bool = False
-) -> DataLoader[Any]:
+class Loader:
     """
-    Make the loader of a plan, which gives the ids of each batch.
+    A torch loader of a plan: in this process, or by processes that leave nothing behind.
 
     Args:
         job: how the data is loaded.
         data: the samples.
-        plan: a torch `batch_sampler`.
+        plan: a torch `batch_sampler` that gives runs.
         persistent: whether it is to be gone through more than once.
     """
-    settings = job.data
-    if settings.num_loaders == 0:
-        return DataLoader(data, batch_sampler=plan)
-    return DataLoader(
-        data,
-        batch_sampler=plan,
-        num_workers=settings.num_loaders,
-        prefetch_factor=settings.prefetch_factor,
-        multiprocessing_context="forkserver",
-        pin_memory=job.scaling.use_gpu,
-        persistent_workers=persistent,
-    )
+
+    def __init__(
+        self, job: Job, data: Dataset[Any], plan: Iterable[Run], *, persistent: bool = False
+    ) -> None:
+        count = job.data.num_loaders
+        self._context = LoaderContext() if count else None
+        self._timeout_s = job.failure.start_timeout_s
+        self._loader = DataLoader(
+            Samples(data),
+            batch_sampler=plan,  # type: ignore[arg-type]
+            collate_fn=collated,
+            num_workers=count,
+            prefetch_factor=job.data.prefetch_factor if count else None,
+            multiprocessing_context=self._context,
+            pin_memory=job.scaling.use_gpu and count > 0,
+            persistent_workers=persistent and count > 0,
+            generator=torch.Generator(),  # the global one is not to be drawn from
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin to read; the batches in order."""
+        batches = iter(self._loader)
+        if self._context is not None:
+            self._context.open_and_forget(self._timeout_s)
+        return batches
+
+
+class Samples(Dataset[Any]):
+    """
+    The user's data, read run by run, each sample with global generators of its own seed.
+
+    Args:
+        data: the samples. Its own `__getitems__` is used if it has one; then a whole run has the
+            seed of its first sample. A `Subset` is looked through.
+    """
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self._data = data
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to a loader process, the classes of a script with it."""
+        return {"_data": ByValue(self._data)}
+
+    def __getitems__(self, run: Run) -> list[Any]:
+        """Give the samples of a run."""
+        if not may_draw(self._data):
+            return self._read(run)
+        if get_worker_info() is None:
+            with generators_kept():  # dropout goes on as if no data had been read
+                return self._read_seeded(run)
+        return self._read_seeded(run)
+
+    def _read(self, run: Run) -> list[Any]:
+        data: Any = self._data
+        many = getattr(data, "__getitems__", None)
+        if many is not None:
+            found: list[Any] = many(list(run.ids))
+            return found
+        return [data[index] for index in run.ids]
+
+    def _read_seeded(self, run: Run) -> list[Any]:
+        data: Any = self._data
+        ids: list[int] = run.ids
+        while type(data) is Subset:  # its own __getitems__ would read all samples with one seed
+            data, ids = data.dataset, [data.indices[index] for index in ids]
+        many = getattr(data, "__getitems__", None)
+        try:
+            if many is not None:
+                seed_sample(run.seed, run.first)
+                found: list[Any] = many(ids)
+                return found
+            samples = []
+            for place, index in enumerate(ids, run.first):
+                seed_sample(run.seed, place)
+                samples.append(data[index])
+            return samples
+        except Exception as error:
+            if get_worker_info() is None or importable(type(error)):
+                raise
+            # The worker could not read an exception whose class a script has.
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def may_draw(data: Any) -> bool:
+    """Say whether reading a sample may run code of the user's: seeding costs 7 us a sample."""
+    while type(data) is Subset:
+        data = data.dataset
+    if type(data) is ConcatDataset:
+        return any(may_draw(part) for part in data.datasets)
+    return type(data) not in (TensorDataset, list, tuple, range)

@@ -1,9 +1,10 @@
-"""What both kinds of clients of a server group have in common: over Ray, and in memory."""
+"""What clients and servers of parameters and of tables have in common."""
 
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from distplat.platform.ledger import Answer
@@ -13,7 +14,9 @@ from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy, TablesCopy
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.training.async_service import AsyncService
-from distplat.strategies.training.parts import kind_of
+from distplat.strategies.training.control import StepControl
+from distplat.strategies.training.optim import USED
+from distplat.strategies.training.parts import kind_of, kinds_of
 from distplat.strategies.training.service import Limits, Service
 from distplat.strategies.training.sync_service import SyncService
 
@@ -50,6 +53,7 @@ def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pus
         ),
         version=min(answer.version for answer in answers),
         dropped=max(answer.dropped for answer in answers),
+        total=StepControl.unpack(np.array(answers[0].total)) if answers[0].total else None,
     )
 
 
@@ -58,8 +62,11 @@ def shard_copy(start: int, service: Service, version: int, limit_s: float) -> Sh
     steps, kept = service.kept(version, limit_s)
     if kept is None:
         return ShardCopy(steps, start)
-    kinds = [kind_of(f"optimizer/{k}" if k else "model", v) for k, v in kept.tensors.items()]
-    return ShardCopy(steps, start, tuple(kinds), list(kept.tensors.values()))
+    state = {name: value for name, value in kept.tensors.items() if name}
+    kinds, used = kinds_of(state)
+    tensors = [kept.tensors[""], *(value for name, value in state.items() if name != USED)]
+    kinds = [kind_of("model", tensors[0]), *kinds]
+    return ShardCopy(steps, start, tuple(kinds), tensors, used)
 
 
 def tables_copy(service: TableService, version: int, limit_s: float) -> TablesCopy:

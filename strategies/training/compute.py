@@ -10,23 +10,27 @@ and micro-batches is the gradient of the global batch's mean, however uneven the
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
-from distplat.strategies.task import Task
 from distplat.strategies.training.batches import eval_batches, micro_batches
+from distplat.strategies.training.control import StepControl
+from distplat.strategies.training.device import to_device
+from distplat.strategies.training.losses import Figures, LossTerm, eval_figures, loss_term
+from distplat.strategies.training.seeding import seed_evaluation, seed_step
 
 if TYPE_CHECKING:
+    from distplat.strategies.training.flat import FlatModel
     from distplat.strategies.training.session import Prepared
 
 
@@ -54,9 +58,37 @@ class Share:
     """What a rank's part of a step came to."""
 
     loss_sum: float = 0.0
-    """Over the samples."""
+    """Over the samples, or as loss() summed it."""
     samples: int = 0
     """Each sample of a step is counted on one rank."""
+    weight: float = 0.0
+    """What the sum is divided by: the samples, unless loss() gave weights."""
+    weighted: bool = False
+    """Whether loss() gave them."""
+
+    def record(self, rank: int, flat: FlatModel) -> StepControl:
+        """
+        Give the control record of the step, without a look at the gradient.
+
+        Args:
+            rank: this one.
+            flat: what this rank trains, after the step's last backward.
+        """
+        broken, thawed = not math.isfinite(self.loss_sum), bool(flat.thawed.any())
+        figures = self.samples, self.weight, int(broken), rank
+        return StepControl(*figures, thawed=thawed, present=flat.flags)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss; 0 where this rank had no samples."""
+        return self.loss_sum / self.weight if self.weight else 0.0
+
+    def plus(self, term: LossTerm, samples: int) -> Share:
+        """Add a micro-batch."""
+        loss = term.value.item() * term.factor
+        weighted = self.weighted or term.weighted
+        weight = self.weight + term.weight
+        return Share(self.loss_sum + loss, self.samples + samples, weight, weighted)
 
 
 @dataclass
@@ -65,12 +97,15 @@ class Sums:
 
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    """Figure -> weight of the batches that gave it: not every batch need give each."""
 
-    def add(self, figures: Mapping[str, Tensor | float], size: int) -> None:
-        """Take the means over a batch of so many samples."""
+    def add(self, figures: Figures, size: int) -> None:
+        """Take the figures of a batch of so many samples."""
         self.samples += size
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value) * size
+        for name, (value, weight) in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0.0) + weight
 
 
 class Compute(Protocol):
@@ -80,7 +115,7 @@ class Compute(Protocol):
         """Begin to read the data of these steps; once, before the first of them."""
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """Fill `flat.grads`, which is zero, with this rank's share of the step's gradient."""
+        """Fill `flat.grads`, which is zero, with this rank's share, and `flat.present`."""
 
     def skip(self, step: int) -> None:
         """Pass over the data of a step."""
@@ -114,23 +149,25 @@ class WholeModel:
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`."""
-        torch.manual_seed(step_seed(self.job.seed, step, self.rank))
+        seed_step(self.job.seed, step, self.rank)
         self.flat.model.train()
         sizes = [len(ids) for ids in self._plan(step)]
-        weight = 1.0 / self.sampler.batch_size(step)
-        loss_sum = 0.0
+        share, part = Share(), 1.0 / self.sampler.batch_size(step)
         for number, size in enumerate(sizes, 1):
             inputs, targets = to_device(next(self._batches), self.flat.params.device)
             clock.lap("data")
             with precision(self.job, self.flat.params.device):
-                loss = checked_loss(self.task, self.flat.model(inputs), targets)
+                outputs = self.flat.model(inputs)
+                term = loss_term(self.task, outputs, targets, size)
+            self.flat.before_backward()
             if number == len(sizes):
                 self._last_backward(step)
-            torch.autograd.backward(loss * (size * weight))
-            loss_sum += loss.item() * size
+            torch.autograd.backward(term.value * (term.factor * part))
+            self.flat.take_in()
+            share = share.plus(term, size)
             self.alive()
             clock.lap("compute")
-        return Share(loss_sum, sum(sizes))
+        return share
 
     def skip(self, step: int) -> None:
         """See `Compute`."""
@@ -140,12 +177,14 @@ class WholeModel:
     @torch.no_grad()
     def evaluate(self, data: Dataset[Any]) -> Sums:
         """See `Compute`."""
+        seed_evaluation(self.job.seed, self.rank)
         self.flat.model.eval()
         found = Sums()
         for batch, size in self._eval_batches(data):
             inputs, targets = to_device(batch, self.flat.params.device)
             with precision(self.job, self.flat.params.device):
-                found.add(eval_figures(self.task, self.flat.model(inputs), targets), size)
+                outputs = self.flat.model(inputs)
+                found.add(eval_figures(self.task, outputs, targets, size), size)
             self.alive()
         return found
 
@@ -162,56 +201,8 @@ class WholeModel:
         return eval_batches(self.job, data, range(start, stop), size)
 
 
-def checked_loss(task: Task, outputs: Any, targets: Any) -> Tensor:
-    """
-    Give the task's loss of one micro-batch.
-
-    Raises:
-        ValueError: it is no scalar.
-    """
-    loss = task.loss(outputs, targets)
-    if loss.ndim != 0:
-        raise ValueError(
-            f"loss() must return a scalar, the mean over the batch; got shape {[*loss.shape]}"
-        )
-    return loss
-
-
-def eval_figures(task: Task, outputs: Any, targets: Any) -> dict[str, Tensor | float]:
-    """Give loss and metrics of one evaluation batch, means over it."""
-    return {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}
-
-
 def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
     """Give the context in which the job's forwards run."""
     if job.precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def to_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
-    """
-    Take a collated (inputs, targets) apart and move its tensors to a device.
-
-    Raises:
-        ValueError: it is no pair.
-    """
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise ValueError("a sample of train_data must be a pair (inputs, targets)")
-    return _move(batch[0], device), _move(batch[1], device)
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """Move tensors, alone or in lists, tuples and mappings, to a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_move(item, device) for item in value)
-    return value
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed dropout and its like by step and rank: a repeated step draws the same numbers."""
-    return (seed * 1_000_003 + step * 4_099 + rank) % (1 << 63)

@@ -62,17 +62,19 @@ def measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Ten
 
 
 def _measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Tensor]:
-    module = copy.deepcopy(layer.module)  # gradients and running statistics are not to change
+    module = _copy(layer)  # gradients and running statistics are not to change
     inputs.requires_grad_(inputs.is_floating_point())
     kept = _Kept(module)
+    given = inputs.clone()  # the layer may work in place; each time on the same values
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved):
-        outputs = one_tensor(layer.name, module(inputs))
+        outputs = one_tensor(layer.name, module(given))
     gradient = torch.ones_like(outputs)
     forwards, backwards = [], []
     for _ in range(repeats + 1):
+        given = inputs.clone()
         wait(inputs)
         start = time.perf_counter()
-        made = module(inputs)
+        made = module(given)
         wait(inputs)
         middle = time.perf_counter()
         if made.requires_grad:
@@ -90,6 +92,15 @@ def _measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Te
         outputs.nbytes,
     )
     return cost, outputs
+
+
+def _copy(layer: Layer) -> nn.Module:
+    try:
+        return copy.deepcopy(layer.module)
+    except Exception as error:
+        text = f"layer {layer.name} cannot be copied, to be measured: {error}"
+        hint = "set `cut: even`, or name the layers to cut before"
+        raise SpecError(Problem(("strategy", "cut"), text, hint)) from error
 
 
 def wait(like: Tensor) -> None:

@@ -8,72 +8,130 @@ A model whose trainable parameters lie in one flat vector, and whose gradients l
 
 So "push" hands over one vector, "all-reduce" reduces one, an optimizer updates one. Each tensor
 starts on a cache line; the padding between is zero and stays zero under every optimizer we allow.
+Parameters of several types lie in segments of one type each (platform/vector_layout.py); see
+docs/decisions/flat_vectors.md.
 """
 
-import hashlib
-from dataclasses import dataclass
+from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from operator import attrgetter
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-_ALIGN = 16
-"""Elements: a multiple of a cache line for every dtype of 4 bytes and more."""
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.vector_layout import Segment
+from distplat.strategies.sparse.modules import dense_parameters
+from distplat.strategies.training.gradients import Gradients
+from distplat.strategies.training.laying_out import (
+    TIE,
+    Slot,
+    by_type,
+    check_memory,
+    homes,
+    lay_out,
+    room_for,
+    thaw_error,
+    trainable,
+)
+from distplat.strategies.training.segments import (
+    dtype_name,
+    first_non_finite,
+    scale_in_place,
+    squared_norm_of,
+    typed_views,
+)
 
+_THOROUGH_STEPS = 3
+"""Steps after which the modules are walked in any case, to see whether they were changed."""
 
 TORN = -1
 """Version of parameters that are in the middle of being replaced: good for nothing."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one parameter lies."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    """First element in the flat vector."""
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return int(torch.Size(self.shape).numel())
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class FlatModel:
     """
     A model moved onto flat vectors.
 
+    Frozen parameters stay in memory of their own, which a forward may write to. With `thaws` they
+    have a place in the vector, too, behind the others: nobody touches this tail until one of them
+    takes part in training, from a step on which all ranks agree (`activate_tail`).
+
     Args:
         model: on its device; its parameters are re-pointed, in place.
+        extra: trainable parameters that lie outside of the model, by name; trained like its own.
+        thaws: whether frozen parameters may take part in training later.
 
     Raises:
-        ValueError: nothing to train, or trainable parameters of several dtypes or devices.
+        ValueError: nothing to train, or trainable parameters of several devices.
+        SpecError: trainable parameters that cannot lie in a vector; names them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        _check_uniform(named)
-        self._parameters = [p for _, p in named]
-        self.slots = _lay_out(named)
-        last = self.slots[-1]
-        size = last.offset + last.size
-        self.params = named[0][1].new_zeros(size, requires_grad=False)
-        for slot, parameter in zip(self.slots, self._parameters, strict=True):
-            self._view(self.params, slot).copy_(parameter.detach())
+    def __init__(
+        self,
+        model: nn.Module,
+        extra: Mapping[str, nn.Parameter] | None = None,
+        *,
+        thaws: bool = False,
+    ) -> None:
+        self.model, self.extra = model, dict(extra or {})
+        named = by_type(trainable(model, self.extra))
+        check_memory(model, named)
+        frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+        tail = by_type(room_for(frozen, named, model)) if thaws else []
+        self.parameters = [p for _, p in named + tail]  #: in the order of `slots`
+        self._trained = len(named)  #: how many of them are no tail
+        behind = {id(p) for _, p in tail}
+        self._fixed = [(n, p) for n, p in frozen if id(p) not in behind]
+        self.slots, self.layout, dtype = lay_out(named, tail)
+        device = self.parameters[0].device
+        self.params = torch.zeros(self.layout.size, dtype=dtype, device=device)
         self.grads = torch.zeros_like(self.params)
         self.version = 0  #: updates that `params` has had; `TORN`: half replaced by another rank's
+        for slot, parameter in zip(self.slots, self.parameters, strict=True):
+            slot.view(self.params).copy_(parameter.detach())
+        self.present: NDArray[np.bool_] = np.arange(len(self.slots)) < self._trained
+        """By slot: whether a backward of this step has given it a gradient, on this rank. Until the
+        first step begins: who is trained."""
+        self.thawed = np.zeros(len(tail), np.bool_)
+        """By slot of the tail: whether it would take part in training, and does not yet."""
+        self.active = np.zeros(len(tail), np.bool_)
+        """By slot of the tail: whether it takes part in training."""
+        self._homes = homes(model, self.parameters)
+        self._looked = 0
+        self.began = False  #: whether this rank has computed anything in this step
         self._point()
 
     @property
     def size(self) -> int:
-        """Elements of the flat vectors, padding included."""
+        """Elements of the flat vectors, padding and tail included."""
         return self.params.numel()
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the parameters are of several types, and the vectors therefore of bytes."""
+        return len({one.dtype for one in self.layout.segments}) > 1
+
+    @property
+    def trained_slots(self) -> list[Slot]:
+        """Parameters that are no tail: the first ones of `slots`."""
+        return self.slots[: self._trained]
+
     def digest(self) -> str:
-        """Fingerprint of names, shapes and dtype: equal on all ranks that train one model."""
-        text = repr((self.slots, self.params.dtype))
+        """Fingerprint of names, shapes and types: equal on all ranks that train one model."""
+        text = repr((self.slots, self.layout.tail, self.params.dtype))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the model's state, and parameters from outside of it by their names; no copies."""
+        return {**self.model.state_dict(), **{k: p.detach() for k, p in self.extra.items()}}
 
     def move(self, params: Tensor, grads: Tensor) -> None:
         """
@@ -84,32 +142,210 @@ class FlatModel:
         self.params, self.grads = params, grads
         self._point()
 
+    def typed(self, vector: Tensor) -> list[Tensor]:
+        """View what is trained of a vector of this model by segment, each in its own type."""
+        return typed_views(vector, self.segments)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What is trained of the vectors: the tail once a parameter there takes part."""
+        every = self.layout.segments
+        if self.active.any():
+            return every
+        return tuple(one for one in every if one.start < self.layout.tail)
+
+    def begin_step(self) -> None:
+        """Set the gradients to zero and forget which parameters had one."""
+        self._used_grads.zero_()
+        self.present[:] = self.began = False
+        self._gradients.begin()
+
+    def before_backward(self) -> None:
+        """
+        Be told that forward and loss of a micro-batch are over, and that its backward comes.
+
+        Raises:
+            SpecError: see `Gradients.before_backward`.
+        """
+        self._gradients.before_backward()
+        self._look_for_thawed()
+        self.began = True
+
+    def take_in(self) -> None:
+        """
+        Be told that a backward is over: `grads` and `present` are then right.
+
+        Raises:
+            SpecError: see `Gradients.take_in`.
+        """
+        self._gradients.take_in()
+        self._look_for_thawed()
+        for number in np.flatnonzero(self.thawed).tolist():
+            place = self._trained + number
+            grad = self.parameters[place].grad
+            if grad is not None:  # in memory of its own, and the sum so far
+                self.slots[place].view(self.grads).copy_(grad)
+                self.present[place] = True
+
+    def ready(self, place: int) -> None:
+        """Be told by a hook that the backward under way has finished a slot's gradient."""
+        self._gradients.ready(place)
+
+    @property
+    def tail_in_use(self) -> bool:
+        """Whether this rank has gradients, or will have, behind the slots trained at first."""
+        return bool(self.active.any() or self.thawed.any())
+
+    def activate_tail(self, union: NDArray[np.bool_], step: int, *, had_samples: bool) -> None:
+        """
+        Have frozen parameters take part in training; all ranks call this at one step boundary.
+
+        Their gradients of this step, where there are some, are in the vector already.
+
+        Args:
+            union: by slot of the tail, whether it takes part on any rank.
+            step: for messages.
+            had_samples: whether this rank has computed anything in this step.
+
+        Raises:
+            SpecError: this rank has computed something, and without one of them.
+        """
+        for number in np.flatnonzero(union & ~self.active).tolist():
+            slot = self.slots[self._trained + number]
+            if had_samples and not self.thawed[number]:
+                raise thaw_error(step, f"{slot.name!r} is frozen on this worker, on others not")
+        self.take_over_tail(union)
+
+    def take_over_tail(self, union: NDArray[np.bool_]) -> None:
+        """Have frozen parameters take part in training, with the values that `params` has."""
+        self.active |= union
+        self.thawed &= ~self.active
+        for number in np.flatnonzero(union).tolist():
+            self.parameters[self._trained + number].requires_grad_(True)
+        self._point()
+
+    def fill_tail(self) -> None:
+        """Have `params` hold the frozen parameters as they are now; a checkpoint was read."""
+        for number in np.flatnonzero(~self.active).tolist():
+            place = self._trained + number
+            self.slots[place].view(self.params).copy_(self.parameters[place].detach())
+
+    def trained_names(self) -> frozenset[str]:
+        """Give the names of the parameters that live in the vector by now."""
+        return frozenset(self.slots[place].name for place in self._live())
+
+    @property
+    def flags(self) -> NDArray[np.bool_]:
+        """Give what all ranks must know: `present`, then by slot of the tail if it is trained."""
+        return np.concatenate([self.present, self.active | self.thawed])
+
+    def name(self, slot: int) -> str:
+        """Give the name of a slot's parameter."""
+        return self.slots[slot].name
+
+    def first_non_finite(self) -> int | None:
+        """Give the slot of the first parameter whose gradient is not finite; None: all are."""
+        segments = self.layout.segments if self.tail_in_use else self.segments
+        return first_non_finite(self.grads, segments, self.layout.pieces)
+
+    def squared_norm(self) -> float:
+        """Give the sum of squares of the gradient, in float64."""
+        return squared_norm_of(self.grads, self.segments)
+
+    def scale_gradients(self, scale: float) -> None:
+        """Multiply the gradient by a number; by 1 costs nothing."""
+        scale_in_place(self.typed(self.grads), scale)
+
+    def _look_for_thawed(self) -> None:
+        if any(map(_REQUIRES_GRAD, self._frozen)):
+            wanted = [p.requires_grad for p in self.parameters[self._trained :]]
+            self.thawed |= np.array(wanted) & ~self.active
+
+    def _live(self) -> list[int]:
+        """Give the slots whose parameters live in the vector."""
+        active = (self._trained + np.flatnonzero(self.active)).tolist()
+        return [*range(self._trained), *active]
+
+    def check_layout(self, step: int, *, thorough: bool = False) -> list[str]:
+        """
+        Take in parameters whose data have left the vector, between backward and exchange.
+
+        Args:
+            step: for messages.
+            thorough: walk the modules, too; the first steps do it in any case.
+
+        Returns:
+            Names of parameters to which user code has assigned other data (`param.data = ...`):
+            `params` has the new values.
+
+        Raises:
+            SpecError: the model has other parameters than it had; or one that is frozen no more
+                has not the values that it had, which is what others have. Names it.
+        """
+        self._check_objects(step)
+        if any(map(_REQUIRES_GRAD, self._outside)):
+            name = next(name for name, p in self._fixed if p.requires_grad)
+            raise thaw_error(step, f"{name!r} has requires_grad=True; it was frozen at first")
+        for number in np.flatnonzero(self.thawed).tolist():
+            place = self._trained + number
+            slot, parameter = self.slots[place], self.parameters[place]
+            if not torch.equal(parameter.detach(), slot.view(self.params)):
+                raise thaw_error(step, f"{slot.name!r} was changed while it was frozen")
+        if thorough or self._looked < _THOROUGH_STEPS:
+            self._looked += 1
+            self._check_modules(step)
+        now = list(map(Tensor.data_ptr, self._housed))
+        if now == self._pointers:
+            return []
+        moved = [i for i, (a, b) in enumerate(zip(now, self._pointers, strict=True)) if a != b]
+        live = self._live()
+        return [self._bring_back(live[number], step) for number in moved]
+
+    def _check_objects(self, step: int) -> None:
+        """Compare the parameters that the modules have now with those they had."""
+        for held, key, name, parameter in self._homes:
+            if held.get(key) is not parameter:
+                text = f"step {step + 1}: the parameter {name!r} was replaced or removed"
+                raise SpecError(Problem(("task",), text, "write into it: param.data.copy_(...)"))
+
+    def _check_modules(self, step: int) -> None:
+        known = {id(parameter) for parameter in self.parameters}
+        for name, parameter in dense_parameters(self.model):
+            if parameter.requires_grad and parameter.numel() and id(parameter) not in known:
+                raise thaw_error(step, f"{name!r} was not there when the run began")
+
+    def _bring_back(self, place: int, step: int) -> str:
+        """Copy a parameter's data into the vector and have the parameter there again."""
+        slot, parameter = self.slots[place], self.parameters[place]
+        data = parameter.data
+        if (tuple(data.shape), data.dtype) != (slot.shape, slot.dtype):
+            text = (
+                f"step {step + 1}: the data of {slot.name!r} were replaced by {dtype_name(data)} "
+                f"{[*data.shape]}; it was {slot.dtype} {[*slot.shape]}"
+            )
+            raise SpecError(Problem(("task",), text))
+        begin, end = self.params.data_ptr(), self.params.data_ptr() + self.params.nbytes
+        if begin <= data.data_ptr() < end:
+            text = f"step {step + 1}: {slot.name!r} shares the memory of another parameter"
+            raise SpecError(Problem(("task",), text, TIE))
+        view = slot.view(self.params)
+        view.copy_(data)
+        parameter.data = view
+        return slot.name
+
     def _point(self) -> None:
         """Make parameters and gradients views of the present vectors."""
-        for slot, parameter in zip(self.slots, self._parameters, strict=True):
-            parameter.data = self._view(self.params, slot)
-            parameter.grad = self._view(self.grads, slot)
-
-    @staticmethod
-    def _view(vector: Tensor, slot: Slot) -> Tensor:
-        return vector[slot.offset : slot.offset + slot.size].view(slot.shape)
-
-
-def _check_uniform(named: list[tuple[str, nn.Parameter]]) -> None:
-    if not named:
-        raise ValueError("the model has no trainable parameter")
-    first_name, first = named[0]
-    for name, p in named:
-        if (p.dtype, p.device) != (first.dtype, first.device):
-            raise ValueError(
-                f"trainable parameters must share dtype and device: {first_name} is {first.dtype} "
-                f"on {first.device}, {name} is {p.dtype} on {p.device}"
-            )
-
-
-def _lay_out(named: list[tuple[str, nn.Parameter]]) -> list[Slot]:
-    slots, offset = [], 0
-    for name, parameter in named:
-        slots.append(Slot(name, tuple(parameter.shape), offset))
-        offset += -(-parameter.numel() // _ALIGN) * _ALIGN
-    return slots
+        live = self._live()
+        slots = [self.slots[place] for place in live]
+        self._housed = [self.parameters[place] for place in live]
+        behind = np.flatnonzero(~self.active) + self._trained
+        self._frozen = [self.parameters[place] for place in behind.tolist()]
+        self._outside = [p for _, p in self._fixed]
+        for slot, parameter in zip(slots, self._housed, strict=True):
+            parameter.data = slot.view(self.params)
+        self._pointers = list(map(Tensor.data_ptr, self._housed))
+        names = [slot.name for slot in slots]
+        self._gradients = Gradients(names, self._housed, self.present, live)
+        self._gradients.point([slot.view(self.grads) for slot in slots])
+        used = self.size if self.active.any() else self.layout.tail
+        self._used_grads = self.grads[:used]

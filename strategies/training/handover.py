@@ -20,6 +20,11 @@ from distplat.platform.errors import StateLost
 from distplat.strategies.base import Collective
 from distplat.strategies.training.flat import TORN, FlatModel
 from distplat.strategies.training.optim import LocalOptimizer
+from distplat.strategies.training.state_transfer import (
+    broadcast_bits,
+    broadcast_slots,
+    untrained_slots,
+)
 from distplat.strategies.training.words import broadcast_bytes
 
 
@@ -27,7 +32,7 @@ def take_over_newest(
     flat: FlatModel, optimizer: LocalOptimizer, group: Collective, base: int = 0
 ) -> int:
     """
-    Give every rank the newest rank's parameters, buffers and optimizer state, bit for bit.
+    Give every rank the newest rank's model and optimizer state, bit for bit.
 
     Args:
         flat: this rank's model; its `version` says what it is worth.
@@ -55,12 +60,21 @@ def take_over_newest(
     if group.rank != source:
         flat.version = TORN  # should a rank be lost now, nobody may take these for good
     group.broadcast(flat.params, source)
-    for buffer in flat.model.buffers():
-        broadcast_bits(buffer, source, group)
+    _share_thawed(flat, source, group)
+    broadcast_slots(untrained_slots(flat.model), source, group, device)
     if newest > 0:
         optimizer.load(_broadcast_state(optimizer.state(), source, group, device))
     flat.version = newest
     return newest
+
+
+def _share_thawed(flat: FlatModel, source: int, group: Collective) -> None:
+    """Have the same frozen parameters take part in training as on the source."""
+    if flat.active.size:
+        active = torch.from_numpy(flat.active.astype("uint8")).to(flat.params.device)
+        group.broadcast(active, source)
+        if group.rank != source:
+            flat.take_over_tail(active.cpu().numpy().astype(bool))
 
 
 def _broadcast_state(
@@ -72,18 +86,8 @@ def _broadcast_state(
     received = {}
     for name, dtype, shape in json.loads(text):
         if group.rank == source:
-            received[name] = state[name]
+            received[name] = state[name].to(device)
         else:
             received[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         broadcast_bits(received[name], source, group)
     return received
-
-
-def broadcast_bits(tensor: Tensor, source: int, group: Collective) -> None:
-    """Broadcast a tensor of any dtype and layout as bytes."""
-    if tensor.numel() == 0:
-        return
-    flat = tensor.detach().contiguous().view(-1)
-    group.broadcast(flat.view(torch.uint8), source)
-    if group.rank != source:
-        tensor.detach().copy_(flat.view(tensor.shape))

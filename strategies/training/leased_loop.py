@@ -21,6 +21,7 @@ from distplat.platform.task_scheduler import Course, Work
 from distplat.strategies.base import Strategy
 from distplat.strategies.ports import Leases
 from distplat.strategies.training.compute import Stopwatch
+from distplat.strategies.training.step_exchange import StepExchange, Turn
 from distplat.strategies.training.task_compute import TaskModel
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class LeasedLoop:
     def __post_init__(self) -> None:
         self.flat, self.sampler = self.prepared.flat, self.prepared.sampler
         self.total_steps, self.eval_data = self.prepared.total_steps, self.prepared.eval_data
-        self.lookups = self.prepared.lookups
+        given = self.prepared.job, self.flat, self.strategy, self.prepared.lookups
+        self._exchange = StepExchange(*given)
         self._made = 0  #: tasks, in this attempt: the number of the next push
 
     def run(self) -> None:
@@ -77,6 +79,7 @@ class LeasedLoop:
 
     def _work(self) -> None:
         self.progress.step = self._offered = self.start
+        self.progress.begun = True
         self._final, self._idle_s = False, 0.0
         while not (work := self._next()).over:
             self._make_final(work)
@@ -96,30 +99,27 @@ class LeasedLoop:
         return work
 
     def _make(self, task: int) -> None:
-        self.flat.grads.zero_()
+        self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(task, clock)
-        sent = self.lookups.push(self._made, task) if self.lookups is not None else None
+        step, part = divmod(task, self.sampler.world)
+        self.flat.check_layout(step)
+        total = self._exchange.exchange(Turn(step, self._made, task), self.rank, share)
         self._made += 1
-        self.strategy.exchange(task)
-        if sent is not None:
-            sent.wait()  # before `finish`: a task that is known to be done is in everywhere
         clock.lap("exchange")
-        self.strategy.update(task)
+        self.strategy.update(task, total)
         clock.lap("update")
         self.leases.finish((task,))
-        step, part = divmod(task, self.sampler.world)
         self.progress.step = max(self.progress.step, step + 1)
         self.flat.version = self.progress.step
         self.progress.beat()
-        mean = share.loss_sum / share.samples if share.samples else 0.0
         epoch = self.sampler.epoch_of(step)
         figures = {**self.strategy.figures(), "lease_s": self._idle_s}
-        if self.lookups is not None:
-            figures |= self.lookups.figures()
+        figures |= self._exchange.figures()
         self._idle_s = 0.0
-        seconds, of = clock.seconds, self.total_steps
-        self.report(StepReport(part, step, epoch, mean, share.samples, seconds, of, figures))
+        seconds, of, mean, weight = clock.seconds, self.total_steps, share.loss, share.weight
+        samples = share.samples
+        self.report(StepReport(part, step, epoch, mean, samples, seconds, of, figures, weight))
 
     def _make_final(self, work: Work) -> None:
         """Take the final parameters, once every task is done."""
@@ -136,8 +136,13 @@ class LeasedLoop:
         assert self.eval_data is not None, "evaluations are asked for only where there is data"
         if not self._final:
             self.strategy.synchronize()
+        self.progress.evaluating = True
         found = self.compute.evaluate_part(self.eval_data, part)
-        self.report(EvalReport(part, version, found.samples, found.sums))
+        self.progress.evaluating = False
+        if self.prepared.state is not None:
+            self.prepared.state.discard()
+        sums = found.samples, found.sums, found.counts
+        self.report(EvalReport(part, version, *sums))
         self.leases.finish((), ((version, part),))
         self.progress.beat()
 

@@ -16,16 +16,15 @@ def listen(flat: FlatModel, heard: Callable[[int, str], None]) -> list[Removable
     Returns:
         Hooks, to be removed when nobody listens any more.
     """
-    parameters = dict(flat.model.named_parameters())
 
     def hook(place: int, name: str) -> Callable[[Tensor], None]:
         return lambda _: heard(place, name)
 
     return [
-        parameters[slot.name].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        flat.parameters[place].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
             hook(place, slot.name)
         )
-        for place, slot in enumerate(flat.slots)
+        for place, slot in enumerate(flat.trained_slots)
     ]
 
 

@@ -18,10 +18,10 @@ from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
-from distplat.strategies.overlap import rows_come_first
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.compute import Compute, Share, Stopwatch
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.step_exchange import StepExchange, Turn
 
 
 @dataclass
@@ -34,6 +34,17 @@ class Progress:
     """Micro-batches and steps done: grows while the worker works, even on no samples."""
     left: bool = False
     """The worker was told to leave before the run's end."""
+    begun: bool = False
+    """The loop has been entered."""
+    evaluating: bool = False
+    """The evaluation after `step` is under way, not the next step."""
+
+    @property
+    def at(self) -> int | None:
+        """The step under way, or the one whose evaluation is, from 1; None: none was begun."""
+        if not self.begun:
+            return None
+        return self.step if self.evaluating else self.step + 1
 
     def beat(self) -> None:
         """Show that the worker is at work."""
@@ -67,10 +78,15 @@ class Loop:
     """The model's embedding tables, if it has some."""
     pause: Callable[[int], object] = lambda step: None
     """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
+    evaluated: Callable[[], object] = lambda: None
+    """Told after each evaluation: what its forwards wrote is no part of the training."""
+
+    def __post_init__(self) -> None:
+        self._exchange = StepExchange(self.job, self.flat, self.strategy, self.lookups)
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
-        self.progress.step = self.start
+        self.progress.step, self.progress.begun = self.start, True
         unreported = self.strategy.caught_up()
         if unreported is not None:
             self._end_step(self.start - 1, unreported, Stopwatch())
@@ -94,41 +110,25 @@ class Loop:
             self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
 
     def _step(self, step: int) -> None:
-        self.flat.grads.zero_()
+        self.flat.begin_step()
         clock = Stopwatch()
         share = self.compute.gradients(step, clock)
-        sent = self.lookups.push(step) if self.lookups is not None else None
-        if sent is not None and rows_come_first(self.job):
-            sent.wait()
-            sent = None
-        self.strategy.exchange(step)
-        if sent is not None:
-            sent.wait()  # before the update: a rank past a step knows that the tables are
+        self.flat.check_layout(step)
+        total = self._exchange.exchange(Turn(step, step), self.rank, share)
         clock.lap("exchange")
-        self.strategy.update(step)
+        self.strategy.update(step, total)
         clock.lap("update")
         self._end_step(step, share, clock)
 
     def _end_step(self, step: int, share: Share, clock: Stopwatch) -> None:
         self.flat.version = self.progress.step = step + 1
         self.progress.beats += 1
-        mean = share.loss_sum / share.samples if share.samples else 0.0
         epoch = self.sampler.epoch_of(step)
-        figures = self.strategy.figures()
-        if self.lookups is not None:
-            figures = {**figures, **self.lookups.figures()}
-        self.report(
-            StepReport(
-                self.rank,
-                step,
-                epoch,
-                mean,
-                share.samples,
-                clock.seconds,
-                self.total_steps,
-                figures,
-            )
-        )
+        figures = {**self.strategy.figures(), **self._exchange.figures()}
+        seconds, of = clock.seconds, self.total_steps
+        mean, samples, weight = share.loss, share.samples, share.weight
+        report = StepReport(self.rank, step, epoch, mean, samples, seconds, of, figures, weight)
+        self.report(report)
         trace = self.strategy.trace(step)
         if trace is not None:
             self.report(trace)
@@ -148,7 +148,10 @@ class Loop:
 
     def _evaluate(self, data: Dataset[Any], step: int) -> None:
         """Run this rank's part of the evaluation data; the controller puts the parts together."""
+        self.progress.evaluating = True
         found = self.compute.evaluate(data)
-        mine = EvalReport(self.rank, step, found.samples, found.sums)
+        self.progress.evaluating = False
+        self.evaluated()
+        mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
         for text in self.strategy.gather(json.dumps(asdict(mine)).encode()):
             self.report(EvalReport(**json.loads(text)))

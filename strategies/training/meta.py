@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.training.module_hooks import tensor_hooks
 from distplat.strategies.training.stages import Layer
 
 _RESET = ("reset_parameters", "_reset_parameters")
@@ -92,6 +93,10 @@ def _check(layers: Sequence[Layer]) -> None:
                 problems.append(
                     Problem((), f"{name} is in no module with reset_parameters()", hint)
                 )
+        for path, tensor in layer.module.named_parameters():
+            told = tensor_hooks(tensor)
+            text = f"{layer.name}.{path} has {' and '.join(told)}, and gets its values later"
+            problems += [Problem((), text, "do not use `init: meta`")] if told else []
         for path, module in layer.module.named_modules():
             if _own(module) and not any(hasattr(module, name) for name in _RESET):
                 name = ".".join(part for part in (layer.name, path) if part)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.ledger import PushId
+from distplat.strategies.training.optim import FlatOptimizer
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Update:
     """Asynchronous: ranks that took the values of this version, in order."""
     pulled: int = 0
     """Asynchronous: the version at which the gradient was computed."""
+    present: bytes | None = None
+    """A byte for each parameter of the model, 1: it has a gradient; None: all have."""
 
 
 class Mirror(Protocol):
@@ -65,7 +68,7 @@ class Mirrored(Protocol):
     books: ClassVar[Sequence[str]]
     """Attributes that are plain values."""
     params: Tensor
-    optimizer: torch.optim.Optimizer
+    optimizer: FlatOptimizer
 
     def follow(self, update: Update, gradient: Tensor) -> None:
         """As a backup, make the update that the primary makes."""
@@ -83,8 +86,7 @@ class Twin:
 def twin_of(shard: Mirrored) -> Twin:
     """Copy a shard; its lock is held."""
     vectors = [[one.clone() for one in _tensors(shard, name)] for name in shard.vectors]
-    states = shard.optimizer.state_dict()["state"]
-    kept = {name: value.clone() for name, value in (states[0] if states else {}).items()}
+    kept = {name: value.clone() for name, value in shard.optimizer.state().items()}
     return Twin(vectors, {name: deepcopy(getattr(shard, name)) for name in shard.books}, kept)
 
 
@@ -98,9 +100,7 @@ def become(shard: Mirrored, twin: Twin) -> None:
             mine.copy_(copy)
     for name, value in twin.books.items():
         setattr(shard, name, value)
-    if twin.optimizer:
-        groups = shard.optimizer.state_dict()["param_groups"]
-        shard.optimizer.load_state_dict({"state": {0: twin.optimizer}, "param_groups": groups})
+    shard.optimizer.load(twin.optimizer)
 
 
 def _tensors(shard: Mirrored, name: str) -> list[Tensor]:

@@ -11,16 +11,19 @@ copied at once; everything after that happens behind the training's back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distplat.platform.pieces import Bytes, Entry, Place, Whole, run_entries
+from distplat.platform.pieces import Bytes, Entry, Place, Whole
 from distplat.strategies.ports import Kind, Shards
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.laying_out import Slot
+from distplat.strategies.training.optim import PER_PARAMETER, USED
+from distplat.strategies.training.segments import dtype_name
 
 Boxes = list[tuple[Any, tuple[Entry, ...]]]
 """Arrays that are kept elsewhere, and what is in them."""
@@ -66,14 +69,10 @@ class Holding:
     others: Set[str] = frozenset()
     """Tensors that are here and that count for another rank, in checkpoints and in norms."""
 
-    def mine(self, flat: FlatModel) -> list[tuple[str, tuple[int, ...], int]]:
-        """Give `names_of` the trainable tensors that this rank gives."""
-        return [named for named in names_of(flat) if named[0] not in self.others]
-
     def uncounted(self, flat: FlatModel) -> tuple[tuple[int, int], ...]:
         """Give the runs of the flat vector that count for another rank."""
         slots = [slot for slot in flat.slots if slot.name in self.others]
-        return tuple((slot.offset, slot.offset + slot.size) for slot in slots)
+        return tuple((slot.offset, slot.stop) for slot in slots)
 
 
 ALL = Holding()
@@ -81,11 +80,6 @@ ALL = Holding()
 
 Take = Callable[[int, Part, Mapping[str, Any]], object]
 """Takes a part, with its version and facts for `state.json`; copies it before it returns."""
-
-
-def names_of(flat: FlatModel) -> list[tuple[str, tuple[int, ...], int]]:
-    """Give name, shape and first element of each trainable tensor."""
-    return [(slot.name, slot.shape, slot.offset) for slot in flat.slots]
 
 
 def model_part(flat: FlatModel, holding: Holding = ALL) -> Part:
@@ -96,14 +90,14 @@ def model_part(flat: FlatModel, holding: Holding = ALL) -> Part:
         flat: the model.
         holding: what of the whole it is.
     """
-    names, dtype = holding.mine(flat), dtype_name(flat.params)
-    entries = run_entries(names, 0, flat.size, "model", dtype, 0, holding.places)
+    live = flat.trained_names()
+    entries = vector_entries(flat, [kind_of("model", flat.params)], 0, b"", holding, live)
     return Part((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
 
 
 def buffer_part(flat: FlatModel, holding: Holding = ALL) -> Part:
     """Give what of a model is not trained: buffers and frozen parameters."""
-    elsewhere = holding.others | {slot.name for slot in flat.slots}
+    elsewhere = holding.others | flat.trained_names()
     rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
     entries = [
         Entry(
@@ -128,13 +122,14 @@ def optimizer_part(
 
     Args:
         flat: the model.
-        state: by torch's names; vectors of the run's length, and values without dimensions.
+        state: see `FlatOptimizer.state`.
         start: first element of the run.
         holding: see `model_part`.
     """
-    kinds = [kind_of(f"optimizer/{name}", value) for name, value in state.items()]
-    entries = vector_entries(holding.mine(flat), kinds, start, holding.places)
-    return Part(tuple(state.values()), tuple(entries))
+    kinds, used = kinds_of(state)
+    tensors = tuple(value for name, value in state.items() if name != USED)
+    entries = vector_entries(flat, kinds, start, used, holding)
+    return Part(tensors, tuple(entries))
 
 
 def server_part(
@@ -150,50 +145,98 @@ def server_part(
         may_skip: see `Part`.
         holding: see `model_part`.
     """
-    names, places = holding.mine(flat), holding.places
+    live = flat.trained_names()  # in the step that this version follows, not when it is fetched
 
     def fetch() -> Boxes | None:
         copies = shards.copies(version)
         if copies is None:
             return None
-        return [(c.box, tuple(vector_entries(names, c.kinds, c.start, places))) for c in copies]
+        return [
+            (c.box, tuple(vector_entries(flat, c.kinds, c.start, c.used, holding, live)))
+            for c in copies
+        ]
 
     return replace(buffer_part(flat, holding), fetch=fetch, may_skip=may_skip)
 
 
+def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[Kind], bytes]:
+    """Say what an optimizer's state is made of, and, a byte each, of which parameters it is."""
+    kinds = [kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
+    return kinds, state[USED].numpy().tobytes() if USED in state else b""
+
+
 def kind_of(key: str, tensor: Tensor) -> Kind:
-    """Say what a vector is."""
-    return Kind(key, dtype_name(tensor), tensor.numel() if tensor.ndim else None)
+    """Say what a vector, or a number for each parameter, is."""
+    plain = key.replace(f"optimizer/{PER_PARAMETER}", "optimizer/")
+    return Kind(plain, dtype_name(tensor), tensor.numel() if plain == key else None)
 
 
 def vector_entries(
-    names: Sequence[tuple[str, tuple[int, ...], int]],
+    flat: FlatModel,
     kinds: Sequence[Kind],
-    start: int,
-    places: Mapping[str, Place] | None = None,
+    start: int = 0,
+    used: bytes = b"",
+    holding: Holding = ALL,
+    live: Set[str] = frozenset(),
 ) -> list[Entry]:
     """
     Name what is in vectors over one run; the n-th array is that of the n-th kind.
 
     Args:
-        names: of the flat vector, see `run_entries`.
+        flat: the model.
         kinds: of the vectors.
         start: first element of the run.
-        places: see `Holding`.
+        used: a byte for each parameter, 0: an optimizer remembers nothing of it.
+        holding: see `model_part`.
+        live: names of the parameters whose values are those in the vector `model`.
     """
+    length = next((kind.length for kind in kinds if kind.length is not None), 0)
     entries = []
-    for number, (key, dtype, length) in enumerate(kinds):
-        if length is None:
-            entries.append(Entry(key, Place(()), dtype, number))
-        else:
-            stop = start + length
-            entries += run_entries(names, start, stop, key, dtype, number, places)
+    for place, first, last in slots_in(flat, start, start + length):
+        slot = flat.slots[place]
+        if slot.name in holding.others:
+            continue
+        for number, (key, dtype, vector) in enumerate(kinds):
+            if slot.name not in live if key == "model" else not used[place]:
+                continue
+            if vector is None:
+                entries.append(Entry(f"{key}/{slot.name}", Place(()), dtype, number, place))
+                continue
+            run, offset = elements_of(flat, slot, first, last, start)
+            where = replace(holding.places.get(slot.name, Place(slot.shape)), run=run)
+            kind = str(slot.dtype).removeprefix("torch.")
+            entries.append(Entry(f"{key}/{slot.name}", where, kind, number, offset))
     return entries
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """Give the name of a tensor's type, for example `float32`."""
-    return str(tensor.dtype).removeprefix("torch.")
+def slots_in(flat: FlatModel, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Give the slots that lie in a run of the flat vector: place, first element, last one."""
+    for place, slot in enumerate(flat.slots):
+        first, last = max(start, slot.offset), min(stop, slot.stop)
+        if first < last:
+            yield place, first, last
+
+
+def elements_of(
+    flat: FlatModel, slot: Slot, first: int, last: int, start: int
+) -> tuple[tuple[int, int] | None, int]:
+    """
+    Count elements of a slot where the vector's are bytes.
+
+    Args:
+        flat: the model.
+        slot: one of its slots.
+        first: element of the vector, in the slot.
+        last: one behind it, in the slot.
+        start: element of the vector from which places are to be counted.
+
+    Returns:
+        First and last element of the slot, None: all of them; and the place of the first.
+    """
+    item = slot.dtype.itemsize // flat.params.itemsize if flat.mixed else 1
+    all_of_it = (first, last) == (slot.offset, slot.stop)
+    run = None if all_of_it else ((first - slot.offset) // item, (last - slot.offset) // item)
+    return run, (first - start) // item
 
 
 class Staging:

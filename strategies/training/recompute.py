@@ -11,26 +11,52 @@ so the two do not go well together.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from distplat.platform.errors import Problem, SpecError
 
-def recomputed(stage: nn.Module, inputs: Tensor) -> Tensor:
-    """Run a stage so that its activations are computed again in backward."""
+
+def recomputed(stage: nn.Module, inputs: Any) -> Any:
+    """
+    Run a stage so that its activations are computed again in backward.
+
+    Raises:
+        SpecError: forward writes into buffers or frozen parameters, and would do so twice.
+    """
     if not torch.is_grad_enabled():
-        outputs: Tensor = stage(inputs)
-        return outputs
+        return stage(inputs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _StatisticsStay(stage)
 
+    before = _state(stage)
     outputs = checkpoint(
         stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
     )
+    written = [name for name, known in _state(stage).items() if before.get(name) != known]
+    if written:
+        text = f"forward writes into {', '.join(written)}, and `recompute` runs it twice"
+        raise SpecError(Problem(("strategy", "recompute"), text, "leave `recompute` out"))
     return outputs
+
+
+def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
+    """Give by name what tells that a tensor that is not trained was written, or replaced."""
+    found = {}
+    for path, module in stage.named_modules():
+        own = dict(module._parameters)
+        if not isinstance(module, _NormBase):  # of norms, `_StatisticsStay` takes care
+            own |= module._buffers
+        for name, tensor in own.items():
+            if tensor is not None and not tensor.requires_grad:
+                where = f"{path}.{name}".removeprefix("chunk.").removeprefix("model.")
+                found[where] = id(tensor), tensor._version
+    return found
 
 
 class _StatisticsStay:

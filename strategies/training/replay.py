@@ -15,9 +15,12 @@ one for all threads). Whatever order the threads come in, each value is computed
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
@@ -26,6 +29,7 @@ from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.strategies.base import Pushed
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import Holding
@@ -50,6 +54,7 @@ class ReplayGroup:
         self.computing = threading.Lock()  #: held by the rank that computes
         self._flats: dict[int, FlatModel] = {}
         self._ready: dict[int, int] = {}  #: rank -> how many of its gradients are there
+        self._controls: dict[int, StepControl] = {}  #: rank -> of its last gradient
         self._wants: dict[int, dict[int, int]] = {}  #: rank -> shard -> version it is to pull
         self._waiting: dict[int, Callable[[], bool]] = {}  #: rank -> whether it may go on
         self._pulled = [_pulled_by_rank(log) for log in logs]
@@ -63,12 +68,13 @@ class ReplayGroup:
         with self._changed:
             self._flats[rank] = flat
             if len(self._flats) == len(self.tasks):
-                self._open(self._flats[0].params)
+                self._open(self._flats[0])
             self._changed.notify_all()
         self._pull_for(rank, 0)
 
-    def submit(self, rank: int, number: int) -> int:
+    def submit(self, rank: int, number: int, control: StepControl) -> int:
         """Have a rank's gradient applied when its turn comes, and pull; give its staleness."""
+        self._controls[rank] = control
         self.computing.release()
         self._pull_for(rank, number + 1)
         return max(shard.staleness[rank] for shard in self.shards)
@@ -116,10 +122,11 @@ class ReplayGroup:
             if not done():
                 raise StorageError("the log of updates cannot be followed: it is not of this job")
 
-    def _open(self, initial: Tensor) -> None:
-        self.cuts = cut_shards(initial.numel(), self.plan.shards).shards
+    def _open(self, flat: FlatModel) -> None:
+        self.cuts = cut_shards(flat.size, self.plan.shards, tail=flat.layout.tail_size).shards
         for cut in self.cuts:
-            shard = AsyncShard(self.plan, initial[cut.start : cut.stop].clone())
+            plan = replace(self.plan, layout=flat.layout.cut(cut.start, cut.stop))
+            shard = AsyncShard(plan, flat.params[cut.start : cut.stop].clone())
             shard.restore(0)
             self.shards.append(shard)
 
@@ -144,7 +151,7 @@ class ReplayGroup:
         if place < len(log) and not self._has_pushed(log[place].rank, index):
             rank, number = log[place].rank, self._taken[index][log[place].rank]
             push = PushId(self.plan.run, self.plan.attempt, rank, number, log[place].task)
-            shard.push(push, self._flats[rank].grads[part])
+            shard.push(push, self._flats[rank].grads[part], self._controls[rank])
             self._taken[index][rank] += 1
             self._places[index] += 1
             moved = True
@@ -170,20 +177,9 @@ class ReplayShards:
     def step_back(self, version: int) -> None:
         """See `Shards`; asynchronous shards have no version in common."""
 
-    def bounds(self) -> list[tuple[int, int]]:
+    def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
-        return [(cut.start, cut.stop) for cut in self._group.cuts]
-
-    def may_leave(self, shard: int) -> bool:
-        """See `Shards`; when a gradient is applied, the logs say."""
-        return False
-
-    def push_part(self, shard: int, step: int, task: int | None = None) -> None:
-        """See `Shards`; asked of no part."""
-
-    def push(self, step: int, task: int | None = None) -> Pushed:
-        """See `Shards`."""
-        return Pushed(staleness=self._group.submit(self._rank, step))
+        return Pushed(staleness=self._group.submit(self._rank, step, control), total=control)
 
     def commit(self, step: int, norm: float) -> Pushed:
         """See `Shards`; asynchronous shards apply by themselves."""
@@ -192,6 +188,10 @@ class ReplayShards:
     def refresh(self) -> None:
         """Wait for the end: what a rank computes on before, the logs say."""
         self._group.finish(self._rank)
+
+    def tail(self) -> NDArray[np.bool_]:
+        """See `Shards`; asynchronous shards have none."""
+        return np.zeros(0, np.bool_)
 
     def copies(self, version: int) -> None:
         """See `Shards`; what was made before needs no checkpoints."""

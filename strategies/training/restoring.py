@@ -8,7 +8,7 @@ So a run may go on under another strategy, with another number of workers or ser
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.pieces import Place, Whole, run_entries, take_out
+from distplat.platform.pieces import Place, Whole, take_out
 from distplat.platform.resume import names_differ
 from distplat.platform.table_plan import TableSpec, file_of
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.parts import dtype_name, names_of
+from distplat.strategies.training.optim import NUMBERS, PER_PARAMETER, USED
+from distplat.strategies.training.parts import elements_of, slots_in
+from distplat.strategies.training.segments import dtype_name
 
 Load = Callable[[str], Mapping[str, Whole]]
 """Gives the tensors of one of the files, `model` or `optimizer`."""
@@ -95,11 +97,12 @@ class SavedState:
             SpecError: it is another model; says what differs.
         """
         found = self._load("model")
-        mine = flat.model.state_dict()
+        mine = flat.state_dict()
         _check_model(found, mine, places)
         for name, tensor in mine.items():
             place = (places or {}).get(name, Place(tuple(tensor.shape)))
             tensor.copy_(tensor_of(found[name], place).view(tensor.shape))
+        flat.fill_tail()
         flat.version = self.step
 
     def optimizer(
@@ -119,33 +122,58 @@ class SavedState:
             places: see `load_model`.
 
         Returns:
-            Vectors of the run's length, padding zero, and values without dimensions.
+            See `FlatOptimizer.state`; a parameter of which the checkpoint has nothing begins anew.
         """
+        found = self._load("optimizer")
+        if not found:
+            return {}
         stop = flat.size if stop is None else stop
-        return state_of_run(self._load("optimizer"), names_of(flat), start, stop, places)
+        used = torch.zeros(len(flat.slots), dtype=torch.bool)
+        result: dict[str, Tensor] = {}
+        for kind in dict.fromkeys(key.partition("/")[0] for key in found):
+            if kind in found or kind in NUMBERS:
+                result[PER_PARAMETER + kind] = _numbers(found, kind, flat, used)
+            else:
+                result[kind] = _vector(found, kind, flat, (start, stop), used, places or {})
+        return {**result, USED: used}
 
 
-def state_of_run(
+def _numbers(found: Mapping[str, Whole], kind: str, flat: FlatModel, used: Tensor) -> Tensor:
+    """Give a number for each parameter; older checkpoints have one for all. Notes who has one."""
+    shared = kind in found
+    keys = [kind if shared else f"{kind}/{slot.name}" for slot in flat.slots]
+    values = [tensor_of(found[key], Place(())) if key in found else None for key in keys]
+    dtype = next((value.dtype for value in values if value is not None), torch.float32)
+    result = torch.zeros(len(keys), dtype=dtype)
+    for place, value in enumerate(values):
+        if value is not None:
+            result[place] = value
+            used[place] |= not shared
+    return result
+
+
+def _vector(
     found: Mapping[str, Whole],
-    names: Sequence[tuple[str, tuple[int, ...], int]],
-    start: int,
-    stop: int,
-    places: Mapping[str, Place] | None = None,
-) -> dict[str, Tensor]:
-    """See `SavedState.optimizer`; `names` as for `run_entries`."""
-    result: dict[str, Tensor] = {}
-    for kind in dict.fromkeys(key.partition("/")[0] for key in found):
-        if kind in found:
-            result[kind] = tensor_of(found[kind], Place(()))
-            continue
-        for entry in run_entries(names, start, stop, kind, "", 0, places):
-            if entry.key not in found:
-                text = f"the checkpoint has no {entry.key!r}: was that parameter not trained?"
-                raise SpecError(Problem(("task",), text))
-            part = tensor_of(found[entry.key], entry.place)
-            if kind not in result:
-                result[kind] = torch.zeros(stop - start, dtype=part.dtype)
-            result[kind][entry.offset : entry.offset + part.numel()] = part
+    kind: str,
+    flat: FlatModel,
+    run: tuple[int, int],
+    used: Tensor,
+    places: Mapping[str, Place],
+) -> Tensor:
+    """Give a run of a vector; notes the parameters that have something in it."""
+    start, stop = run
+    for place, slot in enumerate(flat.slots):
+        used[place] |= f"{kind}/{slot.name}" in found
+    result = flat.params.new_zeros(stop - start, device="cpu")
+    for place, first, last in slots_in(flat, start, stop):
+        slot = flat.slots[place]
+        key = f"{kind}/{slot.name}"
+        if key in found:
+            part, _ = elements_of(flat, slot, first, last, start)
+            where = replace(places.get(slot.name, Place(slot.shape)), run=part)
+            mine = result[first - start : last - start]
+            values = tensor_of(found[key], where).reshape(-1)
+            (mine.view(slot.dtype) if flat.mixed else mine).copy_(values)
     return result
 
 

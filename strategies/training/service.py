@@ -1,8 +1,8 @@
 """
 A shard that many workers call at once: locks, waits with deadlines, answers.
 
-A server node and the fake in memory wrap the same service; how values reach a worker is theirs
-(`Deliver`). Calls come in on one thread per worker; whoever has to wait sleeps on a condition.
+How values reach a worker is the server node's (`Deliver`). Calls come in on one thread per worker;
+whoever has to wait sleeps on a condition.
 """
 
 import threading
@@ -27,6 +27,7 @@ from distplat.platform.ledger import Answer, PushId
 from distplat.platform.load import Door, Visit
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.keeping import Kept
 from distplat.strategies.training.shard import ParameterShard
 
@@ -140,9 +141,11 @@ class Service(ABC):
             return answer
 
     @abstractmethod
-    def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
+    def push(
+        self, push: PushId, gradient: Tensor, control: StepControl, deliver: Deliver
+    ) -> Answer:
         """
-        Take a worker's gradient; return when the worker may go on.
+        Take a worker's gradient and control record; return when the worker may go on.
 
         Raises:
             ProtocolError: the push must not be applied.

@@ -1,11 +1,13 @@
 """
-From a job and a task to a loop that is ready to run, in three steps that can wait between.
+From a job and a task to a loop that is ready to run, in steps that can wait between.
 
+    make_task    import the task's module
     prepare      build model and data; talks to nobody
     join         connect the ports, set the strategy up; waits for the others
     Loop.run     train
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,16 +21,30 @@ from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Context, Shards, Strategy
-from distplat.strategies.ports import Leases, Tables
+from distplat.strategies.ports import Board, Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
-from distplat.strategies.training.batches import make_sampler, ready_loaders, total_steps
+from distplat.strategies.training.agreement import (
+    Facts,
+    agree,
+    agree_on_values,
+    facts_of,
+    hash_samples,
+)
+from distplat.strategies.training.batches import make_sampler, total_steps
+from distplat.strategies.training.checks import check_state, checked_data, checked_model
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.held_generators import warning_of
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
+from distplat.strategies.training.loader_processes import ready_loaders
 from distplat.strategies.training.loop import Loop, Progress
+from distplat.strategies.training.model_state import ModelState, shares_of
 from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.seeding import seed_all
 from distplat.strategies.training.task_compute import TaskModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,6 +64,10 @@ class Prepared:
     """What this worker trains; None: the strategy has yet to cut it."""
     lookups: Lookups | None = None
     """The model's embedding tables, if it has some."""
+    state: ModelState | None = None
+    """What `part` has beside what gradients train; there once that is known."""
+    facts: Facts | None = None
+    """What this worker has, to be compared with what the others have."""
 
     @property
     def flat(self) -> FlatModel:
@@ -68,6 +88,10 @@ class Ports:
     """To the servers of embedding tables."""
     leases: Leases | None = None
     """To the task scheduler."""
+    peers: Callable[[], Collective] | None = None
+    """Makes a group of all workers, for a strategy that has none; see `Context.peers`."""
+    board: Board | None = None
+    """Where the ranks of a run learn whether they have the same."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +110,20 @@ FRESH = Around()
 """No checkpoints."""
 
 
+def make_task(job: Job, load: Callable[[], type[Task]]) -> Task:
+    """
+    Make the task. Seeded before, so that whatever its module and class draw is the same for all.
+
+    Args:
+        job: the run.
+        load: imports the module and gives the class.
+    """
+    seed_all(job.seed)
+    kind = load()
+    seed_all(job.seed)
+    return kind(**job.task_args)
+
+
 def prepare(
     job: Job, task: Task, device: str = "cpu", strategy: Strategy[Any] | None = None
 ) -> Prepared:
@@ -102,22 +140,33 @@ def prepare(
         ValueError: a model or data set that cannot be trained; or whatever the task raises.
     """
     loaders_ready = ready_loaders(job)
-    torch.manual_seed(job.seed)
-    model = task.model() if strategy is None else strategy.build(task)
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model() must return a torch.nn.Module, got {type(model).__name__}")
+    seed_all(job.seed)
+    model = checked_model(task, task.model() if strategy is None else strategy.build(task))
+    sent = strategy is not None and strategy.roles(job).collective is not None
+    check_state(model, sent=sent and job.scaling.world > 1)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
-    part = FlatModel(model.to(device)) if whole else None
-    torch.manual_seed(job.seed)
-    data = task.train_data()
+    thaws = strategy is not None and strategy.can_thaw()
+    part = FlatModel(model.to(device), thaws=thaws) if whole else None
+    seed_all(job.seed)
+    data = checked_data(task, task.train_data(), "train_data")
     sampler = make_sampler(job, data, None if strategy is None else strategy.replicas(job))
-    torch.manual_seed(job.seed)
+    seed_all(job.seed)
     eval_data = task.eval_data()
+    if eval_data is not None:
+        eval_data = checked_data(task, eval_data, "eval_data")
+    _warn_of_held_generators(data, eval_data)
     steps = total_steps(job, sampler)
     left = None if whole else model
     loaders_ready()
     return Prepared(job, task, left, data, eval_data, sampler, steps, device, part, lookups)
+
+
+def _warn_of_held_generators(data: Dataset[Any], eval_data: Dataset[Any] | None) -> None:
+    for one, what in ((data, "train_data"), (eval_data, "eval_data")):
+        warning = warning_of(one, what) if one is not None else None
+        if warning is not None:
+            logger.warning(warning)
 
 
 def resize(prepared: Prepared, job: Job, strategy: Strategy[Any]) -> None:
@@ -151,12 +200,15 @@ def join(
         pause: see `Loop`.
 
     Raises:
-        SpecError: the checkpoint is of another model or data set.
+        SpecError: the checkpoint is of another model or data set, or another rank has another one.
         DistplatError: whatever the ports raise while the ranks find each other.
     """
     p, leases = prepared, ports.leases
+    _compare(p, strategy, rank, ports.board)
     p.part = strategy.own_part(p, rank, ports.collective)
     _load(p, strategy, around.saved)
+    if p.state is None:
+        p.state = ModelState(p.flat, shares_of(p), p.task.buffers)
     context = _context(p, rank, ports, around, progress)
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
@@ -169,13 +221,32 @@ def join(
     work = strategy.compute(p, context)
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, work, rank, report, progress, start, checkpoint, p.lookups)
-    return replace(loop, pause=pause)
+    return replace(loop, pause=pause, evaluated=p.state.discard)
+
+
+def _compare(p: Prepared, strategy: Strategy[Any], rank: int, board: Board | None) -> None:
+    """See that this rank has what the others have."""
+    if board is None:
+        return
+    seed = p.job.seed
+    if p.facts is None:
+        model = p.model if p.model is not None else p.flat.model
+        p.facts = facts_of(p.task, model, p.data, p.eval_data, seed)
+        agree(p.facts, rank, board, lambda positions: hash_samples(p.data, positions, seed))
+        if strategy.roles(p.job).consistency.dealt:
+            agree_on_values(model, rank, board)
 
 
 def _context(p: Prepared, rank: int, ports: Ports, around: Around, progress: Progress) -> Context:
     where = p.job, rank, p.job.scaling.world, p.total_steps, p.flat
     context = Context(*where, ports.collective, ports.shards, progress.beat)
-    return replace(context, saved=around.saved, base=around.base)
+    return replace(
+        context,
+        saved=around.saved,
+        base=around.base,
+        model_state=p.state,
+        meet_peers=ports.peers,
+    )
 
 
 def _set_up(p: Prepared, strategy: Strategy[Any], context: Context, tables: Tables | None) -> int:

@@ -1,8 +1,7 @@
 """
 One parameter-server shard: parameters, optimizer state and the ledger of what was applied.
 
-Plain and synchronous: a server-node actor and the in-memory fake wrap the same class. A shard
-waits for nobody; it says what it has, and its owner decides how to wait.
+Plain and synchronous: a shard waits for nobody. It says what it has; its owner decides how to wait.
 
 Of several shards each commits by itself, so for a moment one may be a version ahead of another, or
 of the embedding tables beside it. It keeps the version before until the first push of the next step
@@ -18,20 +17,25 @@ So there is always a version that every shard can give, whoever dies at whatever
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.errors import GapError, StaleError
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
-from distplat.strategies.algorithms.reduce import clip_factor, squared_norm_but, sum_in_order
+from distplat.platform.vector_layout import Layout, plain_layout
+from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
+from distplat.strategies.training.control import Policy, StepControl
 from distplat.strategies.training.keeping import Keeping, Kept
 from distplat.strategies.training.mirror import Mirror, Update
-from distplat.strategies.training.optim import (
-    load_state,
-    make_optimizer,
-    state_of,
-    step_optimizer,
+from distplat.strategies.training.optim import FlatOptimizer, Presence, rate_of
+from distplat.strategies.training.segments import (
+    dtype_name,
+    scale_in_place,
+    squared_norm_of,
+    typed_views,
 )
 
 
@@ -51,8 +55,18 @@ class ParameterShard:
         self._plan, self.params = plan, params
         self.mirror: Mirror | None = None  #: the way to a backup
         self._sum = torch.zeros_like(params)
-        self.optimizer = make_optimizer(plan.job.optimizer, params, self._sum)
+        self._layout = layout_of(plan, params)
+        self.optimizer = FlatOptimizer(plan.job.optimizer, params, self._sum, self._layout)
+        segments = self._layout.segments
+        self._segments = tuple(one for one in segments if one.start < self._layout.tail)
+        self._thawing = [one for one in self._layout.pieces if one.start >= self._layout.tail]
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
+        self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
+        self.total = StepControl()  #: of the staged sum, or of the step applied last
+        self.tail: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """By parameter that was frozen at first, whether it is trained by now; empty: none is."""
+        self._present: bytes | None = None  #: of the staged sum: parameters that are updated
+        self._scale = 1.0  #: of the staged sum: what it is still to be multiplied by
         backup = plan.consistency.backup_workers
         self.ledger = Ledger(plan.run, plan.attempt, plan.world, backup)
         self.squared_norm: float | None = None  #: of the staged sum, once complete and wanted
@@ -84,14 +98,14 @@ class ParameterShard:
             version: steps that they have behind them.
             state: what the optimizer remembers of them; None: nothing.
         """
-        load_state(self.optimizer, state or {})
+        self.optimizer.load(state or {})
         self.ledger.restore(version)
         self._before_version = None
 
     def renew(self, attempt: int, world: int | None = None) -> None:
         """See `Ledger.renew`."""
         self.ledger.renew(attempt, world)
-        self._gradients.clear()
+        self._forget_pushes()
 
     def values(self, version: int) -> Tensor:
         """
@@ -111,13 +125,19 @@ class ParameterShard:
         """Hand over the copies for a checkpoint; None: they are not there, or not any more."""
         return self._keeping.give(version)
 
-    def push(self, push: PushId, gradient: Tensor) -> Verdict:
+    def push(
+        self,
+        push: PushId,
+        gradient: Tensor,
+        control: StepControl | None = None,
+    ) -> Verdict:
         """
         Stage a gradient, and the sum of all once they are complete.
 
         Args:
             push: its identity.
             gradient: shape [m]; must not change until the step is committed.
+            control: the rank's control record; None: it has a gradient of every parameter.
 
         Raises:
             ProtocolError: see `Ledger.offer`; nothing is changed.
@@ -128,6 +148,7 @@ class ParameterShard:
         if verdict is Verdict.NEW:
             self._keep_present()
             self._gradients[push.rank] = gradient
+            self._controls[push.rank] = control or everything(self._layout)
             if self.ledger.complete:
                 self._add_up()
         return verdict
@@ -145,26 +166,43 @@ class ParameterShard:
         """
         if not self.ledger.commit(seq):
             return False
-        limit = self._plan.job.clip_norm
+        limit, scale = self._plan.job.clip_norm, self._scale
         if limit is not None and norm is not None:
-            self._sum.mul_(clip_factor(norm, limit))
+            scale *= clip_factor(norm, limit)
+        scale_in_place(self._typed(self._sum), scale)
         if self.mirror is not None:
-            self.mirror.send(Update(seq), self._sum)
-        step_optimizer(self.optimizer, self._plan.job, seq, self._plan.total_steps)
-        self._keep(seq + 1)
+            self.mirror.send(Update(seq, present=self._present), self._sum)
+        self._update(seq, self._present)
         return True
 
     def follow(self, update: Update, gradient: Tensor) -> None:
         """See `Mirrored`; `gradient` is summed and clipped, shape [m]."""
         self._keep_present()
+        self._look_for_thawed(update.present)
         self._sum.copy_(gradient)
         self.ledger.restore(update.version + 1)
-        step_optimizer(self.optimizer, self._plan.job, update.version, self._plan.total_steps)
-        self._keep(update.version + 1)
+        self._update(update.version, update.present)
 
-    def _keep(self, version: int) -> None:
-        """Copy what a checkpoint of this version will want; a backup does, for it may be asked."""
-        self._keeping.reached(version, lambda: {"": self.params, **state_of(self.optimizer)})
+    def _update(self, step: int, present: bytes | None) -> None:
+        """Make the update, and copy what a checkpoint of the version after it will want."""
+        plan = self._plan
+        self.optimizer.step(rate_of(plan.job, step, plan.total_steps), from_flags(present))
+        self._keeping.reached(step + 1, lambda: {"": self.params, **self.optimizer.state()})
+
+    def _typed(self, vector: Tensor) -> list[Tensor]:
+        return typed_views(vector, self._segments)
+
+    def _look_for_thawed(self, flags: bytes | None) -> None:
+        """Have the tail take part once one of its parameters does."""
+        if flags is not None and len(flags) > self._layout.parameters:
+            tail = np.frombuffer(flags, np.bool_)[self._layout.parameters :]
+            self.tail = tail if not self.tail.size else self.tail | tail
+        if flags is not None and any(flags[piece.slot] for piece in self._thawing):
+            self._segments, self._thawing = self._layout.segments, []
+
+    def _forget_pushes(self) -> None:
+        self._gradients.clear()
+        self._controls.clear()
 
     def _keep_present(self) -> None:
         """Every shard has the present version, or nobody could push a gradient made with it."""
@@ -174,10 +212,47 @@ class ParameterShard:
 
     def _add_up(self) -> None:
         """Sum in rank order (I2), and let go of the workers' vectors."""
+        ranks = sorted(self._gradients)
+        self.total = StepControl.total([self._controls[rank].pack() for rank in ranks])
+        self._present = flags_of(self.total, self._plan.job.failure.non_finite)
+        self._look_for_thawed(self._present)
         world, backup = self.ledger.world, self._plan.consistency.backup_workers
-        sum_in_order([self._gradients[rank] for rank in sorted(self._gradients)], self._sum)
-        if backup:  # still a mean, over the samples that are there
-            self._sum.mul_(world / (world - backup))
-        self._gradients.clear()
+        # With backup workers still a mean, over the samples that are there.
+        self._scale = self.total.scale * (world / (world - backup) if backup else 1.0)
+        parts = [self._typed(self._gradients[rank]) for rank in ranks]
+        for terms, out in zip(zip(*parts, strict=True), self._typed(self._sum), strict=True):
+            sum_in_order(terms, out)
+        self._forget_pushes()
         if self._plan.job.clip_norm is not None:
-            self.squared_norm = squared_norm_but(self._sum, self._plan.uncounted)
+            square = squared_norm_of(self._sum, self._segments, self._plan.uncounted)
+            self.squared_norm = square * self._scale**2
+
+
+def layout_of(plan: ShardPlan, params: Tensor) -> Layout:
+    """Give what lies where in a shard; a plan without it has a single parameter."""
+    return plan.layout or plain_layout(params.numel(), dtype_name(params))
+
+
+def everything(layout: Layout) -> StepControl:
+    """Give the record of a rank that has a gradient of every parameter."""
+    return StepControl(1.0, 1.0, present=np.ones(layout.parameters, np.bool_))
+
+
+def flags_of(total: StepControl, policy: Policy) -> bytes:
+    """
+    Say which parameters an update moves: of a step that is left out, none.
+
+    Args:
+        total: the control record of the step.
+        policy: `failure.non_finite` of the job.
+
+    Returns:
+        A byte for each parameter.
+    """
+    applied = total.finite or policy == "ignore"
+    return (total.present if applied else np.zeros_like(total.present)).tobytes()
+
+
+def from_flags(flags: bytes | None) -> Presence:
+    """Unpack what `as_flags` gave."""
+    return None if flags is None else np.frombuffer(flags, np.bool_)

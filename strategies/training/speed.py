@@ -13,7 +13,7 @@ import torch
 
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.reduce import sum_in_order
-from distplat.strategies.training.optim import make_optimizer, step_optimizer
+from distplat.strategies.training.optim import FlatOptimizer, rate_of
 
 _ELEMENTS = 1 << 18
 _ROUNDS = 7
@@ -35,11 +35,11 @@ def elements_per_s(
     params = torch.zeros(_ELEMENTS, dtype=getattr(torch, dtype))
     total = torch.zeros_like(params)
     gradients = [torch.full_like(params, 0.5) for _ in range(min(world, _MOST_GRADIENTS))]
-    optimizer = make_optimizer(job.optimizer, params, total)
+    optimizer = FlatOptimizer(job.optimizer, params, total)
     seconds = []
     for step in range(_ROUNDS):
         began = clock()
         sum_in_order(gradients, total)
-        step_optimizer(optimizer, job, step, _ROUNDS)
+        optimizer.step(rate_of(job, step, _ROUNDS))
         seconds.append(clock() - began)
     return _ELEMENTS / max(1e-9, statistics.median(seconds[1:]))  # the first touches new memory

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from distplat.platform.ledger import Answer, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.service import Deliver, Limits, Service
 from distplat.strategies.training.shard import ParameterShard
 
@@ -17,13 +18,15 @@ class SyncService(Service):
         self.shard = ParameterShard(plan, params)
         super().__init__(name, plan, limits, self.shard)
 
-    def push(self, push: PushId, gradient: Tensor, deliver: Deliver) -> Answer:
+    def push(
+        self, push: PushId, gradient: Tensor, control: StepControl, deliver: Deliver
+    ) -> Answer:
         """See `Service`; returns when the step is made, with this gradient or without it."""
         shard = self.shard
         with self._door.visit() as visit, self._changed:
             self._check_in_office()
             began = time.perf_counter()
-            if shard.push(push, gradient) is Verdict.NEW:
+            if shard.push(push, gradient, control) is Verdict.NEW:
                 self._visits[push.rank] = visit
             self._went_on(push.rank)
             if shard.ledger.complete:
@@ -42,7 +45,8 @@ class SyncService(Service):
             if shard.commits_alone:
                 return self._once(push, lambda: self._take(push.rank, deliver, waited))
             # Another rank may have committed by now: this one still wants the norm of all shards.
-            return Answer(shard.version, False, shard.squared_norm, waiting_s=waited)
+            norm = shard.squared_norm
+            return Answer(shard.version, False, norm, waiting_s=waited, total=shard.total.head)
 
     def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> Answer:
         """See `Service`."""
@@ -67,5 +71,6 @@ class SyncService(Service):
             queue_depth=queue_depth,
             dropped=dropped,
             done=version,
+            total=self.shard.total.head,
             payload=payload,
         )

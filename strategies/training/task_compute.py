@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.training.batches import make_loader
-from distplat.strategies.training.compute import Share, Stopwatch, Sums, WholeModel, step_seed
+from distplat.strategies.training.batches import Loader, Run, runs
+from distplat.strategies.training.compute import Share, Stopwatch, Sums, WholeModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,49 +66,22 @@ class _Reading:
 
     def __init__(self, job: Job, data: Dataset[Any], sampler: Sampler) -> None:
         self._job, self._data, self._sampler = job, data, sampler
-        self._loader: DataLoader[Any] | None = None
+        self._loader: Loader | None = None
         self._tasks = range(0)
 
     def begin(self, tasks: range) -> Iterator[Any]:
         """Give the micro-batches of some tasks, collated."""
         self._tasks = tasks
         if self._loader is None:
-            data: Dataset[Any] = self._data
-            if self._job.data.num_loaders:
-                data = _Seeded(self._data)
-            self._loader = make_loader(self._job, data, self, persistent=True)
+            self._loader = Loader(self._job, self._data, self, persistent=True)
         return iter(self._loader)
 
     def close(self) -> None:
         """Let go of the loader; its processes end with it."""
         self._loader = None
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Be a torch `batch_sampler`; for loader processes a batch begins with its seed."""
-        accumulation, seeded = self._job.gradient_accumulation, self._job.data.num_loaders > 0
+    def __iter__(self) -> Iterator[Run]:
+        """Be a torch `batch_sampler`."""
         for task in self._tasks:
             step, part = divmod(task, self._sampler.world)
-            for number, ids in enumerate(self._sampler.micro_batches(step, part, accumulation)):
-                seed = step_seed(self._job.seed, step, part) + number
-                yield [seed, *ids.tolist()] if seeded else ids.tolist()
-
-
-class _Seeded(Dataset[Any]):
-    """
-    The user's data in a loader process: its random numbers depend on the batch alone.
-
-    Which process reads a batch, and what it read before, is a matter of who got which lease.
-    """
-
-    def __init__(self, data: Dataset[Any]) -> None:
-        self._data = data
-
-    def __getitems__(self, batch: Sequence[int]) -> list[Any]:
-        """Give the samples of a batch, of which the first number is the seed."""
-        assert get_worker_info() is not None, "in the worker itself the step's own seed counts"
-        torch.manual_seed(batch[0])
-        many = getattr(self._data, "__getitems__", None)
-        if many is not None:
-            found: list[Any] = many(list(batch[1:]))
-            return found
-        return [self._data[index] for index in batch[1:]]
+            yield from runs(self._sampler, step, part, self._job.gradient_accumulation)

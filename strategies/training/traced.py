@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.training.module_hooks import called_hooks
 from distplat.strategies.training.stages import Layer, layers_of
 
 _tracing = threading.Lock()
@@ -29,10 +31,25 @@ class _Tracer(fx.Tracer):
     def __init__(self, inside: Sequence[str]) -> None:
         super().__init__()
         self._inside = {*inside}
+        self._modes = _modes()
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """
+        Note a step.
+
+        Raises:
+            ValueError: it runs without gradients, or in another precision: a trace has no contexts.
+        """
+        changed = [what for what, mode in _modes().items() if mode != self._modes[what]]
+        if changed:
+            text = f"it runs {target} inside of {' and '.join(changed)}, which a trace leaves out"
+            raise ValueError(text)
+        return super().create_node(kind, target, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Take a module whole."""
-        return type(m) is not nn.Sequential and module_qualified_name not in self._inside
+        """Take a module whole; one with hooks always, for a trace would call them once for all."""
+        traced = type(m) is nn.Sequential or module_qualified_name in self._inside
+        return not traced or bool(called_hooks(m))
 
 
 def traced_layers(model: nn.Module, inside: Sequence[str] = ()) -> list[Layer]:
@@ -112,13 +129,26 @@ def check_cuts(
         raise SpecError(*problems)
 
 
+def _modes() -> dict[str, object]:
+    """Give what contexts of torch change."""
+    return {
+        "torch.no_grad or its like": torch.is_grad_enabled(),
+        "torch.inference_mode": torch.is_inference_mode_enabled(),
+        "torch.autocast": [
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+        ],
+    }
+
+
 def _trace(model: nn.Module, inside: Sequence[str]) -> fx.Graph:
     modes = [(module, module.training) for module in model.modules()]
     graphs = []
     try:
         for mode in (True, False):
             model.train(mode)
-            with _tracing:
+            # Once inside of autocast, so that one that is switched off is seen, too.
+            with _tracing, torch.autocast("cpu", enabled=mode):
                 graphs.append(_Tracer(inside).trace(model))
     except Exception as error:
         raise _problem(

@@ -1,5 +1,6 @@
 """One local Ray per module, and a census after every test: nothing of a run may be left."""
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parent / "supp
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray instance of this module's own, with more CPUs than the machine has cores."""
+    os.environ["PYTHONHASHSEED"] = "0"  # as for a run's own Ray, so that workers start at once
     ray.init(
         address="local",
         include_dashboard=False,
@@ -76,3 +78,4 @@ def census() -> Iterator[None]:
     while left := leftovers(before):
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.2)
+        gc.collect()  # what is left of servers that were threads of this process

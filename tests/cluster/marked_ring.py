@@ -6,6 +6,7 @@ from pathlib import Path
 from distplat.strategies.base import Context
 from distplat.strategies.catalog import strategies
 from distplat.strategies.ring import Ring, RingOptions
+from distplat.strategies.training.control import StepControl
 
 
 class MarkedOptions(RingOptions):
@@ -27,10 +28,11 @@ class MarkedRing(Ring):
         self._file = os.open(Path(self.options.folder, str(context.rank)), os.O_CREAT | os.O_RDWR)
         return super().setup(context)
 
-    def exchange(self, step: int) -> None:
+    def exchange(self, step: int, local: StepControl) -> StepControl:
         self._mark(f"{os.getpid()} in {step}")
-        super().exchange(step)
+        total = super().exchange(step, local)
         self._mark(f"{os.getpid()} out")
+        return total
 
     def _mark(self, text: str) -> None:
         os.pwrite(self._file, text.ljust(40).encode(), 0)

@@ -1,10 +1,12 @@
 """Tasks that the cluster tests train, importable by the workers."""
 
 import os
+import random
 import signal
 import time
 from typing import Any
 
+import numpy as np
 import psutil
 import ray
 import torch
@@ -221,3 +223,33 @@ class SlowFirst(Blobs):
 
     def eval_data(self) -> None:
         return None
+
+
+class Jittered(Dataset[Any]):
+    """Draws for each sample from all global generators."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return 37
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = self.data[index]
+        return inputs + torch.rand(5) + float(np.random.rand()) + random.random(), target
+
+
+class Chance(Blobs):
+    """A model and data that are what the generators give, and the order of a set of strings."""
+
+    def __init__(self) -> None:
+        self.made = float(np.random.rand()) + random.random()
+
+    def model(self) -> nn.Module:
+        first = nn.Linear(5, 8)
+        order = "".join({"a", "b", "c", "d", "e", "f", "g"})
+        first.weight.data += self.made + random.Random(order).random()
+        return nn.Sequential(first.requires_grad_(False), nn.Tanh(), nn.Linear(8, 3))
+
+    def train_data(self) -> Dataset[Any]:
+        return Jittered(super().train_data())

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import ray
+from control_records import record_of
 from small_runs import HERE, job, train, weights
 from test_elastic import Watch
 from test_server_loss import undisturbed
 from torch import nn
 
 from distplat.actors.messages import WorkOrder
-from distplat.actors.servers.shards import RayShards
+from distplat.actors.ray_transport import RayTransport
+from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.spawn import spawn
 from distplat.cli.main import run as command
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
@@ -75,13 +77,13 @@ class Rank:
 
     def connect(self, order: WorkOrder) -> int:
         self.abandoned = threading.Event()
-        self.shards = RayShards(order, 100, abandoned=self.abandoned)
+        self.shards = RemoteShards(RayTransport(), order, 100, abandoned=self.abandoned)
         self.shards.connect(self.flat)
         self.flat.grads.fill_(1.0 + order.rank)
         return self.flat.version
 
     def push(self, step: int) -> None:
-        self.shards.push(step)
+        self.shards.push(step, record_of(self.flat))
 
     def abandon(self) -> None:
         self.abandoned.set()

@@ -64,6 +64,12 @@ def test_loader_processes_change_nothing(tmp_path: Path) -> None:
     assert plain.tobytes() == loaded.tobytes()
 
 
+def test_what_is_drawn_does_not_depend_on_workers_and_loaders(tmp_path: Path) -> None:
+    spec = job("ring", 2, task="tasks_for_tests:Chance")
+    alone = {**job("ring", 1, task="tasks_for_tests:Chance"), "data": {"num_loaders": 2}}
+    assert distance(weights(train(spec, tmp_path)), weights(train(alone, tmp_path))) < 1e-5
+
+
 def test_a_strategy_of_ones_own_reaches_the_workers(tmp_path: Path) -> None:
     file = HERE.parents[1] / "examples" / "own_strategy.py"
     spec = job({"name": "local-sgd", "period": 2}, 2, optimizer={"name": "SGD", "lr": 0.1})

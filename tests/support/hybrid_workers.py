@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from hybrid_models import Mlp, job_of
-from in_memory_run import Keeper, take
+from in_memory_run import Keeper, impatient, take
 from rank_threads import on_ranks
 from torch import Tensor
 
+from distplat.actors.local_actors import Servers
+from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import ActorLost, CollectiveError, ProtocolError
 from distplat.platform.progress import AnyReport, StepReport
-from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective, Shards, Strategy
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import Fabric, InMemoryShards, server_groups
+from distplat.strategies.fakes import Fabric
 from distplat.strategies.pipeline.rebound import Rebound
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
@@ -58,6 +59,7 @@ class Workers:
         self.number = -1  #: of the last attempt
         for rank in range(self.world):
             self.renew(rank)
+        self.servers: Servers | None = None
         self.begin_servers()
 
     def renew(self, rank: int) -> None:
@@ -69,11 +71,14 @@ class Workers:
         """Have servers, if the job wants some, that know nothing yet."""
         roles = self.strategies[0].roles(self.job)
         self.division = roles.division(self.world)
-        every = self.job.checkpoint.period(self.prepared[0].sampler.steps_per_epoch)
-        plan = ShardPlan(
-            self.job, "run", 0, self.world, STEPS, roles.servers, roles.consistency, every
-        )
-        self.groups = server_groups(plan, self.division) if roles.servers else []
+        self.close()
+        if roles.servers:
+            self.servers = Servers(impatient(self.job, 10.0), roles)
+
+    def close(self) -> None:
+        """End the servers."""
+        if self.servers is not None:
+            self.servers.close()
 
     def begin_anew(self) -> None:
         """Put new processes in the place of all."""
@@ -87,7 +92,7 @@ class Workers:
         deaf: Set[int] = frozenset(),
         saved: SavedState | None = None,
         base: int = 0,
-        around: Callable[[int, InMemoryShards], Shards] = lambda rank, shards: shards,
+        around: Callable[[int, RemoteShards], Shards] = lambda rank, shards: shards,
     ) -> dict[str, Tensor] | None:
         """
         Give the trained model, or None where ranks stopped because one was missing.
@@ -104,10 +109,15 @@ class Workers:
         keeper = Keeper(self.job, self.checkpoints)
 
         def shards(rank: int) -> Shards | None:
-            if not self.groups:
+            if self.servers is None:
                 return None
-            group, place = self.division.part_of(rank), self.division.place_of(rank)
-            return around(rank, InMemoryShards(self.groups[group], place, self.number))
+            every = self.job.checkpoint.period(self.prepared[rank].sampler.steps_per_epoch)
+            way = self.servers.shards(rank, STEPS, attempt=self.number, every=every)
+            return around(rank, way)
+
+        def collective(rank: int) -> Collective:
+            group = fabric.collective(rank)
+            return Torn(group, 3) if rank in deaf else group
 
         def body(rank: int) -> dict[str, Tensor]:
             courier = keeper.courier(rank)
@@ -117,7 +127,7 @@ class Workers:
                     self.strategies[rank],
                     rank,
                     Ports(
-                        collective=Torn(fabric.collective(rank), 3 if rank in deaf else STEPS),
+                        collective=collective(rank),
                         shards=shards(rank),
                     ),
                     report=self.reports.append,
@@ -130,14 +140,23 @@ class Workers:
             except (ActorLost, CollectiveError, ProtocolError) as error:
                 stopped.append(error)
                 fabric.give_up()  # as the controller has all stop
-                for group in self.groups:
-                    group.renew(self.number + 1)
+                if self.servers is not None:
+                    self.servers.renew(self.number + 1)
                 return {}
             courier.flush()
             return {name: tensor.clone() for name, tensor in state.items()}
 
-        parts = on_ranks(self.world, body)
-        return None if stopped else {k: v for part in parts for k, v in part.items()}
+        try:
+            parts = on_ranks(self.world, body)
+        except BaseException:
+            self.close()
+            raise
+        if stopped:
+            if self.servers is not None:
+                self.servers.end_attempt()
+            return None
+        self.close()
+        return {k: v for part in parts for k, v in part.items()}
 
 
 class Torn(Rebound):

@@ -1,4 +1,8 @@
-"""A whole training run in memory: N ranks as threads, the ports from `strategies/fakes.py`."""
+"""
+A whole training run in memory: N ranks as threads, servers and their clients over `LocalTransport`.
+
+Between ranks there is the `Fabric` of `strategies/fakes.py`.
+"""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -10,23 +14,20 @@ from rank_threads import on_ranks
 from torch import Tensor
 
 from distplat.actors.courier import Courier
+from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
+from distplat.actors.local_transport import opened
 from distplat.platform.collecting import Collecting, Delivery
 from distplat.platform.pieces import by_file, put_together
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
-from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
+    InMemoryBoard,
     InMemoryLeases,
-    InMemoryShards,
-    InMemoryTables,
     LeaseDesk,
-    ServerGroup,
-    TableGroup,
-    server_groups,
 )
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
@@ -48,9 +49,9 @@ class Run:
     """By rank: its part of the trained model."""
     strategies: list[Strategy[Any]]
     """By rank."""
-    group: ServerGroup
-    """With the shards' logs, where the strategy has servers."""
-    tables: TableGroup
+    servers: Servers
+    """What the servers have, where the strategy has some."""
+    tables: TableServers
     """The embedding tables, where the job has some."""
     desk: LeaseDesk = field(default_factory=LeaseDesk)
     """Who leased which tasks, where they are leased."""
@@ -93,20 +94,16 @@ def train(
     ranks = [prepare(job, task(**job.task_args), strategy=one) for one in strategies]
     for rank, prepared in enumerate(ranks):
         before(rank, prepared)
-    roles = strategies[0].roles(job)
-    steps, servers = ranks[0].total_steps, max(1, roles.servers)
+    roles, steps = strategies[0].roles(job), ranks[0].total_steps
     every = job.checkpoint.period(ranks[0].sampler.steps_per_epoch)
-    plan = ShardPlan(job, "run", 0, world, steps, servers, roles.consistency, every)
-    division = roles.division(world)
-    groups = server_groups(plan, division, timeout_s, speeds)
-    for group in groups:
-        group.apart = apart
-    fabric = Fabric(world, timeout_s)
-    tables = TableGroup(job, every=every)
+    servers = Servers(impatient(job, timeout_s), roles, speeds=speeds)
+    node = ELSEWHERE if apart else HERE
+    fabric, board = Fabric(world, timeout_s), InMemoryBoard()
+    tables = TableServers(impatient(job, timeout_s), every=every)
     progress = [Progress() for _ in range(world)]
     how = roles.consistency
     desk = LeaseDesk(how.bound, most, timeout_s)
-    run = Run(ranks, [[] for _ in range(world)], progress, [], strategies, groups[0], tables, desk)
+    run = Run(ranks, [[] for _ in range(world)], progress, [], strategies, servers, tables, desk)
     # Where tasks are leased rank 0 alone gives parts: the others may come and go.
     keeper = Keeper(job, run.checkpoints, 1 if how.dealt else world)
 
@@ -118,9 +115,11 @@ def train(
             rank,
             Ports(
                 collective=fabric.collective(rank),
-                shards=InMemoryShards(groups[division.part_of(rank)], division.place_of(rank)),
-                tables=InMemoryTables(tables, rank),
+                shards=servers.shards(rank, steps, every=every, node=node),
+                tables=tables.tables(rank, saved=saved) if job.embeddings is not None else None,
                 leases=InMemoryLeases(desk, rank) if how.dealt else None,
+                peers=partial(fabric.collective, rank),
+                board=board,
             ),
             report=run.reports[rank].append,
             progress=run.progress[rank],
@@ -129,8 +128,18 @@ def train(
         courier.flush()
         return strategies[rank].trained(ranks[rank].flat)
 
-    run.trained = on_ranks(world, body)
+    try:
+        run.trained = on_ranks(world, body)
+    finally:
+        servers.close()
+        tables.close()
     return run
+
+
+def impatient(job: Job, limit_s: float) -> Job:
+    """Give a job whose servers wait no longer than that."""
+    limits = {"start_timeout_s": limit_s, "step_timeout_s": limit_s}
+    return job.model_copy(update={"failure": job.failure.model_copy(update=limits)})
 
 
 class Keeper:
@@ -169,7 +178,11 @@ def take(courier: Courier, version: int, part: Part, facts: Mapping[str, Any]) -
 
 def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
     """Put a checkpoint's parts together, without a disk."""
-    pairs = [pair for part in parts for pair in zip(part.boxes, part.entries, strict=True)]
+    pairs = [
+        (opened(box), entries)
+        for part in parts
+        for box, entries in zip(part.boxes, part.entries, strict=True)
+    ]
     files = by_file(put_together(pairs))
     state = {**state_of(job, "run", parts[0].facts), "step": version}
     return SavedState(state, lambda name: files.get(name, {}))

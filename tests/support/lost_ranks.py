@@ -12,26 +12,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from in_memory_run import impatient
 from numpy.typing import NDArray
 from table_rows import table_rows
 
+from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
+from distplat.actors.local_transport import Call, Fault
+from distplat.actors.servers.shards import RemoteShards
+from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
-from distplat.platform.ledger import Answer
-from distplat.platform.shard_map import Shard, ShardPlan
+from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
-    InMemoryShards,
-    InMemoryTables,
-    ServerGroup,
-    TableGroup,
 )
 from distplat.strategies.ports import Pushed, Sending
-from distplat.strategies.sparse.routing import Routed
-from distplat.strategies.sparse.table import RowGradients
 from distplat.strategies.task import Task
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Ports, Prepared, join, prepare, resize
 
@@ -75,7 +74,7 @@ class LossyRun:
     """What is left of a run at its end."""
 
     ranks: dict[int, "Rank"]
-    tables: TableGroup
+    tables: TableServers
     starts: list[int] = field(default_factory=list)
     """By attempt: the step that it began with."""
 
@@ -106,33 +105,6 @@ _ENDS: dict[type, tuple[type[Exception], ...]] = {
 """How ranks may come out of an attempt."""
 
 
-class _LosingTables(InMemoryTables):
-    """Reaches some of the servers only, in one step."""
-
-    def __init__(self, group: TableGroup, rank: int, loss: Loss | None) -> None:
-        super().__init__(group, rank)
-        self._loss = loss
-
-    def push(
-        self,
-        step: int,
-        gradients: Sequence[tuple[Routed, RowGradients]],
-        task: int | None = None,
-    ) -> Sending:
-        if self._loss is None or step != self._loss.step:
-            return super().push(step, gradients, task)
-        whole, reached = self._group, TableGroup(self._group.job)
-        reached._services = whole._services[: self._loss.tables]
-        sent = None
-        if reached._services:
-            self._group = reached
-            copies = [(routed, replace(one, values=one.values.copy())) for routed, one in gradients]
-            sent = super().push(step, copies, task)
-            self._group = whole
-        complete = len(reached._services) == len(whole._services)
-        return _LastPush(sent if complete else None, lost=not self._loss.shards_follow)
-
-
 class _LastPush:
     """A push after which the rank is lost, or with which."""
 
@@ -146,37 +118,6 @@ class _LastPush:
             raise Lost
 
 
-class _LosingShards(InMemoryShards):
-    """The same for shards."""
-
-    loss: Loss | None = None
-
-    def push(self, step: int, task: int | None = None) -> Pushed:
-        pushed = super().push(step, task)
-        if self.loss is not None and step == self.loss.step:
-            raise Lost
-        return pushed
-
-    def _push(self, cut: Shard, step: int, task: int | None) -> Answer:
-        if self.loss is None or step != self.loss.step:
-            return super()._push(cut, step, task)
-        if cut.index >= self.loss.shards:
-            raise Lost
-        push = super()._push
-        if self.loss.shards == len(self._cuts):
-            return push(cut, step, task)
-        threading.Thread(target=_quietly, args=(push, cut, step, task), daemon=True).start()
-        time.sleep(0.01)
-        return Answer(step + 1)
-
-
-def _quietly(push: Any, *args: Any) -> None:
-    try:
-        push(*args)
-    except FencedError:
-        pass  # the attempt is over, as it should be
-
-
 def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> LossyRun:
     """
     Train to the end, with one event after the other.
@@ -187,22 +128,21 @@ def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> 
         events: at most one for each attempt.
     """
     first = _rank(job, task)
-    roles, steps = first.strategy.roles(job), first.prepared.total_steps
-    plan = ShardPlan(
-        job, "run", 0, job.scaling.world, steps, max(1, roles.servers), roles.consistency
-    )
-    group, tables = ServerGroup(plan, WAIT_S), TableGroup(job, rewinds=True)
+    servers = Servers(impatient(job, WAIT_S), first.strategy.roles(job))
+    tables = TableServers(impatient(job, WAIT_S), rewinds=True)
     run = LossyRun({}, tables)
     for attempt, event in enumerate([*events, None]):
         for rank in range(job.scaling.world):
             if rank not in run.ranks:
                 run.ranks[rank] = _rank(job, task)
-        run.starts.append(_Attempt(job, group, run, attempt, event).make())
+        run.starts.append(_Attempt(job, servers, run, attempt, event).make())
         if isinstance(event, Loss):
             del run.ranks[event.rank]
         if isinstance(event, Resize):
             job = job.with_workers(event.world)
             run.ranks = {rank: one for rank, one in run.ranks.items() if rank < event.world}
+    servers.close()
+    tables.close()
     return run
 
 
@@ -215,9 +155,9 @@ class _Attempt:
     """One attempt of all ranks, as threads."""
 
     def __init__(
-        self, job: Job, group: ServerGroup, run: LossyRun, number: int, event: Loss | Resize | None
+        self, job: Job, servers: Servers, run: LossyRun, number: int, event: Loss | Resize | None
     ) -> None:
-        self._job, self._group, self._run, self._number = job, group, run, number
+        self._job, self._servers, self._run, self._number = job, servers, run, number
         self._event = event
         self._fabric = Fabric(job.scaling.world, WAIT_S)
         self._starts: set[int] = set()
@@ -226,7 +166,6 @@ class _Attempt:
     def make(self) -> int:
         """Go on until the event, or to the end; give the step that all began with."""
         run, event = self._run, self._event
-        run.tables.job, run.tables.attempt = self._job, self._number
         threads = {
             rank: threading.Thread(target=self._train, args=(rank,), daemon=True)
             for rank in run.ranks
@@ -253,7 +192,7 @@ class _Attempt:
     def _abandon(self) -> None:
         """Have all come out who wait for the lost rank."""
         following = self._number + 1
-        self._group.renew(following)
+        self._servers.renew(following)
         self._fabric.give_up()
         for service in self._run.tables.services:
             assert service._plan is not None, "all ranks opened it"
@@ -261,10 +200,7 @@ class _Attempt:
 
     def _train(self, rank: int) -> None:
         mine, event = self._run.ranks[rank], self._event
-        world = self._job.scaling.world
         loss = event if isinstance(event, Loss) and event.rank == rank else None
-        shards = _LosingShards(self._group, rank, self._number, world)
-        shards.loss = loss
 
         def pause(step: int) -> None:
             if isinstance(event, Resize) and step == event.step:
@@ -278,8 +214,8 @@ class _Attempt:
                 rank,
                 Ports(
                     collective=self._fabric.collective(rank),
-                    shards=shards,
-                    tables=_LosingTables(self._run.tables, rank, loss),
+                    shards=self._shards(rank, loss),
+                    tables=self._tables(rank, loss),
                 ),
                 report=lambda report: None,
                 progress=mine.progress,
@@ -289,3 +225,59 @@ class _Attempt:
             loop.run()
         except BaseException as error:
             self._errors[rank] = error
+
+    def _shards(self, rank: int, loss: Loss | None) -> RemoteShards:
+        """Give the way to the servers; in the step of its loss a rank's push reaches some only."""
+        steps, node = (
+            self._run.ranks[rank].prepared.total_steps,
+            HERE if loss is None else ELSEWHERE,
+        )
+        way = self._servers.shards(rank, steps, attempt=self._number, job=self._job, node=node)
+        if loss is None:
+            return way
+        reached, push = [f"server-{number}" for number in range(loss.shards)], way.push
+
+        def lost(call: Call) -> None:
+            pushed = call.args[0] if call.method == "push" else None
+            if not isinstance(pushed, PushId) or call.process != f"worker-{rank}":
+                return
+            here = pushed.attempt == self._number and pushed.seq == loss.step
+            if here and call.actor not in reached:
+                raise Lost
+
+        def push_all(step: int, control: StepControl, task: int | None = None) -> Pushed:
+            pushed = push(step, control, task)
+            if step == loss.step:
+                raise Lost
+            return pushed
+
+        self._servers.cluster.add_rule(lost)
+        way.push = push_all  # type: ignore[method-assign]
+        return way
+
+    def _tables(self, rank: int, loss: Loss | None) -> RemoteTables:
+        """Give the way to the tables; in the step of its loss a rank's push reaches some only."""
+        tables = self._run.tables
+        way = tables.tables(rank, attempt=self._number, job=self._job)
+        if loss is None:
+            return way
+        names, push = [node.name for node in tables.nodes], way.push
+        complete = loss.tables >= len(names)
+
+        def lost(call: Call) -> Fault | None:
+            pushed = call.args[0] if call.method == "push" else None
+            if not isinstance(pushed, PushId) or call.process != f"worker-{rank}":
+                return None
+            here = pushed.attempt == self._number and pushed.seq == loss.step
+            reached = call.actor in names[: loss.tables]
+            return Fault(lose="request") if here and not reached else None
+
+        def push_some(step: int, *args: Any) -> Any:
+            sent = push(step, *args)
+            if step != loss.step:
+                return sent
+            return _LastPush(sent if complete else None, lost=not loss.shards_follow)
+
+        tables.cluster.add_rule(lost)
+        way.push = push_some  # type: ignore[assignment,method-assign]
+        return way

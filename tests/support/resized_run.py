@@ -13,17 +13,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from in_memory_run import impatient
 from torch import Tensor
 
+from distplat.actors.local_actors import Servers
+from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.calling_off import Agreement
 from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, Gathering, Summary
-from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.base import Pushed, Strategy
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import InMemoryShards, ServerGroup
 from distplat.strategies.task import Task
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Ports, Prepared, join, prepare, resize
@@ -71,7 +73,8 @@ def train_resized(
     """
     run, ranks = ResizedRun(), dict[int, Rank]()
     gathering = Gathering(course[0][0])
-    group = _servers(job.with_workers(course[0][0]), task)
+    first = job.with_workers(course[0][0])
+    servers = Servers(impatient(first, WAIT_S), make_strategy(first).roles(first))
     for attempt, (world, stop) in enumerate(course):
         ranks = {
             rank: ranks.get(rank) or _rank(job.with_workers(world), task) for rank in range(world)
@@ -79,10 +82,11 @@ def train_resized(
         if attempt:
             gathering.resize(world, course[attempt - 1][1])
         following = course[attempt + 1][0] if attempt + 1 < len(course) else None
-        attempted = _Attempt(job.with_workers(world), group, ranks, attempt, run, ids)
+        attempted = _Attempt(job.with_workers(world), servers, ranks, attempt, run, ids)
         start = course[attempt - 1][1] if attempt else 0
         for report in attempted.make(start, None if following is None else stop):
             run.summaries += gathering.add(report)
+    servers.close()
     models = [ranks[rank].prepared.flat.model for rank in range(len(ranks))]
     run.parameters = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
     return run
@@ -93,41 +97,19 @@ def _rank(job: Job, task: type[Task]) -> Rank:
     return Rank(prepare(job, task(), strategy=strategy), strategy)
 
 
-def _servers(job: Job, task: type[Task]) -> ServerGroup:
-    first, roles = _rank(job, task).prepared, make_strategy(job).roles(job)
-    world, steps = job.scaling.world, first.total_steps
-    plan = ShardPlan(job, "run", 0, world, steps, roles.servers, roles.consistency)
-    return ServerGroup(plan, WAIT_S)
-
-
-class _Noting(InMemoryShards):
-    """Notes what is pushed."""
-
-    def __init__(
-        self, pushed: list[tuple[int, int]], group: ServerGroup, rank: int, attempt: int, world: int
-    ) -> None:
-        super().__init__(group, rank, attempt, world)
-        self._pushed, self._mine = pushed, rank
-
-    def push(self, step: int, task: int | None = None) -> Pushed:
-        """See `Shards`."""
-        self._pushed.append((step, self._mine))
-        return super().push(step, task)
-
-
 class _Attempt:
     """One attempt of all ranks, as threads."""
 
     def __init__(
         self,
         job: Job,
-        group: ServerGroup,
+        servers: Servers,
         ranks: dict[int, Rank],
         number: int,
         run: ResizedRun,
         ids: Callable[[Tensor], list[int]],
     ) -> None:
-        self._job, self._group, self._ranks, self._number = job, group, ranks, number
+        self._job, self._servers, self._ranks, self._number = job, servers, ranks, number
         self._run, self._ids = run, ids
         self._reports: list[AnyReport] = []
         self._errors: list[BaseException] = []
@@ -185,7 +167,7 @@ class _Attempt:
 
     def _wait_until_all_others_have_pushed(self, step: int) -> None:
         until = time.monotonic() + WAIT_S
-        service = self._group.service(0)  # the second one has not heard of this step
+        service = self._servers.service(0)  # the second one has not heard of this step
         assert isinstance(service, SyncService)
         others = len(self._ranks) > 1
         while others and service.shard.ledger.missing() != [0]:
@@ -207,14 +189,13 @@ class _Attempt:
             self._run.seen[key] = self._run.seen.get(key, []) + samples
             samples.clear()
 
-        world = self._job.scaling.world
         hook = mine.prepared.flat.model.register_forward_pre_hook(note)
         try:
             join(
                 mine.prepared,
                 mine.strategy,
                 rank,
-                Ports(shards=_Noting(self._run.pushed, self._group, rank, self._number, world)),
+                Ports(shards=self._shards(rank)),
                 report=report,
                 progress=mine.progress,
                 pause=partial(self._before, rank),
@@ -223,3 +204,16 @@ class _Attempt:
             self._errors.append(error)
         finally:
             hook.remove()
+
+    def _shards(self, rank: int) -> RemoteShards:
+        """Give the way to the servers; it notes what is pushed."""
+        steps, number = self._ranks[rank].prepared.total_steps, self._number
+        shards = self._servers.shards(rank, steps, attempt=number, job=self._job)
+        push = shards.push
+
+        def noted(step: int, control: StepControl, task: int | None = None) -> Pushed:
+            self._run.pushed.append((step, rank))
+            return push(step, control, task)
+
+        shards.push = noted  # type: ignore[method-assign]
+        return shards

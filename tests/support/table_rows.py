@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.strategies.fakes import TableGroup
+from distplat.actors.local_actors import TableServers
 
 
-def table_rows(group: TableGroup, number: int, count: int) -> NDArray[np.float32]:
+def table_rows(group: TableServers, number: int, count: int) -> NDArray[np.float32]:
     """Give a table, shape [count, width]; rows that are not there are nan."""
     width = group.services[0].sizes()[number][0].width
     found = np.full((count, width), np.nan, np.float32)

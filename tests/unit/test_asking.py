@@ -1,92 +1,104 @@
 """Calls under way: asked again when an answer got lost, given up when nobody wants it."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
-import ray
 
 from distplat.actors import asking
 from distplat.actors.asking import Asked
+from distplat.actors.local_transport import Fault, LocalCluster
 from distplat.platform.errors import ActorLost, DeadlineExceeded, InfrastructureError, StaleError
 
-
-class Calls:
-    """Stands for Ray: each call gets the next of its outcomes; `get` gives or raises them."""
-
-    def __init__(self, *outcomes: list[Any]) -> None:
-        self.outcomes = outcomes
-
-    def call(self, index: int) -> Callable[[], Any]:
-        return lambda: (index, self.outcomes[index].pop(0))
-
-    def get(self, reference: Any, timeout: float) -> Any:
-        outcome = reference[1]
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
-        late = [r for r in references if isinstance(r[1], ray.exceptions.GetTimeoutError)]
-        return [r for r in references if r not in late], late
+FROZEN = Fault(delay_s=1e6)
 
 
-def ask(
-    monkeypatch: pytest.MonkeyPatch,
-    *outcomes: list[Any],
-    limit_s: float = 5.0,
-    given_up: bool = False,
-) -> Asked:
-    calls = Calls(*outcomes)
-    monkeypatch.setattr(ray, "get", calls.get)
-    monkeypatch.setattr(ray, "wait", calls.wait)
+class Server:
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def push(self, answer: Any) -> Any:
+        self.calls += 1
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Servers:
+    """Some of them, and one question to each."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.cluster = answers, LocalCluster()
+        names = [f"server-{number}" for number in range(len(answers))]
+        self.actors = [self.cluster.spawn(name, "here", lambda _: Server()) for name in names]
+
+    def ask(self, *, limit_s: float = 5.0, given_up: bool = False) -> Asked:
+        def look() -> None:
+            if given_up:
+                raise InfrastructureError("told to give up")
+
+        transport = self.cluster.transport()
+        calls = [
+            partial(transport.call, actor, "push", answer)
+            for actor, answer in zip(self.actors, self.answers, strict=True)
+        ]
+        names = [actor.name for actor in self.actors]
+        return Asked(transport, "push 3", calls, names, limit_s, "step_timeout_s", look)
+
+
+def test_answers_come_in_the_order_of_the_calls() -> None:
+    servers = Servers(1, 2, None)
+    servers.cluster.inject("push", Fault(delay_s=0.05), actor="server-0")
+    assert servers.ask().answers() == [1, 2, None]
+
+
+@pytest.mark.parametrize(("lost", "calls"), [("request", 1), ("reply", 3)])
+def test_a_lost_answer_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, lost: Any, calls: int
+) -> None:
     monkeypatch.setattr(asking, "AGAIN_S", 0.0)
-
-    def look() -> None:
-        if given_up:
-            raise InfrastructureError("told to give up")
-
-    questions = [calls.call(index) for index in range(len(outcomes))]
-    names = [f"server-{index}" for index in range(len(outcomes))]
-    return Asked("push 3", questions, names, limit_s, "step_timeout_s", look)
+    servers = Servers(1, 2)
+    servers.cluster.inject("push", Fault(lose=lost), actor="server-1", times=2)
+    assert servers.ask().answers() == [1, 2]
+    assert servers.actors[1].body.calls == calls
 
 
-def unavailable() -> Any:
-    return ray.exceptions.ActorUnavailableError("lost", None)
-
-
-LATE = ray.exceptions.GetTimeoutError("late")
-
-
-def test_answers_come_in_the_order_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ask(monkeypatch, [1], [2], [None]).answers() == [1, 2, None]
-
-
-def test_a_lost_answer_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ask(monkeypatch, [1], [unavailable(), unavailable(), 2]).answers() == [1, 2]
-
-
-def test_the_late_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_late_are_named() -> None:
+    servers = Servers(1, 2, 3)
+    for late in ("server-1", "server-2"):
+        servers.cluster.inject("push", FROZEN, actor=late)
     with pytest.raises(DeadlineExceeded) as caught:
-        ask(monkeypatch, [1], [LATE], [LATE], limit_s=0.0).wait()
+        servers.ask(limit_s=0.1).wait()
     assert caught.value.missing == ("server-1", "server-2")
     assert caught.value.setting == "failure.step_timeout_s"
 
 
-def test_who_cannot_be_reached_for_long_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DeadlineExceeded, match="push 3: waited 0 s, missing: server-0"):
-        ask(monkeypatch, [unavailable()], limit_s=0.0).wait()
+def test_who_cannot_be_reached_for_long_is_late() -> None:
+    servers = Servers(1)
+    servers.cluster.inject("push", Fault(lose="reply"), times=1000)
+    with pytest.raises(DeadlineExceeded, match=r"push 3: waited 0\.2 s, missing: server-0"):
+        servers.ask(limit_s=0.2).wait()
 
 
-def test_a_wait_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_is_given_up() -> None:
+    servers = Servers(1)
+    servers.cluster.inject("push", FROZEN)
     with pytest.raises(InfrastructureError, match="told to give up"):
-        ask(monkeypatch, [LATE], given_up=True).wait()
+        servers.ask(given_up=True).wait()
 
 
-def test_the_dead_and_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = ray.exceptions.ActorDiedError()
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_the_dead_are_named(moment: Any) -> None:
+    servers = Servers(1, 2)
+    servers.cluster.inject("push", Fault(kill=moment), actor="server-1")
+    with pytest.raises(ActorLost, match=f"server-1 was lost: server-1 died: {moment} push"):
+        servers.ask().wait()
     with pytest.raises(ActorLost, match="server-1 was lost"):
-        ask(monkeypatch, [1], [dead]).wait()
-    raised = ray.exceptions.RayTaskError("push", "", StaleError("push 2 refused"))
+        servers.ask().wait()
+
+
+def test_errors_come_as_what_they_are() -> None:
     with pytest.raises(StaleError, match="push 2 refused"):
-        ask(monkeypatch, [raised]).wait()
+        Servers(1, StaleError("push 2 refused")).ask().wait()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from control_records import full_record
 from delayed import async_plan, noise
 from rank_threads import on_ranks
 from torch import Tensor
@@ -20,6 +21,8 @@ from distplat.strategies.training.sync_service import SyncService
 SIZE, STEPS = 9, 4
 SOON, LONG = 0.2, 10.0
 """Deadlines: one that is meant to pass, one that is not."""
+
+RECORD = full_record()
 
 
 class Served:
@@ -47,7 +50,7 @@ class Served:
 
     def push(self, rank: int, seq: int) -> Answer:
         push = PushId("run", 1, rank, seq, seq * self.world + rank)
-        return self.service.push(push, noise(SIZE, rank, seq), self.deliver(rank))
+        return self.service.push(push, noise(SIZE, rank, seq), RECORD, self.deliver(rank))
 
     def pull(self, rank: int, number: int) -> Answer:
         return self.service.pull(rank, (1, number), self.deliver(rank))
@@ -124,7 +127,7 @@ def test_a_push_asked_again_while_it_is_under_way_is_applied_once() -> None:
 def test_of_a_task_that_was_made_before_the_worker_is_told() -> None:
     served = Served(2).open()
     served.push(1, 0)
-    late = served.service.push(PushId("run", 1, 0, 0, 1), noise(SIZE, 9), served.deliver(0))
+    late = served.service.push(PushId("run", 1, 0, 0, 1), noise(SIZE, 9), RECORD, served.deliver(0))
     assert (late.version, late.dropped, late.done) == (1, 1, 0)
     assert torch.equal(served.vectors[0], served.service.params)
 
@@ -150,10 +153,10 @@ def test_who_comes_to_its_answer_after_the_commit_still_gets_the_norm() -> None:
     def deliver(values: Tensor, version: int) -> None:
         pass
 
-    first = service.push(push, noise(SIZE, 1), deliver)
+    first = service.push(push, noise(SIZE, 1), RECORD, deliver)
     assert not first.committed and first.squared_norm
     service.commit(0, 0, 2.0, deliver)
-    late = service.push(push, noise(SIZE, 1), deliver)
+    late = service.push(push, noise(SIZE, 1), RECORD, deliver)
     assert (late.committed, late.squared_norm) == (False, first.squared_norm)
 
 
@@ -164,9 +167,9 @@ def test_the_first_step_has_the_deadline_of_the_start() -> None:
     for seq, setting, limit_s in ((3, "start_timeout_s", SOON), (4, "step_timeout_s", SOON / 2)):
         push = PushId("run", 1, 0, seq)
         with pytest.raises(DeadlineExceeded) as caught:
-            service.push(push, noise(SIZE, 1), lambda values, version: None)
+            service.push(push, noise(SIZE, 1), RECORD, lambda values, version: None)
         assert (caught.value.setting, caught.value.seconds) == (f"failure.{setting}", limit_s)
-        service.push(PushId("run", 1, 1, seq), noise(SIZE, 1), lambda values, version: None)
+        service.push(PushId("run", 1, 1, seq), noise(SIZE, 1), RECORD, lambda values, version: None)
 
 
 def test_the_consistency_chooses_the_service() -> None:

@@ -112,7 +112,7 @@ def test_a_slow_worker_holds_nobody_up() -> None:
 
 def test_all_ranks_end_with_the_servers_parameters() -> None:
     run = train(job({"name": "ps-sync", "backup_workers": 1}, 3), OneSlow)
-    final = run.group.service(0).params
+    final = run.servers.service(0).params
     for rank in run.ranks:
         assert torch.equal(rank.flat.params, final)
     for part in run.reports:

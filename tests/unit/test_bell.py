@@ -37,7 +37,7 @@ class Listening:
         self.turn = threading.Lock()
         self.hold = threading.Event()
         self.hold.set()
-        self._listener = Listener(segment.address, slot)
+        self._listener = Listener(segment.address, slot, 0)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -147,7 +147,7 @@ def test_a_listener_ends_with_its_worker() -> None:
         own = Segment.create("here", SLOT, "uint8")
         own.seal()
         theirs = replace(own.address, pid=worker.pid, fd=fd, inode=0)
-        listener = Listener(theirs, 0)
+        listener = Listener(theirs, 0, 0)
         ended = threading.Event()
 
         def listen() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from control_records import record_of
 from rank_threads import on_ranks
 from recorder import Recorder
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Rig:
     def finish(self) -> list[int]:
         """Finish the step; give what was sent meanwhile."""
         before = len(self.group.started)
-        self.reducer.finish()
+        self.reducer.finish(record_of(self.flat))
         return self.group.started[before:]
 
     def step(self, forward: Forward | None = None) -> tuple[list[int], list[int]]:
@@ -211,7 +212,7 @@ def test_one_rank_alone_does_nothing() -> None:
     for _ in range(2):
         flat.grads.fill_(0.1)
         reducer.last_backward()
-        reducer.finish()
+        reducer.finish(record_of(flat))
         assert torch.equal(flat.grads, torch.full_like(flat.grads, 0.1))
         assert not any(reducer.figures().values())
     assert alone._number == 0  # no operation at all
@@ -225,7 +226,7 @@ def reduce_once(dtype: str, value: float) -> list[tuple[Tensor, dict[str, float]
         flat = FlatModel(Odd())
         reducer = BucketReducer(flat, fabric.collective(rank), 4, wire_dtype=dtype)
         flat.grads.fill_((rank + 1) * value)
-        reducer.finish()
+        reducer.finish(record_of(flat))
         return flat.grads, reducer.figures()
 
     return on_ranks(3, body)

@@ -231,3 +231,13 @@ def test_a_name_taken_twice_is_the_users_to_change(tmp_path: Path) -> None:
     assert "'ring' is already distplat.strategies.ring.Ring; give _distplat_user_own.Own" in (
         done.stderr
     )
+
+
+@pytest.mark.parametrize("name", ["ps-sync", "ps-async"])
+def test_an_option_that_was_removed_is_named_beside_what_else_is_wrong(name: str) -> None:
+    found = strategy_problems(job({"name": name, "overlap": True, "num_servers": 0}))
+    assert [problem.where for problem in found] == [
+        ("strategy", "overlap"),
+        ("strategy", "num_servers"),
+    ]
+    assert "was removed" in found[0].message

@@ -53,18 +53,12 @@ SERVERS = {
             ],
         ),
         (
-            {
-                **SERVERS,
-                "exposed_s": 0.03,
-                "hidden_s": 0.01,
-                "hidden_fraction": 0.25,
-            },
+            SERVERS,
             [
                 (
                     "servers",
                     "2 ms applying, 1 ms queue, 2 deep; 8 B in, 4 B out per worker and step",
                 ),
-                ("push", "30 ms after backward, 10 ms (25%) behind it"),
             ],
         ),
         (

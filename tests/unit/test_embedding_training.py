@@ -18,14 +18,16 @@ from torch.utils.data import Dataset, TensorDataset
 from words import ROWS, WIDTH, Net, Words
 
 from distplat import Task, Trainer
+from distplat.actors.local_actors import TableServers
 from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
 from distplat.platform.errors import CollectiveError, StorageError
 from distplat.platform.progress import StepReport
 from distplat.strategies.catalog import make_job
-from distplat.strategies.fakes import Fabric, InMemoryTables, TableGroup
+from distplat.strategies.fakes import Fabric
 from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.lookups import Lookups
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Ports, Prepared, join, prepare
 
@@ -182,25 +184,26 @@ class Stopping(Ring):
 
     stop_at = 5
 
-    def exchange(self, step: int) -> None:
-        super().exchange(step)
+    def exchange(self, step: int, local: StepControl) -> StepControl:
+        total = super().exchange(step, local)
         if step == self.stop_at:
             time.sleep(0.2)  # the tables have made the step by now
             raise CollectiveError("world", "all_reduce", step, (1,), "as if a rank were lost")
+        return total
 
 
 def attempt(
-    number: int, ranks: list[Prepared], strategies: list[Stopping], group: TableGroup
+    number: int, ranks: list[Prepared], strategies: list[Stopping], group: TableServers
 ) -> list[int]:
     """Run all ranks; give the steps from which they began."""
-    fabric, group.attempt = Fabric(2), number
+    fabric = Fabric(2)
 
     def body(rank: int) -> int:
         loop = join(
             ranks[rank],
             strategies[rank],
             rank,
-            Ports(collective=fabric.collective(rank), tables=InMemoryTables(group, rank)),
+            Ports(collective=fabric.collective(rank), tables=group.tables(rank, attempt=number)),
             report=lambda report: None,
             progress=Progress(),
         )
@@ -213,7 +216,7 @@ def attempt(
 
 def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
     spec = job(Words, 2)
-    group = TableGroup(spec, rewinds=True)
+    group = TableServers(spec, rewinds=True)
     ranks = [prepare(spec, Words()) for _ in range(2)]
     options = RingOptions()
     strategies = [Stopping(options), Stopping(options)]
@@ -223,11 +226,12 @@ def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
         strategy.stop_at = -1
     assert attempt(1, ranks, strategies, group) == [5, 5]
     whole = train(spec, Words)
-    lossy = Run(ranks, [], [], [], [], whole.group, group)
+    lossy = Run(ranks, [], [], [], [], whole.servers, group)
     for number in range(2):
         assert table(lossy, number).tobytes() == table(whole, number).tobytes()
     for name, value in whole.parameters().items():
         assert torch.equal(lossy.parameters()[name], value)
+    group.close()
 
 
 def test_a_trained_model_goes_on_outside_of_the_run(tmp_path: Path) -> None:

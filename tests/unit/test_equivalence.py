@@ -20,8 +20,8 @@ from distplat.platform.learning_rate import factor
 from distplat.platform.progress import StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.strategies.algorithms.seeds import step_seed
 from distplat.strategies.task import Task
-from distplat.strategies.training.compute import step_seed
 from distplat.strategies.training.session import Prepared
 
 SAMPLES, BATCH, EPOCHS = 37, 9, 3
@@ -188,7 +188,7 @@ def test_the_reference_learns_and_its_options_matter(recipe: str) -> None:
 def test_where_shards_are_cut_changes_no_bit(recipe: str) -> None:
     job, task_type = job_of(recipe, "ps-sync", 2, 3), RECIPES[recipe][0]
     even, uneven = (train(job, task_type, speeds=speeds) for speeds in ((), (1.0, 7.0, 2.0)))
-    cuts = [run.group.cuts(run.ranks[0].flat.size) for run in (even, uneven)]
+    cuts = [run.servers.cuts() for run in (even, uneven)]
     assert cuts[0] != cuts[1]
     assert same_bits(even, uneven)
 

@@ -17,7 +17,7 @@ TREE = [
 PROBLEM = Problem(("optimizer", "lr"), "must be > 0", "try 0.1", "job.yaml", 7, 13)
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "SpecError": (PROBLEM, "and more"),
-    "UserCodeError": (3, 17, "ValueError: x", "Traceback:\n  x\n"),
+    "UserCodeError": (3, 17, "ValueError: x", "Traceback:\n  x\n", "try y", True),
     "ActorLost": ("worker 1", 12, "process died", "resubmit"),
     "DeadlineExceeded": ("pull", ("server 0", "server 2"), 30.0, "failure.step_timeout_s"),
     "CollectiveError": ("world", "all_reduce", 12, (1, 3), "timed out"),
@@ -120,6 +120,11 @@ def test_a_spec_error_lists_all_its_problems() -> None:
         (
             errors.UserCodeError(3, None, "ValueError: x", "Traceback\n"),
             "Traceback\n\nyour task failed on rank 3, before the first step: ValueError: x",
+        ),
+        (
+            errors.UserCodeError(0, 4, "ValueError: x", "ValueError: x\n", "try y", True),
+            "your task failed on rank 0, in the evaluation after step 4: ValueError: x\n"
+            "  hint: try y",
         ),
         (
             errors.ActorLost("worker 1", 12, "it died", "resubmit"),

@@ -55,22 +55,6 @@ def test_a_chunk_is_a_part_of_its_stage(tmp_path: Path) -> None:
     assert [t.forward_s for t in one.times] == pytest.approx([1.0] * 2)
 
 
-def test_products_made_late_and_packing_are_computing(tmp_path: Path) -> None:
-    fields = made_trace("1f1b", 2, 4)
-    last = max(event["end_s"] for event in fields["events"])
-    extra = {**fields["events"][0], "stage": 0, "chunk": 0, "micro_batch": 3}
-    extra |= {"kind": "W", "start_s": last, "end_s": last + 2.0}
-    packing = {**extra, "kind": "pack", "start_s": last + 2.0, "end_s": last + 2.5}
-    fields["events"] = [*fields["events"], extra, packing]
-    (one,) = gantts(trace(tmp_path, fields))
-    (plain,) = gantts(trace(tmp_path / "plain", made_trace("1f1b", 2, 4)))
-    assert one.times[0].weight_s == pytest.approx(0.5), "2 s for four micro-batches"
-    assert one.times[0].busy_s == pytest.approx(plain.times[0].busy_s + 2.5)
-    expected = simulate(build("1f1b", 2, 4), [Costs(1, 2, 0.5), Costs(1, 2, 0)])
-    assert one.ideal is not None
-    assert one.ideal.makespan == pytest.approx(expected.makespan)
-
-
 def test_replicas_are_told_apart(tmp_path: Path) -> None:
     first, second = gantts(trace(tmp_path, made_trace(replicas=2)))
     assert (first.replica, second.replica) == (0, 1)

@@ -13,8 +13,8 @@ from distplat.platform.spec import Job
 from distplat.strategies.fakes import Fabric, InMemoryCollective
 from distplat.strategies.training.flat import TORN, FlatModel
 from distplat.strategies.training.handover import take_over_newest
+from distplat.strategies.training.model_state import ModelState, Shares
 from distplat.strategies.training.optim import LocalOptimizer
-from distplat.strategies.training.running_stats import RunningStatistics
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},
@@ -154,14 +154,17 @@ def fresh(replica: Replica) -> LocalOptimizer:
     return LocalOptimizer(replica.flat, Job.model_validate({**job, "optimizer": OPTIMIZERS[3]}), 9)
 
 
-def with_statistics(body: Callable[[nn.BatchNorm1d, RunningStatistics, int], None]) -> None:
+def with_state(body: Callable[[nn.BatchNorm1d, ModelState, int], None]) -> None:
     fabric = Fabric(3)
     layers = [nn.BatchNorm1d(2) for _ in range(3)]
 
     def on_rank(rank: int) -> None:
         model = nn.Sequential(layers[rank])
         model.register_buffer("constant", torch.tensor([0.1]))
-        body(layers[rank], RunningStatistics(model, fabric.collective(rank)), rank)
+        state = ModelState(FlatModel(model), Shares(lambda step: [2, 2, 2], lambda step: [1, 1, 1]))
+        state.connect(fabric.collective(rank))
+        state.keep(0)
+        body(layers[rank], state, rank)
         constant = model.get_buffer("constant")
         assert torch.equal(constant, torch.tensor([0.1])), "a constant is not rounded"
 
@@ -169,25 +172,25 @@ def with_statistics(body: Callable[[nn.BatchNorm1d, RunningStatistics, int], Non
 
 
 def test_running_statistics_are_means_over_the_ranks() -> None:
-    def body(layer: nn.BatchNorm1d, statistics: RunningStatistics, rank: int) -> None:
+    def body(layer: nn.BatchNorm1d, state: ModelState, rank: int) -> None:
         assert layer.running_mean is not None and layer.running_var is not None
         layer.running_mean.fill_(float(rank))
         layer.running_var.fill_(float(rank * 10))
-        statistics.average()
-        assert layer.running_mean.tolist() == [1.0, 1.0]
-        assert layer.running_var.tolist() == [10.0, 10.0]
+        state.synchronize(0)
+        assert layer.running_mean.tolist() == pytest.approx([1.0, 1.0])
+        assert layer.running_var.tolist() == pytest.approx([10.0, 10.0])
 
-    with_statistics(body)
+    with_state(body)
 
 
 def test_a_repeated_step_finds_the_buffers_as_they_were() -> None:
-    def body(layer: nn.BatchNorm1d, statistics: RunningStatistics, rank: int) -> None:
+    def body(layer: nn.BatchNorm1d, state: ModelState, rank: int) -> None:
         layer(torch.randn(4, 2))
-        statistics.keep()
+        state.keep(1)
         kept = [b.clone() for b in layer.buffers()]
         layer(torch.randn(4, 2))
         assert not all(torch.equal(a, b) for a, b in zip(kept, layer.buffers(), strict=True))
-        statistics.restore()
+        state.restore()
         assert all(torch.equal(a, b) for a, b in zip(kept, layer.buffers(), strict=True))
 
-    with_statistics(body)
+    with_state(body)

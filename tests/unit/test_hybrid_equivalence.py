@@ -24,9 +24,9 @@ from hybrid_models import (
 from in_memory_run import Run, train
 
 from distplat.platform.progress import EvalReport, StepReport
-from distplat.strategies.pipeline import packed
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.task import Task
+from distplat.strategies.training.control import StepControl
 
 
 def losses(run: Run) -> list[float]:
@@ -65,19 +65,6 @@ def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) ->
     expected, plain_losses = plain(kind)
     assert distance(whole(run), expected) < 1e-5
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
-
-
-@pytest.mark.parametrize("kind", [Mlp, Gpt])
-@pytest.mark.parametrize("name", ["2x1x2", "3x1x1", "2x1x1-gpipe", "2x1x2-recompute"])
-def test_packed_weights(name: str, kind: type[Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With weights and batches of every size."""
-    monkeypatch.setattr(packed, "LEAST_ELEMENTS", 1)
-    monkeypatch.setattr(packed, "LEAST_USES", 1)
-    options, world = GRIDS[name]
-    runs = [train(job_of({**options, "pack_weights": pack}, world), kind) for pack in (True, False)]
-    found, unpacked = map(whole, runs)
-    assert distance(found, plain(kind)[0]) < 1e-5
-    assert distance(found, unpacked) > 0, "the products were the same ones"
 
 
 @pytest.mark.parametrize(
@@ -147,9 +134,9 @@ def test_buckets_leave_while_the_pipeline_drains(
     started: list[int] = []
     finish = BucketReducer.finish
 
-    def counting(self: BucketReducer) -> None:
+    def counting(self: BucketReducer, local: StepControl) -> StepControl:
         started.append(len(self._handles))
-        finish(self)
+        return finish(self, local)
 
     monkeypatch.setattr(BucketReducer, "finish", counting)
     options, workers = grid_of(2, 1, 2, schedule=schedule, bucket_mb=0.0001)

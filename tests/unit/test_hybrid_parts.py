@@ -1,18 +1,24 @@
 """Where models are cut, what ranks hold of them, and what is drawn on them."""
 
+import itertools
+import random
 import threading
+import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hybrid_models import Dropping, Gpt, Mlp, job_of
+from hybrid_models import MLP_PLAN, Dropping, Gpt, Mlp, job_of
 from in_memory_run import Run, train
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.pipeline import compute, part
+from distplat.strategies.pipeline import rank as ranks
+from distplat.strategies.tensor.parts import gather_full
 from distplat.strategies.training.meta import materialise
-from distplat.strategies.training.stages import Layer
+from distplat.strategies.training.stages import Layer, layers_of
 
 EVEN = {"pipeline": 2, "cut": "even", "micro_batches": 4}
 
@@ -132,11 +138,11 @@ def test_measured_layers_are_those_of_a_model_on_meta() -> None:
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here and share one generator: seeding and drawing must not be torn."""
-    lock, seeded = threading.Lock(), part.Chunk.seeded
+    lock, seeded = threading.Lock(), part.Layers.seeded
 
-    def locked(self: part.Chunk, inputs: Tensor, seed: int, way: part.Way) -> Tensor:
+    def locked(self: part.Layers, inputs: Tensor, seed: int) -> Tensor:
         with lock:
-            return seeded(self, inputs, seed, way)
+            return seeded(self, inputs, seed)
 
     def filled(*args: Any) -> None:
         with lock:
@@ -151,7 +157,7 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("micro_batches", "eval_batches"):
         monkeypatch.setattr(compute, name, under_lock(getattr(compute, name)))
-    monkeypatch.setattr(part.Chunk, "seeded", locked)
+    monkeypatch.setattr(part.Layers, "seeded", locked)
     monkeypatch.setattr(part, "materialise", filled)
 
 
@@ -168,6 +174,94 @@ def test_dropout_repeats_and_does_not_depend_on_the_cut() -> None:
         assert all(torch.allclose(first[name], other[name], atol=1e-6) for name in first)
     without = trained(Mlp)
     assert not all(torch.allclose(first[name], without[name], atol=1e-3) for name in first)
+
+
+def test_nobody_leaves_before_the_trained_model_is_put_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is sent may be in the sender's memory until it is read, however late that is."""
+    order: list[str] = []
+    gather, trained = gather_full, ranks.Rank.trained
+
+    def late(state: Any, specs: Any, group: Any, to: int = 0) -> dict[str, Tensor]:
+        if group.rank == to:
+            time.sleep(0.3)
+        found = gather(state, specs, group, to)
+        order.append("read" if group.rank == to else "sent")
+        return found
+
+    def leaving(self: ranks.Rank) -> dict[str, Tensor]:
+        found = trained(self)
+        order.append("left")
+        return found
+
+    monkeypatch.setattr(ranks, "gather_full", late)
+    monkeypatch.setattr(ranks.Rank, "trained", leaving)
+    train(job_of({"tensor": 2, "tensor_plan": MLP_PLAN}, 2, steps=1), Mlp)
+    assert order == ["sent", "read", "left", "left"]
+
+
+class Counting(nn.Module):
+    """Writes into what is not trained, whatever the mode."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.mean = nn.Parameter(torch.zeros(12), requires_grad=False)
+        self._frozen = frozen
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._frozen:
+            self.mean.lerp_(inputs.detach().mean(0), 0.1)
+        else:
+            self.get_buffer("calls").add_(1)
+        return inputs - self.mean
+
+
+def counting(frozen: bool) -> type[Mlp]:
+    def model(self: Mlp) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(6, 12), Counting(frozen=frozen), nn.Linear(12, 12), nn.Linear(12, 4)
+        )
+
+    return type("Counted", (Mlp,), {"model": model, "eval_data": lambda self: None})
+
+
+def test_layers_are_called_once_for_each_micro_batch() -> None:
+    """A pass that agrees on shapes, or one that measures, leaves no trace."""
+    for cut in ("even", "auto"):
+        options = {**EVEN, "cut": cut}
+        run = train(job_of(options, 2, steps=3), counting(frozen=False))
+        assert whole(run)["1.calls"] == 3 * 4
+
+
+@pytest.mark.parametrize(("frozen", "name"), [(True, "1.mean"), (False, "1.calls")])
+def test_what_a_forward_writes_cannot_be_computed_again(frozen: bool, name: str) -> None:
+    for options, workers in ((EVEN, 2), ({}, 1)):
+        job = job_of({**options, "recompute": True}, workers)
+        with pytest.raises(SpecError, match=f"writes into {name}, and `recompute`"):
+            train(job, counting(frozen), timeout_s=2)
+
+
+class Drawing(nn.Module):
+    """Adds numbers of numpy's and python's generators."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + float(np.random.rand()) + random.random() + torch.rand(())
+
+
+def test_what_layers_draw_does_not_depend_on_the_cut() -> None:
+    model = nn.Sequential(*(Drawing() for _ in range(4)))
+    layers = layers_of(model, [*model])
+
+    def outputs(*cuts: int) -> float:
+        value = torch.zeros((), dtype=torch.float64)
+        for first, stop in itertools.pairwise((0, *cuts, 4)):
+            np.random.rand(), random.random(), torch.rand(3)
+            value = part.Layers(layers[first:stop], first).run(value, seed=5)
+        return value.item()
+
+    assert outputs() == outputs(2) == outputs(1, 3)
 
 
 def test_layers_have_every_parameter_once() -> None:

@@ -15,9 +15,11 @@ from hybrid_models import Normed
 from hybrid_workers import WORLD, Workers, same, samples
 from torch import Tensor
 
+from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import CollectiveError, StateLost
 from distplat.strategies.base import Pushed
-from distplat.strategies.fakes import Fabric, InMemoryShards
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.training.control import StepControl
 
 LOST_AT = 3
 
@@ -52,7 +54,7 @@ def goes_on(workers: Workers, lost: Set[int], clip: float | None, untold: int = 
 @pytest.mark.parametrize(
     ("group", "after"),
     [
-        ("twins", 4),  # in the average of running statistics
+        ("twins", 16),  # in the average of running statistics
         ("world", 3),  # in the agreement that all have pushed
         ("world", 6),
         ("replica", 9),  # in a message between stages, or on the norm
@@ -74,10 +76,10 @@ def test_one_is_lost_at_any_operation(
 
 def gone_before(
     workers: Workers, ranks: Set[int], call: str, *, others_first: bool
-) -> Callable[[int, InMemoryShards], InMemoryShards]:
+) -> Callable[[int, RemoteShards], RemoteShards]:
     """Have ranks stop before they push, or commit, a step; others of their replica are quicker."""
 
-    def around(rank: int, shards: InMemoryShards) -> InMemoryShards:
+    def around(rank: int, shards: RemoteShards) -> RemoteShards:
         real = getattr(shards, call)
 
         def until_gone(step: int, *args: float) -> object:
@@ -94,10 +96,16 @@ def gone_before(
     return around
 
 
+def made_by(workers: Workers, part: int) -> int:
+    """Count the steps that all servers of a part have made."""
+    assert workers.servers is not None
+    return min(service.served.version for service in workers.servers.services(part))
+
+
 def wait_until_made(workers: Workers, part: int) -> None:
     """Return when servers of a part have made the step."""
     until = time.monotonic() + 20
-    while min(s.served.version for s in workers.groups[part]._services) <= LOST_AT:
+    while made_by(workers, part) <= LOST_AT:
         assert time.monotonic() < until, "the other part makes the step"
         time.sleep(0.001)
 
@@ -130,7 +138,7 @@ def test_a_step_that_all_parts_have_is_not_repeated(victim: int) -> None:
     workers = workers_of(0.5)
     around = gone_before(workers, {victim}, "commit", others_first=True)
     assert workers.attempt(Fabric(WORLD), around=around) is None
-    made = min(s.served.version for s in workers.groups[victim % 2]._services) > LOST_AT
+    made = made_by(workers, victim % 2) > LOST_AT
     goes_on(workers, {victim}, 0.5, untold=8 if made else 0)
     assert workers.starts == [LOST_AT + made] * WORLD
 
@@ -192,12 +200,12 @@ def test_a_step_that_one_part_makes_in_one_attempt_and_one_in_the_next(
     assert workers.starts == [LOST_AT + 1] * WORLD
 
 
-def unheard(rank: int, shards: InMemoryShards) -> InMemoryShards:
+def unheard(rank: int, shards: RemoteShards) -> RemoteShards:
     """Have a push be made, and its answer get lost."""
     real = shards.push
 
-    def push(step: int) -> Pushed:
-        answer = real(step)
+    def push(step: int, control: StepControl) -> Pushed:
+        answer = real(step, control)
         if step == LOST_AT:
             raise CollectiveError("test", "push", step, (rank,), "the answer is lost")
         return answer
@@ -211,12 +219,13 @@ def unheard(rank: int, shards: InMemoryShards) -> InMemoryShards:
 def test_a_lost_server_takes_all_back_to_the_checkpoint(part: int, servers: int) -> None:
     workers = workers_of(0.5, servers, checkpoint={"every_steps": 2})
 
-    def around(rank: int, shards: InMemoryShards) -> InMemoryShards:
+    def around(rank: int, shards: RemoteShards) -> RemoteShards:
         real = shards.commit
 
         def commit(step: int, norm: float) -> None:
             if (rank, step) == (part, LOST_AT):
-                workers.groups[part].lost = "killed by the test"
+                assert workers.servers is not None
+                workers.servers.nodes[f"server-{part * servers}"].die("killed by the test")
             real(step, norm)
 
         setattr(shards, "commit", commit)  # noqa: B010

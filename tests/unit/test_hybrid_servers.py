@@ -21,8 +21,10 @@ from hybrid_models import (
 from in_memory_run import train
 
 from distplat.platform.shard_map import Division, Shard, within
-from distplat.strategies.algorithms.reduce import squared_norm, squared_norm_but
+from distplat.platform.vector_layout import Segment
+from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.task import Task
+from distplat.strategies.training.segments import squared_norm_of
 
 GRIDS: dict[str, tuple[type[Task], tuple[dict[str, Any], int]]] = {
     "2x1x2 mlp": (Mlp, grid_of(2, 1, 2)),
@@ -68,7 +70,8 @@ def test_runs_within_a_shard() -> None:
 
 def test_the_norm_of_all_but_some_runs() -> None:
     vector = torch.arange(10.0)
-    assert squared_norm_but(vector, ()) == squared_norm(vector)
-    assert squared_norm_but(vector, ((0, 2), (4, 5), (8, 10))) == pytest.approx(
+    whole = (Segment(0, 10, "float32"),)
+    assert squared_norm_of(vector, whole) == squared_norm(vector)
+    assert squared_norm_of(vector, whole, ((0, 2), (4, 5), (8, 10))) == pytest.approx(
         sum(i * i for i in (2, 3, 5, 6, 7))
     )

@@ -46,9 +46,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def state(shard: ParameterShard | AsyncShard) -> dict[str, Tensor]:
-    from distplat.strategies.training.optim import state_of
-
-    copies = {name: value.clone() for name, value in state_of(shard.optimizer).items()}
+    copies = {name: value.clone() for name, value in shard.optimizer.state().items()}
     return {"": shard.params.clone(), **copies}
 
 

@@ -15,20 +15,18 @@ from rank_threads import on_ranks
 from safetensors.numpy import load_file
 
 from distplat import Trainer
+from distplat.actors.local_actors import ELSEWHERE, Servers, TableServers
+from distplat.actors.local_transport import Call
+from distplat.actors.local_transport import Fault as LocalFault
+from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, StepReport
-from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.fakes import (
     InMemoryLeases,
-    InMemoryShards,
-    InMemoryTables,
     LeaseDesk,
-    ServerGroup,
-    TableGroup,
 )
-from distplat.strategies.ports import Sending
 from distplat.strategies.training.leased_loop import LeasedLoop
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Ports, Prepared, join, prepare
@@ -61,53 +59,11 @@ class Fault:
         return self.made == self.at and self.moment == moment
 
 
-class Server:
-    """A server as one rank sees it: all pushes come twice, and some not at all."""
+class Unsent:
+    """A push that will not come to all servers."""
 
-    def __init__(self, real: Any, broken: bool) -> None:
-        self._real, self._broken = real, broken
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def push(self, *push: Any) -> Any:
-        if self._broken:
-            raise Gone("lost")
-        self._real.push(*push)
-        return self._real.push(*push)
-
-
-class Servers:
-    """The servers of tables, or of shards, as one rank sees them."""
-
-    def __init__(self, real: Any, fault: Fault) -> None:
-        self._real, self._fault = real, fault
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    @property
-    def services(self) -> list[Any]:
-        late = self._fault.here(ONE_TABLE)
-        return [Server(one, index > 0 and late) for index, one in enumerate(self._real.services)]
-
-    def service(self, index: int, step: int | None = None) -> Any:
-        broken = self._fault.here(TABLES) or (index > 0 and self._fault.here(ONE_SHARD))
-        return Server(self._real.service(index), broken and step is not None)
-
-
-class Tables(InMemoryTables):
-    """Has its rows in before the rank breaks off."""
-
-    def __init__(self, servers: Any, rank: int, fault: Fault) -> None:
-        super().__init__(servers, rank)
-        self._fault = fault
-
-    def push(self, *given: Any) -> Sending:
-        sending = super().push(*given)
-        if not self._fault.here(ONE_TABLE):
-            sending.wait()
-        return sending
+    def wait(self) -> None:
+        raise Gone("lost")
 
 
 class Leases(InMemoryLeases):
@@ -139,9 +95,11 @@ class Counted:
     def __init__(self, most: int = 1) -> None:
         self.job = make_job(counting(epochs=EPOCHS))
         self.attempt, self.ranks = 0, dict[int, Rank]()
-        how = make_strategy(self.job).roles(self.job).consistency
-        self.shards = ServerGroup(ShardPlan(self.job, "run", 0, PARTS, STEPS, 2, how))
-        self.tables, self.desk = TableGroup(self.job), LeaseDesk(most=most)
+        self.faults: dict[str, Fault] = {}  #: by worker
+        self.shards = Servers(self.job, make_strategy(self.job).roles(self.job))
+        self.shards.cluster.add_rule(self._twice_or_never)
+        self.tables, self.desk = TableServers(self.job), LeaseDesk(most=most)
+        self.tables.cluster.add_rule(self._twice_or_never)
         self.most = most
 
     def rank(self, rank: int) -> Rank:
@@ -151,18 +109,47 @@ class Counted:
             self.ranks[rank] = Rank(prepare(self.job, Counting(), strategy=strategy), strategy)
         return self.ranks[rank]
 
+    def _twice_or_never(self, call: Call) -> LocalFault | None:
+        """Have all pushes come twice, and some not at all."""
+        if call.method != "push":
+            return None
+        fault = self.faults[call.process]
+        if fault.here(ONE_TABLE) and call.actor == "embedding-server-1":
+            return LocalFault(lose="request")
+        if call.actor == "server-0" and fault.here(TABLES):
+            raise Gone("lost")
+        if call.actor == "server-1" and fault.here(ONE_SHARD):
+            raise Gone("lost")
+        return LocalFault(twice=True)
+
+    def _tables(self, rank: int, fault: Fault) -> RemoteTables:
+        """Give a way to the tables; they have the rows before a rank breaks off."""
+        way = self.tables.tables(rank, attempt=self.attempt)
+        push = way.push
+
+        def sent(*given: Any) -> Any:
+            sending = push(*given)
+            if fault.here(ONE_TABLE):
+                return Unsent()
+            sending.wait()
+            return sending
+
+        way.push = sent  # type: ignore[assignment,method-assign]
+        return way
+
     def loop(self, rank: int, fault: Fault | None = None) -> LeasedLoop:
         """Have a rank join the attempt."""
         mine, fault = self.rank(rank), fault or Fault()
-        tables: Any = Servers(self.tables, fault)
-        shards: Any = Servers(self.shards, fault)
+        self.faults[f"worker-{rank}"] = fault
         loop = join(
             mine.prepared,
             mine.strategy,
             rank,
             Ports(
-                shards=InMemoryShards(shards, rank, self.attempt),
-                tables=Tables(tables, rank, fault),
+                shards=self.shards.shards(
+                    rank, STEPS, attempt=self.attempt, node=ELSEWHERE, every=0
+                ),
+                tables=self._tables(rank, fault),
                 leases=Leases(self.desk, rank, fault),
             ),
             report=mine.reports.append,
@@ -184,11 +171,12 @@ class Counted:
                 del self.ranks[order[place]]
 
         on_ranks(len(order), body)
+        assert self.shards.cluster.drain(10.0) and self.tables.cluster.drain(10.0)
+        self.shards.end_attempt()
 
     def begin_anew(self, *, with_scheduler: bool) -> None:
         """Begin a later attempt."""
         self.attempt += 1
-        self.tables.attempt = self.attempt
         if with_scheduler:
             self.desk = LeaseDesk(most=self.most)
         else:
@@ -210,6 +198,8 @@ class Counted:
             assert (shard.steps, shard.version) == (STEPS, STEPS * PARTS), index
         params = np.concatenate([self.shards.service(index).params for index in range(2)])
         assert (-params[:SAMPLES]).tolist() == [EPOCHS] * SAMPLES
+        self.shards.close()
+        self.tables.close()
 
     def parts(self) -> list[tuple[int, int]]:
         """Give what was reported, by ranks that are still there."""

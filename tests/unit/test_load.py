@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from control_records import full_record
 from delayed import async_plan, noise
 from in_memory_run import train
 from rank_threads import on_ranks
@@ -23,6 +24,8 @@ from distplat.strategies.training.service import Limits, Service
 from distplat.strategies.training.speed import elements_per_s
 
 SIZE, LATE = 9, 0.15
+
+RECORD = full_record()
 
 
 def test_figures_are_of_the_slowest_of_all_and_of_each() -> None:
@@ -76,7 +79,7 @@ def test_a_step_queues_for_its_last_gradient() -> None:
 
     def body(rank: int) -> Answer:
         time.sleep(LATE * rank)
-        return service.push(PushId("run", 1, rank, 0), noise(SIZE, rank, 0), nowhere)
+        return service.push(PushId("run", 1, rank, 0), noise(SIZE, rank, 0), RECORD, nowhere)
 
     first, last = on_ranks(2, body)
     assert LATE * 0.8 < first.queue_s < 5.0
@@ -97,7 +100,7 @@ def test_asynchronous_pushes_queue_for_each_other() -> None:
         if rank:
             assert inside.wait(5)
         deliver: Callable[[Any, int], None] = nowhere if rank else slow
-        return service.push(PushId("run", 1, rank, 0, rank), noise(SIZE, rank, 0), deliver)
+        return service.push(PushId("run", 1, rank, 0, rank), noise(SIZE, rank, 0), RECORD, deliver)
 
     first, second = on_ranks(2, body)
     assert first.queue_s < LATE * 0.8 < second.queue_s < 5.0

@@ -1,14 +1,29 @@
-"""Loader processes: forked from a server that has torch, so that none has to import it."""
+"""Loader processes: they start at once, take a script's own classes, and leave nothing behind."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
+from multiprocessing import active_children, current_process
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_random_numbers import Noise, job
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distplat.strategies.training.batches import Loader, Run, make_sampler, micro_batches
+from distplat.strategies.training.loader_processes import LoaderContext, ready_loaders
 
 SCRIPT = """
 import sys
 from multiprocessing import get_context
 
 from distplat.strategies.catalog import make_job
-from distplat.strategies.training.batches import ready_loaders
+from distplat.strategies.training.loader_processes import ready_loaders
 
 if __name__ == "__main__":
     ready_loaders(make_job({
@@ -26,3 +41,175 @@ if __name__ == "__main__":
 def test_a_loader_process_has_torch_from_the_start() -> None:
     found = subprocess.run([sys.executable, "-c", SCRIPT], timeout=60, check=False)
     assert found.returncode == 7
+
+
+@pytest.fixture
+def prefix() -> Any:
+    """Give the beginning of the names of this process's semaphores: other tests make some, too."""
+    config = current_process()._config  # type: ignore[attr-defined]
+    before = config["semprefix"]
+    config["semprefix"] = f"/mp-test-{os.getpid()}"
+    yield f"sem.mp-test-{os.getpid()}"
+    config["semprefix"] = before
+
+
+def left_in_memory(prefix: str) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]
+
+
+def test_semaphores_of_loaders_have_no_names_while_they_are_used(prefix: str) -> None:
+    context = LoaderContext()
+    lock = context.Lock()
+    assert len(left_in_memory(prefix)) == 1
+    context.open_and_forget(1.0)
+    assert not left_in_memory(prefix)
+    with lock:
+        assert not lock.acquire(block=False)
+    ready_loaders(job(loaders=2))()
+    sampler = make_sampler(job(), Noise())
+    batches = micro_batches(job(loaders=2), Noise(), sampler, 0, range(6), 1)
+    next(batches)
+    assert not left_in_memory(prefix)
+    assert len([*batches]) == 5
+    del batches
+    assert not active_children()
+
+
+KILLED = """
+import os, signal, sys
+from multiprocessing import current_process
+sys.path[:0] = {path!r}
+current_process()._config["semprefix"] = "/mp-killed-" + str(os.getpid())
+from test_random_numbers import Noise, job
+from distplat.strategies.training.batches import make_sampler, micro_batches
+if __name__ == "__main__":
+    batches = micro_batches(job(loaders=2), Noise(), make_sampler(job(), Noise()), 0, range(6), 1)
+    next(batches)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_worker_leaves_no_semaphore(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(path=[str(Path(__file__).parent)]))
+    child = subprocess.Popen([sys.executable, str(script)])
+    assert child.wait(60) == -signal.SIGKILL
+    assert not left_in_memory(f"sem.mp-killed-{child.pid}")
+
+
+class Broken(Dataset[Any]):
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 5:
+            raise LookupError("sample 5 is gone")
+        return index, torch.zeros(1)
+
+
+def test_an_exception_in_a_loader_comes_out() -> None:
+    plan = [Run(0, 0, [1, 2]), Run(0, 2, [4, 5])]
+    batches = iter(Loader(job(loaders=1), Broken(), plan))
+    next(batches)
+    with pytest.raises(LookupError, match="sample 5 is gone"):
+        next(batches)
+
+
+def test_classes_and_functions_of_a_function_go_to_loaders() -> None:
+    class Local(Dataset[Any]):
+        def __init__(self) -> None:
+            self.transform: Any = lambda value: value + 1
+            self.large, self.small = torch.arange(20_000), [torch.full((1,), i) for i in range(400)]
+
+        def __len__(self) -> int:
+            return 11
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return self.transform(self.large[index]), self.small[index]
+
+    (first, second), *rest = Loader(job(loaders=1), Local(), [Run(0, 0, [3, 4]), Run(0, 2, [5])])
+    assert (first.tolist(), second.tolist()) == ([4, 5], [[3], [4]])
+    assert len(rest) == 1
+
+
+BARE = """
+import collections, dataclasses, json, sys
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from distplat import Task, Trainer
+
+print("RAN", flush=True)
+Pair = collections.namedtuple("Pair", "a b")
+SCALE = 0.5
+
+@dataclasses.dataclass
+class Target:
+    value: torch.Tensor
+
+class Gone(Exception):
+    pass
+
+class Mine(Dataset):
+    def __init__(self, broken):
+        self.broken = broken
+    def __len__(self):
+        return 12
+    def __getitem__(self, index):
+        if self.broken and index == 7:
+            raise Gone("sample 7")
+        inputs = Pair(torch.full((3,), index * SCALE) + torch.rand(3), __file__)
+        return inputs, Target(torch.ones(1))
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+    def forward(self, pair):
+        assert type(pair) is Pair, type(pair)
+        return self.layer(pair.a)
+
+class Mean(Task):
+    def __init__(self, broken=False):
+        self.broken = broken
+    def model(self):
+        return Model()
+    def train_data(self):
+        return Mine(self.broken)
+    def loss(self, outputs, targets):
+        assert type(targets) is Target, type(targets)
+        return ((outputs - targets.value) ** 2).mean()
+
+def run(loaders, broken=False):
+    return Trainer({{
+        "name": "bare", "strategy": "ring", "scaling": {{"num_workers": 0}}, "epochs": 2,
+        "optimizer": {{"name": "SGD", "lr": 0.01}}, "global_batch_size": 4,
+        "data": {{"num_loaders": loaders}}, "task_args": {{"broken": broken}},
+    }}, Mean).fit()
+
+{guard}
+    print(json.dumps([[step.loss for step in run(loaders).history] for loaders in (0, 2)]))
+    try:
+        run(2, broken=True)
+    except Exception as error:
+        print(type(error).__name__, repr(str(error)))
+"""
+
+
+@pytest.mark.parametrize("guard", ["if True:", 'if __name__ == "__main__":'])
+def test_a_script_trains_with_loaders_and_is_run_once(tmp_path: Path, guard: str) -> None:
+    script = tmp_path / "bare.py"
+    script.write_text(BARE.format(guard=guard))
+    found = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, timeout=100, capture_output=True, text=True
+    )
+    lines = found.stdout.splitlines()
+    assert lines[0] == "RAN", found.stderr
+    assert lines.count("RAN") == 1
+    without, with_loaders = json.loads(lines[1])
+    assert len(without) == 6
+    assert without == with_loaders
+    assert lines[2].startswith("UserCodeError")
+    assert "Gone: sample 7" in lines[2]
+    assert found.returncode == 0
+    assert "Traceback" not in found.stderr

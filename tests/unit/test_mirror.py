@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from control_records import full_record
 from delayed import async_plan, noise
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def push(to: Service, rank: int, seq: int) -> None:
     if isinstance(to.served, ParameterShard) and rank < WORLD - 1:
         to.served.push(name, gradient)
     else:
-        to.push(name, gradient, nowhere)
+        to.push(name, gradient, full_record(), nowhere)
 
 
 def train(to: Service, first: int = 0) -> None:
@@ -198,7 +199,7 @@ def test_a_server_that_may_not_acknowledge_serves_no_more() -> None:
     with pytest.raises(ActorLost):
         train(primary)
     calls: list[Callable[[], object]] = [
-        lambda: primary.push(PushId("run", 1, 0, 0), noise(SIZE, 0, 0), nowhere),
+        lambda: primary.push(PushId("run", 1, 0, 0), noise(SIZE, 0, 0), full_record(), nowhere),
         lambda: primary.pull(0, (1, 0), nowhere),
         lambda: primary.commit(0, 0, None, nowhere),
     ]

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from control_records import full_record
 from delayed import async_plan, noise
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from distplat.strategies.training.service import Limits, Service
 SIZE, WORLD, STEPS = 9, 2, 6
 LONG = Limits(10.0, 10.0)
 
+RECORD = full_record()
+
 
 def opened(consistency: Consistency) -> Service:
     made = make_service("server-0", async_plan(WORLD, STEPS, consistency), LONG, torch.zeros(SIZE))
@@ -27,7 +30,7 @@ def opened(consistency: Consistency) -> Service:
 def push(to: Service, rank: int, seq: int, attempt: int, task: int | None = None) -> int:
     values = torch.zeros(SIZE)
     name = PushId("run", attempt, rank, seq, task)
-    answer = to.push(name, noise(SIZE, rank, seq), lambda new, version: values.copy_(new))
+    answer = to.push(name, noise(SIZE, rank, seq), RECORD, lambda new, version: values.copy_(new))
     assert torch.equal(values, to.params) or attempt == 1
     return answer.version
 
@@ -114,11 +117,11 @@ def test_a_worker_with_new_memory_gets_its_last_answer_delivered_again() -> None
         delivered.append(values)
 
     name, gradient = PushId("run", 1, 0, 0, 0), noise(SIZE, 0, 0)
-    service.push(name, gradient, deliver)
-    service.push(name, gradient, deliver)
+    service.push(name, gradient, RECORD, deliver)
+    service.push(name, gradient, RECORD, deliver)
     assert len(delivered) == 1
     service.forget(0)
-    service.push(name, gradient, deliver)
+    service.push(name, gradient, RECORD, deliver)
     assert len(delivered) == 2
     assert service.served.version == 1
 

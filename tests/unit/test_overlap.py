@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from control_records import record_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_memory_run import Run, train
@@ -180,7 +181,7 @@ def test_a_rank_that_dies_is_named_to_those_in_the_middle_of_backward() -> None:
             for _ in range(9):
                 reducer.last_backward()
                 torch.autograd.backward(models[place](torch.ones(1, 3)).sum())
-                reducer.finish()
+                reducer.finish(record_of(flat))
         reducer.close()
         return caught.value.missing
 

@@ -18,9 +18,7 @@ from distplat.platform.pieces import (
     Entry,
     Place,
     Whole,
-    by_file,
     put_together,
-    run_entries,
     take_out,
 )
 from distplat.platform.tensor_file import _CODES, decode, encode
@@ -59,26 +57,6 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
     assert key == "model/w"
     assert result.shape == shape
     assert np.array_equal(result.data, tensor.data)
-
-
-@given(st.lists(SHAPES, min_size=1, max_size=4), st.data())
-def test_runs_of_a_flat_vector_have_the_tensors_names(
-    shapes: list[tuple[int, ...]], data: st.DataObject
-) -> None:
-    names, offset = [], 0
-    for number, shape in enumerate(shapes):
-        names.append((f"t{number}", shape, offset))
-        offset += math.prod(shape) + data.draw(st.integers(0, 3))  # padding
-    vector = np.arange(offset, dtype=np.int32)
-    bundles: list[tuple[list[Bytes], tuple[Entry, ...]]] = []
-    for start, stop in cuts(offset, data.draw):
-        entries = run_entries(names, start, stop, "optimizer/avg", "int32", 0)
-        bundles.append(([vector[start:stop].view(np.uint8)], tuple(entries)))
-    found = by_file(put_together(bundles))["optimizer"]
-    for name, shape, first in names:
-        expected = vector[first : first + math.prod(shape)]
-        assert np.array_equal(found[f"avg/{name}"].data.view(np.int32), expected)
-        assert found[f"avg/{name}"].shape == shape
 
 
 def part(place: Place, dtype: str = "int32") -> tuple[list[Bytes], tuple[Entry, ...]]:

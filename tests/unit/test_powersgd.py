@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from control_records import record_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rank_threads import on_ranks
@@ -58,7 +59,7 @@ def reduced(
         reducer = PowerSGDReducer(flat, fabric.collective(place), rank)
         for step in range(steps):
             flat.grads.copy_(bring(flat, place, step))
-            reducer.finish()
+            reducer.finish(record_of(flat))
             sums.append(flat.grads.clone())
         return flat, reducer, sums
 
@@ -268,7 +269,7 @@ def test_the_error_norm_is_that_of_what_was_not_sent() -> None:
         for step in range(4):
             flat.grads.copy_(gradient(flat, rank, step))
             meant = reducer.residual + flat.grads
-            reducer.finish()
+            reducer.finish(record_of(flat))
             reported.append(reducer.figures()["error_norm"])
             expected.append(float(reducer.residual.norm() / meant.norm()))
         return reported, expected
@@ -285,7 +286,7 @@ def test_a_model_without_large_matrices_is_summed_exactly() -> None:
         flat = FlatModel(nn.Linear(3, 2))
         reducer = PowerSGDReducer(flat, fabric.collective(rank), 4)
         flat.grads.copy_(gradient(flat, rank, 0))
-        reducer.finish()
+        reducer.finish(record_of(flat))
         return flat.grads, reducer.figures()
 
     flat = FlatModel(nn.Linear(3, 2))

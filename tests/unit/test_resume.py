@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from distplat.platform.errors import SpecError
-from distplat.platform.pieces import Whole
+from distplat.platform.pieces import Place, Whole
 from distplat.platform.resume import mismatches
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
 from distplat.strategies.task import Task
 from distplat.strategies.training.parts import whole_of
-from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.restoring import SavedState, tensor_of
 
 STEPS, HALF = 12, 5
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
@@ -164,8 +164,8 @@ def test_what_is_in_it() -> None:
         name: tuple(value.shape) for name, value in model.state_dict().items()
     }
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    expected = {f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in trained}
-    assert {*saved._load("optimizer")} == expected | {"step"}
+    kinds = ("exp_avg", "exp_avg_sq", "step")
+    assert {*saved._load("optimizer")} == {f"{k}/{name}" for k in kinds for name in trained}
     assert saved.state["samples"] == 38
     assert (saved.state["steps_per_epoch"], saved.state["epoch"]) == (5, 2)
 
@@ -180,7 +180,7 @@ def test_asynchronous_ranks_go_on_from_the_slowest() -> None:
     second = train(longer, Plain, saved=saved)
     made = sorted((r.step, r.rank) for reports in second.reports for r in reports)
     assert made == [(step, part) for step in range(STEPS, 20) for part in range(3)]
-    assert len(second.group.logs()[0]) == 3 * (20 - STEPS)
+    assert len(second.servers.logs()[0]) == 3 * (20 - STEPS)
 
 
 class Other(Plain):
@@ -207,14 +207,28 @@ def test_another_model_or_data_set_is_named() -> None:
     assert "made with 38 training samples, the task has 60" in fails(More, saved)
 
 
-def test_a_parameter_that_was_frozen_has_no_state() -> None:
+def test_a_parameter_that_was_frozen_begins_anew() -> None:
     saved = train(job("ring", 1), Normed).checkpoints[HALF]
 
     class Thawed(Normed):
         def model(self) -> nn.Module:
             return super().model().requires_grad_(True)
 
-    assert "no 'exp_avg/0.weight': was that parameter not trained?" in fails(Thawed, saved)
+    found = train(job("ring", 1), Thawed, saved=saved).checkpoints[STEPS]._load("optimizer")
+    names = "0.weight", "1.weight"
+    steps = [float(tensor_of(found[f"step/{name}"], Place(()))) for name in names]
+    assert steps == [STEPS - HALF, STEPS]
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_one_step_for_all_parameters_as_older_checkpoints_have_it(strategy: str) -> None:
+    saved = train(job(strategy), Normed).checkpoints[HALF]
+    files = {name: dict(saved._load(name)) for name in ("model", "optimizer")}
+    of_each = [key for key in files["optimizer"] if key.startswith("step/")]
+    files["optimizer"]["step"] = [files["optimizer"].pop(key) for key in of_each][-1]
+    older = SavedState(saved.state, files.__getitem__)
+    again, whole = (train(job(strategy), Normed, saved=one).parameters() for one in (older, saved))
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 STATE = {

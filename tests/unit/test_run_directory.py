@@ -1,6 +1,8 @@
 """The run directory: every file readable by those who will read it, and failures that say so."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distplat.actors.training import saved_model
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import read_job
+from distplat.platform.pipeline_trace import Trace
 from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.spec import Job
@@ -199,11 +202,72 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
         make(tmp_path)
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every write take a part and then fail, as that of a full disk does."""
+    real = os.write
+
+    def write(file: int, data: bytes) -> int:
+        if len(data) > 8:
+            return real(file, bytes(data[: len(data) // 2]))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fsync(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda directory: directory.record(STEPS[1]), "metrics.jsonl"),
+        (lambda directory: directory.save_model(b"x" * 100), "model.safetensors"),
+        (lambda directory: directory.keep("apply_log.safetensors", b"x" * 100), "apply_log"),
+        (lambda directory: directory.record(Trace(0, 1, "1f1b", 1, ())), "pipeline_trace.json"),
+        (lambda directory: directory.finish("SUCCEEDED", {}), "result.json"),
+    ],
+    ids=["metrics", "model", "log", "trace", "result"],
+)
+def test_a_full_disk_is_told_with_the_path_and_leaves_nothing_half_written(
+    write: Callable[[RunDirectory], None],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     directory = make(tmp_path)
-    directory._metrics = Path("/dev/full").open("a", buffering=1)
-    with pytest.raises(StorageError, match=r"cannot write to .*kept-1.*No space left"):
-        directory.record(STEPS[0])
+    directory.record(STEPS[0])
+    before = {path.name: path.stat().st_size for path in directory.path.iterdir()}
+    fill_the_disk(monkeypatch)
+    told = rf"cannot write .*kept-1/{name}.*No space left on device; free some, or have `storage_"
+    with pytest.raises(StorageError, match=told) as caught:
+        write(directory)
+    assert caught.value.exit_code == 5
+    assert {path.name: path.stat().st_size for path in directory.path.iterdir()} == before
+    assert [line["step"] for line in lines(directory)] == [0]
+
+
+def test_a_disk_that_is_full_for_tensorboard_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make(tmp_path)
+    directory.record(STEPS[0])
+    (events,) = (directory.path / "tensorboard").iterdir()
+    size = events.stat().st_size
+    monkeypatch.setattr(directory._metrics, "write", lambda record: None)
+    fill_the_disk(monkeypatch)
+    with pytest.raises(StorageError, match=r"cannot write .*kept-1/tensorboard: No space left"):
+        directory.record(STEPS[1])
+    assert events.stat().st_size == size
+    monkeypatch.undo()
+    directory.finish("FAILED", {})
+
+
+def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_the_disk(monkeypatch)
+    with pytest.raises(StorageError, match=r"cannot make the run directory .*No space left"):
+        make(tmp_path)
+    assert not list((tmp_path / "some/runs/kept-1").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,20 @@ def test_the_union_of_the_ranks_is_the_same_for_every_world(
     assert len(ranks) == alone.batch_size(step)
 
 
+@given(sizes, batches, worlds, st.booleans(), st.integers(0, 50))
+def test_a_part_is_where_it_says_in_the_order_of_the_epoch(
+    size: int, batch: int, world: int, drop_last: bool, step: int
+) -> None:
+    assume(not drop_last or size >= batch)
+    sampler = make(size, batch, world, drop_last)
+    first = step - step % sampler.steps_per_epoch
+    steps = range(first, first + sampler.steps_per_epoch)
+    order = [int(i) for one in steps for i in sampler.batch_ids(one)]
+    for rank in range(world):
+        ids, place = sampler.rank_ids(step, rank), sampler.first_place(step, rank)
+        assert order[place : place + len(ids)] == ids.tolist()
+
+
 @given(sizes, batches, worlds, parts, st.integers(0, 50))
 def test_parts_are_even_and_micro_batches_not_empty(
     size: int, batch: int, world: int, parts: int, step: int

@@ -243,8 +243,8 @@ def test_an_optimizer_does_not_bring_the_compiler() -> None:
     code = (
         "import sys, torch\n"
         "from distplat.platform.optimizers import Adam\n"
-        "from distplat.strategies.training.optim import make_optimizer\n"
-        "make_optimizer(Adam(name='Adam', lr=0.1), torch.ones(3), torch.ones(3))\n"
+        "from distplat.strategies.training.optim import FlatOptimizer\n"
+        "FlatOptimizer(Adam(name='Adam', lr=0.1), torch.ones(3), torch.ones(3)).step(0.1)\n"
         "sys.exit('torch._dynamo' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -132,3 +132,35 @@ def test_a_rank_that_does_not_answer_is_named(operation: str) -> None:
             assert (caught.value.operation, caught.value.missing) == (operation, (2,))
 
     on_shm_ranks(3, body, operation_s=SOON)
+
+
+def test_who_leaves_sees_its_last_messages_taken() -> None:
+    """Their memory is the sender's process's; however late they are read."""
+
+    def body(group: ShmCollective) -> None:
+        if group.rank == 0:
+            group.send(torch.full((4,), 3.0), 1)
+            group.send(torch.full((200_000,), 4.0), 1)
+        else:
+            time.sleep(SOON)
+            for number, length in ((3, 4), (4, 200_000)):
+                arriving = torch.zeros(length)
+                group.recv(arriving, 0)
+                assert arriving.eq(number).all()
+        group.close()
+
+    on_shm_ranks(2, body)
+
+
+def test_nobody_stays_for_who_has_left_or_is_late() -> None:
+    def body(group: ShmCollective) -> None:
+        began = time.monotonic()
+        if group.rank == 0:
+            group.send(torch.ones(3), 1)  # which leaves without having read it
+            group.send(torch.ones(3), 2)  # which stays longer than the deadline
+        if group.rank == 2:
+            time.sleep(3 * SOON)
+        group.close()
+        assert group.rank != 0 or time.monotonic() - began < 2 * SOON
+
+    on_shm_ranks(3, body, operation_s=SOON)

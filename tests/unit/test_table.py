@@ -52,7 +52,7 @@ def test_updates_as_torch_does(options: dict[str, Any], ranks: int, block: int) 
     optimizer = kind(theirs.parameters(), **{k: v for k, v in options.items() if k != "name"})
     for step in range(12):
         parts = [gradients(step, rank) for rank in range(ranks)]
-        mine.apply(parts, options["lr"], step)
+        mine.apply(parts, options["lr"])
         ids = torch.from_numpy(np.concatenate([p.ids for p in parts]))
         values = torch.from_numpy(np.concatenate([p.values for p in parts]))
         theirs.weight.grad = torch.sparse_coo_tensor(
@@ -66,8 +66,8 @@ def test_row_wise_adagrad_by_hand() -> None:
     mine = table({"name": "RowWiseAdagrad", "lr": 0.5, "eps": 1e-3})
     before = read(mine, [4])
     gradient = np.array([[1, 2, 0, 0, 2]], np.float32)  # mean square 9/5
-    for step in range(2):
-        mine.apply([RowGradients(0, np.array([4]), gradient)], 0.5, step)
+    for _ in range(2):
+        mine.apply([RowGradients(0, np.array([4]), gradient)], 0.5)
     moved = 0.5 * gradient * (1 / (1.8**0.5 + 1e-3) + 1 / (3.6**0.5 + 1e-3))
     np.testing.assert_allclose(read(mine, [4]), before - moved, rtol=1e-5)
     assert mine.state_bytes == (5 + 1) * 4
@@ -78,7 +78,7 @@ def test_rows_come_with_their_first_gradient() -> None:
     first = read(mine, [3, 3, 9])
     assert len(mine) == 0
     assert np.array_equal(first, initial_rows(SPEC, 0, np.array([3, 3, 9])))
-    mine.apply([RowGradients(0, np.array([9]), np.ones((1, 5), np.float32))], 1.0, 0)
+    mine.apply([RowGradients(0, np.array([9]), np.ones((1, 5), np.float32))], 1.0)
     assert mine.ids().tolist() == [9]
     assert np.array_equal(read(mine, [3, 9]), first[1:] - np.array([[0], [1]], np.float32))
 
@@ -89,8 +89,8 @@ def test_sums_are_in_rank_order() -> None:
     values = [1e8, 1.0, -1e8]
     parts = [RowGradients(0, np.array([2]), np.full((1, 1), v, np.float32)) for v in values]
     mine, other = table(OPTIMIZERS[0], spec=spec), table(OPTIMIZERS[0], spec=spec)
-    mine.apply(parts, 1.0, 0)
-    other.apply([parts[0], parts[2], parts[1]], 1.0, 0)
+    mine.apply(parts, 1.0)
+    other.apply([parts[0], parts[2], parts[1]], 1.0)
     assert read(mine, [2]).item() == 0.0
     assert read(other, [2]).item() == -1.0
 
@@ -100,20 +100,20 @@ def test_a_step_taken_back_and_made_again_has_the_same_bits(options: dict[str, A
     plain, rewound = table(options), table(options, rewinds=True)
     for step in range(6):
         parts = [gradients(step, rank) for rank in range(2)]
-        plain.apply(parts, 0.1, step)
+        plain.apply(parts, 0.1)
         before = read(rewound, range(60))
-        rewound.apply(parts, 0.1, step)
+        rewound.apply(parts, 0.1)
         if step % 2:
             rewound.rewind()
             assert np.array_equal(read(rewound, range(60)), before)
             rewound.rewind()  # a second time does nothing
-            rewound.apply(parts, 0.1, step)
+            rewound.apply(parts, 0.1)
     assert np.array_equal(read(plain, range(60)), read(rewound, range(60)))
 
 
 def test_what_is_forgotten_is_not_taken_back() -> None:
     mine = table(OPTIMIZERS[0], rewinds=True)
-    mine.apply([gradients(0)], 0.1, 0)
+    mine.apply([gradients(0)], 0.1)
     after = read(mine, range(60))
     mine.forget()
     mine.rewind()
@@ -124,6 +124,6 @@ def test_what_is_kept_grows_with_the_step() -> None:
     mine = table(OPTIMIZERS[1], rewinds=True)
     for step, rows in enumerate((2, 50, 3)):
         before = read(mine, range(60))
-        mine.apply([gradients(step, rows=rows)], 0.1, step)
+        mine.apply([gradients(step, rows=rows)], 0.1)
     mine.rewind()
     assert np.array_equal(read(mine, range(60)), before)

@@ -53,6 +53,7 @@ def bits(run: Run) -> dict[str, Any]:
             values = np.concatenate([table[name] for table in tables])
             found[f"{number}/{name}"] = values[np.argsort(ids)].tobytes()
         found[f"{number}/ids"] = np.sort(ids).tolist()
+        found[f"{number}/step"] = {s._tables[number].updates for s in run.tables.services}
     return found
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rank_threads import on_ranks
 
+from distplat.actors.local_actors import TableServers
 from distplat.platform.errors import (
     ActorLost,
     DeadlineExceeded,
@@ -19,7 +20,6 @@ from distplat.platform.errors import (
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
-from distplat.strategies.fakes import InMemoryTables, TableGroup
 from distplat.strategies.sparse.routing import route
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.sparse.table import RowGradients
@@ -207,15 +207,19 @@ def test_whole_tables_are_there_from_the_start(servers: int) -> None:
 
 
 def rows_after_three_steps(servers: int) -> bytes:
-    tables = InMemoryTables(TableGroup(job(1, servers)), 0)
+    group = TableServers(job(1, servers))
+    tables = group.tables(0)
     told, _ = tables.connect((TableSpec("t", 1000, 4, 1.0),), 10)
+    tables.begin(0)
     random = np.random.default_rng(0)
     for step in range(3):
         routed, _ = route(told, told.tables[0], random.choice(1000, 300, replace=False))
         slope = np.sin(routed.ids[:, None] * np.arange(1, 5)).astype(np.float32)
         tables.push(step, [(routed, RowGradients(0, routed.ids, slope))]).wait()
     routed, _ = route(told, told.tables[0], np.arange(1000))
-    return tables.pull(0, routed, keep=True)[np.argsort(routed.ids)].tobytes()
+    found = tables.pull(0, routed, keep=True)[np.argsort(routed.ids)].tobytes()
+    group.close()
+    return found
 
 
 @pytest.mark.parametrize("servers", [2, 5])
@@ -224,9 +228,9 @@ def test_the_number_of_servers_changes_no_bit(servers: int) -> None:
 
 
 def test_a_lost_server_is_named() -> None:
-    group = TableGroup(job(1))
-    tables = InMemoryTables(group, 0)
+    group = TableServers(job(1))
+    tables = group.tables(0)
     told, _ = tables.connect((SPEC,), 10)
-    group.lost = "its node is gone"
-    with pytest.raises(ActorLost, match="embedding-server-0 was lost: its node is gone"):
+    group.nodes[0].die("its node is gone")
+    with pytest.raises(ActorLost, match=r"embedding-server-0 was lost.*its node is gone"):
         tables.pull(0, route(told, SPEC, np.array([1]))[0], keep=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_table_service import plan
 
+from distplat.actors.local_transport import LocalCluster
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Parcel
 from distplat.actors.tables.serving import TableServing
@@ -18,7 +19,7 @@ IDS = np.array([3, 5, 8])
 
 
 def serving() -> TableServing:
-    return TableServing("embedding-server-0", 0, "here")
+    return TableServing("embedding-server-0", 0, LocalCluster().transport("here"))
 
 
 def segments(node: str = "here") -> tuple[Segment, Segment]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distplat.actors.task_loading import as_user_error, load_task_class
+from distplat.actors.task_loading import load_task_class
+from distplat.actors.user_errors import as_user_error
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
@@ -166,7 +167,9 @@ def test_an_error_that_we_raise_has_no_frames_of_ours(tmp_path: Path) -> None:
     write(tmp_path, "utask.py", RAISES.replace("return build()", "return 3"))
     task = load_task_class("utask:Digits", str(tmp_path))()
     error = caught(prepare, JOB, task)
-    assert error.summary == "ValueError: model() must return a torch.nn.Module, got int"
+    assert (
+        error.summary == "ValueError: utask.py:5: model() must return a torch.nn.Module, got an int"
+    )
     assert error.traceback == error.summary + "\n"
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from control_records import record_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_threads import on_ranks
@@ -140,7 +141,7 @@ def test_each_step_sends_the_largest_and_keeps_the_rest(
             expected[places] += meant[places]
             kept[rank] = meant.clone()
             kept[rank][places] = 0
-        on_ranks(world, lambda rank: reducers[rank].finish())
+        on_ranks(world, lambda rank: reducers[rank].finish(record_of(models[rank])))
         for rank, flat in enumerate(models):
             assert torch.equal(flat.grads, expected)
             assert torch.equal(reducers[rank].residual, kept[rank])
@@ -162,7 +163,7 @@ def test_all_that_was_sent_and_the_residuals_are_all_gradients(
         for step in range(steps):
             flat.grads.copy_(gradient(flat, rank, step))
             mine += flat.grads
-            reducer.finish()
+            reducer.finish(record_of(flat))
             sums += flat.grads
         return mine, sums, reducer.residual
 
@@ -184,7 +185,7 @@ def test_bytes_are_those_of_the_formula(world: int, density: float) -> None:
         reducer = TopKReducer(flat, group, density)
         flat.grads.copy_(gradient(flat, rank, 0))
         group.broadcast(torch.zeros(5000))  # while setting up: no step's
-        reducer.finish()
+        reducer.finish(record_of(flat))
         group.broadcast(torch.zeros(1000))  # the step's, not the exchange's
         return reducer.figures()
 
@@ -208,7 +209,7 @@ def test_the_error_norm_is_that_of_what_was_not_sent() -> None:
         for step in range(3):
             flat.grads.copy_(gradient(flat, rank, step))
             meant = reducer.residual + flat.grads
-            reducer.finish()
+            reducer.finish(record_of(flat))
             reported.append(reducer.figures()["error_norm"])
             expected.append(float(reducer.residual.norm() / meant.norm()))
         return reported, expected
@@ -225,7 +226,7 @@ def test_nothing_is_meant_and_nothing_goes_wrong() -> None:
     def body(rank: int) -> tuple[Tensor, float]:
         flat = small_model()
         reducer = TopKReducer(flat, fabric.collective(rank), 0.1)
-        reducer.finish()
+        reducer.finish(record_of(flat))
         return flat.grads, reducer.figures()["error_norm"]
 
     for grads, error in on_ranks(2, body):
@@ -241,7 +242,7 @@ def test_a_nan_reaches_everybody() -> None:
         flat.grads.copy_(gradient(flat, rank, 0))
         if rank == 1:
             flat.grads[5] = torch.nan
-        reducer.finish()
+        reducer.finish(record_of(flat))
         return flat.grads
 
     assert all(grads[5].isnan() for grads in on_ranks(2, body))
@@ -251,7 +252,7 @@ def test_alone_the_gradient_stays_as_it_is() -> None:
     flat = small_model()
     reducer = TopKReducer(flat, Fabric(1).collective(0), 0.01)
     flat.grads.copy_(gradient(flat, 0, 0))
-    reducer.finish()
+    reducer.finish(record_of(flat))
     assert torch.equal(flat.grads, gradient(flat, 0, 0))
     assert not any(reducer.figures().values()) and not reducer.residual.any()
 
@@ -264,11 +265,11 @@ def test_an_exchange_that_failed_leaves_the_residual_for_the_next_group() -> Non
         flat = small_model()
         reducer = TopKReducer(flat, fabric.collective(rank), 0.1)
         flat.grads.copy_(gradient(flat, rank, 0))
-        reducer.finish()
+        reducer.finish(record_of(flat))
         before = reducer.residual.clone()
         flat.grads.copy_(gradient(flat, rank, 1))
         with pytest.raises(CollectiveError):
-            reducer.finish()
+            reducer.finish(record_of(flat))
         assert torch.equal(reducer.residual, before) and before.any()
         return reducer
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from distplat.actors.connection import Connection
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.training import Session, Standing
 from distplat.actors.worker import Worker
 from distplat.platform.collecting import Delivery
@@ -23,7 +24,7 @@ def working() -> Worker:
     gate.before(2)
     worker._session = Session(lambda report: None, lambda delivery: None)
     worker._session.standing = Standing(0, gate, Progress(3, 4))
-    worker._session._connection = Connection(0, gate)
+    worker._session._connection = Connection(RayTransport(), 0, gate)
     result: Worker = worker
     return result
 

@@ -1,16 +1,17 @@
-"""The worker's side of the roads to tables, against real servers, with the calls made at once."""
+"""The worker's side of the roads to tables, against real servers."""
 
-from types import SimpleNamespace
+import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from test_table_service import job
 
+from distplat.actors.local_transport import LocalCluster
 from distplat.actors.messages import WorkOrder
-from distplat.actors.tables.client import RayTables
-from distplat.actors.tables.serving import TableServing
+from distplat.actors.tables.client import RemoteTables
+from distplat.actors.tables.node import EmbeddingServer
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.strategies.sparse.routing import Routed, route
 from distplat.strategies.sparse.table import RowGradients
@@ -18,29 +19,15 @@ from distplat.strategies.sparse.table import RowGradients
 SPECS = (TableSpec("a", 1000, 3, 1.0), TableSpec("b", None, 5, 1.0))
 
 
-class Handle:
-    """Stands for an actor's handle: `handle.pull.remote(...)` is the call itself."""
-
-    def __init__(self, body: TableServing) -> None:
-        self._body = body
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=getattr(self._body, name))
-
-
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = SimpleNamespace(get_node_id=lambda: "here")
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
-    monkeypatch.setattr(ray, "wait", lambda calls, **_: (calls[:1], calls[1:]))
-
-
-def connected(nodes: list[str]) -> tuple[RayTables, TablePlan]:
-    servers = [Handle(TableServing(f"server-{k}", k, node)) for k, node in enumerate(nodes)]
+def connected(nodes: list[str]) -> tuple[RemoteTables, TablePlan]:
+    cluster = LocalCluster()
+    servers = [
+        cluster.spawn(f"embedding-server-{k}", node, partial(EmbeddingServer, f"server-{k}", k))
+        for k, node in enumerate(nodes)
+    ]
     told = job(1, len(nodes))
     order = WorkOrder(told, "run", 0, 0, "", "", None, None, None, embedding_servers=tuple(servers))
-    tables = RayTables(order, 0, SimpleNamespace(is_set=lambda: False))  # type: ignore[arg-type]
+    tables = RemoteTables(cluster.transport("here", "worker-0"), order, 0, threading.Event())
     told_back, _ = tables.connect(SPECS, 10)
     tables.begin(0)
     return tables, told_back
@@ -51,7 +38,7 @@ def routed(plan: TablePlan, table: int, ids: Any) -> Routed:
 
 
 @pytest.mark.parametrize("nodes", [["here"], ["here", "here"], ["here", "far"], ["far", "far"]])
-def test_every_road_brings_the_same(no_ray: None, nodes: list[str]) -> None:
+def test_every_road_brings_the_same(nodes: list[str]) -> None:
     tables, plan = connected(nodes)
     random = np.random.default_rng(0)
     model = [dict[int, Any](), dict[int, Any]()]
@@ -75,7 +62,7 @@ def test_every_road_brings_the_same(no_ray: None, nodes: list[str]) -> None:
         assert np.array_equal(rows, [model[table][i] for i in asked.ids.tolist()])
 
 
-def test_what_is_kept_stays_until_the_push(no_ray: None) -> None:
+def test_what_is_kept_stays_until_the_push() -> None:
     tables, plan = connected(["here"])
     first = tables.pull(0, routed(plan, 0, [1, 2, 3]), keep=True)
     passing = tables.pull(0, routed(plan, 0, [4, 5, 6]), keep=False)
@@ -86,10 +73,25 @@ def test_what_is_kept_stays_until_the_push(no_ray: None) -> None:
     assert not np.array_equal(passing, copies[1])
 
 
-def test_a_server_without_ids_of_a_batch_is_not_asked_for_rows(no_ray: None) -> None:
+def test_a_server_without_ids_of_a_batch_is_not_asked_for_rows() -> None:
     tables, plan = connected(["here", "here", "here"])
     assert tables.pull(0, routed(plan, 0, []), keep=True).shape == (0, 3)
     one = tables.pull(0, routed(plan, 0, [5]), keep=True)
     assert one.shape == (1, 3)
     tables.push(0, []).wait()  # of the step all hear, with gradients or without
-    assert [server._body._service._book.updates for server in tables._servers] == [1, 1, 1]
+    services = [server.body.serving._service for server in tables._servers]
+    assert [service._book.updates for service in services] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("ids", [[5], []], ids=str)
+def test_all_servers_hear_which_tables_were_used(ids: list[int]) -> None:
+    tables, plan = connected(["here", "far", "here"])
+    services = [server.body.serving._service for server in tables._servers]
+    used = routed(plan, 1, ids)
+    given = [(used, RowGradients(1, used.ids, np.ones((len(ids), 5), np.float32)))]
+    for step, skip in enumerate((False, True, False)):
+        tables.push(step, given, None, skip).wait()
+    assert [[table.updates for table in service._tables] for service in services] == [[0, 2]] * 3
+    first = np.empty((len(ids), 5), np.float32)
+    connected(["here"])[0]._servers[0].body.serving._service._tables[1].read(used.ids, first)
+    assert np.array_equal(tables.pull(1, used, keep=False), first - 2)

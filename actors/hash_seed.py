@@ -1,0 +1,48 @@
+"""
+One hash seed for all workers: where a set of strings is gone through, all see one order.
+
+A process has its hash seed from its environment, before Python starts. What a Ray of our own
+starts has ours at no cost; on another Ray a worker asks for it, which takes it 0.6 s.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+NAME = "PYTHONHASHSEED"
+
+
+def chosen() -> str:
+    """Give the user's seed, if this process has one; else 0."""
+    given = os.environ.get(NAME, "")
+    return given if given.isdigit() else "0"
+
+
+@contextmanager
+def inherited() -> Iterator[None]:
+    """Have processes that start in this block hash alike."""
+    before = os.environ.get(NAME)
+    os.environ[NAME] = chosen()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NAME]
+        else:
+            os.environ[NAME] = before
+
+
+def options() -> dict[str, Any]:
+    """Give what an actor is to be asked for with, so that it has the seed."""
+    if os.environ.get(NAME) == chosen() and _of_this_process():
+        return {}
+    return {"runtime_env": {"env_vars": {NAME: chosen()}}}
+
+
+def _of_this_process() -> bool:
+    """Say whether this process started Ray, and no other node has joined."""
+    node = ray._private.worker._global_node
+    return node is not None and node.head and len(ray.nodes()) == 1

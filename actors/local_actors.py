@@ -1,0 +1,239 @@
+"""
+The actors of a run in the calling process: servers, their manager, the task scheduler. No Ray.
+
+They are those of a run on Ray, over `LocalTransport`. `num_workers: 0` trains with them, and so do
+tests, which make ranks of threads and have faults injected. Nodes are names: a worker on the
+servers' node computes on their memory and rings their bells, one on another sends bytes in calls.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.actors.local_transport import LocalCluster, LocalTransport
+from distplat.actors.messages import SavedHandle, WorkOrder
+from distplat.actors.servers.manager import ServerManager
+from distplat.actors.servers.node import ServerNode
+from distplat.actors.servers.shards import RemoteShards
+from distplat.actors.tables.client import RemoteTables
+from distplat.actors.tables.node import EmbeddingServer
+from distplat.platform.shard_map import Shard
+from distplat.platform.spec import Job
+from distplat.strategies.base import Roles
+from distplat.strategies.sparse.service import TableService
+from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.service import Service
+
+HERE = "node-0"
+"""The servers' node."""
+ELSEWHERE = "node-1"
+
+
+class TableServers:
+    """
+    Servers of embedding tables, for one run.
+
+    Args:
+        job: the run's job; has the field `embeddings`, or there are none.
+        run: its name.
+        rewinds: see `TablePlan`.
+        every: steps between two checkpoints; 0: there are none.
+        cluster: where they live; None: one of their own.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        run: str = "run",
+        *,
+        rewinds: bool = False,
+        every: int = 0,
+        cluster: LocalCluster | None = None,
+    ) -> None:
+        self.job, self.run, self._rewinds, self._every = job, run, rewinds, every
+        self.cluster = cluster or LocalCluster()
+        self._clients: list[RemoteTables] = []
+        names = [f"embedding-server-{number}" for number in range(_tables_servers(job))]
+        self.nodes = tuple(
+            self.cluster.spawn(name, HERE, partial(EmbeddingServer, name, number))
+            for number, name in enumerate(names)
+        )
+
+    @property
+    def services(self) -> list[TableService]:
+        """The services themselves."""
+        return [node.body.serving.service for node in self.nodes]
+
+    def tables(
+        self,
+        rank: int,
+        *,
+        attempt: int = 0,
+        node: str = HERE,
+        job: Job | None = None,
+        saved: SavedState | None = None,
+        abandoned: threading.Event | None = None,
+    ) -> RemoteTables:
+        """
+        Give a worker's way to the servers.
+
+        Args:
+            rank: the worker's.
+            attempt: of the run.
+            node: the worker's; `ELSEWHERE`: it shares no memory with the servers.
+            job: of the attempt, where it has another number of workers.
+            saved: the checkpoint that the run began from.
+            abandoned: once set, waits end.
+        """
+        transport = self.cluster.transport(node, f"worker-{rank}")
+        handle = None
+        if saved is not None:
+            names = zip(saved.table_files, saved.tables(), strict=True)
+            files = {name: [transport.put(dict(tables))] for name, tables in names}
+            handle = SavedHandle(dict(saved.state), files)
+        order = order_of(
+            job or self.job,
+            self.run,
+            rank,
+            attempt,
+            embedding_servers=self.nodes,
+            saved=handle,
+            rewinds=self._rewinds,
+        )
+        found = RemoteTables(transport, order, self._every, abandoned or threading.Event())
+        self._clients.append(found)
+        return found
+
+    def close(self) -> None:
+        """End all; what they kept can still be looked at."""
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+        self.cluster.close()
+
+
+class Servers:
+    """
+    Parameter servers and their manager, for one run.
+
+    Args:
+        job: the run's job.
+        roles: what its strategy needs; at least one server is made.
+        run: its name.
+        speeds: of the servers, in elements per second, by which shards are cut; empty: evenly.
+        cluster: where they live; None: one of their own.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        roles: Roles,
+        run: str = "run",
+        *,
+        speeds: Sequence[float] = (),
+        cluster: LocalCluster | None = None,
+    ) -> None:
+        self.job, self.run = job, run
+        self.cluster = cluster or LocalCluster()
+        self.roles = replace(roles, split_by_load=bool(speeds), servers=max(1, roles.servers))
+        self._division = self.roles.division(job.scaling.world)
+        self._clients: list[RemoteShards] = []
+        self.nodes = {
+            name: self.cluster.spawn(name, HERE, partial(ServerNode, name))
+            for name in (f"server-{number}" for number in range(self.roles.servers))
+        }
+        for node, speed in zip(self.nodes.values(), speeds, strict=False):
+            node.body.speed = partial(_speed, speed)
+        self.manager = self.cluster.spawn("server-manager", HERE, self._make_manager)
+
+    def _make_manager(self, transport: LocalTransport) -> ServerManager:
+        who = "server-manager", self.job, self.run, 0, dict(self.nodes)
+        return ServerManager(*who, self.roles, transport=transport)
+
+    def shards(
+        self,
+        rank: int,
+        total_steps: int,
+        *,
+        attempt: int = 0,
+        every: int = 0,
+        node: str = HERE,
+        job: Job | None = None,
+        abandoned: threading.Event | None = None,
+    ) -> RemoteShards:
+        """
+        Give a worker's way to the servers of its part of the model.
+
+        Args:
+            rank: the worker's.
+            total_steps: updates in the run.
+            attempt: of the run.
+            every: steps between two checkpoints; 0: there are none.
+            node: the worker's; `ELSEWHERE`: it shares no memory with the servers.
+            job: of the attempt, where it has another number of workers.
+            abandoned: once set, waits end.
+        """
+        order = order_of(job or self.job, self.run, rank, attempt, manager=self.manager)
+        transport = self.cluster.transport(node, f"worker-{rank}")
+        shards = RemoteShards(transport, order, total_steps, every, abandoned)
+        self._clients.append(shards)
+        return shards
+
+    def service(self, shard: int, part: int = 0) -> Service:
+        """Give a shard's service itself; only once a worker has joined."""
+        number = self._division.servers_of(part)[shard]
+        service: Service = self.nodes[f"server-{number}"].body.serving.service
+        return service
+
+    def services(self, part: int = 0) -> list[Service]:
+        """Give those of all shards of a part of the model."""
+        return [self.service(shard, part) for shard in range(self._division.each)]
+
+    def cuts(self, part: int = 0) -> list[Shard | None]:
+        """Give which run of the vector each shard of a part is."""
+        numbers = self._division.servers_of(part)
+        return [self.nodes[f"server-{number}"].body.held().cut for number in numbers]
+
+    def logs(self) -> list[NDArray[np.int64]]:
+        """Give each shard's order of updates, where there is one to tell; see `apply_log`."""
+        found = [service.log() for service in self.services()]
+        return [log for log in found if log is not None]
+
+    def renew(self, attempt: int, world: int | None = None) -> None:
+        """Begin a later attempt: who waits at the servers is told that theirs is over."""
+        for node in self.nodes.values():
+            service: Service | None = node.body.serving.service
+            if service is not None:
+                service.exclusively(partial(service.renew, attempt, world))
+
+    def end_attempt(self) -> None:
+        """Have all workers leave that came so far."""
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+
+    def close(self) -> None:
+        """End all; what they kept can still be looked at."""
+        self.end_attempt()
+        self.cluster.close()
+
+
+def order_of(job: Job, run: str, rank: int, attempt: int = 0, **more: Any) -> WorkOrder:
+    """Make the orders of a worker that is a thread here: as far as ports read them."""
+    fields = {"task": "", "search_path": "", "strategy_file": None, "collective": None}
+    return WorkOrder(job, run, attempt, rank, **{"manager": None, **fields, **more})
+
+
+def _tables_servers(job: Job) -> int:
+    return job.embeddings.servers if job.embeddings is not None else 0
+
+
+def _speed(speed: float, job: Job, world: int, dtype: str) -> float:
+    return speed

@@ -1,0 +1,75 @@
+"""The transport over Ray: actor calls, and objects in its store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from distplat.actors.logs import log_to_stderr
+from distplat.actors.transport import ActorDied, NotHere, Unanswered
+
+
+class RayTransport:
+    """See `Transport`; handles and references are Ray's own."""
+
+    @property
+    def node(self) -> str:
+        """See `Transport`; Ray's id of the node."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def call(self, actor: Any, method: str, *args: Any) -> Any:
+        """See `Transport`."""
+        return getattr(actor, method).remote(*args)
+
+    def wait(
+        self, replies: Sequence[Any], timeout_s: float, *, everything: bool = False
+    ) -> list[Any]:
+        """See `Transport`."""
+        count = len(replies) if everything else 1
+        found: list[Any] = ray.wait(list(replies), num_returns=count, timeout=timeout_s)[0]
+        return found
+
+    def get(self, reference: Any, timeout_s: float) -> Any:
+        """See `Transport`."""
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise NotHere from None
+        except ray.exceptions.ActorUnavailableError as error:
+            raise Unanswered(_first_line(error)) from None
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayActorError as error:
+            raise ActorDied(_first_line(error)) from None
+        except ray.exceptions.RayError as error:  # with its owner an object is lost, too
+            raise ActorDied(type(error).__name__) from None
+
+    def put(self, value: Any) -> Any:
+        """See `Transport`."""
+        return ray.put(value)
+
+    def prefetch(self, reply: Any, find: Callable[[Any], Any]) -> None:
+        """See `Transport`. Callbacks run on Ray's own thread, which must not wait for anything."""
+
+        def came(future: Any) -> None:
+            reference = find(future.result()) if future.exception() is None else None
+            if reference is not None:
+                reference.future()
+
+        reply.future().add_done_callback(came)
+
+    def kill(self, actor: Any) -> None:
+        """See `Transport`."""
+        ray.kill(actor)
+
+
+def alone() -> RayTransport:
+    """Give the transport of an actor that Ray has made; its process is its own, stderr too."""
+    log_to_stderr()
+    return RayTransport()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,125 @@
+"""
+The user's errors as the user should see them: his own frames, the place in the run, the remedy.
+
+Frames of ours, and those of torch that only pass a call on, are left out, of causes too. An error
+of a loader process comes as text inside another one; what is shown is the error itself.
+"""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import distplat
+from distplat.platform.errors import UserCodeError
+
+_OURS = [
+    (Path(distplat.__file__).parent / part).resolve()
+    for part in ("platform", "strategies", "actors", "cli")
+]
+"""Where our code lies: behind the links of a clone, or in the package itself once installed."""
+_PASSES_ON = ("nn/modules/module.py", "utils/data/", "utils/_contextlib.py", "_utils.py")
+"""What of torch stands between a caller and the user's code, below torch's own folder."""
+_LOADER = "Original Traceback (most recent call last):\n"
+"""Where torch puts the error of a loader process into the text of another one."""
+
+_COLLATE = (
+    "samples of a batch are put together by torch's default_collate: they must have one shape and "
+    "hold tensors, arrays or numbers. Pad them in the data set; its `__getitems__(ids)`, if it has "
+    "one, sees the samples of a batch"
+)
+_REMEDIES = (
+    (
+        "Expected more than 1 value per channel",
+        "a batch norm got one sample: `data.drop_last: true` leaves out a short last batch; or "
+        "take a larger `global_batch_size`, fewer workers, or less `gradient_accumulation`",
+    ),
+    ("stack expects each tensor to be equal size", _COLLATE),
+    ("each element in list of batch should be of equal size", _COLLATE),
+    ("default_collate: batch must contain", _COLLATE),
+    (
+        "DataLoader worker (pid",
+        "a loader process ended: sys.exit() in the data set, or the system killed it for want of "
+        "memory; `data.num_loaders: 0` loads in the worker itself",
+    ),
+    ("Found no NVIDIA driver", "set scaling.use_gpu: false, or run where there is a card"),
+    ("No CUDA GPUs are available", "set scaling.use_gpu: false, or run where there is a card"),
+)
+"""What a message of torch means for a job."""
+
+
+def as_user_error(
+    error: BaseException, rank: int, step: int | None, *, evaluating: bool = False
+) -> UserCodeError:
+    """
+    Wrap what user code raised.
+
+    Args:
+        error: as it was caught.
+        rank: whose.
+        step: see `UserCodeError`.
+        evaluating: whether it was in the evaluation after that step.
+    """
+    found = traceback.TracebackException.from_exception(error)
+    for one in _with_causes(found):
+        one.stack = traceback.StackSummary.from_list(
+            [frame for frame in one.stack if not _passes_on(frame.filename)]
+        )
+    shown = "".join(found.format())
+    if not found.stack:
+        shown = shown.replace("Traceback (most recent call last):\n", "", 1)
+    found.__notes__ = []
+    summary = list(found.format_exception_only())[-1].strip()
+    if _LOADER in summary:
+        shown = _of_loader(summary.partition(_LOADER)[2])
+        summary = shown.strip().splitlines()[-1]
+    return UserCodeError(rank, step, summary, shown, _remedy(error), evaluating)
+
+
+def _with_causes(
+    found: traceback.TracebackException,
+) -> Iterator[traceback.TracebackException]:
+    one: traceback.TracebackException | None = found
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
+
+
+def _passes_on(filename: str) -> bool:
+    """Whether a frame of this file is none of the user's."""
+    if filename.startswith("<frozen") or "/importlib/" in filename:
+        return True
+    path = Path(filename).resolve()
+    if any(path.is_relative_to(folder) for folder in _OURS):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None or torch.__file__ is None:
+        return False
+    folder = Path(torch.__file__).resolve().parent
+    inner = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else ""
+    return inner.startswith(_PASSES_ON)
+
+
+def _of_loader(text: str) -> str:
+    """Leave out of a traceback's text the frames that are none of the user's."""
+    kept, keep = [], True
+    for line in text.splitlines():
+        if line.startswith('  File "'):
+            keep = not _passes_on(line.split('"')[1])
+        elif not line.startswith("    "):
+            keep = True
+        if keep:
+            kept.append(line)
+    head = (
+        _LOADER.removeprefix("Original ")
+        if any(line.startswith('  File "') for line in kept)
+        else ""
+    )
+    return head + "\n".join(kept) + "\n"
+
+
+def _remedy(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return "sys.exit() was called: code of a task returns, or raises what went wrong"
+    text = str(error)
+    return next((remedy for part, remedy in _REMEDIES if part in text), "")

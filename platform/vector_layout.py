@@ -1,0 +1,86 @@
+"""
+What lies where in a flat vector: which parameters, and where the type of the numbers changes.
+
+    elements   0            48      64                         128
+               | 0.weight   |0.bias | 1.weight                  | 2.weight (frozen) |
+    segments   [ float32            ][ bfloat16                 ][ bfloat16          ]
+                                                                ^ tail: parameters that are frozen
+
+A vector whose parameters all have one type has that type. One of several types has the type
+`uint8`, so that whoever only moves it need not know; whoever computes looks at its segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of the vector whose numbers have one type."""
+
+    start: int
+    """First element of the vector."""
+    stop: int
+    dtype: str
+    """torch's name, for example `float32`."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or as much of it as lies in a run of the vector."""
+
+    slot: int
+    """Place of the parameter among all of the whole vector."""
+    start: int
+    """First element of the vector, or of the run."""
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Contents of a vector, or of a run of one; positions count from its own beginning."""
+
+    size: int
+    """Elements, padding included."""
+    segments: tuple[Segment, ...]
+    pieces: tuple[Piece, ...]
+    """By position, none of them empty."""
+    parameters: int
+    """Parameters of the whole vector: `Piece.slot` is below it."""
+    tail: int
+    """First element of parameters that were frozen when training began; `size`: there are none."""
+
+    @property
+    def tail_size(self) -> int:
+        """Elements of parameters that were frozen when training began."""
+        return self.size - self.tail
+
+    def cut(self, start: int, stop: int) -> Layout:
+        """Give the contents of a run of this vector."""
+        segments = [
+            Segment(max(one.start, start) - start, min(one.stop, stop) - start, one.dtype)
+            for one in self.segments
+        ]
+        pieces = [
+            Piece(one.slot, max(one.start, start) - start, min(one.stop, stop) - start)
+            for one in self.pieces
+        ]
+        return Layout(
+            stop - start,
+            tuple(one for one in segments if one.start < one.stop),
+            tuple(one for one in pieces if one.start < one.stop),
+            self.parameters,
+            min(max(self.tail, start), stop) - start,
+        )
+
+    def runs(self, start: int, stop: int) -> tuple[Segment, ...]:
+        """Give the segments of a run, in positions of this vector."""
+        cut = [(max(one.start, start), min(one.stop, stop), one.dtype) for one in self.segments]
+        return tuple(Segment(a, b, dtype) for a, b, dtype in cut if a < b)
+
+
+def plain_layout(size: int, dtype: str) -> Layout:
+    """Give the layout of a vector that is a single parameter."""
+    pieces = (Piece(0, 0, size),) if size else ()
+    return Layout(size, (Segment(0, size, dtype),) if size else (), pieces, 1, size)

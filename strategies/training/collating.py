@@ -1,0 +1,47 @@
+"""Put samples together to a batch: as torch does, and dataclasses field by field."""
+
+from abc import ABC
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch.utils.data import get_worker_info
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
+
+from distplat.strategies.training.device import with_fields
+from distplat.strategies.training.loader_processes import ByValue, all_importable
+
+_Rules = dict[type | tuple[type, ...], Callable[..., Any]]
+
+
+class _Dataclass(ABC):  # noqa: B024  it is only asked for its subclasses
+    """What torch's rules do not know; a mapping or a tuple that is one is the other to them."""
+
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> bool:
+        return hasattr(kind, "__dataclass_fields__") and not issubclass(kind, Mapping | tuple)
+
+
+def _by_field(batch: list[Any], *, collate_fn_map: _Rules | None = None) -> Any:
+    together = {}
+    for field in fields(batch[0]):
+        values = [getattr(one, field.name, None) for one in batch]
+        if any(value is not None for value in values):  # an optional field that nobody has set
+            together[field.name] = collate(values, collate_fn_map=collate_fn_map)
+    return with_fields(batch[0], together)
+
+
+_RULES: _Rules = {**default_collate_fn_map, _Dataclass: _by_field}
+
+
+def collated(samples: list[Any]) -> Any:
+    """
+    Give the batch of some samples, in a loader process in a form that reaches the worker.
+
+    Raises:
+        TypeError: a sample holds what cannot be put together, None for one.
+    """
+    batch = collate(samples, collate_fn_map=_RULES)
+    if get_worker_info() is None or all_importable(batch):
+        return batch
+    return ByValue(batch)

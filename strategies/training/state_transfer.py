@@ -1,0 +1,145 @@
+"""Tensors of a model by name, and how ranks bring each other's: of any dtype, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distplat.strategies.base import Collective
+from distplat.strategies.training.words import broadcast_bytes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a module has a buffer or a parameter; a forward may put another tensor there."""
+
+    where: MutableMapping[str, Any]
+    """The module's own dictionary."""
+    key: str
+    name: str
+    """Of the whole model."""
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What is there now."""
+        found: Tensor | None = self.where.get(self.key)
+        return found
+
+    def same_kind(self, other: Tensor | None) -> bool:
+        """Say whether a tensor could be copied into the one that is there."""
+        now = self.tensor
+        if now is None or other is None:
+            return now is other
+        return (now.shape, now.dtype) == (other.shape, other.dtype)
+
+    def take(self, value: Tensor | None) -> None:
+        """Have these values here: in place where that can be."""
+        now = self.tensor
+        if now is None or value is None or not self.same_kind(value) or _overlaps(now):
+            if isinstance(now, nn.Parameter) and value is not None:
+                now.data = value.detach().clone()
+            else:
+                self.where[self.key] = value if value is None else value.detach().clone()
+        elif now.data_ptr() != value.data_ptr():
+            now.detach().copy_(value)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor: it cannot be written."""
+    return any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def untrained_slots(model: nn.Module) -> list[Slot]:
+    """Give buffers and frozen parameters, each once, in an order that is the same on all ranks."""
+    return [
+        slot
+        for slot in slots_of(model)
+        if not isinstance(slot.tensor, nn.Parameter) or not slot.tensor.requires_grad
+    ]
+
+
+def slots_of(model: nn.Module) -> list[Slot]:
+    """Give all parameters and buffers, each once, in an order that is the same on all ranks."""
+    found, seen = [], set()
+    for prefix, module in model.named_modules():
+        for where in (module._parameters, module._buffers):
+            for key, tensor in where.items():
+                if tensor is None and where is module._parameters:
+                    continue
+                if tensor is None or id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found.append(Slot(where, key, f"{prefix}.{key}" if prefix else key))
+    return found
+
+
+def broadcast_slots(
+    slots: Sequence[Slot], source: int, group: Collective, device: torch.device
+) -> None:
+    """
+    Have the source's tensors on all ranks, whatever the others have there.
+
+    Args:
+        slots: the same on all ranks.
+        source: a rank of the group.
+        group: each of its ranks calls this.
+        device: where the group's backend takes tensors.
+
+    Raises:
+        CollectiveError: a rank is missing.
+    """
+    if not slots:
+        return
+    kinds = [_kind(slot.tensor) for slot in slots]
+    text = broadcast_bytes(json.dumps(kinds).encode(), source, group, device)
+    for slot, kind in zip(slots, json.loads(text), strict=True):
+        if kind is None:
+            slot.take(None)
+            continue
+        dtype, shape = getattr(torch, kind[0]), torch.Size(kind[1])
+        now = slot.tensor
+        if now is None or (now.dtype, now.shape) != (dtype, shape):
+            now = torch.empty(shape, dtype=dtype, device=device)
+        brought = now.detach().contiguous()
+        broadcast_bits(brought, source, group)
+        if group.rank != source:
+            slot.take(brought)
+
+
+def broadcast_bits(tensor: Tensor, source: int, group: Collective) -> None:
+    """Broadcast a tensor of any dtype and layout as bytes."""
+    if tensor.numel() == 0:
+        return
+    flat = tensor.detach().contiguous().view(-1)
+    group.broadcast(flat.view(torch.uint8), source)
+    if group.rank != source:
+        tensor.detach().copy_(flat.view(tensor.shape))
+
+
+def cat_bytes(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Put tensors of any dtypes behind each other, as bytes."""
+    parts = [t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors if t is not None]
+    return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *parts])
+
+
+def cut_bytes(together: Tensor, slots: Sequence[Slot]) -> Iterator[tuple[Slot, Tensor]]:
+    """Give what `cat_bytes` put together, for the slots whose tensors have these kinds."""
+    start = 0
+    for slot in slots:
+        now = slot.tensor
+        if now is not None:
+            piece = together[start : start + now.nbytes].clone()  # aligned for its dtype
+            start += now.nbytes
+            yield slot, piece.view(now.dtype).view(now.shape)
+
+
+def _kind(tensor: Tensor | None) -> tuple[str, list[int]] | None:
+    if tensor is None:
+        return None
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)

@@ -1,0 +1,179 @@
+"""The tensors of a model that a forward may write: which were written, and copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from distplat.strategies.training.state_transfer import Slot, slots_of
+
+Rule = Literal["rank0", "mean", "local", "written"]
+"""What ranks do with a tensor that a forward changed; `written`: see `model_state.py`."""
+_CHOICES = ("rank0", "mean", "local")
+_SMALL_BYTES = 1 << 20
+"""Frozen parameters up to this size have a copy from the start; larger ones once they change."""
+
+
+class Watched:
+    """
+    One tensor of the model, and copies of it.
+
+    Args:
+        slot: where it is.
+        rule: what ranks do with it while no gradient trains it.
+        copied: whether there is a copy from the start, for a step that is repeated.
+        capped: whether it is the table of an embedding with `max_norm`.
+        silent: whether its version counter does not tell: torch's batch norm writes without it.
+    """
+
+    def __init__(
+        self, slot: Slot, rule: Rule, *, copied: bool, capped: bool, silent: bool = False
+    ) -> None:
+        self.slot, self._rule = slot, rule
+        self.copied, self.capped, self.silent = copied, capped, silent
+        self.has_copy = False  #: `kept` is one, of a buffer that may be None
+        self.kept: Tensor | None = None
+        self.before: Tensor | None = None  #: what was kept before that
+        self._sum: tuple[int, ...] | None = None
+        self.trained = False  #: whether gradients train it; see `refresh`
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See whether gradients train it now."""
+        now = self.slot.tensor
+        self.trained = isinstance(now, nn.Parameter) and now.requires_grad
+
+    @property
+    def thawed(self) -> bool:
+        """Whether it was frozen at first, and gradients train it now."""
+        return self.trained and self._rule != "written"
+
+    @property
+    def rule(self) -> Rule:
+        """What ranks do with it."""
+        return "written" if self.capped or self.trained else self._rule
+
+    def sum_up(self) -> None:
+        """Have `differs` know what the values are now."""
+        now = self.slot.tensor
+        self._sum = checksum(now) if not self.has_copy and now is not None else None
+
+    def differs(self) -> bool:
+        """Say whether the values are others than those kept, or summed up; False: not known."""
+        now = self.slot.tensor
+        if now is None:
+            return self.kept is not None
+        if self.kept is not None:
+            return not (
+                self.slot.same_kind(self.kept) and torch.equal(_bits(self.kept), _bits(now))
+            )
+        return self._sum is not None and checksum(now) != self._sum
+
+    def keep(self, *, changed: bool) -> None:
+        """Remember it; `changed`: its values may be others than when it was kept last."""
+        if not changed and self.has_copy:
+            self.before = self.kept
+            return
+        spare = self.before if self.before is not self.kept else None
+        self.before = self.kept
+        self.kept, self.has_copy = copied_into(self.slot.tensor, spare), True
+
+    def restore(self) -> None:
+        """Put back what was kept."""
+        self.slot.take(self.kept)
+
+
+class Marks:
+    """Which tensors were written since they were marked, as far as their counters tell."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._movable: list[int] = []
+        self._marked: tuple[list[int], list[int], list[int]] = [], [], []
+
+    def set(self, movable: Sequence[int]) -> None:
+        """Take all for unwritten; `movable`: those whose address is to be looked at, too."""
+        self._movable = [*movable]
+        self._marked = self._now()
+
+    def moved(self) -> set[int]:
+        """Give the numbers of those that were written."""
+        now, then = self._now(), self._marked
+        if now == then:
+            return set()
+        pairs = zip(
+            zip(now[0], now[1], strict=True), zip(then[0], then[1], strict=True), strict=True
+        )
+        found = {number for number, (one, other) in enumerate(pairs) if one != other}
+        addresses = zip(self._movable, now[2], then[2], strict=True)
+        return found | {number for number, one, other in addresses if one != other}
+
+    def _now(self) -> tuple[list[int], list[int], list[int]]:
+        tensors = [slot.where.get(slot.key) for slot in self._slots]
+        versions = [-1 if tensor is None else tensor._version for tensor in tensors]
+        chosen = (tensors[number] for number in self._movable)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in chosen]
+        return [id(tensor) for tensor in tensors], versions, addresses
+
+
+def watch(model: nn.Module, choose: Callable[[str], str | None]) -> Iterator[Watched]:
+    """Give all tensors of the model once, in an order that is the same on all ranks."""
+    capped, running, averaged = set(), set(), set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            capped.add(id(module.weight))
+        elif isinstance(module, _NormBase):
+            own = {id(module.running_mean), id(module.running_var)} - {id(None)}
+            running |= own
+            averaged |= set() if isinstance(module, nn.SyncBatchNorm) else own
+    for slot in slots_of(model):
+        tensor = slot.tensor
+        parameter, key = isinstance(tensor, nn.Parameter), id(tensor)
+        rule: Rule = "written"
+        if not (parameter and tensor is not None and tensor.requires_grad):
+            rule = _chosen(choose, slot.name, averaged=key in averaged)
+        small = rule != "written" and tensor is not None and tensor.nbytes <= _SMALL_BYTES
+        copied, silent = not parameter or key in capped or small, key in running
+        yield Watched(slot, rule, copied=copied, capped=key in capped, silent=silent)
+
+
+def _chosen(choose: Callable[[str], str | None], name: str, *, averaged: bool) -> Rule:
+    chosen = choose(name)
+    if chosen is None:
+        return "mean" if averaged else "rank0"
+    for rule in _CHOICES:
+        if chosen == rule:
+            return rule  # type: ignore[return-value]
+    raise ValueError(f"buffers({name!r}) must give one of {_CHOICES} or None, got {chosen!r}")
+
+
+def copied_into(value: Tensor | None, spare: Tensor | None) -> Tensor | None:
+    """Copy a tensor, into memory that is there if it fits."""
+    if value is None:
+        return None
+    if spare is None or (spare.shape, spare.dtype) != (value.shape, value.dtype):
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    return spare.copy_(value.detach())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def checksum(tensor: Tensor) -> tuple[int, ...]:
+    """Sum a tensor's bytes up so that moved and changed elements show; for any dtype."""
+    flat = tensor.detach().contiguous().view(-1)
+    size = 4 if flat.itemsize % 4 == 0 else 1
+    words = flat.view(torch.int32 if size == 4 else torch.uint8)
+    width = 256
+    whole = words.numel() // width * width
+    rows = words[:whole].view(-1, width)
+    found = []
+    for sums in (rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), words[whole:]):
+        weights = torch.arange(1, sums.numel() + 1, device=words.device)
+        found.append(int((sums.long() * weights).sum()))
+    return tuple(found)

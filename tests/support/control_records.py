@@ -1,0 +1,16 @@
+"""Control records of ranks that have a gradient of everything."""
+
+import numpy as np
+
+from distplat.strategies.training.control import StepControl
+from distplat.strategies.training.flat import FlatModel
+
+
+def full_record(slots: int = 1, rank: int = 0) -> StepControl:
+    """Give the record of a rank with one sample and a gradient of each of so many parameters."""
+    return StepControl(1.0, 1.0, 0, rank, present=np.ones(slots, np.bool_))
+
+
+def record_of(flat: FlatModel, rank: int = 0) -> StepControl:
+    """Give the record of a rank with one sample, and with what the model says of itself."""
+    return StepControl(1.0, 1.0, 0, rank, thawed=bool(flat.thawed.any()), present=flat.flags)

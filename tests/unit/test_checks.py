@@ -1,0 +1,404 @@
+"""What a user's task may get wrong: each mistake in clear words, with its place and exit code."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import in_memory_run
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from distplat import Result, Task, Trainer
+from distplat.platform.errors import SpecError, UserCodeError
+from distplat.platform.progress import EvalReport, Gathering
+from distplat.strategies.catalog import make_job
+
+FIELDS: dict[str, Any] = {
+    "name": "checks",
+    "strategy": "ring",
+    "scaling": {"num_workers": 0},
+    "optimizer": {"name": "SGD", "lr": 0.1},
+    "epochs": 1,
+    "global_batch_size": 4,
+}
+
+
+def samples(count: int = 8) -> TensorDataset:
+    torch.manual_seed(3)
+    return TensorDataset(torch.randn(count, 3), torch.randint(0, 2, (count,)))
+
+
+class Good(Task):
+    def model(self) -> nn.Module:
+        return nn.Linear(3, 2)
+
+    def train_data(self) -> Dataset[Any]:
+        return samples()
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+
+def fit(kind: type[Task], tmp_path: Path, **fields: Any) -> Result:
+    return Trainer({**FIELDS, **fields}, kind, working_dir=tmp_path).fit()
+
+
+def told(kind: type[Task], tmp_path: Path, **fields: Any) -> UserCodeError:
+    """Train; give the error, which has no frame of ours."""
+    with pytest.raises(UserCodeError) as caught:
+        fit(kind, tmp_path, **fields)
+    folder = str(Path(__file__).parents[2])
+    for line in caught.value.traceback.splitlines():
+        if line.startswith('  File "') and folder in line:
+            assert "/tests/" in line, line
+    assert caught.value.exit_code == 1
+    return caught.value
+
+
+def test_a_good_task_is_trained(tmp_path: Path) -> None:
+    assert fit(Good, tmp_path).checkpoint is not None
+
+
+def outputs_without(graph: Callable[[Any, Any], Any]) -> type[Task]:
+    class Bad(Good):
+        def loss(self, outputs: Any, targets: Any) -> Any:
+            return graph(outputs, targets)
+
+    return Bad
+
+
+class Wrapped:
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda o, t: F.cross_entropy(o, t).item(), r"got a float 0\.\d+: .*without \.item\(\)"),
+        (lambda o, t: 3, r"got an int 3: return the tensor itself"),
+        (lambda o, t: None, r"got None: is there a `return`\?"),
+        (lambda o, t: {"ce": o.sum(), "aux": o.sum()}, r"got a dict of 'ce', 'aux': return the"),
+        (lambda o, t: Wrapped(o.sum()), r"got a Wrapped: return its \.loss"),
+        (lambda o, t: F.cross_entropy(o, t, reduction="none"), r"got shape \[4\]: take its mean"),
+        (lambda o, t: (o.argmax(1) == t).sum(), r"real number, got one of type int64"),
+        (lambda o, t: F.cross_entropy(o, t).detach(), r"without a gradient: what the model gave h"),
+        (lambda o, t: F.cross_entropy(o.detach(), t), r"without a gradient: what the model gave h"),
+    ],
+)
+def test_a_loss_that_cannot_be_differentiated(
+    returned: Callable[[Any, Any], Any], message: str, tmp_path: Path
+) -> None:
+    error = told(outputs_without(returned), tmp_path)
+    assert error.step == 1
+    line = outputs_without(returned).loss.__code__.co_firstlineno
+    with pytest.raises(UserCodeError, match=rf"test_checks.py:{line}: loss\(\) .*{message}"):
+        raise error
+
+
+def test_a_model_that_detaches(tmp_path: Path) -> None:
+    class Cut(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                return super().forward(inputs)
+
+    class Bad(Good):
+        def model(self) -> nn.Module:
+            return Cut(3, 2)
+
+    assert "has none either: its forward() detaches it" in told(Bad, tmp_path).summary
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"per_class": torch.ones(3)}, "gives 'per_class' as a tensor of shape [3], float32"),
+        ({"per_class": torch.ones(3)}, "such as 'per_class_0'"),
+        ({"text": "0.5"}, "gives 'text' as a str: wanted is one number"),
+        ({"none": None}, "gives 'none' as None"),
+        ({3: 0.5}, "a name in metrics() must be text, got 3"),
+        (0.5, "metrics() must return a mapping of names to numbers, got a float"),
+        (None, "got None: is there a `return`?"),
+    ],
+)
+def test_a_metric_that_is_no_number(given: Any, message: str, tmp_path: Path) -> None:
+    class Bad(Good):
+        def eval_data(self) -> Dataset[Any]:
+            return samples()
+
+        def metrics(self, outputs: Any, targets: Any) -> Any:
+            return given
+
+    error = told(Bad, tmp_path)
+    assert message in error.summary
+    assert "test_checks.py:" in error.summary
+    assert "in the evaluation after step 2" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("built", "message"),
+    [
+        (lambda: None, "got None: is there a `return`?"),
+        (lambda: nn.Linear, "got the class Linear: call it, Linear(...)"),
+        (lambda: 3, "must return a torch.nn.Module, got an int"),
+        (lambda: nn.LazyLinear(2), "'weight', 'bias' of the model have no shape yet"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 2), nn.LazyBatchNorm1d(affine=False)),
+            "'1.running_mean', '1.running_var' of the model have no shape yet",
+        ),
+    ],
+)
+def test_a_model_that_is_none(built: Callable[[], Any], message: str, tmp_path: Path) -> None:
+    class Bad(Good):
+        def model(self) -> Any:
+            return built()
+
+    error = told(Bad, tmp_path)
+    assert message in error.summary
+    assert error.step is None
+
+
+def test_a_lazy_model_that_saw_a_batch_is_trained(tmp_path: Path) -> None:
+    class Lazy(Good):
+        def model(self) -> nn.Module:
+            model = nn.LazyLinear(2)
+            model(torch.zeros(1, 3))
+            return model
+
+    assert fit(Lazy, tmp_path).checkpoint is not None
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield torch.zeros(3), 0
+
+
+class NoLength(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(3), 0
+
+
+@pytest.mark.parametrize("method", ["train_data", "eval_data"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: DataLoader(samples()), "got a DataLoader: return its data set"),
+        (Endless, "got an IterableDataset"),
+        (lambda: (samples()[i] for i in range(8)), "got a generator"),
+        (lambda: iter([1]), "got a list_iterator"),
+        (lambda: TensorDataset, "got the class TensorDataset: call it"),
+        (lambda: samples().tensors, "got a tuple of tensors: TensorDataset(...)"),
+        (NoLength, "a NoLength has no length"),
+        (lambda: 3, "an int has no __getitem__"),
+    ],
+)
+def test_data_that_has_no_numbered_samples(
+    given: Callable[[], Any], message: str, method: str, tmp_path: Path
+) -> None:
+    bad = type("Bad", (Good,), {method: lambda self: given()})
+    summary = told(bad, tmp_path).summary
+    assert f"{method}() must return a map-style data set" in summary or "__getitem__" in summary
+    assert message in summary
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("train_data", "the training data has 0 samples: no batch of 4 fits"),
+        ("eval_data", "eval_data() has no samples: return None for no evaluation"),
+    ],
+)
+def test_data_without_samples(method: str, message: str, tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {method: lambda self: samples(0)})
+    assert message in told(bad, tmp_path).summary
+
+
+def test_no_training_data(tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {"train_data": lambda self: None})
+    assert "got None: is there a `return`?" in told(bad, tmp_path).summary
+
+
+def test_a_last_batch_of_one_meets_a_batch_norm(tmp_path: Path) -> None:
+    class Normed(Good):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+        def train_data(self) -> Dataset[Any]:
+            return samples(5)
+
+    error = told(Normed, tmp_path)
+    assert error.step == 2
+    assert "`data.drop_last: true` leaves out a short last batch" in error.remedy
+    assert str(error).endswith(f"hint: {error.remedy}")
+    assert fit(Normed, tmp_path, data={"drop_last": True}).checkpoint is not None
+
+
+def test_samples_of_several_shapes(tmp_path: Path) -> None:
+    class Ragged(Good):
+        def train_data(self) -> Any:
+            return [(torch.zeros(1 + number % 3), 0) for number in range(8)]
+
+    error = told(Ragged, tmp_path)
+    assert "stack expects each tensor to be equal size" in error.summary
+    assert "Pad them in the data set" in error.remedy
+    assert 'File "' not in error.traceback, "none of the frames is the user's"
+
+
+class EndsTheProcess(Dataset[Any]):
+    """Module level: loader processes unpickle it."""
+
+    def __init__(self, raises: bool = False) -> None:
+        self._raises = raises
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        if self._raises:
+            raise KeyError(f"no sample {index}")
+        sys.exit(0)
+
+
+@pytest.mark.parametrize("where", ["__init__", "model", "train_data", "loss", "data"])
+def test_to_exit_with_0_in_a_task_is_a_failure(where: str, tmp_path: Path) -> None:
+    def leave(self: Task, *args: Any) -> Any:
+        sys.exit(0)
+
+    members: Mapping[str, Any] = (
+        {"train_data": lambda self: EndsTheProcess()} if where == "data" else {where: leave}
+    )
+    error = told(type("Bad", (Good,), dict(members)), tmp_path)
+    assert error.summary == "SystemExit: 0"
+    assert error.remedy.startswith("sys.exit() was called")
+
+
+def test_to_exit_with_0_in_a_loader_is_a_failure(tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess()})
+    error = told(bad, tmp_path, data={"num_loaders": 1})
+    assert "a loader process ended: sys.exit() in the data set" in error.remedy
+
+
+def test_an_error_in_a_loader_is_shown_as_itself(tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess(raises=True)})
+    error = told(bad, tmp_path, data={"num_loaders": 1})
+    assert error.summary.startswith("KeyError: 'no sample ")
+    frames = [line for line in error.traceback.splitlines() if line.startswith('  File "')]
+    assert len(frames) == 1
+    assert "test_checks.py" in frames[0]
+
+
+def with_buffer(value: Any) -> nn.Module:
+    model = nn.Linear(3, 2)
+    model.register_buffer("odd", value)
+    return model
+
+
+class WithExtra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"seen": 3}
+
+
+class Spectral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3, 2, dtype=torch.complex64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = (torch.fft.fft(inputs) @ self.w).abs()
+        return found
+
+
+@pytest.mark.parametrize(
+    ("build", "workers", "message"),
+    [
+        (
+            lambda: with_buffer(torch.zeros(2, dtype=torch.complex128)),
+            0,
+            "the state 'odd' of type complex128, which cannot be saved",
+        ),
+        (
+            lambda: with_buffer(torch.eye(2).to_sparse()),
+            0,
+            "the state 'odd' of type float32, torch.sparse_coo, which cannot be saved",
+        ),
+        (lambda: WithExtra(3, 2), 0, "'_extra_state' in its state_dict(), a dict: only tensors"),
+        (Spectral, 2, "the parameter 'w' of type complex64, which workers cannot exchange"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_before_the_run(
+    build: Callable[[], nn.Module], workers: int, message: str
+) -> None:
+    class Odd(Good):
+        def model(self) -> nn.Module:
+            return build()
+
+    with pytest.raises(SpecError) as caught:
+        in_memory_run.train(make_job({**FIELDS, "scaling": {"num_workers": workers}}), Odd)
+    assert message in str(caught.value)
+    assert "hint: " in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+def test_empty_and_tied_tensors_are_trained_and_kept(strategy: str, tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none = nn.Parameter(torch.zeros(0, 3))
+            self.a = nn.Linear(3, 3)
+            self.b = nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+            self.register_buffer("empty", torch.zeros(0))
+            self.last = nn.Parameter(torch.zeros(2, 0))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            found: Tensor = self.b(self.a(inputs))
+            return found
+
+    class Odd(Good):
+        def model(self) -> nn.Module:
+            return Model()
+
+    result = fit(Odd, tmp_path, strategy=strategy, checkpoint={"every_steps": 1})
+    assert result.checkpoint is not None
+    assert len(result.checkpoints) == 2
+    again = Trainer(
+        {**FIELDS, "strategy": strategy, "epochs": 2}, Odd, working_dir=tmp_path, resume=result.path
+    )
+    assert again.fit().checkpoint is not None
+
+
+def test_a_metric_is_a_mean_over_the_batches_that_gave_it() -> None:
+    class Sometimes(Good):
+        def eval_data(self) -> Dataset[Any]:
+            return TensorDataset(torch.zeros(7, 3), torch.tensor([0, 0, 0, 0, 1, 0, 0]))
+
+        def metrics(self, outputs: Any, targets: Any) -> dict[str, float]:
+            if not bool((targets == 1).any()):
+                return {}
+            return {"share": float((targets == 1).float().mean())}
+
+    for workers in (1, 2):
+        job = make_job({**FIELDS, "scaling": {"num_workers": workers}})
+        run = in_memory_run.train(job, Sometimes)
+        gathering = Gathering(workers)
+        found = [
+            summary
+            for reports in run.reports
+            for report in reports
+            if isinstance(report, EvalReport)
+            for summary in gathering.add(report)
+        ]
+        # Batches of 4 on one worker: 1 of the 3 in the second; of 2 on two, 1 of the 2 in one.
+        size = 4 // workers
+        starts = [*range(0, 7, size)] if workers == 1 else [0, 2, 4, 6]
+        data = [[0, 0, 0, 0, 1, 0, 0][at : at + size] for at in starts]
+        giving = [part for part in data if 1 in part]
+        wanted = sum(sum(part) for part in giving) / sum(len(part) for part in giving)
+        (summary,) = found[:1]
+        assert getattr(summary, "metrics")["share"] == pytest.approx(wanted)  # noqa: B009
+        assert getattr(summary, "samples") == 7  # noqa: B009

@@ -1,0 +1,197 @@
+"""Every optimizer a job may name, over a flat vector, moves as torch's own over the parameters."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from distplat.platform.optimizers import AnyOptimizer
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.optim import NUMBERS, PER_PARAMETER, USED, FlatOptimizer
+
+STEPS = 6
+KINDS: TypeAdapter[Any] = TypeAdapter(AnyOptimizer)
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"name": "SGD", "lr": 0.1},
+    {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    {"name": "SGD", "lr": 0.1, "momentum": 0.9, "dampening": 0.5},
+    {"name": "SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True},
+    {"name": "Adam", "lr": 0.01, "weight_decay": 0.1},
+    {"name": "Adam", "lr": 0.01, "amsgrad": True},
+    {"name": "AdamW", "lr": 0.01, "weight_decay": 0.1},
+    {"name": "AdamW", "lr": 0.01, "weight_decay": 0.1, "amsgrad": True},
+    {"name": "RMSprop", "lr": 0.01},
+    {"name": "RMSprop", "lr": 0.01, "momentum": 0.5, "centered": True, "weight_decay": 0.1},
+    {"name": "Adagrad", "lr": 0.05, "lr_decay": 0.01, "initial_accumulator_value": 0.1},
+    {"name": "Adadelta", "lr": 0.5, "weight_decay": 0.1},
+    {"name": "Adamax", "lr": 0.01, "weight_decay": 0.1},
+    {"name": "NAdam", "lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"name": "NAdam", "lr": 0.01},
+    {"name": "RAdam", "lr": 0.01, "weight_decay": 0.1},
+]
+
+TYPES: dict[str, list[torch.dtype]] = {
+    "float64": [torch.float64] * 5,
+    "float32": [torch.float32] * 5,
+    "bfloat16": [torch.bfloat16] * 5,
+    "float16": [torch.float16] * 5,
+    "mixed": [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float16],
+}
+
+SHAPES = [(5, 7), (7,), (), (3, 2, 4), (33,)]
+
+PATTERNS = {
+    "always": lambda place, step: True,
+    "sometimes": lambda place, step: (place + step) % 3 != 0,
+    "never": lambda place, step: place != 1,
+    "later": lambda place, step: step >= place,
+    "rests": lambda place, step: place != 3 or step in (0, 5),
+}
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Relative and absolute. Fused kernels round once where torch's own loop rounds after each
+operation: a few units in the last place a step in float32, and as Adam divides by roots of small
+numbers, of the step. In halves torch's loop is what runs: the arithmetic is the same."""
+
+
+class Five(nn.Module):
+    """Parameters of several shapes."""
+
+    def __init__(self, types: list[torch.dtype]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        for place, (shape, dtype) in enumerate(zip(SHAPES, types, strict=True)):
+            values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            self.register_parameter(f"p{place}", nn.Parameter(values))
+
+
+def gradient(place: int, step: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + place)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+
+def plain(spec: dict[str, Any], types: list[torch.dtype], pattern: Any) -> list[Tensor]:
+    parameters = [*Five(types).parameters()]
+    arguments = {key: value for key, value in spec.items() if key != "name"}
+    optimizer = getattr(torch.optim, spec["name"])(parameters, foreach=False, **arguments)
+    for step in range(STEPS):
+        for place, parameter in enumerate(parameters):
+            used = pattern(place, step)
+            parameter.grad = gradient(place, step, parameter) if used else None
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+class Flat:
+    """The same on the flat vector, whole or in runs."""
+
+    def __init__(self, spec: dict[str, Any], types: list[torch.dtype], cuts: int = 1) -> None:
+        self.flat = FlatModel(Five(types))
+        self.places = [int(slot.name[1:]) for slot in self.flat.slots]
+        size = -(-self.flat.size // cuts // 16) * 16
+        bounds = [min(size * number, self.flat.size) for number in range(cuts)] + [self.flat.size]
+        self.runs = list(pairwise(bounds))
+        self.spec = spec
+        self.optimizers = [self.make(*run) for run in self.runs]
+
+    def make(self, start: int, stop: int) -> FlatOptimizer:
+        kind = KINDS.validate_python(self.spec)
+        flat = self.flat
+        vectors = flat.params[start:stop], flat.grads[start:stop]
+        return FlatOptimizer(kind, *vectors, flat.layout.cut(start, stop))
+
+    def step(self, step: int, pattern: Any) -> None:
+        present = np.array([pattern(place, step) for place in self.places])
+        self.flat.grads.zero_()
+        for place, slot, used in zip(self.places, self.flat.slots, present, strict=True):
+            if used:
+                view = slot.view(self.flat.grads)
+                view.copy_(gradient(place, step, view))
+        for optimizer in self.optimizers:
+            optimizer.step(self.spec["lr"], present)
+
+    def parameters(self) -> list[Tensor]:
+        return [p.detach() for p in self.flat.model.parameters()]
+
+
+def name_of(spec: dict[str, Any]) -> str:
+    return "-".join(map(str, spec.values()))
+
+
+def check(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        limit = TOLERANCE[mine.dtype]
+        torch.testing.assert_close(mine, other, rtol=limit, atol=limit, equal_nan=True)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
+def test_moves_as_torch_does(spec: dict[str, Any], types: list[torch.dtype], pattern: Any) -> None:
+    expected = plain(spec, types, pattern)
+    for cuts in (1, 3):
+        ours = Flat(spec, types, cuts)
+        for step in range(STEPS):
+            ours.step(step, pattern)
+        check(ours.parameters(), expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
+def test_handed_over_it_goes_on_to_the_same_bits(spec: dict[str, Any], pattern: Any) -> None:
+    whole, broken = Flat(spec, TYPES["mixed"], 2), Flat(spec, TYPES["mixed"], 2)
+    for step in range(STEPS):
+        whole.step(step, pattern)
+        states = [optimizer.state() for optimizer in broken.optimizers]
+        broken.optimizers = [broken.make(*run) for run in broken.runs]
+        for optimizer, state in zip(broken.optimizers, states, strict=True):
+            optimizer.load({name: value.clone() for name, value in state.items()})
+        broken.step(step, pattern)
+    assert torch.equal(whole.flat.params, broken.flat.params)
+
+
+@pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
+def test_what_it_remembers_is_vectors_and_numbers(spec: dict[str, Any]) -> None:
+    ours = Flat(spec, TYPES["mixed"])
+    assert ours.optimizers[0].state() == {}
+    ours.step(0, PATTERNS["later"])
+    state = ours.optimizers[0].state()
+    if not state:
+        assert spec["name"] == "SGD" and "momentum" not in spec
+        return
+    used = [ours.places[place] for place in torch.nonzero(state.pop(USED)).flatten().tolist()]
+    assert used == [0]
+    for name, value in state.items():
+        if name.startswith(PER_PARAMETER):
+            assert name.removeprefix(PER_PARAMETER) in NUMBERS and value.shape == (5,)
+        else:
+            assert value.shape == ours.flat.params.shape and name not in NUMBERS
+
+
+def test_all_alike_is_one_operation_for_each_segment() -> None:
+    ours = Flat({"name": "AdamW", "lr": 0.1}, TYPES["mixed"])
+    optimizer = ours.optimizers[0]
+    for step in range(3):
+        ours.step(step, PATTERNS["always"])
+        assert optimizer._runs is None or len(optimizer._runs) == 4
+    before = optimizer._runs
+    ours.step(3, PATTERNS["always"])
+    assert optimizer._runs is before  # nothing is looked for again
+
+
+def test_a_gradient_of_zero_is_not_the_same_as_none() -> None:
+    spec = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+    zero, none = Flat(spec, TYPES["float64"]), Flat(spec, TYPES["float64"])
+    for ours in (zero, none):
+        ours.step(0, PATTERNS["always"])
+    before = zero.parameters()[0].clone()
+    for ours, present in ((zero, True), (none, False)):
+        ours.flat.grads.zero_()
+        ours.optimizers[0].step(0.1, [present] * 5)
+    assert not torch.equal(zero.parameters()[0], before)
+    assert torch.equal(none.parameters()[0], before)

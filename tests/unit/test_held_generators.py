@@ -1,0 +1,106 @@
+"""Generators that a data set holds itself are found, however deep, and told by name."""
+
+import functools
+import logging
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_random_numbers import Dropping, job
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from distplat.strategies.training.held_generators import held_generators
+from distplat.strategies.training.session import prepare
+
+MODULES_OWN = np.random.default_rng(3)
+
+
+class Plain(Dataset[Any]):
+    def __init__(self, **held: Any) -> None:
+        self.__dict__.update(held)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(4), torch.zeros(1)
+
+
+class OfItsClass(Plain):
+    rng = random.Random(1)
+
+
+class OfItsModule(Plain):
+    def __getitem__(self, index: int) -> Any:
+        return MODULES_OWN.random(), torch.zeros(1)
+
+
+class Slotted:
+    __slots__ = ("rng",)
+
+    def __init__(self) -> None:
+        self.rng = random.Random(1)
+
+
+def closed_over() -> Any:
+    rng = np.random.RandomState(1)
+    return lambda value: value + rng.rand()
+
+
+def jitter(value: Any, rng: Any) -> Any:
+    return value + rng.random()
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (Plain(rng=random.Random(1)), ["self.rng"]),
+        (Plain(a=torch.Generator(), b=np.random.default_rng(1)), ["self.a", "self.b"]),
+        (Plain(old=np.random.RandomState(1)), ["self.old"]),
+        (
+            Subset(Plain(transform=Plain(transforms=[len, Plain(rng=random.Random(1))])), [0]),
+            ["self.dataset.transform.transforms[1].rng"],
+        ),
+        (Plain(options={"rng": random.Random(1)}), ["self.options['rng']"]),
+        (Plain(transform=closed_over()), ["self.transform.<rng>"]),
+        (
+            Plain(transform=functools.partial(jitter, rng=random.Random(1))),
+            ["self.transform.keywords['rng']"],
+        ),
+        (Plain(part=Slotted()), ["self.part.rng"]),
+        (OfItsClass(), ["self.rng"]),
+        (OfItsModule(), [f"self.<{__name__}.MODULES_OWN>"]),
+        (Plain(), []),
+        (Plain(numpy=np.random, python=random, of_numpy=np.random.mtrand._rand), []),
+        (TensorDataset(torch.zeros(4, 2)), []),
+        ([(torch.zeros(2), 1)] * 5000, []),
+    ],
+)
+def test_held_generators_are_named(data: Any, names: list[str]) -> None:
+    assert held_generators(data) == names
+
+
+def test_what_holds_itself_is_gone_through_once() -> None:
+    data = Plain()
+    data.__dict__["me"] = data
+    data.__dict__["lots"] = [[[[object() for _ in range(60)] for _ in range(60)]] * 60] * 60
+    assert held_generators(data) == []
+
+
+class Holding(Dropping):
+    def train_data(self) -> Any:
+        return Plain(rng=random.Random(1))
+
+
+def test_a_run_warns_and_says_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        prepare(job(), Holding())
+        (record,) = caplog.records
+        assert "train_data(): Plain holds" in record.message
+        assert "self.rng" in record.message
+        assert "distplat.sample_rng()" in record.message
+        caplog.clear()
+        prepare(job(), Dropping())
+    assert not caplog.records

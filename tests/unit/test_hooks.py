@@ -1,0 +1,110 @@
+"""Methods of a task that nobody calls are told; helpers of the user's own are not."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distplat import Task
+from distplat.strategies.training.hooks import unheard
+
+
+class Good(Task):
+    def model(self) -> Any: ...
+    def train_data(self) -> Any: ...
+    def loss(self, outputs: Any, targets: Any) -> Any: ...
+
+
+def with_method(name: str) -> type[Task]:
+    def method(self: Task, *args: Any) -> None: ...
+
+    return type("Bert", (Good,), {name: method})
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("collate_fn", "`__getitems__(ids)`"),
+        ("training_step", "write loss(outputs, targets)"),
+        ("configure_optimizers", "job file's `optimizer`"),
+        ("lr_scheduler_step", "job file's `lr_schedule`"),
+        ("forward", "the module's own forward()"),
+        ("validation_step", "metrics(outputs, targets)"),
+        ("train_dataloader", "train_data()"),
+        ("compute_metrics", "metrics(outputs, targets)"),
+        ("on_train_end", "observers"),
+        ("metric", "did you mean metrics()?"),
+        ("losses", "did you mean loss()?"),
+        ("eval_dataset", "did you mean eval_data()? Give a data set in eval_data()"),
+        ("train_dat", "did you mean train_data()?"),
+        ("val_data", "did you mean eval_data()?"),
+        ("stage", "did you mean stages()?"),
+        ("Model", "did you mean model()?"),
+    ],
+)
+def test_a_hook_that_is_none_is_told_with_its_place(name: str, instead: str) -> None:
+    (told,) = unheard(with_method(name))
+    line = with_method.__code__.co_firstlineno + 1
+    assert told.startswith(f"test_hooks.py:{line}: Bert.{name}() is never called: ")
+    assert instead in told
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        "__init__ _collate_fn _metric loss_weight model_config train_data_path unigram_entropy "
+        "tokenizer augment windows log data vocabulary mask"
+    ).split(),
+)
+def test_a_helper_is_silent(name: str) -> None:
+    assert unheard(with_method(name)) == []
+
+
+def test_our_own_hooks_are_silent() -> None:
+    class Full(Good):
+        def eval_data(self) -> Any: ...
+        def metrics(self, outputs: Any, targets: Any) -> Any: ...
+        def stages(self, model: Any) -> Any: ...
+
+    assert unheard(Full) == []
+
+
+def test_a_method_that_the_class_uses_is_a_helper() -> None:
+    class Uses(Good):
+        def loss(self, outputs: Any, targets: Any) -> Any:
+            return sum(self.criterion(o, t) for o, t in zip(outputs, targets, strict=True))
+
+        def criterion(self, output: Any, target: Any) -> Any: ...
+
+    assert unheard(Uses) == []
+
+
+def test_what_is_inherited_or_assigned_is_told_once() -> None:
+    class Base(Good):
+        def collate_fn(self, samples: Any) -> Any: ...
+
+    class Derived(Base):
+        forward = staticmethod(lambda inputs: inputs)
+
+    told = sorted(unheard(Derived))
+    assert len(told) == 2
+    assert "Derived.collate_fn()" in told[0]
+    assert "Derived.forward()" in told[1]
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("file", ["digits/digits.py", "charlm/charlm.py", "recsys/recsys.py"])
+def test_the_examples_are_silent(file: str) -> None:
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kinds = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Task)]
+    tasks = [kind for kind in kinds if kind is not Task]
+    assert tasks
+    for kind in tasks:
+        assert unheard(kind) == []

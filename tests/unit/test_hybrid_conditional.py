@@ -1,0 +1,98 @@
+"""Layers that some micro-batches do not reach: no gradient is lost, whichever they are."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import grid_of, job_of, whole
+from in_memory_run import train
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distplat.strategies.task import Task
+
+BATCH, STEPS = 16, 3
+WHICH = [0, 0, 4, 4, 4, 4, 1, 1, 4, 4, 4, 4, 4, 4, 2, 2]
+"""The expert of each sample. Of 8 micro-batches the first reaches 0 alone, one in the middle 1, the
+last 2; 1 is on one replica of two only; nobody reaches 3."""
+
+
+class Experts(nn.Module):
+    """Sends each sample to the expert that its first feature names; the others are not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(5, 4) for _ in range(5))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = torch.zeros_like(inputs[:, 1:])
+        for number, expert in enumerate(self.experts):
+            mine = inputs[:, 0] == number
+            if mine.any():
+                outputs = outputs.index_put((mine,), expert(inputs[mine]))
+        return torch.cat([inputs[:, :1], torch.tanh(outputs)], dim=1)
+
+
+class Routed(Task):
+    def model(self) -> nn.Module:
+        return nn.Sequential(Experts(), Experts(), Experts(), nn.Linear(5, 2)).double()
+
+    def train_data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(3)
+        inputs = torch.randn(BATCH, 5, generator=generator).double()
+        inputs[:, 0] = torch.tensor(WHICH)
+        return TensorDataset(inputs, torch.randn(BATCH, 2, generator=generator).double())
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+
+@cache
+def plain() -> dict[str, Tensor]:
+    task = Routed()
+    torch.manual_seed(5)
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    inputs, targets = task.train_data().tensors
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        task.loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def same(options: dict[str, Any], workers: int, **more: Any) -> None:
+    job = job_of(options, workers, steps=STEPS, data={"shuffle": False}, **more)
+    found, expected = whole(train(job, Routed)), plain()
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() < 1e-10, name
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"schedule": "1f1b"},
+        {"schedule": "gpipe"},
+        {"schedule": "interleaved"},
+        {"schedule": "zb-h1"},
+        {"recompute": True},
+    ],
+    ids=lambda how: str(*how.values()),
+)
+def test_whichever_micro_batch_reaches_a_layer(how: dict[str, Any], micro_batches: int) -> None:
+    same(*grid_of(2, 1, 1, micro_batches=micro_batches, **how))
+
+
+@pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zb-h1"])
+def test_with_replicas(schedule: str, data_strategy: str) -> None:
+    more = {"bucket_mb": 0.0001} if data_strategy == "ring" else {}
+    same(*grid_of(2, 1, 2, schedule=schedule, data_strategy=data_strategy, **more))
+
+
+@pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
+def test_with_replicas_and_one_stage(data_strategy: str) -> None:
+    same(*grid_of(1, 1, 2, data_strategy=data_strategy, micro_batches=4))

@@ -1,0 +1,298 @@
+"""The warning for losses that are no mean over samples: said where it is true, and nowhere else."""
+
+import importlib
+import random
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import default_collate
+
+from distplat.nn import connect
+from distplat.strategies.task import Task
+from distplat.strategies.training.loss_check import is_mean_over_samples
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SIZES = [2, 3, 7, 16]
+Loss = Callable[[Any, Any], Any]
+
+
+def asked(loss: Loss, outputs: Any, targets: Any, **more: Any) -> str | None:
+    return is_mean_over_samples(loss, outputs, targets, loss(outputs, targets), **more)
+
+
+def classes(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    outputs = torch.randn(size, 5, generator=generator).to(dtype).requires_grad_()
+    return outputs, torch.randint(0, 5, (size,), generator=generator)
+
+
+def tokens(size: int) -> tuple[Tensor, Tensor]:
+    """Sequences of 6 places with ever more padding, class 0."""
+    generator = torch.Generator().manual_seed(size)
+    targets = torch.randint(1, 5, (size, 6), generator=generator)
+    for sample in range(size):
+        targets[sample, 6 - (4 * sample) // size :] = 0
+    return torch.randn(size, 6, 5, generator=generator), targets
+
+
+def token_mean(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=0)
+
+
+def token_sums(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    flat = outputs.flatten(0, 1), targets.flatten()
+    return F.cross_entropy(*flat, ignore_index=0, reduction="sum"), (targets > 0).sum()
+
+
+def negatives(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_means_pass(size: int, dtype: torch.dtype) -> None:
+    outputs, targets = classes(size, dtype)
+    assert asked(F.cross_entropy, outputs, targets) is None
+    assert asked(lambda o, t: (o**2).mean(), outputs, targets) is None
+    assert asked(lambda o, t: (o.sum(1) - t).mean() + 3, outputs, targets) is None
+    ragged = tokens(size)
+    assert asked(token_sums, *ragged) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_are_named(size: int, dtype: torch.dtype) -> None:
+    outputs, targets = classes(size, dtype)
+    said = asked(lambda o, t: F.cross_entropy(o, t, reduction="sum"), outputs, targets)
+    assert said is not None and "It is a sum" in said
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_mean_over_tokens_is_told_of_sums_and_weights(size: int) -> None:
+    outputs, targets = tokens(size)
+    said = asked(token_mean, outputs, targets)
+    cut = size // 2
+    values = [token_mean(outputs[:cut], targets[:cut]), token_mean(outputs[cut:], targets[cut:])]
+    halves, whole = [f"{value:.6g}" for value in values], token_mean(outputs, targets)
+    assert said is not None
+    assert f"halves give {halves[0]} and {halves[1]}, the whole gives {whole:.6g};" in said
+    assert "return (sum, weight)" in said
+
+
+def test_a_half_without_a_token_is_no_mean_either() -> None:
+    outputs, targets = tokens(6)
+    targets[:3] = 0
+    said = asked(token_mean, outputs, targets)
+    assert said is not None and "halves give nan and" in said
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_negatives_of_the_batch_have_no_weights(size: int) -> None:
+    outputs = F.normalize(classes(size)[0], dim=1)
+    said = asked(negatives, outputs, torch.zeros(size))
+    assert said is not None and "gather the outputs" in said
+    assert "return (sum, weight)" not in said
+    said = asked(lambda o, t: (negatives(o, t) * len(o), len(o)), outputs, torch.zeros(size))
+    assert said is not None and "do not add up" in said and "gather the outputs" in said
+
+
+@dataclass
+class Pair:
+    """A batch of two tensors."""
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass
+class Result(OrderedDict[str, Any]):
+    """As Hugging Face's `ModelOutput`: a dataclass that is a dictionary of what is not None."""
+
+    loss: Any = None
+    logits: Any = None
+    hidden: Any = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                self[field.name] = value
+
+
+Named = namedtuple("Named", ["logits", "scale"])
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        (lambda o: [o, o], lambda p: p[1]),
+        (lambda o: (torch.tensor(2.0), o), lambda p: p[1]),
+        (lambda o: {"a": {"b": o}, "what": "text"}, lambda p: p["a"]["b"]),
+        (lambda o: Pair(o, o), lambda p: p.second),
+        (lambda o: Named(o, 3.0), lambda p: p.logits),
+        (lambda o: Result(torch.tensor(1.0), o, (o, o)), lambda p: p["logits"] + p.hidden[1]),
+        (lambda o: [{"row": row} for row in o], lambda p: torch.stack([q["row"] for q in p])),
+        (lambda o: tuple(o), lambda p: torch.stack(p)),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 7, 8])
+def test_batches_of_many_forms(size: int, pack: Any, unpack: Any) -> None:
+    outputs, targets = classes(size)
+    packed = pack(outputs)
+    for turned in (False, True):
+        pair = (targets, packed) if turned else (packed, targets)
+
+        def mean(one: Any, other: Any, turned: bool = turned) -> Tensor:
+            found, wanted = (other, one) if turned else (one, other)
+            return F.cross_entropy(unpack(found), wanted)
+
+        def total(one: Any, other: Any, mean: Loss = mean, size: int = size) -> Tensor:
+            found: Tensor = mean(one, other) * len(one if isinstance(one, Tensor) else other)
+            return found
+
+        more = {"samples": size}
+        assert asked(mean, *pair, **more) is None
+        said = asked(total, *pair, **more)
+        assert said is not None and "It is a sum" in said
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets"),
+    [
+        (torch.randn(4, 7, 3), torch.zeros(7)),
+        (pack_sequence([torch.randn(3, 2), torch.randn(2, 2)]), torch.zeros(2)),
+        (object(), torch.zeros(4)),
+        (torch.randn(1, 3), torch.zeros(1)),
+        (torch.tensor(1.0), torch.tensor(2.0)),
+        (None, None),
+    ],
+    ids=["time-first", "packed", "unknown", "one", "scalars", "none"],
+)
+def test_what_cannot_be_cut_is_passed_over(outputs: Any, targets: Any) -> None:
+    assert is_mean_over_samples(
+        lambda o, t: torch.tensor(9.0), outputs, targets, torch.ones(())
+    ) is (None)
+
+
+def test_a_loss_that_fails_or_gives_something_else_is_passed_over() -> None:
+    outputs, targets = classes(8)
+
+    def small(outputs: Tensor, targets: Tensor) -> Tensor:
+        if len(outputs) < 8:
+            raise RuntimeError("too small")
+        return outputs.sum()
+
+    def other(outputs: Tensor, targets: Tensor) -> Any:
+        return outputs.sum() if len(outputs) == 8 else None
+
+    def backward(outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = outputs.sum()
+        torch.autograd.backward(loss, retain_graph=True)
+        return loss
+
+    for loss in (small, other, backward):
+        assert asked(loss, outputs, targets) is None
+    for given in (1.0, None, {"loss": 1}, outputs, torch.tensor(float("nan"))):
+        assert is_mean_over_samples(small, outputs, targets, given) is None
+
+
+@pytest.mark.parametrize(
+    "draw", [torch.rand, lambda _: random.random(), lambda _: np.random.rand()]
+)
+def test_random_losses_are_passed_over_and_generators_put_back(draw: Any) -> None:
+    outputs, targets = classes(8)
+    loss = (outputs.sum() * draw(())).detach()
+    numpy: Any = np.random.get_state()
+    states = torch.get_rng_state(), random.getstate()
+    assert is_mean_over_samples(lambda o, t: o.sum() * draw(()), outputs, targets, loss) is None
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    now: Any = np.random.get_state()
+    assert np.array_equal(now[1], numpy[1]) and now[2:] == numpy[2:]
+
+
+class Keeping(Task):
+    """A loss that counts, writes into its arguments, and moves figures and buffers."""
+
+    def __init__(self) -> None:
+        self.calls, self.losses, self.center = 0, list[float](), torch.zeros(5)
+        self.norm = nn.BatchNorm1d(5)
+
+    def model(self) -> nn.Module:
+        return nn.Linear(5, 5)
+
+    def train_data(self) -> Any:
+        return []
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        self.center.mul_(0.9).add_(outputs.detach().mean(0), alpha=0.1)
+        self.norm(outputs.detach())
+        loss = F.cross_entropy(outputs, targets)
+        self.losses.append(loss.item())
+        outputs.detach().clamp_(-1, 1)
+        targets.zero_()
+        return loss
+
+
+def test_nothing_is_changed() -> None:
+    task = Keeping()
+    outputs, targets = classes(8)
+    leaf, outputs = outputs, outputs * 1
+    loss = task.loss(outputs, targets)
+    outputs, targets = leaf * 1, targets + 1
+    figures = [task.center, *task.norm.buffers(), outputs.detach(), targets]
+    before = [figure.clone() for figure in figures]
+    is_mean_over_samples(task.loss, outputs, targets, loss)
+    assert task.calls == len(task.losses) == 1
+    for figure, old in zip(figures, before, strict=True):
+        assert torch.equal(figure, old)
+    torch.autograd.backward(F.cross_entropy(outputs, targets * 0))
+    assert leaf.grad is not None
+
+
+def test_buffers_of_the_model_are_put_back() -> None:
+    norm = nn.BatchNorm1d(5)
+    outputs, targets = classes(8)
+    loss = F.cross_entropy(norm(outputs), targets)
+    before = [buffer.clone() for buffer in norm.buffers()]
+    said = is_mean_over_samples(
+        lambda o, t: F.cross_entropy(norm(o), t), outputs, targets, loss, buffers=norm.buffers()
+    )
+    assert said is not None
+    for buffer, old in zip(norm.buffers(), before, strict=True):
+        assert torch.equal(buffer, old)
+    torch.autograd.backward(loss)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "arguments"),
+    [
+        ("digits", "Digits", {"model": "mlp"}),
+        ("digits", "Digits", {"model": "cnn", "hidden": 16}),
+        ("charlm", "CharLM", {"block": 16, "layers": 2, "width": 32, "heads": 2}),
+        ("recsys", "Clicks", {"samples": 64}),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 7, 32])
+def test_the_examples_pass(
+    monkeypatch: pytest.MonkeyPatch, folder: str, name: str, arguments: dict[str, Any], size: int
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES / folder)
+    task: Task = getattr(importlib.import_module(folder), name)(**arguments)
+    torch.manual_seed(0)
+    model, data = task.model(), task.train_data()
+    connect(model)
+    inputs, targets = default_collate([data[index] for index in range(size)])
+    with torch.autocast("cpu", torch.bfloat16, enabled=size == 32):
+        assert asked(task.loss, model(inputs), targets, samples=size) is None
+        wrong = asked(lambda o, t: task.loss(o, t) * len(t), model(inputs), targets)
+        assert wrong is not None and "It is a sum" in wrong

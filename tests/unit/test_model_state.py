@@ -1,0 +1,379 @@
+"""
+Buffers, frozen parameters and what a forward writes: as in one process, and equal on all ranks.
+
+The reference is a plain loop over whole batches. The data ends in a batch of one sample, so that
+some ranks have nothing to do there.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from in_memory_run import Run, train
+from rank_threads import on_ranks
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distplat.platform.errors import SpecError, StateLost
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.task import Task
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.model_state import ModelState, Shares
+
+SAMPLES, BATCH = 25, 8
+STEPS = 8
+WIDE = torch.float64
+SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+
+
+class Data(Task):
+    def train_data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(SAMPLES, 6, generator=generator, dtype=WIDE)
+        return TensorDataset(x, torch.randn(SAMPLES, 3, generator=generator, dtype=WIDE))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean()
+
+
+def job(strategy: str, world: int, **more: Any) -> Job:
+    fields = {
+        "name": "state",
+        "strategy": strategy,
+        "scaling": {"num_workers": world},
+        "optimizer": SGD,
+        "steps": STEPS,
+        "global_batch_size": BATCH,
+    }
+    return Job.model_validate({**fields, **more})
+
+
+def plain(kind: type[Task]) -> dict[str, Tensor]:
+    """Train in one process, as a user would."""
+    torch.manual_seed(0)
+    task = kind()
+    model, data = task.model(), task.train_data()
+    sampler = Sampler(SAMPLES, BATCH, 1, 0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for step in range(STEPS):
+        inputs, targets = data[sampler.batch_ids(step).tolist()]
+        optimizer.zero_grad()
+        task.loss(model.train()(inputs), targets).backward()
+        optimizer.step()
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(run: Run, wanted: Mapping[str, Tensor], tolerance: float = 1e-10) -> None:
+    for rank in range(len(run.ranks)):
+        found = run.parameters(rank)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            close = torch.allclose(found[name], value, rtol=0, atol=tolerance)
+            assert close, f"{name!r} on rank {rank}: {found[name]} instead of {value}"
+
+
+class Teacher(nn.Module):
+    """A student, and its moving average, which is used."""
+
+    def __init__(self, way: str, late: int = 0) -> None:
+        super().__init__()
+        self.way, self.late = way, late
+        self.student = nn.Linear(6, 3, dtype=WIDE)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(requires_grad=False)
+        self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        if self.training and self.forwards > self.late:
+            self._follow()
+        outputs: Tensor = self.student(x) - 0.5 * self.teacher(x)
+        return outputs
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
+        for own, slow in pairs:
+            if self.way == "in place":
+                slow.mul_(0.7).add_(own, alpha=0.3)
+            elif self.way == "data in place":
+                slow.data.mul_(0.7).add_(own.data, alpha=0.3)
+            else:
+                slow.data = slow.data * 0.7 + own.data * 0.3
+
+
+@pytest.mark.parametrize("late", [0, 5])
+@pytest.mark.parametrize("way", ["in place", "data in place", "data assigned"])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_a_teacher_that_a_forward_updates(strategy: str, world: int, way: str, late: int) -> None:
+    if late and way == "data in place":
+        pytest.skip("a write that only values show is looked for in the first steps")
+
+    class Momentum(Data):
+        def model(self) -> nn.Module:
+            return Teacher(way, late)
+
+    same(train(job(strategy, world), Momentum), plain(Momentum))
+
+
+class Capped(Data):
+    """Rows of a table are scaled down when they are looked up."""
+
+    def model(self) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Embedding(9, 6, max_norm=0.5, dtype=WIDE)
+                self.out = nn.Linear(6, 3, dtype=WIDE)
+
+            def forward(self, x: Tensor) -> Tensor:
+                outputs: Tensor = self.out(self.table((x.abs() * 4).long().clamp(max=8)).mean(1))
+                return outputs
+
+        return Net()
+
+    def eval_data(self) -> TensorDataset:
+        return self.train_data()
+
+
+class Clipped(Data):
+    """A weight is clipped through `.data` in each forward."""
+
+    def model(self) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(6, 3, dtype=WIDE)
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.layer.weight.data.clamp_(-0.2, 0.2)
+                outputs: Tensor = self.layer(x)
+                return outputs
+
+        return Net()
+
+
+@pytest.mark.parametrize("kind", [Capped, Clipped])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_trained_parameter_that_a_forward_writes(world: int, kind: type[Task]) -> None:
+    run = train(job("ring", world, evaluation={"every_epochs": 1}), kind)
+    same(run, plain(kind))
+
+
+@pytest.mark.parametrize("kind", [Capped, Clipped])
+@pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
+def test_where_servers_keep_it_that_is_refused_by_name(strategy: str, kind: type[Task]) -> None:
+    if (strategy, kind) == ("ps-async", Clipped):
+        pytest.skip("servers change the values meanwhile, so that they do not tell")
+    name = "table.weight" if kind is Capped else "layer.weight"
+    with pytest.raises(SpecError, match=rf"'{name}', which servers keep(.|\n)*ring"):
+        train(job(strategy, 2), kind)
+
+
+class Unseeded(Data):
+    """A frozen projection and a buffer from a generator that nobody seeds."""
+
+    def model(self) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                draw = np.random.default_rng().standard_normal
+                self.frozen = nn.Parameter(torch.from_numpy(draw((6, 8))), requires_grad=False)
+                self.register_buffer("shift", torch.from_numpy(draw(8)))
+                self.out = nn.Linear(8, 3, dtype=WIDE)
+
+            def forward(self, x: Tensor) -> Tensor:
+                outputs: Tensor = self.out(torch.cos(x @ self.frozen + self.shift))
+                return outputs
+
+        return Net()
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_frozen_parameters_and_buffers_are_rank_0s(strategy: str) -> None:
+    given = {}
+
+    def before(rank: int, prepared: Any) -> None:
+        given[rank] = {k: v.clone() for k, v in prepared.flat.model.state_dict().items()}
+
+    run = train(job(strategy, 3), Unseeded, before=before)
+    for rank in range(3):
+        for name in ("frozen", "shift"):
+            assert torch.equal(run.parameters(rank)[name], given[0][name])
+            assert not torch.equal(given[1][name], given[0][name])
+
+
+def test_where_nobody_sends_them_others_are_refused_by_name() -> None:
+    with pytest.raises(SpecError, match="'frozen' of the model has other values on worker-"):
+        train(job("ps-async", 2), Unseeded)
+
+
+class Seen(nn.Module):
+    """Buffers that depend on the samples; one is replaced, one grows, one is None at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(6, 3, dtype=WIDE)
+        self.register_buffer("mean", torch.zeros(6, dtype=WIDE))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("queue", torch.zeros(0, 6, dtype=WIDE))
+        self.register_buffer("last", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        self.count += len(x)
+        self.queue, self.last = torch.cat([self.queue, x[:1]]), x[0]
+        outputs: Tensor = self.out(x)
+        return outputs
+
+
+def expected(rule: Callable[[str], str | None], world: int) -> list[dict[str, Tensor]]:
+    """Play the ranks one after the other."""
+    data, sampler = Unseeded().train_data().tensors[0], Sampler(SAMPLES, BATCH, world, 0)
+    ranks = [Seen() for _ in range(world)]
+    for step in range(STEPS):
+        parts = [data[sampler.rank_ids(step, rank).tolist()] for rank in range(world)]
+        for module, part in zip(ranks, parts, strict=True):
+            if len(part):
+                module(part)
+        shares = [len(part) / sum(map(len, parts)) for part in parts]
+        means = [share * module.mean for share, module in zip(shares, ranks, strict=True)]
+        mean = torch.stack(means).sum(0)
+        for module in ranks:
+            for name, _ in [*module.named_buffers()]:
+                if rule(name) is None:
+                    setattr(module, name, getattr(ranks[0], name).clone())
+            if rule("mean") == "mean":
+                module.mean = mean.clone()
+    return [dict(module.named_buffers()) for module in ranks]
+
+
+@pytest.mark.parametrize("chosen", [None, "mean", "local"])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_buffers_go_by_their_rule(strategy: str, world: int, chosen: str | None) -> None:
+    class Watching(Data):
+        def model(self) -> nn.Module:
+            return Seen()
+
+        def buffers(self, name: str) -> str | None:
+            return chosen if name == "mean" else None
+
+    run = train(job(strategy, world), Watching)
+    wanted = expected(lambda name: chosen if name == "mean" else None, world)
+    for rank, buffers in enumerate(wanted):
+        found = dict(run.ranks[rank].flat.model.named_buffers())
+        for name, value in buffers.items():
+            assert torch.allclose(found[name], value, rtol=0, atol=1e-12), name
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    class Odd(Data):
+        def model(self) -> nn.Module:
+            return Seen()
+
+        def buffers(self, name: str) -> str | None:
+            return "average"
+
+    with pytest.raises(ValueError, match="must give one of"):
+        train(job("ring", 2), Odd)
+
+
+def of(model: nn.Module, *samples: int) -> tuple[Shares, FlatModel]:
+    return Shares(lambda step: samples, lambda step: [min(1, s) for s in samples]), FlatModel(model)
+
+
+def test_a_rank_without_samples_does_not_count() -> None:
+    """Nor does it give buffers, were it rank 0."""
+    fabric, layers = Fabric(3), [nn.BatchNorm1d(2) for _ in range(3)]
+
+    def body(rank: int) -> None:
+        shares, flat = of(nn.Sequential(layers[rank]), 0, 1, 3)
+        state = ModelState(flat, shares)
+        state.connect(fabric.collective(rank))
+        state.keep(0)
+        if rank:
+            mean, count = layers[rank].running_mean, layers[rank].num_batches_tracked
+            assert mean is not None and count is not None
+            mean.fill_(rank)
+            count.fill_(rank * 10)
+        state.synchronize(0)
+
+    on_ranks(3, body)
+    for layer in layers:
+        assert layer.running_mean is not None and layer.num_batches_tracked is not None
+        assert layer.running_mean.tolist() == pytest.approx([1.75, 1.75])
+        assert int(layer.num_batches_tracked) == 10
+
+
+def test_what_never_changes_is_not_copied_and_does_not_travel() -> None:
+    fabric, sent = Fabric(2), []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(2, 2)
+            self.register_buffer("constant", torch.zeros(100_000))
+
+    def body(rank: int) -> None:
+        shares, flat = of(Net(), 1, 1)
+        state, group = ModelState(flat, shares), fabric.collective(rank)
+        state.connect(group)
+        state.keep(0)
+        for step in range(9):
+            before = group.traffic.sent_bytes
+            state.synchronize(step, news=state.news(step))
+            state.keep(step + 1)
+            sent.append(group.traffic.sent_bytes - before)
+
+    on_ranks(2, body)
+    assert not any(sent)
+
+
+def test_a_repeated_step_begins_with_the_state_before_it() -> None:
+    shares, flat = of(Teacher("data assigned"), 1)
+    state, model = ModelState(flat, shares), flat.model
+    state.connect(None)
+    state.keep(0)
+    for step in range(3):
+        before = copy.deepcopy(model.state_dict())
+        for _ in range(2):  # the first time it is broken off
+            model(torch.randn(2, 6, dtype=WIDE))
+            state.settle(step)
+            for name, value in before.items():
+                assert torch.equal(model.state_dict()[name], value), name
+        model(torch.randn(2, 6, dtype=WIDE))
+        state.synchronize(step)
+        state.keep(step + 1)
+
+
+def test_a_step_that_is_left_out_leaves_no_trace() -> None:
+    shares, flat = of(Teacher("in place"), 1)
+    state, model = ModelState(flat, shares), flat.model
+    state.connect(None)
+    state.keep(0)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randn(2, 6, dtype=WIDE))
+    state.synchronize(0)
+    state.leave_out(1)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert state.settle(1)
+
+
+def test_what_has_no_copy_is_lost_with_the_step_that_wrote_it_first() -> None:
+    large = nn.Parameter(torch.zeros(1 << 19), requires_grad=False)
+    model = nn.Linear(2, 2)
+    model.register_parameter("large", large)
+    shares, flat = of(model, 1)
+    state = ModelState(flat, shares)
+    state.connect(None)
+    state.keep(0)
+    large.add_(1)
+    with pytest.raises(StateLost, match="'large' as it was before the step in flight"):
+        state.settle(0)

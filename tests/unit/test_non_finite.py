@@ -1,0 +1,202 @@
+"""A step with NaN or infinity: stopped, skipped or applied, on all ranks and servers alike."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from in_memory_run import Run, train
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from distplat.platform.errors import NonFiniteError
+from distplat.platform.progress import StepReport
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.task import Task
+
+SAMPLES, BATCH, STEPS = 22, 6, 7
+
+
+class Spoiled(Task):
+    """
+    A few samples have an input that makes NaN of the gradient, of the loss too where asked.
+
+    Args:
+        bad: numbers of the samples.
+        loss_too: whether the loss is NaN, or the gradient alone.
+        norm: whether there is a batch norm.
+        large: what losses are multiplied by.
+    """
+
+    def __init__(
+        self,
+        bad: Sequence[int] = (),
+        loss_too: bool = False,
+        norm: bool = True,
+        large: float = 1.0,
+    ) -> None:
+        self.bad, self.loss_too, self.norm, self.large = bad, loss_too, norm, large
+
+    def model(self) -> nn.Module:
+        norm = nn.BatchNorm1d(6) if self.norm else nn.Identity()
+        # A bias before a batch norm has no gradient but noise, of which Adam makes whole steps.
+        first = nn.Linear(4, 6, bias=not self.norm)
+        return nn.Sequential(first, norm, nn.Tanh(), nn.Linear(6, 2)).double()
+
+    def train_data(self) -> Dataset[Any]:
+        draw = torch.Generator().manual_seed(1)
+        marks = torch.zeros(SAMPLES, dtype=torch.float64)
+        marks[list(self.bad)] = 1.0
+        inputs = torch.randn(SAMPLES, 4, generator=draw, dtype=torch.float64)
+        targets = torch.randn(SAMPLES, 2, generator=draw, dtype=torch.float64)
+        return TensorDataset(inputs, torch.cat([targets, marks[:, None]], 1))
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        targets, marks = targets[:, :2], targets[:, 2]
+        loss: Tensor = (outputs - targets).square().mean() * self.large
+        if marks.any():
+            # sqrt(0) is 0, and its derivative infinite: times 0 that is NaN.
+            loss = loss + (outputs.sum() * 0.0).abs().sqrt()
+            if self.loss_too:
+                loss = loss * float("nan")
+        return loss
+
+
+def job_of(strategy: dict[str, Any], workers: int, policy: str, **task: Any) -> Job:
+    return Job.model_validate(
+        {
+            "name": "spoiled",
+            "task_args": task,
+            "strategy": strategy,
+            "scaling": {"num_workers": workers},
+            "optimizer": {"name": "AdamW", "lr": 0.05, "weight_decay": 0.1},
+            "steps": STEPS,
+            "global_batch_size": BATCH,
+            "data": {"shuffle": False},
+            "failure": {"non_finite": policy, "max_skipped_steps": 5},
+        }
+    )
+
+
+WORLDS: list[tuple[dict[str, Any], int]] = [
+    ({"name": "ring"}, 1),
+    ({"name": "ring"}, 2),
+    ({"name": "ring", "shard_optimizer": True}, 2),
+    ({"name": "ps-sync"}, 2),
+    ({"name": "ps-sync", "num_servers": 3}, 2),
+    ({"name": "hybrid", "pipeline": 2, "micro_batches": 2, "cut": "even"}, 2),
+]
+
+
+def name_of(world: Any) -> str:
+    return "-".join(str(value) for value in world.values()) if isinstance(world, dict) else ""
+
+
+@pytest.mark.parametrize("loss_too", [False, True])
+@pytest.mark.parametrize(("strategy", "workers"), WORLDS, ids=name_of)
+def test_stop_ends_the_run_before_the_step_is_applied(
+    strategy: dict[str, Any], workers: int, loss_too: bool
+) -> None:
+    """Sample 14 is in the third batch, and in its first half: rank 0 has it."""
+    with pytest.raises(NonFiniteError) as caught:
+        train(job_of(strategy, workers, "stop", bad=(14,), loss_too=loss_too), Spoiled)
+    error = caught.value
+    assert (error.step, error.exit_code) == (2, 1)
+    assert "step 3" in str(error)
+    assert "loss" in error.what or "gradient" in error.what
+    if strategy["name"] != "hybrid":
+        assert error.rank == 0
+        assert loss_too or "'0.weight'" in error.what
+
+
+def batches_with(bad: tuple[int, ...]) -> list[bool]:
+    """Say of each step whether its batch has a bad sample."""
+    sampler = Sampler(SAMPLES, BATCH, 1, 0, False, False)
+    return [bool({int(i) for i in sampler.batch_ids(s)} & {*bad}) for s in range(STEPS)]
+
+
+@cache
+def plain(bad: tuple[int, ...], norm: bool) -> dict[str, Tensor]:
+    """Train in one process, leaving the bad batches out: for model, buffers and optimizer."""
+    task = Spoiled(bad, norm=norm)
+    torch.manual_seed(0)
+    model, data = task.model(), task.train_data()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    sampler = Sampler(SAMPLES, BATCH, 1, 0, False, False)
+    for step, spoiled in enumerate(batches_with(bad)):
+        if not spoiled:
+            inputs, targets = default_collate([data[int(i)] for i in sampler.batch_ids(step)])
+            optimizer.zero_grad()
+            torch.autograd.backward(task.loss(model(inputs), targets))
+            optimizer.step()
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+BAD = [(14,), (1, 8), tuple(range(SAMPLES))]
+
+
+@pytest.mark.parametrize("bad", BAD[:2], ids=str)
+@pytest.mark.parametrize(("strategy", "workers"), WORLDS, ids=name_of)
+def test_a_skipped_step_leaves_nothing_behind(
+    strategy: dict[str, Any], workers: int, bad: tuple[int, ...]
+) -> None:
+    """Parameters, Adam's step and, on one rank, batch norm are as if the batch had not been."""
+    norm = workers == 1
+    run = train(job_of(strategy, workers, "skip", bad=bad, norm=norm), Spoiled)
+    found = {name: value for part in run.trained for name, value in part.items()}
+    for name, value in plain(bad, norm).items():
+        assert torch.allclose(found[name].double(), value.double(), rtol=0, atol=1e-12), name
+    assert skipped(run) == sum(batches_with(bad))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_buffers_of_a_skipped_step_are_put_back_on_every_rank(strategy: str) -> None:
+    """Only rank 0's part of the batch is bad; rank 1's batch norm has seen a good one."""
+    run = train(job_of({"name": strategy}, 2, "skip", bad=(14,)), Spoiled)
+    tracked = [rank.flat.model.state_dict()["1.num_batches_tracked"] for rank in run.ranks]
+    assert [int(one) for one in tracked] == [STEPS - 2] * 2
+
+
+@pytest.mark.parametrize("compression", ["topk", "powersgd"])
+def test_residuals_of_a_skipped_step_stay(compression: str) -> None:
+    """What compression still owes is what it owed before the step: the runs go on alike."""
+    chosen = {"name": "ring", "compression": compression}
+    spoiled = train(job_of(chosen, 2, "skip", bad=(14,), norm=False), Spoiled)
+    assert skipped(spoiled) == 2
+    assert all(torch.isfinite(value).all() for value in spoiled.trained[0].values())
+
+
+def test_the_budget_of_skipped_steps_is_a_limit() -> None:
+    with pytest.raises(NonFiniteError, match="5 steps were skipped before"):
+        train(job_of({"name": "ring"}, 2, "skip", bad=BAD[2], norm=False), Spoiled)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_ignore_applies_what_comes(strategy: str) -> None:
+    run = train(job_of({"name": strategy}, 2, "ignore", bad=(14,), norm=False), Spoiled)
+    assert any(value.isnan().any() for value in run.trained[0].values())
+
+
+def test_an_asynchronous_push_is_skipped_by_itself() -> None:
+    run = train(job_of({"name": "ps-async"}, 2, "skip", bad=(14,), norm=False), Spoiled)
+    assert all(torch.isfinite(value).all() for value in run.trained[0].values())
+    assert sum(skipped(run, rank) for rank in range(2)) == 2
+
+
+def test_an_asynchronous_push_stops_the_run() -> None:
+    with pytest.raises(NonFiniteError, match="step 3"):
+        train(job_of({"name": "ps-async"}, 2, "stop", bad=(14,), norm=False), Spoiled)
+
+
+def test_what_overflows_in_halves_on_the_way_is_found() -> None:
+    """Each rank's gradient is finite; as float16 it is not, and all ranks see the same sum."""
+    job = job_of({"name": "ring", "compression": "fp16"}, 2, "stop", norm=False, large=1e6)
+    with pytest.raises(NonFiniteError, match="several ranks"):
+        train(job, Spoiled)
+
+
+def skipped(run: Run, rank: int = 0) -> float:
+    steps = [r for r in run.reports[rank] if isinstance(r, StepReport)]
+    return max((r.figures.get("skipped_steps", 0.0) for r in steps), default=0.0)

@@ -1,0 +1,32 @@
+"""What Ray raises, in the words of the seam. That it does raise these, tests/cluster/ shows."""
+
+from typing import Any
+
+import pytest
+import ray
+
+from distplat.actors.ray_transport import RayTransport
+from distplat.actors.transport import ActorDied, NotHere, Unanswered
+from distplat.platform.errors import StaleError
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "text"),
+    [
+        (ray.exceptions.GetTimeoutError("late"), NotHere, ""),
+        (ray.exceptions.ActorUnavailableError("no word", None), Unanswered, "no word"),
+        (ray.exceptions.ActorDiedError(), ActorDied, str(ray.exceptions.ActorDiedError())),
+        (ray.exceptions.OwnerDiedError("ab", None, ""), ActorDied, "OwnerDiedError"),
+        (ray.exceptions.RayTaskError("push", "", StaleError("push 2")), StaleError, "push 2"),
+    ],
+)
+def test_errors(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: type[Exception], text: str
+) -> None:
+    def get(reference: Any, timeout: float) -> Any:
+        raise raised
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(expected) as caught:
+        RayTransport().get(object(), 1.0)
+    assert text in str(caught.value)

@@ -1,0 +1,211 @@
+"""
+`nn.SyncBatchNorm` over all ranks gives what one batch norm over the whole batch gives.
+
+The reference is a plain loop with `nn.BatchNorm` in the same places. The data ends in a batch of
+two samples, so that some ranks have nothing to do there.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from in_memory_run import train
+from rank_threads import on_ranks
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distplat.platform.errors import SpecError
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.base import Collective
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.task import Task
+from distplat.strategies.training.sync_batch_norm import SyncNorms
+
+SAMPLES, BATCH, STEPS = 18, 8, 7
+WIDE = torch.float64
+
+
+class Plain(Task):
+    """A residual net: a layer's output is used twice, and one layer is used twice."""
+
+    def model(self) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = nn.Conv2d(2, 4, 3, padding=1, dtype=WIDE)
+                self.norm = nn.BatchNorm2d(4, dtype=WIDE)
+                self.second = nn.Conv2d(4, 4, 3, padding=1, dtype=WIDE)
+                self.plain = nn.BatchNorm2d(4, affine=False, momentum=None, dtype=WIDE)
+                self.out = nn.Linear(4, 3, dtype=WIDE)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = torch.relu(self.norm(self.first(x)))
+                x = x + self.plain(self.norm(self.second(x)))
+                outputs: Tensor = self.out(x.mean((2, 3)))
+                return outputs
+
+        return Net()
+
+    def train_data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(1)
+        x = 3 + torch.randn(SAMPLES, 2, 4, 4, generator=generator, dtype=WIDE)
+        return TensorDataset(x, torch.randn(SAMPLES, 3, generator=generator, dtype=WIDE))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean()
+
+
+class Synchronised(Plain):
+    def model(self) -> nn.Module:
+        model: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(super().model())
+        return model
+
+    def eval_data(self) -> TensorDataset:
+        return self.train_data()
+
+
+def job(strategy: Any, world: int, **more: Any) -> Job:
+    fields = {
+        "name": "norms",
+        "strategy": strategy,
+        "scaling": {"num_workers": world},
+        "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
+        "steps": STEPS,
+        "global_batch_size": BATCH,
+    }
+    return Job.model_validate({**fields, **more})
+
+
+def plain() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    task = Plain()
+    model, data = task.model(), task.train_data()
+    sampler = Sampler(SAMPLES, BATCH, 1, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(STEPS):
+        inputs, targets = data[sampler.batch_ids(step).tolist()]
+        optimizer.zero_grad()
+        task.loss(model.train()(inputs), targets).backward()
+        optimizer.step()
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+# In memory an all-reduce that leaves early waits for the ranks that have no backward.
+RING = {"name": "ring", "overlap": False}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("strategy", [RING, "ps-sync"])
+def test_any_number_of_ranks_is_as_one_process(strategy: Any, world: int) -> None:
+    run, wanted = train(job(strategy, world), Synchronised), plain()
+    for rank in range(world):
+        for name, value in run.parameters(rank).items():
+            assert torch.allclose(value, wanted[name], rtol=0, atol=1e-10), (name, rank)
+
+
+@pytest.mark.parametrize("micro_batches", [[2, 1, 0], [0, 3, 3], [1, 1, 2], [2, 2, 2]])
+def test_ranks_may_have_any_number_of_micro_batches(micro_batches: list[int]) -> None:
+    """The n-th micro-batches of all ranks are one batch."""
+    torch.manual_seed(0)
+    world, most = len(micro_batches), max(micro_batches)
+    sizes = [[2 + rank + n for n in range(count)] for rank, count in enumerate(micro_batches)]
+    parts = [[torch.randn(size, 2, 4, 4, dtype=WIDE) for size in rank] for rank in sizes]
+    alone = Plain().model().train()
+    models = [nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(alone)) for _ in range(world)]
+    fabric = Fabric(world)
+
+    def body(rank: int) -> None:
+        norms = SyncNorms.of(models[rank], fabric.collective(rank), lambda step: micro_batches)
+        assert norms is not None
+        for step in range(2):
+            for x in parts[rank]:
+                models[rank](x).square().sum().backward()
+            norms.finish(step)
+
+    on_ranks(world, body)
+    for _ in range(2):
+        for n in range(most):
+            together = [rank[n] for rank in parts if len(rank) > n]
+            alone(torch.cat(together)).square().sum().backward()
+    for name, parameter in alone.named_parameters():
+        found = sum(grad for m in models if (grad := m.get_parameter(name).grad) is not None)
+        assert torch.allclose(torch.as_tensor(found), _grad(parameter), rtol=1e-10, atol=1e-10), (
+            name
+        )
+    longest = models[micro_batches.index(most)]
+    for name, buffer in alone.named_buffers():
+        assert torch.allclose(longest.get_buffer(name), buffer, rtol=0, atol=1e-12), name
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_types_keep_their_type_and_a_large_mean_loses_nothing(dtype: torch.dtype) -> None:
+    fabric, outputs = Fabric(2), {}
+    x = (1000 + torch.randn(64, 3)).to(dtype)
+
+    def body(rank: int) -> None:
+        layer = nn.SyncBatchNorm(3)
+        group = fabric.collective(rank)
+        norms = SyncNorms.of(nn.Sequential(layer), group, lambda step: [1, 1])
+        assert norms is not None
+        outputs[rank] = layer(x[rank::2])
+
+    on_ranks(2, body)
+    wanted = nn.BatchNorm1d(3)(x.float())
+    for rank in range(2):
+        assert outputs[rank].dtype is dtype
+        off = (outputs[rank].float() - wanted[rank::2]).abs().max()
+        assert off < (1e-3 if dtype is torch.float32 else 2e-2)
+
+
+def test_one_value_per_channel_is_refused_as_torch_does() -> None:
+    fabric = Fabric(2)
+
+    def body(rank: int) -> None:
+        layer = nn.SyncBatchNorm(3)
+        norms = SyncNorms.of(nn.Sequential(layer), fabric.collective(rank), lambda step: [1, 0])
+        assert norms is not None
+        if rank == 0:
+            with pytest.raises(ValueError, match="more than 1 value per channel"):
+                nn.Sequential(layer)(torch.zeros(1, 3))
+
+    group: Collective = fabric.collective(0)
+    assert group.world == 2
+    with pytest.raises(Exception, match=r"missing|more than 1"):
+        on_ranks(2, body)
+
+
+def test_layers_are_torchs_own_again_after_it() -> None:
+    layer = nn.SyncBatchNorm(3)
+    model = nn.Sequential(layer)
+    fabric = Fabric(2)
+
+    def body(rank: int) -> SyncNorms | None:
+        own = model if rank == 0 else nn.Sequential(nn.SyncBatchNorm(3))
+        return SyncNorms.of(own, fabric.collective(rank), lambda step: [1, 1])
+
+    norms = on_ranks(2, body)[0]
+    assert norms is not None
+    assert "forward" in vars(layer)
+    assert [*model.state_dict()] == [*nn.Sequential(nn.BatchNorm1d(3)).state_dict()]
+    norms.close()
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ps-async",
+        {"name": "ps-sync", "backup_workers": 1},
+        {"name": "hybrid", "pipeline": 1, "data": 2},
+    ],
+)
+def test_where_ranks_do_not_wait_for_each_other_it_is_refused(strategy: Any) -> None:
+    with pytest.raises(SpecError, match=r"norm' is nn.SyncBatchNorm"):
+        train(job(strategy, 2), Synchronised)

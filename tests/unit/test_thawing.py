@@ -1,0 +1,206 @@
+"""Parameters that are frozen at first: they take part from a step on, on all ranks alike."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from control_records import record_of
+from torch import Tensor, nn
+
+from distplat.platform.errors import SpecError
+from distplat.platform.ledger import PushId
+from distplat.platform.shard_map import ShardPlan, cut_shards
+from distplat.platform.spec import Job
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.optim import LocalOptimizer
+from distplat.strategies.training.shard import ParameterShard
+
+STEPS, THAWS_IN = 6, 3
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """A frozen layer in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.a, self.b = nn.Linear(4, 4).double(), nn.Linear(4, 1).double()
+        self.a.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(torch.tanh(self.a(x)))
+        return result
+
+
+def job(**more: Any) -> Job:
+    fields: dict[str, Any] = {
+        "name": "thaw",
+        "strategy": "ring",
+        "optimizer": {"name": "Adam", "lr": 0.1, "weight_decay": 0.1},
+        "steps": STEPS,
+        "global_batch_size": len(X),
+    }
+    return Job.model_validate({**fields, **more})
+
+
+def parts_of(step: int, world: int) -> list[Tensor]:
+    """The last rank has no samples in the step in which the layer is thawed."""
+    if world > 1 and step == THAWS_IN:
+        return [*X.chunk(world - 1), X[:0]]
+    return [*X.chunk(world)]
+
+
+def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+    return (net(x) - 1.0).square().sum() / len(X)
+
+
+def plain(of: Job) -> dict[str, Tensor]:
+    net = Net()
+    kind = getattr(torch.optim, of.optimizer.name)
+    optimizer = kind(net.parameters(), **of.optimizer.arguments())
+    for step in range(STEPS):
+        if step == THAWS_IN:
+            net.a.requires_grad_(True)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss_of(net, X))
+        if of.clip_norm is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), of.clip_norm)
+        optimizer.step()
+    return net.state_dict()
+
+
+def compute(flats: Sequence[FlatModel], step: int) -> np.ndarray:
+    """Every rank's forward and backward; gives who takes part on any rank."""
+    for flat, part in zip(flats, parts_of(step, len(flats)), strict=True):
+        flat.begin_step()
+        if len(part):
+            if step == THAWS_IN:
+                flat.model.get_submodule("a").requires_grad_(True)
+            loss = loss_of(flat.model, part)
+            flat.before_backward()
+            torch.autograd.backward(loss)
+            flat.take_in()
+        flat.check_layout(step)
+    return np.logical_or.reduce([flat.active | flat.thawed for flat in flats])
+
+
+def check(flats: Sequence[FlatModel], of: Job) -> None:
+    expected = plain(of)
+    for flat in flats:
+        for name, value in flat.state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("world", [1, 3])
+def test_ranks_that_update_alike(world: int, clip_norm: float | None) -> None:
+    of = job(clip_norm=clip_norm)
+    flats = [FlatModel(Net(), thaws=True) for _ in range(world)]
+    optimizers = [LocalOptimizer(flat, of, STEPS) for flat in flats]
+    for step in range(STEPS):
+        union = compute(flats, step)
+        present = np.logical_or.reduce([flat.present for flat in flats])
+        for flat in flats:
+            flat.activate_tail(union, step, had_samples=flat.began)
+        total = torch.stack([flat.grads for flat in flats]).sum(0)
+        for flat, optimizer in zip(flats, optimizers, strict=True):
+            flat.grads.copy_(total)
+            optimizer.step(step, present)
+    assert all(flat.active.all() for flat in flats)
+    check(flats, of)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("world", [1, 3])
+def test_servers_that_update(world: int, servers: int, clip_norm: float | None) -> None:
+    of = job(clip_norm=clip_norm)
+    flats = [FlatModel(Net(), thaws=True) for _ in range(world)]
+    layout, shared = flats[0].layout, flats[0].params.clone()
+    shards = []
+    cuts = cut_shards(layout.size, servers, tail=layout.tail_size).shards
+    for cut in cuts:
+        own = layout.cut(cut.start, cut.stop)
+        plan = ShardPlan(of, "run", 1, world, STEPS, servers, layout=own)
+        shards.append(ParameterShard(plan, shared[cut.start : cut.stop]))
+        shards[-1].restore(0)
+    for flat in flats:
+        flat.move(shared, flat.grads)
+    for step in range(STEPS):
+        union = compute(flats, step)
+        for rank, flat in enumerate(flats):
+            for cut, shard in zip(cuts, shards, strict=True):
+                push = PushId("run", 1, rank, step)
+                shard.push(push, flat.grads[cut.start : cut.stop], record_of(flat))
+        norm = sum(shard.squared_norm or 0.0 for shard in shards) ** 0.5
+        for shard in shards:
+            shard.commit(step, norm if clip_norm else None)
+        for flat in flats:
+            flat.activate_tail(union, step, had_samples=flat.began)
+    check(flats, of)
+
+
+def test_until_then_nobody_touches_the_tail() -> None:
+    flat = FlatModel(Net(), thaws=True)
+    assert flat.layout.tail_size and flat.segments[-1].stop == flat.layout.tail
+    frozen = flat.model.get_parameter("a.weight")
+    frozen.fill_(2.0)  # a forward may write to it
+    assert flat.slots[-2].view(flat.params).ne(2.0).all()
+    optimizer = LocalOptimizer(flat, job(), STEPS)
+    before = flat.params[flat.layout.tail :].clone()
+    flat.grads.fill_(1.0)
+    optimizer.step(0)
+    assert torch.equal(flat.params[flat.layout.tail :], before)
+    assert frozen.eq(2.0).all()
+
+
+def thaw_on_one_rank(flats: Sequence[FlatModel]) -> None:
+    flats[0].model.get_submodule("a").requires_grad_(True)
+
+
+def test_who_computes_without_it_is_told() -> None:
+    flats = [FlatModel(Net(), thaws=True) for _ in range(2)]
+    thaw_on_one_rank(flats)
+    union = compute(flats, 0)
+    flats[0].activate_tail(union, 0, had_samples=True)
+    with pytest.raises(SpecError, match=r"step 1: 'a\.weight' is frozen on this worker"):
+        flats[1].activate_tail(union, 0, had_samples=True)
+
+
+def test_what_was_changed_while_frozen_is_refused() -> None:
+    flat = FlatModel(Net(), thaws=True)
+    flat.model.get_parameter("a.bias").fill_(1.0)
+    flat.model.get_submodule("a").requires_grad_(True)
+    with pytest.raises(SpecError, match=r"step 1: 'a\.bias' was changed while it was frozen"):
+        compute([flat], 0)
+
+
+def test_a_backbone_much_larger_than_the_head_has_no_room() -> None:
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(5000, 4000), requires_grad=False)
+            self.b = nn.Parameter(torch.zeros(4))
+
+    flat = FlatModel(Large(), thaws=True)
+    assert flat.size == 4
+    flat.model.get_parameter("a").requires_grad_(True)
+    with pytest.raises(SpecError, match="step 1: 'a' has requires_grad=True; it was frozen"):
+        flat.check_layout(0)
+
+
+def test_frozen_during_the_run_a_parameter_rests() -> None:
+    flat = FlatModel(Net())
+    optimizer = LocalOptimizer(flat, job(), STEPS)
+    for step in range(2):
+        compute([flat], 0)
+        optimizer.step(step, flat.present)
+    flat.model.get_parameter("b.bias").requires_grad_(False)
+    before = flat.model.get_parameter("b.bias").clone()
+    compute([flat], 0)
+    assert flat.present.tolist() == [True, False]
+    optimizer.step(2, flat.present)
+    assert torch.equal(flat.model.get_parameter("b.bias"), before)
