@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import distplat
+from distplat.actors.hash_seed import NAME, chosen
 from distplat.actors.launch import local_ray
 from distplat.actors.trainer import Result, Trainer
 from distplat.platform.checkpoints import FOLDER
@@ -197,7 +198,7 @@ def _references(wanted: Wanted, jobs: Sequence[Job], place: Path) -> list[Answer
         done = subprocess.run(
             [sys.executable, "-m", "distplat.strategies.verification.child", str(place)],
             cwd=wanted.folder,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", NAME: chosen()},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

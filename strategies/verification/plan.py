@@ -6,26 +6,33 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from distplat.platform.learning_rate import factor
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.strategies.algorithms.seeds import mixed, step_seed
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
-from distplat.strategies.training.compute import step_seed
+from distplat.strategies.training.batches import Run, runs
+from distplat.strategies.training.collating import collated
 from distplat.strategies.verification.tables import KEPT, row_optimizer
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One micro-batch: the samples, and how torch's generator is seeded before it (None: not)."""
+    """One micro-batch."""
 
     ids: list[int]
+    sample_seeds: list[int]
+    """What the generators are seeded with before each sample is read."""
     seed: int | None = None
+    """What they are seeded with before the micro-batch; None: they go on."""
 
 
 Schedule = Sequence[Sequence[Sequence[Forward]]]
@@ -82,23 +89,33 @@ def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:
     for step in range(job.steps or 0):
         ranks = []
         for rank in range(world):
-            cut = [ids.tolist() for ids in sampler.micro_batches(step, rank, micro)]
-            seeds = [step_seed(job.seed, step, rank), *[None] * len(cut)]
-            ranks.append([Forward(ids, seed) for ids, seed in zip(cut, seeds, strict=False)])
+            cut = runs(sampler, step, rank, micro)
+            first = step_seed(job.seed, step, rank)
+            ranks.append([_forward(run, None if at else first) for at, run in enumerate(cut)])
         found.append([_join(ranks)] if merged else ranks)
     return found
 
 
 def union(job: Job, size: int) -> Schedule:
     """Give whole batches, to one rank."""
-    sampler = _sampler(job, size, 1)
-    return [[[Forward(sampler.batch_ids(step).tolist())]] for step in range(job.steps or 0)]
+    sampler, steps = _sampler(job, size, 1), range(job.steps or 0)
+    return [[[_forward(run, None) for run in runs(sampler, step, 0, 1)]] for step in steps]
+
+
+def _forward(run: Run, seed: int | None) -> Forward:
+    places = range(run.first, run.first + len(run.ids))
+    return Forward(run.ids, [mixed(run.seed, place) for place in places], seed)
 
 
 def _join(ranks: list[list[Forward]]) -> list[Forward]:
     most = max(len(forwards) for forwards in ranks)
-    together = [[f for forwards in ranks for f in forwards[at : at + 1]] for at in range(most)]
-    return [Forward([i for f in group for i in f.ids], group[0].seed) for group in together]
+    found = []
+    for at in range(most):
+        group = [forward for forwards in ranks for forward in forwards[at : at + 1]]
+        ids = [index for forward in group for index in forward.ids]
+        seeds = [seed for forward in group for seed in forward.sample_seeds]
+        found.append(Forward(ids, seeds, group[0].seed))
+    return found
 
 
 def _sampler(job: Job, size: int, world: int) -> Sampler:
@@ -106,8 +123,26 @@ def _sampler(job: Job, size: int, world: int) -> Sampler:
     return Sampler(size, job.global_batch_size, world, job.seed, data.shuffle, data.drop_last)
 
 
+def read(data: Any, forward: Forward) -> Any:
+    """Read the samples of a micro-batch and put them together; generators stay as they are."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    many = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
+    if many is not None:
+        seed_all(forward.sample_seeds[0])
+        samples = many(forward.ids)
+    else:
+        samples = []
+        for index, seed in zip(forward.ids, forward.sample_seeds, strict=True):
+            seed_all(seed)
+            samples.append(data[index])
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    return collated(samples)
+
+
 def seed_all(seed: int) -> None:
     """Seed the generators of torch, numpy and Python."""
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed((seed ^ (seed >> 32)) % 2**32)
     random.seed(seed)

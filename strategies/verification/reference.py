@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.data import default_collate
 
 from distplat.strategies.task import Task
-from distplat.strategies.verification.plan import ROWS, Forward, Recipe, Schedule, seed_all
+from distplat.strategies.verification.plan import ROWS, Forward, Recipe, Schedule, read, seed_all
 
 Named = dict[str, Tensor]
 
@@ -110,8 +109,8 @@ def compute(
 ) -> tuple[Named, float, float]:
     """Give a micro-batch's gradients (of its sum over `size`), the sum of its loss, its weight."""
     if forward.seed is not None:
-        torch.manual_seed(forward.seed)
-    inputs, targets = default_collate([data[i] for i in forward.ids])
+        seed_all(forward.seed)
+    inputs, targets = read(data, forward)
     drawn = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
         loss: Any = rank.task.loss(rank.model(inputs), targets)
@@ -143,7 +142,8 @@ def settled(ranks: Sequence[Rank], before: Named, sizes: Sequence[int]) -> Named
             for tensors, _ in reversed(each):
                 found[name] = torch.where(tensors[name] != old, tensors[name], found[name])
         elif name.startswith(tuple(norms)) and name.endswith(("running_mean", "running_var")):
-            found[name] = sum(tensors[name] * (size / sum(sizes)) for tensors, size in each)
+            means = [tensors[name] * (size / sum(sizes)) for tensors, size in each]
+            found[name] = torch.stack(means).sum(0)
     return found
 
 

@@ -34,11 +34,12 @@ def make(kind: type[Task], **arguments: Any) -> Callable[[Switches], Task]:
 def trained(job: Job, run: Run) -> Trained:
     """Bring a run whose job has a checkpoint after every step into the form of a reference."""
     states = {step: model_of(saved) for step, saved in run.checkpoints.items()}
-    sums, counts = [0.0] * (job.steps or 0), [0] * (job.steps or 0)
+    sums, counts = [0.0] * (job.steps or 0), [0.0] * (job.steps or 0)
     for report in (report for reports in run.reports for report in reports):
         if isinstance(report, StepReport):
-            sums[report.step] += report.loss * report.samples
-            counts[report.step] += report.samples
+            weight = report.samples if report.weight is None else report.weight
+            sums[report.step] += report.loss * weight
+            counts[report.step] += weight
     return Trained(states, [total / count for total, count in zip(sums, counts, strict=True)])
 
 

@@ -29,13 +29,8 @@ TOLERANCE = 1e-9
 RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "50"))
 """`make test` draws the same ones each time, `make test-all` many others."""
 
-NOT_YET_CUT: set[str] = {"shared"}
-"""Blocks that pipelines do not train as a plain loop does."""
-
-NOT_YET: set[str] = {
-    "unused", "experts", "sometimes", "thawed", "remembers", "teacher", "bounded", "narrow",
-}  # fmt: skip
-"""Blocks that the engine does not train as a plain loop does."""
+NOT_YET: set[str] = set()
+NOT_YET_CUT: set[str] = set()
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},
