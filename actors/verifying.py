@@ -30,7 +30,7 @@ from distplat.platform.spec import Checkpoint, Evaluation, Job, Scaling, Strateg
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import HybridOptions
 from distplat.strategies.verification.child import ANSWER, REQUEST, Answer, Request
-from distplat.strategies.verification.reference import Trained
+from distplat.strategies.verification.plan import Trained
 from distplat.strategies.verification.switched import Switches, task_fields
 from distplat.strategies.verification.verdicts import (
     NOT_COMPARED,

@@ -2,7 +2,8 @@
 Where two trainings part, by how much against the noise of rounding, and what the likely reason is.
 
 A tensor's noise floor is the largest difference so far between the reference and the same one
-summed in reverse order, and at least one rounding of the tensor's largest element for each step.
+summed in reverse order, and at least one rounding of the tensor's largest element for each step,
+in the coarsest type of the model.
 Differences up to `FACTOR` floors are rounding; a true fault is orders of magnitude larger.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distplat.strategies.verification.reference import Trained
+from distplat.strategies.verification.plan import Trained
 
 FACTOR = 16.0
 """Noise floors that a difference may be: another order of sums makes one or two."""
@@ -116,7 +117,7 @@ def _gaps(run: Trained, reference: Trained, reversed_: Trained, least: float) ->
         theirs = run.states.get(step)
         for name, value in reference.states[step].items():
             size = _largest(value)
-            floor = max(_distance(value, reversed_.states[step][name]), step * _eps(value) * size)
+            floor = max(_distance(value, reversed_.states[step][name]), step * eps * size)
             floor = max(floor, floors.get(name, 0.0), _least(least, size))
             floors[name] = floor
             if theirs is not None:

@@ -1,10 +1,14 @@
-"""Which samples a virtual rank has in which micro-batch, under which seed, at which rate."""
+"""
+What a reference is told, and what it gives.
+
+Which samples a virtual rank has in which micro-batch, under which seeds, at which learning rate.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -59,6 +63,23 @@ class Recipe:
     autocast: bool = False
     """Forward under bfloat16 autocast."""
     seed: int = 0
+
+
+Named = dict[str, Tensor]
+"""Tensors by name."""
+
+
+@dataclass
+class Trained:
+    """What came out; a run of the engine is brought into the same form."""
+
+    states: dict[int, Named]
+    """The model's state by steps done; of a run some may be missing, not the last."""
+    losses: list[float] = field(default_factory=list)
+    used: list[set[str]] = field(default_factory=list)
+    """Of references, by step: parameters that had a gradient."""
+    draws: bool = False
+    """Of references: whether a forward drew random numbers."""
 
 
 def recipe_of(job: Job) -> Recipe:

@@ -8,7 +8,6 @@ after the other, each on a model of its own, for models may count or remember.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -17,22 +16,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from distplat.strategies.task import Task
-from distplat.strategies.verification.plan import ROWS, Forward, Recipe, Schedule, read, seed_all
-
-Named = dict[str, Tensor]
-
-
-@dataclass
-class Trained:
-    """What came out; a run of the engine is brought into the same form."""
-
-    states: dict[int, Named]
-    """The model's state by steps done; of a run some may be missing, not the last."""
-    losses: list[float] = field(default_factory=list)
-    used: list[set[str]] = field(default_factory=list)
-    """Of references, by step: parameters that had a gradient."""
-    draws: bool = False
-    """Of references: whether a forward drew random numbers."""
+from distplat.strategies.verification.plan import (
+    ROWS,
+    Forward,
+    Named,
+    Recipe,
+    Schedule,
+    Trained,
+    read,
+    seed_all,
+)
 
 
 class Rank:

@@ -21,8 +21,8 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.task import Task
 from distplat.strategies.verification.compare import compare, is_finite
-from distplat.strategies.verification.plan import parts, recipe_of, union
-from distplat.strategies.verification.reference import Rank, Trained, train
+from distplat.strategies.verification.plan import Trained, parts, recipe_of, union
+from distplat.strategies.verification.reference import Rank, train
 from distplat.strategies.verification.switched import Switches
 from distplat.strategies.verification.tables import with_rows
 

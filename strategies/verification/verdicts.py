@@ -12,7 +12,7 @@ from distplat.platform.errors import DistplatError
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.verification.compare import Comparison, compare, last
-from distplat.strategies.verification.reference import Trained
+from distplat.strategies.verification.plan import Trained
 from distplat.strategies.verification.references import (
     MEANING_TOLERANCE,
     References,

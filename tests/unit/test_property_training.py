@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from in_memory_engine import make, trained
 from in_memory_run import train as train_in_memory
 
+from distplat.platform.errors import SpecError
 from distplat.strategies.verification.compare import Comparison, compare
 from distplat.strategies.verification.plan import parts, recipe_of
 from distplat.strategies.verification.reference import train
@@ -26,11 +27,14 @@ from distplat.strategies.verification.switched import Switches
 TOLERANCE = 1e-9
 """In float64, relative to a tensor's largest element; runs of six steps stay below 1e-13."""
 
+NARROW_TOLERANCE = 1e-5
+"""Where a layer is in float32."""
+
 RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "50"))
 """`make test` draws the same ones each time, `make test-all` many others."""
 
-NOT_YET: set[str] = set()
-NOT_YET_CUT: set[str] = set()
+NOT_YET_CUT = {"unused", "experts", "sometimes"}
+"""Blocks that pipelines do not train as a plain loop does."""
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},
@@ -71,23 +75,21 @@ def runs(draw: st.DrawFn) -> Drawn:
     """Draw a run that the job file allows."""
     strategy, options = draw(st.sampled_from(STRATEGIES))
     cuts = strategy == "hybrid"
-    names = sorted(BLOCKS.keys() - NOT_YET - (NOT_YET_CUT if cuts else set()))
+    names = sorted(BLOCKS.keys() - (NOT_YET_CUT if cuts else set()))
     blocks = tuple(draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)))
-    workers = draw(st.integers(1, 3))
-    accumulation = draw(st.integers(1, 3))
+    workers, accumulation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    least = workers * accumulation
     if cuts:
         workers = options.get("pipeline", 1) * options.get("data", 1)
-        blocks = ("plain", *blocks, "plain")  # as many layers as stages
-        micro = draw(st.integers(1, 3))
+        micro = 1 if "teacher" in blocks else accumulation  # it writes what backward still needs
         options = {**options, "micro_batches": micro}
-        least = micro * options.get("data", 1)
-    else:
-        least = workers * accumulation
-    batch = max(least, workers) + draw(st.integers(0, 4))
-    rest = draw(st.integers(0, batch - 1))
+        least = max(workers, micro * options.get("data", 1))
+        blocks = (*(name for block in blocks for name in ("plain", block)), "plain")
+    batch = least + draw(st.integers(0, 4))
     return Drawn(
         blocks=blocks,
         form="tensor" if cuts else draw(st.sampled_from(["tensor", "dict", "tuple"])),
+        weighted=draw(st.booleans()),
         optimizer=draw(st.sampled_from(OPTIMIZERS)),
         lr_schedule=draw(st.sampled_from(SCHEDULES)),
         clip_norm=draw(st.sampled_from([None, 0.05, 100.0])),
@@ -95,9 +97,17 @@ def runs(draw: st.DrawFn) -> Drawn:
         strategy=strategy,
         options=options,
         workers=workers,
-        samples=2 * batch + rest,
+        samples=2 * batch + draw(st.integers(0, batch - 1)),
         batch=batch,
     )
+
+
+def refused(drawn: Drawn) -> bool:
+    """Say whether the engine refuses by name what it cannot do."""
+    if "bounded" in drawn.blocks and drawn.strategy == "ps-sync":
+        return True  # servers keep what the forward writes
+    fixed = drawn.strategy == "hybrid" or drawn.options.get("shard_optimizer", False)
+    return "thawed" in drawn.blocks and fixed
 
 
 def met(drawn: Drawn) -> Comparison:
@@ -108,12 +118,17 @@ def met(drawn: Drawn) -> Comparison:
     plain, backwards = (train(task, schedule, recipe, reverse=way) for way in (False, True))
     run = trained(job, train_in_memory(job, kind))
     names = sorted(set().union(*plain.used))
-    return compare(run, plain, backwards, names, TOLERANCE)
+    least = NARROW_TOLERANCE if "narrow" in drawn.blocks else TOLERANCE
+    return compare(run, plain, backwards, names, least)
 
 
 @pytest.mark.timeout(120 + RUNS)
 @settings(max_examples=RUNS, derandomize=RUNS <= 50, database=None)
 @given(drawn=runs())
 def test_a_run_gives_what_a_plain_loop_gives(drawn: Drawn) -> None:
+    if refused(drawn):
+        with pytest.raises(SpecError):
+            met(drawn)
+        return
     found = met(drawn)
     assert not found.parts, found

@@ -24,7 +24,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.task import Task
 from distplat.strategies.verification import child
 from distplat.strategies.verification.compare import LOSS, compare
-from distplat.strategies.verification.reference import Trained
+from distplat.strategies.verification.plan import Trained
 from distplat.strategies.verification.references import references
 from distplat.strategies.verification.switched import Switches, switched
 from distplat.strategies.verification.verdicts import (
