@@ -25,7 +25,8 @@ from distplat.strategies.algorithms import lowrank
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.base import Collective
 from distplat.strategies.reduction.compressed import CompressedReducer
-from distplat.strategies.training.flat import FlatModel, Slot
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.laying_out import Slot
 
 _SEED = 20190531
 """Of the first directions: the same on every rank, whatever the job's seed is."""

@@ -16,6 +16,7 @@ def listen(flat: FlatModel, heard: Callable[[int, str], None]) -> list[Removable
     Returns:
         Hooks, to be removed when nobody listens any more.
     """
+
     def hook(place: int, name: str) -> Callable[[Tensor], None]:
         return lambda _: heard(place, name)
 

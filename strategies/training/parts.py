@@ -20,7 +20,8 @@ from torch import Tensor
 
 from distplat.platform.pieces import Bytes, Entry, Place, Whole
 from distplat.strategies.ports import Kind, Shards
-from distplat.strategies.training.flat import FlatModel, Slot
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.laying_out import Slot
 from distplat.strategies.training.optim import PER_PARAMETER, USED
 from distplat.strategies.training.segments import dtype_name
 

@@ -56,7 +56,8 @@ class ParameterShard:
         self._sum = torch.zeros_like(params)
         self._layout = layout_of(plan, params)
         self.optimizer = FlatOptimizer(plan.job.optimizer, params, self._sum, self._layout)
-        self._segments = [one for one in self._layout.segments if one.start < self._layout.tail]
+        every, tail = self._layout.segments, self._layout.tail
+        self._segments = tuple(one for one in every if one.start < tail)
         self._thawing = [one for one in self._layout.pieces if one.start >= self._layout.tail]
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._presence: dict[int, bytes | None] = {}  #: rank -> parameters of which it has one
@@ -249,4 +250,4 @@ def union(flags: Sequence[bytes | None]) -> bytes | None:
     if any(one is None for one in flags):
         return None
     every = [np.frombuffer(one, np.bool_) for one in flags if one is not None]
-    return np.logical_or.reduce(every).tobytes()
+    return bytes(np.logical_or.reduce(every).tobytes())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distplat.platform.optimizers import AnyOptimizer
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import NUMBERS, PER_PARAMETER, USED, FlatOptimizer
+import itertools
 
 STEPS = 6
 KINDS: TypeAdapter[Any] = TypeAdapter(AnyOptimizer)
@@ -94,7 +95,7 @@ class Flat:
         self.places = [int(slot.name[1:]) for slot in self.flat.slots]
         size = -(-self.flat.size // cuts // 16) * 16
         bounds = [min(size * number, self.flat.size) for number in range(cuts)] + [self.flat.size]
-        self.runs = list(zip(bounds, bounds[1:], strict=False))
+        self.runs = list(itertools.pairwise(bounds))
         self.spec = spec
         self.optimizers = [self.make(*run) for run in self.runs]
 

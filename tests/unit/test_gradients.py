@@ -114,8 +114,8 @@ def test_a_hook_may_replace_the_gradient_or_drop_it() -> None:
         def drop(parameter: Tensor) -> None:
             parameter.grad = None
 
-        net.a.weight.register_post_accumulate_grad_hook(halve)
-        net.b.weight.register_post_accumulate_grad_hook(drop)
+        for parameter, hook in ((net.a.weight, halve), (net.b.weight, drop)):
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     rig.backward(lambda net: net(X).sum())
     rig.check()
 
@@ -201,9 +201,7 @@ def reshape(net: nn.Module) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_model_that_changed_is_refused(
-    spoil: Callable[[nn.Module], None], message: str
-) -> None:
+def test_a_model_that_changed_is_refused(spoil: Callable[[nn.Module], None], message: str) -> None:
     flat = FlatModel(Net())
     flat.check_layout(1)
     spoil(flat.model)
@@ -253,7 +251,7 @@ def test_slices_of_one_tensor_may_be_parameters() -> None:
 def test_a_complex_parameter_is_refused_by_name() -> None:
     net = Net()
     net.w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(SpecError, match="'w' is torch.complex64"):
+    with pytest.raises(SpecError, match=r"'w' is torch\.complex64"):
         FlatModel(net)
 
 
