@@ -62,7 +62,7 @@ class ParameterShard:
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._presence: dict[int, bytes | None] = {}  #: rank -> parameters of which it has one
         self._weights: dict[int, float | None] = {}  #: rank -> its part of the loss's weight
-        self._present: bytes | None = None  #: of the staged sum: parameters that have a gradient
+        self.present: bytes | None = None  #: of the last sum, see `as_flags`: who has a gradient
         self._scale = 1.0  #: of the staged sum: what it is still to be multiplied by
         backup = plan.consistency.backup_workers
         self.ledger = Ledger(plan.run, plan.attempt, plan.world, backup)
@@ -171,8 +171,8 @@ class ParameterShard:
             scale *= clip_factor(norm, limit)
         scale_in_place(self._typed(self._sum), scale)
         if self.mirror is not None:
-            self.mirror.send(Update(seq, present=self._present), self._sum)
-        self._update(seq, self._present)
+            self.mirror.send(Update(seq, present=self.present), self._sum)
+        self._update(seq, self.present)
         return True
 
     def follow(self, update: Update, gradient: Tensor) -> None:
@@ -210,8 +210,8 @@ class ParameterShard:
     def _add_up(self) -> None:
         """Sum in rank order (I2), and let go of the workers' vectors."""
         ranks = sorted(self._gradients)
-        self._present = union([self._presence[rank] for rank in ranks])
-        self._look_for_thawed(self._present)
+        self.present = union([self._presence[rank] for rank in ranks])
+        self._look_for_thawed(self.present)
         parts = [self._typed(self._gradients[rank]) for rank in ranks]
         for terms, out in zip(zip(*parts, strict=True), self._typed(self._sum), strict=True):
             sum_in_order(terms, out)

@@ -1,5 +1,6 @@
 """Checkpoints of flat vectors: types, parameters that rested or are frozen, the task's own."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import USED, FlatOptimizer
 from distplat.strategies.training.parts import Part, as_array, model_part, optimizer_part
 from distplat.strategies.training.restoring import SavedState
-import itertools
 
 RESTED = "b.weight"
 

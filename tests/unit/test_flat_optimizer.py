@@ -1,5 +1,6 @@
 """Every optimizer a job may name, over a flat vector, moves as torch's own over the parameters."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from distplat.platform.optimizers import AnyOptimizer
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import NUMBERS, PER_PARAMETER, USED, FlatOptimizer
-import itertools
 
 STEPS = 6
 KINDS: TypeAdapter[Any] = TypeAdapter(AnyOptimizer)
