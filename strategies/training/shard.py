@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.errors import GapError, StaleError
@@ -240,7 +241,7 @@ def as_flags(present: Presence) -> bytes | None:
     return None if present is None else np.asarray(present, np.bool_).tobytes()
 
 
-def from_flags(flags: bytes | None) -> Presence:
+def from_flags(flags: bytes | None) -> NDArray[np.bool_] | None:
     """Unpack what `as_flags` gave."""
     return None if flags is None else np.frombuffer(flags, np.bool_)
 
