@@ -203,7 +203,7 @@ class Session:
             order.rank,
             f"of {world}" if order.rank < world else "joins",
             order.job.strategy.name,
-            sum(slot.size for slot in prepared.flat.slots),
+            sum(slot.size for slot in prepared.flat.trained_slots),
             prepared.flat.params.device,
             prepared.total_steps,
         )

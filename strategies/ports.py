@@ -146,12 +146,12 @@ class Shards(Protocol):
     def refresh(self) -> None:
         """Bring the newest parameters here."""
 
-    def tail(self) -> NDArray[np.bool_]:
+    def seen(self) -> NDArray[np.bool_]:
         """
-        Say which parameters that were frozen at first are trained by now.
+        Say which parameters have had a gradient yet, on any rank.
 
         Returns:
-            By slot of the flat vector's tail; empty: none is.
+            By slot of the flat vector.
         """
 
     def copies(self, version: int) -> list[ShardCopy] | None:

@@ -106,8 +106,8 @@ class PsSync(Strategy[PsSyncOptions]):
         self._shards.connect(flat, context.saved)
         if context.tables_made is not None and context.tables_made < flat.version:
             self._shards.step_back(context.tables_made)
-        if flat.active.size and (tail := self._shards.tail()).any():
-            flat.take_over_tail(tail)
+        if flat.active.size:
+            flat.take_over_tail(self._shards.seen()[-flat.active.size :])
         self._state = context.state
         self._meet(context)
         return flat.version
@@ -142,8 +142,7 @@ class PsSync(Strategy[PsSyncOptions]):
         self._pushed = self._shards.push(step, local)
         total = (self._pushed.total or local).named(local)
         if total.thawed:
-            flat = self._context.flat
-            flat.activate_tail(self._shards.tail(), step, had_samples=flat.began)
+            self._context.flat.activate_tail(self._shards.seen(), step)
         return total
 
     def update(self, step: int, total: StepControl) -> None:

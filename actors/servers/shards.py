@@ -129,7 +129,7 @@ class RemoteShards:
 
         attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
-        lines.hang_bells(road.near, control_size(len(self._flat.flags)))
+        lines.hang_bells(road.near, control_size(len(self._flat.slots)))
         if self._on_device:
             shared = road.gradients, road.parameters
             self._ferry = cuda_ferry(self._flat.grads, self._flat.params, shared)
@@ -223,13 +223,13 @@ class RemoteShards:
         """See `Shards`."""
         self._following(lambda: self._pull("step_timeout_s"))
 
-    def tail(self) -> NDArray[np.bool_]:
+    def seen(self) -> NDArray[np.bool_]:
         """See `Shards`."""
 
         def ask_first() -> NDArray[np.bool_]:
-            question = lambda server, cut: self._transport.call(server, "tail")  # noqa: E731
+            question = lambda server, cut: self._transport.call(server, "seen")  # noqa: E731
             first = self._lines.cuts[:1]
-            found: NDArray[np.bool_] = self._lines.ask("thawed parameters", question, first)[0]
+            found: NDArray[np.bool_] = self._lines.ask("seen", question, first)[0]
             return found
 
         return self._following(ask_first)

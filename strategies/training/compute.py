@@ -74,9 +74,9 @@ class Share:
             rank: this one.
             flat: what this rank trains, after the step's last backward.
         """
-        broken, thawed = not math.isfinite(self.loss_sum), bool(flat.thawed.any())
+        broken = not math.isfinite(self.loss_sum)
         figures = self.samples, self.weight, int(broken), rank
-        return StepControl(*figures, thawed=thawed, present=flat.flags)
+        return StepControl(*figures, thawed=flat.thaws, present=flat.present)
 
     @property
     def loss(self) -> float:

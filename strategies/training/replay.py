@@ -189,8 +189,8 @@ class ReplayShards:
         """Wait for the end: what a rank computes on before, the logs say."""
         self._group.finish(self._rank)
 
-    def tail(self) -> NDArray[np.bool_]:
-        """See `Shards`; asynchronous shards have none."""
+    def seen(self) -> NDArray[np.bool_]:
+        """See `Shards`; asked of synchronous shards only."""
         return np.zeros(0, np.bool_)
 
     def copies(self, version: int) -> None:

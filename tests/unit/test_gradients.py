@@ -114,8 +114,8 @@ def test_a_hook_may_replace_the_gradient_or_drop_it() -> None:
         def drop(parameter: Tensor) -> None:
             parameter.grad = None
 
-        net.a.weight.register_post_accumulate_grad_hook(halve)
-        net.b.weight.register_post_accumulate_grad_hook(drop)
+        for parameter, hook in ((net.a.weight, halve), (net.b.weight, drop)):
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     rig.backward(lambda net: net(X).sum())
     rig.check()
 
