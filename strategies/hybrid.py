@@ -186,7 +186,6 @@ class Hybrid(Strategy[HybridOptions]):
     def own_part(self, prepared: Prepared, rank: int, collective: Collective | None) -> FlatModel:
         """Agree with the others where the model is cut, and take this rank's part."""
         from distplat.strategies.pipeline.rank import Rank  # torch: in workers only
-
         from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
 
         assert collective is not None, "roles() asked for a group"

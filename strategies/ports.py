@@ -137,6 +137,13 @@ class Shards(Protocol):
         have not come further; the servers keep theirs, and take the step's gradients again.
         """
 
+    def one_memory(self) -> bool:
+        """
+        Say whether `flat.params` is the memory that the servers update, after `connect`.
+
+        Then it is also that of other workers, and what one of them writes there counts.
+        """
+
     def bounds(self) -> Sequence[tuple[int, int]]:
         """Give, by shard, its first element in the flat vector, and the one after its last."""
 

@@ -124,7 +124,8 @@ class PsSync(Strategy[PsSyncOptions]):
             why = "which waits for all ranks, and `backup_workers` does not"
             refuse_sync_batch_norm(flat.model, why, "remove it, or use nn.BatchNorm")
         group = context.peers() if state.needs_group and not backup else None
-        state.connect(group, served="use `strategy: ring`", shifting=backup > 0)
+        served, shared = "use `strategy: ring`", context.shards.one_memory() and not backup
+        state.connect(group, served=served, one_memory=shared, shifting=backup > 0)
         state.meet(flat.version, context.saved.step if context.saved is not None else 0)
 
     def skips(self, step: int) -> bool:

@@ -175,6 +175,10 @@ class RayShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
+    def one_memory(self) -> bool:
+        """See `Shards`; a backup would not have what a worker writes."""
+        return self._road.one_copy and not self._on_device and self._tracker is None
+
     def bounds(self) -> list[tuple[int, int]]:
         """See `Shards`."""
         return [(cut.start, cut.stop) for cut in self._lines.cuts]

@@ -159,6 +159,10 @@ class InMemoryShards:
     def _versions(self) -> list[int]:
         return [self._group.service(cut.index).served.version for cut in self._cuts]
 
+    def one_memory(self) -> bool:
+        """See `Shards`."""
+        return not self._group.plan.consistency.private and not self._group.apart
+
     def bounds(self) -> list[tuple[int, int]]:
         """See `Shards`."""
         return [(cut.start, cut.stop) for cut in self._cuts]

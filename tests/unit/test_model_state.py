@@ -166,6 +166,12 @@ def test_a_trained_parameter_that_a_forward_writes(world: int, kind: type[Task])
     same(run, plain(kind))
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_workers_that_share_the_servers_memory_scale_rows_once(world: int) -> None:
+    run = train(job("ps-sync", world, evaluation={"every_epochs": 1}), Capped)
+    same(run, plain(Capped))
+
+
 @pytest.mark.parametrize("kind", [Capped, Clipped])
 @pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
 def test_where_servers_keep_it_that_is_refused_by_name(strategy: str, kind: type[Task]) -> None:
@@ -173,7 +179,7 @@ def test_where_servers_keep_it_that_is_refused_by_name(strategy: str, kind: type
         pytest.skip("servers change the values meanwhile, so that they do not tell")
     name = "table.weight" if kind is Capped else "layer.weight"
     with pytest.raises(SpecError, match=rf"'{name}', which servers keep(.|\n)*ring"):
-        train(job(strategy, 2), kind)
+        train(job(strategy, 2), kind, apart=True)
 
 
 class Unseeded(Data):
