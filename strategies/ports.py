@@ -107,7 +107,7 @@ class TablesCopy:
 
 class Shards(Protocol):
     """
-    The server group as one worker sees it. Workers know servers, never each other.
+    The server group as one worker sees it. Through it workers know servers, never each other.
 
     The worker's parameters and gradients live in buffers that the port gives out, so that where
     both sides share a node nothing is copied.

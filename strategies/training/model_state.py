@@ -393,7 +393,7 @@ class ModelState:
         return found | {n for n in silent if self._watched[n].differs()}
 
     def _mark(self) -> None:
-        self._marks.set([n for n, one in enumerate(self._watched) if not one.trained])
+        self._marks.renew([n for n, one in enumerate(self._watched) if not one.trained])
 
     def _untrained(self) -> list[Slot]:
         return [one.slot for one in self._watched if not one.trained]

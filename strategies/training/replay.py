@@ -170,6 +170,10 @@ class ReplayShards:
     def step_back(self, version: int) -> None:
         """See `Shards`; asynchronous shards have no version in common."""
 
+    def one_memory(self) -> bool:
+        """See `Shards`; asynchronous workers compute on copies."""
+        return False
+
     def bounds(self) -> list[tuple[int, int]]:
         """See `Shards`."""
         return [(cut.start, cut.stop) for cut in self._group.cuts]

@@ -96,7 +96,7 @@ class Marks:
         self._movable: list[int] = []
         self._marked: tuple[list[int], list[int], list[int]] = [], [], []
 
-    def set(self, movable: Sequence[int]) -> None:
+    def renew(self, movable: Sequence[int]) -> None:
         """Take all for unwritten; `movable`: those whose address is to be looked at, too."""
         self._movable = [*movable]
         self._marked = self._now()

@@ -121,7 +121,7 @@ def test_another_model(strategy: Any) -> None:
             assert isinstance(model, nn.Sequential)
             if not first():
                 model[2] = nn.Linear(3, 2, bias=False)
-                model[0].bias.requires_grad_(requires_grad=False)
+                model[0].bias.requires_grad_(False)
                 model[1].running_mean = torch.zeros(3, dtype=torch.float64)
             return model
 
@@ -160,7 +160,7 @@ def test_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         facts.append(facts_of(task, task.model(), task.train_data(), None, 0))
     agree(facts[0], 1, board, lambda positions: {})
     agree(facts[0], 0, board, lambda positions: {})
-    with pytest.raises(SpecError, match="worker-2 runs another task.py than worker-1"):
+    with pytest.raises(SpecError, match=r"worker-2 runs another task\.py than worker-1"):
         agree(facts[1], 2, board, lambda positions: {})
 
 
