@@ -3,8 +3,8 @@ Synchronous parameter server: data parallel around a server group (Li et al., OS
 
 Server nodes keep the parameters and the optimizer's state, cut into shards of equal size. In each
 step every worker pushes its gradients; when all of them are in, every shard sums them in rank
-order, updates, and serves the new version. Workers talk to each other only about what servers do not
-keep: buffers and frozen parameters, and the statistics of `nn.SyncBatchNorm` (docs/model_state.md).
+order, updates, and serves the new version. Workers talk to each other only about what servers do
+not keep: buffers, frozen parameters, the statistics of `nn.SyncBatchNorm` (docs/model_state.md).
 
 With `backup_workers: b` a step is made of the first N - b gradients; what comes later is dropped,
 and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00981).
