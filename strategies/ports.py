@@ -98,7 +98,7 @@ class TablesCopy:
 
 class Shards(Protocol):
     """
-    The server group as one worker sees it. Workers know servers, never each other.
+    The server group as one worker sees it. Through it workers know servers, never each other.
 
     The worker's parameters and gradients live in buffers that the port gives out, so that where
     both sides share a node nothing is copied.
@@ -126,6 +126,13 @@ class Shards(Protocol):
         """
         Take the parameters of the version before the servers', where other parts of the model
         have not come further; the servers keep theirs, and take the step's gradients again.
+        """
+
+    def one_memory(self) -> bool:
+        """
+        Say whether `flat.params` is the memory that the servers update, after `connect`.
+
+        Then it is also that of other workers, and what one of them writes there counts.
         """
 
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:

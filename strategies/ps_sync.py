@@ -3,7 +3,8 @@ Synchronous parameter server: data parallel around a server group (Li et al., OS
 
 Server nodes keep the parameters and the optimizer's state, cut into shards of equal size. In each
 step every worker pushes its gradients; when all of them are in, every shard sums them in rank
-order, updates, and serves the new version. Workers never talk to each other.
+order, updates, and serves the new version. Workers talk to each other only about what servers do
+not keep: buffers, frozen parameters, the statistics of `nn.SyncBatchNorm` (docs/model_state.md).
 
 With `backup_workers: b` a step is made of the first N - b gradients; what comes later is dropped,
 and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00981).
@@ -121,7 +122,8 @@ class PsSync(Strategy[PsSyncOptions]):
             why = "which waits for all ranks, and `backup_workers` does not"
             refuse_sync_batch_norm(flat.model, why, "remove it, or use nn.BatchNorm")
         group = context.peers() if state.needs_group and not backup else None
-        state.connect(group, served="use `strategy: ring`", shifting=backup > 0)
+        served, shared = "use `strategy: ring`", context.shards.one_memory() and not backup
+        state.connect(group, served=served, one_memory=shared, shifting=backup > 0)
         state.meet(flat.version, context.saved.step if context.saved is not None else 0)
 
     def skips(self, step: int) -> bool:

@@ -198,6 +198,10 @@ class RemoteShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
+    def one_memory(self) -> bool:
+        """See `Shards`; a backup would not have what a worker writes."""
+        return self._road.one_copy and not self._on_device and self._tracker is None
+
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
         self._control = control

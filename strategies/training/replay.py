@@ -177,6 +177,10 @@ class ReplayShards:
     def step_back(self, version: int) -> None:
         """See `Shards`; asynchronous shards have no version in common."""
 
+    def one_memory(self) -> bool:
+        """See `Shards`; asynchronous workers compute on copies."""
+        return False
+
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
         return Pushed(staleness=self._group.submit(self._rank, step, control), total=control)
