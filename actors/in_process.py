@@ -1,11 +1,13 @@
 """`num_workers: 0`: one rank in the calling process, without Ray, for a debugger and a profiler."""
 
+import logging
 from collections.abc import Callable
 
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.courier import Courier
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
+from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import saved_model
 from distplat.actors.user_errors import as_user_error
@@ -26,9 +28,12 @@ from distplat.strategies.fakes import (
     TableGroup,
 )
 from distplat.strategies.sparse.files import keep_tables
+from distplat.strategies.training.checks import device_of
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Ports, join, prepare
+
+logger = logging.getLogger(__name__)
 
 _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
@@ -70,9 +75,11 @@ def _train(
 ) -> bytes:
     job = launch.job
     kind = launch.task or load_task_class(job.task or "", launch.working_dir)
+    said = check_class(kind, job.task_args)
+    for line in () if launch.checked else said:
+        logger.warning("%s", line)
     strategy = make_strategy(job)
-    device = "cuda" if job.scaling.use_gpu else "cpu"
-    prepared = prepare(job, kind(**job.task_args), device, strategy)
+    prepared = prepare(job, kind(**job.task_args), device_of(job), strategy)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)

@@ -23,6 +23,7 @@ from distplat.actors.connection import Connection
 from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
+from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
@@ -33,6 +34,7 @@ from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
+from distplat.strategies.training.checks import device_of
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
@@ -220,8 +222,12 @@ class Session:
         if order.strategy_file is not None:
             order.strategy_file.load()
         self._strategy = make_strategy(job)
-        task = _task_class(order)(**job.task_args)
-        device = "cuda" if job.scaling.use_gpu else "cpu"
+        kind = _task_class(order)
+        said = check_class(kind, job.task_args)
+        for line in said if order.rank == 0 and not order.checked else ():
+            logger.warning("%s", line)
+        task = kind(**job.task_args)
+        device = device_of(job)
         self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy
 

@@ -26,6 +26,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.pieces import ITEM_BYTES
 
 if TYPE_CHECKING:
+    from distplat.platform.spec import Job
     from distplat.strategies.task import Task
 
 _SENT = {
@@ -44,6 +45,22 @@ _SENT = {
 _REAL = "keep it as real numbers: torch.view_as_real(...), and torch.view_as_complex in forward()"
 _SHOWN = 6
 """Names in one message."""
+
+
+def device_of(job: Job) -> str:
+    """
+    Give the device that the job's models train on.
+
+    Raises:
+        SpecError: it is to be a card, and torch sees none here.
+    """
+    if not job.scaling.use_gpu:
+        return "cpu"
+    if not torch.cuda.is_available():
+        text = f"torch {torch.__version__} sees no card where this worker runs"
+        hint = "set it to false, or run where a card and a torch built for it are"
+        raise SpecError(Problem(("scaling", "use_gpu"), text, hint))
+    return "cuda"
 
 
 def checked_model(task: Task, model: object) -> nn.Module:
