@@ -196,7 +196,7 @@ class Session:
 
     def _say_what(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
         if order.attempt > 0:
-            logger.info("rank %d goes on from step %d", order.rank, start)
+            logger.info("rank %d goes on after step %d", order.rank, start)
             return
         world = order.job.scaling.world
         logger.info(

@@ -151,7 +151,7 @@ def dry_run(request: Request) -> None:
         f"({job.strategy.name}) on {_named(target, job)}"
     )
     if start is not None:
-        request.say(f"would go on from step {start.step}, {start.path}")
+        request.say(f"would go on after step {start.step}, {start.path}")
 
 
 def _target(request: Request, job: Job) -> Target:

@@ -115,7 +115,7 @@ class RayTables:
         """See `Tables`."""
         attempt = self._plan.attempt
         question = lambda k, server: partial(server.begin.remote, attempt, version)  # noqa: E731
-        self._ask(f"going on from step {version}", question, "start_timeout_s").answers()
+        self._ask(f"going on after step {version}", question, "start_timeout_s").answers()
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         """See `Tables`."""
