@@ -28,7 +28,7 @@ from distplat.strategies.fakes import (
     TableGroup,
 )
 from distplat.strategies.sparse.files import keep_tables
-from distplat.strategies.training.checks import device_of
+from distplat.strategies.training.checks import device_of, remark_on_size
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Ports, join, prepare
@@ -80,6 +80,8 @@ def _train(
         logger.warning("%s", line)
     strategy = make_strategy(job)
     prepared = prepare(job, kind(**job.task_args), device_of(job), strategy)
+    if remark := remark_on_size(job, prepared.sampler):
+        logger.warning("%s", remark)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     plan = ShardPlan(job, launch.run, 0, 1, steps, max(1, roles.servers), roles.consistency, every)

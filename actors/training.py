@@ -34,7 +34,7 @@ from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
-from distplat.strategies.training.checks import device_of
+from distplat.strategies.training.checks import device_of, remark_on_size
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
@@ -199,6 +199,8 @@ class Session:
             logger.info("rank %d goes on after step %d", order.rank, start)
             return
         world = order.job.scaling.world
+        if order.rank == 0 and (remark := remark_on_size(order.job, prepared.sampler)):
+            logger.warning("%s", remark)
         logger.info(
             "rank %d %s: %s, %d parameters on %s, %d steps",
             order.rank,

@@ -26,6 +26,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.pieces import ITEM_BYTES
 
 if TYPE_CHECKING:
+    from distplat.platform.sampler import Sampler
     from distplat.platform.spec import Job
     from distplat.strategies.task import Task
 
@@ -142,6 +143,22 @@ def checked_data(task: Task, data: object, method: str) -> Dataset[Any]:
         raise ValueError(f"{_place(task, method)}{method}() {fault}")
     found: Dataset[Any] = data  # type: ignore[assignment]
     return found
+
+
+def remark_on_size(job: Job, sampler: Sampler) -> str:
+    """Say what a job asks for that its data is too small for; empty: nothing."""
+    if sampler.size < sampler.world:
+        idle = sampler.world - sampler.size
+        return (
+            f"the training data has {sampler.size} samples for {sampler.world} parts of a batch: "
+            f"{idle} of them are empty in every step"
+        )
+    if sampler.size < job.global_batch_size:
+        return (
+            f"the training data has {sampler.size} samples, fewer than global_batch_size "
+            f"{job.global_batch_size}: every step is made of all of them"
+        )
+    return ""
 
 
 def _fault_of(data: object) -> str:
