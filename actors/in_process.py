@@ -4,6 +4,7 @@
 Servers are those of a run on Ray, as objects here (`local_actors.py`).
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 
@@ -13,6 +14,7 @@ from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
 from distplat.actors.local_actors import Servers, TableServers
 from distplat.actors.local_transport import opened
+from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import saved_model
 from distplat.actors.user_errors import as_user_error
@@ -28,9 +30,13 @@ from distplat.strategies.fakes import (
     LeaseDesk,
 )
 from distplat.strategies.sparse.files import keep_tables
+from distplat.strategies.task import Task
+from distplat.strategies.training.checks import device_of, remark_on_size
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Ports, join, make_task, prepare
+
+logger = logging.getLogger(__name__)
 
 _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
@@ -71,11 +77,19 @@ def _train(
     keep: Keep,
 ) -> bytes:
     job = launch.job
-    kind = launch.task
-    task = make_task(job, lambda: kind or load_task_class(job.task or "", launch.working_dir))
+
+    def load() -> type[Task]:
+        kind = launch.task or load_task_class(job.task or "", launch.working_dir)
+        said = check_class(kind, job.task_args)
+        for line in () if launch.checked else said:
+            logger.warning("%s", line)
+        return kind
+
+    task = make_task(job, load)
     strategy = make_strategy(job)
-    device = "cuda" if job.scaling.use_gpu else "cpu"
-    prepared = prepare(job, task, device, strategy)
+    prepared = prepare(job, task, device_of(job), strategy)
+    if remark := remark_on_size(job, prepared.sampler):
+        logger.warning("%s", remark)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     checkpoints = Checkpoints(launch, 1, opened)

@@ -24,6 +24,7 @@ from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.ray_transport import RayTransport
+from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
@@ -34,6 +35,7 @@ from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
+from distplat.strategies.training.checks import device_of, remark_on_size
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
@@ -195,9 +197,11 @@ class Session:
 
     def _say_what(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
         if order.attempt > 0:
-            logger.info("rank %d goes on from step %d", order.rank, start)
+            logger.info("rank %d goes on after step %d", order.rank, start)
             return
         world = order.job.scaling.world
+        if order.rank == 0 and (remark := remark_on_size(order.job, prepared.sampler)):
+            logger.warning("%s", remark)
         logger.info(
             "rank %d %s: %s, %d parameters on %s, %d steps",
             order.rank,
@@ -221,8 +225,8 @@ class Session:
         if order.strategy_file is not None:
             order.strategy_file.load()
         self._strategy = make_strategy(job)
-        task = make_task(job, lambda: _task_class(order))
-        device = "cuda" if job.scaling.use_gpu else "cpu"
+        task = make_task(job, lambda: _checked_class(order))
+        device = device_of(job)
         self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy
 
@@ -239,6 +243,15 @@ def _saved(order: WorkOrder) -> SavedState | None:
         return None
     limit_s = order.job.failure.start_timeout_s
     return SavedState(handle.state, lambda file: ray.get(handle.files[file][0], timeout=limit_s))
+
+
+def _checked_class(order: WorkOrder) -> type[Task]:
+    """Give the task's class; rank 0 says what in it looks like a hook that nobody calls."""
+    kind = _task_class(order)
+    said = check_class(kind, order.job.task_args)
+    for line in said if order.rank == 0 and not order.checked else ():
+        logger.warning("%s", line)
+    return kind
 
 
 def _task_class(order: WorkOrder) -> type[Task]:

@@ -229,7 +229,7 @@ class Rank:
     def trace(self, step: int) -> TraceReport | None:
         """Tell when what was done in the step just made, if it is the one."""
         options = self._options
-        wanted = min(options.trace_step, self._prepared.total_steps - 1)
+        wanted = min(options.trace_step, self._prepared.total_steps) - 1
         if step != wanted or options.pipeline == 1:
             return None
         return self._measures.trace(step, self._executor.spans, options.schedule, options.pipeline)

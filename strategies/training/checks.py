@@ -26,6 +26,8 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.pieces import ITEM_BYTES
 
 if TYPE_CHECKING:
+    from distplat.platform.sampler import Sampler
+    from distplat.platform.spec import Job
     from distplat.strategies.task import Task
 
 _SENT = {
@@ -44,6 +46,22 @@ _SENT = {
 _REAL = "keep it as real numbers: torch.view_as_real(...), and torch.view_as_complex in forward()"
 _SHOWN = 6
 """Names in one message."""
+
+
+def device_of(job: Job) -> str:
+    """
+    Give the device that the job's models train on.
+
+    Raises:
+        SpecError: it is to be a card, and torch sees none here.
+    """
+    if not job.scaling.use_gpu:
+        return "cpu"
+    if not torch.cuda.is_available():
+        text = f"torch {torch.__version__} sees no card where this worker runs"
+        hint = "set it to false, or run where a card and a torch built for it are"
+        raise SpecError(Problem(("scaling", "use_gpu"), text, hint))
+    return "cuda"
 
 
 def checked_model(task: Task, model: object) -> nn.Module:
@@ -125,6 +143,22 @@ def checked_data(task: Task, data: object, method: str) -> Dataset[Any]:
         raise ValueError(f"{_place(task, method)}{method}() {fault}")
     found: Dataset[Any] = data  # type: ignore[assignment]
     return found
+
+
+def remark_on_size(job: Job, sampler: Sampler) -> str:
+    """Say what a job asks for that its data is too small for; empty: nothing."""
+    if sampler.size < sampler.world:
+        idle = sampler.world - sampler.size
+        return (
+            f"the training data has {sampler.size} samples for {sampler.world} parts of a batch: "
+            f"{idle} of them are empty in every step"
+        )
+    if sampler.size < job.global_batch_size:
+        return (
+            f"the training data has {sampler.size} samples, fewer than global_batch_size "
+            f"{job.global_batch_size}: every step is made of all of them"
+        )
+    return ""
 
 
 def _fault_of(data: object) -> str:

@@ -43,6 +43,7 @@ from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.seeding import seed_all
 from distplat.strategies.training.task_compute import TaskModel
+from distplat.strategies.training.unwrapping import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,8 @@ def prepare(
     """
     loaders_ready = ready_loaders(job)
     seed_all(job.seed)
-    model = checked_model(task, task.model() if strategy is None else strategy.build(task))
+    built = task.model() if strategy is None else strategy.build(task)
+    model = unwrapped(checked_model(task, built))
     sent = strategy is not None and strategy.roles(job).collective is not None
     check_state(model, sent=sent and job.scaling.world > 1)
     lookups = lookups_of(model, job)

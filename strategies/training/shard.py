@@ -171,8 +171,8 @@ class ParameterShard:
             scale *= clip_factor(norm, limit)
         scale_in_place(self._typed(self._sum), scale)
         if self.mirror is not None:
-            self.mirror.send(Update(seq, present=self.present), self._sum)
-        self._update(seq, self.present)
+            self.mirror.send(Update(seq, present=self._present), self._sum)
+        self._update(seq, self._present)
         return True
 
     def follow(self, update: Update, gradient: Tensor) -> None:

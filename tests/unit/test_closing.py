@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from distplat.actors.connection import Connection
-from distplat.actors.servers.leases import RayLeases
-from distplat.actors.servers.shards import RayShards
+from distplat.actors.local_transport import LocalCluster, LocalTransport
+from distplat.actors.servers.leases import RemoteLeases
+from distplat.actors.servers.shards import RemoteShards
 from distplat.strategies.training.gate import Gate
 
 
@@ -22,8 +23,12 @@ def order() -> Any:
     )
 
 
+def nowhere() -> LocalTransport:
+    return LocalCluster().transport("here", "worker-0")
+
+
 def test_servers_that_were_never_reached_are_left() -> None:
-    shards = RayShards(order(), 1)
+    shards = RemoteShards(nowhere(), order(), 1)
     shards.close()
     shards.close()
 
@@ -31,7 +36,7 @@ def test_servers_that_were_never_reached_are_left() -> None:
 def test_a_scheduler_that_was_never_reached_is_left() -> None:
     import threading
 
-    leases = RayLeases(order(), eager=False, abandoned=threading.Event())
+    leases = RemoteLeases(nowhere(), order(), eager=False, abandoned=threading.Event())
     leases.close()
     leases.close()
 
@@ -49,7 +54,7 @@ def test_one_port_that_cannot_be_closed_hides_nothing_and_the_others_are_closed(
         def close(self) -> None:
             raise AttributeError("it has no lines")
 
-    connection = Connection(0, Gate(0.0))
+    connection = Connection(nowhere(), 0, Gate(0.0))
     last: Any = Port()
     connection._servers, connection._leases = Broken(), last  # type: ignore[assignment]
 

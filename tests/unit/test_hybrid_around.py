@@ -321,14 +321,16 @@ class Switching(nn.Sequential):
 
 def test_a_way_of_its_own_to_switch_the_mode() -> None:
     def made(model: nn.Sequential) -> nn.Module:
-        return Switching(model[0], nn.Dropout(0.5), *model[1:])
+        layers: Any = model[1:]
+        return Switching(model[0], nn.Dropout(0.5), *layers)
 
     refused(task_of(made), "a `train` of its own")
     same(task_of(made), (1, 1, 2))
 
     def inner(model: nn.Sequential) -> nn.Module:
         layers: Any = model[2:]
-        return nn.Sequential(made(model[:2]), *layers)
+        first: Any = model[:2]
+        return nn.Sequential(made(first), *layers)
 
     same(task_of(inner))
 

@@ -307,7 +307,7 @@ def test_ranks_join_and_leave() -> None:
 def test_a_run_in_the_calling_process(tmp_path: Path) -> None:
     spec = counting(0, checkpoint={"every_steps": 5}, storage_path=str(tmp_path))
     result = Trainer(spec, Counting).fit()
-    assert [summary.step for summary in result.history] == list(range(STEPS))
+    assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
     assert result.checkpoint is not None
     assert load_file(result.checkpoint)["dense"].tolist() == [-EPOCHS] * SAMPLES
     files = [load_file(path) for path in result.path.glob("embeddings.rows.*")]

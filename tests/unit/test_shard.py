@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.algorithms.reduce import squared_norm
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.mirror import Mirror, Update
 from distplat.strategies.training.shard import ParameterShard
 
@@ -114,7 +116,7 @@ def test_what_no_rank_has_a_gradient_of_rests(optimizer: dict[str, Any]) -> None
     backup = with_halves(of)
     sent: list[tuple[Update, Tensor]] = []
     shard.mirror = cast(Mirror, SimpleNamespace(send=lambda u, g: sent.append((u, g.clone()))))
-    parameters = [nn.Parameter(part) for part in torch.linspace(-1, 1, SIZE).split((32, SIZE - 32))]
+    parameters = [nn.Parameter(part) for part in torch.linspace(-1, 1, SIZE).tensor_split([32])]
     arguments = {k: v for k, v in optimizer.items() if k != "name"}
     plain = getattr(torch.optim, optimizer["name"])(parameters, **arguments)
     for step in range(STEPS):
@@ -124,7 +126,8 @@ def test_what_no_rank_has_a_gradient_of_rests(optimizer: dict[str, Any]) -> None
             made = gradient(rank, step)
             made[32:] *= has[1]
             total += made
-            shard.push(push(rank, step), made, has)
+            control = StepControl(1.0, 1.0, present=np.array(has))
+            shard.push(push(rank, step), made, control)
         shard.commit(step, None)
         backup.follow(*sent[-1])
         parameters[0].grad = total[:32]
@@ -142,8 +145,9 @@ def test_the_sum_is_divided_by_the_sum_of_the_weights(clip_norm: float | None) -
     weighted, expected = with_halves(of), with_halves(of)
     for step in range(STEPS):
         for rank, weight in enumerate((1.0, 0.5, 2.5)):
-            weighted.push(push(rank, step), gradient(rank, step), None, weight)
-            expected.push(push(rank, step), gradient(rank, step) / 4.0)
+            control = StepControl(2.0, weight, present=np.ones(2, np.bool_))
+            weighted.push(push(rank, step), gradient(rank, step), control)
+            expected.push(push(rank, step), gradient(rank, step) * 6.0 / 4.0)
         for shard in (weighted, expected):
             norm = None if shard.squared_norm is None else shard.squared_norm**0.5
             shard.commit(step, norm)
