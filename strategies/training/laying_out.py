@@ -62,6 +62,10 @@ def trainable(model: nn.Module, extra: Mapping[str, nn.Parameter]) -> Named:
     Raises:
         ValueError, SpecError: see `FlatModel`.
     """
+    twice = extra.keys() & model.state_dict().keys()
+    if twice:
+        text = f"the model has a tensor of the name {min(twice)!r}, which is that of the task's own"
+        raise SpecError(Problem(("task",), text, "rename the submodule"))
     found = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
     known = {id(p) for _, p in found}
     found += [
