@@ -230,7 +230,8 @@ class ServerManager:
         if self._roles.split_by_load:
             job, world = self._job, self._job.scaling.world
             servers = [self._servers[i] for i in everybody]
-            calls = [self._call(server, "speed", job, world, facts.dtype) for server in servers]
+            dtype = facts.layout.segments[0].dtype if facts.layout is not None else facts.dtype
+            calls = [self._call(server, "speed", job, world, dtype) for server in servers]
             speeds = self._ask(everybody, calls)
         tail = facts.layout.tail_size if facts.layout is not None else 0
         cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail)

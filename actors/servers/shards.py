@@ -23,6 +23,7 @@ from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
+from distplat.strategies.reduction.base import several_types
 from distplat.strategies.training.client import fetch_copies
 from distplat.strategies.training.control import StepControl, control_size
 from distplat.strategies.training.flat import FlatModel
@@ -69,7 +70,12 @@ class RemoteShards:
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
     ) -> None:
-        """See `Shards`."""
+        """
+        See `Shards`.
+
+        Raises:
+            SpecError: another type is to travel, and the parameters are of several.
+        """
         self._flat, self._holding = flat, holding or ALL
         self._on_device = flat.params.device.type != "cpu"
         self._facts = ModelFacts(
@@ -91,6 +97,8 @@ class RemoteShards:
             "start_timeout_s",
             self._look,
         )[0]
+        if joined.wire is not None and flat.mixed:
+            raise several_types(flat, "wire")
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
             manager = self._order.manager

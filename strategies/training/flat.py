@@ -77,12 +77,14 @@ class FlatModel:
     def __init__(
         self,
         model: nn.Module,
-        extra: Mapping[str, nn.Parameter] | None = None,
+        extra: Mapping[str, Tensor] | None = None,
         *,
         thaws: bool = False,
     ) -> None:
-        self.model, self.extra = model, dict(extra or {})
-        named = by_type(trainable(model, self.extra))
+        self.model = model
+        named = by_type(trainable(model, extra or {}))
+        trained = {name for name, _ in named}
+        self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
         check_memory(model, named)
         frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
         tail = by_type(room_for(frozen, named, model)) if thaws else []

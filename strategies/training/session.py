@@ -8,18 +8,21 @@ From a job and a task to a loop that is ready to run, in steps that can wait bet
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from distplat.platform.checkpoints import is_due
+from distplat.platform.errors import Problem, SpecError
 from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.platform.tensor_file import TASK_PREFIX
 from distplat.strategies.base import Collective, Context, Shards, Strategy
 from distplat.strategies.ports import Board, Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
@@ -43,6 +46,7 @@ from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.seeding import seed_all
 from distplat.strategies.training.task_compute import TaskModel
+from distplat.strategies.training.task_parameters import task_parameters
 from distplat.strategies.training.unwrapping import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -149,7 +153,10 @@ def prepare(
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     thaws = strategy is not None and strategy.can_thaw()
-    part = FlatModel(model.to(device), thaws=thaws) if whole else None
+    extra = {TASK_PREFIX + name: one for name, one in task_parameters(task, model).items()}
+    if extra and not whole:
+        raise SpecError(_kept_in_task(job, [*extra]))
+    part = FlatModel(model.to(device), _moved(extra, device), thaws=thaws) if whole else None
     seed_all(job.seed)
     data = checked_data(task, task.train_data(), "train_data")
     sampler = make_sampler(job, data, None if strategy is None else strategy.replicas(job))
@@ -162,6 +169,21 @@ def prepare(
     left = None if whole else model
     loaders_ready()
     return Prepared(job, task, left, data, eval_data, sampler, steps, device, part, lookups)
+
+
+def _moved(extra: Mapping[str, Tensor], device: str) -> Mapping[str, Tensor]:
+    """Have a task's own parameters on the model's device."""
+    for tensor in extra.values():
+        tensor.data = tensor.data.to(device)
+    return extra
+
+
+def _kept_in_task(job: Job, names: Sequence[str]) -> Problem:
+    text = (
+        f"{job.strategy.name} trains the model only, and the task keeps {', '.join(names)} itself"
+    )
+    hint = "make them part of what model() returns, or use `ring` or `ps-sync`"
+    return Problem(("task",), text, hint)
 
 
 def _warn_of_held_generators(data: Dataset[Any], eval_data: Dataset[Any] | None) -> None:
