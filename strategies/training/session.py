@@ -153,9 +153,10 @@ def prepare(
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     thaws = strategy is not None and strategy.can_thaw()
-    extra = {TASK_PREFIX + name: one for name, one in task_parameters(task, model).items()}
-    if extra and not whole:
-        raise SpecError(_kept_in_task(job, [*extra]))
+    own = task_parameters(task, model)
+    if own and not whole:
+        raise SpecError(_kept_in_task(job, [*own]))
+    extra = {TASK_PREFIX + name: one for name, one in own.items()}
     part = FlatModel(model.to(device), _moved(extra, device), thaws=thaws) if whole else None
     seed_all(job.seed)
     data = checked_data(task, task.train_data(), "train_data")

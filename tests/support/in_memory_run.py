@@ -33,7 +33,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import Part
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Ports, Prepared, join, prepare
+from distplat.strategies.training.session import Around, Ports, Prepared, join, make_task, prepare
 
 
 @dataclass
@@ -91,7 +91,7 @@ def train(
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
     strategies = [make_strategy(job) for _ in range(world)]
-    ranks = [prepare(job, task(**job.task_args), strategy=one) for one in strategies]
+    ranks = [prepare(job, make_task(job, lambda: task), strategy=one) for one in strategies]
     for rank, prepared in enumerate(ranks):
         before(rank, prepared)
     roles, steps = strategies[0].roles(job), ranks[0].total_steps
