@@ -320,15 +320,14 @@ class Switching(nn.Sequential):
 
 
 def test_a_way_of_its_own_to_switch_the_mode() -> None:
-    def made(model: nn.Sequential) -> nn.Module:
+    def made(model: Any) -> nn.Module:
         return Switching(model[0], nn.Dropout(0.5), *model[1:])
 
     refused(task_of(made), "a `train` of its own")
     same(task_of(made), (1, 1, 2))
 
-    def inner(model: nn.Sequential) -> nn.Module:
-        layers: Any = model[2:]
-        return nn.Sequential(made(model[:2]), *layers)
+    def inner(model: Any) -> nn.Module:
+        return nn.Sequential(made(model[:2]), *model[2:])
 
     same(task_of(inner))
 
