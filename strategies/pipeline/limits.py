@@ -152,6 +152,8 @@ class Reached:
         """
         Look at what a place gives, before it is differentiated; in the first step only.
 
+        Parameters that neither the model nor the task has are left as they are, as in plain torch.
+
         Raises:
             SpecError: it depends on a parameter that this rank does not train.
         """
@@ -165,11 +167,9 @@ class Reached:
                 text = f"the loss uses a parameter that the task keeps: `self.{of_task[id(leaf)]}`"
                 hint = "make it a part of the model's last layer, or use `ring` or `ps-sync`"
                 raise _refused(text, hint)
-            if isinstance(leaf, nn.Parameter):
-                known = self._names.get(id(leaf))
-                name = known.name if known is not None and known.ref() is leaf else ""
-                what = name or f"a parameter of shape {[*leaf.shape]} outside of the model"
-                text = f"a stage uses {what}, which is in none of its layers"
+            known = self._names.get(id(leaf))
+            if known is not None and known.ref() is leaf:
+                text = f"a stage uses {known.name}, which is in none of its layers"
                 raise _refused(text, "hold it in the layer that uses it, or set `pipeline: 1`")
 
     def stepped(self) -> None:

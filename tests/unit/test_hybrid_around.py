@@ -362,6 +362,16 @@ class Borrowing(nn.Module):
         return outputs
 
 
+def test_a_weight_that_nobody_trains() -> None:
+    """As in plain torch: what is no part of the model stays as it is."""
+
+    def made(model: nn.Sequential) -> nn.Module:
+        torch.manual_seed(7)
+        return nn.Sequential(Borrowing(nn.Linear(6, 6).double()).double(), nn.Linear(3, 3).double())
+
+    same(task_of(made))
+
+
 def test_a_weight_of_another_stage() -> None:
     made = lambda model: nn.Sequential(model[0], Borrowing(model[0]).double())  # noqa: E731
     refused(task_of(made), "0.weight", "in none of its layers")
