@@ -444,6 +444,16 @@ def test_hooks_around_slices(made: Callable[[Any], Any], grid: tuple[int, int, i
     same(task_of(made), grid, tensor_plan=PLAN, **more)
 
 
+@pytest.mark.parametrize("grid", [(1, 2, 1), (2, 2, 1), (1, 2, 2)])
+def test_a_plan_with_more_than_elements_between(grid: tuple[int, int, int]) -> None:
+    def made(model: nn.Sequential) -> nn.Module:
+        return nn.Sequential(model[0], nn.Softmax(dim=1), *model[2:])  # type: ignore[misc]
+
+    with pytest.raises(SpecError, match="otherwise than whole"):
+        more = {"cut": ["3"]} if grid[0] > 1 else {}
+        trained(task_of(made), grid, tensor_plan=PLAN, **more)
+
+
 class Inwards(nn.Module):
     """Takes a mapping."""
 
