@@ -85,10 +85,13 @@ class Rank:
             CollectiveError: a rank is missing.
         """
         self._meet_slices(everybody)
-        self._part = agreed_part(
+        part = self._part = agreed_part(
             self._options, self._prepared, self._at, everybody, self._slices, self._part
         )
-        return self._part.flat
+        trial, part.trial = part.trial, None  # the part is there, whoever is lost in the trial
+        if trial is not None:
+            trial.compare()
+        return part.flat
 
     def _meet_slices(self, everybody: Collective) -> None:
         at = self._at
