@@ -34,7 +34,7 @@ from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
-from distplat.strategies.training.checks import device_of, remark_on_size
+from distplat.strategies.training.checks import remark_on_size
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
@@ -224,12 +224,8 @@ class Session:
         if order.strategy_file is not None:
             order.strategy_file.load()
         self._strategy = make_strategy(job)
-        kind = _task_class(order)
-        said = check_class(kind, job.task_args)
-        for line in said if order.rank == 0 and not order.checked else ():
-            logger.warning("%s", line)
-        task = kind(**job.task_args)
-        device = device_of(job)
+        task = _task_class(order)(**job.task_args)
+        device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy
 
@@ -249,10 +245,20 @@ def _saved(order: WorkOrder) -> SavedState | None:
 
 
 def _task_class(order: WorkOrder) -> type[Task]:
+    """
+    Give the task's class, looked at; rank 0 says what is no error.
+
+    Raises:
+        SpecError: see `load_task_class`, `check_class`.
+    """
     if isinstance(order.task, bytes):
-        loaded: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
-        return loaded
-    return load_task_class(order.task, order.search_path)
+        found: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
+    else:
+        found = load_task_class(order.task, order.search_path)
+    said = check_class(found, order.job.task_args)
+    for line in said if order.rank == 0 and not order.checked else ():
+        logger.warning("%s", line)
+    return found
 
 
 def saved_model(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -23,14 +23,18 @@ from distplat.strategies.ports import Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
 from distplat.strategies.training.batches import make_sampler, ready_loaders, total_steps
-from distplat.strategies.training.checks import check_state, checked_data, checked_model
+from distplat.strategies.training.checks import (
+    check_device,
+    check_state,
+    checked_data,
+    checked_model,
+)
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
 from distplat.strategies.training.loop import Loop, Progress
 from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.task_compute import TaskModel
-from distplat.strategies.training.unwrapping import unwrapped
 
 
 @dataclass
@@ -105,10 +109,10 @@ def prepare(
     """
     loaders_ready = ready_loaders(job)
     torch.manual_seed(job.seed)
-    built = task.model() if strategy is None else strategy.build(task)
-    model = unwrapped(checked_model(task, built))
+    model = checked_model(task, task.model() if strategy is None else strategy.build(task))
     sent = strategy is not None and strategy.roles(job).collective is not None
     check_state(model, sent=sent and job.scaling.world > 1)
+    check_device(device)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     part = FlatModel(model.to(device)) if whole else None
