@@ -31,7 +31,7 @@ from distplat.strategies.fakes import (
 )
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
-from distplat.strategies.training.checks import device_of, remark_on_size
+from distplat.strategies.training.checks import remark_on_size
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Ports, join, make_task, prepare
@@ -77,17 +77,10 @@ def _train(
     keep: Keep,
 ) -> bytes:
     job = launch.job
-
-    def load() -> type[Task]:
-        kind = launch.task or load_task_class(job.task or "", launch.working_dir)
-        said = check_class(kind, job.task_args)
-        for line in () if launch.checked else said:
-            logger.warning("%s", line)
-        return kind
-
-    task = make_task(job, load)
+    task = make_task(job, lambda: _task_class(launch))
     strategy = make_strategy(job)
-    prepared = prepare(job, task, device_of(job), strategy)
+    device = "cuda" if job.scaling.use_gpu else "cpu"
+    prepared = prepare(job, task, device, strategy)
     if remark := remark_on_size(job, prepared.sampler):
         logger.warning("%s", remark)
     roles, steps = launch.roles, prepared.total_steps
@@ -119,6 +112,15 @@ def _train(
     if job.embeddings is not None and job.checkpoint.save_final:
         keep_tables(tables.services, job.seed, keep)
     return model
+
+
+def _task_class(launch: Launch) -> type[Task]:
+    """Give the task's class, looked at; say what is no error, unless that was done."""
+    found = launch.task or load_task_class(launch.job.task or "", launch.working_dir)
+    said = check_class(found, launch.job.task_args)
+    for line in () if launch.checked else said:
+        logger.warning("%s", line)
+    return found
 
 
 def _saved(stored: Stored | None) -> SavedState | None:

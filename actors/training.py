@@ -35,7 +35,7 @@ from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
-from distplat.strategies.training.checks import device_of, remark_on_size
+from distplat.strategies.training.checks import remark_on_size
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
@@ -225,8 +225,8 @@ class Session:
         if order.strategy_file is not None:
             order.strategy_file.load()
         self._strategy = make_strategy(job)
-        task = make_task(job, lambda: _checked_class(order))
-        device = device_of(job)
+        task = make_task(job, lambda: _task_class(order))
+        device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
         return self._prepared, self._strategy
 
@@ -245,20 +245,21 @@ def _saved(order: WorkOrder) -> SavedState | None:
     return SavedState(handle.state, lambda file: ray.get(handle.files[file][0], timeout=limit_s))
 
 
-def _checked_class(order: WorkOrder) -> type[Task]:
-    """Give the task's class; rank 0 says what in it looks like a hook that nobody calls."""
-    kind = _task_class(order)
-    said = check_class(kind, order.job.task_args)
+def _task_class(order: WorkOrder) -> type[Task]:
+    """
+    Give the task's class, looked at; rank 0 says what is no error.
+
+    Raises:
+        SpecError: see `load_task_class`, `check_class`.
+    """
+    if isinstance(order.task, bytes):
+        found: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
+    else:
+        found = load_task_class(order.task, order.search_path)
+    said = check_class(found, order.job.task_args)
     for line in said if order.rank == 0 and not order.checked else ():
         logger.warning("%s", line)
-    return kind
-
-
-def _task_class(order: WorkOrder) -> type[Task]:
-    if isinstance(order.task, bytes):
-        loaded: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
-        return loaded
-    return load_task_class(order.task, order.search_path)
+    return found
 
 
 def saved_model(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.pieces import ITEM_BYTES
+from distplat.strategies.training.unwrapping import unwrapped
 
 if TYPE_CHECKING:
     from distplat.platform.sampler import Sampler
@@ -48,25 +49,22 @@ _SHOWN = 6
 """Names in one message."""
 
 
-def device_of(job: Job) -> str:
+def check_device(device: str) -> None:
     """
-    Give the device that the job's models train on.
+    See whether the device that a model is to be trained on is there.
 
     Raises:
-        SpecError: it is to be a card, and torch sees none here.
+        SpecError: it is a card, and torch sees none here.
     """
-    if not job.scaling.use_gpu:
-        return "cpu"
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         text = f"torch {torch.__version__} sees no card where this worker runs"
         hint = "set it to false, or run where a card and a torch built for it are"
         raise SpecError(Problem(("scaling", "use_gpu"), text, hint))
-    return "cuda"
 
 
 def checked_model(task: Task, model: object) -> nn.Module:
     """
-    Give what `model()` returned, if it can be trained.
+    Give what `model()` returned, if it can be trained; without wrappers that change names.
 
     Raises:
         ValueError: it is no module, or has parameters without a shape.
@@ -88,7 +86,7 @@ def checked_model(task: Task, model: object) -> nn.Module:
             "yet, as lazy modules do before their first batch: run one through the model in "
             "model(), for example model(torch.zeros(1, 8)), before you return it"
         )
-    return model
+    return unwrapped(model)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -35,7 +35,12 @@ from distplat.strategies.training.agreement import (
     hash_samples,
 )
 from distplat.strategies.training.batches import make_sampler, total_steps
-from distplat.strategies.training.checks import check_state, checked_data, checked_model
+from distplat.strategies.training.checks import (
+    check_device,
+    check_state,
+    checked_data,
+    checked_model,
+)
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.held_generators import warning_of
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
@@ -47,7 +52,6 @@ from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.seeding import seed_all
 from distplat.strategies.training.task_compute import TaskModel
 from distplat.strategies.training.task_parameters import task_parameters
-from distplat.strategies.training.unwrapping import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +150,10 @@ def prepare(
     """
     loaders_ready = ready_loaders(job)
     seed_all(job.seed)
-    built = task.model() if strategy is None else strategy.build(task)
-    model = unwrapped(checked_model(task, built))
+    model = checked_model(task, task.model() if strategy is None else strategy.build(task))
     sent = strategy is not None and strategy.roles(job).collective is not None
     check_state(model, sent=sent and job.scaling.world > 1)
+    check_device(device)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     thaws = strategy is not None and strategy.can_thaw()
