@@ -9,7 +9,7 @@ servers' node computes on their memory and rings their bells, one on another sen
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 
 from distplat.actors.local_transport import LocalCluster, LocalTransport
 from distplat.actors.messages import SavedHandle, WorkOrder
+from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
+from distplat.actors.servers.scheduler import Scheduler
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.tables.client import RemoteTables
 from distplat.actors.tables.node import EmbeddingServer
+from distplat.platform.consistency import Consistency
 from distplat.platform.shard_map import Shard
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
@@ -34,6 +37,56 @@ from distplat.strategies.training.service import Service
 HERE = "node-0"
 """The servers' node."""
 ELSEWHERE = "node-1"
+
+
+class TaskDesk:
+    """
+    The task scheduler of one run.
+
+    Args:
+        job: the run's job.
+        roles: what its strategy needs.
+        run: its name.
+        make: makes the scheduler.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        roles: Roles,
+        run: str = "run",
+        *,
+        make: Callable[[str, Job, Consistency], Scheduler] = Scheduler,
+    ) -> None:
+        self.job, self.run, self._how = job, run, roles.consistency
+        self.cluster = LocalCluster()
+        self._clients: list[RemoteLeases] = []
+        name = "task-scheduler"
+        self.scheduler = self.cluster.spawn(name, HERE, lambda _: make(name, job, self._how))
+
+    def leases(
+        self, rank: int, *, attempt: int = 0, abandoned: threading.Event | None = None
+    ) -> RemoteLeases:
+        """Give a worker's way to it; see `Servers.shards`."""
+        order = order_of(self.job, self.run, rank, attempt, scheduler=self.scheduler)
+        transport = self.cluster.transport(HERE, f"worker-{rank}")
+        eager = self._how.bound is not None
+        found = RemoteLeases(transport, order, eager, abandoned or threading.Event())
+        self._clients.append(found)
+        return found
+
+    def tell(self, method: str, *args: Any) -> Any:
+        """Call the scheduler, and wait for its answer."""
+        transport = self.cluster.transport()
+        limit_s = self.job.failure.start_timeout_s
+        return transport.get(transport.call(self.scheduler, method, *args), limit_s)
+
+    def close(self) -> None:
+        """End it."""
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+        self.cluster.close()
 
 
 class TableServers:
