@@ -301,6 +301,7 @@ class Servers:
     def close(self) -> None:
         """End all; what they kept can still be looked at."""
         self.end_attempt()
+        self.manager.die("the run is over")  # before it sees its servers go
         self.cluster.close()
 
 
