@@ -7,13 +7,15 @@ Servers are those of a run on Ray, as objects here (`local_actors.py`).
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.courier import Courier
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
-from distplat.actors.local_actors import Servers, TableServers
+from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
+from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import saved_model
@@ -21,13 +23,11 @@ from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import AnyReport, Gathering, Summary
+from distplat.platform.progress import AnyReport, Gathering, StepReport, Summary
 from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
-    InMemoryLeases,
-    LeaseDesk,
 )
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
@@ -91,17 +91,20 @@ def _train(
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
-        servers = None
+        servers, leases = None, None
         if roles.servers:
             servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
+        if roles.consistency.dealt:
+            leases = ending.enter_context(closing(TaskDesk(job, roles, launch.run))).leases(0)
         ports = Ports(
             collective=Fabric(1).collective(0),
             shards=servers.shards(0, steps, every=every) if servers is not None else None,
             tables=tables.tables(0, saved=saved) if job.embeddings is not None else None,
-            leases=InMemoryLeases(LeaseDesk(), 0) if roles.consistency.dealt else None,
+            leases=leases,
         )
         around = Around(saved, take=courier.take)
-        join(prepared, strategy, 0, ports, report=report, progress=progress, around=around).run()
+        told = report if leases is None else partial(_count, leases, report)
+        join(prepared, strategy, 0, ports, report=told, progress=progress, around=around).run()
         courier.flush()
         model = saved_model(strategy.trained(prepared.flat))
     checkpoints.drain()
@@ -121,6 +124,13 @@ def _task_class(launch: Launch) -> type[Task]:
     for line in () if launch.checked else said:
         logger.warning("%s", line)
     return found
+
+
+def _count(leases: RemoteLeases, report: Callable[[AnyReport], None], part: AnyReport) -> None:
+    """Have the task scheduler know how fast this worker is, too."""
+    if isinstance(part, StepReport):
+        leases.count(part)
+    report(part)
 
 
 def _saved(stored: Stored | None) -> SavedState | None:

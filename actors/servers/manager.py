@@ -302,6 +302,13 @@ class ServerManager:
         logs = self._ask(list(range(len(servers))), [self._call(one, "log") for one in servers])
         return [log for log in logs if log is not None]
 
+    def close(self) -> None:
+        """Look after the servers no more; a process's end does as much."""
+        if self._watch is not None:
+            self._watch.close()
+        if self._caretaker is not None:
+            self._caretaker.close()
+
 
 def _lost_for_good(server: str) -> ActorLost:
     return ActorLost(server, None, "no other server has what it kept: its backup was not there yet")
