@@ -1,4 +1,5 @@
 # demo: train the digits example under two strategies.   test: everything that CI runs.
+# test-all: the same, and minutes of drawn trainings.
 # check: format, lint, types.   fmt: mend format and lint.   bench: compare with peers.
 # Each target does all the set-up it needs, on a fresh machine too.
 
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test check fmt bench clean
+.PHONY: demo test test-all check fmt bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/distplat submit examples/digits/job.yaml
@@ -16,6 +17,9 @@ demo: $(VENV)/.installed
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 tests/cluster tests/gpu
+
+test-all: test
+	DISTPLAT_DRAWN_RUNS=2000 $(BIN)/python -m pytest --timeout 3000 tests/unit/test_property_training.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

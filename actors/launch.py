@@ -135,8 +135,14 @@ def _keep_log(launch: Launch, ensemble: Ensemble, keep: Keep) -> None:
 
 
 @contextmanager
-def local_ray(job: Job) -> Iterator[None]:
-    """Be connected to Ray: as we are, or to a local instance that ends with the block."""
+def local_ray(job: Job, *, logs: bool = True) -> Iterator[None]:
+    """
+    Be connected to Ray: as we are, or to a local instance that ends with the block.
+
+    Args:
+        job: has so many workers at most.
+        logs: whether what a local instance's workers print comes to this process.
+    """
     if ray.is_initialized():
         yield
         return
@@ -147,6 +153,7 @@ def local_ray(job: Job) -> Iterator[None]:
             address="local",
             include_dashboard=False,
             num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
+            log_to_driver=logs,
             logging_level="error",  # Ray warns of its own token file at every start
         )
         try:

@@ -32,6 +32,7 @@ from distplat.cli.replay import replay
 from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
+from distplat.cli.verify import verify
 from distplat.platform.errors import DistplatError, SpecError, UserCodeError
 
 _EPILOG = """
@@ -181,6 +182,7 @@ def strategies(output: Output = "text") -> None:
     print_strategies(as_json=is_json(output))
 
 
+app.command()(verify)
 app.command()(schedule)
 app.command()(replay)
 app.command()(report)

@@ -22,3 +22,16 @@ def test_the_job_file_reference_is_up_to_date() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_every_test_that_a_guarantee_names_is_there() -> None:
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    rows = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    heads = [line for line in rows if line.startswith("| what |")]
+    assert len(named) >= len(rows) - len(heads) > 10
+    for row in set(rows) - set(heads):
+        assert re.search(r"`test_\w+\.py::test_\w+`", row), f"no test: {row}"
+    for file, test in named:
+        (path,) = [*ROOT.glob(f"tests/*/{file}")]
+        assert f"\ndef {test}(" in path.read_text(), f"{file}::{test}"

@@ -1,0 +1,226 @@
+"""
+`distplat verify`: references in a process of their own, then runs of the engine, on one local Ray.
+
+What is compared, and how, is in `strategies/verification/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file
+
+import distplat
+from distplat.actors.hash_seed import NAME, chosen
+from distplat.actors.launch import local_ray
+from distplat.actors.trainer import Result, Trainer
+from distplat.platform.checkpoints import FOLDER
+from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, UserCodeError
+from distplat.platform.spec import Checkpoint, Evaluation, Job, Scaling, StrategySpec
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.hybrid import HybridOptions
+from distplat.strategies.verification.child import ANSWER, REQUEST, Answer, Request
+from distplat.strategies.verification.reference import Trained
+from distplat.strategies.verification.switched import Switches, task_fields
+from distplat.strategies.verification.verdicts import (
+    NOT_COMPARED,
+    Ran,
+    Row,
+    inexact,
+    judge,
+    refused,
+    watch,
+)
+
+DEFAULT = ("ring", "ps-sync", "hybrid")
+"""Strategies that are tried beside the job's own."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be verified."""
+
+    job: Job
+    folder: Path
+    """Where the task's module lies."""
+    strategies: tuple[str, ...] = ()
+    """Names; empty: the job's own, and `DEFAULT` as far as they can."""
+    steps: int = 20
+    workers: int = 2
+    strategy_file: Path | None = None
+
+
+def verify(wanted: Wanted, say: Callable[[str], object]) -> Iterator[Row]:
+    """
+    Verify a job, strategy by strategy.
+
+    Args:
+        wanted: what.
+        say: told what is under way.
+
+    Raises:
+        SpecError: the job cannot be run so.
+        UserCodeError: the task fails by itself.
+    """
+    names = wanted.strategies or tuple(dict.fromkeys([wanted.job.strategy.name, *DEFAULT]))
+    jobs = {name: job_for(wanted, name) for name in names}
+    known: dict[str, Answer] = {}
+    with TemporaryDirectory(prefix="distplat-verify-") as temporary:
+        place = Path(temporary)
+        runner = _Runner(wanted, place)
+        exact = {n: j for n, j in jobs.items() if isinstance(j, Job) and not inexact(j)}
+        say("references: a plain loop")
+        failed = None
+        try:
+            known = dict(zip(exact, _references(wanted, [*exact.values()], place), strict=True))
+        except UserCodeError as error:
+            failed = error
+        most = max((j.scaling.num_workers for j in jobs.values() if isinstance(j, Job)), default=1)
+        with local_ray(wanted.job.with_workers(most), logs=False), redirect_stdout(sys.stderr):
+            if failed is not None:
+                for short in exact.values():
+                    runner(short, Switches())  # says it better, where it fails too
+                raise failed
+            for name, job in jobs.items():
+                say(f"{name}: runs")
+                yield from _rows(name, job, known.get(name), wanted, runner)
+
+
+def _rows(
+    name: str, job: Job | SpecError, known: Answer | None, wanted: Wanted, runner: _Runner
+) -> list[Row]:
+    asked = name in (*wanted.strategies, wanted.job.strategy.name)
+    if isinstance(job, SpecError):
+        row = refused(name, job)
+        return [row if asked else Row(name, "run", NOT_COMPARED, reason=row.reason)]
+    if isinstance(known, str) and not asked:
+        return [Row(name, "run", NOT_COMPARED, reason=known)]
+    if known is None or isinstance(known, str):
+        return watch(job, inexact(job) or str(known), runner)
+    return judge(job, known, runner)
+
+
+def job_for(wanted: Wanted, name: str) -> Job | SpecError:
+    """Give the short job of a strategy, or why there is none."""
+    job, own = wanted.job, wanted.job.strategy.name == name
+    spec = job.strategy if own else StrategySpec(name=name)
+    workers, accumulation = wanted.workers, job.gradient_accumulation
+    if name == "hybrid" and own:
+        workers = HybridOptions.model_validate(spec.options).grid.world
+    elif name == "hybrid":
+        cut = {"pipeline": 2, "cut": "even"}
+        if accumulation > 1:
+            cut["micro_batches"] = accumulation
+        spec, workers, accumulation = StrategySpec(name=name, options=cut), 2, 1
+    short = job.model_copy(
+        update={
+            "strategy": spec,
+            "scaling": Scaling(num_workers=workers),
+            "gradient_accumulation": accumulation,
+            "storage_path": "runs",
+            "steps": wanted.steps,
+            "epochs": None,
+            "checkpoint": Checkpoint(every_steps=1, num_to_keep=wanted.steps + 1),
+            "evaluation": Evaluation(every_epochs=0),
+            "failure": job.failure.model_copy(update={"max_failures": 0, "max_preemptions": 0}),
+        }
+    )
+    try:
+        if problems := short.problems():
+            raise SpecError(*problems)
+        plain = short.model_copy(update={"checkpoint": Checkpoint()})
+        strategy = make_strategy(plain)
+    except SpecError as error:
+        return error
+    stepwise = strategy.has_parts and not strategy.roles(short).consistency.asynchronous
+    return short if stepwise else plain
+
+
+class _Runner:
+    """Runs jobs of the user's task (see `Engine`)."""
+
+    def __init__(self, wanted: Wanted, place: Path) -> None:
+        self._wanted, self._place = wanted, place
+
+    def __call__(self, job: Job, switches: Switches) -> Ran:
+        fields = task_fields(job.task or "", job.task_args, switches)
+        trainer = Trainer(
+            job.model_copy(update=fields),
+            working_dir=self._wanted.folder,
+            storage_dir=self._place,
+            strategy_file=self._wanted.strategy_file,
+        )
+        result = trainer.fit()
+        try:
+            return Ran(_trained(result), result.history[-1].figures)
+        finally:
+            shutil.rmtree(result.path, ignore_errors=True)
+
+
+def _trained(result: Result) -> Trained:
+    assert result.checkpoint is not None, "save_final is on"
+    folders = (result.path / FOLDER).glob("step-*")
+    states = {int(at.name[5:]): load_file(at / "model.safetensors") for at in folders}
+    states[len(result.history)] = load_file(result.checkpoint)
+    history = sorted(result.history, key=lambda one: one.step)
+    return Trained(states, [one.loss for one in history])
+
+
+def _references(wanted: Wanted, jobs: Sequence[Job], place: Path) -> list[Answer]:
+    """
+    Ask a child for the references of jobs.
+
+    Raises:
+        UserCodeError: it failed; carries its traceback.
+        DeadlineExceeded: it took too long.
+    """
+    if not jobs:
+        return []
+    job, own = wanted.job, wanted.strategy_file
+    file = str(own.resolve()) if own is not None else None
+    fields = [one.model_dump(mode="json") for one in jobs]
+    request = Request(fields, job.task or "", job.task_args, str(wanted.folder), file)
+    (place / REQUEST).write_text(json.dumps(asdict(request)))
+    home = str(Path(distplat.__file__).parent.parent.absolute())
+    paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+    limit = job.failure.start_timeout_s + 10 * wanted.steps * job.failure.step_timeout_s
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "distplat.strategies.verification.child", str(place)],
+            cwd=wanted.folder,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", NAME: chosen()},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        raise DeadlineExceeded(
+            "the references", ("their process",), limit, "step_timeout_s"
+        ) from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["its process ended"]
+        raise UserCodeError(0, None, lines[-1], done.stderr)
+    found: list[Answer] = torch.load(place / ANSWER, weights_only=False)
+    return found
+
+
+def check(job: Job) -> None:
+    """
+    See that a job can be verified.
+
+    Raises:
+        SpecError: it names no task.
+    """
+    if job.task is None:
+        raise SpecError(Problem(("task",), "name a task in the job"))

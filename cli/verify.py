@@ -1,0 +1,124 @@
+"""`distplat verify`: does a run train what the task means? Its runs against plain torch."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distplat.cli.options import JobFile, Output, Settings, StrategyFile, is_json
+from distplat.cli.render import to_json
+from distplat.platform.errors import Problem, SpecError
+
+if TYPE_CHECKING:
+    from distplat.strategies.verification.verdicts import Row
+
+
+def verify(
+    job_file: JobFile,
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Strategies; default: the job's own, ring, ps-sync and hybrid."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 20,
+    workers: Annotated[int, typer.Option(min=1, help="Workers of each run.")] = 2,
+    settings: Settings = None,
+    strategy_file: StrategyFile = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the task's module; default: the job file's.")
+    ] = None,
+    output: Output = "text",
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the table only.")] = False,
+) -> None:
+    """
+    Compare short runs of a task with plain loops of torch, before you trust a long one.
+
+    Each strategy is compared with a loop over the same parts of each batch (its threshold is the
+    noise of rounding), with the whole batch in float64 without dropout, and with itself, run
+    twice. All on a local Ray, without GPUs; nothing is left on the disk.
+
+    Exit code 0: nothing parts. 1: something does. Else that of the error that a strategy gave.
+    """
+    from distplat.cli.submit import Request, resolve
+
+    as_json = is_json(output)
+    request = Request(
+        job_file=job_file,
+        settings=tuple(settings or ()),
+        working_dir=working_dir,
+        strategy_file=strategy_file,
+    )
+    job = resolve(request)
+    if job.task is None:
+        raise SpecError(Problem(("task",), "name a task in the job"))
+    from distplat.actors.verifying import Wanted, verify  # torch and Ray
+
+    names = tuple(name.strip() for name in strategies.split(",")) if strategies else ()
+    wanted = Wanted(job, request.folder, names, steps, workers, strategy_file)
+    rows = list(verify(wanted, request.say if not quiet else lambda line: None))
+    print(to_json([facts(row) for row in rows])) if as_json else print_rows(rows)
+    code = exit_code(rows)
+    for row in rows:
+        if row.error is not None and row.failed and not as_json:
+            print(f"error: {row.strategy}: {row.error}", file=sys.stderr)
+    if code:
+        raise typer.Exit(code)
+
+
+def exit_code(rows: Sequence[Row]) -> int:
+    """Give 1 where something parts, else the code of the first error, else 0."""
+    failed = [row for row in rows if row.failed]
+    if any(row.error is None for row in failed):
+        return 1
+    return next((row.error.exit_code for row in failed if row.error is not None), 0)
+
+
+def facts(row: Row) -> dict[str, object]:
+    """Give a row as JSON has it."""
+    fields = ("strategy", "check", "verdict", "failed", "difference", "floor", "name", "step")
+    found: dict[str, object] = {field: getattr(row, field) for field in fields}
+    return {**found, "reason": row.reason}
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print the table: drawn on a terminal, aligned elsewhere; reasons below it."""
+    heads = ("strategy", "check", "verdict", "difference", "noise", "first apart")
+    cells = [_cells(row) for row in rows]
+    if sys.stdout.isatty():
+        table = Table(*heads, box=None)
+        for row, line in zip(rows, cells, strict=True):
+            table.add_row(*map(Text, line), style="red" if row.failed else "")
+        Console().print(table)
+    else:
+        lines = [heads, *cells]
+        widths = [max(len(line[at]) for line in lines) for at in range(len(heads))]
+        for line in lines:
+            print(
+                "  ".join(
+                    cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+                ).rstrip()
+            )
+    for row in rows:
+        if row.reason:
+            print(f"\n{row.strategy}, {row.check}: {row.reason}")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    where = f"{row.name or 'everywhere'}, step {row.step}" if row.step else row.name
+    numbers = (_number(row.difference), _number(row.floor))
+    return (row.strategy, row.check, row.verdict, *numbers, where)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "not finite" if not math.isfinite(value) else f"{value:.1e}"

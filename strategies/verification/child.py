@@ -1,0 +1,85 @@
+"""
+A process of its own for references: the user's modules are imported anew, from a known seed.
+
+    python -m distplat.strategies.verification.child FOLDER
+
+reads FOLDER/request.json and leaves FOLDER/references.pt.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import load_strategy_file, make_strategy
+from distplat.strategies.hybrid import Hybrid
+from distplat.strategies.task import Task
+from distplat.strategies.verification.plan import seed_all
+from distplat.strategies.verification.reference import Rank
+from distplat.strategies.verification.references import References, references
+from distplat.strategies.verification.switched import Switched, Switches
+
+REQUEST, ANSWER = "request.json", "references.pt"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the child is asked for."""
+
+    jobs: list[dict[str, Any]]
+    """One for each strategy."""
+    entry: str
+    """The user's task, `module:Class`."""
+    task_args: dict[str, Any]
+    folder: str
+    """Where its module lies."""
+    strategy_file: str | None = None
+
+
+Answer = References | str
+"""The references of a job, or why its strategy cannot cut the model."""
+
+
+def answer(request: Request) -> list[Answer]:
+    """Compute the references of all jobs."""
+    sys.path.insert(0, request.folder)
+    if request.strategy_file is not None:
+        load_strategy_file(Path(request.strategy_file))
+
+    def make(switches: Switches) -> Task:
+        kind: Any = Switched  # gives an object of another class
+        made: Task = kind(request.entry, request.task_args, asdict(switches))
+        return made
+
+    found: list[Answer] = []
+    for fields in request.jobs:
+        job = Job.model_validate(fields)
+        seed_all(job.seed)
+        why = _uncut(job, make(Switches())) if isinstance(make_strategy(job), Hybrid) else ""
+        found.append(why or references(job, make))
+    return found
+
+
+def _uncut(job: Job, task: Task) -> str:
+    """Say why a pipeline cannot cut the model; empty: it can."""
+    try:
+        stages = task.stages(Rank(lambda: task, job.seed).model)
+    except NotImplementedError as error:
+        return str(error)
+    return "" if len(stages) > 1 else "the model has one layer"
+
+
+def main() -> None:
+    """Answer the request in the folder that the command line names."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    request = Request(**json.loads((folder / REQUEST).read_text()))
+    torch.save(answer(request), folder / ANSWER)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Which samples a virtual rank has in which micro-batch, under which seed, at which rate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from distplat.platform.learning_rate import factor
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.algorithms.seeds import mixed, step_seed
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.hybrid import Hybrid
+from distplat.strategies.training.batches import Run, runs
+from distplat.strategies.training.collating import collated
+from distplat.strategies.verification.tables import KEPT, row_optimizer
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One micro-batch."""
+
+    ids: list[int]
+    sample_seeds: list[int]
+    """What the generators are seeded with before each sample is read."""
+    seed: int | None = None
+    """What they are seeded with before the micro-batch; None: they go on."""
+
+
+Schedule = Sequence[Sequence[Sequence[Forward]]]
+"""By step, by rank: micro-batches."""
+
+
+Optimize = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+"""Makes an optimizer of such parameters."""
+
+ROWS = f"task.{KEPT}."
+"""What names of embedding tables begin with."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained."""
+
+    optimizer: Optimize
+    factors: list[float]
+    """On the learning rate, by step."""
+    rows: Optimize
+    """Of embedding tables, whose gradients are sparse."""
+    clip_norm: float | None = None
+    autocast: bool = False
+    """Forward under bfloat16 autocast."""
+    seed: int = 0
+
+
+def recipe_of(job: Job) -> Recipe:
+    """Give the recipe of a job, whose field `steps` is set."""
+    steps, spec, tables = job.steps or 0, job.optimizer, job.embeddings
+    factors = [factor(job.lr_schedule, step, steps) for step in range(steps)]
+    optimizer = partial(getattr(torch.optim, spec.name), **spec.arguments())
+    rows = optimizer if tables is None else row_optimizer(tables)
+    autocast = job.precision == "bf16"
+    return Recipe(optimizer, factors, rows, job.clip_norm, autocast, job.seed)
+
+
+def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:
+    """
+    Cut the batches as the job's strategy does.
+
+    Args:
+        job: its field `steps` is set.
+        size: samples of the data set.
+        merged: join the ranks' micro-batches, for models that compute over all ranks at once.
+    """
+    strategy = make_strategy(job)
+    world, micro = strategy.replicas(job), job.gradient_accumulation
+    if isinstance(strategy, Hybrid):
+        micro = strategy.options.micro(job)
+    sampler = _sampler(job, size, world)
+    found = []
+    for step in range(job.steps or 0):
+        ranks = []
+        for rank in range(world):
+            cut = runs(sampler, step, rank, micro)
+            first = step_seed(job.seed, step, rank)
+            ranks.append([_forward(run, None if at else first) for at, run in enumerate(cut)])
+        found.append([_join(ranks)] if merged else ranks)
+    return found
+
+
+def union(job: Job, size: int) -> Schedule:
+    """Give whole batches, to one rank."""
+    sampler, steps = _sampler(job, size, 1), range(job.steps or 0)
+    return [[[_forward(run, None) for run in runs(sampler, step, 0, 1)]] for step in steps]
+
+
+def _forward(run: Run, seed: int | None) -> Forward:
+    places = range(run.first, run.first + len(run.ids))
+    return Forward(run.ids, [mixed(run.seed, place) for place in places], seed)
+
+
+def _join(ranks: list[list[Forward]]) -> list[Forward]:
+    most = max(len(forwards) for forwards in ranks)
+    found = []
+    for at in range(most):
+        group = [forward for forwards in ranks for forward in forwards[at : at + 1]]
+        ids = [index for forward in group for index in forward.ids]
+        seeds = [seed for forward in group for seed in forward.sample_seeds]
+        found.append(Forward(ids, seeds, group[0].seed))
+    return found
+
+
+def _sampler(job: Job, size: int, world: int) -> Sampler:
+    data = job.data
+    return Sampler(size, job.global_batch_size, world, job.seed, data.shuffle, data.drop_last)
+
+
+def read(data: Any, forward: Forward) -> Any:
+    """Read the samples of a micro-batch and put them together; generators stay as they are."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    many = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
+    if many is not None:
+        seed_all(forward.sample_seeds[0])
+        samples = many(forward.ids)
+    else:
+        samples = []
+        for index, seed in zip(forward.ids, forward.sample_seeds, strict=True):
+            seed_all(seed)
+            samples.append(data[index])
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    return collated(samples)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed((seed ^ (seed >> 32)) % 2**32)
+    random.seed(seed)

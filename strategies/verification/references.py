@@ -1,0 +1,186 @@
+"""
+The references of one strategy's runs: the same parts one after the other, and the whole batch.
+
+What cannot be compared with the whole batch is found here too, by plain torch alone: a loss or a
+model that gives something else for parts of a batch than for all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.hybrid import Hybrid
+from distplat.strategies.task import Task
+from distplat.strategies.verification.compare import compare, is_finite
+from distplat.strategies.verification.plan import parts, recipe_of, union
+from distplat.strategies.verification.reference import Rank, Trained, train
+from distplat.strategies.verification.switched import Switches
+from distplat.strategies.verification.tables import with_rows
+
+MEANING_STEPS = 6
+"""Steps that are compared with the whole batch."""
+MEANING_TOLERANCE = 1e-9
+"""In float64, relative to a tensor's largest element, or absolute where that is below 1."""
+
+Make = Callable[[Switches], Task]
+"""Makes the task anew, with such switches."""
+
+
+@dataclass
+class Whole:
+    """The whole batch."""
+
+    switches: Switches
+    """With which it was computed."""
+    union: Trained
+    reversed_: Trained
+    differs: str = ""
+    """Why parts of a batch do not come to the whole; empty: they do."""
+    drawn: bool = False
+    """Whether forwards draw random numbers all the same."""
+
+
+@dataclass
+class References:
+    """What the runs of one strategy are compared with."""
+
+    switches: Switches
+    """With which the same parts were computed."""
+    plain: Trained
+    reversed_: Trained
+    trainable: list[str]
+    whole: Whole | None = None
+    """The whole batch; None: it cannot be computed."""
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """What is not compared: what, and why."""
+
+
+def references(job: Job, make: Make) -> References:
+    """
+    Compute the references of a job.
+
+    Args:
+        job: names the strategy; its field `steps` is set.
+        make: makes the task.
+    """
+    if job.embeddings is not None:
+        without = make
+        make = lambda switches: with_rows(without(switches), job.seed)  # noqa: E731
+    first = Rank(lambda: make(Switches()), job.seed)
+    size = len(first.task.train_data())  # type: ignore[arg-type]
+    norms = [module for module in first.model.modules() if isinstance(module, _BatchNorm)]
+    merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
+    switches, recipe = Switches(), recipe_of(job)
+    schedule = parts(job, size, merged=merged)
+    plain = train(lambda: make(switches), schedule, recipe)
+    whole = merged or isinstance(make_strategy(job), Hybrid)
+    if plain.draws and whole:  # dropout is drawn in another way there
+        switches = Switches(dropout=False)
+        plain = train(lambda: make(switches), schedule, recipe)
+    reversed_ = train(lambda: make(switches), schedule, recipe, reverse=True)
+    trainable = [name for name, p in first.named().items() if p.requires_grad]
+    found = References(switches, plain, reversed_, sorted({*trainable, *set().union(*plain.used)}))
+    if norms and not merged:
+        text = "each worker normalises by its own samples; compared with it frozen"
+        found.notes.append(("batch norm", text))
+    if switches != Switches():
+        found.notes.append(("dropout", "drawn in another way here; compared without it"))
+    _add_whole(found, meaning_job(job), make, size, merged)
+    if found.whole is not None and found.whole.drawn:
+        found.whole = None
+        text = "forward draws random numbers, with dropout off too"
+        found.notes.append(("whole batch", text))
+    return found
+
+
+def meaning_job(job: Job) -> Job:
+    """Give the job whose run is compared with the whole batch."""
+    return job.model_copy(update={"steps": MEANING_STEPS, "precision": "fp32"})
+
+
+def _add_whole(found: References, job: Job, make: Make, size: int, merged: bool) -> None:
+    """Compute the whole batch: in float64 and with a last batch of one sample, if that works."""
+    batch = job.global_batch_size
+    ragged = None
+    if size > batch and not job.data.drop_last and not merged:
+        ragged = min(2, (size - 1) // batch) * batch + 1
+    for double in (True, False) if job.embeddings is None else (False,):  # rows are float32
+        for samples in dict.fromkeys((ragged, None)):
+            switches = Switches(double, dropout=False, frozen_norm=True, samples=samples)
+            with contextlib.suppress(Exception):
+                whole = _whole(found, job, make, switches, samples or size, merged)
+                if not whole.differs or samples is None:
+                    found.whole = whole
+                    return
+    found.notes.append(("whole batch", "the task cannot be computed on one"))
+
+
+def _whole(
+    found: References, job: Job, make: Make, switches: Switches, size: int, merged: bool
+) -> Whole:
+    recipe, schedule = recipe_of(job), parts(job, size, merged=merged)
+    outputs: list[list[Tensor]] = [[], []]
+    whole = train(_recorded(make, switches, outputs[0]), union(job, size), recipe)
+    split = train(_recorded(make, switches, outputs[1]), schedule, recipe)
+    backwards = train(lambda: make(switches), union(job, size), recipe, reverse=True)
+    if whole.draws:
+        return Whole(switches, whole, backwards, drawn=True)
+    least = MEANING_TOLERANCE if switches.double else 0.0
+    met = compare(split, whole, backwards, found.trainable, least)
+    if not met.parts or not is_finite(whole):
+        return Whole(switches, whole, backwards)
+    before = [sum(map(len, ranks)) for ranks in schedule[: met.step]]
+    its = outputs[1][sum(before[:-1]) : sum(before)]
+    same = _same(outputs[0][met.step - 1], its)
+    return Whole(switches, whole, backwards, _LOSS if same else _MODEL)
+
+
+_LOSS = (
+    "loss() of a batch is not the mean of its parts' losses. Where it is a mean over something "
+    "else than samples, return (sum, weight); where samples look at each other (in-batch "
+    "negatives), take one worker and no accumulation"
+)
+_MODEL = (
+    "the model gives a sample another output when the batch is cut: it looks over the batch, or "
+    "counts its calls"
+)
+
+
+def _recorded(make: Make, switches: Switches, into: list[Tensor]) -> Callable[[], Task]:
+    """Have a task keep what its model gives."""
+
+    def made() -> Task:
+        task: Any = make(switches)
+        original = task.loss
+
+        def loss(outputs: Any, targets: Any) -> Any:
+            into.append(_first_tensor(outputs).detach())
+            return original(outputs, targets)
+
+        task.loss = loss
+        return task  # type: ignore[no-any-return]
+
+    return made
+
+
+def _first_tensor(value: Any) -> Tensor:
+    while not isinstance(value, Tensor):
+        values = list(value.values()) if hasattr(value, "values") else list(value)
+        value = values[0] if values else torch.zeros(0)
+    return value
+
+
+def _same(whole: Tensor, split: list[Tensor]) -> bool:
+    """Say whether outputs of parts, put together, are those of the whole batch."""
+    together = torch.cat([value.flatten() for value in split])
+    expected = whole.flatten()
+    return together.shape == expected.shape and torch.allclose(together, expected, 1e-6, 1e-9)

@@ -1,0 +1,158 @@
+"""
+A task with some things switched off, so that two ways to train it can be compared.
+
+It is a subclass of the user's class: all that this says and the comparison does not touch stays.
+A job names it as any other task, with the user's own in `task_args`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset
+
+from distplat.strategies.task import Task
+
+ENTRY = f"{__name__}:Switched"
+"""What a job names as its task."""
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What is changed."""
+
+    double: bool = False
+    """Model and samples in float64."""
+    dropout: bool = True
+    """Whether modules drop anything."""
+    frozen_norm: bool = False
+    """Have batch norm use its running statistics, and leave them; `SyncBatchNorm` goes on."""
+    samples: int | None = None
+    """Train on so many samples, the first; None: all."""
+
+
+class Switched(Task):
+    """What the job names; the object is one of a subclass of the user's class."""
+
+    def __new__(  # type: ignore[misc]
+        cls, entry: str, task_args: Mapping[str, Any], switches: Mapping[str, Any]
+    ) -> Task:
+        """
+        Import the user's class, and make one of the same with the switches set.
+
+        Args:
+            entry: `module:Class`.
+            task_args: of the user's constructor.
+            switches: fields of `Switches`.
+        """
+        states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        module, _, name = entry.partition(":")
+        kind = getattr(importlib.import_module(module), name)
+        torch.set_rng_state(states[0])  # the constructor draws what it would after the import
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        return switched(kind, Switches(**switches))(**task_args)
+
+
+def task_fields(entry: str, task_args: Mapping[str, Any], switches: Switches) -> dict[str, Any]:
+    """Give the fields of a job that trains such a task."""
+    arguments = {"entry": entry, "task_args": dict(task_args), "switches": asdict(switches)}
+    return {"task": ENTRY, "task_args": arguments}
+
+
+def switched(kind: type[Task], switches: Switches) -> type[Task]:
+    """Give a subclass of a task's class with the switches set, and no evaluation."""
+    base: Any = kind
+
+    def model(self: Any) -> nn.Module:
+        if switches.double:
+            _convert_own(self, nn.Module, nn.Parameter)
+        built = base.model(self)
+        return _set(built, switches) if isinstance(built, nn.Module) else built
+
+    def train_data(self: Any) -> Any:
+        data = base.train_data(self)
+        return data if switches == Switches() else _Samples(data, switches)
+
+    def loss(self: Any, outputs: Any, targets: Any) -> Any:
+        if switches.double:
+            _convert_own(self, Tensor)
+        return base.loss(self, outputs, targets)
+
+    body: dict[str, Any] = {"model": model, "train_data": train_data, "loss": loss}
+    body |= {"eval_data": lambda self: None, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), body)
+
+
+class _Samples(Dataset[Any]):
+    """The first samples of a data set, in the wanted type."""
+
+    def __init__(self, data: Any, switches: Switches) -> None:
+        self._data, self._switches = data, switches
+
+    def __len__(self) -> int:
+        limit = self._switches.samples
+        return len(self._data) if limit is None else min(limit, len(self._data))
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self._data[index]
+        return _converted(sample) if self._switches.double else sample
+
+
+def _converted(value: Any) -> Any:
+    """Give a sample with its floating tensors and arrays in float64."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, np.ndarray):
+        return value.astype(np.float64) if value.dtype.kind == "f" else value
+    if isinstance(value, Mapping):
+        return type(value)({key: _converted(item) for key, item in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_converted, value))
+    if isinstance(value, list | tuple):
+        return type(value)(map(_converted, value))
+    return value
+
+
+def _convert_own(task: Any, *kinds: type) -> None:
+    """Bring what the task keeps, such as class weights of its loss, to float64."""
+    for name, value in [*vars(task).items()]:
+        if isinstance(value, nn.Module) and nn.Module in kinds:
+            value.double()
+        elif isinstance(value, nn.Parameter):
+            if nn.Parameter in kinds:
+                value.data = value.data.double()
+        elif isinstance(value, Tensor) and Tensor in kinds and value.is_floating_point():
+            setattr(task, name, value.double())
+
+
+def _set(model: nn.Module, switches: Switches) -> nn.Module:
+    for module in model.modules():
+        if not switches.dropout:
+            _stop_dropping(module)
+        if switches.frozen_norm and isinstance(module, _BatchNorm):
+            if not isinstance(module, nn.SyncBatchNorm):
+                module.eval()
+                module.train = _stays(module)  # type: ignore[method-assign, assignment]
+    return model.double() if switches.double else model
+
+
+def _stays(module: nn.Module) -> Callable[..., nn.Module]:
+    return lambda mode=True: module
+
+
+def _stop_dropping(module: nn.Module) -> None:
+    """Set every rate to 0: `p` of torch's modules, and attributes that are called after it."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        module.p = 0.0
+    for name, value in vars(module).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(module, name, 0.0)

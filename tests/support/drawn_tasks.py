@@ -1,0 +1,324 @@
+"""Small models with one peculiarity per block, and a task around them, for drawn training runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_job
+from distplat.strategies.task import Task
+
+WIDTH, CLASSES = 4, 3
+
+
+class Plain(nn.Sequential):
+    """A layer as any other."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+
+class Quiet(nn.Module):
+    """No parameter at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(self.left(x)) * self.right(x)
+        return out
+
+
+class Shared(nn.Module):
+    """One layer, used twice, and by a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once = nn.Linear(WIDTH, WIDTH)
+        self.again = nn.Linear(WIDTH, WIDTH)
+        self.again.weight = self.once.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.again(torch.tanh(self.once(x))))
+
+
+class Unused(Plain):
+    """A layer that nothing calls: no gradient ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(self[0](x))
+        return out
+
+
+class ZeroGradient(Plain):
+    """A layer whose gradient is exactly zero: it moves by momentum and decay all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(x) + 0.0 * self[0](x)
+        return out
+
+
+class Frozen(nn.Module):
+    """A layer without a gradient, and one of whose tensors only one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.still = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.partly = nn.Linear(WIDTH, WIDTH)
+        self.partly.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.partly(self.still(x)))
+
+
+class Views(nn.Module):
+    """Parts of one tensor, used in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2 * WIDTH, WIDTH) * 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, bottom = self.weight[:WIDTH], self.weight[WIDTH:]
+        return torch.tanh(x @ top.t()) + x @ bottom
+
+
+class Experts(nn.Module):
+    """Each sample goes to one of two layers; one without a sample is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for mine, expert in ((x[:, 0] > 0.7, self.high), (x[:, 0] <= 0.7, self.low)):
+            if mine.any():
+                out = out.index_put((mine.nonzero()[:, 0],), expert(x[mine]))
+        return torch.tanh(out)
+
+
+class Sometimes(nn.Module):
+    """A layer that every third call uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.rare = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.always(x)
+        if self.training:
+            out = out + self.rare(x) if self.calls % 3 == 1 else out
+            self.calls += 1
+        return torch.tanh(out)
+
+
+class Thawed(nn.Module):
+    """A layer that is frozen for two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.late.requires_grad_(self.calls >= 2)
+            self.calls += 1
+        return torch.tanh(self.late(x)) + x
+
+
+class Remembers(nn.Module):
+    """A buffer that every call writes to and uses, and a counter."""
+
+    mean: Tensor
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+                self.calls += 1
+        return x - self.mean
+
+
+class Teacher(nn.Module):
+    """A frozen layer that follows a trained one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Linear(WIDTH, WIDTH)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
+                for mine, its in pairs:
+                    its.mul_(0.7).add_(mine, alpha=0.3)
+        return torch.tanh(self.student(x) - 0.5 * self.teacher(x))
+
+
+class Bounded(nn.Module):
+    """A parameter that the forward writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.weight.data.clamp_(-0.4, 0.4)
+        return torch.tanh(self.inner(x))
+
+
+class Narrow(nn.Module):
+    """A layer of another type than the rest of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x.to(self.inner.weight.dtype))).to(x.dtype)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Plain,
+    "quiet": Quiet,
+    "branches": Branches,
+    "shared": Shared,
+    "unused": Unused,
+    "zero": ZeroGradient,
+    "frozen": Frozen,
+    "views": Views,
+    "experts": Experts,
+    "sometimes": Sometimes,
+    "thawed": Thawed,
+    "remembers": Remembers,
+    "teacher": Teacher,
+    "bounded": Bounded,
+    "narrow": Narrow,
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One training run."""
+
+    blocks: tuple[str, ...] = ("plain",)
+    form: str = "tensor"
+    """Of a batch's inputs: `tensor`, `dict` or `tuple`."""
+    weighted: bool = False
+    """Whether the loss gives its sum and its weight."""
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"name": "SGD", "lr": 0.1})
+    lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
+    clip_norm: float | None = None
+    accumulation: int = 1
+    strategy: str = "ring"
+    options: dict[str, Any] = field(default_factory=dict)
+    workers: int = 2
+    samples: int = 11
+    batch: int = 5
+    steps: int = 6
+
+    def job(self) -> Job:
+        """Give the job; every step leaves its model."""
+        cuts = self.strategy == "hybrid"
+        return make_job(
+            {
+                "name": "drawn",
+                "strategy": {"name": self.strategy, **self.options},
+                "scaling": {"num_workers": self.workers},
+                "optimizer": self.optimizer,
+                "lr_schedule": self.lr_schedule,
+                "clip_norm": self.clip_norm,
+                "gradient_accumulation": 1 if cuts else self.accumulation,
+                "steps": self.steps,
+                "global_batch_size": self.batch,
+                "seed": 3,
+                "checkpoint": {"every_steps": 1, "num_to_keep": 99},
+                "evaluation": {"every_epochs": 0},
+            }
+        )
+
+    def task(self) -> type[Task]:
+        """Give the task's class."""
+        drawn = self
+
+        class DrawnTask(Task):
+            def model(self) -> nn.Module:
+                return build(drawn)
+
+            def train_data(self) -> Dataset[Any]:
+                return Samples(drawn.samples, drawn.form)
+
+            def loss(self, outputs: Any, targets: Any) -> Any:
+                each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+                if not drawn.weighted:
+                    return each.mean()
+                weights = 1.0 + targets.double()
+                return (each * weights).sum(), weights.sum()
+
+        return DrawnTask
+
+
+class Samples(Dataset[Any]):
+    """Random samples of three classes, in one of three forms."""
+
+    def __init__(self, count: int, form: str) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.x = torch.randn(count, WIDTH, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(0, CLASSES, (count,), generator=generator)
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.x[index], int(self.y[index])
+        if self.form == "dict":
+            return {"x": x, "number": index}, y
+        return ((x, index), y) if self.form == "tuple" else (x, y)
+
+
+class Unpack(nn.Module):
+    """Gives the tensor out of a batch's inputs."""
+
+    def forward(self, inputs: Any) -> Tensor:
+        found = inputs["x"] if isinstance(inputs, dict) else inputs
+        x: Tensor = found[0] if isinstance(found, list | tuple) else found
+        return x
+
+
+def build(drawn: Drawn) -> nn.Module:
+    """Build the model, in float64 but for what is narrow."""
+    layers = [BLOCKS[name]() for name in drawn.blocks]
+    first = [] if drawn.form == "tensor" else [Unpack()]
+    model = nn.Sequential(*first, *layers, nn.Linear(WIDTH, CLASSES)).double()
+    for module in model.modules():
+        if isinstance(module, Narrow):
+            module.float()
+    return model

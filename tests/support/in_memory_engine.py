@@ -1,0 +1,53 @@
+"""What `distplat verify` asks of the engine, answered in memory: N ranks as threads."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from in_memory_run import Run, train
+from torch import Tensor
+
+from distplat.platform.pieces import Whole
+from distplat.platform.progress import StepReport
+from distplat.platform.spec import Job
+from distplat.strategies.task import Task
+from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.verification.reference import Trained
+from distplat.strategies.verification.switched import Switches, switched
+from distplat.strategies.verification.verdicts import Engine, Ran
+
+
+def engine(kind: type[Task]) -> Engine:
+    """Give what runs jobs of a task."""
+
+    def run(job: Job, switches: Switches) -> Ran:
+        return Ran(trained(job, train(job, switched(kind, switches))))
+
+    return run
+
+
+def make(kind: type[Task], **arguments: Any) -> Callable[[Switches], Task]:
+    """Give what makes the task anew."""
+    return lambda switches: switched(kind, switches)(**arguments)
+
+
+def trained(job: Job, run: Run) -> Trained:
+    """Bring a run whose job has a checkpoint after every step into the form of a reference."""
+    states = {step: model_of(saved) for step, saved in run.checkpoints.items()}
+    sums, counts = [0.0] * (job.steps or 0), [0.0] * (job.steps or 0)
+    for report in (report for reports in run.reports for report in reports):
+        if isinstance(report, StepReport):
+            weight = report.samples if report.weight is None else report.weight
+            sums[report.step] += report.loss * weight
+            counts[report.step] += weight
+    return Trained(states, [total / count for total, count in zip(sums, counts, strict=True)])
+
+
+def model_of(saved: SavedState) -> dict[str, Tensor]:
+    """Give a checkpoint's model as tensors."""
+    return {name: _tensor(whole) for name, whole in saved._load("model").items()}
+
+
+def _tensor(whole: Whole) -> Tensor:
+    dtype = getattr(torch, whole.dtype)
+    return torch.frombuffer(bytearray(whole.data), dtype=dtype).view(whole.shape).clone()
