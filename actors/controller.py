@@ -198,7 +198,7 @@ class Controller:
         if restart.world is not None:
             self._resizer.resized()
             self._holders = ()
-            self._resized = Resized(restart.attempt, step, before, world, 0.0)
+            self._resized = Resized(restart.attempt, step + 1, before, world, 0.0)
         if restart.world is not None or restart.everything:
             self._gathering.resize(world, step)
 

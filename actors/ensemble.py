@@ -48,6 +48,8 @@ class Launch:
     """The run directory."""
     resumed: Path | None = None
     """The checkpoint that the run begins from; None: the first step."""
+    checked: bool = False
+    """The driver looks at the task's class, and says what is wrong with it."""
 
 
 class Ensemble:
@@ -238,6 +240,7 @@ class Ensemble:
             base=base,
             embedding_servers=tuple(self._cast.embedding_servers),
             rewinds=launch.policy.survivors_go_on,
+            checked=launch.checked,
         )
 
 

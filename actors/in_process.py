@@ -4,33 +4,39 @@
 Servers are those of a run on Ray, as objects here (`local_actors.py`).
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.courier import Courier
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
-from distplat.actors.local_actors import Servers, TableServers
+from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
+from distplat.actors.servers.leases import RemoteLeases
+from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import saved_model
 from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import AnyReport, Gathering, Summary
+from distplat.platform.progress import AnyReport, Gathering, StepReport, Summary
 from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
-    InMemoryLeases,
-    LeaseDesk,
 )
 from distplat.strategies.sparse.files import keep_tables
+from distplat.strategies.task import Task
+from distplat.strategies.training.checks import remark_on_size
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Ports, join, make_task, prepare
+
+logger = logging.getLogger(__name__)
 
 _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
@@ -71,11 +77,12 @@ def _train(
     keep: Keep,
 ) -> bytes:
     job = launch.job
-    kind = launch.task
-    task = make_task(job, lambda: kind or load_task_class(job.task or "", launch.working_dir))
+    task = make_task(job, lambda: _task_class(launch))
     strategy = make_strategy(job)
     device = "cuda" if job.scaling.use_gpu else "cpu"
     prepared = prepare(job, task, device, strategy)
+    if remark := remark_on_size(job, prepared.sampler):
+        logger.warning("%s", remark)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     checkpoints = Checkpoints(launch, 1, opened)
@@ -84,17 +91,20 @@ def _train(
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
-        servers = None
+        servers, leases = None, None
         if roles.servers:
             servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
+        if roles.consistency.dealt:
+            leases = ending.enter_context(closing(TaskDesk(job, roles, launch.run))).leases(0)
         ports = Ports(
             collective=Fabric(1).collective(0),
             shards=servers.shards(0, steps, every=every) if servers is not None else None,
             tables=tables.tables(0, saved=saved) if job.embeddings is not None else None,
-            leases=InMemoryLeases(LeaseDesk(), 0) if roles.consistency.dealt else None,
+            leases=leases,
         )
         around = Around(saved, take=courier.take)
-        join(prepared, strategy, 0, ports, report=report, progress=progress, around=around).run()
+        told = report if leases is None else partial(_count, leases, report)
+        join(prepared, strategy, 0, ports, report=told, progress=progress, around=around).run()
         courier.flush()
         model = saved_model(strategy.trained(prepared.flat))
     checkpoints.drain()
@@ -105,6 +115,22 @@ def _train(
     if job.embeddings is not None and job.checkpoint.save_final:
         keep_tables(tables.services, job.seed, keep)
     return model
+
+
+def _task_class(launch: Launch) -> type[Task]:
+    """Give the task's class, looked at; say what is no error, unless that was done."""
+    found = launch.task or load_task_class(launch.job.task or "", launch.working_dir)
+    said = check_class(found, launch.job.task_args)
+    for line in () if launch.checked else said:
+        logger.warning("%s", line)
+    return found
+
+
+def _count(leases: RemoteLeases, report: Callable[[AnyReport], None], part: AnyReport) -> None:
+    """Have the task scheduler know how fast this worker is, too."""
+    if isinstance(part, StepReport):
+        leases.count(part)
+    report(part)
 
 
 def _saved(stored: Stored | None) -> SavedState | None:

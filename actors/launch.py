@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.stopping import Stopping
 from distplat.actors.tables.saving import sources_of
+from distplat.actors.task_check import TaskCheck
+from distplat.actors.task_pickling import check_pickles
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.pieces import Bytes
@@ -58,17 +61,29 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
     Raises:
         DistplatError: see `Trainer.fit`.
     """
+    if launch.task is not None:
+        check_pickles(launch.task)
     # Twice: Ray's start must not be cut off, or it leaves processes; and it sets handlers itself.
-    with Stopping() as early, local_ray(launch.job), Stopping() as stopping:
+    with (
+        Stopping() as early,
+        _task_check(launch) as task_check,
+        local_ray(launch.job),
+        Stopping() as stopping,
+    ):
         early.check()
+        launch = replace(launch, checked=launch.checked or task_check is not None)
+
+        def check() -> None:
+            stopping.check()
+            for line in task_check.poll() if task_check is not None else ():
+                logger.warning("%s", line)
+
         # Where tasks are leased rank 0 alone gives parts: the others may come and go.
         parts = 1 if launch.roles.consistency.dealt else launch.job.scaling.world
         checkpoints = Checkpoints(launch, parts, _open_box)
         ensemble = Ensemble(launch, checkpoints.newest())
         try:
-            controller = Controller(
-                ensemble, launch.job.failure, launch.policy, stopping.check, checkpoints
-            )
+            controller = Controller(ensemble, launch.job.failure, launch.policy, check, checkpoints)
             model = controller.run(tell)
             if launch.roles.consistency.asynchronous and controller.base == 0:
                 _keep_log(launch, ensemble, keep)
@@ -80,6 +95,25 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
             ensemble.end()
             # Ranks take their words back themselves, unless they were killed.
             _internal_kv_del(rendezvous_key(launch.run), del_by_prefix=True)
+
+
+@contextmanager
+def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
+    """
+    Have the task looked at while a Ray of our own starts.
+
+    On a cluster that is there already workers may find what is not to be found here: they look at
+    it themselves, before they build anything.
+    """
+    entry = launch.job.task
+    if launch.task is not None or entry is None or ray.is_initialized():
+        yield None
+        return
+    check = TaskCheck(entry, launch.working_dir, launch.job.task_args, shown=False)
+    try:
+        yield check
+    finally:
+        check.end()
 
 
 def _open_box(box: list[Any]) -> list[Bytes]:

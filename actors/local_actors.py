@@ -9,7 +9,8 @@ servers' node computes on their memory and rings their bells, one on another sen
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,11 +20,16 @@ from numpy.typing import NDArray
 
 from distplat.actors.local_transport import LocalCluster, LocalTransport
 from distplat.actors.messages import SavedHandle, WorkOrder
+from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
+from distplat.actors.servers.scheduler import Scheduler
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.tables.client import RemoteTables
 from distplat.actors.tables.node import EmbeddingServer
+from distplat.actors.transport import TransportError
+from distplat.platform.consistency import Consistency
+from distplat.platform.errors import DistplatError
 from distplat.platform.shard_map import Shard
 from distplat.platform.spec import Job
 from distplat.strategies.base import Roles
@@ -34,6 +40,58 @@ from distplat.strategies.training.service import Service
 HERE = "node-0"
 """The servers' node."""
 ELSEWHERE = "node-1"
+_HOLD_S = 0.2
+"""How long the manager keeps the question which servers it wants."""
+
+
+class TaskDesk:
+    """
+    The task scheduler of one run.
+
+    Args:
+        job: the run's job.
+        roles: what its strategy needs.
+        run: its name.
+        make: makes the scheduler.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        roles: Roles,
+        run: str = "run",
+        *,
+        make: Callable[[str, Job, Consistency], Scheduler] = Scheduler,
+    ) -> None:
+        self.job, self.run, self._how = job, run, roles.consistency
+        self.cluster = LocalCluster()
+        self._clients: list[RemoteLeases] = []
+        name = "task-scheduler"
+        self.scheduler = self.cluster.spawn(name, HERE, lambda _: make(name, job, self._how))
+
+    def leases(
+        self, rank: int, *, attempt: int = 0, abandoned: threading.Event | None = None
+    ) -> RemoteLeases:
+        """Give a worker's way to it; see `Servers.shards`."""
+        order = order_of(self.job, self.run, rank, attempt, scheduler=self.scheduler)
+        transport = self.cluster.transport(HERE, f"worker-{rank}")
+        eager = self._how.bound is not None
+        found = RemoteLeases(transport, order, eager, abandoned or threading.Event())
+        self._clients.append(found)
+        return found
+
+    def tell(self, method: str, *args: Any) -> Any:
+        """Call the scheduler, and wait for its answer."""
+        transport = self.cluster.transport()
+        limit_s = self.job.failure.start_timeout_s
+        return transport.get(transport.call(self.scheduler, method, *args), limit_s)
+
+    def close(self) -> None:
+        """End it."""
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+        self.cluster.close()
 
 
 class TableServers:
@@ -129,6 +187,7 @@ class Servers:
         run: its name.
         speeds: of the servers, in elements per second, by which shards are cut; empty: evenly.
         cluster: where they live; None: one of their own.
+        backups: the node of those that are made while the run goes on.
     """
 
     def __init__(
@@ -139,6 +198,7 @@ class Servers:
         *,
         speeds: Sequence[float] = (),
         cluster: LocalCluster | None = None,
+        backups: str = HERE,
     ) -> None:
         self.job, self.run = job, run
         self.cluster = cluster or LocalCluster()
@@ -152,10 +212,29 @@ class Servers:
         for node, speed in zip(self.nodes.values(), speeds, strict=False):
             node.body.speed = partial(_speed, speed)
         self.manager = self.cluster.spawn("server-manager", HERE, self._make_manager)
+        self._backups = backups
+        if self.roles.replication > 1:
+            threading.Thread(target=self._recruit, name="recruit", daemon=True).start()
 
     def _make_manager(self, transport: LocalTransport) -> ServerManager:
         who = "server-manager", self.job, self.run, 0, dict(self.nodes)
         return ServerManager(*who, self.roles, transport=transport)
+
+    def _recruit(self) -> None:
+        """Make the servers that the manager wants, as the controller of a run on Ray does."""
+        transport = self.cluster.transport()
+        limit_s = self.job.failure.start_timeout_s
+        with suppress(TransportError):  # the manager has ended, or it hangs
+            while True:
+                wanted = transport.get(transport.call(self.manager, "poll", _HOLD_S), limit_s)
+                if isinstance(wanted, DistplatError):
+                    return
+                if wanted is not None:
+                    make = partial(ServerNode, wanted.server)
+                    node = self.cluster.spawn(wanted.server, self._backups, make)
+                    self.nodes[wanted.server] = node
+                    brought = transport.call(self.manager, "bring", wanted.server, node)
+                    transport.get(brought, limit_s)
 
     def shards(
         self,
@@ -222,6 +301,7 @@ class Servers:
     def close(self) -> None:
         """End all; what they kept can still be looked at."""
         self.end_attempt()
+        self.manager.die("the run is over")  # before it sees its servers go
         self.cluster.close()
 
 

@@ -46,6 +46,8 @@ class Fault:
 
     delay_s: float = 0.0
     """It reaches the actor so much later; later than any deadline: the actor is frozen."""
+    reply_delay_s: float = 0.0
+    """So much later its answer comes."""
     lose: Literal["", "request", "reply"] = ""
     """Who called is told that no answer came: the call was not carried out, or it was."""
     twice: bool = False
@@ -286,6 +288,7 @@ def _serve(actor: Actor, method: str, args: _Packed, reply: Future[Any], fault: 
             actor.carry_out(method, args.open())
     except BaseException as raised:
         error = raised
+    time.sleep(fault.reply_delay_s)
     if fault.kill == "after":
         actor.die(f"after {method}")
     if fault.lose == "reply":

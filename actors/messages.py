@@ -92,6 +92,8 @@ class WorkOrder:
     """Handle of the task scheduler; None: the strategy has none."""
     rewinds: bool = False
     """Whether these can take a step back: survivors of a failure may have to repeat one."""
+    checked: bool = False
+    """The driver has looked at the task's class: nothing about it need be said again."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the user's module exists; one that it imports does not
-        near = hint(module_name, [path.stem for path in Path(search_path or ".").glob("*.py")])
+        there = [path.stem for path in Path(search_path or ".").glob("*.py")]
+        near = hint(module_name, there) if there else "no Python file is there"
         message = f"could not import {module_name!r} from {search_path or 'the import path'}"
         raise SpecError(Problem(("task",), message, near)) from None
     found = getattr(module, class_name, None)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep, train_on_ray
+from distplat.actors.task_check import check_class
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.progress import (
     EvalSummary,
@@ -108,7 +109,8 @@ class Trainer:
             from `storage_dir`.
 
     Raises:
-        SpecError: the job is wrong, or cannot go on from the checkpoint; says everything that is.
+        SpecError: the job or the task's class is wrong, or the run cannot go on from the
+            checkpoint; says everything that is.
         StorageError: all checkpoints there are damaged.
     """
 
@@ -133,6 +135,7 @@ class Trainer:
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task
+        self._unheard = [] if task is None else check_class(task, self.job.task_args)
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
         self._observers = observers
@@ -157,6 +160,8 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM.
         """
         began = time.monotonic()
+        for line in self._unheard:
+            logger.warning("%s", line)
         run = new_run_name(self.job)
         directory = RunDirectory(self.job, run, self._storage_dir)
         result = Result(directory.path, None)
@@ -203,6 +208,7 @@ class Trainer:
             self._strategy_file,
             folder,
             self._resumed,
+            checked=self._task is not None,
         )
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch

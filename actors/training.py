@@ -24,6 +24,7 @@ from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.ray_transport import RayTransport
+from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
@@ -34,6 +35,7 @@ from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
+from distplat.strategies.training.checks import remark_on_size
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
@@ -195,15 +197,17 @@ class Session:
 
     def _say_what(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
         if order.attempt > 0:
-            logger.info("rank %d goes on from step %d", order.rank, start)
+            logger.info("rank %d goes on after step %d", order.rank, start)
             return
         world = order.job.scaling.world
+        if order.rank == 0 and (remark := remark_on_size(order.job, prepared.sampler)):
+            logger.warning("%s", remark)
         logger.info(
             "rank %d %s: %s, %d parameters on %s, %d steps",
             order.rank,
             f"of {world}" if order.rank < world else "joins",
             order.job.strategy.name,
-            sum(slot.size for slot in prepared.flat.slots),
+            sum(slot.size for slot in prepared.flat.trained_slots),
             prepared.flat.params.device,
             prepared.total_steps,
         )
@@ -242,10 +246,20 @@ def _saved(order: WorkOrder) -> SavedState | None:
 
 
 def _task_class(order: WorkOrder) -> type[Task]:
+    """
+    Give the task's class, looked at; rank 0 says what is no error.
+
+    Raises:
+        SpecError: see `load_task_class`, `check_class`.
+    """
     if isinstance(order.task, bytes):
-        loaded: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
-        return loaded
-    return load_task_class(order.task, order.search_path)
+        found: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
+    else:
+        found = load_task_class(order.task, order.search_path)
+    said = check_class(found, order.job.task_args)
+    for line in said if order.rank == 0 and not order.checked else ():
+        logger.warning("%s", line)
+    return found
 
 
 def saved_model(tensors: Mapping[str, torch.Tensor]) -> bytes:

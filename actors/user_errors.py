@@ -49,14 +49,14 @@ _REMEDIES = (
 
 
 def as_user_error(
-    error: BaseException, rank: int, step: int | None, *, evaluating: bool = False
+    error: BaseException, rank: int | None, step: int | None, *, evaluating: bool = False
 ) -> UserCodeError:
     """
     Wrap what user code raised.
 
     Args:
         error: as it was caught.
-        rank: whose.
+        rank: whose; None: nobody's, see `UserCodeError`.
         step: see `UserCodeError`.
         evaluating: whether it was in the evaluation after that step.
     """

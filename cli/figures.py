@@ -49,7 +49,8 @@ def restart_rows(setbacks: Iterable[Setback]) -> list[tuple[str, str]]:
     return [
         (
             "" if number else "restarts",
-            f"{', '.join(setback.replaced) or 'nobody'} replaced, went on from step {setback.step}",
+            f"{', '.join(setback.replaced) or 'nobody'} replaced, "
+            f"went on after step {setback.step}",
         )
         for number, setback in enumerate(setbacks)
     ]

@@ -40,7 +40,7 @@ _EPILOG = """
 Exit codes:
     0  succeeded
     1  the task's own code failed
-    2  wrong command line, job file or option; nothing was started
+    2  wrong command line, job file, option or task; nothing was trained
     3  the cluster cannot be reached, or refused our token
     4  a part of the platform was lost, or the job was stopped
     5  the run directory cannot be written, or all its checkpoints are damaged
@@ -158,9 +158,12 @@ def validate(
     settings: Settings = None,
     strategy_file: StrategyFile = None,
 ) -> None:
-    """Check a job file, and print it with all defaults."""
+    """
+    Check a job file and its task, and print the job with all defaults.
+
+    The task's module is imported in a process of its own, from the job file's folder.
+    """
     from distplat.cli import submit as command
-    from distplat.platform.job_file import render_job
 
     request = command.Request(
         job_file=job_file,
@@ -168,7 +171,7 @@ def validate(
         flags=flags(strategy, num_workers, name),
         strategy_file=strategy_file,
     )
-    print(render_job(command.resolve(request)), end="")
+    command.validate(request)
 
 
 @app.command()
@@ -267,6 +270,9 @@ def run(args: list[str]) -> int:
         return leaving.exit_code
     except KeyboardInterrupt:
         return 130
+    except SystemExit as leaving:  # a strategy's file, a plug-in: nothing of ours does that
+        print(f"error: code that was loaded called sys.exit({leaving.code})", file=sys.stderr)
+        return 1
     except Exception as error:
         if "--debug" in args:
             traceback.print_exc()

@@ -93,7 +93,7 @@ class View:
         now = time.monotonic()
         self._pace.add(summary, now)
         every = _DRAW_EVERY_S if self._progress is not None else _LINE_EVERY_S
-        is_last = summary.step + 1 == summary.of
+        is_last = summary.step == summary.of
         if now - self._last_drawn >= every or is_last:
             self._last_drawn = now
             self._draw(summary, now)
@@ -109,18 +109,18 @@ class View:
         who = ", ".join(news.replaced) or "nobody"
         self._say(
             f"failure: {news.cause.splitlines()[0]}\n"
-            f"attempt {news.attempt}: replacing {who}, going on from step {news.step}"
+            f"attempt {news.attempt}: replacing {who}, going on after step {news.step}"
         )
 
     def _draw(self, summary: StepSummary, now: float) -> None:
         figures = f"epoch {summary.epoch + 1}  loss {summary.loss:.4g}  {self._pace.text(now)}"
         if self._progress is None:
-            self._say(f"step {summary.step + 1}/{summary.of}  {figures}")
+            self._say(f"step {summary.step}/{summary.of}  {figures}")
             return
         self._progress.update(
             self._bar,
-            description=f"step {summary.step + 1}/{summary.of}",
-            completed=summary.step + 1,
+            description=f"step {summary.step}/{summary.of}",
+            completed=summary.step,
             total=summary.of,
             figures=figures,
         )
@@ -156,7 +156,7 @@ class _Pace:
         if self._first is None or self._last is None:
             return rate
         done = self._last.step - self._first[0]
-        left = self._last.of - self._last.step - 1
+        left = self._last.of - self._last.step
         if done == 0 or left == 0:
             return rate
         return f"{rate}  eta {_clock((now - self._first[1]) / done * left)}"

@@ -96,7 +96,7 @@ def _facts(record: RunRecord, now: float) -> dict[str, object]:
         "run": record.path.name,
         "status": status.word,
         "error": status.error or None,
-        "steps": last.step + 1 if last else 0,
+        "steps": last.step if last else 0,
         "of": last.of if last else 0,
         "loss": last.loss if last else None,
         "evaluations": {m.name: m.points[-1][1] for m in metrics(record.evaluations)},

@@ -128,7 +128,9 @@ def _loss(record: RunRecord) -> Iterator[str]:
 
 def _marks(found: Sequence[Restart]) -> list[Mark]:
     return [
-        Mark(one.setback.step, f"step {one.setback.step}: {one.setback.cause.splitlines()[0]}")
+        Mark(
+            one.setback.step, f"after step {one.setback.step}: {one.setback.cause.splitlines()[0]}"
+        )
         for one in found
     ]
 

@@ -91,5 +91,5 @@ def _workers(record: RunRecord) -> str:
 def _steps(record: RunRecord) -> str:
     if not record.steps:
         return "0"
-    done, of = record.steps[-1].step + 1, record.steps[-1].of
+    done, of = record.steps[-1].step, record.steps[-1].of
     return f"{done} of {of}" if of > done else str(done)

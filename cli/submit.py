@@ -75,6 +75,28 @@ def resolve(request: Request) -> Job:
         raise SpecError(*(_renamed(one, names) for one in error.problems)) from None
 
 
+def validate(request: Request) -> None:
+    """
+    Check a job and its task, and print the job with all defaults.
+
+    Raises:
+        SpecError: everything that is wrong with the job, or what is with the task.
+        UserCodeError: the task's module raised when it was imported.
+    """
+    job = resolve(request)
+    text = render_job(job)
+    if job.task is not None:
+        from distplat.actors.task_check import TaskCheck
+
+        check = TaskCheck(job.task, str(request.folder), job.task_args, shown=True)
+        try:
+            for line in check.result(job.failure.start_timeout_s):
+                request.say(f"warning: {line}")
+        finally:
+            check.end()
+    print(text, end="")
+
+
 def submit(request: Request) -> None:
     """
     Run a job, and print what it came to.
@@ -129,7 +151,7 @@ def dry_run(request: Request) -> None:
         f"({job.strategy.name}) on {_named(target, job)}"
     )
     if start is not None:
-        request.say(f"would go on from step {start.step}, {start.path}")
+        request.say(f"would go on after step {start.step}, {start.path}")
 
 
 def _target(request: Request, job: Job) -> Target:

@@ -6,6 +6,7 @@ from distplat.platform.errors import (
     DistplatError,
     InfrastructureError,
     MismatchError,
+    SpecError,
     UserCodeError,
 )
 
@@ -22,7 +23,7 @@ def repairable(error: DistplatError) -> bool:
 def weight(error: DistplatError) -> int:
     """How well an error explains a failed run: the user's own first, a death before its effects."""
     match error:
-        case UserCodeError():
+        case UserCodeError() | SpecError():
             return 3
         case ActorLost():
             return 2

@@ -2,7 +2,7 @@
 Every error that distplat raises on purpose, in one tree.
 
     DistplatError                  exit 70  something distplat did not foresee
-    |- SpecError                        2   bad job file, option or argument; nothing was started
+    |- SpecError                        2   bad job file, option, argument or task; nothing trained
     |- ClusterUnreachable               3   no Ray there, or it refused our token
     |- UserCodeError                    1   the user's task raised; never retried
     |- NonFiniteError                   1   a loss or gradient is NaN or infinite; never retried
@@ -101,7 +101,7 @@ class UserCodeError(DistplatError):
     The user's task raised. Carries the user's own traceback as text.
 
     Args:
-        rank: whose.
+        rank: whose; None: no rank's, when its module was imported to be looked at.
         step: in which, from 1; None: before the first.
         summary: the exception and its message.
         traceback: with the user's frames only; ends with the summary.
@@ -113,7 +113,7 @@ class UserCodeError(DistplatError):
 
     def __init__(
         self,
-        rank: int,
+        rank: int | None,
         step: int | None,
         summary: str,
         traceback: str,
@@ -140,6 +140,8 @@ class UserCodeError(DistplatError):
         where = "in the evaluation after" if self.evaluating else "in"
         at = "before the first step" if self.step is None else f"{where} step {self.step}"
         text = f"your task failed on rank {self.rank}, {at}: {self.summary}"
+        if self.rank is None:
+            text = f"your task's module cannot be imported: {self.summary}"
         return f"{text}\n  hint: {self.remedy}" if self.remedy else text
 
 

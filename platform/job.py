@@ -292,7 +292,7 @@ class JobState:
 
     def _stall(self, ranks: Iterable[int], now: float) -> None:
         """Ranks were waited for too long: they are as good as lost."""
-        what = f"step {self.steps_done}"
+        what = f"step {self.steps_done + 1}"
         late = tuple(f"worker-{rank}" for rank in sorted(ranks))
         self._gone.update(late)
         limit = self._limits.step_timeout_s

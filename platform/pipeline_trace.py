@@ -37,6 +37,7 @@ class TraceReport:
 
     rank: int
     step: int
+    """From 0."""
     stages: int
     schedule: str
     micro_batches: int
@@ -48,6 +49,7 @@ class Trace:
     """All ranks' parts; times begin with the first event."""
 
     step: int
+    """From 1, as in all summaries."""
     stages: int
     schedule: str
     micro_batches: int
@@ -67,4 +69,4 @@ def join_traces(reports: Sequence[TraceReport]) -> Trace:
         replace(event, start_s=event.start_s - began, end_s=event.end_s - began) for event in events
     )
     most = max(report.micro_batches for report in reports)
-    return Trace(first.step, first.stages, first.schedule, most, tuple(moved))
+    return Trace(first.step + 1, first.stages, first.schedule, most, tuple(moved))

@@ -1,4 +1,10 @@
-"""What happened in a run, put together from what its ranks report, in the order of the steps."""
+"""
+What happened in a run, put together from what its ranks report, in the order of the steps.
+
+Ranks count the steps that they have behind them, so in what they report the first one is step 0.
+People count steps: in a summary, and in all that is shown of it, step n is the n-th update. The
+numbers change here, where reports become summaries.
+"""
 
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -13,7 +19,9 @@ class StepReport:
     rank: int
     """Whose; where tasks are leased, which part of the step it is, whoever made it."""
     step: int
+    """From 0."""
     epoch: int
+    """From 0."""
     loss: float
     """Mean over this rank's weights; 0 where it had none."""
     samples: int
@@ -46,7 +54,9 @@ class StepSummary:
     """One step over all ranks."""
 
     step: int
+    """From 1: the n-th update."""
     epoch: int
+    """From 0."""
     loss: float
     """Mean over the samples of all ranks."""
     samples: int
@@ -63,6 +73,7 @@ class EvalSummary:
     """One evaluation over all ranks."""
 
     step: int
+    """The one that it comes after; 0: before the first."""
     samples: int
     metrics: dict[str, float]
 
@@ -74,7 +85,7 @@ class Setback:
     attempt: int
     """Number of the attempt that begins."""
     step: int
-    """Steps done, from which it goes on."""
+    """Steps done: the last one that need not be made again."""
     cause: str
     replaced: tuple[str, ...]
     """Roles that are made anew."""
@@ -98,7 +109,7 @@ class Resized:
     attempt: int
     """Number of the attempt that began with them."""
     step: int
-    """The first that they make."""
+    """The first that they make, from 1."""
     before: int
     """Workers that there were."""
     workers: int
@@ -264,7 +275,7 @@ def _join_steps(reports: list[StepReport]) -> StepSummary:
     slowest = {part: max(r.seconds[part] for r in reports) for part in first.seconds}
     names = dict.fromkeys(name for r in reports for name in r.figures)
     figures = {name: max(r.figures.get(name, 0.0) for r in reports) for name in names}
-    return StepSummary(first.step, first.epoch, loss, samples, slowest, first.of, figures)
+    return StepSummary(first.step + 1, first.epoch, loss, samples, slowest, first.of, figures)
 
 
 def _join_evals(reports: list[EvalReport]) -> EvalSummary:

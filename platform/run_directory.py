@@ -6,6 +6,7 @@ The run directory: what a run leaves on disk.
         metrics.jsonl       one line per step and per evaluation
         tensorboard/        the same for TensorBoard
         model.safetensors   the trained model
+        task.safetensors    parameters that the task keeps itself, if it has some
         pipeline_trace.json     of pipelines: when each rank did what in one step
         apply_log.safetensors   of asynchronous runs: in which order each shard applied gradients
         checkpoints/        step-000120/ and others: to resume from (platform/checkpoints.py)
@@ -41,6 +42,7 @@ from distplat.platform.progress import (
     Summary,
 )
 from distplat.platform.spec import Job
+from distplat.platform.tensor_file import split_task
 
 _KINDS = {
     StepSummary: "step",
@@ -106,14 +108,20 @@ class RunDirectory:
 
     def save_model(self, model: bytes) -> Path:
         """
-        Write the trained model, whole or not at all.
+        Write the trained model, whole or not at all, and what the task has trained beside it.
 
         Args:
             model: in the safetensors format.
 
+        Returns:
+            The model's file.
+
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
+        model, task = split_task(model)
+        if task is not None:
+            self.keep("task.safetensors", task)
         return self.keep("model.safetensors", model)
 
     def keep(self, name: str, data: bytes) -> Path:

@@ -19,6 +19,9 @@ import numpy as np
 
 from distplat.platform.pieces import ITEM_BYTES, Bytes, Whole
 
+TASK_PREFIX = "task:"
+"""Begins the names of parameters that a task keeps itself, where they stand beside the model's."""
+
 _ALIGN = 8
 _CODES = {
     "bool": "BOOL",
@@ -75,6 +78,25 @@ def decode(content: bytes) -> dict[str, Whole]:
     header = json.loads(content[8 : 8 + length])
     data = np.frombuffer(content, np.uint8, offset=8 + length)
     return {name: _tensor(facts, data) for name, facts in header.items() if name != "__metadata__"}
+
+
+def split_task(content: bytes) -> tuple[bytes, bytes | None]:
+    """
+    Separate what a task has trained beside its model.
+
+    Args:
+        content: a file's, with both.
+
+    Returns:
+        The model's file, and the task's with names of its attributes; None: there is nothing.
+    """
+    length = int.from_bytes(content[:8], "little")
+    if f'"{TASK_PREFIX}'.encode() not in content[8 : 8 + length]:
+        return content, None
+    tensors = decode(content)
+    names = [name for name in tensors if name.startswith(TASK_PREFIX)]
+    task = {name.removeprefix(TASK_PREFIX): tensors.pop(name) for name in names}
+    return b"".join(encode(tensors)), b"".join(encode(task))
 
 
 def _tensor(facts: dict[str, Any], data: Bytes) -> Whole:

@@ -343,4 +343,4 @@ class Strategy(ABC, Generic[OptionsT]):
         A strategy whose ranks send to each other here, or in the last update, ends with a barrier:
         who leaves may take with it what was not yet read.
         """
-        return flat.model.state_dict()
+        return flat.state_dict()

@@ -40,7 +40,7 @@ def _discover() -> None:
     for plugin in entry_points(group=ENTRY_POINTS):
         try:
             plugin.load()
-        except Exception:
+        except (Exception, SystemExit):
             logger.exception("strategy plug-in %r (%s) cannot be loaded", plugin.name, plugin.value)
 
 
@@ -70,7 +70,7 @@ class StrategyFile:
             exec(compile(self.text, self.name, "exec"), module.__dict__)
         except SpecError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{self.name} raised {type(error).__name__}: {error}"
             raise SpecError(Problem(("--strategy-file",), what)) from error
 

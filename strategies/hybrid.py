@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from distplat.platform.errors import Problem
-from distplat.platform.fields import Count, Flag, Index, NonNegative, Positive, Seconds
+from distplat.platform.fields import Count, Flag, NonNegative, Positive, Seconds
 from distplat.platform.grid import Grid
 from distplat.platform.spec import Job
 from distplat.strategies.base import (
@@ -104,8 +104,8 @@ class HybridOptions(Options):
     """Reduce gradients over the replicas while the pipeline still drains."""
     bucket_mb: Positive = Field(8.0, le=1024)
     """Size of a bucket of gradients in MiB; with `data` > 1."""
-    trace_step: Index = 5
-    """Step of which `pipeline_trace.json` tells; the last one of shorter runs."""
+    trace_step: Count = 5
+    """Step, from 1, of which `pipeline_trace.json` tells; the last one of shorter runs."""
 
     @property
     def grid(self) -> Grid:

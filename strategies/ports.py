@@ -98,7 +98,7 @@ class TablesCopy:
 
 class Shards(Protocol):
     """
-    The server group as one worker sees it. Workers know servers, never each other.
+    The server group as one worker sees it. Through it workers know servers, never each other.
 
     The worker's parameters and gradients live in buffers that the port gives out, so that where
     both sides share a node nothing is copied.
@@ -128,6 +128,13 @@ class Shards(Protocol):
         have not come further; the servers keep theirs, and take the step's gradients again.
         """
 
+    def one_memory(self) -> bool:
+        """
+        Say whether `flat.params` is the memory that the servers update, after `connect`.
+
+        Then it is also that of other workers, and what one of them writes there counts.
+        """
+
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """
         Hand the gradients to all shards, one call to each, and wait for their answers.
@@ -146,12 +153,12 @@ class Shards(Protocol):
     def refresh(self) -> None:
         """Bring the newest parameters here."""
 
-    def tail(self) -> NDArray[np.bool_]:
+    def seen(self) -> NDArray[np.bool_]:
         """
-        Say which parameters that were frozen at first are trained by now.
+        Say which parameters have had a gradient yet, on any rank.
 
         Returns:
-            By slot of the flat vector's tail; empty: none is.
+            By slot of the flat vector.
         """
 
     def copies(self, version: int) -> list[ShardCopy] | None:

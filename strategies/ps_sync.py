@@ -3,7 +3,8 @@ Synchronous parameter server: data parallel around a server group (Li et al., OS
 
 Server nodes keep the parameters and the optimizer's state, cut into shards of equal size. In each
 step every worker pushes its gradients; when all of them are in, every shard sums them in rank
-order, updates, and serves the new version. Workers never talk to each other.
+order, updates, and serves the new version. Workers talk to each other only about what servers do
+not keep: buffers, frozen parameters, the statistics of `nn.SyncBatchNorm` (docs/model_state.md).
 
 With `backup_workers: b` a step is made of the first N - b gradients; what comes later is dropped,
 and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00981).
@@ -106,8 +107,8 @@ class PsSync(Strategy[PsSyncOptions]):
         self._shards.connect(flat, context.saved)
         if context.tables_made is not None and context.tables_made < flat.version:
             self._shards.step_back(context.tables_made)
-        if flat.active.size and (tail := self._shards.tail()).any():
-            flat.take_over_tail(tail)
+        if flat.active.size:
+            flat.take_over_tail(self._shards.seen()[-flat.active.size :])
         self._state = context.state
         self._meet(context)
         return flat.version
@@ -121,7 +122,8 @@ class PsSync(Strategy[PsSyncOptions]):
             why = "which waits for all ranks, and `backup_workers` does not"
             refuse_sync_batch_norm(flat.model, why, "remove it, or use nn.BatchNorm")
         group = context.peers() if state.needs_group and not backup else None
-        state.connect(group, served="use `strategy: ring`", shifting=backup > 0)
+        served, shared = "use `strategy: ring`", context.shards.one_memory() and not backup
+        state.connect(group, served=served, one_memory=shared, shifting=backup > 0)
         state.meet(flat.version, context.saved.step if context.saved is not None else 0)
 
     def skips(self, step: int) -> bool:
@@ -142,8 +144,7 @@ class PsSync(Strategy[PsSyncOptions]):
         self._pushed = self._shards.push(step, local)
         total = (self._pushed.total or local).named(local)
         if total.thawed:
-            flat = self._context.flat
-            flat.activate_tail(self._shards.tail(), step, had_samples=flat.began)
+            self._context.flat.activate_tail(self._shards.seen(), step)
         return total
 
     def update(self, step: int, total: StepControl) -> None:

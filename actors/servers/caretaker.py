@@ -79,6 +79,7 @@ class Caretaker:
         self._map = group.version, [seat.primary for seat in group.seats]
         self._changed = threading.Condition()
         self.lost: str | None = None  #: a server that was lost with all that it kept
+        self._closed = False
         threading.Thread(target=self._run, name="caretaker", daemon=True).start()
 
     def primaries(self) -> tuple[int, list[str]]:
@@ -101,9 +102,13 @@ class Caretaker:
                 lambda: self._map[0] > version or self.lost is not None, limit_s
             )
 
+    def close(self) -> None:
+        """Look after the servers no more."""
+        self._closed = True
+
     def _run(self) -> None:
         self._start(self._group.begin())
-        while self._group.broken is None:
+        while self._group.broken is None and not self._closed:
             try:
                 news = self._news.get(timeout=_TICK_S)
             except queue.Empty:
@@ -133,6 +138,8 @@ class Caretaker:
         try:
             self._news.put(work())
         except (DistplatError, TransportError) as error:
+            if self._closed:
+                return
             logger.warning("%s failed: %s", order, error)
             self._news.put(partial(self._lose, suspect))
 

@@ -230,7 +230,8 @@ class ServerManager:
         if self._roles.split_by_load:
             job, world = self._job, self._job.scaling.world
             servers = [self._servers[i] for i in everybody]
-            calls = [self._call(server, "speed", job, world, facts.dtype) for server in servers]
+            dtype = facts.layout.segments[0].dtype if facts.layout is not None else facts.dtype
+            calls = [self._call(server, "speed", job, world, dtype) for server in servers]
             speeds = self._ask(everybody, calls)
         tail = facts.layout.tail_size if facts.layout is not None else 0
         cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail)
@@ -300,6 +301,13 @@ class ServerManager:
         servers = self._present(0, 0).servers  # a model that is cut keeps none
         logs = self._ask(list(range(len(servers))), [self._call(one, "log") for one in servers])
         return [log for log in logs if log is not None]
+
+    def close(self) -> None:
+        """Look after the servers no more; a process's end does as much."""
+        if self._watch is not None:
+            self._watch.close()
+        if self._caretaker is not None:
+            self._caretaker.close()
 
 
 def _lost_for_good(server: str) -> ActorLost:

@@ -115,9 +115,9 @@ class ServerNode:
         """Apply a staged step."""
         return self.serving.commit(rank, seq, norm)
 
-    def tail(self) -> NDArray[np.bool_]:
-        """Say which parameters that were frozen at first are trained by now."""
-        return self.serving.tail()
+    def seen(self) -> NDArray[np.bool_]:
+        """Say which parameters have had a gradient yet, on any rank."""
+        return self.serving.seen()
 
     def listen(
         self, run: str, attempt: int, rank: int, bells: Address, slot: int, control: int

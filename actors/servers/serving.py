@@ -227,11 +227,11 @@ class Serving:
         record = StepControl.unpack(control)
         return self._service.push(push, gradient, record, self._deliver(push.rank))
 
-    def tail(self) -> NDArray[np.bool_]:
-        """See `Shards.tail`."""
+    def seen(self) -> NDArray[np.bool_]:
+        """See `Shards.seen`."""
         served = self._service.served
-        assert isinstance(served, ParameterShard), "only they have a tail"
-        return self._service.exclusively(lambda: served.tail)
+        assert isinstance(served, ParameterShard), "only they count steps"
+        return self._service.exclusively(lambda: served.seen)
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step; see `Service.commit`."""

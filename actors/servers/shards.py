@@ -23,6 +23,7 @@ from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
+from distplat.strategies.reduction.base import several_types
 from distplat.strategies.training.client import fetch_copies
 from distplat.strategies.training.control import StepControl, control_size
 from distplat.strategies.training.flat import FlatModel
@@ -69,7 +70,12 @@ class RemoteShards:
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
     ) -> None:
-        """See `Shards`."""
+        """
+        See `Shards`.
+
+        Raises:
+            SpecError: another type is to travel, and the parameters are of several.
+        """
         self._flat, self._holding = flat, holding or ALL
         self._on_device = flat.params.device.type != "cpu"
         self._facts = ModelFacts(
@@ -91,6 +97,8 @@ class RemoteShards:
             "start_timeout_s",
             self._look,
         )[0]
+        if joined.wire is not None and flat.mixed:
+            raise several_types(flat, "wire")
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
             manager = self._order.manager
@@ -129,7 +137,7 @@ class RemoteShards:
 
         attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
-        lines.hang_bells(road.near, control_size(len(self._flat.flags)))
+        lines.hang_bells(road.near, control_size(len(self._flat.slots)))
         if self._on_device:
             shared = road.gradients, road.parameters
             self._ferry = cuda_ferry(self._flat.grads, self._flat.params, shared)
@@ -198,6 +206,10 @@ class RemoteShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
+    def one_memory(self) -> bool:
+        """See `Shards`; a backup would not have what a worker writes."""
+        return self._road.one_copy and not self._on_device and self._tracker is None
+
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
         self._control = control
@@ -223,13 +235,13 @@ class RemoteShards:
         """See `Shards`."""
         self._following(lambda: self._pull("step_timeout_s"))
 
-    def tail(self) -> NDArray[np.bool_]:
+    def seen(self) -> NDArray[np.bool_]:
         """See `Shards`."""
 
         def ask_first() -> NDArray[np.bool_]:
-            question = lambda server, cut: self._transport.call(server, "tail")  # noqa: E731
+            question = lambda server, cut: self._transport.call(server, "seen")  # noqa: E731
             first = self._lines.cuts[:1]
-            found: NDArray[np.bool_] = self._lines.ask("thawed parameters", question, first)[0]
+            found: NDArray[np.bool_] = self._lines.ask("seen", question, first)[0]
             return found
 
         return self._following(ask_first)

@@ -31,15 +31,21 @@ class Watch:
         self.lost: DistplatError | None = None
         self.losing = threading.Event()  #: something is in `lost`
         self._begun_at: float | None = None
+        self._closed = False
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def begin(self) -> None:
         """All servers have their shards."""
         self._begun_at = time.monotonic()
 
+    def close(self) -> None:
+        """Look no more."""
+        self._closed = True
+        self.losing.set()
+
     def _watch(self) -> None:
         heard = dict.fromkeys(range(len(self._servers)), time.monotonic())
-        while self.lost is None:
+        while self.lost is None and not self._closed:
             for index in heard:
                 self.lost = self.lost or self._look(index, heard)
             if self.lost is not None:

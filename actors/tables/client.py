@@ -120,7 +120,7 @@ class RemoteTables:
         """See `Tables`."""
         attempt, call = self._plan.attempt, self._transport.call
         question = lambda k, server: partial(call, server, "begin", attempt, version)  # noqa: E731
-        self._ask(f"going on from step {version}", question, "start_timeout_s").answers()
+        self._ask(f"going on after step {version}", question, "start_timeout_s").answers()
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         """See `Tables`."""

@@ -52,13 +52,12 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
 
 def _of_the_whole(model: nn.Module) -> list[Problem]:
     told = [kind for kind in called_hooks(model) if kind not in _KEPT]
-    told += saved_hooks(model)
+    told += [*saved_hooks(model), *_own_ways(model)]
     others: Mapping[str, object] = {
         "a hook `with_kwargs`": model._forward_pre_hooks_with_kwargs
         or model._forward_hooks_with_kwargs,
         "a hook with `always_call`": model._forward_hooks_always_called,
         "a `__call__` of its own": type(model).__call__ is not nn.Module.__call__,
-        "a `train` of its own": _own_train(model),
     }
     told += [kind for kind, there in others.items() if there]
     text = "the whole model ({}) has {}, and a pipeline calls its layers only"
@@ -66,9 +65,14 @@ def _of_the_whole(model: nn.Module) -> list[Problem]:
     return [_problem(text.format(type(model).__name__, kind), hint) for kind in told]
 
 
-def _own_train(module: nn.Module) -> bool:
-    """Whether switching to training mode is more than switching all parts."""
-    return type(module).train is not nn.Module.train or "train" in vars(module)
+def _own_ways(module: nn.Module) -> list[str]:
+    """Name what a module does for all its parts, where that is more than to do it for each."""
+    usual = {"train": nn.Module.train, "state_dict": nn.Module.state_dict}
+    return [
+        f"a `{name}` of its own"
+        for name, method in usual.items()
+        if getattr(type(module), name) is not method or name in vars(module)
+    ]
 
 
 def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
@@ -80,7 +84,7 @@ def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
             continue
         never_called = type(module).forward is nn.Module.forward
         told = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
-        told += ["a `train` of its own"] if _own_train(module) else []
+        told += _own_ways(module)
         text = f"{name} ({type(module).__name__}) has {{}}, and a pipeline calls its parts only"
         hint = f"have the task's `stages` name {name} itself, or set `pipeline: 1`"
         found += [_problem(text.format(kind), hint) for kind in told]

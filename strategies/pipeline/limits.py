@@ -1,26 +1,21 @@
 """
 What a pipeline cannot do, found and named: nothing that a stage leaves out goes unsaid.
 
-    before the run     layers that compute otherwise than the model, SyncBatchNorm
+    before the run     SyncBatchNorm, inputs of other forms; what layers compute: `trial.py`
     in the first step  parameters that a backward reaches and no optimizer of this rank has
     in every step      parameters that were frozen when the model was cut, and no longer are
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.pipeline.trial import leaves
 from distplat.strategies.task import Task
-from distplat.strategies.training.stages import Layer, one_tensor
 
-_CLOSE = 1e-3
-"""Layers computed one after the other may differ from the model by so much of its outputs' norm:
-in rounding, where whole models take other kernels."""
 _DEPTH = 3
 """Containers within containers of a task in which parameters are looked for."""
 
@@ -52,83 +47,6 @@ def refuse(model: nn.Module) -> None:
         raise SpecError(Problem(("strategy", "name"), text, hint))
 
 
-def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Tensor]) -> None:
-    """
-    See whether layers one after the other give what the model gives, in evaluation mode.
-
-    Outputs are compared, and which parameters a backward would reach. Models that draw random
-    numbers in evaluation, or take no single tensor, are not.
-
-    Args:
-        model: with values.
-        layers: of it.
-        inputs: gives a few samples.
-
-    Raises:
-        SpecError: they do not.
-    """
-    device = next(model.parameters()).device
-    given = inputs().to(device)
-    with untouched(model, *(layer.module for layer in layers)), torch.enable_grad():
-        try:
-            again, whole = (model(given.clone()) for _ in range(2))
-        except Exception:  # what is trained is what the layers say, if the model says nothing
-            return
-        if not isinstance(whole, Tensor) or not _close(whole, again):
-            return
-        behind = given.clone()
-        for layer in layers:
-            behind = one_tensor(layer.name, layer.module(behind))
-    hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
-    what = f"the layers {', '.join(one.name for one in layers)} one after the other"
-    if not _close(behind, whole):
-        raise _refused(f"{what} compute otherwise than {type(model).__name__} does", hint)
-    mine, theirs = ({id(leaf) for leaf in _leaves(one)} for one in (behind, whole))
-    differ = [name for name, p in model.named_parameters() if (id(p) in mine) != (id(p) in theirs)]
-    if differ:
-        text = f"{what} give other parameters gradients than {type(model).__name__} does: "
-        raise _refused(text + ", ".join(differ), hint)
-
-
-@torch.no_grad()
-def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    known = ~(one.isnan() & other.isnan())
-    first, second = one[known].double(), other[known].double()
-    if not (first.isfinite().all() and second.isfinite().all()):
-        return torch.equal(first, second)
-    return bool((first - second).norm() <= _CLOSE * second.norm())
-
-
-@contextmanager
-def untouched(*modules: nn.Module) -> Iterator[None]:
-    """Try modules in evaluation mode; modes, buffers, frozen parameters and generators stay."""
-    every = {id(one): one for module in modules for one in module.modules()}.values()
-    modes = [(one, one.training) for one in every]
-    held = {id(t): t for one in modules for t in _held(one)}.values()
-    kept = [(tensor, tensor.detach().clone()) for tensor in held]
-    devices = sorted({t.device.index for t in held if t.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        for one in every:
-            one.training = False
-        try:
-            yield
-        finally:
-            for one, training in modes:
-                one.training = training
-            with torch.no_grad():
-                for tensor, value in kept:
-                    tensor.copy_(value)
-
-
-def _held(module: nn.Module) -> list[Tensor]:
-    frozen = [p for p in module.parameters() if not p.requires_grad]
-    return [t for t in (*module.buffers(), *frozen) if not t.is_meta]
-
-
 class Reached:
     """
     Watches that backward reaches the rank's own parameters, and all that it is to train.
@@ -152,24 +70,24 @@ class Reached:
         """
         Look at what a place gives, before it is differentiated; in the first step only.
 
+        Parameters that neither the model nor the task has are left as they are, as in plain torch.
+
         Raises:
             SpecError: it depends on a parameter that this rank does not train.
         """
         if not self._looks:
             return
         of_task = dict(_tensors_in(vars(self._task), "", _DEPTH))
-        for leaf in _leaves(outputs):
+        for leaf in leaves(outputs):
             if id(leaf) in self._own:
                 continue
             if id(leaf) in of_task:
                 text = f"the loss uses a parameter that the task keeps: `self.{of_task[id(leaf)]}`"
                 hint = "make it a part of the model's last layer, or use `ring` or `ps-sync`"
                 raise _refused(text, hint)
-            if isinstance(leaf, nn.Parameter):
-                known = self._names.get(id(leaf))
-                name = known.name if known is not None and known.ref() is leaf else ""
-                what = name or f"a parameter of shape {[*leaf.shape]} outside of the model"
-                text = f"a stage uses {what}, which is in none of its layers"
+            known = self._names.get(id(leaf))
+            if known is not None and known.ref() is leaf:
+                text = f"a stage uses {known.name}, which is in none of its layers"
                 raise _refused(text, "hold it in the layer that uses it, or set `pipeline: 1`")
 
     def stepped(self) -> None:
@@ -197,20 +115,6 @@ class Named:
 def names_of(model: nn.Module) -> dict[int, Named]:
     """Give the names of a model's parameters, by `id`; keeps none of them alive."""
     return {id(p): Named(name, p) for name, p in model.named_parameters()}
-
-
-def _leaves(outputs: Tensor) -> Iterator[Tensor]:
-    """Give the tensors to which a backward would add gradients."""
-    waiting, seen = [outputs.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            yield leaf
-        waiting += [following for following, _ in node.next_functions]
 
 
 def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[int, str]]:

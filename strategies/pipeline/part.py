@@ -20,6 +20,7 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.pipeline.around import with_hooks
 from distplat.strategies.pipeline.limits import Named
+from distplat.strategies.pipeline.trial import BeforeSlicing
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.parts import place_of
 from distplat.strategies.tensor.plan import ShardSpec
@@ -148,6 +149,8 @@ class Part:
     """Which slice of a tensor this rank has; what is not in it is whole."""
     names: dict[int, Named] = field(default_factory=dict)
     """Of the whole model's parameters, for errors."""
+    trial: BeforeSlicing | None = None
+    """To be compared once, by all slices together; None: there is nothing to compare."""
     flat: FlatModel = field(init=False)
 
     def holding(self, part: int) -> Holding:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distplat.platform.grid import Position
 from distplat.platform.spec import Job
 from distplat.strategies.base import Collective
 from distplat.strategies.pipeline.cutting import Wish, agree_on_points
-from distplat.strategies.pipeline.limits import compare, entering, names_of, refuse
+from distplat.strategies.pipeline.limits import entering, names_of, refuse
 from distplat.strategies.pipeline.part import Part, layers_for, take_part, take_whole
 from distplat.strategies.pipeline.plans import training_plan
+from distplat.strategies.pipeline.trial import SAMPLES, BeforeSlicing, compare, inputs_of, shared
 from distplat.strategies.tensor.parallelize import parallelize
 from distplat.strategies.tensor.plan import resolve
 from distplat.strategies.training.batches import one_batch
@@ -49,19 +50,30 @@ def agreed_part(
         SpecError: the model cannot be cut, or sliced, as the job says.
         CollectiveError: a rank is missing.
     """
-    if known is None:
+    new = known is None
+    together = slices if slices is not None and _all_new(new, slices, prepared.device) else None
+    part = known
+    if part is None:
         assert prepared.model is not None, "a model that was built and not yet cut"
         names = names_of(prepared.model)
-        part = _taken(options, prepared, prepared.model, at, everybody)
+        part, inputs = _taken(options, prepared, prepared.model, at, everybody, together)
         part.names = names
         prepared.model = None
         if slices is not None:
+            if together is not None:
+                part.trial = BeforeSlicing(part.chunks, inputs)
             part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
         part.finish()
-        return part
-    if options.places > 1:
-        _agree(options, prepared, [], known.points, everybody)
-    return known
+    elif options.places > 1:
+        _agree(options, prepared, [], part.points, everybody)
+    return part
+
+
+def _all_new(new: bool, slices: Collective, device: str) -> bool:
+    """Whether no rank of the slices was here in an attempt before: all can try them together."""
+    old = torch.tensor([int(not new)], device=device)
+    slices.all_reduce(old)
+    return not int(old)
 
 
 def _taken(
@@ -70,28 +82,42 @@ def _taken(
     model: nn.Module,
     at: Position,
     everybody: Collective,
-) -> Part:
+    together: Collective | None,
+) -> tuple[Part, dict[int, Any]]:
+    """
+    Give the part, and a few samples as they enter its places, to try it.
+
+    Args:
+        options: see `agreed_part`.
+        prepared: the data.
+        model: whole.
+        at: this rank.
+        everybody: all ranks.
+        together: the slices, if they are to try it; else there are no samples.
+    """
     task = prepared.task
     refuse(model)
     resolve(options.tensor_plan, [name for name, _ in model.named_modules()])
     seed = prepared.job.seed if options.init == "meta" else None
+    tried = together if seed is None else None
+    fields: dict[str, Any] = {
+        "recompute": options.recompute,
+        "seed": seed,
+        "device": prepared.device,
+    }
     if options.places == 1:
-        return take_whole(
-            task, model, recompute=options.recompute, seed=seed, device=prepared.device
-        )
+        one = take_whole(task, model, **fields)
+        return one, {} if tried is None else {0: shared(_samples(options, prepared), tried)}
     layers = layers_for(task, model)
     if everybody.rank == 0 and seed is None:
-        compare(model, layers, lambda: _first_inputs(options, prepared, most=1))
+        compare(model, layers, lambda: entering(_samples(options, prepared)))
     points = _agree(options, prepared, layers, None, everybody)
     mine = range(at.stage, options.places, options.pipeline)
-    return take_part(
-        layers,
-        points,
-        mine,
-        recompute=options.recompute,
-        seed=seed,
-        device=prepared.device,
-    )
+    inputs = {}
+    if tried is not None:
+        some = shared(entering(_samples(options, prepared)), tried)
+        inputs = inputs_of(layers, {place: [0, *points][place] for place in mine}, some)
+    return take_part(layers, points, mine, **fields), inputs
 
 
 def _agree(
@@ -105,7 +131,7 @@ def _agree(
         layers,
         _wish(options, prepared.job),
         known,
-        lambda: _first_inputs(options, prepared),
+        lambda: entering(_samples(options, prepared, None)),
         everybody,
         torch.device(prepared.device),
     )
@@ -125,14 +151,8 @@ def _wish(options: HybridOptions, job: Job) -> Wish:
     return Wish(options.places, options.cut, memory, job.seed if options.init == "meta" else None)
 
 
-def _first_inputs(options: HybridOptions, prepared: Prepared, most: int | None = None) -> Tensor:
-    """
-    Give the first micro-batch of the run, or its first samples, to try layers with.
-
-    Raises:
-        SpecError: it is not one tensor.
-    """
+def _samples(options: HybridOptions, prepared: Prepared, most: int | None = SAMPLES) -> Any:
+    """Give inputs of the run's first samples, or with None of its first micro-batch."""
     ids = prepared.sampler.micro_batches(0, 0, options.micro(prepared.job))[0][:most]
-    device = torch.device(prepared.device)
-    inputs, _ = to_device(one_batch(prepared.data, ids.tolist()), device)
-    return entering(inputs)
+    inputs, _ = to_device(one_batch(prepared.data, ids.tolist()), torch.device(prepared.device))
+    return inputs

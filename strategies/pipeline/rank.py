@@ -85,10 +85,13 @@ class Rank:
             CollectiveError: a rank is missing.
         """
         self._meet_slices(everybody)
-        self._part = agreed_part(
+        part = self._part = agreed_part(
             self._options, self._prepared, self._at, everybody, self._slices, self._part
         )
-        return self._part.flat
+        trial, part.trial = part.trial, None  # the part is there, whoever is lost in the trial
+        if trial is not None:
+            trial.compare()
+        return part.flat
 
     def _meet_slices(self, everybody: Collective) -> None:
         at = self._at
@@ -229,7 +232,7 @@ class Rank:
     def trace(self, step: int) -> TraceReport | None:
         """Tell when what was done in the step just made, if it is the one."""
         options = self._options
-        wanted = min(options.trace_step, self._prepared.total_steps - 1)
+        wanted = min(options.trace_step, self._prepared.total_steps) - 1
         if step != wanted or options.pipeline == 1:
             return None
         return self._measures.trace(step, self._executor.spans, options.schedule, options.pipeline)

@@ -70,7 +70,7 @@ class BucketReducer:
         self._broken: int | None = None  #: first parameter so far that is not finite here
         self.local = StepControl()
         """This rank's record of the last step, with what was found in its gradients."""
-        self._control = ControlSum(collective, len(flat.flags), flat.grads.device)
+        self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         self._cuts = [*cut_segments(flat, bucket_bytes)]
         self._types = [flat.layout.runs(cut.start, cut.stop)[0].dtype for cut in self._cuts]
         self._layouts = [flat.layout.cut(cut.start, cut.stop) for cut in self._cuts]

@@ -52,7 +52,7 @@ class CompressedReducer(Reducer):
         if flat.mixed:
             raise several_types(flat)
         self._flat, self._collective, self._look = flat, collective, look
-        self._control = ControlSum(collective, len(flat.flags), flat.grads.device)
+        self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         self._grads = flat.grads[: flat.layout.tail]
         self.residual = torch.zeros_like(self._grads)
         """What this rank has not sent yet: shape [n]."""

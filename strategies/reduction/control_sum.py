@@ -12,14 +12,14 @@ class ControlSum:
 
     Args:
         group: all ranks; each makes this at the same time.
-        flags: of the model, see `FlatModel.flags`.
+        slots: of the flat vector.
         device: where the group's tensors lie.
     """
 
-    def __init__(self, group: Collective, flags: int, device: torch.device) -> None:
+    def __init__(self, group: Collective, slots: int, device: torch.device) -> None:
         self._alone = group.world == 1
         self._group = group
-        like = torch.empty(control_size(flags), dtype=torch.float64, device=device)
+        like = torch.empty(control_size(slots), dtype=torch.float64, device=device)
         self._vector = like if self._alone else group.share(like)
         self._local = StepControl()
         self._handle: Handle | None = None

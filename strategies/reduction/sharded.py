@@ -70,7 +70,7 @@ class ShardedUpdate(LocalOptimizer):
         self._layout = flat.layout.cut(*self.bounds)
         self._optimizer = FlatOptimizer(job.optimizer, self._part, self._gradient, self._layout)
         self._look = job.failure.non_finite != "ignore"
-        self._control = ControlSum(group, len(flat.flags), flat.grads.device)
+        self._control = ControlSum(group, len(flat.slots), flat.grads.device)
         self._meter = Meter(group)
         self._new = True
         self._exchange_s = 0.0

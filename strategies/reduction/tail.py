@@ -20,8 +20,7 @@ def sum_tail(flat: FlatModel, group: Collective, total: StepControl, step: int) 
         SpecError: this rank has computed something in the step, and with a parameter frozen that
             others have thawed.
     """
-    if total.thawed:
-        flat.activate_tail(total.present[len(flat.slots) :], step, had_samples=flat.began)
+    flat.activate_tail(total.present, step)
     if flat.active.any() and group.world > 1:
         for segment in flat.layout.segments:
             if segment.start >= flat.layout.tail:

@@ -197,7 +197,7 @@ def _model(model: nn.Module) -> tuple[tuple[str, str], ...]:
 
 
 def _kind(tensor: Tensor) -> str:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         return "not initialised"
     return f"{str(tensor.dtype).removeprefix('torch.')} {[*tensor.shape]}"
 

@@ -24,8 +24,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.pieces import ITEM_BYTES
+from distplat.strategies.training.unwrapping import unwrapped
 
 if TYPE_CHECKING:
+    from distplat.platform.sampler import Sampler
+    from distplat.platform.spec import Job
     from distplat.strategies.task import Task
 
 _SENT = {
@@ -46,9 +49,22 @@ _SHOWN = 6
 """Names in one message."""
 
 
+def check_device(device: str) -> None:
+    """
+    See whether the device that a model is to be trained on is there.
+
+    Raises:
+        SpecError: it is a card, and torch sees none here.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        text = f"torch {torch.__version__} sees no card where this worker runs"
+        hint = "set it to false, or run where a card and a torch built for it are"
+        raise SpecError(Problem(("scaling", "use_gpu"), text, hint))
+
+
 def checked_model(task: Task, model: object) -> nn.Module:
     """
-    Give what `model()` returned, if it can be trained.
+    Give what `model()` returned, if it can be trained; without wrappers that change names.
 
     Raises:
         ValueError: it is no module, or has parameters without a shape.
@@ -70,7 +86,7 @@ def checked_model(task: Task, model: object) -> nn.Module:
             "yet, as lazy modules do before their first batch: run one through the model in "
             "model(), for example model(torch.zeros(1, 8)), before you return it"
         )
-    return model
+    return unwrapped(model)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -125,6 +141,22 @@ def checked_data(task: Task, data: object, method: str) -> Dataset[Any]:
         raise ValueError(f"{_place(task, method)}{method}() {fault}")
     found: Dataset[Any] = data  # type: ignore[assignment]
     return found
+
+
+def remark_on_size(job: Job, sampler: Sampler) -> str:
+    """Say what a job asks for that its data is too small for; empty: nothing."""
+    if sampler.size < sampler.world:
+        idle = sampler.world - sampler.size
+        return (
+            f"the training data has {sampler.size} samples for {sampler.world} parts of a batch: "
+            f"{idle} of them are empty in every step"
+        )
+    if sampler.size < job.global_batch_size:
+        return (
+            f"the training data has {sampler.size} samples, fewer than global_batch_size "
+            f"{job.global_batch_size}: every step is made of all of them"
+        )
+    return ""
 
 
 def _fault_of(data: object) -> str:

@@ -26,8 +26,10 @@ from distplat.strategies.base import Strategy
 from distplat.strategies.training.batches import eval_batches, micro_batches
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.device import to_device
+from distplat.strategies.training.loss_check import LossDoubts
 from distplat.strategies.training.losses import Figures, LossTerm, eval_figures, loss_term
 from distplat.strategies.training.seeding import seed_evaluation, seed_step
+from distplat.strategies.training.task_parameters import task_modules
 
 if TYPE_CHECKING:
     from distplat.strategies.training.flat import FlatModel
@@ -74,9 +76,9 @@ class Share:
             rank: this one.
             flat: what this rank trains, after the step's last backward.
         """
-        broken, thawed = not math.isfinite(self.loss_sum), bool(flat.thawed.any())
+        broken = not math.isfinite(self.loss_sum)
         figures = self.samples, self.weight, int(broken), rank
-        return StepControl(*figures, thawed=thawed, present=flat.flags)
+        return StepControl(*figures, thawed=flat.thaws, present=flat.present)
 
     @property
     def loss(self) -> float:
@@ -141,6 +143,8 @@ class WholeModel:
         self.job, self.task, self.data = prepared.job, prepared.task, prepared.data
         self.flat, self.sampler = prepared.flat, prepared.sampler
         self.strategy, self.rank, self.alive = strategy, rank, alive
+        self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
+        self._doubts = LossDoubts(self.task, self.flat.model)
 
     def start(self, steps: range) -> None:
         """See `Compute`."""
@@ -150,7 +154,8 @@ class WholeModel:
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`."""
         seed_step(self.job.seed, step, self.rank)
-        self.flat.model.train()
+        for module in self._modules:
+            module.train()
         sizes = [len(ids) for ids in self._plan(step)]
         share, part = Share(), 1.0 / self.sampler.batch_size(step)
         for number, size in enumerate(sizes, 1):
@@ -159,6 +164,7 @@ class WholeModel:
             with precision(self.job, self.flat.params.device):
                 outputs = self.flat.model(inputs)
                 term = loss_term(self.task, outputs, targets, size)
+                self._doubts.look(step, outputs, targets, term, size)
             self.flat.before_backward()
             if number == len(sizes):
                 self._last_backward(step)
@@ -178,7 +184,8 @@ class WholeModel:
     def evaluate(self, data: Dataset[Any]) -> Sums:
         """See `Compute`."""
         seed_evaluation(self.job.seed, self.rank)
-        self.flat.model.eval()
+        for module in self._modules:
+            module.eval()
         found = Sums()
         for batch, size in self._eval_batches(data):
             inputs, targets = to_device(batch, self.flat.params.device)

@@ -57,10 +57,9 @@ class StepControl:
     state_changed: bool = False
     """Whether a forward has changed buffers or frozen parameters."""
     thawed: bool = False
-    """Whether a frozen parameter is to be trained from this step on."""
+    """Whether a frozen parameter has a gradient, and is trained from this step on."""
     present: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    """By slot of the flat vector: whether a backward has reached the parameter. Behind that, by
-    slot of the vector's tail, whether it is trained: see `FlatModel.flags`."""
+    """By slot of the flat vector: whether a backward has reached the parameter."""
     skip: bool = False
     """Whether the step is left out: decided alike everywhere, by `decided`."""
 
@@ -95,7 +94,7 @@ class StepControl:
         return replace(self, rank=local.rank, slot=local.slot) if local.non_finite else self
 
     def pack(self) -> NDArray[np.float64]:
-        """Give it as a vector that can be summed over ranks, shape [7 + flags]."""
+        """Give it as a vector that can be summed over ranks, shape [7 + slots]."""
         vector = np.empty(HEAD_SIZE + len(self.present))
         vector[_SAMPLES], vector[_WEIGHT], vector[_COUNT] = (
             self.samples,
@@ -139,9 +138,9 @@ class StepControl:
         return cls.unpack(summed)
 
 
-def control_size(flags: int) -> int:
-    """Give the length of `StepControl.pack` for so many flags."""
-    return HEAD_SIZE + flags
+def control_size(slots: int) -> int:
+    """Give the length of `StepControl.pack` for so many slots."""
+    return HEAD_SIZE + slots
 
 
 class NonFiniteSteps:

@@ -77,12 +77,14 @@ class FlatModel:
     def __init__(
         self,
         model: nn.Module,
-        extra: Mapping[str, nn.Parameter] | None = None,
+        extra: Mapping[str, Tensor] | None = None,
         *,
         thaws: bool = False,
     ) -> None:
-        self.model, self.extra = model, dict(extra or {})
-        named = by_type(trainable(model, self.extra))
+        self.model = model
+        named = by_type(trainable(model, extra or {}))
+        trained = {name for name, _ in named}
+        self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
         check_memory(model, named)
         frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
         tail = by_type(room_for(frozen, named, model)) if thaws else []
@@ -155,7 +157,16 @@ class FlatModel:
         return tuple(one for one in every if one.start < self.layout.tail)
 
     def begin_step(self) -> None:
-        """Set the gradients to zero and forget which parameters had one."""
+        """
+        Set the gradients to zero and forget which parameters had one.
+
+        Raises:
+            SpecError: a parameter that was frozen had one, and nobody called `activate_tail`.
+        """
+        lost = self.thawed & self.present[self._trained :]
+        if lost.any():
+            name = self.slots[self._trained + int(lost.argmax())].name
+            raise thaw_error(self.version, f"{name!r} cannot be thawed under this strategy")
         self._used_grads.zero_()
         self.present[:] = self.began = False
         self._gradients.begin()
@@ -196,31 +207,32 @@ class FlatModel:
         """Whether this rank has gradients, or will have, behind the slots trained at first."""
         return bool(self.active.any() or self.thawed.any())
 
-    def activate_tail(self, union: NDArray[np.bool_], step: int, *, had_samples: bool) -> None:
+    def activate_tail(self, present: NDArray[np.bool_], step: int) -> None:
         """
-        Have frozen parameters take part in training; all ranks call this at one step boundary.
+        Have frozen parameters take part that have a gradient; all ranks call this in each step.
 
-        Their gradients of this step, where there are some, are in the vector already.
+        What this rank has of these gradients is in the vector already.
 
         Args:
-            union: by slot of the tail, whether it takes part on any rank.
+            present: by slot, whether it has a gradient on any rank.
             step: for messages.
-            had_samples: whether this rank has computed anything in this step.
 
         Raises:
             SpecError: this rank has computed something, and without one of them.
         """
-        for number in np.flatnonzero(union & ~self.active).tolist():
-            slot = self.slots[self._trained + number]
-            if had_samples and not self.thawed[number]:
-                raise thaw_error(step, f"{slot.name!r} is frozen on this worker, on others not")
-        self.take_over_tail(union)
+        new = present[self._trained :] & ~self.active
+        if not new.any():
+            return
+        for number in np.flatnonzero(new & ~self.thawed).tolist() if self.began else ():
+            name = self.slots[self._trained + number].name
+            raise thaw_error(step, f"{name!r} is frozen on this worker, on others not")
+        self.take_over_tail(new)
 
     def take_over_tail(self, union: NDArray[np.bool_]) -> None:
         """Have frozen parameters take part in training, with the values that `params` has."""
         self.active |= union
         self.thawed &= ~self.active
-        for number in np.flatnonzero(union).tolist():
+        for number in np.flatnonzero(self.active).tolist():
             self.parameters[self._trained + number].requires_grad_(True)
         self._point()
 
@@ -235,9 +247,9 @@ class FlatModel:
         return frozenset(self.slots[place].name for place in self._live())
 
     @property
-    def flags(self) -> NDArray[np.bool_]:
-        """Give what all ranks must know: `present`, then by slot of the tail if it is trained."""
-        return np.concatenate([self.present, self.active | self.thawed])
+    def thaws(self) -> bool:
+        """Whether this rank has a gradient of a frozen parameter that takes no part yet."""
+        return bool((self.present[self._trained :] & ~self.active).any())
 
     def name(self, slot: int) -> str:
         """Give the name of a slot's parameter."""

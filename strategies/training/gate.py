@@ -67,7 +67,7 @@ class Gate:
             what = self._next(step)
         if what is Next.WAIT:
             late, setting = ("the controller",), "failure.step_timeout_s"
-            raise DeadlineExceeded(f"halt before step {step}", late, self._limit_s, setting)
+            raise DeadlineExceeded(f"halt before step {step + 1}", late, self._limit_s, setting)
         if what is Next.STOP:
             raise Abandoned("this worker was told to stop between two steps")
 

@@ -16,7 +16,7 @@ changes: a backward has added to it if, and only if, its version has moved.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter, is_
+from operator import attrgetter, is_, ne
 
 import numpy as np
 import torch
@@ -64,7 +64,6 @@ class Gradients:
         if not self._in_place():
             for parameter, view in zip(self._parameters, self._views, strict=True):
                 parameter.grad = view
-        self._versions = self._read()
 
     def before_backward(self) -> None:
         """
@@ -99,7 +98,7 @@ class Gradients:
                 if grad is not self._views[place]:
                     self._collect(place, grad)
         now = self._read()
-        self._has |= np.not_equal(now, self._versions)
+        self._has |= np.fromiter(map(ne, now, self._versions), np.bool_, len(now))
         self._present[self._places] = self._has
         self._versions = now
 

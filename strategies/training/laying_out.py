@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Slot:
         return (run if run.dtype == self.dtype else run.view(self.dtype)).view(self.shape)
 
 
-def trainable(model: nn.Module, extra: Mapping[str, nn.Parameter]) -> Named:
+def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> Named:
     """
     Give the parameters to be trained; an empty one has nothing to train.
 
@@ -63,10 +64,14 @@ def trainable(model: nn.Module, extra: Mapping[str, nn.Parameter]) -> Named:
     Raises:
         ValueError, SpecError: see `FlatModel`.
     """
+    twice = extra.keys() & model.state_dict().keys()
+    if twice:
+        text = f"the model has a tensor of the name {min(twice)!r}, which is that of the task's own"
+        raise SpecError(Problem(("task",), text, "rename the submodule"))
     found = [(name, p) for name, p in dense_parameters(model) if p.requires_grad and p.numel()]
     known = {id(p) for _, p in found}
     found += [
-        (name, p)
+        (name, cast(nn.Parameter, p))
         for name, p in extra.items()
         if id(p) not in known and p.requires_grad and p.numel()
     ]

@@ -115,6 +115,8 @@ class LoaderContext(ForkServerContext):
             timeout_s: how long at most; afterwards the names stay until the semaphores go. A
                 process that died meanwhile is the loader's to tell.
         """
+        if not self._semaphores:
+            return
         deadline = time.monotonic() + timeout_s
         for reader in self._starting:
             if not reader.poll(max(0.0, deadline - time.monotonic())):
@@ -122,7 +124,7 @@ class LoaderContext(ForkServerContext):
             reader.close()
         self._starting.clear()
         # What would take a name away in the end does so now, and then has nothing left to do.
-        for finalizer in [*util._finalizer_registry.values()]:  # type: ignore[attr-defined]
+        for finalizer in list(util._finalizer_registry.values()):  # type: ignore[attr-defined]
             ours = finalizer._callback is synchronize.SemLock._cleanup  # type: ignore[attr-defined]
             if ours and finalizer._args[0] in self._semaphores:
                 finalizer()

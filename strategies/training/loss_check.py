@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import random
 from collections import deque
@@ -24,8 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from distplat.strategies.task import Task
+from distplat.strategies.training.losses import LossTerm
+
+logger = logging.getLogger(__name__)
+
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative, by the coarsest type of outputs and loss; 16-bit types have the one below."""
+_FIRST_STEPS = 3
+"""Steps whose losses are looked at."""
 _COARSE = 3e-2
 _COPIED_ELEMENTS = 1 << 20
 """Tensors that the task keeps are copied up to this size: `loss()` may write into them."""
@@ -38,6 +46,43 @@ class Value(NamedTuple):
     sum: float
     weight: float | None
     """None: it gave a scalar, which is taken for a mean."""
+
+
+class LossDoubts:
+    """
+    Looks at the losses of a run's first steps, and warns once.
+
+    Args:
+        task: the user's.
+        model: whose buffers a loss may reach.
+    """
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        self._task, self._model = task, model
+        self._looked: set[int] = set()  #: steps
+
+    def look(self, step: int, outputs: Any, targets: Any, term: LossTerm, samples: int) -> None:
+        """
+        Look at the first micro-batch of one of the first steps.
+
+        Args:
+            step: from 0.
+            outputs: what the model gave.
+            targets: as loaded.
+            term: what `loss()` made of them.
+            samples: of the micro-batch.
+        """
+        if step >= _FIRST_STEPS or step in self._looked:
+            return
+        self._looked.add(step)
+        loss = (term.value, term.weight) if term.weighted else term.value
+        buffers = self._model.buffers()
+        found = is_mean_over_samples(
+            self._task.loss, outputs, targets, loss, samples=samples, buffers=buffers
+        )
+        if found is not None:
+            self._looked.update(range(_FIRST_STEPS))
+            logger.warning("%s", found)
 
 
 def is_mean_over_samples(

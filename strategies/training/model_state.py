@@ -26,6 +26,7 @@ from distplat.platform.checkpoints import is_due
 from distplat.platform.cut import even_bounds
 from distplat.platform.errors import Problem, SpecError, StateLost
 from distplat.strategies.base import Collective, ReduceOp
+from distplat.strategies.training.capped_tables import CappedTables, first_writer, first_written
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.state_transfer import (
     Slot,
@@ -101,6 +102,7 @@ class ModelState:
         self._known = {number for number, one in enumerate(self._watched) if one.capped}
         self._group: Collective | None = None
         self._norms: SyncNorms | None = None
+        self._tables: CappedTables | None = None
         self._served = ""  #: where trained parameters are the servers': what to do instead
         self._shifting = False
         self._mark()
@@ -112,10 +114,15 @@ class ModelState:
     @property
     def needs_group(self) -> bool:
         """Whether ranks must talk to each other about more than gradients."""
-        return any(not one.trained for one in self._watched)
+        return any(one.capped or not one.trained for one in self._watched)
 
     def connect(
-        self, group: Collective | None, *, served: str = "", shifting: bool = False
+        self,
+        group: Collective | None,
+        *,
+        served: str = "",
+        one_memory: bool = False,
+        shifting: bool = False,
     ) -> None:
         """
         Begin an attempt.
@@ -124,19 +131,31 @@ class ModelState:
             group: all ranks that have this model; None: each goes on with its own.
             served: where servers keep the trained parameters: the way out for a model whose
                 forward writes them. Empty: they are this rank's own.
+            one_memory: whether this rank computes on the memory that servers update.
             shifting: whether servers change them while this rank computes.
 
         Raises:
             SpecError: a forward of this model writes them, and servers keep them.
         """
         self._group, self._served, self._shifting = group, served, shifting
-        for one in self._watched:
-            one.refresh()
-            if served and one.capped and one.trained:
-                raise self._refused(one)
+        self._tables = self._take_tables(one_memory=one_memory)
         if self._norms is not None:
             self._norms.close()
         self._norms = SyncNorms.of(self._flat.model, group, self._shares.micro_batches)
+
+    def _take_tables(self, *, one_memory: bool) -> CappedTables | None:
+        """Have lookups that scale rows of tables which servers keep made in copies."""
+        if self._tables is not None:
+            self._tables.close()
+        found = False
+        for number, one in enumerate(self._watched):
+            one.refresh()
+            if one.capped and one.trained and self._served:
+                if not one_memory:
+                    raise self._refused(one)
+                found, one.copied = True, False
+                self._known.discard(number)
+        return CappedTables(self._flat.model) if found else None
 
     def settle(self, version: int) -> bool:
         """
@@ -211,6 +230,8 @@ class ModelState:
         Raises:
             StateLost: there is no copy of something that it wrote.
         """
+        if self._tables is not None:
+            self._tables.forget()
         lost = self._put_back()
         if lost:
             raise StateLost(f"{lost[0].slot.name!r} as it was before the step in flight")
@@ -235,6 +256,8 @@ class ModelState:
         Raises:
             SpecError: it wrote a trained parameter that servers keep.
         """
+        if self._tables is not None:
+            self._tables.forget()
         if self.version is not None:
             lost = self._put_back()
             self._refuse(lost)
@@ -303,6 +326,8 @@ class ModelState:
             if self._asked(group, mine) if news is None else news:
                 self._agree(group, step)
             self._exchange(group, step, own)
+        if self._tables is not None:
+            self._tables.write(group)
         self._synchronized = step + 1
 
     def _asked(self, group: Collective, mine: bool) -> bool:
@@ -368,7 +393,7 @@ class ModelState:
         return found | {n for n in silent if self._watched[n].differs()}
 
     def _mark(self) -> None:
-        self._marks.set([n for n, one in enumerate(self._watched) if not one.trained])
+        self._marks.renew([n for n, one in enumerate(self._watched) if not one.trained])
 
     def _untrained(self) -> list[Slot]:
         return [one.slot for one in self._watched if not one.trained]
@@ -400,15 +425,7 @@ def _reconcile(one: Watched, group: Collective, *, wrote: bool) -> None:
     now = one.slot.tensor
     if now is None:
         return
-    values = now.detach().contiguous().view(-1)
     if one.kept is not None:
-        changed = values != one.kept.view(-1)
+        one.slot.take(first_written(now.detach(), one.kept, group))
     else:
-        changed = torch.full(values.shape, wrote, device=values.device)
-    owner = torch.full(values.shape, group.world, dtype=torch.int32, device=values.device)
-    owner[changed] = group.rank
-    group.all_reduce(owner, ReduceOp.MIN)
-    theirs = torch.where(owner == group.rank, values, torch.zeros_like(values))
-    group.all_reduce(theirs)
-    same = values if one.kept is None else one.kept.view(-1)
-    one.slot.take(torch.where(owner < group.world, theirs, same).view(now.shape))
+        one.slot.take(first_writer(now.detach(), group, wrote=wrote))

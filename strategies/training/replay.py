@@ -177,6 +177,10 @@ class ReplayShards:
     def step_back(self, version: int) -> None:
         """See `Shards`; asynchronous shards have no version in common."""
 
+    def one_memory(self) -> bool:
+        """See `Shards`; asynchronous workers compute on copies."""
+        return False
+
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
         return Pushed(staleness=self._group.submit(self._rank, step, control), total=control)
@@ -189,8 +193,8 @@ class ReplayShards:
         """Wait for the end: what a rank computes on before, the logs say."""
         self._group.finish(self._rank)
 
-    def tail(self) -> NDArray[np.bool_]:
-        """See `Shards`; asynchronous shards have none."""
+    def seen(self) -> NDArray[np.bool_]:
+        """See `Shards`; asked of synchronous shards only."""
         return np.zeros(0, np.bool_)
 
     def copies(self, version: int) -> None:

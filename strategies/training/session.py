@@ -8,18 +8,21 @@ From a job and a task to a loop that is ready to run, in steps that can wait bet
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from distplat.platform.checkpoints import is_due
+from distplat.platform.errors import Problem, SpecError
 from distplat.platform.progress import AnyReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.platform.tensor_file import TASK_PREFIX
 from distplat.strategies.base import Collective, Context, Shards, Strategy
 from distplat.strategies.ports import Board, Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
@@ -32,7 +35,12 @@ from distplat.strategies.training.agreement import (
     hash_samples,
 )
 from distplat.strategies.training.batches import make_sampler, total_steps
-from distplat.strategies.training.checks import check_state, checked_data, checked_model
+from distplat.strategies.training.checks import (
+    check_device,
+    check_state,
+    checked_data,
+    checked_model,
+)
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.held_generators import warning_of
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
@@ -43,6 +51,7 @@ from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.seeding import seed_all
 from distplat.strategies.training.task_compute import TaskModel
+from distplat.strategies.training.task_parameters import task_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -144,10 +153,15 @@ def prepare(
     model = checked_model(task, task.model() if strategy is None else strategy.build(task))
     sent = strategy is not None and strategy.roles(job).collective is not None
     check_state(model, sent=sent and job.scaling.world > 1)
+    check_device(device)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     thaws = strategy is not None and strategy.can_thaw()
-    part = FlatModel(model.to(device), thaws=thaws) if whole else None
+    own = task_parameters(task, model)
+    if own and not whole:
+        raise SpecError(_kept_in_task(job, [*own]))
+    extra = {TASK_PREFIX + name: one for name, one in own.items()}
+    part = FlatModel(model.to(device), _moved(extra, device), thaws=thaws) if whole else None
     seed_all(job.seed)
     data = checked_data(task, task.train_data(), "train_data")
     sampler = make_sampler(job, data, None if strategy is None else strategy.replicas(job))
@@ -160,6 +174,21 @@ def prepare(
     left = None if whole else model
     loaders_ready()
     return Prepared(job, task, left, data, eval_data, sampler, steps, device, part, lookups)
+
+
+def _moved(extra: Mapping[str, Tensor], device: str) -> Mapping[str, Tensor]:
+    """Have a task's own parameters on the model's device."""
+    for tensor in extra.values():
+        tensor.data = tensor.data.to(device)
+    return extra
+
+
+def _kept_in_task(job: Job, names: Sequence[str]) -> Problem:
+    text = (
+        f"{job.strategy.name} trains the model only, and the task keeps {', '.join(names)} itself"
+    )
+    hint = "make them part of what model() returns, or use `ring` or `ps-sync`"
+    return Problem(("task",), text, hint)
 
 
 def _warn_of_held_generators(data: Dataset[Any], eval_data: Dataset[Any] | None) -> None:

@@ -30,7 +30,7 @@ from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
 from distplat.strategies.training.control import Policy, StepControl
 from distplat.strategies.training.keeping import Keeping, Kept
 from distplat.strategies.training.mirror import Mirror, Update
-from distplat.strategies.training.optim import FlatOptimizer, Presence, rate_of
+from distplat.strategies.training.optim import FlatOptimizer, rate_of
 from distplat.strategies.training.segments import (
     dtype_name,
     scale_in_place,
@@ -57,14 +57,14 @@ class ParameterShard:
         self._sum = torch.zeros_like(params)
         self._layout = layout_of(plan, params)
         self.optimizer = FlatOptimizer(plan.job.optimizer, params, self._sum, self._layout)
-        segments = self._layout.segments
-        self._segments = tuple(one for one in segments if one.start < self._layout.tail)
+        every, tail = self._layout.segments, self._layout.tail
+        self._segments = tuple(one for one in every if one.start < tail)
         self._thawing = [one for one in self._layout.pieces if one.start >= self._layout.tail]
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
         self.total = StepControl()  #: of the staged sum, or of the step applied last
-        self.tail: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """By parameter that was frozen at first, whether it is trained by now; empty: none is."""
+        self.seen: NDArray[np.bool_] = np.zeros(self._layout.parameters, np.bool_)
+        """By parameter of the model, whether it has had a gradient yet, on any rank."""
         self._present: bytes | None = None  #: of the staged sum: parameters that are updated
         self._scale = 1.0  #: of the staged sum: what it is still to be multiplied by
         backup = plan.consistency.backup_workers
@@ -194,10 +194,10 @@ class ParameterShard:
 
     def _look_for_thawed(self, flags: bytes | None) -> None:
         """Have the tail take part once one of its parameters does."""
-        if flags is not None and len(flags) > self._layout.parameters:
-            tail = np.frombuffer(flags, np.bool_)[self._layout.parameters :]
-            self.tail = tail if not self.tail.size else self.tail | tail
-        if flags is not None and any(flags[piece.slot] for piece in self._thawing):
+        if flags is None:
+            return
+        self.seen = self.seen | np.frombuffer(flags, np.bool_)
+        if any(flags[piece.slot] for piece in self._thawing):
             self._segments, self._thawing = self._layout.segments, []
 
     def _forget_pushes(self) -> None:
@@ -215,7 +215,7 @@ class ParameterShard:
         ranks = sorted(self._gradients)
         self.total = StepControl.total([self._controls[rank].pack() for rank in ranks])
         self._present = flags_of(self.total, self._plan.job.failure.non_finite)
-        self._look_for_thawed(self._present)
+        self._look_for_thawed(self.total.present.tobytes())
         world, backup = self.ledger.world, self._plan.consistency.backup_workers
         # With backup workers still a mean, over the samples that are there.
         self._scale = self.total.scale * (world / (world - backup) if backup else 1.0)
@@ -253,6 +253,6 @@ def flags_of(total: StepControl, policy: Policy) -> bytes:
     return (total.present if applied else np.zeros_like(total.present)).tobytes()
 
 
-def from_flags(flags: bytes | None) -> Presence:
+def from_flags(flags: bytes | None) -> NDArray[np.bool_] | None:
     """Unpack what `as_flags` gave."""
     return None if flags is None else np.frombuffer(flags, np.bool_)

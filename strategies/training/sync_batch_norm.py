@@ -196,7 +196,8 @@ class SyncNorms:
                 f"training, got input of shape {[*x.shape]}"
             )
         _track(layer, mean, variance * (total / (total - 1)))
-        normalized: Tensor = _Normalize.apply(
+        apply: Any = _Normalize.apply
+        normalized: Tensor = apply(
             x, layer.weight, layer.bias, mean, variance, total, layer.eps, self
         )
         return normalized
@@ -206,7 +207,7 @@ class _Normalize(torch.autograd.Function):
     """Normalise with the statistics of all ranks."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -229,8 +230,8 @@ class _Normalize(torch.autograd.Function):
         return result.to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Give the gradients of x, weight and bias; those of the last two are this rank's part."""
         x, weight, mean, scale, total = ctx.saved_tensors
         wide, over = _wide(x), _all_but_channels(x)

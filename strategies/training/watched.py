@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from distplat.strategies.training.capped_tables import is_capped
 from distplat.strategies.training.state_transfer import Slot, slots_of
 
 Rule = Literal["rank0", "mean", "local", "written"]
@@ -95,7 +96,7 @@ class Marks:
         self._movable: list[int] = []
         self._marked: tuple[list[int], list[int], list[int]] = [], [], []
 
-    def set(self, movable: Sequence[int]) -> None:
+    def renew(self, movable: Sequence[int]) -> None:
         """Take all for unwritten; `movable`: those whose address is to be looked at, too."""
         self._movable = [*movable]
         self._marked = self._now()
@@ -124,7 +125,7 @@ def watch(model: nn.Module, choose: Callable[[str], str | None]) -> Iterator[Wat
     """Give all tensors of the model once, in an order that is the same on all ranks."""
     capped, running, averaged = set(), set(), set()
     for module in model.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        if is_capped(module):
             capped.add(id(module.weight))
         elif isinstance(module, _NormBase):
             own = {id(module.running_mean), id(module.running_var)} - {id(None)}

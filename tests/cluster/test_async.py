@@ -54,7 +54,7 @@ def test_a_run_is_made_again_from_its_log(
     """With dropout and batch norm: both are a rank's own. An evaluation refreshes in between."""
     more = {"clip_norm": 1.0, "data": {"drop_last": True}}  # batch norm wants more than one sample
     result = train(job(strategy, workers, task="tasks_for_tests:Drop", **more), tmp_path)
-    assert [s.step for s in result.history] == list(range(12))
+    assert [s.step for s in result.history] == list(range(1, 13))
     assert [e.step for e in result.evaluations] == [4, 8, 12]
     logs = logs_of(result)
     assert len(logs) == strategy.get("num_servers", 1)

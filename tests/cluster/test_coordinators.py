@@ -84,7 +84,7 @@ def replaced(result: Result) -> list[tuple[str, ...]]:
 
 
 def told_once(result: Result) -> None:
-    assert [summary.step for summary in result.history] == list(range(STEPS))
+    assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
     assert len({one.step for one in result.evaluations}) == len(result.evaluations) == 8
 
 

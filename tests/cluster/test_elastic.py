@@ -77,7 +77,7 @@ def same(result: Result, tmp_path: Path, strategy: object = None) -> None:
     """Same weights and buffers, bit for bit; each step once, with the same evaluations."""
     bits, other = unfailed(tmp_path, strategy)
     assert np.array_equal(weights(result), bits)
-    assert [s.step for s in result.history] == list(range(STEPS))
+    assert [s.step for s in result.history] == list(range(1, STEPS + 1))
     assert result.evaluations == other.evaluations
     for mine, others in zip(result.history, other.history, strict=True):
         # What a lost rank had not yet reported is missing in the means, and in the samples.

@@ -67,7 +67,7 @@ def test_user_exception_on_one_rank(strategy: str, tmp_path: Path) -> None:
     with pytest.raises(UserCodeError) as caught:
         train(misbehaving(strategy, "raise", tmp_path), tmp_path)
     error = caught.value
-    assert error.step == 5
+    assert error.step == 6
     assert error.rank in (0, 1)
     assert "no such token: 17" in error.summary
     first = error.traceback.splitlines()[1]

@@ -111,4 +111,4 @@ def test_twenty_kills_inside_an_all_reduce(tmp_path: Path, monkeypatch: pytest.M
     assert killer.inside == KILLS, f"{killer.inside} inside, {killer.outside} outside"
     assert len(result.setbacks) == killer.inside + killer.outside
     assert np.array_equal(weights(result), weights(unfailed))
-    assert [s.step for s in result.history] == list(range(STEPS))
+    assert [s.step for s in result.history] == list(range(1, STEPS + 1))

@@ -55,7 +55,7 @@ def same(result: Result, tmp_path: Path, strategy: object) -> None:
     """The same weights and buffers, bit for bit; every step and evaluation is told once."""
     bits, other = unfailed(tmp_path, strategy)
     assert np.array_equal(weights(result), bits)
-    assert [s.step for s in result.history] == list(range(STEPS))
+    assert [s.step for s in result.history] == list(range(1, STEPS + 1))
     assert len(result.evaluations) == len(other.evaluations)
     assert Catalogue(result.path / "checkpoints").steps() == [STEPS - EVERY, STEPS]
 
@@ -66,7 +66,7 @@ def test_a_run_goes_on_where_another_stopped(strategy: object, tmp_path: Path) -
     checkpoint = whole.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"
     resumed = train(spec(tmp_path, strategy, []), tmp_path, resume=checkpoint)
     assert np.array_equal(weights(resumed), bits)
-    assert [s.step for s in resumed.history] == list(range(STEPS - EVERY, STEPS))
+    assert [s.step for s in resumed.history] == list(range(STEPS - EVERY + 1, STEPS + 1))
     assert resumed.history[-1].loss == whole.history[-1].loss
     assert json.loads((resumed.path / "result.json").read_text())["resumed_from"] == str(checkpoint)
 
@@ -105,7 +105,7 @@ def test_an_asynchronous_run_goes_back_with_all_its_shards(tmp_path: Path) -> No
     result = train(spec(tmp_path, strategy, ["ServerNode 0 at 13"], clip_norm=None), tmp_path)
     assert len(result.setbacks) == 1
     assert result.setbacks[0].step in (0, 5, 10)
-    assert [s.step for s in result.history] == list(range(STEPS))
+    assert [s.step for s in result.history] == list(range(1, STEPS + 1))
     assert Catalogue(result.path / "checkpoints").steps()[-1] == STEPS
     complete = result.setbacks[0].step == 0
     assert (result.path / "apply_log.safetensors").exists() == complete

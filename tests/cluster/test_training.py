@@ -42,7 +42,7 @@ def test_equals_one_process(
 ) -> None:
     result = train(job(strategy, workers, **HARD), tmp_path)
     assert distance(weights(result), alone) < 1e-5
-    assert [s.step for s in result.history] == list(range(15))
+    assert [s.step for s in result.history] == list(range(1, 16))
     assert [e.step for e in result.evaluations] == [5, 10, 15]
     assert sum(s.samples for s in result.history) == 3 * 37
     assert all(e.samples == 37 for e in result.evaluations)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from dealing import desk_of
 from rank_threads import on_ranks
 from torch import Tensor
 
@@ -26,14 +27,12 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import (
     Fabric,
     InMemoryBoard,
-    InMemoryLeases,
-    LeaseDesk,
 )
 from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import Part
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Ports, Prepared, join, prepare
+from distplat.strategies.training.session import Around, Ports, Prepared, join, make_task, prepare
 
 
 @dataclass
@@ -53,8 +52,6 @@ class Run:
     """What the servers have, where the strategy has some."""
     tables: TableServers
     """The embedding tables, where the job has some."""
-    desk: LeaseDesk = field(default_factory=LeaseDesk)
-    """Who leased which tasks, where they are leased."""
     checkpoints: dict[int, SavedState] = field(default_factory=dict)
     """By version, as they would be read from the disk."""
 
@@ -91,7 +88,7 @@ def train(
     world = job.scaling.world
     # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
     strategies = [make_strategy(job) for _ in range(world)]
-    ranks = [prepare(job, task(**job.task_args), strategy=one) for one in strategies]
+    ranks = [prepare(job, make_task(job, lambda: task), strategy=one) for one in strategies]
     for rank, prepared in enumerate(ranks):
         before(rank, prepared)
     roles, steps = strategies[0].roles(job), ranks[0].total_steps
@@ -102,8 +99,8 @@ def train(
     tables = TableServers(impatient(job, timeout_s), every=every)
     progress = [Progress() for _ in range(world)]
     how = roles.consistency
-    desk = LeaseDesk(how.bound, most, timeout_s)
-    run = Run(ranks, [[] for _ in range(world)], progress, [], strategies, servers, tables, desk)
+    desk = desk_of(job, roles, most)
+    run = Run(ranks, [[] for _ in range(world)], progress, [], strategies, servers, tables)
     # Where tasks are leased rank 0 alone gives parts: the others may come and go.
     keeper = Keeper(job, run.checkpoints, 1 if how.dealt else world)
 
@@ -117,7 +114,7 @@ def train(
                 collective=fabric.collective(rank),
                 shards=servers.shards(rank, steps, every=every, node=node),
                 tables=tables.tables(rank, saved=saved) if job.embeddings is not None else None,
-                leases=InMemoryLeases(desk, rank) if how.dealt else None,
+                leases=desk.leases(rank) if how.dealt else None,
                 peers=partial(fabric.collective, rank),
                 board=board,
             ),
@@ -133,6 +130,7 @@ def train(
     finally:
         servers.close()
         tables.close()
+        desk.close()
     return run
 
 

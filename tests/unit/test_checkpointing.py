@@ -265,9 +265,9 @@ def test_a_run_in_this_process_goes_on(strategy: object, tmp_path: Path) -> None
     assert kinds.count('"kind": "checkpoint"') == len(whole.checkpoints)
     resumed = fit(tmp_path, whole.path / "checkpoints" / "step-000015", strategy=strategy)
     assert bits(resumed) == bits(whole)
-    assert [s.step for s in resumed.history] == list(range(15, 20))
+    assert [s.step for s in resumed.history] == list(range(16, 21))
     longer = fit(tmp_path, whole.path, epochs=5, strategy=strategy)
-    assert [s.step for s in longer.history] == list(range(20, 25))
+    assert [s.step for s in longer.history] == list(range(21, 26))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
@@ -308,7 +308,7 @@ def test_the_command_line(
     file.write_text(yaml.safe_dump(spec(tmp_path, epochs=5)))
     line = ["submit", str(file), "--working-dir", str(HERE), "--resume"]
     assert command([*line, whole.path.name, "--dry-run"]) == 0
-    assert "would go on from step 20" in capfd.readouterr().err
+    assert "would go on after step 20" in capfd.readouterr().err
     assert command([*line, whole.path.name]) == 0
     told = capfd.readouterr().out
     assert "checkpoints    1 written, the last of step 25, in" in told

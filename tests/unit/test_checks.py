@@ -16,6 +16,7 @@ from distplat import Result, Task, Trainer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.progress import EvalReport, Gathering
 from distplat.strategies.catalog import make_job
+from distplat.strategies.training.checks import remark_on_size
 
 FIELDS: dict[str, Any] = {
     "name": "checks",
@@ -246,6 +247,65 @@ def test_samples_of_several_shapes(tmp_path: Path) -> None:
     assert "stack expects each tensor to be equal size" in error.summary
     assert "Pad them in the data set" in error.remedy
     assert 'File "' not in error.traceback, "none of the frames is the user's"
+
+
+def test_a_data_set_may_pad_the_samples_of_a_batch_itself(tmp_path: Path) -> None:
+    """As the remedy says."""
+
+    class Padding(Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitems__(self, ids: list[int]) -> list[Any]:
+            longest = max(1 + number % 3 for number in ids)
+            return [(F.pad(torch.ones(1 + i % 3), (0, longest - 1 - i % 3)), 0) for i in ids]
+
+        def __getitem__(self, index: int) -> Any:
+            return self.__getitems__([index])[0]
+
+    class Sums(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs.sum(1, keepdim=True))
+
+    class Ragged(Good):
+        def model(self) -> nn.Module:
+            return Sums(1, 2)
+
+        def train_data(self) -> Dataset[Any]:
+            return Padding()
+
+    assert fit(Ragged, tmp_path).checkpoint is not None
+
+
+@pytest.mark.parametrize(
+    ("count", "remark"),
+    [(3, "has 3 samples, fewer than global_batch_size 4: every step is made of all"), (4, "")],
+)
+def test_data_smaller_than_a_batch_is_remarked_on(
+    count: int, remark: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = type("Small", (Good,), {"train_data": lambda self: samples(count)})
+    assert fit(small, tmp_path).checkpoint is not None
+    assert remark in caplog.text
+    assert ("training data" in caplog.text) == bool(remark)
+
+
+def test_data_smaller_than_the_workers_is_trained_and_remarked_on() -> None:
+    small = type("Small", (Good,), {"train_data": lambda self: samples(1)})
+    job = make_job({**FIELDS, "scaling": {"num_workers": 3}})
+    run = in_memory_run.train(job, small)
+    assert "1 samples for 3 parts of a batch: 2 of them" in remark_on_size(
+        job, run.ranks[0].sampler
+    )
+    for name, value in run.trained[0].items():
+        torch.testing.assert_close(run.trained[2][name], value)
+
+
+def test_a_card_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SpecError, match=r"scaling\.use_gpu: torch .* sees no card") as caught:
+        fit(Good, tmp_path, scaling={"num_workers": 0, "use_gpu": True})
+    assert caught.value.exit_code == 2
 
 
 class EndsTheProcess(Dataset[Any]):

@@ -30,6 +30,14 @@ optimizer: {name: SGD, lr: 0.1}
 steps: 10
 global_batch_size: 16
 """
+TASK = """\
+from distplat import Task
+
+class Lin(Task):
+    def model(self): ...
+    def train_data(self): ...
+    def loss(self, outputs, targets): ...
+"""
 COMMAND = [sys.executable, "-m", "distplat.cli.main"]
 
 
@@ -37,6 +45,7 @@ COMMAND = [sys.executable, "-m", "distplat.cli.main"]
 def _in_a_folder_with_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(JOB)
+    Path("lin.py").write_text(TASK)
     for name in [*os.environ]:
         if name.startswith("DISTPLAT_") or name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             monkeypatch.delenv(name)

@@ -99,8 +99,8 @@ def test_restarts_are_listed() -> None:
         Setback(3, 5, "network", (), 0.0),
     ]
     assert restart_rows(setbacks) == [
-        ("restarts", "worker-1 replaced, went on from step 9"),
-        ("", "worker-0, worker-1 replaced, went on from step 0"),
-        ("", "nobody replaced, went on from step 5"),
+        ("restarts", "worker-1 replaced, went on after step 9"),
+        ("", "worker-0, worker-1 replaced, went on after step 0"),
+        ("", "nobody replaced, went on after step 5"),
     ]
     assert restart_rows([]) == []

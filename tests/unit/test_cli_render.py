@@ -28,7 +28,7 @@ JOB = Job.model_validate(
 
 def step(number: int, loss: float = 0.5, seconds: float = 0.25) -> StepSummary:
     parts = {"data": 0.0, "compute": seconds, "exchange": seconds, "update": 0.0}
-    return StepSummary(number, number // 10, loss, 16, parts, of=100)
+    return StepSummary(number + 1, number // 10, loss, 16, parts, of=100)
 
 
 class Clock:
@@ -92,7 +92,7 @@ def test_a_failure_or_a_resize_says_from_where_the_run_goes_on() -> None:
     view.disturbed(Resized(3, 121, 4, 1, 0.11))
     assert out.getvalue().splitlines() == [
         "failure: server-0 was lost: killed",
-        "attempt 1: replacing worker-0, worker-1, going on from step 10",
+        "attempt 1: replacing worker-0, worker-1, going on after step 10",
         "attempt 1: all workers are at work after 3.2 s",
         "attempt 2: 4 workers from step 120 on, stood still 0.3 s",
         "attempt 3: 1 worker from step 121 on, stood still 0.1 s",

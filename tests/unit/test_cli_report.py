@@ -50,7 +50,7 @@ def page_of(path: Path) -> str:
 
 
 def lively(**changes: Any) -> list[dict[str, Any]]:
-    lines = [step(n, figures=FIGURES, **changes) for n in range(8)]
+    lines = [step(n, step=n + 1, figures=FIGURES, **changes) for n in range(8)]
     disturbed = [SAVED, SETBACK, RECOVERY, RESIZED]
     return [*lines[:4], *disturbed, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
 

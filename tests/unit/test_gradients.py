@@ -114,8 +114,8 @@ def test_a_hook_may_replace_the_gradient_or_drop_it() -> None:
         def drop(parameter: Tensor) -> None:
             parameter.grad = None
 
-        net.a.weight.register_post_accumulate_grad_hook(halve)
-        net.b.weight.register_post_accumulate_grad_hook(drop)
+        for parameter, hook in ((net.a.weight, halve), (net.b.weight, drop)):
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     rig.backward(lambda net: net(X).sum())
     rig.check()
 
@@ -301,3 +301,32 @@ def test_several_types_lie_in_segments() -> None:
     for vector in flat.typed(flat.params):
         vector.fill_(3.0)
     assert all(p.eq(3.0).all() for p in net.parameters())
+
+
+def test_parameters_of_the_task_are_trained_beside_the_models() -> None:
+    own = nn.Parameter(torch.zeros(2))
+    flat = FlatModel(Net(), {"task.log_var": own})
+    assert [slot.name for slot in flat.slots][-1] == "task.log_var"
+    assert "task.log_var" not in flat.model.state_dict()
+    assert torch.equal(flat.state_dict()["task.log_var"], own)
+    flat.begin_step()
+    loss = (flat.model(X) * torch.exp(own)).sum()
+    flat.before_backward()
+    torch.autograd.backward(loss)
+    flat.take_in()
+    assert flat.present.all()
+    flat.params.add_(flat.grads)
+    assert own.ne(0).all()
+
+
+def test_a_parameter_of_the_task_that_is_the_models_counts_once() -> None:
+    net = Net()
+    flat = FlatModel(net, {"task.head": net.a.weight})
+    assert "task.head" not in [slot.name for slot in flat.slots]
+
+
+def test_a_name_that_the_model_has_is_refused() -> None:
+    net = Net()
+    net.task = nn.Linear(2, 2)
+    with pytest.raises(SpecError, match=r"a tensor of the name 'task\.bias'"):
+        FlatModel(net, {"task.bias": nn.Parameter(torch.zeros(2))})

@@ -320,15 +320,14 @@ class Switching(nn.Sequential):
 
 
 def test_a_way_of_its_own_to_switch_the_mode() -> None:
-    def made(model: nn.Sequential) -> nn.Module:
+    def made(model: Any) -> nn.Module:
         return Switching(model[0], nn.Dropout(0.5), *model[1:])
 
     refused(task_of(made), "a `train` of its own")
     same(task_of(made), (1, 1, 2))
 
-    def inner(model: nn.Sequential) -> nn.Module:
-        layers: Any = model[2:]
-        return nn.Sequential(made(model[:2]), *layers)
+    def inner(model: Any) -> nn.Module:
+        return nn.Sequential(made(model[:2]), *model[2:])
 
     same(task_of(inner))
 
@@ -361,6 +360,16 @@ class Borrowing(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs: Tensor = self.own(inputs @ self.others[0].weight)
         return outputs
+
+
+def test_a_weight_that_nobody_trains() -> None:
+    """As in plain torch: what is no part of the model stays as it is."""
+
+    def made(model: nn.Sequential) -> nn.Module:
+        torch.manual_seed(7)
+        return nn.Sequential(Borrowing(nn.Linear(6, 6).double()).double(), nn.Linear(3, 3).double())
+
+    same(task_of(made))
 
 
 def test_a_weight_of_another_stage() -> None:
@@ -433,6 +442,16 @@ def test_refused_of_what_is_sliced(made: Callable[[Any], Any], words: tuple[str,
 def test_hooks_around_slices(made: Callable[[Any], Any], grid: tuple[int, int, int]) -> None:
     more = {"cut": ["3"]} if grid[0] > 1 else {}
     same(task_of(made), grid, tensor_plan=PLAN, **more)
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 1), (2, 2, 1), (1, 2, 2)])
+def test_a_plan_with_more_than_elements_between(grid: tuple[int, int, int]) -> None:
+    def made(model: nn.Sequential) -> nn.Module:
+        return nn.Sequential(model[0], nn.Softmax(dim=1), *model[2:])  # type: ignore[misc]
+
+    with pytest.raises(SpecError, match="otherwise than whole"):
+        more = {"cut": ["3"]} if grid[0] > 1 else {}
+        trained(task_of(made), grid, tensor_plan=PLAN, **more)
 
 
 class Inwards(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from counting import BATCH, PARTS, SAMPLES, WIDTH, Counting, counting
+from dealing import desk_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rank_threads import on_ranks
@@ -18,15 +19,12 @@ from distplat import Trainer
 from distplat.actors.local_actors import ELSEWHERE, Servers, TableServers
 from distplat.actors.local_transport import Call
 from distplat.actors.local_transport import Fault as LocalFault
+from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_job, make_strategy
-from distplat.strategies.fakes import (
-    InMemoryLeases,
-    LeaseDesk,
-)
 from distplat.strategies.training.leased_loop import LeasedLoop
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.session import Ports, Prepared, join, prepare
@@ -66,20 +64,6 @@ class Unsent:
         raise Gone("lost")
 
 
-class Leases(InMemoryLeases):
-    """Tells of nothing that comes after the end."""
-
-    def __init__(self, desk: LeaseDesk, rank: int, fault: Fault) -> None:
-        super().__init__(desk, rank)
-        self._fault = fault
-
-    def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
-        if self._fault.here(SILENT):
-            raise Gone("lost")
-        super().finish(tasks, evaluations)
-        self._fault.made += len(tasks)
-
-
 @dataclass
 class Rank:
     """A worker's process."""
@@ -95,10 +79,11 @@ class Counted:
     def __init__(self, most: int = 1) -> None:
         self.job = make_job(counting(epochs=EPOCHS))
         self.attempt, self.ranks = 0, dict[int, Rank]()
+        self.roles = make_strategy(self.job).roles(self.job)
         self.faults: dict[str, Fault] = {}  #: by worker
-        self.shards = Servers(self.job, make_strategy(self.job).roles(self.job))
+        self.shards = Servers(self.job, self.roles)
         self.shards.cluster.add_rule(self._twice_or_never)
-        self.tables, self.desk = TableServers(self.job), LeaseDesk(most=most)
+        self.tables, self.desk = TableServers(self.job), desk_of(self.job, self.roles, most)
         self.tables.cluster.add_rule(self._twice_or_never)
         self.most = most
 
@@ -121,6 +106,21 @@ class Counted:
         if call.actor == "server-1" and fault.here(ONE_SHARD):
             raise Gone("lost")
         return LocalFault(twice=True)
+
+    def _leases(self, rank: int, fault: Fault) -> RemoteLeases:
+        """Give a way to the scheduler, which is told of nothing that comes after the end."""
+        way = self.desk.leases(rank, attempt=self.attempt)
+        finish = way.finish
+
+        def told(tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
+            if fault.here(SILENT):
+                way.close()
+                raise Gone("lost")
+            finish(tasks, evaluations)
+            fault.made += len(tasks)
+
+        way.finish = told  # type: ignore[method-assign]
+        return way
 
     def _tables(self, rank: int, fault: Fault) -> RemoteTables:
         """Give a way to the tables; they have the rows before a rank breaks off."""
@@ -150,7 +150,7 @@ class Counted:
                     rank, STEPS, attempt=self.attempt, node=ELSEWHERE, every=0
                 ),
                 tables=self._tables(rank, fault),
-                leases=Leases(self.desk, rank, fault),
+                leases=self._leases(rank, fault),
             ),
             report=mine.reports.append,
             progress=Progress(),
@@ -167,7 +167,7 @@ class Counted:
             try:
                 loops[place].run()
             except Gone:
-                self.desk.lose(order[place])
+                self.desk.tell("lose", order[place])
                 del self.ranks[order[place]]
 
         on_ranks(len(order), body)
@@ -178,9 +178,8 @@ class Counted:
         """Begin a later attempt."""
         self.attempt += 1
         if with_scheduler:
-            self.desk = LeaseDesk(most=self.most)
-        else:
-            self.desk.renew(self.attempt)
+            self.desk.close()
+            self.desk = desk_of(self.job, self.roles, self.most)
 
     def check(self) -> None:
         """Each gradient of a sample is in once for each epoch, in its row and in the dense part."""
@@ -200,6 +199,7 @@ class Counted:
         assert (-params[:SAMPLES]).tolist() == [EPOCHS] * SAMPLES
         self.shards.close()
         self.tables.close()
+        self.desk.close()
 
     def parts(self) -> list[tuple[int, int]]:
         """Give what was reported, by ranks that are still there."""
@@ -236,7 +236,7 @@ def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> Non
     def make(step: int, clock: Any) -> Any:
         found = gradients(step, clock)
         if not silent.is_set():
-            run.desk.lose(1)
+            run.desk.tell("lose", 1)
             silent.set()
             assert came.wait(10)
         return found
@@ -287,7 +287,7 @@ def test_ranks_join_and_leave() -> None:
             make(task)
             made += 1
             if rank == 0 and made == 4:
-                run.desk.dismiss(1)
+                run.desk.tell("dismiss", (1,))
                 comes.set()
             if rank == 0 and made == 6:
                 assert there.wait(10)
@@ -307,7 +307,7 @@ def test_ranks_join_and_leave() -> None:
 def test_a_run_in_the_calling_process(tmp_path: Path) -> None:
     spec = counting(0, checkpoint={"every_steps": 5}, storage_path=str(tmp_path))
     result = Trainer(spec, Counting).fit()
-    assert [summary.step for summary in result.history] == list(range(STEPS))
+    assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
     assert result.checkpoint is not None
     assert load_file(result.checkpoint)["dense"].tolist() == [-EPOCHS] * SAMPLES
     files = [load_file(path) for path in result.path.glob("embeddings.rows.*")]

@@ -19,7 +19,7 @@ from torch import nn
 
 from distplat.actors import asking
 from distplat.actors.local_actors import ELSEWHERE, HERE, Servers
-from distplat.actors.local_transport import Fault
+from distplat.actors.local_transport import Call, Fault
 from distplat.actors.servers import lines
 from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded, ProtocolError
@@ -34,10 +34,13 @@ ROADS = [pytest.param(HERE, id="near"), pytest.param(ELSEWHERE, id="far")]
 Made = Callable[..., Servers]
 
 
-def job(world: int, servers: int, strategy: str = "ps-sync", **more: Any) -> Job:
+def job(
+    world: int, servers: int, strategy: str = "ps-sync", replication: int = 1, **more: Any
+) -> Job:
+    options = {"num_servers": servers, "replication": replication}
     fields = {
         "name": "local",
-        "strategy": {"name": strategy, "num_servers": servers},
+        "strategy": {"name": strategy, **options},
         "scaling": {"num_workers": world},
         "optimizer": {"name": "SGD", "lr": 0.5, "momentum": 0.9},
         "steps": STEPS,
@@ -52,9 +55,12 @@ def make() -> Iterator[Made]:
     """Make servers, which end with the test."""
     made = []
 
-    def new(world: int, servers: int, limit_s: float = 10.0, **more: Any) -> Servers:
+    def new(
+        world: int, servers: int, limit_s: float = 10.0, backups: str = HERE, **more: Any
+    ) -> Servers:
         of = job(world, servers, **more)
-        made.append(Servers(impatient(of, limit_s), make_strategy(of).roles(of)))
+        roles = make_strategy(of).roles(of)
+        made.append(Servers(impatient(of, limit_s), roles, backups=backups))
         return made[-1]
 
     yield new
@@ -265,3 +271,44 @@ def test_listening_ends_when_the_worker_leaves(make: Made) -> None:
     steps_of((shards, flat), 0)
     shards.close()
     assert servers.cluster.drain(5.0)
+
+
+UPDATE_MOMENTS = ["before the update is sent", "after the backup has made it"]
+
+
+@pytest.mark.parametrize("backups", ROADS)
+@pytest.mark.parametrize("moment", UPDATE_MOMENTS)
+@pytest.mark.parametrize("node", ROADS)
+@pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
+def test_a_promoted_backup_has_every_update_once(
+    make: Made, monkeypatch: pytest.MonkeyPatch, strategy: str, node: str, moment: str, backups: str
+) -> None:
+    """The primary of one shard dies in the middle of a step, and the worker follows its backup."""
+    servers = make(1, 2, strategy=strategy, replication=2, backups=backups)
+    shards, flat = connected(servers, 0, node)
+    wait_for_backups(servers)
+    primary, counted = servers.nodes["server-0"], []
+
+    def dies(call: Call) -> Fault | None:
+        if (call.process, call.method) != ("server-0", "update"):
+            return None
+        counted.append(call)
+        if len(counted) != 2:
+            return None
+        if moment == UPDATE_MOMENTS[0]:
+            primary.die(moment)
+            return Fault(lose="request")
+        threading.Timer(0.05, primary.die, [moment]).start()
+        return Fault(reply_delay_s=0.2)
+
+    servers.cluster.add_rule(dies)
+    steps_of((shards, flat), 0)
+    assert len(counted) >= 2 and primary.died
+    torch.testing.assert_close(flat.params, expected(1))
+
+
+def wait_for_backups(servers: Servers) -> None:
+    until = time.monotonic() + 10
+    while not all(seat.ready for seat in servers.manager.body.seats()):
+        assert time.monotonic() < until
+        time.sleep(0.01)

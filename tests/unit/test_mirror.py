@@ -8,6 +8,7 @@ import pytest
 import torch
 from control_records import full_record
 from delayed import async_plan, noise
+from dying_mirror import MOMENTS, InMemoryMirror
 from torch import Tensor
 
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
@@ -18,7 +19,6 @@ from distplat.platform.spec import Job
 from distplat.strategies.training.async_service import AsyncService
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.client import make_service
-from distplat.strategies.training.fake_mirror import MOMENTS, InMemoryMirror
 from distplat.strategies.training.mirror import become, twin_of
 from distplat.strategies.training.service import Limits, Service
 from distplat.strategies.training.shard import ParameterShard

@@ -64,7 +64,7 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
     for step in range(STEPS):
         inputs, targets = data[sampler.batch_ids(step).tolist()]
         optimizer.zero_grad()
-        task.loss(model.train()(inputs), targets).backward()
+        torch.autograd.backward(task.loss(model.train()(inputs), targets))
         optimizer.step()
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -80,6 +80,8 @@ def same(run: Run, wanted: Mapping[str, Tensor], tolerance: float = 1e-10) -> No
 
 class Teacher(nn.Module):
     """A student, and its moving average, which is used."""
+
+    forwards: Tensor
 
     def __init__(self, way: str, late: int = 0) -> None:
         super().__init__()
@@ -166,6 +168,12 @@ def test_a_trained_parameter_that_a_forward_writes(world: int, kind: type[Task])
     same(run, plain(kind))
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_workers_that_share_the_servers_memory_scale_rows_once(world: int) -> None:
+    run = train(job("ps-sync", world, evaluation={"every_epochs": 1}), Capped)
+    same(run, plain(Capped))
+
+
 @pytest.mark.parametrize("kind", [Capped, Clipped])
 @pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
 def test_where_servers_keep_it_that_is_refused_by_name(strategy: str, kind: type[Task]) -> None:
@@ -173,7 +181,7 @@ def test_where_servers_keep_it_that_is_refused_by_name(strategy: str, kind: type
         pytest.skip("servers change the values meanwhile, so that they do not tell")
     name = "table.weight" if kind is Capped else "layer.weight"
     with pytest.raises(SpecError, match=rf"'{name}', which servers keep(.|\n)*ring"):
-        train(job(strategy, 2), kind)
+        train(job(strategy, 2), kind, apart=True)
 
 
 class Unseeded(Data):
@@ -181,6 +189,8 @@ class Unseeded(Data):
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
+            shift: Tensor
+
             def __init__(self) -> None:
                 super().__init__()
                 draw = np.random.default_rng().standard_normal
@@ -216,6 +226,11 @@ def test_where_nobody_sends_them_others_are_refused_by_name() -> None:
 
 class Seen(nn.Module):
     """Buffers that depend on the samples; one is replaced, one grows, one is None at first."""
+
+    mean: Tensor
+    count: Tensor
+    queue: Tensor
+    last: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,11 +18,11 @@ site.addsitedir(sys.argv[1])  # an editable install is a .pth file there
 import platform
 import distplat.actors, distplat.cli, distplat.strategies
 import distplat.platform.errors, distplat.platform.cut
-from distplat.actors.task_loading import _is_ours
+from distplat.actors.user_errors import _passes_on
 assert platform.python_implementation(), platform
 assert "distplat" not in platform.__file__, platform.__file__
-assert _is_ours(distplat.platform.errors.__file__), "own frames would be taken for the user's"
-assert not _is_ours(sys.argv[1] + "/model.py")
+assert _passes_on(distplat.platform.errors.__file__), "own frames would be taken for the user's"
+assert not _passes_on(sys.argv[1] + "/model.py")
 print(distplat.platform.errors.__file__)
 """
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from distplat.platform.pipeline_trace import TraceReport
 from distplat.platform.progress import (
     EvalReport,
     EvalSummary,
@@ -26,7 +27,7 @@ def test_a_step_is_given_out_with_its_last_rank(order: tuple[int, ...]) -> None:
     gathering = Gathering(3)
     results = [gathering.add(parts[rank]) for rank in order]
     seconds = {"compute": 0.75, "data": 1.0}
-    assert results == [[], [], [StepSummary(12, 1, (2.0 * 3 + 4.0) / 4, 4, seconds, 30)]]
+    assert results == [[], [], [StepSummary(13, 1, (2.0 * 3 + 4.0) / 4, 4, seconds, 30)]]
 
 
 def test_the_sum_does_not_depend_on_who_came_first() -> None:
@@ -47,7 +48,8 @@ def test_a_rank_may_be_steps_ahead() -> None:
 
 
 def steps(gathering: Gathering, reports: list[StepReport]) -> list[int]:
-    return [summary.step for report in reports for summary in gathering.add(report)]
+    """Give the reports' numbers of what is given out: summaries count from 1."""
+    return [summary.step - 1 for report in reports for summary in gathering.add(report)]
 
 
 def test_a_step_whose_report_was_lost_comes_with_the_next() -> None:
@@ -57,9 +59,9 @@ def test_a_step_whose_report_was_lost_comes_with_the_next() -> None:
     assert gathering.add(step(0, 2)) == []
     late, complete = gathering.add(step(1, 2))
     assert isinstance(late, StepSummary)
-    assert (late.step, late.loss, late.samples) == (1, 4.0, 3)
+    assert (late.step, late.loss, late.samples) == (2, 4.0, 3)
     assert isinstance(complete, StepSummary)
-    assert (complete.step, complete.samples) == (2, 2)
+    assert (complete.step, complete.samples) == (3, 2)
 
 
 def test_the_end_brings_what_is_left() -> None:
@@ -67,7 +69,7 @@ def test_the_end_brings_what_is_left() -> None:
     assert steps(gathering, [step(0, 0), step(1, 0), step(0, 1)]) == [0]
     [last] = gathering.rest()
     assert isinstance(last, StepSummary)
-    assert (last.step, last.samples) == (1, 1)
+    assert (last.step, last.samples) == (2, 1)
     assert gathering.rest() == []
 
 
@@ -133,7 +135,7 @@ def test_a_report_that_was_lost_with_a_worker_holds_nothing_up() -> None:
 def test_what_was_never_complete_comes_at_the_end() -> None:
     gathering = Gathering(2, first=0)
     assert steps(gathering, [step(0, 0), step(0, 1), step(1, 1)]) == []
-    assert [summary.step for summary in gathering.rest()] == [0, 1]
+    assert [summary.step for summary in gathering.rest()] == [1, 2]
 
 
 def test_leased_evaluations_may_end_in_any_order() -> None:
@@ -176,3 +178,15 @@ def test_after_going_back_all_that_is_made_again_is_made_by_as_many_as_there_are
     gathering.resize(2, 1)
     again = [step(rank, number) for number in range(1, 6) for rank in range(2)]
     assert steps(gathering, again) == [4, 5]
+
+
+def test_a_figure_is_a_mean_over_the_samples_of_those_that_gave_it() -> None:
+    gathering = Gathering(2)
+    assert gathering.add(EvalReport(0, 4, 6, {"loss": 6.0}, {"loss": 6})) == []
+    last = EvalReport(1, 4, 5, {"loss": 16.0, "rare": 1.0}, {"loss": 5, "rare": 2})
+    assert gathering.add(last) == [EvalSummary(4, 11, {"loss": 2.0, "rare": 0.5})]
+
+
+def test_a_trace_counts_as_summaries_do() -> None:
+    (trace,) = Gathering(1).add(TraceReport(0, 4, 2, "1f1b", 2, ()))
+    assert trace.step == 5

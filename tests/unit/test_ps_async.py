@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from dealing import desk_of
 from in_memory_run import Run, train
 from rank_threads import on_ranks
 from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
 
 from distplat.actors.local_actors import Servers
 from distplat.platform.apply_log import Applied, ApplyLog, flaws, largest_lead, staleness_counts
-from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
+from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job, make_strategy
-from distplat.strategies.fakes import InMemoryLeases, LeaseDesk
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.replay import replay
 from distplat.strategies.training.session import Ports, join, prepare
@@ -124,7 +124,7 @@ def test_a_worker_that_leaves_and_one_that_joins() -> None:
     strategies = [make_strategy(of) for _ in range(4)]
     ranks = [prepare(of, Mlp(), strategy=one) for one in strategies]
     roles, steps = strategies[0].roles(of), ranks[0].total_steps
-    servers, desk = Servers(of, roles), LeaseDesk(most=2)
+    servers, desk = Servers(of, roles), desk_of(of, roles, most=2)
     reports: list[list[AnyReport]] = [[] for _ in ranks]
     progress = [Progress() for _ in ranks]
     comes = [threading.Event() for _ in ranks]
@@ -133,14 +133,14 @@ def test_a_worker_that_leaves_and_one_that_joins() -> None:
         def report(part: AnyReport) -> None:
             reports[rank].append(part)
             if rank == 0 and len(reports[0]) == 5:  # rank 3 takes the place of rank 1
-                desk.dismiss(1)
+                desk.tell("dismiss", (1,))
                 comes[3].set()
             if rank == 0 and len(reports[0]) > 5:
                 comes[1].wait(5)
 
         if rank == 3:
             assert comes[3].wait(5)
-        shards, leases = servers.shards(rank, steps), InMemoryLeases(desk, rank)
+        shards, leases = servers.shards(rank, steps), desk.leases(rank)
         ports = Ports(shards=shards, leases=leases)
         where = ranks[rank], strategies[rank], rank, ports
         loop = join(*where, report=report, progress=progress[rank])
@@ -150,6 +150,7 @@ def test_a_worker_that_leaves_and_one_that_joins() -> None:
     on_ranks(4, lambda rank: body(rank) if rank != 2 else None)
     assert [one.left for one in progress] == [False, True, False, False]
     servers.close()
+    desk.close()
     logs = [ApplyLog(numbers) for numbers in servers.logs()]
     assert [flaws(log, 2, 2 * STEPS) for log in logs] == [[], []]
     assert {applied.rank for applied in logs[0]} == {0, 1, 3}
@@ -159,19 +160,6 @@ def test_a_worker_that_leaves_and_one_that_joins() -> None:
     model = replay(plan, logs, lambda: prepare(of, Mlp()), 1)
     for name, value in model.state_dict().items():
         assert torch.equal(value, ranks[0].flat.model.state_dict()[name]), name
-
-
-def test_a_worker_that_never_comes_is_named() -> None:
-    class Stuck(Uneven):
-        def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
-            if self.pause_s:
-                time.sleep(1.5)
-                self.pause_s = 0.0  # it need not hold the test up
-            return super().loss(outputs, targets)
-
-    Uneven.made = 0
-    with pytest.raises(DeadlineExceeded, match="missing: worker-1"):
-        train(job({"name": "ps-async", "staleness": 2}, 2), Stuck, timeout_s=0.3)
 
 
 def test_figures_are_those_of_the_log() -> None:

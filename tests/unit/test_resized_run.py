@@ -79,7 +79,7 @@ def test_every_sample_of_an_epoch_is_in_one_step_and_the_model_is_the_same(
 
     assert sorted(run.pushed) == _each_once(course), "a gradient was made for nothing"
     steps = [one for one in run.summaries if isinstance(one, StepSummary)]
-    assert [one.step for one in steps] == list(range(STEPS))
+    assert [one.step for one in steps] == list(range(1, STEPS + 1))
     order = Sampler(SAMPLES, BATCH, 1)
     assert [one.samples for one in steps] == [order.batch_size(step) for step in range(STEPS)]
     for step in range(STEPS):

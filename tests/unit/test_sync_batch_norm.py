@@ -57,10 +57,16 @@ class Plain(Task):
         return (outputs - targets).square().mean()
 
 
+def synchronised(model: nn.Module) -> nn.Module:
+    """Have torch put its own layers in."""
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    found: nn.Module = convert(model)
+    return found
+
+
 class Synchronised(Plain):
     def model(self) -> nn.Module:
-        model: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(super().model())
-        return model
+        return synchronised(super().model())
 
     def eval_data(self) -> TensorDataset:
         return self.train_data()
@@ -87,7 +93,7 @@ def plain() -> dict[str, Tensor]:
     for step in range(STEPS):
         inputs, targets = data[sampler.batch_ids(step).tolist()]
         optimizer.zero_grad()
-        task.loss(model.train()(inputs), targets).backward()
+        torch.autograd.backward(task.loss(model.train()(inputs), targets))
         optimizer.step()
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -113,7 +119,7 @@ def test_ranks_may_have_any_number_of_micro_batches(micro_batches: list[int]) ->
     sizes = [[2 + rank + n for n in range(count)] for rank, count in enumerate(micro_batches)]
     parts = [[torch.randn(size, 2, 4, 4, dtype=WIDE) for size in rank] for rank in sizes]
     alone = Plain().model().train()
-    models = [nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(alone)) for _ in range(world)]
+    models = [synchronised(copy.deepcopy(alone)) for _ in range(world)]
     fabric = Fabric(world)
 
     def body(rank: int) -> None:

@@ -1,4 +1,4 @@
-"""The way from a primary to its backup, in memory, with moments at which the primary may die."""
+"""A way from a primary to its backup without servers, and moments at which the primary may die."""
 
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distplat import Task
-from distplat.strategies.training.hooks import unheard
+from distplat.strategies.training.task_methods import unheard
 
 
 class Good(Task):
@@ -46,7 +46,7 @@ def with_method(name: str) -> type[Task]:
 def test_a_hook_that_is_none_is_told_with_its_place(name: str, instead: str) -> None:
     (told,) = unheard(with_method(name))
     line = with_method.__code__.co_firstlineno + 1
-    assert told.startswith(f"test_hooks.py:{line}: Bert.{name}() is never called: ")
+    assert told.startswith(f"test_task_methods.py:{line}: Bert.{name}() is never called: ")
     assert instead in told
 
 

@@ -1,0 +1,211 @@
+"""
+The task's class, looked at before anything is started: is it there, and does it fit the job?
+
+    driver                          child process
+    ──────                          ─────────────
+    TaskCheck(...)     ──▶          imports the task's module, torch with it
+    starts Ray meanwhile            class there? a Task? methods? task_args?
+    poll(), result()   ◀── JSON ──  what is wrong, and what is no error but never called
+
+The driver stays without torch and without the user's code. Whoever has the class already asks
+`check_class` himself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import distplat
+from distplat.actors.task_loading import load_task_class
+from distplat.platform.errors import Problem, SpecError, UserCodeError
+from distplat.platform.suggest import hint
+from distplat.strategies.task import Task
+from distplat.strategies.training.task_methods import near_miss, unheard
+
+_CHILD = """
+import sys
+sys.path.append(sys.argv[1])
+from distplat.actors.task_check import answer
+answer()
+"""
+
+_LONGEST = 10_000
+"""Characters of a message, and of a traceback: they must fit into a pipe that nobody reads yet."""
+
+
+def check_class(kind: object, given: Iterable[str]) -> list[str]:
+    """
+    Look at a task's class.
+
+    Args:
+        kind: what should be one.
+        given: names in `task_args`.
+
+    Returns:
+        What is no error, but probably not meant: a sentence each.
+
+    Raises:
+        SpecError: it is no class of a task, lacks methods, or does not take these arguments.
+    """
+    if isinstance(kind, Task):
+        name = type(kind).__name__
+        text = f"must be the task's class, got an instance of {name}: each worker makes its own"
+        raise SpecError(Problem(("task",), text, f"give {name}; its arguments go to `task_args`"))
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        got = kind.__name__ if isinstance(kind, type) else f"a {type(kind).__name__}"
+        raise SpecError(Problem(("task",), f"must be a subclass of distplat.Task, got {got}"))
+    problems = [*_missing(kind), *_arguments(kind, [*given])]
+    if problems:
+        raise SpecError(*problems)
+    return unheard(kind)
+
+
+def _missing(kind: type[Task]) -> list[Problem]:
+    """List the methods that a task must have and this one has not."""
+    missing = set(getattr(kind, "__abstractmethods__", ()))
+    written = [name for name in dir(kind) if not name.startswith("_") and name not in dir(Task)]
+    meant = {hook: name for name in written if (hook := near_miss(name, missing))}
+    return [
+        Problem(
+            ("task",),
+            f"{kind.__name__} has no {name}()",
+            f"did you mean {meant[name]}() to be it?" if name in meant else "",
+        )
+        for name in sorted(missing)
+    ]
+
+
+def _arguments(kind: type[Task], given: list[str]) -> list[Problem]:
+    """Compare `task_args` with the constructor."""
+    try:
+        parameters = inspect.signature(kind).parameters.values()
+    except (TypeError, ValueError):
+        return []  # written in C, or with a signature of its own
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = [p.name for p in named]
+    problems = []
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        problems = [
+            Problem(
+                ("task_args", name), f"{kind.__name__} takes no such argument", hint(name, names)
+            )
+            for name in given
+            if name not in names
+        ]
+    lacking = [p.name for p in named if p.default is p.empty and p.name not in given]
+    problems += [
+        Problem(("task_args",), f"{kind.__name__} needs the argument {name!r}", "give it a value")
+        for name in lacking
+    ]
+    return problems
+
+
+class TaskCheck:
+    """
+    The check of a task that a job names, in a process of its own.
+
+    Args:
+        entry: `module:Class`.
+        folder: of the task's module; the child's current directory.
+        given: names in `task_args`.
+        shown: whether what the module prints is shown, on stderr.
+    """
+
+    def __init__(self, entry: str, folder: str, given: Iterable[str], *, shown: bool) -> None:
+        self._entry = entry
+        home = str(Path(distplat.__file__).resolve().parent.parent)
+        request = json.dumps({"entry": entry, "folder": folder, "given": [*given]})
+        # -P: what lies in the task's folder must not stand in for the standard library.
+        self._child = subprocess.Popen(
+            [sys.executable, "-P", "-c", _CHILD, home, request],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=None if shown else subprocess.DEVNULL,
+            cwd=folder if Path(folder).is_dir() else None,
+        )
+        self._told = False
+
+    def poll(self) -> list[str]:
+        """
+        Give `result`, once, when it is there; nothing before and after.
+
+        Raises:
+            DistplatError: see `result`.
+        """
+        if self._told or self._child.poll() is None:
+            return []
+        return self.result(None)
+
+    def result(self, limit_s: float | None) -> list[str]:
+        """
+        Wait for the answer; see `check_class`.
+
+        Args:
+            limit_s: seconds; None: it has ended.
+
+        Raises:
+            SpecError: the task is not there, or does not fit the job.
+            UserCodeError: its module raised, or did not come to an end.
+        """
+        self._told = True
+        try:
+            text, _ = self._child.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            self.end()
+            what = f"the import of {self._entry!r} took longer than {limit_s:g} s"
+            raise UserCodeError(None, None, what, "") from None
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            what = f"the import of {self._entry!r} ended the process, exit code"
+            raise UserCodeError(None, None, f"{what} {self._child.returncode}", "") from None
+        return _read(answer)
+
+    def end(self) -> None:
+        """End the child, if it goes on."""
+        if self._child.poll() is None:
+            self._child.kill()
+            self._child.wait()
+        if self._child.stdout is not None:
+            self._child.stdout.close()
+
+
+def answer() -> None:
+    """Be the child: answer on stdout, and let the user's module print on stderr."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    request = json.loads(sys.argv[2])
+    found: dict[str, Any] = {}
+    try:
+        kind = load_task_class(request["entry"], request["folder"])
+        found["unheard"] = check_class(kind, request["given"])
+    except SpecError as error:
+        found["problems"] = [asdict(problem) for problem in error.problems]
+    except (Exception, SystemExit) as error:
+        from distplat.actors.user_errors import as_user_error
+
+        user = as_user_error(error, None, None)
+        summary, frames = user.summary[:_LONGEST], user.traceback[-_LONGEST:]
+        found["user"] = {"summary": summary, "traceback": frames, "hint": user.remedy}
+    sys.stdout.flush()
+    out.write(json.dumps(found))
+    out.close()
+    os._exit(0)  # at once: torch takes its time to end, and the answer is out
+
+
+def _read(answer: dict[str, Any]) -> list[str]:
+    if "problems" in answer:
+        problems = [Problem(**{**one, "where": tuple(one["where"])}) for one in answer["problems"]]
+        raise SpecError(*problems)
+    if "user" in answer:
+        user = answer["user"]
+        raise UserCodeError(None, None, user["summary"], user["traceback"], user["hint"])
+    return [str(line) for line in answer["unheard"]]

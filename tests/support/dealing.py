@@ -1,0 +1,41 @@
+"""A task scheduler whose leases are as long as a test wants, and that can be told of losses."""
+
+from functools import partial
+
+from distplat.actors.local_actors import TaskDesk
+from distplat.actors.servers.scheduler import Scheduler
+from distplat.platform.consistency import Consistency
+from distplat.platform.spec import Job
+from distplat.platform.task_scheduler import TaskScheduler
+from distplat.strategies.base import Roles
+
+
+class Dealing(Scheduler):
+    """
+    See `Scheduler`.
+
+    Args:
+        most: tasks of a lease.
+        name: of the actor.
+        job: the run's job.
+        consistency: how far ahead tasks are leased.
+    """
+
+    def __init__(self, most: int, name: str, job: Job, consistency: Consistency) -> None:
+        super().__init__(name, job, consistency)
+        self._most = most
+
+    def lease_size(self, rank: int, brain: TaskScheduler) -> int:
+        """See `Scheduler`; however fast the worker is."""
+        return self._most
+
+    async def lose(self, rank: int) -> None:
+        """Lease what a rank holds to others, as if it had not been heard of for long."""
+        assert self._brain is not None, "somebody has joined"
+        self._brain.lose(rank)
+        self._tell()
+
+
+def desk_of(job: Job, roles: Roles, most: int = 1) -> TaskDesk:
+    """Make a run's scheduler, with leases of at most so many tasks."""
+    return TaskDesk(job, roles, make=partial(Dealing, most))

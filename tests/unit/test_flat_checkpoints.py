@@ -1,0 +1,151 @@
+"""Checkpoints of flat vectors: types, parameters that rested or are frozen, the task's own."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distplat.platform.errors import ProtocolError
+from distplat.platform.pieces import by_file, put_together
+from distplat.platform.spec import Job
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.optim import USED, FlatOptimizer
+from distplat.strategies.training.parts import Part, as_array, model_part, optimizer_part
+from distplat.strategies.training.restoring import SavedState
+
+RESTED = "b.weight"
+
+
+class Net(nn.Module):
+    """Types and sizes of several kinds; one layer is frozen, one parameter empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(3, 2).double()
+        self.c, self.d = nn.Linear(4, 4).bfloat16(), nn.Linear(2, 3).half()
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.empty = nn.Parameter(torch.zeros(0, 2))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+
+def make(mixed: bool) -> FlatModel:
+    net = Net() if mixed else Net().float()
+    extra = {"task.log_var": nn.Parameter(torch.full((3,), 0.5))}
+    return FlatModel(net, extra, thaws=True)
+
+
+def optimizers(flat: FlatModel, cuts: int) -> list[tuple[tuple[int, int], FlatOptimizer]]:
+    of = Job.model_validate(
+        {
+            "name": "x",
+            "strategy": "ring",
+            "optimizer": {"name": "NAdam", "lr": 0.01},
+            "steps": 9,
+            "global_batch_size": 1,
+        }
+    )
+    size = -(-flat.size // cuts // 16) * 16
+    bounds = [min(size * n, flat.size) for n in range(cuts)] + [flat.size]
+    runs = list(itertools.pairwise(bounds))
+    made = []
+    for start, stop in runs:
+        vectors = flat.params[start:stop], flat.grads[start:stop]
+        made.append(FlatOptimizer(of.optimizer, *vectors, flat.layout.cut(start, stop)))
+    return list(zip(runs, made, strict=True))
+
+
+def steps(flat: FlatModel, of: list[Any], first: int, stop: int) -> None:
+    for step in range(first, stop):
+        flat.begin_step()
+        flat.present[:] = [slot.name != RESTED or step == 5 for slot in flat.slots]
+        flat.present[-2:] = False  # the tail
+        for place in np.flatnonzero(flat.present):
+            view = flat.slots[place].view(flat.grads)
+            generator = torch.Generator().manual_seed(100 * step + int(place))
+            view.copy_(torch.randn(view.shape, generator=generator))
+        for _, optimizer in of:
+            optimizer.step(0.01, flat.present)
+
+
+def saved(parts: list[Part], step: int) -> SavedState:
+    bundles = [([as_array(t.clone()) for t in part.tensors], part.entries) for part in parts]
+    files = by_file(put_together(bundles))
+    return SavedState({"step": step}, lambda name: files.get(name, {}))
+
+
+def parts_of(flat: FlatModel, of: list[Any]) -> list[Part]:
+    return [model_part(flat)] + [
+        optimizer_part(flat, optimizer.state(), start) for (start, _), optimizer in of
+    ]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (3, 2)])
+def test_a_run_goes_on_whoever_held_what(mixed: bool, before: int, after: int) -> None:
+    whole = make(mixed)
+    steps(whole, optimizers(whole, 1), 0, 7)
+    first = make(mixed)
+    held = optimizers(first, before)
+    steps(first, held, 0, 4)
+    first.model.get_parameter("frozen.bias").fill_(4.0)  # by a forward
+    found = saved(parts_of(first, held), 4)
+
+    second = make(mixed)
+    second.params.zero_()
+    found.load_model(second)
+    assert second.version == 4
+    assert second.model.get_parameter("frozen.bias").eq(4.0).all()
+    assert second.slots[-1].view(second.params).eq(4.0).all()
+    taken = optimizers(second, after)
+    for run, optimizer in taken:
+        optimizer.load(found.optimizer(second, *run))
+    steps(second, taken, 4, 7)
+    for slot in whole.slots[:-2]:
+        assert torch.equal(slot.view(whole.params), slot.view(second.params)), slot.name
+
+
+def test_names_and_shapes_in_it() -> None:
+    flat = make(True)
+    held = optimizers(flat, 3)
+    steps(flat, held, 0, 2)
+    found = saved(parts_of(flat, held), 2)
+    model, optimizer = found._load("model"), found._load("optimizer")
+    assert {name: whole.shape for name, whole in model.items()} == {
+        name: tuple(value.shape) for name, value in flat.state_dict().items()
+    }
+    assert model["task.log_var"].dtype == "float32" and model["c.weight"].dtype == "bfloat16"
+    trained = [slot.name for slot in flat.slots[:-2] if slot.name != RESTED]
+    kinds = ("exp_avg", "exp_avg_sq", "step", "mu_product")
+    assert {*optimizer} == {f"{kind}/{name}" for kind in kinds for name in trained}
+    assert optimizer["step/a.weight"].shape == ()
+    assert not found.optimizer(flat)[USED][flat.trained_slots.index(slot_of(flat, RESTED))]
+
+
+def slot_of(flat: FlatModel, name: str) -> Any:
+    return next(slot for slot in flat.slots if slot.name == name)
+
+
+def test_what_a_shard_lacks_is_missed() -> None:
+    """
+    An asynchronous shard that is a step behind, at another's first gradient of a parameter that is
+    cut between them: there is no checkpoint of this step.
+    """
+    flat = make(False)
+    held = optimizers(flat, 5)
+    steps(flat, held, 0, 1)
+    parts = parts_of(flat, held)
+    where = [{e.key for e in part.entries} for part in parts[1:]]
+    [(name, late)] = [
+        (name, place + 1)
+        for place in range(4)
+        for name in where[place] & where[place + 1]
+        if name.startswith("optimizer/exp_avg/")
+    ][:1]
+    left = tuple(e for e in parts[late].entries if e.key != name)
+    parts[late] = Part(parts[late].tensors, left)
+    with pytest.raises(ProtocolError, match=name):
+        saved(parts, 1)

@@ -1,0 +1,121 @@
+"""Parameters that a task keeps itself are trained, saved and gone on from like the model's."""
+
+from typing import Any
+
+import pytest
+import torch
+from in_memory_run import train
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from distplat.platform.errors import SpecError
+from distplat.platform.pieces import Whole
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.platform.tensor_file import decode, encode, split_task
+from distplat.strategies.task import Task
+from distplat.strategies.training.parts import whole_of
+
+SAMPLES, BATCH, STEPS = 20, 8, 7
+
+
+class Uncertain(Task):
+    """The loss has weights of its own, one alone and one in a module that is used now and then."""
+
+    def __init__(self) -> None:
+        self.log_var = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.heads = [nn.Linear(3, 1).double()]
+        self.calls = 0
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    def train_data(self) -> Dataset[Any]:
+        draw = torch.Generator().manual_seed(1)
+        inputs = torch.randn(SAMPLES, 4, generator=draw, dtype=torch.float64)
+        return TensorDataset(inputs, torch.randn(SAMPLES, 3, generator=draw, dtype=torch.float64))
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        errors = (outputs - targets).square() * torch.exp(-self.log_var) + self.log_var
+        found: Tensor = errors.mean()
+        second: Tensor = self.heads[0](outputs).square().mean()
+        return found + second * 0.1
+
+
+def job_of(strategy: dict[str, Any], workers: int, **fields: Any) -> Job:
+    return Job.model_validate(
+        {
+            "name": "uncertain",
+            "strategy": strategy,
+            "scaling": {"num_workers": workers},
+            "optimizer": {"name": "AdamW", "lr": 0.05},
+            "steps": STEPS,
+            "global_batch_size": BATCH,
+            "data": {"shuffle": False},
+            **fields,
+        }
+    )
+
+
+def plain() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train in one process; give the model's parameters and the task's."""
+    torch.manual_seed(0)
+    task = Uncertain()
+    torch.manual_seed(0)
+    model, data = task.model(), task.train_data()
+    own: dict[str, Tensor] = {
+        "log_var": task.log_var,
+        **dict(task.heads[0].named_parameters("heads.0")),
+    }
+    optimizer = torch.optim.AdamW([*model.parameters(), *own.values()], lr=0.05)
+    sampler = Sampler(SAMPLES, BATCH, 1, 0, False, False)
+    for step in range(STEPS):
+        inputs, targets = default_collate([data[int(i)] for i in sampler.batch_ids(step)])
+        optimizer.zero_grad()
+        torch.autograd.backward(task.loss(model(inputs), targets))
+        optimizer.step()
+    return dict(model.named_parameters()), own
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers"),
+    [
+        ({"name": "ring"}, 1),
+        ({"name": "ring"}, 3),
+        ({"name": "ring", "shard_optimizer": True}, 2),
+        ({"name": "ps-sync", "num_servers": 2}, 2),
+        ({"name": "ps-async"}, 1),
+    ],
+    ids=str,
+)
+def test_they_are_trained_as_in_one_process(strategy: dict[str, Any], workers: int) -> None:
+    run = train(job_of(strategy, workers), Uncertain)
+    model, own = plain()
+    expected = {**model, **{f"task:{name}": value for name, value in own.items()}}
+    assert run.trained[0].keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(run.trained[0][name], value, rtol=0, atol=1e-10), name
+
+
+def test_a_run_goes_on_from_what_it_kept_of_them() -> None:
+    whole = train(job_of({"name": "ring"}, 2, checkpoint={"every_steps": 3}), Uncertain)
+    rest = train(job_of({"name": "ps-sync"}, 2), Uncertain, saved=whole.checkpoints[3])
+    for name, value in whole.trained[0].items():
+        assert torch.allclose(rest.trained[0][name], value, rtol=0, atol=1e-10), name
+
+
+def test_a_model_that_is_cut_has_no_place_for_them() -> None:
+    with pytest.raises(
+        SpecError, match=r"the task keeps log_var, heads\.0\.weight, heads\.0\.bias itself"
+    ):
+        train(job_of({"name": "hybrid", "pipeline": 2, "cut": "even"}, 2), Uncertain)
+
+
+def test_they_have_a_file_of_their_own() -> None:
+    tensors: dict[str, Whole] = {
+        name: whole_of(torch.arange(3.0)) for name in ("0.weight", "task:log_var")
+    }
+    model, task = split_task(b"".join(encode(tensors)))
+    assert task is not None
+    assert (list(decode(model)), list(decode(task))) == (["0.weight"], ["log_var"])
+    assert split_task(model) == (model, None)
