@@ -26,7 +26,9 @@ from distplat.actors.launch import local_ray
 from distplat.actors.trainer import Result, Trainer
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, UserCodeError
+from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.spec import Checkpoint, Evaluation, Job, Scaling, StrategySpec
+from distplat.platform.tensor_file import TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import HybridOptions
 from distplat.strategies.verification.child import ANSWER, REQUEST, Answer, Request
@@ -171,7 +173,10 @@ def _trained(result: Result) -> Trained:
     assert result.checkpoint is not None, "save_final is on"
     folders = (result.path / FOLDER).glob("step-*")
     states = {int(at.name[5:]): load_file(at / "model.safetensors") for at in folders}
-    states[len(result.history)] = load_file(result.checkpoint)
+    kept = result.checkpoint.with_name(TASK_FILE)
+    own = load_file(kept) if kept.exists() else {}
+    task = {TASK_PREFIX + name: value for name, value in own.items()}
+    states[len(result.history)] = {**load_file(result.checkpoint), **task}
     history = sorted(result.history, key=lambda one: one.step)
     return Trained(states, [one.loss for one in history])
 

@@ -44,6 +44,9 @@ from distplat.platform.progress import (
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import split_task
 
+TASK_FILE = "task.safetensors"
+"""Parameters that the task keeps itself."""
+
 _KINDS = {
     StepSummary: "step",
     EvalSummary: "evaluation",
@@ -121,7 +124,7 @@ class RunDirectory:
         """
         model, task = split_task(model)
         if task is not None:
-            self.keep("task.safetensors", task)
+            self.keep(TASK_FILE, task)
         return self.keep("model.safetensors", model)
 
     def keep(self, name: str, data: bytes) -> Path:

@@ -46,7 +46,7 @@ Schedule = Sequence[Sequence[Sequence[Forward]]]
 Optimize = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 """Makes an optimizer of such parameters."""
 
-ROWS = f"task.{KEPT}."
+ROWS = f"task:{KEPT}."
 """What names of embedding tables begin with."""
 
 

@@ -6,7 +6,7 @@ after the other, each on a model of its own, for models may count or remember.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any
@@ -16,74 +16,77 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from distplat.strategies.task import Task
-from distplat.strategies.verification.plan import (
-    ROWS,
-    Forward,
-    Named,
-    Recipe,
-    Schedule,
-    Trained,
-    read,
-    seed_all,
-)
+from distplat.strategies.verification import plan
+from distplat.strategies.verification.plan import Named, Recipe, Schedule, Trained
+
+Make = Callable[[], Task]
 
 
 class Rank:
     """A virtual rank: its task, its model, and the tensors of both."""
 
-    def __init__(self, make_task: Callable[[], Task], seed: int) -> None:
-        seed_all(seed)
-        self.task = make_task()
-        seed_all(seed)
+    def __init__(self, make: Make, seed: int) -> None:
+        plan.seed_all(seed)
+        self.task = make()
+        plan.seed_all(seed)
         self.model = self.task.model()
 
     def named(self) -> Named:
         """Give parameters and buffers by name, each once; those that the task keeps come last."""
-        kept = {f"task.{name}": value for name, value in vars(self.task).items()}
-        found: list[tuple[str, Any]] = []
-        for prefix, module in {"": self.model, **kept}.items():
-            if isinstance(module, nn.Module):
-                tensors = [*module.named_parameters(), *module.named_buffers()]
-                found += [(f"{prefix}.{name}".lstrip("."), tensor) for name, tensor in tensors]
-        found += [(name, value) for name, value in kept.items() if isinstance(value, nn.Parameter)]
+        found = [(name[1:], tensor) for name, tensor in tensors_of("", self.model)]
+        for name, value in vars(self.task).items():
+            found += tensors_of(f"task:{name}", value)
         names = {tensor: name for name, tensor in reversed(found)}
         return {name: tensor for name, tensor in found if names[tensor] == name}
 
     def snapshot(self) -> Named:
-        """Copy the model's state."""
-        state = self.model.state_dict().items()
+        """Copy the model's state, and what the task trains beside it."""
+        named = [(n, t) for n, t in self.named().items() if not n.startswith(plan.ROWS)]
+        kept = [(n, t) for n, t in named if n.startswith("task:") and t.requires_grad]
+        state = [*self.model.state_dict().items(), *kept]
         return {name: value.detach().clone() for name, value in state if isinstance(value, Tensor)}
 
 
-def train(
-    make_task: Callable[[], Task], schedule: Schedule, recipe: Recipe, *, reverse: bool = False
-) -> Trained:
+def tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Find what may be trained or written in a model, or in an attribute of a task."""
+    if isinstance(value, nn.Module):
+        tensors = [*value.named_parameters(), *value.named_buffers()]
+        yield from ((f"{name}.{path}", tensor) for path, tensor in tensors)
+    elif isinstance(value, Tensor):
+        yield from [(name, value)] if value.requires_grad and value.is_leaf else []
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors_of(f"{name}.{key}", item)
+
+
+def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = False) -> Trained:
     """Train by the plain loop; `reverse`: sum backwards what is rounded otherwise."""
-    ranks = [Rank(make_task, recipe.seed) for _ in schedule[0]]
+    ranks = [Rank(make, recipe.seed) for _ in schedule[0]]
     spread(ranks, ranks[0].named())
-    seed_all(recipe.seed)
+    plan.seed_all(recipe.seed)
     data = ranks[0].task.train_data()
-    named = ranks[0].named().items()
-    parameters = {name: tensor for name, tensor in named if isinstance(tensor, nn.Parameter)}
-    rows = {name: parameters[name] for name in parameters if name.startswith(ROWS)}
+    parameters = ranks[0].named()  # with buffers: what has no gradient rests
+    rows = {name: parameters[name] for name in parameters if name.startswith(plan.ROWS)}
     dense = [parameters[name] for name in parameters if name not in rows]
     optimizers = [recipe.optimizer(dense), *([recipe.rows([*rows.values()])] if rows else [])]
-    found = Trained({0: ranks[0].snapshot()})
+    found, rounding = Trained({0: ranks[0].snapshot()}), 0.75 if reverse else 1.0
     for step, factor in zip(schedule, recipe.factors, strict=True):
         before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
         sizes = [sum(len(forward.ids) for forward in forwards) for forwards in step]
-        size = sum(sizes)
+        scale = rounding / sum(sizes)
         parts = []
         for rank, forwards in zip(ranks, step, strict=True):
             rank.model.train()
-            parts += [compute(rank, data, each, size, recipe, reverse, found) for each in forwards]
+            parts += [compute(rank, data, each, recipe, scale, found) for each in forwards]
         spread(ranks, settled(ranks, before, sizes))
         total = sum(weight for _, _, weight in parts)
         found.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
         for name, parameter in parameters.items():
             given = [gradients[name] for gradients, _, _ in parts if name in gradients]
             total_of = reduce(torch.add, given[::-1] if reverse else given) if given else None
-            parameter.grad = None if total_of is None else total_of * (size / total)
+            parameter.grad = (
+                None if total_of is None else total_of * (sum(sizes) / total / rounding)
+            )
         found.used.append({name for name, p in parameters.items() if p.grad is not None})
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(dense, recipe.clip_norm)
@@ -98,34 +101,29 @@ def train(
 
 
 def compute(
-    rank: Rank, data: Any, forward: Forward, size: int, recipe: Recipe, rounded: bool, to: Trained
+    rank: Rank, data: Any, forward: plan.Forward, recipe: Recipe, scale: float, to: Trained
 ) -> tuple[Named, float, float]:
-    """Give a micro-batch's gradients (of its sum over `size`), the sum of its loss, its weight."""
+    """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
     if forward.seed is not None:
-        seed_all(forward.seed)
-    inputs, targets = read(data, forward)
+        plan.seed_all(forward.seed)
+    inputs, targets = plan.read(data, forward)
     drawn = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
         loss: Any = rank.task.loss(rank.model(inputs), targets)
     to.draws |= not torch.equal(drawn, torch.get_rng_state())
     loss, weight = loss if isinstance(loss, tuple) else (loss * len(forward.ids), len(forward.ids))
-    scale = 0.75 if rounded else 1.0
-    torch.autograd.backward(loss * (scale / size))
+    torch.autograd.backward(loss * scale)
     gradients = {}
     for name, tensor in rank.named().items():
         gradient, tensor.grad = tensor.grad, None
         if gradient is not None:
-            gradients[name] = (gradient if name.startswith(ROWS) else gradient.to_dense()) / scale
+            gradients[name] = gradient if name.startswith(plan.ROWS) else gradient.to_dense()
     return gradients, float(loss.detach()), float(weight)
 
 
 @torch.no_grad()
 def settled(ranks: Sequence[Rank], before: Named, sizes: Sequence[int]) -> Named:
-    """
-    Join what forwards wrote: buffers and frozen parameters are the first rank's with samples.
-
-    Running statistics are means over samples, elements of parameters the first rank's that wrote.
-    """
+    """Join what forwards wrote: the first rank's with samples; means of running statistics."""
     norms = [n for n, module in ranks[0].model.named_modules() if isinstance(module, _NormBase)]
     each = [(rank.named(), size) for rank, size in zip(ranks, sizes, strict=True) if size]
     found = dict(each[0][0])

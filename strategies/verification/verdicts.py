@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from distplat.platform.errors import DistplatError
+from distplat.platform.errors import DistplatError, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.verification.compare import Comparison, compare, last
@@ -22,7 +22,7 @@ from distplat.strategies.verification.references import (
 from distplat.strategies.verification.switched import Switches
 
 EQUAL, PARTS, MEANING = "equal", "PARTS", "differs by meaning"
-NOT_COMPARED, REFUSED = "not compared", "refused"
+NOT_COMPARED, REFUSED, FAILED = "not compared", "refused", "failed"
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,11 @@ def watch(job: Job, why: str, engine: Engine) -> list[Row]:
 
 
 def refused(name: str, error: DistplatError) -> Row:
-    """Say that a strategy does not do this."""
-    last = str(error).strip().splitlines()[-1]
-    return Row(name, "run", REFUSED, failed=True, reason=last, error=error)
+    """Say that a run was refused, or ended before its time."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    last = [line for line in lines if line and not line.startswith("hint:")][-1]
+    verdict = REFUSED if isinstance(error, SpecError) else FAILED
+    return Row(name, "run", verdict, failed=True, reason=last, error=error)
 
 
 def _compared(run: Ran, known: References) -> Comparison:
