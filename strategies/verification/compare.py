@@ -2,8 +2,8 @@
 Where two trainings part, by how much against the noise of rounding, and what the likely reason is.
 
 A tensor's noise floor is the largest difference so far between the reference and the same one
-summed in reverse order, and at least one rounding of the tensor's largest element for each step,
-in the coarsest type of the model.
+summed in reverse order, and at least a quarter of a rounding of the tensor's largest element, in
+the coarsest type of the model, times the root of the number of steps.
 Differences up to `FACTOR` floors are rounding; a true fault is orders of magnitude larger.
 """
 
@@ -111,13 +111,14 @@ def _gaps(run: Trained, reference: Trained, reversed_: Trained, least: float) ->
     eps = max(map(_eps, reference.states[0].values()), default=0.0)
     for step in range(1, len(reference.states)):
         losses = [each.losses[step - 1] for each in (run, reference, reversed_)]
-        floor = max(abs(losses[1] - losses[2]), step * eps * abs(losses[1]))
+        drift = eps * math.sqrt(step) / 4
+        floor = max(abs(losses[1] - losses[2]), drift * abs(losses[1]))
         floors[LOSS] = floor = max(floor, floors.get(LOSS, 0.0), _least(least, abs(losses[1])))
         found.append(_Gap(step, LOSS, abs(losses[0] - losses[1]), floor))
         theirs = run.states.get(step)
         for name, value in reference.states[step].items():
             size = _largest(value)
-            floor = max(_distance(value, reversed_.states[step][name]), step * eps * size)
+            floor = max(_distance(value, reversed_.states[step][name]), drift * size)
             floor = max(floor, floors.get(name, 0.0), _least(least, size))
             floors[name] = floor
             if theirs is not None:

@@ -231,6 +231,8 @@ class Drawn:
     blocks: tuple[str, ...] = ("plain",)
     form: str = "tensor"
     """Of a batch's inputs: `tensor`, `dict` or `tuple`."""
+    narrow: str = "float32"
+    """Type of the blocks that are narrow."""
     weighted: bool = False
     """Whether the loss gives its sum and its weight."""
     optimizer: dict[str, Any] = field(default_factory=lambda: {"name": "SGD", "lr": 0.1})
@@ -320,5 +322,5 @@ def build(drawn: Drawn) -> nn.Module:
     model = nn.Sequential(*first, *layers, nn.Linear(WIDTH, CLASSES)).double()
     for module in model.modules():
         if isinstance(module, Narrow):
-            module.float()
+            module.to(getattr(torch, drawn.narrow))
     return model

@@ -8,14 +8,22 @@ from typing import Any
 
 import pytest
 from drawn_tasks import Drawn
+from in_memory_engine import engine, make
 from test_property_training import met
 
+from distplat.cli.verify import exit_code
 from distplat.strategies.ring import Ring
 from distplat.strategies.training import optim, shard
 from distplat.strategies.training.compute import WholeModel
+from distplat.strategies.training.control import StepControl
+from distplat.strategies.training.model_state import ModelState
+from distplat.strategies.training.optim import FlatOptimizer
+from distplat.strategies.verification.references import references
+from distplat.strategies.verification.verdicts import judge
 
 MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 ADAM = {"name": "Adam", "lr": 0.02}
+DECAY = {"name": "AdamW", "lr": 0.1, "weight_decay": 0.1}
 RING = Drawn(optimizer=MOMENTUM)
 SERVERS = replace(RING, strategy="ps-sync")
 
@@ -54,14 +62,40 @@ def clip_on_each_rank(patch: Patch) -> None:
 
 
 def forget_momentum(patch: Patch) -> None:
-    original = optim.step_optimizer
+    original = FlatOptimizer.step
 
-    def step(optimizer: Any, *others: Any) -> float:
-        optimizer.state.clear()
-        return original(optimizer, *others)
+    def step(self: Any, lr: float, present: Any = None) -> None:
+        self.load({})
+        original(self, lr, present)
 
-    patch.setattr(optim, "step_optimizer", step)
-    patch.setattr(shard, "step_optimizer", step)
+    patch.setattr(FlatOptimizer, "step", step)
+
+
+def take_all_for_present(patch: Patch) -> None:
+    original = FlatOptimizer.step
+    patch.setattr(FlatOptimizer, "step", lambda self, lr, present=None: original(self, lr))
+
+
+def count_steps_for_all(patch: Patch) -> None:
+    original = FlatOptimizer._put_scalar
+
+    def put(self: Any, name: str, run: Any, value: Any) -> None:
+        original(self, name, run, value)
+        self._scalars[name][:] = value
+
+    patch.setattr(FlatOptimizer, "_put_scalar", put)
+
+
+def fuse_every_type(patch: Patch) -> None:
+    patch.setattr(optim, "_FUSED_TYPES", {"bfloat16", "float32", "float64"})
+
+
+def ignore_weights(patch: Patch) -> None:
+    patch.setattr(StepControl, "scale", property(lambda self: 1.0))
+
+
+def leave_buffers_alone(patch: Patch) -> None:
+    patch.setattr(ModelState, "synchronize", lambda self, step, news=None: None)
 
 
 def take_the_next_rate(patch: Patch) -> None:
@@ -79,8 +113,8 @@ def leave_a_rank_out(patch: Patch) -> None:
 def move_frozen_parameters(patch: Patch) -> None:
     original = Ring.update
 
-    def update(self: Any, step: int) -> None:
-        original(self, step)
+    def update(self: Any, step: int, total: Any) -> None:
+        original(self, step, total)
         for parameter in self._flat.model.parameters():
             if not parameter.requires_grad:
                 parameter.data.mul_(1.001)
@@ -89,10 +123,7 @@ def move_frozen_parameters(patch: Patch) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Patch], None], Drawn]] = {
-    "only the last micro-batch counts": (
-        lose_earlier_micro_batches,
-        replace(RING, accumulation=2),
-    ),
+    "earlier micro-batches are lost": (lose_earlier_micro_batches, replace(RING, accumulation=2)),
     "a rank counts twice": (count_a_rank_twice, RING),
     "each rank clips its own part": (clip_on_each_rank, replace(RING, clip_norm=0.05)),
     "momentum starts anew in each step": (forget_momentum, RING),
@@ -104,6 +135,24 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Drawn]] = {
     ),
     "a server leaves a rank out": (leave_a_rank_out, SERVERS),
     "frozen parameters move": (move_frozen_parameters, replace(RING, blocks=("frozen",))),
+    "parameters without a gradient decay": (
+        take_all_for_present,
+        replace(RING, blocks=("unused",), optimizer=DECAY),
+    ),
+    "the same, on servers, by momentum": (
+        take_all_for_present,
+        replace(SERVERS, blocks=("sometimes",)),
+    ),
+    "all parameters share one count of steps": (
+        count_steps_for_all,
+        replace(RING, blocks=("sometimes",), optimizer=ADAM),
+    ),
+    "bfloat16 is never updated": (
+        fuse_every_type,
+        replace(RING, blocks=("narrow",), narrow="bfloat16", optimizer={"name": "SGD", "lr": 1.0}),
+    ),
+    "weights of the loss are ignored": (ignore_weights, replace(RING, weighted=True)),
+    "buffers are each rank's own": (leave_buffers_alone, replace(RING, blocks=("remembers",))),
 }
 
 
@@ -113,3 +162,28 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: Patch) -> None:
     assert not met(drawn).parts
     plant(monkeypatch)
     assert met(drawn).parts
+
+
+def test_without_a_fault_nothing_is_found() -> None:
+    assert {verdict_of(drawn) for _, drawn in FAULTS.values()} == {0}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "earlier micro-batches are lost",
+        "parameters without a gradient decay",
+        "weights of the loss are ignored",
+        "buffers are each rank's own",
+    ],
+)
+def test_verify_ends_with_1(fault: str, monkeypatch: Patch) -> None:
+    plant, drawn = FAULTS[fault]
+    plant(monkeypatch)
+    assert verdict_of(drawn) == 1
+
+
+def verdict_of(drawn: Drawn) -> int:
+    """Give the exit code of `distplat verify`."""
+    job, kind = drawn.job(), drawn.task()
+    return exit_code(judge(job, references(job, make(kind)), engine(kind)))
