@@ -165,6 +165,21 @@ class Remembers(nn.Module):
         return x - self.mean
 
 
+class Counts(nn.Module):
+    """A buffer that counts calls, and decides; it is the same on all ranks that are called."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return x * (1 + 0.1 * self.calls)
+
+
 class Teacher(nn.Module):
     """A frozen layer that follows a trained one."""
 
@@ -218,6 +233,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "sometimes": Sometimes,
     "thawed": Thawed,
     "remembers": Remembers,
+    "counts": Counts,
     "teacher": Teacher,
     "bounded": Bounded,
     "narrow": Narrow,

@@ -152,7 +152,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Drawn]] = {
         replace(RING, blocks=("narrow",), narrow="bfloat16", optimizer={"name": "SGD", "lr": 1.0}),
     ),
     "weights of the loss are ignored": (ignore_weights, replace(RING, weighted=True)),
-    "buffers are each rank's own": (leave_buffers_alone, replace(RING, blocks=("remembers",))),
+    "buffers are each rank's own": (leave_buffers_alone, replace(RING, blocks=("counts",))),
 }
 
 
@@ -162,10 +162,6 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: Patch) -> None:
     assert not met(drawn).parts
     plant(monkeypatch)
     assert met(drawn).parts
-
-
-def test_without_a_fault_nothing_is_found() -> None:
-    assert {verdict_of(drawn) for _, drawn in FAULTS.values()} == {0}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +175,7 @@ def test_without_a_fault_nothing_is_found() -> None:
 )
 def test_verify_ends_with_1(fault: str, monkeypatch: Patch) -> None:
     plant, drawn = FAULTS[fault]
+    assert verdict_of(drawn) == 0
     plant(monkeypatch)
     assert verdict_of(drawn) == 1
 
