@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.platform.errors import Problem, SpecError
 from distplat.platform.ledger import Answer
 from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
@@ -54,12 +55,25 @@ class Road(ABC):
         self.gradient_address = self._gradient_segment.address
         self.near: set[int] = set()  #: shards whose server shares memory with this worker
 
+    def check_wire(self) -> None:
+        """
+        See that what travels can have another type.
+
+        Raises:
+            SpecError: the parameters are of several types; their vector is one of bytes.
+        """
+        types = {one.dtype for one in self._facts.layout.segments} if self._facts.layout else set()
+        if self._joined.wire is not None and len(types) > 1:
+            text = f"is for models of one type; trainable parameters are {' and '.join(types)}"
+            raise SpecError(Problem(("strategy", "wire"), text, "remove it"))
+
     @abstractmethod
     def candidates(self) -> list[int]:
         """Give the shards whose servers may share memory with this worker."""
 
     def open(self, near: set[int]) -> None:
         """Be told which of them do: nobody else will map the segments."""
+        self.check_wire()
         self.near = near
         self._gradient_segment.seal()
 

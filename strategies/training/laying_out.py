@@ -62,10 +62,6 @@ def trainable(model: nn.Module, extra: Mapping[str, nn.Parameter]) -> Named:
     Raises:
         ValueError, SpecError: see `FlatModel`.
     """
-    twice = extra.keys() & model.state_dict().keys()
-    if twice:
-        text = f"the model has a tensor of the name {min(twice)!r}, which is that of the task's own"
-        raise SpecError(Problem(("task",), text, "rename the submodule"))
     found = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
     known = {id(p) for _, p in found}
     found += [
@@ -149,6 +145,19 @@ def _place(
         segments.append(Segment(first, following, dtype_name(p)))
         offset = following
     return -(-stop // _BLOCK_BYTES) * _BLOCK_BYTES if mixed else stop
+
+
+def check_names(model: nn.Module, extra: Mapping[str, nn.Parameter]) -> None:
+    """
+    See that parameters from outside of the model have names of their own.
+
+    Raises:
+        SpecError: the model has a tensor of such a name.
+    """
+    twice = extra.keys() & model.state_dict().keys()
+    if twice:
+        text = f"the model has a tensor of the name {min(twice)!r}, which is that of the task's own"
+        raise SpecError(Problem(("task",), text, "rename the submodule"))
 
 
 def check_memory(model: nn.Module, trained: Named) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
@@ -15,7 +14,7 @@ from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.platform.spec import Job
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import LocalOptimizer
-from distplat.strategies.training.shard import ParameterShard, from_flags
+from distplat.strategies.training.shard import ParameterShard
 
 STEPS, THAWS_IN = 6, 3
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -54,8 +53,7 @@ def parts_of(step: int, world: int) -> list[Tensor]:
 
 
 def loss_of(net: nn.Module, x: Tensor) -> Tensor:
-    loss: Tensor = (net(x) - 1.0).square().sum() / len(X)
-    return loss
+    return (net(x) - 1.0).square().sum() / len(X)
 
 
 def plain(of: Job) -> dict[str, Tensor]:
@@ -73,8 +71,8 @@ def plain(of: Job) -> dict[str, Tensor]:
     return net.state_dict()
 
 
-def compute(flats: Sequence[FlatModel], step: int) -> NDArray[np.bool_]:
-    """Every rank's forward and backward; gives who has a gradient on any rank."""
+def compute(flats: Sequence[FlatModel], step: int) -> np.ndarray:
+    """Every rank's forward and backward; gives who takes part on any rank."""
     for flat, part in zip(flats, parts_of(step, len(flats)), strict=True):
         flat.begin_step()
         if len(part):
@@ -85,8 +83,7 @@ def compute(flats: Sequence[FlatModel], step: int) -> NDArray[np.bool_]:
             torch.autograd.backward(loss)
             flat.take_in()
         flat.check_layout(step)
-    found: NDArray[np.bool_] = np.logical_or.reduce([flat.present for flat in flats])
-    return found
+    return np.logical_or.reduce([flat.active | flat.thawed for flat in flats])
 
 
 def check(flats: Sequence[FlatModel], of: Job) -> None:
@@ -103,9 +100,10 @@ def test_ranks_that_update_alike(world: int, clip_norm: float | None) -> None:
     flats = [FlatModel(Net(), thaws=True) for _ in range(world)]
     optimizers = [LocalOptimizer(flat, of, STEPS) for flat in flats]
     for step in range(STEPS):
-        present = compute(flats, step)
+        union = compute(flats, step)
+        present = np.logical_or.reduce([flat.present for flat in flats])
         for flat in flats:
-            flat.activate_tail(present, step)
+            flat.activate_tail(union, step, had_samples=flat.began)
         total = torch.stack([flat.grads for flat in flats]).sum(0)
         for flat, optimizer in zip(flats, optimizers, strict=True):
             flat.grads.copy_(total)
@@ -131,7 +129,7 @@ def test_servers_that_update(world: int, servers: int, clip_norm: float | None) 
     for flat in flats:
         flat.move(shared, flat.grads)
     for step in range(STEPS):
-        compute(flats, step)
+        union = compute(flats, step)
         for rank, flat in enumerate(flats):
             for cut, shard in zip(cuts, shards, strict=True):
                 push = PushId("run", 1, rank, step)
@@ -140,9 +138,7 @@ def test_servers_that_update(world: int, servers: int, clip_norm: float | None) 
         for shard in shards:
             shard.commit(step, norm if clip_norm else None)
         for flat in flats:
-            present = from_flags(shards[0].present)
-            assert present is not None
-            flat.activate_tail(present, step)
+            flat.activate_tail(union, step, had_samples=flat.began)
     check(flats, of)
 
 
@@ -167,18 +163,10 @@ def thaw_on_one_rank(flats: Sequence[FlatModel]) -> None:
 def test_who_computes_without_it_is_told() -> None:
     flats = [FlatModel(Net(), thaws=True) for _ in range(2)]
     thaw_on_one_rank(flats)
-    present = compute(flats, 0)
-    flats[0].activate_tail(present, 0)
+    union = compute(flats, 0)
+    flats[0].activate_tail(union, 0, had_samples=True)
     with pytest.raises(SpecError, match=r"step 1: 'a\.weight' is frozen on this worker"):
-        flats[1].activate_tail(present, 0)
-
-
-def test_where_nobody_follows_it_is_refused() -> None:
-    flat = FlatModel(Net(), thaws=True)
-    thaw_on_one_rank([flat])
-    compute([flat], 0)
-    with pytest.raises(SpecError, match=r"'a\.weight' cannot be thawed under this strategy"):
-        flat.begin_step()
+        flats[1].activate_tail(union, 0, had_samples=True)
 
 
 def test_what_was_changed_while_frozen_is_refused() -> None:
