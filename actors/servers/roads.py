@@ -23,11 +23,11 @@ from torch import Tensor
 
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Membership, ModelFacts
-from distplat.platform.errors import Problem, SpecError
 from distplat.platform.ledger import Answer
 from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
 from distplat.strategies.training.optim import PER_PARAMETER
+from distplat.strategies.training.laying_out import refuse_several_types
 from distplat.strategies.training.parts import whole_of
 
 
@@ -62,10 +62,8 @@ class Road(ABC):
         Raises:
             SpecError: the parameters are of several types; their vector is one of bytes.
         """
-        types = {one.dtype for one in self._facts.layout.segments} if self._facts.layout else set()
-        if self._joined.wire is not None and len(types) > 1:
-            text = f"is for models of one type; trainable parameters are {' and '.join(types)}"
-            raise SpecError(Problem(("strategy", "wire"), text, "remove it"))
+        if self._joined.wire is not None and self._facts.layout is not None:
+            refuse_several_types(self._facts.layout, "wire")
 
     @abstractmethod
     def candidates(self) -> list[int]:

@@ -205,3 +205,20 @@ def thaw_error(step: int, what: str) -> SpecError:
     """Say that a parameter takes part in training, or would, and cannot."""
     hint = "build it in model() with requires_grad=True; freeze it in the first step"
     return SpecError(Problem(("task",), f"step {step + 1}: {what}", hint))
+
+
+def refuse_several_types(layout: Layout, option: str) -> None:
+    """
+    See that gradients and parameters can travel as another type.
+
+    Args:
+        layout: of their vector.
+        option: of the strategy, which asks for it.
+
+    Raises:
+        SpecError: they are of several types, and the vector is one of bytes.
+    """
+    types = sorted({segment.dtype for segment in layout.segments})
+    if len(types) > 1:
+        text = f"is for models of one type; the trainable parameters are {' and '.join(types)}"
+        raise SpecError(Problem(("strategy", option), text, "remove it"))
