@@ -26,8 +26,8 @@ from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.platform.ledger import Answer
 from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
-from distplat.strategies.training.optim import PER_PARAMETER
 from distplat.strategies.training.laying_out import refuse_several_types
+from distplat.strategies.training.optim import PER_PARAMETER
 from distplat.strategies.training.parts import whole_of
 
 

@@ -1,6 +1,20 @@
 """What `ring` asks of a way to sum gradients; one file per way beside this one."""
 
-from typing import Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from distplat.platform.errors import Problem, SpecError
+
+if TYPE_CHECKING:
+    from distplat.strategies.training.flat import FlatModel
+
+
+def several_types(flat: FlatModel) -> SpecError:
+    """Say that compression is for gradients of one type."""
+    types = sorted({segment.dtype for segment in flat.layout.segments})
+    text = f"is for models of one type; the trainable parameters are {' and '.join(types)}"
+    return SpecError(Problem(("strategy", "compression"), text, "remove it"))
 
 
 class Reducer(Protocol):

@@ -22,10 +22,10 @@ import torch
 
 from distplat.strategies.algorithms.buckets import FIRST_BYTES, Bucket, Release, cut_buckets
 from distplat.strategies.base import Collective, Handle
+from distplat.strategies.reduction.base import several_types
 from distplat.strategies.reduction.figures import Meter, OverlapMeter
 from distplat.strategies.reduction.wire import Wire
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.laying_out import refuse_several_types
 from distplat.strategies.training.listening import came_again, listen
 from distplat.strategies.training.segments import typed
 
@@ -60,8 +60,8 @@ class BucketReducer:
     ) -> None:
         self._flat, self._grads, self._collective = flat, flat.grads, collective
         self._alone = collective.world == 1
-        if wire_dtype is not None:
-            refuse_several_types(flat.layout, "compression")
+        if wire_dtype is not None and flat.mixed:
+            raise several_types(flat)
         self._cuts = [*cut_segments(flat, bucket_bytes)]
         self._types = [flat.layout.runs(cut.start, cut.stop)[0].dtype for cut in self._cuts]
         self._release = Release([cut.parameters for cut in self._cuts])

@@ -26,10 +26,9 @@ from torch import Tensor
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.base import Collective
-from distplat.strategies.reduction.base import Reducer
+from distplat.strategies.reduction.base import Reducer, several_types
 from distplat.strategies.reduction.figures import Meter, time_all_reduce
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.laying_out import refuse_several_types
 
 
 class CompressedReducer(Reducer):
@@ -47,7 +46,8 @@ class CompressedReducer(Reducer):
     """
 
     def __init__(self, flat: FlatModel, collective: Collective) -> None:
-        refuse_several_types(flat.layout, "compression")
+        if flat.mixed:
+            raise several_types(flat)
         self._flat, self._collective = flat, collective
         self._grads = flat.grads[: flat.layout.tail]
         self.residual = torch.zeros_like(self._grads)
