@@ -154,7 +154,7 @@ class Mixed(Base):
 
             def forward(self, x: Tensor) -> Tensor:
                 for layer in self.layers:
-                    x = torch.tanh(layer(x.to(layer.weight.dtype)))
+                    x = torch.tanh(layer(x.to(next(layer.parameters()).dtype)))
                 result: Tensor = self.head(x.double())
                 return result
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
@@ -53,7 +54,8 @@ def parts_of(step: int, world: int) -> list[Tensor]:
 
 
 def loss_of(net: nn.Module, x: Tensor) -> Tensor:
-    return (net(x) - 1.0).square().sum() / len(X)
+    loss: Tensor = (net(x) - 1.0).square().sum() / len(X)
+    return loss
 
 
 def plain(of: Job) -> dict[str, Tensor]:
@@ -71,7 +73,7 @@ def plain(of: Job) -> dict[str, Tensor]:
     return net.state_dict()
 
 
-def compute(flats: Sequence[FlatModel], step: int) -> np.ndarray:
+def compute(flats: Sequence[FlatModel], step: int) -> NDArray[np.bool_]:
     """Every rank's forward and backward; gives who takes part on any rank."""
     for flat, part in zip(flats, parts_of(step, len(flats)), strict=True):
         flat.begin_step()
@@ -83,7 +85,8 @@ def compute(flats: Sequence[FlatModel], step: int) -> np.ndarray:
             torch.autograd.backward(loss)
             flat.take_in()
         flat.check_layout(step)
-    return np.logical_or.reduce([flat.active | flat.thawed for flat in flats])
+    found: NDArray[np.bool_] = np.logical_or.reduce([one.active | one.thawed for one in flats])
+    return found
 
 
 def check(flats: Sequence[FlatModel], of: Job) -> None:
