@@ -69,6 +69,8 @@ class Answer:
     """Steps of which the shard has every gradient."""
     payload: Any = None
     """How the values travel, where worker and server share no memory."""
+    present: bytes | None = None
+    """A byte for each parameter of the model, 1: a rank has a gradient of it; None: not known."""
 
 
 class Verdict(Enum):

@@ -58,6 +58,8 @@ class Pushed:
     """How long parts of it were under way before `push` was called, which backward hid."""
     exposed_s: float = 0.0
     """How long this rank stood in `push`."""
+    present: bytes | None = None
+    """A byte for each parameter of the model, 1: a rank has a gradient of it; None: not known."""
 
     def overlap(self) -> dict[str, float]:
         """Give the figures that docs/metrics.md has of it."""

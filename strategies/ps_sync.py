@@ -134,9 +134,14 @@ class PsSync(Strategy[PsSyncOptions]):
 
     def exchange(self, step: int) -> None:
         """Push; returns when the shards have the gradients that the step needs."""
+        from distplat.strategies.training.shard import from_flags  # torch: in workers only
+
         assert self._early is not None, "setup() comes first"
         self._early.finish()
         self._pushed = self._shards.push(step)
+        present = from_flags(self._pushed.present)
+        if present is not None:
+            self._context.flat.activate_tail(present, step)
 
     def update(self, step: int) -> None:
         """Commit, where the shards had to learn the norm over all of them first."""

@@ -226,7 +226,8 @@ class ServerManager:
         if self._roles.split_by_load:
             job, world = self._job, self._job.scaling.world
             servers = [self._servers[i] for i in everybody]
-            calls = [partial(s.speed.remote, job, world, facts.dtype) for s in servers]
+            dtype = facts.layout.segments[0].dtype if facts.layout is not None else facts.dtype
+            calls = [partial(s.speed.remote, job, world, dtype) for s in servers]
             speeds = self._ask(everybody, calls)
         tail = facts.layout.tail_size if facts.layout is not None else 0
         cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail)

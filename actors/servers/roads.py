@@ -26,7 +26,6 @@ from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.platform.ledger import Answer
 from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
-from distplat.strategies.training.laying_out import refuse_several_types
 from distplat.strategies.training.optim import PER_PARAMETER
 from distplat.strategies.training.parts import whole_of
 
@@ -55,23 +54,12 @@ class Road(ABC):
         self.gradient_address = self._gradient_segment.address
         self.near: set[int] = set()  #: shards whose server shares memory with this worker
 
-    def check_wire(self) -> None:
-        """
-        See that what travels can have another type.
-
-        Raises:
-            SpecError: the parameters are of several types; their vector is one of bytes.
-        """
-        if self._joined.wire is not None and self._facts.layout is not None:
-            refuse_several_types(self._facts.layout, "wire")
-
     @abstractmethod
     def candidates(self) -> list[int]:
         """Give the shards whose servers may share memory with this worker."""
 
     def open(self, near: set[int]) -> None:
         """Be told which of them do: nobody else will map the segments."""
-        self.check_wire()
         self.near = near
         self._gradient_segment.seal()
 

@@ -21,6 +21,7 @@ from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.strategies.base import Pushed
 from distplat.strategies.ports import ShardCopy
+from distplat.strategies.reduction.base import several_types
 from distplat.strategies.training.client import fetch_copies
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.parts import ALL, Holding
@@ -62,7 +63,12 @@ class RayShards:
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
     ) -> None:
-        """See `Shards`."""
+        """
+        See `Shards`.
+
+        Raises:
+            SpecError: another type is to travel, and the parameters are of several.
+        """
         self._flat, self._holding = flat, holding or ALL
         self._on_device = flat.params.device.type != "cpu"
         self._facts = ModelFacts(
@@ -78,6 +84,8 @@ class RayShards:
         limit = self._limits.start_timeout_s + ANSWER_GRACE_S
         who = ["server-manager"]
         joined: Membership = ask("join", [join], who, limit, "start_timeout_s", self._look)[0]
+        if joined.wire is not None and flat.mixed:
+            raise several_types(flat, "wire")
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
             self._tracker = Tracker(self._order.manager, joined, self._limits)

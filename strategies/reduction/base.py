@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from distplat.strategies.training.flat import FlatModel
 
 
-def several_types(flat: FlatModel) -> SpecError:
-    """Say that compression is for gradients of one type."""
+def several_types(flat: FlatModel, option: str = "compression") -> SpecError:
+    """Say that an option is for gradients of one type."""
     types = sorted({segment.dtype for segment in flat.layout.segments})
     text = f"is for models of one type; the trainable parameters are {' and '.join(types)}"
-    return SpecError(Problem(("strategy", "compression"), text, "remove it"))
+    return SpecError(Problem(("strategy", option), text, "remove it"))
 
 
 class Reducer(Protocol):

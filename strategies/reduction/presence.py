@@ -31,10 +31,8 @@ def agree_on_presence(flat: FlatModel, group: Collective, step: int) -> NDArray[
     Returns:
         By slot, whether it has a gradient.
     """
-    found = union_of(np.concatenate([flat.present, flat.active | flat.thawed]), group, flat)
-    present, thawed = found[: len(flat.slots)], found[len(flat.slots) :]
-    if (thawed & ~flat.active).any():
-        flat.activate_tail(thawed, step, had_samples=flat.began)
+    present = union_of(flat.present, group, flat)
+    flat.activate_tail(present, step)
     sum_tail(flat, group)
     return present
 

@@ -51,6 +51,7 @@ def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pus
         ),
         version=min(answer.version for answer in answers),
         dropped=max(answer.dropped for answer in answers),
+        present=answers[0].present,
     )
 
 

@@ -31,7 +31,6 @@ from distplat.strategies.training.laying_out import (
     Slot,
     by_type,
     check_memory,
-    check_names,
     homes,
     lay_out,
     room_for,
@@ -76,7 +75,6 @@ class FlatModel:
         thaws: bool = False,
     ) -> None:
         self.model = model
-        check_names(model, extra or {})
         named = by_type(trainable(model, extra or {}))
         trained = {name for name, _ in named}
         self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
@@ -202,31 +200,32 @@ class FlatModel:
         """Whether this rank has gradients, or will have, behind the slots trained at first."""
         return bool(self.active.any() or self.thawed.any())
 
-    def activate_tail(self, union: NDArray[np.bool_], step: int, *, had_samples: bool) -> None:
+    def activate_tail(self, present: NDArray[np.bool_], step: int) -> None:
         """
-        Have frozen parameters take part in training; all ranks call this at one step boundary.
+        Have frozen parameters take part that have a gradient; all ranks call this in each step.
 
-        Their gradients of this step, where there are some, are in the vector already.
+        What this rank has of these gradients is in the vector already.
 
         Args:
-            union: by slot of the tail, whether it takes part on any rank.
+            present: by slot, whether it has a gradient on any rank.
             step: for messages.
-            had_samples: whether this rank has computed anything in this step.
 
         Raises:
             SpecError: this rank has computed something, and without one of them.
         """
-        for number in np.flatnonzero(union & ~self.active).tolist():
-            slot = self.slots[self._trained + number]
-            if had_samples and not self.thawed[number]:
-                raise thaw_error(step, f"{slot.name!r} is frozen on this worker, on others not")
-        self.take_over_tail(union)
+        new = present[self._trained :] & ~self.active
+        if not new.any():
+            return
+        for number in np.flatnonzero(new & ~self.thawed).tolist() if self.began else ():
+            name = self.slots[self._trained + number].name
+            raise thaw_error(step, f"{name!r} is frozen on this worker, on others not")
+        self.take_over_tail(new)
 
     def take_over_tail(self, union: NDArray[np.bool_]) -> None:
         """Have frozen parameters take part in training, with the values that `params` has."""
         self.active |= union
         self.thawed &= ~self.active
-        for number in np.flatnonzero(union).tolist():
+        for number in np.flatnonzero(self.active).tolist():
             self.parameters[self._trained + number].requires_grad_(True)
         self._point()
 

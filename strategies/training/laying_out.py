@@ -62,6 +62,10 @@ def trainable(model: nn.Module, extra: Mapping[str, nn.Parameter]) -> Named:
     Raises:
         ValueError, SpecError: see `FlatModel`.
     """
+    twice = extra.keys() & model.state_dict().keys()
+    if twice:
+        text = f"the model has a tensor of the name {min(twice)!r}, which is that of the task's own"
+        raise SpecError(Problem(("task",), text, "rename the submodule"))
     found = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
     known = {id(p) for _, p in found}
     found += [
@@ -147,19 +151,6 @@ def _place(
     return -(-stop // _BLOCK_BYTES) * _BLOCK_BYTES if mixed else stop
 
 
-def check_names(model: nn.Module, extra: Mapping[str, nn.Parameter]) -> None:
-    """
-    See that parameters from outside of the model have names of their own.
-
-    Raises:
-        SpecError: the model has a tensor of such a name.
-    """
-    twice = extra.keys() & model.state_dict().keys()
-    if twice:
-        text = f"the model has a tensor of the name {min(twice)!r}, which is that of the task's own"
-        raise SpecError(Problem(("task",), text, "rename the submodule"))
-
-
 def check_memory(model: nn.Module, trained: Named) -> None:
     """
     See that no trained parameter shares memory with another tensor: apart they would not be equal.
@@ -205,20 +196,3 @@ def thaw_error(step: int, what: str) -> SpecError:
     """Say that a parameter takes part in training, or would, and cannot."""
     hint = "build it in model() with requires_grad=True; freeze it in the first step"
     return SpecError(Problem(("task",), f"step {step + 1}: {what}", hint))
-
-
-def refuse_several_types(layout: Layout, option: str) -> None:
-    """
-    See that gradients and parameters can travel as another type.
-
-    Args:
-        layout: of their vector.
-        option: of the strategy, which asks for it.
-
-    Raises:
-        SpecError: they are of several types, and the vector is one of bytes.
-    """
-    types = sorted({segment.dtype for segment in layout.segments})
-    if len(types) > 1:
-        text = f"is for models of one type; the trainable parameters are {' and '.join(types)}"
-        raise SpecError(Problem(("strategy", option), text, "remove it"))

@@ -161,9 +161,8 @@ class FlatOptimizer:
 
     def _runs_of(self, present: Presence) -> list[_Run]:
         """Give the runs to be updated; set torch's optimizers up for them if they are others."""
-        mine: NDArray[np.bool_] | None = self._at_first
-        if present is not None:
-            mine = np.asarray(present, np.bool_)[self._slots]
+        mine: NDArray[np.bool_] | None
+        mine = self._at_first if present is None else np.asarray(present, np.bool_)[self._slots]
         if mine is not None and mine.all():
             mine = None
         if self._runs is not None and _equal(mine, self._present):
@@ -222,8 +221,8 @@ class FlatOptimizer:
     def _state_of(self, run: _Run) -> dict[str, Any]:
         for optimizer in self._torch.values():
             if run.parameter in optimizer.state:
-                state: dict[str, Any] = optimizer.state[run.parameter]
-                return state
+                found: dict[str, Any] = optimizer.state[run.parameter]
+                return found
         return {}
 
     def _take_new_states(self, runs: Sequence[_Run]) -> None:

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.errors import GapError, StaleError
@@ -56,12 +57,13 @@ class ParameterShard:
         self._sum = torch.zeros_like(params)
         self._layout = layout_of(plan, params)
         self.optimizer = FlatOptimizer(plan.job.optimizer, params, self._sum, self._layout)
-        self._segments = [one for one in self._layout.segments if one.start < self._layout.tail]
+        every, tail = self._layout.segments, self._layout.tail
+        self._segments = tuple(one for one in every if one.start < tail)
         self._thawing = [one for one in self._layout.pieces if one.start >= self._layout.tail]
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._presence: dict[int, bytes | None] = {}  #: rank -> parameters of which it has one
         self._weights: dict[int, float | None] = {}  #: rank -> its part of the loss's weight
-        self._present: bytes | None = None  #: of the staged sum: parameters that have a gradient
+        self.present: bytes | None = None  #: of the last sum, see `as_flags`: who has a gradient
         self._scale = 1.0  #: of the staged sum: what it is still to be multiplied by
         backup = plan.consistency.backup_workers
         self.ledger = Ledger(plan.run, plan.attempt, plan.world, backup)
@@ -170,8 +172,8 @@ class ParameterShard:
             scale *= clip_factor(norm, limit)
         scale_in_place(self._typed(self._sum), scale)
         if self.mirror is not None:
-            self.mirror.send(Update(seq, present=self._present), self._sum)
-        self._update(seq, self._present)
+            self.mirror.send(Update(seq, present=self.present), self._sum)
+        self._update(seq, self.present)
         return True
 
     def follow(self, update: Update, gradient: Tensor) -> None:
@@ -209,8 +211,8 @@ class ParameterShard:
     def _add_up(self) -> None:
         """Sum in rank order (I2), and let go of the workers' vectors."""
         ranks = sorted(self._gradients)
-        self._present = union([self._presence[rank] for rank in ranks])
-        self._look_for_thawed(self._present)
+        self.present = union([self._presence[rank] for rank in ranks])
+        self._look_for_thawed(self.present)
         parts = [self._typed(self._gradients[rank]) for rank in ranks]
         for terms, out in zip(zip(*parts, strict=True), self._typed(self._sum), strict=True):
             sum_in_order(terms, out)
@@ -239,7 +241,7 @@ def as_flags(present: Presence) -> bytes | None:
     return None if present is None else np.asarray(present, np.bool_).tobytes()
 
 
-def from_flags(flags: bytes | None) -> Presence:
+def from_flags(flags: bytes | None) -> NDArray[np.bool_] | None:
     """Unpack what `as_flags` gave."""
     return None if flags is None else np.frombuffer(flags, np.bool_)
 
@@ -249,4 +251,4 @@ def union(flags: Sequence[bytes | None]) -> bytes | None:
     if any(one is None for one in flags):
         return None
     every = [np.frombuffer(one, np.bool_) for one in flags if one is not None]
-    return np.logical_or.reduce(every).tobytes()
+    return bytes(np.logical_or.reduce(every).tobytes())

@@ -32,10 +32,7 @@ def elements_per_s(
         dtype: of the parameters, by torch's name.
         clock: gives seconds.
     """
-    kind = (
-        "float32" if dtype == "uint8" else dtype
-    )  # bytes, of several types: only proportions count
-    params = torch.zeros(_ELEMENTS, dtype=getattr(torch, kind))
+    params = torch.zeros(_ELEMENTS, dtype=getattr(torch, dtype))
     total = torch.zeros_like(params)
     gradients = [torch.full_like(params, 0.5) for _ in range(min(world, _MOST_GRADIENTS))]
     optimizer = FlatOptimizer(job.optimizer, params, total)

@@ -50,7 +50,13 @@ class SyncService(Service):
             if shard.commits_alone:
                 return self._once(push, lambda: self._take(push.rank, deliver, waited))
             # Another rank may have committed by now: this one still wants the norm of all shards.
-            return Answer(shard.version, False, shard.squared_norm, waiting_s=waited)
+            return Answer(
+                shard.version,
+                False,
+                shard.squared_norm,
+                waiting_s=waited,
+                present=shard.present,
+            )
 
     def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> Answer:
         """See `Service`."""
@@ -76,4 +82,5 @@ class SyncService(Service):
             dropped=dropped,
             done=version,
             payload=payload,
+            present=self.shard.present,
         )

@@ -1,6 +1,6 @@
 """Every optimizer a job may name, over a flat vector, moves as torch's own over the parameters."""
 
-from itertools import pairwise
+import itertools
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ class Flat:
         self.places = [int(slot.name[1:]) for slot in self.flat.slots]
         size = -(-self.flat.size // cuts // 16) * 16
         bounds = [min(size * number, self.flat.size) for number in range(cuts)] + [self.flat.size]
-        self.runs = list(pairwise(bounds))
+        self.runs = list(itertools.pairwise(bounds))
         self.spec = spec
         self.optimizers = [self.make(*run) for run in self.runs]
 

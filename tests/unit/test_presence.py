@@ -233,9 +233,10 @@ def test_a_model_of_halves_is_trained(strategy: Any, optimizer: str, dtype: torc
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_layer_is_thawed(world: int) -> None:
-    compare(job("ring", world), Thawed)
-    compare(job("ring", world, clip_norm=0.1, gradient_accumulation=1), Thawed)
+@pytest.mark.parametrize("strategy", [STRATEGIES[n] for n in ("ring", "ps-sync", "two-servers")])
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_a_layer_is_thawed(strategy: Any, world: int, clip_norm: float | None) -> None:
+    compare(job(strategy, world, clip_norm=clip_norm), Thawed)
 
 
 def test_the_tail_is_not_thawed_under_a_sharded_optimizer() -> None:

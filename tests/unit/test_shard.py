@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distplat.platform.errors import (
     FencedError,
@@ -18,7 +19,9 @@ from distplat.platform.errors import (
 from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
+from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.algorithms.reduce import squared_norm
+from distplat.strategies.training.mirror import Mirror, Update
 from distplat.strategies.training.shard import ParameterShard
 
 SIZE, WORLD, STEPS = 53, 3, 6
@@ -89,6 +92,62 @@ def test_the_same_as_a_plain_optimizer(optimizer: dict[str, Any], clip_norm: flo
         plain.step()
         torch.testing.assert_close(shard.params, parameter.detach(), rtol=1e-5, atol=1e-6)
         assert shard.version == step + 1
+
+
+HALVES = Layout(
+    SIZE, (Segment(0, SIZE, "float32"),), (Piece(0, 0, 32), Piece(1, 32, SIZE)), 2, SIZE
+)
+
+
+def with_halves(of: Job, world: int = WORLD) -> ParameterShard:
+    """A shard of two parameters."""
+    plan = ShardPlan(of, "run", 1, world, STEPS, 1, layout=HALVES)
+    shard = ParameterShard(plan, torch.linspace(-1, 1, SIZE))
+    shard.restore(0)
+    return shard
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: "-".join(map(str, o.values())))
+def test_what_no_rank_has_a_gradient_of_rests(optimizer: dict[str, Any]) -> None:
+    """The second parameter has one on rank 2 alone, and in every other step."""
+    shard, of = with_halves(job(optimizer)), job(optimizer)
+    backup = with_halves(of)
+    sent: list[tuple[Update, Tensor]] = []
+    shard.mirror = cast(Mirror, SimpleNamespace(send=lambda u, g: sent.append((u, g.clone()))))
+    parameters = [nn.Parameter(part) for part in torch.linspace(-1, 1, SIZE).split((32, SIZE - 32))]
+    arguments = {k: v for k, v in optimizer.items() if k != "name"}
+    plain = getattr(torch.optim, optimizer["name"])(parameters, **arguments)
+    for step in range(STEPS):
+        total = torch.zeros(SIZE)
+        for rank in range(WORLD):
+            has = [True, rank == 2 and step % 2 == 1]
+            made = gradient(rank, step)
+            made[32:] *= has[1]
+            total += made
+            shard.push(push(rank, step), made, has)
+        shard.commit(step, None)
+        backup.follow(*sent[-1])
+        parameters[0].grad = total[:32]
+        parameters[1].grad = total[32:] if step % 2 else None
+        plain.param_groups[0]["lr"] = optimizer["lr"] * (1 - 0.5 * step / (STEPS - 1))
+        plain.step()
+        expected = torch.cat([parameter.detach() for parameter in parameters])
+        torch.testing.assert_close(shard.params, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(shard.params, backup.params)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 2.0])
+def test_the_sum_is_divided_by_the_sum_of_the_weights(clip_norm: float | None) -> None:
+    of = job(OPTIMIZERS[4], clip_norm)
+    weighted, expected = with_halves(of), with_halves(of)
+    for step in range(STEPS):
+        for rank, weight in enumerate((1.0, 0.5, 2.5)):
+            weighted.push(push(rank, step), gradient(rank, step), None, weight)
+            expected.push(push(rank, step), gradient(rank, step) / 4.0)
+        for shard in (weighted, expected):
+            norm = None if shard.squared_norm is None else shard.squared_norm**0.5
+            shard.commit(step, norm)
+    torch.testing.assert_close(weighted.params, expected.params)
 
 
 def test_the_order_of_arrival_does_not_change_a_bit() -> None:

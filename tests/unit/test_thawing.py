@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
@@ -14,7 +15,7 @@ from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.platform.spec import Job
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import LocalOptimizer
-from distplat.strategies.training.shard import ParameterShard
+from distplat.strategies.training.shard import ParameterShard, from_flags
 
 STEPS, THAWS_IN = 6, 3
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -72,8 +73,8 @@ def plain(of: Job) -> dict[str, Tensor]:
     return net.state_dict()
 
 
-def compute(flats: Sequence[FlatModel], step: int) -> Any:
-    """Every rank's forward and backward; gives who takes part on any rank."""
+def compute(flats: Sequence[FlatModel], step: int) -> NDArray[np.bool_]:
+    """Every rank's forward and backward; gives who has a gradient on any rank."""
     for flat, part in zip(flats, parts_of(step, len(flats)), strict=True):
         flat.begin_step()
         if len(part):
@@ -84,7 +85,8 @@ def compute(flats: Sequence[FlatModel], step: int) -> Any:
             torch.autograd.backward(loss)
             flat.take_in()
         flat.check_layout(step)
-    return np.logical_or.reduce([flat.active | flat.thawed for flat in flats])
+    found: NDArray[np.bool_] = np.logical_or.reduce([flat.present for flat in flats])
+    return found
 
 
 def check(flats: Sequence[FlatModel], of: Job) -> None:
@@ -101,10 +103,9 @@ def test_ranks_that_update_alike(world: int, clip_norm: float | None) -> None:
     flats = [FlatModel(Net(), thaws=True) for _ in range(world)]
     optimizers = [LocalOptimizer(flat, of, STEPS) for flat in flats]
     for step in range(STEPS):
-        union = compute(flats, step)
-        present = np.logical_or.reduce([flat.present for flat in flats])
+        present = compute(flats, step)
         for flat in flats:
-            flat.activate_tail(union, step, had_samples=flat.began)
+            flat.activate_tail(present, step)
         total = torch.stack([flat.grads for flat in flats]).sum(0)
         for flat, optimizer in zip(flats, optimizers, strict=True):
             flat.grads.copy_(total)
@@ -130,7 +131,7 @@ def test_servers_that_update(world: int, servers: int, clip_norm: float | None) 
     for flat in flats:
         flat.move(shared, flat.grads)
     for step in range(STEPS):
-        union = compute(flats, step)
+        compute(flats, step)
         for rank, flat in enumerate(flats):
             for cut, shard in zip(cuts, shards, strict=True):
                 push = PushId("run", 1, rank, step)
@@ -139,7 +140,9 @@ def test_servers_that_update(world: int, servers: int, clip_norm: float | None) 
         for shard in shards:
             shard.commit(step, norm if clip_norm else None)
         for flat in flats:
-            flat.activate_tail(union, step, had_samples=flat.began)
+            present = from_flags(shards[0].present)
+            assert present is not None
+            flat.activate_tail(present, step)
     check(flats, of)
 
 
@@ -164,10 +167,18 @@ def thaw_on_one_rank(flats: Sequence[FlatModel]) -> None:
 def test_who_computes_without_it_is_told() -> None:
     flats = [FlatModel(Net(), thaws=True) for _ in range(2)]
     thaw_on_one_rank(flats)
-    union = compute(flats, 0)
-    flats[0].activate_tail(union, 0, had_samples=True)
+    present = compute(flats, 0)
+    flats[0].activate_tail(present, 0)
     with pytest.raises(SpecError, match=r"step 1: 'a\.weight' is frozen on this worker"):
-        flats[1].activate_tail(union, 0, had_samples=True)
+        flats[1].activate_tail(present, 0)
+
+
+def test_where_nobody_follows_it_is_refused() -> None:
+    flat = FlatModel(Net(), thaws=True)
+    thaw_on_one_rank([flat])
+    compute([flat], 0)
+    with pytest.raises(SpecError, match=r"'a\.weight' cannot be thawed under this strategy"):
+        flat.begin_step()
 
 
 def test_what_was_changed_while_frozen_is_refused() -> None:
