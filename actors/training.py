@@ -35,7 +35,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Prepared, join, prepare, resize
+from distplat.strategies.training.session import Around, Prepared, describe, join, prepare, resize
 from distplat.strategies.training.shown import Shown, part_copy, state_copy
 
 logger = logging.getLogger(__name__)
@@ -222,6 +222,7 @@ class Session:
         task = _task_class(order)(**job.task_args)
         device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
+        describe(self._prepared, self._strategy)
         return self._prepared, self._strategy
 
 

@@ -33,7 +33,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import Part
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Ports, Prepared, join, prepare
+from distplat.strategies.training.session import Around, Ports, Prepared, describe, join, prepare
 
 
 @dataclass
@@ -93,6 +93,7 @@ def train(
     strategies = [make_strategy(job) for _ in range(world)]
     ranks = [prepare(job, task(**job.task_args), strategy=one) for one in strategies]
     for rank, prepared in enumerate(ranks):
+        describe(prepared, strategies[rank])
         before(rank, prepared)
     roles = strategies[0].roles(job)
     steps, servers = ranks[0].total_steps, max(1, roles.servers)
