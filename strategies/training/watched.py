@@ -117,7 +117,10 @@ class Values:
         if torch.equal(now_small, self._copy):
             return found
         pieces = zip(
-            self._small, now_small.split(self._sizes), self._copy.split(self._sizes), strict=True
+            self._small,
+            torch.split(now_small, self._sizes),
+            torch.split(self._copy, self._sizes),
+            strict=True,
         )
         return found | {number for number, one, other in pieces if not torch.equal(one, other)}
 
