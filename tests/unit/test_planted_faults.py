@@ -13,6 +13,7 @@ from test_property_training import met
 from distplat.strategies.ring import Ring
 from distplat.strategies.training import optim, shard
 from distplat.strategies.training.compute import WholeModel
+from distplat.strategies.training.control import StepControl
 
 MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 ADAM = {"name": "Adam", "lr": 0.02}
@@ -54,14 +55,13 @@ def clip_on_each_rank(patch: Patch) -> None:
 
 
 def forget_momentum(patch: Patch) -> None:
-    original = optim.step_optimizer
+    original = optim.FlatOptimizer.step
 
-    def step(optimizer: Any, *others: Any) -> float:
-        optimizer.state.clear()
-        return original(optimizer, *others)
+    def step(self: optim.FlatOptimizer, lr: float, present: optim.Presence = None) -> None:
+        self.load({})
+        original(self, lr, present)
 
-    patch.setattr(optim, "step_optimizer", step)
-    patch.setattr(shard, "step_optimizer", step)
+    patch.setattr(optim.FlatOptimizer, "step", step)
 
 
 def take_the_next_rate(patch: Patch) -> None:
@@ -79,8 +79,8 @@ def leave_a_rank_out(patch: Patch) -> None:
 def move_frozen_parameters(patch: Patch) -> None:
     original = Ring.update
 
-    def update(self: Any, step: int) -> None:
-        original(self, step)
+    def update(self: Any, step: int, total: StepControl) -> None:
+        original(self, step, total)
         for parameter in self._flat.model.parameters():
             if not parameter.requires_grad:
                 parameter.data.mul_(1.001)
