@@ -39,7 +39,15 @@ from distplat.strategies.training.checks import remark_on_size
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Prepared, join, make_task, prepare, resize
+from distplat.strategies.training.session import (
+    Around,
+    Prepared,
+    describe,
+    join,
+    make_task,
+    prepare,
+    resize,
+)
 from distplat.strategies.training.shown import Shown, part_copy, state_copy
 
 logger = logging.getLogger(__name__)
@@ -228,6 +236,7 @@ class Session:
         task = make_task(job, lambda: _task_class(order))
         device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
+        describe(self._prepared, self._strategy)
         return self._prepared, self._strategy
 
 

@@ -128,6 +128,7 @@ class Ring(Strategy[RingOptions]):
             saved = context.saved.optimizer(flat) if context.saved is not None else {}
             self._optimizer.load(before or saved)
         version = take_over_newest(flat, self._optimizer, collective, context.base)
+        flat.fill_tail()
         self._state.keep(version)
         return version
 

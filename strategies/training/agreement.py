@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from distplat.strategies.task import Task
 
 _KEY = "what-ranks-have"
-_VALUES_KEY = "values-that-ranks-have"
 _SAMPLES = 16
 _DEPTH = 8
 """Of collections within each other."""
@@ -55,9 +54,19 @@ class Facts:
     """Length of the evaluation data; -1: there is none, or it has no length."""
     hashes: tuple[tuple[int, str], ...]
     """Positions in the training data, and a hash of each of these samples."""
+    values: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Names and checksums of buffers and frozen parameters, where ranks do not send them."""
 
 
-def facts_of(task: Task, model: nn.Module, data: Dataset[Any], eval_data: Any, seed: int) -> Facts:
+def facts_of(
+    task: Task,
+    model: nn.Module,
+    data: Dataset[Any],
+    eval_data: Any,
+    seed: int,
+    *,
+    sent: bool = True,
+) -> Facts:
     """
     Write down what this rank has.
 
@@ -67,11 +76,14 @@ def facts_of(task: Task, model: nn.Module, data: Dataset[Any], eval_data: Any, s
         data: the training samples.
         eval_data: the evaluation samples, or None.
         seed: of the job; says which samples are compared.
+        sent: whether ranks take over rank 0's buffers and frozen parameters; else these count.
     """
     size = _length(data)
     positions = random.Random(seed).sample(range(max(0, size)), min(max(0, size), _SAMPLES))
     hashes = hash_samples(data, sorted(positions), seed)
-    return Facts(_code(task), _model(model), size, _length(eval_data), tuple(hashes.items()))
+    values = () if sent else tuple(_checksums(model))
+    samples = size, _length(eval_data), tuple(hashes.items())
+    return Facts(_code(task), _model(model), *samples, values)
 
 
 def agree(
@@ -103,27 +115,6 @@ def agree(
         raise SpecError(*(Problem(("task",), text, hint) for text in found))
 
 
-def agree_on_values(model: nn.Module, rank: int, board: Board) -> None:
-    """
-    See that buffers and frozen parameters have the first rank's values, where nobody sends them.
-
-    Raises:
-        SpecError: they have others; names the first.
-    """
-    tensors = {slot.name: slot.tensor for slot in untrained_slots(model)}
-    sums = {name: [] if one is None else [*checksum(one)] for name, one in tensors.items()}
-    text = json.dumps({"rank": rank, "sums": sums}).encode()
-    first = json.loads(board.first(_VALUES_KEY, text))
-    for name, one in sums.items():
-        if first["sums"].get(name) != one:
-            what = f"{name!r} of the model has other values on worker-{rank}"
-            text_of = (
-                f"{what} than on worker-{first['rank']}; under this strategy nobody sends them"
-            )
-            hint = "make it from torch's, numpy's or python's global generator: they are seeded"
-            raise SpecError(Problem(("task",), text_of, hint))
-
-
 def _read(found: Mapping[str, Any]) -> Facts:
     return Facts(
         tuple(found["code"]),
@@ -131,6 +122,7 @@ def _read(found: Mapping[str, Any]) -> Facts:
         found["samples"],
         found["eval_samples"],
         tuple((number, one) for number, one in found["hashes"]),
+        tuple((name, tuple(sums)) for name, sums in found["values"]),
     )
 
 
@@ -151,6 +143,10 @@ def _differences(mine: Facts, theirs: Facts, me: str, other: str) -> list[str]:
         found.append(f"{name!r} of the model is {has_it} on {me}, {had_it} on {other}")
     if len(names) > _SHOWN:
         found.append(f"{len(names) - _SHOWN} more parameters and buffers differ")
+    has_values, had_values = dict(mine.values), dict(theirs.values)
+    for name in [n for n in has_values if has_values[n] != had_values.get(n)][:1]:
+        where = f"on {me} than on {other}, and under this strategy nobody sends them"
+        found.append(f"{name!r} of the model has other values {where}")
     if not names and mine.model != theirs.model:
         found.append(f"{me} has the parameters of the model in another order than {other}")
     return found
@@ -174,6 +170,12 @@ def _other_samples(
         f"{me} has other training samples than {other}: {len(sure)} of {len(mine.hashes)} that "
         f"were compared differ, of the numbers {numbers}"
     ]
+
+
+def _checksums(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for slot in untrained_slots(model):
+        if slot.tensor is not None and not slot.tensor.is_meta:
+            yield slot.name, checksum(slot.tensor)
 
 
 def _count(size: int) -> str:

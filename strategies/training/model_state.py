@@ -35,7 +35,7 @@ from distplat.strategies.training.state_transfer import (
     cut_bytes,
 )
 from distplat.strategies.training.sync_batch_norm import SyncNorms
-from distplat.strategies.training.watched import Marks, Rule, Watched, copied_into, watch
+from distplat.strategies.training.watched import Marks, Rule, Values, Watched, copied_into, watch
 
 if TYPE_CHECKING:
     from distplat.strategies.training.session import Prepared
@@ -106,6 +106,7 @@ class ModelState:
         self._served = ""  #: where trained parameters are the servers': what to do instead
         self._shifting = False
         self._mark()
+        self._values: Values | None = None  #: as they were kept, where they will be compared
         self._new: set[int] = set()  #: what this rank alone knows of
         self._until = _FIRST_STEPS
         self.version: int | None = None  #: of what is kept; None: nothing is
@@ -215,10 +216,7 @@ class ModelState:
             if one.copied:
                 one.keep(changed=number in changed)
         self._mark()
-        if self._thorough(version):
-            for one in self._watched:
-                if not (one.trained and self._shifting):
-                    one.sum_up()
+        self._values = Values(self._uncopied()) if self._thorough(version) else None
         self.version = self._synchronized = version
         if self._norms is not None:
             self._norms.begin(version)
@@ -298,8 +296,9 @@ class ModelState:
         """
         found = self._moved() - self._known
         if self._thorough(step):
-            rest = set(range(len(self._watched))) - self._known - found
-            found |= {number for number in rest if self._watched[number].differs()}
+            found |= {n for n, one in enumerate(self._watched) if one.differs()}
+            found |= self._values.differ() if self._values is not None else set()
+            found -= self._known
         self._refuse([self._watched[number] for number in sorted(found)])
         copied = [n for n in self._known if self._watched[n].has_copy]
         shaped = {n for n in copied if not self._watched[n].slot.same_kind(self._watched[n].kept)}
@@ -385,6 +384,14 @@ class ModelState:
     def _those(self, rule: Rule) -> list[Watched]:
         """Give what is known to change and goes by a rule, in the order of all ranks."""
         return [one for n in sorted(self._known) if (one := self._watched[n]).rule == rule]
+
+    def _uncopied(self) -> dict[int, Slot]:
+        """Give what only its values tell of, by number."""
+        return {
+            number: one.slot
+            for number, one in enumerate(self._watched)
+            if not one.has_copy and not (one.trained and self._shifting)
+        }
 
     def _moved(self) -> set[int]:
         """Give the numbers of what was written since it was marked, as far as that shows."""

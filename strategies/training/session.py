@@ -27,13 +27,7 @@ from distplat.strategies.base import Collective, Context, Shards, Strategy
 from distplat.strategies.ports import Board, Leases, Tables
 from distplat.strategies.sparse.lookups import Lookups, lookups_of
 from distplat.strategies.task import Task
-from distplat.strategies.training.agreement import (
-    Facts,
-    agree,
-    agree_on_values,
-    facts_of,
-    hash_samples,
-)
+from distplat.strategies.training.agreement import Facts, agree, facts_of, hash_samples
 from distplat.strategies.training.batches import make_sampler, total_steps
 from distplat.strategies.training.checks import (
     check_device,
@@ -76,7 +70,7 @@ class Prepared:
     state: ModelState | None = None
     """What `part` has beside what gradients train; there once that is known."""
     facts: Facts | None = None
-    """What this worker has, to be compared with what the others have."""
+    """What this worker has, to be compared with what the others have; see `describe`."""
 
     @property
     def flat(self) -> FlatModel:
@@ -198,6 +192,14 @@ def _warn_of_held_generators(data: Dataset[Any], eval_data: Dataset[Any] | None)
             logger.warning(warning)
 
 
+def describe(prepared: Prepared, strategy: Strategy[Any]) -> None:
+    """Write down what this worker has, once it is prepared, for `join` to compare."""
+    p = prepared
+    model = p.model if p.model is not None else p.flat.model
+    sent = not strategy.roles(p.job).consistency.dealt
+    p.facts = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
+
+
 def resize(prepared: Prepared, job: Job, strategy: Strategy[Any]) -> None:
     """Take over the job of another attempt: the same but for the number of workers."""
     prepared.job = job
@@ -233,7 +235,7 @@ def join(
         DistplatError: whatever the ports raise while the ranks find each other.
     """
     p, leases = prepared, ports.leases
-    _compare(p, strategy, rank, ports.board)
+    _compare(p, rank, ports.board)
     p.part = strategy.own_part(p, rank, ports.collective)
     _load(p, strategy, around.saved)
     if p.state is None:
@@ -253,17 +255,11 @@ def join(
     return replace(loop, pause=pause, evaluated=p.state.discard)
 
 
-def _compare(p: Prepared, strategy: Strategy[Any], rank: int, board: Board | None) -> None:
+def _compare(p: Prepared, rank: int, board: Board | None) -> None:
     """See that this rank has what the others have."""
-    if board is None:
-        return
-    seed = p.job.seed
-    if p.facts is None:
-        model = p.model if p.model is not None else p.flat.model
-        p.facts = facts_of(p.task, model, p.data, p.eval_data, seed)
+    if board is not None and p.facts is not None:
+        seed = p.job.seed
         agree(p.facts, rank, board, lambda positions: hash_samples(p.data, positions, seed))
-        if strategy.roles(p.job).consistency.dealt:
-            agree_on_values(model, rank, board)
 
 
 def _context(p: Prepared, rank: int, ports: Ports, around: Around, progress: Progress) -> Context:

@@ -124,7 +124,8 @@ def broadcast_bits(tensor: Tensor, source: int, group: Collective) -> None:
 
 def cat_bytes(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """Put tensors of any dtypes behind each other, as bytes."""
-    parts = [t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors if t is not None]
+    there = [t.detach().to(device) for t in tensors if t is not None]
+    parts = [t.contiguous().view(-1).view(torch.uint8) for t in there]
     return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *parts])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from distplat.strategies.training.capped_tables import is_capped
-from distplat.strategies.training.state_transfer import Slot, slots_of
+from distplat.strategies.training.state_transfer import Slot, cat_bytes, slots_of
 
 Rule = Literal["rank0", "mean", "local", "written"]
 """What ranks do with a tensor that a forward changed; `written`: see `model_state.py`."""
 _CHOICES = ("rank0", "mean", "local")
+_TINY_BYTES = 1 << 16
 _SMALL_BYTES = 1 << 20
 """Frozen parameters up to this size have a copy from the start; larger ones once they change."""
 
@@ -39,7 +40,6 @@ class Watched:
         self.has_copy = False  #: `kept` is one, of a buffer that may be None
         self.kept: Tensor | None = None
         self.before: Tensor | None = None  #: what was kept before that
-        self._sum: tuple[int, ...] | None = None
         self.trained = False  #: whether gradients train it; see `refresh`
         self.refresh()
 
@@ -58,21 +58,16 @@ class Watched:
         """What ranks do with it."""
         return "written" if self.capped or self.trained else self._rule
 
-    def sum_up(self) -> None:
-        """Have `differs` know what the values are now."""
-        now = self.slot.tensor
-        self._sum = checksum(now) if not self.has_copy and now is not None else None
-
     def differs(self) -> bool:
-        """Say whether the values are others than those kept, or summed up; False: not known."""
+        """Say whether the values are others than those kept; False: there is no copy."""
         now = self.slot.tensor
-        if now is None:
-            return self.kept is not None
+        if now is None or not self.has_copy:
+            return self.has_copy and self.kept is not None
         if self.kept is not None:
             return not (
                 self.slot.same_kind(self.kept) and torch.equal(_bits(self.kept), _bits(now))
             )
-        return self._sum is not None and checksum(now) != self._sum
+        return True
 
     def keep(self, *, changed: bool) -> None:
         """Remember it; `changed`: its values may be others than when it was kept last."""
@@ -86,6 +81,62 @@ class Watched:
     def restore(self) -> None:
         """Put back what was kept."""
         self.slot.take(self.kept)
+
+
+class Values:
+    """
+    What tensors hold at one moment, to see writes that nothing else shows.
+
+    Small ones are copied together, of others there are checksums: thousands are quick to compare,
+    and a large model is not copied.
+
+    Args:
+        slots: by number.
+    """
+
+    def __init__(self, slots: Mapping[int, Slot]) -> None:
+        there = {number: slot for number, slot in slots.items() if slot.tensor is not None}
+        self._small = {n: slot for n, slot in there.items() if _size(slot) <= _TINY_BYTES}
+        self._large = {n: slot for n, slot in there.items() if n not in self._small}
+        self._sums = {
+            n: checksum(slot.tensor) for n, slot in self._large.items() if slot.tensor is not None
+        }
+        self._sizes = [_size(slot) for slot in self._small.values()]
+        self._copy = self._together()
+
+    def differ(self) -> set[int]:
+        """Give the numbers of those that hold something else now."""
+        found = set()
+        for number, slot in self._large.items():
+            now = slot.tensor
+            if now is None or checksum(now) != self._sums[number]:
+                found.add(number)
+        now_small = self._together()
+        if now_small is None or self._copy is None:
+            return found | {n for n in self._small if now_small is not self._copy}
+        if torch.equal(now_small, self._copy):
+            return found
+        pieces = zip(
+            self._small,
+            torch.split(now_small, self._sizes),
+            torch.split(self._copy, self._sizes),
+            strict=True,
+        )
+        return found | {number for number, one, other in pieces if not torch.equal(one, other)}
+
+    def _together(self) -> Tensor | None:
+        """Give the small ones' bytes; None: one has another size now, or there is none."""
+        slots = [*self._small.values()]
+        if not slots or [_size(slot) for slot in slots] != self._sizes:
+            return None
+        tensors = [slot.tensor for slot in slots]
+        first = tensors[0]
+        assert first is not None, "its size was looked at"
+        return cat_bytes(tensors, first.device)
+
+
+def _size(slot: Slot) -> int:
+    return 0 if slot.tensor is None else slot.tensor.nbytes
 
 
 class Marks:

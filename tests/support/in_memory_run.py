@@ -32,7 +32,15 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import Part
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Around, Ports, Prepared, join, make_task, prepare
+from distplat.strategies.training.session import (
+    Around,
+    Ports,
+    Prepared,
+    describe,
+    join,
+    make_task,
+    prepare,
+)
 
 
 @dataclass
@@ -90,6 +98,7 @@ def train(
     strategies = [make_strategy(job) for _ in range(world)]
     ranks = [prepare(job, make_task(job, lambda: task), strategy=one) for one in strategies]
     for rank, prepared in enumerate(ranks):
+        describe(prepared, strategies[rank])
         before(rank, prepared)
     roles, steps = strategies[0].roles(job), ranks[0].total_steps
     every = job.checkpoint.period(ranks[0].sampler.steps_per_epoch)

@@ -321,7 +321,7 @@ def test_parameters_of_the_task_are_trained_beside_the_models() -> None:
 
 def test_a_parameter_of_the_task_that_is_the_models_counts_once() -> None:
     net = Net()
-    flat = FlatModel(net, {"task.head": net.a.weight})
+    flat = FlatModel(net, {"task.head": net.get_parameter("a.weight")})
     assert "task.head" not in [slot.name for slot in flat.slots]
 
 

@@ -253,3 +253,10 @@ def test_earlier_micro_batches_are_not_lost() -> None:
     compare(job("ps-sync", 2, gradient_accumulation=2), ZeroGrad)
     with pytest.raises(SpecError, match=r"'a\.weight' away between micro-batches"):
         with_accumulation(InPlaceZeroGrad)()
+
+
+@pytest.mark.parametrize("compression", ["fp16", "bf16", "topk", "powersgd"])
+def test_several_types_are_not_compressed(compression: str) -> None:
+    of = job({"name": "ring", "compression": compression}, 2)
+    with pytest.raises(SpecError, match="the trainable parameters are bfloat16 and float16 and"):
+        train(of, Mixed)
