@@ -210,7 +210,9 @@ class ModelState:
         moved = self._moved()
         for number in moved:
             self._watched[number].refresh()  # a frozen parameter may have been thawed
-        self._known -= {n for n in moved if self._watched[n].thawed}
+        for number in [n for n in moved if self._watched[n].thawed]:
+            self._known.discard(number)
+            self._watched[number].let_go()
         changed = self._known | moved
         for number, one in enumerate(self._watched):
             if one.copied:
