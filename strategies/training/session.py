@@ -181,7 +181,7 @@ def _kept_in_task(job: Job, names: Sequence[str]) -> Problem:
     text = (
         f"{job.strategy.name} trains the model only, and the task keeps {', '.join(names)} itself"
     )
-    hint = "make them part of what model() returns, or use `ring` or `ps-sync`"
+    hint = "make them part of what model() returns, or use `strategy: ring` or `strategy: ps-sync`"
     return Problem(("task",), text, hint)
 
 
