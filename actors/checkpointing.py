@@ -24,7 +24,7 @@ from distplat.platform.collecting import Collecting, Delivery, Open
 from distplat.platform.errors import StorageError
 from distplat.platform.pieces import by_file, put_together
 from distplat.platform.progress import Saved
-from distplat.platform.resume import state_of
+from distplat.platform.resume import NOT_FINITE, state_of
 from distplat.platform.tensor_file import encode
 
 if TYPE_CHECKING:
@@ -148,6 +148,9 @@ class Checkpoints:
 
     def _put(self, step: int, parts: Sequence[Delivery]) -> Path:
         launch = self._launch
+        broken = [part.facts[NOT_FINITE] for part in parts if NOT_FINITE in part.facts]
+        if broken:
+            raise ValueError(f"{broken[0]!r} holds NaN or infinity; the checkpoints before stay")
         bundles = [
             (self._open(box), entries)
             for part in parts

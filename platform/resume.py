@@ -18,6 +18,10 @@ from distplat.platform.suggest import nearest
 _SAME = ("seed", "global_batch_size")
 
 
+NOT_FINITE = "not_finite"
+"""Fact of a rank whose parameters hold NaN or infinity: the name of the first."""
+
+
 def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     Give what `state.json` holds beside the step.

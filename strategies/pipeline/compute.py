@@ -87,7 +87,6 @@ class Pipeline:
         seed = mixed(self._p.job.seed, step, s.at.replica)
         source = _Training(self, self._batches, sizes, seed, 1.0 / sampler.batch_size(step))
         self._executor.train(s.training(len(sizes)), source, self._tail)
-        self._p.flat.present[:] = True
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
         if self._ends and s.at.slice == 0:

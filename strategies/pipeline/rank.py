@@ -155,6 +155,7 @@ class Rank:
             channel,
             lambda: precision(context.job, device),
             context.alive,
+            self._own.flat,
         )
         self._executor = Executor(
             seat, Reached([self._own.module], self._prepared.task, self._own.names)

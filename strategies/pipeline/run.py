@@ -22,6 +22,7 @@ from distplat.strategies.algorithms.schedule_messages import Content, Message, P
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.part import Chunk
 from distplat.strategies.pipeline.seams import Source, Span, Tail
+from distplat.strategies.training.flat import FlatModel
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Seat:
     """Gives the context in which forwards run."""
     alive: Callable[[], None]
     """Called after each thing done."""
+    flat: FlatModel
+    """What backward adds gradients to."""
 
     @property
     def depth(self) -> int:
@@ -195,8 +198,8 @@ class Run:
             self._differentiate(live.outputs, gradient, own)
         self._give_back(number, place, live, buffer)
 
-    @staticmethod
     def _differentiate(
+        self,
         outputs: Tensor,
         gradient: Tensor | None,
         inputs: Sequence[Tensor] | None = None,
@@ -204,7 +207,9 @@ class Run:
         retain_graph: bool = False,
     ) -> None:
         """Go backward once; all of a step's backwards are here."""
+        self._seat.flat.before_backward()
         torch.autograd.backward(outputs, gradient, retain_graph, inputs=inputs)
+        self._seat.flat.take_in()
 
     def _gradient_for(self, number: int, place: int) -> tuple[Tensor | None, bool]:
         if self._seat.is_last(place):

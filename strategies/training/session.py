@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.progress import AnyReport
+from distplat.platform.resume import NOT_FINITE
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import TASK_PREFIX
@@ -44,6 +45,7 @@ from distplat.strategies.training.model_state import ModelState, shares_of
 from distplat.strategies.training.parts import Take
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.seeding import seed_all
+from distplat.strategies.training.segments import first_non_finite
 from distplat.strategies.training.task_compute import TaskModel
 from distplat.strategies.training.task_parameters import task_parameters
 
@@ -181,7 +183,7 @@ def _kept_in_task(job: Job, names: Sequence[str]) -> Problem:
     text = (
         f"{job.strategy.name} trains the model only, and the task keeps {', '.join(names)} itself"
     )
-    hint = "make them part of what model() returns, or use `ring` or `ps-sync`"
+    hint = "make them part of what model() returns, or use `strategy: ring` or `strategy: ps-sync`"
     return Problem(("task",), text, hint)
 
 
@@ -307,6 +309,9 @@ def _checkpoints(
                 "samples": p.sampler.size,
                 "versions": {"torch": torch.__version__},
             }
+            slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
+            if slot is not None:
+                facts[NOT_FINITE] = p.flat.name(slot)
             part = strategy.part(version)
             if p.lookups is not None:
                 facts["tables"] = [asdict(spec) for spec in p.lookups.specs]

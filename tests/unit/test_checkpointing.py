@@ -22,6 +22,7 @@ from distplat.platform.disk import RealDisk
 from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
 from distplat.platform.pieces import Entry, Place
 from distplat.platform.recovery import Policy
+from distplat.platform.resume import NOT_FINITE
 from distplat.strategies.base import Roles
 from distplat.strategies.catalog import make_job
 from distplat.strategies.training.parts import Part
@@ -122,6 +123,22 @@ def test_a_full_disk_is_warned_of_then_ends_the_run(
     found = checkpoints.newest()
     assert found is not None
     assert found.step == 5
+
+
+def test_parameters_that_are_not_finite_are_no_checkpoint(
+    launch: Launch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On whatever rank; the checkpoints before stay, and the newest of them is gone on from."""
+    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    give(checkpoints, 1, 2)
+    for version in (3, 4):
+        checkpoints.take(delivery(0, version))
+        checkpoints.take(delivery(1, version, facts={NOT_FINITE: "0.weight"}))
+        checkpoints.drain()
+    newest = checkpoints.newest()
+    assert newest is not None and newest.step == 2
+    assert "no checkpoint of step 4: '0.weight' holds NaN or infinity" in caplog.text
+    assert checkpoints.news(), "the disk is not to blame"
 
 
 def test_a_part_that_was_lost_costs_one_checkpoint(

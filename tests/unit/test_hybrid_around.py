@@ -347,7 +347,7 @@ class Weighted(Small):
 
 @pytest.mark.parametrize("grid", [(1, 1, 2), (2, 1, 1)])
 def test_parameters_of_the_task(grid: tuple[int, int, int]) -> None:
-    refused(Weighted, "`self.scales.all`", grid=grid)
+    refused(Weighted, "scales.all", grid=grid)
 
 
 class Borrowing(nn.Module):

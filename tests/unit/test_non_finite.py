@@ -12,8 +12,9 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from distplat.platform.errors import NonFiniteError
 from distplat.platform.progress import StepReport
+from distplat.platform.resume import NOT_FINITE
 from distplat.platform.sampler import Sampler
-from distplat.platform.spec import Job
+from distplat.platform.spec import Checkpoint, Job
 from distplat.strategies.task import Task
 
 SAMPLES, BATCH, STEPS = 22, 6, 7
@@ -200,3 +201,12 @@ def test_what_overflows_in_halves_on_the_way_is_found() -> None:
 def skipped(run: Run, rank: int = 0) -> float:
     steps = [r for r in run.reports[rank] if isinstance(r, StepReport)]
     return max((r.figures.get("skipped_steps", 0.0) for r in steps), default=0.0)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+def test_a_checkpoint_tells_that_its_parameters_are_not_finite(strategy: str) -> None:
+    job = job_of({"name": strategy}, 2, "ignore", bad=(14,), norm=False)
+    job = job.model_copy(update={"checkpoint": Checkpoint(every_steps=1)})
+    run = train(job, Spoiled)
+    told = {version: NOT_FINITE in saved.state for version, saved in run.checkpoints.items()}
+    assert told.get(1, False) is False and told[STEPS] is True
