@@ -19,6 +19,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "SpecError": (PROBLEM, "and more"),
     "UserCodeError": (3, 17, "ValueError: x", "Traceback:\n  x\n", "try y", True),
     "ActorLost": ("worker 1", 12, "process died", "resubmit"),
+    "NonFiniteError": (1, 6, "the loss is NaN or infinite"),
     "DeadlineExceeded": ("pull", ("server 0", "server 2"), 30.0, "failure.step_timeout_s"),
     "CollectiveError": ("world", "all_reduce", 12, (1, 3), "timed out"),
     "MismatchError": ("world", "all_reduce", 12, (1,), "rank 1 is in broadcast"),
@@ -129,6 +130,12 @@ def test_a_spec_error_lists_all_its_problems() -> None:
         (
             errors.ActorLost("worker 1", 12, "it died", "resubmit"),
             "worker 1 was lost after step 12: it died; resubmit",
+        ),
+        (
+            errors.NonFiniteError(1, 6, "the loss is NaN or infinite"),
+            "step 7, rank 1: the loss is NaN or infinite; the step was not applied (lower the "
+            "learning rate or set `clip_norm`; `failure.non_finite: skip` leaves such steps out, "
+            "`ignore` applies them)",
         ),
         (
             errors.DeadlineExceeded("pull", ("server 0",), 30.0, "failure.step_timeout_s"),

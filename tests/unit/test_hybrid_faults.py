@@ -32,10 +32,12 @@ def unfailed() -> dict[str, Tensor]:
         ("twins", 6),  # in the exchange of gradients, of one stage or the other
         ("twins", 8),
         ("replica", 3),  # between the exchange and the agreement: the norm over the stages
-        ("world", 3),  # in the agreement
-        ("world", 6),
-        ("world", 7),  # of the last step
-        ("world", 8),  # in the last evaluation
+        ("world", 4),  # in the agreement that all have their sums
+        ("world", 5),  # in the sum of the control records
+        ("world", 10),
+        ("world", 13),
+        ("world", 14),  # of the last step
+        ("world", 16),  # in the last evaluation
     ],
 )
 def test_one_is_lost_at_any_operation(
