@@ -19,7 +19,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 tests/cluster tests/gpu
 
 test-all: test
-	DISTPLAT_DRAWN_RUNS=2000 $(BIN)/python -m pytest --timeout 3000 tests/unit/test_property_training.py
+	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 tests/unit/test_property_training.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

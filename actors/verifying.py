@@ -7,12 +7,13 @@ What is compared, and how, is in `strategies/verification/`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,11 +22,13 @@ import torch
 from safetensors.torch import load_file
 
 import distplat
+from distplat.actors import checkpointing
 from distplat.actors.hash_seed import NAME, chosen
 from distplat.actors.launch import local_ray
+from distplat.actors.task_check import TaskCheck
 from distplat.actors.trainer import Result, Trainer
 from distplat.platform.checkpoints import FOLDER
-from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, UserCodeError
+from distplat.platform.errors import DeadlineExceeded, SpecError, UserCodeError
 from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.spec import Checkpoint, Evaluation, Job, Scaling, StrategySpec
 from distplat.platform.tensor_file import TASK_PREFIX
@@ -36,6 +39,7 @@ from distplat.strategies.verification.plan import Trained
 from distplat.strategies.verification.switched import Switches, task_fields
 from distplat.strategies.verification.verdicts import (
     NOT_COMPARED,
+    REFUSED,
     Ran,
     Row,
     inexact,
@@ -76,19 +80,20 @@ def verify(wanted: Wanted, say: Callable[[str], object]) -> Iterator[Row]:
     """
     names = wanted.strategies or tuple(dict.fromkeys([wanted.job.strategy.name, *DEFAULT]))
     jobs = {name: job_for(wanted, name) for name in names}
-    known: dict[str, Answer] = {}
+    exact = {n: j for n, j in jobs.items() if isinstance(j, Job) and not inexact(j)}
     with TemporaryDirectory(prefix="distplat-verify-") as temporary:
         place = Path(temporary)
         runner = _Runner(wanted, place)
-        exact = {n: j for n, j in jobs.items() if isinstance(j, Job) and not inexact(j)}
+        for line in _checked(wanted):
+            say(line)
         say("references: a plain loop")
-        failed = None
+        failed: UserCodeError | None = None
+        known: dict[str, Answer] = {}
         try:
             known = dict(zip(exact, _references(wanted, [*exact.values()], place), strict=True))
         except UserCodeError as error:
             failed = error
-        most = max((j.scaling.num_workers for j in jobs.values() if isinstance(j, Job)), default=1)
-        with local_ray(wanted.job.with_workers(most), logs=False), redirect_stdout(sys.stderr):
+        with _quiet_ray([job for job in jobs.values() if isinstance(job, Job)]):
             if failed is not None:
                 for short in exact.values():
                     runner(short, Switches())  # says it better, where it fails too
@@ -98,18 +103,45 @@ def verify(wanted: Wanted, say: Callable[[str], object]) -> Iterator[Row]:
                 yield from _rows(name, job, known.get(name), wanted, runner)
 
 
+def _checked(wanted: Wanted) -> list[str]:
+    """Look at the task's class: the runs see a subclass of it."""
+    job = wanted.job
+    check = TaskCheck(job.task or "", str(wanted.folder), job.task_args, shown=False)
+    try:
+        return check.result(job.failure.start_timeout_s)
+    finally:
+        check.end()
+
+
+@contextmanager
+def _quiet_ray(jobs: Sequence[Job]) -> Iterator[None]:
+    """Be connected to a Ray with room for each of the jobs; stdout is for the result alone."""
+    most = max(jobs, key=lambda job: job.scaling.num_workers, default=None)
+    skipped = logging.getLogger(checkpointing.__name__)
+    level = skipped.level
+    skipped.setLevel(logging.ERROR)  # that some steps leave no model is no news here
+    try:
+        with local_ray(most, logs=False) if most else nullcontext(), redirect_stdout(sys.stderr):
+            yield
+    finally:
+        skipped.setLevel(level)
+
+
 def _rows(
     name: str, job: Job | SpecError, known: Answer | None, wanted: Wanted, runner: _Runner
 ) -> list[Row]:
     asked = name in (*wanted.strategies, wanted.job.strategy.name)
-    if isinstance(job, SpecError):
-        row = refused(name, job)
-        return [row if asked else Row(name, "run", NOT_COMPARED, reason=row.reason)]
     if isinstance(known, str) and not asked:
         return [Row(name, "run", NOT_COMPARED, reason=known)]
-    if known is None or isinstance(known, str):
-        return watch(job, inexact(job) or str(known), runner)
-    return judge(job, known, runner)
+    if isinstance(job, SpecError):
+        rows = [refused(name, job)]
+    elif known is None or isinstance(known, str):
+        rows = watch(job, inexact(job) or str(known), runner)
+    else:
+        rows = judge(job, known, runner)
+    # Of strategies that nobody named a refusal is no failure.
+    unasked = [row for row in rows if row.verdict == REFUSED and not asked]
+    return [Row(name, "run", NOT_COMPARED, reason=row.reason) for row in unasked] or rows
 
 
 def job_for(wanted: Wanted, name: str) -> Job | SpecError:
@@ -218,14 +250,3 @@ def _references(wanted: Wanted, jobs: Sequence[Job], place: Path) -> list[Answer
         raise UserCodeError(0, None, lines[-1], done.stderr)
     found: list[Answer] = torch.load(place / ANSWER, weights_only=False)
     return found
-
-
-def check(job: Job) -> None:
-    """
-    See that a job can be verified.
-
-    Raises:
-        SpecError: it names no task.
-    """
-    if job.task is None:
-        raise SpecError(Problem(("task",), "name a task in the job"))

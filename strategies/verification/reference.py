@@ -96,7 +96,8 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
             optimizer.step()
             optimizer.zero_grad()
         spread(ranks, ranks[0].named())
-        found.states[len(found.losses)] = ranks[0].snapshot()
+        if (done := len(found.losses)) % recipe.every == 0 or done == len(schedule):
+            found.states[done] = ranks[0].snapshot()
     return found
 
 

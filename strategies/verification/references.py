@@ -8,6 +8,7 @@ model that gives something else for parts of a batch than for all of it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,9 @@ MEANING_STEPS = 6
 """Steps that are compared with the whole batch."""
 MEANING_TOLERANCE = 1e-9
 """In float64, relative to a tensor's largest element, or absolute where that is below 1."""
+
+_ROOM_BYTES = 1 << 29
+"""For the states of one training."""
 
 Make = Callable[[Switches], Task]
 """Makes the task anew, with such switches."""
@@ -58,6 +62,8 @@ class References:
     plain: Trained
     reversed_: Trained
     trainable: list[str]
+    every: int
+    """States are those after so many steps, and after the last."""
     whole: Whole | None = None
     """The whole batch; None: it cannot be computed."""
     notes: list[tuple[str, str]] = field(default_factory=list)
@@ -79,7 +85,8 @@ def references(job: Job, make: Make) -> References:
     size = len(first.task.train_data())  # type: ignore[arg-type]
     norms = [module for module in first.model.modules() if isinstance(module, _BatchNorm)]
     merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
-    switches, recipe = Switches(), recipe_of(job)
+    every = _every(first, job)
+    switches, recipe = Switches(), recipe_of(job, every)
     schedule = parts(job, size, merged=merged)
     plain = train(lambda: make(switches), schedule, recipe)
     whole = merged or isinstance(make_strategy(job), Hybrid)
@@ -88,7 +95,9 @@ def references(job: Job, make: Make) -> References:
         plain = train(lambda: make(switches), schedule, recipe)
     reversed_ = train(lambda: make(switches), schedule, recipe, reverse=True)
     trainable = [name for name, p in first.named().items() if p.requires_grad]
-    found = References(switches, plain, reversed_, sorted({*trainable, *set().union(*plain.used)}))
+    found = References(
+        switches, plain, reversed_, sorted({*trainable, *set().union(*plain.used)}), every
+    )
     if norms and not merged:
         text = "each worker normalises by its own samples; compared with it frozen"
         found.notes.append(("batch norm", text))
@@ -100,6 +109,12 @@ def references(job: Job, make: Make) -> References:
         text = "forward draws random numbers, with dropout off too"
         found.notes.append(("whole batch", text))
     return found
+
+
+def _every(rank: Rank, job: Job) -> int:
+    """Say after how many steps a state is kept, so that there is room for all of them."""
+    size = sum(value.nbytes for value in rank.snapshot().values())
+    return max(1, math.ceil((job.steps or 0) * size / _ROOM_BYTES))
 
 
 def meaning_job(job: Job) -> Job:
@@ -127,7 +142,7 @@ def _add_whole(found: References, job: Job, make: Make, size: int, merged: bool)
 def _whole(
     found: References, job: Job, make: Make, switches: Switches, size: int, merged: bool
 ) -> Whole:
-    recipe, schedule = recipe_of(job), parts(job, size, merged=merged)
+    recipe, schedule = recipe_of(job, found.every), parts(job, size, merged=merged)
     outputs: list[list[Tensor]] = [[], []]
     whole = train(_recorded(make, switches, outputs[0]), union(job, size), recipe)
     split = train(_recorded(make, switches, outputs[1]), schedule, recipe)

@@ -61,6 +61,18 @@ class Switched(Task):
         random.setstate(states[2])
         return switched(kind, Switches(**switches))(**task_args)
 
+    def model(self) -> nn.Module:
+        """See the user's class; so are the others."""
+        raise NotImplementedError
+
+    def train_data(self) -> Dataset[Any]:
+        """See `model`."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """See `model`."""
+        raise NotImplementedError
+
 
 def task_fields(entry: str, task_args: Mapping[str, Any], switches: Switches) -> dict[str, Any]:
     """Give the fields of a job that trains such a task."""

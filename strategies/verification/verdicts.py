@@ -10,6 +10,7 @@ import torch
 
 from distplat.platform.errors import DistplatError, SpecError
 from distplat.platform.spec import Job
+from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.verification.compare import Comparison, compare, last
 from distplat.strategies.verification.plan import Trained
@@ -60,11 +61,14 @@ Engine = Callable[[Job, Switches], Ran]
 
 def inexact(job: Job) -> str:
     """Say why a job's runs are not to equal a plain loop; empty: they are."""
-    roles, options = make_strategy(job).roles(job), job.strategy.options
+    strategy, options = make_strategy(job), job.strategy.options
+    roles, kind = strategy.roles(job), type(strategy)
     if roles.consistency.asynchronous:
         return "asynchronous"
     if roles.consistency.backup_workers:
         return "leaves late gradients out (backup_workers)"
+    if kind.synchronize is not Strategy.synchronize and not kind.__module__.startswith("distplat."):
+        return "its ranks differ between steps"
     for option, exact in (("compression", "none"), ("wire", "exact")):
         if options.get(option, exact) != exact:
             return f"rounds what travels ({option}: {options[option]})"
@@ -81,6 +85,9 @@ def judge(job: Job, known: References, engine: Engine) -> list[Row]:
         engine: runs it.
     """
     name = job.strategy.name
+    if job.checkpoint.wanted:
+        kept = job.checkpoint.model_copy(update={"every_steps": known.every})
+        job = job.model_copy(update={"checkpoint": kept})
     try:
         run = engine(job, known.switches)
         rows = [_row(name, "plain loop", _compared(run, known))]

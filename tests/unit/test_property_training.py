@@ -34,9 +34,6 @@ NARROW_TOLERANCE = 1e-5
 RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "50"))
 """`make test` draws the same ones each time, `make test-all` many others."""
 
-NOT_YET: dict[str, set[str]] = {}
-"""Blocks that a strategy does not train as a plain loop does, though it should."""
-
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},
     {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.05},
@@ -67,7 +64,9 @@ STRATEGIES: list[tuple[str, dict[str, Any]]] = [
     ("ps-sync", {"num_servers": 2}),
     ("hybrid", {"pipeline": 2, "cut": "even"}),
     ("hybrid", {"pipeline": 3, "cut": "even", "schedule": "gpipe"}),
+    ("hybrid", {"pipeline": 2, "cut": "even", "schedule": "zb-h1"}),
     ("hybrid", {"data": 2}),
+    ("hybrid", {"data": 2, "data_strategy": "ps-sync"}),
 ]
 
 
@@ -75,8 +74,7 @@ def drawn_by(random: Random) -> Drawn:
     """Draw a run that the job file allows: each choice alike, not the simple ones first."""
     strategy, options = random.choice(STRATEGIES)
     cuts = strategy == "hybrid"
-    names = sorted(BLOCKS.keys() - NOT_YET.get(strategy, set()))
-    blocks = tuple(random.choices(names, k=random.randint(1, 3)))
+    blocks = tuple(random.choices(sorted(BLOCKS), k=random.randint(1, 3)))
     workers, accumulation = random.randint(1, 3), random.randint(1, 3)
     least = workers * accumulation
     if cuts:
@@ -104,7 +102,8 @@ def drawn_by(random: Random) -> Drawn:
 
 def refused(drawn: Drawn) -> bool:
     """Say whether the engine refuses by name what it cannot do."""
-    if "bounded" in drawn.blocks and drawn.strategy == "ps-sync":
+    served = "ps-sync" in (drawn.strategy, drawn.options.get("data_strategy"))
+    if "bounded" in drawn.blocks and served:
         return True  # servers keep what the forward writes
     fixed = drawn.strategy == "hybrid" or drawn.options.get("shard_optimizer", False)
     return "thawed" in drawn.blocks and fixed

@@ -21,8 +21,9 @@ from torch.utils.data import TensorDataset
 from distplat.cli.verify import exit_code
 from distplat.platform.errors import InfrastructureError, SpecError
 from distplat.platform.spec import Job
+from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.task import Task
-from distplat.strategies.verification import child
+from distplat.strategies.verification import child, verdicts
 from distplat.strategies.verification.compare import LOSS, compare
 from distplat.strategies.verification.plan import Trained
 from distplat.strategies.verification.references import references
@@ -34,6 +35,7 @@ from distplat.strategies.verification.verdicts import (
     REFUSED,
     Ran,
     Row,
+    inexact,
     judge,
     watch,
 )
@@ -327,3 +329,24 @@ def test_the_child_answers_for_each_strategy(tmp_path: Path, monkeypatch: Any) -
     ring, hybrid = torch.load(tmp_path / child.ANSWER, weights_only=False)
     assert len(ring.plain.losses) == 8 and ring.whole.switches.double
     assert "does not say how its model is cut" in hybrid
+
+
+def test_of_large_models_not_every_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distplat.strategies.verification.references._ROOM_BYTES", 600)
+    drawn = job("ring")
+    known = references(drawn, make(Classify))
+    assert known.every > 1 and len(known.plain.states) < 8 and 8 in known.plain.states
+    found = judge(drawn, known, engine(Classify))
+    assert {row.verdict for row in found} == {EQUAL}
+
+
+def test_a_strategy_whose_ranks_differ_between_steps_is_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Local(Ring):
+        def synchronize(self) -> None:
+            pass
+
+    assert not inexact(job("ps-sync")) and not inexact(job("ring"))
+    monkeypatch.setattr(verdicts, "make_strategy", lambda job: Local(RingOptions()))
+    assert "between steps" in inexact(job("ring"))
