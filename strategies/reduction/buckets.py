@@ -115,8 +115,8 @@ class BucketReducer:
             self._handles.pop(number).wait()
             if self._wire is not None:
                 self._wire.unpack(self._cuts[number].start, self._cuts[number].stop)
-        self._overlap.end(self._wire.seconds - cast_before if self._wire else 0.0)
         total = self._control.wait()
+        self._overlap.end(self._wire.seconds - cast_before if self._wire else 0.0)
         if not self._agreed:
             self._agree()
         overflows = self._grads.dtype is torch.float16

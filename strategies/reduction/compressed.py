@@ -90,12 +90,12 @@ class CompressedReducer(Reducer):
         local = local.looked_at(self._flat) if self._look else local
         if self._alone:
             return local
+        if not self._figures:
+            self._step.lap()  # what setting up has cost is no step's
         self._control.start(local)
         total = self._control.wait()
         if self._look and not total.finite:
             return total
-        if not self._figures:
-            self._step.lap()  # what setting up has cost is no step's
         self._sending.lap()
         self._travel_s, began = 0.0, time.perf_counter()
         error_norm = self._exchange()

@@ -30,6 +30,8 @@ class Recorder:
         self._vector = vector
         self.started: list[int] = []
         """First element in the vector of each all-reduce, in the order of their starts."""
+        self.controls = 0
+        """All-reduces of other tensors: of control records."""
         self.broken = False
         """Set it, and every operation fails."""
         self.traffic = Traffic()
@@ -38,7 +40,11 @@ class Recorder:
         if self.broken:
             raise CollectiveError("recorder", "all_reduce", len(self.started), (1,), "broken")
         sent = tensor.clone()
-        self.started.append((tensor.data_ptr() - self._vector.data_ptr()) // tensor.itemsize)
+        place = tensor.data_ptr() - self._vector.data_ptr()
+        if 0 <= place < self._vector.nbytes:
+            self.started.append(place // tensor.itemsize)
+        else:
+            self.controls += 1
 
         def wait() -> None:
             assert torch.equal(tensor, sent), "sent before it was complete"

@@ -106,7 +106,7 @@ def without_overlap(workers: int, branches: bool = False) -> Run:
 def test_the_same_bits_with_overlap(background: list[int], workers: int) -> None:
     """With accumulation, uneven parts of a batch, and batches of one sample."""
     run = train(job(workers=workers, bucket_mb=ONE_PER_PARAMETER), Conv)
-    assert len(background) == 15 * 4 * workers  # steps, parameters
+    assert len(background) == 15 * (4 + 1) * workers  # steps; parameters and a control record
     for rank in range(workers):
         assert distance(run.parameters(rank), without_overlap(workers).parameters()) == 0
 
