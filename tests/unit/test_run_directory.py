@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -273,7 +272,7 @@ def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "write",
     [
-        lambda directory: directory.save_model({"w": np.ones(2)}),
+        lambda directory: directory.save_model(b"x" * 100),
         lambda directory: directory.finish("FAILED", {}),
     ],
     ids=["save_model", "finish"],
