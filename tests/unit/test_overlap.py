@@ -23,6 +23,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.base import Handle, ReduceOp
 from distplat.strategies.fakes import Fabric, InMemoryCollective
 from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.training.control import control_size
 from distplat.strategies.training.flat import FlatModel
 
 ONE_PER_PARAMETER = 1e-6
@@ -161,7 +162,8 @@ def test_figures_of_every_step(background: list[int]) -> None:
     elements = 48 + 16 + 112 + 3  # with padding: a convolution and a linear layer, bias by bias
     order_bytes = 2 * 2 * 4 * 8  # two words for each of four buckets, to two ranks
     for report in steps:  # what setting up has sent is in no step
-        sent = 2 * 2 / 3 * 4 * elements + (order_bytes if report.step == 0 else 0)
+        sent = 2 * 2 / 3 * (4 * elements + 8 * control_size(4))
+        sent += order_bytes if report.step == 0 else 0
         assert report.figures["sent_bytes"] == pytest.approx(sent, rel=0.02)
 
 
