@@ -13,6 +13,7 @@ from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.algorithms.sparse import add_sparse, entries_sent, largest
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.reduction.topk import TopKReducer
+from distplat.strategies.training.control import control_size
 from distplat.strategies.training.flat import FlatModel
 
 FIGURES = {
@@ -193,8 +194,10 @@ def test_bytes_are_those_of_the_formula(world: int, density: float) -> None:
     sent = entries_sent(density, size) * (4 + 4) * (world - 1)
     for rank, figures in enumerate(on_ranks(world, body)):
         assert set(figures) == FIGURES
-        assert figures["sent_bytes"] == sent + 4000 * (world - 1) * (rank == 0)
-        assert figures["received_bytes"] == sent + 4000 * (rank > 0)
+        slots = len(small_model().slots)
+        control = [8 * n for n in traffic_elements(control_size(slots), rank, world)]
+        assert figures["sent_bytes"] == sent + control[0] + 4000 * (world - 1) * (rank == 0)
+        assert figures["received_bytes"] == sent + control[1] + 4000 * (rank > 0)
         assert figures["saved_bytes"] == 4 * traffic_elements(size, rank, world)[0] - sent
         assert figures["compress_s"] > 0 and figures["baseline_s"] > 0
 
