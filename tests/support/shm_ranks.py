@@ -118,6 +118,10 @@ def on_shm_ranks(
 ) -> list[T]:
     """Call `body(group)` on every rank of a fresh group; give what they return, in rank order."""
     board = Board(slot_bytes, operation_s)
-    return on_ranks(
-        world, lambda rank: body(ShmCollective(board, "world", rank, world)), timeout_s=timeout_s
-    )
+    groups: dict[int, ShmCollective] = {}  # who ends first keeps what others still read
+
+    def run(rank: int) -> T:
+        groups[rank] = ShmCollective(board, "world", rank, world)
+        return body(groups[rank])
+
+    return on_ranks(world, run, timeout_s=timeout_s)

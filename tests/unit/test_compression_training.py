@@ -15,6 +15,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.reduction import powersgd, topk
 from distplat.strategies.reduction.compressed import CompressedReducer
 from distplat.strategies.task import Task
+from distplat.strategies.training.control import StepControl
 
 TRAIN = 1440
 METHODS: dict[str, dict[str, Any]] = {
@@ -93,10 +94,11 @@ def test_without_the_residual_it_does_not(
     """What the test above shows is owed to error feedback."""
 
     class Forgetful(getattr(home, kind)):  # type: ignore[misc]
-        def finish(self) -> None:
-            super().finish()
+        def finish(self, local: StepControl) -> StepControl:
+            total: StepControl = super().finish(local)
             assert isinstance(self, CompressedReducer)
             self.residual.zero_()
+            return total
 
     monkeypatch.setattr(home, kind, Forgetful)
     loss, accuracy = loss_and_accuracy(run(method))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from control_records import full_record
 from delayed import async_plan, noise
 from torch import Tensor
 
@@ -144,7 +145,8 @@ def test_a_service_waits_for_ranks_that_are_behind() -> None:
     waiting.start()
     threads = [
         threading.Thread(
-            target=service.push, args=(push(r, 0), noise(SIZE, r, 0), lambda values, version: None)
+            target=service.push,
+            args=(push(r, 0), noise(SIZE, r, 0), full_record(), lambda values, version: None),
         )
         for r in range(WORLD)
     ]
