@@ -26,6 +26,7 @@ from distplat.strategies.pipeline.seams import Tail
 from distplat.strategies.training.batches import eval_batches, micro_batches
 from distplat.strategies.training.compute import Share, Stopwatch, Sums, precision
 from distplat.strategies.training.device import to_device
+from distplat.strategies.training.loss_check import LossDoubts
 from distplat.strategies.training.losses import Figures, LossTerm, eval_figures, loss_term
 from distplat.strategies.training.session import Prepared
 
@@ -65,6 +66,7 @@ class Pipeline:
         self._begins = settings.at.stage == 0
         self._ends = settings.at.stage == settings.stages - 1
         self._batches: Iterator[Any] = iter(())
+        self._doubts = LossDoubts(prepared.task, prepared.flat.model)
         self.share = Share()  #: what this rank had of the last step
 
     def start(self, steps: range) -> None:
@@ -85,7 +87,8 @@ class Pipeline:
         if not sizes:
             return self.share
         seed = mixed(self._p.job.seed, step, s.at.replica)
-        source = _Training(self, self._batches, sizes, seed, 1.0 / sampler.batch_size(step))
+        part = 1.0 / sampler.batch_size(step)
+        source = _Training(self, step, self._batches, sizes, seed, part)
         self._executor.train(s.training(len(sizes)), source, self._tail)
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
@@ -118,10 +121,13 @@ class Pipeline:
         """Take a batch apart, on this rank's device."""
         return to_device(batch, self._device)
 
-    def differentiated(self, outputs: Any, targets: Any, samples: int) -> LossTerm:
+    def differentiated(self, step: int, outputs: Any, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""
         with precision(self._p.job, self._device):
-            return loss_term(self._p.task, outputs, targets, samples)
+            term = loss_term(self._p.task, outputs, targets, samples)
+            if self._settings.at.slice == 0:
+                self._doubts.look(step, outputs, targets, term, samples)
+            return term
 
     def figures_of(self, outputs: Any, targets: Any, samples: int) -> Figures:
         """Give the figures of an evaluation micro-batch."""
@@ -170,19 +176,21 @@ class _Training(_Loaded):
     def __init__(
         self,
         owner: Pipeline,
+        step: int,
         batches: Iterator[Any],
         sizes: Sequence[int],
         seed: int,
         part: float,
     ) -> None:
         super().__init__(owner, batches, sizes)
-        self._seed, self._part = seed, part
+        self._step, self._seed, self._part = step, seed, part
         self.terms: list[LossTerm] = []  #: in order; micro-batches come to the last stage so
 
     def loss(self, micro_batch: int, outputs: Any) -> Tensor:
         """Give the loss, summed and divided by the global batch."""
         size = self.sizes[micro_batch]
-        term = self._owner.differentiated(outputs, self.targets(micro_batch), size)
+        targets = self.targets(micro_batch)
+        term = self._owner.differentiated(self._step, outputs, targets, size)
         self.terms.append(replace(term, value=term.value.detach()))
         return term.value * (term.factor * self._part)
 

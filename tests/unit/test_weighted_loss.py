@@ -161,6 +161,20 @@ def losses_of(run: Run) -> list[float]:
     return found
 
 
+@pytest.mark.parametrize("task", [OwnMean, Tokens])
+@pytest.mark.parametrize(
+    "strategy",
+    [{"name": "ring"}, {"name": "hybrid", "pipeline": 2, "micro_batches": 2, "cut": "even"}],
+    ids=name_of,
+)
+def test_a_loss_that_is_no_mean_over_samples_is_told_of(
+    strategy: dict[str, Any], task: type[Tokens], caplog: pytest.LogCaptureFixture
+) -> None:
+    train(job_of(strategy, 2, 1), task)
+    told = "(sum, weight)" in caplog.text
+    assert told == (task is OwnMean), caplog.text
+
+
 @pytest.mark.parametrize("name", ["ring", "ps-sync"])
 def test_an_evaluation_is_a_mean_over_the_weights(name: str) -> None:
     run = train(job_of({"name": name}, 2, 1), Tokens)
