@@ -36,7 +36,7 @@ class Task(ABC):
         """Give the training samples: `len(data)` of them, `data[i] -> (inputs, targets)`."""
 
     @abstractmethod
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
+    def loss(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor | float]:
         """
         Give the loss of one batch.
 
@@ -45,7 +45,12 @@ class Task(ABC):
             targets: the targets as the loader collated them, batch first.
 
         Returns:
-            A scalar: the **mean** over the batch, so that parts of a batch can be put together.
+            A scalar: the **mean** over the samples of the batch. Or `(sum, weight)` for a mean over
+            something else, for example tokens: a scalar, and what the sum over all ranks and
+            micro-batches is divided by.
+
+        Raises:
+            ValueError: by the caller, where it is neither; names what it got.
         """
 
     def eval_data(self) -> Dataset[Any] | None:

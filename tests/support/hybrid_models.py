@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from in_memory_run import Run
+from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -246,8 +247,8 @@ def plain(kind: type[Task], clip: float | None = None) -> tuple[dict[str, Tensor
     for step in range(STEPS):
         inputs, targets = zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
         optimizer.zero_grad()
-        loss = task.loss(model(torch.stack(inputs)), torch.stack(targets))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = mean_loss(task, model(torch.stack(inputs)), torch.stack(targets))
+        torch.autograd.backward(loss)
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from in_memory_run import Run, train
+from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -123,7 +124,7 @@ def plain(recipe: str) -> tuple[dict[str, Tensor], list[float]]:
     for step in range(STEPS):
         inputs, targets = data[sampler.batch_ids(step).tolist()]
         optimizer.zero_grad()
-        loss = task.loss(model(inputs), targets)
+        loss = mean_loss(task, model(inputs), targets)
         torch.autograd.backward(loss)
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)

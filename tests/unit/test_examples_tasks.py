@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -87,7 +88,7 @@ def test_loss_and_metrics_are_means_over_the_batch(task: Task) -> None:
     outputs = seeded_model(task)(inputs).detach()
 
     def figures(rows: slice) -> Tensor:
-        parts = [task.loss(outputs[rows], targets[rows])]
+        parts = [mean_loss(task, outputs[rows], targets[rows])]
         parts += map(torch.as_tensor, task.metrics(outputs[rows], targets[rows]).values())
         assert all(part.shape == () for part in parts)
         return torch.stack(parts)
@@ -108,7 +109,10 @@ def test_every_parameter_takes_part(task: Task) -> None:
     inputs, targets = batch(task.train_data(), 16)
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(
-        task.loss(model(inputs), targets), parameters, allow_unused=True, materialize_grads=True
+        mean_loss(task, model(inputs), targets),
+        parameters,
+        allow_unused=True,
+        materialize_grads=True,
     )
     assert [name for name, g in zip(names, gradients, strict=True) if not g.any()] == []
 

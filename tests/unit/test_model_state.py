@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from in_memory_run import Run, train
+from plain_loss import mean_loss
 from rank_threads import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -64,7 +65,7 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
     for step in range(STEPS):
         inputs, targets = data[sampler.batch_ids(step).tolist()]
         optimizer.zero_grad()
-        torch.autograd.backward(task.loss(model.train()(inputs), targets))
+        torch.autograd.backward(mean_loss(task, model.train()(inputs), targets))
         optimizer.step()
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 

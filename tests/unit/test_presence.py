@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from in_memory_run import train
+from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -175,7 +176,7 @@ def plain(of: Job, kind: type[Task]) -> dict[str, Tensor]:
                 break
             optimizer.zero_grad()
             inputs, targets = task.train_data()[start : start + BATCH]
-            torch.autograd.backward(task.loss(model(inputs), targets))
+            torch.autograd.backward(mean_loss(task, model(inputs), targets))
             if of.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), of.clip_norm)
             optimizer.step()
