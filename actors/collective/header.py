@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from ray.util.collective.types import ReduceOp
 
+from distplat.strategies.algorithms.dtypes import SENDABLE
+
 LENGTH = 7
 """Numbers in a header."""
 
@@ -25,18 +27,6 @@ _OPERATIONS = (
     "barrier",
     "send",
     "recv",
-)
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.bool,
 )
 
 
@@ -63,7 +53,7 @@ class Header(NamedTuple):
     @property
     def what(self) -> str:
         """`7 float32`."""
-        dtype = str(_DTYPES[self.dtype]).removeprefix("torch.") if self.dtype >= 0 else "values"
+        dtype = str(SENDABLE[self.dtype]).removeprefix("torch.") if self.dtype >= 0 else "values"
         return f"{self.elements} {dtype}"
 
     def __str__(self) -> str:
@@ -89,7 +79,7 @@ def header(
     return Header(
         number,
         _OPERATIONS.index(operation),
-        _DTYPES.index(dtype) if dtype in _DTYPES else -1,
+        SENDABLE.index(dtype) if dtype in SENDABLE else -1,
         -1 if op is None else op.value,
         root,
         sum(counts),

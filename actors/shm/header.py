@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from distplat.platform.errors import MismatchError
+from distplat.strategies.algorithms.dtypes import SENDABLE
 from distplat.strategies.base import ReduceOp
 
 OPERATIONS = (
@@ -19,21 +20,9 @@ OPERATIONS = (
     "message",
 )
 REDUCTIONS = tuple(ReduceOp)
-DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.bool,
-)
 _OPERATION = {name: code for code, name in enumerate(OPERATIONS)}
 _REDUCTION = {op: code for code, op in enumerate(REDUCTIONS)}
-_DTYPE = {dtype: code for code, dtype in enumerate(DTYPES)}
+_DTYPE = {dtype: code for code, dtype in enumerate(SENDABLE)}
 _LAYOUT = struct.Struct("<8q")
 SIZE = _LAYOUT.size
 STAGED = -1
@@ -72,7 +61,7 @@ class Header(NamedTuple):
     def unpack(cls, data: bytes) -> "Header":
         """Read what another rank has packed."""
         number, operation, dtype, op, *rest = _LAYOUT.unpack(data)
-        return cls(number, OPERATIONS[operation], DTYPES[dtype], REDUCTIONS[op], *rest)
+        return cls(number, OPERATIONS[operation], SENDABLE[dtype], REDUCTIONS[op], *rest)
 
     def __str__(self) -> str:
         """`all_reduce #3 (sum of 1000 x float32)`."""

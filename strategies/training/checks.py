@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.pieces import ITEM_BYTES
+from distplat.strategies.algorithms.dtypes import SENDABLE
 from distplat.strategies.training.unwrapping import unwrapped
 
 if TYPE_CHECKING:
@@ -31,19 +32,6 @@ if TYPE_CHECKING:
     from distplat.platform.spec import Job
     from distplat.strategies.task import Task
 
-_SENT = {
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.bool,
-}
-"""Types that collective operations take."""
 _REAL = "keep it as real numbers: torch.view_as_real(...), and torch.view_as_complex in forward()"
 _SHOWN = 6
 """Names in one message."""
@@ -120,7 +108,7 @@ def check_state(model: nn.Module, *, sent: bool) -> None:
             how = kind if value.layout is torch.strided else f"{kind}, {value.layout}"
             text = f"model() has the {what} {name!r} of type {how}, which cannot be saved"
             problems.append(Problem(("task",), text, hint))
-        elif sent and value.dtype not in _SENT:
+        elif sent and value.dtype not in SENDABLE:
             text = f"model() has the {what} {name!r} of type {kind}, which workers cannot exchange"
             problems.append(Problem(("task",), text, f"{hint}; or take `strategy: ps-sync`"))
     if problems:

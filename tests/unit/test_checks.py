@@ -18,6 +18,7 @@ from distplat.platform.progress import EvalReport, Gathering
 from distplat.strategies.catalog import make_job
 from distplat.strategies.training.checks import remark_on_size
 
+FOLDER = Path(__file__).parents[2]
 FIELDS: dict[str, Any] = {
     "name": "checks",
     "strategy": "ring",
@@ -52,10 +53,10 @@ def told(kind: type[Task], tmp_path: Path, **fields: Any) -> UserCodeError:
     """Train; give the error, which has no frame of ours."""
     with pytest.raises(UserCodeError) as caught:
         fit(kind, tmp_path, **fields)
-    folder = str(Path(__file__).parents[2])
+    ours = [str(FOLDER / part) for part in ("platform", "strategies", "actors", "cli")]
     for line in caught.value.traceback.splitlines():
-        if line.startswith('  File "') and folder in line:
-            assert "/tests/" in line, line
+        if line.startswith('  File "'):
+            assert not any(part in line for part in (*ours, "/distplat/")), line
     assert caught.value.exit_code == 1
     return caught.value
 
@@ -425,7 +426,7 @@ def test_empty_and_tied_tensors_are_trained_and_kept(strategy: str, tmp_path: Pa
 
     result = fit(Odd, tmp_path, strategy=strategy, checkpoint={"every_steps": 1})
     assert result.checkpoint is not None
-    assert len(result.checkpoints) == 2
+    assert result.checkpoints[-1].step == 2
     again = Trainer(
         {**FIELDS, "strategy": strategy, "epochs": 2}, Odd, working_dir=tmp_path, resume=result.path
     )

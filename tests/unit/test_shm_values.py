@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from shm_ranks import ShmCollective, on_shm_ranks
 from torch import Tensor
 
-from distplat.actors.shm.header import DTYPES
 from distplat.actors.shm.kernels import Scratch, combine, cut_evenly
+from distplat.strategies.algorithms.dtypes import SENDABLE
 from distplat.strategies.base import ReduceOp
 
 OPS = (ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX)
@@ -55,7 +55,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 worlds, sizes = st.integers(1, 5), st.sampled_from(SIZES)
-dtypes, ops, flags = st.sampled_from(DTYPES), st.sampled_from(OPS), st.booleans()
+dtypes, ops, flags = st.sampled_from(SENDABLE), st.sampled_from(OPS), st.booleans()
 
 
 @many
