@@ -92,7 +92,7 @@ def test_a_failing_task_shows_its_own_traceback(open_head: Head, folder: Path) -
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.search(r'line\.py", line \d+, in loss\n    raise ValueError', done.stderr)
-    assert "error: your task failed on rank 0, before the first step: ValueError" in done.stderr
+    assert "error: your task failed on rank 0, in step 1: ValueError" in done.stderr
     assert done.stderr.count("  File ") == 1  # none of the platform's own
 
 
