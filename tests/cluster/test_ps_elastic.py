@@ -4,9 +4,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from control_records import record_of
+from numpy.typing import NDArray
 from small_runs import HERE, job, train, weights
 from test_elastic import Watch
 from test_server_loss import undisturbed
@@ -85,6 +87,9 @@ class Rank:
     def push(self, step: int) -> None:
         self.shards.push(step, record_of(self.flat))
 
+    def record(self) -> NDArray[np.float64]:
+        return record_of(self.flat).pack()
+
     def abandon(self) -> None:
         self.abandoned.set()
 
@@ -118,7 +123,9 @@ def test_shards_that_a_loss_left_at_two_versions_come_together() -> None:
         assert connect(0) == [0, 0]
         assert push(0) == [[0.625], [0.625]]  # 1 - (1 + 2) / 8
         waiting = ranks[0].push.remote(1)
-        ray.get(cast.servers["server-0"].push.remote(PushId(run, 0, 1, 1), None), timeout=60)
+        record = ray.get(ranks[1].record.remote(), timeout=60)
+        sent = cast.servers["server-0"].push.remote(PushId(run, 0, 1, 1), None, record)
+        ray.get(sent, timeout=60)
         ray.kill(ranks[1])
         ray.get(ranks[0].abandon.remote(), timeout=60)
         with pytest.raises(Abandoned):
