@@ -2,10 +2,13 @@
 Loader processes: how they start, what they are given, and what is left of them: nothing.
 
 They come from a fork server: forking a process in which Ray's threads run could deadlock the
-child. Three things differ from `multiprocessing.get_context("forkserver")`:
+child. Four things differ from `multiprocessing.get_context("forkserver")`:
 
 The script of the process is not run again in them. A data set of a class that only the script has,
 or that a driver has sent here by value, goes to them by value, and what they collate comes back so.
+
+They end with the process that reads from them. torch's own look-out sees the death of the fork
+server alone, which lives as long as one of them.
 
 Their semaphores have no names once all loaders have opened them, so none is left in /dev/shm,
 whatever ends the process.
@@ -15,13 +18,14 @@ import io
 import os
 import pickle
 import sys
+import threading
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.machinery import ModuleSpec
-from multiprocessing import forkserver, synchronize, util
+from multiprocessing import forkserver, parent_process, synchronize, util
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import ForkingPickler
@@ -160,7 +164,15 @@ class _LoaderProcess(ForkServerProcess):
         if self._begun is not None:
             self._begun.close()
             self._begun = None
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         super().run()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "this is a child"
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Loader processes: they start at once, take a script's own classes, and leave nothing behind."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from multiprocessing import active_children, current_process
+import time
+from multiprocessing import active_children, synchronize
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +46,12 @@ def test_a_loader_process_has_torch_from_the_start() -> None:
 
 
 @pytest.fixture
-def prefix() -> Any:
+def prefix(monkeypatch: pytest.MonkeyPatch) -> str:
     """Give the beginning of the names of this process's semaphores: other tests make some, too."""
-    config = current_process()._config  # type: ignore[attr-defined]
-    before = config["semprefix"]
-    config["semprefix"] = f"/mp-test-{os.getpid()}"
-    yield f"sem.mp-test-{os.getpid()}"
-    config["semprefix"] = before
+    name, numbers = f"mp-test-{os.getpid()}", itertools.count()
+    make_name = staticmethod(lambda: f"/{name}-{next(numbers)}")
+    monkeypatch.setattr(synchronize.SemLock, "_make_name", make_name)
+    return f"sem.{name}"
 
 
 def left_in_memory(prefix: str) -> list[str]:
@@ -60,7 +61,8 @@ def left_in_memory(prefix: str) -> list[str]:
 def test_semaphores_of_loaders_have_no_names_while_they_are_used(prefix: str) -> None:
     context = LoaderContext()
     lock = context.Lock()
-    assert len(left_in_memory(prefix)) == 1
+    name = lock._semlock.name.removeprefix("/")  # type: ignore[attr-defined]
+    assert left_in_memory(prefix) == [f"sem.{name}"]
     context.open_and_forget(1.0)
     assert not left_in_memory(prefix)
     with lock:
@@ -77,7 +79,7 @@ def test_semaphores_of_loaders_have_no_names_while_they_are_used(prefix: str) ->
 
 KILLED = """
 import os, signal, sys
-from multiprocessing import current_process
+from multiprocessing import active_children, current_process, forkserver
 sys.path[:0] = {path!r}
 current_process()._config["semprefix"] = "/mp-killed-" + str(os.getpid())
 from test_random_numbers import Noise, job
@@ -85,16 +87,33 @@ from distplat.strategies.training.batches import make_sampler, micro_batches
 if __name__ == "__main__":
     batches = micro_batches(job(loaders=2), Noise(), make_sampler(job(), Noise()), 0, range(6), 1)
     next(batches)
+    server = forkserver._forkserver._forkserver_pid
+    print(server, *(child.pid for child in active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_worker_leaves_no_semaphore(tmp_path: Path) -> None:
+def test_a_killed_worker_leaves_no_process_and_no_semaphore(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(path=[str(Path(__file__).parent)]))
-    child = subprocess.Popen([sys.executable, str(script)])
+    child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    pids = child.stdout.readline().split()
     assert child.wait(60) == -signal.SIGKILL
+    assert len(pids) == 3
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.05)
     assert not left_in_memory(f"sem.mp-killed-{child.pid}")
+
+
+def alive(pid: str) -> bool:
+    """Say whether a process runs; one that nobody has asked for its status does not."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
 
 
 class Broken(Dataset[Any]):
