@@ -275,9 +275,21 @@ def baseline_of(text: str, steps: int) -> float:
     try:
         return float(text)
     except ValueError:
-        environment = {**os.environ, "PYTHONPATH": str(Path(text).resolve())}
-        words = [sys.executable, __file__, "--rows", "mlp", "--rounds", "1", "--steps", str(steps)]
-        run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1800)
+        root = Path(text).resolve()
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        words = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--rows",
+            "mlp",
+            "--rounds",
+            "1",
+            "--steps",
+            str(steps),
+        ]
+        run = subprocess.run(  # Ray's workers import from the working directory first
+            words, cwd=root, env=environment, capture_output=True, text=True, timeout=1800
+        )
         run.check_returncode()
         return float(run.stdout.split()[-2])
 
