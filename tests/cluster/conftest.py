@@ -60,18 +60,36 @@ def segments() -> set[str]:
     return found
 
 
+def orphans() -> set[str]:
+    """Processes that ours have started by themselves, for loading, and that outlived them."""
+    found = set()
+    for process in ours():
+        try:
+            if process.ppid() == 1 and "multiprocessing" in " ".join(process.cmdline()):
+                found.add(f"{process.pid} {process.cmdline()}")
+        except psutil.Error:  # it has ended meanwhile
+            continue
+    return found
+
+
 def leftovers(shm_before: set[str]) -> dict[str, object]:
     """What is still there of the runs of this test."""
     actors = ray.util.list_named_actors(all_namespaces=True) if ray.is_initialized() else []
     shm = {name for name in os.listdir("/dev/shm") if not name.startswith("plasma")} - shm_before
     keys = _internal_kv_list(b"distplat/") if ray.is_initialized() else []
-    found = {"actors": actors, "segments": segments(), "shm": shm, "keys": keys}
+    found = {
+        "actors": actors,
+        "segments": segments(),
+        "orphans": orphans(),
+        "shm": shm,
+        "keys": keys,
+    }
     return {kind: things for kind, things in found.items() if things}
 
 
 @pytest.fixture(autouse=True)
 def census() -> Iterator[None]:
-    """No actor, no mapped segment, no file in /dev/shm, no key of ours outlives a test."""
+    """No actor, segment, loader process, file in /dev/shm or key of ours outlives a test."""
     before = set(os.listdir("/dev/shm"))
     yield
     deadline = time.monotonic() + GONE_WITHIN_S

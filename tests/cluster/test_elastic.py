@@ -39,7 +39,7 @@ class Watch:
 
 
 def run(
-    tmp_path: Path, deeds: list[str], strategy: object = None, **failure: Any
+    tmp_path: Path, deeds: list[str], strategy: object = None, *, loaders: int = 0, **failure: Any
 ) -> tuple[Result, Watch]:
     folder = tmp_path / f"marks-{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
@@ -52,7 +52,7 @@ def run(
         epochs=None,
         steps=STEPS,
         global_batch_size=12,
-        data={"drop_last": True},
+        data={"drop_last": True, "num_loaders": loaders},
         clip_norm=1.0,
         failure={**FAILURE, **failure},
     )
@@ -95,6 +95,14 @@ def test_one_worker_is_replaced(deed: str, victim: int, backend: str, tmp_path: 
     assert [s.replaced for s in watch.setbacks] == [(f"worker-{victim}",)]
     assert watch.setbacks[0].step == 9, "only the step in flight is repeated"
     assert [r.attempt for r in watch.recoveries] == [1]
+
+
+@pytest.mark.parametrize("deed", ["kill", "stop"])
+def test_loaders_end_with_their_worker(deed: str, tmp_path: Path) -> None:
+    """The census sees them, should they not."""
+    result, watch = run(tmp_path, [f"{deed} 1 at 9"], loaders=1)
+    same(result, tmp_path)
+    assert [s.replaced for s in watch.setbacks] == [("worker-1",)]
 
 
 @pytest.mark.parametrize("at", ["0", "29", "evaluation"])

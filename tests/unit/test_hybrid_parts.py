@@ -4,6 +4,8 @@ import itertools
 import random
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from distplat.platform.errors import SpecError
 from distplat.strategies.pipeline import compute, part
 from distplat.strategies.pipeline import rank as ranks
 from distplat.strategies.tensor.parts import gather_full
+from distplat.strategies.training.loss_check import LossDoubts
 from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.stages import Layer, layers_of
 
@@ -150,13 +153,27 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def under_lock(made: Any) -> Any:
         def make(*args: Any) -> Any:
-            with lock:  # a loader draws a seed when it begins
+            with lock:
                 return made(*args)
 
         return make
 
+    def read_under_lock(made: Any) -> Any:
+        def batches(*args: Any) -> Iterator[Any]:
+            begin, end = under_lock(lambda: iter(made(*args))), object()
+            read = under_lock(next)  # a sample is made under a seed of its own
+            source = begin()
+            while (batch := read(source, end)) is not end:
+                yield batch
+
+        return batches
+
     for name in ("micro_batches", "eval_batches"):
-        monkeypatch.setattr(compute, name, under_lock(getattr(compute, name)))
+        monkeypatch.setattr(compute, name, read_under_lock(getattr(compute, name)))
+    look = LossDoubts.look
+    monkeypatch.setattr(LossDoubts, "look", under_lock(look))  # puts generators back
+    # What a rank tries while others train is not to put their generator back.
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **kept: nullcontext())
     monkeypatch.setattr(part.Layers, "seeded", locked)
     monkeypatch.setattr(part, "materialise", filled)
 
