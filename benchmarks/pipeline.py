@@ -214,7 +214,7 @@ class Held:
 
 def peak_bytes(schedule: str, micro_batches: int) -> list[int]:
     """Run a step in memory, stages as threads; give what each keeps for backward at most."""
-    from in_memory_run import train
+    from local_run import train
 
     from distplat.platform.spec import Job
 

@@ -60,7 +60,7 @@ def undisturbed(spec: dict[str, Any], tmp_path: Path) -> bytes:
     A cluster beside this one would take minutes. In memory, ranks are threads: they sum in rank
     order as over Ray, so the bits are the same.
     """
-    from in_memory_run import train as train_in_memory
+    from local_run import train as train_in_memory
     from tasks_for_tests import Blobs
 
     from distplat.strategies.catalog import make_job

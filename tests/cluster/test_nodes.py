@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from in_memory_run import train as train_in_memory
+from local_run import train as train_in_memory
 from ray.cluster_utils import Cluster
 from small_runs import HERE, distance, job, train, weights
 from table_runs import tables, words

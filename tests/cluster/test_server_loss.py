@@ -94,7 +94,7 @@ def long_job(
 
 
 def undisturbed(spec: dict[str, Any]) -> bytes:
-    from in_memory_run import train as train_in_memory
+    from local_run import train as train_in_memory
     from tasks_for_tests import Blobs
 
     from distplat.strategies.catalog import make_job

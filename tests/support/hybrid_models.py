@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from in_memory_run import Run
+from local_run import LocalRun
 from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -217,7 +217,7 @@ def grid_of(pipeline: int, tensor: int, data: int, **more: Any) -> tuple[dict[st
     return options, pipeline * tensor * data
 
 
-def whole(run: Run) -> dict[str, Tensor]:
+def whole(run: LocalRun) -> dict[str, Tensor]:
     """Put the parts of the trained model together."""
     return {name: value for part in run.trained for name, value in part.items()}
 

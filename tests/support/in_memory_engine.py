@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from torch import Tensor
 
 from distplat.platform.pieces import Whole
@@ -31,7 +31,7 @@ def make(kind: type[Task], **arguments: Any) -> Callable[[Switches], Task]:
     return lambda switches: switched(kind, switches)(**arguments)
 
 
-def trained(job: Job, run: Run) -> Trained:
+def trained(job: Job, run: LocalRun) -> Trained:
     """Bring a run whose job has a checkpoint after every step into the form of a reference."""
     states = {step: model_of(saved) for step, saved in run.checkpoints.items()}
     sums, counts = [0.0] * (job.steps or 0), [0.0] * (job.steps or 0)

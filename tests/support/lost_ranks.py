@@ -5,36 +5,26 @@ What a rank had sent before it was lost has arrived or has not, at each server f
 others stop where they wait; all go on in a new attempt, with a new rank in the lost one's place.
 """
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from in_memory_run import impatient
+from local_run import Attempt, LocalRun
 from numpy.typing import NDArray
 from table_rows import table_rows
 
-from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
+from distplat.actors.local_actors import ELSEWHERE
 from distplat.actors.local_transport import Call, Fault
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
-from distplat.strategies.base import Strategy
-from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import (
-    Fabric,
-)
-from distplat.strategies.ports import Pushed, Sending
+from distplat.strategies.ports import Pushed, Sending, Shards, Tables
 from distplat.strategies.task import Task
 from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Ports, Prepared, join, prepare, resize
-
-WAIT_S = 10.0
 
 
 class Lost(Exception):
@@ -73,36 +63,18 @@ class Resize:
 class LossyRun:
     """What is left of a run at its end."""
 
-    ranks: dict[int, "Rank"]
-    tables: TableServers
+    run: LocalRun
     starts: list[int] = field(default_factory=list)
     """By attempt: the step that it began with."""
 
     def dense(self) -> NDArray[np.float32]:
         """Copy the parameters of rank 0."""
-        vector: NDArray[np.float32] = self.ranks[0].prepared.flat.params.numpy().copy()
+        vector: NDArray[np.float32] = self.run.ranks[0].prepared.flat.params.numpy().copy()
         return vector
 
     def rows(self, number: int, count: int) -> NDArray[np.float32]:
         """See `table_rows`."""
-        return table_rows(self.tables, number, count)
-
-
-@dataclass
-class Rank:
-    """What one worker keeps from attempt to attempt."""
-
-    prepared: Prepared
-    strategy: Strategy[Any]
-    progress: Progress = field(default_factory=Progress)
-
-
-_ENDS: dict[type, tuple[type[Exception], ...]] = {
-    Loss: (Lost, Abandoned, FencedError, CollectiveError),
-    Resize: (Abandoned,),
-    type(None): (),
-}
-"""How ranks may come out of an attempt."""
+        return table_rows(self.run.tables, number, count)
 
 
 class _LastPush:
@@ -127,157 +99,126 @@ def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> 
         task: its class.
         events: at most one for each attempt.
     """
-    first = _rank(job, task)
-    servers = Servers(impatient(job, WAIT_S), first.strategy.roles(job))
-    tables = TableServers(impatient(job, WAIT_S), rewinds=True)
-    run = LossyRun({}, tables)
-    for attempt, event in enumerate([*events, None]):
-        for rank in range(job.scaling.world):
-            if rank not in run.ranks:
-                run.ranks[rank] = _rank(job, task)
-        run.starts.append(_Attempt(job, servers, run, attempt, event).make())
+    run = LocalRun(job, task, rewinds=True)
+    lossy = LossyRun(run)
+    for event in [*events, None]:
+        attempt = _ATTEMPTS[type(event)](run, event)
+        attempt.make()
+        attempt.check()
+        (start,) = {*attempt.starts}
+        lossy.starts.append(start)
         if isinstance(event, Loss):
-            del run.ranks[event.rank]
+            run.renew(event.rank)
         if isinstance(event, Resize):
-            job = job.with_workers(event.world)
-            run.ranks = {rank: one for rank, one in run.ranks.items() if rank < event.world}
-    servers.close()
-    tables.close()
-    return run
+            run.resize(event.world)
+    run.close()
+    return lossy
 
 
-def _rank(job: Job, task: type[Task]) -> Rank:
-    strategy = make_strategy(job)
-    return Rank(prepare(job, task(), strategy=strategy), strategy)
+class _Undisturbed(Attempt):
+    """All come to the end."""
+
+    def __init__(self, run: LocalRun, event: Any) -> None:
+        super().__init__(run)
+        self.event = event
+
+    def check(self) -> None:
+        """Fail if ranks ended otherwise than they had to."""
+        assert not self.errors
 
 
-class _Attempt:
-    """One attempt of all ranks, as threads."""
+class _BeforeAResize(_Undisturbed):
+    """All stop before a step."""
 
-    def __init__(
-        self, job: Job, servers: Servers, run: LossyRun, number: int, event: Loss | Resize | None
-    ) -> None:
-        self._job, self._servers, self._run, self._number = job, servers, run, number
-        self._event = event
-        self._fabric = Fabric(job.scaling.world, WAIT_S)
-        self._starts: set[int] = set()
-        self._errors: dict[int, BaseException] = {}
+    event: Resize
+    ends = (Abandoned,)
 
-    def make(self) -> int:
-        """Go on until the event, or to the end; give the step that all began with."""
-        run, event = self._run, self._event
-        threads = {
-            rank: threading.Thread(target=self._train, args=(rank,), daemon=True)
-            for rank in run.ranks
-        }
-        for thread in threads.values():
-            thread.start()
-        if isinstance(event, Loss):
-            threads[event.rank].join(WAIT_S)
-            time.sleep(event.others_s)
-            self._abandon()
-        for thread in threads.values():
-            thread.join(WAIT_S)
-            assert not thread.is_alive()
-        expected = _ENDS[type(event)]
-        wrong = [error for error in self._errors.values() if not isinstance(error, expected)]
-        assert not wrong, wrong
-        if isinstance(event, Loss):  # the others may have made the last step
-            assert isinstance(self._errors[event.rank], Lost)
-        else:
-            assert len(self._errors) == (len(threads) if event is not None else 0), self._errors
-        (start,) = self._starts
-        return start
+    def before(self, rank: int, step: int) -> None:
+        if step == self.event.step:
+            raise Abandoned("told to stop")
 
-    def _abandon(self) -> None:
-        """Have all come out who wait for the lost rank."""
-        following = self._number + 1
-        self._servers.renew(following)
-        self._fabric.give_up()
-        for service in self._run.tables.services:
+    def check(self) -> None:
+        assert len(self.errors) == self.world
+
+
+class _WithALoss(_Undisturbed):
+    """One rank is lost, and the others come out when they wait for it."""
+
+    event: Loss
+    ends = (Lost, Abandoned, FencedError, CollectiveError)
+
+    def check(self) -> None:
+        """The others may have made the last step."""
+        assert isinstance(self.errors[self.event.rank], Lost)
+
+    def meanwhile(self) -> None:
+        assert self.ended[self.event.rank].wait(self.run.timeout_s)
+        time.sleep(self.event.others_s)
+        self.give_up()
+
+    def give_up(self) -> None:
+        super().give_up()
+        for service in self.run.tables.services:
             assert service._plan is not None, "all ranks opened it"
-            service.open(replace(service._plan, attempt=following))
+            service.open(replace(service._plan, attempt=self.number + 1))
 
-    def _train(self, rank: int) -> None:
-        mine, event = self._run.ranks[rank], self._event
-        loss = event if isinstance(event, Loss) and event.rank == rank else None
+    def _is_last_push(self, rank: int, call: Call) -> bool:
+        pushed = call.args[0] if call.method == "push" else None
+        if not isinstance(pushed, PushId) or call.process != f"worker-{rank}":
+            return False
+        return (pushed.attempt, pushed.seq) == (self.number, self.event.step)
 
-        def pause(step: int) -> None:
-            if isinstance(event, Resize) and step == event.step:
-                raise Abandoned("told to stop")
-
-        resize(mine.prepared, self._job, mine.strategy)
-        try:
-            loop = join(
-                mine.prepared,
-                mine.strategy,
-                rank,
-                Ports(
-                    collective=self._fabric.collective(rank),
-                    shards=self._shards(rank, loss),
-                    tables=self._tables(rank, loss),
-                ),
-                report=lambda report: None,
-                progress=mine.progress,
-                pause=pause,
-            )
-            self._starts.add(loop.start)
-            loop.run()
-        except BaseException as error:
-            self._errors[rank] = error
-
-    def _shards(self, rank: int, loss: Loss | None) -> RemoteShards:
+    def shards(self, rank: int) -> Shards:
         """Give the way to the servers; in the step of its loss a rank's push reaches some only."""
-        steps, node = (
-            self._run.ranks[rank].prepared.total_steps,
-            HERE if loss is None else ELSEWHERE,
-        )
-        way = self._servers.shards(rank, steps, attempt=self._number, job=self._job, node=node)
-        if loss is None:
-            return way
-        reached, push = [f"server-{number}" for number in range(loss.shards)], way.push
+        if rank != self.event.rank:
+            return super().shards(rank)
+        self.node, near = ELSEWHERE, self.node
+        way = super().shards(rank)
+        self.node = near
+        assert isinstance(way, RemoteShards)
+        reached, push = [f"server-{number}" for number in range(self.event.shards)], way.push
 
         def lost(call: Call) -> None:
-            pushed = call.args[0] if call.method == "push" else None
-            if not isinstance(pushed, PushId) or call.process != f"worker-{rank}":
-                return
-            here = pushed.attempt == self._number and pushed.seq == loss.step
-            if here and call.actor not in reached:
+            if self._is_last_push(rank, call) and call.actor not in reached:
                 raise Lost
 
         def push_all(step: int, control: StepControl, task: int | None = None) -> Pushed:
             pushed = push(step, control, task)
-            if step == loss.step:
+            if step == self.event.step:
                 raise Lost
             return pushed
 
-        self._servers.cluster.add_rule(lost)
+        self.run.servers.cluster.add_rule(lost)
         way.push = push_all  # type: ignore[method-assign]
         return way
 
-    def _tables(self, rank: int, loss: Loss | None) -> RemoteTables:
+    def tables(self, rank: int) -> Tables:
         """Give the way to the tables; in the step of its loss a rank's push reaches some only."""
-        tables = self._run.tables
-        way = tables.tables(rank, attempt=self._number, job=self._job)
-        if loss is None:
+        way = super().tables(rank)
+        if rank != self.event.rank:
             return way
-        names, push = [node.name for node in tables.nodes], way.push
-        complete = loss.tables >= len(names)
+        assert isinstance(way, RemoteTables)
+        names, push = [node.name for node in self.run.tables.nodes], way.push
+        complete = self.event.tables >= len(names)
 
         def lost(call: Call) -> Fault | None:
-            pushed = call.args[0] if call.method == "push" else None
-            if not isinstance(pushed, PushId) or call.process != f"worker-{rank}":
-                return None
-            here = pushed.attempt == self._number and pushed.seq == loss.step
-            reached = call.actor in names[: loss.tables]
-            return Fault(lose="request") if here and not reached else None
+            reached = call.actor in names[: self.event.tables]
+            missed = self._is_last_push(rank, call) and not reached
+            return Fault(lose="request") if missed else None
 
         def push_some(step: int, *args: Any) -> Any:
             sent = push(step, *args)
-            if step != loss.step:
+            if step != self.event.step:
                 return sent
-            return _LastPush(sent if complete else None, lost=not loss.shards_follow)
+            return _LastPush(sent if complete else None, lost=not self.event.shards_follow)
 
-        tables.cluster.add_rule(lost)
+        self.run.tables.cluster.add_rule(lost)
         way.push = push_some  # type: ignore[assignment,method-assign]
         return way
+
+
+_ATTEMPTS: dict[type, type[_Undisturbed]] = {
+    Loss: _WithALoss,
+    Resize: _BeforeAResize,
+    type(None): _Undisturbed,
+}

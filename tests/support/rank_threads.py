@@ -8,9 +8,21 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def on_ranks(world: int, body: Callable[[int], T], *, timeout_s: float = 30.0) -> list[T]:
+def on_ranks(
+    world: int,
+    body: Callable[[int], T],
+    *,
+    timeout_s: float = 30.0,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[T]:
     """
     Call `body(rank)` in one thread per rank; give what they return, in rank order.
+
+    Args:
+        world: number of ranks.
+        body: what each does.
+        timeout_s: how long all may take together.
+        meanwhile: called once all have begun.
 
     Raises:
         whatever a rank raised first: what others raise after it is only its effect.
@@ -29,6 +41,7 @@ def on_ranks(world: int, body: Callable[[int], T], *, timeout_s: float = 30.0) -
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + timeout_s
+    meanwhile()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     if errors:

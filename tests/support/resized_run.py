@@ -5,42 +5,27 @@ In each attempt but the last all are told to rest while rank 0 is behind: the ot
 gradient of the step before the one at which all are to stop, and wait for rank 0's at the servers.
 """
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-from in_memory_run import impatient
+from local_run import Attempt, LocalRun
 from torch import Tensor
 
-from distplat.actors.local_actors import Servers
 from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.calling_off import Agreement
 from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, Gathering, Summary
 from distplat.platform.spec import Job
-from distplat.strategies.base import Pushed, Strategy
-from distplat.strategies.catalog import make_strategy
+from distplat.strategies.base import Pushed, Shards
 from distplat.strategies.task import Task
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.gate import Gate
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Ports, Prepared, join, prepare, resize
 from distplat.strategies.training.sync_service import SyncService
 
 WAIT_S = 10.0
-
-
-@dataclass
-class Rank:
-    """What one worker keeps from attempt to attempt."""
-
-    prepared: Prepared
-    strategy: Strategy[Any]
-    progress: Progress = field(default_factory=Progress)
 
 
 @dataclass
@@ -71,95 +56,75 @@ def train_resized(
         course: ranks, and the step before which they stop; the last number is not looked at.
         ids: reads from a batch's inputs which samples they are.
     """
-    run, ranks = ResizedRun(), dict[int, Rank]()
-    gathering = Gathering(course[0][0])
-    first = job.with_workers(course[0][0])
-    servers = Servers(impatient(first, WAIT_S), make_strategy(first).roles(first))
-    for attempt, (world, stop) in enumerate(course):
-        ranks = {
-            rank: ranks.get(rank) or _rank(job.with_workers(world), task) for rank in range(world)
-        }
-        if attempt:
-            gathering.resize(world, course[attempt - 1][1])
-        following = course[attempt + 1][0] if attempt + 1 < len(course) else None
-        attempted = _Attempt(job.with_workers(world), servers, ranks, attempt, run, ids)
-        start = course[attempt - 1][1] if attempt else 0
-        for report in attempted.make(start, None if following is None else stop):
-            run.summaries += gathering.add(report)
-    servers.close()
-    models = [ranks[rank].prepared.flat.model for rank in range(len(ranks))]
-    run.parameters = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
-    return run
+    found, gathering = ResizedRun(), Gathering(course[0][0])
+    run = LocalRun(job.with_workers(course[0][0]), task)
+    for number, (world, stop) in enumerate(course):
+        if number:
+            run.resize(world)
+            gathering.resize(world, course[number - 1][1])
+        start, last = (course[number - 1][1] if number else 0), number == len(course) - 1
+        attempt = _UntilARest(run, start, None if last else stop, found, ids)
+        attempt.make()
+        assert len(attempt.errors) == (0 if last else world)
+        for report in attempt.reports:
+            found.summaries += gathering.add(report)
+    run.close()
+    found.parameters = [run.parameters(rank) for rank in range(len(run.ranks))]
+    return found
 
 
-def _rank(job: Job, task: type[Task]) -> Rank:
-    strategy = make_strategy(job)
-    return Rank(prepare(job, task(), strategy=strategy), strategy)
+class _UntilARest(Attempt):
+    """
+    All ranks are told to rest before a step.
 
+    Args:
+        run: the run.
+        start: the attempt's first step.
+        stop: the step; None: go on to the end.
+        found: notes what is seen.
+        ids: see `train_resized`.
+    """
 
-class _Attempt:
-    """One attempt of all ranks, as threads."""
+    ends = (Abandoned,)
 
     def __init__(
         self,
-        job: Job,
-        servers: Servers,
-        ranks: dict[int, Rank],
-        number: int,
-        run: ResizedRun,
+        run: LocalRun,
+        start: int,
+        stop: int | None,
+        found: ResizedRun,
         ids: Callable[[Tensor], list[int]],
     ) -> None:
-        self._job, self._servers, self._ranks, self._number = job, servers, ranks, number
-        self._run, self._ids = run, ids
-        self._reports: list[AnyReport] = []
-        self._errors: list[BaseException] = []
-        self._gates = {rank: Gate(WAIT_S) for rank in ranks}
+        super().__init__(run)
+        self._stop, self._found, self._ids = stop, found, ids
+        self.reports: list[AnyReport] = []
+        self._samples: list[list[int]] = [[] for _ in range(self.world)]
+        self._gates = [Gate(WAIT_S) for _ in range(self.world)]
         self._behind = -1  #: step before which rank 0 has all told to rest
-
-    def make(self, start: int, stop: int | None) -> list[AnyReport]:
-        """
-        Go on until all are before a step; give what ranks reported.
-
-        Args:
-            start: the attempt's first step.
-            stop: the step; None: go on to the end.
-        """
         if stop == start:
             self._rest()  # they hear it before they have begun
         elif stop is not None:
-            self._behind = stop - 1 if len(self._ranks) > 1 else stop
-        threads = [
-            threading.Thread(target=self._rank, args=(rank,), daemon=True) for rank in self._ranks
-        ]
-        for thread in threads:
-            thread.start()
-        if stop is not None:
-            self._rest_at(stop)
-        for thread in threads:
-            thread.join(WAIT_S)
-            assert not thread.is_alive()
-        unexpected = [e for e in self._errors if not isinstance(e, Abandoned)]
-        assert not unexpected, unexpected
-        assert len(self._errors) == (len(threads) if stop is not None else 0)
-        return self._reports
+            self._behind = stop - 1 if self.world > 1 else stop
 
     def _rest(self) -> None:
-        for gate in self._gates.values():
+        for gate in self._gates:
             gate.rest()
 
-    def _rest_at(self, stop: int) -> None:
+    def meanwhile(self) -> None:
         """Ask who rests where, as the controller does, and tell all."""
-        agreement, until = Agreement(), time.monotonic() + WAIT_S
-        while (agreed := agreement.step(self._ranks)) is None:
-            assert time.monotonic() < until, agreement.missing(self._ranks)
-            for rank, gate in self._gates.items():
+        if self._stop is None:
+            return
+        agreement, until, ranks = Agreement(), time.monotonic() + WAIT_S, range(self.world)
+        while (agreed := agreement.step(ranks)) is None:
+            assert time.monotonic() < until, agreement.missing(ranks)
+            for rank, gate in enumerate(self._gates):
                 agreement.answered(rank, gate.answer)
             time.sleep(0.005)
-        assert agreed == stop
-        for gate in self._gates.values():
+        assert agreed == self._stop
+        for gate in self._gates:
             gate.rest_at(agreed)
 
-    def _before(self, rank: int, step: int) -> None:
+    def before(self, rank: int, step: int) -> None:
         if (rank, step) == (0, self._behind):
             self._wait_until_all_others_have_pushed(step)
             self._rest()
@@ -167,52 +132,43 @@ class _Attempt:
 
     def _wait_until_all_others_have_pushed(self, step: int) -> None:
         until = time.monotonic() + WAIT_S
-        service = self._servers.service(0)  # the second one has not heard of this step
+        service = self.run.servers.service(0)  # the second one has not heard of this step
         assert isinstance(service, SyncService)
-        others = len(self._ranks) > 1
-        while others and service.shard.ledger.missing() != [0]:
+        while self.world > 1 and service.shard.ledger.missing() != [0]:
             assert time.monotonic() < until, (step, service.shard.ledger.missing())
             time.sleep(0.005)
 
-    def _rank(self, rank: int) -> None:
-        mine = self._ranks[rank]
-        resize(mine.prepared, self._job, mine.strategy)
-        samples: list[int] = []
-
-        def note(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if module.training:
-                samples.extend(self._ids(inputs[0]))
-
-        def report(part: AnyReport) -> None:
-            self._reports.append(part)
-            key = part.step, self._job.scaling.world
-            self._run.seen[key] = self._run.seen.get(key, []) + samples
-            samples.clear()
-
-        hook = mine.prepared.flat.model.register_forward_pre_hook(note)
+    def make(self) -> bool:
+        """Train, and note which samples each rank's model sees."""
+        models = [rank.prepared.flat.model for rank in self.run.ranks]
+        notes = [partial(self._note, samples) for samples in self._samples]
+        hooks = [m.register_forward_pre_hook(n) for m, n in zip(models, notes, strict=True)]
         try:
-            join(
-                mine.prepared,
-                mine.strategy,
-                rank,
-                Ports(shards=self._shards(rank)),
-                report=report,
-                progress=mine.progress,
-                pause=partial(self._before, rank),
-            ).run()
-        except BaseException as error:
-            self._errors.append(error)
+            return super().make()
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
-    def _shards(self, rank: int) -> RemoteShards:
+    def _note(
+        self, samples: list[int], module: torch.nn.Module, inputs: tuple[Tensor, ...]
+    ) -> None:
+        if module.training:
+            samples.extend(self._ids(inputs[0]))
+
+    def report(self, rank: int, report: AnyReport) -> None:
+        self.reports.append(report)
+        key = report.step, self.world
+        self._found.seen[key] = self._found.seen.get(key, []) + self._samples[rank]
+        self._samples[rank].clear()
+
+    def shards(self, rank: int) -> Shards:
         """Give the way to the servers; it notes what is pushed."""
-        steps, number = self._ranks[rank].prepared.total_steps, self._number
-        shards = self._servers.shards(rank, steps, attempt=number, job=self._job)
+        shards = super().shards(rank)
+        assert isinstance(shards, RemoteShards)
         push = shards.push
 
         def noted(step: int, control: StepControl, task: int | None = None) -> Pushed:
-            self._run.pushed.append((step, rank))
+            self._found.pushed.append((step, rank))
             return push(step, control, task)
 
         shards.push = noted  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_memory_run import train
+from local_run import train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 

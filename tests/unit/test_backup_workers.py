@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from delayed import async_plan, noise
-from in_memory_run import train
+from local_run import train
 from test_equivalence import Mlp, same_bits
 from test_ps_async import job
 
@@ -114,7 +114,7 @@ def test_all_ranks_end_with_the_servers_parameters() -> None:
     run = train(job({"name": "ps-sync", "backup_workers": 1}, 3), OneSlow)
     final = run.servers.service(0).params
     for rank in run.ranks:
-        assert torch.equal(rank.flat.params, final)
+        assert torch.equal(rank.prepared.flat.params, final)
     for part in run.reports:
         assert [r.step for r in part if isinstance(r, EvalReport)] == [5, 10, 15]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import in_memory_run
+import local_run
 import pytest
 import torch
 import torch.nn.functional as F
@@ -294,9 +294,9 @@ def test_data_smaller_than_a_batch_is_remarked_on(
 def test_data_smaller_than_the_workers_is_trained_and_remarked_on() -> None:
     small = type("Small", (Good,), {"train_data": lambda self: samples(1)})
     job = make_job({**FIELDS, "scaling": {"num_workers": 3}})
-    run = in_memory_run.train(job, small)
+    run = local_run.train(job, small)
     assert "1 samples for 3 parts of a batch: 2 of them" in remark_on_size(
-        job, run.ranks[0].sampler
+        job, run.ranks[0].prepared.sampler
     )
     for name, value in run.trained[0].items():
         torch.testing.assert_close(run.trained[2][name], value)
@@ -398,7 +398,7 @@ def test_what_cannot_be_kept_is_refused_before_the_run(
             return build()
 
     with pytest.raises(SpecError) as caught:
-        in_memory_run.train(make_job({**FIELDS, "scaling": {"num_workers": workers}}), Odd)
+        local_run.train(make_job({**FIELDS, "scaling": {"num_workers": workers}}), Odd)
     assert message in str(caught.value)
     assert "hint: " in str(caught.value)
     assert caught.value.exit_code == 2
@@ -445,7 +445,7 @@ def test_a_metric_is_a_mean_over_the_batches_that_gave_it() -> None:
 
     for workers in (1, 2):
         job = make_job({**FIELDS, "scaling": {"num_workers": workers}})
-        run = in_memory_run.train(job, Sometimes)
+        run = local_run.train(job, Sometimes)
         gathering = Gathering(workers)
         found = [
             summary

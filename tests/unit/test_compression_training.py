@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -46,7 +46,7 @@ class Digits(Task):
         return nn.functional.cross_entropy(outputs, targets)
 
 
-def run(method: str, steps: int = 300, world: int = 2, **more: Any) -> Run:
+def run(method: str, steps: int = 300, world: int = 2, **more: Any) -> LocalRun:
     job = {
         "name": "compressed",
         "strategy": {"name": "ring", **METHODS[method]},
@@ -60,11 +60,11 @@ def run(method: str, steps: int = 300, world: int = 2, **more: Any) -> Run:
     return train(Job.model_validate(job), Digits)
 
 
-def loss_and_accuracy(result: Run) -> tuple[float, float]:
+def loss_and_accuracy(result: LocalRun) -> tuple[float, float]:
     """On the images that were not trained on."""
     inputs, targets = digits()
     with torch.no_grad():
-        outputs = result.ranks[0].flat.model(inputs[TRAIN:])
+        outputs = result.ranks[0].prepared.flat.model(inputs[TRAIN:])
     hits = (outputs.argmax(1) == targets[TRAIN:]).float().mean()
     return float(nn.functional.cross_entropy(outputs, targets[TRAIN:])), float(hits)
 
@@ -116,9 +116,13 @@ def test_ranks_agree_and_a_run_repeats_bit_for_bit(method: str, world: int) -> N
     second = run(method, 5, world, **more)
     for result in (first, second):
         for rank in range(world):
-            assert torch.equal(result.ranks[rank].flat.params, first.ranks[0].flat.params)
+            assert torch.equal(
+                result.ranks[rank].prepared.flat.params, first.ranks[0].prepared.flat.params
+            )
     initial = run(method, 1, world, optimizer={"name": "SGD", "lr": 1e-30})
-    assert not torch.equal(first.ranks[0].flat.params, initial.ranks[0].flat.params)
+    assert not torch.equal(
+        first.ranks[0].prepared.flat.params, initial.ranks[0].prepared.flat.params
+    )
 
 
 @pytest.mark.parametrize("method", ["topk", "powersgd"])

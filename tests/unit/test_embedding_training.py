@@ -1,7 +1,6 @@
 """Whole runs in memory: embeddings on servers against `nn.Embedding` in one process."""
 
 import time
-from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_memory_run import Run, train
-from rank_threads import on_ranks
+from local_run import Attempt, LocalRun, train
 from safetensors.torch import load_file
 from table_rows import table_rows
 from torch import Tensor, nn
@@ -18,18 +16,14 @@ from torch.utils.data import Dataset, TensorDataset
 from words import ROWS, WIDTH, Net, Words
 
 from distplat import Task, Trainer
-from distplat.actors.local_actors import TableServers
 from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
 from distplat.platform.errors import CollectiveError, StorageError
 from distplat.platform.progress import StepReport
 from distplat.strategies.catalog import make_job
-from distplat.strategies.fakes import Fabric
 from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Ports, Prepared, join, prepare
 
 
 class Local(Words):
@@ -62,7 +56,7 @@ def job(task: type[Task], world: int, *, servers: int = 2, **more: Any) -> Any:
     return make_job(spec | more)
 
 
-def table(run: Run, number: int, rows: int = ROWS) -> Any:
+def table(run: LocalRun, number: int, rows: int = ROWS) -> Any:
     """See `table_rows`."""
     return table_rows(run.tables, number, rows)
 
@@ -124,7 +118,7 @@ def test_asynchronous_ranks_train() -> None:
     spec = job(Words, 3, strategy="ps-async", embeddings=embeddings, epochs=20)
     run = train(spec, Words)
     parts = [one for some in run.reports for one in some if isinstance(one, StepReport)]
-    steps = run.ranks[0].total_steps
+    steps = run.ranks[0].prepared.total_steps
     assert sorted((one.step, one.rank) for one in parts) == [
         (s, p) for s in range(steps) for p in range(3)
     ]
@@ -192,46 +186,32 @@ class Stopping(Ring):
         return total
 
 
-def attempt(
-    number: int, ranks: list[Prepared], strategies: list[Stopping], group: TableServers
-) -> list[int]:
-    """Run all ranks; give the steps from which they began."""
-    fabric = Fabric(2)
+class UntilAStop(Attempt):
+    """All ranks break off in a step."""
 
-    def body(rank: int) -> int:
-        loop = join(
-            ranks[rank],
-            strategies[rank],
-            rank,
-            Ports(collective=fabric.collective(rank), tables=group.tables(rank, attempt=number)),
-            report=lambda report: None,
-            progress=Progress(),
-        )
-        with suppress(CollectiveError):
-            loop.run()
-        return loop.start
-
-    return on_ranks(2, body)
+    ends = (CollectiveError,)
 
 
 def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
-    spec = job(Words, 2)
-    group = TableServers(spec, rewinds=True)
-    ranks = [prepare(spec, Words()) for _ in range(2)]
-    options = RingOptions()
-    strategies = [Stopping(options), Stopping(options)]
-    assert attempt(0, ranks, strategies, group) == [0, 0]
-    assert {service.steps for service in group.services} == {6}
-    for strategy in strategies:
+    lossy = LocalRun(job(Words, 2), Words, rewinds=True)
+    stopping = [Stopping(RingOptions()) for _ in range(2)]
+    for rank, strategy in zip(lossy.ranks, stopping, strict=True):
+        rank.strategy = strategy
+    first = UntilAStop(lossy)
+    assert not first.make()
+    assert (first.starts, len(first.errors)) == ([0, 0], 2)
+    assert {service.steps for service in lossy.tables.services} == {6}
+    for strategy in stopping:
         strategy.stop_at = -1
-    assert attempt(1, ranks, strategies, group) == [5, 5]
-    whole = train(spec, Words)
-    lossy = Run(ranks, [], [], [], [], whole.servers, group)
+    second = Attempt(lossy)
+    assert second.make()
+    assert second.starts == [5, 5]
+    lossy.close()
+    whole = train(job(Words, 2), Words)
     for number in range(2):
         assert table(lossy, number).tobytes() == table(whole, number).tobytes()
     for name, value in whole.parameters().items():
         assert torch.equal(lossy.parameters()[name], value)
-    group.close()
 
 
 def test_a_trained_model_goes_on_outside_of_the_run(tmp_path: Path) -> None:

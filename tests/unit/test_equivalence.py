@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -142,12 +142,12 @@ def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> flo
     return float((a - b).norm() / b.norm())
 
 
-def same_bits(first: Run, second: Run) -> bool:
+def same_bits(first: LocalRun, second: LocalRun) -> bool:
     a, b = first.parameters(), second.parameters()
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def losses_of(run: Run) -> list[float]:
+def losses_of(run: LocalRun) -> list[float]:
     """The global batch's mean loss of each step, from all ranks' reports."""
     sums = [0.0] * STEPS
     counts = [0] * STEPS
@@ -260,6 +260,6 @@ def test_a_rank_without_samples_is_seen_to_move(strategy: str, servers: int) -> 
             return TensorDataset(torch.ones(2, 5), torch.tensor([0, 1]))
 
     run = train(job, Tiny)
-    assert [progress.step for progress in run.progress] == [EPOCHS] * 3
-    assert all(progress.beats >= EPOCHS for progress in run.progress)
+    assert [rank.progress.step for rank in run.ranks] == [EPOCHS] * 3
+    assert all(rank.progress.beats >= EPOCHS for rank in run.ranks)
     assert [r.samples for r in run.reports[2] if isinstance(r, StepReport)] == [0] * EPOCHS

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from hybrid_models import BATCH, grid_of, job_of, whole
-from in_memory_run import train
+from local_run import train
 from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm

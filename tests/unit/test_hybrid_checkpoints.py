@@ -15,7 +15,7 @@ from hybrid_models import (
     job_of,
     whole,
 )
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from torch import Tensor
 
 from distplat.platform.pieces import by_file, put_together
@@ -46,11 +46,11 @@ def job(grid: str, **more: Any) -> Job:
 
 
 @cache
-def unstopped(grid: str) -> Run:
+def unstopped(grid: str) -> LocalRun:
     return train(job(grid), Gpt)
 
 
-def model_of(run: Run) -> dict[str, Tensor]:
+def model_of(run: LocalRun) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in whole(run).items()}
 
 
@@ -76,9 +76,11 @@ def test_any_grid_goes_on_from_any_other(origin: str, to: str) -> None:
 def test_what_ranks_show_is_the_whole_model(grid: str) -> None:
     """To `distplat.weights`, of one version: here of the last."""
     run = unstopped(grid)
-    showing = run.strategies[0].showing(job(grid))
+    showing = run.ranks[0].strategy.showing(job(grid))
     assert len(showing) == (GRIDS[grid][0].get("pipeline", 1) * GRIDS[grid][0].get("tensor", 1))
-    copies = [part_copy(run.strategies[rank].shown(run.ranks[rank].flat)) for rank in showing]
+    copies = [
+        part_copy(run.ranks[rank].strategy.shown(run.ranks[rank].prepared.flat)) for rank in showing
+    ]
     found, expected = by_file(put_together(copies))["model"], model_of(run)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -21,7 +21,7 @@ from hybrid_models import (
     plain,
     whole,
 )
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.strategies.reduction.buckets import BucketReducer
@@ -29,7 +29,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.training.control import StepControl
 
 
-def losses(run: Run) -> list[float]:
+def losses(run: LocalRun) -> list[float]:
     """Give the mean loss of each step, over the ranks that know it."""
     found = []
     for step in range(STEPS):
@@ -100,7 +100,7 @@ def test_clipping_takes_the_norm_of_the_whole_model(name: str) -> None:
     assert distance(whole(run), plain(Mlp)[0]) > 1e-4, "the limit matters"
 
 
-def evaluation(run: Run) -> dict[str, float]:
+def evaluation(run: LocalRun) -> dict[str, float]:
     """Put the ranks' parts of the last evaluation together."""
     reports = [r for r in run.reports[0] if isinstance(r, EvalReport)]  # each has all ranks'
     assert sum(report.samples for report in reports) == SAMPLES

@@ -48,11 +48,10 @@ def test_one_is_lost_at_any_operation(
     fabric.kill(victim, after=after, group=group)
     assert workers.attempt(fabric) is None
     workers.renew(victim)
-    workers.starts.clear()
     model = workers.attempt(Fabric(WORLD))
     assert model is not None and same(model, unfailed)
     assert min(workers.starts) == max(workers.starts) > 0, "survivors keep what they have"
-    assert samples(workers.reports, workers.job) == [16, 16, 13] * 2
+    assert samples(workers, workers.job) == [16, 16, 13] * 2
 
 
 @pytest.mark.parametrize("deaf", [{0}, {1, 2}, {0, 1, 3}, {2, 3}, {0, 2, 3}])
@@ -63,15 +62,14 @@ def test_some_have_made_the_update_and_some_not(
     """They make it by themselves; what they had not reported is reported then."""
     workers = Workers()
     assert workers.attempt(Fabric(WORLD), deaf) is None
-    versions = [workers.prepared[rank].flat.version for rank in range(WORLD)]
+    versions = [workers.ranks[rank].prepared.flat.version for rank in range(WORLD)]
     assert versions == [3 if rank in deaf else 4 for rank in range(WORLD)]
     workers.renew(victim)
-    workers.starts.clear()
     model = workers.attempt(Fabric(WORLD))
     assert model is not None and same(model, unfailed)
     assert workers.starts == [4] * WORLD
     lost = 0 if victim % 2 == 0 or victim not in deaf else 8  # with the rank its report is lost
-    assert samples(workers.reports, workers.job)[3] == 16 - lost
+    assert samples(workers, workers.job)[3] == 16 - lost
 
 
 def test_a_part_without_a_holder_is_lost() -> None:
@@ -147,7 +145,6 @@ def test_without_a_twin_all_go_back_to_the_checkpoint(
     # The other stage may be a step behind, and not have given its part of the newest.
     assert newest in {5: {0, 2}, 6: {2}, 7: {2}, 8: {2, 4}, 9: {2, 4}}[number]
     workers.begin_anew()
-    workers.starts.clear()
     model = workers.attempt(Fabric(2), saved=workers.checkpoints.get(newest))
     assert model is not None and same(model, expected)
     assert workers.starts == [newest] * 2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hybrid_models import MLP_PLAN, Dropping, Gpt, Mlp, job_of
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
@@ -26,11 +26,11 @@ from distplat.strategies.training.stages import Layer, layers_of
 EVEN = {"pipeline": 2, "cut": "even", "micro_batches": 4}
 
 
-def names(run: Run) -> list[list[str]]:
+def names(run: LocalRun) -> list[list[str]]:
     return [[*state] for state in run.trained]
 
 
-def whole(run: Run) -> dict[str, Tensor]:
+def whole(run: LocalRun) -> dict[str, Tensor]:
     return {name: value for state in run.trained for name, value in state.items()}
 
 
@@ -41,7 +41,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_a_cut_by_name() -> None:
     run = train(job_of({"pipeline": 2, "cut": ["5"]}, 2, steps=1), Mlp)
     assert names(run)[1] == ["5.weight", "5.bias"]
-    assert run.ranks[0].model is None, "the rest of the model is let go"
+    assert run.ranks[0].prepared.model is None, "the rest of the model is let go"
 
 
 def test_a_chunk_of_each_half() -> None:

@@ -40,11 +40,10 @@ def goes_on(workers: Workers, lost: Set[int], clip: float | None, untold: int = 
     """Replace ranks, and compare what all come to; `untold`: samples whose report was lost."""
     for rank in lost:
         workers.renew(rank)
-    workers.starts.clear()
     model = workers.attempt(Fabric(WORLD))
     assert model is not None and same(model, unfailed(clip))
     assert min(workers.starts) == max(workers.starts), "no part is ahead of another"
-    told = samples(workers.reports, workers.job)
+    told = samples(workers, workers.job)
     assert [*map(max, told, [16, 16, 13] * 2)] == [16, 16, 13] * 2
     assert sum(told) >= 90 - untold, "each step is told of"
 
@@ -234,7 +233,6 @@ def test_a_lost_server_takes_all_back_to_the_checkpoint(part: int, servers: int)
     assert workers.attempt(Fabric(WORLD), around=around) is None
     assert [*workers.checkpoints] == [2]
     workers.begin_anew()
-    workers.starts.clear()
     model = workers.attempt(Fabric(WORLD), saved=workers.checkpoints[2])
     expected = workers_of(0.5, servers).attempt(Fabric(WORLD))
     assert model is not None and expected is not None and same(model, expected)

@@ -18,7 +18,7 @@ from hybrid_models import (
     plain,
     whole,
 )
-from in_memory_run import train
+from local_run import train
 
 from distplat.platform.shard_map import Division, Shard, within
 from distplat.platform.vector_layout import Segment

@@ -9,7 +9,7 @@ import pytest
 import torch
 from control_records import full_record
 from delayed import async_plan, noise
-from in_memory_run import train
+from local_run import train
 from rank_threads import on_ranks
 from words import Words
 
@@ -127,7 +127,7 @@ def test_a_run_tells_of_every_shard(strategy: str, clip: float | None) -> None:
         }
     )
     run = train(job, Dense)
-    size = 4 * run.ranks[0].flat.size
+    size = 4 * run.ranks[0].prepared.flat.size
     for report in run.reports[0]:
         if isinstance(report, StepReport):
             figures = report.figures

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from control_records import full_record
-from in_memory_run import impatient
+from local_run import impatient
 from rank_threads import on_ranks
 from torch import nn
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from plain_loss import mean_loss
 from rank_threads import on_ranks
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def same(run: Run, wanted: Mapping[str, Tensor], tolerance: float = 1e-10) -> None:
+def same(run: LocalRun, wanted: Mapping[str, Tensor], tolerance: float = 1e-10) -> None:
     for rank in range(len(run.ranks)):
         found = run.parameters(rank)
         assert found.keys() == wanted.keys()
@@ -284,7 +284,7 @@ def test_buffers_go_by_their_rule(strategy: str, world: int, chosen: str | None)
     run = train(job(strategy, world), Watching)
     wanted = expected(lambda name: chosen if name == "mean" else None, world)
     for rank, buffers in enumerate(wanted):
-        found = dict(run.ranks[rank].flat.model.named_buffers())
+        found = dict(run.ranks[rank].prepared.flat.model.named_buffers())
         for name, value in buffers.items():
             assert torch.allclose(found[name], value, rtol=0, atol=1e-12), name
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
@@ -156,7 +156,7 @@ def test_a_skipped_step_leaves_nothing_behind(
 def test_buffers_of_a_skipped_step_are_put_back_on_every_rank(strategy: str) -> None:
     """Only rank 0's part of the batch is bad; rank 1's batch norm has seen a good one."""
     run = train(job_of({"name": strategy}, 2, "skip", bad=(14,)), Spoiled)
-    tracked = [rank.flat.model.state_dict()["1.num_batches_tracked"] for rank in run.ranks]
+    tracked = [rank.prepared.flat.model.state_dict()["1.num_batches_tracked"] for rank in run.ranks]
     assert [int(one) for one in tracked] == [STEPS - 2] * 2
 
 
@@ -198,7 +198,7 @@ def test_what_overflows_in_halves_on_the_way_is_found() -> None:
         train(job, Spoiled)
 
 
-def skipped(run: Run, rank: int = 0) -> float:
+def skipped(run: LocalRun, rank: int = 0) -> float:
     steps = [r for r in run.reports[rank] if isinstance(r, StepReport)]
     return max((r.figures.get("skipped_steps", 0.0) for r in steps), default=0.0)
 

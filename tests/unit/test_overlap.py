@@ -12,7 +12,7 @@ import torch
 from control_records import record_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from rank_threads import on_ranks
 from test_equivalence import Classify, Conv, distance, job_of, same_bits
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def job(recipe: str = RECIPE, workers: int = 3, **options: Any) -> Job:
 
 
 @cache
-def without_overlap(workers: int, branches: bool = False) -> Run:
+def without_overlap(workers: int, branches: bool = False) -> LocalRun:
     task = Branches if branches else Conv
     return train(job(workers=workers, overlap=False, bucket_mb=1024), task)
 

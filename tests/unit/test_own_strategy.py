@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_memory_run import train
+from local_run import train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 

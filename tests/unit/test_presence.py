@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_memory_run import train
+from local_run import train
 from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset

@@ -17,7 +17,7 @@ from drawn_tasks import BLOCKS, Drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_memory_engine import make, trained
-from in_memory_run import train as train_in_memory
+from local_run import train as train_in_memory
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.verification.compare import Comparison, compare

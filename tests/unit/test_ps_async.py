@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dealing import desk_of
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from rank_threads import on_ranks
 from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
 
@@ -41,7 +41,7 @@ def job(strategy: object, workers: int, **more: Any) -> Job:
     return Job.model_validate({**fields, **more})
 
 
-def logs_of(run: Run) -> list[ApplyLog]:
+def logs_of(run: LocalRun) -> list[ApplyLog]:
     return [ApplyLog(numbers) for numbers in run.servers.logs()]
 
 
@@ -88,12 +88,12 @@ def test_all_ranks_end_with_the_servers_parameters() -> None:
     run = train(job({"name": "ps-async", "num_servers": 2}, 2, epochs=8), Uneven)
     final = torch.cat([run.servers.service(index).params for index in range(2)])
     for rank in range(2):
-        assert torch.equal(run.ranks[rank].flat.params, final)
+        assert torch.equal(run.ranks[rank].prepared.flat.params, final)
 
 
 def test_a_worker_computes_on_a_vector_of_its_own() -> None:
     run = train(job("ps-async", 2), Mlp)
-    vectors = [run.servers.service(0).params, *(ranks.flat.params for ranks in run.ranks)]
+    vectors = [run.servers.service(0).params, *(rank.prepared.flat.params for rank in run.ranks)]
     for number, vector in enumerate(vectors):
         vector.fill_(number)
     assert [float(vector[0]) for vector in vectors] == [0.0, 1.0, 2.0]
@@ -185,7 +185,7 @@ def test_evaluations_stop_nobody_and_the_last_is_of_the_final_parameters() -> No
     parts = sorted((report.step, report.rank) for report in found)
     assert parts == [(step, part) for step in (5, 10, 15) for part in range(2)]
     data = Mlp().train_data()
-    model = run.ranks[0].flat.model.eval()
+    model = run.ranks[0].prepared.flat.model.eval()
     with torch.no_grad():
         inputs, targets = data.tensors
         expected = float(Mlp().loss(model(inputs), targets))
@@ -217,7 +217,7 @@ def test_a_gradient_is_of_the_mean_over_the_ranks_own_samples() -> None:
     def moved(strategy: str, rate: float) -> torch.Tensor:
         small = {"optimizer": {"name": "SGD", "lr": rate}, "lr_schedule": {}, "steps": 1}
         of = job(strategy, 2, global_batch_size=8, epochs=None, **small)
-        return train(of, Mlp).ranks[0].flat.params - prepare(of, Mlp()).flat.params
+        return train(of, Mlp).ranks[0].prepared.flat.params - prepare(of, Mlp()).flat.params
 
     found, expected = moved("ps-async", 1e-3), moved("ps-sync", 2e-3)
     assert float((found - expected).norm()) < 0.01 * float(expected.norm())
@@ -240,10 +240,10 @@ def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
         make_job(job({"name": "ps-async", **options}, 2).model_dump())
 
 
-def again(run: Run, of: Job, task: type[Classify]) -> torch.nn.Module:
+def again(run: LocalRun, of: Job, task: type[Classify]) -> torch.nn.Module:
     """Make a run again from its logs."""
     roles = make_strategy(of).roles(of)
-    steps, world = run.ranks[0].total_steps, of.scaling.world
+    steps, world = run.ranks[0].prepared.total_steps, of.scaling.world
     plan = ShardPlan(of, "replay", 0, world, steps, roles.servers, roles.consistency)
     return replay(plan, logs_of(run), lambda: prepare(of, task()), 1)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_memory_run import train
+from local_run import train
 from resized_run import train_resized
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -78,7 +78,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def losses(run: Run) -> dict[int, float]:
+def losses(run: LocalRun) -> dict[int, float]:
     return {r.step: r.loss for r in run.reports[0] if hasattr(r, "loss")}
 
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from control_records import record_of
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from test_equivalence import Classify, Conv, Mlp, distance, job_of, plain
 from torch import nn
 
@@ -47,11 +47,11 @@ def job(optimizer: str, workers: int, clip_norm: float | None, **options: Any) -
 
 
 @cache
-def unsharded(optimizer: str, workers: int, clip_norm: float | None) -> Run:
+def unsharded(optimizer: str, workers: int, clip_norm: float | None) -> LocalRun:
     return train(job(optimizer, workers, clip_norm), Conv)
 
 
-def sharded(optimizer: str, workers: int, clip_norm: float | None) -> Run:
+def sharded(optimizer: str, workers: int, clip_norm: float | None) -> LocalRun:
     return train(job(optimizer, workers, clip_norm, shard_optimizer=True), Conv)
 
 
@@ -95,7 +95,7 @@ def test_ranks_without_a_part_take_part(optimizer: str) -> None:
     assert max(memory[1:]) == 0
 
 
-def figures(run: Run, rank: int) -> dict[str, float]:
+def figures(run: LocalRun, rank: int) -> dict[str, float]:
     report = run.reports[rank][-1]
     assert isinstance(report, StepReport)
     return report.figures
@@ -121,7 +121,7 @@ def test_what_travels_is_what_an_all_reduce_sends() -> None:
 
 def test_nothing_is_handed_over() -> None:
     run = sharded("Adam", 1, None)
-    flat = run.ranks[0].flat
+    flat = run.ranks[0].prepared.flat
     update = ShardedUpdate(flat, Fabric(1).collective(0), job("Adam", 1, None), 15)
     flat.grads.copy_(torch.ones_like(flat.grads))
     update.finish(record_of(flat))

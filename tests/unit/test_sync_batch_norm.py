@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_memory_run import train
+from local_run import train
 from rank_threads import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from torch import nn
 from words import WIDTH, Net, Words
 
@@ -43,7 +43,7 @@ def job(world: int, optimizer: str = "Adagrad", *, every: int = 4, **more: Any) 
     return make_job(spec | more)
 
 
-def bits(run: Run) -> dict[str, Any]:
+def bits(run: LocalRun) -> dict[str, Any]:
     """Give model and tables, rows in the order of ids."""
     found: dict[str, Any] = {k: v.numpy().tobytes() for k, v in run.parameters().items()}
     for number in range(2):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from lost_ranks import Loss, LossyRun, train_lossy
 from rank_threads import on_ranks
 from table_rows import table_rows
@@ -145,12 +145,12 @@ def plain(rule: dict[str, Any], how: str) -> nn.Module:
     return net
 
 
-def assert_equal(run: Run, net: nn.Module) -> None:
+def assert_equal(run: LocalRun, net: nn.Module) -> None:
     """Compare dense part and tables; rows that never had a gradient are not there."""
     expected = net.state_dict()
     for name, value in run.parameters().items():
         torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-6)
-    for number, name in enumerate(tables_of(run.ranks[0].flat.model)):
+    for number, name in enumerate(tables_of(run.ranks[0].prepared.flat.model)):
         mine = torch.from_numpy(table_rows(run.tables, number, ROWS))
         there = ~mine[:, 0].isnan()
         theirs = expected[f"{name}.weight"]
@@ -209,7 +209,7 @@ def test_a_resumed_run_counts_on(servers: int) -> None:
 
 def updates(run: LossyRun) -> list[list[int]]:
     """Give the updates of each table, by server."""
-    return [[table.updates for table in service._tables] for service in run.tables.services]
+    return [[table.updates for table in service._tables] for service in run.run.tables.services]
 
 
 @pytest.mark.parametrize("tables", [0, 1, 2])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_memory_run import Run, train
+from local_run import LocalRun, train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
@@ -145,7 +145,7 @@ def test_every_world_gives_what_one_process_gives(
     assert losses_of(run) == pytest.approx(losses, abs=1e-10)
 
 
-def losses_of(run: Run) -> list[float]:
+def losses_of(run: LocalRun) -> list[float]:
     """Give each step's loss, put together from the ranks' reports."""
     found = []
     for step in range(STEPS):

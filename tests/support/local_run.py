@@ -1,0 +1,346 @@
+"""
+A run in memory, attempt after attempt: N ranks as threads, servers over `LocalTransport`.
+
+Between ranks there is the `Fabric` of `strategies/fakes.py`. The actors are those of `distplat`
+itself. A test that disturbs an attempt derives from `Attempt`, and changes how a rank is connected
+or what happens meanwhile.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from dealing import desk_of
+from rank_threads import on_ranks
+from torch import Tensor
+
+from distplat.actors.courier import Courier
+from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
+from distplat.actors.local_transport import opened
+from distplat.platform.collecting import Collecting, Delivery
+from distplat.platform.pieces import by_file, put_together
+from distplat.platform.progress import AnyReport
+from distplat.platform.resume import state_of
+from distplat.platform.spec import Job
+from distplat.strategies.base import Collective, Shards, Strategy
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.fakes import Fabric, InMemoryBoard
+from distplat.strategies.ports import Leases, Tables
+from distplat.strategies.task import Task
+from distplat.strategies.training.leased_loop import LeasedLoop
+from distplat.strategies.training.loop import Loop, Progress
+from distplat.strategies.training.parts import Part
+from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.session import (
+    Around,
+    Ports,
+    Prepared,
+    describe,
+    join,
+    make_task,
+    prepare,
+    resize,
+)
+
+
+@dataclass
+class Rank:
+    """One worker's process: what it keeps from attempt to attempt."""
+
+    prepared: Prepared
+    strategy: Strategy[Any]
+    progress: Progress = field(default_factory=Progress)
+
+
+class LocalRun:
+    """
+    A run's processes.
+
+    Args:
+        job: names the strategy; a server group is made as its `roles` ask.
+        task: the task's class.
+        timeout_s: deadline of the ports' waits.
+        rewinds: see `TablePlan`.
+        most: tasks of a lease, where they are leased.
+        speeds: by which the servers' shards are cut; empty: evenly.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        task: type[Task],
+        *,
+        timeout_s: float = 10.0,
+        rewinds: bool = False,
+        most: int = 1,
+        speeds: Sequence[float] = (),
+    ) -> None:
+        self.job, self.task, self.timeout_s = job, task, timeout_s
+        self._rewinds, self._most, self._speeds = rewinds, most, speeds
+        self.attempts = 0
+        self.checkpoints: dict[int, SavedState] = {}  #: by version, as read from the disk
+        self.reports: list[list[AnyReport]] = [[] for _ in range(job.scaling.world)]  #: by rank
+        self.trained: list[dict[str, Tensor]] = []  #: by rank: its part of the trained model
+        self.board = InMemoryBoard()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Put new processes in the place of all, servers too."""
+        if self.attempts:
+            self.close()
+        self.ranks = [self._new_rank() for _ in range(self.job.scaling.world)]
+        first = self.ranks[0]
+        self.roles = first.strategy.roles(self.job)
+        self.every = self.job.checkpoint.period(first.prepared.sampler.steps_per_epoch)
+        patient = impatient(self.job, self.timeout_s)
+        self.servers = Servers(patient, self.roles, speeds=self._speeds)
+        self.tables = TableServers(patient, rewinds=self._rewinds, every=self.every)
+        self.desk = desk_of(self.job, self.roles, self._most)
+
+    def _new_rank(self) -> Rank:
+        # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
+        strategy = make_strategy(self.job)
+        prepared = prepare(self.job, make_task(self.job, lambda: self.task), strategy=strategy)
+        describe(prepared, strategy)
+        return Rank(prepared, strategy)
+
+    def renew(self, rank: int) -> None:
+        """Put a new process in the place of a rank that was lost."""
+        self.ranks[rank] = self._new_rank()
+
+    def resize(self, world: int) -> None:
+        """Have another number of ranks from the next attempt on; those that are left stay."""
+        self.job = self.job.with_workers(world)
+        new = range(len(self.ranks), world)
+        self.ranks = self.ranks[:world] + [self._new_rank() for _ in new]
+        self.reports += [[] for _ in range(world - len(self.reports))]
+
+    def close(self) -> None:
+        """End the servers; what they kept can still be looked at."""
+        self.servers.close()
+        self.tables.close()
+        self.desk.close()
+
+    def parameters(self, rank: int = 0) -> dict[str, Tensor]:
+        """Copy one rank's model."""
+        model = self.ranks[rank].prepared.flat.model
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Attempt:
+    """
+    One attempt of all ranks of a run.
+
+    Args:
+        run: the run.
+        fabric: connects the ranks; None: one that nothing is wrong with.
+        saved: what new ranks begin from.
+        base: steps of the newest checkpoint.
+        apart: whether ranks compute on copies, as if servers were on another node.
+    """
+
+    ends: tuple[type[Exception], ...] = ()
+    """How a rank may come out of it; whatever else it raises is the test's failure."""
+
+    def __init__(
+        self,
+        run: LocalRun,
+        fabric: Fabric | None = None,
+        *,
+        saved: SavedState | None = None,
+        base: int = 0,
+        apart: bool = False,
+    ) -> None:
+        self.run, self.number = run, run.attempts
+        run.attempts += 1
+        self.job, self.world = run.job, run.job.scaling.world
+        self.fabric = fabric or Fabric(self.world, run.timeout_s)
+        self.saved, self.base, self.node = saved, base, ELSEWHERE if apart else HERE
+        self.starts: list[int] = []  #: the first step of each rank that began
+        self.errors: dict[int, Exception] = {}  #: by rank that came out before the end
+        self.ended = [threading.Event() for _ in range(self.world)]  #: by rank
+        # Where tasks are leased rank 0 alone gives parts: the others may come and go.
+        givers = 1 if run.roles.consistency.dealt else self.world
+        self.keeper = Keeper(self.job, run.checkpoints, givers)
+
+    def make(self) -> bool:
+        """Train until all ranks are out; say whether all came to the end."""
+        try:
+            trained = on_ranks(self.world, self._body, meanwhile=self.meanwhile)
+        except BaseException:
+            self.run.close()
+            raise
+        if not self.errors:
+            self.run.trained = trained
+        self.run.servers.end_attempt()
+        return not self.errors
+
+    def _body(self, rank: int) -> dict[str, Tensor]:
+        mine = self.run.ranks[rank]
+        if self.number:
+            resize(mine.prepared, self.job, mine.strategy)
+        courier = self.keeper.courier(rank, self.run.timeout_s)
+        try:
+            loop = self.join(rank, Around(self.saved, self.base, partial(take, courier)))
+            self.starts.append(loop.start)
+            loop.run()
+            trained = mine.strategy.trained(mine.prepared.flat)
+        except self.ends as error:
+            self.errors[rank] = error
+            self.stopped(rank)
+            return {}
+        finally:
+            self.ended[rank].set()
+        courier.flush()
+        return {name: tensor.clone() for name, tensor in trained.items()}
+
+    def join(self, rank: int, around: Around) -> Loop | LeasedLoop:
+        """Connect a rank."""
+        mine = self.run.ranks[rank]
+        dealt = self.run.roles.consistency.dealt
+        return join(
+            mine.prepared,
+            mine.strategy,
+            rank,
+            Ports(
+                collective=self.collective(rank),
+                shards=self.shards(rank),
+                tables=self.tables(rank) if self.job.embeddings is not None else None,
+                leases=self.leases(rank) if dealt else None,
+                peers=partial(self.fabric.collective, rank),
+                board=self.run.board,
+            ),
+            report=partial(self.report, rank),
+            progress=mine.progress,
+            around=around,
+            pause=partial(self.before, rank),
+        )
+
+    def give_up(self) -> None:
+        """Have all come out that wait for others, as the controller does when one is lost."""
+        following = self.number + 1
+        self.fabric.give_up()
+        self.run.servers.renew(following)
+
+    def collective(self, rank: int) -> Collective:
+        """Give a rank's way to the others."""
+        return self.fabric.collective(rank)
+
+    def shards(self, rank: int) -> Shards:
+        """Give a rank's way to the parameter servers."""
+        return self.run.servers.shards(
+            rank,
+            self.run.ranks[rank].prepared.total_steps,
+            attempt=self.number,
+            every=self.run.every,
+            node=self.node,
+            job=self.job,
+        )
+
+    def tables(self, rank: int) -> Tables:
+        """Give a rank's way to the servers of embedding tables."""
+        tables = self.run.tables
+        return tables.tables(rank, attempt=self.number, job=self.job, saved=self.saved)
+
+    def leases(self, rank: int) -> Leases:
+        """Give a rank's way to the task scheduler."""
+        return self.run.desk.leases(rank, attempt=self.number)
+
+    def before(self, rank: int, step: int) -> None:
+        """What a rank does before a step."""
+
+    def report(self, rank: int, report: AnyReport) -> None:
+        """Take what a rank reports."""
+        self.run.reports[rank].append(report)
+
+    def stopped(self, rank: int) -> None:
+        """What happens when a rank came out of it before the end, in its thread."""
+
+    def meanwhile(self) -> None:
+        """What the test does while all ranks work."""
+
+
+def train(
+    job: Job,
+    task: type[Task],
+    *,
+    before: Callable[[int, Prepared], None] = lambda rank, prepared: None,
+    timeout_s: float = 10.0,
+    saved: SavedState | None = None,
+    most: int = 1,
+    speeds: Sequence[float] = (),
+    apart: bool = False,
+) -> LocalRun:
+    """
+    Train `job.scaling.world` ranks to the end, in one attempt.
+
+    Args:
+        job: see `LocalRun`.
+        task: see there.
+        before: called for each rank before it joins, to spoil something.
+        timeout_s: see `LocalRun`.
+        saved: the checkpoint to begin from.
+        most: see `LocalRun`.
+        speeds: see there.
+        apart: see `Attempt`.
+    """
+    run = LocalRun(job, task, timeout_s=timeout_s, most=most, speeds=speeds)
+    for number, rank in enumerate(run.ranks):
+        before(number, rank.prepared)
+    Attempt(run, saved=saved, apart=apart).make()
+    run.close()
+    return run
+
+
+def impatient(job: Job, limit_s: float) -> Job:
+    """Give a job whose servers wait no longer than that."""
+    limits = {"start_timeout_s": limit_s, "step_timeout_s": limit_s}
+    return job.model_copy(update={"failure": job.failure.model_copy(update=limits)})
+
+
+class Keeper:
+    """
+    Puts checkpoints together as the parts come.
+
+    Args:
+        job: of the run.
+        found: takes them, by version.
+        givers: how many ranks give parts.
+    """
+
+    def __init__(self, job: Job, found: dict[int, SavedState], givers: int) -> None:
+        self._job, self._found = job, found
+        self._collecting = Collecting(givers)
+        self._lock = threading.Lock()
+
+    def courier(self, rank: int, timeout_s: float) -> Courier:
+        """Make what takes a rank's parts."""
+        copied = lambda arrays: [array.copy() for array in arrays]  # noqa: E731
+        return Courier(rank, 0, copied, self._deliver, timeout_s)
+
+    def _deliver(self, delivery: Delivery) -> None:
+        with self._lock:
+            parts = self._collecting.add(delivery)
+        if parts:
+            self._found[delivery.version] = as_read(self._job, delivery.version, parts)
+
+
+def take(courier: Courier, version: int, part: Part, facts: Mapping[str, Any]) -> None:
+    """Take a part; wait for it, for steps are quick here: shards would have newer copies soon."""
+    courier.take(version, part, facts)
+    if not part.may_skip:
+        courier.flush()
+
+
+def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
+    """Put a checkpoint's parts together, without a disk."""
+    pairs = [
+        (opened(box), entries)
+        for part in parts
+        for box, entries in zip(part.boxes, part.entries, strict=True)
+    ]
+    files = by_file(put_together(pairs))
+    state = {**state_of(job, "run", parts[0].facts), "step": version}
+    return SavedState(state, lambda name: files.get(name, {}))
