@@ -17,6 +17,7 @@ from distplat.platform.errors import CollectiveError, InfrastructureError
 from distplat.strategies.base import Handle, ReduceOp
 
 TIMEOUT_S = 3.0
+"""For tests in which a rank is late: they wait for it."""
 FAR_S = 30.0
 """A deadline that is not to be waited for: what is lost is found before."""
 
@@ -39,7 +40,7 @@ class Member:
         world: int,
         backend: str = "gloo",
         debug: bool = False,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float = FAR_S,
     ) -> str:
         """Join a group; gives the backend that it has and why."""
         self.settings, self.joining = Settings(timeout_s, 30, debug), name

@@ -68,16 +68,17 @@ def test_auto_takes_memory_on_one_node_and_says_why(members: Take) -> None:
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_rank_may_come_later_than_an_operation_may_take(late: int, members: Take) -> None:
     actors = members(2)
-    first = actors[1 - late].join.remote("late", 1 - late, 2)
+    settings = "gloo", False, TIMEOUT_S
+    first = actors[1 - late].join.remote("late", 1 - late, 2, *settings)
     time.sleep(TIMEOUT_S + 1)
-    ray.get([first, actors[late].join.remote("late", late, 2)], timeout=60)
+    ray.get([first, actors[late].join.remote("late", late, 2, *settings)], timeout=60)
     everybody(actors, "check", "send_recv")
 
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_late_rank_is_named(failure: str, members: Take) -> None:
     actors = members(2)
-    join(actors, failure)
+    join(actors, failure, "gloo", False, TIMEOUT_S)
     everybody(actors, "fail", failure)
 
 

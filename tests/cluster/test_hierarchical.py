@@ -104,7 +104,7 @@ def test_memory_cannot_reach_another_node(members: Take) -> None:
 @pytest.mark.parametrize("failure", FAILURES)
 def test_late_rank_is_named(failure: str, members: Take) -> None:
     actors = members("lrr")
-    join(actors, failure, "hierarchical")
+    join(actors, failure, "hierarchical", False, TIMEOUT_S)
     everybody(actors, "fail", failure)
 
 
