@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -23,8 +24,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.algorithms.seeds import epoch_seed
-from distplat.strategies.training.seeding import generators_kept, seed_sample
+from distplat.strategies.training.seeding import (
+    generators_kept,
+    seed_sample,
+    state_of_generators,
+)
 from distplat.strategies.training.state_transfer import untrained_slots
 from distplat.strategies.training.watched import checksum
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 
 _KEY = "what-ranks-have"
 _SAMPLES = 16
+_DRAWS = "draws random numbers"
 _DEPTH = 8
 """Of collections within each other."""
 _SHOWN = 4
@@ -53,7 +58,7 @@ class Facts:
     eval_samples: int
     """Length of the evaluation data; -1: there is none, or it has no length."""
     hashes: tuple[tuple[int, str], ...]
-    """Positions in the training data, and a hash of each of these samples."""
+    """Positions in the training data, and a hash of each sample; see `hash_samples`."""
     values: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Names and checksums of buffers and frozen parameters, where ranks do not send them."""
 
@@ -80,7 +85,7 @@ def facts_of(
     """
     size = _length(data)
     positions = random.Random(seed).sample(range(max(0, size)), min(max(0, size), _SAMPLES))
-    hashes = hash_samples(data, sorted(positions), seed)
+    hashes = hash_samples(data, sorted(positions))
     values = () if sent else tuple(_checksums(model))
     samples = size, _length(eval_data), tuple(hashes.items())
     return Facts(_code(task), _model(model), *samples, values)
@@ -160,7 +165,11 @@ def _other_samples(
     again: Callable[[Sequence[int]], Mapping[int, str]],
 ) -> list[str]:
     had = dict(theirs.hashes)
-    differ = [(number, one) for number, one in mine.hashes if had.get(number) != one]
+    differ = [
+        (number, one)
+        for number, one in mine.hashes
+        if had.get(number) != one and _DRAWS not in (had.get(number), one)
+    ]
     repeated = again([number for number, _ in differ])
     sure = [number for number, one in differ if repeated.get(number) == one]
     if not sure:
@@ -214,21 +223,25 @@ def _code(task: Task) -> tuple[str, str]:
     return (Path(file).name, hashlib.sha256(text).hexdigest()) if file else ("", "")
 
 
-def hash_samples(data: Dataset[Any], positions: Sequence[int], seed: int) -> dict[int, str]:
+def hash_samples(data: Dataset[Any], positions: Sequence[int]) -> dict[int, str]:
     """
-    Read samples, each seeded by its position, and give a hash of each.
+    Read samples and give a hash of each; of one that draws random numbers, that it does.
 
-    The generators of random numbers are put back. What a sample raises is raised when it is trained
-    on; here it is its hash.
+    Reading draws numbers that no other rank and no step of the training draws. So a sample that
+    draws is another one on each rank, and cannot be compared. The global generators are put back.
+    What a sample raises is raised when it is trained on; here it is its hash.
     """
-    found = {}
+    found, own = {}, secrets.randbits(63)
     with generators_kept():
         for position in positions:
-            seed_sample(epoch_seed(seed, 0), position)
+            seed_sample(own, position)
+            before = state_of_generators()
             try:
                 found[position] = hash_of(data[position])
             except Exception as error:
                 found[position] = f"raises {type(error).__name__}"
+            if state_of_generators() != before:
+                found[position] = _DRAWS
     return found
 
 

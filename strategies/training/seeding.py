@@ -88,6 +88,17 @@ def generators_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(of_cuda)
 
 
+def state_of_generators() -> tuple[object, ...]:
+    """Give what the global generators will draw next, to be compared; about 60 us."""
+    of_numpy = np.random.get_state(legacy=False)
+    state = of_numpy["state"]
+    return (
+        random.getstate(),
+        (state["key"].tobytes(), state["pos"], of_numpy["has_gauss"]),
+        torch.default_generator.get_state().numpy().tobytes(),
+    )
+
+
 def sample_rng() -> np.random.Generator:
     """
     Give a generator for the sample that is being read; for use inside `__getitem__`.

@@ -260,8 +260,7 @@ def join(
 def _compare(p: Prepared, rank: int, board: Board | None) -> None:
     """See that this rank has what the others have."""
     if board is not None and p.facts is not None:
-        seed = p.job.seed
-        agree(p.facts, rank, board, lambda positions: hash_samples(p.data, positions, seed))
+        agree(p.facts, rank, board, partial(hash_samples, p.data))
 
 
 def _context(p: Prepared, rank: int, ports: Ports, around: Around, progress: Progress) -> Context:

@@ -6,9 +6,10 @@ import re
 import sys
 import threading
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.fakes import InMemoryBoard
 from distplat.strategies.task import Task
 from distplat.strategies.training.agreement import agree, facts_of, hash_of, hash_samples
+from distplat.strategies.training.seeding import state_of_generators
 
 STRATEGIES: list[Any] = [
     "ring",
@@ -185,24 +187,48 @@ def test_samples_that_are_others_each_time_say_nothing() -> None:
     train(job("ring"), Augmented)
 
 
-def test_samples_are_read_with_their_own_seed_and_leave_the_generators_alone() -> None:
-    class Drawing(Dataset[Any]):
-        def __len__(self) -> int:
-            return 9
+class Drawing(Dataset[Any]):
+    """Each of its samples draws from one of the global generators, or from none."""
 
-        def __getitem__(self, index: int) -> Any:
-            if index == 7:
-                raise OSError
-            return torch.rand(1), np.random.rand(), random.random()
+    drawn: ClassVar[list[Any]] = []
 
+    def __init__(self, offset: int = 0) -> None:
+        self._offset = offset
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> Any:
+        draws = (lambda: torch.rand(1).item(), np.random.rand, random.random)
+        if index == 7:
+            raise OSError
+        if index > 2:
+            return index + self._offset
+        self.drawn.append(draws[index]())
+        return self.drawn[-1]
+
+
+def test_samples_that_draw_are_not_compared_and_leave_the_generators_alone() -> None:
+    Drawing.drawn.clear()
     torch.manual_seed(5)
-    before = torch.get_rng_state(), random.getstate()
-    one = hash_samples(Drawing(), [3, 7, 8], 0)
-    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
-    torch.manual_seed(6)
-    other = hash_samples(Drawing(), [8, 7, 3], 0)
+    before = state_of_generators()
+    one = hash_samples(Drawing(), [0, 1, 2, 3, 7, 8])
+    assert state_of_generators() == before
+    other = hash_samples(Drawing(), [8, 7, 3, 2, 1, 0])
     assert one == other
     assert one[7] == "raises OSError" and one[3] != one[8]
+    assert {one[0], one[1], one[2]} == {"draws random numbers"}
+    assert len({*Drawing.drawn}) == 6, "no rank draws what another has drawn"
+
+
+def test_samples_that_draw_nothing_are_compared_beside_those_that_do() -> None:
+    task, board = Small(), InMemoryBoard()
+    again = partial(hash_samples, Drawing(1))
+    facts = [facts_of(task, task.model(), Drawing(offset), None, 0) for offset in (0, 0, 1)]
+    agree(facts[0], 0, board, again)
+    agree(facts[1], 1, board, again)
+    with pytest.raises(SpecError, match="5 of 9 that were compared differ, of the numbers 3, 4, 5"):
+        agree(facts[2], 2, board, again)
 
 
 Pair = namedtuple("Pair", "x y")
