@@ -171,7 +171,8 @@ def _other_samples(
         if had.get(number) != one and _DRAWS not in (had.get(number), one)
     ]
     repeated = again([number for number, _ in differ])
-    sure = [number for number, one in differ if repeated.get(number) == one]
+    # It drew nothing at first: what draws now is another thread of this process.
+    sure = [number for number, one in differ if repeated.get(number) in (one, _DRAWS)]
     if not sure:
         return []
     numbers = ", ".join(map(str, sure[:_SHOWN])) + (", ..." if len(sure) > _SHOWN else "")
