@@ -68,6 +68,7 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
         Stopping() as early,
         _task_check(launch) as task_check,
         local_ray(launch.job),
+        failures_of_ray(),
         Stopping() as stopping,
     ):
         early.check()
@@ -95,6 +96,20 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
             ensemble.end()
             # Ranks take their words back themselves, unless they were killed.
             _internal_kv_del(rendezvous_key(launch.run), del_by_prefix=True)
+
+
+@contextmanager
+def failures_of_ray() -> Iterator[None]:
+    """
+    Tell a cluster that ends while it is used from an error of ours.
+
+    Raises:
+        InfrastructureError: Ray itself could not do what it was asked.
+    """
+    try:
+        yield
+    except ray.exceptions.RaySystemError as error:
+        raise InfrastructureError(f"the Ray cluster fails: {error}") from error
 
 
 @contextmanager

@@ -5,7 +5,9 @@ import pickle
 import re
 
 import pytest
+import ray
 
+from distplat.actors.launch import failures_of_ray
 from distplat.platform import errors
 from distplat.platform.errors import DistplatError, Problem, SpecError
 
@@ -151,3 +153,9 @@ def test_a_spec_error_lists_all_its_problems() -> None:
 )
 def test_errors_in_words(error: DistplatError, text: str) -> None:
     assert str(error) == text
+
+
+def test_a_cluster_that_ends_is_no_error_of_ours() -> None:
+    with pytest.raises(errors.InfrastructureError, match="cancelled") as caught, failures_of_ray():
+        raise ray.exceptions.RaySystemError("Actor creation cancelled.")
+    assert caught.value.exit_code == 4
