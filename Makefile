@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 tests/cluster tests/gpu
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 -raR tests/cluster tests/gpu
 
 test-all: test
 	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 tests/unit/test_property_training.py
