@@ -110,7 +110,9 @@ def check_state(model: nn.Module, *, sent: bool) -> None:
             problems.append(Problem(("task",), text, hint))
         elif sent and value.dtype not in SENDABLE:
             text = f"model() has the {what} {name!r} of type {kind}, which workers cannot exchange"
-            problems.append(Problem(("task",), text, f"{hint}; or take `strategy: ps-sync`"))
+            if name not in trained:  # servers take real parameters only, and no buffers
+                hint += "; or take `strategy: ps-sync`"
+            problems.append(Problem(("task",), text, hint))
     if problems:
         raise SpecError(*problems)
 
