@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jobs import fields_of
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -12,18 +13,18 @@ from distplat import Result, Trainer
 HERE = Path(__file__).parent
 
 
-def job(strategy: object, workers: int, **more: Any) -> dict[str, Any]:
+def job(strategy: Any, workers: int, **more: Any) -> dict[str, Any]:
     """Make the mapping of a small job; `more` replaces fields."""
-    return {
+    fields = {
         "name": "small",
         "task": "tasks_for_tests:Blobs",
-        "strategy": strategy,
         "scaling": {"num_workers": workers, "resources_per_worker": {"CPU": 0.5}},
         "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
         "global_batch_size": 8,
         "epochs": 3,
         **more,
     }
+    return fields_of(strategy, **fields)
 
 
 def train(spec: dict[str, Any], storage: Path, **more: Any) -> Result:

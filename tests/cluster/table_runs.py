@@ -10,7 +10,7 @@ from small_runs import job
 from distplat import Result
 
 
-def words(strategy: object, workers: int, servers: int = 2, **more: Any) -> dict[str, Any]:
+def words(strategy: Any, workers: int, servers: int = 2, **more: Any) -> dict[str, Any]:
     embeddings = {"servers": servers, "optimizer": {"name": "Adagrad", "lr": 0.2}}
     return job(strategy, workers, **{"task": "words:Words", "embeddings": embeddings, **more})
 

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import torch
+from jobs import fields_of
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -59,11 +60,9 @@ class Counting(Task):
 
 
 def counting(parts: int = PARTS, **more: Any) -> dict[str, Any]:
-    """Make the fields of a job by which each gradient of a sample counts 1, under `ps-async`."""
-    return {
+    fields = {
         "name": "counting",
         "strategy": {"name": "ps-async", "num_servers": 2},
-        "scaling": {"num_workers": parts},
         # A sample weighs 1/batch in its rows, and that times the parts of a step elsewhere.
         "optimizer": {"name": "SGD", "lr": BATCH / max(1, parts)},
         "embeddings": {
@@ -73,5 +72,5 @@ def counting(parts: int = PARTS, **more: Any) -> dict[str, Any]:
         },
         "global_batch_size": BATCH,
         "epochs": 3,
-        **more,
     }
+    return fields_of(workers=parts, **{**fields, **more})

@@ -5,12 +5,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from jobs import job_of
 from torch import Tensor
 
 from distplat.platform.consistency import Consistency
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan
-from distplat.platform.spec import Job
 from distplat.strategies.training.async_shard import AsyncShard
 
 Gradient = Callable[[Tensor, int, int], Tensor]
@@ -21,16 +21,9 @@ def async_plan(
     world: int, steps: int, consistency: Consistency, *, shards: int = 1, **job: Any
 ) -> ShardPlan:
     """Make the plan of an asynchronous run `run`, attempt 1; `job` replaces fields."""
-    fields = {
-        "name": "delayed",
-        "strategy": "ps-async",
-        "scaling": {"num_workers": world},
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "steps": steps,
-        "global_batch_size": world,
-        **job,
-    }
-    return ShardPlan(Job.model_validate(fields), "run", 1, world, steps, shards, consistency)
+    fields = {"strategy": "ps-async", "steps": steps, "global_batch_size": world, **job}
+    made = job_of(workers=world, **fields)
+    return ShardPlan(made, "run", 1, world, steps, shards, consistency)
 
 
 def run_schedule(

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jobs import job_of
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import make_job
 from distplat.strategies.task import Task
 
 WIDTH, CLASSES = 4, 3
@@ -265,21 +265,18 @@ class Drawn:
     def job(self) -> Job:
         """Give the job; every step leaves its model."""
         cuts = self.strategy == "hybrid"
-        return make_job(
-            {
-                "name": "drawn",
-                "strategy": {"name": self.strategy, **self.options},
-                "scaling": {"num_workers": self.workers},
-                "optimizer": self.optimizer,
-                "lr_schedule": self.lr_schedule,
-                "clip_norm": self.clip_norm,
-                "gradient_accumulation": 1 if cuts else self.accumulation,
-                "steps": self.steps,
-                "global_batch_size": self.batch,
-                "seed": 3,
-                "checkpoint": {"every_steps": 1, "num_to_keep": 99},
-                "evaluation": {"every_epochs": 0},
-            }
+        return job_of(
+            {"name": self.strategy, **self.options},
+            self.workers,
+            optimizer=self.optimizer,
+            lr_schedule=self.lr_schedule,
+            clip_norm=self.clip_norm,
+            gradient_accumulation=1 if cuts else self.accumulation,
+            steps=self.steps,
+            global_batch_size=self.batch,
+            seed=3,
+            checkpoint={"every_steps": 1, "num_to_keep": 99},
+            evaluation={"every_epochs": 0},
         )
 
     def task(self) -> type[Task]:

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from jobs import fields_of
 from local_run import LocalRun
 from plain_loss import mean_loss
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_job
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.heads import HeadLayout
 
@@ -194,20 +196,20 @@ class Gpt(Classify):
         )
 
 
-def job_of(strategy: dict[str, Any], workers: int, **more: Any) -> Job:
-    return Job.model_validate(
-        {
-            "name": "grid",
-            "strategy": {"name": "hybrid", **strategy},
-            "scaling": {"num_workers": workers},
-            "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
-            "steps": STEPS,
-            "global_batch_size": BATCH,
-            "evaluation": {"every_epochs": 0},
-            "seed": 5,
-            **more,
-        }
-    )
+def hybrid_fields(strategy: dict[str, Any], workers: int, **more: Any) -> dict[str, Any]:
+    fields = {
+        "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
+        "steps": STEPS,
+        "global_batch_size": BATCH,
+        "evaluation": {"every_epochs": 0},
+        "seed": 5,
+        **more,
+    }
+    return fields_of({"name": "hybrid", **strategy}, workers, **fields)
+
+
+def hybrid_job(strategy: dict[str, Any], workers: int, **more: Any) -> Job:
+    return make_job(hybrid_fields(strategy, workers, **more))
 
 
 def grid_of(pipeline: int, tensor: int, data: int, **more: Any) -> tuple[dict[str, Any], int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import torch
-from hybrid_models import Mlp, job_of
+from hybrid_models import Mlp, hybrid_job
 from local_run import Attempt, LocalRun
 from torch import Tensor
 
@@ -43,7 +43,9 @@ class Workers(LocalRun):
     ) -> None:
         options = {**EVEN, **(options or {})}
         world = options["pipeline"] * options.get("tensor", 1) * options["data"]
-        super().__init__(job_of(options, world, **{"steps": STEPS, "clip_norm": 0.5, **more}), kind)
+        super().__init__(
+            hybrid_job(options, world, **{"steps": STEPS, "clip_norm": 0.5, **more}), kind
+        )
         self.starts: list[int] = []  #: of the last attempt
         self.division = self.roles.division(world)
 

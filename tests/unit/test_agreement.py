@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -46,15 +47,7 @@ class Small(Task):
 
 
 def job(strategy: Any) -> Job:
-    fields = {
-        "name": "differ",
-        "strategy": strategy,
-        "scaling": {"num_workers": 2},
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "steps": 2,
-        "global_batch_size": 8,
-    }
-    return Job.model_validate(fields)
+    return job_of(strategy, 2, steps=2, global_batch_size=8)
 
 
 def refusal(strategy: Any, kind: type[Task]) -> str:

@@ -14,7 +14,6 @@ from distplat.platform.consistency import Consistency
 from distplat.platform.errors import GapError, ProtocolError, SpecError, StaleError
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.progress import EvalReport, StepReport
-from distplat.strategies.catalog import make_job
 from distplat.strategies.training.shard import ParameterShard
 
 WORLD, SIZE = 4, 11
@@ -137,4 +136,4 @@ def test_none_is_the_default_and_changes_nothing() -> None:
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
-        make_job(job({"name": "ps-sync", **options}, 3).model_dump())
+        job({"name": "ps-sync", **options}, 3)

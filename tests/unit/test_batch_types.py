@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from distplat.platform.spec import Job
 from distplat.strategies.task import Task
 from distplat.strategies.training.collating import collated
 from distplat.strategies.training.device import moved, to_device
@@ -147,17 +147,7 @@ class OfPairs(Task):
 
 
 def test_namedtuples_and_dataclasses_are_trained_on() -> None:
-    job = Job.model_validate(
-        {
-            "name": "pairs",
-            "strategy": "ring",
-            "scaling": {"num_workers": 2},
-            "optimizer": {"name": "SGD", "lr": 0.1},
-            "steps": 3,
-            "global_batch_size": 4,
-            "data": {"shuffle": False},
-        }
-    )
+    job = job_of("ring", 2, steps=3, data={"shuffle": False})
     found = train(job, OfPairs).parameters()
     torch.manual_seed(job.seed)
     task = OfPairs()

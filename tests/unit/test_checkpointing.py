@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import fields_of, job_of
 from safetensors.numpy import load_file
 
 from distplat import Result, Trainer
@@ -24,7 +25,6 @@ from distplat.platform.pieces import Entry, Place
 from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
 from distplat.strategies.base import Roles
-from distplat.strategies.catalog import make_job
 from distplat.strategies.training.parts import Part
 
 HERE = Path(__file__).parents[1] / "cluster"
@@ -59,17 +59,8 @@ def test_attempts_never_meet() -> None:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    job = make_job(
-        {
-            "name": "x",
-            "strategy": "ring",
-            "optimizer": {"name": "SGD", "lr": 1},
-            "steps": 9,
-            "global_batch_size": 2,
-            "scaling": {"num_workers": 2},
-            "checkpoint": {"every_steps": 1},
-        }
-    )
+    checkpoint = {"every_steps": 1}
+    job = job_of("ring", 2, optimizer={"name": "SGD", "lr": 1}, steps=9, checkpoint=checkpoint)
     return Launch(job, "run", Roles(), Policy(), None, "", None, tmp_path)
 
 
@@ -244,18 +235,15 @@ def test_a_rank_without_a_part_says_so(slow: Slow) -> None:
 
 
 def spec(storage: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "name": "small",
+    fields = {
         "task": "tasks_for_tests:Blobs",
-        "strategy": "ring",
-        "scaling": {"num_workers": 0},
         "optimizer": {"name": "AdamW", "lr": 0.1},
         "global_batch_size": 8,
         "epochs": 4,
         "checkpoint": {"every_epochs": 1},
         "storage_path": str(storage),
-        **more,
     }
+    return fields_of(workers=0, **{**fields, **more})
 
 
 def fit(storage: Path, resume: Path | None = None, **more: Any) -> Result:

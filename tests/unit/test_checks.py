@@ -9,24 +9,17 @@ import local_run
 import pytest
 import torch
 import torch.nn.functional as F
+from jobs import fields_of, job_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from distplat import Result, Task, Trainer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.progress import EvalReport, Gathering
-from distplat.strategies.catalog import make_job
 from distplat.strategies.training.checks import remark_on_size
 
 FOLDER = Path(__file__).parents[2]
-FIELDS: dict[str, Any] = {
-    "name": "checks",
-    "strategy": "ring",
-    "scaling": {"num_workers": 0},
-    "optimizer": {"name": "SGD", "lr": 0.1},
-    "epochs": 1,
-    "global_batch_size": 4,
-}
+FIELDS = fields_of("ring", 0, epochs=1)
 
 
 def samples(count: int = 8) -> TensorDataset:
@@ -293,7 +286,7 @@ def test_data_smaller_than_a_batch_is_remarked_on(
 
 def test_data_smaller_than_the_workers_is_trained_and_remarked_on() -> None:
     small = type("Small", (Good,), {"train_data": lambda self: samples(1)})
-    job = make_job({**FIELDS, "scaling": {"num_workers": 3}})
+    job = job_of("ring", 3, epochs=1)
     run = local_run.train(job, small)
     assert "1 samples for 3 parts of a batch: 2 of them" in remark_on_size(
         job, run.ranks[0].prepared.sampler
@@ -398,7 +391,7 @@ def test_what_cannot_be_kept_is_refused_before_the_run(
             return build()
 
     with pytest.raises(SpecError) as caught:
-        local_run.train(make_job({**FIELDS, "scaling": {"num_workers": workers}}), Odd)
+        local_run.train(job_of("ring", workers, epochs=1), Odd)
     assert message in str(caught.value)
     assert "hint: " in str(caught.value)
     assert caught.value.exit_code == 2
@@ -444,7 +437,7 @@ def test_a_metric_is_a_mean_over_the_batches_that_gave_it() -> None:
             return {"share": float((targets == 1).float().mean())}
 
     for workers in (1, 2):
-        job = make_job({**FIELDS, "scaling": {"num_workers": workers}})
+        job = job_of("ring", workers, epochs=1)
         run = local_run.train(job, Sometimes)
         gathering = Gathering(workers)
         found = [

@@ -6,23 +6,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from jobs import job_of
 
 from distplat.cli import remote, shipping
 from distplat.cli.remote import LogReader, NoSuchJob, Parcel, clean_lines, exit_code, follow
 from distplat.cli.shipping import Received
 from distplat.platform.errors import ClusterUnreachable, SpecError
-from distplat.strategies.catalog import make_job
 
-JOB = make_job(
-    {
-        "name": "lin",
-        "task": "lin:Lin",
-        "task_args": {"text": "'; touch X; $(touch X)\n\"`touch X`"},
-        "strategy": {"name": "ps-sync", "num_servers": 2},
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "steps": 10,
-        "global_batch_size": 16,
-    }
+JOB = job_of(
+    {"name": "ps-sync", "num_servers": 2},
+    name="lin",
+    task="lin:Lin",
+    task_args={"text": "'; touch X; $(touch X)\n\"`touch X`"},
+    steps=10,
+    global_batch_size=16,
 )
 
 

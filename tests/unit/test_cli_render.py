@@ -6,24 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import job_of
 
 from distplat.actors.trainer import Result
 from distplat.cli import render
 from distplat.cli.render import View, facts_of, print_result, to_json
 from distplat.platform.progress import EvalSummary, Recovery, Resized, Setback, StepSummary
-from distplat.platform.spec import Job
 
-JOB = Job.model_validate(
-    {
-        "name": "lin",
-        "task": "lin:Lin",
-        "strategy": "ring",
-        "scaling": {"num_workers": 2},
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "steps": 100,
-        "global_batch_size": 16,
-    }
-)
+JOB = job_of("ring", 2, name="lin", task="lin:Lin", steps=100, global_batch_size=16)
 
 
 def step(number: int, loss: float = 0.5, seconds: float = 0.25) -> StepSummary:

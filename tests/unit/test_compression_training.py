@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import LocalRun, train
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from distplat.platform.progress import StepReport
-from distplat.platform.spec import Job
 from distplat.strategies.reduction import powersgd, topk
 from distplat.strategies.reduction.compressed import CompressedReducer
 from distplat.strategies.task import Task
@@ -47,17 +47,14 @@ class Digits(Task):
 
 
 def run(method: str, steps: int = 300, world: int = 2, **more: Any) -> LocalRun:
-    job = {
-        "name": "compressed",
-        "strategy": {"name": "ring", **METHODS[method]},
-        "scaling": {"num_workers": world},
+    fields = {
         "optimizer": {"name": "SGD", "lr": 0.02, "momentum": 0.9},
         "steps": steps,
         "global_batch_size": 48,
         "seed": 3,
         **more,
     }
-    return train(Job.model_validate(job), Digits)
+    return train(job_of({"name": "ring", **METHODS[method]}, world, **fields), Digits)
 
 
 def loss_and_accuracy(result: LocalRun) -> tuple[float, float]:

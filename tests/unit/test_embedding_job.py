@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import fields_of, job_of
 from torch import nn
 
 import distplat
@@ -13,23 +14,15 @@ from distplat.actors.replaying import replay_run
 from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
 from distplat.platform.errors import SpecError, StorageError, UserCodeError
 from distplat.platform.job_file import render_job
-from distplat.strategies.catalog import make_job
 
 SGD = {"name": "SGD", "lr": 0.1}
 
 
 def problems(**more: Any) -> str:
-    job: dict[str, Any] = {
-        "name": "t",
-        "strategy": "ring",
-        "scaling": {"num_workers": 2},
-        "optimizer": SGD,
-        "embeddings": {"optimizer": SGD},
-        "steps": 1,
-        "global_batch_size": 4,
-    }
+    tables = {"optimizer": SGD}
+    fields = {"workers": 2, "optimizer": SGD, "embeddings": tables, "steps": 1, **more}
     try:
-        make_job(job | more)
+        job_of(**fields)
     except SpecError as error:
         return str(error)
     return ""
@@ -140,15 +133,7 @@ class Bare(Task):
 
 
 def test_a_job_without_the_field(tmp_path: Path) -> None:
-    job = {
-        "name": "t",
-        "strategy": "ring",
-        "scaling": {"num_workers": 0},
-        "optimizer": SGD,
-        "steps": 1,
-        "global_batch_size": 4,
-        "storage_path": str(tmp_path),
-    }
+    job = fields_of("ring", 0, optimizer=SGD, steps=1, storage_path=str(tmp_path))
     with pytest.raises(UserCodeError, match=r"rows on servers \(0\).*add the field `embeddings`"):
         Trainer(job, Bare).fit()
 
@@ -158,17 +143,8 @@ def test_the_modules_are_there_as_those_of_torch_are() -> None:
 
 
 def test_a_run_with_tables_is_not_replayed(tmp_path: Path) -> None:
-    job = make_job(
-        {
-            "name": "t",
-            "task": "words:Words",
-            "strategy": "ps-async",
-            "optimizer": SGD,
-            "embeddings": {"optimizer": SGD, "asynchronous": True},
-            "steps": 1,
-            "global_batch_size": 4,
-        }
-    )
+    embeddings = {"optimizer": SGD, "asynchronous": True}
+    job = job_of("ps-async", task="words:Words", optimizer=SGD, embeddings=embeddings, steps=1)
     (tmp_path / "job.yaml").write_text(render_job(job))
     with pytest.raises(SpecError, match="embeddings: the log does not say"):
         replay_run(tmp_path, tmp_path)

@@ -7,6 +7,7 @@ import pytest
 from counting import BATCH, SAMPLES, Counting, counting
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from jobs import job_of
 from lost_ranks import Loss, LossyRun, Resize, train_lossy
 from words import ROWS, Words
 
@@ -18,18 +19,15 @@ EPOCHS = 2
 
 
 def words(strategy: dict[str, Any], world: int = 3) -> Job:
-    return make_job(
-        {
-            "name": "words",
-            "strategy": strategy,
-            "scaling": {"num_workers": world},
-            "optimizer": {"name": "AdamW", "lr": 0.05},
-            "lr_schedule": {"name": "cosine"},
-            "embeddings": {"servers": 2, "optimizer": {"name": "Adagrad", "lr": 0.5}},
-            "global_batch_size": 9,
-            "epochs": 3,
-            "evaluation": {"every_epochs": 0},
-        }
+    return job_of(
+        strategy,
+        world,
+        optimizer={"name": "AdamW", "lr": 0.05},
+        lr_schedule={"name": "cosine"},
+        embeddings={"servers": 2, "optimizer": {"name": "Adagrad", "lr": 0.5}},
+        global_batch_size=9,
+        epochs=3,
+        evaluation={"every_epochs": 0},
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from local_run import Attempt, LocalRun, train
 from safetensors.torch import load_file
 from table_rows import table_rows
@@ -19,7 +20,6 @@ from distplat import Task, Trainer
 from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
 from distplat.platform.errors import CollectiveError, StorageError
 from distplat.platform.progress import StepReport
-from distplat.strategies.catalog import make_job
 from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.lookups import Lookups
@@ -42,18 +42,16 @@ class Local(Words):
 
 
 def job(task: type[Task], world: int, *, servers: int = 2, **more: Any) -> Any:
-    spec: dict[str, Any] = {
-        "name": "words",
-        "strategy": "ring",
-        "scaling": {"num_workers": world},
+    fields: dict[str, Any] = {
         "optimizer": {"name": "SGD", "lr": 0.5},
         "lr_schedule": {"name": "cosine"},
         "global_batch_size": 9,
         "epochs": 3,
     }
     if task is Words:
-        spec["embeddings"] = {"servers": servers, "optimizer": {"name": "SGD", "lr": 0.5}}
-    return make_job(spec | more)
+        fields["embeddings"] = {"servers": servers, "optimizer": {"name": "SGD", "lr": 0.5}}
+    fields |= more
+    return job_of(workers=world, **fields)
 
 
 def table(run: LocalRun, number: int, rows: int = ROWS) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import LocalRun, train
 from plain_loss import mean_loss
 from torch import Tensor, nn
@@ -90,22 +91,19 @@ WORLDS = [
 ]
 
 
-def job_of(recipe: str, strategy: str, workers: int, servers: int) -> Job:
+def recipe_job(recipe: str, strategy: str, workers: int, servers: int) -> Job:
     _, optimizer, accumulation, clip_norm = RECIPES[recipe]
     options = {"num_servers": servers} if servers else {}
-    return Job.model_validate(
-        {
-            "name": "promise",
-            "strategy": {"name": strategy, **options},
-            "scaling": {"num_workers": workers},
-            "optimizer": optimizer,
-            "lr_schedule": {"name": "cosine", "warmup_steps": 3, "final_factor": 0.1},
-            "epochs": EPOCHS,
-            "global_batch_size": BATCH,
-            "gradient_accumulation": accumulation,
-            "clip_norm": clip_norm,
-            "seed": 5,
-        }
+    return job_of(
+        {"name": strategy, **options},
+        workers,
+        optimizer=optimizer,
+        lr_schedule={"name": "cosine", "warmup_steps": 3, "final_factor": 0.1},
+        epochs=EPOCHS,
+        global_batch_size=BATCH,
+        gradient_accumulation=accumulation,
+        clip_norm=clip_norm,
+        seed=5,
     )
 
 
@@ -113,7 +111,7 @@ def job_of(recipe: str, strategy: str, workers: int, servers: int) -> Job:
 def plain(recipe: str) -> tuple[dict[str, Tensor], list[float]]:
     """Train in one process, the way any textbook does; give the model and the losses."""
     task_type, optimizer_spec, _, clip_norm = RECIPES[recipe]
-    job = job_of(recipe, "ring", 1, 0)
+    job = recipe_job(recipe, "ring", 1, 0)
     task = task_type()
     torch.manual_seed(5)
     model, data = task.model(), task.train_data()
@@ -164,7 +162,7 @@ def losses_of(run: LocalRun) -> list[float]:
 def test_every_world_gives_what_one_process_gives(
     recipe: str, strategy: str, workers: int, servers: int
 ) -> None:
-    run = train(job_of(recipe, strategy, workers, servers), RECIPES[recipe][0])
+    run = train(recipe_job(recipe, strategy, workers, servers), RECIPES[recipe][0])
     expected, losses = plain(recipe)
     for rank in range(workers):
         assert distance(run.parameters(rank), expected) < 1e-5
@@ -181,13 +179,13 @@ def test_the_reference_learns_and_its_options_matter(recipe: str) -> None:
     initial = {name: value.detach() for name, value in task_type().model().state_dict().items()}
     assert distance(initial, expected) > 0.01
     if clip_norm is not None:
-        job = job_of(recipe, "ring", 1, 0).model_copy(update={"clip_norm": None})
+        job = recipe_job(recipe, "ring", 1, 0).model_copy(update={"clip_norm": None})
         assert distance(train(job, task_type).parameters(), expected) > 1e-4
 
 
 @pytest.mark.parametrize("recipe", ["mlp-sgd", "mlp-adam-accumulated", "conv-adam"])
 def test_where_shards_are_cut_changes_no_bit(recipe: str) -> None:
-    job, task_type = job_of(recipe, "ps-sync", 2, 3), RECIPES[recipe][0]
+    job, task_type = recipe_job(recipe, "ps-sync", 2, 3), RECIPES[recipe][0]
     even, uneven = (train(job, task_type, speeds=speeds) for speeds in ((), (1.0, 7.0, 2.0)))
     cuts = [run.servers.cuts() for run in (even, uneven)]
     assert cuts[0] != cuts[1]
@@ -196,7 +194,7 @@ def test_where_shards_are_cut_changes_no_bit(recipe: str) -> None:
 
 def test_where_shards_are_cut_changes_a_norm_by_rounding_only() -> None:
     recipe = "conv-adamw-accumulated-clipped"
-    job = job_of(recipe, "ps-sync", 2, 3)
+    job = recipe_job(recipe, "ps-sync", 2, 3)
     uneven = train(job, Conv, speeds=(1.0, 7.0, 2.0)).parameters()
     assert distance(uneven, plain(recipe)[0]) < 1e-5
 
@@ -204,7 +202,7 @@ def test_where_shards_are_cut_changes_a_norm_by_rounding_only() -> None:
 @pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
 def test_a_repeated_run_gives_the_same_bits(strategy: str, workers: int, servers: int) -> None:
     recipe = "conv-adamw-accumulated-clipped"
-    job = job_of(recipe, strategy, workers, servers)
+    job = recipe_job(recipe, strategy, workers, servers)
     runs = [train(job, Conv) for _ in range(2)]
     assert same_bits(*runs)
     first, *others = [runs[0].parameters(rank) for rank in range(workers)]
@@ -214,7 +212,7 @@ def test_a_repeated_run_gives_the_same_bits(strategy: str, workers: int, servers
 @pytest.mark.parametrize(("strategy", "servers"), [("ring", 0), ("ps-sync", 1)])
 def test_a_repeated_run_with_dropout_gives_the_same_bits(strategy: str, servers: int) -> None:
     """One rank only: here ranks are threads, and threads share torch's generator."""
-    job = job_of("mlp-sgd", strategy, 1, servers)
+    job = recipe_job("mlp-sgd", strategy, 1, servers)
 
     def draw(rank: int, prepared: Prepared) -> None:
         torch.rand(17)
@@ -225,7 +223,7 @@ def test_a_repeated_run_with_dropout_gives_the_same_bits(strategy: str, servers:
 
 
 def test_each_step_drops_out_anew() -> None:
-    job = job_of("mlp-sgd", "ring", 1, 0)
+    job = recipe_job("mlp-sgd", "ring", 1, 0)
     frozen = job.model_copy(update={"optimizer": job.optimizer.model_copy(update={"lr": 1e-30})})
     in_order = frozen.data.model_copy(update={"shuffle": False})
     same_batch = {"global_batch_size": SAMPLES, "steps": 3, "epochs": None, "data": in_order}
@@ -245,7 +243,7 @@ def test_ring_starts_all_ranks_from_rank_0s_parameters() -> None:
     def spoil(rank: int, prepared: Prepared) -> None:
         prepared.flat.params.add_(float(rank))
 
-    run = train(job_of("mlp-sgd", "ring", 3, 0), Mlp, before=spoil)
+    run = train(recipe_job("mlp-sgd", "ring", 3, 0), Mlp, before=spoil)
     for rank in range(3):
         assert distance(run.parameters(rank), plain("mlp-sgd")[0]) < 1e-5
 
@@ -253,7 +251,7 @@ def test_ring_starts_all_ranks_from_rank_0s_parameters() -> None:
 @pytest.mark.parametrize(("strategy", "servers"), [("ring", 0), ("ps-sync", 1)])
 def test_a_rank_without_samples_is_seen_to_move(strategy: str, servers: int) -> None:
     """The controller takes a rank whose beats stand still for a stalled one."""
-    job = job_of("mlp-sgd", strategy, 3, servers)
+    job = recipe_job("mlp-sgd", strategy, 3, servers)
 
     class Tiny(Mlp):
         def train_data(self) -> TensorDataset:

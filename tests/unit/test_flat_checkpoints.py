@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from torch import nn
 
 from distplat.platform.errors import ProtocolError
 from distplat.platform.pieces import by_file, put_together
-from distplat.platform.spec import Job
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import USED, FlatOptimizer
 from distplat.strategies.training.parts import Part, as_array, model_part, optimizer_part
@@ -39,15 +39,7 @@ def make(mixed: bool) -> FlatModel:
 
 
 def optimizers(flat: FlatModel, cuts: int) -> list[tuple[tuple[int, int], FlatOptimizer]]:
-    of = Job.model_validate(
-        {
-            "name": "x",
-            "strategy": "ring",
-            "optimizer": {"name": "NAdam", "lr": 0.01},
-            "steps": 9,
-            "global_batch_size": 1,
-        }
-    )
+    of = job_of(optimizer={"name": "NAdam", "lr": 0.01}, steps=9)
     size = -(-flat.size // cuts // 16) * 16
     bounds = [min(size * n, flat.size) for n in range(cuts)] + [flat.size]
     runs = list(itertools.pairwise(bounds))

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from rank_threads import on_ranks
 from torch import Tensor, nn
 
 from distplat.platform.errors import CollectiveError, StateLost
-from distplat.platform.spec import Job
 from distplat.strategies.fakes import Fabric, InMemoryCollective
 from distplat.strategies.training.flat import TORN, FlatModel
 from distplat.strategies.training.handover import take_over_newest
@@ -33,8 +33,7 @@ class Replica:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
         self.flat = FlatModel(self.model)
-        job = {"name": "x", "strategy": "ring", "optimizer": optimizer, "global_batch_size": 1}
-        self.optimizer = LocalOptimizer(self.flat, Job.model_validate({**job, "steps": 9}), 9)
+        self.optimizer = LocalOptimizer(self.flat, job_of(optimizer=optimizer, steps=9), 9)
         for step in range(steps):
             self.step(step)
 
@@ -150,8 +149,7 @@ def test_a_handover_that_is_cut_off_can_be_made_again(after: int) -> None:
 
 def fresh(replica: Replica) -> LocalOptimizer:
     """What `ring` does at every attempt: an optimizer anew, its memory loaded only if it counts."""
-    job = {"name": "x", "strategy": "ring", "global_batch_size": 1, "steps": 9}
-    return LocalOptimizer(replica.flat, Job.model_validate({**job, "optimizer": OPTIMIZERS[3]}), 9)
+    return LocalOptimizer(replica.flat, job_of(optimizer=OPTIMIZERS[3], steps=9), 9)
 
 
 def with_state(body: Callable[[nn.BatchNorm1d, ModelState, int], None]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import BATCH, grid_of, job_of, whole
+from hybrid_models import BATCH, grid_of, hybrid_job, whole
 from local_run import train
 from plain_loss import mean_loss
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def plain(kind: type[Task], around: str = "") -> dict[str, Tensor]:
 
 def trained(kind: type[Task], grid: tuple[int, int, int], **options: Any) -> dict[str, Tensor]:
     chosen, workers = grid_of(*grid, **options)
-    job = job_of(chosen, workers, steps=STEPS, data={"shuffle": False})
+    job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False})
     return whole(train(job, kind, timeout_s=5))
 
 

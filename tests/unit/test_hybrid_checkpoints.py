@@ -12,7 +12,7 @@ from hybrid_models import (
     NormedInception,
     distance,
     grid_of,
-    job_of,
+    hybrid_job,
     whole,
 )
 from local_run import LocalRun, train
@@ -42,7 +42,7 @@ GRIDS: dict[str, tuple[dict[str, Any], int]] = {
 def job(grid: str, **more: Any) -> Job:
     options, workers = GRIDS[grid]
     fields: dict[str, Any] = {"steps": STEPS, "checkpoint": {"every_steps": HALF}, **more}
-    return job_of(options, workers, **fields)
+    return hybrid_job(options, workers, **fields)
 
 
 @cache
@@ -105,11 +105,11 @@ def test_the_same_grid_goes_on_to_the_same_bits(
         "checkpoint": {"every_steps": HALF},
         "optimizer": ADAM,
     }
-    spec = job_of(*grid, clip_norm=0.5, **fields)
+    spec = hybrid_job(*grid, clip_norm=0.5, **fields)
     run = train(spec, kind)
     resumed = train(spec, kind, saved=run.checkpoints[HALF])
     expected, found = model_of(run), model_of(resumed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    fresh = train(job_of(*grid, clip_norm=0.5, **{**fields, "steps": HALF}), kind)
+    fresh = train(hybrid_job(*grid, clip_norm=0.5, **{**fields, "steps": HALF}), kind)
     assert distance(model_of(fresh), expected) > 1e-3, "the second half matters"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import grid_of, job_of, whole
+from hybrid_models import grid_of, hybrid_job, whole
 from local_run import train
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -63,7 +63,7 @@ def plain() -> dict[str, Tensor]:
 
 
 def same(options: dict[str, Any], workers: int, **more: Any) -> None:
-    job = job_of(options, workers, steps=STEPS, data={"shuffle": False}, **more)
+    job = hybrid_job(options, workers, steps=STEPS, data={"shuffle": False}, **more)
     found, expected = whole(train(job, Routed)), plain()
     assert found.keys() == expected.keys()
     for name in expected:

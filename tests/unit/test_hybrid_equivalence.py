@@ -17,7 +17,7 @@ from hybrid_models import (
     Mlp,
     distance,
     grid_of,
-    job_of,
+    hybrid_job,
     plain,
     whole,
 )
@@ -61,7 +61,7 @@ GRIDS = {
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) -> None:
     options, workers = GRIDS[name]
-    run = train(job_of(options, workers), kind)
+    run = train(hybrid_job(options, workers), kind)
     expected, plain_losses = plain(kind)
     assert distance(whole(run), expected) < 1e-5
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
@@ -86,7 +86,7 @@ def test_slices_give_what_one_process_gives(
     kind: type[Task], plan: dict[str, str], pipeline: int, data: int, clip: float | None
 ) -> None:
     options, workers = grid_of(pipeline, 2, data, tensor_plan=plan)
-    run = train(job_of(options, workers, clip_norm=clip), kind)
+    run = train(hybrid_job(options, workers, clip_norm=clip), kind)
     expected, plain_losses = plain(kind, clip)
     assert distance(whole(run), expected) < 1e-5
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
@@ -95,7 +95,7 @@ def test_slices_give_what_one_process_gives(
 @pytest.mark.parametrize("name", ["2x1x2", "3x1x1", "2x1x2-interleaved"])
 def test_clipping_takes_the_norm_of_the_whole_model(name: str) -> None:
     options, workers = GRIDS[name]
-    run = train(job_of(options, workers, clip_norm=0.3), Mlp)
+    run = train(hybrid_job(options, workers, clip_norm=0.3), Mlp)
     assert distance(whole(run), plain(Mlp, 0.3)[0]) < 1e-5
     assert distance(whole(run), plain(Mlp)[0]) > 1e-4, "the limit matters"
 
@@ -120,7 +120,10 @@ def evaluation(run: LocalRun) -> dict[str, float]:
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
 def test_two_stages_and_replicas_do_what_one_rank_does(schedule: str, more: dict[str, Any]) -> None:
     options, workers = grid_of(2, 1, 2, schedule=schedule)
-    many, one = train(job_of(options, workers, **more), Mlp), train(job_of({}, 1, **more), Mlp)
+    many, one = (
+        train(hybrid_job(options, workers, **more), Mlp),
+        train(hybrid_job({}, 1, **more), Mlp),
+    )
     loose = 1e-2 if "precision" in more else 1e-5
     assert distance(whole(many), whole(one)) < loose
     assert evaluation(many) == pytest.approx(evaluation(one), rel=10 * loose)
@@ -140,6 +143,6 @@ def test_buckets_leave_while_the_pipeline_drains(
 
     monkeypatch.setattr(BucketReducer, "finish", counting)
     options, workers = grid_of(2, 1, 2, schedule=schedule, bucket_mb=0.0001)
-    train(job_of(options, workers, steps=2), Mlp)
+    train(hybrid_job(options, workers, steps=2), Mlp)
     assert started[:workers] == [0] * workers
     assert min(started[workers:]) > 2, "layers of both chunks"

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
-from hybrid_models import job_of
+from hybrid_models import hybrid_fields, hybrid_job
 
 from distplat.platform.shard_map import Division
+from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy, strategy_problems
 from distplat.strategies.hybrid import HybridOptions
 
@@ -142,7 +143,7 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
 def test_what_is_wrong_is_named(
     options: dict[str, Any], workers: int, more: dict[str, Any], field: str, message: str, hint: str
 ) -> None:
-    (problem,) = strategy_problems(job_of(options, workers, **more))
+    (problem,) = strategy_problems(Job.model_validate(hybrid_fields(options, workers, **more)))
     assert problem.field == field
     assert message in problem.message and hint in problem.hint
 
@@ -160,27 +161,27 @@ def test_what_is_wrong_is_named(
 def test_micro_batches_where_the_job_does_not_say(
     options: dict[str, Any], workers: int, batch: int, micro: int
 ) -> None:
-    job = job_of(options, workers, global_batch_size=batch)
+    job = hybrid_job(options, workers, global_batch_size=batch)
     assert not strategy_problems(job)
     assert HybridOptions.model_validate(options).micro(job) == micro
 
 
 def test_each_part_has_servers_of_its_own() -> None:
     options = {"pipeline": 2, "data": 2, "data_strategy": "ps-sync", "num_servers": 3}
-    job = job_of({**options, "replication": 2, "wire": "bf16"}, 4)
+    job = hybrid_job({**options, "replication": 2, "wire": "bf16"}, 4)
     roles = make_strategy(job).roles(job)
     assert (roles.servers, roles.replication, roles.wire) == (6, 2, "bfloat16")
     assert roles.division(4) == Division(((0, 2), (1, 3)), 6)
     assert roles.collective is not None and roles.group_size == 2
-    ring = job_of({"pipeline": 2, "data": 2}, 4)
+    ring = hybrid_job({"pipeline": 2, "data": 2}, 4)
     assert make_strategy(ring).roles(ring).servers == 0
 
 
 def test_slices_have_checkpoints() -> None:
     options = {"tensor": 2, "tensor_plan": {"0": "colwise"}}
-    assert not strategy_problems(job_of(options, 2, checkpoint={"every_steps": 2}))
+    assert not strategy_problems(hybrid_job(options, 2, checkpoint={"every_steps": 2}))
 
 
 def test_survivors_go_on_where_parts_have_twins() -> None:
-    assert make_strategy(job_of({"pipeline": 2, "data": 2}, 4)).survivors_go_on()
-    assert not make_strategy(job_of({"pipeline": 2}, 2)).survivors_go_on()
+    assert make_strategy(hybrid_job({"pipeline": 2, "data": 2}, 4)).survivors_go_on()
+    assert not make_strategy(hybrid_job({"pipeline": 2}, 2)).survivors_go_on()

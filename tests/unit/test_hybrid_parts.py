@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hybrid_models import MLP_PLAN, Dropping, Gpt, Mlp, job_of
+from hybrid_models import MLP_PLAN, Dropping, Gpt, Mlp, hybrid_job
 from local_run import LocalRun, train
 from torch import Tensor, nn
 
@@ -39,14 +39,14 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_a_cut_by_name() -> None:
-    run = train(job_of({"pipeline": 2, "cut": ["5"]}, 2, steps=1), Mlp)
+    run = train(hybrid_job({"pipeline": 2, "cut": ["5"]}, 2, steps=1), Mlp)
     assert names(run)[1] == ["5.weight", "5.bias"]
     assert run.ranks[0].prepared.model is None, "the rest of the model is let go"
 
 
 def test_a_chunk_of_each_half() -> None:
     options = {**EVEN, "schedule": "interleaved", "virtual": 3}
-    run = train(job_of(options, 2, steps=1), Mlp)
+    run = train(hybrid_job(options, 2, steps=1), Mlp)
     layers = [[*dict.fromkeys(name.split(".")[0] for name in part)] for part in names(run)]
     assert layers == [["0", "2", "4"], ["1", "3", "5"]]
 
@@ -61,7 +61,7 @@ def test_a_chunk_of_each_half() -> None:
 )
 def test_what_cannot_be_cut_is_named(options: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(SpecError) as caught:
-        train(job_of(options, options["pipeline"]), Mlp, timeout_s=2)
+        train(hybrid_job(options, options["pipeline"]), Mlp, timeout_s=2)
     problem = caught.value.problems[0]
     assert message in problem.message and hint in problem.hint
     assert problem.field.startswith("strategy.")
@@ -77,7 +77,7 @@ class Tied(Gpt):
 
 def test_tied_weights_in_two_stages_are_named() -> None:
     with pytest.raises(SpecError, match=r"0\.weight \(stage 0\) and 8\.weight \(stage 1\)"):
-        train(job_of(EVEN, 2), Tied, timeout_s=2)
+        train(hybrid_job(EVEN, 2), Tied, timeout_s=2)
 
 
 class Forgetful(Mlp):
@@ -87,7 +87,7 @@ class Forgetful(Mlp):
 
 def test_a_parameter_in_no_stage_is_named() -> None:
     with pytest.raises(SpecError, match=r"in no stage: 5\.weight, 5\.bias"):
-        train(job_of(EVEN, 2), Forgetful, timeout_s=2)
+        train(hybrid_job(EVEN, 2), Forgetful, timeout_s=2)
 
 
 class Branching(Mlp):
@@ -109,7 +109,7 @@ class Residual(nn.Module):
 
 
 def test_a_traced_model_is_cut_where_one_tensor_crosses() -> None:
-    run = train(job_of({"pipeline": 3, "cut": "even"}, 3, steps=2), Branching)
+    run = train(hybrid_job({"pipeline": 3, "cut": "even"}, 3, steps=2), Branching)
     assert [{n.split(".")[0] for n in part} for part in names(run)] == [
         {"stem"},
         {"side"},
@@ -124,7 +124,7 @@ def test_values_made_by_stages_do_not_depend_on_the_cut(stages: int, replicas: i
 
     def beginning(pipeline: int, data: int) -> dict[str, Tensor]:
         options = {**META, "pipeline": pipeline, "data": data}
-        return whole(train(job_of(options, pipeline * data, optimizer=STILL), Mlp))
+        return whole(train(hybrid_job(options, pipeline * data, optimizer=STILL), Mlp))
 
     assert equal(beginning(2, 1), beginning(stages, replicas))
 
@@ -134,7 +134,7 @@ STILL = {"name": "SGD", "lr": 1e-30}
 
 
 def test_measured_layers_are_those_of_a_model_on_meta() -> None:
-    run = train(job_of({"pipeline": 2, "init": "meta", "micro_batches": 2}, 2, steps=1), Mlp)
+    run = train(hybrid_job({"pipeline": 2, "init": "meta", "micro_batches": 2}, 2, steps=1), Mlp)
     assert all(tensor.device.type == "cpu" for tensor in whole(run).values())
 
 
@@ -183,7 +183,7 @@ def test_dropout_repeats_and_does_not_depend_on_the_cut() -> None:
     """Updates of vectors of other lengths may round otherwise; what is dropped is the same."""
 
     def trained(kind: type[Mlp] = Dropping, stages: int = 2, **options: Any) -> dict[str, Tensor]:
-        return whole(train(job_of({**EVEN, "pipeline": stages, **options}, stages), kind))
+        return whole(train(hybrid_job({**EVEN, "pipeline": stages, **options}, stages), kind))
 
     first = trained()
     assert equal(first, trained())
@@ -214,7 +214,7 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
 
     monkeypatch.setattr(ranks, "gather_full", late)
     monkeypatch.setattr(ranks.Rank, "trained", leaving)
-    train(job_of({"tensor": 2, "tensor_plan": MLP_PLAN}, 2, steps=1), Mlp)
+    train(hybrid_job({"tensor": 2, "tensor_plan": MLP_PLAN}, 2, steps=1), Mlp)
     assert order == ["sent", "read", "left", "left"]
 
 
@@ -248,14 +248,14 @@ def test_layers_are_called_once_for_each_micro_batch() -> None:
     """A pass that agrees on shapes, or one that measures, leaves no trace."""
     for cut in ("even", "auto"):
         options = {**EVEN, "cut": cut}
-        run = train(job_of(options, 2, steps=3), counting(frozen=False))
+        run = train(hybrid_job(options, 2, steps=3), counting(frozen=False))
         assert whole(run)["1.calls"] == 3 * 4
 
 
 @pytest.mark.parametrize(("frozen", "name"), [(True, "1.mean"), (False, "1.calls")])
 def test_what_a_forward_writes_cannot_be_computed_again(frozen: bool, name: str) -> None:
     for options, workers in ((EVEN, 2), ({}, 1)):
-        job = job_of({**options, "recompute": True}, workers)
+        job = hybrid_job({**options, "recompute": True}, workers)
         with pytest.raises(SpecError, match=f"writes into {name}, and `recompute`"):
             train(job, counting(frozen), timeout_s=2)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import grid_of, job_of, whole
+from hybrid_models import grid_of, hybrid_job, whole
 from local_run import train
 from test_hybrid_conditional import BATCH, Routed
 from torch import Tensor
@@ -53,7 +53,7 @@ def test_parameters_rest(
     data: int, schedule: str, data_strategy: str, optimizer: dict[str, Any]
 ) -> None:
     options, workers = grid_of(2, 1, data, schedule=schedule, data_strategy=data_strategy)
-    job = job_of(options, workers, steps=STEPS, data={"shuffle": False}, optimizer=optimizer)
+    job = hybrid_job(options, workers, steps=STEPS, data={"shuffle": False}, optimizer=optimizer)
     found, expected = whole(train(job, Resting)), plain(optimizer["name"])
     for name in expected:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name

@@ -14,7 +14,7 @@ from hybrid_models import (
     Mlp,
     distance,
     grid_of,
-    job_of,
+    hybrid_job,
     plain,
     whole,
 )
@@ -44,7 +44,7 @@ GRIDS: dict[str, tuple[type[Task], tuple[dict[str, Any], int]]] = {
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_servers_of_each_part_give_what_one_process_gives(name: str, clip: float | None) -> None:
     kind, (options, workers) = GRIDS[name]
-    run = train(job_of({**options, "data_strategy": "ps-sync"}, workers, clip_norm=clip), kind)
+    run = train(hybrid_job({**options, "data_strategy": "ps-sync"}, workers, clip_norm=clip), kind)
     expected, _ = plain(kind, clip)
     assert distance(whole(run), expected) < 1e-5
     if clip is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from control_records import full_record
 from delayed import async_plan, noise
+from jobs import job_of
 from local_run import train
 from rank_threads import on_ranks
 from words import Words
@@ -18,7 +19,6 @@ from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.load import MOST_SHOWN, Door, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
-from distplat.strategies.catalog import make_job
 from distplat.strategies.training.client import make_service
 from distplat.strategies.training.service import Limits, Service
 from distplat.strategies.training.speed import elements_per_s
@@ -115,17 +115,8 @@ def test_a_run_tells_of_every_shard(strategy: str, clip: float | None) -> None:
             embedding = torch.nn.Embedding(40, 6)
             return torch.nn.Sequential(embedding, torch.nn.Flatten(), torch.nn.Linear(36, 3))
 
-    job = make_job(
-        {
-            "name": "load",
-            "strategy": {"name": strategy, "num_servers": 2},
-            "scaling": {"num_workers": 2},
-            "optimizer": {"name": "SGD", "lr": 0.1},
-            "global_batch_size": 9,
-            "steps": 3,
-            "clip_norm": clip,
-        }
-    )
+    servers = {"name": strategy, "num_servers": 2}
+    job = job_of(servers, 2, global_batch_size=9, steps=3, clip_norm=clip)
     run = train(job, Dense)
     size = 4 * run.ranks[0].prepared.flat.size
     for report in run.reports[0]:
@@ -140,15 +131,9 @@ def test_a_run_tells_of_every_shard(strategy: str, clip: float | None) -> None:
 
 def test_a_servers_speed_is_that_of_its_middle_round() -> None:
     seconds = iter([0, 90, 100, 101, 200, 202, 300, 303, 400, 401, 500, 502, 600, 609])
-    job = make_job(
-        {
-            "name": "load",
-            "strategy": {"name": "ps-sync", "num_servers": 2, "split": "load"},
-            "optimizer": {"name": "Adam", "lr": 0.1},
-            "global_batch_size": 9,
-            "steps": 3,
-        }
-    )
+    strategy = {"name": "ps-sync", "num_servers": 2, "split": "load"}
+    optimizer = {"name": "Adam", "lr": 0.1}
+    job = job_of(strategy, optimizer=optimizer, global_batch_size=9, steps=3)
     assert elements_per_s(job, 2, "float32", lambda: float(next(seconds))) == (1 << 18) / 2
     assert elements_per_s(job, 300, "float32") > 0.0
 

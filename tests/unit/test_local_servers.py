@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from control_records import full_record
+from jobs import job_of
 from local_run import impatient
 from rank_threads import on_ranks
 from torch import nn
@@ -39,15 +40,12 @@ def job(
 ) -> Job:
     options = {"num_servers": servers, "replication": replication}
     fields = {
-        "name": "local",
-        "strategy": {"name": strategy, **options},
-        "scaling": {"num_workers": world},
         "optimizer": {"name": "SGD", "lr": 0.5, "momentum": 0.9},
         "steps": STEPS,
-        "global_batch_size": 4,
         "clip_norm": 1000.0,
+        **more,
     }
-    return Job.model_validate({**fields, **more})
+    return job_of({"name": strategy, **options}, world, **fields)
 
 
 @pytest.fixture

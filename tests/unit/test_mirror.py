@@ -9,13 +9,13 @@ import torch
 from control_records import full_record
 from delayed import async_plan, noise
 from dying_mirror import MOMENTS, InMemoryMirror
+from jobs import job_of
 from torch import Tensor
 
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan
-from distplat.platform.spec import Job
 from distplat.strategies.training.async_service import AsyncService
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.client import make_service
@@ -35,17 +35,14 @@ OPTIMIZERS: list[dict[str, Any]] = [
 
 
 def plan(consistency: Consistency, optimizer: dict[str, Any]) -> ShardPlan:
-    job = Job.model_validate(
-        {
-            "name": "mirror",
-            "strategy": "ps-sync",
-            "scaling": {"num_workers": WORLD},
-            "optimizer": optimizer,
-            "lr_schedule": {"name": "linear", "final_factor": 0.5},
-            "steps": STEPS,
-            "global_batch_size": 8,
-            "clip_norm": None if consistency.asynchronous else 0.7,
-        }
+    job = job_of(
+        "ps-sync",
+        WORLD,
+        optimizer=optimizer,
+        lr_schedule={"name": "linear", "final_factor": 0.5},
+        steps=STEPS,
+        global_batch_size=8,
+        clip_norm=None if consistency.asynchronous else 0.7,
     )
     return ShardPlan(job, "run", 1, WORLD, STEPS, 1, consistency)
 

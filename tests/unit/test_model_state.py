@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from local_run import LocalRun, train
 from plain_loss import mean_loss
 from rank_threads import on_ranks
@@ -43,15 +44,8 @@ class Data(Task):
 
 
 def job(strategy: str, world: int, **more: Any) -> Job:
-    fields = {
-        "name": "state",
-        "strategy": strategy,
-        "scaling": {"num_workers": world},
-        "optimizer": SGD,
-        "steps": STEPS,
-        "global_batch_size": BATCH,
-    }
-    return Job.model_validate({**fields, **more})
+    fields = {"optimizer": SGD, "steps": STEPS, "global_batch_size": BATCH, **more}
+    return job_of(strategy, world, **fields)
 
 
 def plain(kind: type[Task]) -> dict[str, Tensor]:

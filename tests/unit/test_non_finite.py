@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import LocalRun, train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
@@ -65,19 +66,16 @@ class Spoiled(Task):
         return loss
 
 
-def job_of(strategy: dict[str, Any], workers: int, policy: str, **task: Any) -> Job:
-    return Job.model_validate(
-        {
-            "name": "spoiled",
-            "task_args": task,
-            "strategy": strategy,
-            "scaling": {"num_workers": workers},
-            "optimizer": {"name": "AdamW", "lr": 0.05, "weight_decay": 0.1},
-            "steps": STEPS,
-            "global_batch_size": BATCH,
-            "data": {"shuffle": False},
-            "failure": {"non_finite": policy, "max_skipped_steps": 5},
-        }
+def spoiled_job(strategy: dict[str, Any], workers: int, policy: str, **task: Any) -> Job:
+    return job_of(
+        strategy,
+        workers,
+        task_args=task,
+        optimizer={"name": "AdamW", "lr": 0.05, "weight_decay": 0.1},
+        steps=STEPS,
+        global_batch_size=BATCH,
+        data={"shuffle": False},
+        failure={"non_finite": policy, "max_skipped_steps": 5},
     )
 
 
@@ -102,7 +100,7 @@ def test_stop_ends_the_run_before_the_step_is_applied(
 ) -> None:
     """Sample 14 is in the third batch, and in its first half: rank 0 has it."""
     with pytest.raises(NonFiniteError) as caught:
-        train(job_of(strategy, workers, "stop", bad=(14,), loss_too=loss_too), Spoiled)
+        train(spoiled_job(strategy, workers, "stop", bad=(14,), loss_too=loss_too), Spoiled)
     error = caught.value
     assert (error.step, error.exit_code) == (2, 1)
     assert "step 3" in str(error)
@@ -145,7 +143,7 @@ def test_a_skipped_step_leaves_nothing_behind(
 ) -> None:
     """Parameters, Adam's step and, on one rank, batch norm are as if the batch had not been."""
     norm = workers == 1
-    run = train(job_of(strategy, workers, "skip", bad=bad, norm=norm), Spoiled)
+    run = train(spoiled_job(strategy, workers, "skip", bad=bad, norm=norm), Spoiled)
     found = {name: value for part in run.trained for name, value in part.items()}
     for name, value in plain(bad, norm).items():
         assert torch.allclose(found[name].double(), value.double(), rtol=0, atol=1e-12), name
@@ -155,7 +153,7 @@ def test_a_skipped_step_leaves_nothing_behind(
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_buffers_of_a_skipped_step_are_put_back_on_every_rank(strategy: str) -> None:
     """Only rank 0's part of the batch is bad; rank 1's batch norm has seen a good one."""
-    run = train(job_of({"name": strategy}, 2, "skip", bad=(14,)), Spoiled)
+    run = train(spoiled_job({"name": strategy}, 2, "skip", bad=(14,)), Spoiled)
     tracked = [rank.prepared.flat.model.state_dict()["1.num_batches_tracked"] for rank in run.ranks]
     assert [int(one) for one in tracked] == [STEPS - 2] * 2
 
@@ -164,36 +162,36 @@ def test_buffers_of_a_skipped_step_are_put_back_on_every_rank(strategy: str) -> 
 def test_residuals_of_a_skipped_step_stay(compression: str) -> None:
     """What compression still owes is what it owed before the step: the runs go on alike."""
     chosen = {"name": "ring", "compression": compression}
-    spoiled = train(job_of(chosen, 2, "skip", bad=(14,), norm=False), Spoiled)
+    spoiled = train(spoiled_job(chosen, 2, "skip", bad=(14,), norm=False), Spoiled)
     assert skipped(spoiled) == 2
     assert all(torch.isfinite(value).all() for value in spoiled.trained[0].values())
 
 
 def test_the_budget_of_skipped_steps_is_a_limit() -> None:
     with pytest.raises(NonFiniteError, match="5 steps were skipped before"):
-        train(job_of({"name": "ring"}, 2, "skip", bad=BAD[2], norm=False), Spoiled)
+        train(spoiled_job({"name": "ring"}, 2, "skip", bad=BAD[2], norm=False), Spoiled)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_ignore_applies_what_comes(strategy: str) -> None:
-    run = train(job_of({"name": strategy}, 2, "ignore", bad=(14,), norm=False), Spoiled)
+    run = train(spoiled_job({"name": strategy}, 2, "ignore", bad=(14,), norm=False), Spoiled)
     assert any(value.isnan().any() for value in run.trained[0].values())
 
 
 def test_an_asynchronous_push_is_skipped_by_itself() -> None:
-    run = train(job_of({"name": "ps-async"}, 2, "skip", bad=(14,), norm=False), Spoiled)
+    run = train(spoiled_job({"name": "ps-async"}, 2, "skip", bad=(14,), norm=False), Spoiled)
     assert all(torch.isfinite(value).all() for value in run.trained[0].values())
     assert sum(skipped(run, rank) for rank in range(2)) == 2
 
 
 def test_an_asynchronous_push_stops_the_run() -> None:
     with pytest.raises(NonFiniteError, match="step 3"):
-        train(job_of({"name": "ps-async"}, 2, "stop", bad=(14,), norm=False), Spoiled)
+        train(spoiled_job({"name": "ps-async"}, 2, "stop", bad=(14,), norm=False), Spoiled)
 
 
 def test_what_overflows_in_halves_on_the_way_is_found() -> None:
     """Each rank's gradient is finite; as float16 it is not, and all ranks see the same sum."""
-    job = job_of({"name": "ring", "compression": "fp16"}, 2, "stop", norm=False, large=1e6)
+    job = spoiled_job({"name": "ring", "compression": "fp16"}, 2, "stop", norm=False, large=1e6)
     with pytest.raises(NonFiniteError, match="several ranks"):
         train(job, Spoiled)
 
@@ -205,7 +203,7 @@ def skipped(run: LocalRun, rank: int = 0) -> float:
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
 def test_a_checkpoint_tells_that_its_parameters_are_not_finite(strategy: str) -> None:
-    job = job_of({"name": strategy}, 2, "ignore", bad=(14,), norm=False)
+    job = spoiled_job({"name": strategy}, 2, "ignore", bad=(14,), norm=False)
     job = job.model_copy(update={"checkpoint": Checkpoint(every_steps=1)})
     run = train(job, Spoiled)
     told = {version: NOT_FINITE in saved.state for version, saved in run.checkpoints.items()}

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import load_strategy_file, make_job, strategies
+from distplat.strategies.catalog import load_strategy_file, strategies
 from distplat.strategies.task import Task
 
 FILE = Path(__file__).parents[2] / "examples" / "own_strategy.py"
@@ -40,17 +41,10 @@ def registered() -> Iterator[None]:
     strategies._things.pop("local-sgd")
 
 
-def job(strategy: object, momentum: float = 0.0, steps: int = 12) -> Job:
-    return make_job(
-        {
-            "name": "line",
-            "task": "tests:Line",
-            "strategy": strategy,
-            "scaling": {"num_workers": 3},
-            "optimizer": {"name": "SGD", "lr": 0.1, "momentum": momentum},
-            "global_batch_size": 12,
-            "steps": steps,
-        }
+def job(strategy: Any, momentum: float = 0.0, steps: int = 12) -> Job:
+    optimizer = {"name": "SGD", "lr": 0.1, "momentum": momentum}
+    return job_of(
+        strategy, 3, task="tests:Line", optimizer=optimizer, global_batch_size=12, steps=steps
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import train
 from plain_loss import mean_loss
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from torch.utils.data import TensorDataset
 
 from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import make_job
 from distplat.strategies.task import Task
 
 STEPS, BATCH = 6, 8
@@ -30,16 +30,14 @@ STRATEGIES: dict[str, Any] = {
 
 def job(strategy: Any, world: int, **more: Any) -> Job:
     fields = {
-        "name": "presence",
-        "strategy": strategy,
-        "scaling": {"num_workers": world},
         "optimizer": {"name": "Adam", "lr": 0.1, "weight_decay": 0.1},
         "steps": STEPS,
         "global_batch_size": BATCH,
         "data": {"shuffle": False},
         "evaluation": {"every_epochs": 0},
+        **more,
     }
-    return make_job({**fields, **more})
+    return job_of(strategy, world, **fields)
 
 
 class Base(Task):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dealing import desk_of
+from jobs import job_of
 from local_run import LocalRun, train
 from rank_threads import on_ranks
 from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
@@ -19,7 +20,7 @@ from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import make_job, make_strategy
+from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.replay import replay
 from distplat.strategies.training.session import Ports, join, prepare
@@ -27,18 +28,16 @@ from distplat.strategies.training.session import Ports, join, prepare
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 
 
-def job(strategy: object, workers: int, **more: Any) -> Job:
+def job(strategy: Any, workers: int, **more: Any) -> Job:
     fields = {
-        "name": "pace",
-        "strategy": strategy,
-        "scaling": {"num_workers": workers},
         "optimizer": SGD,
         "lr_schedule": {"name": "cosine", "warmup_steps": 3, "final_factor": 0.1},
         "epochs": 3,
         "global_batch_size": 9,
         "seed": 5,
+        **more,
     }
-    return Job.model_validate({**fields, **more})
+    return job_of(strategy, workers, **fields)
 
 
 def logs_of(run: LocalRun) -> list[ApplyLog]:
@@ -237,7 +236,7 @@ def test_a_gradient_is_of_the_mean_over_the_ranks_own_samples() -> None:
 )
 def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
-        make_job(job({"name": "ps-async", **options}, 2).model_dump())
+        job({"name": "ps-async", **options}, 2)
 
 
 def again(run: LocalRun, of: Job, task: type[Classify]) -> torch.nn.Module:

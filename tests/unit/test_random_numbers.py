@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
@@ -48,20 +49,14 @@ class Noise(Dataset[Any]):
 
 
 def job(world: int = 1, loaders: int = 0, accumulation: int = 1, **fields: Any) -> Job:
-    return Job.model_validate(
-        {
-            "name": "random",
-            "strategy": "ring",
-            "scaling": {"num_workers": world},
-            "optimizer": {"name": "SGD", "lr": 0.1},
-            "epochs": 2,
-            "global_batch_size": 4,
-            "gradient_accumulation": accumulation,
-            "seed": 7,
-            "data": {"num_loaders": loaders, "shuffle": True},
-            **fields,
-        }
-    )
+    defaults = {
+        "epochs": 2,
+        "gradient_accumulation": accumulation,
+        "seed": 7,
+        "data": {"num_loaders": loaders, "shuffle": True},
+    }
+    # Some have more ranks than the batch has samples, which a job file may not.
+    return job_of(**{**defaults, **fields}).with_workers(world)
 
 
 def drawn_in_a_run(one: Job, data: Any, start: int = 0) -> dict[tuple[int, int], tuple[float, ...]]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import train
 from resized_run import train_resized
 from torch import Tensor, nn
@@ -44,13 +45,13 @@ def numbers(inputs: Tensor) -> list[int]:
 
 def make(**more: Any) -> Job:
     fields: dict[str, Any] = {
-        "name": "resized",
         "strategy": {"name": "ps-sync", "num_servers": 2},
         "optimizer": {"name": "AdamW", "lr": 0.02},
         "epochs": EPOCHS,
         "global_batch_size": BATCH,
+        **more,
     }
-    return Job.model_validate({**fields, **more})
+    return job_of(**fields)
 
 
 @pytest.mark.parametrize(

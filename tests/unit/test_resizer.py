@@ -4,6 +4,7 @@ from typing import cast
 
 import pytest
 import ray
+from jobs import job_of
 from told import Told
 
 from distplat.actors import resizing
@@ -11,18 +12,12 @@ from distplat.actors.ensemble import Ensemble
 from distplat.actors.resizing import Resizer
 from distplat.actors.servers.scheduler import Wish
 from distplat.platform.errors import UserCodeError
-from distplat.platform.spec import Job
 
-JOB = Job.model_validate(
-    {
-        "name": "small",
-        "strategy": {"name": "ps-sync", "backup_workers": 1},
-        "scaling": {"num_workers": 2},
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "steps": 4,
-        "global_batch_size": 8,
-        "failure": {"start_timeout_s": 7},
-    }
+JOB = job_of(
+    {"name": "ps-sync", "backup_workers": 1},
+    2,
+    global_batch_size=8,
+    failure={"start_timeout_s": 7},
 )
 
 

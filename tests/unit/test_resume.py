@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import LocalRun, train
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -12,7 +13,6 @@ from distplat.platform.errors import SpecError
 from distplat.platform.pieces import Place, Whole
 from distplat.platform.resume import mismatches
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import make_job
 from distplat.strategies.task import Task
 from distplat.strategies.training.parts import whole_of
 from distplat.strategies.training.restoring import SavedState, tensor_of
@@ -46,11 +46,8 @@ class Plain(Normed):
         return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
-def job(strategy: object, world: int = 2, **more: Any) -> Job:
-    fields: dict[str, Any] = {
-        "name": "x",
-        "strategy": strategy,
-        "scaling": {"num_workers": world},
+def job(strategy: Any, world: int = 2, **more: Any) -> Job:
+    fields = {
         "optimizer": ADAMW,
         "global_batch_size": 8,
         "steps": STEPS,
@@ -58,7 +55,7 @@ def job(strategy: object, world: int = 2, **more: Any) -> Job:
         "lr_schedule": {"name": "cosine"},
         **more,
     }
-    return make_job(fields)
+    return job_of(strategy, world, **fields)
 
 
 STRATEGIES: list[dict[str, Any]] = [

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import job_of
 
-from distplat.platform.spec import Job
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.algorithms.mixing import mix
 from distplat.strategies.sparse.index import MOST_BY_ARRAY, ArrayIndex, HashIndex, Index, make_index
@@ -17,20 +17,9 @@ SPEC = TableSpec("users", 1000, 8, 1.0)
 
 
 def plan(servers: int, partition: str = "hash") -> TablePlan:
-    job = Job.model_validate(
-        {
-            "name": "t",
-            "strategy": "ring",
-            "optimizer": {"name": "SGD", "lr": 0.1},
-            "embeddings": {
-                "servers": servers,
-                "partition": partition,
-                "optimizer": {"name": "SGD", "lr": 0.1},
-            },
-            "steps": 1,
-            "global_batch_size": 1,
-        }
-    )
+    optimizer = {"name": "SGD", "lr": 0.1}
+    tables = {"servers": servers, "partition": partition, "optimizer": optimizer}
+    job = job_of(embeddings=tables, steps=1)
     return plan_of(job, "run", 0, (SPEC,), 1, rewinds=False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,18 +21,15 @@ from distplat.platform.job_file import read_job
 from distplat.platform.pipeline_trace import Trace
 from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.run_directory import RunDirectory, new_run_name
-from distplat.platform.spec import Job
 
-JOB = Job.model_validate(
-    {
-        "name": "kept",
-        "task": "model:Digits",
-        "strategy": {"name": "ring", "timeout_s": 5},
-        "optimizer": {"name": "AdamW", "lr": 0.1},
-        "steps": 10,
-        "global_batch_size": 64,
-        "storage_path": "some/runs",
-    }
+JOB = job_of(
+    {"name": "ring", "timeout_s": 5},
+    name="kept",
+    task="model:Digits",
+    optimizer={"name": "AdamW", "lr": 0.1},
+    steps=10,
+    global_batch_size=64,
+    storage_path="some/runs",
 )
 STEPS = [
     StepSummary(

@@ -5,13 +5,13 @@ import math
 from pathlib import Path
 
 import pytest
+from jobs import job_of
 from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
 
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import EvalSummary, Resized, Setback, StepSummary
 from distplat.platform.run_directory import RunDirectory
 from distplat.platform.run_record import find_run, read_run
-from distplat.platform.spec import Job
 
 
 def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
@@ -126,10 +126,7 @@ def test_runs_are_found_by_path_and_by_name(
 
 
 def test_what_the_platform_writes_is_what_is_read(tmp_path: Path) -> None:
-    job = Job.model_validate(
-        {"name": "real", "task": "a:B", "epochs": 1, "global_batch_size": 4}
-        | {"strategy": {"name": "ring"}, "optimizer": {"name": "SGD", "lr": 0.1}}
-    )
+    job = job_of(name="real", task="a:B", epochs=1)
     directory = RunDirectory(job, "one", tmp_path)
     made = StepSummary(0, 0, 1.5, 4, {"compute": 0.5}, 2, {"sent_bytes": 8.0})
     judged = EvalSummary(1, 3, {"accuracy": 0.5})

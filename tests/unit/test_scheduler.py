@@ -5,12 +5,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from jobs import job_of
 
 from distplat.actors.servers.scheduler import HOLD_S, ROOM, Scheduler
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.crew import Beat
 from distplat.platform.errors import FencedError, ProtocolError, SpecError
-from distplat.platform.spec import Job
 from distplat.platform.task_scheduler import Course
 
 COURSE = Course(steps=4, parts=2)
@@ -18,16 +18,9 @@ DEALT = Consistency(asynchronous=True)
 
 
 def scheduler(how: Consistency = DEALT, resizes: bool = False) -> Scheduler:
-    fields = {
-        "name": "small",
-        "strategy": "ps-async" if how.asynchronous else "ps-sync",
-        "scaling": {"num_workers": 2},
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "steps": 4,
-        "global_batch_size": 8,
-        "failure": {"heartbeat_timeout_s": 0.3},
-    }
-    return Scheduler("small/task-scheduler", Job.model_validate(fields), how, resizes)
+    strategy = "ps-async" if how.asynchronous else "ps-sync"
+    job = job_of(strategy, 2, global_batch_size=8, failure={"heartbeat_timeout_s": 0.3})
+    return Scheduler("small/task-scheduler", job, how, resizes)
 
 
 def play(story: Coroutine[Any, Any, None]) -> None:

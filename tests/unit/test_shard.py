@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from torch import Tensor, nn
 
 from distplat.platform.errors import (
@@ -40,17 +41,14 @@ OPTIMIZERS: list[dict[str, Any]] = [
 
 
 def job(optimizer: dict[str, Any], clip_norm: float | None = None) -> Job:
-    return Job.model_validate(
-        {
-            "name": "shard",
-            "strategy": "ps-sync",
-            "scaling": {"num_workers": WORLD},
-            "optimizer": optimizer,
-            "lr_schedule": {"name": "linear", "final_factor": 0.5},
-            "steps": STEPS,
-            "global_batch_size": 9,
-            "clip_norm": clip_norm,
-        }
+    return job_of(
+        "ps-sync",
+        WORLD,
+        optimizer=optimizer,
+        lr_schedule={"name": "linear", "final_factor": 0.5},
+        steps=STEPS,
+        global_batch_size=9,
+        clip_norm=clip_norm,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from control_records import record_of
 from local_run import LocalRun, train
-from test_equivalence import Classify, Conv, Mlp, distance, job_of, plain
+from test_equivalence import Classify, Conv, Mlp, distance, plain, recipe_job
 from torch import nn
 
 from distplat.platform.optimizers import AnyOptimizer
@@ -40,7 +40,7 @@ class Tiny(Classify):
 
 
 def job(optimizer: str, workers: int, clip_norm: float | None, **options: Any) -> Job:
-    made = job_of("mlp-sgd", "ring", workers, 0).model_dump()
+    made = recipe_job("mlp-sgd", "ring", workers, 0).model_dump()
     made["strategy"] = {"name": "ring", **options}
     made["optimizer"] = {"name": optimizer, **OPTIMIZERS[optimizer]}
     return Job.model_validate(made | {"clip_norm": clip_norm, "gradient_accumulation": 2})
@@ -79,7 +79,7 @@ def test_without_clipping_the_same_bits(optimizer: str) -> None:
 
 def test_clipping_is_by_the_norm_over_all_parts() -> None:
     options = {"shard_optimizer": True}
-    recipe = job_of("mlp-sgd-accumulated-clipped", "ring", 3, 0)
+    recipe = recipe_job("mlp-sgd-accumulated-clipped", "ring", 3, 0)
     strategy = recipe.strategy.model_copy(update={"options": options})
     run = train(recipe.model_copy(update={"strategy": strategy}), Mlp)
     assert distance(run.parameters(), plain("mlp-sgd-accumulated-clipped")[0]) < 1e-5

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import train
 from rank_threads import on_ranks
 from torch import Tensor, nn
@@ -74,14 +75,12 @@ class Synchronised(Plain):
 
 def job(strategy: Any, world: int, **more: Any) -> Job:
     fields = {
-        "name": "norms",
-        "strategy": strategy,
-        "scaling": {"num_workers": world},
         "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
         "steps": STEPS,
         "global_batch_size": BATCH,
+        **more,
     }
-    return Job.model_validate({**fields, **more})
+    return job_of(strategy, world, **fields)
 
 
 def plain() -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from jobs import job_of
 
 from distplat.platform.errors import FencedError, GapError, ProtocolError, StaleError, StateLost
 from distplat.platform.ledger import PushId, Verdict
-from distplat.platform.spec import Job
 from distplat.platform.table_book import TableBook
 from distplat.platform.table_plan import TablePlan, plan_of
 
@@ -20,17 +20,9 @@ NUMBERS = st.sampled_from([0, 0, 0, 0, -1, -2, 1, 3])
 
 
 def plan(world: int, *, asynchronous: bool, rewinds: bool = True, **more: Any) -> TablePlan:
-    fields = {
-        "name": "t",
-        "strategy": "ring",
-        "scaling": {"num_workers": world},
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "embeddings": {"asynchronous": asynchronous, "optimizer": {"name": "SGD", "lr": 1.0}},
-        "steps": 100,
-        "global_batch_size": 12,
-        **more,
-    }
-    return plan_of(Job.model_validate(fields), "run", 0, (), 100, rewinds=rewinds)
+    embeddings = {"asynchronous": asynchronous, "optimizer": {"name": "SGD", "lr": 1.0}}
+    fields = {"embeddings": embeddings, "steps": 100, "global_batch_size": 12, **more}
+    return plan_of(job_of("ring", world, **fields), "run", 0, (), 100, rewinds=rewinds)
 
 
 def book(world: int, steps: int = 0, **how: Any) -> TableBook:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from local_run import LocalRun, train
 from torch import nn
 from words import WIDTH, Net, Words
@@ -18,7 +19,6 @@ from distplat.platform.errors import ProtocolError, SpecError
 from distplat.platform.ledger import PushId
 from distplat.platform.pieces import Bundle, put_together
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
-from distplat.strategies.catalog import make_job
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.sparse.table import RowGradients
 from distplat.strategies.training.parts import Boxes, Part
@@ -29,18 +29,16 @@ OPTIMIZERS = ["SGD", "Adagrad", "SparseAdam", "RowWiseAdagrad"]
 
 def job(world: int, optimizer: str = "Adagrad", *, every: int = 4, **more: Any) -> Any:
     embeddings = {"servers": 2, "optimizer": {"name": optimizer, "lr": 0.1}}
-    spec: dict[str, Any] = {
-        "name": "words",
-        "strategy": "ring",
-        "scaling": {"num_workers": world},
+    fields: dict[str, Any] = {
         "optimizer": {"name": "Adam", "lr": 0.1},
         "lr_schedule": {"name": "cosine"},
         "embeddings": {**embeddings, **more.pop("embeddings", {})},
         "global_batch_size": 9,
         "steps": 12,
         "checkpoint": {"every_steps": every},
+        **more,
     }
-    return make_job(spec | more)
+    return job_of(workers=world, **fields)
 
 
 def bits(run: LocalRun) -> dict[str, Any]:

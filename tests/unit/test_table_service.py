@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import job_of
 from rank_threads import on_ranks
 
 from distplat.actors.local_actors import TableServers
@@ -28,19 +29,14 @@ SPEC = TableSpec("t", 100, 4, 0.0)
 
 
 def job(world: int = 2, servers: int = 1, **more: Any) -> Job:
-    return Job.model_validate(
-        {
-            "name": "t",
-            "strategy": "ring",
-            "scaling": {"num_workers": world},
-            "optimizer": {"name": "SGD", "lr": 0.1},
-            "embeddings": {"servers": servers, "optimizer": {"name": "SGD", "lr": 1.0}},
-            "steps": 10,
-            "global_batch_size": world,
-            "failure": {"step_timeout_s": 0.5},
-            **more,
-        }
-    )
+    fields = {
+        "embeddings": {"servers": servers, "optimizer": {"name": "SGD", "lr": 1.0}},
+        "steps": 10,
+        "global_batch_size": world,
+        "failure": {"step_timeout_s": 0.5},
+        **more,
+    }
+    return job_of("ring", world, **fields)
 
 
 def plan(attempt: int = 0, *, rewinds: bool = True, **more: Any) -> TablePlan:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from local_run import LocalRun, train
 from lost_ranks import Loss, LossyRun, train_lossy
 from rank_threads import on_ranks
@@ -17,7 +18,6 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from distplat import Task
 from distplat.actors.local_actors import TableServers
 from distplat.nn import ShardedEmbedding
-from distplat.strategies.catalog import make_job
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.sparse.modules import tables_of
@@ -102,18 +102,16 @@ class Uses(Task):
 
 def job(rule: dict[str, Any], how: str = "skips", world: int = 2, **more: Any) -> Any:
     tables = {"servers": 2, "optimizer": rule, **more.pop("embeddings", {})}
-    spec: dict[str, Any] = {
-        "name": "uses",
-        "strategy": "ring",
-        "scaling": {"num_workers": world},
+    fields: dict[str, Any] = {
         "optimizer": {"name": "SGD", "lr": 0.5},
         "embeddings": tables,
         "global_batch_size": BATCH,
         "steps": STEPS,
         "data": {"shuffle": False},
         "task_args": {"how": how},
+        **more,
     }
-    return make_job(spec | more)
+    return job_of(workers=world, **fields)
 
 
 def plain(rule: dict[str, Any], how: str) -> nn.Module:

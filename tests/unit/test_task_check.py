@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import fields_of
 
 from distplat import Task, Trainer
 from distplat.actors import launch as launching
@@ -174,13 +175,7 @@ class Held(Task):
     def loss(self, outputs: Any, targets: Any) -> Any: ...
 
 
-FIELDS: dict[str, Any] = {
-    "name": "held",
-    "strategy": "ring",
-    "optimizer": {"name": "SGD", "lr": 0.1},
-    "steps": 1,
-    "global_batch_size": 4,
-}
+FIELDS = fields_of(steps=1)
 
 
 @pytest.mark.parametrize(

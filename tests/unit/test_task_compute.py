@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from test_equivalence import Mlp
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.compute import Stopwatch
 from distplat.strategies.training.session import Prepared, prepare
@@ -35,18 +35,7 @@ class Noisy(Mlp):
 
 
 def prepared(loaders: int) -> tuple[Prepared, TaskModel]:
-    job = Job.model_validate(
-        {
-            "name": "noisy",
-            "strategy": "ps-async",
-            "scaling": {"num_workers": 2},
-            "optimizer": {"name": "SGD", "lr": 0.1},
-            "steps": 4,
-            "global_batch_size": 4,
-            "seed": 5,
-            "data": {"num_loaders": loaders},
-        }
-    )
+    job = job_of("ps-async", 2, seed=5, data={"num_loaders": loaders})
     strategy = make_strategy(job)
     made = prepare(job, Noisy(), strategy=strategy)
     return made, TaskModel(made, strategy, lambda: None)

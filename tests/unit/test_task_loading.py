@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from jobs import job_of
 
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.user_errors import as_user_error
 from distplat.platform.errors import SpecError, UserCodeError
-from distplat.platform.spec import Job
 from distplat.strategies.task import Task
 from distplat.strategies.training.session import prepare
 
@@ -117,15 +117,7 @@ def build():
     raise ValueError("no layers today")
 """
 
-JOB = Job.model_validate(
-    {
-        "name": "x",
-        "strategy": "ring",
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "steps": 1,
-        "global_batch_size": 1,
-    }
-)
+JOB = job_of(steps=1)
 
 
 def caught(call: Callable[..., object], *args: object) -> UserCodeError:

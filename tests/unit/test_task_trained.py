@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
@@ -42,18 +43,15 @@ class Uncertain(Task):
         return found + second * 0.1
 
 
-def job_of(strategy: dict[str, Any], workers: int, **fields: Any) -> Job:
-    return Job.model_validate(
-        {
-            "name": "uncertain",
-            "strategy": strategy,
-            "scaling": {"num_workers": workers},
-            "optimizer": {"name": "AdamW", "lr": 0.05},
-            "steps": STEPS,
-            "global_batch_size": BATCH,
-            "data": {"shuffle": False},
-            **fields,
-        }
+def uncertain_job(strategy: dict[str, Any], workers: int, **fields: Any) -> Job:
+    return job_of(
+        strategy,
+        workers,
+        optimizer={"name": "AdamW", "lr": 0.05},
+        steps=STEPS,
+        global_batch_size=BATCH,
+        data={"shuffle": False},
+        **fields,
     )
 
 
@@ -89,7 +87,7 @@ def plain() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     ids=str,
 )
 def test_they_are_trained_as_in_one_process(strategy: dict[str, Any], workers: int) -> None:
-    run = train(job_of(strategy, workers), Uncertain)
+    run = train(uncertain_job(strategy, workers), Uncertain)
     model, own = plain()
     expected = {**model, **{f"task:{name}": value for name, value in own.items()}}
     assert run.trained[0].keys() == expected.keys()
@@ -98,8 +96,8 @@ def test_they_are_trained_as_in_one_process(strategy: dict[str, Any], workers: i
 
 
 def test_a_run_goes_on_from_what_it_kept_of_them() -> None:
-    whole = train(job_of({"name": "ring"}, 2, checkpoint={"every_steps": 3}), Uncertain)
-    rest = train(job_of({"name": "ps-sync"}, 2), Uncertain, saved=whole.checkpoints[3])
+    whole = train(uncertain_job({"name": "ring"}, 2, checkpoint={"every_steps": 3}), Uncertain)
+    rest = train(uncertain_job({"name": "ps-sync"}, 2), Uncertain, saved=whole.checkpoints[3])
     for name, value in whole.trained[0].items():
         assert torch.allclose(rest.trained[0][name], value, rtol=0, atol=1e-10), name
 
@@ -108,7 +106,7 @@ def test_a_model_that_is_cut_has_no_place_for_them() -> None:
     with pytest.raises(
         SpecError, match=r"the task keeps log_var, heads\.0\.weight, heads\.0\.bias itself"
     ):
-        train(job_of({"name": "hybrid", "pipeline": 2, "cut": "even"}, 2), Uncertain)
+        train(uncertain_job({"name": "hybrid", "pipeline": 2, "cut": "even"}, 2), Uncertain)
 
 
 def test_they_have_a_file_of_their_own() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from control_records import record_of
+from jobs import job_of
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -38,13 +39,12 @@ class Net(nn.Module):
 
 def job(**more: Any) -> Job:
     fields: dict[str, Any] = {
-        "name": "thaw",
-        "strategy": "ring",
         "optimizer": {"name": "Adam", "lr": 0.1, "weight_decay": 0.1},
         "steps": STEPS,
         "global_batch_size": len(X),
+        **more,
     }
-    return Job.model_validate({**fields, **more})
+    return job_of(**fields)
 
 
 def parts_of(step: int, world: int) -> list[Tensor]:

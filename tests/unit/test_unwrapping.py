@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from jobs import fields_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -53,16 +54,13 @@ WRAPPED = {
 
 def fit(built: Callable[[], nn.Module], folder: Path, strategy: str, **more: Any) -> Result:
     kind = type("Wrapped", (Base,), {"built": staticmethod(built)})
-    job = {
-        "name": "wrapped",
-        "strategy": strategy,
-        "scaling": {"num_workers": 0},
+    fields = {
         "optimizer": {"name": "Adam", "lr": 0.01},
         "epochs": 2,
-        "global_batch_size": 4,
         "checkpoint": {"every_steps": 2},
+        **more.pop("job", {}),
     }
-    return Trainer({**job, **more.pop("job", {})}, kind, working_dir=folder, **more).fit()
+    return Trainer(fields_of(strategy, 0, **fields), kind, working_dir=folder, **more).fit()
 
 
 def saved(result: Result) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from local_run import LocalRun, train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
@@ -53,19 +54,18 @@ class OwnMean(Tokens):
         return mean
 
 
-def job_of(strategy: dict[str, Any], workers: int, parts: int, clip: float | None = None) -> Job:
-    return Job.model_validate(
-        {
-            "name": "tokens",
-            "strategy": strategy,
-            "scaling": {"num_workers": workers},
-            "optimizer": {"name": "Adam", "lr": 0.05},
-            "steps": STEPS,
-            "global_batch_size": BATCH,
-            "gradient_accumulation": parts,
-            "clip_norm": clip,
-            "evaluation": {"every_epochs": 0},
-        }
+def weighted_job(
+    strategy: dict[str, Any], workers: int, parts: int, clip: float | None = None
+) -> Job:
+    return job_of(
+        strategy,
+        workers,
+        optimizer={"name": "Adam", "lr": 0.05},
+        steps=STEPS,
+        global_batch_size=BATCH,
+        gradient_accumulation=parts,
+        clip_norm=clip,
+        evaluation={"every_epochs": 0},
     )
 
 
@@ -136,7 +136,7 @@ def name_of(world: Any) -> str:
 def test_every_world_gives_what_one_process_gives(
     strategy: dict[str, Any], workers: int, parts: int, clip: float | None
 ) -> None:
-    run = train(job_of(strategy, workers, parts, clip), Tokens)
+    run = train(weighted_job(strategy, workers, parts, clip), Tokens)
     state, losses, _ = plain(clip)
     found = {name: value for part in run.trained for name, value in part.items()}
     assert found.keys() == state.keys()
@@ -170,14 +170,14 @@ def losses_of(run: LocalRun) -> list[float]:
 def test_a_loss_that_is_no_mean_over_samples_is_told_of(
     strategy: dict[str, Any], task: type[Tokens], caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(job_of(strategy, 2, 1), task)
+    train(weighted_job(strategy, 2, 1), task)
     told = "(sum, weight)" in caplog.text
     assert told == (task is OwnMean), caplog.text
 
 
 @pytest.mark.parametrize("name", ["ring", "ps-sync"])
 def test_an_evaluation_is_a_mean_over_the_weights(name: str) -> None:
-    run = train(job_of({"name": name}, 2, 1), Tokens)
+    run = train(weighted_job({"name": name}, 2, 1), Tokens)
     found = {r.rank: r for reports in run.reports for r in reports if isinstance(r, EvalReport)}
     whole = sum(r.sums["loss"] for r in found.values())
     assert whole / sum(r.counts["loss"] for r in found.values()) == pytest.approx(
@@ -187,14 +187,14 @@ def test_an_evaluation_is_a_mean_over_the_weights(name: str) -> None:
 
 def test_a_mean_of_means_is_another_model() -> None:
     """What this guards would be seen: dividing by a micro-batch's own tokens moves elsewhere."""
-    run = train(job_of({"name": "ring"}, 2, 1), OwnMean)
+    run = train(weighted_job({"name": "ring"}, 2, 1), OwnMean)
     state, _, _ = plain(None)
     assert any((run.trained[0][name] - value).abs().max() > 1e-4 for name, value in state.items())
 
 
 def test_an_asynchronous_push_is_divided_by_its_own_weight() -> None:
     """One worker: each push is a step, so the run is the plain one."""
-    run = train(job_of({"name": "ps-async"}, 1, 2), Tokens)
+    run = train(weighted_job({"name": "ps-async"}, 1, 2), Tokens)
     state, _, _ = plain(None)
     for name, value in state.items():
         assert torch.allclose(run.trained[0][name], value, rtol=0, atol=1e-10), name
