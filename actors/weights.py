@@ -36,7 +36,7 @@ class Snapshot:
 
     run: str
     version: int
-    """Steps that they have behind them."""
+    """Steps after which the model had these values."""
     state: dict[str, Tensor]
     """For `load_state_dict`, on the CPU."""
 
@@ -46,16 +46,16 @@ class Reply:
     """A rank's answer to the question for weights."""
 
     steps: int
-    """That it has done."""
+    """Steps that the rank has finished."""
     version: int = 0
     model: bytes | None = None
     """In the safetensors format; None: ask again."""
     ranks: tuple[int, ...] = ()
-    """Those that have a part of the model each, which together are all of it; of such a model..."""
+    """Ranks that hold a shard of the model; empty where each rank holds all of it."""
     total: int = 0
-    """...the run's steps,"""
+    """Steps of the run; set for sharded models."""
     part: Bundle | None = None
-    """and this rank's part. None: ask again."""
+    """This rank's shard; None: ask again."""
 
 
 class Weights:

@@ -1,5 +1,5 @@
 """
-What Ray sees of a worker: a thread that trains, and an ear for the controller.
+The actor of one rank: a training thread, and methods that answer the controller meanwhile.
 
 The actor's own threads stay free to answer `poll`, so a worker in a long forward still says that
 it lives. Torch and the user's code are imported by the training thread, in this process only. An

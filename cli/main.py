@@ -213,7 +213,7 @@ def status(job_id: JobId, address: Address = None, output: Output = "text") -> N
 
     Roles are shown on a machine of the cluster, while the job runs.
 
-    ID may be the name of a run or a job, too: of one that no job API knows.
+    ID is a submission id, or the name of a run or job that was not submitted through a job API.
     """
     from distplat.cli import jobs
 

@@ -76,7 +76,7 @@ def joined(address: str | None) -> Iterator[None]:
     Be connected to the Ray in which runs go on; it must have a part on this machine.
 
     Args:
-        address: as given; a job API's means the cluster on this machine, if it is its.
+        address: as given; a job API's URL stands for the cluster on this machine that it serves.
 
     Raises:
         SpecError: it cannot be joined from here.

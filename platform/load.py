@@ -1,5 +1,5 @@
 """
-What shards have to do: bytes, time at work, and the queue before them.
+The load of shards: bytes, seconds of work, and the queue of pushes.
 
     push comes ──▶ |  queue: others stand before it, or the step misses gradients  | apply |
                    ^ depth: pushes that stand here now, this one too
@@ -19,7 +19,7 @@ MOST_SHOWN = 16
 
 @dataclass(frozen=True)
 class ShardLoad:
-    """What one step of one rank was to one shard."""
+    """What one push of one rank cost one shard."""
 
     in_bytes: int = 0
     """Of the gradient, as it travelled or lay in shared memory."""
@@ -56,7 +56,7 @@ def load_figures(loads: Sequence[ShardLoad]) -> dict[str, float]:
 
 
 class Visit:
-    """One push at a shard's door."""
+    """One push from its arrival at a shard until the update that it is part of begins."""
 
     def __init__(self, door: "Door") -> None:
         self._door, self._inside = door, True
@@ -64,14 +64,14 @@ class Visit:
         self.depth = door.count(1)
 
     def leave(self) -> None:
-        """Have had its turn; twice does nothing."""
+        """Take the push out of the queue; idempotent."""
         if self._inside:
             self._inside = False
             self._door.count(-1)
 
 
 class Door:
-    """Counts the pushes that stand before a shard."""
+    """Counts the pushes that wait at a shard."""
 
     def __init__(self) -> None:
         self._lock, self._here = threading.Lock(), 0
@@ -84,7 +84,7 @@ class Door:
 
     @contextmanager
     def visit(self) -> Iterator[Visit]:
-        """Stand there from now on; to the end of the block, unless the visit leaves before."""
+        """Count a push as waiting until the block ends or the visit leaves."""
         visit = Visit(self)
         try:
             yield visit

@@ -151,8 +151,8 @@ class ServerGroup:
             generation: number of managers before this one.
 
         Returns:
-            Servers that are of no use any more. `broken` tells that a shard has no primary for
-            certain: a mirrored one may have been replaced by its backup, if that does not answer.
+            Servers that are not needed any more. `broken` is set if some shard has certainly lost
+            its primary; a replicated primary that does not answer may have failed over.
         """
         self._made = 1 + max(int(name.rpartition("-")[2]) for name in names)
         for seat in self.seats:

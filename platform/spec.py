@@ -94,16 +94,16 @@ class Evaluation(Spec):
     """When `eval_data` is run through the model (only for tasks that have it)."""
 
     every_epochs: Index = 1
-    """Evaluate after so many epochs; 0: only after the last step."""
+    """Evaluate every N epochs; 0: only after the last step."""
 
 
 class Checkpoint(Spec):
     """What is kept of the model, while it is trained and at the end (docs/checkpoints.md)."""
 
     every_steps: Count | None = None
-    """A checkpoint after so many steps, and after the last one; None: none, or `every_epochs`."""
+    """Save every N steps and after the last step; None: no checkpoints by steps."""
     every_epochs: Count | None = None
-    """A checkpoint after so many epochs, and after the last step; give this or `every_steps`."""
+    """Save every N epochs and after the last step; give this or `every_steps`."""
     num_to_keep: Count = 2
     """Checkpoints that stay on the disk, the newest; older ones are deleted."""
     save_final: Flag = True
@@ -134,7 +134,7 @@ class Failure(Spec):
     step_timeout_s: Seconds = 120.0
     """How long a rank or a server node may be waited for inside a step."""
     heartbeat_timeout_s: Seconds = 30.0
-    """How long a process that is up may leave the controller's question unanswered."""
+    """Seconds without a heartbeat reply after which a live process counts as hung."""
     non_finite: Literal["stop", "skip", "ignore"] = "stop"
     """A step with a loss or gradient that is NaN or infinite: `stop` ends the run before it is
     applied, `skip` leaves it out on all ranks, `ignore` applies it."""

@@ -1,5 +1,5 @@
 """
-The server manager's hands: watches the servers of a replicated group, carries out its orders.
+Health checks and replication of a server group: carries out what `ServerGroup` decides.
 
     watch thread    a question open to every server; news ──▶ ServerGroup ──▶ orders
     order threads   make, fill, promote, go alone; each ends with news of its own

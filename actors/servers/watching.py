@@ -1,4 +1,4 @@
-"""The server manager's eye on servers that have no backup: the first loss ends the attempt."""
+"""Health checks of servers that have no backup: the first loss ends the attempt."""
 
 from __future__ import annotations
 

@@ -83,8 +83,8 @@ class Served:
         """
         Bring buffers to the parameters' version, if this rank has any.
 
-        Should other parts make the step without this rank's doing it again, those that it had
-        after the step are wanted; so they are put by.
+        Stash the buffers as they were after the step: other stages may commit the step without
+        this rank's running it again.
 
         Args:
             version: of the parameters.

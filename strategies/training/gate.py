@@ -1,8 +1,8 @@
 """
-What a worker passes before each step: it is held there, let go on, or sent home.
+Checked before each step: the worker waits, continues or stops.
 
-The training thread passes; whoever hears the controller asks and tells, from any thread. What is
-to be done is decided in `platform/calling_off.py`.
+The training thread calls `before`; the threads that answer the controller call the rest.
+`platform/calling_off.py` decides.
 """
 
 import threading

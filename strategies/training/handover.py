@@ -58,7 +58,7 @@ def take_over_newest(
         raise StateLost(f"the state after step {base} and later")
     source = all_versions.index(newest)
     if group.rank != source:
-        flat.version = TORN  # should a rank be lost now, nobody may take these for good
+        flat.version = TORN  # incomplete until the copy has finished
     group.broadcast(flat.params, source)
     _share_thawed(flat, source, group)
     broadcast_slots(untrained_slots(flat.model), source, group, device)

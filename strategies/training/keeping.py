@@ -19,7 +19,7 @@ from distplat.platform.checkpoints import is_due
 
 @dataclass(frozen=True)
 class Kept:
-    """Copies of a shard's vectors; whoever has them may do with them as he likes."""
+    """Independent copies of a shard's vectors; callers may modify them."""
 
     version: int
     tensors: dict[str, Tensor]
@@ -28,7 +28,7 @@ class Kept:
 
 class Keeping:
     """
-    Copies a shard when a checkpoint is due, and has the newest copies only.
+    Copies a shard when a checkpoint is due; holds the newest copies only.
 
     Args:
         every: steps between two checkpoints; 0: there are none.
@@ -40,7 +40,7 @@ class Keeping:
         self._kept: Kept | None = None
 
     def reached(self, version: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Be told that the shard is at a version now; copy what `tensors` gives if it is due."""
+        """Copy the vectors that `tensors` gives if a checkpoint of this version is due."""
         newer = self._kept is None or version > self._kept.version
         if newer and is_due(version, self._every, self._total):
             copies = {name: value.detach().clone() for name, value in tensors().items()}

@@ -70,7 +70,7 @@ def ready_loaders(job: Job) -> Callable[[], None]:
 
 
 def _nothing() -> None:
-    """Be the first process that is forked."""
+    """The body of the first process that the fork server forks."""
 
 
 @contextmanager
