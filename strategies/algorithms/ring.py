@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.cut import even_bounds
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 
 
 def reduce_scatter_steps(rank: int, world: int) -> Iterator[tuple[int, int]]:

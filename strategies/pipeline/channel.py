@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import CollectiveError, Problem, SpecError
-from distplat.strategies.base import Collective, Handle
+from distplat.strategies.collective import Collective, Handle
 
 _ROOM = 2
 """Sends under way to one stage; who sends one more waits for the oldest."""

@@ -8,7 +8,8 @@ from typing import Any, cast
 import pytest
 
 from distplat.cli import remote, shipping
-from distplat.cli.remote import LogReader, NoSuchJob, Parcel, clean_lines, exit_code, follow
+from distplat.cli.job_types import NoSuchJob
+from distplat.cli.remote import LogReader, Parcel, clean_lines, exit_code, follow
 from distplat.cli.shipping import Received
 from distplat.platform.errors import ClusterUnreachable, SpecError
 from distplat.strategies.catalog import make_job

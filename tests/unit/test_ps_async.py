@@ -23,6 +23,7 @@ from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.replay import replay
 from distplat.strategies.training.session import Ports, join, prepare
+from distplat.strategies.worker import make_worker_strategy
 
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 
@@ -121,9 +122,9 @@ def test_a_slow_worker_makes_fewer_tasks() -> None:
 def test_a_worker_that_leaves_and_one_that_joins() -> None:
     """Every task is made once, whoever is there; the model has the bits of its log."""
     of = job({"name": "ps-async", "num_servers": 2, "delay_compensation": 0.5}, 2, epochs=6)
-    strategies = [make_strategy(of) for _ in range(4)]
+    strategies = [make_worker_strategy(of) for _ in range(4)]
     ranks = [prepare(of, Mlp(), strategy=one) for one in strategies]
-    roles, steps = strategies[0].roles(of), ranks[0].total_steps
+    roles, steps = ranks[0].roles, ranks[0].total_steps
     servers, desk = Servers(of, roles), desk_of(of, roles, most=2)
     reports: list[list[AnyReport]] = [[] for _ in ranks]
     progress = [Progress() for _ in ranks]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.compute import Stopwatch
-from distplat.strategies.training.session import Prepared, prepare
+from distplat.strategies.training.prepared import Prepared
+from distplat.strategies.training.session import prepare
 from distplat.strategies.training.task_compute import TaskModel
+from distplat.strategies.worker import make_worker_strategy
 
 
 class Jittered(Dataset[Any]):
@@ -47,9 +48,9 @@ def prepared(loaders: int) -> tuple[Prepared, TaskModel]:
             "data": {"num_loaders": loaders},
         }
     )
-    strategy = make_strategy(job)
+    strategy = make_worker_strategy(job)
     made = prepare(job, Noisy(), strategy=strategy)
-    return made, TaskModel(made, strategy, lambda: None)
+    return made, TaskModel(made, strategy.last_backward, lambda: None)
 
 
 @pytest.mark.parametrize("loaders", [0, 2])

@@ -11,7 +11,7 @@ from rank_threads import on_ranks
 from tensor_models import CASES, Bypass, Lone, features, ranks, split
 from torch import Tensor, nn
 
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.tensor.parallelize import forget, parallelize
 from distplat.strategies.training.flat import FlatModel
