@@ -46,10 +46,6 @@ class Channel:
         self._free: defaultdict[Kind, list[Tensor]] = defaultdict(list)
         self._under_way: defaultdict[int, deque[tuple[Handle, Tensor]]] = defaultdict(deque)
 
-    def knows(self, kind: Kind) -> bool:
-        """Whether the shape of what enters a place is agreed."""
-        return kind in self._shapes
-
     def learn(self, kind: Kind, tensor: Tensor) -> None:
         """
         Note what enters a place.

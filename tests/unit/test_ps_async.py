@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from dealing import desk_of
+from leads import largest_lead
 from local_run import LocalRun, train
 from rank_threads import on_ranks
 from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
 
 from distplat.actors.local_actors import Servers
-from distplat.platform.apply_log import Applied, ApplyLog, flaws, largest_lead, staleness_counts
+from distplat.platform.apply_log import Applied, ApplyLog, flaws, staleness_counts
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.shard_map import ShardPlan

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cut_models import stages_of
 from rank_threads import on_ranks
 from tensor_models import CASES, Bypass, Lone, features, ranks, split
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from distplat.strategies.fakes import Fabric
 from distplat.strategies.tensor.parallelize import forget, parallelize
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.recompute import recomputed
-from distplat.strategies.training.stages import layers_of, stages_of
+from distplat.strategies.training.stages import layers_of
 
 CHARLM = {
     "*.token": "embedding",
