@@ -9,18 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distplat.platform.collecting import Delivery
-from distplat.platform.errors import DistplatError
-from distplat.platform.progress import AnyReport
-from distplat.platform.shard_map import ShardMap
-from distplat.platform.spec import Job
-from distplat.platform.vector_layout import Layout
-from distplat.strategies.catalog import StrategyFile
-from distplat.strategies.strategy import GroupSpec
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from distplat.platform.collecting import Delivery
+    from distplat.platform.errors import DistplatError
+    from distplat.platform.progress import AnyReport
+    from distplat.platform.shard_map import ShardMap
+    from distplat.platform.spec import Job
+    from distplat.platform.vector_layout import Layout
+    from distplat.strategies.catalog import StrategyFile
+    from distplat.strategies.strategy import GroupSpec
 
 
 def rendezvous_key(group: str) -> bytes:
