@@ -17,19 +17,16 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from distplat.actors.ensemble import Launch
 from distplat.platform.checkpoints import FOLDER, Catalogue, Stored, read
 from distplat.platform.collecting import Collecting, Delivery, Open
 from distplat.platform.errors import StorageError
 from distplat.platform.pieces import by_file, put_together
 from distplat.platform.progress import Saved
 from distplat.platform.resume import NOT_FINITE, state_of
+from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
-
-if TYPE_CHECKING:
-    from distplat.actors.ensemble import Launch
-    from distplat.platform.spec import Job
 
 logger = logging.getLogger(__name__)
 

@@ -3,15 +3,16 @@
 import logging
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distplat.actors.board import RayBoard
 from distplat.actors.messages import WorkOrder
 from distplat.actors.transport import Transport
 from distplat.platform.progress import StepReport
-from distplat.strategies.base import GroupSpec, Strategy
+from distplat.strategies.strategy import GroupSpec
 from distplat.strategies.training.gate import Gate
-from distplat.strategies.training.session import Ports, Prepared
+from distplat.strategies.training.prepared import Prepared
+from distplat.strategies.training.session import Ports
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Connection:
         self._tables: RemoteTables | None = None
         self._leases: RemoteLeases | None = None
 
-    def ports(self, order: WorkOrder, prepared: Prepared, strategy: Strategy[Any]) -> Ports:
+    def ports(self, order: WorkOrder, prepared: Prepared) -> Ports:
         """
         Make what the worker needs; the other ranks are met, servers are not yet asked.
 
@@ -51,7 +52,7 @@ class Connection:
             self._meet(order),
             self._reach_shards(order, prepared),
             self._reach_tables(order, prepared),
-            self._reach_scheduler(order, strategy),
+            self._reach_scheduler(order, prepared),
             partial(self._meet_peers, order),
             RayBoard(order.run),
         )
@@ -105,13 +106,13 @@ class Connection:
         self._tables = RemoteTables(self._transport, order, _every(prepared), self._abandoned)
         return self._tables
 
-    def _reach_scheduler(self, order: WorkOrder, strategy: Strategy[Any]) -> "RemoteLeases | None":
+    def _reach_scheduler(self, order: WorkOrder, prepared: Prepared) -> "RemoteLeases | None":
         """Make the way to the task scheduler; None where the strategy has none."""
         if order.scheduler is None:
             return None
         from distplat.actors.servers.leases import RemoteLeases
 
-        bounded = strategy.roles(order.job).consistency.bound is not None
+        bounded = prepared.roles.consistency.bound is not None
         self._leases = RemoteLeases(self._transport, order, bounded, self._abandoned)
         return self._leases
 

@@ -20,7 +20,8 @@ from typing import Any
 from distplat.platform.collecting import Delivery
 from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.pieces import Bytes
-from distplat.strategies.training.parts import Part, Staging
+from distplat.strategies.training.checkpoint_types import CheckpointPart
+from distplat.strategies.training.parts import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Courier:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
 
-    def take(self, version: int, part: Part, facts: Mapping[str, Any]) -> None:
+    def take(self, version: int, part: CheckpointPart, facts: Mapping[str, Any]) -> None:
         """
         Copy a part and go on.
 
@@ -85,7 +86,7 @@ class Courier:
         return self._thread is not None and self._thread.is_alive()
 
     def _deliver(
-        self, version: int, part: Part, arrays: list[Bytes], facts: dict[str, Any]
+        self, version: int, part: CheckpointPart, arrays: list[Bytes], facts: dict[str, Any]
     ) -> None:
         where = (self._rank, self._attempt, version)
         try:

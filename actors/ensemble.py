@@ -27,8 +27,8 @@ from distplat.platform.errors import StorageError
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import decode
-from distplat.strategies.base import Roles
 from distplat.strategies.catalog import StrategyFile
+from distplat.strategies.strategy import Roles
 from distplat.strategies.task import Task
 
 

@@ -25,16 +25,14 @@ from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, Gathering, StepReport, Summary
 from distplat.platform.tensor_file import decode
-from distplat.strategies.catalog import make_strategy
-from distplat.strategies.fakes import (
-    Fabric,
-)
+from distplat.strategies.fakes import Fabric
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
 from distplat.strategies.training.checks import remark_on_size
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Ports, join, make_task, prepare
+from distplat.strategies.worker import make_worker_strategy
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +76,7 @@ def _train(
 ) -> bytes:
     job = launch.job
     task = make_task(job, lambda: _task_class(launch))
-    strategy = make_strategy(job)
+    strategy = make_worker_strategy(job)
     device = "cuda" if job.scaling.use_gpu else "cpu"
     prepared = prepare(job, task, device, strategy)
     if remark := remark_on_size(job, prepared.sampler):

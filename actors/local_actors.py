@@ -32,8 +32,8 @@ from distplat.platform.consistency import Consistency
 from distplat.platform.errors import DistplatError
 from distplat.platform.shard_map import Shard
 from distplat.platform.spec import Job
-from distplat.strategies.base import Roles
 from distplat.strategies.sparse.service import TableService
+from distplat.strategies.strategy import Roles
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.service import Service
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from distplat.platform.shard_map import ShardMap
     from distplat.platform.spec import Job
     from distplat.platform.vector_layout import Layout
-    from distplat.strategies.base import GroupSpec
     from distplat.strategies.catalog import StrategyFile
+    from distplat.strategies.strategy import GroupSpec
 
 
 def rendezvous_key(group: str) -> bytes:

@@ -25,7 +25,7 @@ from distplat.actors.tables.node import EmbeddingServer
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
-from distplat.strategies.base import Roles
+from distplat.strategies.strategy import Roles
 
 _WORKER_THREADS = 4
 """Threads of a worker for the controller's calls, of which one keeps its answer back."""

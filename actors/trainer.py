@@ -130,8 +130,7 @@ class Trainer:
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
         self._survivors_go_on = strategy.survivors_go_on()
-        self._holders = strategy.holders(self.job)
-        self._has_parts = strategy.has_parts
+        self._has_checkpoints = strategy.has_checkpoints
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task
@@ -143,7 +142,7 @@ class Trainer:
 
     def _find(self, path: Path) -> Path:
         """Find the checkpoint to go on from, and compare it with the job."""
-        if not self._has_parts:
+        if not self._has_checkpoints:
             text = f"the strategy {self.job.strategy.name!r} cannot go on from a checkpoint"
             raise SpecError(Problem(("strategy",), text))
         return start_from(self.job, self._storage_dir / path.expanduser(), logger.warning).path
@@ -201,7 +200,7 @@ class Trainer:
                 self.job.failure,
                 self._survivors_go_on,
                 self.job.checkpoint.wanted,
-                self._holders,
+                self._roles.holders(self.job.scaling.world),
             ),
             self._task,
             str(self._dir),

@@ -32,16 +32,15 @@ from distplat.platform.collecting import Delivery
 from distplat.platform.errors import Abandoned, DistplatError
 from distplat.platform.pieces import Bundle, Bytes
 from distplat.platform.progress import AnyReport, StepReport
-from distplat.strategies.base import Strategy
-from distplat.strategies.catalog import make_strategy
 from distplat.strategies.task import Task
 from distplat.strategies.training.checks import remark_on_size
 from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.parts import model_part
+from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import (
     Around,
-    Prepared,
     describe,
     join,
     make_task,
@@ -49,6 +48,7 @@ from distplat.strategies.training.session import (
     resize,
 )
 from distplat.strategies.training.shown import Shown, part_copy, state_copy
+from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Session:
         self._report, self._deliver = report, deliver
         self.standing = Standing(-1, Gate(0.0))
         self._prepared: Prepared | None = None
-        self._strategy: Strategy[Any] | None = None
+        self._strategy: WorkerStrategy[Any] | None = None
         self._connection = Connection(RayTransport(), -1, self.standing.gate)
         self._shown: Shown[dict[str, torch.Tensor]] = Shown()
         self._part_shown: Shown[Bundle] = Shown()
@@ -99,7 +99,7 @@ class Session:
         standing, prepared, strategy = self.standing, self._prepared, self._strategy
         if prepared is not None and strategy is not None and strategy.cuts_model:
             passed, part = self._part_shown.exactly(version)
-            ranks, total = strategy.showing(prepared.job), prepared.total_steps
+            ranks, total = tuple(range(prepared.roles.group_size)), prepared.total_steps
             content = part.content if part is not None else None
             return Reply(passed, version, None, ranks, total, content)
         steps = standing.progress.step
@@ -108,13 +108,13 @@ class Session:
         copy = self._shown.ask(version)
         return Reply(steps) if copy is None else Reply(steps, copy.version, save(copy.content))
 
-    def _offer(self, version: int, prepared: Prepared, strategy: Strategy[Any]) -> None:
+    def _offer(self, version: int, prepared: Prepared) -> None:
         """Show what this rank has now, between two steps."""
         flat = prepared.flat
-        if not strategy.cuts_model:
+        if prepared.holding is None:
             self._shown.offer(version, lambda: state_copy(flat.model))
             return
-        copy = lambda: part_copy(strategy.shown(flat))  # noqa: E731
+        copy = lambda: part_copy(model_part(flat, prepared.holding))  # noqa: E731
         self._part_shown.offer(version, copy, last=version == prepared.total_steps)
 
     def work(self, order: WorkOrder, *, called_off: bool = False) -> None:
@@ -178,14 +178,14 @@ class Session:
             self._report(part)
             if isinstance(part, StepReport):  # told between two steps, by this thread
                 self._connection.count(part)
-                self._offer(part.step + 1, prepared, strategy)
+                self._offer(part.step + 1, prepared)
 
         try:
             loop = join(
                 prepared,
                 strategy,
                 order.rank,
-                self._connection.ports(order, prepared, strategy),
+                self._connection.ports(order, prepared),
                 report=report,
                 progress=progress,
                 around=Around(_saved(order), order.base, courier.take),
@@ -220,7 +220,7 @@ class Session:
             prepared.total_steps,
         )
 
-    def _prepare(self, order: WorkOrder) -> tuple[Prepared, Strategy[Any]]:
+    def _prepare(self, order: WorkOrder) -> tuple[Prepared, WorkerStrategy[Any]]:
         """Build model, data and strategy, unless an attempt before has built them."""
         if self._prepared is not None and self._strategy is not None:
             resize(self._prepared, order.job, self._strategy)
@@ -232,11 +232,11 @@ class Session:
         torch.set_num_threads(max(1, int(job.scaling.resources()["CPU"])))
         if order.strategy_file is not None:
             order.strategy_file.load()
-        self._strategy = make_strategy(job)
+        self._strategy = make_worker_strategy(job)
         task = make_task(job, lambda: _task_class(order))
         device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
-        describe(self._prepared, self._strategy)
+        describe(self._prepared)
         return self._prepared, self._strategy
 
 

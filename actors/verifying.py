@@ -33,7 +33,7 @@ from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.spec import Checkpoint, Evaluation, Job, Scaling, StrategySpec
 from distplat.platform.tensor_file import TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.hybrid import HybridOptions
+from distplat.strategies.pipeline.options import HybridOptions
 from distplat.strategies.verification.child import ANSWER, REQUEST, Answer, Request
 from distplat.strategies.verification.plan import Trained
 from distplat.strategies.verification.switched import Switches, task_fields
@@ -176,7 +176,7 @@ def job_for(wanted: Wanted, name: str) -> Job | SpecError:
         strategy = make_strategy(plain)
     except SpecError as error:
         return error
-    stepwise = strategy.has_parts and not strategy.roles(short).consistency.asynchronous
+    stepwise = strategy.has_checkpoints and not strategy.roles(short).consistency.asynchronous
     return short if stepwise else plain
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from distplat.actors.collective.group import Settings
 from distplat.actors.collective.port import RayCollective
 from distplat.strategies.algorithms.ring import traffic_elements
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.reduction.base import Reducer
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.reduction.powersgd import PowerSGDReducer

@@ -16,16 +16,13 @@ import requests
 from ray.job_submission import JobSubmissionClient
 
 from distplat.cli.address import one_line, reach, token_at_hand, unset
-from distplat.cli.remote import NoSuchJob
+from distplat.cli.job_types import Info, NoSuchJob
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 _CONNECT_S = 5.0
 _ANSWER_S = 30.0
 _FIRST_ANSWER_S = 4.0
 _NEEDS_TOKEN = "set RAY_AUTH_TOKEN, or RAY_AUTH_MODE=token with the token in ~/.ray/auth_token"
-
-Info = dict[str, Any]
-"""A job as the API gives it: the fields of Ray's `JobDetails`."""
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray is not typed for mypy

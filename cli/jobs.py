@@ -13,6 +13,7 @@ from rich.text import Text
 
 from distplat.cli import remote
 from distplat.cli.address import target_of
+from distplat.cli.job_types import Info
 from distplat.cli.render import print_pairs, print_result, to_json
 from distplat.cli.roles import role_facts, role_lines
 from distplat.cli.running import roles_of
@@ -20,7 +21,7 @@ from distplat.platform.errors import ClusterUnreachable, DistplatError, Problem,
 from distplat.platform.suggest import hint
 
 if TYPE_CHECKING:
-    from distplat.cli.cluster import Info, Jobs
+    from distplat.cli.cluster import Jobs
 
 OUTPUT_VERSION = 1
 """Grows when a field of the JSON output changes its meaning or goes."""
@@ -117,7 +118,7 @@ def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
         print("\n".join(role_lines(seen) if info is None else ["", *role_lines(seen)]))
 
 
-def _look_up(address: str | None, job_id: str) -> "tuple[Info, None] | tuple[None, DistplatError]":
+def _look_up(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None, DistplatError]:
     """Ask the job API for a job; or give why it does not have it."""
     try:
         return remote.find(open_jobs(address), job_id), None
@@ -125,7 +126,7 @@ def _look_up(address: str | None, job_id: str) -> "tuple[Info, None] | tuple[Non
         return None, error
 
 
-def _pairs(info: "Info") -> list[tuple[str, str]]:
+def _pairs(info: Info) -> list[tuple[str, str]]:
     row = _row(info)
     code = info["driver_exit_code"]
     pairs = [(name, row[name]) for name in _COLUMNS]
@@ -173,7 +174,7 @@ def stop_job(address: str | None, job_id: str, *, wait: bool) -> None:
     print(f"{job_id}: {already}{asked}{status}")
 
 
-def _facts(job: "Info") -> dict[str, Any]:
+def _facts(job: Info) -> dict[str, Any]:
     """Give the fields of the JSON output."""
     metadata = job["metadata"] or {}
     workers = metadata.get("num_workers", "")
@@ -190,7 +191,7 @@ def _facts(job: "Info") -> dict[str, Any]:
     }
 
 
-def _row(job: "Info") -> dict[str, str]:
+def _row(job: Info) -> dict[str, str]:
     """Give the cells of the table; everything in them was written by somebody else."""
     facts = _facts(job)
     cells = {

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import distplat
 from distplat.cli import shipping
+from distplat.cli.job_types import Info, NoSuchJob
 from distplat.cli.render import Facts
 from distplat.platform.errors import ClusterUnreachable, DeadlineExceeded, Problem, SpecError
 from distplat.platform.spec import Job
 from distplat.platform.suggest import nearest
 
 if TYPE_CHECKING:
-    from distplat.cli.cluster import Info, Jobs
+    from distplat.cli.cluster import Jobs
 
 Answer = TypeVar("Answer")
 
@@ -43,10 +44,6 @@ _PATIENCE_S = 30.0
 _STOP_TIMEOUT_S = 30.0
 _ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
-
-
-class NoSuchJob(Exception):
-    """The cluster knows no job of that id."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def check_id(job_id: str) -> str:
     return job_id
 
 
-def find(jobs: "Jobs", job_id: str) -> "Info":
+def find(jobs: "Jobs", job_id: str) -> Info:
     """
     Look a job up.
 
@@ -129,7 +126,7 @@ def find(jobs: "Jobs", job_id: str) -> "Info":
     raise SpecError(Problem((), f"no job {job_id!r} at {jobs.address}", hint))
 
 
-def follow(jobs: "Jobs", job_id: str, write: Callable[[str], None]) -> "Info":
+def follow(jobs: "Jobs", job_id: str, write: Callable[[str], None]) -> Info:
     """
     Write a job's log as it grows; return when the job has ended.
 
@@ -227,7 +224,7 @@ def stop(jobs: "Jobs", job_id: str, *, wait: bool) -> str:
     return status
 
 
-def exit_code(info: "Info") -> int:
+def exit_code(info: Info) -> int:
     """Give the exit code of `submit` for an ended job: the driver's own, where there is one."""
     if info["status"] == "SUCCEEDED":
         return 0

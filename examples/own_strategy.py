@@ -13,10 +13,18 @@ weights is the weights updated by the mean gradient; a test holds that.
 
 from pydantic import Field
 
-from distplat.platform.spec import Job
-from distplat.strategies.base import Context, GroupSpec, Options, ReduceOp, Roles, Strategy
-from distplat.strategies.catalog import strategies
-from distplat.strategies.training.control import StepControl
+from distplat.strategy import (
+    Context,
+    GroupSpec,
+    Job,
+    Options,
+    ReduceOp,
+    Roles,
+    StepControl,
+    Strategy,
+    WorkerStrategy,
+    register,
+)
 
 
 class LocalSgdOptions(Options):
@@ -26,16 +34,8 @@ class LocalSgdOptions(Options):
     """Steps between two averages."""
 
 
-@strategies.register("local-sgd")
-class LocalSgd(Strategy[LocalSgdOptions]):
-    """Average weights, not gradients."""
-
-    summary = "local SGD: workers step alone, weights are averaged every `period` steps"
-    options_type = LocalSgdOptions
-
-    def roles(self, job: Job) -> Roles:
-        """Ask for a group of all workers."""
-        return Roles(collective=GroupSpec())
+class LocalSgdWorker(WorkerStrategy[LocalSgdOptions]):
+    """What a worker runs: average weights, not gradients."""
 
     def setup(self, context: Context) -> int:
         """Start from rank 0's weights, with an optimizer of this rank's own."""
@@ -59,3 +59,16 @@ class LocalSgd(Strategy[LocalSgdOptions]):
     def synchronize(self) -> None:
         """Replace the weights by their mean over all ranks."""
         self.collective.all_reduce(self.flat.params, ReduceOp.AVG)
+
+
+@register("local-sgd")
+class LocalSgd(Strategy[LocalSgdOptions]):
+    """What the driver knows: the options, and that workers need a group."""
+
+    summary = "local SGD: workers step alone, weights are averaged every `period` steps"
+    options_type = LocalSgdOptions
+    worker = LocalSgdWorker
+
+    def roles(self, job: Job) -> Roles:
+        """Ask for a group of all workers."""
+        return Roles(collective=GroupSpec())

@@ -77,21 +77,6 @@ def staleness_counts(logs: Sequence[ApplyLog], world: int) -> list[Counter[int]]
     return counts
 
 
-def largest_lead(log: ApplyLog, parts: int) -> int:
-    """
-    Give the most steps that a task was ahead of the oldest missing one when its gradient came.
-
-    Args:
-        log: of one shard, from the first step on.
-        parts: tasks of a step.
-    """
-    done, lead = Spans(), 0
-    for applied in log:
-        lead = max(lead, applied.task // parts - done.low // parts)
-        done.add(applied.task)
-    return lead
-
-
 def flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
     """
     Say what is wrong with a finished run's log; empty: every task was applied exactly once.

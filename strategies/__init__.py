@@ -1,1 +1,6 @@
-"""What is computed and exchanged. One strategy is one file here; importing them costs no torch."""
+"""
+What is computed and exchanged.
+
+A strategy is two modules here: `ring.py` is what the driver knows of it, without torch, and
+`ring_worker.py` what a worker runs.
+"""

@@ -1,51 +1,68 @@
 """
-The strategy registry: the files of this folder, other packages' entry points, a user's own file.
+The strategy registry: our own strategies, other packages' entry points, a user's own file.
 
 Only a strategy's name and options travel to other processes; each looks the name up for itself.
 """
 
 import importlib
 import logging
-import pkgutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-import distplat.strategies
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.job_file import job_of, read_job
 from distplat.platform.registry import Registry
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import problems_of
-from distplat.strategies.base import Roles, Strategy
+from distplat.strategies.strategy import NEW_WAY, Roles, Strategy
 
 logger = logging.getLogger(__name__)
 
+StrategyT = TypeVar("StrategyT", bound=type[Strategy[Any]])
+
 ENTRY_POINTS = "distplat.strategies"
 """Entry-point group under which other packages offer modules that register strategies."""
-_NOT_STRATEGIES = {"base", "catalog", "collective", "fakes", "ports", "task"}
+OURS = ("hybrid", "ps_async", "ps_sync", "ring")
+"""Modules of this folder that register a strategy."""
 
 
 def _discover() -> None:
-    """Import every module of this folder, then every plug-in; a broken plug-in is only logged."""
-    for module in pkgutil.iter_modules(distplat.strategies.__path__):
-        if not module.ispkg and module.name not in _NOT_STRATEGIES:
-            importlib.import_module(f"distplat.strategies.{module.name}")
+    """Import our strategies, then every plug-in; a broken plug-in is only logged."""
+    for module in OURS:
+        importlib.import_module(f"distplat.strategies.{module}")
     for plugin in entry_points(group=ENTRY_POINTS):
         try:
             plugin.load()
-        except (Exception, SystemExit):
-            logger.exception("strategy plug-in %r (%s) cannot be loaded", plugin.name, plugin.value)
+        except (Exception, SystemExit) as error:
+            text = "strategy plug-in %r (%s) cannot be loaded; %s"
+            logger.exception(text, plugin.name, plugin.value, _way_out(error))
+
+
+def _way_out(error: BaseException) -> str:
+    """Give the hint for code that imports what there was when a strategy was one class."""
+    old = isinstance(error, ImportError) and (error.name or "").startswith("distplat.strategies")
+    return NEW_WAY if old else ""
 
 
 strategies: Registry[type[Strategy[Any]]] = Registry("strategy", _discover)
 """All strategies of this process, by name."""
+
+
+def register(name: str) -> Callable[[StrategyT], StrategyT]:
+    """
+    Register the strategy that is decorated.
+
+    Raises:
+        SpecError: another one has the name.
+    """
+    return strategies.register(name)
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class StrategyFile:
             raise
         except (Exception, SystemExit) as error:
             what = f"{self.name} raised {type(error).__name__}: {error}"
-            raise SpecError(Problem(("--strategy-file",), what)) from error
+            raise SpecError(Problem(("--strategy-file",), what, _way_out(error))) from error
 
 
 def load_strategy_file(path: Path) -> StrategyFile:
@@ -130,7 +147,7 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
         found.extend(problems_of(error, kind.options_type, prefix=("strategy",)))
         return None
     strategy = kind(options)
-    if job.checkpoint.wanted and not kind.has_parts:
+    if job.checkpoint.wanted and not kind.has_checkpoints:
         text = f"the strategy {job.strategy.name!r} has no checkpoints during the run"
         field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
         found.append(Problem(("checkpoint", field), text, "remove it"))

@@ -1,15 +1,26 @@
-"""The port between ranks; `strategies/base.py` gives it out, and says what ports are."""
+"""The port between ranks; `strategies/worker.py` gives it out, and says what ports are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from distplat.strategies.ports import Traffic
+
+@dataclass
+class Traffic:
+    """What one rank's part in a group has cost so far; every figure only grows."""
+
+    sent_bytes: int = 0
+    """Payload that went from this rank to others."""
+    received_bytes: int = 0
+    waiting_s: float = 0.0
+    """For ranks that had not come."""
+    working_s: float = 0.0
+    """Copying, adding, sending: operations' time without the waiting where that can be told."""
 
 
 class ReduceOp(StrEnum):

@@ -2,9 +2,9 @@
 The port `Collective` in memory: N ranks as threads of one process, with faults on request.
 
 For tests of strategies without Ray, for `num_workers: 0`, and for users who test their own
-strategy. They keep the contracts of `strategies/base.py`: sums in rank order, deadlines, errors
-that name the missing ranks. Servers of parameters and of tables and the task scheduler have no
-fake: the real ones run in this process as well (`actors/local_actors.py`).
+strategy. They keep the contract of `strategies/collective.py`: sums in rank order, deadlines,
+errors that name the missing ranks. Servers of parameters and of tables and the task scheduler have
+no fake: the real ones run in this process as well (`actors/local_actors.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.algorithms.reduce import sum_in_order
 from distplat.strategies.algorithms.ring import traffic_elements
-from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
+from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
 _SLICE_S = 0.05
 """How often who waits for a message looks round."""

@@ -1,42 +1,28 @@
 """
 The ports to servers: to those of the parameters, and to those of embedding tables.
 
-`strategies/base.py` has the port between workers, and says what ports are.
+`strategies/collective.py` has the port between workers; `strategies/worker.py` says what ports are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
-    from distplat.platform.load import ShardLoad
-    from distplat.platform.pieces import Entry
-    from distplat.platform.table_plan import TablePlan, TableSpec
-    from distplat.platform.task_scheduler import Course, Work
-    from distplat.strategies.sparse.routing import Routed
-    from distplat.strategies.sparse.table import RowGradients
-    from distplat.strategies.training.control import StepControl
-    from distplat.strategies.training.flat import FlatModel
-    from distplat.strategies.training.parts import Holding
-    from distplat.strategies.training.restoring import SavedState
-
-
-@dataclass
-class Traffic:
-    """What one rank's part in a group has cost so far; every figure only grows."""
-
-    sent_bytes: int = 0
-    """Payload that went from this rank to others."""
-    received_bytes: int = 0
-    waiting_s: float = 0.0
-    """For ranks that had not come."""
-    working_s: float = 0.0
-    """Copying, adding, sending: operations' time without the waiting where that can be told."""
+from distplat.platform.load import ShardLoad
+from distplat.platform.pieces import Entry
+from distplat.platform.table_plan import TablePlan, TableSpec
+from distplat.platform.task_scheduler import Course, Work
+from distplat.strategies.sparse.routing import Routed
+from distplat.strategies.sparse.table import RowGradients
+from distplat.strategies.training.checkpoint_types import Holding
+from distplat.strategies.training.control import StepControl
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.restoring import SavedState
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from distplat.actors.collective.gloo_link import Link
 from distplat.actors.collective.group import Group
 from distplat.actors.collective.header import header
 from distplat.strategies.algorithms.ring import traffic_elements
-from distplat.strategies.base import Handle
+from distplat.strategies.collective import Handle
 
 dist: Any = torch.distributed  # torch's stubs leave out most of ProcessGroupGloo
 

@@ -24,7 +24,7 @@ from distplat.actors.collective.header import LENGTH, Header, differences, heade
 from distplat.actors.collective.pulse import Pulse
 from distplat.actors.collective.underway import Accounts, Underway
 from distplat.platform.errors import CollectiveError, MismatchError
-from distplat.strategies.base import Traffic
+from distplat.strategies.collective import Traffic
 
 COMPARED = 20
 """So many operations of a group are compared between the ranks without `debug`."""

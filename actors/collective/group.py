@@ -23,7 +23,7 @@ from torch import Tensor
 from distplat.actors.messages import rendezvous_key
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
 from distplat.platform.topology import Place
-from distplat.strategies.base import Handle, Traffic
+from distplat.strategies.collective import Handle, Traffic
 
 _SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.01
 

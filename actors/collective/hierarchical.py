@@ -34,7 +34,7 @@ from distplat.actors.shm.order import Order
 from distplat.platform.errors import CollectiveError, DeadlineExceeded, MismatchError
 from distplat.platform.topology import by_node
 from distplat.strategies.algorithms.ring import traffic_elements
-from distplat.strategies.base import Handle, Traffic
+from distplat.strategies.collective import Handle, Traffic
 
 BACKEND = "DISTPLAT_HIERARCHICAL"
 BLOCK_BYTES = 8 * 2**20

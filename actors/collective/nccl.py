@@ -18,7 +18,7 @@ from torch import Tensor
 from distplat.actors.collective.group import Group
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.algorithms.ring import traffic_elements
-from distplat.strategies.base import Handle
+from distplat.strategies.collective import Handle
 
 cuda: Any = torch.cuda  # half of it is not typed
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from distplat.actors.collective.group import Group, Settings, prepare, register
 from distplat.actors.collective.places import forget, meet
 from distplat.platform.topology import Choice, Place, choose, chosen_by_user
-from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
+from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from distplat.platform.errors import CollectiveError
-from distplat.strategies.base import Traffic
+from distplat.strategies.collective import Traffic
 
 
 class Accounts:

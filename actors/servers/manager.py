@@ -33,7 +33,7 @@ from distplat.platform.part import Role
 from distplat.platform.server_group import Seat, ServerGroup, ServersSeen
 from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
-from distplat.strategies.base import Roles
+from distplat.strategies.strategy import Roles
 
 if TYPE_CHECKING:
     import numpy as np

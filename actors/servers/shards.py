@@ -21,13 +21,12 @@ from distplat.actors.transport import Transport
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
-from distplat.strategies.base import Pushed
-from distplat.strategies.ports import ShardCopy
+from distplat.strategies.ports import Pushed, ShardCopy
 from distplat.strategies.reduction.base import several_types
+from distplat.strategies.training.checkpoint_types import ALL, Holding
 from distplat.strategies.training.client import fetch_copies
 from distplat.strategies.training.control import StepControl, control_size
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.parts import ALL, Holding
 from distplat.strategies.training.restoring import SavedState
 
 logger = logging.getLogger(__name__)

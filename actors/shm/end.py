@@ -19,7 +19,7 @@ from distplat.actors.shm.signals import Signals
 from distplat.actors.shm.vectors import SharedVectors, create_vector
 from distplat.actors.shm.watch import TOLD, Activity, Watch
 from distplat.platform.errors import CollectiveError
-from distplat.strategies.base import ReduceOp, Traffic
+from distplat.strategies.collective import ReduceOp, Traffic
 
 _CLOSE_S = 2.0
 

@@ -30,7 +30,7 @@ from distplat.actors.messages import Address, rendezvous_key
 from distplat.actors.shm.arena import Arena, Layout
 from distplat.actors.shm.end import End
 from distplat.platform.errors import CollectiveError
-from distplat.strategies.base import Handle, ReduceOp
+from distplat.strategies.collective import Handle, ReduceOp
 
 BACKEND = "DISTPLAT_SHM"
 

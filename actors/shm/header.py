@@ -7,7 +7,7 @@ import torch
 
 from distplat.platform.errors import MismatchError
 from distplat.strategies.algorithms.dtypes import SENDABLE
-from distplat.strategies.base import ReduceOp
+from distplat.strategies.collective import ReduceOp
 
 OPERATIONS = (
     "barrier",

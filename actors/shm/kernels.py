@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.cut import even_bounds
-from distplat.strategies.base import ReduceOp
+from distplat.strategies.collective import ReduceOp
 
 ALIGN = 128
 """

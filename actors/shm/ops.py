@@ -15,7 +15,7 @@ from distplat.actors.shm.kernels import ALIGN, Scratch, combine, cut_evenly, in_
 from distplat.actors.shm.rounds import Rounds, Signals
 from distplat.actors.shm.vectors import SharedVectors
 from distplat.platform.cut import even_bounds
-from distplat.strategies.base import ReduceOp
+from distplat.strategies.collective import ReduceOp
 
 _CACHED_BYTES = 256 * 1024
 """Shared vectors are combined in pieces of so many bytes, which stay in a core's cache."""

@@ -14,11 +14,7 @@ Each rank sends N-1 chunks in each half: 2 (N-1)/N of the vector, independent of
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
 from distplat.platform.cut import even_bounds
-from distplat.strategies.base import Collective
 
 
 def reduce_scatter_steps(rank: int, world: int) -> Iterator[tuple[int, int]]:
@@ -36,31 +32,3 @@ def traffic_elements(elements: int, rank: int, world: int) -> tuple[int, int]:
     sizes = [b - a for a, b in even_bounds(elements, world)]
     steps = [*reduce_scatter_steps(rank, world), *all_gather_steps(rank, world)]
     return sum(sizes[send] for send, _ in steps), sum(sizes[recv] for _, recv in steps)
-
-
-def ring_all_reduce(vector: Tensor, group: Collective) -> int:
-    """
-    Sum `vector` over the group in place, by sends to the right and receives from the left.
-
-    Args:
-        vector: shape [n], any n; the chunks differ by at most one element and may be empty.
-        group: its `send` must not wait for the receiver, or a ring of sends stands still.
-
-    Returns:
-        Bytes that this rank sent.
-    """
-    rank, world = group.rank, group.world
-    chunks = [vector[a:b] for a, b in even_bounds(vector.numel(), world)]
-    left, right = (rank - 1) % world, (rank + 1) % world
-    sent_bytes = 0
-    for send, recv in reduce_scatter_steps(rank, world):
-        group.send(chunks[send], right)
-        arriving = torch.empty_like(chunks[recv])
-        group.recv(arriving, left)
-        chunks[recv].add_(arriving)
-        sent_bytes += chunks[send].nbytes
-    for send, recv in all_gather_steps(rank, world):
-        group.send(chunks[send], right)
-        group.recv(chunks[recv], left)
-        sent_bytes += chunks[send].nbytes
-    return sent_bytes

@@ -21,7 +21,6 @@ still, with any speeds.
 """
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -75,22 +74,6 @@ class Plan:
     schedule: Schedule
     steps: tuple[tuple[Step, ...], ...]
     """Of each stage."""
-
-    def peak_kept(self) -> list[int]:
-        """Give for each stage how many received messages it keeps at once, at most."""
-        return [_peak_kept(self.schedule, stage, some) for stage, some in enumerate(self.steps)]
-
-
-def _peak_kept(schedule: Schedule, stage: int, steps: Iterable[Step]) -> int:
-    kept: set[Message] = set()
-    peak = 0
-    for step in steps:
-        if isinstance(step, Recv):
-            kept.add(step.message)
-            peak = max(peak, len(kept))
-        elif isinstance(step, Action):
-            kept -= {input_of(schedule, stage, step)}
-    return peak
 
 
 def input_of(schedule: Schedule, stage: int, action: Action) -> Message | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import CollectiveError, Problem, SpecError
-from distplat.strategies.base import Collective, Handle
+from distplat.strategies.collective import Collective, Handle
 
 _ROOM = 2
 """Sends under way to one stage; who sends one more waits for the oldest."""
@@ -45,10 +45,6 @@ class Channel:
         self._shapes: dict[Kind, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._free: defaultdict[Kind, list[Tensor]] = defaultdict(list)
         self._under_way: defaultdict[int, deque[tuple[Handle, Tensor]]] = defaultdict(deque)
-
-    def knows(self, kind: Kind) -> bool:
-        """Whether the shape of what enters a place is agreed."""
-        return kind in self._shapes
 
     def learn(self, kind: Kind, tensor: Tensor) -> None:
         """

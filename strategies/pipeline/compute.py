@@ -28,7 +28,7 @@ from distplat.strategies.training.compute import Share, Stopwatch, Sums, precisi
 from distplat.strategies.training.device import to_device
 from distplat.strategies.training.loss_check import LossDoubts
 from distplat.strategies.training.losses import Figures, LossTerm, eval_figures, loss_term
-from distplat.strategies.training.session import Prepared
+from distplat.strategies.training.prepared import Prepared
 
 _WINDOW = 32
 """Evaluation micro-batches of one plan."""

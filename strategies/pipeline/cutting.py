@@ -21,7 +21,7 @@ from torch import Tensor
 from distplat.platform.cut import even_bounds
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import partition
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.training.cut import LayerCost, Memory, measured, points_before
 from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.stages import Layer

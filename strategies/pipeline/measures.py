@@ -6,7 +6,7 @@ import time
 
 from distplat.platform.grid import Position
 from distplat.platform.pipeline_trace import TraceEvent, TraceReport
-from distplat.strategies.base import Collective, Traffic
+from distplat.strategies.collective import Collective, Traffic
 from distplat.strategies.pipeline.seams import Span
 
 _COMPUTING = ("F", "B", "W")

@@ -1,16 +1,103 @@
-"""What the options of `hybrid` cannot be together, and with the rest of the job."""
+"""The options of `hybrid`, and what they cannot be together, and with the rest of the job."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from distplat.platform.errors import Problem
+from distplat.platform.fields import Count, Flag, NonNegative, Positive, Seconds
+from distplat.platform.grid import Grid
 from distplat.platform.spec import Job
 from distplat.platform.suggest import hint
+from distplat.strategies.strategy import Options
 from distplat.strategies.tensor.plan import check_styles
 
-if TYPE_CHECKING:
-    from distplat.strategies.hybrid import HybridOptions
+Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
+_PER_STAGE = 4
+"""Micro-batches for each stage where the job does not say: a bubble of a fifth, at most."""
+
+
+class HybridOptions(Options):
+    """Options of `hybrid`."""
+
+    gone: ClassVar[Mapping[str, str]] = {
+        "pack_weights": "it is gone, and so are packed weights: remove it",
+    }
+
+    pipeline: Count = Field(1, le=1024)
+    """Stages: pieces of the model that follow each other, a worker each (or `tensor` workers)."""
+    tensor: Count = Field(1, le=1024)
+    """Workers that share the layers of one stage."""
+    data: Count = Field(1, le=1024)
+    """Replicas of the whole, each with a part of every batch."""
+    data_strategy: Literal["ring", "ps-sync"] = "ring"
+    """How replicas come together: `ring` reduces each stage's gradients over them; `ps-sync` pushes
+    them to server nodes, of which each stage and slice has its own."""
+    num_servers: Count = Field(1, le=256)
+    """Server nodes of each stage and slice; with `data_strategy: ps-sync`."""
+    resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
+    """Ray resources of one server node; by default none, for it works while workers wait."""
+    replication: Count = Field(1, le=2)
+    """2: each shard has a backup, which takes over when its server is lost."""
+    wire: Literal["exact", "fp16", "bf16"] = "exact"
+    """Type that travels between workers and servers of two nodes; on a node nothing travels."""
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
+    """In which order a stage computes its micro-batches: docs/schedules.md."""
+    micro_batches: Count | None = Field(None, le=4096)
+    """Parts of a replica's batch; None: four for each stage, as far as the batch goes."""
+    virtual: Count | None = Field(None, le=64)
+    """Pieces of the model per stage; `interleaved` only, where None is 2."""
+    cut: str | tuple[str, ...] = "auto"
+    """`auto`: by the layers' measured time; `even`: as many layers each; or a list of the layers
+    with which pieces begin, the first apart."""
+    memory_limit_mb: Positive | None = None
+    """What a stage may hold by estimate, in MiB; with `cut: auto`."""
+    init: Literal["build", "meta"] = "build"
+    """`meta`: no process ever holds the whole model; needs modules with `reset_parameters`."""
+    recompute: Flag = False
+    """Keep a stage's input only, and compute its activations again in backward."""
+    tensor_plan: dict[str, str] = Field(default_factory=dict)
+    """How layers are sliced, by patterns of their names, such as "blocks.*.mlp.1": colwise."""
+    backend: Backend = "auto"
+    """Transport; `auto`: by where the workers are, and the log says why."""
+    timeout_s: Seconds = Field(60.0)
+    """Deadline of one operation; the error names the ranks that did not come."""
+    debug: Flag = False
+    """Compare every operation between the ranks; by default only the first ones."""
+    overlap: Flag = True
+    """Reduce gradients over the replicas while the pipeline still drains."""
+    bucket_mb: Positive = Field(8.0, le=1024)
+    """Size of a bucket of gradients in MiB; with `data` > 1."""
+    trace_step: Count = 5
+    """Step, from 1, of which `pipeline_trace.json` tells; the last one of shorter runs."""
+
+    @property
+    def grid(self) -> Grid:
+        """Who is where."""
+        return Grid(self.pipeline, self.tensor, self.data)
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of the model per stage."""
+        return (self.virtual or 2) if self.schedule == "interleaved" else 1
+
+    @property
+    def places(self) -> int:
+        """Pieces of the whole model."""
+        return self.pipeline * self.chunks
+
+    def micro(self, job: Job) -> int:
+        """Micro-batches of a replica's part of a full batch."""
+        if self.micro_batches is not None:
+            return self.micro_batches
+        wanted = _PER_STAGE * self.pipeline if self.pipeline > 1 else 1
+        most = max(1, min(wanted, job.global_batch_size // self.data))
+        if self.schedule == "interleaved":
+            most = max(self.pipeline, most // self.pipeline * self.pipeline)
+        return most
 
 
 def problems(chosen: HybridOptions, job: Job) -> list[Problem]:

@@ -24,9 +24,9 @@ from distplat.strategies.pipeline.trial import BeforeSlicing
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.parts import place_of
 from distplat.strategies.tensor.plan import ShardSpec
+from distplat.strategies.training.checkpoint_types import Holding
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.meta import materialise
-from distplat.strategies.training.parts import Holding
 from distplat.strategies.training.recompute import recomputed
 from distplat.strategies.training.seeding import seed_quickly
 from distplat.strategies.training.stages import Layer, Stage, layers_of, one_tensor, refuse_tied

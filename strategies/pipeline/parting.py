@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from distplat.platform.grid import Position
 from distplat.platform.spec import Job
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.pipeline.cutting import Wish, agree_on_points
 from distplat.strategies.pipeline.limits import entering, names_of, refuse
+from distplat.strategies.pipeline.options import HybridOptions
 from distplat.strategies.pipeline.part import Part, layers_for, take_part, take_whole
 from distplat.strategies.pipeline.plans import training_plan
 from distplat.strategies.pipeline.trial import SAMPLES, BeforeSlicing, compare, inputs_of, shared
@@ -20,11 +21,8 @@ from distplat.strategies.tensor.plan import resolve
 from distplat.strategies.training.batches import one_batch
 from distplat.strategies.training.cut import Memory
 from distplat.strategies.training.device import to_device
-from distplat.strategies.training.session import Prepared
+from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.stages import Layer
-
-if TYPE_CHECKING:
-    from distplat.strategies.hybrid import HybridOptions
 
 
 def agreed_part(

@@ -18,7 +18,6 @@ import math
 import time
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,12 +25,13 @@ from torch import Tensor
 from distplat.platform.grid import Grid, Position
 from distplat.strategies.algorithms.schedule_messages import Plan
 from distplat.strategies.algorithms.simulate import simulate
-from distplat.strategies.base import Collective, Context
+from distplat.strategies.collective import Collective
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.compute import Pipeline, Settings
 from distplat.strategies.pipeline.executor import Executor
 from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.measures import Measures
+from distplat.strategies.pipeline.options import HybridOptions
 from distplat.strategies.pipeline.part import Part
 from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
@@ -42,16 +42,12 @@ from distplat.strategies.pipeline.served import Served
 from distplat.strategies.pipeline.twins import Twins
 from distplat.strategies.tensor.parallelize import forget
 from distplat.strategies.tensor.parts import gather_full
+from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.training.compute import Share, precision
 from distplat.strategies.training.control import ELSEWHERE, StepControl
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.parts import Holding
-from distplat.strategies.training.parts import Part as Checkpointed
-from distplat.strategies.training.session import Prepared
-
-if TYPE_CHECKING:
-    from distplat.platform.pipeline_trace import TraceReport
-    from distplat.strategies.hybrid import HybridOptions
+from distplat.strategies.training.prepared import Prepared
+from distplat.strategies.worker import Context
 
 
 class Rank:
@@ -72,7 +68,7 @@ class Rank:
         self._part: Part | None = None
         self._slices: Rebound | None = None
         self._exchange: Exchange | None = None
-        self.caught_up: Share | None = None  #: see `Strategy.caught_up`
+        self.replayed: Share | None = None  #: see `WorkerStrategy.replayed`
         self._measures = Measures(rank, self._at)
         self.pipeline: Pipeline  #: there once this rank is connected
 
@@ -124,9 +120,12 @@ class Rank:
             name = f"twins-{at.stage}-{at.slice}"
             twins = everybody.subgroup(name, grid.twins(at.stage, at.slice))
         version = self._exchange.meet(twins, context, self._versions)
-        self.caught_up = self.pipeline.share if self._exchange.made else None
+        self.replayed = self.pipeline.share if self._exchange.made else None
         self._measures.meet(self._replica)
         self.pipeline = self._make_pipeline(context, members)
+        self._report = context.report
+        if self.replayed is not None:
+            self._trace(version - 1)
         return version
 
     def _make_exchange(self) -> Exchange:
@@ -215,8 +214,9 @@ class Rank:
         return math.sqrt(float(whole))
 
     def update(self, step: int, total: StepControl) -> None:
-        """Update this rank's part."""
+        """Update this rank's part, and report the trace of the step that the job names."""
         self._exchanging.update(step, total)
+        self._trace(step)
 
     def figures(self) -> dict[str, float]:
         """Give the figures of pipeline and exchange."""
@@ -230,13 +230,12 @@ class Rank:
         """Bubble of the schedule with a full batch."""
         return simulate(self._plan(self._options.micro(self._prepared.job))).bubble
 
-    def trace(self, step: int) -> TraceReport | None:
-        """Tell when what was done in the step just made, if it is the one."""
-        options = self._options
+    def _trace(self, step: int) -> None:
+        """Report when what was done in the step just made, if it is the one."""
+        options, spans = self._options, self._executor.spans
         wanted = min(options.trace_step, self._prepared.total_steps) - 1
-        if step != wanted or options.pipeline == 1:
-            return None
-        return self._measures.trace(step, self._executor.spans, options.schedule, options.pipeline)
+        if step == wanted and options.pipeline > 1:
+            self._report(self._measures.trace(step, spans, options.schedule, options.pipeline))
 
     def trained(self) -> dict[str, Tensor]:
         """
@@ -252,24 +251,14 @@ class Rank:
         self._everybody.barrier()
         return state
 
-    def checkpoint(self, version: int) -> Checkpointed:
+    def checkpoint(self, version: int) -> CheckpointPart:
         """Give this rank's part for a checkpoint: those of the first replica give theirs."""
-        return Checkpointed() if self._at.replica > 0 else self._exchanging.part(version)
+        return CheckpointPart() if self._at.replica > 0 else self._exchanging.part(version)
 
     @property
     def holding(self) -> Holding:
         """What of the whole model this rank has."""
         return self._own.holding(self._at.slice)
-
-    @property
-    def everybody(self) -> Collective:
-        """All ranks of the run."""
-        return self._everybody
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank computes."""
-        return self._device
 
     @property
     def _exchanging(self) -> Exchange:

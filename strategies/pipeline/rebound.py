@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
+from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
 
 class Rebound:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from distplat.strategies.base import Collective, Context
+from distplat.strategies.collective import Collective
+from distplat.strategies.training.checkpoint_types import CheckpointPart
 from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.parts import Part
+from distplat.strategies.worker import Context
 
 Versions = Callable[[int], list[int]]
 """Tells all ranks of the grid the version of this one's part; gives those of all, in rank order."""
@@ -113,7 +114,7 @@ class Exchange(Tail, Protocol):
     def update(self, step: int, total: StepControl) -> None:
         """Make the update of a step, unless the record says that it is left out."""
 
-    def part(self, version: int) -> Part:
+    def part(self, version: int) -> CheckpointPart:
         """Give the part for a checkpoint."""
 
     def figures(self) -> dict[str, float]:

@@ -22,12 +22,15 @@ from torch import Tensor
 
 from distplat.platform.errors import StateLost
 from distplat.platform.load import load_figures
-from distplat.strategies.base import Collective, Context, Pushed, Shards
+from distplat.strategies.collective import Collective
 from distplat.strategies.pipeline.seams import Versions
+from distplat.strategies.ports import Pushed, Shards
+from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.model_state import ModelState
-from distplat.strategies.training.parts import Holding, Part, server_part
+from distplat.strategies.training.parts import server_part
+from distplat.strategies.worker import Context
 
 
 class Served:
@@ -165,7 +168,7 @@ class Served:
             self._state.keep(step + 1)
         self._at, self._pushing, self._ahead = step + 1, False, None
 
-    def part(self, version: int) -> Part:
+    def part(self, version: int) -> CheckpointPart:
         """See `Exchange`."""
         return server_part(
             self._flat, self._servers, version, may_skip=False, holding=self._holding

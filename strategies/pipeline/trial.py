@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.training.stages import Layer, one_tensor
 
 SAMPLES = 2

@@ -10,16 +10,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from distplat.platform.errors import StateLost
-from distplat.strategies.base import Collective, Context
+from distplat.strategies.collective import Collective
 from distplat.strategies.pipeline.seams import Versions
 from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.handover import take_over_newest
 from distplat.strategies.training.model_state import ModelState
 from distplat.strategies.training.optim import LocalOptimizer
-from distplat.strategies.training.parts import Holding, Part, model_part, optimizer_part
+from distplat.strategies.training.parts import model_part, optimizer_part
 from distplat.strategies.training.segments import squared_norm_of
+from distplat.strategies.worker import Context
 
 
 class PartOptimizer(LocalOptimizer):
@@ -153,7 +155,7 @@ class Twins:
             self._state.keep(step + 1)
         self._summed = False
 
-    def part(self, version: int) -> Part:
+    def part(self, version: int) -> CheckpointPart:
         """See `Exchange`."""
         assert self._optimizer is not None, "meet() comes first"
         flat, holding = self._flat, self._holding

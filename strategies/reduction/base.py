@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from distplat.platform.errors import Problem, SpecError
-
-if TYPE_CHECKING:
-    from distplat.strategies.training.control import StepControl
+from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 
 

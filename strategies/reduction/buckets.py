@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 
 from distplat.strategies.algorithms.buckets import FIRST_BYTES, Bucket, Release, cut_buckets
-from distplat.strategies.base import Collective, Handle
+from distplat.strategies.collective import Collective, Handle
 from distplat.strategies.reduction.base import several_types
 from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter, OverlapMeter

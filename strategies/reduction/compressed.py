@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.ring import traffic_elements
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.reduction.base import Reducer, several_types
 from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter, time_all_reduce

@@ -2,7 +2,7 @@
 
 import torch
 
-from distplat.strategies.base import Collective, Handle
+from distplat.strategies.collective import Collective, Handle
 from distplat.strategies.training.control import StepControl, control_size
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 
 _ROUNDS = 3
 

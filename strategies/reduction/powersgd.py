@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distplat.strategies.algorithms import lowrank
 from distplat.strategies.algorithms.reduce import squared_norm
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.reduction.compressed import CompressedReducer
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.laying_out import Slot

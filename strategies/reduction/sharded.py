@@ -25,7 +25,7 @@ from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.algorithms.reduce import clip_factor
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.reduction.control_sum import ControlSum
 from distplat.strategies.reduction.figures import Meter
 from distplat.strategies.training.control import StepControl

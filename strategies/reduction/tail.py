@@ -1,6 +1,6 @@
 """Sums of parameters that were frozen at first, once some rank trains them."""
 
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.segments import typed

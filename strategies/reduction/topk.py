@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.sparse import add_sparse, entries_sent, largest
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.reduction.compressed import CompressedReducer
 from distplat.strategies.training.flat import FlatModel
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.ring import traffic_elements
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.reduction.figures import time_all_reduce
 
 MEASURE_EVERY = 16

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.exchange import Bounds, copied, gathered, summed
 from distplat.strategies.tensor.heads import HeadLayout
 from distplat.strategies.tensor.inside import Inside

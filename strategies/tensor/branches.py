@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.exchange import copied
 from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.layers import Parts

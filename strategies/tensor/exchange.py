@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 
 Bounds = Sequence[tuple[int, int]]
 """First column and the one behind the last, by rank; together they are all columns."""

@@ -19,7 +19,7 @@ the ranks were together (Shoeybi et al. 2019, section 3).
 import torch
 from torch import Tensor
 
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.exchange import copied
 
 _RANGE = 1 << 48

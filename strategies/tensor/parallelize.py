@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.attention import SplitMultiheadAttention, split_heads
 from distplat.strategies.tensor.branches import Branch, Branches, split_branches
 from distplat.strategies.tensor.inside import Inside

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.pieces import Place
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.plan import ShardSpec
 from distplat.strategies.training.words import gather_bytes
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.ports import Board
+from distplat.strategies.task import Task
 from distplat.strategies.training.seeding import (
     generators_kept,
     seed_sample,
@@ -31,10 +33,6 @@ from distplat.strategies.training.seeding import (
 )
 from distplat.strategies.training.state_transfer import untrained_slots
 from distplat.strategies.training.watched import checksum
-
-if TYPE_CHECKING:
-    from distplat.strategies.ports import Board
-    from distplat.strategies.task import Task
 
 _KEY = "what-ranks-have"
 _SAMPLES = 16

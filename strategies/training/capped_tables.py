@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distplat.strategies.base import Collective, ReduceOp
+from distplat.strategies.collective import Collective, ReduceOp
 
 
 def is_capped(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.pieces import ITEM_BYTES
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
 from distplat.strategies.algorithms.dtypes import SENDABLE
+from distplat.strategies.task import Task
 from distplat.strategies.training.unwrapping import unwrapped
-
-if TYPE_CHECKING:
-    from distplat.platform.sampler import Sampler
-    from distplat.platform.spec import Job
-    from distplat.strategies.task import Task
 
 _REAL = "keep it as real numbers: torch.view_as_real(...), and torch.view_as_complex in forward()"
 _SHOWN = 6

@@ -10,8 +10,7 @@ from torch import Tensor
 from distplat.platform.ledger import Answer
 from distplat.platform.load import ShardLoad
 from distplat.platform.shard_map import ShardPlan
-from distplat.strategies.base import Pushed
-from distplat.strategies.ports import ShardCopy, TablesCopy
+from distplat.strategies.ports import Pushed, ShardCopy, TablesCopy
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.training.async_service import AsyncService
 from distplat.strategies.training.control import StepControl

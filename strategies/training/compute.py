@@ -15,25 +15,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
 
 from distplat.platform.cut import even_bounds
 from distplat.platform.spec import Job
-from distplat.strategies.base import Strategy
 from distplat.strategies.training.batches import eval_batches, micro_batches
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.device import to_device
+from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.loss_check import LossDoubts
 from distplat.strategies.training.losses import Figures, LossTerm, eval_figures, loss_term
+from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.seeding import seed_evaluation, seed_step
 from distplat.strategies.training.task_parameters import task_modules
-
-if TYPE_CHECKING:
-    from distplat.strategies.training.flat import FlatModel
-    from distplat.strategies.training.session import Prepared
 
 
 class Stopwatch:
@@ -132,17 +129,21 @@ class WholeModel:
 
     Args:
         prepared: model and data.
-        strategy: told when the last backward of a step begins.
+        last_backward: called when the last backward of a step begins.
         rank: this one.
         alive: called after each micro-batch.
     """
 
     def __init__(
-        self, prepared: Prepared, strategy: Strategy[Any], rank: int, alive: Callable[[], None]
+        self,
+        prepared: Prepared,
+        last_backward: Callable[[], None],
+        rank: int,
+        alive: Callable[[], None],
     ) -> None:
         self.job, self.task, self.data = prepared.job, prepared.task, prepared.data
         self.flat, self.sampler = prepared.flat, prepared.sampler
-        self.strategy, self.rank, self.alive = strategy, rank, alive
+        self.last_backward, self.rank, self.alive = last_backward, rank, alive
         self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
         self._doubts = LossDoubts(self.task, self.flat.model)
 
@@ -167,7 +168,7 @@ class WholeModel:
                 self._doubts.look(step, outputs, targets, term, size)
             self.flat.before_backward()
             if number == len(sizes):
-                self._last_backward(step)
+                self.last_backward()
             torch.autograd.backward(term.value * (term.factor * part))
             self.flat.take_in()
             share = share.plus(term, size)
@@ -194,9 +195,6 @@ class WholeModel:
                 found.add(eval_figures(self.task, outputs, targets, size), size)
             self.alive()
         return found
-
-    def _last_backward(self, step: int) -> None:
-        self.strategy.last_backward(step)
 
     def _plan(self, step: int) -> list[Any]:
         return self.sampler.micro_batches(step, self.rank, self.job.gradient_accumulation)

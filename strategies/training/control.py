@@ -14,16 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distplat.platform.errors import NonFiniteError
 from distplat.platform.spec import Job
-
-if TYPE_CHECKING:
-    from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.flat import FlatModel
 
 Policy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""

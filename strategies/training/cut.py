@@ -1,8 +1,8 @@
 """
 What a model's layers cost, and where to cut it into pipeline stages.
 
-    layers --- profile ---> costs --- cut ---> points         by time, within the stages' memory
-    layers --- points_before(names) ---------> points         by hand
+    layers --- measured ---> costs --- cut ---> points        by time, within the stages' memory
+    layers --- points_before(names) ----------> points        by hand
 """
 
 import copy
@@ -35,27 +35,21 @@ class LayerCost:
     """What crosses a cut behind this layer, in each direction."""
 
 
-def profile(layers: Sequence[Layer], inputs: Tensor, repeats: int = 5) -> list[LayerCost]:
+def measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Tensor]:
     """
-    Measure layers on one micro-batch; they and torch's generators stay as they were.
+    Measure a layer on one micro-batch; it and torch's generators stay as they were.
 
     Args:
-        layers: on one device, with values (not on `meta`).
-        inputs: of the first layer, of a micro-batch's shape.
+        layer: with values (not on `meta`).
+        inputs: of a micro-batch's shape.
         repeats: medians are of so many, >= 1, after one that does not count.
 
+    Returns:
+        Its cost, and its outputs for the next layer.
+
     Raises:
-        SpecError: a layer gives something else than one tensor.
+        SpecError: it gives something else than one tensor.
     """
-    costs = []
-    for layer in layers:
-        cost, inputs = measured(layer, inputs, repeats)
-        costs.append(cost)
-    return costs
-
-
-def measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Tensor]:
-    """Measure one layer as `profile` does; give its outputs, too, for the next one."""
     devices = [inputs.device] if inputs.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         return _measured(layer, inputs.detach(), repeats)

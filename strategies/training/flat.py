@@ -15,7 +15,7 @@ docs/decisions/flat_vectors.md.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 
 import numpy as np
@@ -155,6 +155,33 @@ class FlatModel:
         if self.active.any():
             return every
         return tuple(one for one in every if one.start < self.layout.tail)
+
+    def slots_in(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Give the slots that lie in a run of the flat vector: place, first element, last one."""
+        for place, slot in enumerate(self.slots):
+            first, last = max(start, slot.offset), min(stop, slot.stop)
+            if first < last:
+                yield place, first, last
+
+    def elements_of(
+        self, slot: Slot, first: int, last: int, start: int
+    ) -> tuple[tuple[int, int] | None, int]:
+        """
+        Count elements of a slot where the vector's are bytes.
+
+        Args:
+            slot: one of this model's.
+            first: element of the vector, in the slot.
+            last: one behind it, in the slot.
+            start: element of the vector from which places are to be counted.
+
+        Returns:
+            First and last element of the slot, None: all of them; and the place of the first.
+        """
+        item = slot.dtype.itemsize // self.params.itemsize if self.mixed else 1
+        all_of_it = (first, last) == (slot.offset, slot.stop)
+        run = None if all_of_it else ((first - slot.offset) // item, (last - slot.offset) // item)
+        return run, (first - start) // item
 
     def begin_step(self) -> None:
         """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import StateLost
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.training.flat import TORN, FlatModel
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.state_transfer import (

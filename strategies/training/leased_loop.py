@@ -14,21 +14,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
 from distplat.platform.task_scheduler import Course, Work
-from distplat.strategies.base import Strategy
 from distplat.strategies.ports import Leases
 from distplat.strategies.training.compute import Stopwatch
+from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.step_exchange import StepExchange, Turn
 from distplat.strategies.training.task_compute import TaskModel
-
-if TYPE_CHECKING:
-    from distplat.platform.sampler import Sampler
-    from distplat.platform.spec import Job
-    from distplat.strategies.training.loop import Progress
-    from distplat.strategies.training.session import Prepared
+from distplat.strategies.worker import WorkerStrategy
 
 
 def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> Course:
@@ -54,7 +52,7 @@ class LeasedLoop:
     """Trains one worker's model on what it is given; see `Loop` for the fields."""
 
     prepared: Prepared
-    strategy: Strategy[Any]
+    strategy: WorkerStrategy[Any]
     rank: int
     report: Callable[[AnyReport], None]
     progress: Progress

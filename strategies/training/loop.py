@@ -17,11 +17,13 @@ from torch.utils.data import Dataset
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.base import Strategy
+from distplat.strategies.collective import Collective
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.compute import Compute, Share, Stopwatch
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.step_exchange import StepExchange, Turn
+from distplat.strategies.training.words import gather_bytes
+from distplat.strategies.worker import WorkerStrategy
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Loop:
     flat: FlatModel
     sampler: Sampler
     total_steps: int
-    strategy: Strategy[Any]
+    strategy: WorkerStrategy[Any]
     compute: Compute
     rank: int
     report: Callable[[AnyReport], None]
@@ -80,6 +82,9 @@ class Loop:
     """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
     evaluated: Callable[[], object] = lambda: None
     """Told after each evaluation: what its forwards wrote is no part of the training."""
+    group: Collective | None = None
+    """All ranks, over which evaluations are gathered: what every rank has, no rank can take with
+    it. None: the ranks have no group."""
 
     def __post_init__(self) -> None:
         self._exchange = StepExchange(self.job, self.flat, self.strategy, self.lookups)
@@ -87,9 +92,8 @@ class Loop:
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
         self.progress.step, self.progress.begun = self.start, True
-        unreported = self.strategy.caught_up()
-        if unreported is not None:
-            self._end_step(self.start - 1, unreported, Stopwatch())
+        if self.strategy.replayed is not None:
+            self._end_step(self.start - 1, self.strategy.replayed, Stopwatch())
         if self.start and self.eval_data is not None and self._evaluates_after(self.start - 1):
             self._evaluate(self.eval_data, self.start)  # it may have been cut off
         steps = range(self.start, self.total_steps)
@@ -129,9 +133,6 @@ class Loop:
         mean, samples, weight = share.loss, share.samples, share.weight
         report = StepReport(self.rank, step, epoch, mean, samples, seconds, of, figures, weight)
         self.report(report)
-        trace = self.strategy.trace(step)
-        if trace is not None:
-            self.report(trace)
 
     def _skip(self, step: int) -> None:
         """Leave a step out: the others have made it."""
@@ -153,5 +154,9 @@ class Loop:
         self.progress.evaluating = False
         self.evaluated()
         mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
-        for text in self.strategy.gather(json.dumps(asdict(mine)).encode()):
-            self.report(EvalReport(**json.loads(text)))
+        if self.group is None:
+            self.report(mine)
+            return
+        text = json.dumps(asdict(mine)).encode()
+        for one in gather_bytes(text, self.group, self.flat.params.device):
+            self.report(EvalReport(**json.loads(one)))

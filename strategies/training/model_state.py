@@ -17,15 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from distplat.platform.checkpoints import is_due
-from distplat.platform.cut import even_bounds
 from distplat.platform.errors import Problem, SpecError, StateLost
-from distplat.strategies.base import Collective, ReduceOp
+from distplat.strategies.collective import Collective, ReduceOp
 from distplat.strategies.training.capped_tables import CappedTables, first_writer, first_written
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.state_transfer import (
@@ -36,9 +33,6 @@ from distplat.strategies.training.state_transfer import (
 )
 from distplat.strategies.training.sync_batch_norm import SyncNorms
 from distplat.strategies.training.watched import Marks, Rule, Values, Watched, copied_into, watch
-
-if TYPE_CHECKING:
-    from distplat.strategies.training.session import Prepared
 
 _FIRST_STEPS = 3
 """Steps after a start in which checksums are compared."""
@@ -54,23 +48,6 @@ class Shares:
     """By rank of the group, the micro-batches of a step."""
     checkpoint_due: Callable[[int], bool] = lambda version: False
     """Whether a checkpoint is made of a version."""
-
-
-def shares_of(prepared: Prepared) -> Shares:
-    """Give the shares of a run, whose sampler may change from one attempt to the next."""
-
-    def samples(step: int) -> list[int]:
-        sampler = prepared.sampler
-        return [b - a for a, b in even_bounds(sampler.batch_size(step), sampler.world)]
-
-    def micro_batches(step: int) -> list[int]:
-        return [min(size, prepared.job.gradient_accumulation) for size in samples(step)]
-
-    def checkpoint_due(version: int) -> bool:
-        every = prepared.job.checkpoint.period(prepared.sampler.steps_per_epoch)
-        return is_due(version, every, prepared.total_steps)
-
-    return Shares(samples, micro_batches, checkpoint_due)
 
 
 class ModelState:

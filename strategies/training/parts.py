@@ -11,78 +11,21 @@ copied at once; everything after that happens behind the training's back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from distplat.platform.pieces import Bytes, Entry, Place, Whole
 from distplat.strategies.ports import Kind, Shards
+from distplat.strategies.training.checkpoint_types import ALL, Boxes, CheckpointPart, Holding
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.laying_out import Slot
 from distplat.strategies.training.optim import PER_PARAMETER, USED
 from distplat.strategies.training.segments import dtype_name
 
-Boxes = list[tuple[Any, tuple[Entry, ...]]]
-"""Arrays that are kept elsewhere, and what is in them."""
 
-
-@dataclass(frozen=True)
-class Part:
-    """What one rank is responsible for."""
-
-    tensors: tuple[Tensor, ...] = ()
-    """Live, not copies; each contiguous or small."""
-    entries: tuple[Entry, ...] = ()
-    """What is in them; `Entry.array` counts `tensors`."""
-    fetch: Callable[[], Boxes | None] | None = None
-    """Gives what servers have kept of this version; may wait. None: they have it no more."""
-    may_skip: bool = False
-    """Whether this rank goes on without a checkpoint rather than wait until its last part left."""
-
-    def plus(self, other: Part) -> Part:
-        """Put two parts of a rank together; `fetch` and `may_skip` are this one's."""
-        shift = len(self.tensors)
-        moved = tuple(replace(e, array=e.array + shift) for e in other.entries)
-        return replace(self, tensors=self.tensors + other.tensors, entries=self.entries + moved)
-
-    def also(self, more: Callable[[], Boxes | None]) -> Part:
-        """Have what other servers keep of this version fetched, too."""
-        first = self.fetch or (lambda: [])
-
-        def both() -> Boxes | None:
-            found = first()
-            rest = more() if found is not None else None
-            return None if found is None or rest is None else [*found, *rest]
-
-        return replace(self, fetch=both)
-
-
-@dataclass(frozen=True)
-class Holding:
-    """What of the whole model a rank has."""
-
-    places: Mapping[str, Place] = field(default_factory=dict)
-    """Where a tensor lies in the whole one, for those of which this rank has a slab."""
-    others: Set[str] = frozenset()
-    """Tensors that are here and that count for another rank, in checkpoints and in norms."""
-
-    def uncounted(self, flat: FlatModel) -> tuple[tuple[int, int], ...]:
-        """Give the runs of the flat vector that count for another rank."""
-        slots = [slot for slot in flat.slots if slot.name in self.others]
-        return tuple((slot.offset, slot.stop) for slot in slots)
-
-
-ALL = Holding()
-"""All of it."""
-
-Take = Callable[[int, Part, Mapping[str, Any]], object]
-"""Takes a part, with its version and facts for `state.json`; copies it before it returns."""
-
-
-def model_part(flat: FlatModel, holding: Holding = ALL) -> Part:
+def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
     """
     Give a rank's model: trainable parameters, others, and buffers.
 
@@ -92,10 +35,10 @@ def model_part(flat: FlatModel, holding: Holding = ALL) -> Part:
     """
     live = flat.trained_names()
     entries = vector_entries(flat, [kind_of("model", flat.params)], 0, b"", holding, live)
-    return Part((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
+    return CheckpointPart((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
 
 
-def buffer_part(flat: FlatModel, holding: Holding = ALL) -> Part:
+def buffer_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
     """Give what of a model is not trained: buffers and frozen parameters."""
     elsewhere = holding.others | flat.trained_names()
     rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
@@ -108,7 +51,7 @@ def buffer_part(flat: FlatModel, holding: Holding = ALL) -> Part:
         )
         for number, (name, value) in enumerate(rest.items())
     ]
-    return Part(tuple(rest.values()), tuple(entries))
+    return CheckpointPart(tuple(rest.values()), tuple(entries))
 
 
 def optimizer_part(
@@ -116,7 +59,7 @@ def optimizer_part(
     state: Mapping[str, Tensor],
     start: int = 0,
     holding: Holding = ALL,
-) -> Part:
+) -> CheckpointPart:
     """
     Give the state of an optimizer over a run of the flat vector.
 
@@ -129,12 +72,12 @@ def optimizer_part(
     kinds, used = kinds_of(state)
     tensors = tuple(value for name, value in state.items() if name != USED)
     entries = vector_entries(flat, kinds, start, used, holding)
-    return Part(tensors, tuple(entries))
+    return CheckpointPart(tensors, tuple(entries))
 
 
 def server_part(
     flat: FlatModel, shards: Shards, version: int, *, may_skip: bool, holding: Holding = ALL
-) -> Part:
+) -> CheckpointPart:
     """
     Give what server nodes keep of a version, and this rank's buffers.
 
@@ -142,7 +85,7 @@ def server_part(
         flat: the model.
         shards: the port to the servers.
         version: steps.
-        may_skip: see `Part`.
+        may_skip: see `CheckpointPart`.
         holding: see `model_part`.
     """
     live = flat.trained_names()  # in the step that this version follows, not when it is fetched
@@ -192,7 +135,7 @@ def vector_entries(
     """
     length = next((kind.length for kind in kinds if kind.length is not None), 0)
     entries = []
-    for place, first, last in slots_in(flat, start, start + length):
+    for place, first, last in flat.slots_in(start, start + length):
         slot = flat.slots[place]
         if slot.name in holding.others:
             continue
@@ -202,41 +145,11 @@ def vector_entries(
             if vector is None:
                 entries.append(Entry(f"{key}/{slot.name}", Place(()), dtype, number, place))
                 continue
-            run, offset = elements_of(flat, slot, first, last, start)
+            run, offset = flat.elements_of(slot, first, last, start)
             where = replace(holding.places.get(slot.name, Place(slot.shape)), run=run)
             kind = str(slot.dtype).removeprefix("torch.")
             entries.append(Entry(f"{key}/{slot.name}", where, kind, number, offset))
     return entries
-
-
-def slots_in(flat: FlatModel, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Give the slots that lie in a run of the flat vector: place, first element, last one."""
-    for place, slot in enumerate(flat.slots):
-        first, last = max(start, slot.offset), min(stop, slot.stop)
-        if first < last:
-            yield place, first, last
-
-
-def elements_of(
-    flat: FlatModel, slot: Slot, first: int, last: int, start: int
-) -> tuple[tuple[int, int] | None, int]:
-    """
-    Count elements of a slot where the vector's are bytes.
-
-    Args:
-        flat: the model.
-        slot: one of its slots.
-        first: element of the vector, in the slot.
-        last: one behind it, in the slot.
-        start: element of the vector from which places are to be counted.
-
-    Returns:
-        First and last element of the slot, None: all of them; and the place of the first.
-    """
-    item = slot.dtype.itemsize // flat.params.itemsize if flat.mixed else 1
-    all_of_it = (first, last) == (slot.offset, slot.stop)
-    run = None if all_of_it else ((first - slot.offset) // item, (last - slot.offset) // item)
-    return run, (first - start) // item
 
 
 class Staging:

@@ -26,16 +26,17 @@ from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
-from distplat.strategies.base import Pushed
-from distplat.strategies.catalog import make_strategy
+from distplat.strategies.ports import Pushed
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.checkpoint_types import Holding
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.parts import Holding
+from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.replay_leases import ReplayLeases
 from distplat.strategies.training.restoring import SavedState
-from distplat.strategies.training.session import Ports, Prepared, join
+from distplat.strategies.training.session import Ports, join
+from distplat.strategies.worker import make_worker_strategy
 
 
 class ReplayGroup:
@@ -247,7 +248,7 @@ def _run_rank(group: ReplayGroup, rank: int, prepared: Prepared) -> None:
     try:
         join(
             prepared,
-            make_strategy(group.plan.job),
+            make_worker_strategy(group.plan.job),
             rank,
             Ports(shards=ReplayShards(group, rank), leases=ReplayLeases(group.tasks[rank])),
             report=lambda report: None,

@@ -21,7 +21,6 @@ from distplat.platform.resume import names_differ
 from distplat.platform.table_plan import TableSpec, file_of
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import NUMBERS, PER_PARAMETER, USED
-from distplat.strategies.training.parts import elements_of, slots_in
 from distplat.strategies.training.segments import dtype_name
 
 Load = Callable[[str], Mapping[str, Whole]]
@@ -165,11 +164,11 @@ def _vector(
     for place, slot in enumerate(flat.slots):
         used[place] |= f"{kind}/{slot.name}" in found
     result = flat.params.new_zeros(stop - start, device="cpu")
-    for place, first, last in slots_in(flat, start, stop):
+    for place, first, last in flat.slots_in(start, stop):
         slot = flat.slots[place]
         key = f"{kind}/{slot.name}"
         if key in found:
-            part, _ = elements_of(flat, slot, first, last, start)
+            part, _ = flat.elements_of(slot, first, last, start)
             where = replace(places.get(slot.name, Place(slot.shape)), run=part)
             mine = result[first - start : last - start]
             values = tensor_of(found[key], where).reshape(-1)

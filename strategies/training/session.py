@@ -18,18 +18,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distplat.platform.checkpoints import is_due
+from distplat.platform.cut import even_bounds
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE
-from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import TASK_PREFIX
-from distplat.strategies.base import Collective, Context, Shards, Strategy
-from distplat.strategies.ports import Board, Leases, Tables
-from distplat.strategies.sparse.lookups import Lookups, lookups_of
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.collective import Collective
+from distplat.strategies.ports import Board, Leases, Shards, Tables
+from distplat.strategies.sparse.lookups import lookups_of
 from distplat.strategies.task import Task
-from distplat.strategies.training.agreement import Facts, agree, facts_of, hash_samples
+from distplat.strategies.training.agreement import agree, facts_of, hash_samples
 from distplat.strategies.training.batches import make_sampler, total_steps
+from distplat.strategies.training.checkpoint_types import Take
 from distplat.strategies.training.checks import (
     check_device,
     check_state,
@@ -41,44 +43,16 @@ from distplat.strategies.training.held_generators import warning_of
 from distplat.strategies.training.leased_loop import LeasedLoop, course_of
 from distplat.strategies.training.loader_processes import ready_loaders
 from distplat.strategies.training.loop import Loop, Progress
-from distplat.strategies.training.model_state import ModelState, shares_of
-from distplat.strategies.training.parts import Take
+from distplat.strategies.training.model_state import ModelState, Shares
+from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.seeding import seed_all
 from distplat.strategies.training.segments import first_non_finite
 from distplat.strategies.training.task_compute import TaskModel
 from distplat.strategies.training.task_parameters import task_parameters
+from distplat.strategies.worker import Context, WorkerStrategy
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Prepared:
-    """What a worker has before it knows the others."""
-
-    job: Job
-    task: Task
-    model: torch.nn.Module | None
-    """The whole model, where the strategy cuts it and has not yet done so."""
-    data: Dataset[Any]
-    eval_data: Dataset[Any] | None
-    sampler: Sampler
-    total_steps: int
-    device: str
-    part: FlatModel | None = None
-    """What this worker trains; None: the strategy has yet to cut it."""
-    lookups: Lookups | None = None
-    """The model's embedding tables, if it has some."""
-    state: ModelState | None = None
-    """What `part` has beside what gradients train; there once that is known."""
-    facts: Facts | None = None
-    """What this worker has, to be compared with what the others have; see `describe`."""
-
-    @property
-    def flat(self) -> FlatModel:
-        """What this worker trains; only once it is known."""
-        assert self.part is not None, "join() comes first: the strategy cuts the model"
-        return self.part
 
 
 @dataclass(frozen=True)
@@ -130,7 +104,7 @@ def make_task(job: Job, load: Callable[[], type[Task]]) -> Task:
 
 
 def prepare(
-    job: Job, task: Task, device: str = "cpu", strategy: Strategy[Any] | None = None
+    job: Job, task: Task, device: str = "cpu", strategy: WorkerStrategy[Any] | None = None
 ) -> Prepared:
     """
     Build model and data. Seeded before each call of the user's code, so that ranks agree.
@@ -146,9 +120,9 @@ def prepare(
     """
     loaders_ready = ready_loaders(job)
     seed_all(job.seed)
-    model = checked_model(task, task.model() if strategy is None else strategy.build(task))
-    sent = strategy is not None and strategy.roles(job).collective is not None
-    check_state(model, sent=sent and job.scaling.world > 1)
+    roles = make_strategy(job).roles(job) if strategy is None else strategy.strategy.roles(job)
+    model = checked_model(task, task.model() if strategy is None else strategy.build_model(task))
+    check_state(model, sent=roles.collective is not None and job.scaling.world > 1)
     check_device(device)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
@@ -160,7 +134,7 @@ def prepare(
     part = FlatModel(model.to(device), _moved(extra, device), thaws=thaws) if whole else None
     seed_all(job.seed)
     data = checked_data(task, task.train_data(), "train_data")
-    sampler = make_sampler(job, data, None if strategy is None else strategy.replicas(job))
+    sampler = make_sampler(job, data, roles.replicas(job.scaling.world))
     seed_all(job.seed)
     eval_data = task.eval_data()
     if eval_data is not None:
@@ -169,7 +143,7 @@ def prepare(
     steps = total_steps(job, sampler)
     left = None if whole else model
     loaders_ready()
-    return Prepared(job, task, left, data, eval_data, sampler, steps, device, part, lookups)
+    return Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
 
 
 def _moved(extra: Mapping[str, Tensor], device: str) -> Mapping[str, Tensor]:
@@ -194,23 +168,24 @@ def _warn_of_held_generators(data: Dataset[Any], eval_data: Dataset[Any] | None)
             logger.warning(warning)
 
 
-def describe(prepared: Prepared, strategy: Strategy[Any]) -> None:
+def describe(prepared: Prepared) -> None:
     """Write down what this worker has, once it is prepared, for `join` to compare."""
     p = prepared
     model = p.model if p.model is not None else p.flat.model
-    sent = not strategy.roles(p.job).consistency.dealt
+    sent = not p.roles.consistency.dealt
     p.facts = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
 
 
-def resize(prepared: Prepared, job: Job, strategy: Strategy[Any]) -> None:
+def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
     """Take over the job of another attempt: the same but for the number of workers."""
-    prepared.job = job
-    prepared.sampler = replace(prepared.sampler, world=strategy.replicas(job))
+    prepared.job, prepared.roles = job, strategy.strategy.roles(job)
+    world = prepared.roles.replicas(job.scaling.world)
+    prepared.sampler = replace(prepared.sampler, world=world)
 
 
 def join(
     prepared: Prepared,
-    strategy: Strategy[Any],
+    strategy: WorkerStrategy[Any],
     rank: int,
     ports: Ports,
     *,
@@ -238,23 +213,25 @@ def join(
     """
     p, leases = prepared, ports.leases
     _compare(p, rank, ports.board)
-    p.part = strategy.own_part(p, rank, ports.collective)
-    _load(p, strategy, around.saved)
+    group = ports.collective if p.roles.collective is not None else None
+    if strategy.cuts_model:
+        p.part, p.holding = strategy.cut_model(p, rank, group)
+    _load(p, around.saved)
     if p.state is None:
-        p.state = ModelState(p.flat, shares_of(p), p.task.buffers)
-    context = _context(p, rank, ports, around, progress)
+        p.state = ModelState(p.flat, _shares_of(p), p.task.buffers)
+    context = _context(p, rank, ports, around, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
     if leases is not None:
         evaluates = p.eval_data is not None
         leases.connect(course_of(p.job, p.sampler, p.total_steps, start, evaluates))
-        if strategy.roles(p.job).consistency.dealt:
-            given = strategy, rank, report, progress, leases
-            return LeasedLoop(p, *given, TaskModel(p, strategy, progress.beat), start, checkpoint)
-    work = strategy.compute(p, context)
+        if p.roles.consistency.dealt:
+            work = TaskModel(p, strategy.last_backward, progress.beat)
+            return LeasedLoop(p, strategy, rank, report, progress, leases, work, start, checkpoint)
+    compute = strategy.compute(p, context)
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
-    loop = Loop(*data, strategy, work, rank, report, progress, start, checkpoint, p.lookups)
-    return replace(loop, pause=pause, evaluated=p.state.discard)
+    loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
+    return replace(loop, pause=pause, evaluated=p.state.discard, group=group)
 
 
 def _compare(p: Prepared, rank: int, board: Board | None) -> None:
@@ -263,7 +240,30 @@ def _compare(p: Prepared, rank: int, board: Board | None) -> None:
         agree(p.facts, rank, board, partial(hash_samples, p.data))
 
 
-def _context(p: Prepared, rank: int, ports: Ports, around: Around, progress: Progress) -> Context:
+def _shares_of(p: Prepared) -> Shares:
+    """Give the shares of a run, whose sampler may change from one attempt to the next."""
+
+    def samples(step: int) -> list[int]:
+        return [b - a for a, b in even_bounds(p.sampler.batch_size(step), p.sampler.world)]
+
+    def micro_batches(step: int) -> list[int]:
+        return [min(size, p.job.gradient_accumulation) for size in samples(step)]
+
+    def checkpoint_due(version: int) -> bool:
+        every = p.job.checkpoint.period(p.sampler.steps_per_epoch)
+        return is_due(version, every, p.total_steps)
+
+    return Shares(samples, micro_batches, checkpoint_due)
+
+
+def _context(
+    p: Prepared,
+    rank: int,
+    ports: Ports,
+    around: Around,
+    progress: Progress,
+    report: Callable[[AnyReport], None],
+) -> Context:
     where = p.job, rank, p.job.scaling.world, p.total_steps, p.flat
     context = Context(*where, ports.collective, ports.shards, progress.beat)
     return replace(
@@ -272,10 +272,13 @@ def _context(p: Prepared, rank: int, ports: Ports, around: Around, progress: Pro
         base=around.base,
         model_state=p.state,
         meet_peers=ports.peers,
+        report=report,
     )
 
 
-def _set_up(p: Prepared, strategy: Strategy[Any], context: Context, tables: Tables | None) -> int:
+def _set_up(
+    p: Prepared, strategy: WorkerStrategy[Any], context: Context, tables: Tables | None
+) -> int:
     """Give the step from which the strategy goes on, and the tables, if there are some, with it."""
     if p.lookups is None or tables is None:
         return strategy.setup(context)
@@ -285,15 +288,15 @@ def _set_up(p: Prepared, strategy: Strategy[Any], context: Context, tables: Tabl
     return start
 
 
-def _load(p: Prepared, strategy: Strategy[Any], saved: SavedState | None) -> None:
+def _load(p: Prepared, saved: SavedState | None) -> None:
     """Begin from a checkpoint, where there is one."""
     if saved is not None:
         saved.check_data(p.sampler.size)
-        saved.load_model(p.flat, strategy.places(p.flat))
+        saved.load_model(p.flat, None if p.holding is None else p.holding.places)
 
 
 def _checkpoints(
-    p: Prepared, strategy: Strategy[Any], rank: int, take: Take | None
+    p: Prepared, strategy: WorkerStrategy[Any], rank: int, take: Take | None
 ) -> Callable[[int], None]:
     """Have the rank's part taken after each step that ends with a checkpoint."""
     if take is None:
@@ -311,7 +314,7 @@ def _checkpoints(
             slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
             if slot is not None:
                 facts[NOT_FINITE] = p.flat.name(slot)
-            part = strategy.part(version)
+            part = strategy.checkpoint(version)
             if p.lookups is not None:
                 facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
                 if rank == 0:  # one of them, for all

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.pieces import Bundle
-from distplat.strategies.training.parts import Part, Staging
+from distplat.strategies.training.checkpoint_types import CheckpointPart
+from distplat.strategies.training.parts import Staging
 
 T = TypeVar("T")
 
@@ -91,6 +92,6 @@ def state_copy(model: nn.Module) -> dict[str, Tensor]:
     return {n: value.detach().cpu().clone(**whole) for n, value in model.state_dict().items()}
 
 
-def part_copy(part: Part) -> Bundle:
+def part_copy(part: CheckpointPart) -> Bundle:
     """Copy a part of a model, with the places where it belongs."""
     return Staging().copy(part.tensors), part.entries

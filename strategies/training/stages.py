@@ -139,18 +139,6 @@ def one_tensor(name: str, outputs: object) -> Tensor:
     )
 
 
-def stages_of(layers: Sequence[Layer], points: Sequence[int]) -> list[Stage]:
-    """
-    Make all stages; the layers are taken over, not copied.
-
-    Raises:
-        ValueError: the points leave a stage without layers.
-        SpecError: a parameter would be in two stages; names it.
-    """
-    refuse_tied(layers, points)
-    return [Stage(layers[start:stop]) for start, stop in bounds(points, len(layers))]
-
-
 def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
     """
     Refuse cuts between layers that share a parameter or a buffer.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.training.words import broadcast_bytes
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from distplat.platform.spec import Job
-from distplat.strategies.base import Strategy
 from distplat.strategies.overlap import rows_come_first
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.sparse.row_push import RowPush
 from distplat.strategies.training.compute import Share
 from distplat.strategies.training.control import NonFiniteSteps, StepControl
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.worker import WorkerStrategy
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StepExchange:
     """
 
     def __init__(
-        self, job: Job, flat: FlatModel, strategy: Strategy[Any], lookups: Lookups | None
+        self, job: Job, flat: FlatModel, strategy: WorkerStrategy[Any], lookups: Lookups | None
     ) -> None:
         self._job, self._flat, self._strategy, self._lookups = job, flat, strategy, lookups
         self._steps = NonFiniteSteps.of(job)

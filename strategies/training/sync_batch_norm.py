@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 
 _NOTHING, _FORWARD, _BACKWARD, _END = range(4)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -11,12 +11,7 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.training.batches import Loader, Run, runs
 from distplat.strategies.training.compute import Share, Stopwatch, Sums, WholeModel
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from distplat.strategies.base import Strategy
-    from distplat.strategies.training.session import Prepared
+from distplat.strategies.training.prepared import Prepared
 
 
 class TaskModel(WholeModel):
@@ -25,16 +20,15 @@ class TaskModel(WholeModel):
 
     Args:
         prepared: model and data; its sampler's world is the number of parts.
-        strategy: told when the last backward of a task begins.
+        last_backward: called when the last backward of a task begins.
         alive: called after each micro-batch.
     """
 
     def __init__(
-        self, prepared: Prepared, strategy: Strategy[Any], alive: Callable[[], None]
+        self, prepared: Prepared, last_backward: Callable[[], None], alive: Callable[[], None]
     ) -> None:
-        super().__init__(prepared, strategy, 0, alive)
+        super().__init__(prepared, last_backward, 0, alive)
         self._reading = _Reading(self.job, self.data, self.sampler)
-        self._task = 0  #: whose gradient is being made
 
     def read(self, tasks: range) -> None:
         """Begin to read the data of these tasks; all those before have been made."""
@@ -48,7 +42,6 @@ class TaskModel(WholeModel):
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`; `step` is the number of a task."""
-        self._task = step
         step, self.rank = divmod(step, self.sampler.world)
         return super().gradients(step, clock)
 
@@ -56,9 +49,6 @@ class TaskModel(WholeModel):
         """Evaluate one of as many parts of the data as a step has."""
         self.rank = part
         return self.evaluate(data)
-
-    def _last_backward(self, step: int) -> None:
-        self.strategy.last_backward(self._task)
 
 
 class _Reading:

@@ -6,8 +6,8 @@ Layers of any model whose `forward` torch.fx can trace: cut wherever one tensor 
     x = self.up(y) + x                cut          no        cut
     return self.head(x)             stem   | down, up, add    | head
 
-The model's own modules are taken whole: only `forward` of the model itself, of `nn.Sequential`s and
-of what is named in `inside` is traced (Reed et al., "torch.fx", 2022). So dropout and the like keep
+The model's own modules are taken whole: only `forward` of the model itself and of `nn.Sequential`s
+is traced (Reed et al., "torch.fx", 2022). So dropout and the like keep
 their switch between training and evaluation. Nothing is computed: a model on `meta` can be traced.
 """
 
@@ -28,9 +28,8 @@ _tracing = threading.Lock()
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, inside: Sequence[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._inside = {*inside}
         self._modes = _modes()
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -48,11 +47,10 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Take a module whole; one with hooks always, for a trace would call them once for all."""
-        traced = type(m) is nn.Sequential or module_qualified_name in self._inside
-        return not traced or bool(called_hooks(m))
+        return type(m) is not nn.Sequential or bool(called_hooks(m))
 
 
-def traced_layers(model: nn.Module, inside: Sequence[str] = ()) -> list[Layer]:
+def traced_layers(model: nn.Module) -> list[Layer]:
     """
     Trace a model and cut it into as many layers as there are places to cut.
 
@@ -60,12 +58,11 @@ def traced_layers(model: nn.Module, inside: Sequence[str] = ()) -> list[Layer]:
 
     Args:
         model: takes one tensor and gives one.
-        inside: names of modules, as in `named_modules`, whose own `forward` is traced too.
 
     Raises:
         SpecError: the model cannot be traced, or takes or gives more than one tensor.
     """
-    graph = _trace(model, inside)
+    graph = _trace(model)
     nodes, result = _computed(graph), _result(graph)
     runs: list[list[fx.Node]] = [[]]
     for node, values in zip(nodes, _crossing(graph), strict=True):
@@ -88,47 +85,6 @@ def traced_layers(model: nn.Module, inside: Sequence[str] = ()) -> list[Layer]:
     ]
 
 
-def crossings(model: nn.Module, before: str, inside: Sequence[str] = ()) -> list[str]:
-    """
-    Give the values that cross a cut right before a part of the model, by name.
-
-    Raises:
-        SpecError: the model cannot be traced, or there is no such part in its graph.
-    """
-    graph = _trace(model, inside)
-    nodes = _computed(graph)
-    for values, node in zip(_crossing(graph), nodes[1:], strict=False):
-        if before in (node.target, node.name):
-            return [value.name for value in values]
-    known = ", ".join(str(node.target) for node in nodes[1:] if node.op == "call_module")
-    raise SpecError(Problem((), f"there is no {before!r} to cut before", f"allowed: {known}"))
-
-
-def check_cuts(
-    model: nn.Module, layers: Sequence[Layer], names: Sequence[str], inside: Sequence[str] = ()
-) -> None:
-    """
-    Say why a model cannot be cut before the parts named, if so.
-
-    Raises:
-        SpecError: more than one value crosses; names them all.
-    """
-    starts = {layer.name for layer in layers}
-    problems = []
-    for name in names:
-        if name not in starts:
-            values = ", ".join(crossings(model, name, inside))
-            problems.append(
-                Problem(
-                    (),
-                    f"a cut before {name} is crossed by more than one tensor: {values}",
-                    "cut where one tensor is handed on: before " + ", ".join(sorted(starts)),
-                )
-            )
-    if problems:
-        raise SpecError(*problems)
-
-
 def _modes() -> dict[str, object]:
     """Give what contexts of torch change."""
     return {
@@ -141,7 +97,7 @@ def _modes() -> dict[str, object]:
     }
 
 
-def _trace(model: nn.Module, inside: Sequence[str]) -> fx.Graph:
+def _trace(model: nn.Module) -> fx.Graph:
     modes = [(module, module.training) for module in model.modules()]
     graphs = []
     try:
@@ -149,7 +105,7 @@ def _trace(model: nn.Module, inside: Sequence[str]) -> fx.Graph:
             model.train(mode)
             # Once inside of autocast, so that one that is switched off is seen, too.
             with _tracing, torch.autocast("cpu", enabled=mode):
-                graphs.append(_Tracer(inside).trace(model))
+                graphs.append(_Tracer().trace(model))
     except Exception as error:
         raise _problem(
             f"{type(model).__name__} cannot be traced: {error}",

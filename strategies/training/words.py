@@ -2,7 +2,7 @@
 
 import torch
 
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 
 
 def broadcast_bytes(data: bytes, source: int, group: Collective, device: torch.device) -> bytes:

@@ -104,7 +104,8 @@ def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:
         merged: join the ranks' micro-batches, for models that compute over all ranks at once.
     """
     strategy = make_strategy(job)
-    world, micro = strategy.replicas(job), job.gradient_accumulation
+    world = strategy.roles(job).replicas(job.scaling.world)
+    micro = job.gradient_accumulation
     if isinstance(strategy, Hybrid):
         micro = strategy.options.micro(job)
     sampler = _sampler(job, size, world)

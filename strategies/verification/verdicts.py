@@ -10,7 +10,6 @@ import torch
 
 from distplat.platform.errors import DistplatError, SpecError
 from distplat.platform.spec import Job
-from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.verification.compare import Comparison, compare, last
 from distplat.strategies.verification.plan import Trained
@@ -21,6 +20,7 @@ from distplat.strategies.verification.references import (
     meaning_job,
 )
 from distplat.strategies.verification.switched import Switches
+from distplat.strategies.worker import WorkerStrategy, worker_class
 
 EQUAL, PARTS, MEANING = "equal", "PARTS", "differs by meaning"
 NOT_COMPARED, REFUSED, FAILED = "not compared", "refused", "failed"
@@ -62,12 +62,13 @@ Engine = Callable[[Job, Switches], Ran]
 def inexact(job: Job) -> str:
     """Say why a job's runs are not to equal a plain loop; empty: they are."""
     strategy, options = make_strategy(job), job.strategy.options
-    roles, kind = strategy.roles(job), type(strategy)
+    roles, kind = strategy.roles(job), worker_class(strategy)
     if roles.consistency.asynchronous:
         return "asynchronous"
     if roles.consistency.backup_workers:
         return "leaves late gradients out (backup_workers)"
-    if kind.synchronize is not Strategy.synchronize and not kind.__module__.startswith("distplat."):
+    apart = kind.synchronize is not WorkerStrategy.synchronize
+    if apart and not kind.__module__.startswith("distplat."):
         return "its ranks differ between steps"
     for option, exact in (("compression", "none"), ("wire", "exact")):
         if options.get(option, exact) != exact:

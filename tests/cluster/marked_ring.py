@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
-from distplat.strategies.base import Context
 from distplat.strategies.catalog import strategies
 from distplat.strategies.ring import Ring, RingOptions
+from distplat.strategies.ring_worker import RingWorker
 from distplat.strategies.training.control import StepControl
+from distplat.strategies.worker import Context
 
 
 class MarkedOptions(RingOptions):
@@ -16,12 +17,8 @@ class MarkedOptions(RingOptions):
     """Each rank writes into a file of its number."""
 
 
-@strategies.register("marked-ring")
-class MarkedRing(Ring):
+class MarkedWorker(RingWorker):
     """Sum gradients, and say so."""
-
-    summary = "ring with marks"
-    options_type = MarkedOptions
 
     def setup(self, context: Context) -> int:
         assert isinstance(self.options, MarkedOptions)
@@ -36,3 +33,12 @@ class MarkedRing(Ring):
 
     def _mark(self, text: str) -> None:
         os.pwrite(self._file, text.ljust(40).encode(), 0)
+
+
+@strategies.register("marked-ring")
+class MarkedRing(Ring):
+    """`ring` with another worker."""
+
+    summary = "ring with marks"
+    options_type = MarkedOptions
+    worker = MarkedWorker

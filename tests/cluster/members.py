@@ -14,7 +14,7 @@ from collective_contract import CHECKS, FAILURES
 from distplat.actors.collective.group import Settings
 from distplat.actors.collective.port import RayCollective
 from distplat.platform.errors import CollectiveError, InfrastructureError
-from distplat.strategies.base import Handle, ReduceOp
+from distplat.strategies.collective import Handle, ReduceOp
 
 TIMEOUT_S = 3.0
 """For tests in which a rank is late: they wait for it."""

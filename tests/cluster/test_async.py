@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from leads import largest_lead
 from safetensors.numpy import load_file, save_file
 from small_runs import HERE, job, train, weights
 from test_failures import Killer, misbehaving
 
 from distplat import Result
 from distplat.cli.main import run as command
-from distplat.platform.apply_log import FILE_NAME, ApplyLog, flaws, largest_lead, read_logs
+from distplat.platform.apply_log import FILE_NAME, ApplyLog, flaws, read_logs
 from distplat.platform.errors import ActorLost, DeadlineExceeded
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]

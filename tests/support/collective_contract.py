@@ -18,7 +18,7 @@ from contract_values import all_parts, combined, kinds
 from contract_values import part_of as part_of
 
 from distplat.platform.errors import CollectiveError
-from distplat.strategies.base import Collective, ReduceOp
+from distplat.strategies.collective import Collective, ReduceOp
 
 Check = Callable[[Collective], None]
 

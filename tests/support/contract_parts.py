@@ -6,7 +6,7 @@ import torch
 from contract_values import all_parts, combined, part_of
 from torch import Tensor
 
-from distplat.strategies.base import Collective, ReduceOp
+from distplat.strategies.collective import Collective, ReduceOp
 
 
 def uneven(group: Collective) -> list[int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distplat.strategies.base import Collective, ReduceOp
+from distplat.strategies.collective import Collective, ReduceOp
 
 DTYPES = (torch.float32, torch.float64, torch.int64)
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (7,), (2, 3, 5))

@@ -7,7 +7,7 @@ from distplat.actors.servers.scheduler import Scheduler
 from distplat.platform.consistency import Consistency
 from distplat.platform.spec import Job
 from distplat.platform.task_scheduler import TaskScheduler
-from distplat.strategies.base import Roles
+from distplat.strategies.strategy import Roles
 
 
 class Dealing(Scheduler):

@@ -17,9 +17,10 @@ from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned, ActorLost, CollectiveError, ProtocolError
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import Job
-from distplat.strategies.base import Collective, Shards
+from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.pipeline.rebound import Rebound
+from distplat.strategies.ports import Shards
 from distplat.strategies.task import Task
 from distplat.strategies.training.restoring import SavedState
 

@@ -24,25 +24,25 @@ from distplat.platform.pieces import by_file, put_together
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
 from distplat.platform.spec import Job
-from distplat.strategies.base import Collective, Shards, Strategy
-from distplat.strategies.catalog import make_strategy
+from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric, InMemoryBoard
-from distplat.strategies.ports import Leases, Tables
+from distplat.strategies.ports import Leases, Shards, Tables
 from distplat.strategies.task import Task
+from distplat.strategies.training.checkpoint_types import CheckpointPart
 from distplat.strategies.training.leased_loop import LeasedLoop
 from distplat.strategies.training.loop import Loop, Progress
-from distplat.strategies.training.parts import Part
+from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import (
     Around,
     Ports,
-    Prepared,
     describe,
     join,
     make_task,
     prepare,
     resize,
 )
+from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Rank:
     """One worker's process: what it keeps from attempt to attempt."""
 
     prepared: Prepared
-    strategy: Strategy[Any]
+    strategy: WorkerStrategy[Any]
     progress: Progress = field(default_factory=Progress)
 
 
@@ -92,7 +92,7 @@ class LocalRun:
             self.close()
         self.ranks = [self._new_rank() for _ in range(self.job.scaling.world)]
         first = self.ranks[0]
-        self.roles = first.strategy.roles(self.job)
+        self.roles = first.prepared.roles
         self.every = self.job.checkpoint.period(first.prepared.sampler.steps_per_epoch)
         patient = impatient(self.job, self.timeout_s)
         self.servers = Servers(patient, self.roles, speeds=self._speeds)
@@ -101,9 +101,9 @@ class LocalRun:
 
     def _new_rank(self) -> Rank:
         # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
-        strategy = make_strategy(self.job)
+        strategy = make_worker_strategy(self.job)
         prepared = prepare(self.job, make_task(self.job, lambda: self.task), strategy=strategy)
-        describe(prepared, strategy)
+        describe(prepared)
         return Rank(prepared, strategy)
 
     def renew(self, rank: int) -> None:
@@ -327,7 +327,7 @@ class Keeper:
             self._found[delivery.version] = as_read(self._job, delivery.version, parts)
 
 
-def take(courier: Courier, version: int, part: Part, facts: Mapping[str, Any]) -> None:
+def take(courier: Courier, version: int, part: CheckpointPart, facts: Mapping[str, Any]) -> None:
     """Take a part; wait for it, for steps are quick here: shards would have newer copies soon."""
     courier.take(version, part, facts)
     if not part.may_skip:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import CollectiveError
-from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
+from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
 
 class Pending:

@@ -19,7 +19,7 @@ from distplat.platform.calling_off import Agreement
 from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, Gathering, Summary
 from distplat.platform.spec import Job
-from distplat.strategies.base import Pushed, Shards
+from distplat.strategies.ports import Pushed, Shards
 from distplat.strategies.task import Task
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.gate import Gate

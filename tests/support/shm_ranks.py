@@ -11,7 +11,7 @@ from torch import Tensor
 from distplat.actors.shm.arena import Arena, Layout
 from distplat.actors.shm.end import End
 from distplat.platform.errors import DeadlineExceeded
-from distplat.strategies.base import Collective, Handle, ReduceOp, Traffic
+from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
 T = TypeVar("T")
 DEADLINE_S = 10.0

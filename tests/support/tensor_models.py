@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from rank_threads import on_ranks
 from torch import Tensor, nn
 
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.tensor.heads import HeadLayout
 from distplat.strategies.tensor.parallelize import parallelize

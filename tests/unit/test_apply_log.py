@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from leads import largest_lead
 from safetensors.numpy import save
 
 from distplat.platform.apply_log import (
     Applied,
     ApplyLog,
     flaws,
-    largest_lead,
     pack,
     read_logs,
     staleness_counts,

@@ -12,7 +12,6 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.registry import Registry
 from distplat.platform.spec import Job
 from distplat.strategies import catalog
-from distplat.strategies.base import GroupSpec, Roles, Strategy
 from distplat.strategies.catalog import (
     load_strategy_file,
     make_job,
@@ -22,6 +21,8 @@ from distplat.strategies.catalog import (
 )
 from distplat.strategies.ps_sync import PsSync
 from distplat.strategies.ring import Ring
+from distplat.strategies.strategy import GroupSpec, Roles, Strategy
+from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 
 def fields(strategy: object) -> dict[str, object]:
@@ -41,19 +42,21 @@ def job(strategy: object) -> Job:
 
 OWN = """
 from pydantic import Field
-from distplat.strategies.base import Options, Strategy
-from distplat.strategies.catalog import strategies
+from distplat.strategy import Options, Strategy, WorkerStrategy, register
 
 class OwnOptions(Options):
     period: int = Field(3, ge=1)
 
-@strategies.register("{name}")
+class OwnWorker(WorkerStrategy[OwnOptions]):
+    def setup(self, context): ...
+    def exchange(self, step, local): ...
+    def update(self, step, total): ...
+
+@register("{name}")
 class Own(Strategy[OwnOptions]):
     summary = "a user's own"
     options_type = OwnOptions
-    def setup(self, context): ...
-    def exchange(self, step): ...
-    def update(self, step): ...
+    worker = OwnWorker
 """
 
 
@@ -241,3 +244,50 @@ def test_an_option_that_was_removed_is_named_beside_what_else_is_wrong(name: str
         ("strategy", "num_servers"),
     ]
     assert "was removed" in found[0].message
+
+
+OLD_IMPORT = "from distplat.strategies.base import Options, Strategy"
+OLD_CLASS = """
+from distplat.strategy import Strategy, register
+
+@register("old")
+class Old(Strategy):
+    summary = "of one class"
+    def setup(self, context): return 0
+    def exchange(self, step, local): return local
+    def update(self, step, total): ...
+"""
+NO_WORKER = """
+from distplat.strategy import Strategy, register
+
+@register("halved")
+class Halved(Strategy):
+    summary = "without its second half"
+"""
+
+
+@pytest.mark.parametrize("text", [OLD_IMPORT, OLD_CLASS], ids=["import", "class"])
+@pytest.mark.usefixtures("own_catalog")
+def test_a_strategy_of_one_class_is_told_the_new_way(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "old.py"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=r"WorkerStrategy.*docs/own_strategies\.md"):
+        load_strategy_file(path)
+
+
+@pytest.mark.usefixtures("own_catalog")
+def test_a_strategy_without_a_worker_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "halved.py"
+    path.write_text(NO_WORKER)
+    load_strategy_file(path)
+    with pytest.raises(SpecError, match="Halved names no WorkerStrategy"):
+        make_worker_strategy(job("halved"))
+
+
+@pytest.mark.parametrize("name", ["hybrid", "ps-async", "ps-sync", "ring"])
+def test_a_worker_makes_its_half_by_name(name: str) -> None:
+    of = job({"name": name} if name != "hybrid" else {"name": name, "data": 1})
+    made = make_worker_strategy(of)
+    assert type(made.strategy) is strategies.get(name)
+    assert made.options == make_strategy(of).options
+    assert made.strategy.has_checkpoints == (type(made).checkpoint is not WorkerStrategy.checkpoint)

@@ -24,8 +24,8 @@ from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
 from distplat.platform.pieces import Entry, Place
 from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
-from distplat.strategies.base import Roles
-from distplat.strategies.training.parts import Part
+from distplat.strategies.strategy import Roles
+from distplat.strategies.training.checkpoint_types import CheckpointPart
 
 HERE = Path(__file__).parents[1] / "cluster"
 
@@ -186,11 +186,11 @@ def slow() -> Iterator[Slow]:
     slow.gate.set()
 
 
-def part(value: float, **more: Any) -> Part:
+def part(value: float, **more: Any) -> CheckpointPart:
     import torch
 
     entry = Entry("model/w", Place((3,)), "float32", 0)
-    return Part((torch.full((3,), value),), (entry,), **more)
+    return CheckpointPart((torch.full((3,), value),), (entry,), **more)
 
 
 def test_a_part_is_copied_before_training_goes_on(slow: Slow) -> None:
@@ -229,7 +229,7 @@ def test_servers_that_have_nothing_more_cost_one_checkpoint(slow: Slow, fault: s
 
 
 def test_a_rank_without_a_part_says_so(slow: Slow) -> None:
-    slow.courier.take(5, Part(), {"a": 1})
+    slow.courier.take(5, CheckpointPart(), {"a": 1})
     slow.courier.flush()
     assert slow.sent == [Delivery(1, 0, 5, facts={"a": 1})]
 

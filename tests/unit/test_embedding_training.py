@@ -21,6 +21,7 @@ from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
 from distplat.platform.errors import CollectiveError, StorageError
 from distplat.platform.progress import StepReport
 from distplat.strategies.ring import Ring, RingOptions
+from distplat.strategies.ring_worker import RingWorker
 from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.control import StepControl
@@ -171,7 +172,7 @@ def test_open_ended_ids_have_no_ranges() -> None:
         Lookups(net, job(Words, 1, embeddings=embeddings))
 
 
-class Stopping(Ring):
+class Stopping(RingWorker):
     """Breaks off in the exchange of one step, when the rows' gradients are already applied."""
 
     stop_at = 5
@@ -192,7 +193,7 @@ class UntilAStop(Attempt):
 
 def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
     lossy = LocalRun(job(Words, 2), Words, rewinds=True)
-    stopping = [Stopping(RingOptions()) for _ in range(2)]
+    stopping = [Stopping(Ring(RingOptions())) for _ in range(2)]
     for rank, strategy in zip(lossy.ranks, stopping, strict=True):
         rank.strategy = strategy
     first = UntilAStop(lossy)

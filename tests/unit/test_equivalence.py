@@ -24,7 +24,7 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import step_seed
 from distplat.strategies.task import Task
-from distplat.strategies.training.session import Prepared
+from distplat.strategies.training.prepared import Prepared
 
 SAMPLES, BATCH, EPOCHS = 37, 9, 3
 STEPS = 15

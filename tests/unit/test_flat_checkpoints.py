@@ -11,9 +11,10 @@ from torch import nn
 
 from distplat.platform.errors import ProtocolError
 from distplat.platform.pieces import by_file, put_together
+from distplat.strategies.training.checkpoint_types import CheckpointPart
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import USED, FlatOptimizer
-from distplat.strategies.training.parts import Part, as_array, model_part, optimizer_part
+from distplat.strategies.training.parts import as_array, model_part, optimizer_part
 from distplat.strategies.training.restoring import SavedState
 
 RESTED = "b.weight"
@@ -63,13 +64,13 @@ def steps(flat: FlatModel, of: list[Any], first: int, stop: int) -> None:
             optimizer.step(0.01, flat.present)
 
 
-def saved(parts: list[Part], step: int) -> SavedState:
+def saved(parts: list[CheckpointPart], step: int) -> SavedState:
     bundles = [([as_array(t.clone()) for t in part.tensors], part.entries) for part in parts]
     files = by_file(put_together(bundles))
     return SavedState({"step": step}, lambda name: files.get(name, {}))
 
 
-def parts_of(flat: FlatModel, of: list[Any]) -> list[Part]:
+def parts_of(flat: FlatModel, of: list[Any]) -> list[CheckpointPart]:
     return [model_part(flat)] + [
         optimizer_part(flat, optimizer.state(), start) for (start, _), optimizer in of
     ]
@@ -138,6 +139,6 @@ def test_what_a_shard_lacks_is_missed() -> None:
         if name.startswith("optimizer/exp_avg/")
     ][:1]
     left = tuple(e for e in parts[late].entries if e.key != name)
-    parts[late] = Part(parts[late].tensors, left)
+    parts[late] = CheckpointPart(parts[late].tensors, left)
     with pytest.raises(ProtocolError, match=name):
         saved(parts, 1)

@@ -21,6 +21,8 @@ from torch import Tensor
 from distplat.platform.pieces import by_file, put_together
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
+from distplat.strategies.training.checkpoint_types import ALL
+from distplat.strategies.training.parts import model_part
 from distplat.strategies.training.shown import part_copy
 
 HALF, STEPS = 2, 4
@@ -76,10 +78,11 @@ def test_any_grid_goes_on_from_any_other(origin: str, to: str) -> None:
 def test_what_ranks_show_is_the_whole_model(grid: str) -> None:
     """To `distplat.weights`, of one version: here of the last."""
     run = unstopped(grid)
-    showing = run.ranks[0].strategy.showing(job(grid))
+    showing = range(run.roles.group_size)
     assert len(showing) == (GRIDS[grid][0].get("pipeline", 1) * GRIDS[grid][0].get("tensor", 1))
     copies = [
-        part_copy(run.ranks[rank].strategy.shown(run.ranks[rank].prepared.flat)) for rank in showing
+        part_copy(model_part(p.flat, p.holding or ALL))
+        for p in (run.ranks[rank].prepared for rank in showing)
     ]
     found, expected = by_file(put_together(copies))["model"], model_of(run)
     assert found.keys() == expected.keys()

@@ -8,7 +8,7 @@ from hybrid_models import hybrid_fields, hybrid_job
 from distplat.platform.shard_map import Division
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy, strategy_problems
-from distplat.strategies.hybrid import HybridOptions
+from distplat.strategies.pipeline.options import HybridOptions
 
 WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
     (

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,11 @@ ALLOWED = {
 
 LIGHT = [
     "distplat.platform.run_directory",
+    "distplat.strategy",
     "distplat.strategies.catalog",
+    "distplat.strategies.strategy",
+    "distplat.strategies.hybrid",
+    "distplat.strategies.pipeline.options",
     "distplat.strategies.ps_async",
     "distplat.strategies.ps_sync",
     "distplat.strategies.ring",
@@ -35,6 +40,9 @@ LIGHT = [
     "distplat.strategies.algorithms.schedule_messages",
     "distplat.strategies.algorithms.simulate",
     "distplat.strategies.algorithms.gantt",
+    "distplat.cli.main",
+    "distplat.cli.remote",
+    "distplat.cli.submit",
     "distplat.cli.report_page",
     "distplat.strategies.tensor.heads",
     "distplat.strategies.tensor.plan",
@@ -82,6 +90,23 @@ def folder_of(name: str) -> str | None:
 OURS = sources(*FOLDERS)
 
 
+def module_name(path: Path) -> str:
+    """The dotted name of one of our files."""
+    return ".".join(("distplat", *path.relative_to(ROOT).with_suffix("").parts))
+
+
+MODULES = {module_name(path): path for path in OURS if path.name != "__init__.py"}
+
+
+def needs(path: Path) -> set[str]:
+    """Which of our modules a file imports: at its top, in functions and for type checkers."""
+    found = set()
+    for name in imported(path):
+        holder = name.rpartition(".")[0]
+        found |= {name} & MODULES.keys() or {holder} & MODULES.keys()
+    return found
+
+
 @pytest.mark.parametrize("path", OURS, ids=label)
 def test_imports_point_down(path: Path) -> None:
     allowed = ALLOWED[path.relative_to(ROOT).parts[0]]
@@ -103,8 +128,18 @@ def test_what_a_folder_does_without(folder: str, banned: set[str]) -> None:
     assert not wrong
 
 
+def test_no_modules_need_each_other() -> None:
+    """Nor in a ring of any length; a module can be read before those that import it."""
+    TopologicalSorter({name: needs(path) for name, path in MODULES.items()}).prepare()
+
+
 def test_the_tables_are_of_what_there_is() -> None:
     """A check over an empty list would pass."""
+    assert "distplat.actors.controller" in needs(MODULES["distplat.actors.launch"])
+    assert "distplat.actors.in_process" in needs(
+        MODULES["distplat.actors.trainer"]
+    )  # in a function
+    assert "distplat.cli.cluster" in needs(MODULES["distplat.cli.remote"])  # for type checkers
     assert all(sources(folder) for folder in FOLDERS)
     assert folder_of("distplat.Trainer") == "actors"
     assert folder_of("distplat.cli.main") == "cli"
@@ -127,9 +162,10 @@ def run(code: str, cwd: Path) -> str:
 
 
 def test_the_driver_does_not_load_torch() -> None:
+    names = [*LIGHT, *(module_name(path) for path in sources("platform"))]
     loads = (
         "import importlib, sys\n"
-        f"for name in {LIGHT!r}:\n"
+        f"for name in {names!r}:\n"
         "    importlib.import_module(name)\n"
         "    if 'torch' in sys.modules: sys.exit(f'{name} loads torch')\n"
     )

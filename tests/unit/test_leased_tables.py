@@ -23,11 +23,12 @@ from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, StepReport
-from distplat.strategies.base import Strategy
 from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.training.leased_loop import LeasedLoop
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Ports, Prepared, join, prepare
+from distplat.strategies.training.prepared import Prepared
+from distplat.strategies.training.session import Ports, join, prepare
+from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 EPOCHS = 3
 STEPS = EPOCHS * SAMPLES // BATCH
@@ -69,7 +70,7 @@ class Rank:
     """A worker's process."""
 
     prepared: Prepared
-    strategy: Strategy[Any]
+    strategy: WorkerStrategy[Any]
     reports: list[AnyReport] = field(default_factory=list)
 
 
@@ -90,7 +91,7 @@ class Counted:
     def rank(self, rank: int) -> Rank:
         """Give a rank's process, the one that there is or another."""
         if rank not in self.ranks:
-            strategy = make_strategy(self.job)
+            strategy = make_worker_strategy(self.job)
             self.ranks[rank] = Rank(prepare(self.job, Counting(), strategy=strategy), strategy)
         return self.ranks[rank]
 

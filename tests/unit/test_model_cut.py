@@ -4,11 +4,12 @@ import time
 
 import pytest
 import torch
+from cut_models import profile
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.algorithms.schedule import gpipe, one_f_one_b
-from distplat.strategies.training.cut import LayerCost, Memory, cut, points_before, profile
+from distplat.strategies.training.cut import LayerCost, Memory, cut, points_before
 from distplat.strategies.training.stages import layers_of
 
 

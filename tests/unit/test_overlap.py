@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distplat.platform.errors import CollectiveError
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import Job
-from distplat.strategies.base import Handle, ReduceOp
+from distplat.strategies.collective import Handle, ReduceOp
 from distplat.strategies.fakes import Fabric, InMemoryCollective
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.training.control import control_size

@@ -12,7 +12,7 @@ from in_memory_engine import engine, make
 from test_property_training import met
 
 from distplat.cli.verify import exit_code
-from distplat.strategies.ring import Ring
+from distplat.strategies.ring_worker import RingWorker
 from distplat.strategies.training import optim, shard
 from distplat.strategies.training.compute import WholeModel
 from distplat.strategies.training.control import StepControl
@@ -31,11 +31,16 @@ Patch = pytest.MonkeyPatch
 
 
 def lose_earlier_micro_batches(patch: Patch) -> None:
-    def last_backward(self: Any, step: int) -> None:
-        self.flat.grads.zero_()
-        self.strategy.last_backward(step)
+    original = WholeModel.__init__
 
-    patch.setattr(WholeModel, "_last_backward", last_backward)
+    def made(self: Any, prepared: Any, last_backward: Any, *more: Any) -> None:
+        def forget() -> None:
+            self.flat.grads.zero_()
+            last_backward()
+
+        original(self, prepared, forget, *more)
+
+    patch.setattr(WholeModel, "__init__", made)
 
 
 def after_gradients(patch: Patch, do: Callable[[Any], None]) -> None:
@@ -111,7 +116,7 @@ def leave_a_rank_out(patch: Patch) -> None:
 
 
 def move_frozen_parameters(patch: Patch) -> None:
-    original = Ring.update
+    original = RingWorker.update
 
     def update(self: Any, step: int, total: Any) -> None:
         original(self, step, total)
@@ -119,7 +124,7 @@ def move_frozen_parameters(patch: Patch) -> None:
             if not parameter.requires_grad:
                 parameter.data.mul_(1.001)
 
-    patch.setattr(Ring, "update", update)
+    patch.setattr(RingWorker, "update", update)
 
 
 FAULTS: dict[str, tuple[Callable[[Patch], None], Drawn]] = {

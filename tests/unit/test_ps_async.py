@@ -10,12 +10,13 @@ import pytest
 import torch
 from dealing import desk_of
 from jobs import job_of
+from leads import largest_lead
 from local_run import LocalRun, train
 from rank_threads import on_ranks
 from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
 
 from distplat.actors.local_actors import Servers
-from distplat.platform.apply_log import Applied, ApplyLog, flaws, largest_lead, staleness_counts
+from distplat.platform.apply_log import Applied, ApplyLog, flaws, staleness_counts
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.shard_map import ShardPlan
@@ -24,6 +25,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.replay import replay
 from distplat.strategies.training.session import Ports, join, prepare
+from distplat.strategies.worker import make_worker_strategy
 
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 
@@ -120,9 +122,9 @@ def test_a_slow_worker_makes_fewer_tasks() -> None:
 def test_a_worker_that_leaves_and_one_that_joins() -> None:
     """Every task is made once, whoever is there; the model has the bits of its log."""
     of = job({"name": "ps-async", "num_servers": 2, "delay_compensation": 0.5}, 2, epochs=6)
-    strategies = [make_strategy(of) for _ in range(4)]
+    strategies = [make_worker_strategy(of) for _ in range(4)]
     ranks = [prepare(of, Mlp(), strategy=one) for one in strategies]
-    roles, steps = strategies[0].roles(of), ranks[0].total_steps
+    roles, steps = ranks[0].roles, ranks[0].total_steps
     servers, desk = Servers(of, roles), desk_of(of, roles, most=2)
     reports: list[list[AnyReport]] = [[] for _ in ranks]
     progress = [Progress() for _ in ranks]

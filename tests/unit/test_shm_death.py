@@ -15,7 +15,7 @@ import torch
 from distplat.actors.shm.arena import Arena, Layout
 from distplat.actors.shm.end import End
 from distplat.platform.errors import CollectiveError
-from distplat.strategies.base import ReduceOp, Traffic
+from distplat.strategies.collective import ReduceOp, Traffic
 
 PEER = """
 import sys, threading, time
@@ -23,7 +23,7 @@ import torch
 from distplat.actors.messages import Address
 from distplat.actors.shm.arena import Arena, Layout
 from distplat.actors.shm.end import End
-from distplat.strategies.base import ReduceOp, Traffic
+from distplat.strategies.collective import ReduceOp, Traffic
 layout = Layout.of(2)
 address = Address("", int(sys.argv[1]), int(sys.argv[2]), layout.size, "uint8")
 end = End("death", Arena.open(address, layout, 1), 60.0, threading.Event(), Traffic())

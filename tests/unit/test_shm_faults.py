@@ -12,7 +12,7 @@ import torch
 from shm_ranks import ShmCollective, on_shm_ranks
 
 from distplat.platform.errors import CollectiveError, MismatchError
-from distplat.strategies.base import ReduceOp
+from distplat.strategies.collective import ReduceOp
 
 SOON = 0.4
 """Deadline where one is meant to pass, seconds."""

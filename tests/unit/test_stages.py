@@ -6,14 +6,15 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from cut_models import stages_of
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.training.meta import materialise, on_meta
 from distplat.strategies.training.recompute import recomputed
-from distplat.strategies.training.stages import Layer, layers_of, stages_of
-from distplat.strategies.training.traced import check_cuts, crossings, traced_layers
+from distplat.strategies.training.stages import Layer, layers_of
+from distplat.strategies.training.traced import traced_layers
 
 
 def mlp() -> nn.Sequential:
@@ -112,19 +113,6 @@ def test_traced_layers_are_cut_where_one_tensor_crosses() -> None:
     assert names == "stem relu blocks.0 blocks.1 blocks.2 down scale head.0 head.1".split()
 
 
-def test_what_crosses_is_named() -> None:
-    model = Net()
-    assert crossings(model, "up") == ["blocks_2", "down"]
-    layers = traced_layers(model)
-    check_cuts(model, layers, ["blocks.1", "head.0"])
-    with pytest.raises(
-        SpecError, match=r"before up is crossed by more than one .*: blocks_2, down"
-    ):
-        check_cuts(model, layers, ["blocks.1", "up"])
-    with pytest.raises(SpecError, match=r"no 'nowhere' to cut before.*\n.*allowed: .*blocks.0"):
-        check_cuts(model, layers, ["nowhere"])
-
-
 class Odd(nn.Module):
     def __init__(self, forward: Callable[..., object]) -> None:
         super().__init__()
@@ -182,21 +170,6 @@ def test_steps_in_place_stay() -> None:
     layers = traced_layers(model)
     inputs = torch.ones(2, 4)
     assert torch.equal(run([stages_of(layers, [])[0]], inputs), run([model], inputs))
-
-
-class Outer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Net()
-
-    def forward(self, x: Tensor) -> object:
-        return self.net(x)
-
-
-def test_inside_a_module_that_is_named() -> None:
-    outer = Outer()
-    assert len(traced_layers(outer)) == 1
-    assert "net.blocks.1" in [layer.name for layer in traced_layers(outer, inside=["net"])]
 
 
 class Tied(nn.Sequential):

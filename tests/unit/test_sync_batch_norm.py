@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from distplat.platform.errors import SpecError
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.task import Task
 from distplat.strategies.training.sync_batch_norm import SyncNorms

@@ -21,7 +21,7 @@ from distplat.platform.pieces import Bundle, put_together
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.sparse.table import RowGradients
-from distplat.strategies.training.parts import Boxes, Part
+from distplat.strategies.training.checkpoint_types import Boxes, CheckpointPart
 
 SPEC = TableSpec("t", 50, 3, 1.0)
 OPTIMIZERS = ["SGD", "Adagrad", "SparseAdam", "RowWiseAdagrad"]
@@ -199,7 +199,7 @@ def test_a_checkpoint_without_its_tables_is_skipped() -> None:
         (here, gone, 0),
         (gone, here, 0),
     ):
-        fetch = Part(fetch=first).also(second).fetch
+        fetch = CheckpointPart(fetch=first).also(second).fetch
         assert fetch is not None
         assert len(fetch() or []) == found
 

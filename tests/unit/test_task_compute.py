@@ -10,10 +10,11 @@ from test_equivalence import Mlp
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distplat.strategies.catalog import make_strategy
 from distplat.strategies.training.compute import Stopwatch
-from distplat.strategies.training.session import Prepared, prepare
+from distplat.strategies.training.prepared import Prepared
+from distplat.strategies.training.session import prepare
 from distplat.strategies.training.task_compute import TaskModel
+from distplat.strategies.worker import make_worker_strategy
 
 
 class Jittered(Dataset[Any]):
@@ -36,9 +37,9 @@ class Noisy(Mlp):
 
 def prepared(loaders: int) -> tuple[Prepared, TaskModel]:
     job = job_of("ps-async", 2, seed=5, data={"num_loaders": loaders})
-    strategy = make_strategy(job)
+    strategy = make_worker_strategy(job)
     made = prepare(job, Noisy(), strategy=strategy)
-    return made, TaskModel(made, strategy, lambda: None)
+    return made, TaskModel(made, strategy.last_backward, lambda: None)
 
 
 @pytest.mark.parametrize("loaders", [0, 2])

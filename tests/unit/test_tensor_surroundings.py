@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from cut_models import stages_of
 from rank_threads import on_ranks
 from tensor_models import CASES, Bypass, Lone, features, ranks, split
 from torch import Tensor, nn
 
-from distplat.strategies.base import Collective
+from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.tensor.parallelize import forget, parallelize
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.recompute import recomputed
-from distplat.strategies.training.stages import layers_of, stages_of
+from distplat.strategies.training.stages import layers_of
 
 CHARLM = {
     "*.token": "embedding",

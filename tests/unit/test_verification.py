@@ -22,6 +22,7 @@ from distplat.cli.verify import exit_code
 from distplat.platform.errors import InfrastructureError, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.ring import Ring, RingOptions
+from distplat.strategies.ring_worker import RingWorker
 from distplat.strategies.task import Task
 from distplat.strategies.verification import child, verdicts
 from distplat.strategies.verification.compare import LOSS, compare
@@ -343,9 +344,12 @@ def test_of_large_models_not_every_state_is_kept(monkeypatch: pytest.MonkeyPatch
 def test_a_strategy_whose_ranks_differ_between_steps_is_watched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Local(Ring):
+    class Worker(RingWorker):
         def synchronize(self) -> None:
             pass
+
+    class Local(Ring):
+        worker = Worker
 
     assert not inexact(job("ps-sync")) and not inexact(job("ring"))
     monkeypatch.setattr(verdicts, "make_strategy", lambda job: Local(RingOptions()))

@@ -1,0 +1,81 @@
+"""
+What the author of a strategy imports (docs/own_strategies.md).
+
+Names are loaded on first use: those of the driver's half (`Strategy`, `Options`, `Roles`, ...) cost
+no torch, the others do.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_HOMES = {
+    "Consistency": "distplat.platform.consistency",
+    "Problem": "distplat.platform.errors",
+    "Job": "distplat.platform.spec",
+    "register": "distplat.strategies.catalog",
+    "GroupSpec": "distplat.strategies.strategy",
+    "Options": "distplat.strategies.strategy",
+    "Roles": "distplat.strategies.strategy",
+    "Strategy": "distplat.strategies.strategy",
+    "Collective": "distplat.strategies.collective",
+    "Handle": "distplat.strategies.collective",
+    "ReduceOp": "distplat.strategies.collective",
+    "Pushed": "distplat.strategies.ports",
+    "Shards": "distplat.strategies.ports",
+    "CheckpointPart": "distplat.strategies.training.checkpoint_types",
+    "StepControl": "distplat.strategies.training.control",
+    "FlatModel": "distplat.strategies.training.flat",
+    "LocalOptimizer": "distplat.strategies.training.optim",
+    "model_part": "distplat.strategies.training.parts",
+    "optimizer_part": "distplat.strategies.training.parts",
+    "server_part": "distplat.strategies.training.parts",
+    "Context": "distplat.strategies.worker",
+    "WorkerStrategy": "distplat.strategies.worker",
+}
+
+__all__ = [
+    "CheckpointPart",
+    "Collective",
+    "Consistency",
+    "Context",
+    "FlatModel",
+    "GroupSpec",
+    "Handle",
+    "Job",
+    "LocalOptimizer",
+    "Options",
+    "Problem",
+    "Pushed",
+    "ReduceOp",
+    "Roles",
+    "Shards",
+    "StepControl",
+    "Strategy",
+    "WorkerStrategy",
+    "model_part",
+    "optimizer_part",
+    "register",
+    "server_part",
+]
+
+if TYPE_CHECKING:
+    from distplat.platform.consistency import Consistency
+    from distplat.platform.errors import Problem
+    from distplat.platform.spec import Job
+    from distplat.strategies.catalog import register
+    from distplat.strategies.collective import Collective, Handle, ReduceOp
+    from distplat.strategies.ports import Pushed, Shards
+    from distplat.strategies.strategy import GroupSpec, Options, Roles, Strategy
+    from distplat.strategies.training.checkpoint_types import CheckpointPart
+    from distplat.strategies.training.control import StepControl
+    from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.training.optim import LocalOptimizer
+    from distplat.strategies.training.parts import model_part, optimizer_part, server_part
+    from distplat.strategies.worker import Context, WorkerStrategy
+
+
+def __getattr__(name: str) -> object:
+    """Load a name from its home on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distplat.strategy' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

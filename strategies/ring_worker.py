@@ -1,0 +1,125 @@
+"""What a worker runs of `ring`: reduce gradients over all ranks, then update everywhere alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from distplat.strategies.collective import Collective
+from distplat.strategies.overlap import rows_come_first
+from distplat.strategies.reduction.base import Reducer
+from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.reduction.compressed import CompressedReducer
+from distplat.strategies.reduction.powersgd import PowerSGDReducer
+from distplat.strategies.reduction.sharded import ShardedUpdate
+from distplat.strategies.reduction.tail import sum_tail
+from distplat.strategies.reduction.topk import TopKReducer
+from distplat.strategies.ring import RingOptions
+from distplat.strategies.training.checkpoint_types import CheckpointPart
+from distplat.strategies.training.control import StepControl
+from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.handover import take_over_newest
+from distplat.strategies.training.model_state import ModelState
+from distplat.strategies.training.optim import LocalOptimizer
+from distplat.strategies.training.parts import model_part, optimizer_part
+from distplat.strategies.worker import Context, WorkerStrategy
+
+
+class RingWorker(WorkerStrategy[RingOptions]):
+    """Sum gradients over all workers, then update everywhere alike."""
+
+    _reducer: Reducer | None = None
+    _state: ModelState | None = None
+    _optimizer: LocalOptimizer | ShardedUpdate
+
+    def can_thaw(self) -> bool:
+        """Say whether ranks hold all of the optimizer; its parts are cut once for all."""
+        return not self.options.shard_optimizer
+
+    def setup(self, context: Context) -> int:
+        """Take over the newest parameters that a rank has; in a fresh run those of rank 0."""
+        flat, collective = context.flat, context.collective
+        self._collective, self._flat = collective, flat
+        self._state = context.state
+        self._state.settle(flat.version)
+        self._state.connect(collective)
+        old = self._reducer
+        before = self._optimizer.state() if old is not None and flat.version > 0 else {}
+        if old is not None:
+            old.close()
+        flat.move(flat.params, collective.share(flat.grads))
+        if self.options.shard_optimizer:
+            self._reducer = self._optimizer = sharded = ShardedUpdate(
+                flat, collective, context.job, context.total_steps
+            )
+            if context.saved is not None:
+                sharded.load(context.saved.optimizer(flat, *sharded.bounds))
+        else:
+            early = self.options.overlap and not rows_come_first(context.job)
+            look = context.job.failure.non_finite != "ignore"
+            self._reducer = _reducer(self.options, flat, collective, overlap=early, look=look)
+            _pass_residual_on(old, self._reducer)
+            self._optimizer = context.local_optimizer()
+            saved = context.saved.optimizer(flat) if context.saved is not None else {}
+            self._optimizer.load(before or saved)
+        version = take_over_newest(flat, self._optimizer, collective, context.base)
+        flat.fill_tail()
+        self._state.keep(version)
+        return version
+
+    def last_backward(self) -> None:
+        """Let each bucket go as soon as its last gradient is there."""
+        assert self._reducer is not None, "setup() comes first"
+        self._reducer.last_backward()
+
+    def exchange(self, step: int, local: StepControl) -> StepControl:
+        """Sum the gradients; each rank's are already divided by the global batch."""
+        assert self._reducer is not None and self._state is not None, "setup() comes first"
+        self._state.end_forwards(step)
+        total = self._reducer.finish(replace(local, state_changed=self._state.news(step)))
+        sum_tail(self._flat, self._collective, total, step)
+        self._state.synchronize(step, total.state_changed)
+        return total
+
+    def update(self, step: int, total: StepControl) -> None:
+        """Make the same update on every rank."""
+        assert self._state is not None, "setup() comes first"
+        if total.skip:
+            self._state.leave_out(step + 1)
+            return
+        self._optimizer.step(step, total.present, total.scale)
+        self._state.keep(step + 1)
+
+    def checkpoint(self, version: int) -> CheckpointPart:
+        """Rank 0 gives the model and the optimizer's state; a sharded one each rank for itself."""
+        model = model_part(self._flat) if self._collective.rank == 0 else CheckpointPart()
+        if self.options.shard_optimizer or self._collective.rank == 0:
+            start, _ = self._optimizer.bounds
+            return model.plus(optimizer_part(self._flat, self._optimizer.memory(), start))
+        return model
+
+    def figures(self) -> dict[str, float]:
+        """Give the exchange's figures and the optimizer's memory."""
+        assert self._reducer is not None, "setup() comes first"
+        memory = float(self._optimizer.state_bytes)
+        return {**self._reducer.figures(), "optimizer_state_bytes": memory}
+
+
+def _pass_residual_on(old: Reducer | None, new: Reducer) -> None:
+    """Keep what compression still owes, where this rank was in the run before."""
+    if isinstance(old, CompressedReducer) and isinstance(new, CompressedReducer):
+        new.inherit(old)
+
+
+def _reducer(
+    options: RingOptions, flat: FlatModel, collective: Collective, *, overlap: bool, look: bool
+) -> Reducer:
+    """Make what `compression` names."""
+    if options.compression == "topk":
+        return TopKReducer(flat, collective, options.topk_density, look=look)
+    if options.compression == "powersgd":
+        return PowerSGDReducer(flat, collective, options.powersgd_rank, look=look)
+    wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
+    bucket_bytes = int(options.bucket_mb * 2**20)
+    return BucketReducer(
+        flat, collective, bucket_bytes, overlap=overlap, wire_dtype=wire, look=look
+    )

@@ -1,0 +1,144 @@
+"""
+What the driver knows of a strategy: its options, what it needs, and what it cannot do.
+
+    driver    Strategy         options, roles, problems, the name of the worker's class    no torch
+    worker    WorkerStrategy   setup, exchange, update (`strategies/worker.py`)            torch
+
+Listing strategies and checking a job must be quick, so nothing here imports torch
+(docs/decisions/strategy_halves.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+from distplat.platform.consistency import SYNCHRONOUS, Consistency
+from distplat.platform.errors import Problem
+from distplat.platform.fields import Spec
+from distplat.platform.shard_map import Division
+from distplat.platform.spec import Job
+
+
+class Options(Spec):
+    """Base of a strategy's options: frozen, unknown names refused, one sentence per field."""
+
+    removed: ClassVar[Mapping[str, str]] = {}
+    """Options that there were once, and what is to be said to who still sets them."""
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """The collective group of all workers that a strategy asks for."""
+
+    backend: str = "auto"
+    """How bytes travel: `auto` chooses by where the workers are."""
+    timeout_s: float = 60.0
+    """Deadline of one operation."""
+    debug: bool = False
+    """Compare every operation between the ranks, not only the first ones."""
+
+
+WIRES: dict[str, str | None] = {"exact": None, "fp16": "float16", "bf16": "bfloat16"}
+"""What the servers' option `wire` may be, and the type in torch that it means."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What a strategy needs besides the workers, and which of them have what of the model."""
+
+    servers: int = 0
+    """Parameter-server nodes; with one or more, workers get the port `Shards`."""
+    server_resources: dict[str, float] | None = None
+    """Ray resources of one server node."""
+    consistency: Consistency = SYNCHRONOUS
+    """When the servers apply gradients."""
+    replication: int = 1
+    """How many servers keep each shard: one, or a primary and its backup."""
+    resizes: bool = False
+    """Whether there may be more or fewer workers from one attempt to the next: all state is the
+    servers', and every worker has the whole model."""
+    wire: str | None = None
+    """Name in torch of the type that travels between workers and servers of two nodes."""
+    split_by_load: bool = False
+    """Whether shards are cut by the servers' measured speed; else all have the same size."""
+    collective: GroupSpec | None = None
+    """The group of all workers; None: workers get no port `Collective`."""
+    parts: tuple[tuple[int, ...], ...] = ()
+    """By part of a model that is cut, the ranks that have it: `servers` are shared out evenly to
+    the parts. Empty: all ranks have the whole."""
+    group_size: int = 1
+    """Workers that hold one copy of the model together, with consecutive ranks; they are placed on
+    one node if it has room for them."""
+
+    def replicas(self, world: int) -> int:
+        """Count the copies of the model; each takes its part of every batch."""
+        return world // self.group_size
+
+    def holders(self, world: int) -> tuple[tuple[int, ...], ...]:
+        """Give, for each part into which the model is cut, the ranks that have it."""
+        return self.parts or (tuple(range(world)),)
+
+    def division(self, world: int) -> Division:
+        """Say which ranks share which servers."""
+        return Division(self.holders(world), self.servers)
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+_OF_A_WORKER = ("setup", "exchange", "update")
+
+
+class Strategy(Generic[OptionsT]):
+    """
+    One architecture of distributed training, as the driver sees it.
+
+    A subclass is registered under a name. Only the name and the options travel: each process makes
+    the strategy anew, and a worker its `WorkerStrategy` from it.
+
+    Raises:
+        TypeError: by a subclass that has what belongs to its `WorkerStrategy`.
+    """
+
+    summary: ClassVar[str]
+    """One line for `distplat strategies`."""
+    options_type: ClassVar[type[Options]] = Options
+    worker: ClassVar[str | type[Any]]
+    """The subclass of `WorkerStrategy`, or `"module:Class"` where it is in a module of its own."""
+    has_checkpoints: ClassVar[bool] = False
+    """Whether the worker's class has `checkpoint`; a job that wants some is refused elsewhere."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Refuse a class that was written when a strategy was one class."""
+        super().__init_subclass__(**more)
+        found = [f"{name}()" for name in _OF_A_WORKER if name in vars(cls)]
+        if found:
+            text = f"{cls.__name__} is a Strategy and has {', '.join(found)}"
+            raise TypeError(f"{text}: {NEW_WAY}")
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+    def roles(self, job: Job) -> Roles:
+        """Say what the strategy needs besides workers."""
+        return Roles()
+
+    def problems(self, job: Job) -> list[Problem]:
+        """Name what in this job the strategy cannot do; an option is never ignored."""
+        return []
+
+    def survivors_go_on(self) -> bool:
+        """
+        Say whether, when workers are lost, the others can go on with the state that they have.
+
+        Then they call `setup` again, beside new workers; else a restart begins at the first step.
+        """
+        return False
+
+
+NEW_WAY = (
+    "what a worker runs goes into a subclass of `distplat.strategy.WorkerStrategy`, which the "
+    "attribute `worker` of the Strategy names (docs/own_strategies.md)"
+)
+"""What is to be said to who has a strategy of one class."""
