@@ -41,7 +41,9 @@ def schedule(
         int | None,
         typer.Option(min=1, help="Messages under way between two stages.", show_default="any"),
     ] = None,
-    svg: Annotated[Path | None, typer.Option(help="Draw the chart into this file.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Draw the chart into this file; needs the extra `report`.")
+    ] = None,
     output: Output = "text",
 ) -> None:
     """Show a pipeline schedule: chart, bubble, live activations."""
@@ -142,10 +144,14 @@ def _print(chosen: "Schedule", found: "Simulation") -> None:
 
 
 def _write(path: Path, chosen: "Schedule", found: "Simulation") -> None:
-    from distplat.cli.schedule_svg import svg
+    from distplat.cli.extras import report_extra
 
+    with report_extra():
+        from distplat.cli.charts import bars_of, pipeline_chart
     figures = ";  ".join(f"{name} {value}" for name, value in _rows(chosen, found))
+    title = f"{_title(chosen)}\n{figures}"
+    drawing = pipeline_chart({title: bars_of(found.spans)}, themed=False)
     try:
-        path.write_text(svg(found.spans, _title(chosen), figures), encoding="utf-8")
+        path.write_text(drawing, encoding="utf-8")
     except OSError as error:
         raise SpecError(f"--svg: cannot write {path}: {error.strerror}") from error
