@@ -32,7 +32,8 @@ def report(
     `report`; without it the figures are printed all the same. Of a pipeline it writes
     pipeline_perfetto.json too, for ui.perfetto.dev.
     """
-    from distplat.cli.render import print_pairs, to_json
+    from distplat.cli.render import to_json
+    from distplat.cli.tables import print_pairs
 
     as_json = is_json(output)
     record, now = read_run(find_run(run_directory)), time.time()

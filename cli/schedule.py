@@ -122,15 +122,13 @@ def _rows(chosen: "Schedule", found: "Simulation") -> list[tuple[str, str]]:
 
 
 def _print(chosen: "Schedule", found: "Simulation") -> None:
-    from rich.console import Console
-
-    from distplat.cli.render import print_pairs
     from distplat.cli.schedule_chart import chart
+    from distplat.cli.tables import print_pairs, terminal
 
-    console = Console()
+    console = terminal()
     print(_title(chosen))
     print()
-    if console.is_terminal:
+    if console is not None:
         for line in chart(found.spans, console.width):
             console.print(line, crop=False)
     else:
