@@ -1,7 +1,6 @@
 """The port `Board` over Ray's key-value store; who ends a run takes all of its words back."""
 
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
-
+from distplat.actors import compat
 from distplat.actors.messages import rendezvous_key
 
 
@@ -19,6 +18,6 @@ class RayBoard:
     def first(self, name: str, value: bytes) -> bytes:
         """See `Board`."""
         key = rendezvous_key(f"{self._run}#{name}")
-        _internal_kv_put(key, value, overwrite=False)
-        found: bytes | None = _internal_kv_get(key)
+        compat.put_first(key, value)
+        found = compat.get(key)
         return value if found is None else found

@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 
+from distplat.actors import compat
+
 NAME = "PYTHONHASHSEED"
 
 
@@ -44,5 +46,4 @@ def options() -> dict[str, Any]:
 
 def _of_this_process() -> bool:
     """Say whether this process started Ray, and no other node has joined."""
-    node = ray._private.worker._global_node
-    return node is not None and node.head and len(ray.nodes()) == 1
+    return compat.ray_is_ours() and len(ray.nodes()) == 1

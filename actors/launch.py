@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.experimental.internal_kv import _internal_kv_del
 
-from distplat.actors import hash_seed
+from distplat.actors import compat, hash_seed
 from distplat.actors.asking import ask
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
@@ -95,7 +94,7 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
             checkpoints.drain()  # what is complete is worth keeping, however the run ends
             ensemble.end()
             # Ranks take their words back themselves, unless they were killed.
-            _internal_kv_del(rendezvous_key(launch.run), del_by_prefix=True)
+            compat.delete_all(rendezvous_key(launch.run))
 
 
 @contextmanager

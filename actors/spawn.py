@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
 
-from distplat.actors import hash_seed
+from distplat.actors import compat, hash_seed
 from distplat.actors.messages import WorkOrder
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
@@ -149,7 +148,7 @@ def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
     def has_room(free: dict[str, float]) -> bool:
         return all(free.get(name, 0.0) >= amount for name, amount in needs.items())
 
-    nodes = available_resources_per_node().items()
+    nodes = compat.free_resources().items()
     return sorted(name for name, free in nodes if name != node and has_room(free))
 
 

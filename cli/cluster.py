@@ -7,7 +7,7 @@ deadlines, which it has not, and errors that say what to do.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import ray
 import requests
 from ray.job_submission import JobSubmissionClient
 
+from distplat.actors import compat
 from distplat.cli.address import one_line, reach, token_at_hand, unset
 from distplat.cli.job_types import Info, NoSuchJob
 from distplat.platform.errors import ClusterUnreachable, SpecError
@@ -25,34 +26,34 @@ _FIRST_ANSWER_S = 4.0
 _NEEDS_TOKEN = "set RAY_AUTH_TOKEN, or RAY_AUTH_MODE=token with the token in ~/.ray/auth_token"
 
 
-class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray is not typed for mypy
-    """Ray's client, with a deadline for every request and our errors."""
+def _request(
+    client: Any, send: Callable[..., requests.Response], method: str, endpoint: str, **kwargs: Any
+) -> requests.Response:
+    """
+    Send one request of a client, with a deadline and our errors.
 
-    answer_s = _FIRST_ANSWER_S
-
-    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
-        """
-        Send one request.
-
-        Raises:
-            ClusterUnreachable: no answer, or it does not take our token.
-        """
-        kwargs.setdefault("timeout", (_CONNECT_S, self.answer_s))
-        address = self.get_address()
-        try:
-            answer: requests.Response = super()._do_request(method, endpoint, **kwargs)
-        except ray.exceptions.AuthenticationError as error:
-            if "Authentication failed" in str(error):
-                message = f"{address} does not accept our token; {_NEEDS_TOKEN}"
-                raise ClusterUnreachable(message) from None
-            raise _TokenWanted(f"{address} requires a token: {_NEEDS_TOKEN}") from None
-        except requests.Timeout:
-            message = f"{address} took a connection but gave no answer; is it a Ray dashboard?"
+    Raises:
+        ClusterUnreachable: no answer, or it does not take our token.
+    """
+    kwargs.setdefault("timeout", (_CONNECT_S, client.answer_s))
+    address = client.get_address()
+    try:
+        return send(method, endpoint, **kwargs)
+    except ray.exceptions.AuthenticationError as error:
+        if "Authentication failed" in str(error):
+            message = f"{address} does not accept our token; {_NEEDS_TOKEN}"
             raise ClusterUnreachable(message) from None
-        except requests.RequestException as error:
-            message = f"{address} broke off ({type(error).__name__}); is it a Ray dashboard?"
-            raise ClusterUnreachable(message) from None
-        return answer
+        raise _TokenWanted(f"{address} requires a token: {_NEEDS_TOKEN}") from None
+    except requests.Timeout:
+        message = f"{address} took a connection but gave no answer; is it a Ray dashboard?"
+        raise ClusterUnreachable(message) from None
+    except requests.RequestException as error:
+        message = f"{address} broke off ({type(error).__name__}); is it a Ray dashboard?"
+        raise ClusterUnreachable(message) from None
+
+
+_Client = compat.with_requests(JobSubmissionClient, _request)
+_Client.answer_s = _FIRST_ANSWER_S
 
 
 class _TokenWanted(ClusterUnreachable):
@@ -131,14 +132,14 @@ class Jobs:
         return sorted(submitted, key=lambda job: job["start_time"] or 0, reverse=True)
 
 
-def _connect(address: str, headers: dict[str, str]) -> _Client:
+def _connect(address: str, headers: dict[str, str]) -> Any:
     """
     Make a client that has heard from its cluster.
 
     Raises:
         ClusterUnreachable: what answers is no Ray.
     """
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env"):
+    for name in compat.LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     with unset("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # they would win over `address`
         try:

@@ -2,21 +2,18 @@
 
 import os
 import shlex
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from distplat.cli import remote
 from distplat.cli.address import target_of
 from distplat.cli.job_types import Info
-from distplat.cli.render import print_pairs, print_result, to_json
+from distplat.cli.render import print_result, to_json
 from distplat.cli.roles import role_facts, role_lines
 from distplat.cli.running import roles_of
+from distplat.cli.tables import print_pairs, print_table
 from distplat.platform.errors import ClusterUnreachable, DistplatError, Problem, SpecError
 from distplat.platform.suggest import hint
 
@@ -78,7 +75,8 @@ def list_jobs(
     if as_json:
         print(to_json({"version": OUTPUT_VERSION, "jobs": [_facts(job) for job in found]}))
         return
-    _print_table([_row(job) for job in found])
+    rows = [[row[name] for name in _COLUMNS] for row in map(_row, found)]
+    print_table([name.upper() for name in _COLUMNS], rows)
 
 
 def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
@@ -218,17 +216,3 @@ def _age(start_ms: int | None) -> str | None:
         if seconds >= size:
             return f"{seconds // size}{unit}"
     return f"{seconds}s"
-
-
-def _print_table(rows: list[dict[str, str]]) -> None:
-    if sys.stdout.isatty():
-        table = Table(*(name.upper() for name in _COLUMNS), box=None, header_style="bold")
-        for row in rows:
-            table.add_row(*(Text(row[name]) for name in _COLUMNS))
-        Console().print(table)
-        return
-    lines = [[name.upper() for name in _COLUMNS], *([row[n] for n in _COLUMNS] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        print("  ".join(cells).rstrip())

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
-from ray.job_config import JobConfig
 
 import distplat
+from distplat.actors import compat
 from distplat.cli.address import one_line, reach, unset
 from distplat.cli.one_node import replaceable, without_job_environment
 from distplat.cli.shipping import check_size
@@ -27,8 +25,7 @@ def ignores(folder: Path) -> list[Callable[[Path], bool]]:
     """Give the tests that Ray takes from the ignore files of a folder when it packs it."""
     logger = logging.getLogger("distplat.ignores")
     logger.setLevel(logging.ERROR)  # or each file that it reads is named
-    found: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(folder, True, logger)
-    return found
+    return compat.ignore_tests(folder, logger)
 
 
 def running_here() -> str | None:
@@ -38,8 +35,8 @@ def running_here() -> str | None:
     Not `ray.init(address="auto")`: that finds the private Ray of another `submit` too, which ends
     with that run and would take ours along.
     """
-    address: str | None = ray._private.utils.read_ray_address(None)
-    if not address:
+    address = compat.address_of_this_machine()
+    if address is None:
         return None
     try:
         reach(address)
@@ -86,7 +83,7 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
 def _joined_light(address: str | None) -> bool:
     """Connect and ship nothing, if the cluster is one node; False: not connected."""
     with without_job_environment() as hidden:
-        if not hidden and RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
+        if not hidden and compat.JOB_CONFIG_VARIABLE in os.environ:
             return False
         _join(address, {})
     if sum(node["Alive"] for node in ray.nodes()) == 1:
@@ -101,6 +98,6 @@ def _join(address: str | None, runtime_env: Mapping[str, Any]) -> None:
     ray.init(
         address=address,
         runtime_env=dict(runtime_env),
-        job_config=JobConfig(_py_driver_sys_path=[home]),
+        job_config=compat.job_config(home),
         logging_level="warning",
     )

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-
+from distplat.actors.compat import JOB_CONFIG_VARIABLE
 from distplat.cli.shipping import JOB_VARIABLE
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
@@ -28,16 +27,16 @@ def without_job_environment() -> Iterator[bool]:
     Yields:
         Whether something is hidden: who joins a larger cluster must join again with it.
     """
-    given = os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR)
+    given = os.environ.get(JOB_CONFIG_VARIABLE)
     config = json.loads(given) if given else {}
     if given is None or not replaceable(config.get("runtime_env", {})):
         yield False
         return
-    os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR] = json.dumps({**config, "runtime_env": {}})
+    os.environ[JOB_CONFIG_VARIABLE] = json.dumps({**config, "runtime_env": {}})
     try:
         yield True
     finally:
-        os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR] = given
+        os.environ[JOB_CONFIG_VARIABLE] = given
 
 
 def replaceable(environment: Mapping[str, Any]) -> bool:

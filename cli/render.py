@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from distplat.cli.figures import (
@@ -27,6 +26,7 @@ from distplat.cli.figures import (
     resize_text,
     restart_rows,
 )
+from distplat.cli.tables import print_pairs
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.progress import EvalSummary, Recovery, Resized, Setback, StepSummary
 from distplat.platform.spec import Job
@@ -216,21 +216,6 @@ def _finite(value: object) -> object:
 def print_result(facts: Facts) -> None:
     """Print how a run ended to stdout: a table on a terminal, aligned text elsewhere."""
     print_pairs(_rows(facts))
-
-
-def print_pairs(rows: list[tuple[str, str]]) -> None:
-    """Print names and values to stdout."""
-    if sys.stdout.isatty():
-        table = Table(show_header=False, box=None)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        Console().print(table)
-        return
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
 
 
 def _rows(facts: Facts) -> list[tuple[str, str]]:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from distplat.cli.options import Output, is_json
-from distplat.cli.render import print_pairs, to_json
+from distplat.cli.render import to_json
+from distplat.cli.tables import print_pairs
 
 _SHOWN = 12
 

@@ -1,17 +1,22 @@
 """`distplat report`: what a run came to, as a page beside it and as a table."""
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distplat.cli.options import Output, is_json
-from distplat.platform.errors import StorageError
+from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.run_record import RunRecord, find_run, read_run
 
+if TYPE_CHECKING:
+    from distplat.strategies.algorithms.gantt import Gantt
+
 PAGE = "report.html"
+PERFETTO = "pipeline_perfetto.json"
 
 
 def report(
@@ -23,34 +28,75 @@ def report(
     """
     Say what a run came to, and write report.html beside its results.
 
-    Works on runs that failed or still go on: with what there is so far.
+    Works on runs that failed or still go on: with what there is so far. The page needs the extra
+    `report`; without it the figures are printed all the same. Of a pipeline it writes
+    pipeline_perfetto.json too, for ui.perfetto.dev.
     """
-    from distplat.cli.render import print_pairs, to_json
-    from distplat.cli.report_page import page
+    from distplat.cli.render import to_json
+    from distplat.cli.tables import print_pairs
 
     as_json = is_json(output)
     record, now = read_run(find_run(run_directory)), time.time()
-    path = record.path / PAGE
-    _write(path, page(record, now))
-    found = _rows(record, now)
+    pipeline, problem = _pipeline(record)
+    written: dict[str, Path] = {}
+    missing: SpecError | None = None
+    if record.trace is not None and not problem:
+        written["perfetto"] = _write_perfetto(record, pipeline)
+    try:
+        written["page"] = _write_page(record, now)
+    except SpecError as error:
+        missing = error
     if as_json:
-        print(to_json(_facts(record, now) | {"page": str(path)}))
-        return
-    print_pairs([*found, ("page", str(path))])
+        places = {name: str(path) for name, path in written.items()}
+        print(to_json(_facts(record, now, pipeline) | {"page": None} | places))
+    else:
+        rows = _rows(record, now) + _pipeline_rows(record, pipeline, problem)
+        rows += [("note", note) for note in record.notes]
+        print_pairs([*rows, *((name, str(path)) for name, path in written.items())])
+    if missing:
+        raise missing
 
 
-def _write(path: Path, text: str) -> None:
+def _write_page(record: RunRecord, now: float) -> Path:
+    from distplat.cli.extras import report_extra
+
+    with report_extra():
+        from distplat.cli.report_page import page
+    return _write(record.path / PAGE, page(record, now))
+
+
+def _write_perfetto(record: RunRecord, pipeline: "list[Gantt]") -> Path:
+    from distplat.strategies.algorithms.chrome_trace import chrome_trace
+
+    assert record.trace is not None
+    text = json.dumps(chrome_trace(record.trace, pipeline))
+    return _write(record.path / PERFETTO, text)
+
+
+def _write(path: Path, text: str) -> Path:
     partial = path.with_suffix(".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="replace")
         partial.replace(path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _pipeline(record: RunRecord) -> "tuple[list[Gantt], str]":
+    """Give the traced step of each replica, and what is wrong with the trace."""
+    from distplat.strategies.algorithms.gantt import gantts
+
+    if record.trace is None:
+        return [], ""
+    try:
+        return gantts(record.trace), ""
+    except ValueError as error:
+        return [], f"{error}"
 
 
 def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
-    from distplat.cli.figures import figure_rows, mean_figures
-    from distplat.cli.report_words import facts, restart_lines
+    from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines
     from distplat.platform.report import restarts, status_of, time_parts
 
     status = status_of(record, now)
@@ -66,28 +112,24 @@ def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
     for attempt, step, cause, replaced, back in restart_lines(restarts(record)):
         first = cause.splitlines()[0]
         rows.append((f"attempt {attempt}", f"after step {step}: {first}; {replaced}, {back}"))
-    rows += _pipeline(record)
-    return rows + [("note", note) for note in record.notes]
+    return rows
 
 
-def _pipeline(record: RunRecord) -> list[tuple[str, str]]:
-    from distplat.strategies.algorithms.gantt import gantts
-
-    if record.trace is None:
-        return []
-    try:
-        found = gantts(record.trace)
-    except ValueError as error:
-        return [("pipeline", f"pipeline_trace.json makes no sense: {error}")]
+def _pipeline_rows(
+    record: RunRecord, pipeline: "list[Gantt]", problem: str
+) -> list[tuple[str, str]]:
+    if problem:
+        return [("pipeline", f"pipeline_trace.json makes no sense: {problem}")]
+    step = record.trace.step if record.trace else 0
     rows = []
-    for one in found:
+    for one in pipeline:
         ideal = f", ideal {one.ideal.bubble:.1%}" if one.ideal else ""
-        text = f"replica {one.replica}, step {record.trace.step}: {one.pipeline_s * 1e3:.1f} ms"
+        text = f"replica {one.replica}, step {step}: {one.pipeline_s * 1e3:.1f} ms"
         rows.append(("pipeline", f"{text}, bubble {one.bubble:.1%}{ideal}"))
     return rows
 
 
-def _facts(record: RunRecord, now: float) -> dict[str, object]:
+def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, object]:
     from distplat.platform.report import figure_rows, metrics, restarts, status_of, time_parts
 
     status = status_of(record, now)
@@ -113,18 +155,12 @@ def _facts(record: RunRecord, now: float) -> dict[str, object]:
             for one in restarts(record)
         ],
         "resizes": [asdict(one) for one in record.resizes],
-        "pipeline": _pipeline_facts(record),
+        "pipeline": _pipeline_facts(pipeline),
         "notes": record.notes,
     }
 
 
-def _pipeline_facts(record: RunRecord) -> list[dict[str, object]]:
-    from distplat.strategies.algorithms.gantt import gantts
-
-    try:
-        found = gantts(record.trace) if record.trace else []
-    except ValueError:
-        return []
+def _pipeline_facts(pipeline: "list[Gantt]") -> list[dict[str, object]]:
     return [
         {
             "replica": one.replica,
@@ -134,5 +170,5 @@ def _pipeline_facts(record: RunRecord) -> list[dict[str, object]]:
             "ideal_pipeline_s": one.ideal.makespan if one.ideal else None,
             "ideal_bubble": one.ideal.bubble if one.ideal else None,
         }
-        for one in found
+        for one in pipeline
     ]

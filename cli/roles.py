@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from distplat.cli.tables import table_lines
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview
@@ -49,7 +50,7 @@ def _server_lines(servers: ServersSeen) -> list[str]:
         rows.append([str(cut.index), f"{cut.start:,}..{cut.stop:,}", seat.primary, backup])
     if not servers.replicated:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    return [head, *_table([columns, *rows])]
+    return [head, *table_lines(columns, rows)]
 
 
 def _worker_lines(roster: Roster) -> list[str]:
@@ -62,7 +63,7 @@ def _worker_lines(roster: Roster) -> list[str]:
         head += ", each worker makes its part of every step"
     unit = "TASKS" if roster.dealt else "STEPS"
     columns = ["WORKER", "STEP", unit, f"{unit}/S", "WORK", "LEASE", ""]
-    lines = [head, *_table([columns, *(_row(entry, roster) for entry in roster.workers)])]
+    lines = [head, *table_lines(columns, [_row(entry, roster) for entry in roster.workers])]
     if roster.refused and roster.wish is not None:
         lines.append(f"{roster.wish.workers} workers were refused: {roster.refused}")
     elif roster.wish is not None and roster.wish.workers != len(roster.workers):
@@ -92,11 +93,3 @@ def _row(entry: Entry, roster: Roster) -> list[str]:
 
 
 _SILENT_S = 3.0
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]

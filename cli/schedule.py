@@ -41,7 +41,9 @@ def schedule(
         int | None,
         typer.Option(min=1, help="Messages under way between two stages.", show_default="any"),
     ] = None,
-    svg: Annotated[Path | None, typer.Option(help="Draw the chart into this file.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Draw the chart into this file; needs the extra `report`.")
+    ] = None,
     output: Output = "text",
 ) -> None:
     """Show a pipeline schedule: chart, bubble, live activations."""
@@ -120,15 +122,13 @@ def _rows(chosen: "Schedule", found: "Simulation") -> list[tuple[str, str]]:
 
 
 def _print(chosen: "Schedule", found: "Simulation") -> None:
-    from rich.console import Console
-
-    from distplat.cli.render import print_pairs
     from distplat.cli.schedule_chart import chart
+    from distplat.cli.tables import print_pairs, terminal
 
-    console = Console()
+    console = terminal()
     print(_title(chosen))
     print()
-    if console.is_terminal:
+    if console is not None:
         for line in chart(found.spans, console.width):
             console.print(line, crop=False)
     else:
@@ -142,10 +142,14 @@ def _print(chosen: "Schedule", found: "Simulation") -> None:
 
 
 def _write(path: Path, chosen: "Schedule", found: "Simulation") -> None:
-    from distplat.cli.schedule_svg import svg
+    from distplat.cli.extras import report_extra
 
+    with report_extra():
+        from distplat.cli.charts import bars_of, pipeline_chart
     figures = ";  ".join(f"{name} {value}" for name, value in _rows(chosen, found))
+    title = f"{_title(chosen)}\n{figures}"
+    drawing = pipeline_chart({title: bars_of(found.spans)}, themed=False)
     try:
-        path.write_text(svg(found.spans, _title(chosen), figures), encoding="utf-8")
+        path.write_text(drawing, encoding="utf-8")
     except OSError as error:
         raise SpecError(f"--svg: cannot write {path}: {error.strerror}") from error

@@ -12,8 +12,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import distplat
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.job_file import render_job
@@ -121,8 +119,8 @@ def read_runtime_env(file: Path | None, text: str | None) -> dict[str, Any]:
     if file and text:
         raise SpecError("give --runtime-env or --runtime-env-json, not both")
     try:
-        found = yaml.safe_load(file.read_text()) if file else json.loads(text or "{}")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = parse_yaml(file.read_text(), str(file))[0] if file else json.loads(text or "{}")
+    except (OSError, ValueError, SpecError) as error:
         raise SpecError(Problem((option,), f"cannot be read: {error}")) from None
     if not isinstance(found, dict):
         raise SpecError(Problem((option,), "must be a mapping"))

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from distplat.cli.options import JobFile, Output, Settings, StrategyFile, is_json
 from distplat.cli.render import to_json
+from distplat.cli.tables import print_table
 from distplat.platform.errors import Problem, SpecError
 
 if TYPE_CHECKING:
@@ -93,20 +91,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     """Print the table: drawn on a terminal, aligned elsewhere; reasons below it."""
     heads = ("strategy", "check", "verdict", "difference", "noise", "first apart")
     cells = [_cells(row) for row in rows]
-    if sys.stdout.isatty():
-        table = Table(*heads, box=None)
-        for row, line in zip(rows, cells, strict=True):
-            table.add_row(*map(Text, line), style="red" if row.failed else "")
-        Console().print(table)
-    else:
-        lines = [heads, *cells]
-        widths = [max(len(line[at]) for line in lines) for at in range(len(heads))]
-        for line in lines:
-            print(
-                "  ".join(
-                    cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-                ).rstrip()
-            )
+    print_table(heads, cells, ["red" if row.failed else "" for row in rows])
     for row in rows:
         if row.reason:
             print(f"\n{row.strategy}, {row.check}: {row.reason}")

@@ -1,17 +1,18 @@
 """
 A job from a YAML file, the environment and `--set`, checked as a whole; and back to YAML.
 
-All that is wrong is reported at once, each problem with the place of its field: a line of the
-file, a variable, or an override.
+Later layers win: file, environment, overrides. All that is wrong is reported at once, each problem
+with the place of its field: a line of the file, a variable, or an override. The idea of layers that
+remember the origin of each value is that of `git config --show-origin`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.job_layers import Draft, from_environment, from_overrides
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import problems_of, show
 from distplat.platform.yaml_source import (
@@ -23,6 +24,14 @@ from distplat.platform.yaml_source import (
     too_large,
 )
 
+ENV_PREFIX = "DISTPLAT_"
+RESERVED_VARIABLES = {"DISTPLAT_JOB_ID", "DISTPLAT_TESTING", "DISTPLAT_FAILPOINT"}
+"""Variables with our prefix that are no settings of a job."""
+
+Place = tuple[str, int, int]
+"""File, line and column; the name of the variable or override, 0 and 0 for what is in no file."""
+
+_STRATEGY_NAME = {("strategy",), ("strategy", "name")}
 Check = Callable[[Job], list[Problem]]
 
 
@@ -58,9 +67,9 @@ def read_job(
         raise _unreadable(path, "is empty; a job needs at least name, strategy and optimizer")
     if not isinstance(data, dict):
         raise _unreadable(path, f"must be a mapping of fields (got {show(data)})")
-    draft = Draft(file, data, {where: (file, *mark) for where, mark in marks.items()})
-    found = draft.apply(from_environment(environ))
-    settings, unread = from_overrides(overrides)
+    draft = _Draft(file, data, {where: (file, *mark) for where, mark in marks.items()})
+    found = draft.apply(_from_environment(environ))
+    settings, unread = _from_overrides(overrides)
     return _finish(draft, [*found, *unread, *draft.apply(settings)], check)
 
 
@@ -73,7 +82,7 @@ def job_of(data: Mapping[str, object], *, check: Check = _nothing_more) -> Job:
     """
     if not isinstance(data, Mapping):
         raise SpecError(f"a job must be a mapping of fields (got {show(data)})")
-    return _finish(Draft("", dict(data)), [], check)
+    return _finish(_Draft("", dict(data)), [], check)
 
 
 def render_job(job: Job) -> str:
@@ -88,7 +97,123 @@ def render_job(job: Job) -> str:
     return dump_yaml(_plain(data, ()))
 
 
-def _finish(draft: Draft, found: list[Problem], check: Check) -> Job:
+@dataclass(frozen=True)
+class _Setting:
+    """One value given outside the file."""
+
+    path: FieldPath
+    source: str
+    """What to call it in messages: `DISTPLAT_SEED`, `--set seed`."""
+    text: str
+    """The value, in YAML."""
+
+
+@dataclass
+class _Draft:
+    """A job in the making: plain values and their places. It owns `data` and changes it."""
+
+    file: str
+    """What to call the lowest layer; empty: it is no file."""
+    data: dict[str, object]
+    places: dict[FieldPath, Place] = field(default_factory=dict)
+
+    def apply(self, settings: Sequence[_Setting]) -> list[Problem]:
+        """
+        Lay one layer over what is there, and give what could not be applied.
+
+        A strategy's new name comes before its options, whatever the order they are written in:
+        it drops the options of the layers below, which were meant for another strategy.
+        """
+        found: list[Problem] = []
+        for setting in sorted(settings, key=lambda one: one.path not in _STRATEGY_NAME):
+            try:
+                value, _ = parse_yaml(setting.text, setting.source)
+                self._set(setting.path, value, setting.source)
+            except SpecError as error:
+                found.extend(error.problems)
+        return found
+
+    def locate(self, problem: Problem) -> Problem:
+        """Add the place of the problem's field, or of the nearest field around it."""
+        if problem.file:
+            return problem
+        for length in range(len(problem.where), 0, -1):
+            place = self.places.get(problem.where[:length])
+            if place is not None:
+                return replace(problem, file=place[0], line=place[1], column=place[2])
+        return replace(problem, file=self.file)
+
+    def _set(self, path: FieldPath, value: object, source: str) -> None:
+        """
+        Set one field, making the mappings around it.
+
+        Raises:
+            SpecError: something around it is there and no mapping, or it is too deep.
+        """
+        if len(path) > MAX_DEPTH:
+            raise SpecError(Problem((), f"nested deeper than {MAX_DEPTH}", file=source))
+        if path[0] == "strategy":
+            path = self._open_strategy(path, value, source)
+        here = self.data
+        for length, part in enumerate(path[:-1], 1):
+            inner = here.get(str(part))
+            if inner is None:
+                inner = {}
+                self.places[path[:length]] = (source, 0, 0)
+            if not isinstance(inner, dict):
+                around = ".".join(map(str, path[:length]))
+                message = f"cannot be set: {around} is {show(inner)}, not a mapping"
+                raise SpecError(Problem(path, message, file=source))
+            here[str(part)] = inner
+            here = inner
+        here[str(path[-1])] = value
+        self._move(path, source)
+
+    def _open_strategy(self, path: FieldPath, value: object, source: str) -> FieldPath:
+        """Make `strategy` a mapping, without the options of a strategy that is replaced."""
+        present = self.data.get("strategy")
+        if isinstance(present, str):
+            present = self.data["strategy"] = {"name": present}
+        if path == ("strategy",) and isinstance(value, str):
+            path = ("strategy", "name")
+        same = isinstance(present, dict) and present.get("name") == value
+        if path == ("strategy", "name") and not same:
+            self.data["strategy"] = {}
+            self._move(("strategy",), source)
+        return path
+
+    def _move(self, path: FieldPath, source: str) -> None:
+        """Let a field and all below it come from `source`."""
+        below = [place for place in self.places if place[: len(path)] == path]
+        for place in below:
+            del self.places[place]
+        self.places[path] = (source, 0, 0)
+
+
+def _from_environment(environ: Mapping[str, str]) -> list[_Setting]:
+    """Read `DISTPLAT_SCALING__NUM_WORKERS=4` as the setting `scaling.num_workers`."""
+    return [
+        _Setting(tuple(name.removeprefix(ENV_PREFIX).lower().split("__")), name, text)
+        for name, text in sorted(environ.items())
+        if name.startswith(ENV_PREFIX) and name not in RESERVED_VARIABLES
+    ]
+
+
+def _from_overrides(overrides: Sequence[str]) -> tuple[list[_Setting], list[Problem]]:
+    """Read `a.b=c`; give also what could not be read."""
+    settings, found = [], []
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        path = tuple(part.strip() for part in name.split("."))
+        if equals and all(path):
+            settings.append(_Setting(path, f"--set {'.'.join(path)}", text))
+        else:
+            message = f"must be field=value or field.subfield=value (got {show(override)})"
+            found.append(Problem((), message, file="--set"))
+    return settings, found
+
+
+def _finish(draft: _Draft, found: list[Problem], check: Check) -> Job:
     """
     Validate what all layers gave together.
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from distplat.platform.errors import Problem, SpecError, StorageError
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace, TraceEvent
 from distplat.platform.progress import (
@@ -27,6 +25,7 @@ from distplat.platform.progress import (
     StepSummary,
 )
 from distplat.platform.suggest import nearest
+from distplat.platform.yaml_source import parse_yaml
 
 T = TypeVar("T")
 
@@ -85,7 +84,7 @@ def read_run(path: Path) -> RunRecord:
         text = f"{path} holds no run: there is no job.yaml, metrics.jsonl or result.json in it"
         raise SpecError(Problem((), text, "give the directory that `submit` printed"))
     record = RunRecord(path)
-    record.job = _part(record, "job.yaml", lambda text: _mapping(yaml.safe_load(text))) or {}
+    record.job = _part(record, "job.yaml", _job) or {}
     record.job_text = _text(record, "job.yaml") or "" if record.job else ""
     _read_metrics(record)
     record.result = _part(record, "result.json", lambda text: _mapping(json.loads(text)))
@@ -117,7 +116,7 @@ def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
         return None
     try:
         return parse(text)
-    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, KeyError, SpecError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         record.notes.append(f"{name} is damaged and left out: {why}")
         return None
@@ -197,6 +196,11 @@ def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | Resi
             path, size = str(fields["path"]), int(fields["size"])
             return Saved(int(fields["step"]), path, size, _number(fields["seconds"]))
     return None
+
+
+def _job(text: str) -> Mapping[str, Any]:
+    value, _ = parse_yaml(text, "job.yaml")
+    return _mapping(value)
 
 
 def _trace(text: str) -> Trace:

@@ -1,24 +1,20 @@
 """
 YAML text to plain values, with the place of each field, and nothing that could run or explode.
 
-No PyYAML constructor takes part: the text is composed into nodes and this module makes the values
-of them, so no tag can name code. Numbers follow YAML 1.2's core schema, for 1.1 has traps in a job
-file: there `1e-3` is a text, `010` is eight, `1:30` is ninety and `2026-01-01` a date. Here they
-are a number, ten, and two texts. As in 1.1, yes, no, on and off are booleans: other tools that
-read the same file, PyYAML first of all, take them for that.
+PyYAML composes nodes with their marks, and this module makes the values of them: no constructor of
+PyYAML takes part, so no tag can name code. Numbers follow YAML 1.2's core schema, for 1.1 has traps
+in a job file: there `1e-3` is a text, `010` is eight, `1:30` is ninety and `2026-01-01` a date.
+Here they are a number, ten, and two texts. As in 1.1, yes, no, on and off are booleans: other tools
+that read the same file, PyYAML first of all, take them for that.
 """
 
 import re
 from typing import Any, NoReturn
 
 import yaml
-from yaml.composer import Composer
-from yaml.error import MarkedYAMLError
+from yaml.error import Mark, MarkedYAMLError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-from yaml.parser import Parser
-from yaml.reader import Reader, ReaderError
-from yaml.resolver import BaseResolver
-from yaml.scanner import Scanner
+from yaml.reader import ReaderError
 
 from distplat.platform.errors import Problem, SpecError
 
@@ -41,43 +37,24 @@ _WORDING = {
 }
 """What PyYAML says, by a part of it, and what a user should read instead, with a hint."""
 
-_BREAK = re.compile(r"[\r\n\x85\u2028\u2029]")
+_BREAK = re.compile(r"\r\n|[\r\n\x85\u2028\u2029]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
-class _Rules(BaseResolver):
-    """Which plain words are not text. Reader and writer share it, so that each reads the other."""
+class _Reader(yaml.SafeLoader):
+    """Composes nodes within the limits, and makes values of them; each alias is made anew."""
 
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - filled below, shared with the writer
 
-for _kind, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"(?i:yes|no|true|false|on|off)", list("yYnNtTfFoO")),
-    ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    ("merge", r"<<", ["<"]),
-):
-    _Rules.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), _first)
-
-
-class _Nodes(Reader, Scanner, Parser, Composer, _Rules):
-    """Composes nodes within the limits."""
-
-    def __init__(self, text: str) -> None:
-        Reader.__init__(self, text)
-        Scanner.__init__(self)
-        Parser.__init__(self)
-        Composer.__init__(self)
-        _Rules.__init__(self)
-        self._depth = 0
-        self._count = 0
+    def __init__(self, text: str, file: str) -> None:
+        super().__init__(text)
+        self._file = file
+        self._depth = self._count = 0
         self._sizes: dict[Node, int] = {}
+        self.places: Marks = {}
+        self.problems: list[Problem] = []
 
-    def compose_node(self, parent: Node | None, index: object) -> Node | None:
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
         """
         Compose one node and all below it.
 
@@ -91,7 +68,7 @@ class _Nodes(Reader, Scanner, Parser, Composer, _Rules):
             _refuse(f"nested deeper than {MAX_DEPTH}", event.start_mark)
         before = self._count
         self._depth += 1
-        node: Node | None = super().compose_node(parent, index)  # type: ignore[arg-type]
+        node: Node | None = super().compose_node(parent, index)
         self._depth -= 1
         if node is None:
             return None
@@ -106,32 +83,26 @@ class _Nodes(Reader, Scanner, Parser, Composer, _Rules):
             _refuse(f"more than {MAX_NODES} values, each alias counted in full", event.start_mark)
         return node
 
+    def read(self) -> object:
+        """Give the value of the only document; None: it is empty."""
+        try:
+            root = self.get_single_node()
+        except (ValueError, OverflowError):  # PyYAML lets chr() and int() raise
+            _refuse("an escape or a number that cannot be", self.get_mark())
+        return None if root is None else self._value(root, ())
 
-def _refuse(message: str, mark: Any) -> NoReturn:
-    raise MarkedYAMLError(problem=message, problem_mark=mark)
-
-
-class _Values:
-    """Makes values of nodes, each alias anew, and notes where each field stands."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.marks: Marks = {}
-        self.problems: list[Problem] = []
-
-    def make(self, node: Node, path: FieldPath) -> object:
-        """Make the value of a node that stands at `path`."""
+    def _value(self, node: Node, path: FieldPath) -> object:
         if len(path) > MAX_DEPTH:  # aliases in aliases get here
             _refuse(f"nested deeper than {MAX_DEPTH}", node.start_mark)
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
-            return [self._item(item, (*path, i)) for i, item in enumerate(node.value)]
+            items = []
+            for i, item in enumerate(node.value):
+                self.places[*path, i] = _place(item)
+                items.append(self._value(item, (*path, i)))
+            return items
         return self._scalar(node, path)
-
-    def _item(self, node: Node, path: FieldPath) -> object:
-        self.marks[path] = _place(node.start_mark)
-        return self.make(node, path)
 
     def _mapping(self, node: MappingNode, path: FieldPath) -> dict[str, object]:
         found: dict[str, object] = {}
@@ -141,11 +112,11 @@ class _Values:
                 continue
             where = (*path, key)
             if key in found:
-                first, again = self.marks[where][0], _place(key_node.start_mark)[0]
+                first, again = self.places[where][0], _place(key_node)[0]
                 self._note(where, f"set twice: in line {first} and in line {again}", key_node)
                 continue
-            self.marks[where] = _place(key_node.start_mark)
-            found[key] = self.make(value_node, where)
+            self.places[where] = _place(key_node)
+            found[key] = self._value(value_node, where)
         return found
 
     def _key(self, node: Node, path: FieldPath) -> str | None:
@@ -174,16 +145,46 @@ class _Values:
         if kind == "int":
             return int(text, 0) if text[:2] in ("0x", "0o") else int(text.replace("_", ""))
         if kind == "float":
-            sign, _, special = text.lower().rpartition(".")
-            is_special = special in ("inf", "nan")
-            return float(sign + special if is_special else text.replace("_", ""))
+            return float(re.sub(r"_|\.(?=[in])", "", text.lower()))
         if _SURROGATE.search(text):
             self._note(path, "half of a surrogate pair is no text", node)
         return text
 
     def _note(self, where: FieldPath, message: str, node: Node, hint: str = "") -> None:
-        line, column = _place(node.start_mark)
-        self.problems.append(Problem(where, message, hint, self.file, line, column))
+        line, column = _place(node)
+        self.problems.append(Problem(where, message, hint, self._file, line, column))
+
+
+class _Writer(yaml.SafeDumper):
+    """Writes what the reader reads."""
+
+    yaml_implicit_resolvers = _Reader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Write a shared value twice: anchors would only puzzle the reader."""
+        return True
+
+    def text(self, data: str) -> ScalarNode:
+        """Escape Unicode's line breaks: PyYAML would write them plain and read them as \\n."""
+        style = '"' if _BREAK.search(data.replace("\n", "")) else None
+        return self.represent_scalar(_TAG + "str", data, style=style)
+
+
+_Writer.add_representer(str, _Writer.text)
+
+for _kind, _pattern, _first in (  # which plain words are not text
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"(?i:yes|no|true|false|on|off)", list("yYnNtTfFoO")),
+    ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Reader.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def parse_yaml(text: str, file: str) -> tuple[object, Marks]:
@@ -203,21 +204,16 @@ def parse_yaml(text: str, file: str) -> tuple[object, Marks]:
     """
     if len(text) > MAX_BYTES:
         raise too_large(file)
-    values = _Values(file)
     try:
-        nodes = _Nodes(text)
-        try:
-            root = nodes.get_single_node()
-        except (ValueError, OverflowError):  # PyYAML lets chr() and int() raise
-            _refuse("an escape or a number that cannot be", nodes.get_mark())
-        value = values.make(root, ()) if root is not None else None
+        reader = _Reader(text, file)
+        value = reader.read()
     except ReaderError as error:
         raise _unprintable(error, text, file) from error
     except MarkedYAMLError as error:
-        raise _misread(error, text, file) from error
-    if values.problems:
-        raise SpecError(*values.problems)
-    return value, values.marks
+        raise _misread(error, file) from error
+    if reader.problems:
+        raise SpecError(*reader.problems)
+    return value, reader.places
 
 
 def dump_yaml(value: object) -> str:
@@ -230,28 +226,16 @@ def too_large(file: str) -> SpecError:
     return SpecError(Problem((), f"is larger than {MAX_BYTES // 1000} kB", file=file))
 
 
-class _Writer(yaml.SafeDumper):
-    yaml_implicit_resolvers = _Rules.yaml_implicit_resolvers
-
-    def ignore_aliases(self, data: object) -> bool:
-        """Write a shared value twice: anchors would only puzzle the reader."""
-        return True
-
-    def text(self, data: str) -> ScalarNode:
-        """Escape Unicode's line breaks: PyYAML would write them plain and read them as \\n."""
-        style = '"' if _BREAK.search(data.replace("\n", "")) else None
-        return self.represent_scalar(_TAG + "str", data, style=style)
+def _refuse(message: str, mark: Any) -> NoReturn:
+    raise MarkedYAMLError(problem=message, problem_mark=mark)
 
 
-_Writer.add_representer(str, _Writer.text)
+def _place(node: Node) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def _place(mark: Any) -> tuple[int, int]:  # PyYAML has two Mark classes, of one shape
-    return mark.line + 1, mark.column + 1
-
-
-def _misread(error: MarkedYAMLError, text: str, file: str) -> SpecError:
-    """Say what PyYAML found, where, and show the line with a caret below."""
+def _misread(error: MarkedYAMLError, file: str) -> SpecError:
+    """Say what PyYAML found, and where."""
     mark: Any = error.problem_mark or error.context_mark
     message, hint = error.problem or error.context or "is not YAML", ""
     known = next((said for found, said in _WORDING.items() if found in message), None)
@@ -259,23 +243,20 @@ def _misread(error: MarkedYAMLError, text: str, file: str) -> SpecError:
         message, hint = known
     elif error.context and error.context_mark and error.context_mark.line != mark.line:
         message += f" ({error.context} of line {error.context_mark.line + 1})"
-    return _at(mark.index, mark.line, mark.column, message[:200], hint, text, file)
+    return _at(mark, message[:200], hint, file)
 
 
 def _unprintable(error: ReaderError, text: str, file: str) -> SpecError:
-    lines = _BREAK.split(text[: error.position].replace("\r\n", "\n"))
+    lines = _BREAK.split(text[: error.position])
     message = f"the character U+{ord(text[error.position]):04X} may not stand in YAML"
-    return _at(error.position, len(lines) - 1, len(lines[-1]), message, "", text, file)
+    line, column = len(lines) - 1, len(lines[-1])
+    mark = Mark(file, error.position, line, column, f"{text}\0", error.position)
+    return _at(mark, message, "", file)
 
 
-def _at(
-    index: int, line: int, column: int, message: str, hint: str, text: str, file: str
-) -> SpecError:
-    """Build the error at 0-based `line` and `column`, which is `text[index]`."""
-    begin = index - min(column, 60)
-    rest = _BREAK.split(text[begin : index + 40], maxsplit=1)[0]
-    shown = "".join(c if c.isprintable() else " " for c in rest)
-    caret = " " * (index - begin) + "^"
-    return SpecError(
-        Problem((), f"{message}\n    {shown}\n    {caret}", hint, file, line + 1, column + 1)
-    )
+def _at(mark: Mark, message: str, hint: str, file: str) -> SpecError:
+    """Show the line of a mark with a caret below."""
+    snippet = mark.get_snippet(indent=4, max_length=100) or ""
+    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in snippet)
+    where = (file, mark.line + 1, mark.column + 1)
+    return SpecError(Problem((), f"{message}\n{shown}", hint, *where))

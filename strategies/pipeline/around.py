@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.training.module_hooks import any_for_all_modules, called_hooks, saved_hooks
+from distplat.strategies.compat import any_hook_for_all_modules
+from distplat.strategies.training.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.training.stages import Layer, one_tensor
 
 _WHERE = ("strategy", "pipeline")
@@ -35,7 +36,7 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
             the layers alone would leave out; names each.
     """
     problems = [*_of_the_whole(model), *_between(model, layers)]
-    if any_for_all_modules():
+    if any_hook_for_all_modules():
         text = "there are hooks for all modules (`register_module_..._hook`)"
         problems.append(_problem(text, "register them on the layers that they are for"))
     if problems:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
+from distplat.strategies.compat import tree_map
 from distplat.strategies.pipeline.around import with_hooks
 from distplat.strategies.pipeline.limits import Named
 from distplat.strategies.pipeline.trial import BeforeSlicing

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
+from distplat.strategies.compat import tree_leaves, tree_map
 from distplat.strategies.training.stages import Layer, one_tensor
 
 SAMPLES = 2

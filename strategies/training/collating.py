@@ -6,8 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from torch.utils.data import get_worker_info
-from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
+from distplat.strategies.compat import COLLATE_RULES, collate_by
 from distplat.strategies.training.device import with_fields
 from distplat.strategies.training.loader_processes import ByValue, all_importable
 
@@ -27,11 +27,11 @@ def _by_field(batch: list[Any], *, collate_fn_map: _Rules | None = None) -> Any:
     for field in fields(batch[0]):
         values = [getattr(one, field.name, None) for one in batch]
         if any(value is not None for value in values):  # an optional field that nobody has set
-            together[field.name] = collate(values, collate_fn_map=collate_fn_map)
+            together[field.name] = collate_by(collate_fn_map or {}, values)
     return with_fields(batch[0], together)
 
 
-_RULES: _Rules = {**default_collate_fn_map, _Dataclass: _by_field}
+_RULES: _Rules = {**COLLATE_RULES, _Dataclass: _by_field}
 
 
 def collated(samples: list[Any]) -> Any:
@@ -41,7 +41,7 @@ def collated(samples: list[Any]) -> Any:
     Raises:
         TypeError: a sample holds what cannot be put together, None for one.
     """
-    batch = collate(samples, collate_fn_map=_RULES)
+    batch = collate_by(_RULES, samples)
     if get_worker_info() is None or all_importable(batch):
         return batch
     return ByValue(batch)

@@ -5,7 +5,6 @@ They take effect where torch calls the module itself, or adds to the tensor's ow
 calls only parts of a module, or puts another tensor in a parameter's place, looks here first.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -39,11 +38,6 @@ def saved_hooks(module: nn.Module) -> list[str]:
 def tensor_hooks(tensor: Tensor) -> list[str]:
     """Name what hangs on this tensor object, and would not on another in its place."""
     return [told for name, told in _TENSOR.items() if getattr(tensor, name, None)]
-
-
-def any_for_all_modules() -> bool:
-    """Whether there are hooks for every module of the process (`register_module_*_hook`)."""
-    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def is_parametrized(module: nn.Module) -> bool:

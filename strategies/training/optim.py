@@ -19,6 +19,7 @@ from distplat.platform.optimizers import Optimizer
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor
+from distplat.strategies.compat import spare_the_compiler
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.segments import (
     dtype_name,
@@ -81,7 +82,7 @@ class FlatOptimizer:
     def __init__(
         self, spec: Optimizer, vector: Tensor, gradient: Tensor, layout: Layout | None = None
     ) -> None:
-        _spare_the_compiler()
+        spare_the_compiler()
         self._layout = layout or plain_layout(vector.numel(), dtype_name(vector))
         self._vector = vector
         self.gradient = gradient
@@ -289,19 +290,6 @@ def _make(spec: Optimizer, fused: bool) -> torch.optim.Optimizer:
 def rate_of(job: Job, step: int, total_steps: int) -> float:
     """Give the learning rate of a step."""
     return job.optimizer.lr * factor(job.lr_schedule, step, total_steps)
-
-
-def _spare_the_compiler() -> None:
-    """
-    Keep torch from importing its compiler, which takes a second of every process's start.
-
-    torch wraps the methods of its optimizers so that `torch.compile` leaves them alone, and imports
-    the compiler when one is first called. Nobody compiles our update, so the wrapper is told that
-    the plain method is what it looks for, and `step` is called without its wrapper. Should torch
-    change this, the second is lost again and nothing else.
-    """
-    plain = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    plain.__dict__.setdefault("__dynamo_disable", plain)
 
 
 class LocalOptimizer:

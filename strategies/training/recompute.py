@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.compat import has_running_statistics
 
 
 def recomputed(stage: nn.Module, inputs: Any) -> Any:
@@ -50,7 +50,7 @@ def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
     found = {}
     for path, module in stage.named_modules():
         own = dict(module._parameters)
-        if not isinstance(module, _NormBase):  # of norms, `_StatisticsStay` takes care
+        if not has_running_statistics(module):  # of norms, `_StatisticsStay` takes care
             own |= module._buffers
         for name, tensor in own.items():
             if tensor is not None and not tensor.requires_grad:
@@ -74,7 +74,7 @@ class _StatisticsStay:
         self._kept = [
             (module, dict(module._buffers))
             for module in self._stage.modules()
-            if isinstance(module, _NormBase) and module.training and module.track_running_stats
+            if has_running_statistics(module) and module.training and module.track_running_stats
         ]
         for module, buffers in self._kept:
             for name, buffer in buffers.items():

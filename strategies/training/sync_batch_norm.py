@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
+from distplat.strategies.compat import check_input
 
 _NOTHING, _FORWARD, _BACKWARD, _END = range(4)
 
@@ -188,7 +189,7 @@ class SyncNorms:
         """Be the `forward` of a layer."""
         if not layer.training:
             return type(layer).forward(layer, x)
-        layer._check_input_dim(x)
+        check_input(layer, x)
         mean, variance, total = self.statistics(x)
         if total <= 1:
             raise ValueError(

@@ -10,10 +10,10 @@ So wrappers go where the model is made, once, instead of being looked through ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from distplat.strategies.compat import call_compiled, compiled_module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -42,19 +42,14 @@ def _inside(module: nn.Module) -> nn.Module | None:
     if isinstance(module, DataParallel | DistributedDataParallel):
         inner: nn.Module = module.module
         return inner
-    # By name: to import dynamo for its class takes seconds.
-    if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
-        return module._modules["_orig_mod"]
-    return None
+    return compiled_module(module)
 
 
 def _keep(wrapper: nn.Module, inner: nn.Module) -> None:
     """Keep what the wrapper did, and let code that reaches through it go on to work."""
     context = getattr(wrapper, "dynamo_ctx", None)
     if context is not None:
-        # A frame of ours around it: dynamo passes over those of torch's own modules.
-        call: Callable[..., object] = inner._call_impl
-        inner._compiled_call_impl = context(lambda *args, **named: call(*args, **named))
+        call_compiled(inner, context)
     name = "_orig_mod" if context is not None else "module"
     if not hasattr(inner, name):
         object.__setattr__(inner, name, inner)  # no child of itself: it has no name for keys

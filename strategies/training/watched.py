@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from distplat.strategies.compat import has_running_statistics
 from distplat.strategies.training.capped_tables import is_capped
 from distplat.strategies.training.state_transfer import Slot, cat_bytes, slots_of
 
@@ -183,7 +183,7 @@ def watch(model: nn.Module, choose: Callable[[str], str | None]) -> Iterator[Wat
     for module in model.modules():
         if is_capped(module):
             capped.add(id(module.weight))
-        elif isinstance(module, _NormBase):
+        elif has_running_statistics(module):
             own = {id(module.running_mean), id(module.running_var)} - {id(None)}
             running |= own
             averaged |= set() if isinstance(module, nn.SyncBatchNorm) else own

@@ -5,8 +5,8 @@ import os
 from typing import Any
 
 import pytest
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as VARIABLE
 
+from distplat.actors.compat import JOB_CONFIG_VARIABLE as VARIABLE
 from distplat.cli.one_node import without_job_environment
 
 OURS: dict[str, Any] = {

@@ -261,3 +261,12 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_parts(
 def test_a_wrong_runtime_environment_is_refused(text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         shipping.read_runtime_env(None, text)
+
+
+def test_a_runtime_environment_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "env.yaml"
+    file.write_text("env_vars: {A: '1'}\npip: [numpy]\n")
+    assert shipping.read_runtime_env(file, None) == {"env_vars": {"A": "1"}, "pip": ["numpy"]}
+    file.write_text("pip: [numpy]\npip: []\n")
+    with pytest.raises(SpecError, match=r"env\.yaml:2:1: pip: set twice: in line 1 and in line 2"):
+        shipping.read_runtime_env(file, None)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
 
+from distplat.cli.charts import THEMED
 from distplat.cli.main import run
 
 EVIL = '<script>alert(1)</script>"&'
@@ -30,10 +32,12 @@ class Tags(HTMLParser):
         if tag not in ("meta", "br"):
             self.open.append(tag)
         self.fetches += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href")]
+        self.fetches += [f"{tag} {v}" for k, v in attrs if k == "xlink:href" and v and v[0] != "#"]
         self.fetches += [f"{tag} {name}" for name, _ in attrs if name.startswith("on")]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -45,6 +49,7 @@ def page_of(path: Path) -> str:
     assert tags.open == []
     assert tags.fetches == []
     assert "script" not in tags.tags
+    assert "url(" not in text.replace("url(#", "") and "@import" not in text
     assert not re.search(r"\bnan\b|\binf\b", text)
     return text
 
@@ -104,6 +109,49 @@ def test_what_users_wrote_is_text_and_nothing_else(tmp_path: Path) -> None:
     assert text.count("&lt;script&gt;alert(1)") >= 10
 
 
+@pytest.mark.parametrize(
+    "name", ["$x$ $", "_hidden", "训练 🚀", "#1a1a1a", "{{ 1 }}", "\\frac", "\x00"]
+)
+def test_names_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
+    lines = [step(n, seconds={name: 0.5, "compute": 0.5}) for n in range(3)]
+    lines += [evaluation(1, **{name: 1.0}), evaluation(2, **{name: 2.0})]
+    path = made_run(tmp_path, [*lines, SETBACK | {"cause": name}])
+    assert run(["report", str(path)]) == 0
+    text = page_of(path)
+    assert f"<title>{name} 1 at 1</title>" in text  # of a dot
+    assert f"({name} 500, compute 500)</title>" in text  # of a column
+    assert f"<title>after step 3: {name}</title>" in text
+    assert f"<h3>{name}</h3>" in text
+
+
+def test_the_page_is_light_and_dark(tmp_path: Path) -> None:
+    path = made_run(tmp_path, lively(), trace=made_trace())
+    assert run(["report", str(path)]) == 0
+    text = page_of(path)
+    assert "prefers-color-scheme: dark" in text
+    style, body = text.split("</style>", 1)
+    used = {*re.findall(r"var\(--(\w+)\)", body)}
+    assert used == {*THEMED.values()}
+    assert all(style.count(f"--{name}:") == 2 for name in used)
+    assert not [colour for colour in THEMED if colour in body]
+
+
+def test_without_the_extra_the_figures_are_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "distplat.cli.report_page", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    path = made_run(tmp_path, lively())
+    assert run(["report", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "compute 60%" in printed.out
+    assert "jinja2 is not installed" in printed.err
+    assert "pip install 'distplat[report]'" in printed.err
+    assert run(["report", str(path), "-o", "json"]) == 2
+    assert json.loads(capsys.readouterr().out)["page"] is None
+    assert not (path / "report.html").exists()
+
+
 def test_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = made_run(tmp_path)
     assert run(["report", str(path)]) == 0
@@ -143,7 +191,8 @@ def test_a_real_step_stands_beside_the_ideal_one(
     assert run(["report", str(path)]) == 0
     assert "replica 1, step 5" in capsys.readouterr().out
     text = page_of(path)
-    assert text.count(">measured<") == text.count(">ideal<") == 4  # each with its tooltip
+    assert text.count(">measured: ") == text.count(">ideal: ") == 2
+    assert "F0: 0 to 1000 ms</title>" in text  # a tooltip
     assert "Textbook bubble" in text and "20.0%" in text
     assert "reduce (below)" in text
 
@@ -152,6 +201,17 @@ def test_a_trace_that_makes_no_sense_does_not_hide_the_rest(tmp_path: Path) -> N
     path = made_run(tmp_path, [step(0)], trace=made_trace() | {"stages": 1})
     assert run(["report", str(path)]) == 0
     assert "makes no sense: an event of stage 1" in page_of(path)
+    assert not (path / "pipeline_perfetto.json").exists()
+
+
+def test_a_step_for_perfetto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_run(tmp_path, [step(0)], trace=made_trace(late_s=0.5, reduce_s=1.0))
+    assert run(["report", str(path)]) == 0
+    assert str(path / "pipeline_perfetto.json") in capsys.readouterr().out
+    events = json.loads((path / "pipeline_perfetto.json").read_text())["traceEvents"]
+    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {"replica 0, stage 0 (rank 0)", "replica 0, stage 1 (rank 1)"}
+    assert {e["cat"] for e in events if e["ph"] == "X"} == {"F", "B", "reduce"}
 
 
 def test_a_trace_of_nothing_is_no_error(tmp_path: Path) -> None:

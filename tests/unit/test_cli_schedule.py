@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from distplat.cli.charts import bars_of, pipeline_chart
 from distplat.cli.main import run
 from distplat.cli.schedule_chart import chart
-from distplat.cli.schedule_svg import svg
 from distplat.strategies.algorithms.schedule import gpipe, one_f_one_b
 from distplat.strategies.algorithms.simulate import Costs, Span, simulate
 
@@ -35,6 +35,7 @@ def test_the_chart(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_it_needs_neither_torch_nor_ray() -> None:
     ask = f"""import sys
+from distplat.cli.charts import bars_of, pipeline_chart
 from distplat.cli.main import run
 run({ASK!r})
 sys.exit([name for name in ("torch", "ray") if name in sys.modules] or 0)"""
@@ -108,25 +109,48 @@ def test_an_svg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ElementTree.fromstring(path.read_text())
     name = "{http://www.w3.org/2000/svg}"
     texts = [text.text or "" for text in root.iter(f"{name}text")]
-    assert texts[0] == "1f1b: 2 stages, 3 micro-batches"
-    assert "bubble 25.0%" in texts[1]
+    assert "1f1b: 2 stages, 3 micro-batches" in texts
+    assert any("bubble 25.0%" in text for text in texts)
     assert {"stage 0", "stage 1", "forward", "backward", "idle"} <= {*texts}
-    assert len(root.findall(f"{name}g")) == 12  # an action each
-    width = float(root.attrib["width"])
-    assert all(
-        float(box.attrib["x"]) + float(box.attrib["width"]) <= width
-        for box in root.iter(f"{name}rect")
-        if "x" in box.attrib
-    )
+    assert {"0", "1", "2"} <= {*texts}  # labels of micro-batches
+    assert len([*root.iter(f"{name}title")]) == 12  # an action each
+    width = float(root.attrib["viewBox"].split()[2])
+    inside = [
+        float(x)
+        for bar in root.iter(f"{name}g")
+        if bar.find(f"{name}title") is not None
+        for path in bar.iter(f"{name}path")
+        for x in re.findall(r"[ML] (\S+) \S+", path.attrib["d"])
+    ]
+    assert inside and all(0 <= x <= width for x in inside)
 
 
 def test_measured_spans_may_begin_at_any_time() -> None:
     spans = simulate(one_f_one_b(2, 2)).spans
     later = [[Span(s.action, s.start + 1e3, s.end + 1e3) for s in row] for row in spans]
     assert [x.plain for x in chart(later)] == [x.plain for x in chart(spans)]
-    moved = re.sub(r"<title>.*?</title>", "", svg(later, "a < b", ""))
-    assert moved == re.sub(r"<title>.*?</title>", "", svg(spans, "a < b", ""))
+    drawn, moved = (pipeline_chart({"a < b": bars_of(rows)}) for rows in (spans, later))
+    assert "F1: 1001 to 1002" in moved
+    drawn, moved = (re.sub(r"<title>.*?</title>", "", svg) for svg in (drawn, moved))
+    assert moved == drawn
     assert "a &lt; b" in moved
+
+
+def test_a_chart_of_chunks_says_which_are_later(tmp_path: Path) -> None:
+    path = tmp_path / "chart.svg"
+    assert (
+        run(["schedule", "interleaved", *ASK[2:-1], "4", "--virtual", "2", "--svg", str(path)]) == 0
+    )
+    assert "primes and paler: later chunks" in path.read_text()
+
+
+def test_an_svg_needs_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "distplat.cli.charts")
+    monkeypatch.setitem(sys.modules, "matplotlib.style", None)
+    assert run([*ASK, "--svg", str(tmp_path / "chart.svg")]) == 2
+    assert "pip install 'distplat[report]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from made_runs import made_run, made_trace
 
 from distplat.platform.pipeline_trace import Trace
 from distplat.platform.run_record import read_run
+from distplat.strategies.algorithms.chrome_trace import chrome_trace
 from distplat.strategies.algorithms.gantt import gantts
 from distplat.strategies.algorithms.schedule import build
 from distplat.strategies.algorithms.simulate import Costs, simulate
@@ -87,3 +88,48 @@ def test_a_stage_too_many_makes_no_sense(tmp_path: Path) -> None:
 
 def test_a_trace_without_events_is_no_step(tmp_path: Path) -> None:
     assert gantts(trace(tmp_path, made_trace() | {"events": []})) == []
+
+
+def test_chrome_events_are_those_of_the_trace(tmp_path: Path) -> None:
+    found = trace(tmp_path, made_trace("interleaved", 2, 4, replicas=2, reduce_s=1.0))
+    events = chrome_trace(found, gantts(found))["traceEvents"]
+    assert isinstance(events, list)
+    complete = [event for event in events if event["ph"] == "X"]
+    measured = [e for e in complete if e["tid"] != 1]
+    assert len(measured) == len(found.events)
+    first = next(e for e in measured if e["pid"] == 1 and e["name"] == "F0")
+    assert (first["ts"], first["dur"]) == (0.5e6, 0.5e6)  # stage 1, behind half a stage
+    assert {e["name"] for e in measured if e["cat"] == "F"} >= {"F0", "F0'", "F3'"}
+
+
+def test_the_ideal_step_is_a_thread_beside_the_measured_one(tmp_path: Path) -> None:
+    found = trace(tmp_path, made_trace("1f1b", 2, 4, replicas=2, late_s=0.5))
+    events = chrome_trace(found, gantts(found))["traceEvents"]
+    assert isinstance(events, list)
+    ideal = [e for e in events if e["ph"] == "X" and e["tid"] == 1]
+    assert len(ideal) == 2 * 2 * 8
+    assert min(e["ts"] for e in ideal if e["pid"] in (2, 3)) == pytest.approx(0.5e6)
+    measured = [e for e in events if e["ph"] == "X" and e["tid"] == 0]
+    assert max(e["ts"] + e["dur"] for e in ideal) < max(e["ts"] + e["dur"] for e in measured)
+
+
+def test_events_of_a_chrome_thread_do_not_overlap(tmp_path: Path) -> None:
+    found = trace(tmp_path, made_trace("zb-h1", 3, 5, replicas=2, late_s=0.25, reduce_s=1.0))
+    events = chrome_trace(found, gantts(found))["traceEvents"]
+    assert isinstance(events, list)
+    ends: dict[tuple[int, int], float] = {}
+    for event in sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"]):
+        thread = event["pid"], event["tid"]
+        assert event["ts"] >= ends.get(thread, 0.0) - 1e-3
+        ends[thread] = event["ts"] + event["dur"]
+
+
+def test_slices_of_a_stage_are_processes_of_their_own(tmp_path: Path) -> None:
+    fields = made_trace()
+    twins = [event | {"tensor": 1, "rank": event["rank"] + 2} for event in fields["events"]]
+    found = trace(tmp_path, fields | {"events": fields["events"] + twins})
+    events = chrome_trace(found, gantts(found))["traceEvents"]
+    assert isinstance(events, list)
+    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert "replica 0, stage 1, slice 1 (rank 3)" in names and len(names) == 4
+    assert {e["pid"] for e in events if e["ph"] == "X" and e["tid"] == 1} == {0, 1}

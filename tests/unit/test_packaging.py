@@ -23,6 +23,8 @@ assert platform.python_implementation(), platform
 assert "distplat" not in platform.__file__, platform.__file__
 assert _passes_on(distplat.platform.errors.__file__), "own frames would be taken for the user's"
 assert not _passes_on(sys.argv[1] + "/model.py")
+from importlib.resources import files
+assert files("distplat.cli").joinpath("report.html.j2").is_file()
 print(distplat.platform.errors.__file__)
 """
 
@@ -72,11 +74,12 @@ def test_a_wheel(clone: Path, tmp_path: Path) -> None:
     missing = [
         path
         for folder in PARTS[1:5]
-        for path in (ROOT / folder).rglob("*.py")
+        for path in (*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.j2"))
         if not (site / "distplat" / path.relative_to(ROOT)).exists()
     ]
     assert not missing
     assert (site / "distplat/py.typed").exists()
+    assert (site / "distplat/cli/report.html.j2").exists()
     others = {path.name for path in site.iterdir() if not path.name.startswith("distplat-")}
     assert others - {"bin", "__pycache__"} == {"distplat"}  # no top-level `platform` or `cli`
 

@@ -56,6 +56,19 @@ def test_damage_is_noted_and_left_out(tmp_path: Path) -> None:
     assert "2 damaged lines" in record.notes[1]
 
 
+def test_the_job_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = made_run(tmp_path, job="optimizer: {lr: 1e-05}\n")
+    assert read_run(path).job == {"optimizer": {"lr": 1e-05}}  # YAML 1.1 has a text there
+
+
+def test_a_damaged_job_says_where(tmp_path: Path) -> None:
+    path = made_run(tmp_path, job="name: a\nname: b\n")
+    (note,) = read_run(path).notes
+    assert note == "job.yaml is damaged and left out: job.yaml:2:1: name: set twice: " + (
+        "in line 1 and in line 2"
+    )
+
+
 @pytest.mark.parametrize(
     "line",
     ["[]", "7", "null", '{"kind": "step", "step": "x"}', '{"kind": "evaluation", "metrics": 3}'],

@@ -1,0 +1,84 @@
+"""
+Everything private of Ray that distplat uses, behind one function each, with the reason.
+
+A release of Ray may change it without a word; tests/unit/test_compat.py fails then, name by name.
+Collective groups (actors/collective, actors/shm) have what is private to them in their own files.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+from ray._private.state import available_resources_per_node
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.job_config import JobConfig
+
+JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
+"""Has what the job API gave its driver; nothing public tells of it."""
+LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
+"""They log each upload at level INFO, which is no part of a command's output."""
+
+
+def put_first(key: bytes, value: bytes) -> None:
+    """Write a key that nobody has written: ranks agree without an actor to ask."""
+    _internal_kv_put(key, value, overwrite=False)
+
+
+def get(key: bytes) -> bytes | None:
+    """Read a key; None: there is none."""
+    found: bytes | None = _internal_kv_get(key)
+    return found
+
+
+def delete_all(prefix: bytes) -> None:
+    """Remove all keys that begin so: Ray's store outlives a job."""
+    _internal_kv_del(prefix, del_by_prefix=True)
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """Give what is free by node: `ray.available_resources` sums over the cluster."""
+    found: dict[str, dict[str, float]] = available_resources_per_node()
+    return found
+
+
+def ray_is_ours() -> bool:
+    """Tell whether this process has started Ray's head: its processes have our environment."""
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.head)
+
+
+def address_of_this_machine() -> str | None:
+    """Give what `ray start` noted; `address="auto"` finds the Ray of another `submit` too."""
+    found: str | None = ray._private.utils.read_ray_address(None)
+    return found or None
+
+
+def ignore_tests(folder: Path, logger: logging.Logger) -> list[Callable[[Path], bool]]:
+    """Give Ray's tests of a folder's ignore files, to count what it will pack before it does."""
+    found: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(folder, True, logger)
+    return found
+
+
+def job_config(folder: str) -> JobConfig:
+    """Have workers find modules in a folder of this machine, without a runtime environment."""
+    return JobConfig(_py_driver_sys_path=[folder])
+
+
+def with_requests(kind: type[Any], request: Callable[..., Any]) -> type[Any]:
+    """
+    Derive from Ray's `JobSubmissionClient`, which has no deadlines: one place sees each request.
+
+    Args:
+        kind: the client's class.
+        request: called with the client, what sends, and what is to be sent.
+    """
+
+    class Client(kind):  # type: ignore[misc]
+        def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
+            return request(self, super()._do_request, method, endpoint, **kwargs)
+
+    return Client

@@ -1,0 +1,328 @@
+"""
+Charts as SVG, drawn by matplotlib: curves over steps, stacked columns, steps of a pipeline.
+
+matplotlib draws no text of a run, for it would read `$` as mathematics and measure letters that its
+font lacks: names are in `Chart.legend` and in tooltips, which are escaped here.
+"""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import NamedTuple
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+
+from distplat.cli.schedule_chart import Spans
+
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+"""Okabe & Ito's: told apart by colour-blind readers too."""
+KINDS = {
+    "F": ("forward", "#0072b2"),
+    "B": ("backward", "#e69f00"),
+    "W": ("gradient of weights", "#009e73"),
+    "recv": ("recv (below)", "#cc79a7"),
+    "send": ("send (below)", "#56b4e9"),
+    "reduce": ("reduce (below)", "#d55e00"),
+}
+"""Of what a stage does: name and colour."""
+_MARK, _INK, _GRID = "#d01030", "#1a1a1a", "#e6e6e6"
+THEMED = {_INK: "ink", _GRID: "grid"}
+"""Colours that are CSS variables on a page: a dark scheme has others."""
+
+_WIDTH, _ROW, _DIGIT = 1000, 36, 6.6
+"""Of a chart, a stage's row and a label's digit, in the SVG's units: points for matplotlib."""
+_LEAST_RATIO_FOR_LOG = 30.0
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "distplat",  # the same ids for the same content
+    "font.size": 12,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _GRID,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    """(x, y); a y that is not finite breaks the line."""
+    colour: str = PALETTE[0]
+    faint: bool = False
+    dots: bool = False
+
+
+class Mark(NamedTuple):
+    """An event at an x."""
+
+    x: float
+    text: str
+
+
+class Stack(NamedTuple):
+    """One column, from `start` to `stop` on the axis below."""
+
+    start: float
+    stop: float
+    text: str
+    """What it is of, for its tooltip."""
+    values: Mapping[str, float]
+    """Of each layer."""
+
+
+class Bar(NamedTuple):
+    """What a stage of a pipeline did."""
+
+    stage: int
+    kind: str
+    """One of `KINDS`."""
+    chunk: int
+    text: str
+    """As an action is written: `F3'`."""
+    start: float
+    end: float
+
+
+class Chart(NamedTuple):
+    """A drawing for a page, and what its colours mean."""
+
+    svg: str
+    legend: Sequence[tuple[str, str]] = ()
+    """(name, colour); the names are text of the run."""
+
+
+class _Tooltips(list[str]):
+    """Texts that a browser shows over a drawing: matplotlib names the elements, SVG has titles."""
+
+    def add(self, text: str) -> str:
+        """Take a text, and give the id that its element must have."""
+        self.append(escape(text))
+        return f"tip-{len(self) - 1}"
+
+    def put_into(self, svg: str) -> str:
+        """Write the titles, and drop all other ids of groups: several drawings share a page."""
+        titled = re.sub(
+            r'<g id="tip-(\d+)">', lambda m: f"<g><title>{self[int(m[1])]}</title>", svg
+        )
+        return re.sub(r'<g id="[^"]*"', "<g", titled)
+
+
+def curves(
+    series: Sequence[Series],
+    marks: Sequence[Mark] = (),
+    *,
+    height: int = 280,
+    from_zero: bool = False,
+) -> Chart:
+    """
+    Draw curves over steps.
+
+    Args:
+        series: all over one axis.
+        marks: what happened meanwhile.
+        height: of the drawing.
+        from_zero: begin the axis at 0; else it is as the values are, logarithmic where they span
+            decades.
+    """
+    tips = _Tooltips()
+    with matplotlib.style.context(["default", _STYLE]):
+        figure, axes = _figure(height, "steps")
+        _limits(axes, series, marks, from_zero)
+        for mark in marks:
+            line = axes.axvline(mark.x, color=_MARK, linestyle="--", gid=tips.add(mark.text))
+            line.set(marker="v", markersize=9, markevery=[1], clip_on=False)  # at its upper end
+        for one in series:
+            xs, ys = [x for x, _ in one.points], [y for _, y in one.points]
+            width, alpha = (1.0, 0.3) if one.faint else (2.0, 1.0)
+            axes.plot(xs, ys, color=one.colour, linewidth=width, alpha=alpha)
+            for x, y in one.points if one.dots else ():
+                if math.isfinite(y):
+                    tip = tips.add(f"{one.name} {y:.4g} at {x:g}")
+                    axes.plot([x], [y], "o", color=one.colour, clip_on=False, gid=tip)
+        svg = _svg(figure, tips, themed=True)
+    legend = [(one.name, f"{one.colour}4d" if one.faint else one.colour) for one in series]
+    return Chart(svg, legend if len(series) > 1 else ())
+
+
+def _limits(axes: Axes, series: Sequence[Series], marks: Sequence[Mark], from_zero: bool) -> None:
+    points = [(x, y) for one in series for x, y in one.points if math.isfinite(y)]
+    axes.set_xlim(0.0, max([0.0, *(x for x, _ in points), *(mark.x for mark in marks)]) or 1.0)
+    ys = [y for _, y in points] or [0.0, 1.0]
+    low, high = min(ys), max(ys)
+    if not from_zero and low > 0 and high / low > _LEAST_RATIO_FOR_LOG:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
+        axes.minorticks_off()
+    else:
+        margin = 0.05 * (high - low)
+        low = 0.0 if from_zero or 0 <= low < 0.3 * high else low - margin
+        high += margin
+    axes.set_ylim(low, high if high > low else low + 1)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+
+
+def columns(
+    colours: Mapping[str, str],
+    stacks: Sequence[Stack],
+    most: float,
+    x_title: str,
+    unit: str,
+) -> Chart:
+    """
+    Draw stacks side by side.
+
+    Args:
+        colours: of the layers, from below.
+        stacks: from left to right, without gaps.
+        most: where the axis ends; higher stacks are cut, and their value is written above them.
+        x_title: of the axis below.
+        unit: of the values.
+    """
+    tips, levels = _Tooltips(), [0.0] * len(stacks)
+    lefts, widths = [s.start for s in stacks], [0.92 * (s.stop - s.start) for s in stacks]
+    with matplotlib.style.context(["default", _STYLE]):
+        figure, axes = _figure(260, x_title)
+        axes.set(xlim=(stacks[0].start, stacks[-1].stop), ylim=(0.0, most or 1.0))
+        for name, colour in colours.items():
+            values = [_or_zero(stack.values.get(name, 0.0)) for stack in stacks]
+            bars = axes.bar(lefts, values, widths, levels, align="edge", color=colour)
+            for bar, stack in zip(bars, stacks, strict=True):
+                bar.set_gid(tips.add(_stack_text(stack, unit)))
+            levels = [level + value for level, value in zip(levels, values, strict=True)]
+        for stack, level in zip(stacks, levels, strict=True):
+            if level > (most or 1.0) * (1 + 1e-9):
+                axes.text(stack.start, most, f"▲ {level:.3g}", va="bottom")
+        return Chart(_svg(figure, tips, themed=True), [*colours.items()])
+
+
+def _stack_text(stack: Stack, unit: str) -> str:
+    text = f"{stack.text}: {sum(map(_or_zero, stack.values.values())):.3g} {unit}"
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in stack.values.items())
+    return f"{text} ({parts})" if len(stack.values) > 1 else text
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def bars_of(spans: Spans, scale: float = 1.0) -> list[Bar]:
+    """Give what stages compute as bars; times are multiplied by `scale`."""
+    return [
+        Bar(
+            stage,
+            one.action.kind,
+            one.action.chunk,
+            f"{one.action}",
+            one.start * scale,
+            one.end * scale,
+        )
+        for stage, row in enumerate(spans)
+        for one in row
+    ]
+
+
+def pipeline_chart(
+    timelines: Mapping[str, Sequence[Bar]], unit: str = "", *, themed: bool = True
+) -> str:
+    """
+    Draw steps of a pipeline below each other, on one scale; each begins with its first bar.
+
+    Args:
+        timelines: bars of each step by its title.
+        unit: of the times.
+        themed: colours are a page's; else the drawing is a file of its own, on white.
+    """
+    every = [bar for bars in timelines.values() for bar in bars]
+    stages = 1 + max((bar.stage for bar in every), default=0)
+    zeros = [min((bar.start for bar in bars), default=0.0) for bars in timelines.values()]
+    ends = [max((bar.end for bar in bars), default=0.0) for bars in timelines.values()]
+    whole = max(end - zero for zero, end in zip(zeros, ends, strict=True)) or 1.0
+    width, height = float(_WIDTH), len(timelines) * (stages * _ROW + 76) + 40
+    if not themed:  # wide enough for all labels, within reason
+        wanted = [_label_width(bar) / (bar.end - bar.start) for bar in every if bar.end > bar.start]
+        width = min(max(_WIDTH, 100 + whole * max(wanted, default=0.0)), 4 * _WIDTH)
+    tips = _Tooltips()
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure((width / 72, height / 72), layout="constrained")
+        rows = figure.subplots(len(timelines), 1, squeeze=False)[:, 0]
+        for axes, (title, bars), zero in zip(rows, timelines.items(), zeros, strict=True):
+            axes.set(xlim=(0.0, whole), ylim=(stages - 0.5, -0.5))
+            axes.set_title(title, loc="left")
+            axes.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)])
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}" + unit))
+            axes.barh(range(stages), whole, height=0.84, color=_GRID)
+            _bars(axes, bars, zero, unit, tips, whole / (width - 100))
+        kinds = {bar.kind for bar in every}
+        shown = [Patch(color=c, label=name) for kind, (name, c) in KINDS.items() if kind in kinds]
+        shown.append(Patch(color=_GRID, label="idle"))
+        figure.legend(handles=shown, loc="outside lower left", ncols=len(shown), frameon=False)
+        chunks = any(bar.chunk > 0 for bar in every)
+        note = "numbers: micro-batches" + (", primes and paler: later chunks" if chunks else "")
+        rows[-1].set_xlabel(note, loc="left")
+        return _svg(figure, tips, themed)
+
+
+def _bars(
+    axes: Axes, bars: Sequence[Bar], zero: float, unit: str, tips: _Tooltips, pixel: float
+) -> None:
+    """Draw what stages did: computing in their rows, all else as strips below."""
+    for bar in bars:
+        length, later = bar.end - bar.start, max(bar.chunk, 0) % 3
+        below = len(bar.kind) > 1
+        colour = _paler(KINDS[bar.kind][1], 0.65**later)
+        inset = 0.0 if below else min(pixel / 2, length / 4)
+        (drawn,) = axes.barh(
+            bar.stage + (0.47 if below else 0.0),
+            max(length - 2 * inset, pixel / 2),
+            left=bar.start - zero + inset,
+            height=0.1 if below else 0.84,
+            color=colour,
+        )
+        drawn.set_gid(tips.add(f"{bar.text}: {bar.start:g} to {bar.end:g}{unit}"))
+        if not below and length >= _label_width(bar) * pixel * (1 - 1e-9):
+            ink = "#000000" if later or bar.kind == "B" else "#ffffff"
+            middle = (bar.start + bar.end) / 2 - zero
+            label = axes.text(middle, bar.stage, bar.text[1:], color=ink)
+            label.set(ha="center", va="center_baseline")
+
+
+def _label_width(bar: Bar) -> float:
+    return (len(bar.text) - 1) * _DIGIT
+
+
+def _paler(colour: str, part: float) -> str:
+    red, green, blue = (part * c + (1 - part) for c in to_rgb(colour))
+    return to_hex((red, green, blue))
+
+
+def _figure(height: int, x_title: str) -> tuple[Figure, Axes]:
+    figure = Figure((_WIDTH / 72, height / 72), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(axis="y")
+    axes.set_xlabel(x_title, loc="right")
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    return figure, axes
+
+
+def _svg(figure: Figure, tips: _Tooltips, themed: bool) -> str:
+    file, nothing = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=themed, metadata=nothing)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for colour, name in THEMED.items() if themed else ():
+        svg = svg.replace(colour, f"var(--{name})")
+    return tips.put_into(svg)

@@ -1,0 +1,271 @@
+"""What is private of Ray and torch is still there, and does what we take it for."""
+
+import inspect
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import requests
+import torch
+from ray.experimental import internal_kv
+from ray.job_submission import JobSubmissionClient
+from torch import Tensor, nn
+
+from distplat.actors import compat as of_ray
+from distplat.strategies import compat as of_torch
+from distplat.strategies.training import module_hooks
+
+ROOT = Path(__file__).resolve().parents[2]
+REGISTRIES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    *module_hooks._CALLED,
+    *module_hooks._SAVED,
+)
+
+
+# Ray
+
+
+class Store(dict[bytes, bytes]):
+    """Stands in for the client of Ray's key-value store, as the functions over it call it."""
+
+    def internal_kv_put(
+        self, key: bytes, value: bytes, overwrite: bool, namespace: object = None
+    ) -> bool:
+        if overwrite or key not in self:
+            self[key] = value
+        return True
+
+    def internal_kv_get(self, key: bytes, namespace: object = None) -> bytes | None:
+        return self.get(key)
+
+    def internal_kv_del(self, key: bytes, by_prefix: bool, namespace: object = None) -> int:
+        gone = [one for one in self if one.startswith(key)] if by_prefix else [key]
+        for one in gone:
+            del self[one]
+        return len(gone)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    store = Store()
+    monkeypatch.setattr(internal_kv, "global_gcs_client", store)
+    monkeypatch.setattr(internal_kv, "_initialized", True)
+    return store
+
+
+def test_the_store_keeps_the_first_value(store: Store) -> None:
+    of_ray.put_first(b"a/1", b"one")
+    of_ray.put_first(b"a/1", b"two")
+    assert of_ray.get(b"a/1") == b"one"
+    assert of_ray.get(b"b") is None
+
+
+def test_the_store_forgets_a_run(store: Store) -> None:
+    for key in (b"a/1", b"a/2", b"b"):
+        of_ray.put_first(key, b"x")
+    of_ray.delete_all(b"a/")
+    assert store == {b"b": b"x"}
+
+
+def test_free_resources_are_asked_for_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    class State:
+        def available_resources_per_node(self) -> dict[str, dict[str, float]]:
+            return {"node": {"CPU": 2.0}}
+
+    monkeypatch.setattr(ray._private.state, "state", State())
+    assert of_ray.free_resources() == {"node": {"CPU": 2.0}}
+
+
+def test_a_ray_is_ours_if_this_process_has_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not of_ray.ray_is_ours()
+    head = type("Node", (), {"head": True})()
+    monkeypatch.setattr(ray._private.worker, "_global_node", head)
+    assert of_ray.ray_is_ours()
+    assert "self.head = " in inspect.getsource(ray._private.node.Node)
+
+
+def test_the_address_of_this_machine_is_what_ray_start_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert of_ray.address_of_this_machine() is None
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("10.0.0.1:6379\n")
+    assert of_ray.address_of_this_machine() == "10.0.0.1:6379"
+
+
+def test_ignore_files_are_read_as_ray_reads_them(tmp_path: Path) -> None:
+    (tmp_path / ".rayignore").write_text("*.bin\n")
+    tests = of_ray.ignore_tests(tmp_path, logging.getLogger("test"))
+    assert any(test(tmp_path / "a.bin") for test in tests)
+    assert not any(test(tmp_path / "a.py") for test in tests)
+
+
+def test_a_job_config_tells_where_modules_are() -> None:
+    config = of_ray.job_config("/home/user")
+    assert "/home/user" in config._py_driver_sys_path
+    assert b"/home/user" in config._get_proto_job_config().SerializeToString()
+
+
+def test_the_variable_of_a_job_is_the_one_that_ray_reads() -> None:
+    assert of_ray.JOB_CONFIG_VARIABLE == "RAY_JOB_CONFIG_JSON_ENV_VAR"
+    source = inspect.getsource(ray._private.worker)
+    assert "RAY_JOB_CONFIG_JSON_ENV_VAR" in source
+
+
+def test_every_request_of_the_job_client_goes_through_one_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[tuple[str, str, object]] = []
+
+    def answer(method: str, url: str, **kwargs: Any) -> None:
+        sent.append((method, url, kwargs["timeout"]))
+        raise requests.Timeout
+
+    def request(client: Any, send: Any, method: str, endpoint: str, **kwargs: Any) -> Any:
+        assert client.get_address() == "http://127.0.0.1:1"
+        return send(method, endpoint, timeout=5, **kwargs)
+
+    monkeypatch.setattr("requests.request", answer)
+    with pytest.raises(requests.Timeout):
+        of_ray.with_requests(JobSubmissionClient, request)("http://127.0.0.1:1")
+    assert sent == [("GET", "http://127.0.0.1:1/api/version", 5)]
+
+
+def test_the_loggers_of_uploads_have_these_names() -> None:
+    import ray.dashboard.modules.dashboard_sdk as sdk
+    from ray._private.runtime_env import packaging
+
+    for module in (sdk, packaging):
+        assert any(module.__name__.startswith(name) for name in of_ray.LOGGERS)
+
+
+# torch
+
+
+@pytest.mark.parametrize("name", sorted(set(REGISTRIES)))
+def test_modules_have_the_registries(name: str) -> None:
+    assert name in vars(nn.Linear(1, 1))
+
+
+def test_hooks_of_tensors_are_where_they_are_looked_for() -> None:
+    tensor = torch.zeros(1, requires_grad=True)
+    assert module_hooks.tensor_hooks(tensor) == []
+    tensor.register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]
+    tensor.register_post_accumulate_grad_hook(len)  # type: ignore[no-untyped-call]
+    assert module_hooks.tensor_hooks(tensor) == ["a hook", "a post-accumulate hook"]
+
+
+def test_a_tensor_counts_its_writes() -> None:
+    tensor = torch.zeros(1)
+    before = tensor._version
+    tensor.add_(1)
+    assert tensor._version == before + 1
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm1d]
+)
+def test_norms_with_running_statistics_are_told(kind: Any) -> None:
+    assert of_torch.has_running_statistics(kind(2))
+    assert not of_torch.has_running_statistics(nn.LayerNorm(2))
+
+
+def test_an_input_of_the_wrong_shape_is_refused() -> None:
+    of_torch.check_input(nn.SyncBatchNorm(2), torch.zeros(3, 2))
+    with pytest.raises(ValueError):
+        of_torch.check_input(nn.SyncBatchNorm(2), torch.zeros(3))
+
+
+def test_hooks_for_all_modules_are_seen() -> None:
+    assert not of_torch.any_hook_for_all_modules()
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert of_torch.any_hook_for_all_modules()
+    finally:
+        handle.remove()
+
+
+def test_samples_are_collated_by_our_rules() -> None:
+    rules = {**of_torch.COLLATE_RULES, str: lambda batch, **_: "".join(batch)}
+    together = of_torch.collate_by(
+        rules, [{"x": torch.ones(1), "t": "a"}, {"x": torch.ones(1), "t": "b"}]
+    )
+    assert together["t"] == "ab" and together["x"].shape == (2, 1)
+
+
+def test_a_compiled_module_is_known_without_its_compiler() -> None:
+    ask = """import torch
+from torch import nn
+from distplat.strategies.compat import compiled_module
+plain = nn.Linear(1, 1)
+assert compiled_module(plain) is None
+assert compiled_module(torch.compile(plain)) is plain"""
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_calls_go_through_a_compiler_that_is_given() -> None:
+    module, calls = nn.Linear(2, 1), []
+
+    def context(call: Any) -> Any:
+        def compiled(*args: Any) -> Any:
+            calls.append(args)
+            return call(*args)
+
+        return compiled
+
+    of_torch.call_compiled(module, context)
+    inputs = torch.ones(3, 2)
+    assert torch.equal(module(inputs), module.forward(inputs))
+    assert len(calls) == 1
+
+
+def test_the_first_step_of_an_optimizer_imports_no_compiler() -> None:
+    ask = """import sys, torch
+from distplat.strategies.compat import spare_the_compiler
+spare_the_compiler()
+torch.optim.SGD([torch.zeros(1)], lr=0.1)
+sys.exit("torch._dynamo" in sys.modules)"""
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_trees_are_gone_through_in_order() -> None:
+    tree = {"b": [torch.ones(1), (2, None)], "a": 3}
+    leaves = of_torch.tree_leaves(tree)
+    assert [leaf if not isinstance(leaf, Tensor) else "t" for leaf in leaves] == ["t", 2, None, 3]
+    doubled = of_torch.tree_map(lambda leaf: leaf if leaf is None else leaf * 2, tree)
+    assert doubled["b"][1] == (4, None) and doubled["a"] == 6
+
+
+# both
+
+
+def test_nothing_private_of_ray_or_torch_is_imported_elsewhere() -> None:
+    groups = {"collective", "shm", "memory"}
+    wrong = [
+        f"{path.relative_to(ROOT)}: {word}"
+        for folder in ("platform", "strategies", "actors", "cli")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "compat.py" and not groups & set(path.parts)
+        for word in ("ray._", "ray.experimental", "_internal_kv", "torch._", "torch.utils._")
+        if any(word in line and "torch.__" not in line for line in path.read_text().splitlines())
+    ]
+    assert not wrong
