@@ -6,40 +6,40 @@ import traceback
 
 import pytest
 
-from distplat.actors.shm.order import Order
+from distplat.actors.collectives.work import OpQueue
 
 
 @pytest.fixture
-def order() -> Order:
-    return Order("test order")
+def queue() -> OpQueue:
+    return OpQueue("test queue")
 
 
-def test_nothing_queued_runs_in_the_callers_thread(order: Order) -> None:
+def test_nothing_queued_runs_in_the_callers_thread(queue: OpQueue) -> None:
     names: list[str] = []
-    order.now(lambda: names.append(threading.current_thread().name))
+    queue.run(lambda: names.append(threading.current_thread().name))
     assert names == [threading.current_thread().name]
-    assert all(thread.name != "test order" for thread in threading.enumerate())
+    assert all(thread.name != "test queue" for thread in threading.enumerate())
 
 
-def test_work_for_later_runs_in_one_thread_in_order(order: Order) -> None:
+def test_work_for_later_runs_in_one_thread_in_order(queue: OpQueue) -> None:
     seen: list[tuple[int, str]] = []
 
     def work(number: int) -> None:
         time.sleep(0.01 * (3 - number))
         seen.append((number, threading.current_thread().name))
 
-    handles = [order.later(lambda n=n: work(n)) for n in range(3)]  # type: ignore[misc]
-    order.now(lambda: work(3))  # waits its turn
-    assert seen == [(n, "test order") for n in range(4)]
+    handles = [queue.submit(lambda n=n: work(n)) for n in range(3)]  # type: ignore[misc]
+    queue.run(lambda: work(3))  # waits its turn
+    assert seen == [(n, "test queue") for n in range(4)]
     for handle in handles:
         handle.wait()
-    order.now(lambda: work(3))
+    queue.run(lambda: work(3))
     assert seen[-1] == (3, threading.current_thread().name)
-    order.close(5.0)
-    assert all(thread.name != "test order" for thread in threading.enumerate())
+    queue.close(5.0)
+    assert all(thread.name != "test queue" for thread in threading.enumerate())
 
 
-def test_never_two_at_a_time(order: Order) -> None:
+def test_never_two_at_a_time(queue: OpQueue) -> None:
     busy = threading.Lock()
 
     def work() -> None:
@@ -49,8 +49,8 @@ def test_never_two_at_a_time(order: Order) -> None:
 
     def caller() -> None:
         for _ in range(10):
-            order.now(work)
-            order.later(work).wait()
+            queue.run(work)
+            queue.submit(work).wait()
 
     threads = [threading.Thread(target=caller, daemon=True) for _ in range(3)]
     for thread in threads:
@@ -58,21 +58,21 @@ def test_never_two_at_a_time(order: Order) -> None:
     for thread in threads:
         thread.join(10.0)
         assert not thread.is_alive()
-    order.now(work)
-    order.close(5.0)
+    queue.run(work)
+    queue.close(5.0)
 
 
-def test_an_error_comes_out_of_wait_with_its_traceback(order: Order) -> None:
+def test_an_error_comes_out_of_wait_with_its_traceback(queue: OpQueue) -> None:
     def work_that_fails() -> None:
         raise ValueError("on purpose")
 
-    handle = order.later(work_that_fails)
+    handle = queue.submit(work_that_fails)
     with pytest.raises(ValueError, match="on purpose") as caught:
         handle.wait()
     assert "work_that_fails" in "".join(traceback.format_tb(caught.value.__traceback__))
     with pytest.raises(ValueError, match="on purpose"):
         handle.wait()
     done: list[int] = []
-    order.later(lambda: done.append(1)).wait()  # the thread goes on
+    queue.submit(lambda: done.append(1)).wait()  # the thread goes on
     assert done == [1]
-    order.close(5.0)
+    queue.close(5.0)

@@ -1,19 +1,28 @@
 """
 The collective operations of ranks that share memory: in rank order, the same bits on every rank.
 
-Tensors go through the slots of the arena, block by block (rounds.py), or are read where they
-are, if they lie in a shared vector. Nothing here knows of Ray: a rank may be a thread.
+Tensors go through the slots of the segment, block by block (block_pipeline.py), or are read where
+they are, if they lie in a shared vector. Nothing here knows of Ray: a rank may be a thread.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from distplat.actors.shm.arena import Arena
-from distplat.actors.shm.kernels import ALIGN, Scratch, combine, cut_evenly, in_pieces, split
-from distplat.actors.shm.rounds import Rounds, Signals
-from distplat.actors.shm.vectors import SharedVectors
+from distplat.actors.collectives.header import Header
+from distplat.actors.collectives.shm.block_pipeline import BlockPipeline
+from distplat.actors.collectives.shm.kernels import (
+    ALIGN,
+    Scratch,
+    combine,
+    cut_evenly,
+    in_pieces,
+    split,
+)
+from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
+from distplat.actors.collectives.shm.segment import GroupSegment, SharedVectors
+from distplat.actors.memory.memfd import Segment
 from distplat.platform.cut import even_bounds
 from distplat.strategies.base import ReduceOp
 
@@ -29,34 +38,46 @@ Bytes = tuple[int, int]
 """Payload (that others read of this rank, that this rank read of others)."""
 
 
-class Operations:
+class ShmCommunicator:
     """
     One rank's part in the group's operations, one at a time; tensors are flat and contiguous.
 
     Where tensors are said to be shared, every rank's lie at the same place of a shared vector.
 
     Args:
-        signals: this rank's posts and waits.
-        arena: what the ranks share.
-        vectors: the shared vectors.
+        group: its name, for errors.
+        segment: what the ranks share.
+        liveness: does the sleeping.
     """
 
-    def __init__(self, signals: Signals, arena: Arena, vectors: SharedVectors) -> None:
-        self._signals, self._arena, self._vectors = signals, arena, vectors
-        self._rounds = Rounds(signals)
+    def __init__(self, group: str, segment: GroupSegment, liveness: LivenessMonitor) -> None:
+        self._segment = segment
+        self.vectors = SharedVectors()
+        self._pipeline = BlockPipeline(group, segment, liveness)
         self._scratch = Scratch()
-        self._rank, self._world = arena.rank, arena.layout.world
+        self._rank, self._world = segment.rank, segment.world
         self._others = [r for r in range(self._world) if r != self._rank]
         self._views: dict[tuple[torch.dtype, int, int, int, int], Tensor] = {}
 
+    def enter(self) -> None:
+        """Say that this rank is here; nothing else may be called before nobody is absent."""
+        self._segment.enter()
+        self._pipeline.post()
+
+    def begin(self, header: Header, op: RunningOp) -> None:
+        """Announce the operation that is called next."""
+        self._pipeline.begin(header, op)
+
     def barrier(self) -> Bytes:
         """Wait for all."""
-        self._signals.wait(self._signals.post())
+        self._pipeline.meet()
         return 0, 0
 
-    def in_step(self, work: Callable[[], None]) -> None:
-        """Do `work` when all ranks are in the operation, and go on when all have done it."""
-        self._rounds.in_place(work)
+    def share(self, mine: Segment) -> Bytes:
+        """Map every rank's part of a new shared vector; `mine` is this rank's."""
+        self._segment.offer(mine.address.fd)
+        self._pipeline.in_place(lambda: self.vectors.add(mine, self._segment.offers()))
+        return 0, 0
 
     def all_reduce(self, flat: Tensor, op: ReduceOp, *, shared: bool) -> Bytes:
         """Combine into `flat`, shape [n]."""
@@ -64,7 +85,7 @@ class Operations:
             return self._reduce_whole(flat, op)
         if shared:
             bounds = self._chunks(flat.numel())
-            self._rounds.in_place(lambda: self._combine_everywhere(flat, bounds, op))
+            self._pipeline.in_place(lambda: self._combine_everywhere(flat, bounds, op))
             own = (bounds[self._rank][1] - bounds[self._rank][0]) * flat.itemsize
         else:
             own = self._reduce_in_chunks(flat, op)
@@ -75,8 +96,8 @@ class Operations:
         """Combine into the root's `flat`, shape [n]; the others' stay as they are."""
         here = self._rank == root
         if shared:
-            parts = self._vectors.views(flat)
-            self._rounds.in_place(lambda: self._combine_here(parts, flat, op) if here else None)
+            parts = self.vectors.views(flat)
+            self._pipeline.in_place(lambda: self._combine_here(parts, flat, op) if here else None)
         else:
             pieces = self._blocks(flat)
 
@@ -90,15 +111,15 @@ class Operations:
                     parts[root] = pieces[block]
                     combine(parts, pieces[block], op, self._scratch)
 
-            self._rounds.exchange(len(pieces), put, take)
+            self._pipeline.exchange(len(pieces), put, take)
         return flat.nbytes * (not here), flat.nbytes * len(self._others) * here
 
     def broadcast(self, flat: Tensor, root: int, *, shared: bool) -> Bytes:
         """Copy the root's `flat`, shape [n], into the others'."""
         here = self._rank == root
         if shared:
-            source = self._vectors.views(flat)[root]
-            self._rounds.in_place(lambda: None if here else _copy(source, flat))
+            source = self.vectors.views(flat)[root]
+            self._pipeline.in_place(lambda: None if here else _copy(source, flat))
         else:
             pieces = self._blocks(flat)
 
@@ -110,7 +131,7 @@ class Operations:
                 if not here:
                     pieces[block].copy_(self._of(root, pieces[block], slot))
 
-            self._rounds.exchange(len(pieces), put, take)
+            self._pipeline.exchange(len(pieces), put, take)
         return flat.nbytes * len(self._others) * here, flat.nbytes * (not here)
 
     def all_gather(self, outputs: Sequence[Tensor], flat: Tensor, *, shared: bool) -> Bytes:
@@ -119,7 +140,7 @@ class Operations:
         if own.data_ptr() != flat.data_ptr():
             own.copy_(flat)
         if shared:
-            self._rounds.in_place(lambda: self._fetch(outputs))
+            self._pipeline.in_place(lambda: self._fetch(outputs))
         else:
             self._gather_staged(outputs)
         return flat.nbytes * len(self._others), sum(t.nbytes for t in outputs) - flat.nbytes
@@ -127,10 +148,10 @@ class Operations:
     def _fetch(self, outputs: Sequence[Tensor]) -> None:
         for rank in self._others:
             if outputs[rank].numel():
-                outputs[rank].copy_(self._vectors.views(outputs[rank])[rank])
+                outputs[rank].copy_(self.vectors.views(outputs[rank])[rank])
 
     def _gather_staged(self, outputs: Sequence[Tensor]) -> None:
-        limit = self._arena.layout.slot_bytes // outputs[0].itemsize // ALIGN * ALIGN
+        limit = self._segment.layout.slot_bytes // outputs[0].itemsize // ALIGN * ALIGN
         blocks = max(1, *(-(-output.numel() // limit) for output in outputs))
         cuts = [cut_evenly(output, blocks) for output in outputs]
 
@@ -143,7 +164,7 @@ class Operations:
                 piece = cuts[rank][block]
                 piece.copy_(self._of(rank, piece, slot))
 
-        self._rounds.exchange(blocks, put, take)
+        self._pipeline.exchange(blocks, put, take)
 
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp, *, shared: bool
@@ -151,7 +172,7 @@ class Operations:
         """Combine everybody's `inputs[r]`, shape [n_r], into rank r's `output`."""
         mine = inputs[self._rank]
         if shared:
-            self._rounds.in_place(lambda: self._combine_shared(mine, output, op))
+            self._pipeline.in_place(lambda: self._combine_shared(mine, output, op))
         else:
             self._reduce_scatter_staged(output, inputs, op)
         sent = sum(t.nbytes for t in inputs) - mine.nbytes
@@ -161,7 +182,7 @@ class Operations:
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp
     ) -> None:
         """Every block has a piece for each rank, so that all of them reduce all the time."""
-        limit = self._arena.layout.slot_bytes // output.itemsize - 2 * ALIGN * self._world
+        limit = self._segment.layout.slot_bytes // output.itemsize - 2 * ALIGN * self._world
         blocks = max(1, -(-sum(t.numel() for t in inputs) // limit))
         cuts = [cut_evenly(t, blocks) for t in inputs]
         results = cut_evenly(output, blocks)
@@ -184,7 +205,7 @@ class Operations:
             parts[self._rank] = cuts[self._rank][block]
             combine(parts, results[block], op, self._scratch)
 
-        self._rounds.exchange(blocks, put, take)
+        self._pipeline.exchange(blocks, put, take)
 
     def _reduce_whole(self, flat: Tensor, op: ReduceOp) -> Bytes:
         """Every rank reads all the others' parts: one exchange, for two ranks and small n."""
@@ -199,7 +220,7 @@ class Operations:
                 parts[self._rank] = mine
             combine(parts, mine, op, self._scratch)
 
-        self._rounds.exchange(len(pieces), put, take)
+        self._pipeline.exchange(len(pieces), put, take)
         return flat.nbytes * len(self._others), flat.nbytes * len(self._others)
 
     def _reduce_in_chunks(self, flat: Tensor, op: ReduceOp) -> int:
@@ -227,7 +248,7 @@ class Operations:
                 piece = pieces[block * world + by]
                 piece.copy_(self._of(by, piece, slot, bounds[block][by][0]))
 
-        self._rounds.exchange_twice(len(blocks), put, reduce, take)
+        self._pipeline.exchange_twice(len(blocks), put, reduce, take)
         return sum(pieces[block * world + rank].nbytes for block in range(len(blocks)))
 
     def _combine_everywhere(
@@ -237,7 +258,7 @@ class Operations:
         first, last = bounds[self._rank]
         if first == last:
             return
-        vectors = self._vectors.views(flat[first:last])
+        vectors = self.vectors.views(flat[first:last])
         size = _CACHED_BYTES // flat.itemsize
         # The chunk is this rank's alone in all vectors, so the first one can hold the sum.
         for parts in zip(*(in_pieces(vector, size) for vector in vectors), strict=True):
@@ -247,7 +268,7 @@ class Operations:
 
     def _combine_shared(self, mine: Tensor, output: Tensor, op: ReduceOp) -> None:
         if mine.numel():
-            self._combine_here(self._vectors.views(mine), output, op)
+            self._combine_here(self.vectors.views(mine), output, op)
 
     def _combine_here(self, vectors: Sequence[Tensor], output: Tensor, op: ReduceOp) -> None:
         size = _CACHED_BYTES // output.itemsize
@@ -259,7 +280,7 @@ class Operations:
 
     def _block_lengths(self, flat: Tensor) -> list[int]:
         """Cut into blocks of one size, the last one shorter; an empty tensor is one block."""
-        size = self._arena.layout.slot_bytes // flat.itemsize // ALIGN * ALIGN
+        size = self._segment.layout.slot_bytes // flat.itemsize // ALIGN * ALIGN
         whole, rest = divmod(flat.numel(), size)
         return [size] * whole + ([rest] if rest or not whole else [])
 
@@ -280,7 +301,7 @@ class Operations:
         if view is None:
             if len(self._views) >= _VIEWS_KEPT:
                 self._views.clear()
-            view = self._arena.slots(piece.dtype)[slot][rank][start : start + piece.numel()]
+            view = self._segment.slots(piece.dtype)[slot][rank][start : start + piece.numel()]
             self._views[key] = view
         return view
 

@@ -1,5 +1,5 @@
 """
-How a gloo group comes together: rank 0 serves a store, all connect to it, then to each other.
+The store of a torch group: rank 0 serves it, all connect to it, and through it to each other.
 
     rank 0: open a port -> leave the address with Ray -> serve the store
     rank r: find the address ->  connect
@@ -10,19 +10,21 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import ray
-import torch.distributed
-from ray.experimental.internal_kv import _internal_kv_del
 
-from distplat.actors.collective.group import Settings, find_word, leave_word, wait_for
-from distplat.actors.collective.pulse import SILENT_S
-from distplat.actors.messages import rendezvous_key
+from distplat.actors.collectives import compat
+from distplat.actors.collectives.heartbeat import SILENT_S
+from distplat.actors.collectives.rendezvous import (
+    GIVEN_UP,
+    Settings,
+    find_word,
+    leave_word,
+    take_back_word,
+    wait_for,
+)
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
-
-dist: Any = torch.distributed  # torch's stubs leave out most of ProcessGroupGloo
 
 T = TypeVar("T")
 
@@ -49,39 +51,18 @@ class Store:
         self._name, self._rank, self._world = group_name, rank, world
         self._settings = settings
         self._server: Any = None
+        self.host = _address()
+        """Address that this rank listens on."""
         try:
             host, port = self._serve() if rank == 0 else self._find()
-            self.client = dist.TCPStore(
-                host,
-                port,
-                is_master=False,
-                timeout=timedelta(seconds=settings.rendezvous_s),
-                wait_for_workers=False,
-            )
+            self.client = compat.connect_store(host, port, settings.rendezvous_s)
             self._wait_for_all()
         except (RuntimeError, OSError) as error:
             cause = f"no answer from rank 0: {str(error).splitlines()[0]}"
             raise CollectiveError(group_name, "rendezvous", 0, (0,), cause) from None
         finally:
             if rank == 0:
-                _internal_kv_del(rendezvous_key(group_name))
-
-    def connect(self, purpose: str, place: int, places: int) -> Any:
-        """
-        Connect some of the ranks to each other; each of them calls this.
-
-        Args:
-            purpose: tells these connections from others of the group.
-            place: of this rank among them.
-            places: how many they are.
-
-        Raises:
-            RuntimeError: gloo could not connect.
-        """
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=self._settings.operation_s)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_address())]
-        return dist.ProcessGroupGloo(dist.PrefixStore(purpose, self.client), place, places, options)
+                take_back_word(group_name)
 
     def close(self, *, troubled: bool) -> None:
         """
@@ -97,16 +78,14 @@ class Store:
         self._server = None
 
     def _serve(self) -> tuple[str, int]:
-        listener = socket.create_server((_address(), 0))
+        listener = socket.create_server((self.host, 0))
         host, port = listener.getsockname()[:2]
-        self._server = dist.TCPStore(
-            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        self._server = compat.serve_store(listener.detach(), host, port)
         leave_word(self._name, f"{host} {port}".encode())
         return host, port
 
     def _find(self) -> tuple[str, int]:
-        host, port = find_word(self._name, 0, self._settings).decode().split()
+        host, port = find_word(self._name, self._settings).decode().split()
         # Rank 0 listens before it says so: who is refused comes too late. The store's own client
         # would try again and again.
         with suppress(TimeoutError):
@@ -118,18 +97,18 @@ class Store:
         self.client.set(f"here/{self._rank}", "")
         everybody = [f"here/{rank}" for rank in range(self._world)]
 
+        def complete() -> bytes | None:
+            return b"" if self.client.check(everybody) else None
+
         def absent() -> tuple[int, ...]:
             return tuple(r for r in range(self._world) if not self.client.check([everybody[r]]))
-
-        def complete() -> bytes | None:
-            return b"complete" if self.client.check(everybody) else None
 
         wait_for(complete, self._name, absent, self._settings)
 
 
-def unless_told_to_give_up(make: Callable[[], T], group_name: str, settings: Settings) -> T:
+def run_unless_given_up(make: Callable[[], T], group_name: str, settings: Settings) -> T:
     """
-    Do what may take long in a thread, and wait for it only as long as it is wanted.
+    Run what may take long in a thread, and wait for it only as long as it is wanted.
 
     A thread that is left behind ends at its own deadlines, or with the peer that holds it up.
 
@@ -152,8 +131,7 @@ def unless_told_to_give_up(make: Callable[[], T], group_name: str, settings: Set
     limit = settings.rendezvous_s + settings.operation_s
     if not _join(thread, limit, settings.abandoned):
         if settings.abandoned.is_set():
-            cause = "this rank was told to give up"
-            raise CollectiveError(group_name, "rendezvous", 0, (), cause)
+            raise CollectiveError(group_name, "rendezvous", 0, (), GIVEN_UP)
         what = f"rendezvous of group {group_name!r}"
         raise DeadlineExceeded(what, ("worker-0",), limit, "failure.start_timeout_s")
     if raised:

@@ -4,9 +4,10 @@ import time
 
 import pytest
 import torch
-from shm_ranks import ShmCollective, on_shm_ranks
+from shm_ranks import on_shm_ranks
 
-from distplat.actors.shm import mail as mailing
+from distplat.actors.collectives.shm import p2p
+from distplat.actors.collectives.shm.group import ShmGroup
 from distplat.platform.errors import CollectiveError, MismatchError
 
 SOON = 0.4
@@ -19,7 +20,7 @@ def test_lengths_and_dtypes_may_change_from_message_to_message() -> None:
     def message(number: int) -> torch.Tensor:
         return torch.arange(lengths[number]).add(number).to(dtypes[number % len(dtypes)])
 
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         for number in range(len(lengths)):
             if group.rank == 0:
                 group.send(message(number), 1)
@@ -32,11 +33,11 @@ def test_lengths_and_dtypes_may_change_from_message_to_message() -> None:
 
 
 def test_a_message_longer_than_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mailing, "LONGEST_SLOT", 64 * 1024)
-    monkeypatch.setattr(mailing, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(p2p, "LONGEST_SLOT", 64 * 1024)
+    monkeypatch.setattr(p2p, "PIECE_BYTES", 10_000)
     long = torch.arange(100_003)  # 13 parts
 
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         for _ in range(2):
             if group.rank == 1:
                 group.send(long, 0)
@@ -51,7 +52,7 @@ def test_a_message_longer_than_the_slots(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_two_messages_wait_for_nobody_and_the_third_does() -> None:
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         if group.rank == 0:
             began = time.monotonic()
             group.send(torch.full((4,), 0.0), 1)
@@ -72,7 +73,7 @@ def test_two_messages_wait_for_nobody_and_the_third_does() -> None:
 
 
 def test_both_ways_at_once_and_beside_collectives() -> None:
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         partner = 1 - group.rank
         for number in range(20):
             handle = group.start_all_reduce(total := torch.full((10_000,), 1.0))
@@ -88,7 +89,7 @@ def test_both_ways_at_once_and_beside_collectives() -> None:
 def test_a_message_may_be_taken_before_an_operation_that_its_sender_is_in() -> None:
     """Messages have no place in the order of operations: here that order would stand still."""
 
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         tensor = torch.ones(3)
         if group.rank == 0:
             handle = group.start_all_reduce(tensor)
@@ -104,10 +105,10 @@ def test_a_message_may_be_taken_before_an_operation_that_its_sender_is_in() -> N
 
 @pytest.mark.parametrize(
     ("wanted", "text"),
-    [(torch.zeros(4), "4 x float32"), (torch.zeros(3, dtype=torch.int32), "3 x int32")],
+    [(torch.zeros(4), "4 float32"), (torch.zeros(3, dtype=torch.int32), "3 int32")],
 )
 def test_a_message_that_is_not_what_is_wanted(wanted: torch.Tensor, text: str) -> None:
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         if group.rank == 0:
             group.send(torch.ones(3), 1)
             group.barrier()
@@ -115,7 +116,7 @@ def test_a_message_that_is_not_what_is_wanted(wanted: torch.Tensor, text: str) -
             with pytest.raises(MismatchError) as caught:
                 group.recv(wanted.clone(), 0)
             assert caught.value.missing == (0,)
-            assert "3 x float32" in str(caught.value) and text in str(caught.value)
+            assert "3 float32" in str(caught.value) and text in str(caught.value)
             raise caught.value
 
     with pytest.raises(CollectiveError):
@@ -124,7 +125,7 @@ def test_a_message_that_is_not_what_is_wanted(wanted: torch.Tensor, text: str) -
 
 @pytest.mark.parametrize("operation", ["send", "recv"])
 def test_a_rank_that_does_not_answer_is_named(operation: str) -> None:
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         if group.rank == 0:
             with pytest.raises(CollectiveError) as caught:
                 for _ in range(3):
@@ -137,7 +138,7 @@ def test_a_rank_that_does_not_answer_is_named(operation: str) -> None:
 def test_who_leaves_sees_its_last_messages_taken() -> None:
     """Their memory is the sender's process's; however late they are read."""
 
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         if group.rank == 0:
             group.send(torch.full((4,), 3.0), 1)
             group.send(torch.full((200_000,), 4.0), 1)
@@ -153,7 +154,7 @@ def test_who_leaves_sees_its_last_messages_taken() -> None:
 
 
 def test_nobody_stays_for_who_has_left_or_is_late() -> None:
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         began = time.monotonic()
         if group.rank == 0:
             group.send(torch.ones(3), 1)  # which leaves without having read it
