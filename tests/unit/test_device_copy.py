@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distplat.actors.memory.ferry import Direct, Ferry
+from distplat.actors.memory.device_copy import DeviceTransfer, DirectTransfer
 from distplat.platform.errors import DeadlineExceeded
 
 LIMIT_S = 5.0
@@ -56,13 +56,13 @@ class Rig:
         self.stream = Stream()
         self.gradients, self.parameters = torch.arange(8.0), torch.zeros(8)
         self.shared, self.values = torch.zeros(8), torch.arange(8.0) + 10
-        self.ferry = Ferry(self.gradients, self.parameters, self.stream)
+        self.transfer = DeviceTransfer(self.gradients, self.parameters, self.stream)
         self.sent: list[list[float]] = []
 
     def out(self, start: int, stop: int) -> None:
         """Send a part; note what is in shared memory when it is handed over."""
         part = self.shared[start:stop]
-        self.ferry.out(part, start, lambda: self.sent.append(part.tolist()))
+        self.transfer.to_host(part, start, lambda: self.sent.append(part.tolist()))
 
 
 def test_a_part_is_handed_over_when_its_copy_has_ended() -> None:
@@ -71,9 +71,9 @@ def test_a_part_is_handed_over_when_its_copy_has_ended() -> None:
     rig.out(0, 4)
     assert rig.sent == [] and rig.shared.sum() == 0
     rig.stream.go.set()
-    rig.ferry.wait(LIMIT_S)
+    rig.transfer.wait(LIMIT_S)
     assert rig.sent == [[4, 5, 6, 7], [0, 1, 2, 3]]
-    rig.ferry.close()
+    rig.transfer.close()
 
 
 def test_who_computes_does_not_wait_for_copies() -> None:
@@ -82,15 +82,15 @@ def test_who_computes_does_not_wait_for_copies() -> None:
     rig.out(4, 8)
     assert rig.stream.events == ["copy"] and rig.sent == []
     rig.stream.go.set()
-    rig.ferry.wait(LIMIT_S)
+    rig.transfer.wait(LIMIT_S)
 
 
 def test_new_parameters_are_there_after_the_join() -> None:
     rig = Rig()
-    rig.ferry.home(rig.values[4:], 4)
-    rig.ferry.home(rig.values[:4], 0)
+    rig.transfer.to_device(rig.values[4:], 4)
+    rig.transfer.to_device(rig.values[:4], 0)
     assert rig.parameters.sum() == 0
-    rig.ferry.join()
+    rig.transfer.join()
     assert torch.equal(rig.parameters, rig.values)
     assert rig.stream.events == ["copy", "copy", "join"]
 
@@ -101,29 +101,29 @@ def test_what_sending_raises_comes_up_in_the_wait() -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
-    rig.ferry.out(rig.shared[:4], 0, fail)
+    rig.transfer.to_host(rig.shared[:4], 0, fail)
     rig.out(4, 8)
     rig.stream.go.set()
     with pytest.raises(ZeroDivisionError):
-        rig.ferry.wait(LIMIT_S)
+        rig.transfer.wait(LIMIT_S)
     assert rig.sent == [[4, 5, 6, 7]]
-    rig.ferry.wait(LIMIT_S)
+    rig.transfer.wait(LIMIT_S)
 
 
 def test_a_copy_that_does_not_end_is_named() -> None:
     rig = Rig()
     rig.out(0, 4)
     with pytest.raises(DeadlineExceeded, match="this worker's device"):
-        rig.ferry.wait(0.01)
+        rig.transfer.wait(0.01)
     rig.stream.go.set()
 
 
 def test_on_the_cpu_all_is_there_already() -> None:
     sent = []
-    direct = Direct()
-    direct.out(torch.zeros(1), 0, lambda: sent.append(1))
+    direct = DirectTransfer()
+    direct.to_host(torch.zeros(1), 0, lambda: sent.append(1))
     assert sent == [1]
     direct.wait(0.0)
-    direct.home(torch.zeros(1), 0)
+    direct.to_device(torch.zeros(1), 0)
     direct.join()
     direct.close()

@@ -1,4 +1,4 @@
-"""Bells: what one side writes the other reads, once, and a listener ends when its worker does."""
+"""Mailboxes: one side reads once what the other writes; a listener ends with its worker."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from distplat.actors.memory.bell import SLOT, Bell, Listener, Request
+from distplat.actors.memory.mailboxes import SLOT, Listener, Mailbox, Request
 from distplat.actors.memory.memfd import Segment
 from distplat.platform.errors import GapError
 from distplat.platform.ledger import Answer
@@ -63,75 +63,75 @@ class Listening:
 
 
 def test_requests_and_answers_arrive_as_they_were(segment: Segment) -> None:
-    listening, bell = Listening(segment, 1), Bell(segment, 1)
+    listening, mailbox = Listening(segment, 1), Mailbox(segment, 1)
     requests = [Request(0), Request(1, 0.0), Request(2, 2.5), Request(3, math.inf)]
     requests += [Request(4, task=0), Request(5, task=1 << 40)]
     for request in requests:
-        bell.ring(request)
-        assert bell.answered(LIMIT_S)
-        assert bell.read() == Answer(request.seq + 1, staleness=3, waiting_s=0.25, dropped=2)
+        mailbox.notify(request)
+        assert mailbox.answered(LIMIT_S)
+        assert mailbox.read() == Answer(request.seq + 1, staleness=3, waiting_s=0.25, dropped=2)
     assert listening.seen == requests
     listening.end()
 
 
 @pytest.mark.parametrize("norm", [None, 0.0, 1.5])
 def test_every_field_of_an_answer_travels(segment: Segment, norm: float | None) -> None:
-    bell = Bell(segment, 0)
+    mailbox = Mailbox(segment, 0)
     answer = Answer(7, False, norm, 4, 0.5, 0.25, 0.125, 3, 6, 8)
-    bell.ring(Request(0))
-    assert bell.asked(0.0) == Request(0)
-    bell.answer(answer)
-    assert bell.read() == answer
+    mailbox.notify(Request(0))
+    assert mailbox.asked(0.0) == Request(0)
+    mailbox.answer(answer)
+    assert mailbox.read() == answer
 
 
 def test_a_norm_that_is_no_number_stays_a_commit(segment: Segment) -> None:
-    bell = Bell(segment, 0)
-    bell.ring(Request(5, math.nan))
-    asked = bell.asked(0.0)
+    mailbox = Mailbox(segment, 0)
+    mailbox.notify(Request(5, math.nan))
+    asked = mailbox.asked(0.0)
     assert asked is not None and asked.norm is not None and math.isnan(asked.norm)
-    bell.answer(replace(Answer(1), squared_norm=math.nan))
-    answer = bell.read()
+    mailbox.answer(replace(Answer(1), squared_norm=math.nan))
+    answer = mailbox.read()
     assert answer is not None and answer.squared_norm is not None
     assert math.isnan(answer.squared_norm)
 
 
 def test_nothing_is_answered_twice_or_unasked(segment: Segment) -> None:
-    bell = Bell(segment, 0)
-    assert bell.asked(0.0) is None
-    bell.ring(Request(0))
-    assert not bell.answered(0.0)
-    bell.answer(Answer(1))
-    assert bell.answered(0.0)
-    assert bell.asked(0.0) is None
+    mailbox = Mailbox(segment, 0)
+    assert mailbox.asked(0.0) is None
+    mailbox.notify(Request(0))
+    assert not mailbox.answered(0.0)
+    mailbox.answer(Answer(1))
+    assert mailbox.answered(0.0)
+    assert mailbox.asked(0.0) is None
 
 
 def test_a_failed_request_ends_the_listening(segment: Segment) -> None:
-    listening, bell = Listening(segment), Bell(segment, 0)
-    bell.ring(Request(-1))
-    assert bell.answered(LIMIT_S)
-    assert bell.read() is None
+    listening, mailbox = Listening(segment), Mailbox(segment, 0)
+    mailbox.notify(Request(-1))
+    assert mailbox.answered(LIMIT_S)
+    assert mailbox.read() is None
     listening.thread.join(LIMIT_S)
     assert isinstance(listening.error, GapError)
 
 
 def test_of_two_listeners_the_later_answers_once(segment: Segment) -> None:
     """The first call's message was late, not lost: both serve the request, one answers."""
-    first, bell = Listening(segment), Bell(segment, 0)
+    first, mailbox = Listening(segment), Mailbox(segment, 0)
     first.hold.clear()
-    bell.ring(Request(0))
+    mailbox.notify(Request(0))
     deadline = time.monotonic() + LIMIT_S
     while not first.seen and time.monotonic() < deadline:
         time.sleep(0.01)
     with first.turn:
         first.wanted = False
     second = Listening(segment)
-    assert bell.answered(LIMIT_S)
+    assert mailbox.answered(LIMIT_S)
     first.hold.set()
     first.end()
-    assert bell.asked(0.0) is None  # not answered once more
-    bell.ring(Request(1))
-    assert bell.answered(LIMIT_S)
-    assert bell.read() == Answer(2, staleness=3, waiting_s=0.25, dropped=2)
+    assert mailbox.asked(0.0) is None  # not answered once more
+    mailbox.notify(Request(1))
+    assert mailbox.answered(LIMIT_S)
+    assert mailbox.read() == Answer(2, staleness=3, waiting_s=0.25, dropped=2)
     second.end()
 
 

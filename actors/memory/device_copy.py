@@ -7,7 +7,7 @@ Between a device and the memory that servers read: which copy begins when, and w
 
 A part is sent when its copy has ended, never before: a server reads it at once. Copies need pinned
 memory on this side to go on beside the computing. Where the worker computes on the CPU its vectors
-are that memory, and there is nothing to copy (`Direct`).
+are that memory, and there is nothing to copy (`DirectTransfer`).
 """
 
 import logging
@@ -31,7 +31,7 @@ class Event(Protocol):
         """Wait until the stream has come there."""
 
 
-class Side(Protocol):
+class SideStream(Protocol):
     """A stream beside the one that computes, as far as it is needed here."""
 
     def copy(self, to: Tensor, source: Tensor) -> None:
@@ -44,7 +44,7 @@ class Side(Protocol):
         """Have the computing stream go on when all copies so far have ended."""
 
 
-class CudaSide:
+class CudaSideStream:
     """
     A stream of a CUDA device.
 
@@ -57,25 +57,25 @@ class CudaSide:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, to: Tensor, source: Tensor) -> None:
-        """See `Side`."""
+        """See `SideStream`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
 
     def mark(self) -> Event:
-        """See `Side`."""
+        """See `SideStream`."""
         event: Event = self._stream.record_event()
         return event
 
     def join(self) -> None:
-        """See `Side`."""
+        """See `SideStream`."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
-class Direct:
+class DirectTransfer:
     """The worker computes where the servers read."""
 
-    def out(self, shared: Tensor, start: int, then: Callable[[], object]) -> None:
+    def to_host(self, shared: Tensor, start: int, then: Callable[[], object]) -> None:
         """
         Have a part of the gradient in shared memory, then call `then`.
 
@@ -94,17 +94,17 @@ class Direct:
             DeadlineExceeded: a copy does not end.
         """
 
-    def home(self, shared: Tensor, start: int) -> None:
-        """Have a part of new parameters where the worker computes, after `join`; see `out`."""
+    def to_device(self, shared: Tensor, start: int) -> None:
+        """Have a part of new parameters where the worker computes, after `join`; see `to_host`."""
 
     def join(self) -> None:
-        """Have what the worker computes next see what was brought home."""
+        """Have what the worker computes next see what was copied to the device."""
 
     def close(self) -> None:
         """Let go of the memory."""
 
 
-class Ferry(Direct):
+class DeviceTransfer(DirectTransfer):
     """
     Copies between the vectors on a device and those in shared memory.
 
@@ -116,26 +116,26 @@ class Ferry(Direct):
     """
 
     def __init__(
-        self, gradients: Tensor, parameters: Tensor, side: Side, pinned: Sequence[Tensor] = ()
+        self, gradients: Tensor, parameters: Tensor, side: SideStream, pinned: Sequence[Tensor] = ()
     ) -> None:
         self._gradients, self._parameters = gradients, parameters
         self._side, self._pinned = side, pinned
-        self._leaving: queue.SimpleQueue[tuple[Event, Callable[[], object]] | None]
-        self._leaving = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[tuple[Event, Callable[[], object]] | None]
+        self._pending = queue.SimpleQueue()
         self._open = 0  #: parts of which `then` was not called yet
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        threading.Thread(target=self._send, daemon=True, name="ferry").start()
+        threading.Thread(target=self._send, daemon=True, name="device-copy").start()
 
-    def out(self, shared: Tensor, start: int, then: Callable[[], object]) -> None:
-        """See `Direct`; returns at once, `then` is called on a thread of this object's."""
+    def to_host(self, shared: Tensor, start: int, then: Callable[[], object]) -> None:
+        """See `DirectTransfer`; returns at once, `then` is called on a thread of this object's."""
         with self._changed:
             self._open += 1
         self._side.copy(shared, self._gradients[start : start + len(shared)])
-        self._leaving.put((self._side.mark(), then))
+        self._pending.put((self._side.mark(), then))
 
     def wait(self, limit_s: float) -> None:
-        """See `Direct`."""
+        """See `DirectTransfer`."""
         with self._changed:
             over = self._changed.wait_for(lambda: not self._open, limit_s)
             error, self._error = self._error, None
@@ -145,24 +145,24 @@ class Ferry(Direct):
             late = ("this worker's device",)
             raise DeadlineExceeded("copied gradients", late, limit_s, "failure.step_timeout_s")
 
-    def home(self, shared: Tensor, start: int) -> None:
-        """See `Direct`."""
+    def to_device(self, shared: Tensor, start: int) -> None:
+        """See `DirectTransfer`."""
         self._side.copy(self._parameters[start : start + len(shared)], shared)
 
     def join(self) -> None:
-        """See `Direct`."""
+        """See `DirectTransfer`."""
         self._side.join()
 
     def close(self) -> None:
-        """See `Direct`; what was not sent yet is not sent any more."""
-        self._leaving.put(None)
+        """See `DirectTransfer`; what was not sent yet is not sent any more."""
+        self._pending.put(None)
         self._side.mark().synchronize()
         for one in self._pinned:
             unpin(one)
         self._pinned = ()
 
     def _send(self) -> None:
-        while (part := self._leaving.get()) is not None:
+        while (part := self._pending.get()) is not None:
             event, then = part
             error = None
             try:
@@ -176,10 +176,12 @@ class Ferry(Direct):
                 self._changed.notify_all()
 
 
-def cuda_ferry(gradients: Tensor, parameters: Tensor, shared: Sequence[Tensor]) -> Ferry:
-    """Make the ferry of a CUDA device's vectors, and pin the memory on the other side."""
+def cuda_transfer(
+    gradients: Tensor, parameters: Tensor, shared: Sequence[Tensor]
+) -> DeviceTransfer:
+    """Make the transfer of a CUDA device's vectors, and pin the memory on the other side."""
     pinned = [memory for memory in shared if pin(memory)]
-    return Ferry(gradients, parameters, CudaSide(gradients.device), pinned)
+    return DeviceTransfer(gradients, parameters, CudaSideStream(gradients.device), pinned)
 
 
 def pin(memory: Tensor) -> bool:
