@@ -72,9 +72,9 @@ class Header(NamedTuple):
         dtype = str(SENDABLE[self.dtype]).removeprefix("torch.") if self.dtype >= 0 else "values"
         return f"{self.elements} {dtype}"
 
-    def pack(self) -> bytes:
-        """Give the `SIZE` bytes that lie in shared memory."""
-        return _LAYOUT.pack(*self)
+    def pack(self, number: int) -> bytes:
+        """Give the `SIZE` bytes that lie in shared memory, with another number than its own."""
+        return _LAYOUT.pack(number, *self[1:])
 
     @classmethod
     def unpack(cls, data: bytes) -> "Header":
@@ -116,20 +116,17 @@ def header(
         place: of one tensor in a shared vector.
         places: of several tensors in a shared vector, empty tensors left out.
     """
-    counts = [tensor.numel() for tensor in tensors]
-    digest = 0
-    if len(counts) > 1:
+    reduction = -1 if op is None else _REDUCTION[op]
+    dtype, elements, digest = -1, 0, 0
+    if tensors:
+        dtype, elements = _DTYPE.get(tensors[0].dtype, -1), tensors[0].numel()
+    if len(tensors) > 1:
+        counts = [tensor.numel() for tensor in tensors]
+        elements = sum(counts)
         digest = zlib.crc32(repr((counts, places) if places else counts).encode()) + 1
-    return Header(
-        number,
-        _OPERATION[operation],
-        _DTYPE.get(tensors[0].dtype, -1) if tensors else -1,
-        -1 if op is None else _REDUCTION[op],
-        root,
-        sum(counts),
-        digest,
-        places[0] if places else place,
-    )
+    if places:
+        place = places[0]
+    return Header(number, _OPERATION[operation], dtype, reduction, root, elements, digest, place)
 
 
 def supported(dtype: torch.dtype) -> bool:

@@ -52,8 +52,7 @@ class BlockPipeline:
     def __init__(self, group: str, segment: GroupSegment, liveness: LivenessMonitor) -> None:
         self._group, self._segment, self._liveness = group, segment, liveness
         self._posts = self._slot = 0
-        self._header: Header | None = None  #: until it has been compared
-        self._packed = b""
+        self._header = b""  #: of this rank's operation, until it has been compared
         self._others = [r for r in range(segment.world) if r != segment.rank]
         self._cells = [segment.cell_of[r] for r in self._others]
         self._word = segment.words[segment.rank]
@@ -61,8 +60,8 @@ class BlockPipeline:
 
     def begin(self, header: Header, op: RunningOp) -> None:
         """Lay down the header of an operation before its first post."""
-        self._header, self._packed, self._op = header, header.pack(), op
-        self._segment.write_header(header.number, self._packed)
+        self._header, self._op = header.pack(op.number), op
+        self._segment.write_header(op.number, self._header)
 
     def post(self) -> int:
         """Say that this rank is through with its part; give the number of the post."""
@@ -84,8 +83,8 @@ class BlockPipeline:
             if not futex.LOADS_IN_ORDER or (cells[cell] - number) & _ALL >= _HALF:
                 self._liveness.wait_for_all(number, self._op)
                 break
-        if self._header is not None:
-            self._compare(self._header)
+        if self._header:
+            self._compare()
 
     def meet(self) -> None:
         """Wait for all ranks."""
@@ -128,11 +127,11 @@ class BlockPipeline:
         work()
         self.meet()
 
-    def _compare(self, mine: Header) -> None:
-        self._header = None
-        read = self._segment.read_header
-        if all(read(rank, mine.number) == self._packed for rank in self._others):
-            return
-        ranks = range(self._segment.world)
-        headers = [Header.unpack(read(rank, mine.number)) for rank in ranks]
-        check_headers(self._group, self._segment.rank, headers)
+    def _compare(self) -> None:
+        mine, self._header = self._header, b""
+        read, number = self._segment.read_header, self._op.number
+        for rank in self._others:
+            if read(rank, number) != mine:
+                ranks = range(self._segment.world)
+                headers = [Header.unpack(read(rank, number)) for rank in ranks]
+                check_headers(self._group, self._segment.rank, headers)

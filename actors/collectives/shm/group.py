@@ -209,7 +209,7 @@ class ShmGroup(Group):
         running = RunningOp(head.name, number)
         self._liveness.check(running)
         self._number += 1
-        self._communicator.begin(head._replace(number=number), running)
+        self._communicator.begin(head, running)
         try:
             sent, received = work()
         except BaseException as error:

@@ -53,7 +53,7 @@ class _Channel:
         start = head.number % 2 * _SLOT
         address = segment.address
         _WHERE.pack_into(self._control, start, address.fd, address.elements)
-        self._control[start + _WHERE.size : start + _SLOT] = head.pack()
+        self._control[start + _WHERE.size : start + _SLOT] = head.pack(head.number)
 
     def announced(self, number: int) -> tuple[int, int, Header]:
         """Read, as the receiver, (descriptor, bytes, header) of message `number`."""
