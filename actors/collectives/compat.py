@@ -25,6 +25,9 @@ _OPS = {
     ReduceOp.MAX: dist.ReduceOp.MAX,
 }
 
+_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+"""Unless it is 0, torch ends the process when an operation of NCCL is late."""
+
 
 def gloo_works() -> bool:
     """Whether this torch was built with gloo."""
@@ -74,11 +77,16 @@ def gloo_group(
 
 def nccl_group(store: Any, purpose: str, rank: int, world: int, operation_s: float) -> Any:
     """Connect ranks by NCCL; see `gloo_group`. Communicators are made by the first operations."""
-    # Read when the group is made. By default torch ends the process when an operation is late.
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=operation_s)
-    return dist.ProcessGroupNCCL(dist.PrefixStore(purpose, store), rank, world, options)
+    before = os.environ.get(_ERROR_HANDLING)
+    os.environ[_ERROR_HANDLING] = "0"  # read by the constructor
+    try:
+        return dist.ProcessGroupNCCL(dist.PrefixStore(purpose, store), rank, world, options)
+    finally:
+        del os.environ[_ERROR_HANDLING]
+        if before is not None:
+            os.environ[_ERROR_HANDLING] = before
 
 
 def all_reduce(group: Any, tensor: Tensor, op: ReduceOp) -> Any:
