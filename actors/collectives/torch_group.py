@@ -272,7 +272,7 @@ class TorchGroup(Group):
         """Give the handle of torch's works; their time counts until torch is done."""
         stop = self._meter.begin()
         if overlaps and works:
-            compat.when_done(works[-1], stop)
+            self._when_done(works[-1], stop)
 
         def finish() -> None:
             try:
@@ -289,6 +289,10 @@ class TorchGroup(Group):
     def _wait(self, work: Any) -> None:
         """Return when one of torch's works is over; `RuntimeError` if it failed or is late."""
         work.wait()
+
+    def _when_done(self, work: Any, callback: Callable[[], None]) -> None:
+        """Have a function called when one of torch's works is over, as far as torch tells."""
+        compat.when_done(work, callback)
 
     def _enter(self, head: Header) -> int:
         """Count an operation of all ranks, compare it with theirs if it is time; its number."""
@@ -458,6 +462,9 @@ class NcclGroup(TorchGroup):
         work.wait(timedelta(seconds=self.settings.operation_s))
         if self._given_up or self._failure is not None:
             raise RuntimeError("the communicators were aborted")  # the values are not good
+
+    def _when_done(self, work: Any, callback: Callable[[], None]) -> None:
+        """Not told: torch calls back when NCCL's operation is queued, not when it is over."""
 
     def _cut(self) -> None:
         super()._cut()
