@@ -17,7 +17,7 @@ from distplat.strategies.training.session import Ports
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from distplat.actors.collective.port import RayCollective
+    from distplat.actors.collectives.group import Group
     from distplat.actors.servers.leases import RemoteLeases
     from distplat.actors.servers.shards import RemoteShards
     from distplat.actors.tables.client import RemoteTables
@@ -36,7 +36,7 @@ class Connection:
     def __init__(self, transport: Transport, attempt: int, gate: Gate) -> None:
         self._transport, self.attempt, self.gate = transport, attempt, gate
         self._abandoned = threading.Event()
-        self._group: RayCollective | None = None
+        self._group: Group | None = None
         self._servers: RemoteShards | None = None
         self._tables: RemoteTables | None = None
         self._leases: RemoteLeases | None = None
@@ -57,11 +57,11 @@ class Connection:
             RayBoard(order.run),
         )
 
-    def _meet(self, order: WorkOrder) -> "RayCollective | None":
+    def _meet(self, order: WorkOrder) -> "Group | None":
         """Meet the other ranks; None where the strategy has no group."""
         return None if order.collective is None else self._form(order, order.collective)
 
-    def _meet_peers(self, order: WorkOrder) -> "RayCollective":
+    def _meet_peers(self, order: WorkOrder) -> "Group":
         """
         Make a group though the strategy has none; for models that need one.
 
@@ -69,11 +69,11 @@ class Connection:
         """
         return self._form(order, GroupSpec(timeout_s=order.job.failure.step_timeout_s))
 
-    def _form(self, order: WorkOrder, spec: GroupSpec) -> "RayCollective":
-        from distplat.actors.collective.group import Settings
-        from distplat.actors.collective.port import RayCollective  # only who needs it
+    def _form(self, order: WorkOrder, spec: GroupSpec) -> "Group":
+        from distplat.actors.collectives.ray_groups import create_group  # only who needs it
+        from distplat.actors.collectives.rendezvous import Settings
 
-        self._group = RayCollective(
+        self._group = create_group(
             f"{order.run}/{order.attempt}",
             spec.backend,
             order.rank,

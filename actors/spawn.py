@@ -113,7 +113,7 @@ def spawn_server(
         beside: the node of the server that this one is a backup of: another is preferred.
     """
     name = actor_name(job, role, attempt)
-    # Two per worker: one answers its bell, one its calls.
+    # Two per worker: one answers its mailbox, one its calls.
     threads = _threads(job, roles)
     options = {**_common(run), **_resources(roles.server_resources or {"CPU": 0.0}), **threads}
     others = _nodes_but(beside, roles.server_resources or {}) if beside is not None else []

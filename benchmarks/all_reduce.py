@@ -22,8 +22,7 @@ import torch.distributed as dist
 from common import median_ms, print_ratio
 from ray.util.collective.types import ReduceOp
 
-from distplat.actors.collective.group import register
-from distplat.actors.shm.group import ShmGroup
+from distplat.actors.collectives.ray_groups import register
 
 MB = 2**20
 GOALS = {1: 1 / 6, 8: 1 / 5, 64: 1 / 3}
@@ -37,17 +36,17 @@ class Rank:
     def __init__(self, rank: int, world: int) -> None:
         torch.set_num_threads(1)
         self.rank, self.world = rank, world
-        register(ShmGroup.backend(), ShmGroup)
+        self.backend = register("shm")
 
     def join(self, port: int) -> None:
         method = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", method, rank=self.rank, world_size=self.world)
-        rayc.init_collective_group(self.world, self.rank, ShmGroup.backend(), GROUP)
+        rayc.init_collective_group(self.world, self.rank, self.backend, GROUP)
 
     def all_reduce(self, size: int, dtype: str, rounds: int) -> dict[str, list[float]]:
         """Give each side's seconds, by round."""
         plain = torch.zeros(size // getattr(torch, dtype).itemsize, dtype=getattr(torch, dtype))
-        shared = rayc.get_group_handle(GROUP).share(plain)
+        shared = rayc.get_group_handle(GROUP).group.share(plain)
         return self._in_turn(
             {
                 "gloo": lambda: dist.all_reduce(plain),

@@ -27,8 +27,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from distplat.actors.collective.group import Settings
-from distplat.actors.collective.port import RayCollective
+from distplat.actors.collectives.ray_groups import create_group
+from distplat.actors.collectives.rendezvous import Settings
 from distplat.strategies.tensor.parallelize import parallelize
 
 GOALS = {"dtensor": 1.0, "alone": 1.0}
@@ -57,7 +57,7 @@ class Rank:
         method = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", method, rank=rank, world_size=WORKERS)
         settings = Settings(60, 60, False)
-        self.group = RayCollective("bench", "shm", rank, WORKERS, settings)
+        self.group = create_group("bench", "shm", rank, WORKERS, settings)
 
     def steps(self, width: int, rows: int, rounds: int) -> dict[str, list[float]]:
         """Give each side's seconds, by step; nothing for one process where it does not run."""

@@ -90,8 +90,9 @@ def chosen_by_user(backend: str, places: Sequence[Place]) -> Choice:
     without = _ranks(places, "gpu")
     if backend == "nccl" and without:
         raise _refused(
-            f"`nccl` needs cupy and a whole GPU for each worker; worker {without} has not both",
-            "install cupy and set scaling.use_gpu: true, or choose `backend: auto`",
+            "`nccl` needs a whole GPU for each worker, and torch built with it; "
+            f"worker {without} has not both",
+            "set scaling.use_gpu: true, or choose `backend: auto`",
         )
     return Choice(backend, "the job names it")
 

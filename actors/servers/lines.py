@@ -1,8 +1,8 @@
 """
-Lines from one worker to the servers of all shards: a bell where memory is shared, else calls.
+Lines from one worker to the servers of all shards: a mailbox where memory is shared, else calls.
 
-A step of a server on this node is asked for by a bell (`memory/bells.py`), everything
-else by a call.
+A step of a server on this node is asked for through a mailbox (`memory/mailboxes.py`),
+everything else by a call.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any
 
 from distplat.actors.asking import Asked, Call, ask
-from distplat.actors.memory.bell import Request
-from distplat.actors.memory.bells import Bells
+from distplat.actors.memory.mailboxes import Mailboxes, Request
 from distplat.actors.messages import Address, Membership, WorkOrder
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
@@ -43,23 +42,25 @@ class Lines:
         self.transport, self._order, self.look = transport, order, look
         self.servers, self.names = joined.servers, joined.names
         self.cuts = joined.shard_map.shards
-        self.bells: Bells | None = None
+        self.mailboxes: Mailboxes | None = None
 
-    def hang_bells(self, near: set[int], control: int) -> None:
+    def open_mailboxes(self, near: set[int], control: int) -> None:
         """
-        Use bells to the shards that share memory with this node.
+        Use mailboxes to the shards that share memory with this node.
 
         Args:
             near: the shards.
             control: values of a control record.
         """
         self._control = control
-        self.bells = Bells(self.transport, near, self.names, control, self._listen, self.look)
+        self.mailboxes = Mailboxes(
+            self.transport, near, self.names, control, self._listen, self.look
+        )
 
     def close(self) -> None:
-        """Take the bells down."""
-        if self.bells is not None:
-            self.bells.close()
+        """Close the mailboxes."""
+        if self.mailboxes is not None:
+            self.mailboxes.close()
 
     def ask(
         self,
@@ -85,10 +86,10 @@ class Lines:
         seconds: float = getattr(self._order.job.failure, setting)
         return seconds + ANSWER_GRACE_S
 
-    def _listen(self, shard: int, bells: Address, slot: int) -> Any:
+    def _listen(self, shard: int, mailboxes: Address, slot: int) -> Any:
         order, server = self._order, self.servers[shard]
         who = order.run, order.attempt, order.rank
-        return self.transport.call(server, "listen", *who, bells, slot, self._control)
+        return self.transport.call(server, "listen", *who, mailboxes, slot, self._control)
 
 
 class Round:
@@ -103,8 +104,8 @@ class Round:
         lines: to the servers.
         what: is asked, for messages.
         question: as a call.
-        take: told of each answer when it comes.
-        request: the same by bell, to whoever has one; None: by calls alone.
+        take: called with each answer when it comes.
+        request: the same through a mailbox, to whoever has one; None: by calls alone.
         setting: the field of `failure` that changes the deadline, which counts from `answers`.
     """
 
@@ -119,21 +120,21 @@ class Round:
     ) -> None:
         self._lines, self._what, self._question, self._take = lines, what, question, take
         self._request, self._setting = request, setting
-        self._bells = lines.bells if request is not None else None
+        self._mailboxes = lines.mailboxes if request is not None else None
         limit_s = lines.limit_s(setting)
         self._asked = Asked(
             lines.transport, what, [], [], limit_s, setting, lines.look, self._call_made
         )
         self._called: list[Shard] = []
-        self._rung: list[int] = []
+        self._notified: list[int] = []
 
     def send(self, cuts: Sequence[Shard]) -> None:
         """Ask the servers of some shards; of each once."""
         for cut in cuts:
-            if self._bells is not None and cut.index in self._bells.shards:
-                assert self._request is not None, "it is what the bells are for"
-                self._rung.append(cut.index)
-                self._bells.ring(cut.index, self._request)
+            if self._mailboxes is not None and cut.index in self._mailboxes.shards:
+                assert self._request is not None, "it is what the mailboxes are for"
+                self._notified.append(cut.index)
+                self._mailboxes.notify(cut.index, self._request)
             else:
                 self._called.append(cut)
                 call = partial(self._question, self._lines.servers[cut.index], cut)
@@ -149,10 +150,10 @@ class Round:
         """
         self._asked.start_again()
         found: dict[int, Answer] = {}
-        if self._bells is not None:
+        if self._mailboxes is not None:
             limit_s = self._lines.limit_s(self._setting)
-            rung = self._bells.answers(self._rung, self._what, limit_s, self._setting)
-            for index, answer in rung:
+            arrived = self._mailboxes.answers(self._notified, self._what, limit_s, self._setting)
+            for index, answer in arrived:
                 self._take(self._lines.cuts[index], answer)
                 found[index] = answer
         for number, answer in self._asked.arrivals():

@@ -120,10 +120,10 @@ class ServerNode:
         return self.serving.seen()
 
     def listen(
-        self, run: str, attempt: int, rank: int, bells: Address, slot: int, control: int
+        self, run: str, attempt: int, rank: int, mailboxes: Address, slot: int, control: int
     ) -> None:
-        """Answer a worker's bell; stays open."""
-        self.serving.listen(run, attempt, rank, bells, slot, control)
+        """Answer a worker's mailbox; stays open."""
+        self.serving.listen(run, attempt, rank, mailboxes, slot, control)
 
     def mirror_to(self, term: int, name: str, handle: Any) -> None:
         """Fill a backup and keep it up to date."""

@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from distplat.actors.memory.bell import Request
-from distplat.actors.memory.ferry import Direct
+from distplat.actors.memory.device_copy import DirectTransfer
+from distplat.actors.memory.mailboxes import Request
 from distplat.actors.messages import WorkOrder
 from distplat.actors.servers.lines import Lines, Round
 from distplat.actors.servers.roads import Road, part
@@ -24,7 +24,7 @@ class Pushes:
         order: the worker's orders.
         lines: to the servers.
         road: where the worker's vectors lie.
-        ferry: to the device.
+        transfer: to the device.
         versions: by shard, that of the values which are here; kept up to date.
     """
 
@@ -33,18 +33,18 @@ class Pushes:
         order: WorkOrder,
         lines: Lines,
         road: Road,
-        ferry: Direct,
+        transfer: DirectTransfer,
         versions: dict[int, int],
     ) -> None:
-        self._order, self._lines, self._road, self._ferry = order, lines, road, ferry
+        self._order, self._lines, self._road, self._transfer = order, lines, road, transfer
         self._versions = versions
         self._limit_s = order.job.failure.step_timeout_s
 
     def push(self, step: int, control: StepControl, task: int | None, setting: str) -> Pushed:
         """See `Shards`; `setting` is the field of `failure` that changes the deadline."""
         record = control.pack()
-        if self._lines.bells is not None:
-            self._lines.bells.control[:] = record
+        if self._lines.mailboxes is not None:
+            self._lines.mailboxes.control[:] = record
         road, order, call = self._road, self._order, self._lines.transport.call
         push = PushId(order.run, order.attempt, order.rank, step, task)
         asked = Round(
@@ -59,8 +59,8 @@ class Pushes:
         )
         for cut in self._lines.cuts:
             send = partial(asked.send, [cut])
-            self._ferry.out(part(road.gradients, cut), cut.start, send)
-        self._ferry.wait(self._limit_s)
+            self._transfer.to_host(part(road.gradients, cut), cut.start, send)
+        self._transfer.wait(self._limit_s)
         return self._made(asked)
 
     def commit(self, step: int, norm: float) -> Pushed:
@@ -87,7 +87,7 @@ class Pushes:
 
     def _answers(self, asked: Round) -> list[Answer]:
         answers = asked.answers()
-        self._ferry.join()
+        self._transfer.join()
         return answers
 
     def _take(self, cut: Shard, answer: Answer) -> None:
@@ -100,4 +100,4 @@ class Pushes:
         except TransportError as error:  # with its owner an object is lost, too
             cause = f"its answer could not be fetched: {error}"
             raise ActorLost(self._lines.names[cut.index], None, cause) from None
-        self._ferry.home(part(self._road.parameters, cut), cut.start)
+        self._transfer.to_device(part(self._road.parameters, cut), cut.start)

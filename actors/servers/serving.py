@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.actors.memory.bell import Listener, Request
+from distplat.actors.memory.mailboxes import Listener, Request
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Attached
 from distplat.actors.servers.mirroring import Mirroring
@@ -58,7 +58,7 @@ class Serving:
         self._segment: Segment | None = None
         self._published: tuple[int, Any] | None = None  #: version, and where its bytes are
         self._attached: dict[int, tuple[tuple[int, int], bool]] = {}  #: rank -> its call, near
-        self._listening: dict[int, object] = {}  #: rank -> the call that answers its bell
+        self._listening: dict[int, object] = {}  #: rank -> the call that answers its mailbox
         self._turn = threading.Lock()  #: see `Listener.serve`
 
     def assign(
@@ -268,10 +268,10 @@ class Serving:
         self._service.exclusively(lambda: None)  # wake who waits to be settled
 
     def listen(
-        self, run: str, attempt: int, rank: int, bells: Address, slot: int, control: int
+        self, run: str, attempt: int, rank: int, mailboxes: Address, slot: int, control: int
     ) -> None:
-        """Answer a worker's bell for as long as it lives; its later call takes over from this."""
-        listener, mine = Listener(bells, slot, control), object()
+        """Answer a worker's mailbox as long as it lives; its later call takes over from this."""
+        listener, mine = Listener(mailboxes, slot, control), object()
         with self._turn:
             self._listening[rank] = mine
 
@@ -292,7 +292,7 @@ class Serving:
             listener.close()
 
     def close(self) -> None:
-        """Answer no bell any more, and let nobody map the segment; a process's end does as much."""
+        """Answer no mailbox any more, let nobody map the segment; a process's end does as much."""
         with self._turn:
             self._listening.clear()
         if self._segment is not None:

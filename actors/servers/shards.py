@@ -1,4 +1,4 @@
-"""The port `Shards`: control by bells and calls (`lines.py`), bytes by `roads.py`."""
+"""The port `Shards`: control by mailboxes and calls (`lines.py`), bytes by `roads.py`."""
 
 import logging
 import threading
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.actors.asking import ask
-from distplat.actors.memory.ferry import Direct, cuda_ferry
+from distplat.actors.memory.device_copy import DirectTransfer, cuda_transfer
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
 from distplat.actors.servers.lines import ANSWER_GRACE_S, Lines
 from distplat.actors.servers.pushes import Pushes
@@ -63,7 +63,7 @@ class RemoteShards:
         self._open_lines: Lines | None = None  #: None: not connected yet
         self._tracker: Tracker | None = None
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
-        self._ferry = Direct()
+        self._transfer = DirectTransfer()
         self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
 
     def connect(
@@ -108,7 +108,7 @@ class RemoteShards:
         """Give up what this attempt needs and the next one does not."""
         if self._open_lines is not None:
             self._open_lines.close()
-        self._ferry.close()
+        self._transfer.close()
 
     @property
     def _lines(self) -> Lines:
@@ -136,11 +136,11 @@ class RemoteShards:
 
         attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
-        lines.hang_bells(road.near, control_size(len(self._flat.slots)))
+        lines.open_mailboxes(road.near, control_size(len(self._flat.slots)))
         if self._on_device:
             shared = road.gradients, road.parameters
-            self._ferry = cuda_ferry(self._flat.grads, self._flat.params, shared)
-        self._pushes = Pushes(self._order, lines, road, self._ferry, self._versions)
+            self._transfer = cuda_transfer(self._flat.grads, self._flat.params, shared)
+        self._pushes = Pushes(self._order, lines, road, self._transfer, self._versions)
         near = sorted(road.near)
         far = [cut.index for cut in lines.cuts if cut.index not in road.near]
         logger.info("servers reached by shared memory: %s, in calls: %s", near, far)

@@ -11,8 +11,8 @@ import ray
 import torch
 from collective_contract import CHECKS, FAILURES
 
-from distplat.actors.collective.group import Settings
-from distplat.actors.collective.port import RayCollective
+from distplat.actors.collectives.ray_groups import create_group
+from distplat.actors.collectives.rendezvous import Settings
 from distplat.platform.errors import CollectiveError, InfrastructureError
 from distplat.strategies.collective import Handle, ReduceOp
 
@@ -44,7 +44,7 @@ class Member:
     ) -> str:
         """Join a group; gives the backend that it has and why."""
         self.settings, self.joining = Settings(timeout_s, 30, debug), name
-        self.group = RayCollective(name, backend, rank, world, self.settings)
+        self.group = create_group(name, backend, rank, world, self.settings)
         return f"{self.group.choice.backend}: {self.group.choice.why}"
 
     def join_logged(self, name: str, rank: int, world: int, backend: str) -> list[str]:
@@ -52,7 +52,7 @@ class Member:
         lines: list[str] = []
         keeper = logging.Handler()
         keeper.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-        logger = logging.getLogger("distplat.actors.collective.port")
+        logger = logging.getLogger("distplat.actors.collectives.ray_groups")
         logger.setLevel(logging.INFO)
         logger.addHandler(keeper)
         try:

@@ -13,12 +13,13 @@ import torch
 from ray.experimental.internal_kv import _internal_kv_list
 from ray.util.collective.types import ReduceOp
 
-from distplat.actors.collective.group import Settings, prepare, register
-from distplat.actors.shm.group import BACKEND, ShmGroup
+from distplat.actors.collectives.ray_groups import prepare, register
+from distplat.actors.collectives.rendezvous import Settings
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
+BACKEND = "DISTPLAT_SHM"
 TIMEOUT_S = 3.0
 Ranks = Callable[[int], list[Any]]
 
@@ -27,7 +28,7 @@ class Rank:
     """One rank; has nothing of distplat but the backend."""
 
     def __init__(self) -> None:
-        register(BACKEND, ShmGroup)
+        register("shm")
 
     def pid(self) -> int:
         return os.getpid()
@@ -113,7 +114,7 @@ def test_every_call_of_ray(ranks: Ranks) -> None:
 
 
 def test_the_driver_declares_a_group(ranks: Ranks) -> None:
-    register(BACKEND, ShmGroup)
+    register("shm")
     actors = ranks(3)
     rayc.create_collective_group(actors, 3, [2, 0, 1], BACKEND, "declared")
     sums = everybody([a.sum_of.remote([1.0, float(i)], "declared") for i, a in enumerate(actors)])

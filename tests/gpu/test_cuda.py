@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task, Trainer
-from distplat.actors.memory.ferry import cuda_ferry
+from distplat.actors.memory.device_copy import cuda_transfer
 from distplat.actors.memory.memfd import Segment
 
 pytestmark = [
@@ -95,7 +95,7 @@ def test_parts_cross_pinned_memory_while_the_device_computes() -> None:
     gradients, parameters = (torch.zeros(1 << 20, device="cuda") for _ in range(2))
     shared = [Segment.create("here", 1 << 20, "float32") for _ in range(2)]
     memory = [segment.tensor for segment in shared]
-    ferry = cuda_ferry(gradients, parameters, memory)
+    transfer = cuda_transfer(gradients, parameters, memory)
     assert all(one.is_pinned() for one in memory)
     seen: list[float] = []
 
@@ -109,14 +109,14 @@ def test_parts_cross_pinned_memory_while_the_device_computes() -> None:
             busy = busy @ busy / 2048
         gradients[start : start + half] += 1 + start
         part = memory[0][start : start + half]
-        ferry.out(part, start, partial(note, part))
-    ferry.wait(30.0)
+        transfer.to_host(part, start, partial(note, part))
+    transfer.wait(30.0)
     assert seen == [1 + half, 1 + half, 1, 1]
     memory[1].fill_(3.0)
-    ferry.home(memory[1], 0)
-    ferry.join()
+    transfer.to_device(memory[1], 0)
+    transfer.join()
     assert parameters.eq(3.0).all()
-    ferry.close()
+    transfer.close()
     assert not memory[0].is_pinned()
     for segment in shared:
         segment.seal()

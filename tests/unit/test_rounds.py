@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from distplat.actors.local_transport import Fault, LocalCluster
-from distplat.actors.memory.bell import Request
+from distplat.actors.memory.mailboxes import Request
 from distplat.actors.servers.lines import Lines, Round
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard, cut_shards
@@ -25,7 +25,7 @@ class Server:
 
 
 class Cluster:
-    """Three servers, and the bells of some shards."""
+    """Three servers, and the mailboxes of some shards."""
 
     def __init__(self, near: set[int]) -> None:
         self.cluster = LocalCluster()
@@ -34,14 +34,14 @@ class Cluster:
             self.cluster.spawn(f"server-{n}", "there", lambda _, n=n: Server(n))  # type: ignore[misc]
             for n in range(3)
         ]
-        self.rung: list[int] = []
+        self.notified: list[int] = []
         self.shards = sorted(near)
         self.lines = SimpleNamespace(
             transport=self.transport,
             cuts=CUTS,
             servers=self.servers,
             names=["server-0", "server-1", "server-2"],
-            bells=self if near else None,
+            mailboxes=self if near else None,
             look=None,
             limit_s=lambda setting: 5.0,
         )
@@ -52,14 +52,14 @@ class Cluster:
     def called(self) -> list[int]:
         return [number for number, server in enumerate(self.servers) if server.body.calls]
 
-    def ring(self, shard: int, request: Request) -> None:
-        self.rung.append(shard)
+    def notify(self, shard: int, request: Request) -> None:
+        self.notified.append(shard)
 
-    def answers(self, rung: list[int], *_: Any) -> Any:
-        yield from ((shard, Answer(shard)) for shard in rung)
+    def answers(self, notified: list[int], *_: Any) -> Any:
+        yield from ((shard, Answer(shard)) for shard in notified)
 
-    def round(self, take: Callable[[Shard, Answer], None], *, bells: bool = True) -> Round:
-        request = Request(0) if bells else None
+    def round(self, take: Callable[[Shard, Answer], None], *, mailboxes: bool = True) -> Round:
+        request = Request(0) if mailboxes else None
         ask = lambda server, cut: self.transport.call(server, "push")  # noqa: E731
         return Round(cast(Lines, self.lines), "push 0", ask, take, request)
 
@@ -74,7 +74,7 @@ def test_each_answer_is_taken_when_it_comes() -> None:
     assert taken == [2, 0, 1]
 
 
-def test_near_servers_are_rung_and_far_ones_called() -> None:
+def test_near_servers_are_notified_and_far_ones_called() -> None:
     cluster, taken = Cluster({1}), list[int]()
     cluster.slow(0, 0.2)
     asked = cluster.round(lambda cut, answer: taken.append(cut.index))
@@ -82,12 +82,12 @@ def test_near_servers_are_rung_and_far_ones_called() -> None:
     asked.send(CUTS[:1])
     assert [answer.version for answer in asked.answers()] == [0, 1, 2]
     assert taken == [1, 2, 0]
-    assert cluster.rung == [1] and cluster.called() == [0, 2]
+    assert cluster.notified == [1] and cluster.called() == [0, 2]
 
 
 def test_a_pull_is_a_call_everywhere() -> None:
     cluster = Cluster({0, 1, 2})
-    asked = cluster.round(lambda cut, answer: None, bells=False)
+    asked = cluster.round(lambda cut, answer: None, mailboxes=False)
     asked.send(CUTS)
     asked.answers()
-    assert cluster.rung == [] and cluster.called() == [0, 1, 2]
+    assert cluster.notified == [] and cluster.called() == [0, 1, 2]

@@ -12,55 +12,49 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from distplat.actors.shm.arena import Arena, Layout
-from distplat.actors.shm.end import End
+from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.actors.collectives.shm.segment import GroupSegment, Layout
 from distplat.platform.errors import CollectiveError
-from distplat.strategies.collective import ReduceOp, Traffic
 
 PEER = """
-import sys, threading, time
+import sys, time
 import torch
+from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.actors.collectives.shm.segment import GroupSegment, Layout
 from distplat.actors.messages import Address
-from distplat.actors.shm.arena import Arena, Layout
-from distplat.actors.shm.end import End
-from distplat.strategies.collective import ReduceOp, Traffic
 layout = Layout.of(2)
 address = Address("", int(sys.argv[1]), int(sys.argv[2]), layout.size, "uint8")
-end = End("death", Arena.open(address, layout, 1), 60.0, threading.Event(), Traffic())
-end.enter()
-while end.absent():
-    time.sleep(0.001)
-end.begin()
+segment = GroupSegment.open(address, layout, 1)
+group = ShmGroup("death", 1, 2, Settings(60.0, 60.0), segment=segment)
 for _ in range(3):
-    end.all_reduce(torch.ones(1000), ReduceOp.SUM)
+    group.all_reduce(torch.ones(1000))
 time.sleep(60)
 """
 LIMIT_S = 1.5
 
 
 @contextmanager
-def group_of_two() -> Iterator[tuple[End, "subprocess.Popen[bytes]"]]:
+def group_of_two() -> Iterator[tuple[ShmGroup, "subprocess.Popen[bytes]"]]:
     """Rank 0 here, rank 1 in another process; three operations are behind them."""
-    arena = Arena.create("", Layout.of(2))
-    where = arena.segment.address
-    end = End("death", arena, LIMIT_S, threading.Event(), Traffic())
-    end.enter()
+    segment = GroupSegment.create("", Layout.of(2))
+    where = segment.segment.address
     command = [sys.executable, "-c", PEER, str(where.pid), str(where.fd)]
     with subprocess.Popen(command) as process:
         try:
-            deadline = time.monotonic() + 60
-            while end.absent():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            end.begin()
-            for _ in range(3):
-                tensor = torch.ones(1000)
-                end.all_reduce(tensor, ReduceOp.SUM)
-                assert tensor.eq(2).all()
-            yield end, process
+            group = ShmGroup("death", 0, 2, Settings(LIMIT_S, 60.0), segment=segment)
+            try:
+                for _ in range(3):
+                    tensor = torch.ones(1000)
+                    group.all_reduce(tensor)
+                    assert tensor.eq(2).all()
+                yield group, process
+            finally:
+                process.kill()
+                group.close()
         finally:
             process.kill()
-            end.close()
 
 
 def held_processes() -> int:
@@ -71,12 +65,12 @@ def held_processes() -> int:
 
 def test_a_killed_peer_is_found_long_before_the_deadline() -> None:
     before = held_processes()
-    with group_of_two() as (end, process):
+    with group_of_two() as (group, process):
         threading.Timer(0.2, process.kill).start()
         assert held_processes() == before + 1
         began = time.monotonic()
         with pytest.raises(CollectiveError) as caught:
-            end.all_reduce(torch.ones(1000), ReduceOp.SUM)
+            group.all_reduce(torch.ones(1000))
         assert time.monotonic() - began < 0.2 + 0.5
         assert (caught.value.missing, caught.value.number) == ((1,), 3)
         assert "its process died" in caught.value.cause
@@ -84,18 +78,18 @@ def test_a_killed_peer_is_found_long_before_the_deadline() -> None:
 
 
 def test_a_peer_that_died_before_is_found_too() -> None:
-    with group_of_two() as (end, process):
+    with group_of_two() as (group, process):
         process.kill()
         process.wait(5.0)
         with pytest.raises(CollectiveError, match="its process died"):
-            end.recv(torch.ones(5), 1)
+            group.recv(torch.ones(5), 1)
 
 
 def test_a_frozen_peer_is_named_after_the_deadline() -> None:
-    with group_of_two() as (end, process):
+    with group_of_two() as (group, process):
         process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         with pytest.raises(CollectiveError) as caught:
-            end.all_reduce(torch.ones(1000), ReduceOp.SUM)
+            group.all_reduce(torch.ones(1000))
         assert LIMIT_S <= time.monotonic() - began < LIMIT_S + 0.5
         assert (caught.value.missing, caught.value.cause) == ((1,), "deadline 1.5 s")

@@ -4,7 +4,10 @@ import time
 
 import pytest
 import torch
-from shm_ranks import ShmCollective, on_shm_ranks
+from shm_ranks import on_shm_ranks
+
+from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.strategies.collective import ReduceOp
 
 SIZE = 128 * 840 * 4
 """Bytes of a vector that 2 to 8 ranks can cut evenly at cache lines."""
@@ -13,7 +16,7 @@ SIZE = 128 * 840 * 4
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("world", range(2, 9))
 def test_an_all_reduce_moves_the_same_whatever_the_world(world: int, shared: bool) -> None:
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         tensor = torch.ones(SIZE // 4)
         if shared:
             tensor = group.share(tensor)
@@ -26,7 +29,7 @@ def test_an_all_reduce_moves_the_same_whatever_the_world(world: int, shared: boo
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_other_operations(shared: bool) -> None:
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         vector = torch.ones(300)
         if shared:
             vector = group.share(vector)
@@ -43,7 +46,7 @@ def test_the_other_operations(shared: bool) -> None:
         note()
         group.broadcast(vector, 1)
         note()
-        group.end.reduce(vector, "sum", 2)  # type: ignore[arg-type]
+        group.reduce(vector, ReduceOp.SUM, 2)
         note()
         group.barrier()
         note()
@@ -60,7 +63,7 @@ def test_the_other_operations(shared: bool) -> None:
 
 
 def test_messages() -> None:
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         if group.rank == 0:
             group.send(torch.ones(10), 1)
         else:
@@ -72,7 +75,7 @@ def test_messages() -> None:
 
 
 def test_waiting_and_working_are_told_apart() -> None:
-    def body(group: ShmCollective) -> tuple[float, float]:
+    def body(group: ShmGroup) -> tuple[float, float]:
         if group.rank == 1:
             time.sleep(0.3)
         group.barrier()

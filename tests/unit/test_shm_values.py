@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shm_ranks import ShmCollective, on_shm_ranks
+from shm_ranks import on_shm_ranks
 from torch import Tensor
 
-from distplat.actors.shm.kernels import Scratch, combine, cut_evenly
+from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.actors.collectives.shm.kernels import Scratch, combine, cut_evenly
 from distplat.strategies.algorithms.dtypes import SENDABLE
 from distplat.strategies.collective import ReduceOp
 
@@ -63,7 +64,7 @@ dtypes, ops, flags = st.sampled_from(SENDABLE), st.sampled_from(OPS), st.boolean
 def test_all_reduce(
     world: int, size: int, dtype: torch.dtype, op: ReduceOp, shared: bool, later: bool
 ) -> None:
-    def body(group: ShmCollective) -> Tensor:
+    def body(group: ShmGroup) -> Tensor:
         mine = values(group.rank, size, dtype)
         tensor = group.share(mine).copy_(mine) if shared else mine
         for turn in range(2):  # twice: slots and headers are used in turns
@@ -86,10 +87,10 @@ def test_reduce_and_broadcast(
 ) -> None:
     root %= world
 
-    def body(group: ShmCollective) -> tuple[Tensor, Tensor]:
+    def body(group: ShmGroup) -> tuple[Tensor, Tensor]:
         mine = values(group.rank, size, dtype)
         tensor = group.share(mine).copy_(mine) if shared else mine.clone()
-        group.end.reduce(tensor, op, root)
+        group.reduce(tensor, op, root)
         reduced = tensor.clone()
         group.broadcast(tensor, root)
         return reduced, tensor.clone()
@@ -115,7 +116,7 @@ def test_reduce_scatter_and_all_gather(
 ) -> None:
     world, whole = len(lengths), sum(lengths)
 
-    def body(group: ShmCollective) -> tuple[Tensor, Tensor]:
+    def body(group: ShmGroup) -> tuple[Tensor, Tensor]:
         mine = values(group.rank, whole, dtype)
         vector = group.share(mine).copy_(mine) if shared else mine
         parts = list(torch.split_with_sizes(vector, lengths))
@@ -137,7 +138,7 @@ def test_reduce_scatter_and_all_gather(
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("op", [ReduceOp.MIN, ReduceOp.MAX])
 def test_zeros_of_either_sign_do_not_depend_on_the_way(op: ReduceOp, shared: bool) -> None:
-    def body(group: ShmCollective) -> Tensor:
+    def body(group: ShmGroup) -> Tensor:
         mine = torch.zeros(5003) * (1.0 if group.rank % 2 else -1.0)
         tensor = group.share(mine).copy_(mine) if shared else mine
         group.all_reduce(tensor, op)
@@ -155,7 +156,7 @@ def test_short_floats_are_added_as_long_ones(dtype: torch.dtype, shared: bool) -
     big = 1 / torch.finfo(dtype).eps * 2
     parts = [big, 1.0, 1.0, 1.0]
 
-    def body(group: ShmCollective) -> Tensor:
+    def body(group: ShmGroup) -> Tensor:
         mine = torch.full((1009,), parts[group.rank], dtype=dtype)
         tensor = group.share(mine).copy_(mine) if shared else mine
         group.all_reduce(tensor)
@@ -171,7 +172,7 @@ def test_short_floats_are_added_as_long_ones(dtype: torch.dtype, shared: bool) -
 
 
 def test_a_tensor_longer_than_many_rounds_of_slots() -> None:
-    def body(group: ShmCollective) -> Tensor:
+    def body(group: ShmGroup) -> Tensor:
         tensor = values(group.rank, 1_000_003, torch.float32)
         group.all_reduce(tensor)
         return tensor
@@ -188,7 +189,7 @@ def test_operations_of_all_kinds_may_follow_each_other() -> None:
         for kind, root in torch.randint(0, 3, (120, 2), generator=generator).tolist()
     ]
 
-    def body(group: ShmCollective) -> None:
+    def body(group: ShmGroup) -> None:
         for kind, size, root in plan:
             tensor = values(group.rank, size, torch.float32)
             if kind == 0:

@@ -1,1 +1,0 @@
-"""The port `Collective`, and groups of ranks on gloo, NCCL, or both of memory and gloo."""

@@ -1,0 +1,269 @@
+"""
+All-reduce in two levels: shared memory inside a node, a ring between the nodes' leaders.
+
+    node a: ranks 0 1 2          node b: ranks 3 4
+
+    1  reduce    0 <- 1, 2           3 <- 4              shared memory
+    2  ring      0 <--------------> 3                    gloo, each node's sum once
+    3  broadcast 0 -> 1, 2           3 -> 4              shared memory
+
+A node's sum crosses the network once, not once for each of its ranks. Large vectors go in blocks:
+the ring passes one while the next is summed. All ranks end with the bits that the ring's leaders
+have, and sums run in the same order in every run. The leader is the first rank of its node.
+
+What is no sum of all ranks' vectors goes over the gloo group of all ranks, which this class is; so
+do the comparison of operations and the search for missing ranks. (docs/decisions/backends.md)
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from distplat.actors.collectives import compat
+from distplat.actors.collectives.group import summed
+from distplat.actors.collectives.header import Header, header
+from distplat.actors.collectives.rendezvous import (
+    Settings,
+    delete_places,
+    exchange_places,
+)
+from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.actors.collectives.torch_group import Fail, TorchGroup
+from distplat.actors.collectives.torch_store import run_unless_given_up
+from distplat.actors.collectives.work import OpQueue, Work
+from distplat.platform.errors import CollectiveError, DeadlineExceeded, MismatchError
+from distplat.platform.topology import Place, by_node
+from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.collective import ReduceOp, Traffic
+
+BLOCK_BYTES = 8 * 2**20
+_CLOSE_S = 2.0
+
+
+class HierarchicalGroup(TorchGroup):
+    """
+    One rank of a group over several nodes.
+
+    Args:
+        name: unique on the cluster.
+        rank: place in the group.
+        world: ranks in the group.
+        settings: deadlines, and how the group is given up.
+        places: where the ranks are; None: they tell each other.
+
+    Raises:
+        DeadlineExceeded: somebody did not come in `settings.rendezvous_s`.
+        CollectiveError: the group broke while it formed, or this rank was told to give up.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        world: int,
+        settings: Settings,
+        places: tuple[Place, ...] | None = None,
+    ) -> None:
+        super().__init__(name, rank, world, settings, places)
+        self._near: ShmGroup | None = None  #: this node's ranks, if there are several
+        self._ring: Any = None  #: the leaders, if this rank is one of several
+        self._queue = OpQueue(f"hierarchical {name}")
+        self._counted = Traffic()
+        self._once = threading.Lock()
+        self._in_node = True
+        try:
+            self._find_neighbours(places)
+        except BaseException:
+            self.close()
+            raise
+
+    def _find_neighbours(self, places: tuple[Place, ...] | None) -> None:
+        asks = places is None  # made by Ray's own call
+        if places is None:
+            places = exchange_places(self.name, self.rank, self.world, self.settings)
+        self._nodes = by_node(places)
+        self._node = next(n for n, ranks in enumerate(self._nodes) if self.rank in ranks)
+        self._local = self._nodes[self._node]
+        if len(self._local) > 1:
+            self._near = self._join_node(f"{self.name}#node-{self._node}")
+        if len(self._nodes) > 1 and self.rank == self._local[0]:
+            self._ring = self._connect_leaders()
+        super().barrier()
+        if asks and self.rank == 0:
+            delete_places(self.name)
+
+    def _join_node(self, name: str) -> ShmGroup:
+        try:
+            place = self._local.index(self.rank)
+            return ShmGroup(name, place, len(self._local), self.settings)
+        except DeadlineExceeded as error:
+            named = {f"worker-{n}": f"worker-{rank}" for n, rank in enumerate(self._local)}
+            missing = tuple(named.get(who, who) for who in error.missing)
+            raise DeadlineExceeded(error.what, missing, error.seconds, error.setting) from None
+
+    def _connect_leaders(self) -> Any:
+        connect = partial(self._connect, self._store, "leaders", self._node, len(self._nodes))
+        made = run_unless_given_up(connect, self.name, self.settings)
+        self._connections.append(made)
+        return made[0]
+
+    @classmethod
+    def works_here(cls) -> bool:
+        """Whether gloo and shared memory work."""
+        return TorchGroup.works_here() and ShmGroup.works_here()
+
+    def share(self, like: Tensor) -> Tensor:
+        """Give zeros like `like`, shared with the ranks of this node."""
+        return super().share(like) if self._near is None else self._near.share(like)
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
+        """Combine in place."""
+        self._queue.run(partial(self._all_reduce, tensor, op))
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
+        """Begin to combine in place; the group's thread does it."""
+        return self._queue.submit(partial(self._all_reduce, tensor, op))
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Copy the source's tensor to all."""
+        self._queue.run(partial(self._broadcast, tensor, source))
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self._queue.run(super().barrier)
+
+    def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> None:
+        """Combine into the root's tensor."""
+        self._queue.run(partial(super().reduce, tensor, op, root))
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
+        """Copy every rank's tensor to all."""
+        self._queue.run(partial(super().all_gather, outputs, tensor))
+
+    def reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
+    ) -> None:
+        """Combine everybody's r-th input into the output of rank r."""
+        self._queue.run(partial(super().reduce_scatter, output, inputs, op))
+
+    def start_send(self, tensor: Tensor, to: int) -> Work:
+        """Begin to send to one rank, by memory if it is near; then it is done at once."""
+        if self._near is None or to not in self._local:
+            return super().start_send(tensor, to)
+        self._message(partial(self._near.send, tensor, self._local.index(to)))
+        return Work()
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        """Receive from one rank, by memory if it is near."""
+        if self._near is None or source not in self._local:
+            super().recv(tensor, source)
+            return
+        self._message(partial(self._near.recv, tensor, self._local.index(source)))
+
+    def _all_reduce(self, tensor: Tensor, op: ReduceOp) -> None:
+        step = max(1, BLOCK_BYTES // tensor.itemsize)
+        flat = tensor.view(-1)
+        blocks = [flat[at : at + step] for at in range(0, flat.numel(), step)]
+        near = self._near
+
+        def work(fail: Fail) -> None:
+            rings = []
+            for block in blocks:
+                if near is not None:
+                    near.reduce(block, summed(op), 0)
+                if self._ring is not None:
+                    moved = traffic_elements(block.numel(), self._node, len(self._nodes))
+                    sent, received = (elements * block.itemsize for elements in moved)
+                    ring = compat.all_reduce(self._ring, block, summed(op))
+                    rings.append(self._work([ring], fail, (sent, received)))
+            for number, block in enumerate(blocks):
+                if rings:
+                    rings[number].wait()
+                if near is not None:
+                    near.broadcast(block)
+
+        self._perform(header("all_reduce", [tensor], op), work)
+        self._average(tensor, op)
+
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        home = next(n for n, ranks in enumerate(self._nodes) if source in ranks)
+        here, nodes = home == self._node, len(self._nodes)
+        first = self._local.index(source) if here else 0
+
+        def work(fail: Fail) -> None:
+            if here and self._near is not None:  # first to the leader, and to all on the way
+                self._near.broadcast(tensor, first)
+            if self._ring is not None and tensor.numel():
+                moved = (tensor.nbytes * (nodes - 1), 0) if here else (0, tensor.nbytes)
+                ring = compat.broadcast(self._ring, tensor, home)
+                self._work([ring], fail, moved).wait()
+            if not here and self._near is not None:
+                self._near.broadcast(tensor, first)
+
+        self._perform(header("broadcast", [tensor], root=source), work)
+
+    def _perform(self, head: Header, work: Callable[[Fail], None]) -> None:
+        """Do an operation that begins or ends inside the nodes; errors name ranks of all nodes."""
+        number = self._enter(head)
+
+        def fail(error: Exception) -> CollectiveError:
+            self._leave_node()  # before the search, which takes time: who is near shall not wait
+            return self._failed(head.name, error, number=number)
+
+        try:
+            work(fail)
+        except MismatchError as error:
+            self._cut()  # the other nodes wait for this one
+            raise self._seen_from_outside(error) from None
+        except (CollectiveError, RuntimeError) as error:
+            raise fail(error) from None
+        finally:
+            self._account()
+
+    def _message(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except CollectiveError as error:
+            raise self._seen_from_outside(error) from None
+        finally:
+            self._account()
+
+    def _seen_from_outside(self, error: CollectiveError) -> CollectiveError:
+        """Name the ranks by their place in this group."""
+        missing = tuple(self._local[place] for place in error.missing)
+        cause = f"{error.cause} (on one node, where 0.. are ranks {self._local})"
+        return type(error)(self.name, error.operation, error.number, missing, cause)
+
+    def _abort(self) -> None:
+        if self._near is not None:
+            self._near.abort()
+        super()._abort()
+
+    def _leave(self) -> None:
+        self._leave_node()
+        super()._leave()
+        self._queue.close(_CLOSE_S)
+
+    def _leave_node(self) -> None:
+        with self._once:
+            stays, self._in_node = self._in_node, False
+        if stays and self._near is not None:
+            self._near.close()
+
+    def _account(self) -> None:
+        """Count what went through this node's memory."""
+        if self._near is None:
+            return
+        with self._once:
+            now, last = replace(self._near.traffic), self._counted
+            self._counted = now
+            self._meter.add(
+                now.sent_bytes - last.sent_bytes,
+                now.received_bytes - last.received_bytes,
+                now.waiting_s - last.waiting_s,
+                now.working_s - last.working_s,
+            )

@@ -1,0 +1,174 @@
+"""
+How the ranks of a group find each other: words that they leave in Ray's key-value store.
+
+    rank r                    Ray's key-value store            rank 0
+    word "place/r"  ------->  place/0 .. place/N-1  ------->   has all: writes the table,
+    waits for the table  <--  places                <-------   takes the words back
+
+Rank 0 deletes the table once the group has formed: then everybody has read it. Who ends a run takes
+all words of it back.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import ray
+import torch
+import torch.distributed
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
+
+from distplat.actors.collectives.shm.segment import shared_memory_works
+from distplat.actors.messages import rendezvous_key
+from distplat.platform.errors import CollectiveError, DeadlineExceeded, DistplatError
+from distplat.platform.topology import Place
+
+GIVEN_UP = "this rank was told to give up"
+_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.01
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the groups of one run behave; sub-groups have those of the group they are cut from."""
+
+    operation_s: float = 60.0
+    """Deadline of one operation."""
+    rendezvous_s: float = 60.0
+    """For the last rank to come: it may still be reading its data."""
+    debug: bool = False
+    """Compare every operation between the ranks, not only the first ones."""
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    """Once set, whoever waits in one of the groups, or for one to form, gives up."""
+
+
+def leave_word(group_name: str, value: bytes) -> None:
+    """Leave what the other ranks need to find this group."""
+    _internal_kv_put(rendezvous_key(group_name), value, overwrite=True)
+
+
+def take_back_word(group_name: str) -> None:
+    """Delete what `leave_word` has left; once all have found it."""
+    _internal_kv_del(rendezvous_key(group_name))
+
+
+def find_word(group_name: str, settings: Settings) -> bytes:
+    """
+    Wait for the word of rank 0.
+
+    Raises:
+        DeadlineExceeded: it did not come in `rendezvous_s`.
+        CollectiveError: this rank was told to give up.
+    """
+    return wait_for(lambda: _get(rendezvous_key(group_name)), group_name, lambda: (0,), settings)
+
+
+def wait_for(
+    look: Callable[[], bytes | None],
+    group_name: str,
+    missing: Callable[[], Sequence[int]],
+    settings: Settings,
+) -> bytes:
+    """
+    Look until there is something, and give it.
+
+    Raises:
+        DeadlineExceeded: nothing came in `rendezvous_s`; names the workers that are missing.
+        CollectiveError: this rank was told to give up.
+    """
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < settings.rendezvous_s:
+        found = look()
+        if found is not None:
+            return found
+        # Where all are there it takes milliseconds; many long waits must not keep Ray's store busy.
+        if settings.abandoned.wait(min(max(waited / 20, _SHORTEST_LOOK_S), _LONGEST_LOOK_S)):
+            raise CollectiveError(group_name, "rendezvous", 0, tuple(missing()), GIVEN_UP)
+    raise DeadlineExceeded(
+        f"rendezvous of group {group_name!r}",
+        tuple(f"worker-{rank}" for rank in missing()),
+        settings.rendezvous_s,
+        "failure.start_timeout_s",
+    )
+
+
+def wait_for_all(group_name: str, absent: Callable[[], Sequence[int]], settings: Settings) -> None:
+    """Wait until nobody is absent; raises as `wait_for`."""
+    wait_for(lambda: None if absent() else b"", group_name, absent, settings)
+
+
+def exchange_places(
+    group_name: str, rank: int, world: int, settings: Settings
+) -> tuple[Place, ...]:
+    """
+    Tell the others where this rank is; give every rank's place.
+
+    Raises:
+        DeadlineExceeded: somebody did not come in `rendezvous_s`; names the workers.
+        CollectiveError: this rank was told to give up.
+    """
+    if world == 1:
+        return (place_of_this_process(),)
+    word = _word(group_name, rank)
+    mine = json.dumps(asdict(place_of_this_process())).encode()
+    _internal_kv_put(word, mine, overwrite=True)
+    try:
+        if rank == 0:
+            _publish(group_name, world, settings)
+        table = wait_for(
+            lambda: _get(_table(group_name)),
+            group_name,
+            lambda: _absent(group_name, world) or (0,),
+            settings,
+        )
+    except DistplatError:
+        _internal_kv_del(word)
+        raise
+    return tuple(Place(**place) for place in json.loads(table))
+
+
+def delete_places(group_name: str) -> None:
+    """Delete the table; for rank 0, once all have read it."""
+    _internal_kv_del(_table(group_name))
+
+
+def place_of_this_process() -> Place:
+    """Say where this process is, and what works there."""
+    context = ray.get_runtime_context()
+    whole_gpu = context.get_assigned_resources().get("GPU", 0) >= 1
+    nccl = whole_gpu and torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    return Place(context.get_node_id(), nccl, shared_memory_works())
+
+
+def _publish(group_name: str, world: int, settings: Settings) -> None:
+    """Wait for all words, then write them as one table."""
+    wait_for_all(group_name, lambda: _absent(group_name, world), settings)
+    words = [_get(_word(group_name, rank)) or b"" for rank in range(world)]
+    _internal_kv_put(_table(group_name), b"[%s]" % b",".join(words), overwrite=True)
+    for rank in range(world):
+        _internal_kv_del(_word(group_name, rank))
+
+
+def _absent(group_name: str, world: int) -> tuple[int, ...]:
+    """Give the ranks that have not said where they are."""
+    come = set(_internal_kv_list(rendezvous_key(f"{group_name}#place/")))
+    return tuple(rank for rank in range(world) if _word(group_name, rank) not in come)
+
+
+def _get(key: bytes) -> bytes | None:
+    found: bytes | None = _internal_kv_get(key)
+    return found
+
+
+def _word(group_name: str, rank: int) -> bytes:
+    return rendezvous_key(f"{group_name}#place/{rank}")
+
+
+def _table(group_name: str) -> bytes:
+    return rendezvous_key(f"{group_name}#places")

@@ -1,0 +1,1 @@
+"""Collective operations of the ranks of one node, through memory that they share."""

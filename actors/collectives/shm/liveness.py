@@ -1,0 +1,142 @@
+"""Waits for other ranks that end when one of them dies or leaves, and at a deadline."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from distplat.actors.collectives.rendezvous import GIVEN_UP
+from distplat.actors.collectives.shm.segment import GroupSegment
+from distplat.actors.memory.futex import Word, reached
+from distplat.actors.memory.processes import has_ended
+from distplat.platform.errors import CollectiveError
+
+SLICE_S = 0.1
+"""How often who waits checks the others."""
+
+
+class RunningOp:
+    """One operation of this rank, for errors and accounts."""
+
+    __slots__ = ("began", "name", "number", "waited")
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name, self.number = name, number
+        self.began, self.waited = time.perf_counter(), 0.0
+
+
+class LivenessMonitor:
+    """
+    One rank's waits in a group.
+
+    Args:
+        group: its name, for errors.
+        segment: what the ranks share.
+        operation_s: deadline of an operation.
+        abandoned: once set, waits end.
+    """
+
+    def __init__(
+        self, group: str, segment: GroupSegment, operation_s: float, abandoned: threading.Event
+    ) -> None:
+        self._group, self._segment = group, segment
+        self._operation_s, self._abandoned = operation_s, abandoned
+        self._given_up: tuple[str, tuple[int, ...]] | None = None
+        self._processes: dict[int, int] = {}
+
+    def start(self) -> None:
+        """Open the other ranks' processes, to learn of their deaths; all have entered."""
+        for rank in range(self._segment.world):
+            pid = self._segment.pid(rank)
+            if pid != os.getpid():  # in tests, ranks are threads of one process
+                with suppress(PermissionError, AttributeError):  # then only the deadline tells
+                    self._processes[rank] = _open_process(pid)
+
+    def close(self) -> None:
+        """Let go of the processes."""
+        while self._processes:
+            _, descriptor = self._processes.popitem()
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def give_up(self, why: str, missing: tuple[int, ...] = ()) -> None:
+        """Make waits of this rank fail soon, with this cause; from any thread."""
+        self._given_up = self._given_up or (why, missing)
+        self._segment.wake()
+
+    def check(self, op: RunningOp) -> None:
+        """
+        Check whether this rank may go on at all.
+
+        Raises:
+            CollectiveError: it gave up.
+        """
+        if self._given_up is None and self._abandoned.is_set():
+            self._given_up = GIVEN_UP, ()
+        if self._given_up is not None:
+            why, missing = self._given_up
+            raise CollectiveError(self._group, op.name, op.number, missing, why)
+
+    def wait_for(self, word: Word, target: int, peer: int, op: RunningOp) -> None:
+        """
+        Sleep until a rank's word has come to `target`.
+
+        Raises:
+            CollectiveError: the rank died or left, the deadline passed, or this rank gave up.
+        """
+        self._wait(lambda slice_s: word.wait(target, slice_s), lambda: [peer], op)
+
+    def wait_for_all(self, target: int, op: RunningOp) -> None:
+        """
+        Sleep until every rank has made `target` posts.
+
+        Raises:
+            CollectiveError: as `wait_for`; `missing` are all who have made fewer.
+        """
+        words = self._segment.words
+
+        def behind() -> list[int]:
+            return [rank for rank, word in enumerate(words) if not reached(word.value, target)]
+
+        for word in words:
+            self._wait(lambda slice_s, w=word: w.wait(target, slice_s), behind, op)  # type: ignore[misc]
+
+    def _wait(
+        self, wait: Callable[[float], bool], behind: Callable[[], list[int]], op: RunningOp
+    ) -> None:
+        began = time.perf_counter()
+        deadline = op.began + self._operation_s
+        try:
+            while not wait(min(SLICE_S, max(0.0, deadline - time.perf_counter()))):
+                self._check_peers(behind(), op, wait)
+        finally:
+            op.waited += time.perf_counter() - began
+
+    def _check_peers(self, behind: list[int], op: RunningOp, wait: Callable[[float], bool]) -> None:
+        self.check(op)
+        dead = tuple(rank for rank in behind if self._is_dead(rank))
+        left = tuple(rank for rank in behind if self._segment.has_left(rank))
+        late = time.perf_counter() - op.began >= self._operation_s
+        # Who died or left may have posted before: look at the word once more.
+        if not (dead or left or late) or wait(0.0):
+            return
+        cause = f"deadline {self._operation_s:g} s"
+        if dead or left:
+            cause = "its process died" if dead else "it left the group, or failed in it"
+        missing = dead or left or tuple(behind)
+        raise CollectiveError(self._group, op.name, op.number, missing, cause)
+
+    def _is_dead(self, rank: int) -> bool:
+        descriptor = self._processes.get(rank)
+        if descriptor is None:
+            return False
+        return descriptor < 0 or has_ended(descriptor)
+
+
+def _open_process(pid: int) -> int:
+    """Give a descriptor that becomes readable when the process ends; -1: it has ended."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1

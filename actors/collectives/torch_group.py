@@ -1,0 +1,478 @@
+"""
+Groups over torch's process groups, each with a private store: gloo, and NCCL beside gloo.
+
+Ray's own gloo backend makes the first group the process's torch world; later groups repeat its
+ranks, and an operation waits half an hour for a frozen peer. Here an operation ends after the
+group's deadline, and the error names the ranks that are missing (`heartbeat.py`). A group in which
+an operation failed is broken: every later one fails at once.
+(docs/decisions/private_gloo_groups.md)
+
+    start                                                         wait
+      count -> compare headers (the first ones) -> torch begins     torch ends -> account
+                        |                                             |
+                        v differ: MismatchError                       v fails: cut, look, name
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distplat.actors.collectives import compat
+from distplat.actors.collectives.group import Group, summed
+from distplat.actors.collectives.header import (
+    LENGTH,
+    Header,
+    check_headers,
+    check_message,
+    header,
+)
+from distplat.actors.collectives.heartbeat import Heartbeat
+from distplat.actors.collectives.rendezvous import GIVEN_UP, Settings
+from distplat.actors.collectives.torch_store import Store, run_unless_given_up
+from distplat.actors.collectives.work import Work
+from distplat.platform.errors import CollectiveError, MismatchError
+from distplat.platform.topology import Place
+from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.collective import ReduceOp
+
+COMPARED = 20
+"""So many operations of a group are compared between the ranks without `debug`."""
+
+_PAYLOAD, _HEADER, _NOBODY = 0, 1, 2**31 - 1
+"""Tags of messages; nobody sends with the last one."""
+
+Fail = Callable[[Exception], CollectiveError]
+"""Makes the error to raise out of torch's."""
+
+
+def _nothing() -> None:
+    pass
+
+
+class TorchGroup(Group):
+    """
+    One rank of a gloo group.
+
+    Args:
+        name: unique on the cluster.
+        rank: place in the group.
+        world: ranks in the group.
+        settings: deadlines, and how the group is given up.
+        places: not needed: gloo works anywhere.
+
+    Raises:
+        DeadlineExceeded: somebody did not come in `settings.rendezvous_s`.
+        CollectiveError: the group broke while it formed, or this rank was told to give up.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        world: int,
+        settings: Settings,
+        places: tuple[Place, ...] | None = None,
+    ) -> None:
+        super().__init__(name, rank, world, settings)
+        self._begun = 0  #: operations of all ranks
+        self._message_count: dict[tuple[str, int], int] = {}
+        self._failure: tuple[tuple[int, ...], str] | None = None
+        self._aborted = False
+        # Gloo matches operations by their order: a thread must count and begin in one go.
+        self._order, self._looking = threading.RLock(), threading.Lock()
+        self._connections: list[tuple[Any, int, int]] = []
+        self._store = run_unless_given_up(self._form, name, settings)
+        self._heartbeat = Heartbeat(
+            self._store.client, rank, world, lambda: self._begun, self._on_beat
+        )
+
+    @classmethod
+    def works_here(cls) -> bool:
+        """Whether this torch was built with gloo."""
+        return compat.gloo_works()
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
+        """Begin to combine in place; the first ones wait for the others' headers."""
+        sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
+        return self._start(
+            header("all_reduce", [tensor], op),
+            lambda: [self._begin_all_reduce(tensor, op)] if tensor.numel() else [],
+            (sent * tensor.itemsize, received * tensor.itemsize),
+            partial(self._average, tensor, op),
+            overlaps=True,
+        )
+
+    def _begin_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Any:
+        return compat.all_reduce(self._carrier(tensor), tensor, summed(op))
+
+    def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> None:
+        """Combine into the root's tensor; the others' hold parts of sums then."""
+        here = self.rank == root
+        others = tensor.nbytes * (self.world - 1)
+        self._start(
+            header("reduce", [tensor], op, root=root),
+            lambda: [self._begin_reduce(tensor, op, root)] if tensor.numel() else [],
+            (0, others) if here else (tensor.nbytes, 0),
+        ).wait()
+
+    def _begin_reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> Any:
+        return compat.reduce(self._carrier(tensor), tensor, summed(op), root)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Copy the source's tensor to all."""
+        others = tensor.nbytes * (self.world - 1)
+        self._start(
+            header("broadcast", [tensor], root=source),
+            lambda: [self._begin_broadcast(tensor, source)] if tensor.numel() else [],
+            (others, 0) if self.rank == source else (0, tensor.nbytes),
+        ).wait()
+
+    def _begin_broadcast(self, tensor: Tensor, source: int) -> Any:
+        return compat.broadcast(self._carrier(tensor), tensor, source)
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
+        """Copy every rank's tensor to all; sizes may be uneven."""
+        # Gloo takes even sizes only. Sizes that differ by one element are what happens.
+        longest = max(output.numel() for output in outputs)
+        padded = tensor.new_empty(longest)
+        padded[: tensor.numel()] = tensor.reshape(-1)
+        table = tensor.new_empty(self.world, longest)
+
+        def spread() -> None:
+            for row, output in zip(table, outputs, strict=True):
+                output.copy_(row[: output.numel()].view(output.shape))
+
+        self._start(
+            header("all_gather", self._sizes(outputs, tensor)),
+            lambda: [compat.all_gather_even(self._gloo, table.view(-1), padded)] if longest else [],
+            self._gathered(outputs, tensor),
+            spread,
+        ).wait()
+
+    def reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
+    ) -> None:
+        """Combine everybody's r-th input into the output of rank r; sizes may be uneven."""
+        # Gloo's own takes even sizes only and moves as much as an all-reduce. A reduce to each
+        # rank moves half of that; it writes into what it is given, so it is given copies.
+        copies = [part.clone() for part in inputs]
+
+        def begin() -> Sequence[Any]:
+            return [self._begin_reduce(c, op, n) for n, c in enumerate(copies) if c.numel()]
+
+        def keep() -> None:
+            output.copy_(copies[self.rank])
+            self._average(output, op)
+
+        head = header("reduce_scatter", inputs, op)
+        self._start(head, begin, self._scattered(inputs), keep).wait()
+
+    def start_send(self, tensor: Tensor, to: int) -> Work:
+        """Begin to send to one rank; the handle is done when the other has come for it."""
+        number, compare = self._count_message("send", to)
+        fail = partial(self._failed, "send", number=number, partner=to)
+        works = []
+        try:
+            if compare:
+                head = torch.tensor(header("send", [tensor], number=number))
+                works.append(self._gloo.send([head], to, _HEADER))
+            if tensor.numel():
+                works.append(self._carrier(tensor).send([tensor], to, _PAYLOAD))
+        except RuntimeError as error:
+            raise fail(error) from None
+        return self._work(works, fail, (tensor.nbytes, 0))
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        """Receive from one rank."""
+        number, compare = self._count_message("recv", source)
+        fail = partial(self._failed, "recv", number=number, partner=source)
+        works = []
+        try:
+            if compare:
+                self._compare_message(tensor, source, number)
+            if tensor.numel():
+                works.append(self._carrier(tensor).recv([tensor], source, _PAYLOAD))
+        except RuntimeError as error:
+            raise fail(error) from None
+        self._work(works, fail, (0, tensor.nbytes)).wait()
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self._start(header("barrier"), lambda: [self._gloo.barrier()]).wait()
+
+    def _form(self) -> Store:
+        store = Store(self.name, self.rank, self.world, self.settings)
+        self._connections.append(self._connect(store, "all", self.rank, self.world))
+        return store
+
+    def _connect(self, store: Store, purpose: str, place: int, places: int) -> tuple[Any, int, int]:
+        """Connect some of the ranks by gloo; `place`: of this rank among so many."""
+        limit = self.settings.operation_s
+        try:
+            group = compat.gloo_group(store.client, purpose, place, places, limit, store.host)
+        except RuntimeError as error:
+            cause = f"gloo says: {str(error).splitlines()[0]}"
+            raise CollectiveError(self.name, "rendezvous", 0, (), cause) from None
+        return group, place, places
+
+    @property
+    def _gloo(self) -> Any:
+        return self._connections[0][0]
+
+    def _carrier(self, tensor: Tensor) -> Any:
+        """Give the process group that moves such a tensor."""
+        return self._gloo
+
+    def _start(
+        self,
+        head: Header,
+        begin: Callable[[], Sequence[Any]],
+        moved: tuple[int, int] = (0, 0),
+        after: Callable[[], None] = _nothing,
+        *,
+        overlaps: bool = False,
+    ) -> Work:
+        """
+        Begin an operation of all ranks.
+
+        Args:
+            head: what it is.
+            begin: gives torch's works to wait for.
+            moved: bytes that this rank (sends, receives).
+            after: to be done when the works are over.
+            overlaps: the caller may do something else before it waits.
+
+        Raises:
+            CollectiveError: see `Collective`.
+        """
+        with self._order:
+            number = self._enter(head)
+            fail = partial(self._failed, head.name, number=number)
+            try:
+                works = begin()
+            except RuntimeError as error:
+                raise fail(error) from None
+            return self._work(works, fail, moved, after, overlaps=overlaps)
+
+    def _work(
+        self,
+        works: Sequence[Any],
+        fail: Fail,
+        moved: tuple[int, int],
+        after: Callable[[], None] = _nothing,
+        *,
+        overlaps: bool = False,
+    ) -> Work:
+        """Give the handle of torch's works; their time counts until torch is done."""
+        stop = self._meter.begin()
+        if overlaps and works:
+            self._when_done(works[-1], stop)
+
+        def finish() -> None:
+            try:
+                for work in works:
+                    self._wait(work)
+            except RuntimeError as error:
+                raise fail(error) from None
+            stop()
+            self._meter.end(*moved)
+            after()
+
+        return Work(finish)
+
+    def _wait(self, work: Any) -> None:
+        """Return when one of torch's works is over; `RuntimeError` if it failed or is late."""
+        work.wait()
+
+    def _when_done(self, work: Any, callback: Callable[[], None]) -> None:
+        """Have a function called when one of torch's works is over, as far as torch tells."""
+        compat.when_done(work, callback)
+
+    def _enter(self, head: Header) -> int:
+        """Count an operation of all ranks, compare it with theirs if it is time; its number."""
+        with self._order:
+            self._begun += 1
+            number = self._begun
+            self._refuse_if_broken(head.name, number)
+            if self.world > 1 and (self.settings.debug or number <= COMPARED):
+                self._compare(head._replace(number=number))
+            return number
+
+    def _compare(self, head: Header) -> None:
+        table = torch.empty(self.world * LENGTH, dtype=torch.int64)
+        try:
+            with self._meter.waiting():
+                compat.all_gather_even(self._gloo, table, torch.tensor(head)).wait()
+        except RuntimeError as error:
+            raise self._failed(head.name, error, number=head.number) from None
+        headers = [Header(*row) for row in table.view(self.world, LENGTH).tolist()]
+        check_headers(self.name, self.rank, headers)
+
+    def _count_message(self, operation: str, partner: int) -> tuple[int, bool]:
+        number = self._message_count.get((operation, partner), 0) + 1
+        self._message_count[operation, partner] = number
+        self._refuse_if_broken(operation, number)
+        return number, self.settings.debug or number <= COMPARED
+
+    def _compare_message(self, tensor: Tensor, source: int, number: int) -> None:
+        theirs = torch.empty(LENGTH, dtype=torch.int64)
+        with self._meter.waiting():
+            self._gloo.recv([theirs], source, _HEADER).wait()
+        sent, expected = Header(*theirs.tolist()), header("send", [tensor], number=number)
+        try:
+            check_message(self.name, source, self.rank, sent, expected)
+        except MismatchError:
+            self._cut()  # the sender waits for somebody to take its message
+            raise
+
+    def _failed(
+        self, operation: str, error: Exception, *, number: int, partner: int | None = None
+    ) -> CollectiveError:
+        """Find out who is missing, once for all that is under way, and say it."""
+        with self._looking:
+            if self._failure is None:
+                self._cut()  # nobody shall wait for this rank
+                missing = self._heartbeat.missing(number, partner, lambda: self._given_up)
+                why = f"torch says: {str(error).splitlines()[0]}"
+                if isinstance(error, CollectiveError):  # of a group inside this one
+                    why = error.cause
+                cause = f"deadline {self.settings.operation_s:g} s; {why}"
+                self._failure = ((), GIVEN_UP) if self._given_up else (missing, cause)
+        missing, cause = self._failure
+        return CollectiveError(self.name, operation, number, missing, cause)
+
+    @property
+    def _given_up(self) -> bool:
+        """Whether this rank was told that nobody wants the group any more."""
+        return self._aborted or self.settings.abandoned.is_set()
+
+    def _abort(self) -> None:
+        self._aborted = True
+        self._cut()
+
+    def _cut(self) -> None:
+        """
+        Break all connections, so that this rank's operations and those of its peers end.
+
+        `ProcessGroupGloo.abort` leaves them waiting. But gloo breaks all pairs of a context when
+        one operation in it times out, so one that nobody answers is given a millisecond.
+        """
+        for group, place, places in list(self._connections):
+            for peer in (other for other in range(places) if other != place):
+                with suppress(RuntimeError):
+                    nothing = group.recv([torch.empty(1)], peer, _NOBODY)
+                    nothing.wait(timedelta(milliseconds=1))
+
+    def _leave(self) -> None:
+        """Close the connections; what is under way ends."""
+        troubled = bool(self._meter.under_way or self._failure or self._given_up)
+        if troubled:
+            self._cut()
+        self._heartbeat.stop()
+        self._failure = self._failure or ((), "this rank has left the group")
+        self._connections.clear()
+        self._store.close(troubled=troubled)
+
+    def _refuse_if_broken(self, operation: str, number: int) -> None:
+        if self._failure is None and self._given_up:
+            self._failure = ((), GIVEN_UP)
+        if self._failure is not None:
+            missing, cause = self._failure
+            raise CollectiveError(self.name, operation, number, missing, cause)
+
+    def _on_beat(self) -> None:
+        if self._given_up:
+            self._cut()
+
+    def _sizes(self, outputs: Sequence[Tensor], tensor: Tensor) -> list[Tensor]:
+        """Give one tensor per rank whose sizes all ranks must agree on."""
+        return [*outputs[: self.rank], tensor, *outputs[self.rank + 1 :]]
+
+    def _gathered(self, outputs: Sequence[Tensor], tensor: Tensor) -> tuple[int, int]:
+        """Give the bytes that an all-gather (sends, receives)."""
+        received = sum(output.nbytes for output in outputs) - tensor.nbytes
+        return tensor.nbytes * (self.world - 1), received
+
+    def _scattered(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
+        """Give the bytes that a reduce-scatter (sends, receives)."""
+        mine = inputs[self.rank].nbytes
+        return sum(part.nbytes for part in inputs) - mine, mine * (self.world - 1)
+
+
+class NcclGroup(TorchGroup):
+    """
+    One rank of an NCCL group; each has a whole GPU.
+
+    NCCL moves what is on the GPU. Gloo moves the rest, compares headers and finds who is missing.
+    It has not been run: no machine with several GPUs was at hand.
+    """
+
+    _nccl: Any = None
+
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        world: int,
+        settings: Settings,
+        places: tuple[Place, ...] | None = None,
+    ) -> None:
+        super().__init__(name, rank, world, settings, places)
+        limit = settings.operation_s
+        self._nccl = compat.nccl_group(self._store.client, "nccl", rank, world, limit)
+
+    @classmethod
+    def works_here(cls) -> bool:
+        """Whether there is a GPU, and a torch that was built with NCCL."""
+        return compat.nccl_works()
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
+        """Copy every rank's tensor to all; sizes may be uneven."""
+        if not tensor.is_cuda:
+            super().all_gather(outputs, tensor)
+            return
+        head = header("all_gather", self._sizes(outputs, tensor))
+        flat = [output.view(-1) for output in outputs]
+        begin = partial(compat.all_gather, self._nccl, flat, tensor.reshape(-1))
+        self._start(head, lambda: [begin()], self._gathered(outputs, tensor)).wait()
+
+    def reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
+    ) -> None:
+        """Combine everybody's r-th input into the output of rank r; sizes may be uneven."""
+        if not output.is_cuda:
+            super().reduce_scatter(output, inputs, op)
+            return
+        head, flat = header("reduce_scatter", inputs, op), [part.view(-1) for part in inputs]
+        begin = partial(compat.reduce_scatter, self._nccl, output.view(-1), flat, summed(op))
+        after = partial(self._average, output, op)
+        self._start(head, lambda: [begin()], self._scattered(inputs), after).wait()
+
+    def _carrier(self, tensor: Tensor) -> Any:
+        return self._nccl if tensor.is_cuda else self._gloo
+
+    def _wait(self, work: Any) -> None:
+        # With a deadline, wait blocks until the GPU is done; without, it only orders streams.
+        work.wait(timedelta(seconds=self.settings.operation_s))
+        if self._given_up or self._failure is not None:
+            raise RuntimeError("the communicators were aborted")  # the values are not good
+
+    def _when_done(self, work: Any, callback: Callable[[], None]) -> None:
+        """Not told: torch calls back when NCCL's operation is queued, not when it is over."""
+
+    def _cut(self) -> None:
+        super()._cut()
+        if self._nccl is not None:
+            self._nccl.abort()
+
+    def _leave(self) -> None:
+        super()._leave()
+        nccl, self._nccl = self._nccl, None
+        if nccl is not None:  # after `_cut` this ends at once, else with what is under way
+            nccl.shutdown()

@@ -1,1 +1,0 @@
-"""Collective operations of ranks on one node, which exchange through shared memory."""

@@ -1,0 +1,100 @@
+"""An NCCL group between two cards: the contract on the CPU beside it, and tensors on the cards."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+from collective_contract import CHECKS
+
+from distplat.actors.collectives.ray_groups import create_group
+from distplat.actors.collectives.rendezvous import Settings
+from distplat.platform.errors import CollectiveError
+from distplat.strategies.collective import ReduceOp
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
+]
+LATE_S = 5.0
+
+
+class Member:
+    """One rank, with a card of its own."""
+
+    def join(self, name: str, rank: int, operation_s: float) -> str:
+        self.group = create_group(name, "auto", rank, 2, Settings(operation_s, 60.0))
+        return self.group.choice.backend
+
+    def contract(self) -> None:
+        """Hold the contract; these tensors are on the CPU, where gloo moves them."""
+        for check in CHECKS.values():
+            check(self.group)
+
+    def on_the_card(self) -> None:
+        """Call each operation once with tensors on the card, of uneven sizes where it may be."""
+        group, rank = self.group, self.group.rank
+        tensor = torch.full((1000,), rank + 1.0, device="cuda")
+        group.all_reduce(tensor, ReduceOp.AVG)
+        assert tensor.eq(1.5).all()
+        handles = [group.start_all_reduce(t) for t in torch.split(tensor, 300)]
+        for handle in handles:
+            handle.wait()
+        assert tensor.eq(3.0).all()
+        parts = [torch.full((n,), rank + 1.0, device="cuda") for n in (3, 5)]
+        output = torch.zeros_like(parts[rank])
+        group.reduce_scatter(output, parts)
+        assert output.eq(3.0).all()
+        group.all_gather(parts, output)
+        assert all(part.eq(3.0).all() for part in parts)
+        group.broadcast(tensor.fill_(rank), 1)
+        assert tensor.eq(1.0).all()
+        for source in (0, 1):
+            if rank == source:
+                group.send(tensor.fill_(7.0), 1 - rank)
+            else:
+                group.recv(tensor, source)
+        assert tensor.eq(7.0).all()
+
+    def late(self) -> tuple[int, ...]:
+        """Rank 0 waits for rank 1; gives who is missing."""
+        self.group.all_reduce(torch.ones(8, device="cuda"))
+        if self.group.rank == 1:
+            return ()
+        with pytest.raises(CollectiveError) as caught:
+            self.group.all_reduce(torch.ones(8, device="cuda"))
+        return caught.value.missing
+
+    def leave(self) -> None:
+        self.group.close()
+
+
+@pytest.fixture
+def members() -> Iterator[list[Any]]:
+    ray.init(address="local", include_dashboard=False, num_cpus=4, logging_level="warning")
+    kind = ray.remote(Member).options(num_cpus=1, num_gpus=1)
+    yield [kind.remote() for _ in range(2)]
+    ray.shutdown()
+
+
+def everybody(members: list[Any], method: str, *args: object) -> list[Any]:
+    return list(ray.get([getattr(m, method).remote(*args) for m in members], timeout=120))
+
+
+def join(members: list[Any], operation_s: float) -> None:
+    calls = [m.join.remote("cards", rank, operation_s) for rank, m in enumerate(members)]
+    assert ray.get(calls, timeout=120) == ["nccl", "nccl"]
+
+
+def test_operations(members: list[Any]) -> None:
+    join(members, 60.0)
+    everybody(members, "contract")
+    everybody(members, "on_the_card")
+    everybody(members, "leave")
+
+
+def test_a_late_rank_is_named(members: list[Any]) -> None:
+    join(members, LATE_S)
+    assert everybody(members, "late")[0] == (1,)
+    everybody(members, "leave")

@@ -1,0 +1,167 @@
+"""Messages through shared memory: in order, of any length, without waiting where there is room."""
+
+import time
+
+import pytest
+import torch
+from shm_ranks import on_shm_ranks
+
+from distplat.actors.collectives.shm import p2p
+from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.platform.errors import CollectiveError, MismatchError
+
+SOON = 0.4
+
+
+def test_lengths_and_dtypes_may_change_from_message_to_message() -> None:
+    lengths = [3, 0, 70_000, 5, 300_000, 1, 70_001]
+    dtypes = [torch.float32, torch.int64, torch.bfloat16, torch.bool]
+
+    def message(number: int) -> torch.Tensor:
+        return torch.arange(lengths[number]).add(number).to(dtypes[number % len(dtypes)])
+
+    def body(group: ShmGroup) -> None:
+        for number in range(len(lengths)):
+            if group.rank == 0:
+                group.send(message(number), 1)
+            else:
+                arriving = torch.zeros_like(message(number))
+                group.recv(arriving, 0)
+                assert torch.equal(arriving, message(number))
+
+    on_shm_ranks(2, body)
+
+
+def test_a_message_longer_than_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(p2p, "LONGEST_SLOT", 64 * 1024)
+    monkeypatch.setattr(p2p, "PIECE_BYTES", 10_000)
+    long = torch.arange(100_003)  # 13 parts
+
+    def body(group: ShmGroup) -> None:
+        for _ in range(2):
+            if group.rank == 1:
+                group.send(long, 0)
+                group.send(torch.ones(2), 0)
+            else:
+                arriving, after = torch.zeros_like(long), torch.zeros(2)
+                group.recv(arriving, 1)
+                group.recv(after, 1)
+                assert torch.equal(arriving, long) and after.eq(1).all()
+
+    on_shm_ranks(2, body)
+
+
+def test_two_messages_wait_for_nobody_and_the_third_does() -> None:
+    def body(group: ShmGroup) -> None:
+        if group.rank == 0:
+            began = time.monotonic()
+            group.send(torch.full((4,), 0.0), 1)
+            group.send(torch.full((200_000,), 1.0), 1)  # the other slot, grown
+            assert time.monotonic() - began < 0.3
+            group.barrier()
+            group.send(torch.full((4,), 2.0), 1)
+            assert time.monotonic() - began > 0.4
+        else:
+            group.barrier()
+            time.sleep(0.4)
+            for number, length in enumerate([4, 200_000, 4]):
+                arriving = torch.zeros(length)
+                group.recv(arriving, 0)
+                assert arriving.eq(number).all()
+
+    on_shm_ranks(2, body)
+
+
+def test_both_ways_at_once_and_beside_collectives() -> None:
+    def body(group: ShmGroup) -> None:
+        partner = 1 - group.rank
+        for number in range(20):
+            handle = group.start_all_reduce(total := torch.full((10_000,), 1.0))
+            group.send(torch.full((30_000,), float(group.rank + number)), partner)
+            arriving = torch.zeros(30_000)
+            group.recv(arriving, partner)
+            handle.wait()
+            assert arriving.eq(partner + number).all() and total.eq(2).all()
+
+    on_shm_ranks(2, body)
+
+
+def test_a_message_may_be_taken_before_an_operation_that_its_sender_is_in() -> None:
+    """Messages have no place in the order of operations: here that order would stand still."""
+
+    def body(group: ShmGroup) -> None:
+        tensor = torch.ones(3)
+        if group.rank == 0:
+            handle = group.start_all_reduce(tensor)
+            group.send(torch.ones(3), 1)
+            handle.wait()
+        else:
+            group.recv(torch.zeros(3), 0)
+            group.all_reduce(tensor)
+        assert tensor.eq(2).all()
+
+    on_shm_ranks(2, body)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [(torch.zeros(4), "4 float32"), (torch.zeros(3, dtype=torch.int32), "3 int32")],
+)
+def test_a_message_that_is_not_what_is_wanted(wanted: torch.Tensor, text: str) -> None:
+    def body(group: ShmGroup) -> None:
+        if group.rank == 0:
+            group.send(torch.ones(3), 1)
+            group.barrier()
+        else:
+            with pytest.raises(MismatchError) as caught:
+                group.recv(wanted.clone(), 0)
+            assert caught.value.missing == (0,)
+            assert "3 float32" in str(caught.value) and text in str(caught.value)
+            raise caught.value
+
+    with pytest.raises(CollectiveError):
+        on_shm_ranks(2, body)
+
+
+@pytest.mark.parametrize("operation", ["send", "recv"])
+def test_a_rank_that_does_not_answer_is_named(operation: str) -> None:
+    def body(group: ShmGroup) -> None:
+        if group.rank == 0:
+            with pytest.raises(CollectiveError) as caught:
+                for _ in range(3):
+                    getattr(group, operation)(torch.ones(3), 2)
+            assert (caught.value.operation, caught.value.missing) == (operation, (2,))
+
+    on_shm_ranks(3, body, operation_s=SOON)
+
+
+def test_who_leaves_sees_its_last_messages_taken() -> None:
+    """Their memory is the sender's process's; however late they are read."""
+
+    def body(group: ShmGroup) -> None:
+        if group.rank == 0:
+            group.send(torch.full((4,), 3.0), 1)
+            group.send(torch.full((200_000,), 4.0), 1)
+        else:
+            time.sleep(SOON)
+            for number, length in ((3, 4), (4, 200_000)):
+                arriving = torch.zeros(length)
+                group.recv(arriving, 0)
+                assert arriving.eq(number).all()
+        group.close()
+
+    on_shm_ranks(2, body)
+
+
+def test_nobody_stays_for_who_has_left_or_is_late() -> None:
+    def body(group: ShmGroup) -> None:
+        began = time.monotonic()
+        if group.rank == 0:
+            group.send(torch.ones(3), 1)  # which leaves without having read it
+            group.send(torch.ones(3), 2)  # which stays longer than the deadline
+        if group.rank == 2:
+            time.sleep(3 * SOON)
+        group.close()
+        assert group.rank != 0 or time.monotonic() - began < 2 * SOON
+
+    on_shm_ranks(3, body, operation_s=SOON)
