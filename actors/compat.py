@@ -2,7 +2,7 @@
 Everything private of Ray that distplat uses, behind one function each, with the reason.
 
 A release of Ray may change it without a word; tests/unit/test_compat.py fails then, name by name.
-Collective groups (actors/collective, actors/shm) have what is private to them in their own files.
+What collective groups need of torch stands in `actors/collectives/compat.py`.
 """
 
 import logging
@@ -14,7 +14,12 @@ import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray._private.state import available_resources_per_node
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
 from ray.job_config import JobConfig
 
 JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
@@ -26,6 +31,22 @@ LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 def put_first(key: bytes, value: bytes) -> None:
     """Write a key that nobody has written: ranks agree without an actor to ask."""
     _internal_kv_put(key, value, overwrite=False)
+
+
+def put(key: bytes, value: bytes) -> None:
+    """Write a key, whatever it was before: ranks of a group meet by it."""
+    _internal_kv_put(key, value, overwrite=True)
+
+
+def delete(key: bytes) -> None:
+    """Remove a key; one that is not there is no error."""
+    _internal_kv_del(key)
+
+
+def keys(prefix: bytes) -> list[bytes]:
+    """List the keys that begin so."""
+    found: list[bytes] = _internal_kv_list(prefix)
+    return found
 
 
 def get(key: bytes) -> bytes | None:

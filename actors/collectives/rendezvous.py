@@ -18,13 +18,8 @@ from dataclasses import asdict, dataclass, field
 import ray
 import torch
 import torch.distributed
-from ray.experimental.internal_kv import (
-    _internal_kv_del,
-    _internal_kv_get,
-    _internal_kv_list,
-    _internal_kv_put,
-)
 
+from distplat.actors import compat
 from distplat.actors.collectives.shm.segment import shared_memory_works
 from distplat.actors.messages import rendezvous_key
 from distplat.platform.errors import CollectiveError, DeadlineExceeded, DistplatError
@@ -50,12 +45,12 @@ class Settings:
 
 def leave_word(group_name: str, value: bytes) -> None:
     """Leave what the other ranks need to find this group."""
-    _internal_kv_put(rendezvous_key(group_name), value, overwrite=True)
+    compat.put(rendezvous_key(group_name), value)
 
 
 def take_back_word(group_name: str) -> None:
     """Delete what `leave_word` has left; once all have found it."""
-    _internal_kv_del(rendezvous_key(group_name))
+    compat.delete(rendezvous_key(group_name))
 
 
 def find_word(group_name: str, settings: Settings) -> bytes:
@@ -66,7 +61,9 @@ def find_word(group_name: str, settings: Settings) -> bytes:
         DeadlineExceeded: it did not come in `rendezvous_s`.
         CollectiveError: this rank was told to give up.
     """
-    return wait_for(lambda: _get(rendezvous_key(group_name)), group_name, lambda: (0,), settings)
+    return wait_for(
+        lambda: compat.get(rendezvous_key(group_name)), group_name, lambda: (0,), settings
+    )
 
 
 def wait_for(
@@ -117,25 +114,25 @@ def exchange_places(
         return (place_of_this_process(),)
     word = _word(group_name, rank)
     mine = json.dumps(asdict(place_of_this_process())).encode()
-    _internal_kv_put(word, mine, overwrite=True)
+    compat.put(word, mine)
     try:
         if rank == 0:
             _publish(group_name, world, settings)
         table = wait_for(
-            lambda: _get(_table(group_name)),
+            lambda: compat.get(_table(group_name)),
             group_name,
             lambda: _absent(group_name, world) or (0,),
             settings,
         )
     except DistplatError:
-        _internal_kv_del(word)
+        compat.delete(word)
         raise
     return tuple(Place(**place) for place in json.loads(table))
 
 
 def delete_places(group_name: str) -> None:
     """Delete the table; for rank 0, once all have read it."""
-    _internal_kv_del(_table(group_name))
+    compat.delete(_table(group_name))
 
 
 def place_of_this_process() -> Place:
@@ -149,21 +146,16 @@ def place_of_this_process() -> Place:
 def _publish(group_name: str, world: int, settings: Settings) -> None:
     """Wait for all words, then write them as one table."""
     wait_for_all(group_name, lambda: _absent(group_name, world), settings)
-    words = [_get(_word(group_name, rank)) or b"" for rank in range(world)]
-    _internal_kv_put(_table(group_name), b"[%s]" % b",".join(words), overwrite=True)
+    words = [compat.get(_word(group_name, rank)) or b"" for rank in range(world)]
+    compat.put(_table(group_name), b"[%s]" % b",".join(words))
     for rank in range(world):
-        _internal_kv_del(_word(group_name, rank))
+        compat.delete(_word(group_name, rank))
 
 
 def _absent(group_name: str, world: int) -> tuple[int, ...]:
     """Give the ranks that have not said where they are."""
-    come = set(_internal_kv_list(rendezvous_key(f"{group_name}#place/")))
+    come = set(compat.keys(rendezvous_key(f"{group_name}#place/")))
     return tuple(rank for rank in range(world) if _word(group_name, rank) not in come)
-
-
-def _get(key: bytes) -> bytes | None:
-    found: bytes | None = _internal_kv_get(key)
-    return found
 
 
 def _word(group_name: str, rank: int) -> bytes:
