@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.compat import any_hook_for_all_modules
+from distplat.strategies.training.compat import any_hook_for_all_modules
 from distplat.strategies.training.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.training.stages import Layer, one_tensor
 

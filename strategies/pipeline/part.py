@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
-from distplat.strategies.compat import tree_map
 from distplat.strategies.pipeline.around import with_hooks
 from distplat.strategies.pipeline.limits import Named
 from distplat.strategies.pipeline.trial import BeforeSlicing
@@ -25,6 +24,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.tensor.parts import place_of
 from distplat.strategies.tensor.plan import ShardSpec
 from distplat.strategies.training.checkpoint_types import Holding
+from distplat.strategies.training.compat import tree_map
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.meta import materialise
 from distplat.strategies.training.recompute import recomputed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
-from distplat.strategies.compat import tree_leaves, tree_map
+from distplat.strategies.training.compat import tree_leaves, tree_map
 from distplat.strategies.training.stages import Layer, one_tensor
 
 SAMPLES = 2

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from distplat.strategies.compat import COLLATE_RULES, collate_by
+from distplat.strategies.training.compat import COLLATE_RULES, collate_by
 from distplat.strategies.training.device import with_fields
 from distplat.strategies.training.loader_processes import ByValue, all_importable
 

@@ -19,7 +19,7 @@ from distplat.platform.optimizers import Optimizer
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor
-from distplat.strategies.compat import spare_the_compiler
+from distplat.strategies.training.compat import spare_the_compiler
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.segments import (
     dtype_name,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.compat import has_running_statistics
+from distplat.strategies.training.compat import has_running_statistics
 
 
 def recomputed(stage: nn.Module, inputs: Any) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from distplat.strategies.compat import call_compiled, compiled_module
+from distplat.strategies.training.compat import call_compiled, compiled_module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

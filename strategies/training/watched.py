@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distplat.strategies.compat import has_running_statistics
 from distplat.strategies.training.capped_tables import is_capped
+from distplat.strategies.training.compat import has_running_statistics
 from distplat.strategies.training.state_transfer import Slot, cat_bytes, slots_of
 
 Rule = Literal["rank0", "mean", "local", "written"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from distplat.strategies.compat import has_running_statistics
 from distplat.strategies.task import Task
 from distplat.strategies.verification import plan
 from distplat.strategies.verification.plan import Named, Recipe, Schedule, Trained
@@ -125,7 +125,7 @@ def compute(
 @torch.no_grad()
 def settled(ranks: Sequence[Rank], before: Named, sizes: Sequence[int]) -> Named:
     """Join what forwards wrote: the first rank's with samples; means of running statistics."""
-    norms = [n for n, module in ranks[0].model.named_modules() if has_running_statistics(module)]
+    norms = [n for n, module in ranks[0].model.named_modules() if isinstance(module, _NormBase)]
     each = [(rank.named(), size) for rank, size in zip(ranks, sizes, strict=True) if size]
     found = dict(each[0][0])
     for name, old in before.items():
