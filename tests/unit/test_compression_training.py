@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from distplat.platform.progress import StepReport
-from distplat.strategies.reduction import powersgd, topk
+from distplat.strategies import ring_worker
 from distplat.strategies.reduction.compressed import CompressedReducer
 from distplat.strategies.task import Task
 from distplat.strategies.training.control import StepControl
@@ -81,23 +81,23 @@ def test_it_learns_nearly_as_well(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "home", "kind"),
-    [("topk", topk, "TopKReducer"), ("powersgd", powersgd, "PowerSGDReducer")],
+    ("method", "kind"),
+    [("topk", "TopKReducer"), ("powersgd", "PowerSGDReducer")],
     ids=["topk", "powersgd"],
 )
 def test_without_the_residual_it_does_not(
-    method: str, home: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+    method: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the test above shows is owed to error feedback."""
 
-    class Forgetful(getattr(home, kind)):  # type: ignore[misc]
+    class Forgetful(getattr(ring_worker, kind)):  # type: ignore[misc]
         def finish(self, local: StepControl) -> StepControl:
             total: StepControl = super().finish(local)
             assert isinstance(self, CompressedReducer)
             self.residual.zero_()
             return total
 
-    monkeypatch.setattr(home, kind, Forgetful)
+    monkeypatch.setattr(ring_worker, kind, Forgetful)
     loss, accuracy = loss_and_accuracy(run(method))
     plain_loss, plain_accuracy = uncompressed()
     assert loss > 2.5 * plain_loss
