@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from distplat.strategies.training.batches import Loader, Run, make_sampler, micro_batches
 from distplat.strategies.training.loader_processes import LoaderContext, ready_loaders
 
+HERE = Path(__file__).parent
 SCRIPT = """
 import sys
 from multiprocessing import get_context
@@ -95,7 +96,7 @@ if __name__ == "__main__":
 
 def test_a_killed_worker_leaves_no_process_and_no_semaphore(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(path=[str(Path(__file__).parent)]))
+    script.write_text(KILLED.format(path=[str(HERE), str(HERE.parent / "support")]))
     child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     pids = child.stdout.readline().split()
