@@ -1,9 +1,9 @@
 """
 The driver's side of checkpoints: collects the ranks' parts, and writes them in a thread.
 
-    polls ──▶ Collecting ── a version's parts ──▶ the newest two wait ──▶ thread: disk ──▶ Saved
+    polls ──▶ Collecting ── a version's parts ──▶ the newest ones wait ──▶ thread: disk ──▶ Saved
                                                         │
-                                                        `- an older one is skipped
+                                                        `- the oldest is skipped
 
 Training never waits for the disk. A disk that refuses is warned of; `PATIENCE` times in a row end
 the run, for a run that trusts in checkpoints must not go on without.
@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 PATIENCE = 3
 _DRAIN_S = 30.0
 _QUEUE = 2
-"""Complete checkpoints that may wait for the disk, each as large as a model and its optimizer."""
+"""Complete checkpoints that may wait for the disk, however large."""
+_QUEUE_BYTES = 64 * 2**20
+"""Bytes of those that may wait beyond these."""
 _FILES = ("model", "optimizer")
 
 
@@ -54,7 +56,6 @@ class Checkpoints:
         self._collecting = Collecting(world)
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Sequence[Delivery], float]] = deque()
-        self._length = min(_QUEUE, launch.job.checkpoint.num_to_keep)
         self._skipped = 0
         self._writing = False
         self._thread: threading.Thread | None = None
@@ -75,12 +76,17 @@ class Checkpoints:
             return
         with self._changed:
             self._waiting.append((parts, time.monotonic()))
-            if len(self._waiting) > self._length:
+            while self._too_many():
                 self._skip(self._waiting.popleft()[0])
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+
+    def _too_many(self) -> bool:
+        count, most = len(self._waiting), self._job.checkpoint.num_to_keep
+        size = sum(part.nbytes for parts, _ in self._waiting for part in parts)
+        return count > most or (count > _QUEUE and size > _QUEUE_BYTES)
 
     def news(self) -> list[Saved]:
         """

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from distplat.platform.pieces import Bytes, Entry
+from distplat.platform.pieces import ITEM_BYTES, Bytes, Entry
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class Delivery:
     """What the rank knows of data and versions, for `state.json`."""
     skipped: bool = False
     """The rank has no part of this version: there will be no such checkpoint."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part."""
+        entries = [entry for box in self.entries for entry in box]
+        return sum(entry.place.size * ITEM_BYTES[entry.dtype] for entry in entries)
 
 
 Open = Callable[[Any], list[Bytes]]

@@ -1,8 +1,8 @@
 """
 A shard's copies for checkpoints: made at the moment a version is complete, given out later.
 
-    version      119       120                 121   ...   140
-    params       changes   changes | copied    changes     changes | copied, 120's are gone
+    version      119       120                 121   ...   140                ...   160
+    params       changes   changes | copied    changes     changes | copied         120's are gone
                                      |
                                      `- fetched behind the training's back
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from distplat.platform.checkpoints import is_due
 
+_VERSIONS = 2
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -28,7 +30,10 @@ class Kept:
 
 class Keeping:
     """
-    Copies a shard when a checkpoint is due; holds the newest copies only.
+    Copies a shard when a checkpoint is due; holds the copies of the two newest versions.
+
+    Two, for a synchronous rank waits for the copies of one checkpoint to leave when the next is
+    due: by then the shard has been copied again.
 
     Args:
         every: steps between two checkpoints; 0: there are none.
@@ -37,18 +42,16 @@ class Keeping:
 
     def __init__(self, every: int, total_steps: int) -> None:
         self._every, self._total = every, total_steps
-        self._kept: Kept | None = None
+        self._kept: dict[int, Kept] = {}  #: by version, the oldest first
 
     def reached(self, version: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Copy the vectors that `tensors` gives if a checkpoint of this version is due."""
-        newer = self._kept is None or version > self._kept.version
-        if newer and is_due(version, self._every, self._total):
+        if version > max(self._kept, default=-1) and is_due(version, self._every, self._total):
             copies = {name: value.detach().clone() for name, value in tensors().items()}
-            self._kept = Kept(version, copies)
+            self._kept[version] = Kept(version, copies)
+            while len(self._kept) > _VERSIONS:
+                del self._kept[min(self._kept)]
 
     def give(self, version: int) -> Kept | None:
         """Give the copies of a version, and forget them; None: they are not here."""
-        if self._kept is None or self._kept.version != version:
-            return None
-        kept, self._kept = self._kept, None
-        return kept
+        return self._kept.pop(version, None)

@@ -4,6 +4,7 @@ import errno
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,31 @@ def test_what_the_disk_cannot_keep_up_with_is_skipped(
     assert told[-2:] == [6, 7]
     assert len(told) <= 3
     assert caplog.text.count("checkpoints come faster than they are written") == 1
+
+
+@pytest.mark.parametrize(("room", "skipped"), [(64 * 2**20, []), (0, [2, 3, 4, 5])])
+def test_small_checkpoints_wait_for_a_slow_disk(
+    room: int, skipped: list[int], launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distplat.actors.checkpointing._QUEUE_BYTES", room)
+    keep = launch.job.checkpoint.model_copy(update={"num_to_keep": 9})
+    launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
+    gate, begun = threading.Event(), threading.Event()
+
+    def slowly(box: Any) -> Any:
+        begun.set()
+        assert gate.wait(10)
+        return box
+
+    checkpoints = Checkpoints(launch, 2, slowly)
+    for version in range(1, 8):
+        for rank in range(2):
+            checkpoints.take(delivery(rank, version))
+        assert begun.wait(10)  # the first one is being written, and does not wait
+    gate.set()
+    checkpoints.drain()
+    written = [saved.step for saved in checkpoints.news()]
+    assert written == [step for step in range(1, 8) if step not in skipped]
 
 
 class Slow:
