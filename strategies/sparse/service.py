@@ -22,7 +22,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import DeadlineExceeded, FencedError, ProtocolError, StaleError
 from distplat.platform.learning_rate import factor
 from distplat.platform.ledger import PushId, Verdict
@@ -34,6 +33,7 @@ from distplat.strategies.sparse.routing import server_of
 from distplat.strategies.sparse.rules import make_rule
 from distplat.strategies.sparse.saved import copies_of, fill
 from distplat.strategies.sparse.table import RowGradients, Table
+from distplat.strategies.training.keeping import Keeping
 
 _CREATED_AT_ONCE = 1 << 16
 
@@ -56,7 +56,7 @@ class TableService:
         self._staged: dict[int, Sequence[RowGradients]] = {}
         self._skipped = False  #: whether some rank has the step under way left out
         self._pulls: dict[int, int] = {}  #: rank -> number of its last pull
-        self._kept: tuple[int, Bundle] | None = None  #: steps of the newest copies
+        self._keeping = Keeping[Bundle](0, 0)
 
     def open(
         self, plan: TablePlan, saved_at: int = 0, saved: Iterable[Mapping[str, Whole]] = ()
@@ -81,6 +81,7 @@ class TableService:
             if self._plan is None or self._book is None:
                 self._tables = self._make_tables(plan, list(saved))
                 self._plan, self._book = plan, TableBook(self._name, plan, saved_at)
+                self._keeping = Keeping(plan.checkpoint_every, plan.total_steps)
             elif plan.attempt < self._book.attempt:
                 raise FencedError(f"attempt {plan.attempt} refused: {self._book.attempt} began")
             elif plan.tables != self._plan.tables:
@@ -187,10 +188,7 @@ class TableService:
         """
         with self._changed:
             self._changed.wait_for(lambda: self.steps >= version, limit_s)
-            if self._kept is None or self._kept[0] != version:
-                return self.steps, None
-            (_, bundle), self._kept = self._kept, None
-            return self.steps, bundle
+            return self.steps, self._keeping.give(version)
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
         """See `PartSource`."""
@@ -215,12 +213,8 @@ class TableService:
 
     def _keep(self, before: int, now: int) -> None:
         """Copy the tables, if a checkpoint is due of a step that was just made."""
-        assert self._plan is not None, "nobody pushes before `open`"
-        every, total = self._plan.checkpoint_every, self._plan.total_steps
         for version in range(before + 1, now + 1):  # several, where the slowest rank was late
-            newer = self._kept is None or version > self._kept[0]
-            if newer and is_due(version, every, total):
-                self._kept = version, copies_of(self._tables, self._index)
+            self._keeping.reached(version, lambda: copies_of(self._tables, self._index))
         self._changed.notify_all()
 
     def _check_shapes(self, gradients: Sequence[RowGradients]) -> None:

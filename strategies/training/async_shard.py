@@ -62,7 +62,7 @@ class AsyncShard:
         self.log = ApplyLog()
         self.pulled = [0] * plan.world  #: by rank: version that it computes on
         self.staleness = [0] * plan.world  #: by rank: of its last gradient
-        self._keeping = Keeping(plan.checkpoint_every, plan.total_steps)
+        self._keeping = Keeping[Kept](plan.checkpoint_every, plan.total_steps)
         self._kept_up_to = 0  #: steps that `_keeping` was told of
         kept = plan.world if self._lambda else 0
         self._values = [torch.zeros_like(params) for _ in range(kept)]  #: by rank: what it pulled
@@ -209,5 +209,8 @@ class AsyncShard:
         rate = rate_of(self._plan.job, place, self._plan.total_steps)
         self.optimizer.step(rate * scale, from_flags(flags))
         for steps in range(self._kept_up_to + 1, self.steps + 1):  # more than one, after a wait
-            self._keeping.reached(steps, lambda: {"": self.params, **self.optimizer.state()})
+            self._keeping.reached(steps, self._copy)
         self._kept_up_to = self.steps
+
+    def _copy(self) -> Kept:
+        return Kept.of(self.params, self.optimizer.state())

@@ -73,7 +73,7 @@ class ParameterShard:
         apart = plan.shards > 1 or plan.job.embeddings is not None
         self._before: Tensor | None = params.clone() if apart else None
         self._before_version: int | None = None  #: version of `_before`
-        self._keeping = Keeping(plan.checkpoint_every, plan.total_steps)
+        self._keeping = Keeping[Kept](plan.checkpoint_every, plan.total_steps)
 
     @property
     def version(self) -> int:
@@ -187,7 +187,10 @@ class ParameterShard:
         """Make the update, and copy what a checkpoint of the version after it will want."""
         plan = self._plan
         self.optimizer.step(rate_of(plan.job, step, plan.total_steps), from_flags(present))
-        self._keeping.reached(step + 1, lambda: {"": self.params, **self.optimizer.state()})
+        self._keeping.reached(step + 1, self._copy)
+
+    def _copy(self) -> Kept:
+        return Kept.of(self.params, self.optimizer.state())
 
     def _typed(self, vector: Tensor) -> list[Tensor]:
         return typed_views(vector, self._segments)

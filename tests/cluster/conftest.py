@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_list
 
 GONE_WITHIN_S = 10.0
+MARK = "TESTED_BY"
+"""Variable of the environment that all processes of a module's runs have: `<pid>:<module>`."""
+
+# A job in the background ignores SIGINT, and so would all that it starts: no test could send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Actors import the helpers beside the tests; a raylet hands its environment on to them.
 _HERE = Path(__file__).parent
@@ -33,15 +39,21 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def mark(request: pytest.FixtureRequest) -> None:
+    """Have all processes that this module's tests start say whose they are."""
+    os.environ[MARK] = f"{os.getpid()}:{request.module.__name__}"
+
+
 def ours() -> list[psutil.Process]:
-    """This process, those that come from it, and later ones that lost their parent: orphans."""
-    me = psutil.Process()
+    """This process, those that come from it, and orphans that this module's tests have started."""
+    me, mark = psutil.Process(), os.environ.get(MARK)
     mine = [me, *me.children(recursive=True)]
     for process in psutil.process_iter():
         try:
-            if process.ppid() == 1 and process.create_time() >= me.create_time():
+            if process.ppid() == 1 and process.environ().get(MARK) == mark is not None:
                 mine += [process, *process.children(recursive=True)]
-        except psutil.Error:  # it has ended meanwhile
+        except psutil.Error:  # it has ended meanwhile, or is somebody else's
             continue
     return mine
 

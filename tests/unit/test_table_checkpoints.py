@@ -171,11 +171,12 @@ def test_copies_are_of_their_step_and_given_once() -> None:
     assert server.kept(4, 0.0) == (5, None)
 
 
-def test_newer_copies_take_the_place_of_older_ones() -> None:
-    server = service(plan(2), 4)
-    assert server.kept(2, 0.0) == (4, None)
+def test_newer_copies_take_the_place_of_those_before_the_last() -> None:
+    server = service(plan(2), 6)
+    assert server.kept(2, 0.0) == (6, None)
     assert server.kept(4, 0.0)[1] is not None
-    assert server.kept(6, 0.01) == (4, None)
+    assert server.kept(6, 0.0)[1] is not None
+    assert server.kept(8, 0.01) == (6, None)
 
 
 def test_copies_of_asynchronous_tables_wait_for_the_slowest_rank() -> None:
