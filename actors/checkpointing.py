@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from distplat.actors.ensemble import Launch
+from distplat.actors.actor_group import Launch
+from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery, Open
 from distplat.platform.checkpoints import FOLDER, Catalogue, Stored, read
-from distplat.platform.collecting import Collecting, Delivery, Open
 from distplat.platform.errors import StorageError
 from distplat.platform.pieces import by_file, put_together
 from distplat.platform.progress import Saved
@@ -53,7 +53,7 @@ class Checkpoints:
         self._launch, self._open = launch, open_box
         self._job = launch.job
         self._catalogue = Catalogue(launch.folder / FOLDER)
-        self._collecting = Collecting(world)
+        self._collecting = CheckpointAssembly(world)
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Sequence[Delivery], float]] = deque()
         self._skipped = 0

@@ -10,7 +10,7 @@ from distplat.actors.messages import WorkOrder
 from distplat.actors.transport import Transport
 from distplat.platform.progress import StepReport
 from distplat.strategies.strategy import GroupSpec
-from distplat.strategies.training.gate import Gate
+from distplat.strategies.training.pause import PauseGate
 from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.session import Ports
 
@@ -33,7 +33,7 @@ class Connection:
         gate: what the worker passes before each step of it.
     """
 
-    def __init__(self, transport: Transport, attempt: int, gate: Gate) -> None:
+    def __init__(self, transport: Transport, attempt: int, gate: PauseGate) -> None:
         self._transport, self.attempt, self.gate = transport, attempt, gate
         self._abandoned = threading.Event()
         self._group: Group | None = None

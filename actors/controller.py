@@ -13,14 +13,13 @@ from typing import Any
 
 import ray
 
+from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
-from distplat.actors.ensemble import Ensemble
 from distplat.actors.messages import News
 from distplat.actors.resizing import Resizer
 from distplat.actors.scaling import Scaling
-from distplat.actors.servers.recruiting import Wanted
 from distplat.actors.servers.scheduler import Wish
-from distplat.platform.calling_off import Stop, how_to_stop
+from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 from distplat.platform.job import JobState, Phase
 from distplat.platform.job_events import (
@@ -34,6 +33,7 @@ from distplat.platform.job_events import (
     Unanswered,
 )
 from distplat.platform.progress import Gathering, Recovery, Resized, Setback, Summary
+from distplat.platform.quiesce import Stop, how_to_stop
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
 from distplat.platform.tensor_file import decode, encode
@@ -52,7 +52,7 @@ class Controller:
     Watches one run from start to end.
 
     Args:
-        ensemble: its actors, which have their orders.
+        actor_group: its actors, which have their orders.
         limits: the job's deadlines.
         policy: what is done about failures.
         check: called once per tick; raises to end the run, for example on Ctrl-C.
@@ -61,20 +61,22 @@ class Controller:
 
     def __init__(
         self,
-        ensemble: Ensemble,
+        actor_group: ActorGroup,
         limits: Failure,
         policy: Policy,
         check: Callable[[], None],
         checkpoints: Checkpoints,
     ) -> None:
-        self._ensemble, self._limits, self._check = ensemble, limits, check
-        self._actors = ensemble.roles
+        self._actor_group, self._limits, self._check = actor_group, limits, check
+        self._actors = actor_group.roles
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
-        self._gathering = Gathering(ensemble.world, checkpoints.step if ensemble.dealt else None)
-        self._scaling = Scaling(ensemble) if ensemble.dealt else None
-        self._resizer = Resizer(ensemble)  # where tasks are not leased
-        self._state = JobState(ensemble.world, limits, time.monotonic(), policy)
+        self._gathering = Gathering(
+            actor_group.world, checkpoints.step if actor_group.dealt else None
+        )
+        self._scaling = Scaling(actor_group) if actor_group.dealt else None
+        self._resizer = Resizer(actor_group)  # where tasks are not leased
+        self._state = JobState(actor_group.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
         self._called_off = -1, Stop.ABANDON  #: the last attempt that was to end, and how
         self._halted_at: float | None = None  #: when the first worker stopped for a resize
@@ -140,13 +142,13 @@ class Controller:
             return
         self._called_off = state.attempt, how
         if how is Stop.REST:
-            self._ensemble.rest(state.attempt)
+            self._actor_group.rest(state.attempt)
         elif how is Stop.REST_AT and state.agreed is not None:
-            self._ensemble.rest_at(state.attempt, state.agreed)
+            self._actor_group.rest_at(state.attempt, state.agreed)
         else:
             self._failed_at = self._failed_at or now
             if state.may_go_on:
-                self._ensemble.abandon(state.attempt)
+                self._actor_group.abandon(state.attempt)
 
     def _scale(self) -> None:
         """Have workers join or leave; a run that is in trouble has that mended first."""
@@ -158,7 +160,7 @@ class Controller:
                 self._state.handle(Resize(wanted), time.monotonic())
             return
         for rank in self._scaling.carry_out(self._checkpoints.step):
-            self._actors[f"worker-{rank}"] = self._ensemble.workers[rank]
+            self._actors[f"worker-{rank}"] = self._actor_group.workers[rank]
             self._state.handle(Joined(rank), time.monotonic())
 
     def _go_on(self, restart: Restart) -> None:
@@ -176,13 +178,13 @@ class Controller:
             self._check()
             time.sleep(_TICK_S)
         before = set(self._actors)
-        self._ensemble.carry_out(restart, saved, self._checkpoints.step)
-        self._actors = self._ensemble.roles
+        self._actor_group.carry_out(restart, saved, self._checkpoints.step)
+        self._actors = self._actor_group.roles
         renewed = set(self._actors) if restart.everything else set(replaced)
         renewed |= before ^ set(self._actors)
         self._up -= renewed
         self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
-        self._checkpoints.begin(restart.attempt, self._ensemble.job)
+        self._checkpoints.begin(restart.attempt, self._actor_group.job)
         self._renumber(restart, step)
         self._state.restarted(time.monotonic(), step)
 
@@ -194,7 +196,7 @@ class Controller:
             (self._scaling or self._resizer).tell_again()
         if self._scaling is not None:
             return
-        world, before = self._ensemble.world, self._resizer.world
+        world, before = self._actor_group.world, self._resizer.world
         if restart.world is not None:
             self._resizer.resized()
             self._holders = ()
@@ -244,8 +246,8 @@ class Controller:
             return [Failed(role, answer)]
         if isinstance(answer, Wish):
             (self._scaling or self._resizer).hear(answer)
-        if isinstance(answer, Wanted):
-            self._ensemble.recruit(answer)
+        if isinstance(answer, ServerRequest):
+            self._actor_group.recruit(answer)
         return self._news(role, answer) if isinstance(answer, News) else []
 
     def _news(self, role: str, news: News) -> list[Event]:
@@ -269,7 +271,7 @@ class Controller:
 
     def _result(self) -> bytes:
         """Fetch the model; where it is cut, each part, and put them together by name."""
-        everybody = tuple(range(self._ensemble.world))
+        everybody = tuple(range(self._actor_group.world))
         parts = [self._part_of(ranks) for ranks in self._holders or (everybody,)]
         if len(parts) == 1:
             return parts[0]
@@ -279,7 +281,7 @@ class Controller:
         """Ask the first rank that has a part; where it was lost at the last moment, the next."""
         lost: DistplatError | None = None
         for rank in holders:
-            worker = self._ensemble.workers.get(rank)
+            worker = self._actor_group.workers.get(rank)
             if worker is None:
                 continue  # it has left
             try:

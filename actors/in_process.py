@@ -9,9 +9,9 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 
+from distplat.actors.actor_group import Launch
+from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import Checkpoints
-from distplat.actors.courier import Courier
-from distplat.actors.ensemble import Launch
 from distplat.actors.launch import Keep
 from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
@@ -28,9 +28,9 @@ from distplat.platform.tensor_file import decode
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checks import remark_on_size
 from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Around, Ports, join, make_task, prepare
 from distplat.strategies.worker import make_worker_strategy
 
@@ -85,7 +85,7 @@ def _train(
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     checkpoints = Checkpoints(launch, 1, opened)
     copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
-    courier = Courier(0, 0, copied, checkpoints.take, _LEAVE_S)
+    uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
@@ -100,10 +100,10 @@ def _train(
             tables=tables.tables(0, saved=saved) if job.embeddings is not None else None,
             leases=leases,
         )
-        around = Around(saved, take=courier.take)
+        around = Around(saved, take=uploader.take)
         told = report if leases is None else partial(_count, leases, report)
         join(prepared, strategy, 0, ports, report=told, progress=progress, around=around).run()
-        courier.flush()
+        uploader.flush()
         model = saved_model(strategy.trained(prepared.flat))
     checkpoints.drain()
     for written in checkpoints.news():

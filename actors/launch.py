@@ -22,10 +22,10 @@ import numpy as np
 import ray
 
 from distplat.actors import compat, hash_seed
+from distplat.actors.actor_group import ActorGroup, Launch
 from distplat.actors.asking import ask
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
-from distplat.actors.ensemble import Ensemble, Launch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.stopping import Stopping
@@ -81,18 +81,20 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
         # Where tasks are leased rank 0 alone gives parts: the others may come and go.
         parts = 1 if launch.roles.consistency.dealt else launch.job.scaling.world
         checkpoints = Checkpoints(launch, parts, _open_box)
-        ensemble = Ensemble(launch, checkpoints.newest())
+        actor_group = ActorGroup(launch, checkpoints.newest())
         try:
-            controller = Controller(ensemble, launch.job.failure, launch.policy, check, checkpoints)
+            controller = Controller(
+                actor_group, launch.job.failure, launch.policy, check, checkpoints
+            )
             model = controller.run(tell)
             if launch.roles.consistency.asynchronous and controller.base == 0:
-                _keep_log(launch, ensemble, keep)
+                _keep_log(launch, actor_group, keep)
             if launch.job.embeddings is not None and launch.job.checkpoint.save_final:
-                keep_tables(sources_of(ensemble, launch.job), launch.job.seed, keep)
+                keep_tables(sources_of(actor_group, launch.job), launch.job.seed, keep)
             return model
         finally:
             checkpoints.drain()  # what is complete is worth keeping, however the run ends
-            ensemble.end()
+            actor_group.end()
             # Ranks take their words back themselves, unless they were killed.
             compat.delete_all(rendezvous_key(launch.run))
 
@@ -135,9 +137,9 @@ def _open_box(box: list[Any]) -> list[Bytes]:
     return arrays
 
 
-def _keep_log(launch: Launch, ensemble: Ensemble, keep: Keep) -> None:
+def _keep_log(launch: Launch, actor_group: ActorGroup, keep: Keep) -> None:
     """Fetch the shards' logs; a run that has its model does not fail for want of them."""
-    manager = ensemble.roles["server-manager"]
+    manager = actor_group.roles["server-manager"]
     limit, setting = launch.job.failure.step_timeout_s, "step_timeout_s"
     calls = [manager.logs.remote]
     try:

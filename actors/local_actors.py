@@ -35,7 +35,7 @@ from distplat.platform.shard_map import Shard
 from distplat.platform.spec import Job
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.strategy import Roles
-from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.service import Service
 
 HERE = "node-0"

@@ -6,7 +6,7 @@ More or fewer workers where all of them make every step together: `distplat scal
     controller                                     Resize ┘ next attempt's orders ┘
 
 What is to be done is decided in `platform/resizing.py` and `platform/job.py`; who leaves, and the
-orders, are the ensemble's. A newcomer that is lost before it is ready disturbs nobody.
+orders, are the actor group's. A newcomer that is lost before it is ready disturbs nobody.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from distplat.actors.ensemble import Ensemble
+from distplat.actors.actor_group import ActorGroup
 from distplat.actors.servers.scheduler import Wish
 from distplat.actors.spawn import lacks
 from distplat.platform.errors import UserCodeError
@@ -35,12 +35,12 @@ class Resizer:
     Carries out wishes for another number of workers, one after the other.
 
     Args:
-        ensemble: the run's actors.
+        actor_group: the run's actors.
     """
 
-    def __init__(self, ensemble: Ensemble) -> None:
-        self._ensemble = ensemble
-        self._brain = Resizing(ensemble.world)
+    def __init__(self, actor_group: ActorGroup) -> None:
+        self._actors = actor_group
+        self._brain = Resizing(actor_group.world)
         self._heard: Wish | None = None
         self._number = 0  #: of the wish that is being carried out
         self._calls: dict[int, tuple[Any, float]] = {}  #: newcomer -> when it is ready, deadline
@@ -57,7 +57,7 @@ class Resizer:
 
     def begin_anew(self) -> None:
         """All actors were made anew; of a wish that is left the new scheduler knows nothing."""
-        self._brain.begin_anew(self._ensemble.world)
+        self._brain.begin_anew(self._actors.world)
         self._calls.clear()
         self.tell_again()
 
@@ -66,8 +66,8 @@ class Resizer:
         self._heard, self._number = None, 0
 
     def resized(self) -> None:
-        """The run goes on with as many workers as the ensemble has now."""
-        self._brain.resized(self._ensemble.world)
+        """The run goes on with as many workers as the actor group has now."""
+        self._brain.resized(self._actors.world)
         self._calls = {rank: c for rank, c in self._calls.items() if rank in self._brain.newcomers}
 
     def look(self, base: int) -> int | None:
@@ -87,8 +87,8 @@ class Resizer:
         for rank in brain.to_drop:
             self._drop(rank)
         for rank in brain.to_make:
-            limit = self._ensemble.job.failure.start_timeout_s
-            self._calls[rank] = self._ensemble.enlist(rank, base), time.monotonic() + limit
+            limit = self._actors.job.failure.start_timeout_s
+            self._calls[rank] = self._actors.enlist(rank, base), time.monotonic() + limit
             brain.made(rank)
         for rank in list(self._calls):
             if rank in self._calls:  # else it was let go with one that was lost
@@ -100,18 +100,18 @@ class Resizer:
     def _take(self, wish: Wish) -> None:
         self._number = wish.number
         more = wish.workers - self._brain.world - len(self._brain.newcomers)
-        refused = _refusal(self._ensemble, wish.workers, more)
+        refused = _refusal(self._actors, wish.workers, more)
         if refused:
-            self._ensemble.scheduler.answer.remote(wish.number, refused)
+            self._actors.scheduler.answer.remote(wish.number, refused)
             return
-        self._ensemble.scheduler.heard.remote(wish.number)
+        self._actors.scheduler.heard.remote(wish.number)
         self._brain.wish(wish.workers)
 
     def _look_after(self, rank: int) -> None:
         call, until = self._calls[rank]
         if not ray.wait([call], timeout=0)[0]:
             if time.monotonic() > until:
-                limit = self._ensemble.job.failure.start_timeout_s
+                limit = self._actors.job.failure.start_timeout_s
                 self._give_up(rank, f"it was not ready within {limit:g} s")
             return
         del self._calls[rank]
@@ -135,17 +135,17 @@ class Resizer:
 
     def _answer(self, refused: str) -> None:
         self._brain.give_up()
-        self._ensemble.scheduler.answer.remote(self._number, refused)
+        self._actors.scheduler.answer.remote(self._number, refused)
 
     def _drop(self, rank: int) -> None:
         self._calls.pop(rank, None)
         self._brain.dropped(rank)
-        self._ensemble.let_go(rank)
+        self._actors.let_go(rank)
 
 
-def _refusal(ensemble: Ensemble, workers: int, more: int) -> str:
+def _refusal(actor_group: ActorGroup, workers: int, more: int) -> str:
     """Say why there cannot be so many workers; empty: there can."""
-    job = ensemble.job.with_workers(workers)
+    job = actor_group.job.with_workers(workers)
     for problem in [*job.problems(), *strategy_problems(job)]:
         return f"{problem.field}: {problem.message}"
     return lacks(job, more) if more > 0 else ""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 
-from distplat.actors.ensemble import Ensemble
+from distplat.actors.actor_group import ActorGroup
 from distplat.actors.servers.scheduler import Wish
 from distplat.actors.spawn import lacks
 
@@ -25,11 +25,11 @@ class Scaling:
     The workers of one run, as many as were wished for.
 
     Args:
-        ensemble: its actors.
+        actor_group: its actors.
     """
 
-    def __init__(self, ensemble: Ensemble) -> None:
-        self._ensemble = ensemble
+    def __init__(self, actor_group: ActorGroup) -> None:
+        self._actors = actor_group
         self._wish: Wish | None = None
         self._leaving: set[int] = set()
 
@@ -45,7 +45,7 @@ class Scaling:
     def tell_again(self) -> None:
         """The task scheduler is another one: it does not know who is leaving."""
         self._wish = None
-        self._ensemble.scheduler.dismiss.remote(tuple(self._leaving))
+        self._actors.scheduler.dismiss.remote(tuple(self._leaving))
 
     def carry_out(self, base: int) -> list[int]:
         """
@@ -60,23 +60,23 @@ class Scaling:
         wish, self._wish = self._wish, None
         if wish is None:
             return []
-        stay = sorted(set(self._ensemble.workers) - self._leaving)
+        stay = sorted(set(self._actors.workers) - self._leaving)
         more = wish.workers - len(stay)
-        refused = lacks(self._ensemble.job, more) if more > 0 else ""
+        refused = lacks(self._actors.job, more) if more > 0 else ""
         joined: list[int] = []
         if more > 0 and not refused:
-            joined = self._ensemble.grow(more, base)
+            joined = self._actors.grow(more, base)
             logger.info("workers join: %s", joined)
         elif more < 0:
             leave = tuple(stay[more:])
             self._leaving.update(leave)
-            self._ensemble.scheduler.dismiss.remote(leave)
+            self._actors.scheduler.dismiss.remote(leave)
             logger.info("workers leave: %s", leave)
-        self._ensemble.scheduler.answer.remote(wish.number, refused)
+        self._actors.scheduler.answer.remote(wish.number, refused)
         return joined
 
     def left(self, rank: int) -> None:
         """End a worker that has finished what it had."""
         self._leaving.discard(rank)
-        self._ensemble.part_with(rank)
-        self._ensemble.scheduler.gone.remote(rank)
+        self._actors.part_with(rank)
+        self._actors.scheduler.gone.remote(rank)

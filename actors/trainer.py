@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from distplat.actors.ensemble import Launch
+from distplat.actors.actor_group import Launch
 from distplat.actors.launch import Keep, train_on_ray
 from distplat.actors.task_check import check_class
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError

@@ -19,8 +19,8 @@ import ray
 import torch
 from safetensors.torch import save
 
+from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.connection import Connection
-from distplat.actors.courier import Courier
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.ray_transport import RayTransport
@@ -28,17 +28,17 @@ from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
-from distplat.platform.collecting import Delivery
+from distplat.platform.checkpoint_assembly import Delivery
 from distplat.platform.errors import Abandoned, DistplatError
 from distplat.platform.pieces import Bundle, Bytes
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.strategies.task import Task
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checks import remark_on_size
-from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.parts import model_part
+from distplat.strategies.training.pause import PauseGate
 from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import (
     Around,
     describe,
@@ -58,7 +58,7 @@ class Standing:
     """How things stand with an attempt; replaced as a whole, for other threads read it."""
 
     attempt: int
-    gate: Gate
+    gate: PauseGate
     """What it passes before each step."""
     progress: Progress = field(default_factory=Progress)
     model: bytes | None = None
@@ -82,7 +82,7 @@ class Session:
         deliver: Callable[[Delivery], None],
     ) -> None:
         self._report, self._deliver = report, deliver
-        self.standing = Standing(-1, Gate(0.0))
+        self.standing = Standing(-1, PauseGate(0.0))
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
         self._connection = Connection(RayTransport(), -1, self.standing.gate)
@@ -125,7 +125,7 @@ class Session:
             order: what to do; its attempt's number is higher than that of the one before.
             called_off: whether the attempt was abandoned before it began.
         """
-        gate = Gate(order.job.failure.step_timeout_s)
+        gate = PauseGate(order.job.failure.step_timeout_s)
         self._connection = Connection(RayTransport(), order.attempt, gate)
         self.standing = Standing(order.attempt, gate)
         if called_off:
@@ -172,7 +172,7 @@ class Session:
         prepared, strategy = self._prepare(order)
         limit_s = order.job.failure.step_timeout_s
         gate = self._connection.gate
-        courier = Courier(order.rank, order.attempt, _put, self._deliver, limit_s)
+        uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
 
         def report(part: AnyReport) -> None:
             self._report(part)
@@ -188,17 +188,17 @@ class Session:
                 self._connection.ports(order, prepared),
                 report=report,
                 progress=progress,
-                around=Around(_saved(order), order.base, courier.take),
+                around=Around(_saved(order), order.base, uploader.take),
                 pause=gate.before,
             )
             gate.start(loop.start)
             self._say_what(order, prepared, loop.start)
             loop.run()
-            courier.flush()
+            uploader.flush()
             return saved_model(strategy.trained(prepared.flat))
         except Abandoned:
             if gate.rested:
-                courier.flush()  # a checkpoint on its way is whole, and this attempt's
+                uploader.flush()  # a checkpoint on its way is whole, and this attempt's
             raise
         finally:
             self._connection.close()

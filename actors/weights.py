@@ -163,7 +163,9 @@ class Weights:
         return Snapshot(self.run, reply.version, load(reply.model))
 
     def _together(self, version: int, parts: list[Bundle]) -> Snapshot:
-        from distplat.strategies.training.restoring import tensor_of  # torch: see `_snapshot`
+        from distplat.strategies.training.checkpoint_reader import (
+            tensor_of,  # torch: see `_snapshot`
+        )
 
         model = by_file(put_together(parts))["model"]
         state = {

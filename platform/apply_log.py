@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from distplat.platform.errors import StorageError
-from distplat.platform.spans import Spans
+from distplat.platform.interval_set import IntervalSet
 
 FILE_NAME = "apply_log.safetensors"
 _WIDTH = 3
@@ -86,7 +86,7 @@ def flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
         parts: tasks of a step.
         steps: of the run.
     """
-    done, since = Spans(), dict[int, int]()
+    done, since = IntervalSet(), dict[int, int]()
     for place, (rank, task, pulled) in enumerate(log):
         if rank < 0 or not 0 <= task < parts * steps:
             return [f"update {place} is task {task} of rank {rank}: the run has {parts * steps}"]

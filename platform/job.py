@@ -24,9 +24,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
 
-from distplat.platform.blame import repairable, weight
-from distplat.platform.calling_off import Agreement
 from distplat.platform.deadlines import STALL_GRACE, Beats, frozen, rank_of
+from distplat.platform.error_priority import repairable, weight
 from distplat.platform.errors import (
     Abandoned,
     ActorLost,
@@ -46,6 +45,7 @@ from distplat.platform.job_events import (
     Tick,
     Unanswered,
 )
+from distplat.platform.quiesce import Agreement
 from distplat.platform.recovery import COORDINATORS, Budget, Policy, Restart
 from distplat.platform.spec import Failure
 

@@ -26,7 +26,7 @@ from enum import Enum
 from typing import Any
 
 from distplat.platform.errors import FencedError, GapError, NotReadyError, StaleError
-from distplat.platform.spans import Spans
+from distplat.platform.interval_set import IntervalSet
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class TaskLedger:
     def __init__(self, job: str, attempt: int) -> None:
         self.job, self.attempt = job, attempt
         self.version: int | None = None  #: updates applied; None: no parameters yet
-        self.made = Spans()  #: tasks that are in the parameters
+        self.made = IntervalSet()  #: tasks that are in the parameters
         self.dropped: dict[int, int] = {}  #: rank -> its pushes of tasks that were made before
         self._next: dict[int, int] = {}  #: rank -> number of the push that is its turn
 
@@ -196,7 +196,7 @@ class TaskLedger:
             version: updates that they have behind them.
             task: the first one that is not in them.
         """
-        self.version, self.made = version, Spans(task)
+        self.version, self.made = version, IntervalSet(task)
 
     def renew(self, attempt: int, world: int | None = None) -> None:
         """Pushes of this attempt are taken from now on, each rank's from 0; what is made, stays."""

@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class Sampler:
 
     def rank_ids(self, step: int, rank: int) -> NDArray[np.int64]:
         """Give the sample ids of one rank's part of a step; may be empty in a short batch."""
-        start, stop = even_bounds(self.batch_size(step), self.world)[rank]
+        start, stop = split_evenly(self.batch_size(step), self.world)[rank]
         return self.batch_ids(step)[start:stop]
 
     def first_place(self, step: int, rank: int) -> int:
         """Give the place in the epoch's order where a rank's part of a step begins."""
         index = step % self.steps_per_epoch
-        return index * self.batch + even_bounds(self.batch_size(step), self.world)[rank][0]
+        return index * self.batch + split_evenly(self.batch_size(step), self.world)[rank][0]
 
     def micro_batches(self, step: int, rank: int, parts: int) -> list[NDArray[np.int64]]:
         """Cut a rank's part of a step into at most `parts` runs, none of them empty."""
         ids = self.rank_ids(step, rank)
-        return [ids[a:b] for a, b in even_bounds(len(ids), parts) if b > a]
+        return [ids[a:b] for a, b in split_evenly(len(ids), parts) if b > a]
 
 
 @lru_cache(

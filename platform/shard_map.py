@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout
 
@@ -63,7 +63,7 @@ def cut_shards(
     whole, total = total, total - tail
     align = _ALIGN if total >= servers * _ALIGN else 1
     if not speeds or max(speeds) <= ALIKE * min(speeds):
-        bounds = even_bounds(total, servers, align=align)
+        bounds = split_evenly(total, servers, align=align)
     else:
         bounds = _bounds_by_speed(total, speeds, align)
     bounds[-1] = bounds[-1][0], whole

@@ -24,7 +24,7 @@ import bisect
 from dataclasses import dataclass, field
 
 from distplat.platform.errors import ProtocolError, StaleError
-from distplat.platform.spans import Spans
+from distplat.platform.interval_set import IntervalSet
 
 LEASE_S = 0.5
 """A lease is about so much work: a question to the scheduler costs a thousandth of it."""
@@ -102,7 +102,7 @@ class TaskScheduler:
     def __init__(self, course: Course, bound: int | None = None) -> None:
         self.course, self._bound = course, bound
         self.attempt = 0
-        self.done = Spans(course.first * course.parts)
+        self.done = IntervalSet(course.first * course.parts)
         self.duplicates = 0  #: tasks that were made once more, for nothing
         self._next = self.done.low  #: everything from here on was never leased
         self._again: list[int] = []  #: tasks to be leased once more, ascending

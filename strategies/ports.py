@@ -19,10 +19,10 @@ from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.platform.task_scheduler import Course, Work
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import Holding
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.restoring import SavedState
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from distplat.strategies.ring import RingOptions
 from distplat.strategies.training.checkpoint_types import CheckpointPart
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.handover import take_over_newest
 from distplat.strategies.training.model_state import ModelState
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.parts import model_part, optimizer_part
+from distplat.strategies.training.state_sync import take_over_newest
 from distplat.strategies.worker import Context, WorkerStrategy
 
 

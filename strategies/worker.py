@@ -33,6 +33,7 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.ports import Shards
 from distplat.strategies.strategy import NEW_WAY, OptionsT, Strategy
 from distplat.strategies.task import Task
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.training.compute import Compute, Share, WholeModel
 from distplat.strategies.training.control import StepControl
@@ -40,7 +41,6 @@ from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.model_state import ModelState
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.restoring import SavedState
 
 
 @dataclass

@@ -18,10 +18,10 @@ from distplat.actors.messages import WorkOrder
 from distplat.actors.servers.lines import ANSWER_GRACE_S
 from distplat.actors.servers.scheduler import HOLD_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
-from distplat.platform.crew import Beat
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded
 from distplat.platform.progress import StepReport
 from distplat.platform.task_scheduler import Course, Work
+from distplat.platform.worker_stats import WorkerHeartbeat
 
 PULSE_S = 0.5
 """Between two words of a worker about itself."""
@@ -49,7 +49,7 @@ class RemoteLeases:
         self._lock = threading.Lock()
         self._tasks: list[int] = []  #: done, and not known to be known
         self._evaluations: list[tuple[int, int]] = []
-        self._beat = Beat(0, 0, 0.0)
+        self._beat = WorkerHeartbeat(0, 0, 0.0)
         self._number = 0  #: of the next question
         self._question: Any = None  #: the answer to it is on its way
         self._said = 0, 0  #: tasks and evaluations that it told of
@@ -58,7 +58,7 @@ class RemoteLeases:
 
     def connect(self, course: Course) -> None:
         """See `Leases`."""
-        self._beat = Beat(course.first, 0, 0.0)
+        self._beat = WorkerHeartbeat(course.first, 0, 0.0)
         limit = self._order.job.failure.start_timeout_s
 
         def join() -> Any:
@@ -77,7 +77,7 @@ class RemoteLeases:
         busy_s = report.seconds.get("data", 0.0) + report.seconds.get("compute", 0.0)
         before = self._beat
         step = max(before.step, report.step + 1)
-        self._beat = Beat(step, before.made + 1, before.busy_s + busy_s)
+        self._beat = WorkerHeartbeat(step, before.made + 1, before.busy_s + busy_s)
 
     def next(self, alive: Callable[[], None]) -> Work:
         """See `Leases`."""

@@ -4,11 +4,11 @@ What Ray sees of the server manager: it owns the shard map, gives out the shards
 A model that is cut has servers of its own for each part (`Division`), which know nothing of the
 others; the manager watches all of them.
 
-The class is plain; `spawn.py` makes an actor of it. Where every shard is kept twice, a caretaker
-replaces lost servers (`caretaker.py`); else the first loss is the end of the attempt.
+The class is plain; `spawn.py` makes an actor of it. Where every shard is kept twice, a replication
+manager replaces lost servers (`replication_manager.py`); else the first loss ends the attempt.
 
-A manager that follows a lost one asks the servers what they have (`adopting.py`): nothing that it
-must know is anywhere else.
+A manager that follows a lost one asks the servers what they have (`manager_recovery.py`): nothing
+that it must know is anywhere else.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 from distplat.actors.asking import Call, ask
 from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.actors.ray_transport import alone
-from distplat.actors.servers.adopting import adopt
-from distplat.actors.servers.caretaker import Caretaker
-from distplat.actors.servers.recruiting import Recruiting, Wanted
-from distplat.actors.servers.watching import Watch
+from distplat.actors.servers.health_check import HealthCheck
+from distplat.actors.servers.manager_recovery import adopt
+from distplat.actors.servers.replication_manager import ReplicationManager
+from distplat.actors.servers.server_provisioning import ServerProvisioning, ServerRequest
 from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
 from distplat.platform.part import Role
@@ -79,24 +79,26 @@ class ServerManager:
         self._first: dict[int, Membership] = {}  #: by part, the map as it was at first
         self._cuts: dict[int, ShardMap] = {}  #: by part
         self._assigned = [threading.Event() for _ in self._division.parts]
-        self._caretaker: Caretaker | None = None
-        self._watch: Watch | None = None
+        self._replication: ReplicationManager | None = None
+        self._watch: HealthCheck | None = None
         group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
         held = adopt(self._transport, group, servers, attempt, limit) if adopts else []
         self._found = {one.shard: one.cut for one in held if one.cut is not None}
         self._servers = [servers[seat.primary] for seat in group.seats]  # as they were at first
         if roles.replication > 1:
-            self._recruiting = Recruiting(job.failure.start_timeout_s)
-            make, assign = self._recruiting.make, self._assign_backup
-            self._caretaker = Caretaker(self._transport, group, servers, job.failure, make, assign)
+            self._provisioning = ServerProvisioning(job.failure.start_timeout_s)
+            make, assign = self._provisioning.make, self._assign_backup
+            self._replication = ReplicationManager(
+                self._transport, group, servers, job.failure, make, assign
+            )
         else:
-            self._watch = Watch(self._transport, self._servers, limit)
+            self._watch = HealthCheck(self._transport, self._servers, limit)
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
-    def poll(self, hold_s: float) -> DistplatError | Wanted | None:
+    def poll(self, hold_s: float) -> DistplatError | ServerRequest | None:
         """
         Tell the controller which server was lost for good, or is to be made.
 
@@ -106,14 +108,14 @@ class ServerManager:
         if self._watch is not None:
             self._watch.losing.wait(hold_s)
             return self._watch.lost
-        caretaker = self._caretaker
-        assert caretaker is not None, "one of them looks after the servers"
-        wanted = self._recruiting.next(hold_s)
-        return wanted if caretaker.lost is None else _lost_for_good(caretaker.lost)
+        replicas = self._replication
+        assert replicas is not None, "one of them looks after the servers"
+        wanted = self._provisioning.next(hold_s)
+        return wanted if replicas.lost is None else _lost_for_good(replicas.lost)
 
     def bring(self, server: str, handle: Any) -> None:
         """Take a server that was wanted."""
-        self._recruiting.bring(server, handle)
+        self._provisioning.bring(server, handle)
 
     def join(self, rank: int, facts: ModelFacts) -> Membership:
         """
@@ -151,21 +153,21 @@ class ServerManager:
         Raises:
             ActorLost: a server was lost with all that it kept.
         """
-        caretaker = self._caretaker
-        assert caretaker is not None, "only a group whose shards are kept twice has newer maps"
-        if not caretaker.wait_past(version, limit_s):
+        replicas = self._replication
+        assert replicas is not None, "only a group whose shards are kept twice has newer maps"
+        if not replicas.wait_past(version, limit_s):
             return None
-        if caretaker.lost is not None:
-            raise _lost_for_good(caretaker.lost)
+        if replicas.lost is not None:
+            raise _lost_for_good(replicas.lost)
         return self._present(part, place)
 
     def seats(self) -> list[Seat]:
         """Tell who keeps which shard; empty where no shard is kept twice."""
-        return [] if self._caretaker is None else self._caretaker.seats()
+        return [] if self._replication is None else self._replication.seats()
 
     def seen(self) -> ServersSeen:
         """Tell who keeps which shard, for those who look."""
-        count, replicated = len(self._servers), self._caretaker is not None
+        count, replicated = len(self._servers), self._replication is not None
         seats = self.seats() or [Seat(index, f"server-{index}") for index in range(count)]
         if len(self._first) < len(self._division.parts):
             return ServersSeen(0, (), tuple(seats), replicated)
@@ -176,16 +178,16 @@ class ServerManager:
 
     def _present(self, part: int, place: int) -> Membership:
         """Give the map of a part as it is now; somebody has joined with it."""
-        first, caretaker = replace(self._first[part], place=place), self._caretaker
-        if caretaker is None:
+        first, replicas = replace(self._first[part], place=place), self._replication
+        if replicas is None:
             return first
-        version, everybody = caretaker.primaries()
+        version, everybody = replicas.primaries()
         names = [everybody[server] for server in self._division.servers_of(part)]
         cuts = ShardMap(version, first.shard_map.total, first.shard_map.shards)
         addresses = [
-            caretaker.address(name) or first.parameters[index] for index, name in enumerate(names)
+            replicas.address(name) or first.parameters[index] for index, name in enumerate(names)
         ]
-        handles = [caretaker.handles[name] for name in names]
+        handles = [replicas.handles[name] for name in names]
         return replace(first, shard_map=cuts, servers=handles, names=names, parameters=addresses)
 
     def _assign(self, part: int, facts: ModelFacts) -> Membership:
@@ -195,7 +197,7 @@ class ServerManager:
         self._cuts[part] = self._cut(facts, everybody)
         nodes = self._ask(everybody, [self._call(server, "where") for server in servers])
         # A shard that is kept twice has memory of its own, which lives as long as its server.
-        homes = nodes if self._caretaker is None else everybody
+        homes = nodes if self._replication is None else everybody
         first_at = {home: everybody[homes.index(home)] for home in homes}
         made = self._assign_some(facts, list(first_at.values()), [None] * len(first_at))
         segments = dict(zip(first_at, made, strict=True))
@@ -215,7 +217,7 @@ class ServerManager:
             self._roles.consistency.private,
             self._roles.wire,
             twins=None if len(self._division.parts) == 1 else len(self._division.parts[part]),
-            replicated=self._caretaker is not None,
+            replicated=self._replication is not None,
         )
 
     def _cut(self, facts: ModelFacts, everybody: list[int]) -> ShardMap:
@@ -246,7 +248,7 @@ class ServerManager:
     def _assign_some(
         self, facts: ModelFacts, indices: list[int], segments: list[Any]
     ) -> list[Address]:
-        role = Role.ALONE if self._caretaker is None else Role.WAITING
+        role = Role.ALONE if self._replication is None else Role.WAITING
         calls = [
             self._assignment(self._servers[i], facts, i, segment, role)
             for i, segment in zip(indices, segments, strict=True)
@@ -306,8 +308,8 @@ class ServerManager:
         """Look after the servers no more; a process's end does as much."""
         if self._watch is not None:
             self._watch.close()
-        if self._caretaker is not None:
-            self._caretaker.close()
+        if self._replication is not None:
+            self._replication.close()
 
 
 def _lost_for_good(server: str) -> ActorLost:

@@ -59,7 +59,7 @@ class ServerNode:
 
     def speed(self, job: Job, world: int, dtype: str) -> float:
         """Measure how many elements this server updates in a second."""
-        from distplat.strategies.training.speed import elements_per_s  # torch
+        from distplat.strategies.training.throughput_probe import elements_per_s  # torch
 
         return elements_per_s(job, world, dtype)
 

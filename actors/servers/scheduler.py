@@ -3,7 +3,7 @@ What Ray sees of the task scheduler: leases work to the workers, and knows how e
 
 The class is plain; `spawn.py` makes an actor of it. Its methods are coroutines, so any number of
 questions may be open, and no two of them run at once: what decides is in `platform/`
-(`task_scheduler.py`, `crew.py`).
+(`task_scheduler.py`, `worker_stats.py`).
 
 Workers of a synchronous run make their parts of every step without asking, and tell twice a second
 how they are doing; where tasks are leased they ask for half a second of work at a time.
@@ -16,10 +16,10 @@ import time
 from dataclasses import dataclass
 
 from distplat.platform.consistency import Consistency
-from distplat.platform.crew import Beat, Crew, Standing
 from distplat.platform.errors import FencedError, Problem, ProtocolError, SpecError
 from distplat.platform.spec import Job
 from distplat.platform.task_scheduler import Course, TaskScheduler, Work, lease_size
+from distplat.platform.worker_stats import WorkerHeartbeat, WorkerStats, WorkerTable
 
 HOLD_S = 1.0
 """How long a question for work is kept while there is none."""
@@ -41,7 +41,7 @@ class Wish:
 class Entry:
     """One worker in a roster."""
 
-    standing: Standing
+    standing: WorkerStats
     lease: tuple[int, int, int] | None
     """Of what it holds the first task, the last one, and how many; None: nothing."""
     leaving: bool
@@ -86,7 +86,7 @@ class Scheduler:
     ) -> None:
         self._name, self._job, self._how, self._resizes = name, job, consistency, resizes
         self._attempt = 0
-        self._crew = Crew()
+        self._workers_table = WorkerTable()
         self._brain: TaskScheduler | None = None
         self._course: Course | None = None
         self._leaving: set[int] = set()
@@ -122,7 +122,7 @@ class Scheduler:
                 self._brain.renew(attempt)
             else:
                 self._course = None  # there may be more or fewer parts now
-                self._crew.keep(range(course.parts))
+                self._workers_table.keep(range(course.parts))
         if self._course is None:
             self._course = course
             if self._how.dealt:
@@ -134,7 +134,7 @@ class Scheduler:
                 f"rank {rank} built another data set than the first rank to come: {course} against "
                 f"{self._course}; train_data() must not depend on the process"
             )
-        self._crew.begin(rank, time.monotonic())
+        self._workers_table.begin(rank, time.monotonic())
         self._tell()
 
     async def work(
@@ -171,21 +171,21 @@ class Scheduler:
 
     def lease_size(self, rank: int, brain: TaskScheduler) -> int:
         """Give how many tasks a worker is leased at once."""
-        workers = self._crew.ranks - self._leaving
-        return lease_size(self._crew.wall_s(rank), brain.left, len(workers))
+        workers = self._workers_table.ranks - self._leaving
+        return lease_size(self._workers_table.wall_s(rank), brain.left, len(workers))
 
     async def beat(
         self,
         rank: int,
         attempt: int,
-        beat: Beat,
+        beat: WorkerHeartbeat,
         tasks: tuple[int, ...],
         evaluations: tuple[tuple[int, int], ...],
     ) -> None:
         """Hear how a worker is doing, and what it has done."""
         if attempt < self._attempt:
             return  # it does not know yet
-        self._crew.heard(rank, beat, time.monotonic())
+        self._workers_table.heard(rank, beat, time.monotonic())
         if self._brain is not None:
             self._finish(rank, attempt, tasks, evaluations)
 
@@ -200,7 +200,7 @@ class Scheduler:
     async def gone(self, rank: int) -> None:
         """A worker that was dismissed has ended."""
         self._leaving.discard(rank)
-        self._crew.forget(rank)
+        self._workers_table.forget(rank)
 
     async def scale(self, workers: int) -> Wish:
         """
@@ -237,7 +237,7 @@ class Scheduler:
     async def roster(self) -> Roster:
         """Tell how all are doing."""
         now, brain, course = time.monotonic(), self._brain, self._course
-        entries = tuple(self._entry(standing) for standing in self._crew.standings(now))
+        entries = tuple(self._entry(standing) for standing in self._workers_table.standings(now))
         furthest = max((entry.standing.step for entry in entries), default=0)
         return Roster(
             self._attempt,
@@ -252,7 +252,7 @@ class Scheduler:
             self._wish is not None and self._answered < self._wish.number,
         )
 
-    def _entry(self, standing: Standing) -> Entry:
+    def _entry(self, standing: WorkerStats) -> Entry:
         held = self._brain.held(standing.rank) if self._brain is not None else []
         lease = (held[0], held[-1], len(held)) if held else None
         return Entry(standing, lease, standing.rank in self._leaving)
@@ -279,7 +279,7 @@ class Scheduler:
     def _take_from_the_silent(self, brain: TaskScheduler) -> None:
         """Lease again what workers hold that do not answer, before the controller ends them."""
         limit = self._job.failure.heartbeat_timeout_s
-        for rank in self._crew.silent(time.monotonic(), limit):
+        for rank in self._workers_table.silent(time.monotonic(), limit):
             brain.lose(rank)
 
     def _tell(self) -> None:

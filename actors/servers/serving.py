@@ -20,7 +20,7 @@ from torch import Tensor
 from distplat.actors.memory.mailboxes import Listener, Request
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Attached
-from distplat.actors.servers.mirroring import Mirroring
+from distplat.actors.servers.replication import Replication
 from distplat.actors.servers.roads import as_bytes, as_type, from_bytes
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
@@ -31,11 +31,11 @@ from distplat.platform.server_group import Held
 from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.checkpoint_reader import tensor_of
 from distplat.strategies.training.client import make_service, shard_copy
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.mirror import Twin, Update
 from distplat.strategies.training.parts import as_array
-from distplat.strategies.training.restoring import tensor_of
 from distplat.strategies.training.service import Deliver, Limits, PullId, Service
 from distplat.strategies.training.shard import ParameterShard
 
@@ -92,7 +92,7 @@ class Serving:
         limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
         self._service: Service = make_service(self._name, plan, limits, self._mine(segment))
         served = self._service.served
-        self._mirroring = Mirroring(self._name, self._transport, role, served, limits.step_s)
+        self._mirroring = Replication(self._name, self._transport, role, served, limits.step_s)
         if role is not Role.ALONE:
             served.mirror = self._mirroring
         self._segment = segment
@@ -239,18 +239,18 @@ class Serving:
         return self._service.commit(rank, seq, norm, self._deliver(rank))
 
     def mirror_to(self, term: int, name: str, handle: Any) -> None:
-        """Fill a backup and keep it up to date; see `Mirroring.mirror_to`."""
+        """Fill a backup and keep it up to date; see `Replication.mirror_to`."""
         served = self._service.served
         self._service.exclusively(
             lambda: self._mirroring.mirror_to(term, name, handle, served.ledger.version is not None)
         )
 
     def take_over(self, term: int, twin: Twin, inbox: Address) -> bool:
-        """Become a primary's backup; see `Mirroring.take_over`."""
+        """Become a primary's backup; see `Replication.take_over`."""
         return self._service.exclusively(lambda: self._mirroring.take_over(term, twin, inbox))
 
     def update(self, term: int, update: Update, values: NDArray[np.uint8] | None) -> None:
-        """Make the primary's update; see `Mirroring.follow`."""
+        """Make the primary's update; see `Replication.follow`."""
         served, follow = self._service.served, self._mirroring.follow
         self._service.exclusively(lambda: follow(term, update, served.version, values))
 

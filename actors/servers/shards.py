@@ -16,18 +16,18 @@ from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
 from distplat.actors.servers.lines import ANSWER_GRACE_S, Lines
 from distplat.actors.servers.pushes import Pushes
 from distplat.actors.servers.roads import PrivateRoad, SharedRoad, as_bytes, part, run_of
-from distplat.actors.servers.tracking import MapChanged, Tracker
+from distplat.actors.servers.shard_map_watcher import MapChanged, ShardMapWatcher
 from distplat.actors.transport import Transport
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.strategies.ports import Pushed, ShardCopy
 from distplat.strategies.reduction.base import several_types
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import ALL, Holding
 from distplat.strategies.training.client import fetch_copies
 from distplat.strategies.training.control import StepControl, control_size
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.restoring import SavedState
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class RemoteShards:
         self._limits = order.job.failure
         self._pulls = self._roads = 0
         self._open_lines: Lines | None = None  #: None: not connected yet
-        self._tracker: Tracker | None = None
+        self._tracker: ShardMapWatcher | None = None
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._transfer = DirectTransfer()
         self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
@@ -101,7 +101,7 @@ class RemoteShards:
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
             manager = self._order.manager
-            self._tracker = Tracker(self._transport, manager, joined, self._limits)
+            self._tracker = ShardMapWatcher(self._transport, manager, joined, self._limits)
         self._take_over(self._open_road(joined), joined.private, saved)
 
     def close(self) -> None:
@@ -269,7 +269,7 @@ class RemoteShards:
                     raise
                 self._follow(self._tracker, error)
 
-    def _follow(self, tracker: Tracker, error: Exception) -> None:
+    def _follow(self, tracker: ShardMapWatcher, error: Exception) -> None:
         """Go over to the servers that keep the shards now; the step's gradient comes along."""
         self.close()
         while True:

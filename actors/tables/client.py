@@ -19,8 +19,8 @@ from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
 from distplat.strategies.ports import TablesCopy
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.client import fetch_copies
-from distplat.strategies.training.restoring import SavedState
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from functools import partial
 from typing import Any
 
+from distplat.actors.actor_group import ActorGroup
 from distplat.actors.asking import ask
-from distplat.actors.ensemble import Ensemble
 from distplat.actors.ray_transport import RayTransport
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import TableSpec
@@ -31,9 +31,9 @@ class _Server:
         return ask(transport, "saving tables", [call], [self._name], self._limit_s, setting)[0]
 
 
-def sources_of(ensemble: Ensemble, job: Job) -> list[PartSource]:
+def sources_of(actor_group: ActorGroup, job: Job) -> list[PartSource]:
     """Give the servers of a run that has ended well, in order."""
     assert job.embeddings is not None, "only such jobs have servers of tables"
     names = [f"embedding-server-{index}" for index in range(job.embeddings.servers)]
     limit = job.failure.step_timeout_s
-    return [_Server(ensemble.roles[name], name, limit) for name in names]
+    return [_Server(actor_group.roles[name], name, limit) for name in names]

@@ -14,7 +14,7 @@ Each rank sends N-1 chunks in each half: 2 (N-1)/N of the vector, independent of
 
 from collections.abc import Iterator
 
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 
 
 def reduce_scatter_steps(rank: int, world: int) -> Iterator[tuple[int, int]]:
@@ -29,6 +29,6 @@ def all_gather_steps(rank: int, world: int) -> Iterator[tuple[int, int]]:
 
 def traffic_elements(elements: int, rank: int, world: int) -> tuple[int, int]:
     """Give the elements that one rank (sends, receives) in an all-reduce of `elements`."""
-    sizes = [b - a for a, b in even_bounds(elements, world)]
+    sizes = [b - a for a, b in split_evenly(elements, world)]
     steps = [*reduce_scatter_steps(rank, world), *all_gather_steps(rank, world)]
     return sum(sizes[send] for send, _ in steps), sum(sizes[recv] for _, recv in steps)

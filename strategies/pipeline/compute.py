@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 from distplat.platform.grid import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.interfaces import Tail
 from distplat.strategies.pipeline.limits import entering
 from distplat.strategies.pipeline.plans import PlanOf
-from distplat.strategies.pipeline.seams import Tail
 from distplat.strategies.training.batches import eval_batches, micro_batches
 from distplat.strategies.training.compute import Share, Stopwatch, Sums, precision
 from distplat.strategies.training.device import to_device
@@ -104,7 +104,7 @@ class Pipeline:
     def evaluate(self, data: Dataset[Any]) -> Sums:
         """See `Compute`. Micro-batches are as large as in training, so no more memory is held."""
         s, found = self._settings, Sums()
-        start, stop = even_bounds(len(data), s.replicas)[s.at.replica]  # type: ignore[arg-type]
+        start, stop = split_evenly(len(data), s.replicas)[s.at.replica]  # type: ignore[arg-type]
         size = max(1, self._p.job.global_batch_size // (s.replicas * s.micro_batches))
         sizes = [min(size, stop - at) for at in range(start, stop, size)]
         batches: Iterator[Any] = iter(())

@@ -18,14 +18,14 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from distplat.platform.cut import even_bounds
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.even_split import split_evenly
 from distplat.strategies.algorithms.partition import partition
 from distplat.strategies.collective import Collective
 from distplat.strategies.training.cut import LayerCost, Memory, measured, points_before
 from distplat.strategies.training.meta import materialise
+from distplat.strategies.training.object_collectives import broadcast_bytes, gather_bytes
 from distplat.strategies.training.stages import Layer
-from distplat.strategies.training.words import broadcast_bytes, gather_bytes
 
 logger = logging.getLogger(__name__)
 _REPEATS = 5
@@ -76,7 +76,7 @@ def agree_on_points(
     if wish.cut != "auto" and known is not None:
         return known
     if wish.cut == "even":
-        return [start for start, _ in even_bounds(len(layers), wish.places)[1:]]
+        return [start for start, _ in split_evenly(len(layers), wish.places)[1:]]
     if not isinstance(wish.cut, str):
         return _by_name(layers, wish.cut)
     told = gather_bytes(json.dumps(known).encode(), group, device)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from distplat.strategies.algorithms.schedule_messages import Plan
+from distplat.strategies.pipeline.interfaces import Source, Span, Tail
 from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.run import Run, Seat
-from distplat.strategies.pipeline.seams import Source, Span, Tail
 from distplat.strategies.pipeline.trial import untouched
 
 

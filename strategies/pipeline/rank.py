@@ -3,8 +3,9 @@ One rank of the grid over all attempts of a run: its part, its groups, its pipel
 
 Why no step is half made. A rank updates its part only when all ranks of the grid have their summed
 gradients: they say so in a barrier. So if one rank has version s + 1, every other rank that is left
-has it too, or can make it by itself from what it holds. After a failure those do (`Twins.meet`);
-new ranks then take their part from a twin. Parts that servers keep: see `served.py`.
+has it too, or can make it by itself from what it holds. After a failure those do
+(`AllReduceGradSync.meet`); new ranks then take their part from a rank that has the same one. Parts
+that servers keep: see `ps_grad_sync.py`.
 
     rank            0     1     2     3
     version         8     7*    7*    lost         * summed gradients of step 7 are there
@@ -26,20 +27,20 @@ from distplat.platform.grid import Grid, Position
 from distplat.strategies.algorithms.schedule_messages import Plan
 from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.collective import Collective
+from distplat.strategies.pipeline.all_reduce_grad_sync import AllReduceGradSync
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.compute import Pipeline, Settings
 from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.interfaces import Exchange
 from distplat.strategies.pipeline.limits import Reached
-from distplat.strategies.pipeline.measures import Measures
+from distplat.strategies.pipeline.metrics import PipelineMetrics
 from distplat.strategies.pipeline.options import HybridOptions
 from distplat.strategies.pipeline.part import Part
 from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
-from distplat.strategies.pipeline.rebound import Rebound
+from distplat.strategies.pipeline.ps_grad_sync import PsGradSync
+from distplat.strategies.pipeline.reconnectable_group import ReconnectableGroup
 from distplat.strategies.pipeline.run import Seat
-from distplat.strategies.pipeline.seams import Exchange
-from distplat.strategies.pipeline.served import Served
-from distplat.strategies.pipeline.twins import Twins
 from distplat.strategies.tensor.parallelize import forget
 from distplat.strategies.tensor.parts import gather_full
 from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
@@ -66,10 +67,10 @@ class Rank:
         self._at: Position = self._grid.position(rank)
         self._device = torch.device(prepared.device)
         self._part: Part | None = None
-        self._slices: Rebound | None = None
+        self._slices: ReconnectableGroup | None = None
         self._exchange: Exchange | None = None
         self.replayed: Share | None = None  #: see `WorkerStrategy.replayed`
-        self._measures = Measures(rank, self._at)
+        self._measures = PipelineMetrics(rank, self._at)
         self.pipeline: Pipeline  #: there once this rank is connected
 
     def take_part(self, everybody: Collective) -> FlatModel:
@@ -96,7 +97,7 @@ class Rank:
         members = self._grid.slices_of(at.replica, at.stage)
         group = everybody.subgroup(f"slices-{at.replica}-{at.stage}", members)
         if self._slices is None:
-            self._slices = Rebound(group)
+            self._slices = ReconnectableGroup(group)
         self._slices.group = group
         if self._part is not None:
             forget(self._part.module)
@@ -131,8 +132,10 @@ class Rank:
     def _make_exchange(self) -> Exchange:
         options, flat, holding = self._options, self._own.flat, self.holding
         if options.data_strategy == "ps-sync":
-            return Served(flat, holding)
-        return Twins(flat, holding, int(options.bucket_mb * 2**20), overlap=options.overlap)
+            return PsGradSync(flat, holding)
+        return AllReduceGradSync(
+            flat, holding, int(options.bucket_mb * 2**20), overlap=options.overlap
+        )
 
     def _versions(self, mine: int) -> list[int]:
         """Ask all ranks for the version of their part."""

@@ -20,8 +20,8 @@ from torch.autograd import Function
 from distplat.strategies.algorithms.schedule import Action, Kind
 from distplat.strategies.algorithms.schedule_messages import Content, Message, Plan, Recv, Send
 from distplat.strategies.pipeline.channel import Channel
+from distplat.strategies.pipeline.interfaces import Source, Span, Tail
 from distplat.strategies.pipeline.part import Chunk
-from distplat.strategies.pipeline.seams import Source, Span, Tail
 from distplat.strategies.training.flat import FlatModel
 
 

@@ -28,7 +28,7 @@ from distplat.strategies.reduction.figures import Meter, OverlapMeter
 from distplat.strategies.reduction.wire import Wire
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.listening import came_again, listen
+from distplat.strategies.training.grad_hooks import came_again, listen
 from distplat.strategies.training.segments import first_non_finite, typed
 
 

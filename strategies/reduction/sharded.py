@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.algorithms.reduce import clip_factor
@@ -57,7 +57,7 @@ class ShardedUpdate(LocalOptimizer):
         assert flat.layout.tail == flat.size, "parts are for all of a run: nothing may thaw"
         self._flat, self._job, self._total = flat, job, total_steps
         self._group, self._rank = group, group.rank
-        bounds = even_bounds(flat.size, group.world, align=_ALIGN)
+        bounds = split_evenly(flat.size, group.world, align=_ALIGN)
         self._gradients = [
             [typed(flat.grads, a, b, one.dtype) for a, b in _cut_of(one, bounds)]
             for one in flat.layout.segments

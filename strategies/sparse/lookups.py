@@ -26,8 +26,8 @@ from distplat.strategies.ports import Sending, Tables
 from distplat.strategies.sparse.modules import Sharded, tables_of
 from distplat.strategies.sparse.routing import Routed, route
 from distplat.strategies.sparse.table import RowGradients
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import Boxes
-from distplat.strategies.training.restoring import SavedState
 
 
 @dataclass

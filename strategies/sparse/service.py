@@ -33,7 +33,7 @@ from distplat.strategies.sparse.routing import server_of
 from distplat.strategies.sparse.rules import make_rule
 from distplat.strategies.sparse.saved import copies_of, fill
 from distplat.strategies.sparse.table import RowGradients, Table
-from distplat.strategies.training.keeping import Keeping
+from distplat.strategies.training.checkpoint_copies import CheckpointCopies
 
 _CREATED_AT_ONCE = 1 << 16
 
@@ -56,7 +56,7 @@ class TableService:
         self._staged: dict[int, Sequence[RowGradients]] = {}
         self._skipped = False  #: whether some rank has the step under way left out
         self._pulls: dict[int, int] = {}  #: rank -> number of its last pull
-        self._keeping = Keeping[Bundle](0, 0)
+        self._keeping = CheckpointCopies[Bundle](0, 0)
 
     def open(
         self, plan: TablePlan, saved_at: int = 0, saved: Iterable[Mapping[str, Whole]] = ()
@@ -81,7 +81,7 @@ class TableService:
             if self._plan is None or self._book is None:
                 self._tables = self._make_tables(plan, list(saved))
                 self._plan, self._book = plan, TableBook(self._name, plan, saved_at)
-                self._keeping = Keeping(plan.checkpoint_every, plan.total_steps)
+                self._keeping = CheckpointCopies(plan.checkpoint_every, plan.total_steps)
             elif plan.attempt < self._book.attempt:
                 raise FencedError(f"attempt {plan.attempt} refused: {self._book.attempt} began")
             elif plan.tables != self._plan.tables:

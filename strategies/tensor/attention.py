@@ -12,12 +12,14 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.exchange import Bounds, copied, gathered, summed
 from distplat.strategies.tensor.heads import HeadLayout
-from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.layers import Parts, keep, split_columns, split_rows
 from distplat.strategies.tensor.plan import slice_of
+from distplat.strategies.tensor.tensor_parallel_region import TensorParallelRegion
 
 
-def split_heads(name: str, module: nn.Module, group: Collective, inside: Inside) -> Parts:
+def split_heads(
+    name: str, module: nn.Module, group: Collective, inside: TensorParallelRegion
+) -> Parts:
     """
     Leave a rank its own heads of an attention module.
 
@@ -69,7 +71,7 @@ def _layer(name: str, module: nn.Module, layer: str) -> nn.Module:
 
 
 def _split_multihead(
-    name: str, module: nn.MultiheadAttention, group: Collective, inside: Inside
+    name: str, module: nn.MultiheadAttention, group: Collective, inside: TensorParallelRegion
 ) -> Parts:
     if module.bias_k is not None or module.add_zero_attn:
         text = f"{name}: attention with `add_bias_kv` or `add_zero_attn` cannot be split"
@@ -99,7 +101,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
     """A rank's own heads of torch's module; the same arguments, the same results."""
 
     group: Collective
-    inside: Inside
+    inside: TensorParallelRegion
     bounds: Bounds
     """Heads, by rank."""
 

@@ -22,10 +22,10 @@ from torch.autograd import Function
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.exchange import copied
-from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.layers import Parts
 from distplat.strategies.tensor.plan import ShardSpec, share_out
-from distplat.strategies.training.words import gather_bytes
+from distplat.strategies.tensor.tensor_parallel_region import TensorParallelRegion
+from distplat.strategies.training.object_collectives import gather_bytes
 
 _ALIGN = 16
 """Bytes: outputs of several dtypes may go together."""
@@ -92,7 +92,7 @@ class Branches:
         title: str,
         owners: Sequence[int],
         group: Collective,
-        inside: Inside,
+        inside: TensorParallelRegion,
         trains: bool,
     ) -> None:
         self.modules: list[Branch] = []
@@ -200,7 +200,7 @@ class _Exchanged(Function):
 
 
 def split_branches(
-    modules: Mapping[str, nn.Module], group: Collective, inside: Inside
+    modules: Mapping[str, nn.Module], group: Collective, inside: TensorParallelRegion
 ) -> tuple[Branches, Parts]:
     """
     Leave a rank its own branches; the parameters of the others become empty.

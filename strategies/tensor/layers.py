@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.exchange import Bounds, copied, gathered, scattered, summed
-from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.parts import take
 from distplat.strategies.tensor.plan import ShardSpec, slice_of
+from distplat.strategies.tensor.tensor_parallel_region import TensorParallelRegion
 
 Parts = dict[str, ShardSpec]
 """What of a module's parameters the rank has, by their names in the module."""
@@ -26,7 +26,7 @@ class ColumnLinear(nn.Linear):
     """A rank's columns of a linear layer; the input is complete."""
 
     group: Collective
-    inside: Inside
+    inside: TensorParallelRegion
     bounds: Bounds
     gathers: bool
     """Whether the output is put together, or left split."""
@@ -46,7 +46,7 @@ class RowLinear(nn.Linear):
     """A rank's rows of a linear layer; the input is split as a column layer leaves it, or whole."""
 
     group: Collective
-    inside: Inside
+    inside: TensorParallelRegion
     bounds: Bounds
     title: str
 
@@ -92,7 +92,7 @@ def split_columns(
     name: str,
     linear: nn.Module,
     group: Collective,
-    inside: Inside,
+    inside: TensorParallelRegion,
     *,
     gathers: bool = False,
     units: int | None = None,
@@ -132,7 +132,7 @@ def split_rows(
     name: str,
     linear: nn.Module,
     group: Collective,
-    inside: Inside,
+    inside: TensorParallelRegion,
     *,
     units: int | None = None,
 ) -> Parts:

@@ -20,7 +20,6 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.attention import SplitMultiheadAttention, split_heads
 from distplat.strategies.tensor.branches import Branch, Branches, split_branches
-from distplat.strategies.tensor.inside import Inside
 from distplat.strategies.tensor.layers import (
     ColumnLinear,
     Parts,
@@ -30,6 +29,7 @@ from distplat.strategies.tensor.layers import (
     split_vocabulary,
 )
 from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
+from distplat.strategies.tensor.tensor_parallel_region import TensorParallelRegion
 from distplat.strategies.training.module_hooks import called_hooks, is_parametrized, tensor_hooks
 
 
@@ -88,7 +88,7 @@ def forget(module: nn.Module) -> None:
 class _Afresh:
     """Calls `forget` before each forward, without a search for what there is."""
 
-    def __init__(self, inside: Inside, branches: list[Branches]) -> None:
+    def __init__(self, inside: TensorParallelRegion, branches: list[Branches]) -> None:
         self._inside, self._branches = inside, branches
 
     def __call__(self, *_: object) -> None:
@@ -102,7 +102,7 @@ class _Splitting:
 
     def __init__(self, modules: Mapping[str, nn.Module], group: Collective) -> None:
         self._modules, self._group = modules, group
-        self.inside = Inside(group)
+        self.inside = TensorParallelRegion(group)
         self.branches: list[Branches] = []
 
     def all(self, styles: Mapping[str, str]) -> dict[str, ShardSpec]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from distplat.platform.pieces import Place
 from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.plan import ShardSpec
-from distplat.strategies.training.words import gather_bytes
+from distplat.strategies.training.object_collectives import gather_bytes
 
 
 def take(whole: Tensor, spec: ShardSpec) -> Tensor:

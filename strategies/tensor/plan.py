@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from distplat.platform.cut import even_bounds
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.even_split import split_evenly
 from distplat.platform.suggest import hint, nearest
 
 STYLES: Mapping[str, str] = {
@@ -86,7 +86,7 @@ def slice_of(
     if units < world:
         text = f"{what}: {units} cannot be shared out to {world} ranks"
         raise SpecError(Problem((), text, f"take a tensor size of {units} or less"))
-    start, stop = even_bounds(units, world)[rank]
+    start, stop = split_evenly(units, world)[rank]
     unit = size // (blocks * units)
     return ShardSpec(dim, start * unit, stop * unit, size, blocks)
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from distplat.platform.apply_log import Applied, ApplyLog
 from distplat.platform.ledger import PushId, TaskLedger, Verdict
 from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.training.checkpoint_copies import CheckpointCopies, VectorCopies
 from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.keeping import Keeping, Kept
 from distplat.strategies.training.mirror import Mirror, Update
 from distplat.strategies.training.optim import FlatOptimizer, rate_of
 from distplat.strategies.training.segments import typed_views
@@ -62,7 +62,7 @@ class AsyncShard:
         self.log = ApplyLog()
         self.pulled = [0] * plan.world  #: by rank: version that it computes on
         self.staleness = [0] * plan.world  #: by rank: of its last gradient
-        self._keeping = Keeping[Kept](plan.checkpoint_every, plan.total_steps)
+        self._keeping = CheckpointCopies[VectorCopies](plan.checkpoint_every, plan.total_steps)
         self._kept_up_to = 0  #: steps that `_keeping` was told of
         kept = plan.world if self._lambda else 0
         self._values = [torch.zeros_like(params) for _ in range(kept)]  #: by rank: what it pulled
@@ -91,7 +91,7 @@ class AsyncShard:
         self._kept_up_to = version
         self.pulled = [updates] * self._plan.world
 
-    def kept(self, version: int) -> Kept | None:
+    def kept(self, version: int) -> VectorCopies | None:
         """
         Hand over the copies for a checkpoint; None: they are not there.
 
@@ -212,5 +212,5 @@ class AsyncShard:
             self._keeping.reached(steps, self._copy)
         self._kept_up_to = self.steps
 
-    def _copy(self) -> Kept:
-        return Kept.of(self.params, self.optimizer.state())
+    def _copy(self) -> VectorCopies:
+        return VectorCopies.of(self.params, self.optimizer.state())

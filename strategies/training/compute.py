@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import Dataset
 
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 from distplat.platform.spec import Job
 from distplat.strategies.training.batches import eval_batches, micro_batches
 from distplat.strategies.training.control import StepControl
@@ -201,7 +201,7 @@ class WholeModel:
 
     def _eval_batches(self, data: Any) -> Iterator[tuple[Any, int]]:
         world = self.job.scaling.world
-        start, stop = even_bounds(len(data), world)[self.rank]
+        start, stop = split_evenly(len(data), world)[self.rank]
         size = max(1, self.job.global_batch_size // world)
         return eval_batches(self.job, data, range(start, stop), size)
 

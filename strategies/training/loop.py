@@ -21,8 +21,8 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.training.compute import Compute, Share, Stopwatch
 from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.training.object_collectives import gather_bytes
 from distplat.strategies.training.step_exchange import StepExchange, Turn
-from distplat.strategies.training.words import gather_bytes
 from distplat.strategies.worker import WorkerStrategy
 
 

@@ -28,13 +28,13 @@ from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.strategies.ports import Pushed
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import Holding
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.loop import Progress
 from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.replay_leases import ReplayLeases
-from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import Ports, join
 from distplat.strategies.worker import make_worker_strategy
 

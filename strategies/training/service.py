@@ -27,8 +27,8 @@ from distplat.platform.ledger import Answer, PushId
 from distplat.platform.load import Door, Visit
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.checkpoint_copies import VectorCopies
 from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.keeping import Kept
 from distplat.strategies.training.shard import ParameterShard
 
 Result = TypeVar("Result")
@@ -98,7 +98,7 @@ class Service(ABC):
                 self._opened_at = version
             self._changed.notify_all()
 
-    def kept(self, version: int, limit_s: float) -> tuple[int, Kept | None]:
+    def kept(self, version: int, limit_s: float) -> tuple[int, VectorCopies | None]:
         """
         Give the copies that were made of a version, once.
 

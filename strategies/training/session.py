@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distplat.platform.checkpoints import is_due
-from distplat.platform.cut import even_bounds
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.even_split import split_evenly
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.spec import Job
@@ -31,6 +31,7 @@ from distplat.strategies.sparse.lookups import lookups_of
 from distplat.strategies.task import Task
 from distplat.strategies.training.agreement import agree, facts_of, hash_samples
 from distplat.strategies.training.batches import make_sampler, total_steps
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import Take
 from distplat.strategies.training.checks import (
     check_device,
@@ -45,7 +46,6 @@ from distplat.strategies.training.loader_processes import ready_loaders
 from distplat.strategies.training.loop import Loop, Progress
 from distplat.strategies.training.model_state import ModelState, Shares
 from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.seeding import seed_all
 from distplat.strategies.training.segments import first_non_finite
 from distplat.strategies.training.task_compute import TaskModel
@@ -244,7 +244,7 @@ def _shares_of(p: Prepared) -> Shares:
     """Give the shares of a run, whose sampler may change from one attempt to the next."""
 
     def samples(step: int) -> list[int]:
-        return [b - a for a, b in even_bounds(p.sampler.batch_size(step), p.sampler.world)]
+        return [b - a for a, b in split_evenly(p.sampler.batch_size(step), p.sampler.world)]
 
     def micro_batches(step: int) -> list[int]:
         return [min(size, p.job.gradient_accumulation) for size in samples(step)]

@@ -27,8 +27,8 @@ from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
+from distplat.strategies.training.checkpoint_copies import CheckpointCopies, VectorCopies
 from distplat.strategies.training.control import Policy, StepControl
-from distplat.strategies.training.keeping import Keeping, Kept
 from distplat.strategies.training.mirror import Mirror, Update
 from distplat.strategies.training.optim import FlatOptimizer, rate_of
 from distplat.strategies.training.segments import (
@@ -73,7 +73,7 @@ class ParameterShard:
         apart = plan.shards > 1 or plan.job.embeddings is not None
         self._before: Tensor | None = params.clone() if apart else None
         self._before_version: int | None = None  #: version of `_before`
-        self._keeping = Keeping[Kept](plan.checkpoint_every, plan.total_steps)
+        self._keeping = CheckpointCopies[VectorCopies](plan.checkpoint_every, plan.total_steps)
 
     @property
     def version(self) -> int:
@@ -121,7 +121,7 @@ class ParameterShard:
         kind = GapError if version > self.version else StaleError
         raise kind(f"version {version} is not here: the shard is at {self.version}")
 
-    def kept(self, version: int) -> Kept | None:
+    def kept(self, version: int) -> VectorCopies | None:
         """Hand over the copies for a checkpoint; None: they are not there, or not any more."""
         return self._keeping.give(version)
 
@@ -189,8 +189,8 @@ class ParameterShard:
         self.optimizer.step(rate_of(plan.job, step, plan.total_steps), from_flags(present))
         self._keeping.reached(step + 1, self._copy)
 
-    def _copy(self) -> Kept:
-        return Kept.of(self.params, self.optimizer.state())
+    def _copy(self) -> VectorCopies:
+        return VectorCopies.of(self.params, self.optimizer.state())
 
     def _typed(self, vector: Tensor) -> list[Tensor]:
         return typed_views(vector, self._segments)

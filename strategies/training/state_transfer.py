@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distplat.strategies.collective import Collective
-from distplat.strategies.training.words import broadcast_bytes
+from distplat.strategies.training.object_collectives import broadcast_bytes
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from distplat.platform.progress import StepReport
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.pipeline.rebound import Rebound
+from distplat.strategies.pipeline.reconnectable_group import ReconnectableGroup
 from distplat.strategies.ports import Shards
 from distplat.strategies.task import Task
-from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.checkpoint_reader import SavedState
 
 STEPS = 6
 WORLD = 4
@@ -115,7 +115,7 @@ class UntilOneIsLost(Attempt):
         self.give_up()
 
 
-class Torn(Rebound):
+class Torn(ReconnectableGroup):
     """The agreement `at` is reached, but this rank does not hear of it: it was told to stop."""
 
     def __init__(self, group: Collective, at: int) -> None:

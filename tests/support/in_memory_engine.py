@@ -11,7 +11,7 @@ from distplat.platform.pieces import Whole
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
-from distplat.strategies.training.restoring import SavedState
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.verification.plan import Trained
 from distplat.strategies.verification.switched import Switches, switched
 from distplat.strategies.verification.verdicts import Engine, Ran

@@ -1,7 +1,7 @@
 """How far the workers of an asynchronous run were apart, by the log of a shard."""
 
 from distplat.platform.apply_log import ApplyLog
-from distplat.platform.spans import Spans
+from distplat.platform.interval_set import IntervalSet
 
 
 def largest_lead(log: ApplyLog, parts: int) -> int:
@@ -12,7 +12,7 @@ def largest_lead(log: ApplyLog, parts: int) -> int:
         log: of one shard, from the first step on.
         parts: tasks of a step.
     """
-    done, lead = Spans(), 0
+    done, lead = IntervalSet(), 0
     for applied in log:
         lead = max(lead, applied.task // parts - done.low // parts)
         done.add(applied.task)

@@ -16,10 +16,10 @@ from dealing import desk_of
 from rank_threads import on_ranks
 from torch import Tensor
 
-from distplat.actors.courier import Courier
+from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
 from distplat.actors.local_transport import opened
-from distplat.platform.collecting import Collecting, Delivery
+from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery
 from distplat.platform.pieces import by_file, put_together
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
@@ -28,11 +28,11 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric, InMemoryBoard
 from distplat.strategies.ports import Leases, Shards, Tables
 from distplat.strategies.task import Task
+from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import CheckpointPart
 from distplat.strategies.training.leased_loop import LeasedLoop
 from distplat.strategies.training.loop import Loop, Progress
 from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.restoring import SavedState
 from distplat.strategies.training.session import (
     Around,
     Ports,
@@ -181,9 +181,9 @@ class Attempt:
         mine = self.run.ranks[rank]
         if self.number:
             resize(mine.prepared, self.job, mine.strategy)
-        courier = self.keeper.courier(rank, self.run.timeout_s)
+        uploader = self.keeper.uploader(rank, self.run.timeout_s)
         try:
-            loop = self.join(rank, Around(self.saved, self.base, partial(take, courier)))
+            loop = self.join(rank, Around(self.saved, self.base, partial(take, uploader)))
             self.starts.append(loop.start)
             loop.run()
             trained = mine.strategy.trained(mine.prepared.flat)
@@ -193,7 +193,7 @@ class Attempt:
             return {}
         finally:
             self.ended[rank].set()
-        courier.flush()
+        uploader.flush()
         return {name: tensor.clone() for name, tensor in trained.items()}
 
     def join(self, rank: int, around: Around) -> Loop | LeasedLoop:
@@ -312,13 +312,13 @@ class Keeper:
 
     def __init__(self, job: Job, found: dict[int, SavedState], givers: int) -> None:
         self._job, self._found = job, found
-        self._collecting = Collecting(givers)
+        self._collecting = CheckpointAssembly(givers)
         self._lock = threading.Lock()
 
-    def courier(self, rank: int, timeout_s: float) -> Courier:
+    def uploader(self, rank: int, timeout_s: float) -> CheckpointUploader:
         """Make what takes a rank's parts."""
         copied = lambda arrays: [array.copy() for array in arrays]  # noqa: E731
-        return Courier(rank, 0, copied, self._deliver, timeout_s)
+        return CheckpointUploader(rank, 0, copied, self._deliver, timeout_s)
 
     def _deliver(self, delivery: Delivery) -> None:
         with self._lock:
@@ -327,11 +327,13 @@ class Keeper:
             self._found[delivery.version] = as_read(self._job, delivery.version, parts)
 
 
-def take(courier: Courier, version: int, part: CheckpointPart, facts: Mapping[str, Any]) -> None:
+def take(
+    uploader: CheckpointUploader, version: int, part: CheckpointPart, facts: Mapping[str, Any]
+) -> None:
     """Take a part; wait for it, for steps are quick here: shards would have newer copies soon."""
-    courier.take(version, part, facts)
+    uploader.take(version, part, facts)
     if not part.may_skip:
-        courier.flush()
+        uploader.flush()
 
 
 def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:

@@ -15,14 +15,14 @@ from local_run import Attempt, LocalRun
 from torch import Tensor
 
 from distplat.actors.servers.shards import RemoteShards
-from distplat.platform.calling_off import Agreement
 from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, Gathering, Summary
+from distplat.platform.quiesce import Agreement
 from distplat.platform.spec import Job
 from distplat.strategies.ports import Pushed, Shards
 from distplat.strategies.task import Task
 from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.gate import Gate
+from distplat.strategies.training.pause import PauseGate
 from distplat.strategies.training.sync_service import SyncService
 
 WAIT_S = 10.0
@@ -99,7 +99,7 @@ class _UntilARest(Attempt):
         self._stop, self._found, self._ids = stop, found, ids
         self.reports: list[AnyReport] = []
         self._samples: list[list[int]] = [[] for _ in range(self.world)]
-        self._gates = [Gate(WAIT_S) for _ in range(self.world)]
+        self._gates = [PauseGate(WAIT_S) for _ in range(self.world)]
         self._behind = -1  #: step before which rank 0 has all told to rest
         if stop == start:
             self._rest()  # they hear it before they have begun

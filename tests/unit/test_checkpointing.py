@@ -14,12 +14,12 @@ from jobs import fields_of, job_of
 from safetensors.numpy import load_file
 
 from distplat import Result, Trainer
+from distplat.actors.actor_group import Launch
+from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import PATIENCE, Checkpoints
-from distplat.actors.courier import Courier
-from distplat.actors.ensemble import Launch
 from distplat.cli.main import run as command
+from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery
 from distplat.platform.checkpoints import Catalogue
-from distplat.platform.collecting import Collecting, Delivery
 from distplat.platform.disk import RealDisk
 from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
 from distplat.platform.pieces import Entry, Place
@@ -39,7 +39,7 @@ def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery
 
 def complete(*deliveries: Delivery, attempt: int = 0) -> tuple[list[int], list[int]]:
     """Versions that became complete, and those that never will."""
-    collecting = Collecting(2)
+    collecting = CheckpointAssembly(2)
     collecting.begin(attempt)
     found = [parts[0].version for d in deliveries if (parts := collecting.add(d))]
     return found, collecting.skipped
@@ -198,7 +198,7 @@ class Slow:
 
     def __init__(self) -> None:
         self.gate, self.sent = threading.Event(), list[Delivery]()
-        self.courier = Courier(1, 0, self.put, self.sent.append, 0.2)
+        self.uploader = CheckpointUploader(1, 0, self.put, self.sent.append, 0.2)
 
     def put(self, arrays: list[Any]) -> list[Any]:
         assert self.gate.wait(10)
@@ -221,24 +221,24 @@ def part(value: float, **more: Any) -> CheckpointPart:
 
 def test_a_part_is_copied_before_training_goes_on(slow: Slow) -> None:
     given = part(1.0)
-    slow.courier.take(5, given, {})
+    slow.uploader.take(5, given, {})
     given.tensors[0].fill_(9)
     slow.gate.set()
-    slow.courier.flush()
+    slow.uploader.flush()
     [sent] = slow.sent
     assert sent.boxes[0][0].view(np.float32).tolist() == [1, 1, 1]
     assert (sent.rank, sent.version, sent.entries) == (1, 5, (given.entries,))
 
 
 def test_the_next_part_waits_for_the_last_one_or_is_skipped(slow: Slow) -> None:
-    slow.courier.take(5, part(1.0), {})
+    slow.uploader.take(5, part(1.0), {})
     with pytest.raises(DeadlineExceeded, match=r"failure\.step_timeout_s"):
-        slow.courier.take(6, part(2.0), {})
-    slow.courier.take(7, part(3.0, may_skip=True), {})
+        slow.uploader.take(6, part(2.0), {})
+    slow.uploader.take(7, part(3.0, may_skip=True), {})
     assert [(d.version, d.skipped) for d in slow.sent] == [(7, True)]
     slow.gate.set()
-    slow.courier.take(8, part(4.0), {})
-    slow.courier.flush()
+    slow.uploader.take(8, part(4.0), {})
+    slow.uploader.flush()
     assert [d.version for d in slow.sent] == [7, 5, 8]
 
 
@@ -249,14 +249,14 @@ def test_servers_that_have_nothing_more_cost_one_checkpoint(slow: Slow, fault: s
             raise DeadlineExceeded("kept", ("server-0",), 1.0, "x")
 
     slow.gate.set()
-    slow.courier.take(5, part(1.0, fetch=fetch), {})
-    slow.courier.flush()
+    slow.uploader.take(5, part(1.0, fetch=fetch), {})
+    slow.uploader.flush()
     assert [d.skipped for d in slow.sent] == [True]
 
 
 def test_a_rank_without_a_part_says_so(slow: Slow) -> None:
-    slow.courier.take(5, CheckpointPart(), {"a": 1})
-    slow.courier.flush()
+    slow.uploader.take(5, CheckpointPart(), {"a": 1})
+    slow.uploader.flush()
     assert slow.sent == [Delivery(1, 0, 5, facts={"a": 1})]
 
 

@@ -48,7 +48,7 @@ LIGHT = [
     "distplat.strategies.tensor.plan",
     "distplat.actors.controller",
     "distplat.actors.tables.node",
-    "distplat.actors.ensemble",
+    "distplat.actors.actor_group",
     "distplat.actors.launch",
     "distplat.actors.messages",
     "distplat.actors.servers.node",

@@ -21,7 +21,7 @@ from distplat.platform.load import MOST_SHOWN, Door, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
 from distplat.strategies.training.client import make_service
 from distplat.strategies.training.service import Limits, Service
-from distplat.strategies.training.speed import elements_per_s
+from distplat.strategies.training.throughput_probe import elements_per_s
 
 SIZE, LATE = 9, 0.15
 

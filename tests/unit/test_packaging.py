@@ -17,7 +17,7 @@ sys.path.insert(0, sys.argv[1])
 site.addsitedir(sys.argv[1])  # an editable install is a .pth file there
 import platform
 import distplat.actors, distplat.cli, distplat.strategies
-import distplat.platform.errors, distplat.platform.cut
+import distplat.platform.errors, distplat.platform.even_split
 from distplat.actors.user_errors import _passes_on
 assert platform.python_implementation(), platform
 assert "distplat" not in platform.__file__, platform.__file__

@@ -8,7 +8,7 @@ from jobs import job_of
 from told import Told
 
 from distplat.actors import resizing
-from distplat.actors.ensemble import Ensemble
+from distplat.actors.actor_group import ActorGroup
 from distplat.actors.resizing import Resizer
 from distplat.actors.servers.scheduler import Wish
 from distplat.platform.errors import UserCodeError
@@ -21,7 +21,7 @@ JOB = job_of(
 )
 
 
-class FakeEnsemble:
+class FakeActorGroup:
     """Two workers, and newcomers by rank: what their call came to, or None while it is open."""
 
     def __init__(self) -> None:
@@ -65,8 +65,10 @@ def lacking() -> list[str]:
 
 
 @pytest.fixture
-def ensemble(monkeypatch: pytest.MonkeyPatch, clock: Clock, lacking: list[str]) -> FakeEnsemble:
-    fake = FakeEnsemble()
+def actor_group(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, lacking: list[str]
+) -> FakeActorGroup:
+    fake = FakeActorGroup()
 
     def wait(calls: list[int], timeout: float) -> tuple[list[int], list[int]]:
         done = [rank for rank in calls if fake.newcomers[rank] is not None]
@@ -84,29 +86,29 @@ def ensemble(monkeypatch: pytest.MonkeyPatch, clock: Clock, lacking: list[str]) 
     return fake
 
 
-def made(ensemble: FakeEnsemble, workers: int, number: int = 1) -> Resizer:
-    resizer = Resizer(cast(Ensemble, ensemble))
+def made(actor_group: FakeActorGroup, workers: int, number: int = 1) -> Resizer:
+    resizer = Resizer(cast(ActorGroup, actor_group))
     resizer.hear(Wish(number, workers))
     assert resizer.look(0) is None
     return resizer
 
 
-def test_newcomers_are_ready_before_anything_is_due(ensemble: FakeEnsemble) -> None:
-    resizer = made(ensemble, 4)
-    assert ensemble.newcomers == {2: None, 3: None}
-    ensemble.newcomers[3] = "ready"
+def test_newcomers_are_ready_before_anything_is_due(actor_group: FakeActorGroup) -> None:
+    resizer = made(actor_group, 4)
+    assert actor_group.newcomers == {2: None, 3: None}
+    actor_group.newcomers[3] = "ready"
     assert resizer.look(0) is None
-    ensemble.newcomers[2] = "ready"
+    actor_group.newcomers[2] = "ready"
     assert resizer.look(0) == 4
     assert resizer.look(0) == 4, "until it is so"
-    assert ensemble.scheduler.told == [("heard", 1)]
-    ensemble.resize(4)
+    assert actor_group.scheduler.told == [("heard", 1)]
+    actor_group.resize(4)
     resizer.resized()
     assert (resizer.look(0), resizer.world) == (None, 4)
-    assert ensemble.scheduler.told == [("heard", 1), ("answer", 1, "")]
+    assert actor_group.scheduler.told == [("heard", 1), ("answer", 1, "")]
     resizer.hear(Wish(1, 4))  # it comes again until the scheduler has the answer
     assert resizer.look(0) is None
-    assert ensemble.scheduler.told == [("heard", 1), ("answer", 1, "")]
+    assert actor_group.scheduler.told == [("heard", 1), ("answer", 1, "")]
 
 
 @pytest.mark.parametrize("lost", [2, 3])
@@ -125,14 +127,14 @@ def test_newcomers_are_ready_before_anything_is_due(ensemble: FakeEnsemble) -> N
     ids=["killed", "it raised", "too slow"],
 )
 def test_when_one_cannot_come_all_are_let_go(
-    ensemble: FakeEnsemble, clock: Clock, lost: int, outcome: object, said: str
+    actor_group: FakeActorGroup, clock: Clock, lost: int, outcome: object, said: str
 ) -> None:
-    resizer = made(ensemble, 4)
-    ensemble.newcomers |= {lost: outcome, 5 - lost: "ready" if lost == 3 else None}
+    resizer = made(actor_group, 4)
+    actor_group.newcomers |= {lost: outcome, 5 - lost: "ready" if lost == 3 else None}
     clock.now = 7.1
     assert resizer.look(0) is None
-    assert ensemble.newcomers == {}
-    number, refused = ensemble.scheduler.told[-1][1:]
+    assert actor_group.newcomers == {}
+    number, refused = actor_group.scheduler.told[-1][1:]
     assert number == 1
     assert refused.startswith(f"worker-{lost} could not be started: ")
     assert said in refused.lower()
@@ -140,7 +142,7 @@ def test_when_one_cannot_come_all_are_let_go(
     assert resizer.look(0) is None
     resizer.hear(Wish(2, 3))
     resizer.look(0)
-    assert ensemble.newcomers == {2: None}
+    assert actor_group.newcomers == {2: None}
 
 
 @pytest.mark.parametrize(
@@ -152,53 +154,53 @@ def test_when_one_cannot_come_all_are_let_go(
     ],
 )
 def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
-    ensemble: FakeEnsemble, lacking: list[str], workers: int, said: str
+    actor_group: FakeActorGroup, lacking: list[str], workers: int, said: str
 ) -> None:
-    resizer = made(ensemble, 4)
+    resizer = made(actor_group, 4)
     lacking.append("1 more workers need 1 CPU" if workers == 3 else "")
     if workers == 3:  # nobody has come yet
-        resizer = Resizer(cast(Ensemble, ensemble))
-        ensemble.newcomers.clear()
+        resizer = Resizer(cast(ActorGroup, actor_group))
+        actor_group.newcomers.clear()
     resizer.hear(Wish(2, workers))
     assert resizer.look(0) is None
-    assert ("answer", 2) == ensemble.scheduler.told[-1][:2]
-    assert said in ensemble.scheduler.told[-1][2]
-    assert list(ensemble.newcomers) == ([] if workers == 3 else [2, 3])
+    assert ("answer", 2) == actor_group.scheduler.told[-1][:2]
+    assert said in actor_group.scheduler.told[-1][2]
+    assert list(actor_group.newcomers) == ([] if workers == 3 else [2, 3])
 
 
-def test_as_many_as_there_are_is_granted_at_once(ensemble: FakeEnsemble) -> None:
-    made(ensemble, 2)
-    assert ensemble.scheduler.told == [("heard", 1), ("answer", 1, "")]
+def test_as_many_as_there_are_is_granted_at_once(actor_group: FakeActorGroup) -> None:
+    made(actor_group, 2)
+    assert actor_group.scheduler.told == [("heard", 1), ("answer", 1, "")]
 
 
-def test_a_later_wish_takes_the_place_of_the_earlier(ensemble: FakeEnsemble) -> None:
-    resizer = made(ensemble, 5)
+def test_a_later_wish_takes_the_place_of_the_earlier(actor_group: FakeActorGroup) -> None:
+    resizer = made(actor_group, 5)
     resizer.hear(Wish(2, 3))
     assert resizer.look(0) is None
-    assert ensemble.newcomers == {2: None}
-    ensemble.newcomers[2] = "ready"
+    assert actor_group.newcomers == {2: None}
+    actor_group.newcomers[2] = "ready"
     assert resizer.look(0) == 3
-    assert ensemble.scheduler.told == [("heard", 1), ("heard", 2)]
+    assert actor_group.scheduler.told == [("heard", 1), ("heard", 2)]
 
 
-def test_when_all_were_made_anew_newcomers_are_made_again(ensemble: FakeEnsemble) -> None:
-    resizer = made(ensemble, 4, number=7)
-    ensemble.newcomers.clear()  # they ended with all others
+def test_when_all_were_made_anew_newcomers_are_made_again(actor_group: FakeActorGroup) -> None:
+    resizer = made(actor_group, 4, number=7)
+    actor_group.newcomers.clear()  # they ended with all others
     resizer.begin_anew()
     assert resizer.look(0) is None
-    assert ensemble.newcomers == {2: None, 3: None}
+    assert actor_group.newcomers == {2: None, 3: None}
     resizer.hear(Wish(1, 2))  # the new scheduler counts from 1
     assert resizer.look(0) is None
-    assert ensemble.newcomers == {}
+    assert actor_group.newcomers == {}
 
 
 def test_a_new_scheduler_is_heard_and_newcomers_go_on_making_themselves_ready(
-    ensemble: FakeEnsemble,
+    actor_group: FakeActorGroup,
 ) -> None:
-    resizer = made(ensemble, 4, number=7)
+    resizer = made(actor_group, 4, number=7)
     resizer.tell_again()
-    ensemble.newcomers |= {2: "ready", 3: "ready"}
+    actor_group.newcomers |= {2: "ready", 3: "ready"}
     assert resizer.look(0) == 4, "the wish stands"
     resizer.hear(Wish(1, 3))  # it counts from 1
     assert resizer.look(0) == 3
-    assert ensemble.newcomers == {2: "ready"}
+    assert actor_group.newcomers == {2: "ready"}

@@ -14,8 +14,8 @@ from distplat.platform.pieces import Place, Whole
 from distplat.platform.resume import mismatches
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
+from distplat.strategies.training.checkpoint_reader import SavedState, tensor_of
 from distplat.strategies.training.parts import whole_of
-from distplat.strategies.training.restoring import SavedState, tensor_of
 
 STEPS, HALF = 12, 5
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_threads import on_ranks
 
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 from distplat.strategies.algorithms.ring import (
     all_gather_steps,
     reduce_scatter_steps,
@@ -54,7 +54,7 @@ def test_after_the_first_half_rank_r_has_chunk_r_plus_1_complete(world: int) -> 
 def ring_all_reduce(vector: torch.Tensor, group: Collective) -> int:
     """Sum in place as the tables say; give the bytes that this rank sent."""
     rank, world = group.rank, group.world
-    chunks = [vector[a:b] for a, b in even_bounds(vector.numel(), world)]
+    chunks = [vector[a:b] for a, b in split_evenly(vector.numel(), world)]
     left, right = (rank - 1) % world, (rank + 1) % world
     sent_bytes = 0
     for send, recv in reduce_scatter_steps(rank, world):
@@ -82,7 +82,7 @@ def test_every_rank_gets_the_sum_for_the_price_of_the_table(world: int, size: in
         return vector, ring_all_reduce(vector, fabric.collective(rank))
 
     results = on_ranks(world, body)
-    chunks = [4 * (stop - start) for start, stop in even_bounds(size, world)]
+    chunks = [4 * (stop - start) for start, stop in split_evenly(size, world)]
     for rank, (vector, sent_bytes) in enumerate(results):
         assert torch.equal(vector, expected)
         # All chunks but one in each half: 2 (N-1) of N.

@@ -9,18 +9,18 @@ from distplat.actors.overview import Overview
 from distplat.actors.servers.scheduler import Entry, Roster, Wish
 from distplat.cli.render import to_json
 from distplat.cli.roles import role_facts, role_lines
-from distplat.platform.crew import Standing
 from distplat.platform.server_group import Seat, ServersSeen
 from distplat.platform.shard_map import Shard
+from distplat.platform.worker_stats import WorkerStats
 
 CUTS = (Shard(0, 0, 617_296), Shard(1, 617_296, 1_234_567))
 SEATS = (
     Seat(0, "server-2", "server-3", ready=False),
     Seat(1, "server-1", "server-4", ready=True),
 )
-FAST = Standing(0, 121, 200, 20.04, 0.048, 0.2, False)
-SLOW = Standing(1, 119, 40, 4.0, 0.25, 0.4, True)
-NEW = Standing(7, 0, 0, None, None, 5.0, False)
+FAST = WorkerStats(0, 121, 200, 20.04, 0.048, 0.2, False)
+SLOW = WorkerStats(1, 119, 40, 4.0, 0.25, 0.4, True)
+NEW = WorkerStats(7, 0, 0, None, None, 5.0, False)
 WORKERS = (
     Entry(FAST, (240, 249, 10), False),
     Entry(SLOW, (237, 237, 1), True),

@@ -6,12 +6,12 @@ import pytest
 from told import Told
 
 from distplat.actors import scaling
-from distplat.actors.ensemble import Ensemble
+from distplat.actors.actor_group import ActorGroup
 from distplat.actors.scaling import Scaling
 from distplat.actors.servers.scheduler import Wish
 
 
-class FakeEnsemble:
+class FakeActorGroup:
     """Some ranks; those that join get numbers that nobody had."""
 
     job = None
@@ -29,8 +29,8 @@ class FakeEnsemble:
         del self.workers[rank]
 
 
-def made(ensemble: FakeEnsemble) -> Scaling:
-    return Scaling(cast(Ensemble, ensemble))
+def made(actor_group: FakeActorGroup) -> Scaling:
+    return Scaling(cast(ActorGroup, actor_group))
 
 
 @pytest.fixture(autouse=True)
@@ -42,49 +42,49 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_without_a_wish_nothing_happens() -> None:
-    ensemble = FakeEnsemble(0, 1)
-    assert made(ensemble).carry_out(0) == []
-    assert ensemble.scheduler.told == []
+    actor_group = FakeActorGroup(0, 1)
+    assert made(actor_group).carry_out(0) == []
+    assert actor_group.scheduler.told == []
 
 
 def test_a_wish_is_carried_out_once() -> None:
-    ensemble = FakeEnsemble(0, 1)
-    change = made(ensemble)
+    actor_group = FakeActorGroup(0, 1)
+    change = made(actor_group)
     change.hear(Wish(1, 4))
     assert change.carry_out(0) == [10, 11]
     assert change.carry_out(0) == []
-    assert ensemble.scheduler.told == [("answer", 1, "")]
+    assert actor_group.scheduler.told == [("answer", 1, "")]
     change.hear(Wish(1, 4))  # it comes again until the scheduler has the answer
     assert change.carry_out(0) == []
-    assert len(ensemble.workers) == 4
+    assert len(actor_group.workers) == 4
 
 
 def test_the_highest_ranks_leave_and_those_that_are_leaving_do_not_count() -> None:
-    ensemble = FakeEnsemble(0, 1, 4, 7)
-    change = made(ensemble)
+    actor_group = FakeActorGroup(0, 1, 4, 7)
+    change = made(actor_group)
     change.hear(Wish(1, 2))
     change.carry_out(0)
-    assert ensemble.scheduler.told == [("dismiss", (4, 7)), ("answer", 1, "")]
+    assert actor_group.scheduler.told == [("dismiss", (4, 7)), ("answer", 1, "")]
     change.hear(Wish(2, 3))
     assert change.carry_out(0) == [10], "4 and 7 go all the same"
     change.left(4)
-    assert sorted(ensemble.workers) == [0, 1, 7, 10]
-    assert ensemble.scheduler.told[-1] == ("gone", 4)
+    assert sorted(actor_group.workers) == [0, 1, 7, 10]
+    assert actor_group.scheduler.told[-1] == ("gone", 4)
 
 
 def test_what_the_cluster_lacks_is_told(short: list[str]) -> None:
     short.append("2 more workers need 2 CPU")
-    ensemble = FakeEnsemble(0, 1)
-    change = made(ensemble)
+    actor_group = FakeActorGroup(0, 1)
+    change = made(actor_group)
     change.hear(Wish(3, 4))
     assert change.carry_out(0) == []
-    assert ensemble.scheduler.told == [("answer", 3, "2 more workers need 2 CPU")]
-    assert sorted(ensemble.workers) == [0, 1]
+    assert actor_group.scheduler.told == [("answer", 3, "2 more workers need 2 CPU")]
+    assert sorted(actor_group.workers) == [0, 1]
 
 
 def test_when_all_begin_anew_nobody_is_leaving() -> None:
-    ensemble = FakeEnsemble(0, 1, 2)
-    change = made(ensemble)
+    actor_group = FakeActorGroup(0, 1, 2)
+    change = made(actor_group)
     change.hear(Wish(1, 1))
     change.carry_out(0)
     change.begin_anew()

@@ -9,9 +9,9 @@ from jobs import job_of
 
 from distplat.actors.servers.scheduler import HOLD_S, ROOM, Scheduler
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
-from distplat.platform.crew import Beat
 from distplat.platform.errors import FencedError, ProtocolError, SpecError
 from distplat.platform.task_scheduler import Course
+from distplat.platform.worker_stats import WorkerHeartbeat
 
 COURSE = Course(steps=4, parts=2)
 DEALT = Consistency(asynchronous=True)
@@ -39,7 +39,7 @@ def test_a_question_is_kept_until_there_is_work(monkeypatch: pytest.MonkeyPatch)
         kept = asyncio.create_task(desk.work(0, 0, 1, (0,), ()))
         await asyncio.sleep(0.05)
         assert not kept.done()
-        await desk.beat(1, 0, Beat(1, 1, 0.1), (1,), ())
+        await desk.beat(1, 0, WorkerHeartbeat(1, 1, 0.1), (1,), ())
         work = await kept
         assert work is not None and list(work.tasks) == [2]
 
@@ -55,7 +55,7 @@ def test_what_a_silent_worker_holds_is_leased_again() -> None:
         await desk.work(0, 0, 0, (), ())
         work, asked = None, 0.0
         while work is None:
-            await desk.beat(0, 0, Beat(1, 1, 0.1), (1,), ())
+            await desk.beat(0, 0, WorkerHeartbeat(1, 1, 0.1), (1,), ())
             work = await desk.work(0, 0, 1, (), ())
             asked += HOLD_S
             assert asked < 5
@@ -77,7 +77,7 @@ def test_earlier_attempts_are_refused_and_their_leases_given_out_again() -> None
             await kept
         with pytest.raises(FencedError, match="attempt 0 refused"):
             await desk.work(0, 0, 1, (0,), ())
-        await desk.beat(0, 0, Beat(3, 3, 1.0), (0,), ())  # late, and passed over
+        await desk.beat(0, 0, WorkerHeartbeat(3, 3, 1.0), (0,), ())  # late, and passed over
         work = await desk.work(0, 1, 0, (), ())
         assert work is not None and list(work.tasks) == [0]
 
@@ -153,7 +153,7 @@ def test_a_synchronous_run_is_told_of_by_its_workers() -> None:
         desk = scheduler(SYNCHRONOUS)
         for rank in range(2):
             await desk.join(rank, 0, COURSE)
-            await desk.beat(rank, 0, Beat(3, 3, 0.3 + rank), (), ())
+            await desk.beat(rank, 0, WorkerHeartbeat(3, 3, 0.3 + rank), (), ())
         roster = await desk.roster()
         assert (roster.dealt, roster.done, roster.steps) == (False, 3, 4)
         assert [entry.standing.straggler for entry in roster.workers] == [False, True]
@@ -190,7 +190,7 @@ def test_an_attempt_of_another_number_of_workers_has_another_roster() -> None:
         assert (roster.attempt, roster.parts) == (1, 3)
         assert [entry.standing.rank for entry in roster.workers] == [0, 1, 2]
         await desk.join(0, 2, Course(4, 1, first=3))
-        await desk.beat(2, 1, Beat(3, 3, 1.0), (), ())  # late, of one who has left
+        await desk.beat(2, 1, WorkerHeartbeat(3, 3, 1.0), (), ())  # late, of one who has left
         assert [entry.standing.rank for entry in (await desk.roster()).workers] == [0]
         with pytest.raises(ProtocolError, match="rank 1 built another data set"):
             await desk.join(1, 2, Course(4, 2))

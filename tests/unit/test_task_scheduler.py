@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from distplat.platform.errors import FencedError, ProtocolError, StaleError
+from distplat.platform.interval_set import IntervalSet
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.sampler import Sampler
-from distplat.platform.spans import Spans
 from distplat.platform.task_scheduler import MOST_TASKS, Course, TaskScheduler, Work, lease_size
 
 
@@ -187,7 +187,7 @@ def test_the_size_of_a_lease(task_s: float | None, left: int, workers: int, size
 
 
 def test_spans() -> None:
-    spans = Spans(3)
+    spans = IntervalSet(3)
     assert [spans.add(number) for number in (2, 5, 3, 5, 4, 7)] == [
         False,
         True,

@@ -10,8 +10,8 @@ from distplat.platform.pieces import Entry, Place, put_together
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.tensor.parts import gather_full, join, place_of, take
 from distplat.strategies.tensor.plan import ShardSpec, slice_of
+from distplat.strategies.training.checkpoint_reader import tensor_of
 from distplat.strategies.training.parts import as_array, whole_of
-from distplat.strategies.training.restoring import tensor_of
 
 
 @given(

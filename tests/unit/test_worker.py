@@ -10,16 +10,16 @@ from distplat.actors.connection import Connection
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.training import Session, Standing
 from distplat.actors.worker import Worker
-from distplat.platform.collecting import Delivery
+from distplat.platform.checkpoint_assembly import Delivery
 from distplat.platform.errors import Abandoned
-from distplat.strategies.training.gate import Gate
 from distplat.strategies.training.loop import Progress
+from distplat.strategies.training.pause import PauseGate
 
 
 def working() -> Worker:
     """A worker in the middle of an attempt."""
     worker: Any = Worker("worker-0")
-    gate = Gate(10)
+    gate = PauseGate(10)
     gate.start(2)
     gate.before(2)
     worker._session = Session(lambda report: None, lambda delivery: None)

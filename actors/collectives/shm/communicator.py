@@ -23,7 +23,7 @@ from distplat.actors.collectives.shm.kernels import (
 from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.segment import GroupSegment, SharedVectors
 from distplat.actors.memory.memfd import Segment
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 from distplat.strategies.collective import ReduceOp
 
 _CACHED_BYTES = 256 * 1024
@@ -276,7 +276,7 @@ class ShmCommunicator:
             combine(parts, out, op, self._scratch)
 
     def _chunks(self, length: int) -> list[tuple[int, int]]:
-        return even_bounds(length, self._world, align=ALIGN)
+        return split_evenly(length, self._world, align=ALIGN)
 
     def _block_lengths(self, flat: Tensor) -> list[int]:
         """Cut into blocks of one size, the last one shorter; an empty tensor is one block."""

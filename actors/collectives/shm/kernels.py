@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 from distplat.strategies.collective import ReduceOp
 
 ALIGN = 128
@@ -38,7 +38,7 @@ def in_pieces(vector: Tensor, length: int) -> Sequence[Tensor]:
 
 def cut_evenly(vector: Tensor, parts: int) -> Sequence[Tensor]:
     """Cut a vector into so many views of nearly one length, at `ALIGN`; some may be empty."""
-    bounds = even_bounds(vector.numel(), parts, align=ALIGN)
+    bounds = split_evenly(vector.numel(), parts, align=ALIGN)
     return split(vector, [b - a for a, b in bounds])
 
 

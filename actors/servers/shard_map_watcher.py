@@ -22,7 +22,7 @@ class MapChanged(Exception):
     """A newer map of the servers is there."""
 
 
-class Tracker:
+class ShardMapWatcher:
     """
     Keeps a worker's map of the servers up to date.
 

@@ -1,7 +1,7 @@
 """Cut a length into nearly equal parts: batches over ranks, parameters over shards, ring chunks."""
 
 
-def even_bounds(length: int, parts: int, *, align: int = 1) -> list[tuple[int, int]]:
+def split_evenly(length: int, parts: int, *, align: int = 1) -> list[tuple[int, int]]:
     """
     Give `parts` half-open ranges that cover 0..length in order, without gap or overlap.
 

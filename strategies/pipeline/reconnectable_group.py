@@ -9,7 +9,7 @@ from torch import Tensor
 from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
 
-class Rebound:
+class ReconnectableGroup:
     """Hands everything on to the group of the present attempt (see `Collective`)."""
 
     def __init__(self, group: Collective) -> None:

@@ -16,8 +16,8 @@ from distplat.platform.errors import GapError, NotReadyError, StaleError
 from distplat.platform.ledger import PushId, Verdict
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.training.checkpoint_copies import CheckpointCopies, VectorCopies
 from distplat.strategies.training.client import fetch_copies
-from distplat.strategies.training.keeping import Keeping, Kept
 from distplat.strategies.training.service import Limits
 from distplat.strategies.training.shard import ParameterShard
 from distplat.strategies.training.sync_service import SyncService
@@ -53,11 +53,11 @@ def state(shard: ParameterShard | AsyncShard) -> dict[str, Tensor]:
 
 def test_copies_are_of_the_two_newest_due_versions_and_given_once() -> None:
     value = torch.zeros(2)
-    keeping = Keeping[Kept](2, 5)
+    keeping = CheckpointCopies[VectorCopies](2, 5)
     seen = []
     for version in range(1, 6):
         value.fill_(version)
-        keeping.reached(version, lambda: Kept.of(value, {}))
+        keeping.reached(version, lambda: VectorCopies.of(value, {}))
         seen.append([*keeping._kept])
     assert seen == [[], [2], [2], [2, 4], [4, 5]]
     value.fill_(9)
@@ -70,7 +70,7 @@ def test_copies_are_of_the_two_newest_due_versions_and_given_once() -> None:
 
 
 def test_without_checkpoints_nothing_is_copied() -> None:
-    keeping = Keeping[Kept](0, 5)
+    keeping = CheckpointCopies[VectorCopies](0, 5)
     keeping.reached(5, lambda: pytest.fail("copied"))
     assert keeping.give(5) is None
 
@@ -141,7 +141,7 @@ def test_a_service_waits_for_ranks_that_are_behind() -> None:
     service = SyncService("server-0", plan(SYNCHRONOUS, 1), Limits(5, 5), torch.zeros(SIZE))
     service.restore(0, lambda params: params.fill_(1.0))
     assert service.kept(1, 0.01) == (0, None)
-    found: list[tuple[int, Kept | None]] = []
+    found: list[tuple[int, VectorCopies | None]] = []
     waiting = threading.Thread(target=lambda: found.append(service.kept(1, 5)))
     waiting.start()
     threads = [

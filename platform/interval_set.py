@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Spans:
+class IntervalSet:
     """
     Numbers from some first one on that are done.
 

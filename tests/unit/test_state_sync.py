@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from distplat.platform.errors import CollectiveError, StateLost
 from distplat.strategies.fakes import Fabric, InMemoryCollective
 from distplat.strategies.training.flat import TORN, FlatModel
-from distplat.strategies.training.handover import take_over_newest
 from distplat.strategies.training.model_state import ModelState, Shares
 from distplat.strategies.training.optim import LocalOptimizer
+from distplat.strategies.training.state_sync import take_over_newest
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},

@@ -23,14 +23,14 @@ _VERSIONS = 2
 
 
 @dataclass(frozen=True)
-class Kept:
+class VectorCopies:
     """Independent copies of a shard's vectors; callers may modify them."""
 
     tensors: dict[str, Tensor]
     """By torch's names, shape [m] or none; the parameters under the empty name."""
 
     @classmethod
-    def of(cls, params: Tensor, state: Mapping[str, Tensor]) -> Kept:
+    def of(cls, params: Tensor, state: Mapping[str, Tensor]) -> VectorCopies:
         """
         Copy a shard.
 
@@ -45,7 +45,7 @@ class Kept:
 T = TypeVar("T")
 
 
-class Keeping(Generic[T]):
+class CheckpointCopies(Generic[T]):
     """
     Copies a server's state when a checkpoint is due; holds the copies of the two newest versions.
 

@@ -11,16 +11,16 @@ from dataclasses import replace
 
 from distplat.platform.errors import StateLost
 from distplat.strategies.collective import Collective
-from distplat.strategies.pipeline.seams import Versions
+from distplat.strategies.pipeline.interfaces import Versions
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.handover import take_over_newest
 from distplat.strategies.training.model_state import ModelState
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.parts import model_part, optimizer_part
 from distplat.strategies.training.segments import squared_norm_of
+from distplat.strategies.training.state_sync import take_over_newest
 from distplat.strategies.worker import Context
 
 
@@ -34,7 +34,7 @@ class PartOptimizer(LocalOptimizer):
         return self.norm
 
 
-class Twins:
+class AllReduceGradSync:
     """
     One rank's dealings with its twins, over all attempts (see `Exchange`).
 

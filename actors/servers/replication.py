@@ -43,7 +43,7 @@ class Backup:
     """Gradients are laid here; None: it is on another node, or in another container."""
 
 
-class Mirroring:
+class Replication:
     """
     See the top of the file; it is the shard's `Mirror`.
 

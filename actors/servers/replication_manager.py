@@ -47,7 +47,7 @@ Assign = Callable[[Any, int], Address]
 """Gives a server its shard, as a backup; waits for the first worker, who knows the model."""
 
 
-class Caretaker:
+class ReplicationManager:
     """
     Keeps a group of servers and their backups going.
 
@@ -80,7 +80,7 @@ class Caretaker:
         self._changed = threading.Condition()
         self.lost: str | None = None  #: a server that was lost with all that it kept
         self._closed = False
-        threading.Thread(target=self._run, name="caretaker", daemon=True).start()
+        threading.Thread(target=self._run, name="replication", daemon=True).start()
 
     def primaries(self) -> tuple[int, list[str]]:
         """Give the map's version, and by shard who serves."""

@@ -1,7 +1,7 @@
 """
 New server nodes for the server manager: it says which, and the controller makes them.
 
-    caretaker ── make ──▶ Recruiting ── poll ──▶ controller ── spawn ──▶ server-4
+    replication manager ── make ──▶ provisioning ── poll ──▶ controller ── spawn ──▶ server-4
         ◀────── handle ──────┘ ◀───────── bring ─────┘
 
 An actor ends with the process that made it. So it is the driver who makes servers, not the
@@ -18,7 +18,7 @@ from distplat.platform.errors import DeadlineExceeded
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ServerRequest:
     """A server node that somebody is to make."""
 
     server: str
@@ -27,7 +27,7 @@ class Wanted:
     """The node on which it should rather not be."""
 
 
-class Recruiting:
+class ServerProvisioning:
     """
     Servers that are wanted, and those that have come.
 
@@ -38,7 +38,7 @@ class Recruiting:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._changed = threading.Condition()
-        self._wanted: dict[str, Wanted] = {}
+        self._wanted: dict[str, ServerRequest] = {}
         self._come: dict[str, Any] = {}
 
     def make(self, server: str, beside: str) -> Any:
@@ -49,7 +49,7 @@ class Recruiting:
             DeadlineExceeded: nobody made it.
         """
         with self._changed:
-            self._wanted[server] = Wanted(server, beside)
+            self._wanted[server] = ServerRequest(server, beside)
             self._changed.notify_all()
             came = self._changed.wait_for(lambda: server in self._come, self._limit_s)
             self._wanted.pop(server, None)
@@ -58,7 +58,7 @@ class Recruiting:
                 raise DeadlineExceeded("a new server", (server,), limit, "failure.start_timeout_s")
             return self._come.pop(server)
 
-    def next(self, hold_s: float) -> Wanted | None:
+    def next(self, hold_s: float) -> ServerRequest | None:
         """Give one that is wanted, again until it has come; waits so long for there to be one."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._wanted), hold_s)

@@ -2,16 +2,16 @@
 Checked before each step: the worker waits, continues or stops.
 
 The training thread calls `before`; the threads that answer the controller call the rest.
-`platform/calling_off.py` decides.
+`platform/quiesce.py` decides.
 """
 
 import threading
 
-from distplat.platform.calling_off import Next, Resting
 from distplat.platform.errors import Abandoned, DeadlineExceeded
+from distplat.platform.quiesce import Next, Resting
 
 
-class Gate:
+class PauseGate:
     """
     The gate of one attempt.
 

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from distplat.actors.messages import SavedHandle, WorkOrder
-from distplat.actors.servers.recruiting import Wanted
+from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.actors.spawn import (
     spawn,
     spawn_manager,
@@ -52,7 +52,7 @@ class Launch:
     """The driver looks at the task's class, and says what is wrong with it."""
 
 
-class Ensemble:
+class ActorGroup:
     """
     A run's actors.
 
@@ -182,7 +182,7 @@ class Ensemble:
             ray.kill(cast.scheduler)
             cast.scheduler = spawn_scheduler(*given)
 
-    def recruit(self, wanted: Wanted) -> None:
+    def recruit(self, wanted: ServerRequest) -> None:
         """Make a server node for the manager; asked for twice, it is brought once more."""
         launch, servers = self._launch, self._cast.servers
         if wanted.server not in servers:

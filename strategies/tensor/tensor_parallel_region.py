@@ -25,7 +25,7 @@ from distplat.strategies.tensor.exchange import copied
 _RANGE = 1 << 48
 
 
-class Inside:
+class TensorParallelRegion:
     """
     Follows one process's forward; one object for all split modules of a model.
 

@@ -43,7 +43,7 @@ Open = Callable[[Any], list[Bytes]]
 """Opens a box."""
 
 
-class Collecting:
+class CheckpointAssembly:
     """
     Joins the deliveries of all ranks.
 

@@ -7,12 +7,12 @@ import time
 from distplat.platform.grid import Position
 from distplat.platform.pipeline_trace import TraceEvent, TraceReport
 from distplat.strategies.collective import Collective, Traffic
-from distplat.strategies.pipeline.seams import Span
+from distplat.strategies.pipeline.interfaces import Span
 
 _COMPUTING = ("F", "B", "W")
 
 
-class Measures:
+class PipelineMetrics:
     """
     Makes figures and traces of what a rank did in its last step.
 

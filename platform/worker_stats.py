@@ -26,7 +26,7 @@ _LEAST_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Beat:
+class WorkerHeartbeat:
     """What a worker tells of itself; every figure only grows in an attempt."""
 
     step: int
@@ -38,7 +38,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Standing:
+class WorkerStats:
     """How one worker is doing."""
 
     rank: int
@@ -53,11 +53,11 @@ class Standing:
     straggler: bool
 
 
-class Crew:
+class WorkerTable:
     """The workers of one run."""
 
     def __init__(self) -> None:
-        self._beats: dict[int, deque[tuple[float, Beat]]] = {}
+        self._beats: dict[int, deque[tuple[float, WorkerHeartbeat]]] = {}
         self._base: dict[int, int] = {}  #: rank -> what it made in earlier attempts
 
     @property
@@ -65,7 +65,7 @@ class Crew:
         """All that are there."""
         return set(self._beats)
 
-    def heard(self, rank: int, beat: Beat, now: float) -> None:
+    def heard(self, rank: int, beat: WorkerHeartbeat, now: float) -> None:
         """Take what a worker tells; news that overtook each other on their way are passed over."""
         beats = self._beats.setdefault(rank, deque())
         if beats and beat.made < beats[-1][1].made:
@@ -80,7 +80,7 @@ class Crew:
         if before:
             self._base[rank] = self._base.get(rank, 0) + before[-1][1].made
         step = before[-1][1].step if before else 0
-        self._beats[rank] = deque([(now, Beat(step, 0, 0.0))])
+        self._beats[rank] = deque([(now, WorkerHeartbeat(step, 0, 0.0))])
 
     def keep(self, ranks: range) -> None:
         """Forget all others: there are fewer workers now."""
@@ -112,7 +112,7 @@ class Crew:
         (began, first), (told, last) = self._beats[rank][0], self._beats[rank][-1]
         return (told - began) / (last.made - first.made)
 
-    def standings(self, now: float) -> list[Standing]:
+    def standings(self, now: float) -> list[WorkerStats]:
         """Tell how all are doing, in the order of their ranks."""
         paces = {rank: self.step_s(rank) for rank in self._beats}
         known = [pace for pace in paces.values() if pace is not None]
@@ -125,6 +125,6 @@ class Crew:
             slow = pace is not None and pace > STRAGGLES * usual > 0
             before = self._base.get(rank, 0)
             found.append(
-                Standing(rank, last.step, before + last.made, per_s, pace, now - told, slow)
+                WorkerStats(rank, last.step, before + last.made, per_s, pace, now - told, slow)
             )
         return found

@@ -2,7 +2,7 @@
 A rank's parts of checkpoints on their way: copied between two steps, sent off by another thread.
 
     training thread   step 119 | copy | step 120 ...................... step 139 | wait? copy |
-    courier                    | into Ray's store, servers' copies | tell
+    uploader                   | into Ray's store, servers' copies | tell
     controller                                                       poll: here it is
 
 Training stands still for the copy alone. Should the part before not have left when the next is
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distplat.platform.collecting import Delivery
+from distplat.platform.checkpoint_assembly import Delivery
 from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.pieces import Bytes
 from distplat.strategies.training.checkpoint_types import CheckpointPart
@@ -26,7 +26,7 @@ from distplat.strategies.training.parts import Staging
 logger = logging.getLogger(__name__)
 
 
-class Courier:
+class CheckpointUploader:
     """
     Takes one rank's parts.
 

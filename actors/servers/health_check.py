@@ -13,7 +13,7 @@ WATCH_S = 0.5
 """Period of the look at the server nodes."""
 
 
-class Watch:
+class HealthCheck:
     """
     Notes the first server that dies, or does not answer.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from distplat.platform.errors import Abandoned, DeadlineExceeded
-from distplat.strategies.training.gate import Gate
+from distplat.strategies.training.pause import PauseGate
 
 PATIENCE_S = 10.0
 
@@ -15,7 +15,7 @@ PATIENCE_S = 10.0
 class Trainer(threading.Thread):
     """Passes a gate before each of ten steps, as the loop does."""
 
-    def __init__(self, gate: Gate, start: int = 0) -> None:
+    def __init__(self, gate: PauseGate, start: int = 0) -> None:
         super().__init__(daemon=True)
         self.gate, self.first, self.made = gate, start, 0
         self.error: Exception | None = None
@@ -49,14 +49,14 @@ def until(what: Callable[[], bool]) -> None:
 
 
 def test_an_open_gate_lets_pass() -> None:
-    trainer = Trainer(Gate(0.0))
+    trainer = Trainer(PauseGate(0.0))
     trainer.passes(10)
     assert (trainer.ends(), trainer.made) == (None, 10)
     assert trainer.gate.answer is None
 
 
 def test_who_rests_waits_and_goes_on_to_where_all_stop() -> None:
-    gate = Gate(PATIENCE_S)
+    gate = PauseGate(PATIENCE_S)
     trainer = Trainer(gate)
     trainer.passes(3)
     until(lambda: trainer.made == 3)
@@ -73,7 +73,7 @@ def test_who_rests_waits_and_goes_on_to_where_all_stop() -> None:
 
 
 def test_the_answer_comes_when_the_first_step_is_known() -> None:
-    gate = Gate(PATIENCE_S)
+    gate = PauseGate(PATIENCE_S)
     gate.rest()
     assert gate.answer is None
     gate.start(4)
@@ -87,7 +87,7 @@ def test_the_answer_comes_when_the_first_step_is_known() -> None:
 
 @pytest.mark.parametrize("rests", [True, False])
 def test_whoever_comes_or_waits_is_sent_home_when_the_attempt_is_over(rests: bool) -> None:
-    gate = Gate(60)
+    gate = PauseGate(60)
     if rests:
         gate.rest()
     trainer = Trainer(gate)
@@ -102,7 +102,7 @@ def test_whoever_comes_or_waits_is_sent_home_when_the_attempt_is_over(rests: boo
 
 
 def test_nobody_waits_for_ever_for_word_where_to_stop() -> None:
-    gate = Gate(0.05)
+    gate = PauseGate(0.05)
     gate.rest()
     trainer = Trainer(gate)
     trainer.passes(1)

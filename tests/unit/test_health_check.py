@@ -3,7 +3,7 @@
 import time
 
 from distplat.actors.local_transport import Actor, Fault, LocalCluster
-from distplat.actors.servers.watching import Watch
+from distplat.actors.servers.health_check import HealthCheck
 from distplat.platform.errors import ActorLost
 
 SOON_S = 5.0
@@ -25,7 +25,7 @@ def servers(count: int) -> tuple[LocalCluster, list[Actor]]:
 
 def test_a_dead_server_is_noted_at_once() -> None:
     cluster, actors = servers(2)
-    watch = Watch(cluster.transport(), actors, 60.0)
+    watch = HealthCheck(cluster.transport(), actors, 60.0)
     actors[1].die("for a test")
     assert watch.losing.wait(SOON_S)
     assert isinstance(watch.lost, ActorLost)
@@ -35,7 +35,7 @@ def test_a_dead_server_is_noted_at_once() -> None:
 def test_silence_counts_when_servers_have_their_shards() -> None:
     cluster, actors = servers(1)
     cluster.inject("where", FROZEN, times=1000)
-    watch = Watch(cluster.transport(), actors, 0.1)
+    watch = HealthCheck(cluster.transport(), actors, 0.1)
     assert not watch.losing.wait(0.5), "it is starting"
     watch.begin()
     assert watch.losing.wait(SOON_S)
@@ -45,7 +45,7 @@ def test_silence_counts_when_servers_have_their_shards() -> None:
 def test_a_lost_answer_is_no_lost_server() -> None:
     cluster, actors = servers(1)
     cluster.inject("where", Fault(lose="reply"))
-    watch = Watch(cluster.transport(), actors, 0.8)
+    watch = HealthCheck(cluster.transport(), actors, 0.8)
     watch.begin()
     time.sleep(0.3)
     assert not watch.losing.wait(1.2)

@@ -23,7 +23,7 @@ from torch import Tensor
 from distplat.platform.errors import StateLost
 from distplat.platform.load import load_figures
 from distplat.strategies.collective import Collective
-from distplat.strategies.pipeline.seams import Versions
+from distplat.strategies.pipeline.interfaces import Versions
 from distplat.strategies.ports import Pushed, Shards
 from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.training.control import StepControl
@@ -33,7 +33,7 @@ from distplat.strategies.training.parts import server_part
 from distplat.strategies.worker import Context
 
 
-class Served:
+class PsGradSync:
     """
     One rank's dealings with the servers of its part, over all attempts (see `Exchange`).
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distplat.platform.cut import even_bounds
+from distplat.platform.even_split import split_evenly
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,12 @@ from distplat.platform.cut import even_bounds
     ],
 )
 def test_known_cuts(length: int, parts: int, align: int, bounds: list[tuple[int, int]]) -> None:
-    assert even_bounds(length, parts, align=align) == bounds
+    assert split_evenly(length, parts, align=align) == bounds
 
 
 @given(st.integers(0, 2000), st.integers(1, 50), st.integers(1, 40))
 def test_any_cut(length: int, parts: int, align: int) -> None:
-    bounds = even_bounds(length, parts, align=align)
+    bounds = split_evenly(length, parts, align=align)
     assert len(bounds) == parts
     assert [bounds[0][0], bounds[-1][1]] == [0, length]
     assert all(left[1] == right[0] for left, right in pairwise(bounds))

@@ -19,13 +19,13 @@ from torch import Tensor
 from distplat.platform.errors import StateLost
 from distplat.strategies.collective import Collective
 from distplat.strategies.training.flat import TORN, FlatModel
+from distplat.strategies.training.object_collectives import broadcast_bytes
 from distplat.strategies.training.optim import LocalOptimizer
 from distplat.strategies.training.state_transfer import (
     broadcast_bits,
     broadcast_slots,
     untrained_slots,
 )
-from distplat.strategies.training.words import broadcast_bytes
 
 
 def take_over_newest(
