@@ -1,4 +1,4 @@
-"""The shape of the house: who may import whom, what may load torch and Ray, how long a file is."""
+"""The layout: who may import whom, what may load torch and Ray, how long a file is."""
 
 import ast
 import os
