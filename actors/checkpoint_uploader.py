@@ -19,7 +19,7 @@ from typing import Any
 
 from distplat.platform.checkpoint_assembly import Delivery
 from distplat.platform.errors import DeadlineExceeded
-from distplat.platform.pieces import Bytes
+from distplat.platform.tensor_slices import Bytes
 from distplat.strategies.training.checkpoint_types import CheckpointPart
 from distplat.strategies.training.parts import Staging
 

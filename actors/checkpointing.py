@@ -22,11 +22,11 @@ from distplat.actors.actor_group import Launch
 from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery, Open
 from distplat.platform.checkpoints import FOLDER, Catalogue, Stored, read
 from distplat.platform.errors import StorageError
-from distplat.platform.pieces import by_file, put_together
 from distplat.platform.progress import Saved
 from distplat.platform.resume import NOT_FINITE, state_of
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
+from distplat.platform.tensor_slices import by_file, put_together
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import ray
 
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
-from distplat.actors.messages import News
+from distplat.actors.messages import PollResult
 from distplat.actors.resizing import Resizer
 from distplat.actors.scaling import Scaling
-from distplat.actors.servers.scheduler import Wish
+from distplat.actors.servers.scheduler import ScaleRequest
 from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 from distplat.platform.job import JobState, Phase
@@ -32,7 +32,7 @@ from distplat.platform.job_events import (
     Tick,
     Unanswered,
 )
-from distplat.platform.progress import Gathering, Recovery, Resized, Setback, Summary
+from distplat.platform.progress import Recovery, ReportAggregator, Resized, Setback, Summary
 from distplat.platform.quiesce import Stop, how_to_stop
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
@@ -71,7 +71,7 @@ class Controller:
         self._actors = actor_group.roles
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
-        self._gathering = Gathering(
+        self._gathering = ReportAggregator(
             actor_group.world, checkpoints.step if actor_group.dealt else None
         )
         self._scaling = Scaling(actor_group) if actor_group.dealt else None
@@ -244,13 +244,13 @@ class Controller:
         if isinstance(answer, DistplatError):
             del self._actors[role]
             return [Failed(role, answer)]
-        if isinstance(answer, Wish):
+        if isinstance(answer, ScaleRequest):
             (self._scaling or self._resizer).hear(answer)
         if isinstance(answer, ServerRequest):
             self._actor_group.recruit(answer)
-        return self._news(role, answer) if isinstance(answer, News) else []
+        return self._news(role, answer) if isinstance(answer, PollResult) else []
 
-    def _news(self, role: str, news: News) -> list[Event]:
+    def _news(self, role: str, news: PollResult) -> list[Event]:
         for report in news.reports:
             for summary in self._gathering.add(report):
                 self._told(summary)

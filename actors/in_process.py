@@ -23,7 +23,7 @@ from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import AnyReport, Gathering, StepReport, Summary
+from distplat.platform.progress import AnyReport, ReportAggregator, StepReport, Summary
 from distplat.platform.tensor_file import decode
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.sparse.files import keep_tables
@@ -52,7 +52,7 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
     """
-    gathering, progress = Gathering(world=1), Progress()
+    gathering, progress = ReportAggregator(world=1), Progress()
 
     def report(part: AnyReport) -> None:
         for summary in gathering.add(part):

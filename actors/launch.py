@@ -23,20 +23,20 @@ import ray
 
 from distplat.actors import compat, hash_seed
 from distplat.actors.actor_group import ActorGroup, Launch
-from distplat.actors.asking import ask
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_transport import RayTransport
+from distplat.actors.retrying_calls import ask
 from distplat.actors.stopping import Stopping
 from distplat.actors.tables.saving import sources_of
 from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_pickling import check_pickles
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import InfrastructureError
-from distplat.platform.pieces import Bytes
 from distplat.platform.progress import Summary
 from distplat.platform.spec import Job
+from distplat.platform.tensor_slices import Bytes
 from distplat.strategies.sparse.files import keep_tables
 
 logger = logging.getLogger(__name__)

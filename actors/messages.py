@@ -97,7 +97,7 @@ class WorkOrder:
 
 
 @dataclass(frozen=True)
-class News:
+class PollResult:
     """A worker's answer to the controller's question how things stand."""
 
     reports: list[AnyReport]

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.servers.scheduler import Wish
+from distplat.actors.servers.scheduler import ScaleRequest
 from distplat.actors.spawn import lacks
 from distplat.platform.errors import UserCodeError
 from distplat.platform.resizing import Resizing
@@ -41,7 +41,7 @@ class Resizer:
     def __init__(self, actor_group: ActorGroup) -> None:
         self._actors = actor_group
         self._brain = Resizing(actor_group.world)
-        self._heard: Wish | None = None
+        self._heard: ScaleRequest | None = None
         self._number = 0  #: of the wish that is being carried out
         self._calls: dict[int, tuple[Any, float]] = {}  #: newcomer -> when it is ready, deadline
 
@@ -50,7 +50,7 @@ class Resizer:
         """Workers that the run goes on with."""
         return self._brain.world
 
-    def hear(self, wish: Wish) -> None:
+    def hear(self, wish: ScaleRequest) -> None:
         """Take a wish; the same one comes again until it is known to be heard."""
         if wish.number > self._number:
             self._heard = wish
@@ -97,7 +97,7 @@ class Resizer:
             self._answer("")
         return brain.due
 
-    def _take(self, wish: Wish) -> None:
+    def _take(self, wish: ScaleRequest) -> None:
         self._number = wish.number
         more = wish.workers - self._brain.world - len(self._brain.newcomers)
         refused = _refusal(self._actors, wish.workers, more)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.servers.scheduler import Wish
+from distplat.actors.servers.scheduler import ScaleRequest
 from distplat.actors.spawn import lacks
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ class Scaling:
 
     def __init__(self, actor_group: ActorGroup) -> None:
         self._actors = actor_group
-        self._wish: Wish | None = None
+        self._wish: ScaleRequest | None = None
         self._leaving: set[int] = set()
 
-    def hear(self, wish: Wish) -> None:
+    def hear(self, wish: ScaleRequest) -> None:
         """Take a wish; the same one comes again until it is answered."""
         self._wish = wish
 

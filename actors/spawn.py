@@ -33,7 +33,7 @@ _SERVER_THREADS = 8
 
 
 @dataclass
-class Cast:
+class ActorHandles:
     """The actors of a run."""
 
     workers: dict[int, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Cast:
         return PlacementGroupSchedulingStrategy(self.seats[group], place)
 
 
-def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
+def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
     """
     Ask Ray for all actors of a run; returns before they are up.
 
@@ -73,7 +73,7 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> Cast:
         SpecError: the cluster will never have what the job asks for.
     """
     _check_feasible(job, roles)
-    cast = Cast()
+    cast = ActorHandles()
     cast.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
         cast.workers[rank] = spawn_worker(job, run, attempt, rank, cast.seat(rank))
@@ -198,7 +198,7 @@ def actor_name(job: Job, role: str, attempt: int | str) -> str:
     return f"{job.name}/{role}" + (f"/attempt-{attempt}" if attempt else "")
 
 
-def start_workers(cast: Cast, orders: list[WorkOrder]) -> list[Any]:
+def start_workers(cast: ActorHandles, orders: list[WorkOrder]) -> list[Any]:
     """Send every worker its orders; returns the calls, which end when the worker has them."""
     return [cast.workers[order.rank].start.remote(order) for order in orders]
 

@@ -30,8 +30,8 @@ from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoint_assembly import Delivery
 from distplat.platform.errors import Abandoned, DistplatError
-from distplat.platform.pieces import Bundle, Bytes
 from distplat.platform.progress import AnyReport, StepReport
+from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.task import Task
 from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checks import remark_on_size

@@ -21,7 +21,7 @@ import ray
 from distplat.actors.runs import RunName, find_runs, named_actors
 from distplat.platform.common_version import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded
-from distplat.platform.pieces import Bundle, Place, by_file, put_together
+from distplat.platform.tensor_slices import Bundle, TensorSlice, by_file, put_together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,7 +169,7 @@ class Weights:
 
         model = by_file(put_together(parts))["model"]
         state = {
-            name: tensor_of(whole, Place(whole.shape)).view(whole.shape)
+            name: tensor_of(whole, TensorSlice(whole.shape)).view(whole.shape)
             for name, whole in model.items()
         }
         return Snapshot(self.run, version, state)

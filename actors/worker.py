@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from distplat.actors.allocator import keep_freed_memory
 from distplat.actors.importing import quick_imports
-from distplat.actors.messages import News, WorkOrder
+from distplat.actors.messages import PollResult, WorkOrder
 from distplat.actors.weights import Reply
 from distplat.platform.progress import AnyReport
 
@@ -83,7 +83,7 @@ class Worker:
         if self._session is not None:
             self._session.abandon(attempt)
 
-    def poll(self, hold_s: float) -> News:
+    def poll(self, hold_s: float) -> PollResult:
         """
         Tell how things stand, and what was reported since the last call.
 
@@ -95,11 +95,11 @@ class Worker:
         if not self._ended.is_set():
             self._news.clear()
         if self._session is None:
-            return News([], -1, 0, 0, finished=False, error=None)
+            return PollResult([], -1, 0, 0, finished=False, error=None)
         standing = self._session.standing  # before the reports: what came first is told first
         reports = [self._reports.popleft() for _ in range(len(self._reports))]
         deliveries = [self._deliveries.popleft() for _ in range(len(self._deliveries))]
-        return News(
+        return PollResult(
             reports,
             standing.attempt,
             standing.progress.beats,

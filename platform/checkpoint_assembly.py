@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from distplat.platform.pieces import ITEM_BYTES, Bytes, Entry
+from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, Entry
 
 
 @dataclass(frozen=True)

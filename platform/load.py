@@ -55,10 +55,10 @@ def load_figures(loads: Sequence[ShardLoad]) -> dict[str, float]:
     return found
 
 
-class Visit:
+class QueuedPush:
     """One push from its arrival at a shard until the update that it is part of begins."""
 
-    def __init__(self, door: "Door") -> None:
+    def __init__(self, door: "PushQueue") -> None:
         self._door, self._inside = door, True
         self.at = time.perf_counter()
         self.depth = door.count(1)
@@ -70,7 +70,7 @@ class Visit:
             self._door.count(-1)
 
 
-class Door:
+class PushQueue:
     """Counts the pushes that wait at a shard."""
 
     def __init__(self) -> None:
@@ -83,9 +83,9 @@ class Door:
             return self._here
 
     @contextmanager
-    def visit(self) -> Iterator[Visit]:
+    def visit(self) -> Iterator[QueuedPush]:
         """Count a push as waiting until the block ends or the visit leaves."""
-        visit = Visit(self)
+        visit = QueuedPush(self)
         try:
             yield visit
         finally:

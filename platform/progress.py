@@ -139,7 +139,7 @@ Summary = StepSummary | EvalSummary | Trace | Setback | Recovery | Resized | Sav
 Report = TypeVar("Report", StepReport, EvalReport, TraceReport)
 
 
-class Gathering:
+class ReportAggregator:
     """
     Joins the reports of all ranks; each step and evaluation is given out once, in order.
 

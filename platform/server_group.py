@@ -84,7 +84,7 @@ class Held:
 
 
 @dataclass
-class Seat:
+class ShardAssignment:
     """One shard and who keeps it."""
 
     shard: int
@@ -105,7 +105,7 @@ class ServersSeen:
     version: int
     """Of the shard map; 0: no shard was given out yet."""
     cuts: tuple[Shard, ...]
-    seats: tuple[Seat, ...]
+    seats: tuple[ShardAssignment, ...]
     """By shard, who keeps it."""
     replicated: bool
 
@@ -124,11 +124,11 @@ class ServerGroup:
     """Of the map of primaries: a client with an older one asks again."""
     broken: str | None = None
     """A server that was lost with all that it kept; the group cannot go on."""
-    seats: list[Seat] = field(init=False)
+    seats: list[ShardAssignment] = field(init=False)
 
     def __post_init__(self) -> None:
         self._made = self.shards  # servers named so far
-        self.seats = [Seat(index, f"server-{index}") for index in range(self.shards)]
+        self.seats = [ShardAssignment(index, f"server-{index}") for index in range(self.shards)]
 
     @property
     def servers(self) -> list[str]:
@@ -209,7 +209,7 @@ class ServerGroup:
                 return [GoAlone(seat.shard, seat.primary, seat.term)]
         return []
 
-    def _lose_primary(self, seat: Seat) -> list[Order]:
+    def _lose_primary(self, seat: ShardAssignment) -> list[Order]:
         if seat.backup is None or not seat.ready:
             self.broken = seat.primary
             return []
@@ -218,11 +218,11 @@ class ServerGroup:
         self.version += 1
         return [Promote(seat.shard, seat.primary, seat.term), *self._make_again(seat)]
 
-    def _make_again(self, seat: Seat) -> list[Order]:
+    def _make_again(self, seat: ShardAssignment) -> list[Order]:
         seat.losses += 1
         return self._make(seat) if seat.losses < MOST_LOSSES else []
 
-    def _make(self, seat: Seat) -> list[Order]:
+    def _make(self, seat: ShardAssignment) -> list[Order]:
         seat.making = f"server-{self._made}"
         self._made += 1
         return [MakeBackup(seat.shard, seat.making, seat.primary)]

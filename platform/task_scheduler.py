@@ -33,7 +33,7 @@ MOST_TASKS = 256
 
 
 @dataclass(frozen=True)
-class Course:
+class TaskPlan:
     """What there is to do in a run; the same on all workers."""
 
     steps: int
@@ -99,7 +99,7 @@ class TaskScheduler:
         bound: steps that a lease may be ahead of the oldest task that is not done; None: any.
     """
 
-    def __init__(self, course: Course, bound: int | None = None) -> None:
+    def __init__(self, course: TaskPlan, bound: int | None = None) -> None:
         self.course, self._bound = course, bound
         self.attempt = 0
         self.done = IntervalSet(course.first * course.parts)

@@ -1,7 +1,7 @@
 """
 The safetensors format, bytes in and bytes out, without torch: the driver has none.
 
-Tensors are bytes here (`Whole`), so that bfloat16, which numpy lacks, needs no case of its own.
+Tensors are bytes here (`RawTensor`), so that bfloat16, which numpy lacks, needs no case of its own.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
-from distplat.platform.pieces import ITEM_BYTES, Whole
+from distplat.platform.tensor_slices import ITEM_BYTES, RawTensor
 
 TASK_PREFIX = "task:"
 """Begins the names of parameters that a task keeps itself, where they stand beside the model's."""
@@ -20,7 +20,7 @@ _NAMES = {
 """torch's names of types by the format's."""
 
 
-def encode(tensors: Mapping[str, Whole]) -> Iterator[bytes]:
+def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes]:
     """
     Give a file's content, made when it is asked for.
 
@@ -40,7 +40,7 @@ def encode(tensors: Mapping[str, Whole]) -> Iterator[bytes]:
     )
 
 
-def decode(content: bytes) -> dict[str, Whole]:
+def decode(content: bytes) -> dict[str, RawTensor]:
     """
     Read a file's content.
 
@@ -49,7 +49,7 @@ def decode(content: bytes) -> dict[str, Whole]:
     """
     try:
         return {
-            name: Whole(
+            name: RawTensor(
                 _NAMES[found["dtype"]],
                 tuple(found["shape"]),
                 np.frombuffer(found["data"], np.uint8),

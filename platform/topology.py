@@ -17,7 +17,7 @@ from distplat.platform.errors import Problem, SpecError
 
 
 @dataclass(frozen=True)
-class Place:
+class RankLocation:
     """What a rank tells the others of where it is."""
 
     node: str
@@ -36,7 +36,7 @@ class Choice:
     why: str
 
 
-def by_node(places: Sequence[Place]) -> list[list[int]]:
+def by_node(places: Sequence[RankLocation]) -> list[list[int]]:
     """Give the ranks of each node in rising order; nodes in the order of their first rank."""
     found: dict[str, list[int]] = {}
     for rank, place in enumerate(places):
@@ -44,7 +44,7 @@ def by_node(places: Sequence[Place]) -> list[list[int]]:
     return list(found.values())
 
 
-def choose(places: Sequence[Place]) -> Choice:
+def choose(places: Sequence[RankLocation]) -> Choice:
     """
     Choose a backend.
 
@@ -64,7 +64,7 @@ def choose(places: Sequence[Place]) -> Choice:
     return Choice("hierarchical", f"{world} workers are on {len(nodes)} nodes, some on the same")
 
 
-def chosen_by_user(backend: str, places: Sequence[Place]) -> Choice:
+def chosen_by_user(backend: str, places: Sequence[RankLocation]) -> Choice:
     """
     Take the backend that a job names, if it can work.
 
@@ -97,7 +97,7 @@ def chosen_by_user(backend: str, places: Sequence[Place]) -> Choice:
     return Choice(backend, "the job names it")
 
 
-def _ranks(places: Sequence[Place], quality: str) -> str:
+def _ranks(places: Sequence[RankLocation], quality: str) -> str:
     """Give the ranks that lack a quality, for a sentence."""
     return ", ".join(str(rank) for rank, place in enumerate(places) if not getattr(place, quality))
 

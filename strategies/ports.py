@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.platform.load import ShardLoad
-from distplat.platform.pieces import Entry
 from distplat.platform.table_plan import TablePlan, TableSpec
-from distplat.platform.task_scheduler import Course, Work
+from distplat.platform.task_scheduler import TaskPlan, Work
+from distplat.platform.tensor_slices import Entry
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
 from distplat.strategies.training.checkpoint_reader import SavedState
@@ -165,7 +165,7 @@ class Board(Protocol):
 class Leases(Protocol):
     """The task scheduler as one worker sees it: what to do next, and what is done."""
 
-    def connect(self, course: Course) -> None:
+    def connect(self, course: TaskPlan) -> None:
         """
         Join the run's workers.
 

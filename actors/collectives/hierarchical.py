@@ -36,7 +36,7 @@ from distplat.actors.collectives.torch_group import Fail, TorchGroup
 from distplat.actors.collectives.torch_store import run_unless_given_up
 from distplat.actors.collectives.work import OpQueue, Work
 from distplat.platform.errors import CollectiveError, DeadlineExceeded, MismatchError
-from distplat.platform.topology import Place, by_node
+from distplat.platform.topology import RankLocation, by_node
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.collective import ReduceOp, Traffic
 
@@ -66,7 +66,7 @@ class HierarchicalGroup(TorchGroup):
         rank: int,
         world: int,
         settings: Settings,
-        places: tuple[Place, ...] | None = None,
+        places: tuple[RankLocation, ...] | None = None,
     ) -> None:
         super().__init__(name, rank, world, settings, places)
         self._near: ShmGroup | None = None  #: this node's ranks, if there are several
@@ -81,7 +81,7 @@ class HierarchicalGroup(TorchGroup):
             self.close()
             raise
 
-    def _find_neighbours(self, places: tuple[Place, ...] | None) -> None:
+    def _find_neighbours(self, places: tuple[RankLocation, ...] | None) -> None:
         asks = places is None  # made by Ray's own call
         if places is None:
             places = exchange_places(self.name, self.rank, self.world, self.settings)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distplat.actors.collectives.group import Group
 from distplat.actors.collectives.rendezvous import Settings, delete_places, exchange_places
-from distplat.platform.topology import Place, choose, chosen_by_user
+from distplat.platform.topology import RankLocation, choose, chosen_by_user
 from distplat.strategies.collective import ReduceOp
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def create_group(
     rank: int,
     world: int,
     settings: Settings,
-    places: tuple[Place, ...] | None = None,
+    places: tuple[RankLocation, ...] | None = None,
 ) -> Group:
     """
     Form a group with the other ranks, which call this too.
@@ -183,7 +183,7 @@ def _kind(backend: str) -> Any:
 def _subgroup(
     group: Group,
     backend: str,
-    places: tuple[Place, ...] | None,
+    places: tuple[RankLocation, ...] | None,
     name: str,
     ranks: Sequence[int],
 ) -> Group:

@@ -23,7 +23,7 @@ from distplat.actors import compat
 from distplat.actors.collectives.shm.segment import shared_memory_works
 from distplat.actors.messages import rendezvous_key
 from distplat.platform.errors import CollectiveError, DeadlineExceeded, DistplatError
-from distplat.platform.topology import Place
+from distplat.platform.topology import RankLocation
 
 GIVEN_UP = "this rank was told to give up"
 _SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.01
@@ -102,7 +102,7 @@ def wait_for_all(group_name: str, absent: Callable[[], Sequence[int]], settings:
 
 def exchange_places(
     group_name: str, rank: int, world: int, settings: Settings
-) -> tuple[Place, ...]:
+) -> tuple[RankLocation, ...]:
     """
     Tell the others where this rank is; give every rank's place.
 
@@ -127,7 +127,7 @@ def exchange_places(
     except DistplatError:
         compat.delete(word)
         raise
-    return tuple(Place(**place) for place in json.loads(table))
+    return tuple(RankLocation(**place) for place in json.loads(table))
 
 
 def delete_places(group_name: str) -> None:
@@ -135,12 +135,12 @@ def delete_places(group_name: str) -> None:
     compat.delete(_table(group_name))
 
 
-def place_of_this_process() -> Place:
+def place_of_this_process() -> RankLocation:
     """Say where this process is, and what works there."""
     context = ray.get_runtime_context()
     whole_gpu = context.get_assigned_resources().get("GPU", 0) >= 1
     nccl = whole_gpu and torch.cuda.is_available() and torch.distributed.is_nccl_available()
-    return Place(context.get_node_id(), nccl, shared_memory_works())
+    return RankLocation(context.get_node_id(), nccl, shared_memory_works())
 
 
 def _publish(group_name: str, world: int, settings: Settings) -> None:

@@ -37,7 +37,7 @@ from distplat.actors.collectives.rendezvous import GIVEN_UP, Settings
 from distplat.actors.collectives.torch_store import Store, run_unless_given_up
 from distplat.actors.collectives.work import Work
 from distplat.platform.errors import CollectiveError, MismatchError
-from distplat.platform.topology import Place
+from distplat.platform.topology import RankLocation
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.collective import ReduceOp
 
@@ -77,7 +77,7 @@ class TorchGroup(Group):
         rank: int,
         world: int,
         settings: Settings,
-        places: tuple[Place, ...] | None = None,
+        places: tuple[RankLocation, ...] | None = None,
     ) -> None:
         super().__init__(name, rank, world, settings)
         self._begun = 0  #: operations of all ranks
@@ -421,7 +421,7 @@ class NcclGroup(TorchGroup):
         rank: int,
         world: int,
         settings: Settings,
-        places: tuple[Place, ...] | None = None,
+        places: tuple[RankLocation, ...] | None = None,
     ) -> None:
         super().__init__(name, rank, world, settings, places)
         limit = settings.operation_s

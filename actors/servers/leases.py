@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distplat.actors.asking import AGAIN_S, LOOK_S, ask
 from distplat.actors.messages import WorkOrder
-from distplat.actors.servers.lines import ANSWER_GRACE_S
+from distplat.actors.retrying_calls import AGAIN_S, LOOK_S, ask
+from distplat.actors.servers.fan_out import ANSWER_GRACE_S
 from distplat.actors.servers.scheduler import HOLD_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded
 from distplat.platform.progress import StepReport
-from distplat.platform.task_scheduler import Course, Work
+from distplat.platform.task_scheduler import TaskPlan, Work
 from distplat.platform.worker_stats import WorkerHeartbeat
 
 PULSE_S = 0.5
@@ -56,7 +56,7 @@ class RemoteLeases:
         self._given = self._left = 0  #: tasks of the present lease, and those not done
         self._closed = threading.Event()
 
-    def connect(self, course: Course) -> None:
+    def connect(self, course: TaskPlan) -> None:
         """See `Leases`."""
         self._beat = WorkerHeartbeat(course.first, 0, 0.0)
         limit = self._order.job.failure.start_timeout_s

@@ -20,9 +20,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distplat.actors.asking import Call, ask
 from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.actors.ray_transport import alone
+from distplat.actors.retrying_calls import Call, ask
 from distplat.actors.servers.health_check import HealthCheck
 from distplat.actors.servers.manager_recovery import adopt
 from distplat.actors.servers.replication_manager import ReplicationManager
@@ -30,7 +30,7 @@ from distplat.actors.servers.server_provisioning import ServerProvisioning, Serv
 from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
 from distplat.platform.part import Role
-from distplat.platform.server_group import Seat, ServerGroup, ServersSeen
+from distplat.platform.server_group import ServerGroup, ServersSeen, ShardAssignment
 from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
 from distplat.strategies.strategy import Roles
@@ -161,14 +161,16 @@ class ServerManager:
             raise _lost_for_good(replicas.lost)
         return self._present(part, place)
 
-    def seats(self) -> list[Seat]:
+    def seats(self) -> list[ShardAssignment]:
         """Tell who keeps which shard; empty where no shard is kept twice."""
         return [] if self._replication is None else self._replication.seats()
 
     def seen(self) -> ServersSeen:
         """Tell who keeps which shard, for those who look."""
         count, replicated = len(self._servers), self._replication is not None
-        seats = self.seats() or [Seat(index, f"server-{index}") for index in range(count)]
+        seats = self.seats() or [
+            ShardAssignment(index, f"server-{index}") for index in range(count)
+        ]
         if len(self._first) < len(self._division.parts):
             return ServersSeen(0, (), tuple(seats), replicated)
         maps = [self._present(part, 0).shard_map for part in range(len(self._first))]

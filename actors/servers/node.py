@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from distplat.platform.pieces import Whole
     from distplat.platform.spec import Job
+    from distplat.platform.tensor_slices import RawTensor
     from distplat.strategies.ports import ShardCopy
     from distplat.strategies.training.mirror import Twin, Update
 
@@ -88,7 +88,7 @@ class ServerNode:
         return self.serving.attach(rank, number, world, gradients, parameters, held)
 
     def restore(
-        self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, Whole]
+        self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, RawTensor]
     ) -> None:
         """Open for service."""
         self.serving.restore(version, values, state)

@@ -5,8 +5,8 @@ from functools import partial
 from distplat.actors.memory.device_copy import DirectTransfer
 from distplat.actors.memory.mailboxes import Request
 from distplat.actors.messages import WorkOrder
-from distplat.actors.servers.lines import Lines, Round
-from distplat.actors.servers.roads import Road, part
+from distplat.actors.servers.fan_out import FanOut, FanOutCall
+from distplat.actors.servers.vector_transport import VectorTransport, part
 from distplat.actors.transport import TransportError
 from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import Answer, PushId
@@ -31,8 +31,8 @@ class Pushes:
     def __init__(
         self,
         order: WorkOrder,
-        lines: Lines,
-        road: Road,
+        lines: FanOut,
+        road: VectorTransport,
         transfer: DirectTransfer,
         versions: dict[int, int],
     ) -> None:
@@ -47,7 +47,7 @@ class Pushes:
             self._lines.mailboxes.control[:] = record
         road, order, call = self._road, self._order, self._lines.transport.call
         push = PushId(order.run, order.attempt, order.rank, step, task)
-        asked = Round(
+        asked = FanOutCall(
             self._lines,
             f"push {step}",
             lambda server, cut: call(
@@ -68,7 +68,7 @@ class Pushes:
         rank, call = self._order.rank, self._lines.transport.call
         question = lambda server, cut: call(server, "commit", rank, step, norm)  # noqa: E731
         request = Request(step, norm)
-        asked = Round(self._lines, f"commit {step}", question, self._take, request)
+        asked = FanOutCall(self._lines, f"commit {step}", question, self._take, request)
         asked.send(self._lines.cuts)
         return self._made(asked)
 
@@ -77,15 +77,15 @@ class Pushes:
         rank, call = self._order.rank, self._lines.transport.call
         question = lambda server, cut: call(server, "pull", rank, number)  # noqa: E731
         what = f"pull {number[1]}"
-        asked = Round(self._lines, what, question, self._take, setting=setting)
+        asked = FanOutCall(self._lines, what, question, self._take, setting=setting)
         asked.send(self._lines.cuts)
         return self._answers(asked)
 
-    def _made(self, asked: Round) -> Pushed:
+    def _made(self, asked: FanOutCall) -> Pushed:
         answers = self._answers(asked)
         return pushed(answers, [self._road.traffic(cut) for cut in self._lines.cuts])
 
-    def _answers(self, asked: Round) -> list[Answer]:
+    def _answers(self, asked: FanOutCall) -> list[Answer]:
         answers = asked.answers()
         self._transfer.join()
         return answers

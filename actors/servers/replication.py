@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address
-from distplat.actors.servers.roads import from_bytes
+from distplat.actors.servers.vector_transport import from_bytes
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
 from distplat.platform.part import Part, Role

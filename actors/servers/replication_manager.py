@@ -18,8 +18,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from distplat.actors.asking import Call, ask
 from distplat.actors.messages import Address
+from distplat.actors.retrying_calls import Call, ask
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
 from distplat.platform.errors import DistplatError, NotReadyError
 from distplat.platform.server_group import (
@@ -28,8 +28,8 @@ from distplat.platform.server_group import (
     MakeBackup,
     Order,
     Promote,
-    Seat,
     ServerGroup,
+    ShardAssignment,
 )
 from distplat.platform.spec import Failure
 
@@ -87,7 +87,7 @@ class ReplicationManager:
         with self._changed:
             return self._map
 
-    def seats(self) -> list[Seat]:
+    def seats(self) -> list[ShardAssignment]:
         """Tell who keeps which shard."""
         return [replace(seat) for seat in self._group.seats]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from distplat.platform.consistency import Consistency
 from distplat.platform.errors import FencedError, Problem, ProtocolError, SpecError
 from distplat.platform.spec import Job
-from distplat.platform.task_scheduler import Course, TaskScheduler, Work, lease_size
+from distplat.platform.task_scheduler import TaskPlan, TaskScheduler, Work, lease_size
 from distplat.platform.worker_stats import WorkerHeartbeat, WorkerStats, WorkerTable
 
 HOLD_S = 1.0
@@ -29,7 +29,7 @@ them."""
 
 
 @dataclass(frozen=True)
-class Wish:
+class ScaleRequest:
     """A number of workers that somebody has asked for."""
 
     number: int
@@ -63,7 +63,7 @@ class Roster:
     duplicates: int
     """Tasks that were made twice."""
     workers: tuple[Entry, ...]
-    wish: Wish | None
+    wish: ScaleRequest | None
     refused: str
     """Why the last wish was not granted; empty: it was, or is about to be."""
     pending: bool = False
@@ -88,10 +88,10 @@ class Scheduler:
         self._attempt = 0
         self._workers_table = WorkerTable()
         self._brain: TaskScheduler | None = None
-        self._course: Course | None = None
+        self._course: TaskPlan | None = None
         self._leaving: set[int] = set()
         self._changed = asyncio.Event()  #: replaced by a new one whenever something is done
-        self._wish: Wish | None = None
+        self._wish: ScaleRequest | None = None
         self._answered, self._refused = 0, ""
         self._wished = asyncio.Event()
 
@@ -99,7 +99,7 @@ class Scheduler:
         """Name in Ray's logs."""
         return self._name
 
-    async def poll(self, hold_s: float) -> Wish | None:
+    async def poll(self, hold_s: float) -> ScaleRequest | None:
         """Tell the controller what is wished for; `hold_s`: see `Worker.poll`."""
         try:
             await asyncio.wait_for(self._wished.wait(), hold_s)
@@ -107,7 +107,7 @@ class Scheduler:
             return None
         return self._wish
 
-    async def join(self, rank: int, attempt: int, course: Course) -> None:
+    async def join(self, rank: int, attempt: int, course: TaskPlan) -> None:
         """
         Take a worker in; the first of a later attempt begins it.
 
@@ -202,7 +202,7 @@ class Scheduler:
         self._leaving.discard(rank)
         self._workers_table.forget(rank)
 
-    async def scale(self, workers: int) -> Wish:
+    async def scale(self, workers: int) -> ScaleRequest:
         """
         Wish for a number of workers.
 
@@ -219,7 +219,7 @@ class Scheduler:
         if not 1 <= workers <= most:
             raise SpecError(Problem(where, f"must be 1 to {most} (got {workers})"))
         number = self._wish.number + 1 if self._wish is not None else 1
-        self._wish, self._refused = Wish(number, workers), ""
+        self._wish, self._refused = ScaleRequest(number, workers), ""
         self._wished.set()
         return self._wish
 

@@ -21,14 +21,14 @@ from distplat.actors.memory.mailboxes import Listener, Request
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Attached
 from distplat.actors.servers.replication import Replication
-from distplat.actors.servers.roads import as_bytes, as_type, from_bytes
+from distplat.actors.servers.vector_transport import as_bytes, as_type, from_bytes
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.part import Role
-from distplat.platform.pieces import Place, Whole
 from distplat.platform.server_group import Held
 from distplat.platform.shard_map import Shard, ShardPlan
+from distplat.platform.tensor_slices import RawTensor, TensorSlice
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.checkpoint_reader import tensor_of
@@ -170,7 +170,7 @@ class Serving:
         self,
         version: int,
         values: NDArray[np.uint8] | None,
-        state: Mapping[str, Whole],
+        state: Mapping[str, RawTensor],
     ) -> None:
         """
         Open for service.
@@ -187,7 +187,7 @@ class Serving:
             elif 0 in self._parameters:
                 params.copy_(self._parameters[0])
 
-        tensors = {name: tensor_of(one, Place(one.shape)) for name, one in state.items()}
+        tensors = {name: tensor_of(one, TensorSlice(one.shape)) for name, one in state.items()}
         self._service.restore(version, fill, tensors)
 
     def kept(self, version: int, limit_s: float) -> ShardCopy:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from distplat.actors.asking import AGAIN_S, LOOK_S
 from distplat.actors.messages import Membership
+from distplat.actors.retrying_calls import AGAIN_S, LOOK_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import ActorLost
 from distplat.platform.spec import Failure

@@ -1,4 +1,4 @@
-"""The port `Shards`: control by mailboxes and calls (`lines.py`), bytes by `roads.py`."""
+"""The port `Shards`: control goes by `fan_out.py`, bytes by `vector_transport.py`."""
 
 import logging
 import threading
@@ -10,13 +10,19 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.actors.asking import ask
 from distplat.actors.memory.device_copy import DirectTransfer, cuda_transfer
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
-from distplat.actors.servers.lines import ANSWER_GRACE_S, Lines
+from distplat.actors.retrying_calls import ask
+from distplat.actors.servers.fan_out import ANSWER_GRACE_S, FanOut
 from distplat.actors.servers.pushes import Pushes
-from distplat.actors.servers.roads import PrivateRoad, SharedRoad, as_bytes, part, run_of
 from distplat.actors.servers.shard_map_watcher import MapChanged, ShardMapWatcher
+from distplat.actors.servers.vector_transport import (
+    CopyTransport,
+    SharedMemoryTransport,
+    as_bytes,
+    part,
+    run_of,
+)
 from distplat.actors.transport import Transport
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.ledger import Answer
@@ -60,7 +66,7 @@ class RemoteShards:
         self._abandoned = abandoned or threading.Event()
         self._limits = order.job.failure
         self._pulls = self._roads = 0
-        self._open_lines: Lines | None = None  #: None: not connected yet
+        self._open_lines: FanOut | None = None  #: None: not connected yet
         self._tracker: ShardMapWatcher | None = None
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._transfer = DirectTransfer()
@@ -111,14 +117,14 @@ class RemoteShards:
         self._transfer.close()
 
     @property
-    def _lines(self) -> Lines:
+    def _lines(self) -> FanOut:
         assert self._open_lines is not None, "connect() comes first"
         return self._open_lines
 
     def _open_road(self, joined: Membership) -> list[int | None]:
         """Lay out memory, attach it at all servers; give their versions, None of who has none."""
-        self._open_lines = lines = Lines(self._transport, self._order, joined, self._look)
-        kind = PrivateRoad if joined.private else SharedRoad
+        self._open_lines = lines = FanOut(self._transport, self._order, joined, self._look)
+        kind = CopyTransport if joined.private else SharedMemoryTransport
         self._road = road = kind(self._transport, self._facts, joined)
         world = joined.twins or self._order.job.scaling.world
         who = self._order.rank, (self._order.attempt, self._roads), world

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.actors.asking import Asked, Call
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Opened, Parcel, WorkOrder
+from distplat.actors.retrying_calls import Call, PendingCall
 from distplat.actors.transport import Transport
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.ledger import PushId
@@ -150,7 +150,7 @@ class RemoteTables:
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
         skip: bool = False,
-    ) -> Asked:
+    ) -> PendingCall:
         """See `Tables`."""
         self._kept = 0
         places = self._write(gradients)
@@ -219,7 +219,7 @@ class RemoteTables:
         question: Callable[[int, Any], Call],
         setting: str = "step_timeout_s",
         asked: Sequence[int] | None = None,
-    ) -> Asked:
+    ) -> PendingCall:
         """Ask servers, by default all."""
         numbers = range(len(self._servers)) if asked is None else asked
         calls = [question(k, self._servers[k]) for k in numbers]
@@ -230,4 +230,4 @@ class RemoteTables:
             if self._abandoned.is_set():
                 raise InfrastructureError(f"{what}: this rank was told to give up")
 
-        return Asked(self._transport, what, calls, names, limit, setting, look)
+        return PendingCall(self._transport, what, calls, names, limit, setting, look)

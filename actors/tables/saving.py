@@ -4,8 +4,8 @@ from functools import partial
 from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.asking import ask
 from distplat.actors.ray_transport import RayTransport
+from distplat.actors.retrying_calls import ask
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import TableSpec
 from distplat.strategies.sparse.files import PartSource

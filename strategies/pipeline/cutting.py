@@ -32,7 +32,7 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Wish:
+class CutRequest:
     """How the job wants its model cut."""
 
     places: int
@@ -47,7 +47,7 @@ class Wish:
 
 def agree_on_points(
     layers: Sequence[Layer],
-    wish: Wish,
+    wish: CutRequest,
     known: list[int] | None,
     inputs: Callable[[], Tensor],
     group: Collective,
@@ -125,7 +125,7 @@ def _filled(layer: Layer, number: int, seed: int, device: torch.device) -> Layer
     return one
 
 
-def _cut(layers: Sequence[Layer], costs: Sequence[LayerCost], wish: Wish) -> list[int]:
+def _cut(layers: Sequence[Layer], costs: Sequence[LayerCost], wish: CutRequest) -> list[int]:
     trained = [any(p.requires_grad for p in layer.module.parameters()) for layer in layers]
 
     def fits(k: int, start: int, stop: int) -> bool:

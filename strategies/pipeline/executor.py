@@ -13,7 +13,7 @@ from torch import Tensor
 from distplat.strategies.algorithms.schedule_messages import Plan
 from distplat.strategies.pipeline.interfaces import Source, Span, Tail
 from distplat.strategies.pipeline.limits import Reached
-from distplat.strategies.pipeline.run import Run, Seat
+from distplat.strategies.pipeline.run import Run, StageContext
 from distplat.strategies.pipeline.trial import untouched
 
 
@@ -26,7 +26,7 @@ class Executor:
         reached: watches what backward reaches.
     """
 
-    def __init__(self, seat: Seat, reached: Reached) -> None:
+    def __init__(self, seat: StageContext, reached: Reached) -> None:
         self._seat, self._reached = seat, reached
         self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
         self.spans: list[Span] = []  #: of the plan that ran last

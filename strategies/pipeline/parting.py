@@ -10,7 +10,7 @@ from torch import nn
 from distplat.platform.grid import Position
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective
-from distplat.strategies.pipeline.cutting import Wish, agree_on_points
+from distplat.strategies.pipeline.cutting import CutRequest, agree_on_points
 from distplat.strategies.pipeline.limits import entering, names_of, refuse
 from distplat.strategies.pipeline.options import HybridOptions
 from distplat.strategies.pipeline.part import Part, layers_for, take_part, take_whole
@@ -135,7 +135,7 @@ def _agree(
     )
 
 
-def _wish(options: HybridOptions, job: Job) -> Wish:
+def _wish(options: HybridOptions, job: Job) -> CutRequest:
     memory = None
     if options.memory_limit_mb is not None:
         schedule = training_plan(
@@ -146,7 +146,9 @@ def _wish(options: HybridOptions, job: Job) -> Wish:
         memory = Memory(
             [limit] * options.places, live * options.chunks, recompute=options.recompute
         )
-    return Wish(options.places, options.cut, memory, job.seed if options.init == "meta" else None)
+    return CutRequest(
+        options.places, options.cut, memory, job.seed if options.init == "meta" else None
+    )
 
 
 def _samples(options: HybridOptions, prepared: Prepared, most: int | None = SAMPLES) -> Any:

@@ -40,7 +40,7 @@ from distplat.strategies.pipeline.parting import agreed_part
 from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
 from distplat.strategies.pipeline.ps_grad_sync import PsGradSync
 from distplat.strategies.pipeline.reconnectable_group import ReconnectableGroup
-from distplat.strategies.pipeline.run import Seat
+from distplat.strategies.pipeline.run import StageContext
 from distplat.strategies.tensor.parallelize import forget
 from distplat.strategies.tensor.parts import gather_full
 from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
@@ -150,7 +150,7 @@ class Rank:
         peers = [members.index(rank) for rank in row]
         channel = Channel(self._replica, peers, members, device)
         chunks = self._own.chunks
-        seat = Seat(
+        seat = StageContext(
             chunks,
             at.stage,
             grid.stages,

@@ -26,7 +26,7 @@ from distplat.strategies.training.flat import FlatModel
 
 
 @dataclass(frozen=True)
-class Seat:
+class StageContext:
     """Where a rank sits in its pipeline, and what it works with."""
 
     chunks: dict[int, Chunk]
@@ -78,7 +78,7 @@ class Run:
 
     def __init__(
         self,
-        seat: Seat,
+        seat: StageContext,
         plan: Plan,
         source: Source,
         tail: Tail | None,

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.platform.errors import ProtocolError
-from distplat.platform.pieces import Bundle, Bytes, Entry, Place, Whole
 from distplat.platform.table_plan import TablePlan, TableSpec, file_of
+from distplat.platform.tensor_slices import Bundle, Bytes, Entry, RawTensor, TensorSlice
 from distplat.strategies.sparse.routing import server_of
 from distplat.strategies.sparse.table import Table
 
@@ -35,12 +35,14 @@ def copies_of(tables: Sequence[Table], server: int) -> Bundle:
         columns = {**table.copy(), "step": np.array(table.updates)}
         for name, array in columns.items():
             key = f"{file_of(server)}/{table.spec.name}/{name}"
-            entries.append(Entry(key, Place(array.shape), str(array.dtype), len(arrays)))
+            entries.append(Entry(key, TensorSlice(array.shape), str(array.dtype), len(arrays)))
             arrays.append(array.reshape(-1).view(np.uint8))
     return arrays, tuple(entries)
 
 
-def fill(table: Table, plan: TablePlan, server: int, files: Iterable[Mapping[str, Whole]]) -> None:
+def fill(
+    table: Table, plan: TablePlan, server: int, files: Iterable[Mapping[str, RawTensor]]
+) -> None:
     """
     Put those rows of a checkpoint into a table that belong to one server.
 
@@ -61,7 +63,7 @@ def fill(table: Table, plan: TablePlan, server: int, files: Iterable[Mapping[str
             raise ProtocolError(f"{what}: {error}") from None
 
 
-def _fill(table: Table, plan: TablePlan, server: int, file: Mapping[str, Whole]) -> None:
+def _fill(table: Table, plan: TablePlan, server: int, file: Mapping[str, RawTensor]) -> None:
     start = f"{table.spec.name}/"
     columns = {k.removeprefix(start): _array(v) for k, v in file.items() if k.startswith(start)}
     table.updates = max(table.updates, int(columns.pop("step")))
@@ -76,6 +78,6 @@ def _server_of(plan: TablePlan, spec: TableSpec, ids: NDArray[np.int64]) -> NDAr
     return server_of(plan, spec, ids) if plan.servers > 1 else np.zeros_like(ids)
 
 
-def _array(whole: Whole) -> NDArray[Any]:
+def _array(whole: RawTensor) -> NDArray[Any]:
     dtype = np.dtype(whole.dtype)
     return np.frombuffer(whole.data, dtype).reshape(whole.shape)

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from distplat.platform.errors import DeadlineExceeded, FencedError, ProtocolError, StaleError
 from distplat.platform.learning_rate import factor
 from distplat.platform.ledger import PushId, Verdict
-from distplat.platform.pieces import Bundle, Whole
 from distplat.platform.table_book import TableBook
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
+from distplat.platform.tensor_slices import Bundle, RawTensor
 from distplat.strategies.sparse.files import packed_part
 from distplat.strategies.sparse.routing import server_of
 from distplat.strategies.sparse.rules import make_rule
@@ -59,7 +59,7 @@ class TableService:
         self._keeping = CheckpointCopies[Bundle](0, 0)
 
     def open(
-        self, plan: TablePlan, saved_at: int = 0, saved: Iterable[Mapping[str, Whole]] = ()
+        self, plan: TablePlan, saved_at: int = 0, saved: Iterable[Mapping[str, RawTensor]] = ()
     ) -> int:
         """
         End the attempt before, and join this one; every rank calls this.
@@ -238,7 +238,9 @@ class TableService:
         if book.attempt != push.attempt:
             raise FencedError(f"push {push.seq} given up: attempt {book.attempt} began")
 
-    def _make_tables(self, plan: TablePlan, files: Sequence[Mapping[str, Whole]]) -> list[Table]:
+    def _make_tables(
+        self, plan: TablePlan, files: Sequence[Mapping[str, RawTensor]]
+    ) -> list[Table]:
         job, tables = plan.job, []
         assert job.embeddings is not None, "no servers without the field"
         rule = make_rule(job.embeddings.optimizer)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from distplat.platform.pieces import Place
+from distplat.platform.tensor_slices import TensorSlice
 from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.plan import ShardSpec
 from distplat.strategies.training.object_collectives import gather_bytes
@@ -25,7 +25,7 @@ def take(whole: Tensor, spec: ShardSpec) -> Tensor:
     return torch.cat(ranges, spec.dim) if len(ranges) > 1 else ranges[0].clone()
 
 
-def place_of(shape: Sequence[int], spec: ShardSpec | None) -> Place:
+def place_of(shape: Sequence[int], spec: ShardSpec | None) -> TensorSlice:
     """
     Say where a rank's part lies in the full tensor.
 
@@ -34,9 +34,9 @@ def place_of(shape: Sequence[int], spec: ShardSpec | None) -> Place:
         spec: what it is; None: complete. Buffers of a branch that is elsewhere are complete, too.
     """
     if spec is None or not shape or shape[spec.dim] == spec.size:
-        return Place(tuple(shape))
+        return TensorSlice(tuple(shape))
     full = (*shape[: spec.dim], spec.size, *shape[spec.dim + 1 :])
-    return Place(full, (spec.dim, spec.start, spec.stop), blocks=spec.blocks)
+    return TensorSlice(full, (spec.dim, spec.start, spec.stop), blocks=spec.blocks)
 
 
 def join(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Tensor:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.pieces import Place, Whole, take_out
 from distplat.platform.resume import names_differ
 from distplat.platform.table_plan import TableSpec, file_of
+from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import NUMBERS, PER_PARAMETER, USED
 from distplat.strategies.training.segments import dtype_name
 
-Load = Callable[[str], Mapping[str, Whole]]
+Load = Callable[[str], Mapping[str, RawTensor]]
 """Gives the tensors of one of the files, `model` or `optimizer`."""
 
 
@@ -79,11 +79,11 @@ class SavedState:
         servers = self.state.get("embeddings", {}).get("servers", 0)
         return tuple(file_of(server) for server in range(servers))
 
-    def tables(self) -> Iterator[Mapping[str, Whole]]:
+    def tables(self) -> Iterator[Mapping[str, RawTensor]]:
         """Give the embedding tables, a file at a time."""
         return (self._load(name) for name in self.table_files)
 
-    def load_model(self, flat: FlatModel, places: Mapping[str, Place] | None = None) -> None:
+    def load_model(self, flat: FlatModel, places: Mapping[str, TensorSlice] | None = None) -> None:
         """
         Fill a model, in place, and set its version.
 
@@ -99,7 +99,7 @@ class SavedState:
         mine = flat.state_dict()
         _check_model(found, mine, places)
         for name, tensor in mine.items():
-            place = (places or {}).get(name, Place(tuple(tensor.shape)))
+            place = (places or {}).get(name, TensorSlice(tuple(tensor.shape)))
             tensor.copy_(tensor_of(found[name], place).view(tensor.shape))
         flat.fill_tail()
         flat.version = self.step
@@ -109,7 +109,7 @@ class SavedState:
         flat: FlatModel,
         start: int = 0,
         stop: int | None = None,
-        places: Mapping[str, Place] | None = None,
+        places: Mapping[str, TensorSlice] | None = None,
     ) -> dict[str, Tensor]:
         """
         Give what the optimizer remembers of a run of the flat vector, by torch's names.
@@ -137,11 +137,11 @@ class SavedState:
         return {**result, USED: used}
 
 
-def _numbers(found: Mapping[str, Whole], kind: str, flat: FlatModel, used: Tensor) -> Tensor:
+def _numbers(found: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: Tensor) -> Tensor:
     """Give a number for each parameter; older checkpoints have one for all. Notes who has one."""
     shared = kind in found
     keys = [kind if shared else f"{kind}/{slot.name}" for slot in flat.slots]
-    values = [tensor_of(found[key], Place(())) if key in found else None for key in keys]
+    values = [tensor_of(found[key], TensorSlice(())) if key in found else None for key in keys]
     dtype = next((value.dtype for value in values if value is not None), torch.float32)
     result = torch.zeros(len(keys), dtype=dtype)
     for place, value in enumerate(values):
@@ -152,12 +152,12 @@ def _numbers(found: Mapping[str, Whole], kind: str, flat: FlatModel, used: Tenso
 
 
 def _vector(
-    found: Mapping[str, Whole],
+    found: Mapping[str, RawTensor],
     kind: str,
     flat: FlatModel,
     run: tuple[int, int],
     used: Tensor,
-    places: Mapping[str, Place],
+    places: Mapping[str, TensorSlice],
 ) -> Tensor:
     """Give a run of a vector; notes the parameters that have something in it."""
     start, stop = run
@@ -169,14 +169,14 @@ def _vector(
         key = f"{kind}/{slot.name}"
         if key in found:
             part, _ = flat.elements_of(slot, first, last, start)
-            where = replace(places.get(slot.name, Place(slot.shape)), run=part)
+            where = replace(places.get(slot.name, TensorSlice(slot.shape)), run=part)
             mine = result[first - start : last - start]
             values = tensor_of(found[key], where).reshape(-1)
             (mine.view(slot.dtype) if flat.mixed else mine).copy_(values)
     return result
 
 
-def tensor_of(whole: Whole, place: Place) -> Tensor:
+def tensor_of(whole: RawTensor, place: TensorSlice) -> Tensor:
     """Copy a part of a whole tensor, shape [its elements]; without dimensions if that has none."""
     part = np.ascontiguousarray(take_out(whole, place))
     values = torch.from_numpy(part).view(getattr(torch, whole.dtype))
@@ -184,15 +184,15 @@ def tensor_of(whole: Whole, place: Place) -> Tensor:
 
 
 def _check_model(
-    found: Mapping[str, Whole],
+    found: Mapping[str, RawTensor],
     mine: Mapping[str, Tensor],
-    places: Mapping[str, Place] | None,
+    places: Mapping[str, TensorSlice] | None,
 ) -> None:
     """Compare names, shapes and types; where `places` are given the model may be a part."""
     names = {*found} & {*mine} if places is not None else {*found}
     lines = names_differ(names, {*mine})
     for name in found.keys() & mine.keys():
-        place = (places or {}).get(name, Place(tuple(mine[name].shape)))
+        place = (places or {}).get(name, TensorSlice(tuple(mine[name].shape)))
         had, has = found[name], mine[name]
         if had.shape != place.shape:
             lines.append(f"{name!r} is {[*had.shape]} in the checkpoint, {[*place.shape]} here")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distplat.platform.pieces import Entry, Place
+from distplat.platform.tensor_slices import Entry, TensorSlice
 from distplat.strategies.training.flat import FlatModel
 
 Boxes = list[tuple[Any, tuple[Entry, ...]]]
@@ -50,7 +50,7 @@ class CheckpointPart:
 class Holding:
     """What of the whole model a rank has."""
 
-    places: Mapping[str, Place] = field(default_factory=dict)
+    places: Mapping[str, TensorSlice] = field(default_factory=dict)
     """Where a tensor lies in the whole one, for those of which this rank has a slab."""
     others: Set[str] = frozenset()
     """Tensors that are here and that count for another rank, in checkpoints and in norms."""

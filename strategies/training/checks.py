@@ -23,9 +23,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.pieces import ITEM_BYTES
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.algorithms.dtypes import SENDABLE
 from distplat.strategies.task import Task
 from distplat.strategies.training.unwrapping import unwrapped

@@ -19,7 +19,7 @@ from typing import Any
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.platform.task_scheduler import Course, Work
+from distplat.platform.task_scheduler import TaskPlan, Work
 from distplat.strategies.ports import Leases
 from distplat.strategies.training.compute import Stopwatch
 from distplat.strategies.training.loop import Progress
@@ -29,7 +29,7 @@ from distplat.strategies.training.task_compute import TaskModel
 from distplat.strategies.worker import WorkerStrategy
 
 
-def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> Course:
+def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:
     """
     Say what there is to do in a run.
 
@@ -44,7 +44,7 @@ def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: boo
     times = {*(range(every, steps, every) if every else ()), steps} if evaluates else set()
     # One that falls on the first step may have been cut off.
     due = tuple(sorted(time for time in times if time >= max(1, first)))
-    return Course(steps, sampler.world, first, due)
+    return TaskPlan(steps, sampler.world, first, due)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distplat.platform.pieces import Bytes, Entry, Place, Whole
+from distplat.platform.tensor_slices import Bytes, Entry, RawTensor, TensorSlice
 from distplat.strategies.ports import Kind, Shards
 from distplat.strategies.training.checkpoint_types import ALL, Boxes, CheckpointPart, Holding
 from distplat.strategies.training.flat import FlatModel
@@ -45,7 +45,7 @@ def buffer_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
     entries = [
         Entry(
             f"model/{name}",
-            holding.places.get(name, Place(tuple(value.shape))),
+            holding.places.get(name, TensorSlice(tuple(value.shape))),
             dtype_name(value),
             number,
         )
@@ -143,10 +143,10 @@ def vector_entries(
             if slot.name not in live if key == "model" else not used[place]:
                 continue
             if vector is None:
-                entries.append(Entry(f"{key}/{slot.name}", Place(()), dtype, number, place))
+                entries.append(Entry(f"{key}/{slot.name}", TensorSlice(()), dtype, number, place))
                 continue
             run, offset = flat.elements_of(slot, first, last, start)
-            where = replace(holding.places.get(slot.name, Place(slot.shape)), run=run)
+            where = replace(holding.places.get(slot.name, TensorSlice(slot.shape)), run=run)
             kind = str(slot.dtype).removeprefix("torch.")
             entries.append(Entry(f"{key}/{slot.name}", where, kind, number, offset))
     return entries
@@ -170,9 +170,9 @@ class Staging:
         return [as_array(copy) for copy in self._copies[: len(tensors)]]
 
 
-def whole_of(tensor: Tensor) -> Whole:
+def whole_of(tensor: Tensor) -> RawTensor:
     """View a contiguous tensor on the CPU as what travels."""
-    return Whole(dtype_name(tensor), tuple(tensor.shape), as_array(tensor))
+    return RawTensor(dtype_name(tensor), tuple(tensor.shape), as_array(tensor))
 
 
 def as_array(tensor: Tensor) -> Bytes:

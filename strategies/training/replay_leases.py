@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from distplat.platform.task_scheduler import Course, Work
+from distplat.platform.task_scheduler import TaskPlan, Work
 
 
 class ReplayLeases:
@@ -11,7 +11,7 @@ class ReplayLeases:
     def __init__(self, tasks: Sequence[int]) -> None:
         self._tasks, self._given = tasks, 0
 
-    def connect(self, course: Course) -> None:
+    def connect(self, course: TaskPlan) -> None:
         """See `Leases`."""
 
     def next(self, alive: Callable[[], None]) -> Work:

@@ -24,7 +24,7 @@ from distplat.platform.errors import (
     StaleError,
 )
 from distplat.platform.ledger import Answer, PushId
-from distplat.platform.load import Door, Visit
+from distplat.platform.load import PushQueue, QueuedPush
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.checkpoint_copies import VectorCopies
@@ -68,8 +68,8 @@ class Service(ABC):
         self._opened_at = 0  #: the version with which service began
         self._apply_s = 0.0  #: what the last update took
         self._began = 0.0  #: when it began
-        self._door = Door()
-        self._visits: dict[int, Visit] = {}  #: rank -> its last push, as it came
+        self._door = PushQueue()
+        self._visits: dict[int, QueuedPush] = {}  #: rank -> its last push, as it came
         self._deposed: DistplatError | None = None  #: why this server may acknowledge nothing more
 
     @property

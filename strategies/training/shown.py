@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distplat.platform.pieces import Bundle
+from distplat.platform.tensor_slices import Bundle
 from distplat.strategies.training.checkpoint_types import CheckpointPart
 from distplat.strategies.training.parts import Staging
 

@@ -13,7 +13,7 @@ from small_runs import HERE, job, train, weights
 
 from distplat.cli.main import run as command
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
-from distplat.platform.server_group import Seat
+from distplat.platform.server_group import ShardAssignment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
@@ -66,10 +66,10 @@ class Losing(threading.Thread):
             os.kill(address.pid, number)
             self._standstill(began)
 
-    def _ready_seat(self, manager: Any) -> Seat:
+    def _ready_seat(self, manager: Any) -> ShardAssignment:
         until = time.monotonic() + MOST_S
         while True:
-            seats: list[Seat] = ray.get(manager.seats.remote(), timeout=MOST_S)
+            seats: list[ShardAssignment] = ray.get(manager.seats.remote(), timeout=MOST_S)
             if all(seat.ready and seat.primary not in self.lost for seat in seats):
                 return seats[0]
             assert time.monotonic() < until, seats

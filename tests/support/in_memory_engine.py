@@ -7,9 +7,9 @@ import torch
 from local_run import LocalRun, train
 from torch import Tensor
 
-from distplat.platform.pieces import Whole
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import Job
+from distplat.platform.tensor_slices import RawTensor
 from distplat.strategies.task import Task
 from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.verification.plan import Trained
@@ -48,6 +48,6 @@ def model_of(saved: SavedState) -> dict[str, Tensor]:
     return {name: _tensor(whole) for name, whole in saved._load("model").items()}
 
 
-def _tensor(whole: Whole) -> Tensor:
+def _tensor(whole: RawTensor) -> Tensor:
     dtype = getattr(torch, whole.dtype)
     return torch.frombuffer(bytearray(whole.data), dtype=dtype).view(whole.shape).clone()

@@ -20,10 +20,10 @@ from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
 from distplat.actors.local_transport import opened
 from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery
-from distplat.platform.pieces import by_file, put_together
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
 from distplat.platform.spec import Job
+from distplat.platform.tensor_slices import by_file, put_together
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric, InMemoryBoard
 from distplat.strategies.ports import Leases, Shards, Tables

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned
-from distplat.platform.progress import AnyReport, Gathering, Summary
+from distplat.platform.progress import AnyReport, ReportAggregator, Summary
 from distplat.platform.quiesce import Agreement
 from distplat.platform.spec import Job
 from distplat.strategies.ports import Pushed, Shards
@@ -56,7 +56,7 @@ def train_resized(
         course: ranks, and the step before which they stop; the last number is not looked at.
         ids: reads from a batch's inputs which samples they are.
     """
-    found, gathering = ResizedRun(), Gathering(course[0][0])
+    found, gathering = ResizedRun(), ReportAggregator(course[0][0])
     run = LocalRun(job.with_workers(course[0][0]), task)
     for number, (world, stop) in enumerate(course):
         if number:

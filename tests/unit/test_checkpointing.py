@@ -22,9 +22,9 @@ from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery
 from distplat.platform.checkpoints import Catalogue
 from distplat.platform.disk import RealDisk
 from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
-from distplat.platform.pieces import Entry, Place
 from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
+from distplat.platform.tensor_slices import Entry, TensorSlice
 from distplat.strategies.strategy import Roles
 from distplat.strategies.training.checkpoint_types import CheckpointPart
 
@@ -32,7 +32,7 @@ HERE = Path(__file__).parents[1] / "cluster"
 
 
 def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery:
-    entry = Entry("model/w", Place((2,), run=(rank, rank + 1)), "uint8", 0)
+    entry = Entry("model/w", TensorSlice((2,), run=(rank, rank + 1)), "uint8", 0)
     box = [np.array([10 * version + rank], np.uint8)]
     return Delivery(rank, attempt, version, (box,), ((entry,),), **more)
 
@@ -215,7 +215,7 @@ def slow() -> Iterator[Slow]:
 def part(value: float, **more: Any) -> CheckpointPart:
     import torch
 
-    entry = Entry("model/w", Place((3,)), "float32", 0)
+    entry = Entry("model/w", TensorSlice((3,)), "float32", 0)
     return CheckpointPart((torch.full((3,), value),), (entry,), **more)
 
 

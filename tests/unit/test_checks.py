@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from distplat import Result, Task, Trainer
 from distplat.platform.errors import SpecError, UserCodeError
-from distplat.platform.progress import EvalReport, Gathering
+from distplat.platform.progress import EvalReport, ReportAggregator
 from distplat.strategies.training.checks import remark_on_size
 
 FOLDER = Path(__file__).parents[2]
@@ -439,7 +439,7 @@ def test_a_metric_is_a_mean_over_the_batches_that_gave_it() -> None:
     for workers in (1, 2):
         job = job_of("ring", workers, epochs=1)
         run = local_run.train(job, Sometimes)
-        gathering = Gathering(workers)
+        gathering = ReportAggregator(workers)
         found = [
             summary
             for reports in run.reports

@@ -10,7 +10,7 @@ from jobs import job_of
 from torch import nn
 
 from distplat.platform.errors import ProtocolError
-from distplat.platform.pieces import by_file, put_together
+from distplat.platform.tensor_slices import by_file, put_together
 from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import CheckpointPart
 from distplat.strategies.training.flat import FlatModel

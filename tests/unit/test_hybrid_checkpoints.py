@@ -18,8 +18,8 @@ from hybrid_models import (
 from local_run import LocalRun, train
 from torch import Tensor
 
-from distplat.platform.pieces import by_file, put_together
 from distplat.platform.spec import Job
+from distplat.platform.tensor_slices import by_file, put_together
 from distplat.strategies.task import Task
 from distplat.strategies.training.checkpoint_types import ALL
 from distplat.strategies.training.parts import model_part

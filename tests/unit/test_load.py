@@ -17,7 +17,7 @@ from words import Words
 from distplat.cli.figures import figure_rows
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.ledger import Answer, PushId
-from distplat.platform.load import MOST_SHOWN, Door, ShardLoad, load_figures
+from distplat.platform.load import MOST_SHOWN, PushQueue, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
 from distplat.strategies.training.client import make_service
 from distplat.strategies.training.service import Limits, Service
@@ -50,7 +50,7 @@ def test_one_shard_and_very_many_are_told_together(shards: int, lines: int) -> N
 
 
 def test_a_door_counts_who_stands_there() -> None:
-    door = Door()
+    door = PushQueue()
     with door.visit() as first, door.visit() as second:
         assert (first.depth, second.depth) == (1, 2)
         first.leave()

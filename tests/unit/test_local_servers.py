@@ -18,10 +18,10 @@ from local_run import impatient
 from rank_threads import on_ranks
 from torch import nn
 
-from distplat.actors import asking
+from distplat.actors import retrying_calls
 from distplat.actors.local_actors import ELSEWHERE, HERE, Servers
 from distplat.actors.local_transport import Call, Fault
-from distplat.actors.servers import lines
+from distplat.actors.servers import fan_out
 from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded, ProtocolError
 from distplat.platform.spec import Job
@@ -188,7 +188,7 @@ def test_every_gradient_counts_once(
     make: Made, monkeypatch: pytest.MonkeyPatch, strategy: str, method: str, fault: Fault
 ) -> None:
     """Whatever is lost, late or doubled; three of each call are hit."""
-    monkeypatch.setattr(asking, "AGAIN_S", 0.0)
+    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
     servers = make(1, 2, strategy=strategy)
     servers.cluster.inject(method, fault, times=3)
     shards, flat = connected(servers, 0, ELSEWHERE)
@@ -208,7 +208,7 @@ def test_a_lost_standing_call_is_made_again(make: Made) -> None:
 def test_a_frozen_server_is_named_with_the_setting(
     make: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "ANSWER_GRACE_S", 0.0)
+    monkeypatch.setattr(fan_out, "ANSWER_GRACE_S", 0.0)
     servers = make(1, 2, SOON)
     shards, flat = connected(servers, 0, ELSEWHERE)
     servers.cluster.inject("push", Fault(delay_s=1e6), actor="server-1")

@@ -8,7 +8,7 @@ from control_records import full_record
 from delayed import async_plan, noise
 from torch import Tensor
 
-from distplat.actors.servers.roads import as_bytes, as_type, from_bytes
+from distplat.actors.servers.vector_transport import as_bytes, as_type, from_bytes
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import FencedError, StaleError
 from distplat.platform.ledger import PushId

@@ -8,7 +8,7 @@ from distplat.platform.pipeline_trace import TraceReport
 from distplat.platform.progress import (
     EvalReport,
     EvalSummary,
-    Gathering,
+    ReportAggregator,
     StepReport,
     StepSummary,
 )
@@ -24,7 +24,7 @@ def step(
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_a_step_is_given_out_with_its_last_rank(order: tuple[int, ...]) -> None:
     parts = [step(0, 12, 2.0, 3, 0.5), step(1, 12, 4.0, 1, 0.75), step(2, 12, 0.0, 0, 0.25)]
-    gathering = Gathering(3)
+    gathering = ReportAggregator(3)
     results = [gathering.add(parts[rank]) for rank in order]
     seconds = {"compute": 0.75, "data": 1.0}
     assert results == [[], [], [StepSummary(13, 1, (2.0 * 3 + 4.0) / 4, 4, seconds, 30)]]
@@ -34,7 +34,7 @@ def test_the_sum_does_not_depend_on_who_came_first() -> None:
     losses = [1e16, 1.0, -1e16]
     means = set()
     for order in itertools.permutations(range(3)):
-        gathering = Gathering(3)
+        gathering = ReportAggregator(3)
         [summary] = [gathering.add(step(rank, 0, losses[rank])) for rank in order][-1]
         assert isinstance(summary, StepSummary)
         means.add(summary.loss)
@@ -42,18 +42,18 @@ def test_the_sum_does_not_depend_on_who_came_first() -> None:
 
 
 def test_a_rank_may_be_steps_ahead() -> None:
-    gathering = Gathering(2)
+    gathering = ReportAggregator(2)
     assert [gathering.add(step(0, number)) for number in range(3)] == [[]] * 3
     assert steps(gathering, [step(1, number) for number in range(3)]) == [0, 1, 2]
 
 
-def steps(gathering: Gathering, reports: list[StepReport]) -> list[int]:
+def steps(gathering: ReportAggregator, reports: list[StepReport]) -> list[int]:
     """Give the reports' numbers of what is given out: summaries count from 1."""
     return [summary.step - 1 for report in reports for summary in gathering.add(report)]
 
 
 def test_a_step_whose_report_was_lost_comes_with_the_next() -> None:
-    gathering = Gathering(2)
+    gathering = ReportAggregator(2)
     assert steps(gathering, [step(0, 0), step(1, 0), step(0, 1, loss=4.0, samples=3)]) == [0]
     # rank 1 is lost after its part of step 1; a new one joins for step 2
     assert gathering.add(step(0, 2)) == []
@@ -65,7 +65,7 @@ def test_a_step_whose_report_was_lost_comes_with_the_next() -> None:
 
 
 def test_the_end_brings_what_is_left() -> None:
-    gathering = Gathering(2)
+    gathering = ReportAggregator(2)
     assert steps(gathering, [step(0, 0), step(1, 0), step(0, 1)]) == [0]
     [last] = gathering.rest()
     assert isinstance(last, StepSummary)
@@ -75,7 +75,7 @@ def test_the_end_brings_what_is_left() -> None:
 
 def test_an_evaluation_hurries_no_step() -> None:
     """Rank 0 may report the evaluation of all before rank 1's step was asked for."""
-    gathering = Gathering(2)
+    gathering = ReportAggregator(2)
     evaluation = [EvalReport(rank, 1, 1, {}) for rank in range(2)]
     assert steps(gathering, [step(0, 0)]) == []
     assert [len(gathering.add(report)) for report in evaluation] == [0, 1]
@@ -85,7 +85,7 @@ def test_an_evaluation_hurries_no_step() -> None:
 
 
 def test_what_is_done_again_is_not_given_out_again() -> None:
-    gathering = Gathering(2)
+    gathering = ReportAggregator(2)
     first = [step(0, 0), step(1, 0), step(0, 1), step(1, 1), step(0, 2)]
     again = [step(rank, number) for number in range(4) for rank in (1, 0)]
     assert steps(gathering, first) == [0, 1]
@@ -93,7 +93,7 @@ def test_what_is_done_again_is_not_given_out_again() -> None:
 
 
 def test_an_evaluation_that_was_cut_off_is_made_again() -> None:
-    gathering = Gathering(2)
+    gathering = ReportAggregator(2)
     before, after = EvalReport(0, 5, 1, {"loss": 1.0}), EvalReport(0, 5, 1, {"loss": 2.0})
     other = EvalReport(1, 5, 1, {"loss": 4.0})
     assert gathering.add(before) == gathering.add(after) == []
@@ -102,7 +102,7 @@ def test_an_evaluation_that_was_cut_off_is_made_again() -> None:
 
 
 def test_evaluations_are_means_over_all_samples() -> None:
-    gathering = Gathering(3)
+    gathering = ReportAggregator(3)
     assert gathering.add(EvalReport(1, 8, 1, {"loss": 5.0, "accuracy": 0.0})) == []
     assert gathering.add(EvalReport(0, 8, 3, {"loss": 3.0, "accuracy": 3.0})) == []
     assert gathering.add(step(2, 8)) == []  # a step of the same number is another thing
@@ -111,11 +111,11 @@ def test_evaluations_are_means_over_all_samples() -> None:
 
 
 def test_an_evaluation_without_samples_has_no_figures() -> None:
-    assert Gathering(1).add(EvalReport(0, 3, 0, {})) == [EvalSummary(3, 0, {})]
+    assert ReportAggregator(1).add(EvalReport(0, 3, 0, {})) == [EvalSummary(3, 0, {})]
 
 
 def test_leased_steps_wait_their_turn() -> None:
-    gathering = Gathering(2, first=3)
+    gathering = ReportAggregator(2, first=3)
     assert steps(gathering, [step(0, 4), step(1, 4), step(0, 3)]) == []
     assert steps(gathering, [step(1, 3)]) == [3, 4]
     assert steps(gathering, [step(1, 6), step(0, 5), step(0, 6), step(1, 5)]) == [5, 6]
@@ -123,7 +123,7 @@ def test_leased_steps_wait_their_turn() -> None:
 
 
 def test_a_report_that_was_lost_with_a_worker_holds_nothing_up() -> None:
-    gathering = Gathering(2, first=0)
+    gathering = ReportAggregator(2, first=0)
     assert steps(gathering, [step(0, 0), step(0, 1), step(1, 1), step(0, 2)]) == []
     gathering.lost()
     assert steps(gathering, [step(1, 2)]) == []  # the others' reports of these may still come
@@ -133,7 +133,7 @@ def test_a_report_that_was_lost_with_a_worker_holds_nothing_up() -> None:
 
 
 def test_what_was_never_complete_comes_at_the_end() -> None:
-    gathering = Gathering(2, first=0)
+    gathering = ReportAggregator(2, first=0)
     assert steps(gathering, [step(0, 0), step(0, 1), step(1, 1)]) == []
     assert [summary.step for summary in gathering.rest()] == [1, 2]
 
@@ -144,7 +144,7 @@ def test_leased_evaluations_may_end_in_any_order() -> None:
     def part(rank: int, step: int) -> EvalReport:
         return EvalReport(rank, step, 2, {"loss": 1.0})
 
-    gathering = Gathering(2, first=0)
+    gathering = ReportAggregator(2, first=0)
     found = [gathering.add(part(*one)) for one in [(0, 25), (0, 50), (1, 50), (1, 50), (1, 25)]]
     told = [[summary.step for summary in some] for some in found]
     assert told == [[], [], [50], [], [25]]
@@ -152,7 +152,7 @@ def test_leased_evaluations_may_end_in_any_order() -> None:
 
 
 def test_with_more_ranks_a_step_is_complete_with_more_reports() -> None:
-    gathering = Gathering(2)
+    gathering = ReportAggregator(2)
     assert steps(gathering, [step(0, 0), step(1, 0), step(0, 1)]) == [0]
     gathering.resize(3, 2)
     assert steps(gathering, [step(2, 2), step(1, 2)]) == []
@@ -164,14 +164,14 @@ def test_with_more_ranks_a_step_is_complete_with_more_reports() -> None:
 
 
 def test_an_evaluation_that_was_cut_off_is_made_again_in_other_parts() -> None:
-    gathering = Gathering(3)
+    gathering = ReportAggregator(3)
     assert gathering.add(EvalReport(2, 5, 1, {"loss": 9.0})) == []
     gathering.resize(1, 5)
     assert gathering.add(EvalReport(0, 5, 3, {"loss": 6.0})) == [EvalSummary(5, 3, {"loss": 2.0})]
 
 
 def test_after_going_back_all_that_is_made_again_is_made_by_as_many_as_there_are() -> None:
-    gathering = Gathering(1)
+    gathering = ReportAggregator(1)
     assert steps(gathering, [step(0, 0), step(0, 1), step(0, 2)]) == [0, 1, 2]
     gathering.resize(2, 3)
     assert steps(gathering, [step(0, 3), step(1, 3), step(0, 4)]) == [3]
@@ -181,12 +181,12 @@ def test_after_going_back_all_that_is_made_again_is_made_by_as_many_as_there_are
 
 
 def test_a_figure_is_a_mean_over_the_samples_of_those_that_gave_it() -> None:
-    gathering = Gathering(2)
+    gathering = ReportAggregator(2)
     assert gathering.add(EvalReport(0, 4, 6, {"loss": 6.0}, {"loss": 6})) == []
     last = EvalReport(1, 4, 5, {"loss": 16.0, "rare": 1.0}, {"loss": 5, "rare": 2})
     assert gathering.add(last) == [EvalSummary(4, 11, {"loss": 2.0, "rare": 0.5})]
 
 
 def test_a_trace_counts_as_summaries_do() -> None:
-    (trace,) = Gathering(1).add(TraceReport(0, 4, 2, "1f1b", 2, ()))
+    (trace,) = ReportAggregator(1).add(TraceReport(0, 4, 2, "1f1b", 2, ()))
     assert trace.step == 5

@@ -10,7 +10,7 @@ from told import Told
 from distplat.actors import resizing
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.resizing import Resizer
-from distplat.actors.servers.scheduler import Wish
+from distplat.actors.servers.scheduler import ScaleRequest
 from distplat.platform.errors import UserCodeError
 
 JOB = job_of(
@@ -88,7 +88,7 @@ def actor_group(
 
 def made(actor_group: FakeActorGroup, workers: int, number: int = 1) -> Resizer:
     resizer = Resizer(cast(ActorGroup, actor_group))
-    resizer.hear(Wish(number, workers))
+    resizer.hear(ScaleRequest(number, workers))
     assert resizer.look(0) is None
     return resizer
 
@@ -106,7 +106,7 @@ def test_newcomers_are_ready_before_anything_is_due(actor_group: FakeActorGroup)
     resizer.resized()
     assert (resizer.look(0), resizer.world) == (None, 4)
     assert actor_group.scheduler.told == [("heard", 1), ("answer", 1, "")]
-    resizer.hear(Wish(1, 4))  # it comes again until the scheduler has the answer
+    resizer.hear(ScaleRequest(1, 4))  # it comes again until the scheduler has the answer
     assert resizer.look(0) is None
     assert actor_group.scheduler.told == [("heard", 1), ("answer", 1, "")]
 
@@ -140,7 +140,7 @@ def test_when_one_cannot_come_all_are_let_go(
     assert said in refused.lower()
     assert "\n" not in refused
     assert resizer.look(0) is None
-    resizer.hear(Wish(2, 3))
+    resizer.hear(ScaleRequest(2, 3))
     resizer.look(0)
     assert actor_group.newcomers == {2: None}
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
     if workers == 3:  # nobody has come yet
         resizer = Resizer(cast(ActorGroup, actor_group))
         actor_group.newcomers.clear()
-    resizer.hear(Wish(2, workers))
+    resizer.hear(ScaleRequest(2, workers))
     assert resizer.look(0) is None
     assert ("answer", 2) == actor_group.scheduler.told[-1][:2]
     assert said in actor_group.scheduler.told[-1][2]
@@ -175,7 +175,7 @@ def test_as_many_as_there_are_is_granted_at_once(actor_group: FakeActorGroup) ->
 
 def test_a_later_wish_takes_the_place_of_the_earlier(actor_group: FakeActorGroup) -> None:
     resizer = made(actor_group, 5)
-    resizer.hear(Wish(2, 3))
+    resizer.hear(ScaleRequest(2, 3))
     assert resizer.look(0) is None
     assert actor_group.newcomers == {2: None}
     actor_group.newcomers[2] = "ready"
@@ -189,7 +189,7 @@ def test_when_all_were_made_anew_newcomers_are_made_again(actor_group: FakeActor
     resizer.begin_anew()
     assert resizer.look(0) is None
     assert actor_group.newcomers == {2: None, 3: None}
-    resizer.hear(Wish(1, 2))  # the new scheduler counts from 1
+    resizer.hear(ScaleRequest(1, 2))  # the new scheduler counts from 1
     assert resizer.look(0) is None
     assert actor_group.newcomers == {}
 
@@ -201,6 +201,6 @@ def test_a_new_scheduler_is_heard_and_newcomers_go_on_making_themselves_ready(
     resizer.tell_again()
     actor_group.newcomers |= {2: "ready", 3: "ready"}
     assert resizer.look(0) == 4, "the wish stands"
-    resizer.hear(Wish(1, 3))  # it counts from 1
+    resizer.hear(ScaleRequest(1, 3))  # it counts from 1
     assert resizer.look(0) == 3
     assert actor_group.newcomers == {2: "ready"}

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from distplat.platform.errors import SpecError
-from distplat.platform.pieces import Place, Whole
 from distplat.platform.resume import mismatches
 from distplat.platform.spec import Job
+from distplat.platform.tensor_slices import RawTensor, TensorSlice
 from distplat.strategies.task import Task
 from distplat.strategies.training.checkpoint_reader import SavedState, tensor_of
 from distplat.strategies.training.parts import whole_of
@@ -213,7 +213,7 @@ def test_a_parameter_that_was_frozen_begins_anew() -> None:
 
     found = train(job("ring", 1), Thawed, saved=saved).checkpoints[STEPS]._load("optimizer")
     names = "0.weight", "1.weight"
-    steps = [float(tensor_of(found[f"step/{name}"], Place(()))) for name in names]
+    steps = [float(tensor_of(found[f"step/{name}"], TensorSlice(()))) for name in names]
     assert steps == [STEPS - HALF, STEPS]
 
 
@@ -285,11 +285,11 @@ def test_periods() -> None:
 
 def test_a_rank_takes_the_slab_that_is_its_own() -> None:
     """As a tensor-parallel stage would: names of a part, tensors of the whole."""
-    from distplat.platform.pieces import Place
+    from distplat.platform.tensor_slices import TensorSlice
     from distplat.strategies.training.flat import FlatModel
 
     weight = torch.arange(12.0).view(4, 3)
-    files: dict[str, dict[str, Whole]] = {
+    files: dict[str, dict[str, RawTensor]] = {
         "model": {"up.weight": whole_of(weight), "down.weight": whole_of(weight.t().contiguous())},
         "optimizer": {"exp_avg/up.weight": whole_of(weight * 10)},
     }
@@ -297,7 +297,7 @@ def test_a_rank_takes_the_slab_that_is_its_own() -> None:
     part = nn.Sequential()
     part.up = nn.Linear(3, 2, bias=False)
     flat = FlatModel(part)
-    places = {"up.weight": Place((4, 3), slab=(0, 2, 4))}
+    places = {"up.weight": TensorSlice((4, 3), slab=(0, 2, 4))}
     saved.load_model(flat, places)
     assert torch.equal(flat.params.view(2, 3), weight[2:4])
     assert flat.version == 3

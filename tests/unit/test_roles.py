@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 
 from distplat.actors.overview import Overview
-from distplat.actors.servers.scheduler import Entry, Roster, Wish
+from distplat.actors.servers.scheduler import Entry, Roster, ScaleRequest
 from distplat.cli.render import to_json
 from distplat.cli.roles import role_facts, role_lines
-from distplat.platform.server_group import Seat, ServersSeen
+from distplat.platform.server_group import ServersSeen, ShardAssignment
 from distplat.platform.shard_map import Shard
 from distplat.platform.worker_stats import WorkerStats
 
 CUTS = (Shard(0, 0, 617_296), Shard(1, 617_296, 1_234_567))
 SEATS = (
-    Seat(0, "server-2", "server-3", ready=False),
-    Seat(1, "server-1", "server-4", ready=True),
+    ShardAssignment(0, "server-2", "server-3", ready=False),
+    ShardAssignment(1, "server-1", "server-4", ready=True),
 )
 FAST = WorkerStats(0, 121, 200, 20.04, 0.048, 0.2, False)
 SLOW = WorkerStats(1, 119, 40, 4.0, 0.25, 0.4, True)
@@ -63,7 +63,7 @@ def test_a_run_with_leases_and_backups() -> None:
 
 
 def test_a_synchronous_run_without_backups() -> None:
-    seats = tuple(Seat(index, f"server-{index}") for index in range(2))
+    seats = tuple(ShardAssignment(index, f"server-{index}") for index in range(2))
     workers = (Entry(FAST, None, False), Entry(SLOW, None, False))
     told = roster(dealt=False, attempt=0, workers=workers)
     lines = role_lines(Overview("digits-1", "digits", ServersSeen(1, CUTS, seats, False), told))
@@ -81,9 +81,12 @@ def test_a_synchronous_run_without_backups() -> None:
 
 @pytest.mark.parametrize(
     ("backup", "shown"),
-    [(Seat(0, "server-0"), "-"), (Seat(0, "server-0", making="server-9"), "server-9 (starting)")],
+    [
+        (ShardAssignment(0, "server-0"), "-"),
+        (ShardAssignment(0, "server-0", making="server-9"), "server-9 (starting)"),
+    ],
 )
-def test_backups_that_are_not_there(backup: Seat, shown: str) -> None:
+def test_backups_that_are_not_there(backup: ShardAssignment, shown: str) -> None:
     lines = role_lines(Overview("r", "j", ServersSeen(1, CUTS[:1], (backup,), True), None))
     assert lines[-1].endswith(f"server-0  {shown}")
 
@@ -97,9 +100,9 @@ def test_backups_that_are_not_there(backup: Seat, shown: str) -> None:
             "server manager    no shard was given out yet: no worker has come",
         ),
         (Overview("r", "j", None, roster(steps=0)), "task scheduler    no worker has come yet"),
-        (Overview("r", "j", None, roster(wish=Wish(2, 5))), "5 workers were asked for"),
+        (Overview("r", "j", None, roster(wish=ScaleRequest(2, 5))), "5 workers were asked for"),
         (
-            Overview("r", "j", None, roster(wish=Wish(2, 5), refused="no CPU is free")),
+            Overview("r", "j", None, roster(wish=ScaleRequest(2, 5), refused="no CPU is free")),
             "5 workers were refused: no CPU is free",
         ),
     ],

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from distplat.actors.local_transport import Fault, LocalCluster
 from distplat.actors.memory.mailboxes import Request
-from distplat.actors.servers.lines import Lines, Round
+from distplat.actors.servers.fan_out import FanOut, FanOutCall
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard, cut_shards
 
@@ -58,10 +58,10 @@ class Cluster:
     def answers(self, notified: list[int], *_: Any) -> Any:
         yield from ((shard, Answer(shard)) for shard in notified)
 
-    def round(self, take: Callable[[Shard, Answer], None], *, mailboxes: bool = True) -> Round:
+    def round(self, take: Callable[[Shard, Answer], None], *, mailboxes: bool = True) -> FanOutCall:
         request = Request(0) if mailboxes else None
         ask = lambda server, cut: self.transport.call(server, "push")  # noqa: E731
-        return Round(cast(Lines, self.lines), "push 0", ask, take, request)
+        return FanOutCall(cast(FanOut, self.lines), "push 0", ask, take, request)
 
 
 def test_each_answer_is_taken_when_it_comes() -> None:

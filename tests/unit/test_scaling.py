@@ -8,7 +8,7 @@ from told import Told
 from distplat.actors import scaling
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.scaling import Scaling
-from distplat.actors.servers.scheduler import Wish
+from distplat.actors.servers.scheduler import ScaleRequest
 
 
 class FakeActorGroup:
@@ -50,11 +50,11 @@ def test_without_a_wish_nothing_happens() -> None:
 def test_a_wish_is_carried_out_once() -> None:
     actor_group = FakeActorGroup(0, 1)
     change = made(actor_group)
-    change.hear(Wish(1, 4))
+    change.hear(ScaleRequest(1, 4))
     assert change.carry_out(0) == [10, 11]
     assert change.carry_out(0) == []
     assert actor_group.scheduler.told == [("answer", 1, "")]
-    change.hear(Wish(1, 4))  # it comes again until the scheduler has the answer
+    change.hear(ScaleRequest(1, 4))  # it comes again until the scheduler has the answer
     assert change.carry_out(0) == []
     assert len(actor_group.workers) == 4
 
@@ -62,10 +62,10 @@ def test_a_wish_is_carried_out_once() -> None:
 def test_the_highest_ranks_leave_and_those_that_are_leaving_do_not_count() -> None:
     actor_group = FakeActorGroup(0, 1, 4, 7)
     change = made(actor_group)
-    change.hear(Wish(1, 2))
+    change.hear(ScaleRequest(1, 2))
     change.carry_out(0)
     assert actor_group.scheduler.told == [("dismiss", (4, 7)), ("answer", 1, "")]
-    change.hear(Wish(2, 3))
+    change.hear(ScaleRequest(2, 3))
     assert change.carry_out(0) == [10], "4 and 7 go all the same"
     change.left(4)
     assert sorted(actor_group.workers) == [0, 1, 7, 10]
@@ -76,7 +76,7 @@ def test_what_the_cluster_lacks_is_told(short: list[str]) -> None:
     short.append("2 more workers need 2 CPU")
     actor_group = FakeActorGroup(0, 1)
     change = made(actor_group)
-    change.hear(Wish(3, 4))
+    change.hear(ScaleRequest(3, 4))
     assert change.carry_out(0) == []
     assert actor_group.scheduler.told == [("answer", 3, "2 more workers need 2 CPU")]
     assert sorted(actor_group.workers) == [0, 1]
@@ -85,8 +85,8 @@ def test_what_the_cluster_lacks_is_told(short: list[str]) -> None:
 def test_when_all_begin_anew_nobody_is_leaving() -> None:
     actor_group = FakeActorGroup(0, 1, 2)
     change = made(actor_group)
-    change.hear(Wish(1, 1))
+    change.hear(ScaleRequest(1, 1))
     change.carry_out(0)
     change.begin_anew()
-    change.hear(Wish(2, 3))
+    change.hear(ScaleRequest(2, 3))
     assert change.carry_out(0) == []

@@ -10,10 +10,10 @@ from jobs import job_of
 from distplat.actors.servers.scheduler import HOLD_S, ROOM, Scheduler
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import FencedError, ProtocolError, SpecError
-from distplat.platform.task_scheduler import Course
+from distplat.platform.task_scheduler import TaskPlan
 from distplat.platform.worker_stats import WorkerHeartbeat
 
-COURSE = Course(steps=4, parts=2)
+COURSE = TaskPlan(steps=4, parts=2)
 DEALT = Consistency(asynchronous=True)
 
 
@@ -50,7 +50,7 @@ def test_what_a_silent_worker_holds_is_leased_again() -> None:
     async def story() -> None:
         desk = scheduler()
         for rank in range(2):
-            await desk.join(rank, 0, Course(1, 2))
+            await desk.join(rank, 0, TaskPlan(1, 2))
         await desk.work(1, 0, 0, (), ())  # it is frozen from here on
         await desk.work(0, 0, 0, (), ())
         work, asked = None, 0.0
@@ -68,11 +68,11 @@ def test_earlier_attempts_are_refused_and_their_leases_given_out_again() -> None
     async def story() -> None:
         desk = scheduler()
         for rank in range(2):
-            await desk.join(rank, 0, Course(1, 1))
+            await desk.join(rank, 0, TaskPlan(1, 1))
         await desk.work(0, 0, 0, (), ())
         kept = asyncio.create_task(desk.work(1, 0, 0, (), ()))
         await asyncio.sleep(0.05)
-        await desk.join(0, 1, Course(1, 1))
+        await desk.join(0, 1, TaskPlan(1, 1))
         with pytest.raises(FencedError, match="attempt 0 refused"):
             await kept
         with pytest.raises(FencedError, match="attempt 0 refused"):
@@ -88,9 +88,9 @@ def test_a_worker_with_other_data_is_refused() -> None:
     async def story() -> None:
         desk = scheduler()
         await desk.join(0, 0, COURSE)
-        await desk.join(1, 0, Course(4, 2, first=2))  # it joined later
+        await desk.join(1, 0, TaskPlan(4, 2, first=2))  # it joined later
         with pytest.raises(ProtocolError, match="rank 2 built another data set"):
-            await desk.join(2, 0, Course(5, 2))
+            await desk.join(2, 0, TaskPlan(5, 2))
 
     play(story())
 
@@ -185,14 +185,14 @@ def test_an_attempt_of_another_number_of_workers_has_another_roster() -> None:
         for rank in range(2):
             await desk.join(rank, 0, COURSE)
         for rank in (2, 0, 1):
-            await desk.join(rank, 1, Course(4, 3, first=2))
+            await desk.join(rank, 1, TaskPlan(4, 3, first=2))
         roster = await desk.roster()
         assert (roster.attempt, roster.parts) == (1, 3)
         assert [entry.standing.rank for entry in roster.workers] == [0, 1, 2]
-        await desk.join(0, 2, Course(4, 1, first=3))
+        await desk.join(0, 2, TaskPlan(4, 1, first=3))
         await desk.beat(2, 1, WorkerHeartbeat(3, 3, 1.0), (), ())  # late, of one who has left
         assert [entry.standing.rank for entry in (await desk.roster()).workers] == [0]
         with pytest.raises(ProtocolError, match="rank 1 built another data set"):
-            await desk.join(1, 2, Course(4, 2))
+            await desk.join(1, 2, TaskPlan(4, 2))
 
     play(story())

@@ -17,8 +17,8 @@ from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag
 from distplat.platform.checkpoints import Catalogue
 from distplat.platform.errors import ProtocolError, SpecError
 from distplat.platform.ledger import PushId
-from distplat.platform.pieces import Bundle, put_together
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
+from distplat.platform.tensor_slices import Bundle, put_together
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.sparse.table import RowGradients
 from distplat.strategies.training.checkpoint_types import Boxes, CheckpointPart

@@ -9,7 +9,7 @@ from distplat.platform.errors import FencedError, ProtocolError, StaleError
 from distplat.platform.interval_set import IntervalSet
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.sampler import Sampler
-from distplat.platform.task_scheduler import MOST_TASKS, Course, TaskScheduler, Work, lease_size
+from distplat.platform.task_scheduler import MOST_TASKS, TaskPlan, TaskScheduler, Work, lease_size
 
 
 def tasks(work: Work | None) -> list[int]:
@@ -17,7 +17,7 @@ def tasks(work: Work | None) -> list[int]:
 
 
 def test_tasks_are_leased_in_order_to_whoever_asks() -> None:
-    brain = TaskScheduler(Course(steps=3, parts=2))
+    brain = TaskScheduler(TaskPlan(steps=3, parts=2))
     assert tasks(brain.work(0, 0, 2)) == [0, 1]
     assert tasks(brain.work(7, 0, 1)) == [2]
     assert tasks(brain.work(0, 1, 2)) == [3, 4]
@@ -33,7 +33,7 @@ def test_tasks_are_leased_in_order_to_whoever_asks() -> None:
 
 
 def test_a_question_asked_again_gets_the_same_answer() -> None:
-    brain = TaskScheduler(Course(5, 2))
+    brain = TaskScheduler(TaskPlan(5, 2))
     first = brain.work(0, 0, 3)
     assert brain.work(0, 0, 3) is first
     assert tasks(brain.work(0, 1, 3)) == [3, 4, 5]
@@ -42,7 +42,7 @@ def test_a_question_asked_again_gets_the_same_answer() -> None:
 
 
 def test_what_a_lost_worker_held_is_leased_before_anything_new() -> None:
-    brain = TaskScheduler(Course(5, 2))
+    brain = TaskScheduler(TaskPlan(5, 2))
     brain.work(0, 0, 4)
     brain.work(1, 0, 1)
     brain.finish(0, (0, 2))
@@ -55,7 +55,7 @@ def test_what_a_lost_worker_held_is_leased_before_anything_new() -> None:
 
 
 def test_who_was_only_slow_is_heard_and_what_was_made_twice_is_counted() -> None:
-    brain = TaskScheduler(Course(3, 1))
+    brain = TaskScheduler(TaskPlan(3, 1))
     brain.work(0, 0, 2)
     brain.lose(0)
     assert tasks(brain.work(1, 0, 1)) == [0]
@@ -66,7 +66,7 @@ def test_who_was_only_slow_is_heard_and_what_was_made_twice_is_counted() -> None
 
 
 def test_what_another_has_made_is_not_leased_again_when_its_holder_is_lost() -> None:
-    brain = TaskScheduler(Course(3, 1))
+    brain = TaskScheduler(TaskPlan(3, 1))
     brain.work(0, 0, 2)
     brain.lose(0)
     assert tasks(brain.work(1, 0, 2)) == [0, 1]
@@ -77,7 +77,7 @@ def test_what_another_has_made_is_not_leased_again_when_its_holder_is_lost() -> 
 
 
 def test_the_same_news_twice_counts_once() -> None:
-    brain = TaskScheduler(Course(2, 1))
+    brain = TaskScheduler(TaskPlan(2, 1))
     brain.work(0, 0, 2)
     brain.finish(0, (0,))
     brain.finish(0, (0, 1))
@@ -87,11 +87,11 @@ def test_the_same_news_twice_counts_once() -> None:
 @pytest.mark.parametrize("task", [-1, 1, 6])
 def test_a_task_that_the_run_has_not_is_refused(task: int) -> None:
     with pytest.raises(ProtocolError, match=f"made task {task}"):
-        TaskScheduler(Course(3, 2, first=1)).finish(0, (task,))
+        TaskScheduler(TaskPlan(3, 2, first=1)).finish(0, (task,))
 
 
 def test_a_new_attempt_begins_with_what_was_not_done() -> None:
-    brain = TaskScheduler(Course(4, 1, evaluations=(4,)))
+    brain = TaskScheduler(TaskPlan(4, 1, evaluations=(4,)))
     for worker in range(3):
         brain.work(worker, 0)
     brain.finish(1, (1,))
@@ -103,7 +103,7 @@ def test_a_new_attempt_begins_with_what_was_not_done() -> None:
 
 @pytest.mark.parametrize(("bound", "allowed"), [(0, 2), (1, 4), (3, 8), (None, 20)])
 def test_no_lease_is_further_ahead_than_the_bound(bound: int | None, allowed: int) -> None:
-    brain = TaskScheduler(Course(10, 2), bound)
+    brain = TaskScheduler(TaskPlan(10, 2), bound)
     assert tasks(brain.work(0, 0, 99)) == list(range(allowed))
     if bound is not None:
         assert brain.work(1, 0, 99) is None
@@ -114,7 +114,7 @@ def test_no_lease_is_further_ahead_than_the_bound(bound: int | None, allowed: in
 
 
 def test_evaluations_are_leased_when_their_steps_are_done() -> None:
-    brain = TaskScheduler(Course(2, 2, evaluations=(1, 2)))
+    brain = TaskScheduler(TaskPlan(2, 2, evaluations=(1, 2)))
     assert tasks(brain.work(0, 0, 2)) == [0, 1]
     assert tasks(brain.work(1, 0, 1)) == [2]
     brain.finish(0, (0, 1))
@@ -140,7 +140,7 @@ def test_evaluations_are_leased_when_their_steps_are_done() -> None:
 
 
 def test_a_worker_that_is_dismissed_gets_nothing_more() -> None:
-    brain = TaskScheduler(Course(4, 1))
+    brain = TaskScheduler(TaskPlan(4, 1))
     brain.work(0, 0)
     brain.dismiss(0)
     assert brain.work(0, 1) is None, "it asks before it has told of its last task"
@@ -151,7 +151,7 @@ def test_a_worker_that_is_dismissed_gets_nothing_more() -> None:
 
 
 def test_a_worker_that_is_dismissed_and_not_heard_of_holds_nobody_up() -> None:
-    brain = TaskScheduler(Course(4, 1), bound=0)
+    brain = TaskScheduler(TaskPlan(4, 1), bound=0)
     brain.work(0, 0)
     brain.dismiss(0)
     brain.lose(0)
@@ -161,7 +161,7 @@ def test_a_worker_that_is_dismissed_and_not_heard_of_holds_nobody_up() -> None:
 
 
 def test_who_is_dismissed_at_the_end_just_ends() -> None:
-    brain = TaskScheduler(Course(1, 1, evaluations=(1,)))
+    brain = TaskScheduler(TaskPlan(1, 1, evaluations=(1,)))
     brain.work(0, 0)
     brain.dismiss(0)
     brain.finish(1, (0,))  # somebody else has made it
@@ -212,7 +212,7 @@ class Runs(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.sampler = Sampler(size=11, batch=4, world=3, seed=1)
-        self.course = Course(2 * self.sampler.steps_per_epoch, 3, evaluations=(2, 6))
+        self.course = TaskPlan(2 * self.sampler.steps_per_epoch, 3, evaluations=(2, 6))
         self.bound = 2
         self.brain = TaskScheduler(self.course, self.bound)
         self.next = 0  # a fresh rank

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from distplat.platform.errors import SpecError
-from distplat.platform.pieces import Whole
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import decode, encode, split_task
+from distplat.platform.tensor_slices import RawTensor
 from distplat.strategies.task import Task
 from distplat.strategies.training.parts import whole_of
 
@@ -110,7 +110,7 @@ def test_a_model_that_is_cut_has_no_place_for_them() -> None:
 
 
 def test_they_have_a_file_of_their_own() -> None:
-    tensors: dict[str, Whole] = {
+    tensors: dict[str, RawTensor] = {
         name: whole_of(torch.arange(3.0)) for name in ("0.weight", "task:log_var")
     }
     model, task = split_task(b"".join(encode(tensors)))

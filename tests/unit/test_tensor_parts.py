@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_threads import on_ranks
 
-from distplat.platform.pieces import Entry, Place, put_together
+from distplat.platform.tensor_slices import Entry, TensorSlice, put_together
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.tensor.parts import gather_full, join, place_of, take
 from distplat.strategies.tensor.plan import ShardSpec, slice_of
@@ -43,10 +43,10 @@ def test_what_is_cut_can_be_joined(
 
 def test_where_parts_of_branches_lie() -> None:
     here, elsewhere = ShardSpec(0, 0, 6, 6), ShardSpec(0, 0, 0, 6)
-    assert place_of((6, 2), here) == Place((6, 2))
-    assert place_of((0, 2), elsewhere) == Place((6, 2), (0, 0, 0))
-    assert place_of((6,), elsewhere) == Place((6,)), "a buffer, which is not emptied"
-    assert place_of((), ShardSpec(0, 0, 0, 1)) == Place(())
+    assert place_of((6, 2), here) == TensorSlice((6, 2))
+    assert place_of((0, 2), elsewhere) == TensorSlice((6, 2), (0, 0, 0))
+    assert place_of((6,), elsewhere) == TensorSlice((6,)), "a buffer, which is not emptied"
+    assert place_of((), ShardSpec(0, 0, 0, 1)) == TensorSlice(())
 
 
 def test_parts_are_tensors_of_their_own() -> None:

@@ -3,12 +3,12 @@
 import pytest
 
 from distplat.platform.errors import SpecError
-from distplat.platform.topology import Place, by_node, choose, chosen_by_user
+from distplat.platform.topology import RankLocation, by_node, choose, chosen_by_user
 
 
-def at(nodes: str, **qualities: bool) -> list[Place]:
+def at(nodes: str, **qualities: bool) -> list[RankLocation]:
     """Give one place per letter, which names the node."""
-    return [Place(node, **qualities) for node in nodes]
+    return [RankLocation(node, **qualities) for node in nodes]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def at(nodes: str, **qualities: bool) -> list[Place]:
         (at("a", gpu=True) + at("a"), "shm", "all 2 workers are on one node"),
     ],
 )
-def test_choice(places: list[Place], backend: str, why: str) -> None:
+def test_choice(places: list[RankLocation], backend: str, why: str) -> None:
     choice = choose(places)
     assert (choice.backend, choice.why) == (backend, why)
 
@@ -51,7 +51,7 @@ def test_ranks_by_node_come_in_the_order_of_ranks() -> None:
         ("nccl", at("ab", gpu=True)),
     ],
 )
-def test_what_a_job_names_is_taken(backend: str, places: list[Place]) -> None:
+def test_what_a_job_names_is_taken(backend: str, places: list[RankLocation]) -> None:
     assert chosen_by_user(backend, places).backend == backend
 
 
@@ -64,7 +64,9 @@ def test_what_a_job_names_is_taken(backend: str, places: list[Place]) -> None:
         ("nccl", at("a", gpu=True) + at("ab"), ["worker 1, 2 has not both", "backend: auto"]),
     ],
 )
-def test_what_cannot_work_is_refused(backend: str, places: list[Place], says: list[str]) -> None:
+def test_what_cannot_work_is_refused(
+    backend: str, places: list[RankLocation], says: list[str]
+) -> None:
     with pytest.raises(SpecError) as caught:
         chosen_by_user(backend, places)
     assert caught.value.problems[0].where == ("strategy", "backend")

@@ -37,7 +37,7 @@ from distplat.actors.collectives.shm.segment import (
 from distplat.actors.collectives.work import OpQueue, Work
 from distplat.actors.messages import Address
 from distplat.platform.errors import CollectiveError
-from distplat.platform.topology import Place
+from distplat.platform.topology import RankLocation
 from distplat.strategies.collective import ReduceOp
 
 _CLOSE_S = 2.0
@@ -68,7 +68,7 @@ class ShmGroup(Group):
         rank: int,
         world: int,
         settings: Settings,
-        places: tuple[Place, ...] | None = None,
+        places: tuple[RankLocation, ...] | None = None,
         *,
         segment: GroupSegment | None = None,
     ) -> None:

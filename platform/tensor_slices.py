@@ -52,7 +52,7 @@ ITEM_BYTES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlice:
     """Where a part lies in a whole tensor."""
 
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class Entry:
 
     key: str
     """`<file>/<name>`: `model/0.weight`, `optimizer/exp_avg/0.weight`."""
-    place: Place
+    place: TensorSlice
     dtype: str
     """torch's name, for example `float32`."""
     array: int
@@ -95,7 +95,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Whole:
+class RawTensor:
     """A whole tensor, as bytes."""
 
     dtype: str
@@ -108,7 +108,7 @@ Bundle = tuple[list[Bytes], tuple[Entry, ...]]
 """Arrays, and what is in them."""
 
 
-def put_together(bundles: Iterable[Bundle]) -> dict[str, Whole]:
+def put_together(bundles: Iterable[Bundle]) -> dict[str, RawTensor]:
     """
     Make whole tensors of the parts that all ranks gave; a part that is all of one is not copied.
 
@@ -117,7 +117,7 @@ def put_together(bundles: Iterable[Bundle]) -> dict[str, Whole]:
     Raises:
         ProtocolError: parts are missing, overlap, or do not agree on the tensor.
     """
-    wholes: dict[str, Whole] = {}
+    wholes: dict[str, RawTensor] = {}
     covered: dict[str, int] = {}
     for arrays, entries in bundles:
         for entry in entries:
@@ -129,7 +129,7 @@ def put_together(bundles: Iterable[Bundle]) -> dict[str, Whole]:
             if key not in wholes:
                 is_all = place.slab is None and place.run is None
                 data = part if is_all else np.zeros(math.prod(place.shape) * size, np.uint8)
-                wholes[key], covered[key] = Whole(entry.dtype, place.shape, data), 0
+                wholes[key], covered[key] = RawTensor(entry.dtype, place.shape, data), 0
             whole = wholes[key]
             if (whole.dtype, whole.shape) != (entry.dtype, place.shape):
                 raise ProtocolError(f"parts of {key!r} are of different tensors")
@@ -144,21 +144,21 @@ def put_together(bundles: Iterable[Bundle]) -> dict[str, Whole]:
     return wholes
 
 
-def take_out(whole: Whole, place: Place) -> Bytes:
+def take_out(whole: RawTensor, place: TensorSlice) -> Bytes:
     """Copy a part out of a whole tensor, shape [its bytes]."""
     return np.array(_part(whole, place), copy=True).reshape(-1)
 
 
-def by_file(wholes: Mapping[str, Whole]) -> dict[str, dict[str, Whole]]:
+def by_file(wholes: Mapping[str, RawTensor]) -> dict[str, dict[str, RawTensor]]:
     """Sort tensors by the file that their key names: `model/0.weight` is `0.weight` of `model`."""
-    files: dict[str, dict[str, Whole]] = {}
+    files: dict[str, dict[str, RawTensor]] = {}
     for key, whole in wholes.items():
         file, _, name = key.partition("/")
         files.setdefault(file, {})[name] = whole
     return files
 
 
-def _put(whole: Whole, place: Place, part: Bytes) -> None:
+def _put(whole: RawTensor, place: TensorSlice, part: Bytes) -> None:
     size = ITEM_BYTES[whole.dtype]
     slab = _slab(whole, place)
     if place.run is None:
@@ -170,7 +170,7 @@ def _put(whole: Whole, place: Place, part: Bytes) -> None:
         slab[_indices(place)] = part.reshape(-1, size)
 
 
-def _part(whole: Whole, place: Place) -> Bytes:
+def _part(whole: RawTensor, place: TensorSlice) -> Bytes:
     if place.run is None:
         return _slab(whole, place)
     if place.slab is None:
@@ -181,7 +181,7 @@ def _part(whole: Whole, place: Place) -> Bytes:
     return part
 
 
-def _slab(whole: Whole, place: Place) -> Bytes:
+def _slab(whole: RawTensor, place: TensorSlice) -> Bytes:
     """View a slab, shape [*slab_shape, bytes of one element]."""
     if place.slab is None:
         return whole.data.reshape(*whole.shape, ITEM_BYTES[whole.dtype])
@@ -192,7 +192,7 @@ def _slab(whole: Whole, place: Place) -> Bytes:
     return blocks[(slice(None),) * (dim + 1) + (slice(start, stop),)]
 
 
-def _indices(place: Place) -> tuple[NDArray[np.intp], ...]:
+def _indices(place: TensorSlice) -> tuple[NDArray[np.intp], ...]:
     """Give where the elements of a run lie in its slab, by dimension."""
     assert place.run is not None, "only a run has them"
     return np.unravel_index(np.arange(*place.run), place.slab_shape)

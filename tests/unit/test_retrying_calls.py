@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from distplat.actors import asking
-from distplat.actors.asking import Asked
+from distplat.actors import retrying_calls
 from distplat.actors.local_transport import Fault, LocalCluster
+from distplat.actors.retrying_calls import PendingCall
 from distplat.platform.errors import ActorLost, DeadlineExceeded, InfrastructureError, StaleError
 
 FROZEN = Fault(delay_s=1e6)
@@ -34,7 +34,7 @@ class Servers:
         names = [f"server-{number}" for number in range(len(answers))]
         self.actors = [self.cluster.spawn(name, "here", lambda _: Server()) for name in names]
 
-    def ask(self, *, limit_s: float = 5.0, given_up: bool = False) -> Asked:
+    def ask(self, *, limit_s: float = 5.0, given_up: bool = False) -> PendingCall:
         def look() -> None:
             if given_up:
                 raise InfrastructureError("told to give up")
@@ -45,7 +45,7 @@ class Servers:
             for actor, answer in zip(self.actors, self.answers, strict=True)
         ]
         names = [actor.name for actor in self.actors]
-        return Asked(transport, "push 3", calls, names, limit_s, "step_timeout_s", look)
+        return PendingCall(transport, "push 3", calls, names, limit_s, "step_timeout_s", look)
 
 
 def test_answers_come_in_the_order_of_the_calls() -> None:
@@ -58,7 +58,7 @@ def test_answers_come_in_the_order_of_the_calls() -> None:
 def test_a_lost_answer_is_asked_for_again(
     monkeypatch: pytest.MonkeyPatch, lost: Any, calls: int
 ) -> None:
-    monkeypatch.setattr(asking, "AGAIN_S", 0.0)
+    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
     servers = Servers(1, 2)
     servers.cluster.inject("push", Fault(lose=lost), actor="server-1", times=2)
     assert servers.ask().answers() == [1, 2]

@@ -24,7 +24,7 @@ Call = Callable[[], Any]
 """Makes a call to an actor; gives the reply."""
 
 
-class Asked:
+class PendingCall:
     """
     Calls under way, made side by side, each of which may be made more than once.
 
@@ -144,5 +144,5 @@ def ask(
     setting: str,
     look: Callable[[], object] | None = None,
 ) -> list[Any]:
-    """Make calls side by side, and wait for their answers; see `Asked`."""
-    return Asked(transport, what, calls, names, limit_s, setting, look).answers()
+    """Make calls side by side, and wait for their answers; see `PendingCall`."""
+    return PendingCall(transport, what, calls, names, limit_s, setting, look).answers()

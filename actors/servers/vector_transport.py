@@ -24,13 +24,13 @@ from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
-from distplat.platform.pieces import Whole
 from distplat.platform.shard_map import Shard
+from distplat.platform.tensor_slices import RawTensor
 from distplat.strategies.training.optim import PER_PARAMETER
 from distplat.strategies.training.parts import whole_of
 
 
-class Road(ABC):
+class VectorTransport(ABC):
     """
     One worker's vectors.
 
@@ -102,7 +102,7 @@ class Road(ABC):
             mine.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
 
 
-class SharedRoad(Road):
+class SharedMemoryTransport(VectorTransport):
     """See the top of the file."""
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
@@ -110,7 +110,7 @@ class SharedRoad(Road):
         self._segments: dict[int, Segment] = {}
 
     def candidates(self) -> list[int]:
-        """See `Road`."""
+        """See `VectorTransport`."""
         opened: dict[tuple[int, int], Segment] = {}
         for index, address in enumerate(self._joined.parameters):
             if address.node != self._node:
@@ -124,7 +124,7 @@ class SharedRoad(Road):
         return list(self._segments)
 
     def open(self, near: set[int]) -> None:
-        """See `Road`; where all servers are near, the model moves into their segment."""
+        """See `VectorTransport`; where all servers are near, the model moves into their segment."""
         super().open(near)
         segments = [self._segments.get(i) if i in near else None for i in range(self._shards)]
         first = segments[0]
@@ -136,7 +136,7 @@ class SharedRoad(Road):
             self.parameters = torch.zeros(self._facts.size, dtype=dtype)
 
     def part_ways(self) -> None:
-        """See `Road`."""
+        """See `VectorTransport`."""
         if self.one_copy:
             self.one_copy, self.parameters = False, self.parameters.clone()
 
@@ -149,18 +149,18 @@ class SharedRoad(Road):
         return len(self._joined.servers)
 
     def put(self, cut: Shard, initial: Tensor) -> None:
-        """See `Road`."""
+        """See `VectorTransport`."""
         part(self._segments[cut.index].tensor, cut).copy_(part(initial, cut))
 
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        """See `Road`."""
+        """See `VectorTransport`."""
         if cut.index not in self.near:
             self._take_object(cut, answer, limit_s)
         elif not self.one_copy:
             part(self.parameters, cut).copy_(part(self._segments[cut.index].tensor, cut))
 
 
-class PrivateRoad(Road):
+class CopyTransport(VectorTransport):
     """See the top of the file."""
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
@@ -170,24 +170,24 @@ class PrivateRoad(Road):
         self.parameter_address = self._segment.address
 
     def candidates(self) -> list[int]:
-        """See `Road`."""
+        """See `VectorTransport`."""
         nodes = [address.node for address in self._joined.parameters]
         return [index for index, node in enumerate(nodes) if node == self._node]
 
     def open(self, near: set[int]) -> None:
-        """See `Road`."""
+        """See `VectorTransport`."""
         super().open(near)
         self._segment.seal()
 
     def part_ways(self) -> None:
-        """See `Road`; it does already."""
+        """See `VectorTransport`; it does already."""
 
     def put(self, cut: Shard, initial: Tensor) -> None:
-        """See `Road`."""
+        """See `VectorTransport`."""
         part(self.parameters, cut).copy_(part(initial, cut))
 
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        """See `Road`; a near server has put them there."""
+        """See `VectorTransport`; a near server has put them there."""
         if cut.index not in self.near:
             self._take_object(cut, answer, limit_s)
 
@@ -197,7 +197,7 @@ def part(vector: Tensor, cut: Shard) -> Tensor:
     return vector[cut.start : cut.stop]
 
 
-def run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, Whole]:
+def run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, RawTensor]:
     """Give a shard's part of what an optimizer remembers of the flat vector."""
     return {
         name: whole_of(value if name.startswith(PER_PARAMETER) else value[cut.start : cut.stop])

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from distplat.actors.asking import Asked, Call, ask
 from distplat.actors.memory.mailboxes import Mailboxes, Request
 from distplat.actors.messages import Address, Membership, WorkOrder
+from distplat.actors.retrying_calls import Call, PendingCall, ask
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
@@ -25,7 +25,7 @@ Take = Callable[[Shard, Answer], None]
 """Has the values of an answer where they are wanted."""
 
 
-class Lines:
+class FanOut:
     """
     How a worker asks the servers of one shard map.
 
@@ -92,7 +92,7 @@ class Lines:
         return self.transport.call(server, "listen", *who, mailboxes, slot, self._control)
 
 
-class Round:
+class FanOutCall:
     """
     One question for values to the servers of all shards, to each when it is time for it.
 
@@ -111,7 +111,7 @@ class Round:
 
     def __init__(
         self,
-        lines: Lines,
+        lines: FanOut,
         what: str,
         question: Question,
         take: Take,
@@ -122,7 +122,7 @@ class Round:
         self._request, self._setting = request, setting
         self._mailboxes = lines.mailboxes if request is not None else None
         limit_s = lines.limit_s(setting)
-        self._asked = Asked(
+        self._asked = PendingCall(
             lines.transport, what, [], [], limit_s, setting, lines.look, self._call_made
         )
         self._called: list[Shard] = []

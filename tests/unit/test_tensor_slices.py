@@ -13,24 +13,24 @@ from hypothesis import strategies as st
 from safetensors import TensorSpec, serialize
 
 from distplat.platform.errors import ProtocolError
-from distplat.platform.pieces import (
+from distplat.platform.tensor_file import decode, encode
+from distplat.platform.tensor_slices import (
     ITEM_BYTES,
     Bytes,
     Entry,
-    Place,
-    Whole,
+    RawTensor,
+    TensorSlice,
     put_together,
     take_out,
 )
-from distplat.platform.tensor_file import decode, encode
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
 
-def whole(shape: tuple[int, ...], dtype: str = "int32") -> Whole:
+def whole(shape: tuple[int, ...], dtype: str = "int32") -> RawTensor:
     """A tensor whose elements are all different."""
     data = np.arange(math.prod(shape), dtype=np.int32).view(np.uint8)
-    return Whole(dtype, shape, data)
+    return RawTensor(dtype, shape, data)
 
 
 def cuts(length: int, draw: Any) -> list[tuple[int, int]]:
@@ -49,8 +49,8 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
     blocks = data.draw(st.sampled_from([n for n in range(1, 6) if shape[dim] % n == 0]))
     for start, stop in cuts(shape[dim] // blocks, data.draw):
         slab = (dim, start, stop)
-        for run in [*cuts(Place(shape, slab, None, blocks).size, data.draw)]:
-            place = Place(shape, slab, data.draw(st.sampled_from([run])), blocks)
+        for run in [*cuts(TensorSlice(shape, slab, None, blocks).size, data.draw)]:
+            place = TensorSlice(shape, slab, data.draw(st.sampled_from([run])), blocks)
             entry = Entry("model/w", place, "int32", 0)
             bundles.append(([take_out(tensor, place)], (entry,)))
     order = data.draw(st.permutations(bundles))
@@ -60,7 +60,7 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
     assert np.array_equal(result.data, tensor.data)
 
 
-def part(place: Place, dtype: str = "int32") -> tuple[list[Bytes], tuple[Entry, ...]]:
+def part(place: TensorSlice, dtype: str = "int32") -> tuple[list[Bytes], tuple[Entry, ...]]:
     data = np.zeros(place.size * ITEM_BYTES[dtype], np.uint8)
     return [data], (Entry("model/w", place, dtype, 0),)
 
@@ -68,10 +68,13 @@ def part(place: Place, dtype: str = "int32") -> tuple[list[Bytes], tuple[Entry, 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([part(Place((4,), None, (0, 3)))], "'model/w' have 3 of 4"),
-        ([part(Place((4,))), part(Place((4,), None, (3, 4)))], "have 5 of 4"),
-        ([part(Place((4,))), part(Place((5,)))], "different tensors"),
-        ([part(Place((4,), None, (0, 2))), part(Place((4,)), "int64")], "different tensors"),
+        ([part(TensorSlice((4,), None, (0, 3)))], "'model/w' have 3 of 4"),
+        ([part(TensorSlice((4,))), part(TensorSlice((4,), None, (3, 4)))], "have 5 of 4"),
+        ([part(TensorSlice((4,))), part(TensorSlice((5,)))], "different tensors"),
+        (
+            [part(TensorSlice((4,), None, (0, 2))), part(TensorSlice((4,)), "int64")],
+            "different tensors",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(parts: Any, message: str) -> None:
@@ -80,7 +83,7 @@ def test_what_does_not_fit_is_refused(parts: Any, message: str) -> None:
 
 
 def test_a_value_without_dimensions_may_come_twice() -> None:
-    step = Place(())
+    step = TensorSlice(())
     first, second = part(step), part(step)
     first[0][0][:] = 1
     assert put_together([first, second])["model/w"].data.tolist() == [1, 1, 1, 1]
@@ -100,7 +103,7 @@ def test_torch_reads_what_is_written(dtype: str) -> None:
         "none": torch.zeros(0, 3, dtype=kind),
     }
     wholes = {
-        name: Whole(str(t.dtype)[6:], tuple(t.shape), bits_of(t).numpy())
+        name: RawTensor(str(t.dtype)[6:], tuple(t.shape), bits_of(t).numpy())
         for name, t in tensors.items()
     }
     content = b"".join(encode(wholes))
@@ -153,5 +156,5 @@ def test_a_type_that_torch_has_not_is_refused() -> None:
 
 def test_an_array_with_gaps_is_written_as_its_elements() -> None:
     data = np.arange(16, dtype=np.uint8)[::2]
-    (content,) = encode({"w": Whole("uint8", (8,), data)})
+    (content,) = encode({"w": RawTensor("uint8", (8,), data)})
     assert decode(content)["w"].data.tolist() == data.tolist()
