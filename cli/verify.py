@@ -63,12 +63,11 @@ def verify(
     names = tuple(name.strip() for name in strategies.split(",")) if strategies else ()
     wanted = Wanted(job, request.folder, names, steps, workers, strategy_file)
     rows = list(verify(wanted, request.say if not quiet else lambda line: None))
-    print(to_json([facts(row) for row in rows])) if as_json else print_rows(rows)
-    code = exit_code(rows)
-    for row in rows:
-        if row.error is not None and row.failed and not as_json:
-            print(f"error: {row.strategy}: {row.error}", file=sys.stderr)
-    if code:
+    if as_json:
+        print(to_json([facts(row) for row in rows]))
+    else:
+        print_rows(rows)
+    if code := exit_code(rows):
         raise typer.Exit(code)
 
 
@@ -95,6 +94,9 @@ def print_rows(rows: Sequence[Row]) -> None:
     for row in rows:
         if row.reason:
             print(f"\n{row.strategy}, {row.check}: {row.reason}")
+    for row in rows:
+        if row.error is not None and row.failed:
+            print(f"error: {row.strategy}: {row.error}", file=sys.stderr)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

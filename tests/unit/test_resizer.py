@@ -5,7 +5,7 @@ from typing import cast
 import pytest
 import ray
 from jobs import job_of
-from told import Told
+from recording_handle import RecordingHandle
 
 from distplat.actors import resizing
 from distplat.actors.actor_group import ActorGroup
@@ -25,7 +25,7 @@ class FakeActorGroup:
     """Two workers, and newcomers by rank: what their call came to, or None while it is open."""
 
     def __init__(self) -> None:
-        self.job, self.scheduler = JOB, Told()
+        self.job, self.scheduler = JOB, RecordingHandle()
         self.newcomers: dict[int, object] = {}
 
     @property
@@ -101,14 +101,14 @@ def test_newcomers_are_ready_before_anything_is_due(actor_group: FakeActorGroup)
     actor_group.newcomers[2] = "ready"
     assert resizer.look(0) == 4
     assert resizer.look(0) == 4, "until it is so"
-    assert actor_group.scheduler.told == [("heard", 1)]
+    assert actor_group.scheduler.calls == [("heard", 1)]
     actor_group.resize(4)
     resizer.resized()
     assert (resizer.look(0), resizer.world) == (None, 4)
-    assert actor_group.scheduler.told == [("heard", 1), ("answer", 1, "")]
+    assert actor_group.scheduler.calls == [("heard", 1), ("answer", 1, "")]
     resizer.hear(ScaleRequest(1, 4))  # it comes again until the scheduler has the answer
     assert resizer.look(0) is None
-    assert actor_group.scheduler.told == [("heard", 1), ("answer", 1, "")]
+    assert actor_group.scheduler.calls == [("heard", 1), ("answer", 1, "")]
 
 
 @pytest.mark.parametrize("lost", [2, 3])
@@ -134,7 +134,7 @@ def test_when_one_cannot_come_all_are_let_go(
     clock.now = 7.1
     assert resizer.look(0) is None
     assert actor_group.newcomers == {}
-    number, refused = actor_group.scheduler.told[-1][1:]
+    number, refused = actor_group.scheduler.calls[-1][1:]
     assert number == 1
     assert refused.startswith(f"worker-{lost} could not be started: ")
     assert said in refused.lower()
@@ -163,14 +163,14 @@ def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
         actor_group.newcomers.clear()
     resizer.hear(ScaleRequest(2, workers))
     assert resizer.look(0) is None
-    assert ("answer", 2) == actor_group.scheduler.told[-1][:2]
-    assert said in actor_group.scheduler.told[-1][2]
+    assert ("answer", 2) == actor_group.scheduler.calls[-1][:2]
+    assert said in actor_group.scheduler.calls[-1][2]
     assert list(actor_group.newcomers) == ([] if workers == 3 else [2, 3])
 
 
 def test_as_many_as_there_are_is_granted_at_once(actor_group: FakeActorGroup) -> None:
     made(actor_group, 2)
-    assert actor_group.scheduler.told == [("heard", 1), ("answer", 1, "")]
+    assert actor_group.scheduler.calls == [("heard", 1), ("answer", 1, "")]
 
 
 def test_a_later_wish_takes_the_place_of_the_earlier(actor_group: FakeActorGroup) -> None:
@@ -180,7 +180,7 @@ def test_a_later_wish_takes_the_place_of_the_earlier(actor_group: FakeActorGroup
     assert actor_group.newcomers == {2: None}
     actor_group.newcomers[2] = "ready"
     assert resizer.look(0) == 3
-    assert actor_group.scheduler.told == [("heard", 1), ("heard", 2)]
+    assert actor_group.scheduler.calls == [("heard", 1), ("heard", 2)]
 
 
 def test_when_all_were_made_anew_newcomers_are_made_again(actor_group: FakeActorGroup) -> None:

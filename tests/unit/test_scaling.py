@@ -3,7 +3,7 @@
 from typing import cast
 
 import pytest
-from told import Told
+from recording_handle import RecordingHandle
 
 from distplat.actors import scaling
 from distplat.actors.actor_group import ActorGroup
@@ -18,7 +18,7 @@ class FakeActorGroup:
 
     def __init__(self, *ranks: int) -> None:
         self.workers = dict.fromkeys(ranks, object())
-        self.scheduler = Told()
+        self.scheduler = RecordingHandle()
 
     def grow(self, count: int, base: int) -> list[int]:
         ranks = [10 + number for number in range(count)]
@@ -44,7 +44,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_without_a_wish_nothing_happens() -> None:
     actor_group = FakeActorGroup(0, 1)
     assert made(actor_group).carry_out(0) == []
-    assert actor_group.scheduler.told == []
+    assert actor_group.scheduler.calls == []
 
 
 def test_a_wish_is_carried_out_once() -> None:
@@ -53,7 +53,7 @@ def test_a_wish_is_carried_out_once() -> None:
     change.hear(ScaleRequest(1, 4))
     assert change.carry_out(0) == [10, 11]
     assert change.carry_out(0) == []
-    assert actor_group.scheduler.told == [("answer", 1, "")]
+    assert actor_group.scheduler.calls == [("answer", 1, "")]
     change.hear(ScaleRequest(1, 4))  # it comes again until the scheduler has the answer
     assert change.carry_out(0) == []
     assert len(actor_group.workers) == 4
@@ -64,12 +64,12 @@ def test_the_highest_ranks_leave_and_those_that_are_leaving_do_not_count() -> No
     change = made(actor_group)
     change.hear(ScaleRequest(1, 2))
     change.carry_out(0)
-    assert actor_group.scheduler.told == [("dismiss", (4, 7)), ("answer", 1, "")]
+    assert actor_group.scheduler.calls == [("dismiss", (4, 7)), ("answer", 1, "")]
     change.hear(ScaleRequest(2, 3))
     assert change.carry_out(0) == [10], "4 and 7 go all the same"
     change.left(4)
     assert sorted(actor_group.workers) == [0, 1, 7, 10]
-    assert actor_group.scheduler.told[-1] == ("gone", 4)
+    assert actor_group.scheduler.calls[-1] == ("gone", 4)
 
 
 def test_what_the_cluster_lacks_is_told(short: list[str]) -> None:
@@ -78,7 +78,7 @@ def test_what_the_cluster_lacks_is_told(short: list[str]) -> None:
     change = made(actor_group)
     change.hear(ScaleRequest(3, 4))
     assert change.carry_out(0) == []
-    assert actor_group.scheduler.told == [("answer", 3, "2 more workers need 2 CPU")]
+    assert actor_group.scheduler.calls == [("answer", 3, "2 more workers need 2 CPU")]
     assert sorted(actor_group.workers) == [0, 1]
 
 
