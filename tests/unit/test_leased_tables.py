@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,20 @@ from counting import BATCH, PARTS, SAMPLES, WIDTH, Counting, counting
 from dealing import desk_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from local_run import Attempt, LocalRun
 from rank_threads import on_ranks
 from safetensors.numpy import load_file
 
 from distplat import Trainer
-from distplat.actors.local_actors import ELSEWHERE, Servers, TableServers
 from distplat.actors.local_transport import Call
 from distplat.actors.local_transport import Fault as LocalFault
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import AnyReport, StepReport
-from distplat.strategies.catalog import make_job, make_strategy
+from distplat.platform.progress import StepReport
+from distplat.strategies.catalog import make_job
 from distplat.strategies.training.leased_loop import LeasedLoop
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.session import Ports, join, prepare
-from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
+from distplat.strategies.training.session import Around
 
 EPOCHS = 3
 STEPS = EPOCHS * SAMPLES // BATCH
@@ -65,35 +62,19 @@ class Unsent:
         raise Gone("lost")
 
 
-@dataclass
-class Rank:
-    """A worker's process."""
-
-    prepared: Prepared
-    strategy: WorkerStrategy[Any]
-    reports: list[AnyReport] = field(default_factory=list)
-
-
-class Counted:
+class Counted(LocalRun):
     """A run of `Counting`, attempt by attempt."""
 
     def __init__(self, most: int = 1) -> None:
-        self.job = make_job(counting(epochs=EPOCHS))
-        self.attempt, self.ranks = 0, dict[int, Rank]()
-        self.roles = make_strategy(self.job).roles(self.job)
-        self.faults: dict[str, Fault] = {}  #: by worker
-        self.shards = Servers(self.job, self.roles)
-        self.shards.cluster.add_rule(self._twice_or_never)
-        self.tables, self.desk = TableServers(self.job), desk_of(self.job, self.roles, most)
-        self.tables.cluster.add_rule(self._twice_or_never)
+        super().__init__(make_job(counting(epochs=EPOCHS)), Counting, most=most)
         self.most = most
-
-    def rank(self, rank: int) -> Rank:
-        """Give a rank's process, the one that there is or another."""
-        if rank not in self.ranks:
-            strategy = make_worker_strategy(self.job)
-            self.ranks[rank] = Rank(prepare(self.job, Counting(), strategy=strategy), strategy)
-        return self.ranks[rank]
+        self.ranks.append(self._new_rank())  # one that joins the others
+        self.reports.append([])
+        self.faults: dict[str, Fault] = {}  #: by worker
+        self.lost: set[int] = set()  #: ranks that are made anew in the next attempt
+        for cluster in (self.servers.cluster, self.tables.cluster):
+            cluster.add_rule(self._twice_or_never)
+        self.attempt = BrokenOff(self)
 
     def _twice_or_never(self, call: Call) -> LocalFault | None:
         """Have all pushes come twice, and some not at all."""
@@ -108,54 +89,10 @@ class Counted:
             raise Gone("lost")
         return LocalFault(twice=True)
 
-    def _leases(self, rank: int, fault: Fault) -> RemoteLeases:
-        """Give a way to the scheduler, which is told of nothing that comes after the end."""
-        way = self.desk.leases(rank, attempt=self.attempt)
-        finish = way.finish
-
-        def told(tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
-            if fault.here(SILENT):
-                way.close()
-                raise Gone("lost")
-            finish(tasks, evaluations)
-            fault.made += len(tasks)
-
-        way.finish = told  # type: ignore[method-assign]
-        return way
-
-    def _tables(self, rank: int, fault: Fault) -> RemoteTables:
-        """Give a way to the tables; they have the rows before a rank breaks off."""
-        way = self.tables.tables(rank, attempt=self.attempt)
-        push = way.push
-
-        def sent(*given: Any) -> Any:
-            sending = push(*given)
-            if fault.here(ONE_TABLE):
-                return Unsent()
-            sending.wait()
-            return sending
-
-        way.push = sent  # type: ignore[assignment,method-assign]
-        return way
-
     def loop(self, rank: int, fault: Fault | None = None) -> LeasedLoop:
         """Have a rank join the attempt."""
-        mine, fault = self.rank(rank), fault or Fault()
-        self.faults[f"worker-{rank}"] = fault
-        loop = join(
-            mine.prepared,
-            mine.strategy,
-            rank,
-            Ports(
-                shards=self.shards.shards(
-                    rank, STEPS, attempt=self.attempt, node=ELSEWHERE, every=0
-                ),
-                tables=self._tables(rank, fault),
-                leases=self._leases(rank, fault),
-            ),
-            report=mine.reports.append,
-            progress=Progress(),
-        )
+        self.faults[f"worker-{rank}"] = fault or Fault()
+        loop = self.attempt.join(rank, Around())
         assert isinstance(loop, LeasedLoop)
         return loop
 
@@ -169,18 +106,21 @@ class Counted:
                 loops[place].run()
             except Gone:
                 self.desk.tell("lose", order[place])
-                del self.ranks[order[place]]
+                self.lost.add(order[place])
 
         on_ranks(len(order), body)
-        assert self.shards.cluster.drain(10.0) and self.tables.cluster.drain(10.0)
-        self.shards.end_attempt()
+        assert self.servers.cluster.drain(10.0) and self.tables.cluster.drain(10.0)
+        self.servers.end_attempt()
 
-    def begin_anew(self, *, with_scheduler: bool) -> None:
-        """Begin a later attempt."""
-        self.attempt += 1
+    def next_attempt(self, *, with_scheduler: bool) -> None:
+        """Begin a later attempt, with new processes in the place of those that were lost."""
+        for rank in sorted(self.lost):
+            self.renew(rank)
+        self.lost.clear()
         if with_scheduler:
             self.desk.close()
             self.desk = desk_of(self.job, self.roles, self.most)
+        self.attempt = BrokenOff(self)
 
     def check(self) -> None:
         """Each gradient of a sample is in once for each epoch, in its row and in the dense part."""
@@ -194,18 +134,58 @@ class Counted:
             rows[table.ids()] = mine
         assert (-rows).tolist() == [[EPOCHS] * WIDTH] * SAMPLES
         for index in range(2):
-            shard = self.shards.service(index).served
+            shard = self.servers.service(index).served
             assert (shard.steps, shard.version) == (STEPS, STEPS * PARTS), index
-        params = np.concatenate([self.shards.service(index).params for index in range(2)])
+        params = np.concatenate([self.servers.service(index).params for index in range(2)])
         assert (-params[:SAMPLES]).tolist() == [EPOCHS] * SAMPLES
-        self.shards.close()
-        self.tables.close()
-        self.desk.close()
+        self.close()
 
     def parts(self) -> list[tuple[int, int]]:
-        """Give what was reported, by ranks that are still there."""
-        reports = [one for rank in self.ranks.values() for one in rank.reports]
+        """Give what was reported."""
+        reports = [one for reports in self.reports for one in reports]
         return sorted((one.step, one.rank) for one in reports if isinstance(one, StepReport))
+
+
+class BrokenOff(Attempt):
+    """Ranks break off where their faults say."""
+
+    run: Counted
+
+    def __init__(self, run: Counted) -> None:
+        super().__init__(run, apart=True)
+
+    def leases(self, rank: int) -> RemoteLeases:
+        """Give a way to the scheduler, which is told of nothing that comes after the end."""
+        way, fault = self.run.desk.leases(rank, attempt=self.number), self._fault(rank)
+        finish = way.finish
+
+        def told(tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
+            if fault.here(SILENT):
+                way.close()
+                raise Gone("lost")
+            finish(tasks, evaluations)
+            fault.made += len(tasks)
+
+        way.finish = told  # type: ignore[method-assign]
+        return way
+
+    def tables(self, rank: int) -> RemoteTables:
+        """Give a way to the tables; they have the rows before a rank breaks off."""
+        way, fault = self.run.tables.tables(rank, attempt=self.number), self._fault(rank)
+        push = way.push
+
+        def sent(*given: Any) -> Any:
+            sending = push(*given)
+            if fault.here(ONE_TABLE):
+                return Unsent()
+            sending.wait()
+            return sending
+
+        way.push = sent  # type: ignore[assignment,method-assign]
+        return way
+
+    def _fault(self, rank: int) -> Fault:
+        return self.run.faults[f"worker-{rank}"]
 
 
 EVERYTHING = [(step, part) for step in range(STEPS) for part in range(PARTS)]
@@ -217,7 +197,7 @@ def test_some_ranks_make_everything_once(most: int) -> None:
     run.run({rank: Fault() for rank in range(3)})
     run.check()
     assert run.parts() == EVERYTHING
-    final = [rank.prepared.flat.params.tolist() for rank in run.ranks.values()]
+    final = [rank.prepared.flat.params.tolist() for rank in run.ranks]
     assert final[0] == final[1] == final[2]
     assert final[0][:SAMPLES] == [-EPOCHS] * SAMPLES
 
@@ -254,7 +234,7 @@ def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> Non
 
     on_ranks(2, body)
     run.check()
-    dropped = [report.figures["dropped"] for report in run.ranks[1].reports]  # type: ignore[union-attr]
+    dropped = [report.figures["dropped"] for report in run.reports[1]]  # type: ignore[union-attr]
     assert dropped and set(dropped) == {1.0}
     for service in run.tables.services:
         assert service._book is not None and service._book._tasks.dropped == {1: 1}
@@ -266,9 +246,9 @@ def test_all_are_lost(moment: str, with_scheduler: bool) -> None:
     """Its only rank was alone, so the shards have a step of which the tables lack a task."""
     run = Counted()
     run.run({0: Fault(5, moment)})
-    assert run.shards.service(0).served.steps == 3 - (moment == TABLES)
+    assert run.servers.service(0).served.steps == 3 - (moment == TABLES)
     assert run.tables.services[1].steps == 3 - (moment == ONE_TABLE)
-    run.begin_anew(with_scheduler=with_scheduler)
+    run.next_attempt(with_scheduler=with_scheduler)
     run.run({0: Fault(), 1: Fault()})
     run.check()
 
@@ -302,7 +282,7 @@ def test_ranks_join_and_leave() -> None:
     on_ranks(3, body)
     run.check()
     assert run.parts() == EVERYTHING
-    assert run.ranks[2].reports
+    assert run.reports[2]
 
 
 def test_a_run_in_the_calling_process(tmp_path: Path) -> None:
@@ -338,10 +318,10 @@ def test_one_attempt_after_the_other(
     run = Counted(most)
     for faults, with_scheduler, one_stays in attempts:
         mine = {rank: Fault(one.at, one.moment) for rank, one in enumerate(faults)}
-        kept = run.rank(0)
+        kept = run.ranks[0]
         run.run(mine)
+        run.next_attempt(with_scheduler=with_scheduler)
         if one_stays:
             run.ranks[0] = kept
-        run.begin_anew(with_scheduler=with_scheduler)
     run.run({0: Fault(), 1: Fault()})
     run.check()
