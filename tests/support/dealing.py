@@ -24,6 +24,7 @@ class Dealing(Scheduler):
     def __init__(self, most: int, name: str, job: Job, consistency: Consistency) -> None:
         super().__init__(name, job, consistency)
         self._most = most
+        self._dead: set[tuple[int, int]] = set()  #: (rank, attempt)
 
     def lease_size(self, rank: int, brain: TaskScheduler) -> int:
         """See `Scheduler`; however fast the worker is."""
@@ -34,6 +35,21 @@ class Dealing(Scheduler):
         assert self._brain is not None, "somebody has joined"
         self._brain.lose(rank)
         self._tell()
+
+    async def die(self, rank: int) -> None:
+        """
+        Hear no more of a rank in this attempt.
+
+        A question of it may be on its way still, and be given work: that is taken back as well.
+        """
+        self._dead.add((rank, self._attempt))
+        self._tell()
+
+    def _take_from_the_silent(self, brain: TaskScheduler) -> None:
+        super()._take_from_the_silent(brain)
+        for rank, attempt in self._dead:
+            if attempt == self._attempt:
+                brain.lose(rank)
 
 
 def desk_of(job: Job, roles: Roles, most: int = 1) -> TaskDesk:

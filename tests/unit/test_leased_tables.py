@@ -105,7 +105,7 @@ class Counted(LocalRun):
             try:
                 loops[place].run()
             except Gone:
-                self.desk.tell("lose", order[place])
+                self.desk.tell("die", order[place])
                 self.lost.add(order[place])
 
         on_ranks(len(order), body)
