@@ -111,7 +111,7 @@ def _train(
     if servers is not None and roles.consistency.asynchronous and saved is None:
         keep(FILE_NAME, pack(servers.logs(), {"run": launch.run}))
     if job.embeddings is not None and job.checkpoint.save_final:
-        keep_tables(tables.services, job.seed, keep)
+        keep_tables(tables.table_servers, job.seed, keep)
     return model
 
 

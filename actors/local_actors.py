@@ -20,23 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.actors.local_transport import LocalCluster, LocalTransport
-from distplat.actors.messages import SavedHandle, WorkOrder
+from distplat.actors.messages import SavedHandle, TablePart, WorkOrder
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.tables.client import RemoteTables
-from distplat.actors.tables.node import EmbeddingServer
 from distplat.actors.transport import TransportError
 from distplat.platform.consistency import Consistency
 from distplat.platform.errors import DistplatError
 from distplat.platform.shard_map import Shard
 from distplat.platform.spec import Job
-from distplat.strategies.sparse.service import TableService
+from distplat.strategies.server.server import ShardServer
+from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.strategy import Roles
 from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.service import Service
 
 HERE = "node-0"
 """The servers' node."""
@@ -121,14 +120,16 @@ class TableServers:
         self._clients: list[RemoteTables] = []
         names = [f"embedding-server-{number}" for number in range(_tables_servers(job))]
         self.nodes = tuple(
-            self.cluster.spawn(name, HERE, partial(EmbeddingServer, name, number))
+            self.cluster.spawn(
+                name, HERE, partial(ServerNode, name, tables=TablePart(name, number))
+            )
             for number, name in enumerate(names)
         )
 
     @property
-    def services(self) -> list[TableService]:
-        """The services themselves."""
-        return [node.body.serving.service for node in self.nodes]
+    def table_servers(self) -> list[TableServer]:
+        """The servers themselves, without their nodes."""
+        return [node.body.serving.server for node in self.nodes]
 
     def tables(
         self,
@@ -266,15 +267,15 @@ class Servers:
         self._clients.append(shards)
         return shards
 
-    def service(self, shard: int, part: int = 0) -> Service:
-        """Give a shard's service itself; only once a worker has joined."""
+    def shard_server(self, shard: int, part: int = 0) -> ShardServer:
+        """Give a shard's server itself, without its node; only once a worker has joined."""
         number = self._division.servers_of(part)[shard]
-        service: Service = self.nodes[f"server-{number}"].body.serving.service
-        return service
+        server: ShardServer = self.nodes[f"server-{number}"].body.serving.server
+        return server
 
-    def services(self, part: int = 0) -> list[Service]:
+    def shard_servers(self, part: int = 0) -> list[ShardServer]:
         """Give those of all shards of a part of the model."""
-        return [self.service(shard, part) for shard in range(self._division.each)]
+        return [self.shard_server(shard, part) for shard in range(self._division.each)]
 
     def cuts(self, part: int = 0) -> list[Shard | None]:
         """Give which run of the vector each shard of a part is."""
@@ -283,15 +284,15 @@ class Servers:
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give each shard's order of updates, where there is one to tell; see `apply_log`."""
-        found = [service.log() for service in self.services()]
+        found = [server.store.log() for server in self.shard_servers()]
         return [log for log in found if log is not None]
 
     def renew(self, attempt: int, world: int | None = None) -> None:
         """Begin a later attempt: who waits at the servers is told that theirs is over."""
         for node in self.nodes.values():
-            service: Service | None = node.body.serving.service
-            if service is not None:
-                service.exclusively(partial(service.renew, attempt, world))
+            server: ShardServer | None = node.body.serving.server
+            if server is not None:
+                server.exclusively(partial(server.renew, attempt, world))
 
     def end_attempt(self) -> None:
         """Have all workers leave that came so far."""

@@ -160,6 +160,20 @@ class Membership:
 
 
 @dataclass(frozen=True)
+class TablePart:
+    """Which part of the embedding tables a server node keeps."""
+
+    server: str
+    """Its name, for messages."""
+    index: int
+    """Number of the part."""
+    replicated: bool = False
+    """Whether each part is kept twice."""
+    limit_s: float = 60.0
+    """How long a backup may take for an update."""
+
+
+@dataclass(frozen=True)
 class Opened:
     """What a server of embedding tables answers to a worker that joins an attempt."""
 

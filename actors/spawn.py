@@ -16,11 +16,10 @@ from ray.util.scheduling_strategies import (
 )
 
 from distplat.actors import compat, hash_seed
-from distplat.actors.messages import WorkOrder
+from distplat.actors.messages import TablePart, WorkOrder
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import ROOM, Scheduler
-from distplat.actors.tables.node import EmbeddingServer
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
@@ -161,7 +160,8 @@ def _spawn_embedding_servers(job: Job, roles: Roles, run: str, attempt: int) -> 
     for index in range(job.embeddings.servers):
         name = actor_name(job, f"embedding-server-{index}", attempt)
         options = {**common, "name": name}
-        servers.append(ray.remote(EmbeddingServer).options(**options).remote(name, index))
+        part = TablePart(f"embedding-server-{index}", index)
+        servers.append(ray.remote(ServerNode).options(**options).remote(name, tables=part))
     return servers
 
 

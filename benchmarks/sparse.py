@@ -22,8 +22,8 @@ import torch
 from common import median_ms, print_ratio
 from torch import nn
 
-from distplat.actors.messages import WorkOrder
-from distplat.actors.tables.node import EmbeddingServer
+from distplat.actors.messages import TablePart, WorkOrder
+from distplat.actors.servers.node import ServerNode
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import TableSpec
 
@@ -140,8 +140,10 @@ class LocalWorker:
 
 def start(servers: int) -> tuple[Any, list[Any]]:
     """Start our side; give the worker and its servers."""
-    kind = ray.remote(EmbeddingServer).options(num_cpus=0, max_concurrency=4)
-    handles = [kind.remote(f"server-{i}", i) for i in range(servers)]
+    kind = ray.remote(ServerNode).options(num_cpus=0, max_concurrency=4)
+    handles = [
+        kind.remote(f"server-{i}", tables=TablePart(f"server-{i}", i)) for i in range(servers)
+    ]
     worker = ray.remote(OurWorker).options(num_cpus=1).remote()
     order = WorkOrder(
         job(servers), "bench", 0, 0, "", "", None, None, None, embedding_servers=tuple(handles)

@@ -1,7 +1,9 @@
 """
-The ledgers of a shard: which pushes it has, and which it must not take (invariants I1, I3, I6).
+A server's ledger: which pushes it has, and which it must not take (invariants I1, I3, I6).
 
-A synchronous shard lives through the same three moments for every step. `version` counts the
+Servers of parameters and of embedding tables book alike; only how they count differs.
+
+A synchronous server lives through the same three moments for every step. `version` counts the
 updates it has applied, so it is also the sequence number of the pushes it waits for:
 
             push(seq=version)           all ranks staged            commit(seq=version)
@@ -11,19 +13,21 @@ updates it has applied, so it is also the sequence number of the pushes it waits
 Ray delivers a call at least once. What may arrive twice is answered as the first time; what would
 lose a push or count one twice is refused. The memory is O(ranks), however long the run is.
 
-An asynchronous shard applies each push when it comes. Every worker's pushes are numbered for
-themselves, and name the task that they are of:
+An asynchronous server applies each push when it comes. Every worker's pushes are numbered for
+themselves, and name the task that they are of; task p of step s of N parts is s * N + p:
 
     worker-0   0  1  2 |3|         push 2 again: the same answer      1: stale
     worker-1   0 |1|
 
 Tasks are leased to whoever asks for them, so two workers may make the same one: one that was taken
-for lost, and the one who got its lease. The first push of a task counts.
+for lost, and the one who got its lease. The first push of a task counts: what is pushed again
+after a failure changes nothing.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from distplat.platform.errors import FencedError, GapError, NotReadyError, StaleError
 from distplat.platform.interval_set import IntervalSet
@@ -31,7 +35,7 @@ from distplat.platform.interval_set import IntervalSet
 
 @dataclass(frozen=True)
 class PushId:
-    """Names one push, once and for all; the shard adds its own index."""
+    """Names one push, once and for all; the server adds its own index."""
 
     job: str
     attempt: int
@@ -44,15 +48,25 @@ class PushId:
 
 
 @dataclass(frozen=True)
+class PullId:
+    """Names one pull: one that comes late, or again, must not write over newer values."""
+
+    attempt: int
+    rank: int
+    number: int
+    """Of this worker's pulls in the attempt, from 0."""
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What a shard tells a worker: the answer to a push, a commit or a pull."""
+    """What a server tells a worker: the answer to a push, a commit or a pull."""
 
     version: int
     """Updates that the values have behind them that the worker now has."""
     committed: bool = True
     """False: a commit must follow, with the norm over all shards."""
     squared_norm: float | None = None
-    """Of the summed gradient on this shard; None: nobody needs it."""
+    """Of the summed gradient on this server; None: nobody needs it."""
     staleness: int = 0
     """Updates between the worker's pull and its gradient's turn."""
     waiting_s: float = 0.0
@@ -66,7 +80,7 @@ class Answer:
     dropped: int = 0
     """The worker's pushes so far that came too late for their step."""
     done: int = 0
-    """Steps of which the shard has every gradient."""
+    """Steps of which the server has every gradient."""
     total: tuple[float, ...] = ()
     """Head of the step's control record, summed over the ranks; empty: of no step."""
     payload: Any = None
@@ -74,7 +88,7 @@ class Answer:
 
 
 class Verdict(Enum):
-    """What a shard does with a push that it does not refuse."""
+    """What a server does with a push that it does not refuse."""
 
     NEW = "stage it"
     REPEAT_STAGED = "it is staged already"
@@ -82,46 +96,138 @@ class Verdict(Enum):
     LATE = "its step was made without it: drop it"
 
 
-class Ledger:
+class Ledger(ABC):
     """
-    Book of one synchronous shard. Starts unready: without parameters it takes nothing.
+    Book of one server. Starts unready: without parameters it takes nothing.
+
+    Args:
+        job: name of the run.
+        attempt: the first one.
+        world: workers whose pushes make up a step, or tasks of one.
+    """
+
+    asynchronous: ClassVar[bool]
+
+    def __init__(self, job: str, attempt: int, world: int) -> None:
+        self.job, self.attempt, self.world = job, attempt, world
+        self.version: int | None = None  #: updates applied; None: no parameters yet
+        self.dropped: dict[int, int] = {}  #: rank -> its pushes that came too late
+
+    @property
+    def updates(self) -> int:
+        """Updates applied."""
+        return self.version or 0
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Steps of which every gradient is applied."""
+
+    @property
+    @abstractmethod
+    def place(self) -> int:
+        """Of the next update, in steps: for the learning rate's schedule."""
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether what is staged is to be applied."""
+
+    @abstractmethod
+    def restore(self, steps: int) -> None:
+        """Parameters with so many steps behind them are in place; pushes are taken from now on."""
+
+    @abstractmethod
+    def renew(self, attempt: int, world: int | None = None) -> None:
+        """
+        Begin a later attempt: pushes of earlier ones are refused.
+
+        Args:
+            attempt: its number.
+            world: so many ranks from now on; None: as many as before.
+        """
+
+    @abstractmethod
+    def offer(self, push: PushId) -> Verdict:
+        """
+        Decide on a push and book it; `NEW` is to be staged.
+
+        Raises:
+            NotReadyError: no parameters yet.
+            FencedError: another job or attempt, or no sender of this run.
+            StaleError: older than the rank's last push.
+            GapError: newer than the one expected.
+        """
+
+    @abstractmethod
+    def commit(self, seq: int) -> bool:
+        """
+        Book the update of what is staged. False: it is booked already, and must not be made again.
+
+        Args:
+            seq: of the push that has completed it.
+
+        Raises:
+            NotReadyError: no parameters yet.
+            StaleError, GapError: not the step that is staged.
+        """
+
+    @abstractmethod
+    def passed(self, push: PushId) -> bool:
+        """Whether the update is made that a booked push is part of, or was made without it."""
+
+    @abstractmethod
+    def missing(self) -> list[int]:
+        """Ranks whose push is waited for."""
+
+
+class StepLedger(Ledger):
+    """
+    Counts steps: one update of all ranks' pushes.
 
     With `backup` workers a step is complete without so many of the pushes. A worker whose push
     came too late goes on with the newest version, so it may leave steps out.
     """
 
+    asynchronous = False
+
     def __init__(self, job: str, attempt: int, world: int, backup: int = 0) -> None:
-        self.job, self.attempt, self.world = job, attempt, world
-        self.version: int | None = None  #: updates applied; None: no parameters yet
-        self.dropped = [0] * world  #: by rank: pushes that came too late
+        super().__init__(job, attempt, world)
         self._backup = backup
         self._last: dict[int, tuple[int, Verdict]] = {}  #: rank -> its last push, told again how
         self._staged: set[int] = set()  #: ranks whose push for `version` is here
 
-    def restore(self, version: int) -> None:
-        """Parameters of this version are in place; from now on pushes are taken."""
-        self.version = version
+    @property
+    def steps(self) -> int:
+        """See `Ledger`."""
+        return self.updates
+
+    @property
+    def place(self) -> int:
+        """See `Ledger`."""
+        return self.updates
+
+    @property
+    def complete(self) -> bool:
+        """Whether as many pushes for the present version are staged as a step needs."""
+        return len(self._staged) >= self.world - self._backup
+
+    def restore(self, steps: int) -> None:
+        """See `Ledger`."""
+        self.version = steps
         self._staged.clear()
 
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """All push what is not committed once more; `world`: so many ranks from now on."""
+        """See `Ledger`; all push what is not committed once more."""
         self.attempt = attempt
         self._staged.clear()
         if world is not None and world != self.world:
             self.world = world
-            self.dropped = (self.dropped + [0] * world)[:world]
+            self.dropped = {rank: count for rank, count in self.dropped.items() if rank < world}
             self._last = {rank: last for rank, last in self._last.items() if rank < world}
 
     def offer(self, push: PushId) -> Verdict:
-        """
-        Decide on a push and book it.
-
-        Raises:
-            NotReadyError: no parameters yet.
-            FencedError: another job or attempt, or no rank of this world.
-            StaleError: older than the last committed push.
-            GapError: newer than the one expected.
-        """
+        """See `Ledger`."""
         version = _ready(self.version)
         _check_sender(push, self.job, self.attempt, self.world)
         if push.seq == version:
@@ -136,33 +242,22 @@ class Ledger:
             return Verdict.REPEAT_COMMITTED
         raise _out_of_turn(push, version)
 
-    @property
-    def complete(self) -> bool:
-        """Whether as many pushes for the present version are staged as a step needs."""
-        return len(self._staged) >= self.world - self._backup
-
     def _late(self, push: PushId) -> Verdict:
         last, verdict = self._last.get(push.rank, (-1, Verdict.LATE))
         if push.seq < last:
             raise _out_of_turn(push, last)
         if push.seq > last:
-            self.dropped[push.rank] += 1
+            self.dropped[push.rank] = self.dropped.get(push.rank, 0) + 1
             self._last[push.rank] = push.seq, Verdict.LATE
             return Verdict.LATE
         return verdict
 
     def missing(self) -> list[int]:
-        """Ranks whose push for the present version has not come."""
+        """See `Ledger`."""
         return [rank for rank in range(self.world) if rank not in self._staged]
 
     def commit(self, seq: int) -> bool:
-        """
-        Book the update of step `seq`. False: it is booked already and must not be applied again.
-
-        Raises:
-            NotReadyError: no parameters yet.
-            StaleError, GapError: not the step that is staged.
-        """
+        """See `Ledger`."""
         version = _ready(self.version)
         if seq == version - 1:
             return False
@@ -174,65 +269,95 @@ class Ledger:
         self._staged.clear()
         return True
 
+    def passed(self, push: PushId) -> bool:
+        """See `Ledger`."""
+        return self.updates > push.seq
 
-class TaskLedger:
-    """
-    Book of an asynchronous shard, or of asynchronous tables: any rank may push, and of each task
-    the first gradient counts. Starts unready: without parameters it takes nothing.
-    """
 
-    def __init__(self, job: str, attempt: int) -> None:
-        self.job, self.attempt = job, attempt
-        self.version: int | None = None  #: updates applied; None: no parameters yet
+class TaskLedger(Ledger):
+    """Counts tasks: any rank may push, each push is an update, and of a task the first counts."""
+
+    asynchronous = True
+
+    def __init__(self, job: str, attempt: int, world: int) -> None:
+        super().__init__(job, attempt, world)
         self.made = IntervalSet()  #: tasks that are in the parameters
-        self.dropped: dict[int, int] = {}  #: rank -> its pushes of tasks that were made before
         self._next: dict[int, int] = {}  #: rank -> number of the push that is its turn
+        self._staged: int | None = None  #: the task whose update is to be made
 
-    def restore(self, version: int, task: int = 0) -> None:
-        """
-        Parameters of this version are in place; from now on pushes are taken.
+    @property
+    def steps(self) -> int:
+        """See `Ledger`."""
+        return self.made.low // self.world
 
-        Args:
-            version: updates that they have behind them.
-            task: the first one that is not in them.
-        """
-        self.version, self.made = version, IntervalSet(task)
+    @property
+    def place(self) -> int:
+        """See `Ledger`; one step of the schedule for an update of each worker."""
+        return self.updates // self.world
+
+    @property
+    def complete(self) -> bool:
+        """See `Ledger`."""
+        return self._staged is not None
+
+    @property
+    def partial(self) -> bool:
+        """Whether some step is made in part."""
+        return bool(self.made.low % self.world or self.made.above)
+
+    def restore(self, steps: int) -> None:
+        """See `Ledger`."""
+        self.version, self.made = steps * self.world, IntervalSet(steps * self.world)
+        self._staged = None
 
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """Pushes of this attempt are taken from now on, each rank's from 0; what is made, stays."""
-        self.attempt = attempt
+        """See `Ledger`; each rank's pushes begin at 0, and what is made stays."""
+        self.attempt, self._staged = attempt, None
         self._next.clear()
+        if world is not None and world != self.world:
+            assert not self.partial, "the parts of a step that is made in part cannot be cut anew"
+            steps, self.world = self.steps, world
+            self.restore(steps)
 
     def offer(self, push: PushId) -> Verdict:
-        """
-        Decide on a push and book it; `NEW` is to be applied at once, and counts as a version.
-
-        Raises:
-            NotReadyError: no parameters yet.
-            FencedError: another job or attempt, or a push of no task.
-            StaleError: older than the rank's last push.
-        """
-        version = _ready(self.version)
+        """See `Ledger`; a gap is not refused: a backup was not told of a push that was dropped."""
+        _ready(self.version)
         _check_sender(push, self.job, self.attempt, push.rank + 1)
         if push.task is None:
             raise FencedError(f"push {push.seq} of rank {push.rank} refused: it is of no task")
         expected = self._next.get(push.rank, 0)
         if push.seq == expected - 1:
             return Verdict.REPEAT_COMMITTED
-        # Not refused is one after a gap: a backup was not told of a push that was dropped.
         if push.seq < expected:
             raise _out_of_turn(push, expected)
         self._next[push.rank] = push.seq + 1
-        if not self.made.add(push.task):
+        if push.task in self.made:
             self.dropped[push.rank] = self.dropped.get(push.rank, 0) + 1
             return Verdict.LATE
-        self.version = version + 1
+        self._staged = push.task
         return Verdict.NEW
+
+    def commit(self, seq: int) -> bool:
+        """See `Ledger`."""
+        version = _ready(self.version)
+        if self._staged is None:
+            return False
+        self.made.add(self._staged)
+        self.version, self._staged = version + 1, None
+        return True
+
+    def passed(self, push: PushId) -> bool:
+        """See `Ledger`."""
+        return True
+
+    def missing(self) -> list[int]:
+        """See `Ledger`: nobody waits."""
+        return []
 
 
 def _ready(version: int | None) -> int:
     if version is None:
-        raise NotReadyError("this shard has no parameters yet; it must be restored first")
+        raise NotReadyError("this server has no parameters yet; it must be restored first")
     return version
 
 
@@ -240,7 +365,7 @@ def _check_sender(push: PushId, job: str, attempt: int, world: int) -> None:
     if (push.job, push.attempt) != (job, attempt):
         raise FencedError(
             f"push of job {push.job!r} attempt {push.attempt} refused: "
-            f"this shard serves {job!r} attempt {attempt}"
+            f"this server serves {job!r} attempt {attempt}"
         )
     if not 0 <= push.rank < world:
         raise FencedError(f"push of rank {push.rank} refused: the world has {world}")

@@ -40,16 +40,6 @@ class TablePlan:
     """Steps between two checkpoints; 0: there are none."""
 
 
-@dataclass(frozen=True)
-class PullId:
-    """Names one pull: one that comes late, or again, must not write over newer rows."""
-
-    attempt: int
-    rank: int
-    number: int
-    """Of this worker's pulls in the attempt, from 0."""
-
-
 def file_of(server: int) -> str:
     """Give the name of a server's file in a checkpoint, without its ending."""
     return f"embeddings-{server}"

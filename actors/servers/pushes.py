@@ -9,10 +9,10 @@ from distplat.actors.servers.fan_out import FanOut, FanOutCall
 from distplat.actors.servers.vector_transport import VectorTransport, part
 from distplat.actors.transport import TransportError
 from distplat.platform.errors import ActorLost
-from distplat.platform.ledger import Answer, PushId
+from distplat.platform.ledger import Answer, PullId, PushId
 from distplat.platform.shard_map import Shard
 from distplat.strategies.ports import Pushed
-from distplat.strategies.training.client import pushed
+from distplat.strategies.server.answers import pushed
 from distplat.strategies.training.control import StepControl
 
 
@@ -72,11 +72,11 @@ class Pushes:
         asked.send(self._lines.cuts)
         return self._made(asked)
 
-    def pull(self, number: tuple[int, int], setting: str) -> list[Answer]:
-        """Bring the newest parameters; `number` is that of the pull (`PullId`)."""
-        rank, call = self._order.rank, self._lines.transport.call
-        question = lambda server, cut: call(server, "pull", rank, number)  # noqa: E731
-        what = f"pull {number[1]}"
+    def pull(self, pull: PullId, setting: str) -> list[Answer]:
+        """Bring the newest parameters."""
+        call = self._lines.transport.call
+        question = lambda server, cut: call(server, "pull", pull)  # noqa: E731
+        what = f"pull {pull.number}"
         asked = FanOutCall(self._lines, what, question, self._take, setting=setting)
         asked.send(self._lines.cuts)
         return self._answers(asked)

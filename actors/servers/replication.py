@@ -1,9 +1,10 @@
 """
-A server node's part in a shard that is kept twice: as primary it sends, as backup it follows.
+A server node's part in a store that is kept twice: as primary it sends, as backup it follows.
 
 Who is what, the manager says (`platform/server_group.py`); `platform/part.py` refuses what comes
-from an earlier time. Gradients go to a backup on the same node through shared memory, to another
-node as bytes in the call.
+from an earlier time. What is sent is numbered in each term, so that what arrives twice is done
+once. A shard's gradients go to a backup on the same node through shared memory, to another node as
+bytes in the call; rows of embedding tables, of which there may be any number, always in the call.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, No
 from distplat.platform.part import Part, Role
 from distplat.platform.server_group import Held
 from distplat.platform.shard_map import Shard
-from distplat.strategies.training.mirror import Mirrored, Twin, Update, become, twin_of
+from distplat.strategies.server.mirror import Mirrored, Snapshot, Told
 
 _SLICE_S = 0.05
 """How often who waits for a backup looks whether it is still to wait."""
@@ -45,25 +46,26 @@ class Backup:
 
 class Replication:
     """
-    See the top of the file; it is the shard's `Mirror`.
+    See the top of the file; it is the store's `Mirror`.
 
     Args:
         name: of this server.
         transport: its way to other servers.
         role: its first part.
-        shard: what is kept twice.
+        store: what is kept twice.
         limit_s: how long a backup may take.
     """
 
     def __init__(
-        self, name: str, transport: Transport, role: Role, shard: Mirrored, limit_s: float
+        self, name: str, transport: Transport, role: Role, store: Mirrored, limit_s: float
     ) -> None:
         self._name, self._transport = name, transport
-        self._shard, self._limit_s = shard, limit_s
+        self._store, self._limit_s = store, limit_s
         self.part = Part(role)
         self._changing = threading.Lock()
         self._backup: Backup | None = None
         self._inbox: Tensor | None = None  #: as a backup: where the primary lays gradients
+        self._count = 0  #: in this term: what was sent, or followed
         self._sent: tuple[Callable[[], Any], Any] | None = None  #: the call under way, to repeat it
 
     @property
@@ -71,24 +73,26 @@ class Replication:
         """See `Mirror`."""
         return self.part.settled
 
-    def held(self, number: int, cut: Shard) -> Held:
+    def held(self, number: int, cut: Shard | None = None) -> Held:
         """Say what this server keeps, and as what."""
         backup = self._backup.name if self._backup is not None else None
         return Held(self._name, number, self.part.role, self.part.term, backup, cut)
 
-    def send(self, update: Update, gradient: Tensor) -> None:
+    def send(self, told: Told, gradient: Any = None) -> None:
         """See `Mirror`."""
-        backup, term = self._backup, self.part.term
+        backup, term, number = self._backup, self.part.term, self._count
         if self.part.role is not Role.MIRRORED or backup is None:
             return
-        values = None
+        self._count += 1
+        sent = gradient
         if backup.near is not None:
             backup.near.tensor.copy_(gradient)
-        else:
-            values = gradient.detach().clone().view(torch.uint8).numpy()
+            sent = None
+        elif isinstance(gradient, Tensor):
+            sent = gradient.detach().clone().view(torch.uint8).numpy()
 
         def call() -> Any:
-            return self._transport.call(backup.handle, "update", term, update, values)
+            return self._transport.call(backup.handle, "update", term, number, told, sent)
 
         self._sent = call, call()
 
@@ -129,13 +133,13 @@ class Replication:
 
     def mirror_to(self, term: int, name: str, handle: Any, opened: bool) -> None:
         """
-        Fill a backup, and send it every update from now on; the shard's lock is held.
+        Fill a backup, and send it every update from now on; the store's lock is held.
 
         Args:
             term: of the pair.
             name: the backup's.
             handle: the backup.
-            opened: whether the shard holds parameters.
+            opened: whether the store holds values.
 
         Raises:
             NotReadyError: there is nothing to fill it with yet.
@@ -147,23 +151,26 @@ class Replication:
             return
         if self.part.role is Role.BACKUP or self.part.term >= term:
             raise FencedError(f"{self._name} is in term {self.part.term}, not before {term}")
-        twin = twin_of(self._shard)
-        elements, dtype = twin.vectors[0][0].numel(), str(twin.vectors[0][0].dtype)[6:]
-        inbox = Segment.create(self._transport.node, elements, dtype)
-        call = self._transport.call(handle, "take_over", term, twin, inbox.address)
+        snapshot, like, inbox = self._store.snapshot(), self._store.inbox, None
+        if like is not None:
+            inbox = Segment.create(self._transport.node, like.numel(), str(like.dtype)[6:])
+        address = inbox.address if inbox is not None else None
+        call = self._transport.call(handle, "take_over", term, snapshot, address)
         until = time.monotonic() + self._limit_s
         while not self._transport.wait([call], _SLICE_S):
             if self.part.term >= term or time.monotonic() > until:
                 raise FencedError(f"{name} was given up before it was filled")
         near = self._transport.get(call, self._limit_s)
-        inbox.seal()
+        if inbox is not None:
+            inbox.seal()
         with self._changing:
             if self.part.change(Role.MIRRORED, term):
+                self._count = 0
                 self._backup = Backup(name, handle, inbox if near else None)
 
-    def take_over(self, term: int, twin: Twin, inbox: Address) -> bool:
+    def take_over(self, term: int, snapshot: Snapshot, inbox: Address | None) -> bool:
         """
-        As a backup: become what the primary is; the shard's lock is held.
+        As a backup: become what the primary is; the store's lock is held.
 
         Returns:
             Whether the primary's memory was reached: it lays gradients there.
@@ -174,8 +181,9 @@ class Replication:
         if not self.part.change(Role.BACKUP, term):
             self.part.check_update(term)  # the same call once more, or one that came too late
             return self._inbox is not None
-        become(self._shard, twin)
-        if inbox.node == self._transport.node:
+        self._store.become(snapshot)
+        self._count, self._inbox = 0, None
+        if inbox is not None and inbox.node == self._transport.node:
             try:
                 self._inbox = Segment.open(inbox).tensor
             except OSError:
@@ -183,29 +191,29 @@ class Replication:
         return self._inbox is not None
 
     def follow(
-        self, term: int, update: Update, version: int, values: NDArray[np.uint8] | None
+        self, term: int, number: int, told: Told, sent: NDArray[np.uint8] | Any | None
     ) -> None:
         """
-        As a backup: make an update, once; the shard's lock is held.
+        As a backup: do what the primary does, once; the store's lock is held.
 
         Args:
             term: of the primary.
-            update: what to make.
-            version: of this shard.
-            values: the gradient's bytes; None: they are in the inbox.
+            number: of what it has sent in this term.
+            told: what to do.
+            sent: the gradient, a vector's as bytes; None: it is in the inbox, or there is none.
 
         Raises:
             FencedError: from a server that is the primary no more.
-            GapError: an update before it is missing.
+            GapError: something before it is missing.
         """
         self.part.check_update(term)
-        if update.version < version:
+        if number < self._count:
             return
-        if update.version > version:
-            raise GapError(f"update {update.version} refused: {self._name} is at {version}")
-        if values is not None:
-            gradient = from_bytes(values, self._shard.params.dtype)
-        else:
-            assert self._inbox is not None, "the primary was told that it is not reached"
-            gradient = self._inbox
-        self._shard.follow(update, gradient)
+        if number > self._count:
+            raise GapError(f"update {number} refused: {self._name} is at {self._count}")
+        like, gradient = self._store.inbox, sent
+        if like is not None:
+            gradient = self._inbox if sent is None else from_bytes(sent, like.dtype)
+            assert gradient is not None, "the primary was told that it is not reached"
+        self._store.follow(told, gradient)
+        self._count += 1

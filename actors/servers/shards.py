@@ -25,13 +25,13 @@ from distplat.actors.servers.vector_transport import (
 )
 from distplat.actors.transport import Transport
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
-from distplat.platform.ledger import Answer
+from distplat.platform.ledger import Answer, PullId
 from distplat.platform.shard_map import Shard
 from distplat.strategies.ports import Pushed, ShardCopy
 from distplat.strategies.reduction.base import several_types
+from distplat.strategies.server.answers import fetch_copies
 from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import ALL, Holding
-from distplat.strategies.training.client import fetch_copies
 from distplat.strategies.training.control import StepControl, control_size
 from distplat.strategies.training.flat import FlatModel
 
@@ -302,6 +302,6 @@ class RemoteShards:
             self._tracker.look()
 
     def _pull(self, setting: str) -> list[Answer]:
-        number = self._order.attempt, self._pulls
+        pull = PullId(self._order.attempt, self._order.rank, self._pulls)
         self._pulls += 1  # also where it fails: the next one is not this one again
-        return self._pushes.pull(number, setting)
+        return self._pushes.pull(pull, setting)

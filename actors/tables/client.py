@@ -14,13 +14,13 @@ from distplat.actors.messages import Opened, Parcel, WorkOrder
 from distplat.actors.retrying_calls import Call, PendingCall
 from distplat.actors.transport import Transport
 from distplat.platform.errors import InfrastructureError
-from distplat.platform.ledger import PushId
-from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
+from distplat.platform.ledger import PullId, PushId
+from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.ports import TablesCopy
+from distplat.strategies.server.answers import fetch_copies
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
 from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.client import fetch_copies
 
 logger = logging.getLogger(__name__)
 

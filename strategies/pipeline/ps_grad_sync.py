@@ -6,8 +6,8 @@
     rank 2 ─┘                          └─ rank 3
 
 Servers of one part know nothing of those of another, so after a failure one may be a step ahead.
-Its shards keep the version before (`training/shard.py`), and no rank pushes a step before all have
-the one before: so there is a version that all parts can give, and all go on from that.
+Its shards keep the version before (`server/dense_store.py`), and no rank pushes a step before all
+have the one before: so there is a version that all parts can give, and all go on from that.
 
 Running statistics are averaged over the twins as under `ring`, and before the push: if servers have
 made a step, all twins had the statistics that go with it.

@@ -11,6 +11,7 @@ which are a pure function of seed and id, and nothing is stored: evaluations lea
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,23 @@ class Table:
         held = zip(self._columns, self._arrays, strict=True)
         return {"ids": self._index.ids.copy(), **{name: a.array.copy() for name, a in held}}
 
+    def snapshot(self) -> dict[str, Any]:
+        """Copy all that `load` makes an equal table of, the way back included."""
+        before = self._before
+        kept = [] if before is None else [rows.array[: len(before)].copy() for rows in self._kept]
+        return {"columns": self.copy(), "updates": self.updates, "before": before, "kept": kept}
+
+    def load(self, snapshot: Mapping[str, Any]) -> None:
+        """Be equal to the table of which that is a `snapshot`; this one is empty."""
+        columns = dict(snapshot["columns"])
+        self.restore(columns.pop("ids"), columns)
+        self.updates, self._before = snapshot["updates"], snapshot["before"]
+        if self._before is not None:
+            for rows, kept in zip(
+                self._room_to_keep(len(self._before)), snapshot["kept"], strict=True
+            ):
+                rows.array[: len(kept)] = kept
+
     def restore(self, ids: Ids, columns: Mapping[str, Values]) -> None:
         """
         Set rows and their states.
@@ -144,6 +162,14 @@ class Table:
         self.updates += 1
         if self._rewinds:
             self._before = slots
+
+    def summed(self, parts: Sequence[RowGradients]) -> RowGradients:
+        """Add gradients up as `apply` does: one that has the same effect as all of them."""
+        used = [part for part in parts if len(part.ids)]
+        if len(used) <= 1:
+            return (used or parts)[0]
+        slots, values = self._add_up(used)
+        return RowGradients(parts[0].table, self._index.ids[slots], values)
 
     def forget(self) -> None:
         """Let go of what the last update has changed: nobody will take it back."""

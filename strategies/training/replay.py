@@ -27,7 +27,7 @@ from distplat.platform.errors import StorageError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.strategies.ports import Pushed
-from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.checkpoint_types import Holding
 from distplat.strategies.training.control import StepControl
@@ -61,7 +61,7 @@ class ReplayGroup:
         self._pulled = [_pulled_by_rank(log) for log in logs]
         self._taken = [dict.fromkeys(self.tasks, 0) for _ in logs]  #: by shard: rank -> pushes
         self._places = [0] * len(logs)
-        self.shards: list[AsyncShard] = []
+        self.shards: list[DenseStore] = []
         self.stuck = False
 
     def connect(self, rank: int, flat: FlatModel) -> None:
@@ -78,7 +78,7 @@ class ReplayGroup:
         self._controls[rank] = control
         self.computing.release()
         self._pull_for(rank, number + 1)
-        return max(shard.staleness[rank] for shard in self.shards)
+        return max(shard.staleness_of(rank) for shard in self.shards)
 
     def _pull_for(self, rank: int, number: int) -> None:
         """Wait until a rank has pulled all that this push is computed on; then it may compute."""
@@ -127,7 +127,7 @@ class ReplayGroup:
         self.cuts = cut_shards(flat.size, self.plan.shards, tail=flat.layout.tail_size).shards
         for cut in self.cuts:
             plan = replace(self.plan, layout=flat.layout.cut(cut.start, cut.stop))
-            shard = AsyncShard(plan, flat.params[cut.start : cut.stop].clone())
+            shard = DenseStore(plan, flat.params[cut.start : cut.stop].clone())
             shard.restore(0)
             self.shards.append(shard)
 
@@ -153,6 +153,7 @@ class ReplayGroup:
             rank, number = log[place].rank, self._taken[index][log[place].rank]
             push = PushId(self.plan.run, self.plan.attempt, rank, number, log[place].task)
             shard.push(push, self._flats[rank].grads[part], self._controls[rank])
+            shard.commit(push.seq, None)
             self._taken[index][rank] += 1
             self._places[index] += 1
             moved = True

@@ -61,7 +61,7 @@ def test_a_replaced_worker_leaves_the_same_bits(
 
 
 def test_a_lost_server_comes_back_from_the_checkpoint(plain: Result, tmp_path: Path) -> None:
-    args = {"marker": str(tmp_path / "done"), "at": 13, "victim": "EmbeddingServer", "pause": 0.2}
+    args = {"marker": str(tmp_path / "done"), "at": 13, "victim": "ServerNode", "pause": 0.2}
     every = {"every_steps": 4}
     spec = words("ring", 2, task="words:Deadly", task_args=args, checkpoint=every)
     lossy = train(spec, tmp_path)
@@ -71,7 +71,7 @@ def test_a_lost_server_comes_back_from_the_checkpoint(plain: Result, tmp_path: P
 
 
 def test_a_lost_server_is_named(tmp_path: Path) -> None:
-    killer = Killer("EmbeddingServer", signal.SIGKILL)
+    killer = Killer("ServerNode", signal.SIGKILL)
     spec = words("ring", 2, epochs=None, steps=100_000, failure={"max_failures": 0})
     with pytest.raises(ActorLost, match=r"embedding-server-\d was lost"):
         train({**spec, "evaluation": {"every_epochs": 0}}, tmp_path, observers=(killer,))

@@ -9,9 +9,10 @@ from jobs import job_of
 from torch import Tensor
 
 from distplat.platform.consistency import Consistency
-from distplat.platform.ledger import PushId
+from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
-from distplat.strategies.training.async_shard import AsyncShard
+from distplat.strategies.server.dense_store import DenseStore
+from distplat.strategies.training.control import StepControl
 
 Gradient = Callable[[Tensor, int, int], Tensor]
 """Gradient at parameters [m], of a rank, in its step."""
@@ -28,7 +29,7 @@ def async_plan(
 
 def run_schedule(
     plan: ShardPlan, start: Tensor, gradient: Gradient, ranks: Sequence[int]
-) -> AsyncShard:
+) -> DenseStore:
     """
     Have ranks push in the given order; each computes on what it pulled after its push before.
 
@@ -38,7 +39,7 @@ def run_schedule(
         gradient: what a rank computes.
         ranks: whose push comes next.
     """
-    shard = AsyncShard(plan, start.clone())
+    shard = DenseStore(plan, start.clone())
     shard.restore(0)
     views = []
     for rank in range(plan.world):
@@ -47,11 +48,21 @@ def run_schedule(
     steps = [0] * plan.world
     for rank in ranks:
         push = PushId(plan.run, plan.attempt, rank, steps[rank], steps[rank] * plan.world + rank)
-        shard.push(push, gradient(views[rank], rank, steps[rank]))
+        push_now(shard, push, gradient(views[rank], rank, steps[rank]))
         shard.pull(rank)
         views[rank] = shard.params.clone()
         steps[rank] += 1
     return shard
+
+
+def push_now(
+    shard: DenseStore, push: PushId, gradient: Tensor, control: StepControl | None = None
+) -> Verdict:
+    """Have an asynchronous shard take a gradient, and make its update, as its server does."""
+    verdict = shard.push(push, gradient, control)
+    if verdict is Verdict.NEW:
+        assert shard.commit(push.seq, None)
+    return verdict
 
 
 @cache

@@ -1,9 +1,9 @@
 """A way from a primary to its backup without servers, and moments at which the primary may die."""
 
-from torch import Tensor
+from typing import Any
 
 from distplat.platform.errors import ActorLost
-from distplat.strategies.training.mirror import Mirrored, Update, become, twin_of
+from distplat.strategies.server.mirror import Mirrored, Told, Update
 
 MOMENTS = ("before it sent", "after it sent", "before it answered")
 """When a primary may die in an update: the backup has not made it yet, has made it, has told so."""
@@ -15,12 +15,12 @@ class InMemoryMirror:
 
     Args:
         primary: whose updates they are; this becomes its mirror.
-        backup: an equal shard, filled here.
+        backup: an equal store, filled here.
     """
 
     def __init__(self, primary: Mirrored, backup: Mirrored) -> None:
         self._backup = backup
-        become(backup, twin_of(primary))
+        backup.become(primary.snapshot())
         self.dies: tuple[int, str] | None = None  #: version and moment of the primary's death
         self._version = 0
 
@@ -29,11 +29,12 @@ class InMemoryMirror:
         """See `Mirror`."""
         return True
 
-    def send(self, update: Update, gradient: Tensor) -> None:
+    def send(self, told: Told, gradient: Any = None) -> None:
         """See `Mirror`."""
-        self._version = update.version
+        if isinstance(told, Update):
+            self._version = told.version
         self._maybe_die(MOMENTS[0])
-        self._backup.follow(update, gradient)
+        self._backup.follow(told, gradient)
         self._maybe_die(MOMENTS[1])
 
     def confirm(self) -> None:

@@ -158,9 +158,9 @@ class _WithALoss(_Undisturbed):
 
     def give_up(self) -> None:
         super().give_up()
-        for service in self.run.tables.services:
-            assert service._plan is not None, "all ranks opened it"
-            service.open(replace(service._plan, attempt=self.number + 1))
+        for service in self.run.tables.table_servers:
+            assert service.store.plan is not None, "all ranks opened it"
+            service.open(replace(service.store.plan, attempt=self.number + 1))
 
     def _is_last_push(self, rank: int, call: Call) -> bool:
         pushed = call.args[0] if call.method == "push" else None

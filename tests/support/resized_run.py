@@ -20,10 +20,10 @@ from distplat.platform.progress import AnyReport, ReportAggregator, Summary
 from distplat.platform.quiesce import Agreement
 from distplat.platform.spec import Job
 from distplat.strategies.ports import Pushed, Shards
+from distplat.strategies.server.server import ShardServer
 from distplat.strategies.task import Task
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.pause import PauseGate
-from distplat.strategies.training.sync_service import SyncService
 
 WAIT_S = 10.0
 
@@ -132,10 +132,10 @@ class _UntilARest(Attempt):
 
     def _wait_until_all_others_have_pushed(self, step: int) -> None:
         until = time.monotonic() + WAIT_S
-        service = self.run.servers.service(0)  # the second one has not heard of this step
-        assert isinstance(service, SyncService)
-        while self.world > 1 and service.shard.ledger.missing() != [0]:
-            assert time.monotonic() < until, (step, service.shard.ledger.missing())
+        service = self.run.servers.shard_server(0)  # the second one has not heard of this step
+        assert isinstance(service, ShardServer)
+        while self.world > 1 and service.store.ledger.missing() != [0]:
+            assert time.monotonic() < until, (step, service.store.ledger.missing())
             time.sleep(0.005)
 
     def make(self) -> bool:

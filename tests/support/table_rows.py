@@ -8,10 +8,10 @@ from distplat.actors.local_actors import TableServers
 
 def table_rows(group: TableServers, number: int, count: int) -> NDArray[np.float32]:
     """Give a table, shape [count, width]; rows that are not there are nan."""
-    width = group.services[0].sizes()[number][0].width
+    width = group.table_servers[0].sizes()[number][0].width
     found = np.full((count, width), np.nan, np.float32)
-    for service in group.services:
-        kept = service._tables[number]
+    for service in group.table_servers:
+        kept = service.store.tables[number]
         kept.read(kept.ids(), out := np.empty((len(kept), width), np.float32))
         found[kept.ids()] = out
     return found

@@ -12,11 +12,8 @@ from torch import Tensor
 
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import DeadlineExceeded, ProtocolError, StaleError
-from distplat.platform.ledger import Answer, PushId
-from distplat.strategies.training.async_service import AsyncService
-from distplat.strategies.training.client import make_service
-from distplat.strategies.training.service import Limits
-from distplat.strategies.training.sync_service import SyncService
+from distplat.platform.ledger import Answer, PullId, PushId, StepLedger, TaskLedger
+from distplat.strategies.server.server import Limits, ShardServer
 
 SIZE, STEPS = 9, 4
 SOON, LONG = 0.2, 10.0
@@ -32,7 +29,7 @@ class Served:
         plan = async_plan(world, STEPS, Consistency(asynchronous=True))
         self.world = world
         limits = Limits(limit_s, limit_s)
-        self.service = AsyncService("server-0", plan, limits, torch.zeros(SIZE))
+        self.service = ShardServer("server-0", plan, limits, torch.zeros(SIZE))
         self.vectors = [torch.full((SIZE,), -1.0) for _ in range(world)]
         self.deliveries = 0
 
@@ -53,7 +50,7 @@ class Served:
         return self.service.push(push, noise(SIZE, rank, seq), RECORD, self.deliver(rank))
 
     def pull(self, rank: int, number: int) -> Answer:
-        return self.service.pull(rank, (1, number), self.deliver(rank))
+        return self.service.pull(PullId(1, rank, number), self.deliver(rank))
 
 
 def test_a_push_brings_the_newest_values() -> None:
@@ -74,7 +71,7 @@ def test_a_repeated_push_gets_the_same_answer_and_touches_nothing() -> None:
     before = served.vectors[0].clone()  # the worker computes on it
     assert served.push(0, 0) is first
     assert torch.equal(served.vectors[0], before)
-    assert served.service.shard.version == 2
+    assert served.service.store.version == 2
 
 
 def test_a_repeated_pull_gets_the_same_answer_and_touches_nothing() -> None:
@@ -107,7 +104,7 @@ def test_parameters_are_restored_once() -> None:
     before = served.service.params.clone()
     served.open()
     assert torch.equal(served.service.params, before)
-    assert served.service.shard.version == 1
+    assert served.service.store.version == 1
 
 
 def test_nobody_waits() -> None:
@@ -121,7 +118,7 @@ def test_a_push_asked_again_while_it_is_under_way_is_applied_once() -> None:
     served = Served(2).open()
     answers = on_ranks(3, lambda place: served.push(1, 0))
     assert answers[0] is answers[1] is answers[2]
-    assert (served.service.shard.version, served.deliveries) == (1, 1)
+    assert (served.service.store.version, served.deliveries) == (1, 1)
 
 
 def test_of_a_task_that_was_made_before_the_worker_is_told() -> None:
@@ -146,7 +143,7 @@ def test_there_is_nothing_to_commit() -> None:
 def test_who_comes_to_its_answer_after_the_commit_still_gets_the_norm() -> None:
     """Two shards and `clip_norm`: what it does with the other shard depends on it."""
     plan = async_plan(1, 2, SYNCHRONOUS, shards=2, strategy="ps-sync", clip_norm=1.0)
-    service = SyncService("server-0", plan, Limits(LONG, LONG), torch.zeros(SIZE))
+    service = ShardServer("server-0", plan, Limits(LONG, LONG), torch.zeros(SIZE))
     service.restore(0, lambda params: None)
     push = PushId("run", 1, 0, 0)
 
@@ -162,7 +159,7 @@ def test_who_comes_to_its_answer_after_the_commit_still_gets_the_norm() -> None:
 
 def test_the_first_step_has_the_deadline_of_the_start() -> None:
     plan = async_plan(2, 2, SYNCHRONOUS, strategy="ps-sync")
-    service = SyncService("server-0", plan, Limits(SOON, SOON / 2), torch.zeros(SIZE))
+    service = ShardServer("server-0", plan, Limits(SOON, SOON / 2), torch.zeros(SIZE))
     service.restore(3, lambda params: None)  # where the attempt begins
     for seq, setting, limit_s in ((3, "start_timeout_s", SOON), (4, "step_timeout_s", SOON / 2)):
         push = PushId("run", 1, 0, seq)
@@ -172,7 +169,7 @@ def test_the_first_step_has_the_deadline_of_the_start() -> None:
         service.push(PushId("run", 1, 1, seq), noise(SIZE, 1), RECORD, lambda values, version: None)
 
 
-def test_the_consistency_chooses_the_service() -> None:
-    for consistency, kind in ((SYNCHRONOUS, SyncService), (Consistency(True), AsyncService)):
+def test_the_consistency_chooses_the_ledger() -> None:
+    for consistency, kind in ((SYNCHRONOUS, StepLedger), (Consistency(True), TaskLedger)):
         plan = async_plan(1, 1, consistency)
-        assert type(make_service("s", plan, Limits(1, 1), torch.zeros(3))) is kind
+        assert type(ShardServer("s", plan, Limits(1, 1), torch.zeros(3)).store.ledger) is kind

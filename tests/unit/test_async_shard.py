@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from delayed import async_plan, noise, run_schedule
+from delayed import async_plan, noise, push_now, run_schedule
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -14,8 +14,8 @@ from distplat.platform.apply_log import Applied, flaws
 from distplat.platform.consistency import Consistency
 from distplat.platform.errors import FencedError, NotReadyError, ProtocolError, StaleError
 from distplat.platform.ledger import PushId, Verdict
-from distplat.strategies.training.async_shard import AsyncShard
-from distplat.strategies.training.mirror import become, twin_of
+from distplat.strategies.server.dense_store import DenseStore
+from distplat.strategies.server.staleness import Staleness
 
 SIZE, WORLD = 37, 3
 ASYNC = Consistency(asynchronous=True)
@@ -23,10 +23,15 @@ MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAM = {"name": "Adam", "lr": 0.01}
 
 
-def make(consistency: Consistency = ASYNC, **job: Any) -> AsyncShard:
-    shard = AsyncShard(async_plan(WORLD, 4, consistency, **job), torch.linspace(-1, 1, SIZE))
+def make(consistency: Consistency = ASYNC, **job: Any) -> DenseStore:
+    shard = DenseStore(async_plan(WORLD, 4, consistency, **job), torch.linspace(-1, 1, SIZE))
     shard.restore(0)
     return shard
+
+
+def staleness(shard: DenseStore) -> Staleness:
+    assert shard.staleness is not None
+    return shard.staleness
 
 
 def push(rank: int, seq: int, attempt: int = 1, run: str = "run") -> PushId:
@@ -43,7 +48,7 @@ def test_each_gradient_is_an_update_of_a_plain_optimizer(optimizer: dict[str, An
     plain = getattr(torch.optim, optimizer["name"])([parameter], **arguments)
     seqs = [0] * WORLD
     for version, rank in enumerate([0, 0, 2, 1, 0, 2, 2, 1, 0, 2, 1, 1]):
-        assert shard.push(push(rank, seqs[rank]), noise(SIZE, rank, seqs[rank])) is Verdict.NEW
+        assert push_now(shard, push(rank, seqs[rank]), noise(SIZE, rank, seqs[rank])) is Verdict.NEW
         parameter.grad = noise(SIZE, rank, seqs[rank])
         # Three updates, one of each worker, are a step of the schedule, which has four.
         plain.param_groups[0]["lr"] = optimizer["lr"] * (1 - 0.5 * (version // WORLD) / 3)
@@ -57,12 +62,12 @@ def test_staleness_is_what_came_between_pull_and_push() -> None:
     shard = make()
     shard.pull(0)
     shard.pull(1)
-    shard.push(push(1, 0), noise(SIZE, 1))
+    push_now(shard, push(1, 0), noise(SIZE, 1))
     shard.pull(1)
-    shard.push(push(1, 1), noise(SIZE, 2))
-    shard.push(push(0, 0), noise(SIZE, 3))
-    assert (shard.staleness[1], shard.staleness[0]) == (0, 2)
-    assert list(shard.log) == [Applied(1, 1, 0), Applied(1, 4, 1), Applied(0, 0, 0)]
+    push_now(shard, push(1, 1), noise(SIZE, 2))
+    push_now(shard, push(0, 0), noise(SIZE, 3))
+    assert (staleness(shard).of[1], staleness(shard).of[0]) == (0, 2)
+    assert list(staleness(shard).log) == [Applied(1, 1, 0), Applied(1, 4, 1), Applied(0, 0, 0)]
 
 
 def test_the_learning_rate_is_divided_by_the_staleness() -> None:
@@ -74,9 +79,9 @@ def test_the_learning_rate_is_divided_by_the_staleness() -> None:
     expected -= 0.1 / 2 * gradients[2]
     expected -= 0.1 / 3 * gradients[3]
     for rank, number in ((0, 0), (1, 0), (2, 0)):
-        shard.push(push(rank, number), gradients[rank])
-    shard.push(push(0, 1), gradients[3])  # it pulled version 0 and never again
-    assert shard.staleness == [3, 1, 2]
+        push_now(shard, push(rank, number), gradients[rank])
+    push_now(shard, push(0, 1), gradients[3])  # it pulled version 0 and never again
+    assert staleness(shard).of == [3, 1, 2]
     torch.testing.assert_close(shard.params, expected)
 
 
@@ -86,10 +91,10 @@ def test_the_gradient_is_moved_to_where_the_parameters_are() -> None:
         shard.pull(rank)
     pulled = shard.params.clone()
     first, second = noise(SIZE, 1), noise(SIZE, 2)
-    shard.push(push(0, 0), first)
+    push_now(shard, push(0, 0), first)
     now = shard.params.clone()
     torch.testing.assert_close(now, pulled - 0.1 * first)  # nothing came between
-    shard.push(push(1, 0), second)
+    push_now(shard, push(1, 0), second)
     moved = second + 0.5 * second * second * (now - pulled)
     torch.testing.assert_close(shard.params, now - 0.1 * moved)
 
@@ -98,8 +103,8 @@ def test_a_workers_gradient_is_left_as_it_is() -> None:
     for optimizer in (MOMENTUM, ADAM, {"name": "RMSprop", "lr": 0.1, "weight_decay": 0.1}):
         shard = make(Consistency(asynchronous=True, delay_compensation=0.5), optimizer=optimizer)
         gradient = noise(SIZE, 1)
-        shard.push(push(0, 0), gradient)
-        shard.push(push(1, 0), gradient)
+        push_now(shard, push(0, 0), gradient)
+        push_now(shard, push(1, 0), gradient)
         assert torch.equal(gradient, noise(SIZE, 1))
 
 
@@ -118,26 +123,26 @@ def test_a_workers_gradient_is_left_as_it_is() -> None:
 def test_a_refused_push_changes_nothing(offered: PushId, error: type[ProtocolError]) -> None:
     shard = make()
     for rank, seq in ((0, 0), (1, 0), (0, 1)):
-        shard.push(push(rank, seq), noise(SIZE, rank, seq))
+        push_now(shard, push(rank, seq), noise(SIZE, rank, seq))
     before = shard.params.clone()
     with pytest.raises(error):
-        shard.push(offered, noise(SIZE, 5))
+        push_now(shard, offered, noise(SIZE, 5))
     assert torch.equal(shard.params, before)
-    assert (shard.version, len(shard.log), shard.steps) == (3, 3, 0)
+    assert (shard.version, len(staleness(shard).log), shard.steps) == (3, 3, 0)
 
 
 def test_without_parameters_it_takes_nothing() -> None:
-    shard = AsyncShard(async_plan(WORLD, 4, ASYNC), torch.zeros(SIZE))
+    shard = DenseStore(async_plan(WORLD, 4, ASYNC), torch.zeros(SIZE))
     with pytest.raises(NotReadyError):
-        shard.push(push(0, 0), noise(SIZE, 1))
-    assert len(shard.log) == 0
+        push_now(shard, push(0, 0), noise(SIZE, 1))
+    assert len(staleness(shard).log) == 0
 
 
 def test_a_gradient_of_another_shape_is_refused_before_it_is_booked() -> None:
     shard = make()
     with pytest.raises(ValueError, match="gradient has shape"):
-        shard.push(push(0, 0), torch.zeros(SIZE + 1))
-    assert shard.push(push(0, 0), torch.zeros(SIZE)) is Verdict.NEW
+        push_now(shard, push(0, 0), torch.zeros(SIZE + 1))
+    assert push_now(shard, push(0, 0), torch.zeros(SIZE)) is Verdict.NEW
 
 
 CORRECTED = Consistency(asynchronous=True, delay_compensation=0.5)
@@ -151,26 +156,26 @@ def test_of_a_leased_task_one_gradient_is_applied_whoever_brings_it() -> None:
     shard = make(CORRECTED)
     shard.pull(0)
     shard.pull(7)  # it has joined
-    assert shard.push(leased(7, 0, 1), noise(SIZE, 1)) is Verdict.NEW
+    assert push_now(shard, leased(7, 0, 1), noise(SIZE, 1)) is Verdict.NEW
     before = shard.params.clone()
-    assert shard.push(leased(0, 0, 1), torch.full((SIZE,), 1e9)) is Verdict.LATE
+    assert push_now(shard, leased(0, 0, 1), torch.full((SIZE,), 1e9)) is Verdict.LATE
     assert torch.equal(shard.params, before)
-    assert (list(shard.log), shard.steps) == ([Applied(7, 1, 0)], 0)
+    assert (list(staleness(shard).log), shard.steps) == ([Applied(7, 1, 0)], 0)
     for seq, task in enumerate((0, 2), start=1):
-        shard.push(leased(7, seq, task), noise(SIZE, task))
+        push_now(shard, leased(7, seq, task), noise(SIZE, task))
     assert (shard.version, shard.steps) == (3, 1)
 
 
 def test_a_backup_follows_workers_that_joined() -> None:
     shard, backup = make(CORRECTED), make(CORRECTED)
     shard.pull(4)
-    shard.push(leased(4, 0, 0), noise(SIZE, 1))
-    become(backup, twin_of(shard))
-    assert len(backup._values) == 5
+    push_now(shard, leased(4, 0, 0), noise(SIZE, 1))
+    backup.become(shard.snapshot())
+    assert len(staleness(backup).values) == 5
     for one in (shard, backup):  # of a push that was dropped a backup hears nothing
-        one.push(leased(4, 1 + (one is backup), 1), noise(SIZE, 2))
+        push_now(one, leased(4, 1 + (one is backup), 1), noise(SIZE, 2))
     assert torch.equal(shard.params, backup.params)
-    assert list(shard.log) == list(backup.log)
+    assert list(staleness(shard).log) == list(staleness(backup).log)
 
 
 class Histories(RuleBasedStateMachine):
@@ -184,7 +189,7 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shard = AsyncShard(async_plan(WORLD, 1000, ASYNC), torch.linspace(-1, 1, 4))
+        self.shard = DenseStore(async_plan(WORLD, 1000, ASYNC), torch.linspace(-1, 1, 4))
         self.shard.restore(0)
         self.params = torch.linspace(-1, 1, 4)
         self.next = [0] * WORLD
@@ -209,23 +214,23 @@ class Histories(RuleBasedStateMachine):
         if offered.attempt != 1:
             self._refused(FencedError, offered)
         elif offered.seq == expected - 1:
-            assert self.shard.push(offered, torch.full((4,), 1e9)) is Verdict.REPEAT_COMMITTED
+            assert push_now(self.shard, offered, torch.full((4,), 1e9)) is Verdict.REPEAT_COMMITTED
         elif offered.seq < expected:
             self._refused(StaleError, offered)
         elif task in {applied.task for applied in self.log}:
-            assert self.shard.push(offered, torch.full((4,), 1e9)) is Verdict.LATE
+            assert push_now(self.shard, offered, torch.full((4,), 1e9)) is Verdict.LATE
             self.dropped[rank] += 1
             self.next[rank] = offered.seq + 1
         else:
             gradient = noise(4, rank, task)
-            assert self.shard.push(offered, gradient) is Verdict.NEW
+            assert push_now(self.shard, offered, gradient) is Verdict.NEW
             self.params = self.params - 0.1 * gradient
             self.log.append(Applied(rank, task, self.pulled[rank]))
             self.next[rank] = offered.seq + 1
 
     def _refused(self, error: type[ProtocolError], offered: PushId) -> None:
         with pytest.raises(error):
-            self.shard.push(offered, torch.full((4,), 1e9))
+            push_now(self.shard, offered, torch.full((4,), 1e9))
 
     @rule(rank=st.integers(0, WORLD - 1))
     def pull_comes(self, rank: int) -> None:
@@ -236,7 +241,7 @@ class Histories(RuleBasedStateMachine):
     def it_is_the_serial_model(self) -> None:
         torch.testing.assert_close(self.shard.params, self.params)
         assert self.shard.version == len(self.log)
-        assert list(self.shard.log) == self.log
+        assert list(staleness(self.shard).log) == self.log
         tasks = {applied.task for applied in self.log}
         assert self.shard.steps == min(set(range(20)) - tasks) // WORLD
         assert [self.shard.ledger.dropped.get(rank, 0) for rank in range(WORLD)] == self.dropped
@@ -261,8 +266,8 @@ def loss_after(rate: float, **corrections: Any) -> float:
         return BOWL * params + 0.01 * noise(10, rank, step)
 
     shard = run_schedule(plan, torch.ones(10), gradient, [*range(OLD)] * TURNS)
-    assert flaws(shard.log, OLD, TURNS) == []
-    assert set(shard.staleness) == {OLD - 1}
+    assert flaws(staleness(shard).log, OLD, TURNS) == []
+    assert set(staleness(shard).of) == {OLD - 1}
     return float((BOWL * shard.params**2).sum())
 
 

@@ -8,19 +8,17 @@ from typing import Any
 import pytest
 import torch
 from control_records import full_record
-from delayed import async_plan, noise
+from delayed import async_plan, noise, push_now
 from torch import Tensor
 
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import GapError, NotReadyError, StaleError
 from distplat.platform.ledger import PushId, Verdict
 from distplat.strategies.ports import ShardCopy
-from distplat.strategies.training.async_shard import AsyncShard
-from distplat.strategies.training.checkpoint_copies import CheckpointCopies, VectorCopies
-from distplat.strategies.training.client import fetch_copies
-from distplat.strategies.training.service import Limits
-from distplat.strategies.training.shard import ParameterShard
-from distplat.strategies.training.sync_service import SyncService
+from distplat.strategies.server.answers import fetch_copies
+from distplat.strategies.server.checkpoint_copies import CheckpointCopies, VectorCopies
+from distplat.strategies.server.dense_store import DenseStore
+from distplat.strategies.server.server import Limits, ShardServer
 
 SIZE, WORLD, STEPS = 21, 2, 6
 ADAM = {"name": "AdamW", "lr": 0.1}
@@ -36,7 +34,7 @@ def push(rank: int, seq: int) -> PushId:
     return PushId("run", 1, rank, seq, seq * WORLD + rank)
 
 
-def step(shard: ParameterShard, seq: int) -> None:
+def step(shard: DenseStore, seq: int) -> None:
     for rank in range(WORLD):
         shard.push(push(rank, seq), noise(SIZE, rank, seq))
     shard.commit(seq, None)
@@ -46,7 +44,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def state(shard: ParameterShard | AsyncShard) -> dict[str, Tensor]:
+def state(shard: DenseStore | DenseStore) -> dict[str, Tensor]:
     copies = {name: value.clone() for name, value in shard.optimizer.state().items()}
     return {"": shard.params.clone(), **copies}
 
@@ -76,7 +74,7 @@ def test_without_checkpoints_nothing_is_copied() -> None:
 
 
 def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:
-    shard = ParameterShard(plan(SYNCHRONOUS), torch.linspace(-1, 1, SIZE))
+    shard = DenseStore(plan(SYNCHRONOUS), torch.linspace(-1, 1, SIZE))
     shard.restore(0)
     for seq in range(4):
         step(shard, seq)
@@ -88,7 +86,7 @@ def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:
     step(shard, 5)
     assert same(kept.tensors, at_four), "copies stay as they are"
     params = kept.tensors.pop("")
-    again = ParameterShard(plan(SYNCHRONOUS), params)
+    again = DenseStore(plan(SYNCHRONOUS), params)
     with pytest.raises(NotReadyError):
         again.push(push(0, 4), noise(SIZE, 0, 4))
     again.restore(4, kept.tensors)
@@ -103,42 +101,42 @@ def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:
 
 def test_a_shard_that_waited_for_one_old_task_copies_all_the_same() -> None:
     """The slowest is at three steps at once, and a checkpoint of two is due."""
-    shard = AsyncShard(plan(ASYNC), torch.linspace(-1, 1, SIZE))
+    shard = DenseStore(plan(ASYNC), torch.linspace(-1, 1, SIZE))
     shard.restore(0)
     for seq, task in enumerate([0, 2, 3, 4, 5]):
-        shard.push(PushId("run", 1, 0, seq, task), noise(SIZE, task))
+        push_now(shard, PushId("run", 1, 0, seq, task), noise(SIZE, task))
     assert (shard.steps, shard.kept(2)) == (0, None)
-    shard.push(PushId("run", 1, 1, 0, 1), noise(SIZE, 1))
+    push_now(shard, PushId("run", 1, 1, 0, 1), noise(SIZE, 1))
     kept = shard.kept(2)
     assert shard.steps == 3 and kept is not None
-    again = AsyncShard(plan(ASYNC), kept.tensors.pop(""))
+    again = DenseStore(plan(ASYNC), kept.tensors.pop(""))
     again.restore(2, kept.tensors)
-    assert again.push(PushId("run", 1, 0, 0, 3), noise(SIZE, 3)) is Verdict.LATE
-    assert again.push(PushId("run", 1, 0, 1, 4), noise(SIZE, 4)) is Verdict.NEW
+    assert push_now(again, PushId("run", 1, 0, 0, 3), noise(SIZE, 3)) is Verdict.LATE
+    assert push_now(again, PushId("run", 1, 0, 1, 4), noise(SIZE, 4)) is Verdict.NEW
 
 
 def test_an_asynchronous_shard_copies_when_the_slowest_is_there() -> None:
-    shard = AsyncShard(plan(ASYNC), torch.linspace(-1, 1, SIZE))
+    shard = DenseStore(plan(ASYNC), torch.linspace(-1, 1, SIZE))
     shard.restore(0)
     for rank, seq in [(0, 0), (0, 1), (0, 2), (1, 0)]:
-        shard.push(push(rank, seq), noise(SIZE, rank, seq))
+        push_now(shard, push(rank, seq), noise(SIZE, rank, seq))
         assert shard.kept(2) is None
-    shard.push(push(1, 1), noise(SIZE, 1, 1))
+    push_now(shard, push(1, 1), noise(SIZE, 1, 1))
     at_two = state(shard)
-    shard.push(push(0, 3), noise(SIZE, 0, 3))
+    push_now(shard, push(0, 3), noise(SIZE, 0, 3))
     kept = shard.kept(2)
     assert kept is not None
     assert same(kept.tensors, at_two)
     params = kept.tensors.pop("")
-    again = AsyncShard(plan(ASYNC), params)
+    again = DenseStore(plan(ASYNC), params)
     again.restore(2, kept.tensors)
     assert (again.version, again.steps, again.pull(0)) == (4, 2, 4)
-    assert again.push(push(0, 2), noise(SIZE, 0, 2)) is Verdict.NEW
-    assert (again.steps, again.staleness[0]) == (2, 0)
+    assert push_now(again, push(0, 2), noise(SIZE, 0, 2)) is Verdict.NEW
+    assert (again.steps, again.staleness_of(0)) == (2, 0)
 
 
 def test_a_service_waits_for_ranks_that_are_behind() -> None:
-    service = SyncService("server-0", plan(SYNCHRONOUS, 1), Limits(5, 5), torch.zeros(SIZE))
+    service = ShardServer("server-0", plan(SYNCHRONOUS, 1), Limits(5, 5), torch.zeros(SIZE))
     service.restore(0, lambda params: params.fill_(1.0))
     assert service.kept(1, 0.01) == (0, None)
     found: list[tuple[int, VectorCopies | None]] = []

@@ -123,7 +123,7 @@ def test_asynchronous_ranks_train() -> None:
     ]
     first, last = (mean([one.loss for one in parts if one.step == step]) for step in (0, steps - 1))
     assert last < 0.3 * first
-    assert {service.steps for service in run.tables.services} == {steps}
+    assert {service.store.ledger.steps for service in run.tables.table_servers} == {steps}
     assert {one.figures["rows"] > 0 for one in parts if one.samples} == {True}
 
 
@@ -150,7 +150,7 @@ def test_ids_without_end() -> None:
             return TensorDataset(ids * 2**57 + 1, targets)
 
     run = train(job(Words, 2), Open)
-    assert sum(rows for s in run.tables.services for _, rows in s.sizes()) in range(40, 47)
+    assert sum(rows for s in run.tables.table_servers for _, rows in s.sizes()) in range(40, 47)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
     first = UntilAStop(lossy)
     assert not first.make()
     assert (first.starts, len(first.errors)) == ([0, 0], 2)
-    assert {service.steps for service in lossy.tables.services} == {6}
+    assert {service.store.ledger.steps for service in lossy.tables.table_servers} == {6}
     for strategy in stopping:
         strategy.stop_at = -1
     second = Attempt(lossy)

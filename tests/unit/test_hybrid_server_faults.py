@@ -98,7 +98,7 @@ def gone_before(
 def made_by(workers: Workers, part: int) -> int:
     """Count the steps that all servers of a part have made."""
     assert workers.servers is not None
-    return min(service.served.version for service in workers.servers.services(part))
+    return min(service.store.version for service in workers.servers.shard_servers(part))
 
 
 def wait_until_made(workers: Workers, part: int) -> None:

@@ -124,19 +124,21 @@ class Counted(LocalRun):
 
     def check(self) -> None:
         """Each gradient of a sample is in once for each epoch, in its row and in the dense part."""
-        for index, service in enumerate(self.tables.services):
-            assert service._book is not None
-            assert (service.steps, service._book.updates) == (STEPS, STEPS * PARTS), index
+        for index, service in enumerate(self.tables.table_servers):
+            assert (service.store.ledger.steps, service.store.ledger.updates) == (
+                STEPS,
+                STEPS * PARTS,
+            ), index
         rows = np.zeros((SAMPLES, WIDTH), np.float32)
-        for service in self.tables.services:
-            table = service._tables[0]
+        for service in self.tables.table_servers:
+            table = service.store.tables[0]
             table.read(table.ids(), mine := np.empty((len(table), WIDTH), np.float32))
             rows[table.ids()] = mine
         assert (-rows).tolist() == [[EPOCHS] * WIDTH] * SAMPLES
         for index in range(2):
-            shard = self.servers.service(index).served
+            shard = self.servers.shard_server(index).store
             assert (shard.steps, shard.version) == (STEPS, STEPS * PARTS), index
-        params = np.concatenate([self.servers.service(index).params for index in range(2)])
+        params = np.concatenate([self.servers.shard_server(index).params for index in range(2)])
         assert (-params[:SAMPLES]).tolist() == [EPOCHS] * SAMPLES
         self.close()
 
@@ -236,8 +238,8 @@ def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> Non
     run.check()
     dropped = [report.figures["dropped"] for report in run.reports[1]]  # type: ignore[union-attr]
     assert dropped and set(dropped) == {1.0}
-    for service in run.tables.services:
-        assert service._book is not None and service._book._tasks.dropped == {1: 1}
+    for service in run.tables.table_servers:
+        assert service.store.ledger.dropped == {1: 1}
 
 
 @pytest.mark.parametrize("with_scheduler", [False, True])
@@ -246,8 +248,8 @@ def test_all_are_lost(moment: str, with_scheduler: bool) -> None:
     """Its only rank was alone, so the shards have a step of which the tables lack a task."""
     run = Counted()
     run.run({0: Fault(5, moment)})
-    assert run.servers.service(0).served.steps == 3 - (moment == TABLES)
-    assert run.tables.services[1].steps == 3 - (moment == ONE_TABLE)
+    assert run.servers.shard_server(0).store.steps == 3 - (moment == TABLES)
+    assert run.tables.table_servers[1].store.ledger.steps == 3 - (moment == ONE_TABLE)
     run.next_attempt(with_scheduler=with_scheduler)
     run.run({0: Fault(), 1: Fault()})
     run.check()

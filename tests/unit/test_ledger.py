@@ -12,7 +12,7 @@ from distplat.platform.errors import (
     ProtocolError,
     StaleError,
 )
-from distplat.platform.ledger import Ledger, PushId, TaskLedger, Verdict
+from distplat.platform.ledger import PushId, StepLedger, TaskLedger, Verdict
 
 JOB, ATTEMPT, WORLD, VERSION = "run", 2, 3, 5
 NEW, STAGED, COMMITTED = Verdict.NEW, Verdict.REPEAT_STAGED, Verdict.REPEAT_COMMITTED
@@ -22,8 +22,8 @@ def push(rank: int, seq: int = VERSION, attempt: int = ATTEMPT, job: str = JOB) 
     return PushId(job, attempt, rank, seq)
 
 
-def ledger(*staged: int) -> Ledger:
-    book = Ledger(JOB, ATTEMPT, WORLD)
+def ledger(*staged: int) -> StepLedger:
+    book = StepLedger(JOB, ATTEMPT, WORLD)
     book.restore(VERSION)
     for rank in staged:
         assert book.offer(push(rank)) is NEW
@@ -62,7 +62,7 @@ def test_verdicts(
         (push(1, 0), StaleError, "push 0 of rank 1 refused"),
         (push(9), FencedError, "push of rank 9 refused: the world has"),
         (push(-1), FencedError, "push of rank -1 refused: the world has"),
-        (push(1, attempt=1), FencedError, "attempt 1 refused: this shard serves 'run' attempt 2"),
+        (push(1, attempt=1), FencedError, "attempt 1 refused: this server serves 'run' attempt 2"),
         (push(1, attempt=3), FencedError, "attempt 3 refused"),
         (push(1, job="other"), FencedError, "job 'other' attempt 2 refused"),
     ],
@@ -104,7 +104,7 @@ def test_a_step_is_committed_once() -> None:
 
 
 def test_without_parameters_nothing_is_taken() -> None:
-    book = Ledger(JOB, ATTEMPT, WORLD)
+    book = StepLedger(JOB, ATTEMPT, WORLD)
     with pytest.raises(NotReadyError):
         book.offer(push(0, 0))
     with pytest.raises(NotReadyError):
@@ -135,7 +135,7 @@ class Histories(RuleBasedStateMachine):
         self._start()
 
     def _start(self) -> None:
-        self.book = Ledger(JOB, self.attempt, self.world)
+        self.book = StepLedger(JOB, self.attempt, self.world)
         self.book.restore(len(self.applied))
         self.staged: list[int] = []
 
@@ -231,17 +231,26 @@ def leased(rank: int, seq: int, task: int | None, attempt: int = ATTEMPT) -> Pus
     return PushId(JOB, attempt, rank, seq, task)
 
 
+def offer(book: TaskLedger, push: PushId) -> Verdict:
+    """Offer a push, and book its update, as a server does in one go."""
+    verdict = book.offer(push)
+    assert book.complete is (verdict is NEW) and book.passed(push)
+    assert book.commit(push.seq) is (verdict is NEW)
+    assert not book.complete
+    return verdict
+
+
 def test_of_a_leased_task_the_first_push_counts() -> None:
-    book = TaskLedger(JOB, ATTEMPT)
+    book = TaskLedger(JOB, ATTEMPT, 1)
     with pytest.raises(NotReadyError):
         book.offer(leased(0, 0, 7))
-    book.restore(6, task=6)
-    assert book.offer(leased(0, 0, 7)) is NEW
-    assert book.offer(leased(0, 0, 7)) is COMMITTED
-    assert book.offer(leased(9, 0, 7)) is Verdict.LATE  # it got the lease of one that was not lost
-    assert book.offer(leased(9, 0, 7)) is COMMITTED
-    assert book.offer(leased(9, 1, 5)) is Verdict.LATE  # made before the checkpoint
-    assert book.offer(leased(9, 2, 6)) is NEW
+    book.restore(6)
+    assert offer(book, leased(0, 0, 7)) is NEW
+    assert offer(book, leased(0, 0, 7)) is COMMITTED
+    assert offer(book, leased(9, 0, 7)) is Verdict.LATE  # it got the lease of one that was not lost
+    assert offer(book, leased(9, 0, 7)) is COMMITTED
+    assert offer(book, leased(9, 1, 5)) is Verdict.LATE  # made before the checkpoint
+    assert offer(book, leased(9, 2, 6)) is NEW
     assert (book.version, book.made.low, book.dropped) == (8, 8, {9: 2})
 
 
@@ -259,20 +268,20 @@ def test_of_a_leased_task_the_first_push_counts() -> None:
 def test_pushes_of_leased_tasks_that_are_refused(
     offered: PushId, error: type[ProtocolError]
 ) -> None:
-    book = TaskLedger(JOB, ATTEMPT)
+    book = TaskLedger(JOB, ATTEMPT, 1)
     book.restore(0)
     for seq in range(3):
-        book.offer(leased(0, seq, seq))
+        offer(book, leased(0, seq, seq))
     with pytest.raises(error):
         book.offer(offered)
     assert (book.version, book.made.low) == (3, 3)
 
 
 def test_in_a_new_attempt_pushes_are_numbered_anew_and_tasks_stay_made() -> None:
-    book = TaskLedger(JOB, ATTEMPT)
+    book = TaskLedger(JOB, ATTEMPT, 1)
     book.restore(0)
-    book.offer(leased(0, 0, 0))
+    offer(book, leased(0, 0, 0))
     book.renew(ATTEMPT + 1)
-    assert book.offer(leased(0, 0, 0, ATTEMPT + 1)) is Verdict.LATE
-    assert book.offer(leased(0, 1, 1, ATTEMPT + 1)) is NEW
+    assert offer(book, leased(0, 0, 0, ATTEMPT + 1)) is Verdict.LATE
+    assert offer(book, leased(0, 1, 1, ATTEMPT + 1)) is NEW
     assert book.version == 2

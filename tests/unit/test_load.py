@@ -19,8 +19,7 @@ from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.load import MOST_SHOWN, PushQueue, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
-from distplat.strategies.training.client import make_service
-from distplat.strategies.training.service import Limits, Service
+from distplat.strategies.server.server import Limits, ShardServer
 from distplat.strategies.training.throughput_probe import elements_per_s
 
 SIZE, LATE = 9, 0.15
@@ -63,9 +62,9 @@ def test_a_door_counts_who_stands_there() -> None:
         assert last.depth == 1
 
 
-def serve(consistency: Consistency, world: int = 2) -> Service:
+def serve(consistency: Consistency, world: int = 2) -> ShardServer:
     plan = async_plan(world, 4, consistency)
-    service = make_service("server-0", plan, Limits(10.0, 10.0), torch.zeros(SIZE))
+    service = ShardServer("server-0", plan, Limits(10.0, 10.0), torch.zeros(SIZE))
     service.restore(0, lambda params: params.fill_(1.0))
     return service
 

@@ -134,7 +134,7 @@ def test_where_a_worker_computes(make: Made) -> None:
     ]:
         servers = make(1, 1, strategy=strategy, clip_norm=None)
         _, flat = connected(servers, 0, node)
-        servers.service(0).params.fill_(5.0)
+        servers.shard_server(0).params.fill_(5.0)
         assert (float(flat.params[0]) == 5.0) is same
 
 
@@ -194,7 +194,7 @@ def test_every_gradient_counts_once(
     shards, flat = connected(servers, 0, ELSEWHERE)
     steps_of((shards, flat), 0)
     torch.testing.assert_close(flat.params, expected(1))
-    assert [service.served.version for service in servers.services()] == [STEPS, STEPS]
+    assert [service.store.version for service in servers.shard_servers()] == [STEPS, STEPS]
 
 
 def test_a_lost_standing_call_is_made_again(make: Made) -> None:

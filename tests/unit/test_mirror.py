@@ -14,14 +14,9 @@ from torch import Tensor
 
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import ActorLost, FencedError
-from distplat.platform.ledger import PushId
+from distplat.platform.ledger import PullId, PushId
 from distplat.platform.shard_map import ShardPlan
-from distplat.strategies.training.async_service import AsyncService
-from distplat.strategies.training.async_shard import AsyncShard
-from distplat.strategies.training.client import make_service
-from distplat.strategies.training.mirror import become, twin_of
-from distplat.strategies.training.service import Limits, Service
-from distplat.strategies.training.shard import ParameterShard
+from distplat.strategies.server.server import Limits, ShardServer
 
 SIZE, WORLD, STEPS, LOST_AT = 33, 2, 6, 3
 LIMITS = Limits(5.0, 5.0)
@@ -47,11 +42,11 @@ def plan(consistency: Consistency, optimizer: dict[str, Any]) -> ShardPlan:
     return ShardPlan(job, "run", 1, WORLD, STEPS, 1, consistency)
 
 
-def service(of: ShardPlan) -> Service:
-    return make_service("server", of, LIMITS, torch.zeros(SIZE))
+def service(of: ShardPlan) -> ShardServer:
+    return ShardServer("server", of, LIMITS, torch.zeros(SIZE))
 
 
-def opened(of: ShardPlan) -> Service:
+def opened(of: ShardPlan) -> ShardServer:
     made = service(of)
     made.restore(0, lambda params: params.copy_(torch.linspace(-1, 1, SIZE)))
     return made
@@ -61,26 +56,35 @@ def nowhere(values: Tensor, version: int) -> None:
     """Deliver nothing."""
 
 
-def push(to: Service, rank: int, seq: int) -> None:
+def order(of: ShardServer) -> list[list[int]]:
+    """Give the order of updates of an asynchronous shard."""
+    log = of.store.log()
+    assert log is not None
+    found: list[list[int]] = log.tolist()
+    return found
+
+
+def push(to: ShardServer, rank: int, seq: int) -> None:
     """Push; of a synchronous step only the last rank's call may be made from one thread."""
     name, gradient = PushId("run", 1, rank, seq, seq * WORLD + rank), noise(SIZE, rank, seq)
-    if isinstance(to.served, ParameterShard) and rank < WORLD - 1:
-        to.served.push(name, gradient)
+    if not to.store.ledger.asynchronous and rank < WORLD - 1:
+        to.store.push(name, gradient)
     else:
         to.push(name, gradient, full_record(), nowhere)
 
 
-def train(to: Service, first: int = 0) -> None:
+def train(to: ShardServer, first: int = 0) -> None:
     for seq in range(first, STEPS):
         for rank in range(WORLD):
             push(to, rank, seq)
 
 
-def state(of: Service) -> bytes:
+def state(of: ShardServer) -> bytes:
     """Give all bits that matter later."""
-    twin = twin_of(of.served)
-    tensors = [t for vectors in twin.vectors for t in vectors]
-    tensors += [twin.optimizer[name] for name in sorted(twin.optimizer)]
+    snapshot = of.store.snapshot()
+    tensors = [snapshot.vectors[name] for name in sorted(snapshot.vectors)]
+    if of.store.staleness is not None:
+        tensors += of.store.staleness.values
     return b"".join(t.float().numpy().tobytes() for t in tensors)
 
 
@@ -97,13 +101,13 @@ def test_a_promoted_backup_has_the_bits_of_a_run_without_a_loss(
     for seq in range(filled_at):
         for rank in range(WORLD):
             push(primary, rank, seq)
-    mirror = InMemoryMirror(primary.served, backup.served)
-    primary.served.mirror = mirror
+    mirror = InMemoryMirror(primary.store, backup.store)
+    primary.store.mirror = mirror
     mirror.dies = LOST_AT, moment
     with pytest.raises(ActorLost):
         train(primary, filled_at)
     train(backup, LOST_AT)  # every rank makes the push again that nobody has acknowledged
-    assert backup.served.version == STEPS
+    assert backup.store.version == STEPS
     assert state(backup) == state(whole)
 
 
@@ -120,34 +124,32 @@ def test_an_asynchronous_backup_has_the_order_too(how: Consistency, moment: str)
     whole = opened(facts)
     train(whole)
     primary, backup = opened(facts), service(facts)
-    mirror = InMemoryMirror(primary.served, backup.served)
-    primary.served.mirror = mirror
+    mirror = InMemoryMirror(primary.store, backup.store)
+    primary.store.mirror = mirror
     mirror.dies = LOST_AT * WORLD, moment  # rank 0's push of step LOST_AT
     for seq in range(LOST_AT):
         for rank in range(WORLD):
             push(primary, rank, seq)
-    held = primary.served.params.clone()  # what the last rank pulled: no update told of it
+    held = primary.store.params.clone()  # what the last rank pulled: no update told of it
     with pytest.raises(ActorLost):
         push(primary, 0, LOST_AT)
-    assert isinstance(backup.served, AsyncShard)
     push(backup, 0, LOST_AT)  # a rank that is quicker: the other one is still computing
-    backup.served.pulled_elsewhere(WORLD - 1, LOST_AT * WORLD, held)
+    backup.store.pull_elsewhere(WORLD - 1, LOST_AT * WORLD, held)
     for rank in range(1, WORLD):
         push(backup, rank, LOST_AT)
     train(backup, LOST_AT + 1)
     assert state(backup) == state(whole)
-    assert list(backup.served.log) == list(whole.served.log)  # type: ignore[union-attr]
+    assert order(backup) == order(whole)
 
 
 def test_a_pull_that_the_backup_knows_of_stays_as_it_is() -> None:
     facts = plan(Consistency(asynchronous=True, delay_compensation=0.5), OPTIMIZERS[0])
     backup = opened(facts)
     push(backup, 0, 0)
-    shard = backup.served
-    assert isinstance(shard, AsyncShard)
+    shard = backup.store
     before = state(backup)
-    shard.pulled_elsewhere(0, 0, torch.full((SIZE,), 9.0))  # a torn vector, of a push that counts
-    assert shard.pulled == [1, 0]
+    shard.pull_elsewhere(0, 0, torch.full((SIZE,), 9.0))  # a torn vector, of a push that counts
+    assert shard.staleness is not None and shard.staleness.pulled == [1, 0]
     assert state(backup) == before
 
 
@@ -158,23 +160,21 @@ def test_a_backup_of_a_backup_has_late_pulls_too(moment: str) -> None:
     whole = opened(facts)
     train(whole)
     services = [opened(facts), service(facts), service(facts)]
-    services[0].served.mirror = InMemoryMirror(services[0].served, services[1].served)
+    services[0].store.mirror = InMemoryMirror(services[0].store, services[1].store)
     for seq in range(LOST_AT):
         for rank in range(WORLD):
             push(services[0], rank, seq)
-    held = services[0].served.params.clone()
-    second = InMemoryMirror(services[1].served, services[2].served)
-    services[1].served.mirror = second
-    assert isinstance(services[1].served, AsyncShard)
-    assert isinstance(services[2].served, AsyncShard)
-    services[1].served.pulled_elsewhere(WORLD - 1, LOST_AT * WORLD, held)
+    held = services[0].store.params.clone()
+    second = InMemoryMirror(services[1].store, services[2].store)
+    services[1].store.mirror = second
+    services[1].store.pull_elsewhere(WORLD - 1, LOST_AT * WORLD, held)
     push(services[1], 0, LOST_AT)
     second.dies = LOST_AT * WORLD + 1, moment
     with pytest.raises(ActorLost):
         push(services[1], 1, LOST_AT)
     push(services[2], 1, LOST_AT)
-    whole_log = list(whole.served.log)  # type: ignore[union-attr]
-    assert list(services[2].served.log) == whole_log[: (LOST_AT + 1) * WORLD]
+    whole_log = order(whole)
+    assert order(services[2]) == whole_log[: (LOST_AT + 1) * WORLD]
     assert torch.equal(services[2].params, _params_after(facts, LOST_AT + 1))
 
 
@@ -190,14 +190,14 @@ def test_a_server_that_may_not_acknowledge_serves_no_more() -> None:
     """The ranks that wait beside the one whose call failed must not take the update for made."""
     facts = plan(SYNCHRONOUS, OPTIMIZERS[0])
     primary, backup = opened(facts), service(facts)
-    mirror = InMemoryMirror(primary.served, backup.served)
-    primary.served.mirror = mirror
+    mirror = InMemoryMirror(primary.store, backup.store)
+    primary.store.mirror = mirror
     mirror.dies = 0, MOMENTS[2]
     with pytest.raises(ActorLost):
         train(primary)
     calls: list[Callable[[], object]] = [
         lambda: primary.push(PushId("run", 1, 0, 0), noise(SIZE, 0, 0), full_record(), nowhere),
-        lambda: primary.pull(0, (1, 0), nowhere),
+        lambda: primary.pull(PullId(1, 0, 0), nowhere),
         lambda: primary.commit(0, 0, None, nowhere),
     ]
     for call in calls:
@@ -207,13 +207,13 @@ def test_a_server_that_may_not_acknowledge_serves_no_more() -> None:
 
 def test_a_twin_travels_and_shares_nothing() -> None:
     facts = async_plan(WORLD, STEPS, Consistency(asynchronous=True, delay_compensation=0.5))
-    first = AsyncService("a", facts, LIMITS, torch.zeros(SIZE))
-    second = AsyncService("b", facts, LIMITS, torch.zeros(SIZE))
+    first = ShardServer("a", facts, LIMITS, torch.zeros(SIZE))
+    second = ShardServer("b", facts, LIMITS, torch.zeros(SIZE))
     first.restore(0, lambda params: params.fill_(1.0))
     push(first, 0, 0)
-    become(second.served, pickle.loads(pickle.dumps(twin_of(first.served))))  # noqa: S301
+    second.store.become(pickle.loads(pickle.dumps(first.store.snapshot())))  # noqa: S301
     assert state(second) == state(first)
     before = state(second)
     push(first, 1, 0)
     assert state(second) == before
-    assert (first.shard.ledger.made.low, second.shard.ledger.made.low) == (2, 1)
+    assert (first.store.ledger.updates, second.store.ledger.updates) == (2, 1)

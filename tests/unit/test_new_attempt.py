@@ -10,10 +10,9 @@ from torch import Tensor
 
 from distplat.actors.servers.vector_transport import as_bytes, as_type, from_bytes
 from distplat.platform.consistency import SYNCHRONOUS, Consistency
-from distplat.platform.errors import FencedError, StaleError
-from distplat.platform.ledger import PushId
-from distplat.strategies.training.client import make_service
-from distplat.strategies.training.service import Limits, Service
+from distplat.platform.errors import FencedError
+from distplat.platform.ledger import PullId, PushId
+from distplat.strategies.server.server import Limits, ShardServer
 
 SIZE, WORLD, STEPS = 9, 2, 6
 LONG = Limits(10.0, 10.0)
@@ -21,13 +20,13 @@ LONG = Limits(10.0, 10.0)
 RECORD = full_record()
 
 
-def opened(consistency: Consistency) -> Service:
-    made = make_service("server-0", async_plan(WORLD, STEPS, consistency), LONG, torch.zeros(SIZE))
+def opened(consistency: Consistency) -> ShardServer:
+    made = ShardServer("server-0", async_plan(WORLD, STEPS, consistency), LONG, torch.zeros(SIZE))
     made.restore(0, lambda params: params.fill_(1.0))
     return made
 
 
-def push(to: Service, rank: int, seq: int, attempt: int, task: int | None = None) -> int:
+def push(to: ShardServer, rank: int, seq: int, attempt: int, task: int | None = None) -> int:
     values = torch.zeros(SIZE)
     name = PushId("run", attempt, rank, seq, task)
     answer = to.push(name, noise(SIZE, rank, seq), RECORD, lambda new, version: values.copy_(new))
@@ -35,7 +34,7 @@ def push(to: Service, rank: int, seq: int, attempt: int, task: int | None = None
     return answer.version
 
 
-def both(to: Service, seq: int, attempt: int) -> None:
+def both(to: ShardServer, seq: int, attempt: int) -> None:
     threads = [threading.Thread(target=push, args=(to, r, seq, attempt)) for r in range(WORLD)]
     for thread in threads:
         thread.start()
@@ -68,15 +67,15 @@ def test_who_waits_for_a_lost_rank_is_let_go() -> None:
     assert ["attempt 1 is over" in str(error) for error in errors] == [True]
 
 
-def _staged(service: Service) -> list[int]:
-    missing: list[int] = service.served.ledger.missing()  # type: ignore[union-attr]
+def _staged(service: ShardServer) -> list[int]:
+    missing: list[int] = service.store.ledger.missing()
     return [rank for rank in range(WORLD) if rank not in missing]
 
 
 def test_a_synchronous_step_in_flight_is_pushed_once_more_by_all() -> None:
     service, whole = opened(SYNCHRONOUS), opened(SYNCHRONOUS)
     both(service, 0, 1)
-    service.served.push(PushId("run", 1, 0, 1), noise(SIZE, 0, 1))
+    service.store.push(PushId("run", 1, 0, 1), noise(SIZE, 0, 1))
     service.exclusively(lambda: service.renew(2))
     with pytest.raises(FencedError, match="attempt 1 refused"):
         push(service, 1, 1, 1)  # late, of the lost rank: it must not count beside the new one's
@@ -91,22 +90,23 @@ def test_asynchronous_ranks_number_their_pushes_anew_and_tasks_stay_made() -> No
     for seq, task in enumerate((0, 1, 3)):
         push(service, 0, seq, 1, task)
     service.exclusively(lambda: service.renew(2))
-    answers = [service.pull(rank, (2, 0), _nowhere) for rank in range(WORLD)]
+    answers = [service.pull(PullId(2, rank, 0), _nowhere) for rank in range(WORLD)]
     assert [answer.done for answer in answers] == [1, 1]
     with pytest.raises(FencedError):
         push(service, 0, 3, 1, 2)
     service.forget(0)  # it has new vectors
     push(service, 0, 0, 2, 3)
     push(service, 1, 0, 2, 2)
-    assert (service.served.version, service.served.steps) == (4, 2)
+    assert (service.store.version, service.store.steps) == (4, 2)
 
 
 def test_a_pull_of_an_earlier_attempt_is_refused() -> None:
     service = opened(SYNCHRONOUS)
-    service.pull(0, (1, 7), _nowhere)
-    service.pull(0, (2, 0), _nowhere)
-    with pytest.raises(StaleError):
-        service.pull(0, (1, 8), _nowhere)
+    service.pull(PullId(1, 0, 7), _nowhere)
+    service.exclusively(lambda: service.renew(2))
+    service.pull(PullId(2, 0, 0), _nowhere)
+    with pytest.raises(FencedError, match="a pull of attempt 1 refused"):
+        service.pull(PullId(1, 0, 8), _nowhere)
 
 
 def test_a_worker_with_new_memory_gets_its_last_answer_delivered_again() -> None:
@@ -123,13 +123,13 @@ def test_a_worker_with_new_memory_gets_its_last_answer_delivered_again() -> None
     service.forget(0)
     service.push(name, gradient, RECORD, deliver)
     assert len(delivered) == 2
-    assert service.served.version == 1
+    assert service.store.version == 1
 
 
 def test_renewing_twice_takes_nothing_back() -> None:
     service = opened(SYNCHRONOUS)
     service.exclusively(lambda: service.renew(2))
-    service.served.push(PushId("run", 2, 0, 0), noise(SIZE, 0, 0))
+    service.store.push(PushId("run", 2, 0, 0), noise(SIZE, 0, 0))
     service.exclusively(lambda: service.renew(2))
     assert _staged(service) == [0]
 

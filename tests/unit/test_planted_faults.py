@@ -13,7 +13,8 @@ from test_property_training import met
 
 from distplat.cli.verify import exit_code
 from distplat.strategies.ring_worker import RingWorker
-from distplat.strategies.training import optim, shard
+from distplat.strategies.server import dense_store
+from distplat.strategies.training import optim
 from distplat.strategies.training.compute import WholeModel
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.model_state import ModelState
@@ -111,8 +112,8 @@ def take_the_next_rate(patch: Patch) -> None:
 
 
 def leave_a_rank_out(patch: Patch) -> None:
-    original = shard.sum_in_order  # type: ignore[attr-defined]
-    patch.setattr(shard, "sum_in_order", lambda parts, out: original(parts[:-1], out))
+    original = dense_store.sum_in_order  # type: ignore[attr-defined]
+    patch.setattr(dense_store, "sum_in_order", lambda parts, out: original(parts[:-1], out))
 
 
 def move_frozen_parameters(patch: Patch) -> None:

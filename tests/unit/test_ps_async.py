@@ -87,14 +87,17 @@ def test_every_gradient_is_applied_once_on_every_shard(servers: int) -> None:
 
 def test_all_ranks_end_with_the_servers_parameters() -> None:
     run = train(job({"name": "ps-async", "num_servers": 2}, 2, epochs=8), Uneven)
-    final = torch.cat([run.servers.service(index).params for index in range(2)])
+    final = torch.cat([run.servers.shard_server(index).params for index in range(2)])
     for rank in range(2):
         assert torch.equal(run.ranks[rank].prepared.flat.params, final)
 
 
 def test_a_worker_computes_on_a_vector_of_its_own() -> None:
     run = train(job("ps-async", 2), Mlp)
-    vectors = [run.servers.service(0).params, *(rank.prepared.flat.params for rank in run.ranks)]
+    vectors = [
+        run.servers.shard_server(0).params,
+        *(rank.prepared.flat.params for rank in run.ranks),
+    ]
     for number, vector in enumerate(vectors):
         vector.fill_(number)
     assert [float(vector[0]) for vector in vectors] == [0.0, 1.0, 2.0]

@@ -9,9 +9,9 @@ import pytest
 from test_table_service import job
 
 from distplat.actors.local_transport import LocalCluster
-from distplat.actors.messages import WorkOrder
+from distplat.actors.messages import TablePart, WorkOrder
+from distplat.actors.servers.node import ServerNode
 from distplat.actors.tables.client import RemoteTables
-from distplat.actors.tables.node import EmbeddingServer
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.strategies.sparse.routing import Routed, route
 from distplat.strategies.sparse.table import RowGradients
@@ -21,9 +21,10 @@ SPECS = (TableSpec("a", 1000, 3, 1.0), TableSpec("b", None, 5, 1.0))
 
 def connected(nodes: list[str]) -> tuple[RemoteTables, TablePlan]:
     cluster = LocalCluster()
+    parts = [TablePart(f"embedding-server-{k}", k) for k in range(len(nodes))]
     servers = [
-        cluster.spawn(f"embedding-server-{k}", node, partial(EmbeddingServer, f"server-{k}", k))
-        for k, node in enumerate(nodes)
+        cluster.spawn(part.server, node, partial(ServerNode, part.server, tables=part))
+        for part, node in zip(parts, nodes, strict=True)
     ]
     told = job(1, len(nodes))
     order = WorkOrder(told, "run", 0, 0, "", "", None, None, None, embedding_servers=tuple(servers))
@@ -79,19 +80,21 @@ def test_a_server_without_ids_of_a_batch_is_not_asked_for_rows() -> None:
     one = tables.pull(0, routed(plan, 0, [5]), keep=True)
     assert one.shape == (1, 3)
     tables.push(0, []).wait()  # of the step all hear, with gradients or without
-    services = [server.body.serving._service for server in tables._servers]
-    assert [service._book.updates for service in services] == [1, 1, 1]
+    services = [server.body.serving.server for server in tables._servers]
+    assert [service.store.ledger.updates for service in services] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("ids", [[5], []], ids=str)
 def test_all_servers_hear_which_tables_were_used(ids: list[int]) -> None:
     tables, plan = connected(["here", "far", "here"])
-    services = [server.body.serving._service for server in tables._servers]
+    services = [server.body.serving.server for server in tables._servers]
     used = routed(plan, 1, ids)
     given = [(used, RowGradients(1, used.ids, np.ones((len(ids), 5), np.float32)))]
     for step, skip in enumerate((False, True, False)):
         tables.push(step, given, None, skip).wait()
-    assert [[table.updates for table in service._tables] for service in services] == [[0, 2]] * 3
+    assert [[table.updates for table in service.store.tables] for service in services] == [
+        [0, 2]
+    ] * 3
     first = np.empty((len(ids), 5), np.float32)
-    connected(["here"])[0]._servers[0].body.serving._service._tables[1].read(used.ids, first)
+    connected(["here"])[0]._servers[0].body.serving.server.store.tables[1].read(used.ids, first)
     assert np.array_equal(tables.pull(1, used, keep=False), first - 2)

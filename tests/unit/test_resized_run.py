@@ -124,11 +124,11 @@ def test_with_backup_workers_a_step_is_scaled_by_those_that_there_are() -> None:
     from distplat.platform.consistency import Consistency
     from distplat.platform.ledger import PushId
     from distplat.platform.shard_map import ShardPlan
-    from distplat.strategies.training.shard import ParameterShard
+    from distplat.strategies.server.dense_store import DenseStore
 
     job = make(optimizer={"name": "SGD", "lr": 1.0}).with_workers(2)
     plan = ShardPlan(job, "run", 0, 2, STEPS, 1, Consistency(backup_workers=1))
-    shard = ParameterShard(plan, torch.zeros(3))
+    shard = DenseStore(plan, torch.zeros(3))
     shard.restore(0)
     shard.push(PushId("run", 0, 1, 0), torch.ones(3))
     assert shard.commit(0, None)

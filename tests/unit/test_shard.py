@@ -23,9 +23,9 @@ from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.algorithms.reduce import squared_norm
+from distplat.strategies.server.dense_store import DenseStore
+from distplat.strategies.server.mirror import Mirror, Update
 from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.mirror import Mirror, Update
-from distplat.strategies.training.shard import ParameterShard
 
 SIZE, WORLD, STEPS = 53, 3, 6
 
@@ -52,9 +52,9 @@ def job(optimizer: dict[str, Any], clip_norm: float | None = None) -> Job:
     )
 
 
-def make(of: Job | None = None, *, shards: int = 1, restored: bool = True) -> ParameterShard:
+def make(of: Job | None = None, *, shards: int = 1, restored: bool = True) -> DenseStore:
     plan = ShardPlan(of or job(OPTIMIZERS[1]), "run", 1, WORLD, STEPS, shards)
-    shard = ParameterShard(plan, torch.linspace(-1, 1, SIZE))
+    shard = DenseStore(plan, torch.linspace(-1, 1, SIZE))
     if restored:
         shard.restore(0)
     return shard
@@ -68,7 +68,7 @@ def push(rank: int, step: int, attempt: int = 1) -> PushId:
     return PushId("run", attempt, rank, step)
 
 
-def do_step(shard: ParameterShard, step: int, ranks: tuple[int, ...] = (2, 0, 1)) -> None:
+def do_step(shard: DenseStore, step: int, ranks: tuple[int, ...] = (2, 0, 1)) -> None:
     for rank in ranks:
         assert shard.push(push(rank, step), gradient(rank, step)) is Verdict.NEW
     norm = None if shard.squared_norm is None else shard.squared_norm**0.5
@@ -99,10 +99,10 @@ HALVES = Layout(
 )
 
 
-def with_halves(of: Job, world: int = WORLD) -> ParameterShard:
+def with_halves(of: Job, world: int = WORLD) -> DenseStore:
     """A shard of two parameters."""
     plan = ShardPlan(of, "run", 1, world, STEPS, 1, layout=HALVES)
-    shard = ParameterShard(plan, torch.linspace(-1, 1, SIZE))
+    shard = DenseStore(plan, torch.linspace(-1, 1, SIZE))
     shard.restore(0)
     return shard
 
@@ -291,7 +291,7 @@ def test_the_version_before_goes_once_all_shards_are_past_it() -> None:
 
 def test_an_empty_shard_of_a_tiny_model_works() -> None:
     plan = ShardPlan(job({"name": "AdamW", "lr": 0.1}, 1.0), "run", 1, 1, STEPS, 3)
-    shard = ParameterShard(plan, torch.zeros(0))
+    shard = DenseStore(plan, torch.zeros(0))
     shard.restore(0)
     shard.push(push(0, 0), torch.zeros(0))
     assert shard.squared_norm == 0.0

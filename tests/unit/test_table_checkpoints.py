@@ -19,7 +19,7 @@ from distplat.platform.errors import ProtocolError, SpecError
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.platform.tensor_slices import Bundle, put_together
-from distplat.strategies.sparse.service import TableService
+from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.sparse.table import RowGradients
 from distplat.strategies.training.checkpoint_types import Boxes, CheckpointPart
 
@@ -45,13 +45,13 @@ def bits(run: LocalRun) -> dict[str, Any]:
     """Give model and tables, rows in the order of ids."""
     found: dict[str, Any] = {k: v.numpy().tobytes() for k, v in run.parameters().items()}
     for number in range(2):
-        tables = [service._tables[number].copy() for service in run.tables.services]
+        tables = [service.store.tables[number].copy() for service in run.tables.table_servers]
         ids = np.concatenate([table.pop("ids") for table in tables])
         for name in tables[0]:
             values = np.concatenate([table[name] for table in tables])
             found[f"{number}/{name}"] = values[np.argsort(ids)].tobytes()
         found[f"{number}/ids"] = np.sort(ids).tolist()
-        found[f"{number}/step"] = {s._tables[number].updates for s in run.tables.services}
+        found[f"{number}/step"] = {s.store.tables[number].updates for s in run.tables.table_servers}
     return found
 
 
@@ -151,19 +151,19 @@ def gradient(step: int) -> list[RowGradients]:
     return [RowGradients(0, ids, np.full((3, 3), step + 1.0, np.float32))]
 
 
-def service(plan: TablePlan, steps: int) -> TableService:
+def service(plan: TablePlan, steps: int) -> TableServer:
     """A server after some steps of one rank."""
-    made = TableService("server", 0)
+    made = TableServer("server", 0)
     made.open(plan)
     for step in range(steps):
-        made.push(PushId("run", 0, 0, step), gradient(step))
+        made.add(PushId("run", 0, 0, step), gradient(step))
     return made
 
 
 def test_copies_are_of_their_step_and_given_once() -> None:
     server = service(plan(4), 4)
-    before = server._tables[0].copy()["rows"].tobytes()
-    server.push(PushId("run", 0, 0, 4), gradient(4))
+    before = server.store.tables[0].copy()["rows"].tobytes()
+    server.add(PushId("run", 0, 0, 4), gradient(4))
     steps, bundle = server.kept(4, 0.0)
     assert steps == 5
     assert bundle is not None
@@ -183,7 +183,7 @@ def test_copies_of_asynchronous_tables_wait_for_the_slowest_rank() -> None:
     server = service(plan(2, world=2, asynchronous=True), 3)
     assert server.kept(2, 0.01) == (0, None)
     for step in range(2):
-        server.push(PushId("run", 0, 1, step), gradient(step))
+        server.add(PushId("run", 0, 1, step), gradient(step))
     assert server.kept(2, 0.0)[1] is not None
 
 
@@ -213,30 +213,30 @@ def files(bundle: Bundle | None) -> list[Any]:
 def test_tables_that_are_there_are_not_taken_from_a_checkpoint() -> None:
     server = service(plan(2), 3)
     saved = files(server.kept(2, 0.0)[1])
-    now = server._tables[0].copy()["rows"].tobytes()
+    now = server.store.tables[0].copy()["rows"].tobytes()
     assert server.open(plan(2, attempt=1), 2, saved) == 3
-    assert server._tables[0].copy()["rows"].tobytes() == now
+    assert server.store.tables[0].copy()["rows"].tobytes() == now
 
 
 def test_a_damaged_checkpoint_leaves_no_half_tables() -> None:
     saved = files(service(plan(2), 2).kept(2, 0.0)[1])
     del saved[0]["t/sum"]
-    fresh = TableService("server", 0)
+    fresh = TableServer("server", 0)
     with pytest.raises(ProtocolError, match="no table 't' of width 3 in the checkpoint: 'sum'"):
         fresh.open(plan(2), 2, saved)
     other = replace(plan(2), tables=(replace(SPEC, width=4),))
     with pytest.raises(ProtocolError, match="no table 't' of width 4"):
         fresh.open(other, 2, files(service(plan(2), 2).kept(2, 0.0)[1]))
     fresh.open(plan(2), 2, files(service(plan(2), 2).kept(2, 0.0)[1]))
-    assert fresh.push(PushId("run", 0, 0, 2), gradient(2)) == 3
+    assert fresh.add(PushId("run", 0, 0, 2), gradient(2)).version == 3
 
 
 def test_whole_tables_come_back_whole() -> None:
     whole = replace(plan(2), tables=(replace(SPEC, whole=True),))
     saved = files(service(whole, 2).kept(2, 0.0)[1])
-    fresh = TableService("server", 0)
+    fresh = TableServer("server", 0)
     fresh.open(whole, 2, saved)
     assert fresh.sizes()[0][1] == 50
     assert torch.equal(
-        *(torch.from_numpy(s._tables[0].copy()["rows"]) for s in (fresh, service(whole, 2)))
+        *(torch.from_numpy(s.store.tables[0].copy()["rows"]) for s in (fresh, service(whole, 2)))
     )

@@ -18,11 +18,11 @@ from distplat.platform.errors import (
     ProtocolError,
     StaleError,
 )
-from distplat.platform.ledger import PushId
+from distplat.platform.ledger import PullId, PushId
 from distplat.platform.spec import Job
-from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
+from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
+from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.sparse.routing import route
-from distplat.strategies.sparse.service import TableService
 from distplat.strategies.sparse.table import RowGradients
 
 SPEC = TableSpec("t", 100, 4, 0.0)
@@ -47,25 +47,25 @@ def ones(*ids: int) -> list[RowGradients]:
     return [RowGradients(0, np.array(ids), np.ones((len(ids), 4), np.float32))]
 
 
-def value(service: TableService, number: int, attempt: int = 0, row: int = 3) -> float:
+def value(service: TableServer, number: int, attempt: int = 0, row: int = 3) -> float:
     out = np.empty((1, 4), np.float32)
-    service.pull(PullId(attempt, 0, number), 0, np.array([row]), out)
+    service.read(PullId(attempt, 0, number), 0, np.array([row]), out)
     assert (out == out[0, 0]).all()
     return float(out[0, 0])
 
 
-def opened(**more: Any) -> TableService:
-    service = TableService("embedding-server-0", 0)
+def opened(**more: Any) -> TableServer:
+    service = TableServer("embedding-server-0", 0)
     service.open(plan(**more))
     service.begin(0, 0)
     return service
 
 
-def push(service: TableService, rank: int, seq: int, attempt: int = 0) -> int:
-    return service.push(PushId("run", attempt, rank, seq), ones(3, rank))
+def push(service: TableServer, rank: int, seq: int, attempt: int = 0) -> int:
+    return service.add(PushId("run", attempt, rank, seq), ones(3, rank)).version
 
 
-def both(service: TableService, seq: int, attempt: int = 0) -> None:
+def both(service: TableServer, seq: int, attempt: int = 0) -> None:
     on_ranks(2, lambda rank: push(service, rank, seq, attempt))
 
 
@@ -91,7 +91,7 @@ def test_ranks_are_added_in_order_whoever_comes_first() -> None:
     def come(rank: int) -> None:
         time.sleep(0.05 * (2 - rank))  # the last rank first
         gradient = RowGradients(0, np.array([3]), np.full((1, 4), values[rank], np.float32))
-        service.push(PushId("run", 0, rank, 0), [gradient])
+        service.add(PushId("run", 0, rank, 0), [gradient])
 
     on_ranks(3, come)
     assert value(service, 0) == 0.0
@@ -101,7 +101,7 @@ def test_the_schedule_scales_the_rate() -> None:
     schedule = {"name": "step", "every_steps": 1, "gamma": 0.5}
     service = opened(world=1, lr_schedule=schedule)
     for step in range(3):
-        service.push(PushId("run", 0, 0, step), ones(3))
+        service.add(PushId("run", 0, 0, step), ones(3))
     assert value(service, 0) == -1.75
 
 
@@ -123,16 +123,16 @@ def test_who_does_not_come_is_named() -> None:
 
 def test_a_pull_that_comes_again_or_late_writes_nothing() -> None:
     service, out = opened(), np.full((1, 4), 7.0, np.float32)
-    service.pull(PullId(0, 0, 0), 0, np.array([3]), out)
+    service.read(PullId(0, 0, 0), 0, np.array([3]), out)
     assert (out == 0).all()
     out[:] = 7.0
-    service.pull(PullId(0, 0, 0), 0, np.array([3]), out)
+    service.read(PullId(0, 0, 0), 0, np.array([3]), out)
     assert (out == 7).all()
-    service.pull(PullId(0, 0, 1), 0, np.array([3]), out)
+    service.read(PullId(0, 0, 1), 0, np.array([3]), out)
     with pytest.raises(StaleError):
-        service.pull(PullId(0, 0, 0), 0, np.array([3]), out)
+        service.read(PullId(0, 0, 0), 0, np.array([3]), out)
     with pytest.raises(FencedError):
-        service.pull(PullId(1, 0, 2), 0, np.array([3]), out)
+        service.read(PullId(1, 0, 2), 0, np.array([3]), out)
 
 
 @pytest.mark.parametrize("behind", [0, 1])
@@ -196,7 +196,7 @@ def test_another_model_is_refused() -> None:
 @pytest.mark.parametrize("servers", [1, 3])
 def test_whole_tables_are_there_from_the_start(servers: int) -> None:
     spec = TableSpec("t", 100, 4, 1.0, whole=True)
-    services = [TableService(f"embedding-server-{i}", i) for i in range(servers)]
+    services = [TableServer(f"embedding-server-{i}", i) for i in range(servers)]
     for service in services:
         service.open(plan_of(job(2, servers), "run", 0, (spec,), 10, rewinds=False))
     assert sum(rows for service in services for _, rows in service.sizes()) == 100

@@ -9,17 +9,16 @@ from test_table_service import plan
 
 from distplat.actors.local_transport import LocalCluster
 from distplat.actors.memory.memfd import Segment
-from distplat.actors.messages import Address, Parcel
-from distplat.actors.tables.serving import TableServing
+from distplat.actors.messages import Address, Parcel, TablePart
+from distplat.actors.servers.table_serving import TableServing
 from distplat.platform.errors import FencedError, StaleError
-from distplat.platform.ledger import PushId
-from distplat.platform.table_plan import PullId
+from distplat.platform.ledger import PullId, PushId
 
 IDS = np.array([3, 5, 8])
 
 
 def serving() -> TableServing:
-    return TableServing("embedding-server-0", 0, LocalCluster().transport("here"))
+    return TableServing(TablePart("embedding-server-0", 0), LocalCluster().transport("here"))
 
 
 def segments(node: str = "here") -> tuple[Segment, Segment]:

@@ -153,7 +153,7 @@ def assert_equal(run: LocalRun, net: nn.Module) -> None:
         there = ~mine[:, 0].isnan()
         theirs = expected[f"{name}.weight"]
         torch.testing.assert_close(mine[there], theirs[there], rtol=2e-5, atol=2e-6)
-        spec = run.tables.services[0].sizes()[number][0]
+        spec = run.tables.table_servers[0].sizes()[number][0]
         first = torch.from_numpy(initial_rows(spec, 0, np.arange(ROWS)))
         first[2] = theirs[2] if name != "inner.always" else first[2]
         assert torch.equal(theirs[~there], first[~there])
@@ -178,7 +178,9 @@ def test_tables_that_rest_move_as_in_torch(
     more = {key: dict(value) if isinstance(value, dict) else value for key, value in more.items()}
     run = train(job(rule, how, world, **more), Uses)
     assert_equal(run, plain(rule, how))
-    counts = [[table.updates for table in service._tables] for service in run.tables.services]
+    counts = [
+        [table.updates for table in service.store.tables] for service in run.tables.table_servers
+    ]
     rests, alone = (STEPS, STEPS) if how == "empty" else (STEPS // 4, STEPS // 2)
     assert counts == [[STEPS, rests, alone, 0]] * len(counts)
 
@@ -190,7 +192,7 @@ def test_a_frozen_table_is_one_in_torch(how: str, strategy: str) -> None:
     run = train(job(OPTIMIZERS[2], how, strategy=strategy), Uses)
     assert_equal(run, plain(OPTIMIZERS[2], how))
     updates = {"thawed": STEPS - 4, "refrozen": 4, "eval": STEPS}.get(how, 0)
-    assert {service._tables[0].updates for service in run.tables.services} == {updates}
+    assert {service.store.tables[0].updates for service in run.tables.table_servers} == {updates}
 
 
 @pytest.mark.parametrize("servers", [1, 2, 3])
@@ -201,13 +203,16 @@ def test_a_resumed_run_counts_on(servers: int) -> None:
     for number in range(4):
         mine, theirs = (table_rows(run.tables, number, ROWS) for run in (resumed, whole))
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
-    updates = {tuple(t.updates for t in s._tables) for s in resumed.tables.services}
-    assert updates == {tuple(t.updates for t in whole.tables.services[0]._tables)}
+    updates = {tuple(t.updates for t in s.store.tables) for s in resumed.tables.table_servers}
+    assert updates == {tuple(t.updates for t in whole.tables.table_servers[0].store.tables)}
 
 
 def updates(run: LossyRun) -> list[list[int]]:
     """Give the updates of each table, by server."""
-    return [[table.updates for table in service._tables] for service in run.run.tables.services]
+    return [
+        [table.updates for table in service.store.tables]
+        for service in run.run.tables.table_servers
+    ]
 
 
 @pytest.mark.parametrize("tables", [0, 1, 2])
@@ -253,7 +258,7 @@ class Ranks:
 
     def state(self) -> list[Any]:
         """Give all that the servers have of the tables."""
-        tables = [table for service in self.group.services for table in service._tables]
+        tables = [table for service in self.group.table_servers for table in service.store.tables]
         columns = [{k: v.tolist() for k, v in table.copy().items()} for table in tables]
         return [columns, [table.updates for table in tables]]
 
@@ -267,7 +272,7 @@ def test_a_step_that_one_rank_skips_leaves_no_trace(skip: tuple[bool, bool]) -> 
             before = ranks.state()
             ranks.push(step, skip)
             assert ranks.state() == before
-            assert {service.steps for service in ranks.group.services} == {2}
+            assert {service.store.ledger.steps for service in ranks.group.table_servers} == {2}
             continue
         ranks.push(step)
     for step in range(3):
@@ -298,7 +303,7 @@ def test_an_asynchronous_push_is_skipped_alone() -> None:
     ranks.backward()
     ranks.push(1, skip=(False, True))
     assert max(ranks.state()[1]) == 1
-    assert {service.steps for service in ranks.group.services} == {2}
+    assert {service.store.ledger.steps for service in ranks.group.table_servers} == {2}
 
 
 def test_updates_go_back_where_the_last_step_had_some() -> None:

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from distplat.platform.errors import FencedError, ProtocolError, StaleError
 from distplat.platform.interval_set import IntervalSet
-from distplat.platform.ledger import Ledger, PushId, Verdict
+from distplat.platform.ledger import PushId, StepLedger, Verdict
 from distplat.platform.sampler import Sampler
 from distplat.platform.task_scheduler import MOST_TASKS, TaskPlan, TaskScheduler, Work, lease_size
 
@@ -353,7 +353,7 @@ class SynchronousRuns(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.sampler = Sampler(size=11, batch=4, world=3, seed=1)
-        self.ledger = Ledger("run", 0, 3)
+        self.ledger = StepLedger("run", 0, 3)
         self.ledger.restore(0)
         self.attempt = 0
         self.at = [0, 0, 0]  # the step that each rank is in

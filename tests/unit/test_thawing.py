@@ -15,9 +15,9 @@ from distplat.platform.errors import SpecError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.platform.spec import Job
+from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.training.flat import FlatModel
 from distplat.strategies.training.optim import LocalOptimizer
-from distplat.strategies.training.shard import ParameterShard
 
 STEPS, THAWS_IN = 6, 3
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_servers_that_update(world: int, servers: int, clip_norm: float | None) 
     for cut in cuts:
         own = layout.cut(cut.start, cut.stop)
         plan = ShardPlan(of, "run", 1, world, STEPS, servers, layout=own)
-        shards.append(ParameterShard(plan, shared[cut.start : cut.stop]))
+        shards.append(DenseStore(plan, shared[cut.start : cut.stop]))
         shards[-1].restore(0)
     for flat in flats:
         flat.move(shared, flat.grads)

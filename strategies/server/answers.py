@@ -1,34 +1,24 @@
-"""What clients and servers of parameters and of tables have in common."""
+"""What the answers of servers come to, for clients of parameters and of tables."""
 
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from distplat.platform.ledger import Answer
 from distplat.platform.load import ShardLoad
-from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.ports import Pushed, ShardCopy, TablesCopy
-from distplat.strategies.sparse.service import TableService
-from distplat.strategies.training.async_service import AsyncService
+from distplat.strategies.server.server import ShardServer
+from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.optim import USED
 from distplat.strategies.training.parts import kind_of, kinds_of
-from distplat.strategies.training.service import Limits, Service
-from distplat.strategies.training.sync_service import SyncService
 
 LOOK_S = 1.0
 """How long one question waits for the other ranks."""
 
 Copy = TypeVar("Copy", ShardCopy, TablesCopy)
-
-
-def make_service(name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> Service:
-    """Make the service that the run's consistency asks for; `params` has shape [m]."""
-    kind = AsyncService if plan.consistency.asynchronous else SyncService
-    return kind(name, plan, limits, params)
 
 
 def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pushed:
@@ -56,9 +46,9 @@ def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pus
     )
 
 
-def shard_copy(start: int, service: Service, version: int, limit_s: float) -> ShardCopy:
+def shard_copy(start: int, server: ShardServer, version: int, limit_s: float) -> ShardCopy:
     """Give what a shard has kept of a version; its box holds the tensors themselves."""
-    steps, kept = service.kept(version, limit_s)
+    steps, kept = server.kept(version, limit_s)
     if kept is None:
         return ShardCopy(steps, start)
     state = {name: value for name, value in kept.tensors.items() if name}
@@ -68,9 +58,9 @@ def shard_copy(start: int, service: Service, version: int, limit_s: float) -> Sh
     return ShardCopy(steps, start, tuple(kinds), tensors, used)
 
 
-def tables_copy(service: TableService, version: int, limit_s: float) -> TablesCopy:
+def tables_copy(server: TableServer, version: int, limit_s: float) -> TablesCopy:
     """Give what an embedding server has kept of a version; its box holds the arrays themselves."""
-    steps, bundle = service.kept(version, limit_s)
+    steps, bundle = server.kept(version, limit_s)
     if bundle is None:
         return TablesCopy(steps)
     arrays, entries = bundle

@@ -1,5 +1,5 @@
 """
-A server of embedding tables at work, and the roads by which ids and rows travel.
+A server node of embedding tables at work, and the ways by which ids and rows travel.
 
 Workers of this node keep ids and rows in segments of their own, which the server maps when it first
 hears of them: rows are gathered straight into the worker's memory, and gradients are read from
@@ -14,35 +14,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.actors.memory.memfd import Segment
-from distplat.actors.messages import Address, Opened, Parcel
+from distplat.actors.messages import Address, Opened, Parcel, TablePart
+from distplat.actors.servers.replication import Replication
+from distplat.actors.servers.serving import Serving
 from distplat.actors.transport import Transport
-from distplat.platform.ledger import PushId
-from distplat.platform.table_plan import PullId, TablePlan, TableSpec
+from distplat.platform.ledger import PullId, PushId
+from distplat.platform.part import Role
+from distplat.platform.server_group import Held
+from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.strategies.ports import TablesCopy
-from distplat.strategies.sparse.service import TableService
+from distplat.strategies.server.answers import tables_copy
+from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.sparse.table import RowGradients
-from distplat.strategies.training.client import tables_copy
 
 
-class TableServing:
+class TableServing(Serving[TableServer]):
     """
-    The body of an embedding server.
+    The body of a server node that keeps tables.
 
     Args:
-        name: for messages.
-        index: its number.
-        transport: its way to objects.
+        part: which part of every table.
+        transport: its way to other actors.
     """
 
-    def __init__(self, name: str, index: int, transport: Transport) -> None:
-        self._transport, self._service = transport, TableService(name, index)
+    def __init__(self, part: TablePart, transport: Transport) -> None:
+        super().__init__(part.server, transport)
+        self._index = part.index
+        self._server = TableServer(part.server, part.index)
+        store, role = self._server.store, Role.WAITING if part.replicated else Role.ALONE
+        self._replication = Replication(part.server, transport, role, store, part.limit_s)
+        if part.replicated:
+            store.mirror = self._replication
         self._plan: TablePlan | None = None
         self._mapped: dict[tuple[int, str], Segment] = {}  #: by rank and dtype: the last one
 
     @property
-    def service(self) -> TableService:
-        """The tables at work."""
-        return self._service
+    def server(self) -> TableServer:
+        """See `Serving`."""
+        return self._server
+
+    def held(self) -> Held:
+        """See `Serving`."""
+        store = self._server.store
+        return self._replication.held(store.index) if store.opened else Held(self._name, None)
+
+    def close(self) -> None:
+        """See `Serving`: the memory that is mapped goes with the process."""
 
     def open(
         self,
@@ -52,50 +69,55 @@ class TableServing:
         saved_at: int = 0,
         saved: Sequence[list[Any]] = (),
     ) -> Opened:
-        """Join an attempt. See `TableService.open`."""
+        """Join an attempt. See `TableServer.open`."""
+        self._replication.part.check_serves()
         limit_s = plan.job.failure.start_timeout_s
         files = (self._transport.get(box[0], limit_s) for box in saved)
-        steps = self._service.open(plan, saved_at, files)
+        steps = self._server.open(plan, saved_at, files)
         if self._plan is None or plan.attempt > self._plan.attempt:
             self._mapped = {}  # every worker has new memory; of one that was lost none is held
         self._plan = plan
+        self._server.exclusively(lambda: self._server.forget(rank))
         return Opened(self._reaches(rank, memory), steps)
 
     def begin(self, attempt: int, version: int) -> None:
-        """Have the tables at this version. See `TableService.begin`."""
-        self._service.begin(attempt, version)
+        """Have the tables at this version. See `TableServer.begin`."""
+        self._replication.part.check_serves()
+        self._server.begin(attempt, version)
 
     def pull(self, pull: PullId, parcel: Parcel) -> NDArray[np.float32] | None:
         """Put rows into the worker's memory; give them, where it is out of reach."""
+        self._replication.part.check_serves()
         ids, rows = self._ids(pull.rank, parcel), self._values(pull.rank, parcel)
         far = rows is None
         if rows is None:
             assert self._plan is not None, "workers open before they pull"
             rows = np.empty((parcel.count, self._plan.tables[parcel.table].width), np.float32)
-        self._service.pull(pull, parcel.table, ids, rows, again=far)
+        self._server.read(pull, parcel.table, ids, rows, again=far)
         return rows if far else None
 
     def push(self, push: PushId, parcels: Sequence[Parcel], skip: bool = False) -> int:
-        """Take gradients; return when the step is made. See `TableService.push`."""
+        """Take gradients; return when the step is made. See `TableServer.add`."""
+        self._replication.part.check_serves()
         gradients = []
         for parcel in parcels:
             values = self._values(push.rank, parcel)
             assert values is not None, "a push has gradients"
             gradients.append(RowGradients(parcel.table, self._ids(push.rank, parcel), values))
-        return self._service.push(push, gradients, skip)
+        return self._server.add(push, gradients, skip).version
 
     def kept(self, version: int, limit_s: float) -> TablesCopy:
-        """Give what was kept of a version, as an object to be fetched. See `TableService.kept`."""
-        copy = tables_copy(self._service, version, limit_s)
+        """Give what was kept of a version, as an object to be fetched. See `Server.kept`."""
+        copy = tables_copy(self._server, version, limit_s)
         return copy if copy.box is None else replace(copy, box=[self._transport.put(copy.box)])
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
         """See `PartSource`."""
-        return self._service.sizes()
+        return self._server.sizes()
 
     def part(self, table: int, first: int, count: int) -> bytes:
         """See `PartSource`."""
-        return self._service.part(table, first, count)
+        return self._server.part(table, first, count)
 
     def _reaches(self, rank: int, memory: Address) -> bool:
         """Map a worker's memory, where that can be done."""

@@ -10,8 +10,8 @@ from jobs import job_of
 
 from distplat.platform.errors import FencedError, GapError, ProtocolError, StaleError, StateLost
 from distplat.platform.ledger import PushId, Verdict
-from distplat.platform.table_book import TableBook
 from distplat.platform.table_plan import TablePlan, plan_of
+from distplat.strategies.server.table_store import TableStore
 
 MOST = 3
 """Ranks of a world."""
@@ -25,12 +25,21 @@ def plan(world: int, *, asynchronous: bool, rewinds: bool = True, **more: Any) -
     return plan_of(job_of("ring", world, **fields), "run", 0, (), 100, rewinds=rewinds)
 
 
-def book(world: int, steps: int = 0, **how: Any) -> TableBook:
-    return TableBook("embedding-server-1", plan(world, **how), steps)
+def book(world: int, steps: int = 0, **how: Any) -> TableStore:
+    store = TableStore("embedding-server-1", 1)
+    store.open(plan(world, **how), steps, [])
+    return store
 
 
 def leased(rank: int, seq: int, task: int, attempt: int = 0) -> PushId:
     return PushId("run", attempt, rank, seq, task)
+
+
+def offer(book: TableStore, push: PushId) -> Verdict:
+    """Have it take a push, and make its update, as a server does in one go."""
+    verdict = book.push(push, [], False)
+    assert book.commit(push.seq, None) is (verdict is Verdict.NEW)
+    return verdict
 
 
 class Tasks(RuleBasedStateMachine):
@@ -67,19 +76,22 @@ class Tasks(RuleBasedStateMachine):
         if push.attempt != self.attempt:
             self._refused(FencedError, push)
         elif push.seq == expected - 1:
-            assert self.book.offer(push) is Verdict.REPEAT_COMMITTED
+            assert self.book.push(push, [], False) is Verdict.REPEAT_COMMITTED
         elif push.seq < expected:
             self._refused(StaleError, push)
         else:
-            assert self.book.offer(push) is (Verdict.LATE if task in self.made else Verdict.NEW)
-            assert self.book.complete and self.book.passed(push)
-            self.book.commit(push)
+            assert self.book.push(push, [], False) is (
+                Verdict.LATE if task in self.made else Verdict.NEW
+            )
+            assert self.book.ledger.complete is (task not in self.made)
+            assert self.book.ledger.passed(push)
+            assert self.book.commit(push.seq, None) is (task not in self.made)
             self.made.add(task)
             self.next[push.rank] = push.seq + 1
 
     def _refused(self, error: type[ProtocolError], push: PushId) -> None:
         with pytest.raises(error):
-            self.book.offer(push)
+            self.book.push(push, [], False)
 
     @rule(world=st.none() | st.integers(1, MOST))
     def attempt_begins(self, world: int | None) -> None:
@@ -104,7 +116,7 @@ class Tasks(RuleBasedStateMachine):
             with pytest.raises(ProtocolError, match="is at step"):
                 self.book.begin(self._steps + more)
         else:
-            assert not self.book.begin(self._steps + more)
+            self.book.begin(self._steps + more)
 
     @property
     def _low(self) -> int:
@@ -117,7 +129,12 @@ class Tasks(RuleBasedStateMachine):
     @invariant()
     def it_has_what_the_set_has(self) -> None:
         made = len(self.made)
-        found = self.book.attempt, self.book.steps, self.book.updates, self.book.place
+        found = (
+            self.book.ledger.attempt,
+            self.book.ledger.steps,
+            self.book.ledger.updates,
+            self.book.ledger.place,
+        )
         assert found == (self.attempt, self._steps, made, made // self.world)
 
 
@@ -141,25 +158,25 @@ class Steps(RuleBasedStateMachine):
         if push.attempt != self.attempt or push.rank >= self.world:
             self._refused(FencedError, push)
         elif push.seq == self.steps - 1:
-            assert self.book.offer(push) is Verdict.REPEAT_COMMITTED
-            assert self.book.passed(push)
+            assert self.book.push(push, [], False) is Verdict.REPEAT_COMMITTED
+            assert self.book.ledger.passed(push)
         elif push.seq != self.steps:
             self._refused(GapError if push.seq > self.steps else StaleError, push)
         elif push.rank in self.pushed:
-            assert self.book.offer(push) is Verdict.REPEAT_STAGED
+            assert self.book.push(push, [], False) is Verdict.REPEAT_STAGED
         else:
-            assert self.book.offer(push) is Verdict.NEW
-            assert not self.book.passed(push)
+            assert self.book.push(push, [], False) is Verdict.NEW
+            assert not self.book.ledger.passed(push)
             self.pushed.add(push.rank)
-            assert self.book.complete == (len(self.pushed) == self.world)
-            if self.book.complete:
-                self.book.commit(push)
+            assert self.book.ledger.complete == (len(self.pushed) == self.world)
+            if self.book.ledger.complete:
+                assert self.book.commit(push.seq, None)
                 self.steps += 1
                 self.pushed.clear()
 
     def _refused(self, error: type[ProtocolError], push: PushId) -> None:
         with pytest.raises(error):
-            self.book.offer(push)
+            self.book.push(push, [], False)
 
     @rule(world=st.integers(1, MOST))
     def attempt_begins(self, world: int) -> None:
@@ -173,20 +190,27 @@ class Steps(RuleBasedStateMachine):
     @rule(more=st.integers(-2, 2))
     def goes_on_from(self, more: int) -> None:
         version = self.steps + more
+        if version < 0:
+            return  # there is no such step
         if more == -1 and self.rewinds:
-            assert self.book.begin(version)
+            self.book.begin(version)
             self.steps = version
         elif more:
             with pytest.raises(ProtocolError, match=f"step {self.steps}, the workers at {version}"):
                 self.book.begin(version)
         else:
-            assert not self.book.begin(version)
+            self.book.begin(version)
 
     @invariant()
     def it_counts(self) -> None:
-        found = self.book.attempt, self.book.steps, self.book.updates, self.book.place
+        found = (
+            self.book.ledger.attempt,
+            self.book.ledger.steps,
+            self.book.ledger.updates,
+            self.book.ledger.place,
+        )
         assert found == (self.attempt, self.steps, self.steps, self.steps)
-        assert self.book.missing() == [r for r in range(self.world) if r not in self.pushed]
+        assert self.book.ledger.missing() == [r for r in range(self.world) if r not in self.pushed]
 
 
 TestTasks = Tasks.TestCase
@@ -198,7 +222,7 @@ TestSteps.settings = settings(max_examples=150, stateful_step_count=30, deadline
 @pytest.mark.parametrize("task", [2, 5], ids=["the next", "one ahead"])
 def test_a_step_that_is_made_in_part_cannot_be_cut_anew(task: int) -> None:
     mine = book(2, 1, asynchronous=True)
-    mine.offer(leased(0, 0, task))
+    offer(mine, leased(0, 0, task))
     with pytest.raises(StateLost, match="the rest of step 1 on embedding-server-1"):
         mine.renew(1, 3)
 
@@ -206,11 +230,11 @@ def test_a_step_that_is_made_in_part_cannot_be_cut_anew(task: int) -> None:
 def test_whole_steps_are_counted_in_the_parts_of_the_new_world() -> None:
     mine = book(2, 1, asynchronous=True)
     for seq, task in enumerate((3, 2)):
-        mine.offer(leased(7, seq, task))
+        offer(mine, leased(7, seq, task))
     mine.renew(1, 3)
-    assert (mine.steps, mine.updates, mine.place) == (2, 6, 2)
-    assert mine.offer(leased(0, 0, 5, attempt=1)) is Verdict.LATE
-    assert mine.offer(leased(0, 1, 6, attempt=1)) is Verdict.NEW
+    assert (mine.ledger.steps, mine.ledger.updates, mine.ledger.place) == (2, 6, 2)
+    assert offer(mine, leased(0, 0, 5, attempt=1)) is Verdict.LATE
+    assert offer(mine, leased(0, 1, 6, attempt=1)) is Verdict.NEW
 
 
 def test_asynchronous_tables_keep_nothing_to_take_back() -> None:

@@ -1,0 +1,357 @@
+"""
+One parameter-server shard: parameters, optimizer state and the ledger of what was applied.
+
+Plain: a shard waits for nobody. It says what it has; its server decides how to wait. A synchronous
+shard is one whose ledger wants every rank's gradient for an update, which is that of their sum; an
+asynchronous one makes an update of each (`staleness.py`).
+
+Of several synchronous shards each commits by itself, so for a moment one may be a version ahead of
+another, or of the embedding tables beside it. It keeps the version before until the first push of
+the next step proves that all are past it:
+
+    shard 0   version 4   | commit: 5, keeps 4      | a push for 5: lets 4 go, keeps 5 ...
+    shard 1   version 4              | commit: 5, keeps 4    |
+                                     ^ both have 4 until here, both have 5 from here on
+
+So there is always a version that every shard can give, whoever dies at whatever moment (I3).
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distplat.platform.errors import GapError, StaleError
+from distplat.platform.ledger import Ledger, PushId, StepLedger, TaskLedger, Verdict
+from distplat.platform.shard_map import ShardPlan
+from distplat.platform.vector_layout import Layout, plain_layout
+from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
+from distplat.strategies.server.checkpoint_copies import CheckpointCopies, VectorCopies
+from distplat.strategies.server.mirror import Mirror, Snapshot, Told, Update
+from distplat.strategies.server.staleness import Staleness
+from distplat.strategies.training.control import Policy, StepControl
+from distplat.strategies.training.optim import FlatOptimizer, rate_of
+from distplat.strategies.training.segments import (
+    dtype_name,
+    scale_in_place,
+    squared_norm_of,
+    typed_views,
+)
+
+_BOOKS = ("ledger", "staleness", "seen", "_before_version", "_segments", "_thawing")
+
+
+class DenseStore:
+    """
+    A run of the flat parameter vector and all that belongs to it.
+
+    Args:
+        plan: the run's facts.
+        params: shape [m]; updated in place. Holds nothing of worth until `restore`.
+    """
+
+    def __init__(self, plan: ShardPlan, params: Tensor) -> None:
+        self._plan, self.params = plan, params
+        self.mirror: Mirror | None = None  #: the way to a backup
+        self._layout = layout_of(plan, params)
+        every, tail = self._layout.segments, self._layout.tail
+        self._segments = tuple(one for one in every if one.start < tail)
+        self._thawing = [one for one in self._layout.pieces if one.start >= tail]
+        backup, who = plan.consistency.backup_workers, (plan.run, plan.attempt, plan.world)
+        self.ledger: Ledger = StepLedger(*who, backup)
+        self.staleness: Staleness | None = None  #: of an asynchronous shard
+        if plan.consistency.asynchronous:
+            self.ledger, self.staleness = TaskLedger(*who), Staleness(plan, params, every)
+        self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
+        self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
+        self._pushed: PushId | None = None  #: asynchronous: whose gradient is staged
+        #: of all ranks, or as an asynchronous update takes it, where it is a worker's own vector
+        self._sum = params if self.staleness is not None else torch.zeros_like(params)
+        self.optimizer = FlatOptimizer(plan.job.optimizer, params, self._sum, self._layout)
+        self.total = StepControl()  #: of the staged sum, or of the step applied last
+        self.seen: NDArray[np.bool_] = np.zeros(self._layout.parameters, np.bool_)
+        """By parameter of the model, whether it has had a gradient yet, on any rank."""
+        self._present: bytes | None = None  #: of the staged sum: parameters that are updated
+        self._scale = 1.0  #: of the staged sum: what it is still to be multiplied by
+        self.squared_norm: float | None = None  #: of the staged sum, once complete and wanted
+        apart = plan.shards > 1 or plan.job.embeddings is not None
+        self._before = params.clone() if apart and self.staleness is None else None
+        self._before_version: int | None = None  #: version of `_before`
+        self._keeping = CheckpointCopies[VectorCopies](plan.checkpoint_every, plan.total_steps)
+
+    @property
+    def version(self) -> int:
+        """Updates applied."""
+        return self.ledger.updates
+
+    @property
+    def steps(self) -> int:
+        """Steps that every rank has made here, or of which every task is made."""
+        return self.ledger.steps
+
+    @property
+    def opened(self) -> bool:
+        """See `Store`."""
+        return self.ledger.version is not None
+
+    @property
+    def present(self) -> Tensor:
+        """See `Store`."""
+        return self.params
+
+    @property
+    def commits_alone(self) -> bool:
+        """See `Store`."""
+        clips = self._plan.job.clip_norm is not None and self.staleness is None
+        return self._plan.shards == 1 or not clips
+
+    @property
+    def inbox(self) -> Tensor:
+        """See `Mirrored`."""
+        return self.params
+
+    def restore(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Declare `params` to be of this version; from now on the shard takes pushes.
+
+        Args:
+            version: steps that they have behind them.
+            state: what the optimizer remembers of them; None: nothing.
+        """
+        self.optimizer.load(state or {})
+        self.ledger.restore(version)
+        self._before_version = None
+        if self.staleness is not None:
+            self.staleness.restore(self.version)
+
+    def renew(self, attempt: int, world: int | None = None) -> None:
+        """See `Store`."""
+        self.ledger.renew(attempt, world)
+        self._forget_pushes()
+
+    def values(self, version: int) -> Tensor:
+        """
+        Give the parameters of a version, shape [m]: the present one, or the one before.
+
+        Raises:
+            StaleError, GapError: it is not here any more, or not yet.
+        """
+        if version == self.version:
+            return self.params
+        if version == self._before_version and self._before is not None:
+            return self._before
+        kind = GapError if version > self.version else StaleError
+        raise kind(f"version {version} is not here: the shard is at {self.version}")
+
+    def kept(self, version: int) -> VectorCopies | None:
+        """
+        See `Store`; those of an asynchronous shard were made when the last task of step
+        `version - 1` was applied, and later tasks may be in them, too.
+        """
+        return self._keeping.give(version)
+
+    def worker(self, place: int) -> str:
+        """See `Store`."""
+        return self._plan.worker(place)
+
+    def log(self) -> NDArray[np.int64] | None:
+        """See `Store`."""
+        return None if self.staleness is None else self.staleness.log.numbers()
+
+    def head(self, control: StepControl | None) -> tuple[float, ...]:
+        """See `Store`; an asynchronous push is decided by itself."""
+        alone = control is not None and self.staleness is not None
+        return control.head if alone and control is not None else self.total.head
+
+    def staleness_of(self, rank: int) -> int:
+        """See `Store`."""
+        return 0 if self.staleness is None else self.staleness.of[rank]
+
+    def pull(self, rank: int) -> int:
+        """See `Store`."""
+        if self.staleness is not None:
+            self.staleness.pull(rank, self.version, self.params)
+        return self.version
+
+    def pull_elsewhere(self, rank: int, version: int, values: Tensor) -> None:
+        """See `Staleness`; nothing is to be noted by a synchronous shard."""
+        if self.staleness is not None:
+            self.staleness.make_room(rank, self.version, self.params)
+            self.staleness.pull_elsewhere(rank, version, values)
+
+    def push(self, push: PushId, gradient: Tensor, control: StepControl | None = None) -> Verdict:
+        """
+        Stage a gradient, and the sum of all once they are complete.
+
+        Args:
+            push: its identity.
+            gradient: shape [m]; must not change until the step is committed. An asynchronous
+                shard's is of the mean loss over the worker's own samples.
+            control: the rank's control record; None: it has a gradient of every parameter.
+
+        Raises:
+            ProtocolError: see `Ledger.offer`; nothing is changed.
+        """
+        if gradient.shape != self.params.shape:
+            raise ValueError(f"gradient has shape {gradient.shape}, shard {self.params.shape}")
+        verdict = self.ledger.offer(push)
+        if self.staleness is not None:
+            self.staleness.make_room(push.rank, self.version, self.params)
+        if verdict is Verdict.NEW:
+            self._keep_present()
+            self._gradients[push.rank] = gradient
+            self._controls[push.rank] = control or everything(self._layout)
+            self._pushed = push
+            if self.ledger.complete:
+                self._add_up()
+        return verdict
+
+    def commit(self, seq: int, norm: float | None) -> bool:
+        """See `Store`."""
+        version, steps = self.version, self.steps
+        if not self.ledger.commit(seq):
+            return False
+        if self.staleness is None:
+            limit, scale = self._plan.job.clip_norm, self._scale
+            if limit is not None and norm is not None:
+                scale *= clip_factor(norm, limit)
+            scale_in_place(self._typed(self._sum), scale)
+            update = Update(version, present=self._present)
+        else:
+            assert self._pushed is not None and self._present is not None, "a push was staged"
+            update = self.staleness.update(self._pushed, version, self._present)
+        if self.mirror is not None:
+            self.mirror.send(update, self._sum)
+        self._update(update, steps)
+        return True
+
+    def follow(self, told: Told, gradient: Tensor) -> None:
+        """See `Mirrored`; `gradient` is summed and clipped, or corrected, shape [m]."""
+        assert isinstance(told, Update), "a shard is told of updates alone"
+        push, steps = told.push, self.steps
+        if self.staleness is None:
+            self._keep_present()
+            self._look_for_thawed(told.present)
+            self._sum.copy_(gradient)
+            self.ledger.restore(told.version + 1)
+        else:
+            assert push is not None, "an asynchronous update is one rank's"
+            self.staleness.follow(told, push.rank, self.params)
+            if push.attempt > self.ledger.attempt:
+                self.renew(push.attempt)
+            self.ledger.offer(push)
+            self.ledger.commit(push.seq)
+            self._sum = gradient
+        self._update(told, steps)
+
+    def snapshot(self) -> Snapshot:
+        """See `Mirrored`."""
+        vectors = {"params": self.params, **({} if self._before is None else {"_": self._before})}
+        vectors |= {f"optimizer/{name}": one for name, one in self.optimizer.state().items()}
+        books = {name: deepcopy(getattr(self, name)) for name in _BOOKS}
+        return Snapshot({name: one.clone() for name, one in vectors.items()}, books)
+
+    def become(self, snapshot: Snapshot) -> None:
+        """See `Mirrored`."""
+        vectors: dict[str, Tensor] = dict(snapshot.vectors)
+        self.params.copy_(vectors.pop("params"))
+        if self._before is not None:
+            self._before.copy_(vectors.pop("_"))
+        for name, value in snapshot.books.items():
+            setattr(self, name, value)
+        self.optimizer.load({k.removeprefix("optimizer/"): one for k, one in vectors.items()})
+
+    def _update(self, update: Update, before: int) -> None:
+        """Make the update of `_sum`, and copy what a checkpoint of a step just made wants."""
+        plan, place, scale = self._plan, update.version, 1.0
+        if self.staleness is not None:
+            scale = self.staleness.applied(update)
+            place = update.version // self.ledger.world  # of each worker an update: one step
+            self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
+        rate = rate_of(plan.job, place, plan.total_steps)
+        self.optimizer.step(rate * scale, from_flags(update.present))
+        for steps in range(before + 1, self.steps + 1):  # several, after a slow rank
+            self._keeping.reached(steps, self._copy)
+
+    def _copy(self) -> VectorCopies:
+        return VectorCopies.of(self.params, self.optimizer.state())
+
+    def _typed(self, vector: Tensor) -> list[Tensor]:
+        return typed_views(vector, self._segments)
+
+    def _look_for_thawed(self, flags: bytes | None) -> None:
+        """Have the tail take part once one of its parameters does."""
+        if flags is None:
+            return
+        self.seen = self.seen | np.frombuffer(flags, np.bool_)
+        if any(flags[piece.slot] for piece in self._thawing):
+            self._segments, self._thawing = self._layout.segments, []
+
+    def _forget_pushes(self) -> None:
+        self._gradients.clear()
+        self._controls.clear()
+
+    def _keep_present(self) -> None:
+        """Every shard has the present version, or nobody could push a gradient made with it."""
+        if self._before is not None and self._before_version != self.version:
+            self._before.copy_(self.params)
+            self._before_version = self.version
+
+    def _add_up(self) -> None:
+        """Make of what is staged the gradient of an update, and let go of the ranks' vectors."""
+        ranks = sorted(self._gradients)
+        self.total = StepControl.total([self._controls[rank].pack() for rank in ranks])
+        self._present = flags_of(self.total, self._plan.job.failure.non_finite)
+        if self.staleness is not None:
+            (rank,) = ranks
+            staged = self._gradients[rank], self.params
+            self._sum = self.staleness.compensated(rank, self.version, *staged)
+        else:
+            self._look_for_thawed(self.total.present.tobytes())
+            self._add_in_order([self._typed(self._gradients[rank]) for rank in ranks])
+        self._forget_pushes()
+
+    def _add_in_order(self, parts: list[list[Tensor]]) -> None:
+        """Sum in rank order (I2)."""
+        plan, world = self._plan, self.ledger.world
+        backup = plan.consistency.backup_workers
+        # With backup workers still a mean, over the samples that are there.
+        self._scale = self.total.scale * (world / (world - backup) if backup else 1.0)
+        for terms, out in zip(zip(*parts, strict=True), self._typed(self._sum), strict=True):
+            sum_in_order(terms, out)
+        if plan.job.clip_norm is not None:
+            square = squared_norm_of(self._sum, self._segments, plan.uncounted)
+            self.squared_norm = square * self._scale**2
+
+
+def layout_of(plan: ShardPlan, params: Tensor) -> Layout:
+    """Give what lies where in a shard; a plan without it has a single parameter."""
+    return plan.layout or plain_layout(params.numel(), dtype_name(params))
+
+
+def everything(layout: Layout) -> StepControl:
+    """Give the record of a rank that has a gradient of every parameter."""
+    return StepControl(1.0, 1.0, present=np.ones(layout.parameters, np.bool_))
+
+
+def flags_of(total: StepControl, policy: Policy) -> bytes:
+    """
+    Say which parameters an update moves: of a step that is left out, none.
+
+    Args:
+        total: the control record of the step.
+        policy: `failure.non_finite` of the job.
+
+    Returns:
+        A byte for each parameter.
+    """
+    applied = total.finite or policy == "ignore"
+    return (total.present if applied else np.zeros_like(total.present)).tobytes()
+
+
+def from_flags(flags: bytes | None) -> NDArray[np.bool_] | None:
+    """Unpack what `flags_of` gave."""
+    return None if flags is None else np.frombuffer(flags, np.bool_)

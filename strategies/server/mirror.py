@@ -1,0 +1,116 @@
+"""
+A store kept twice: what a primary tells its backup, and how a backup is filled.
+
+    primary    sum, clip ── Update, the gradient ──▶ backup     the same update of the same bits
+               update                                update
+               wait for its word ◀──────────────────
+               answer the workers
+
+What travels is the gradient as the optimizer takes it, not the state that comes of it: one vector
+of a shard, or the rows of a step, whatever the optimizer remembers and however many workers there
+are. Same gradient, same state, same arithmetic: the two stay equal to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from distplat.platform.ledger import PushId
+from distplat.platform.table_plan import TablePlan
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of a store, without its gradient."""
+
+    version: int
+    """Updates that the store has behind it before this one."""
+    push: PushId | None = None
+    """Asynchronous: whose gradient it is; None: the sum of all ranks'."""
+    pulls: tuple[int, ...] = ()
+    """Asynchronous shards: ranks that took the values of this version, in order."""
+    pulled: int = 0
+    """Asynchronous shards: the version at which the gradient was computed."""
+    present: bytes | None = None
+    """A byte for each parameter of the model, 1: it has a gradient; None: all have."""
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """An attempt that embedding tables have begun: how many ranks make a step may be another."""
+
+    plan: TablePlan
+
+
+@dataclass(frozen=True)
+class StepBack:
+    """A step of embedding tables that is taken back."""
+
+    version: int
+    """Steps that they have behind them afterwards."""
+
+
+Told = Update | Renewal | StepBack
+"""What a backup is told."""
+
+
+class Mirror(Protocol):
+    """The way from a primary to its backup. Both calls are made with the server's lock held."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known if there is a backup: nothing is served before."""
+
+    def send(self, told: Told, gradient: Any = None) -> None:
+        """
+        Have the backup do what the primary does; returns before it is done.
+
+        Args:
+            told: what.
+            gradient: of an update: the vector, or the rows of each table.
+        """
+
+    def confirm(self) -> None:
+        """
+        Return when the backup has done what was sent, or is none any more.
+
+        Raises:
+            DistplatError: this server may not acknowledge the update, nor any other.
+        """
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of all that a store is made of."""
+
+    vectors: Mapping[str, Any]
+    """Large things by name: tensors, or all that a table holds."""
+    books: Mapping[str, Any]
+    """Plain values by name."""
+
+
+class Mirrored(Protocol):
+    """A store that can be kept twice."""
+
+    mirror: Mirror | None
+    """The way to a backup."""
+
+    @property
+    def inbox(self) -> Tensor | None:
+        """
+        Give a vector like the gradients that travel to a backup, which are laid in memory that
+        both servers share, where there is some; None: they are of any size, and go in the call.
+        """
+
+    def snapshot(self) -> Snapshot:
+        """Copy it; the server's lock is held."""
+
+    def become(self, snapshot: Snapshot) -> None:
+        """Be equal to the store of which that is a copy; it is used up."""
+
+    def follow(self, told: Told, gradient: Any) -> None:
+        """As a backup, do what the primary does."""
