@@ -81,8 +81,8 @@ class ActorGroup:
             actors["server-manager"] = self._cast.manager
         if self._cast.scheduler is not None:
             actors["task-scheduler"] = self._cast.scheduler
-        for index, server in enumerate(self._cast.embedding_servers):
-            actors[f"embedding-server-{index}"] = server
+        if not self._cast.replicated_tables(self.job):  # else their manager looks after them
+            actors |= self._cast.embedding_servers
         return actors
 
     @property
@@ -177,18 +177,20 @@ class ActorGroup:
         given = self._made_for, launch.roles, launch.run, restart.attempt
         if "server-manager" in restart.coordinators:
             ray.kill(cast.manager)  # it may only be frozen
-            cast.manager = spawn_manager(*given, cast.servers, adopts=True)
+            cast.manager = spawn_manager(*given, cast, adopts=True)
         if "task-scheduler" in restart.coordinators:
             ray.kill(cast.scheduler)
             cast.scheduler = spawn_scheduler(*given)
 
     def recruit(self, wanted: ServerRequest) -> None:
         """Make a server node for the manager; asked for twice, it is brought once more."""
-        launch, servers = self._launch, self._cast.servers
+        launch, cast = self._launch, self._cast
+        tables = wanted.server.startswith("embedding-")
+        servers = cast.embedding_servers if tables else cast.servers
         if wanted.server not in servers:
             given = self._made_for, launch.roles, launch.run, self._attempt
             servers[wanted.server] = spawn_server(*given, wanted.server, wanted.beside)
-        self._cast.manager.bring.remote(wanted.server, servers[wanted.server])
+        cast.manager.bring.remote(wanted.server, servers[wanted.server])
 
     def grow(self, count: int, base: int) -> list[int]:
         """
@@ -238,7 +240,7 @@ class ActorGroup:
             collective=launch.roles.collective,
             saved=saved,
             base=base,
-            embedding_servers=tuple(self._cast.embedding_servers),
+            embedding_servers=tuple(self._cast.embedding_servers.values()),
             rewinds=launch.policy.survivors_go_on,
             checked=launch.checked,
         )

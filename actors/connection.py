@@ -89,7 +89,7 @@ class Connection:
 
     def _reach_shards(self, order: WorkOrder, prepared: Prepared) -> "RemoteShards | None":
         """Make the way to the servers; None where the strategy has none."""
-        if order.manager is None:
+        if not prepared.roles.servers:
             return None
         from distplat.actors.servers.shards import RemoteShards
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.actors.local_transport import LocalCluster, LocalTransport
+from distplat.actors.local_transport import Actor, LocalCluster, LocalTransport
 from distplat.actors.messages import SavedHandle, TablePart, WorkOrder
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.servers.manager import ServerManager
@@ -118,18 +118,43 @@ class TableServers:
         self.job, self.run, self._rewinds, self._every = job, run, rewinds, every
         self.cluster = cluster or LocalCluster()
         self._clients: list[RemoteTables] = []
+        self.replicated = job.embeddings is not None and job.embeddings.replication > 1
         names = [f"embedding-server-{number}" for number in range(_tables_servers(job))]
-        self.nodes = tuple(
-            self.cluster.spawn(
-                name, HERE, partial(ServerNode, name, tables=TablePart(name, number))
-            )
-            for number, name in enumerate(names)
-        )
+        self._made: dict[str, Actor] = {}  #: every server that ever was
+        self.nodes = tuple(self._make_node(name) for name in names)
+        self._keeping = self.nodes
+        self.manager: Actor | None = None
+        if self.replicated:
+            self.make_manager(adopts=False)
+
+    def make_manager(self, *, adopts: bool = True) -> None:
+        """Make a manager; `adopts`: the servers have had another one before."""
+
+        def make(transport: LocalTransport) -> ServerManager:
+            who = "table-manager", self.job, self.run, int(adopts), dict[str, Any](), Roles()
+            tables = dict(self._made)
+            return ServerManager(*who, tables=tables, adopts=adopts, transport=transport)
+
+        self.manager = self.cluster.spawn("table-manager", HERE, make)
+        limit_s = self.job.failure.start_timeout_s
+        _recruit(self.cluster, self.manager, self._make_node, limit_s)
+
+    def _make_node(self, name: str) -> Actor:
+        index, limit_s = int(name.rpartition("-")[2]), self.job.failure.step_timeout_s
+        part = TablePart(name, index, self.replicated, limit_s)
+        node = self.cluster.spawn(name, HERE, partial(ServerNode, name, tables=part))
+        self._made[name] = node
+        return node
 
     @property
     def table_servers(self) -> list[TableServer]:
-        """The servers themselves, without their nodes."""
-        return [node.body.serving.server for node in self.nodes]
+        """The servers that keep the tables, without their nodes: now, or at the end."""
+        self._look_who_keeps()
+        return [node.body.serving.server for node in self._keeping]
+
+    def _look_who_keeps(self) -> None:
+        if self.manager is not None and not self.manager.died:
+            self._keeping = tuple(self.manager.body.table_servers(0, 0.0).servers)
 
     def tables(
         self,
@@ -163,6 +188,7 @@ class TableServers:
             self.run,
             rank,
             attempt,
+            manager=self.manager,
             embedding_servers=self.nodes,
             saved=handle,
             rewinds=self._rewinds,
@@ -176,6 +202,10 @@ class TableServers:
         for client in self._clients:
             client.close()
         self._clients.clear()
+        if self.manager is not None:
+            with suppress(DistplatError):  # one was lost for good
+                self._look_who_keeps()
+            self.manager.die("the run is over")  # before it sees its servers go
         self.cluster.close()
 
 
@@ -216,27 +246,15 @@ class Servers:
         self.manager = self.cluster.spawn("server-manager", HERE, self._make_manager)
         self._backups = backups
         if self.roles.replication > 1:
-            threading.Thread(target=self._recruit, name="recruit", daemon=True).start()
+            _recruit(self.cluster, self.manager, self._make_backup, job.failure.start_timeout_s)
 
     def _make_manager(self, transport: LocalTransport) -> ServerManager:
         who = "server-manager", self.job, self.run, 0, dict(self.nodes)
         return ServerManager(*who, self.roles, transport=transport)
 
-    def _recruit(self) -> None:
-        """Make the servers that the manager wants, as the controller of a run on Ray does."""
-        transport = self.cluster.transport()
-        limit_s = self.job.failure.start_timeout_s
-        with suppress(TransportError):  # the manager has ended, or it hangs
-            while True:
-                wanted = transport.get(transport.call(self.manager, "poll", _HOLD_S), limit_s)
-                if isinstance(wanted, DistplatError):
-                    return
-                if wanted is not None:
-                    make = partial(ServerNode, wanted.server)
-                    node = self.cluster.spawn(wanted.server, self._backups, make)
-                    self.nodes[wanted.server] = node
-                    brought = transport.call(self.manager, "bring", wanted.server, node)
-                    transport.get(brought, limit_s)
+    def _make_backup(self, name: str) -> Actor:
+        node = self.nodes[name] = self.cluster.spawn(name, self._backups, partial(ServerNode, name))
+        return node
 
     def shards(
         self,
@@ -311,6 +329,25 @@ def order_of(job: Job, run: str, rank: int, attempt: int = 0, **more: Any) -> Wo
     """Make the orders of a worker that is a thread here: as far as ports read them."""
     fields = {"task": "", "search_path": "", "strategy_file": None, "collective": None}
     return WorkOrder(job, run, attempt, rank, **{"manager": None, **fields, **more})
+
+
+def _recruit(
+    cluster: LocalCluster, manager: Actor, make: Callable[[str], Actor], limit_s: float
+) -> None:
+    """Have the servers made that a manager wants, as the controller of a run on Ray does."""
+    transport = cluster.transport()
+
+    def recruit() -> None:
+        with suppress(TransportError):  # the manager has ended, or it hangs
+            while True:
+                wanted = transport.get(transport.call(manager, "poll", _HOLD_S), limit_s)
+                if isinstance(wanted, DistplatError):
+                    return
+                if wanted is not None:
+                    brought = wanted.server, make(wanted.server)
+                    transport.get(transport.call(manager, "bring", *brought), limit_s)
+
+    threading.Thread(target=recruit, name="recruit", daemon=True).start()
 
 
 def _tables_servers(job: Job) -> int:

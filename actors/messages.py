@@ -79,7 +79,7 @@ class WorkOrder:
     strategy_file: StrategyFile | None
     """A user's file that registers strategies."""
     manager: Any
-    """Handle of the server manager; None: the strategy has no servers."""
+    """Handle of the server manager; None: there are neither shards nor tables kept twice."""
     collective: GroupSpec | None
     """The group of all workers; None: the strategy has none."""
     saved: SavedHandle | None = None
@@ -157,6 +157,23 @@ class Membership:
     """Workers that share these servers, where the model is cut; None: all of the run."""
     replicated: bool = False
     """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""
+
+    @property
+    def version(self) -> int:
+        """Of the map."""
+        return self.shard_map.version
+
+
+@dataclass(frozen=True)
+class TableMap:
+    """Who keeps which part of the embedding tables."""
+
+    version: int
+    """Grows when a lost server is followed by its backup."""
+    servers: list[Any]
+    """Handles of the server nodes, by part."""
+    names: list[str]
+    """Their names, by part."""
 
 
 @dataclass(frozen=True)

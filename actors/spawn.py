@@ -44,17 +44,24 @@ class ActorHandles:
     manager: Any = None
     seats: list[Any] = field(default_factory=list)
     """A placement group for each worker group of several workers."""
-    embedding_servers: list[Any] = field(default_factory=list)
+    embedding_servers: dict[str, Any] = field(default_factory=dict)
+    """Servers of embedding tables by name."""
     scheduler: Any = None
 
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
         alone = [actor for actor in (self.manager, self.scheduler) if actor is not None]
         workers = [*self.workers.values(), *self.newcomers.values()]
-        for actor in [*workers, *alone, *self.servers.values(), *self.embedding_servers]:
+        servers = [*self.servers.values(), *self.embedding_servers.values()]
+        for actor in [*workers, *alone, *servers]:
             ray.kill(actor)
         for seats in self.seats:
             remove_placement_group(seats)
+
+    def replicated_tables(self, job: Job) -> dict[str, Any]:
+        """Give the servers of embedding tables that the manager looks after."""
+        kept_twice = job.embeddings is not None and job.embeddings.replication > 1
+        return self.embedding_servers if kept_twice else {}
 
     def seat(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
         """Say where a worker belongs; None: anywhere."""
@@ -79,22 +86,28 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
     for index in range(roles.servers):
         name = f"server-{index}"
         cast.servers[name] = spawn_server(job, roles, run, attempt, name)
+    for index in range(job.embeddings.servers if job.embeddings is not None else 0):
+        part = f"embedding-server-{index}"
+        cast.embedding_servers[part] = spawn_server(job, roles, run, attempt, part)
     if roles.servers:
-        cast.manager = spawn_manager(job, roles, run, attempt, cast.servers)
         cast.scheduler = spawn_scheduler(job, roles, run, attempt)
-    cast.embedding_servers = _spawn_embedding_servers(job, roles, run, attempt)
+    if roles.servers or cast.replicated_tables(job):
+        cast.manager = spawn_manager(job, roles, run, attempt, cast)
     return cast
 
 
 def spawn_manager(
-    job: Job, roles: Roles, run: str, attempt: int, servers: dict[str, Any], *, adopts: bool = False
+    job: Job, roles: Roles, run: str, attempt: int, cast: ActorHandles, *, adopts: bool = False
 ) -> Any:
     """Ask Ray for the server manager; `adopts`: the servers have had another one before."""
     name = actor_name(job, "server-manager", attempt)
-    # Two per worker: one waits for a newer map, one for anything else.
+    # Two per worker wait for newer maps, of shards and of tables; some are for anything else.
     options = {**_common(run), **_resources({"CPU": 0.0}), **_threads(job, roles), "name": name}
     manager = ray.remote(ServerManager).options(**options)
-    return manager.remote(name, job, run, attempt, servers, roles, adopts=adopts)
+    tables = cast.replicated_tables(job)
+    return manager.remote(
+        name, job, run, attempt, cast.servers, roles, tables=tables, adopts=adopts
+    )
 
 
 def spawn_server(
@@ -113,14 +126,25 @@ def spawn_server(
     """
     name = actor_name(job, role, attempt)
     # Two per worker: one answers its mailbox, one its calls.
-    threads = _threads(job, roles)
-    options = {**_common(run), **_resources(roles.server_resources or {"CPU": 0.0}), **threads}
-    others = _nodes_but(beside, roles.server_resources or {}) if beside is not None else []
+    needs, part = _server_needs(job, roles, role)
+    options = {**_common(run), **_resources(needs), **_threads(job, roles)}
+    others = _nodes_but(beside, needs) if beside is not None else []
     if others:
         turn = int(role.rpartition("-")[2]) % len(others)
         # A soft affinity would read better, but Ray 2.60 often does not follow it for actors.
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(others[turn], soft=False)
-    return ray.remote(ServerNode).options(**options, name=name).remote(name)
+    return ray.remote(ServerNode).options(**options, name=name).remote(name, tables=part)
+
+
+def _server_needs(job: Job, roles: Roles, role: str) -> tuple[dict[str, float], TablePart | None]:
+    """Give a server node's resources, and where it is one of embedding tables, its part."""
+    if not role.startswith("embedding-"):
+        return roles.server_resources or {"CPU": 0.0}, None
+    assert job.embeddings is not None, "only such jobs have servers of tables"
+    tables, limit_s = job.embeddings, job.failure.step_timeout_s
+    index = int(role.rpartition("-")[2])  # a backup's is that of its primary, which tells it
+    part = TablePart(role, index, tables.replication > 1, limit_s)
+    return tables.resources_per_server, part
 
 
 def _threads(job: Job, roles: Roles) -> dict[str, int]:
@@ -149,20 +173,6 @@ def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
 
     nodes = compat.free_resources().items()
     return sorted(name for name, free in nodes if name != node and has_room(free))
-
-
-def _spawn_embedding_servers(job: Job, roles: Roles, run: str, attempt: int) -> list[Any]:
-    if job.embeddings is None:
-        return []
-    threads = {"max_concurrency": _most_workers(job, roles) + _SERVER_THREADS}
-    common = {**_common(run), **_resources(job.embeddings.resources_per_server), **threads}
-    servers = []
-    for index in range(job.embeddings.servers):
-        name = actor_name(job, f"embedding-server-{index}", attempt)
-        options = {**common, "name": name}
-        part = TablePart(f"embedding-server-{index}", index)
-        servers.append(ray.remote(ServerNode).options(**options).remote(name, tables=part))
-    return servers
 
 
 def spawn_worker(
@@ -229,7 +239,8 @@ def _check_feasible(job: Job, roles: Roles) -> None:
     needs = [job.scaling.resources()] * job.scaling.num_workers
     needs += [roles.server_resources or {}] * (roles.servers * roles.replication)
     if job.embeddings is not None:
-        needs += [job.embeddings.resources_per_server] * job.embeddings.servers
+        tables = job.embeddings
+        needs += [tables.resources_per_server] * (tables.servers * tables.replication)
     for need in needs:
         for name, amount in need.items():
             wanted[name] = wanted.get(name, 0.0) + amount

@@ -10,7 +10,7 @@ from distplat.cli.tables import table_lines
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview
     from distplat.actors.servers.scheduler import Entry, Roster
-    from distplat.platform.server_group import ServersSeen
+    from distplat.platform.server_group import ServersSeen, ShardAssignment
 
 
 def role_lines(seen: Overview) -> list[str]:
@@ -35,6 +35,14 @@ def role_facts(seen: Overview) -> dict[str, Any]:
 
 
 def _server_lines(servers: ServersSeen) -> list[str]:
+    lines = _shard_lines(servers) if servers.seats else ["server manager    no shards"]
+    if servers.tables:
+        rows = [[str(seat.shard), seat.primary, _backup(seat)] for seat in servers.tables]
+        lines += ["embedding tables", *table_lines(["PART", "SERVER", "BACKUP"], rows)]
+    return lines
+
+
+def _shard_lines(servers: ServersSeen) -> list[str]:
     if not servers.version:
         return ["server manager    no shard was given out yet: no worker has come"]
     total = servers.cuts[-1].stop if servers.cuts else 0
@@ -42,15 +50,17 @@ def _server_lines(servers: ServersSeen) -> list[str]:
     columns = ["SHARD", "ELEMENTS", "SERVER", "BACKUP"]
     rows = []
     for cut, seat in zip(servers.cuts, servers.seats, strict=True):
-        backup = "-"
-        if seat.backup is not None:
-            backup = seat.backup if seat.ready else f"{seat.backup} (being filled)"
-        elif seat.making is not None:
-            backup = f"{seat.making} (starting)"
-        rows.append([str(cut.index), f"{cut.start:,}..{cut.stop:,}", seat.primary, backup])
+        run = f"{cut.start:,}..{cut.stop:,}"
+        rows.append([str(cut.index), run, seat.primary, _backup(seat)])
     if not servers.replicated:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     return [head, *table_lines(columns, rows)]
+
+
+def _backup(seat: ShardAssignment) -> str:
+    if seat.backup is not None:
+        return seat.backup if seat.ready else f"{seat.backup} (being filled)"
+    return f"{seat.making} (starting)" if seat.making is not None else "-"
 
 
 def _worker_lines(roster: Roster) -> list[str]:

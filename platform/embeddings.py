@@ -63,6 +63,8 @@ class Embeddings(Spec):
     """Server nodes that share the rows of every table."""
     optimizer: AnyRowOptimizer
     """How rows are updated, on the servers."""
+    replication: int = Field(1, ge=1, le=2, strict=True)
+    """2: each server's rows have a backup, which takes over when their server is lost."""
     partition: Literal["hash", "range"] = "hash"
     """Who keeps a row: `hash` spreads busy ids, `range` cuts 0..num_embeddings evenly."""
     asynchronous: Flag = False

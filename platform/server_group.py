@@ -106,8 +106,11 @@ class ServersSeen:
     """Of the shard map; 0: no shard was given out yet."""
     cuts: tuple[Shard, ...]
     seats: tuple[ShardAssignment, ...]
-    """By shard, who keeps it."""
+    """By shard, who keeps it; empty: the strategy has no shards."""
     replicated: bool
+    """Whether each shard is kept twice."""
+    tables: tuple[ShardAssignment, ...] = ()
+    """By part of the embedding tables, who keeps it, where each part is kept twice."""
 
 
 @dataclass
@@ -116,10 +119,12 @@ class ServerGroup:
     State of a replicated server group.
 
     Args:
-        shards: how many; primaries are `server-0` and so on.
+        shards: how many: shards of the parameters, or servers of embedding tables.
+        prefix: of the servers' names; primaries are `server-0` and so on.
     """
 
     shards: int
+    prefix: str = "server"
     version: int = 1
     """Of the map of primaries: a client with an older one asks again."""
     broken: str | None = None
@@ -128,7 +133,9 @@ class ServerGroup:
 
     def __post_init__(self) -> None:
         self._made = self.shards  # servers named so far
-        self.seats = [ShardAssignment(index, f"server-{index}") for index in range(self.shards)]
+        self.seats = [
+            ShardAssignment(index, f"{self.prefix}-{index}") for index in range(self.shards)
+        ]
 
     @property
     def servers(self) -> list[str]:
@@ -223,7 +230,7 @@ class ServerGroup:
         return self._make(seat) if seat.losses < MOST_LOSSES else []
 
     def _make(self, seat: ShardAssignment) -> list[Order]:
-        seat.making = f"server-{self._made}"
+        seat.making = f"{self.prefix}-{self._made}"
         self._made += 1
         return [MakeBackup(seat.shard, seat.making, seat.primary)]
 

@@ -1,11 +1,15 @@
 """
-What Ray sees of the server manager: it owns the shard map, gives out the shards, watches the nodes.
+What Ray sees of the server manager: it owns the maps of who keeps what, and watches the nodes.
+
+Of the parameters it cuts the vector and gives out the shards. Of embedding tables that are kept
+twice it knows who keeps which part; which row is in which part follows from its id.
 
 A model that is cut has servers of its own for each part (`Division`), which know nothing of the
 others; the manager watches all of them.
 
-The class is plain; `spawn.py` makes an actor of it. Where every shard is kept twice, a replication
-manager replaces lost servers (`replication_manager.py`); else the first loss ends the attempt.
+The class is plain; `spawn.py` makes an actor of it. Where every shard, or every part of
+the tables, is kept twice, a replication manager replaces lost servers (`replication_manager.py`);
+else the first loss of a shard's server ends the attempt, and of a table's the controller hears.
 
 A manager that follows a lost one asks the servers what they have (`manager_recovery.py`): nothing
 that it must know is anywhere else.
@@ -20,7 +24,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.actors.messages import Address, Membership, ModelFacts, TableMap
 from distplat.actors.ray_transport import alone
 from distplat.actors.retrying_calls import Call, ask
 from distplat.actors.servers.health_check import HealthCheck
@@ -54,6 +58,8 @@ class ServerManager:
         servers: handles of the server nodes by name; at first `server-n` keeps shard n, and those
             of part 0 come first.
         roles: when they apply gradients, and how often each shard is kept.
+        tables: handles of the servers of embedding tables by name, where each part is kept twice;
+            at first `embedding-server-n` keeps part n.
         adopts: whether they have had another manager before.
         transport: its way to other actors; None: Ray's, in a process of its own.
     """
@@ -67,6 +73,7 @@ class ServerManager:
         servers: dict[str, Any],
         roles: Roles,
         *,
+        tables: dict[str, Any] | None = None,
         adopts: bool = False,
         transport: Transport | None = None,
     ) -> None:
@@ -81,18 +88,35 @@ class ServerManager:
         self._assigned = [threading.Event() for _ in self._division.parts]
         self._replication: ReplicationManager | None = None
         self._watch: HealthCheck | None = None
+        self._provisioning = ServerProvisioning(job.failure.start_timeout_s)
+        self._tables = self._look_after_tables(tables or {}, adopts=adopts)
         group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
-        held = adopt(self._transport, group, servers, attempt, limit) if adopts else []
+        held = adopt(self._transport, group, servers, attempt, limit) if adopts and servers else []
         self._found = {one.shard: one.cut for one in held if one.cut is not None}
         self._servers = [servers[seat.primary] for seat in group.seats]  # as they were at first
         if roles.replication > 1:
-            self._provisioning = ServerProvisioning(job.failure.start_timeout_s)
             make, assign = self._provisioning.make, self._assign_backup
             self._replication = ReplicationManager(
                 self._transport, group, servers, job.failure, make, assign
             )
-        else:
+        elif servers:
             self._watch = HealthCheck(self._transport, self._servers, limit)
+
+    def _look_after_tables(
+        self, servers: dict[str, Any], *, adopts: bool
+    ) -> ReplicationManager | None:
+        """Keep the servers of embedding tables going; None: there are none, or without backups."""
+        if not servers:
+            return None
+        assert self._job.embeddings is not None, "only such jobs have servers of tables"
+        group = ServerGroup(self._job.embeddings.servers, "embedding-server")
+        if adopts:
+            limit = self._job.failure.heartbeat_timeout_s
+            adopt(self._transport, group, servers, self._attempt, limit)
+        make = self._provisioning.make
+        # What a backup is to have, its primary tells it.
+        nothing = lambda server, part: None  # noqa: E731
+        return ReplicationManager(self._transport, group, servers, self._job.failure, make, nothing)
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
@@ -105,13 +129,35 @@ class ServerManager:
         Args:
             hold_s: see `Worker.poll`.
         """
-        if self._watch is not None:
+        groups = [one for one in (self._replication, self._tables) if one is not None]
+        if not groups:
+            assert self._watch is not None, "there are servers"
             self._watch.losing.wait(hold_s)
             return self._watch.lost
-        replicas = self._replication
-        assert replicas is not None, "one of them looks after the servers"
         wanted = self._provisioning.next(hold_s)
-        return wanted if replicas.lost is None else _lost_for_good(replicas.lost)
+        for group in groups:
+            if group.lost is not None:
+                return _lost_for_good(group.lost)
+        return wanted if self._watch is None or self._watch.lost is None else self._watch.lost
+
+    def table_servers(self, version: int, limit_s: float) -> TableMap | None:
+        """
+        Wait for a newer map of the tables' servers than one has; None: there is none yet.
+
+        Args:
+            version: of its map; 0: it has none.
+            limit_s: seconds to wait.
+
+        Raises:
+            ActorLost: a server was lost with all that it kept.
+        """
+        assert self._tables is not None, "only tables that are kept twice have a map"
+        if not self._tables.wait_past(version, limit_s):
+            return None
+        if self._tables.lost is not None:
+            raise _lost_for_good(self._tables.lost)
+        newest, names = self._tables.primaries()
+        return TableMap(newest, [self._tables.handles[name] for name in names], names)
 
     def bring(self, server: str, handle: Any) -> None:
         """Take a server that was wanted."""
@@ -165,18 +211,23 @@ class ServerManager:
         """Tell who keeps which shard; empty where no shard is kept twice."""
         return [] if self._replication is None else self._replication.seats()
 
+    def table_seats(self) -> list[ShardAssignment]:
+        """Tell who keeps which part of the tables; empty where none is kept twice."""
+        return [] if self._tables is None else self._tables.seats()
+
     def seen(self) -> ServersSeen:
         """Tell who keeps which shard, for those who look."""
         count, replicated = len(self._servers), self._replication is not None
+        tables = tuple(self.table_seats())
         seats = self.seats() or [
             ShardAssignment(index, f"server-{index}") for index in range(count)
         ]
         if len(self._first) < len(self._division.parts):
-            return ServersSeen(0, (), tuple(seats), replicated)
+            return ServersSeen(0, (), tuple(seats), replicated, tables)
         maps = [self._present(part, 0).shard_map for part in range(len(self._first))]
         cuts = [cut for one in maps for cut in one.shards]
         shards = tuple(replace(cut, index=index) for index, cut in enumerate(cuts))
-        return ServersSeen(maps[0].version, shards, tuple(seats), replicated)
+        return ServersSeen(maps[0].version, shards, tuple(seats), replicated, tables)
 
     def _present(self, part: int, place: int) -> Membership:
         """Give the map of a part as it is now; somebody has joined with it."""
@@ -310,8 +361,9 @@ class ServerManager:
         """Look after the servers no more; a process's end does as much."""
         if self._watch is not None:
             self._watch.close()
-        if self._replication is not None:
-            self._replication.close()
+        for group in (self._replication, self._tables):
+            if group is not None:
+                group.close()
 
 
 def _lost_for_good(server: str) -> ActorLost:

@@ -43,7 +43,7 @@ _ANSWER_GRACE_S = 10.0
 
 Make = Callable[[str, str], Any]
 """Has a server node made: name, and the node on which it should rather not be."""
-Assign = Callable[[Any, int], Address]
+Assign = Callable[[Any, int], Any]
 """Gives a server its shard, as a backup; waits for the first worker, who knows the model."""
 
 
@@ -72,7 +72,7 @@ class ReplicationManager:
         self._transport, self._limits = transport, limits
         self._make, self._assign = make, assign
         self._group, self.handles = group, dict(handles)
-        self._addresses: dict[str, Address] = {}  #: of promoted servers' parameters
+        self._addresses: dict[str, Address | None] = {}  #: of promoted servers' parameters
         self._news: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
         self._open: dict[Any, tuple[str, float]] = {}  #: question -> (server, when it was asked)
         self._heard: dict[str, float] = {}  #: server -> when it last answered
@@ -230,6 +230,8 @@ class ReplicationManager:
         return True
 
     def _lose(self, name: str) -> list[Order]:
+        if self._closed:  # the run is over: its servers end
+            return []
         orders = self._group.lost(name)
         handle = self.handles.get(name)
         if handle is not None:

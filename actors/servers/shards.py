@@ -14,8 +14,8 @@ from distplat.actors.memory.device_copy import DirectTransfer, cuda_transfer
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
 from distplat.actors.retrying_calls import ask
 from distplat.actors.servers.fan_out import ANSWER_GRACE_S, FanOut
+from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, following
 from distplat.actors.servers.pushes import Pushes
-from distplat.actors.servers.shard_map_watcher import MapChanged, ShardMapWatcher
 from distplat.actors.servers.vector_transport import (
     CopyTransport,
     SharedMemoryTransport,
@@ -67,7 +67,7 @@ class RemoteShards:
         self._limits = order.job.failure
         self._pulls = self._roads = 0
         self._open_lines: FanOut | None = None  #: None: not connected yet
-        self._tracker: ShardMapWatcher | None = None
+        self._watcher: MapWatcher[Membership] | None = None
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._transfer = DirectTransfer()
         self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
@@ -106,8 +106,9 @@ class RemoteShards:
             raise several_types(flat, "wire")
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
-            manager = self._order.manager
-            self._tracker = ShardMapWatcher(self._transport, manager, joined, self._limits)
+            manager, known = self._order.manager, (joined.part, joined.place)
+            ask_map = partial(self._transport.call, manager, "follow", *known)
+            self._watcher = MapWatcher(self._transport, ask_map, joined.version, self._limits)
         self._take_over(self._open_road(joined), joined.private, saved)
 
     def close(self) -> None:
@@ -213,7 +214,7 @@ class RemoteShards:
 
     def one_memory(self) -> bool:
         """See `Shards`; a backup would not have what a worker writes."""
-        return self._road.one_copy and not self._on_device and self._tracker is None
+        return self._road.one_copy and not self._on_device and self._watcher is None
 
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
@@ -265,21 +266,15 @@ class RemoteShards:
         return fetch_copies(asks, version, self._limits.step_timeout_s)
 
     def _following(self, action: Callable[[], Result]) -> Result:
-        """Do something with the servers; once more where a lost one is followed by another."""
-        while True:
-            try:
-                self._look()  # servers may have changed while the worker computed
-                return action()
-            except (ActorLost, FencedError, MapChanged) as error:
-                if self._tracker is None:
-                    raise
-                self._follow(self._tracker, error)
+        """Do something with the servers; see `following`."""
+        return following(self._watcher, self._look, action, self._follow)
 
-    def _follow(self, tracker: ShardMapWatcher, error: Exception) -> None:
+    def _follow(self, error: Exception) -> None:
         """Go over to the servers that keep the shards now; the step's gradient comes along."""
+        assert self._watcher is not None, "a loss is raised where no shard is kept twice"
         self.close()
         while True:
-            joined = tracker.follow(error, self._check)
+            joined = self._watcher.follow(error, self._check)
             try:
                 # New memory: a server that was frozen and wakes up writes where nobody looks.
                 self._open_road(joined)
@@ -298,8 +293,8 @@ class RemoteShards:
     def _look(self) -> None:
         """See whether a wait is still of use."""
         self._check()
-        if self._tracker is not None:
-            self._tracker.look()
+        if self._watcher is not None:
+            self._watcher.look()
 
     def _pull(self, setting: str) -> list[Answer]:
         pull = PullId(self._order.attempt, self._order.rank, self._pulls)

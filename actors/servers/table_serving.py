@@ -39,7 +39,6 @@ class TableServing(Serving[TableServer]):
 
     def __init__(self, part: TablePart, transport: Transport) -> None:
         super().__init__(part.server, transport)
-        self._index = part.index
         self._server = TableServer(part.server, part.index)
         store, role = self._server.store, Role.WAITING if part.replicated else Role.ALONE
         self._replication = Replication(part.server, transport, role, store, part.limit_s)

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.actors.memory.memfd import Segment
-from distplat.actors.messages import Opened, Parcel, WorkOrder
-from distplat.actors.retrying_calls import Call, PendingCall
+from distplat.actors.messages import Opened, Parcel, TableMap, WorkOrder
+from distplat.actors.retrying_calls import Call, PendingCall, ask
+from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, Result, following
 from distplat.actors.transport import Transport
-from distplat.platform.errors import InfrastructureError
+from distplat.platform.errors import ActorLost, FencedError, InfrastructureError
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.ports import TablesCopy
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 _ANSWER_GRACE_S = 10.0
 """A server times out by itself and says who is missing; only a frozen one needs ours on top."""
 _SMALLEST = 1 << 12
+_START = "start_timeout_s"
 
 
 class _Memory:
@@ -60,6 +62,28 @@ class _Memory:
         self._segment.seal()
 
 
+class _Push:
+    """
+    A push under way. See `Sending`.
+
+    Args:
+        send: hands the gradients over; again where a lost server is followed by another.
+        after_loss: does something once more with the servers that there are after a loss.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[], PendingCall],
+        after_loss: Callable[[Callable[[], None], Callable[[], None]], None],
+    ) -> None:
+        self._send, self._after_loss = send, after_loss
+        self._sent = send()
+
+    def wait(self) -> None:
+        """See `Sending`."""
+        self._after_loss(lambda: self._sent.wait(), lambda: self._send().wait())
+
+
 class RemoteTables:
     """
     The servers of embedding tables, seen by one worker.
@@ -76,9 +100,11 @@ class RemoteTables:
     ) -> None:
         self._transport, self._order = transport, order
         self._every, self._abandoned = every, abandoned
-        self._servers, self._limits = order.embedding_servers, order.job.failure
-        self._ids = _Memory(transport.node, "int64")
-        self._values = _Memory(transport.node, "float32")
+        self._servers, self._limits = list(order.embedding_servers), order.job.failure
+        self._names = [f"embedding-server-{k}" for k in range(len(self._servers))]
+        self._watcher: MapWatcher[TableMap] | None = None
+        self._saved: tuple[int, list[Any]] = 0, []
+        self._new_memory()
 
     def connect(
         self,
@@ -97,33 +123,85 @@ class RemoteTables:
             rewinds=order.rewinds,
             checkpoint_every=self._every,
         )
-        at, files = 0, []
         if saved is not None and order.saved is not None:
-            at, files = saved.step, [order.saved.files[name] for name in saved.table_files]
-        self._pulled = self._kept = 0
-        memory = self._ids.address
+            files = [order.saved.files[name] for name in saved.table_files]
+            self._saved = saved.step, files
+        self._pulled = 0
+        if order.job.embeddings is not None and order.job.embeddings.replication > 1:
+            self._watch()
+        return self._plan, self._following(self._open)
+
+    def _watch(self) -> None:
+        """Learn who keeps the tables now, and hear when that changes."""
+        call, setting = partial(self._transport.call, self._order.manager, "table_servers"), _START
+        limit = self._limits.start_timeout_s + _ANSWER_GRACE_S
+        first = [partial(call, 0, 0.0)]
+        found: TableMap = ask(
+            self._transport, "map of tables", first, ["server-manager"], limit, setting, self._check
+        )[0]
+        self._servers, self._names = found.servers, found.names
+        self._watcher = MapWatcher(self._transport, call, found.version, self._limits)
+
+    def _new_memory(self) -> None:
+        node = self._transport.node
+        self._ids, self._values = _Memory(node, "int64"), _Memory(node, "float32")
+        self._kept = 0
+
+    def _open(self) -> int:
+        """Join the attempt at all servers; give the steps that each of them has at least."""
+        memory, call = self._ids.address, self._transport.call
+        who = self._plan, self._order.rank, memory, *self._saved
         opened: list[Opened] = self._ask(
-            "connecting to tables",
-            lambda k, server: partial(
-                self._transport.call, server, "open", self._plan, order.rank, memory, at, files
-            ),
-            "start_timeout_s",
+            "connecting to tables", lambda k, server: partial(call, server, "open", *who), _START
         ).answers()
         self._near = [answer.near for answer in opened]
-        names = ", ".join(table.name for table in tables)
+        names = ", ".join(table.name for table in self._plan.tables)
         near = [k for k, is_near in enumerate(self._near) if is_near]
         far = [k for k, is_near in enumerate(self._near) if not is_near]
         logger.info("tables %s; by shared memory: %s, in the call: %s", names, near, far)
-        return self._plan, min(answer.steps for answer in opened)
+        return min(answer.steps for answer in opened)
+
+    def _following(self, action: Callable[[], Result]) -> Result:
+        """Do something with the servers; see `following`."""
+        return following(self._watcher, self._look, action, self._follow)
+
+    def _follow(self, error: Exception) -> None:
+        """Go over to the servers that keep the tables now."""
+        assert self._watcher is not None, "a loss is raised where no part is kept twice"
+        while True:
+            found = self._watcher.follow(error, self._check)
+            self._servers, self._names = found.servers, found.names
+            # A server that was frozen and wakes up writes where nobody looks.
+            self.close()
+            self._new_memory()
+            try:
+                self._open()
+                return
+            except (ActorLost, FencedError, MapChanged) as again:
+                error = again
+
+    def _after_loss(self, first: Callable[[], None], again: Callable[[], None]) -> None:
+        """Do something with the servers, and something else after each time that one is lost."""
+        turn = [first]
+
+        def follow(error: Exception) -> None:
+            turn[0] = again
+            self._follow(error)
+
+        following(self._watcher, self._look, lambda: turn[0](), follow)
 
     def begin(self, version: int) -> None:
         """See `Tables`."""
         attempt, call = self._plan.attempt, self._transport.call
         question = lambda k, server: partial(call, server, "begin", attempt, version)  # noqa: E731
-        self._ask(f"going on after step {version}", question, "start_timeout_s").answers()
+        what = f"going on after step {version}"
+        self._following(lambda: self._ask(what, question, _START).answers())
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         """See `Tables`."""
+        return self._following(lambda: self._pull(table, ids, keep=keep))
+
+    def _pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         count, width = len(ids.ids), self._plan.tables[table].width
         self._ids.room(count)[0][:] = ids.ids
         flat, start = self._values.room(count * width, self._kept)
@@ -150,11 +228,16 @@ class RemoteTables:
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
         skip: bool = False,
-    ) -> PendingCall:
+    ) -> _Push:
         """See `Tables`."""
+        push = PushId(self._order.run, self._order.attempt, self._order.rank, step, task)
+        return _Push(lambda: self._push(push, gradients, skip), self._after_loss)
+
+    def _push(
+        self, push: PushId, gradients: Sequence[tuple[Routed, RowGradients]], skip: bool
+    ) -> PendingCall:
         self._kept = 0
         places = self._write(gradients)
-        push = PushId(self._order.run, self._order.attempt, self._order.rank, step, task)
 
         def question(k: int, server: Any) -> Call:
             parcels = [
@@ -163,20 +246,25 @@ class RemoteTables:
             ]
             return partial(self._transport.call, server, "push", push, parcels, skip)
 
-        return self._ask(f"push {step} to tables", question)
+        return self._ask(f"push {push.seq} to tables", question)
 
     def copies(self, version: int) -> list[TablesCopy] | None:
         """See `Tables`."""
         call = self._transport.call
 
         def ask_one(k: int, limit_s: float) -> TablesCopy:
-            what = f"tables after {version} steps"
+            what, look = f"tables after {version} steps", self._check
             question = lambda k, server: partial(call, server, "kept", version, limit_s)  # noqa: E731
-            answer: TablesCopy = self._ask(what, question, asked=[k]).answers()[0]
+            answer: TablesCopy = self._ask(what, question, asked=[k], look=look).answers()[0]
             return answer
 
         asks = [partial(ask_one, k) for k in range(len(self._servers))]
-        return fetch_copies(asks, version, self._limits.step_timeout_s)
+        try:
+            return fetch_copies(asks, version, self._limits.step_timeout_s)
+        except ActorLost:
+            if self._watcher is None:
+                raise
+            return None  # its backup need not have kept them
 
     def close(self) -> None:
         """Leave: no server maps this worker's memory from now on."""
@@ -219,15 +307,22 @@ class RemoteTables:
         question: Callable[[int, Any], Call],
         setting: str = "step_timeout_s",
         asked: Sequence[int] | None = None,
+        look: Callable[[], None] | None = None,
     ) -> PendingCall:
         """Ask servers, by default all."""
         numbers = range(len(self._servers)) if asked is None else asked
         calls = [question(k, self._servers[k]) for k in numbers]
-        names = [f"embedding-server-{k}" for k in numbers]
+        names = [self._names[k] for k in numbers]
         limit = getattr(self._limits, setting) + _ANSWER_GRACE_S
+        return PendingCall(self._transport, what, calls, names, limit, setting, look or self._look)
 
-        def look() -> None:
-            if self._abandoned.is_set():
-                raise InfrastructureError(f"{what}: this rank was told to give up")
+    def _check(self) -> None:
+        """See whether this attempt is still on."""
+        if self._abandoned.is_set():
+            raise InfrastructureError(f"rank {self._order.rank} was told to give up")
 
-        return PendingCall(self._transport, what, calls, names, limit, setting, look)
+    def _look(self) -> None:
+        """See whether a wait is still of use."""
+        self._check()
+        if self._watcher is not None:
+            self._watcher.look()

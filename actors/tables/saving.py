@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
+from distplat.actors.messages import TableMap
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
 from distplat.platform.spec import Job
@@ -34,6 +35,12 @@ class _Server:
 def sources_of(actor_group: ActorGroup, job: Job) -> list[PartSource]:
     """Give the servers of a run that has ended well, in order."""
     assert job.embeddings is not None, "only such jobs have servers of tables"
-    names = [f"embedding-server-{index}" for index in range(job.embeddings.servers)]
-    limit = job.failure.step_timeout_s
-    return [_Server(actor_group.roles[name], name, limit) for name in names]
+    limit, setting = job.failure.step_timeout_s, "step_timeout_s"
+    if job.embeddings.replication == 1:
+        names = [f"embedding-server-{index}" for index in range(job.embeddings.servers)]
+        return [_Server(actor_group.roles[name], name, limit) for name in names]
+    transport, manager = RayTransport(), actor_group.roles["server-manager"]
+    call, who = partial(transport.call, manager, "table_servers", 0, 0.0), ["server-manager"]
+    found: TableMap = ask(transport, "saving tables", [call], who, limit, setting)[0]
+    pairs = zip(found.servers, found.names, strict=True)
+    return [_Server(handle, name, limit) for handle, name in pairs]

@@ -1,10 +1,12 @@
 """Embeddings on servers, through real actors: the same tables as in one process."""
 
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from small_runs import distance, train, weights
 from table_runs import tables, words
 from test_failures import Killer
@@ -58,6 +60,49 @@ def test_a_replaced_worker_leaves_the_same_bits(
     lossy = train(words(strategy, 2, task="words:Deadly", task_args=args), tmp_path)
     assert len(lossy.setbacks) == 1
     same_bits(lossy, plain)
+
+
+class KillPrimary(threading.Thread):
+    """Kills a server that keeps tables, once all have backups. An `Observer`."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.training, self.lost = threading.Event(), ""
+        self.followed = ""  #: who keeps its rows since
+
+    def started(self, job: object, run: str, path: Path) -> None:
+        self.run_name = run
+        self.start()
+
+    def stepped(self, summary: object) -> None:
+        self.training.set()
+
+    def disturbed(self, news: object) -> None:
+        pass
+
+    def run(self) -> None:
+        assert self.training.wait(60)
+        manager = ray.get_actor("small/server-manager", namespace=self.run_name)
+        seats = ray.get(manager.table_seats.remote(), timeout=60)
+        assert all(seat.ready for seat in seats), "workers have their rows when all are kept twice"
+        ray.kill(ray.get_actor(f"small/{seats[0].primary}", namespace=self.run_name))
+        self.lost = seats[0].primary
+        found = ray.get(manager.table_servers.remote(1, 60.0), timeout=60)
+        self.followed = found.names[0]
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_a_lost_server_with_a_backup_costs_no_step(
+    plain: Result, strategy: str, tmp_path: Path
+) -> None:
+    killer, args = KillPrimary(), {"marker": "", "at": 0, "pause": 0.3}
+    spec = words(strategy, 2, task="words:Deadly", task_args=args)
+    spec["embeddings"] = {**spec["embeddings"], "replication": 2}
+    result = train(spec, tmp_path, observers=(killer,))
+    assert (killer.lost, killer.followed) == ("embedding-server-0", "embedding-server-2")
+    assert result.setbacks == []
+    assert [summary.step for summary in result.history] == list(range(1, len(plain.history) + 1))
+    same_bits(result, plain)
 
 
 def test_a_lost_server_comes_back_from_the_checkpoint(plain: Result, tmp_path: Path) -> None:

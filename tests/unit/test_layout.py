@@ -47,7 +47,6 @@ LIGHT = [
     "distplat.strategies.tensor.heads",
     "distplat.strategies.tensor.plan",
     "distplat.actors.controller",
-    "distplat.actors.tables.node",
     "distplat.actors.actor_group",
     "distplat.actors.launch",
     "distplat.actors.messages",

@@ -111,6 +111,19 @@ def test_what_is_not_there_is_said(seen: Overview, last: str) -> None:
     assert role_lines(seen)[-1] == last
 
 
+def test_tables_that_are_kept_twice_are_shown() -> None:
+    tables = (ShardAssignment(0, "embedding-server-0", "embedding-server-1", ready=True),)
+    seen = ServersSeen(0, (), (), False, tables)
+    assert role_lines(Overview("r", "j", seen, None)) == [
+        "run r",
+        "",
+        "server manager    no shards",
+        "embedding tables",
+        "PART  SERVER              BACKUP",
+        "0     embedding-server-0  embedding-server-1",
+    ]
+
+
 def test_json_has_all_of_it() -> None:
     seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), roster())
     found = json.loads(to_json(role_facts(seen)))

@@ -1,15 +1,15 @@
-"""How a worker learns that shards are served by others now: one question open to the manager."""
+"""How a worker learns that a store is served by others now: one question open to the manager."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from distplat.actors.messages import Membership
+from distplat.actors.messages import Membership, TableMap
 from distplat.actors.retrying_calls import AGAIN_S, LOOK_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
-from distplat.platform.errors import ActorLost
+from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.spec import Failure
 
 _ASK_S = 10.0
@@ -18,29 +18,32 @@ _GRACE_S = 10.0
 """A lost server is noticed within the heartbeat's deadline, and its backup promoted soon after."""
 
 
+Map = TypeVar("Map", Membership, TableMap)
+Result = TypeVar("Result")
+Ask = Callable[[int, float], Any]
+"""Asks the manager for a newer map than of this version, which it may wait for; gives the reply."""
+
+
 class MapChanged(Exception):
     """A newer map of the servers is there."""
 
 
-class ShardMapWatcher:
+class MapWatcher(Generic[Map]):
     """
     Keeps a worker's map of the servers up to date.
 
     Args:
         transport: the worker's.
-        manager: handle of the server manager.
-        joined: the map that the worker has.
+        ask: see `Ask`.
+        version: of the map that the worker has.
         limits: the job's deadlines.
     """
 
-    def __init__(
-        self, transport: Transport, manager: Any, joined: Membership, limits: Failure
-    ) -> None:
-        self._transport, self._manager, self._limits = transport, manager, limits
-        self._part, self._place = joined.part, joined.place
-        self._version = joined.shard_map.version
-        self._newer: Membership | None = None
-        self._question = self._ask()
+    def __init__(self, transport: Transport, ask: Ask, version: int, limits: Failure) -> None:
+        self._transport, self._ask, self._limits = transport, ask, limits
+        self._version = version
+        self._newer: Map | None = None
+        self._question = self._ask(version, _ASK_S)
 
     def look(self) -> None:
         """
@@ -48,14 +51,14 @@ class ShardMapWatcher:
 
         Raises:
             MapChanged: there is a newer map.
-            ActorLost: a shard was lost for good, or the manager.
+            ActorLost: a server was lost with all that it kept, or the manager.
         """
         if self._transport.wait([self._question], 0.0):
             self._take_answer()
         if self._newer is not None:
             raise MapChanged
 
-    def follow(self, error: Exception, check: Callable[[], object]) -> Membership:
+    def follow(self, error: Exception, check: Callable[[], object]) -> Map:
         """
         Give the newer map, once it is there.
 
@@ -71,7 +74,7 @@ class ShardMapWatcher:
             if self._transport.wait([self._question], LOOK_S):
                 self._take_answer()
         found, self._newer = self._newer, None
-        self._version = found.shard_map.version
+        self._version = found.version
         return found
 
     def _take_answer(self) -> None:
@@ -82,9 +85,30 @@ class ShardMapWatcher:
         except ActorDied as error:
             raise ActorLost("server-manager", None, str(error)) from None
         if self._newer is not None:
-            self._version = self._newer.shard_map.version
-        self._question = self._ask()
+            self._version = self._newer.version
+        self._question = self._ask(self._version, _ASK_S)
 
-    def _ask(self) -> Any:
-        known = self._part, self._place, self._version
-        return self._transport.call(self._manager, "follow", *known, _ASK_S)
+
+def following(
+    watcher: MapWatcher[Any] | None,
+    look: Callable[[], object],
+    action: Callable[[], Result],
+    follow: Callable[[Exception], object],
+) -> Result:
+    """
+    Do something with servers; once more where a lost one is followed by another.
+
+    Args:
+        watcher: of their map; None: no store is kept twice, so a loss is raised.
+        look: sees whether it is still wanted, and whether servers changed meanwhile.
+        action: what to do.
+        follow: goes over to the servers that there are now; is told why.
+    """
+    while True:
+        try:
+            look()
+            return action()
+        except (ActorLost, FencedError, MapChanged) as error:
+            if watcher is None:
+                raise
+            follow(error)
