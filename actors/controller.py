@@ -21,13 +21,14 @@ from distplat.actors.scaling import Scaling
 from distplat.actors.servers.scheduler import ScaleRequest
 from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
-from distplat.platform.job import JobState, Phase
-from distplat.platform.job_events import (
+from distplat.platform.job import (
     Event,
     Failed,
     Heard,
+    JobState,
     Joined,
     Left,
+    Phase,
     Resize,
     Tick,
     Unanswered,

@@ -28,18 +28,17 @@ from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
-from distplat.platform.checkpoint_assembly import Delivery
+from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned, DistplatError
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.tensor_slices import Bundle, Bytes
-from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checks import remark_on_size
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.parts import model_part
-from distplat.strategies.training.pause import PauseGate
-from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.session import (
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.parts import model_part
+from distplat.strategies.loop.checks import remark_on_size
+from distplat.strategies.loop.loop import Progress
+from distplat.strategies.loop.pause import PauseGate
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.session import (
     Around,
     describe,
     join,
@@ -47,7 +46,8 @@ from distplat.strategies.training.session import (
     prepare,
     resize,
 )
-from distplat.strategies.training.shown import Shown, part_copy, state_copy
+from distplat.strategies.loop.snapshot_publisher import Shown, part_copy, state_copy
+from distplat.strategies.task import Task
 from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import distplat
 from distplat.cli import shipping
-from distplat.cli.job_types import Info, NoSuchJob
+from distplat.cli.address import Info, NoSuchJob
 from distplat.cli.render import Facts
-from distplat.platform.errors import ClusterUnreachable, DeadlineExceeded, Problem, SpecError
+from distplat.platform.errors import (
+    ClusterUnreachable,
+    DeadlineExceeded,
+    Problem,
+    SpecError,
+    nearest,
+)
 from distplat.platform.spec import Job
-from distplat.platform.suggest import nearest
 
 if TYPE_CHECKING:
     from distplat.cli.cluster import Jobs

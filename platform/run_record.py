@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distplat.platform.errors import Problem, SpecError, StorageError
+from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace, TraceEvent
 from distplat.platform.progress import (
     EvalSummary,
@@ -24,7 +24,6 @@ from distplat.platform.progress import (
     Setback,
     StepSummary,
 )
-from distplat.platform.suggest import nearest
 from distplat.platform.yaml_source import parse_yaml
 
 T = TypeVar("T")

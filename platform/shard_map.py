@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.even_split import split_evenly
-from distplat.platform.spec import Job
+from distplat.platform.spec import SYNCHRONOUS, Consistency, Job
 from distplat.platform.vector_layout import Layout
 
 _ALIGN = 16

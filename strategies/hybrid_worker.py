@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.collective import Collective
+from distplat.strategies.loop.compute import Compute
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.meta import on_meta
+from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.pipeline.options import HybridOptions
 from distplat.strategies.pipeline.rank import Rank
 from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
-from distplat.strategies.training.compute import Compute
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.meta import on_meta
-from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.worker import Context, WorkerStrategy
 
 

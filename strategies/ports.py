@@ -17,12 +17,12 @@ from distplat.platform.load import ShardLoad
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.platform.task_scheduler import TaskPlan, Work
 from distplat.platform.tensor_slices import Entry
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import Holding
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checkpoint_types import Holding
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
 
 
 @dataclass(frozen=True)

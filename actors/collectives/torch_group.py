@@ -32,9 +32,8 @@ from distplat.actors.collectives.header import (
     check_message,
     header,
 )
-from distplat.actors.collectives.heartbeat import Heartbeat
 from distplat.actors.collectives.rendezvous import GIVEN_UP, Settings
-from distplat.actors.collectives.torch_store import Store, run_unless_given_up
+from distplat.actors.collectives.torch_store import Heartbeat, Store, run_unless_given_up
 from distplat.actors.collectives.work import Work
 from distplat.platform.errors import CollectiveError, MismatchError
 from distplat.platform.topology import RankLocation

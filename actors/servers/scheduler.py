@@ -15,9 +15,8 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from distplat.platform.consistency import Consistency
 from distplat.platform.errors import FencedError, Problem, ProtocolError, SpecError
-from distplat.platform.spec import Job
+from distplat.platform.spec import Consistency, Job
 from distplat.platform.task_scheduler import TaskPlan, TaskScheduler, Work, lease_size
 from distplat.platform.worker_stats import WorkerHeartbeat, WorkerStats, WorkerTable
 

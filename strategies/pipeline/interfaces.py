@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.collective import Collective
-from distplat.strategies.training.checkpoint_types import CheckpointPart
-from distplat.strategies.training.control import StepControl
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.worker import Context
 
 Versions = Callable[[int], list[int]]

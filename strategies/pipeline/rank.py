@@ -26,28 +26,30 @@ from torch import Tensor
 from distplat.platform.grid import Grid, Position
 from distplat.strategies.algorithms.schedule_messages import Plan
 from distplat.strategies.algorithms.simulate import simulate
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.collective import Collective
-from distplat.strategies.pipeline.all_reduce_grad_sync import AllReduceGradSync
+from distplat.strategies.loop.compute import Share, precision
+from distplat.strategies.loop.control import ELSEWHERE, StepControl
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.pipeline.channel import Channel
-from distplat.strategies.pipeline.compute import Pipeline, Settings
-from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.executor import (
+    Executor,
+    StageContext,
+    evaluation_plan,
+    training_plan,
+)
+from distplat.strategies.pipeline.grad_sync import AllReduceGradSync, PsGradSync
 from distplat.strategies.pipeline.interfaces import Exchange
 from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.metrics import PipelineMetrics
+from distplat.strategies.pipeline.model_partition import agreed_part
 from distplat.strategies.pipeline.options import HybridOptions
-from distplat.strategies.pipeline.part import Part
-from distplat.strategies.pipeline.parting import agreed_part
-from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
-from distplat.strategies.pipeline.ps_grad_sync import PsGradSync
-from distplat.strategies.pipeline.reconnectable_group import ReconnectableGroup
-from distplat.strategies.pipeline.run import StageContext
+from distplat.strategies.pipeline.rank_model import Part
+from distplat.strategies.pipeline.stage_compute import Pipeline, Settings
+from distplat.strategies.tensor.exchange import ReconnectableGroup
+from distplat.strategies.tensor.layers import gather_full
 from distplat.strategies.tensor.parallelize import forget
-from distplat.strategies.tensor.parts import gather_full
-from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
-from distplat.strategies.training.compute import Share, precision
-from distplat.strategies.training.control import ELSEWHERE, StepControl
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.worker import Context
 
 

@@ -19,7 +19,7 @@ from test_server_loss import undisturbed
 from distplat.actors.overview import Overview, one_run, overview, scale
 from distplat.actors.runs import RunName
 from distplat.cli.main import run as command
-from distplat.cli.roles import role_lines
+from distplat.cli.running import role_lines
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import Recovery, Resized, Setback, StepSummary

@@ -19,21 +19,18 @@ from torch import Tensor
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
 from distplat.actors.local_transport import opened
-from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery
+from distplat.platform.checkpoints import CheckpointAssembly, Delivery
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import by_file, put_together
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric, InMemoryBoard
-from distplat.strategies.ports import Leases, Shards, Tables
-from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checkpoint_types import CheckpointPart
-from distplat.strategies.training.leased_loop import LeasedLoop
-from distplat.strategies.training.loop import Loop, Progress
-from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.session import (
+from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.session import (
     Around,
     Ports,
     describe,
@@ -42,6 +39,8 @@ from distplat.strategies.training.session import (
     prepare,
     resize,
 )
+from distplat.strategies.ports import Leases, Shards, Tables
+from distplat.strategies.task import Task
 from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 

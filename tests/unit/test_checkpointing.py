@@ -18,15 +18,14 @@ from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import PATIENCE, Checkpoints
 from distplat.cli.main import run as command
-from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery
-from distplat.platform.checkpoints import Catalogue
+from distplat.platform.checkpoints import Catalogue, CheckpointAssembly, Delivery
 from distplat.platform.disk import RealDisk
 from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
 from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.tensor_slices import Entry, TensorSlice
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.strategy import Roles
-from distplat.strategies.training.checkpoint_types import CheckpointPart
 
 HERE = Path(__file__).parents[1] / "cluster"
 

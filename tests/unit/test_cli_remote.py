@@ -9,7 +9,7 @@ import pytest
 from jobs import job_of
 
 from distplat.cli import remote, shipping
-from distplat.cli.job_types import NoSuchJob
+from distplat.cli.address import NoSuchJob
 from distplat.cli.remote import LogReader, Parcel, clean_lines, exit_code, follow
 from distplat.cli.shipping import Received
 from distplat.platform.errors import ClusterUnreachable, SpecError

@@ -1,6 +1,6 @@
 """What follows from when servers apply gradients."""
 
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 
 
 def test_workers_compute_on_copies_where_servers_do_not_wait() -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import CollectiveError, StateLost
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ports import Pushed
-from distplat.strategies.training.control import StepControl
 
 LOST_AT = 3
 

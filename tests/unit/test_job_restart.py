@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from distplat.platform.deadlines import STALL_GRACE
 from distplat.platform.errors import (
     ActorLost,
     CollectiveError,
@@ -15,8 +14,17 @@ from distplat.platform.errors import (
     StateLost,
     UserCodeError,
 )
-from distplat.platform.job import SETTLE_S, JobState, Phase
-from distplat.platform.job_events import Event, Failed, Heard, Tick, Unanswered
+from distplat.platform.job import (
+    SETTLE_S,
+    STALL_GRACE,
+    Event,
+    Failed,
+    Heard,
+    JobState,
+    Phase,
+    Tick,
+    Unanswered,
+)
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
 

@@ -8,7 +8,7 @@ import pytest
 from distplat.actors.overview import Overview
 from distplat.actors.servers.scheduler import Entry, Roster, ScaleRequest
 from distplat.cli.render import to_json
-from distplat.cli.roles import role_facts, role_lines
+from distplat.cli.running import role_facts, role_lines
 from distplat.platform.server_group import ServersSeen, ShardAssignment
 from distplat.platform.shard_map import Shard
 from distplat.platform.worker_stats import WorkerStats

@@ -8,8 +8,8 @@ import pytest
 from jobs import job_of
 
 from distplat.actors.servers.scheduler import HOLD_S, ROOM, Scheduler
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import FencedError, ProtocolError, SpecError
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.platform.task_scheduler import TaskPlan
 from distplat.platform.worker_stats import WorkerHeartbeat
 

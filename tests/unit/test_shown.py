@@ -7,7 +7,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from distplat.strategies.training.shown import Shown, state_copy
+from distplat.strategies.loop.snapshot_publisher import Shown, state_copy
 
 State = Shown[dict[str, Tensor]]
 

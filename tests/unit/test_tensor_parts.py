@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from rank_threads import on_ranks
 
 from distplat.platform.tensor_slices import Entry, TensorSlice, put_together
+from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
+from distplat.strategies.checkpoint.parts import as_array, whole_of
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.parts import gather_full, join, place_of, take
+from distplat.strategies.tensor.layers import gather_full, join, place_of, take
 from distplat.strategies.tensor.plan import ShardSpec, slice_of
-from distplat.strategies.training.checkpoint_reader import tensor_of
-from distplat.strategies.training.parts import as_array, whole_of
 
 
 @given(

@@ -10,10 +10,10 @@ from distplat.actors.connection import Connection
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.training import Session, Standing
 from distplat.actors.worker import Worker
-from distplat.platform.checkpoint_assembly import Delivery
+from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.pause import PauseGate
+from distplat.strategies.loop.loop import Progress
+from distplat.strategies.loop.pause import PauseGate
 
 
 def working() -> Worker:
