@@ -92,7 +92,7 @@ def _train(
         servers, leases = None, None
         if roles.servers:
             servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
-        if roles.consistency.dealt:
+        if roles.consistency.dynamic_tasks:
             leases = ending.enter_context(closing(TaskDesk(job, roles, launch.run))).leases(0)
         ports = Ports(
             collective=Fabric(1).collective(0),

@@ -46,7 +46,7 @@ from distplat.strategies.loop.session import (
     prepare,
     resize,
 )
-from distplat.strategies.loop.snapshot_publisher import Shown, part_copy, state_copy
+from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, part_copy, state_copy
 from distplat.strategies.task import Task
 from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Standing:
+class AttemptState:
     """How things stand with an attempt; replaced as a whole, for other threads read it."""
 
     attempt: int
@@ -82,12 +82,12 @@ class Session:
         deliver: Callable[[Delivery], None],
     ) -> None:
         self._report, self._deliver = report, deliver
-        self.standing = Standing(-1, PauseGate(0.0))
+        self.standing = AttemptState(-1, PauseGate(0.0))
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
         self._connection = Connection(RayTransport(), -1, self.standing.gate)
-        self._shown: Shown[dict[str, torch.Tensor]] = Shown()
-        self._part_shown: Shown[Bundle] = Shown()
+        self._shown: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
+        self._part_shown: SnapshotPublisher[Bundle] = SnapshotPublisher()
 
     def show(self, version: int) -> Reply:
         """
@@ -127,7 +127,7 @@ class Session:
         """
         gate = PauseGate(order.job.failure.step_timeout_s)
         self._connection = Connection(RayTransport(), order.attempt, gate)
-        self.standing = Standing(order.attempt, gate)
+        self.standing = AttemptState(order.attempt, gate)
         if called_off:
             self._connection.give_up()
         try:

@@ -19,7 +19,7 @@ from distplat.platform.errors import Problem, SpecError
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview
-    from distplat.actors.servers.scheduler import Entry, Roster
+    from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
     from distplat.platform.server_group import ServersSeen
 
 
@@ -63,15 +63,15 @@ def _server_lines(servers: ServersSeen) -> list[str]:
     return [head, *table_lines(columns, rows)]
 
 
-def _worker_lines(roster: Roster) -> list[str]:
+def _worker_lines(roster: SchedulerStatus) -> list[str]:
     if not roster.steps:
         return ["task scheduler    no worker has come yet"]
     head = f"task scheduler    step {roster.done} of {roster.steps}, attempt {roster.attempt}"
-    if roster.dealt:
+    if roster.dynamic_tasks:
         head += f", tasks of 1/{roster.parts} step are leased, {roster.duplicates} were made twice"
     else:
         head += ", each worker makes its part of every step"
-    unit = "TASKS" if roster.dealt else "STEPS"
+    unit = "TASKS" if roster.dynamic_tasks else "STEPS"
     columns = ["WORKER", "STEP", unit, f"{unit}/S", "WORK", "LEASE", ""]
     lines = [head, *table_lines(columns, [_row(entry, roster) for entry in roster.workers])]
     if roster.refused and roster.wish is not None:
@@ -81,10 +81,10 @@ def _worker_lines(roster: Roster) -> list[str]:
     return lines
 
 
-def _row(entry: Entry, roster: Roster) -> list[str]:
+def _row(entry: WorkerRow, roster: SchedulerStatus) -> list[str]:
     one = entry.standing
     lease = f"part {one.rank} of {roster.parts}"
-    if roster.dealt:
+    if roster.dynamic_tasks:
         lease = "-"
         if entry.lease is not None:
             first, last, count = entry.lease

@@ -29,7 +29,7 @@ from typing import Any
 
 from distplat.platform.disk import Content, Disk, RealDisk
 from distplat.platform.errors import Problem, SpecError, StorageError
-from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, Entry
+from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Delivery:
     """Steps that it has behind it."""
     boxes: tuple[Any, ...] = ()
     """Where the arrays are: each opens to a list of them."""
-    entries: tuple[tuple[Entry, ...], ...] = ()
+    entries: tuple[tuple[TensorEntry, ...], ...] = ()
     """By box, what is in its arrays."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the rank knows of data and versions, for `state.json`."""

@@ -1,5 +1,5 @@
 """
-The controller's brain: what the state of a run makes of each piece of news.
+The controller's state machine: what the state of a run makes of each piece of news.
 
     STARTING --all ranks stepped--> RUNNING --all ranks finished--> SUCCEEDED
         ^                              |

@@ -1,5 +1,5 @@
 """
-Who serves which shard, and what is to be done when a server is lost: the server manager's brain.
+The server manager's state machine: who serves which shard, and what to do when one is lost.
 
     shard 0    server-0 primary  ══ every update ══▶  server-1 backup          term 2
                     ✗ lost

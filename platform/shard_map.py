@@ -89,7 +89,7 @@ class Division:
     """
     Which workers share which servers: of a model that is cut, each part has servers of its own.
 
-        ranks     0, 2        1, 3            twins share servers, and push one vector;
+        ranks     0, 2        1, 3            peers share servers, and push one vector;
         servers   0, 1        2, 3            they count each other as worker 0 and worker 1
     """
 

@@ -42,7 +42,7 @@ class Consistency:
     """Synchronous: a step goes on without so many of the gradients (Chen et al., 2016)."""
 
     @property
-    def dealt(self) -> bool:
+    def dynamic_tasks(self) -> bool:
         """
         Whether tasks are leased to whoever asks (`task_scheduler.py`); else each worker has its
         part of every step. Where nobody waits for others, nobody is to have a part of its own.

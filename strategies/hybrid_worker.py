@@ -41,7 +41,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         return self._rank.take_part(collective), self._rank.holding
 
     def setup(self, context: Context) -> int:
-        """Meet the other stages and the twins; take over what twins have that are further."""
+        """Meet the other stages and the peers; take over what peers have that are further."""
         version = self._here.connect(context)
         self.replayed = self._here.replayed
         return version
@@ -51,7 +51,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         return self._here.pipeline
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
-        """Sum the gradients over the twins, and see that all ranks have come so far."""
+        """Sum the gradients over the peers, and see that all ranks have come so far."""
         return self._here.exchange(step, local)
 
     def update(self, step: int, total: StepControl) -> None:

@@ -147,7 +147,7 @@ class Serving:
 
     def _begin(self, attempt: int, world: int) -> None:
         """Begin an attempt, unless it has begun; let go of the memory of those who left."""
-        if self._service.renew(attempt, world) and not self._plan.consistency.dealt:
+        if self._service.renew(attempt, world) and not self._plan.consistency.dynamic_tasks:
             self._gradients = {r: one for r, one in self._gradients.items() if r < world}
             self._parameters = {r: one for r, one in self._parameters.items() if r < world}
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from distplat.platform.tensor_slices import Entry, TensorSlice
+from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.model.flat import FlatModel
 
-Boxes = list[tuple[Any, tuple[Entry, ...]]]
+Boxes = list[tuple[Any, tuple[TensorEntry, ...]]]
 """Arrays that are kept elsewhere, and what is in them."""
 
 
@@ -21,8 +21,8 @@ class CheckpointPart:
 
     tensors: tuple[Tensor, ...] = ()
     """Live, not copies; each contiguous or small."""
-    entries: tuple[Entry, ...] = ()
-    """What is in them; `Entry.array` counts `tensors`."""
+    entries: tuple[TensorEntry, ...] = ()
+    """What is in them; `TensorEntry.array` counts `tensors`."""
     fetch: Callable[[], Boxes | None] | None = None
     """Gives what servers have kept of this version; may wait. None: they have it no more."""
     may_skip: bool = False

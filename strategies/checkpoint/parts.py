@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distplat.platform.tensor_slices import Bytes, Entry, RawTensor, TensorSlice
+from distplat.platform.tensor_slices import Bytes, RawTensor, TensorEntry, TensorSlice
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Boxes, CheckpointPart, Holding
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import PER_PARAMETER, USED
@@ -43,7 +43,7 @@ def buffer_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
     elsewhere = holding.others | flat.trained_names()
     rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
     entries = [
-        Entry(
+        TensorEntry(
             f"model/{name}",
             holding.places.get(name, TensorSlice(tuple(value.shape))),
             dtype_name(value),
@@ -121,7 +121,7 @@ def vector_entries(
     used: bytes = b"",
     holding: Holding = ALL,
     live: Set[str] = frozenset(),
-) -> list[Entry]:
+) -> list[TensorEntry]:
     """
     Name what is in vectors over one run; the n-th array is that of the n-th kind.
 
@@ -143,12 +143,14 @@ def vector_entries(
             if slot.name not in live if key == "model" else not used[place]:
                 continue
             if vector is None:
-                entries.append(Entry(f"{key}/{slot.name}", TensorSlice(()), dtype, number, place))
+                entries.append(
+                    TensorEntry(f"{key}/{slot.name}", TensorSlice(()), dtype, number, place)
+                )
                 continue
             run, offset = flat.elements_of(slot, first, last, start)
             where = replace(holding.places.get(slot.name, TensorSlice(slot.shape)), run=run)
             kind = str(slot.dtype).removeprefix("torch.")
-            entries.append(Entry(f"{key}/{slot.name}", where, kind, number, offset))
+            entries.append(TensorEntry(f"{key}/{slot.name}", where, kind, number, offset))
     return entries
 
 

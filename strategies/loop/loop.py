@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.platform.task_scheduler import TaskPlan, Work
+from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, TaskModel
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
@@ -284,7 +284,7 @@ class LeasedLoop:
         self._make_final(work)
         self.progress.left = not work.trained
 
-    def _next(self) -> Work:
+    def _next(self) -> Lease:
         began = time.perf_counter()
         work = self.leases.next(self.progress.beat)
         self._idle_s += time.perf_counter() - began
@@ -313,7 +313,7 @@ class LeasedLoop:
         samples = share.samples
         self.report(StepReport(part, step, epoch, mean, samples, seconds, of, figures, weight))
 
-    def _make_final(self, work: Work) -> None:
+    def _make_final(self, work: Lease) -> None:
         """Take the final parameters, once every task is done."""
         if not work.trained or self._final:
             return

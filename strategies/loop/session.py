@@ -169,7 +169,7 @@ def describe(prepared: Prepared) -> None:
     """Write down what this worker has, once it is prepared, for `join` to compare."""
     p = prepared
     model = p.model if p.model is not None else p.flat.model
-    sent = not p.roles.consistency.dealt
+    sent = not p.roles.consistency.dynamic_tasks
     p.facts = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
 
 
@@ -222,7 +222,7 @@ def join(
     if leases is not None:
         evaluates = p.eval_data is not None
         leases.connect(course_of(p.job, p.sampler, p.total_steps, start, evaluates))
-        if p.roles.consistency.dealt:
+        if p.roles.consistency.dynamic_tasks:
             work = TaskModel(p, strategy.last_backward, progress.beat)
             return LeasedLoop(p, strategy, rank, report, progress, leases, work, start, checkpoint)
     compute = strategy.compute(p, context)

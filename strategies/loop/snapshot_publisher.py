@@ -28,14 +28,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Copy(Generic[T]):
+class Snapshot(Generic[T]):
     """What a worker has after so many steps."""
 
     version: int
     content: T
 
 
-class Shown(Generic[T]):
+class SnapshotPublisher(Generic[T]):
     """What a worker shows; asked by any thread, offered to by the one that trains."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Shown(Generic[T]):
         self._wanted = False
         self._exactly: set[int] = set()  #: versions that are wanted, and no other
         self._passed = 0  #: the last version that was offered
-        self._latest: Copy[T] | None = None
+        self._latest: Snapshot[T] | None = None
 
     def offer(self, version: int, copy: Callable[[], T], *, last: bool = False) -> None:
         """
@@ -59,11 +59,11 @@ class Shown(Generic[T]):
             if not (self._wanted or last or version in self._exactly):
                 self._passed = version
                 return
-        made = Copy(version, copy())
+        made = Snapshot(version, copy())
         with self._lock:
             self._latest, self._wanted, self._passed = made, False, version
 
-    def ask(self, at_least: int) -> Copy[T] | None:
+    def ask(self, at_least: int) -> Snapshot[T] | None:
         """Give a copy of this version or a later one; None: it is wanted, ask again."""
         with self._lock:
             if self._latest is not None and self._latest.version >= at_least:
@@ -71,7 +71,7 @@ class Shown(Generic[T]):
             self._wanted = True
             return None
 
-    def exactly(self, version: int) -> tuple[int, Copy[T] | None]:
+    def exactly(self, version: int) -> tuple[int, Snapshot[T] | None]:
         """
         Give a copy of this version; None: it is wanted, ask again if it is not past.
 

@@ -36,7 +36,7 @@ class PartOptimizer(LocalOptimizer):
 
 class AllReduceGradSync:
     """
-    One rank's dealings with its twins, over all attempts (see `Exchange`).
+    One rank's dealings with its peers, over all attempts (see `Exchange`).
 
     Args:
         flat: the rank's part.
@@ -60,7 +60,7 @@ class AllReduceGradSync:
         self.made = False
 
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
-        """See `Exchange`; what the furthest twin has, all of them take over."""
+        """See `Exchange`; what the furthest peer has, all of them take over."""
         self._catch_up(versions)
         self._state = context.state
         self._state.settle(self._flat.version)
@@ -183,7 +183,7 @@ class PsGradSync:
         self._shards: Shards | None = None
         self._state: ModelState | None = None
         self._new = True  #: this rank's buffers are of no version
-        self._look, self._twins = True, 1
+        self._look, self._dp_world = True, 1
         self._pushed = Pushed()
         self._norm: float | None = None
         self._at = 0  #: steps that this rank's buffers have behind them
@@ -194,10 +194,10 @@ class PsGradSync:
         self.made = False
 
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
-        """See `Exchange`; parameters are the servers', buffers the twins'."""
+        """See `Exchange`; parameters are the servers', buffers the peers'."""
         flat = self._flat
         self._look = context.job.failure.non_finite != "ignore"
-        self._twins = 1 if group is None else group.world
+        self._dp_world = 1 if group is None else group.world
         shards = self._shards = context.shards
         shards.connect(flat, context.saved, self._holding)
         self._state = context.state
@@ -252,7 +252,7 @@ class PsGradSync:
         own.keep(version)
 
     def _share_buffers(self, group: Collective, context: Context) -> None:
-        """Give new twins their buffers. Who has none counts as new until all of them are here."""
+        """Give new peers their buffers. Who has none counts as new until all of them are here."""
         flat = self._flat
         assert self._state is not None, "meet() has it"
         device = flat.params.device
@@ -280,7 +280,7 @@ class PsGradSync:
         if self._state is not None:
             self._state.synchronize(step)
         self._pushing = True
-        share = 1.0 / self._twins  # the servers of this part add the twins' records up
+        share = 1.0 / self._dp_world  # the servers of this part add the peers' records up
         mine = replace(total, samples=total.samples * share, weight=total.weight * share)
         self._pushed = self._servers.push(step, mine)
         return total

@@ -1,7 +1,7 @@
 """
 What a pipeline cannot do, found and named: nothing that a stage leaves out goes unsaid.
 
-    before the run     SyncBatchNorm, inputs of other forms; what layers compute: `trial.py`
+    before the run     SyncBatchNorm, inputs of other forms; what layers compute: `compare`
     in the first step  parameters that a backward reaches and no optimizer of this rank has
     in every step      parameters that were frozen when the model was cut, and no longer are
 """

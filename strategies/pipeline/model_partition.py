@@ -229,7 +229,7 @@ class CutRequest:
 
 def agree_on_points(
     layers: Sequence[Layer],
-    wish: CutRequest,
+    request: CutRequest,
     known: list[int] | None,
     inputs: Callable[[], Tensor],
     group: Collective,
@@ -240,7 +240,7 @@ def agree_on_points(
 
     Args:
         layers: of the model.
-        wish: of the job.
+        request: of the job.
         known: what this rank has found in an attempt before.
         inputs: gives a micro-batch to measure with, on `device`; called on rank 0 only.
         group: all ranks; each calls this.
@@ -250,23 +250,23 @@ def agree_on_points(
         SpecError: the model cannot be cut so.
         CollectiveError: a rank is missing.
     """
-    if known is None and len(layers) < wish.places:
-        text = f"the model has {len(layers)} layers, too few for {wish.places} places"
+    if known is None and len(layers) < request.places:
+        text = f"the model has {len(layers)} layers, too few for {request.places} places"
         raise _problem("pipeline", text, "take fewer stages, or have the task's `stages` say more")
-    if wish.places == 1:
+    if request.places == 1:
         return []
-    if wish.cut != "auto" and known is not None:
+    if request.cut != "auto" and known is not None:
         return known
-    if wish.cut == "even":
-        return [start for start, _ in split_evenly(len(layers), wish.places)[1:]]
-    if not isinstance(wish.cut, str):
-        return _by_name(layers, wish.cut)
+    if request.cut == "even":
+        return [start for start, _ in split_evenly(len(layers), request.places)[1:]]
+    if not isinstance(request.cut, str):
+        return _by_name(layers, request.cut)
     told = gather_bytes(json.dumps(known).encode(), group, device)
     found = [points for points in map(json.loads, told) if points]
     if found:
         return list(found[0])
-    costs = _measure(layers, inputs, wish.meta_seed, group, device)
-    points = _cut(layers, costs, wish)
+    costs = _measure(layers, inputs, request.meta_seed, group, device)
+    points = _cut(layers, costs, request)
     if group.rank == 0:
         logger.info("the model is cut before %s", ", ".join(layers[p].name for p in points))
     return points
@@ -307,20 +307,20 @@ def _filled(layer: Layer, number: int, seed: int, device: torch.device) -> Layer
     return one
 
 
-def _cut(layers: Sequence[Layer], costs: Sequence[LayerCost], wish: CutRequest) -> list[int]:
+def _cut(layers: Sequence[Layer], costs: Sequence[LayerCost], request: CutRequest) -> list[int]:
     trained = [any(p.requires_grad for p in layer.module.parameters()) for layer in layers]
 
     def fits(k: int, start: int, stop: int) -> bool:
         if not any(trained[start:stop]):
             return False
-        memory = wish.memory
+        memory = request.memory
         return memory is None or memory.needed(costs, k, start, stop) <= memory.limit_bytes[k]
 
     seconds = [cost.forward_s + cost.backward_s for cost in costs]
     try:
-        return partition(seconds, wish.places, fits)
+        return partition(seconds, request.places, fits)
     except ValueError as error:
-        hint = "raise `memory_limit_mb`, or name the cut" if wish.memory else "name the cut"
+        hint = "raise `memory_limit_mb`, or name the cut" if request.memory else "name the cut"
         raise _problem("cut", str(error), hint) from None
 
 
@@ -430,7 +430,7 @@ def _agree(
 ) -> list[int]:
     return agree_on_points(
         layers,
-        _wish(options, prepared.job),
+        _cut_request(options, prepared.job),
         known,
         lambda: entering(_samples(options, prepared, None)),
         everybody,
@@ -438,7 +438,7 @@ def _agree(
     )
 
 
-def _wish(options: HybridOptions, job: Job) -> CutRequest:
+def _cut_request(options: HybridOptions, job: Job) -> CutRequest:
     memory = None
     if options.memory_limit_mb is not None:
         schedule = training_plan(

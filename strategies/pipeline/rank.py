@@ -5,12 +5,12 @@ Why no step is half made. A rank updates its part only when all ranks of the gri
 gradients: they say so in a barrier. So if one rank has version s + 1, every other rank that is left
 has it too, or can make it by itself from what it holds. After a failure those do
 (`AllReduceGradSync.meet`); new ranks then take their part from a rank that has the same one. Parts
-that servers keep: see `ps_grad_sync.py`.
+that servers keep: see `grad_sync.py`.
 
     rank            0     1     2     3
     version         8     7*    7*    lost         * summed gradients of step 7 are there
     catch up        8     8     8
-    from a twin                       8
+    from a peer                       8
 """
 
 from __future__ import annotations
@@ -118,11 +118,11 @@ class Rank:
             self._exchange = self._make_exchange()
         members = grid.group(at.replica)
         self._replica = everybody.subgroup(f"replica-{at.replica}", members)
-        twins = None
+        dp_group = None
         if grid.replicas > 1:
-            name = f"twins-{at.stage}-{at.slice}"
-            twins = everybody.subgroup(name, grid.twins(at.stage, at.slice))
-        version = self._exchange.meet(twins, context, self._versions)
+            name = f"dp-{at.stage}-{at.slice}"
+            dp_group = everybody.subgroup(name, grid.dp_ranks(at.stage, at.slice))
+        version = self._exchange.meet(dp_group, context, self._versions)
         self.replayed = self.pipeline.share if self._exchange.made else None
         self._measures.meet(self._replica)
         self.pipeline = self._make_pipeline(context, members)
@@ -180,7 +180,7 @@ class Rank:
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """
-        Sum the gradients of a step over the twins; return when every rank of the grid has done so.
+        Sum the gradients of a step over the peers; return when every rank of the grid has done so.
 
         Args:
             step: the present one.

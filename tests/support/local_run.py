@@ -161,7 +161,7 @@ class Attempt:
         self.errors: dict[int, Exception] = {}  #: by rank that came out before the end
         self.ended = [threading.Event() for _ in range(self.world)]  #: by rank
         # Where tasks are leased rank 0 alone gives parts: the others may come and go.
-        givers = 1 if run.roles.consistency.dealt else self.world
+        givers = 1 if run.roles.consistency.dynamic_tasks else self.world
         self.keeper = Keeper(self.job, run.checkpoints, givers)
 
     def make(self) -> bool:
@@ -198,7 +198,7 @@ class Attempt:
     def join(self, rank: int, around: Around) -> Loop | LeasedLoop:
         """Connect a rank."""
         mine = self.run.ranks[rank]
-        dealt = self.run.roles.consistency.dealt
+        dynamic_tasks = self.run.roles.consistency.dynamic_tasks
         return join(
             mine.prepared,
             mine.strategy,
@@ -207,7 +207,7 @@ class Attempt:
                 collective=self.collective(rank),
                 shards=self.shards(rank),
                 tables=self.tables(rank) if self.job.embeddings is not None else None,
-                leases=self.leases(rank) if dealt else None,
+                leases=self.leases(rank) if dynamic_tasks else None,
                 peers=partial(self.fabric.collective, rank),
                 board=self.run.board,
             ),

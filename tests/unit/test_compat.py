@@ -16,8 +16,8 @@ from ray.job_submission import JobSubmissionClient
 from torch import Tensor, nn
 
 from distplat.actors import compat as of_ray
-from distplat.strategies.model import module_hooks
 from distplat.strategies import compat as of_torch
+from distplat.strategies.model import module_hooks
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRIES = (

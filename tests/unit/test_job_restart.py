@@ -267,7 +267,7 @@ def test_a_users_error_during_repair_ends_the_run() -> None:
 @pytest.mark.parametrize(
     ("lost", "holders", "everything"),
     [
-        ((0,), ((0, 2), (1,)), False),  # its twin has what it had
+        ((0,), ((0, 2), (1,)), False),  # its peer has what it had
         ((1,), ((0, 2), (1,)), True),  # nobody else has that part
         ((0, 2), ((0, 2), (1,)), True),
         ((0, 1), ((0, 1, 2),), False),

@@ -155,7 +155,7 @@ def test_a_synchronous_run_is_told_of_by_its_workers() -> None:
             await desk.join(rank, 0, COURSE)
             await desk.beat(rank, 0, WorkerHeartbeat(3, 3, 0.3 + rank), (), ())
         roster = await desk.roster()
-        assert (roster.dealt, roster.done, roster.steps) == (False, 3, 4)
+        assert (roster.dynamic_tasks, roster.done, roster.steps) == (False, 3, 4)
         assert [entry.standing.straggler for entry in roster.workers] == [False, True]
 
     play(story())
