@@ -103,12 +103,14 @@ class Gradients:
         self._versions = now
 
     def ready(self, place: int) -> None:
-        """Have one parameter's gradient in the vector, the n-th's; a backward has finished it."""
+        """
+        Have one parameter's gradient in the vector, the n-th's; a backward has finished it.
+
+        Called in backward, for each parameter: `take_in` notes later who has a gradient.
+        """
         grad = self._parameters[place].grad
         if grad is not self._views[place]:
             self._collect(place, grad)
-        self._has[place] |= grad is not None
-        self._present[self._places[place]] = self._has[place]
 
     def _in_place(self) -> bool:
         return all(map(is_, map(_GRAD, self._parameters), self._views))

@@ -78,5 +78,7 @@ def first_non_finite(
 def _finite(run: Tensor) -> bool:
     if not run.numel():
         return True
-    low, high = run.aminmax()  # both NaN where an element is
+    if math.isfinite(float(run.sum())):  # a quicker pass; only finite elements have a finite sum
+        return True
+    low, high = run.aminmax()  # of large elements the sum may overflow; both NaN where one is
     return math.isfinite(float(low)) and math.isfinite(float(high))

@@ -275,6 +275,19 @@ def test_the_first_gradient_that_is_not_finite_is_named(value: float) -> None:
         assert first is not None and flat.name(first) == name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
+    flat = FlatModel(nn.Linear(8, 8, bias=False).to(dtype))
+    flat.slots[0].view(flat.grads).fill_(torch.finfo(dtype).max)
+    assert flat.first_non_finite() is None
+
+
+def test_infinities_of_both_signs_do_not_cancel() -> None:
+    flat = FlatModel(nn.Linear(2, 1, bias=False))
+    flat.grads[:2] = torch.tensor([torch.inf, -torch.inf])
+    assert flat.first_non_finite() == 0
+
+
 def test_several_types_lie_in_segments() -> None:
     net = nn.ModuleDict(
         {
