@@ -64,7 +64,7 @@ def traced(job: Job) -> Trace:
     try:
         train(job, Mlp)
     finally:
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     return trace
 
 
