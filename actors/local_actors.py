@@ -28,14 +28,13 @@ from distplat.actors.servers.scheduler import Scheduler
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.tables.client import RemoteTables
 from distplat.actors.transport import TransportError
-from distplat.platform.consistency import Consistency
 from distplat.platform.errors import DistplatError
 from distplat.platform.shard_map import Shard
-from distplat.platform.spec import Job
+from distplat.platform.spec import Consistency, Job
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.server.server import ShardServer
 from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.strategy import Roles
-from distplat.strategies.training.checkpoint_reader import SavedState
 
 HERE = "node-0"
 """The servers' node."""

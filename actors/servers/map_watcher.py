@@ -90,16 +90,14 @@ class MapWatcher(Generic[Map]):
 
 
 def following(
-    watcher: MapWatcher[Any] | None,
     look: Callable[[], object],
     action: Callable[[], Result],
     follow: Callable[[Exception], object],
 ) -> Result:
     """
-    Do something with servers; once more where a lost one is followed by another.
+    Do something with servers that are kept twice; once more where a lost one is followed.
 
     Args:
-        watcher: of their map; None: no store is kept twice, so a loss is raised.
         look: sees whether it is still wanted, and whether servers changed meanwhile.
         action: what to do.
         follow: goes over to the servers that there are now; is told why.
@@ -109,6 +107,4 @@ def following(
             look()
             return action()
         except (ActorLost, FencedError, MapChanged) as error:
-            if watcher is None:
-                raise
             follow(error)

@@ -19,8 +19,7 @@ from distplat.actors.servers.replication import Replication
 from distplat.actors.servers.serving import Serving
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import PullId, PushId
-from distplat.platform.part import Role
-from distplat.platform.server_group import Held
+from distplat.platform.server_group import Held, Role
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.strategies.ports import TablesCopy
 from distplat.strategies.server.answers import tables_copy

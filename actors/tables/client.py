@@ -17,11 +17,11 @@ from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, FencedError, InfrastructureError
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.ports import TablesCopy
 from distplat.strategies.server.answers import fetch_copies
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
-from distplat.strategies.training.checkpoint_reader import SavedState
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,10 @@ class RemoteTables:
 
     def _following(self, action: Callable[[], Result]) -> Result:
         """Do something with the servers; see `following`."""
-        return following(self._watcher, self._look, action, self._follow)
+        if self._watcher is None:
+            self._look()
+            return action()
+        return following(self._look, action, self._follow)
 
     def _follow(self, error: Exception) -> None:
         """Go over to the servers that keep the tables now."""
@@ -182,13 +185,16 @@ class RemoteTables:
 
     def _after_loss(self, first: Callable[[], None], again: Callable[[], None]) -> None:
         """Do something with the servers, and something else after each time that one is lost."""
+        if self._watcher is None:
+            self._look()
+            return first()
         turn = [first]
 
         def follow(error: Exception) -> None:
             turn[0] = again
             self._follow(error)
 
-        following(self._watcher, self._look, lambda: turn[0](), follow)
+        return following(self._look, lambda: turn[0](), follow)
 
     def begin(self, version: int) -> None:
         """See `Tables`."""

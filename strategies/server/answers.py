@@ -8,12 +8,12 @@ import numpy as np
 
 from distplat.platform.ledger import Answer
 from distplat.platform.load import ShardLoad
+from distplat.strategies.checkpoint.parts import kind_of, kinds_of
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.optim import USED
 from distplat.strategies.ports import Pushed, ShardCopy, TablesCopy
 from distplat.strategies.server.server import ShardServer
 from distplat.strategies.server.table_store import TableServer
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.optim import USED
-from distplat.strategies.training.parts import kind_of, kinds_of
 
 LOOK_S = 1.0
 """How long one question waits for the other ranks."""

@@ -29,17 +29,17 @@ from distplat.platform.ledger import Ledger, PushId, StepLedger, TaskLedger, Ver
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
-from distplat.strategies.server.checkpoint_copies import CheckpointCopies, VectorCopies
-from distplat.strategies.server.mirror import Mirror, Snapshot, Told, Update
-from distplat.strategies.server.staleness import Staleness
-from distplat.strategies.training.control import Policy, StepControl
-from distplat.strategies.training.optim import FlatOptimizer, rate_of
-from distplat.strategies.training.segments import (
+from distplat.strategies.loop.control import Policy, StepControl
+from distplat.strategies.model.optim import FlatOptimizer, rate_of
+from distplat.strategies.model.segments import (
     dtype_name,
     scale_in_place,
     squared_norm_of,
     typed_views,
 )
+from distplat.strategies.server.checkpoint_copies import CheckpointCopies, VectorCopies
+from distplat.strategies.server.mirror import Mirror, Snapshot, Told, Update
+from distplat.strategies.server.staleness import Staleness
 
 _BOOKS = ("ledger", "staleness", "seen", "_before_version", "_segments", "_thawing")
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.platform.errors import FencedError, ProtocolError, StateLost
-from distplat.platform.learning_rate import factor
 from distplat.platform.ledger import Answer, Ledger, PullId, PushId, StepLedger, TaskLedger, Verdict
+from distplat.platform.optimizers import factor
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor
 from distplat.strategies.server.checkpoint_copies import CheckpointCopies

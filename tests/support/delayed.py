@@ -8,11 +8,11 @@ import torch
 from jobs import job_of
 from torch import Tensor
 
-from distplat.platform.consistency import Consistency
 from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
+from distplat.platform.spec import Consistency
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.server.dense_store import DenseStore
-from distplat.strategies.training.control import StepControl
 
 Gradient = Callable[[Tensor, int, int], Tensor]
 """Gradient at parameters [m], of a rank, in its step."""

@@ -12,10 +12,10 @@ from dying_mirror import MOMENTS, InMemoryMirror
 from jobs import job_of
 from torch import Tensor
 
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.shard_map import ShardPlan
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.server.server import Limits, ShardServer
 
 SIZE, WORLD, STEPS, LOST_AT = 33, 2, 6, 3

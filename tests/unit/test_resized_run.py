@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.sampler import Sampler
-from distplat.platform.spec import Job
+from distplat.platform.spec import Consistency, Job
 from distplat.strategies.task import Task
 
 SAMPLES, BATCH, EPOCHS = 26, 7, 3
@@ -121,7 +121,6 @@ def _losses(reports: list[Any]) -> list[float]:
 
 def test_with_backup_workers_a_step_is_scaled_by_those_that_there_are() -> None:
     """Four workers, of which a step waits for three: their sum counts as a mean of four."""
-    from distplat.platform.consistency import Consistency
     from distplat.platform.ledger import PushId
     from distplat.platform.shard_map import ShardPlan
     from distplat.strategies.server.dense_store import DenseStore

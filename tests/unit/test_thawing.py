@@ -15,9 +15,9 @@ from distplat.platform.errors import SpecError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.platform.spec import Job
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optim import LocalOptimizer
 from distplat.strategies.server.dense_store import DenseStore
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.optim import LocalOptimizer
 
 STEPS, THAWS_IN = 6, 3
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
