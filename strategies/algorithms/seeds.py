@@ -1,7 +1,7 @@
 """Seeds from several numbers, so that what is drawn depends on all of them and on nothing else."""
 
 _MASK = (1 << 64) - 1
-_STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION = range(1, 5)
+_STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION, _COLLATE = range(1, 6)
 """What a seed is for: equal numbers for another purpose give another seed."""
 
 
@@ -38,3 +38,8 @@ def epoch_seed(seed: int, epoch: int) -> int:
 def evaluation_data_seed(seed: int) -> int:
     """Seed the evaluation samples: each draws the same numbers in every evaluation."""
     return mixed(_EVALUATION_DATA, seed)
+
+
+def collate_seed(base: int, first: int) -> int:
+    """Seed what is drawn while a micro-batch is put together: by epoch, and its first sample."""
+    return mixed(_COLLATE, base, first)

@@ -23,7 +23,7 @@ from distplat.strategies.pipeline.executor import Executor
 from distplat.strategies.pipeline.interfaces import Tail
 from distplat.strategies.pipeline.limits import entering
 from distplat.strategies.pipeline.plans import PlanOf
-from distplat.strategies.training.batches import eval_batches, micro_batches
+from distplat.strategies.training.batches import batches_by, eval_batches, micro_batches
 from distplat.strategies.training.compute import Share, Stopwatch, Sums, precision
 from distplat.strategies.training.device import to_device
 from distplat.strategies.training.loss_check import LossDoubts
@@ -73,8 +73,9 @@ class Pipeline:
         """See `Compute`."""
         p, s = self._p, self._settings
         if self._begins or self._ends:
+            data = batches_by(p.task, p.data)
             self._batches = micro_batches(
-                p.job, p.data, p.sampler, s.at.replica, steps, s.micro_batches
+                p.job, data, p.sampler, s.at.replica, steps, s.micro_batches
             )
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
@@ -109,7 +110,9 @@ class Pipeline:
         sizes = [min(size, stop - at) for at in range(start, stop, size)]
         batches: Iterator[Any] = iter(())
         if self._begins or self._ends:
-            loaded = eval_batches(self._p.job, data, range(start, stop), size)
+            loaded = eval_batches(
+                self._p.job, batches_by(self._p.task, data), range(start, stop), size
+            )
             batches = (batch for batch, _ in loaded)
         for at in range(0, len(sizes), _WINDOW):
             some = sizes[at : at + _WINDOW]

@@ -18,7 +18,7 @@ from distplat.strategies.pipeline.plans import training_plan
 from distplat.strategies.pipeline.trial import SAMPLES, BeforeSlicing, compare, inputs_of, shared
 from distplat.strategies.tensor.parallelize import parallelize
 from distplat.strategies.tensor.plan import resolve
-from distplat.strategies.training.batches import one_batch
+from distplat.strategies.training.batches import batches_by, one_batch
 from distplat.strategies.training.cut import Memory
 from distplat.strategies.training.device import to_device
 from distplat.strategies.training.prepared import Prepared
@@ -154,5 +154,6 @@ def _wish(options: HybridOptions, job: Job) -> CutRequest:
 def _samples(options: HybridOptions, prepared: Prepared, most: int | None = SAMPLES) -> Any:
     """Give inputs of the run's first samples, or with None of its first micro-batch."""
     ids = prepared.sampler.micro_batches(0, 0, options.micro(prepared.job))[0][:most]
-    inputs, _ = to_device(one_batch(prepared.data, ids.tolist()), torch.device(prepared.device))
+    batch = one_batch(batches_by(prepared.task, prepared.data), ids.tolist())
+    inputs, _ = to_device(batch, torch.device(prepared.device))
     return inputs

@@ -6,7 +6,8 @@ epochs' bounds. Whoever reads a sample, the worker itself or a loader process, s
 generators for it first: what is drawn depends on the job's seed, the epoch and the sample's place.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,11 @@ from torch.utils.data import (
 
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.algorithms.seeds import epoch_seed, evaluation_data_seed
-from distplat.strategies.training.collating import collated
+from distplat.strategies.algorithms.seeds import collate_seed, epoch_seed, evaluation_data_seed
+from distplat.strategies.task import Task
+from distplat.strategies.training.collating import collated, sent
 from distplat.strategies.training.loader_processes import ByValue, LoaderContext, importable
-from distplat.strategies.training.seeding import generators_kept, seed_sample
+from distplat.strategies.training.seeding import generators_kept, seed_quickly, seed_sample
 
 
 class Run(NamedTuple):
@@ -121,7 +123,7 @@ def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterato
 
 def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     """Give some samples, collated."""
-    return collated(Samples(data).__getitems__(Run(0, 0, ids)))
+    return Samples(data).__getitems__(Run(0, 0, ids))
 
 
 class Loader:
@@ -144,7 +146,7 @@ class Loader:
         self._loader = DataLoader(
             Samples(data),
             batch_sampler=plan,  # type: ignore[arg-type]
-            collate_fn=collated,
+            collate_fn=sent,  # batches are made where their samples are read
             num_workers=count,
             prefetch_factor=job.data.prefetch_factor if count else None,
             multiprocessing_context=self._context,
@@ -166,55 +168,95 @@ class Samples(Dataset[Any]):
     The user's data, read run by run, each sample with global generators of its own seed.
 
     Args:
-        data: the samples. Its own `__getitems__` is used if it has one; then a whole run has the
-            seed of its first sample. A `Subset` is looked through.
+        data: the samples, perhaps with the task's way to make batches. Its own `__getitems__` is
+            used if it has one; then a whole run has the seed of its first sample. A `Subset` is
+            looked through.
     """
 
     def __init__(self, data: Dataset[Any]) -> None:
-        self._data = data
+        self._data: Any = data
+        self._collate: Callable[[list[Any]], Any] | None = None
+        if isinstance(data, TaskBatches):
+            self._data, self._collate = data.data, data.collate
 
     def __getstate__(self) -> dict[str, Any]:
         """Go to a loader process, the classes of a script with it."""
-        return {"_data": ByValue(self._data)}
+        return {"_data": ByValue(self._data), "_collate": ByValue(self._collate)}
 
-    def __getitems__(self, run: Run) -> list[Any]:
-        """Give the samples of a run."""
-        if not may_draw(self._data):
-            return self._read(run)
-        if get_worker_info() is None:
-            with generators_kept():  # dropout goes on as if no data had been read
-                return self._read_seeded(run)
-        return self._read_seeded(run)
+    def __getitems__(self, run: Run) -> Any:
+        """Give the batch of a run's samples."""
+        draws = may_draw(self._data)
+        if not draws and self._collate is None:
+            return collated(self._read(self._data, run.ids))
+        # In this process dropout goes on as if no data had been read.
+        with generators_kept() if get_worker_info() is None else nullcontext():
+            with _errors_that_travel():
+                samples = self._read_seeded(run) if draws else self._read(self._data, run.ids)
+                return self._together(samples, run)
 
-    def _read(self, run: Run) -> list[Any]:
-        data: Any = self._data
+    def _together(self, samples: list[Any], run: Run) -> Any:
+        if self._collate is None:
+            return collated(samples)
+        seed_quickly(collate_seed(run.seed, run.first))
+        return self._collate(samples)
+
+    def _read(self, data: Any, ids: list[int]) -> list[Any]:
         many = getattr(data, "__getitems__", None)
         if many is not None:
-            found: list[Any] = many(list(run.ids))
+            found: list[Any] = many(list(ids))
             return found
-        return [data[index] for index in run.ids]
+        return [data[index] for index in ids]
 
     def _read_seeded(self, run: Run) -> list[Any]:
         data: Any = self._data
         ids: list[int] = run.ids
         while type(data) is Subset:  # its own __getitems__ would read all samples with one seed
             data, ids = data.dataset, [data.indices[index] for index in ids]
-        many = getattr(data, "__getitems__", None)
-        try:
-            if many is not None:
-                seed_sample(run.seed, run.first)
-                found: list[Any] = many(ids)
-                return found
-            samples = []
-            for place, index in enumerate(ids, run.first):
-                seed_sample(run.seed, place)
-                samples.append(data[index])
-            return samples
-        except Exception as error:
-            if get_worker_info() is None or importable(type(error)):
-                raise
-            # The worker could not read an exception whose class a script has.
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        if hasattr(data, "__getitems__"):
+            seed_sample(run.seed, run.first)
+            return self._read(data, ids)
+        samples = []
+        for place, index in enumerate(ids, run.first):
+            seed_sample(run.seed, place)
+            samples.append(data[index])
+        return samples
+
+
+@contextmanager
+def _errors_that_travel() -> Iterator[None]:
+    """Have the worker understand the errors of a loader process: not of a class of a script."""
+    try:
+        yield
+    except Exception as error:
+        if get_worker_info() is None or importable(type(error)):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+class TaskBatches(Dataset[Any]):
+    """
+    A data set whose batches its task makes.
+
+    Args:
+        data: the samples.
+        collate: the task's.
+    """
+
+    def __init__(self, data: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.data, self.collate = data, collate
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+def batches_by(task: Task, data: Dataset[Any]) -> Dataset[Any]:
+    """Have a data set's batches made by the task, if it has a `collate` of its own."""
+    if type(task).collate is Task.collate:
+        return data
+    return TaskBatches(data, task.collate)
 
 
 def may_draw(data: Any) -> bool:

@@ -36,12 +36,16 @@ _RULES: _Rules = {**COLLATE_RULES, _Dataclass: _by_field}
 
 def collated(samples: list[Any]) -> Any:
     """
-    Give the batch of some samples, in a loader process in a form that reaches the worker.
+    Give the batch of some samples, by torch's rules.
 
     Raises:
         TypeError: a sample holds what cannot be put together, None for one.
     """
-    batch = collate_by(_RULES, samples)
+    return collate_by(_RULES, samples)
+
+
+def sent(batch: Any) -> Any:
+    """Give a batch, in a loader process in a form that reaches the worker."""
     if get_worker_info() is None or all_importable(batch):
         return batch
     return ByValue(batch)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from distplat.platform.even_split import split_evenly
 from distplat.platform.spec import Job
-from distplat.strategies.training.batches import eval_batches, micro_batches
+from distplat.strategies.training.batches import batches_by, eval_batches, micro_batches
 from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.device import to_device
 from distplat.strategies.training.flat import FlatModel
@@ -150,7 +150,8 @@ class WholeModel:
     def start(self, steps: range) -> None:
         """See `Compute`."""
         parts = self.job.gradient_accumulation
-        self._batches = micro_batches(self.job, self.data, self.sampler, self.rank, steps, parts)
+        data = batches_by(self.task, self.data)
+        self._batches = micro_batches(self.job, data, self.sampler, self.rank, steps, parts)
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`."""
@@ -203,7 +204,7 @@ class WholeModel:
         world = self.job.scaling.world
         start, stop = split_evenly(len(data), world)[self.rank]
         size = max(1, self.job.global_batch_size // world)
-        return eval_batches(self.job, data, range(start, stop), size)
+        return eval_batches(self.job, batches_by(self.task, data), range(start, stop), size)
 
 
 def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:

@@ -17,7 +17,10 @@ def to_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
         ValueError: it is no pair.
     """
     if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise ValueError("a sample of train_data must be a pair (inputs, targets)")
+        raise ValueError(
+            "a batch must be a pair (inputs, targets): each sample of the data set, or what "
+            "collate() gives"
+        )
     return moved(batch[0], device), moved(batch[1], device)
 
 

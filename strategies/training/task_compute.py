@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.training.batches import Loader, Run, runs
+from distplat.strategies.training.batches import Loader, Run, batches_by, runs
 from distplat.strategies.training.compute import Share, Stopwatch, Sums, WholeModel
 from distplat.strategies.training.prepared import Prepared
 
@@ -28,7 +28,7 @@ class TaskModel(WholeModel):
         self, prepared: Prepared, last_backward: Callable[[], None], alive: Callable[[], None]
     ) -> None:
         super().__init__(prepared, last_backward, 0, alive)
-        self._reading = _Reading(self.job, self.data, self.sampler)
+        self._reading = _Reading(self.job, batches_by(self.task, self.data), self.sampler)
 
     def read(self, tasks: range) -> None:
         """Begin to read the data of these tasks; all those before have been made."""
