@@ -71,7 +71,7 @@ class Task(ABC):
         Returns:
             `(inputs, targets)`: what the model and what `loss` get, batch first.
         """
-        from distplat.strategies.training.collating import collated  # here: it needs torch
+        from distplat.strategies.loop.collate import collated  # here: it needs torch
 
         return collated(samples)
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from distplat import Task
 from distplat.platform.sampler import Sampler
-from distplat.strategies.training.batches import batches_by, eval_batches
+from distplat.strategies.loop.batches import batches_by, eval_batches
 
 SAMPLES, BATCH, STEPS, WORDS = 24, 6, 6, 11
 
