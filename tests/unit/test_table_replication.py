@@ -40,6 +40,7 @@ def job(
     fields = {"optimizer": {"name": rule, "lr": 0.1}, "replication": 2, **embeddings}
     schedule = {"name": "linear", "final_factor": 0.5}
     more = {"embeddings": fields, "steps": STEPS, "lr_schedule": schedule}
+    more["failure"] = {"heartbeat_timeout_s": 1}
     return job_of(strategy, world, global_batch_size=12, **more)
 
 
@@ -332,6 +333,22 @@ def test_a_lost_server_of_tables_costs_no_step(strategy: Any, embeddings: dict[s
     for number in range(2):
         mine, theirs = (table_rows(one.tables, number, 40) for one in (run, whole))
         assert np.array_equal(mine, theirs, equal_nan=True)
+
+
+def test_a_frozen_server_is_replaced(make: Callable[..., TableServers]) -> None:
+    servers = make(world=1, servers=2)
+
+    def freeze(rank: int) -> None:
+        assert servers.manager is not None
+        heard, until = servers.manager.body._tables._heard, time.monotonic() + 10
+        while "embedding-server-0" not in heard:  # who starts is given time
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        for method in ("where", "pull", "push"):
+            servers.cluster.inject(method, Fault(delay_s=1e6), actor="embedding-server-0")
+
+    assert run(servers, 1, HERE, freeze) == undisturbed(1, False)
+    assert servers.nodes[0].died, "it may wake up"
 
 
 def test_a_manager_that_follows_a_lost_one_knows_who_keeps_what(
