@@ -31,6 +31,8 @@ class Delivery:
     """What the rank knows of data and versions, for `state.json`."""
     skipped: bool = False
     """The rank has no part of this version: there will be no such checkpoint."""
+    failure: str = ""
+    """Why it has none, if that was an error."""
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +55,7 @@ class CheckpointAssembly:
 
     def __init__(self, world: int) -> None:
         self._world = world
-        self._attempt = 0
+        self.attempt = 0  #: parts of other attempts are not taken
         self._parts: dict[int, dict[int, Delivery]] = {}  #: version -> rank -> its part
         self.skipped: list[int] = []  #: versions of which there is no checkpoint
 
@@ -65,13 +67,13 @@ class CheckpointAssembly:
             attempt: its number.
             world: its ranks; None: as many as before.
         """
-        self._attempt = attempt
+        self.attempt = attempt
         self._world = world or self._world
         self._parts.clear()
 
     def add(self, delivery: Delivery) -> list[Delivery]:
         """Take a part; give all of its version, in rank order, when it is the last of them."""
-        if delivery.attempt != self._attempt:
+        if delivery.attempt != self.attempt:
             return []
         parts = self._parts.setdefault(delivery.version, {})
         parts[delivery.rank] = delivery

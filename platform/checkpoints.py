@@ -8,6 +8,7 @@ The catalogue of a run's checkpoints: how one comes to the disk, which are whole
             state.json              step, seed, batch, optimizer, versions
             manifest.json           size and SHA-256 of the others
         step-000140.partial/        being written, or what a crash left of it: counts for nothing
+        step-000160.damaged/        was found damaged by a run that went back to step 140
 
 Written in this order (I7): files, each synced; manifest, synced; the directory; its name; the
 directory around it. So after a crash at any moment a name stands for a whole checkpoint, or is not
@@ -33,7 +34,7 @@ from distplat.platform.errors import Problem, SpecError, StorageError
 FOLDER = "checkpoints"
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 1
-_PARTIAL, _DELETED = ".partial", ".deleted"
+_PARTIAL, _DELETED, _DAMAGED = ".partial", ".deleted", ".damaged"
 _STEP = re.compile(r"step-(\d{6,18})")
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")
 
@@ -43,9 +44,17 @@ def is_due(version: int, every: int, total_steps: int) -> bool:
     return every > 0 and version > 0 and (version % every == 0 or version == total_steps)
 
 
-def surplus(steps: Iterable[int], keep: int) -> list[int]:
-    """Give the steps whose checkpoints may go, oldest first; the newest `keep` >= 1 stay."""
-    return sorted(steps)[:-keep]
+def surplus(steps: Iterable[int], keep: int, written: int) -> list[int]:
+    """
+    Give the steps whose checkpoints may go, oldest first; the newest `keep` >= 1 stay.
+
+    Args:
+        steps: those that have one.
+        keep: how many stay.
+        written: the step of the one just written. It stays, too, even where older work had come
+            further.
+    """
+    return [step for step in sorted(steps)[:-keep] if step != written]
 
 
 @dataclass(frozen=True)
@@ -117,34 +126,67 @@ class Catalogue:
         disk.sync(self.folder)
         return target
 
-    def prune(self, keep: int) -> None:
+    def prune(self, keep: int, written: int) -> None:
         """
-        Let the oldest go, once the newest was looked at: all its files are there, in full length.
+        Let the oldest go, once the one just written was looked at: its files have their lengths.
+
+        Args:
+            keep: how many stay.
+            written: the step of the one just written.
 
         Raises:
-            OSError: the newest is damaged, so nothing is deleted; or the disk refuses.
+            OSError: it is damaged, so nothing is deleted; or the disk refuses.
         """
-        steps = self.steps()
-        too_many = surplus(steps, keep)
+        too_many = surplus(self.steps(), keep, written)
         if not too_many:
             return
-        if found := shortfall(self.path(steps[-1])):
+        if found := shortfall(self.path(written)):
             raise OSError(f"{found}; nothing was deleted")
         for step in too_many:
             self._drop(self.path(step))
 
+    def set_aside(self, after: int) -> None:
+        """
+        Rename the checkpoints of later steps, which a rollback could not read.
+
+        They would count as the newest otherwise, and what is written after the rollback would be
+        deleted for them. They stay on the disk: a read may have failed for another reason.
+
+        Args:
+            after: the step that the run went back to.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        for step in self.steps():
+            if step > after:
+                path = self.path(step)
+                aside = path.with_name(path.name + _DAMAGED)
+                if aside.is_dir():
+                    self._disk.remove(aside)
+                self._disk.rename(path, aside)
+
     def newest(self, warn: Callable[[str], object]) -> Stored | None:
         """
-        Read the newest one that is whole; None: there is none.
+        Read the newest one that is whole; None: there is none, whole or damaged.
 
         Args:
             warn: is told of each that is damaged.
+
+        Raises:
+            StorageError: there are some, and none can be read.
         """
-        for step in reversed(self.steps()):
+        try:
+            steps = self.steps()
+        except OSError as error:
+            raise StorageError(f"cannot read {self.folder}: {error.strerror}") from error
+        for step in reversed(steps):
             try:
                 return read(self.path(step))
             except StorageError as error:
                 warn(f"{error}; taking the one before")
+        if steps:
+            raise StorageError(f"{self.folder}: all {len(steps)} checkpoints are damaged")
         return None
 
     def _fill(self, partial: Path, files: Mapping[str, Content]) -> None:
@@ -231,8 +273,6 @@ def find(path: Path, warn: Callable[[str], object]) -> Stored:
     found = catalogue.newest(warn)
     if found is not None:
         return found
-    if count := len(catalogue.steps()):
-        raise StorageError(f"{catalogue.folder}: all {count} checkpoints are damaged")
     what = f"no checkpoint in {path}" if path.is_dir() else f"there is no directory {path}"
     hint = "give a run directory, or a directory step-... of its checkpoints"
     raise SpecError(Problem(("--resume",), what, hint))

@@ -87,7 +87,7 @@ class BadDisk(RealDisk):
 def save(catalogue: Catalogue, step: int, keep: int = 2) -> None:
     files = {"model.safetensors": [b"model " * 20, str(step).encode()], "optimizer.safetensors": []}
     catalogue.write(step, files, {"seed": 7})
-    catalogue.prune(keep)
+    catalogue.prune(keep, step)
 
 
 def holds(checkpoint: Stored, step: int) -> None:
@@ -120,10 +120,12 @@ def test_when_one_is_due(version: int, every: int, total: int, due: bool) -> Non
 
 @given(st.sets(st.integers(0, 99)), st.integers(1, 5))
 def test_the_newest_stay(steps: set[int], keep: int) -> None:
-    gone = surplus(steps, keep)
+    gone = surplus(steps, keep, max(steps, default=0))
     left = steps - set(gone)
     assert len(left) == min(keep, len(steps))
     assert not gone or max(gone) < min(left)
+    for written in steps:
+        assert set(surplus(steps, keep, written)) == set(gone) - {written}
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ steps = Catalogue(folder).steps()
 for step in itertools.count((steps[-1] if steps else 0) + 1):
     catalogue = Catalogue(folder)
     catalogue.write(step, {"model.safetensors": [bytes([step % 256]) * 300_000]}, {})
-    catalogue.prune(1)
+    catalogue.prune(1, step)
     print(step, flush=True)
 """
 
@@ -294,8 +296,32 @@ def test_a_damaged_newest_lets_no_older_one_go(tmp_path: Path) -> None:
     save(catalogue, 20, keep=9)
     (catalogue.path(20) / "model.safetensors").write_bytes(b"lost")
     with pytest.raises(OSError, match="nothing was deleted"):
-        catalogue.prune(1)
+        catalogue.prune(1, 20)
     assert catalogue.steps() == [10, 20]
+
+
+def test_what_was_just_written_stays_where_older_work_had_come_further(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    save(catalogue, 10, keep=9)
+    save(catalogue, 40, keep=9)
+    save(catalogue, 20, keep=1)
+    assert catalogue.steps() == [20, 40]
+    save(catalogue, 50, keep=1)
+    assert catalogue.steps() == [50]
+
+
+def test_damaged_ones_are_set_aside_and_their_steps_are_free_again(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    for step in (10, 20, 30):
+        save(catalogue, step, keep=9)
+    for _ in range(2):
+        (catalogue.path(30) / "model.safetensors").write_bytes(b"lost")
+        catalogue.set_aside(20)
+        assert catalogue.steps() == [10, 20]
+        save(catalogue, 30, keep=9)
+        holds(read(catalogue.path(30)), 30)
+    aside = catalogue.path(30).with_name("step-000030.damaged")
+    assert (aside / "model.safetensors").read_bytes() == b"lost", "a person may look at it"
 
 
 def test_one_that_is_there_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
