@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ FORMAT = 1
 _PARTIAL, _DELETED, _DAMAGED = ".partial", ".deleted", ".damaged"
 _STEP = re.compile(r"step-(\d{6,18})")
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")
+_MANIFEST_BYTES = 16 * 2**20
+"""The largest manifest that is read: a foreign one may be of any size."""
 
 
 def is_due(version: int, every: int, total_steps: int) -> bool:
@@ -228,7 +231,7 @@ def read(path: Path) -> Stored:
     try:
         state = json.loads(files.pop(STATE))
         assert isinstance(state["step"], int)
-    except (KeyError, ValueError, TypeError, AssertionError):
+    except (KeyError, ValueError, TypeError, AssertionError, RecursionError):
         raise StorageError(f"{path} has no {STATE} with its step") from None
     return Stored(path, state, files)
 
@@ -284,8 +287,8 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         manifest = json.loads(text)
         files = manifest["files"]
         version = manifest["format"]
-        good = all(map(_FILE.fullmatch, files))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        good = all(_FILE.fullmatch(name) and isinstance(f, dict) for name, f in files.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StorageError(f"{path / MANIFEST} is damaged") from None
     if not good or not isinstance(version, int):
         raise StorageError(f"{path / MANIFEST} is damaged")
@@ -295,9 +298,7 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _checked(path: Path, facts: Mapping[str, Any]) -> bytes:
-    content = _bytes_of(path)
-    if len(content) != facts.get("bytes"):
-        raise StorageError(f"{path} has {len(content)} bytes, expected {facts.get('bytes')}")
+    content = _bytes_of(path, facts)
     digest = hashlib.sha256(content).hexdigest()
     if digest != facts.get("sha256"):
         expected = str(facts.get("sha256"))
@@ -305,13 +306,30 @@ def _checked(path: Path, facts: Mapping[str, Any]) -> bytes:
     return content
 
 
-def _bytes_of(path: Path) -> bytes:
+def _bytes_of(path: Path, facts: Mapping[str, Any] | None = None) -> bytes:
+    """
+    Read a file whose size is known before a byte of it is read.
+
+    Args:
+        path: of the file.
+        facts: what the manifest says of it; None: it is the manifest.
+    """
     try:
-        # No links: they could lead out of the directory.
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            return file.read()
+        # No links: they could lead out of the directory. Without waiting: a FIFO has no end.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise StorageError(f"{path} is no regular file")
+            if facts is None and about.st_size > _MANIFEST_BYTES:
+                raise StorageError(f"{path} is damaged: it has {about.st_size} bytes")
+            if facts is not None and about.st_size != facts.get("bytes"):
+                expected = f"expected {facts.get('bytes')}"
+                raise StorageError(f"{path} has {about.st_size} bytes, {expected}")
+            return file.read(about.st_size)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from None
+    except MemoryError:
+        raise StorageError(f"cannot read {path}: it does not fit into memory") from None
 
 
 def _canonical(facts: Mapping[str, Any]) -> bytes:

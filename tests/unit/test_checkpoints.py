@@ -1,9 +1,11 @@
 """A checkpoint is whole or not there, whatever comes between; a damaged one is never taken."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -352,3 +354,68 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
         find(tmp_path / "nowhere", must_not_warn)
     with pytest.raises(SpecError, match="there is no "):
         find(tmp_path / "step-000010", must_not_warn)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory", "longer"])
+def test_a_foreign_file_neither_hangs_nor_fills_memory(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    save(catalogue, 10)
+    path = catalogue.path(10) / name
+    if kind == "longer":
+        os.truncate(path, 2**40)  # of nothing: it takes no room
+    else:
+        path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "device":
+        try:
+            os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    with pytest.raises(StorageError, match=r"no regular file|Is a dir|1099511627776 b"):
+        read(catalogue.path(10))
+
+
+def put_in(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a file, and what the manifest says of it."""
+    (checkpoint / name).write_bytes(content)
+    if name != "manifest.json":
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        digest = hashlib.sha256(content).hexdigest()
+        manifest["files"][name] = {"bytes": len(content), "sha256": digest}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+DEEP = b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", DEEP),
+        ("manifest.json", b'{"files": ' + DEEP),
+        ("manifest.json", b'{"files": ["state.json"], "format": 1}'),
+        ("manifest.json", b'{"files": {"state.json": 1}, "format": 1}'),
+        ("manifest.json", b'{"files": {"../x.json": {}}, "format": 1}'),
+        ("manifest.json", b'{"files": {}, "format": 1}'),
+        ("manifest.json", b'{"files": {}, "format": ' + b"9" * 5000 + b"}"),
+        ("manifest.json", b"\xff"),
+        ("state.json", DEEP),
+        ("state.json", b"[]"),
+        ("state.json", b'{"step": "1"}'),
+        ("state.json", b'{"step": ' + b"9" * 5000 + b"}"),
+    ],
+)
+def test_json_of_any_shape_is_damage(name: str, content: bytes, tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    save(catalogue, 10)
+    put_in(catalogue.path(10), name, content)
+    with pytest.raises(StorageError):
+        read(catalogue.path(10))
+    with pytest.raises(StorageError, match="all 1 checkpoints are damaged"):
+        find(tmp_path, lambda text: None)
