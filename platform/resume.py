@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distplat.platform.checkpoints import STATE, Stored, find
-from distplat.platform.errors import Problem, SpecError, StorageError
+from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.spec import Job
-from distplat.platform.suggest import nearest
 
 _SAME = ("seed", "global_batch_size")
 
