@@ -167,12 +167,15 @@ def test_a_job_cannot_be_changed() -> None:
 )
 @pytest.mark.parametrize("whose", ["worker", "server", "table"])
 def test_resources_that_ray_would_refuse(whose: str, needs: dict[str, float], message: str) -> None:
-    changes: dict[str, Any] = {
+    changes: dict[str, dict[str, Any]] = {
         "worker": {"scaling": {"resources_per_worker": needs, "use_gpu": "GPU" in needs}},
         "server": {"strategy": {"name": "ps-sync", "resources_per_server": needs}},
         "table": {
-            "embeddings": {"optimizer": {"name": "SGD", "lr": 0.1}, "resources_per_server": needs}
+            "embeddings": {
+                "optimizer": {"name": "SGD", "lr": 0.1},
+                "resources_per_server": needs,
+            }
         },
-    }[whose]
+    }
     with pytest.raises(SpecError, match=re.escape(message)):
-        make_job({**GOOD, **changes})
+        make_job({**GOOD, **changes[whose]})
