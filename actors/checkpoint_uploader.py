@@ -97,7 +97,7 @@ class CheckpointUploader:
             boxes = [(self._put(arrays), part.entries), *kept] if part.entries else kept
         except Exception as error:  # for example a lost server: of that the training hears itself
             logger.warning("no checkpoint of step %d: %s", version, error)
-            self._send(Delivery(*where, skipped=True))
+            self._send(Delivery(*where, skipped=True, failure=str(error) or repr(error)))
             return
         found, entries = (
             (tuple(column) for column in zip(*boxes, strict=True)) if boxes else ((), ())

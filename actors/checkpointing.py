@@ -5,13 +5,14 @@ The driver's side of checkpoints: collects the ranks' parts, and writes them in 
                                                         │
                                                         `- the oldest is skipped
 
-Training never waits for the disk. A disk that refuses is warned of; `PATIENCE` times in a row end
-the run, for a run that trusts in checkpoints must not go on without.
+Training never waits for the disk. A checkpoint that was due and failed is warned of, whatever the
+cause; `PATIENCE` in a row end the run, for a run that trusts in checkpoints must not go on without.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -39,6 +40,11 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 3
 _DRAIN_S = 30.0
+_ROLLBACK_S = 300.0
+"""How long a rollback waits for checkpoints that are still being written: they are newer work."""
+_ONE_CAUSE_S = 10.0
+"""Checkpoints that fail within so long, though the disk takes them, count as one: where a worker
+dies all those that wait for its parts fail together, and the run recovers from that by itself."""
 _QUEUE = 2
 """Complete checkpoints that may wait for the disk, however large."""
 _QUEUE_BYTES = 64 * 2**20
@@ -66,18 +72,24 @@ class Checkpoints:
         self._skipped = 0
         self._writing = False
         self._thread: threading.Thread | None = None
+        self._pruning = threading.Lock()  #: held while one is read, and while some are deleted
         self._news: deque[Saved] = deque()
-        self._failures: list[str] = []  #: of the disk, since it last took one
+        self._failures: dict[int, str] = {}  #: step -> why it has none, since the last one came
+        self._failed_at = -math.inf
+        self._written = 0  #: step of the newest one that this run wrote
         self.step = 0  #: of the newest one; 0: there is none
 
     def begin(self, attempt: int, job: Job) -> None:
         """Be told that another attempt begins; `job`: with the number of workers that it has."""
         more = job.scaling.world != self._job.scaling.world
         self._collecting.begin(attempt, job.scaling.world if more else None)
+        self._failures.clear()  # a loss, perhaps: the restart budget counts those
         self._job = job
 
     def take(self, delivery: Delivery) -> None:
         """Take a rank's part; hand the version to the thread when it is complete."""
+        if delivery.failure and delivery.attempt == self._collecting.attempt:
+            self._fail(delivery.version, delivery.failure)
         parts = self._collecting.add(delivery)
         if not parts:
             return
@@ -100,33 +112,57 @@ class Checkpoints:
         Give what came to the disk since the last call.
 
         Raises:
-            StorageError: the disk refuses again and again.
+            StorageError: checkpoints fail again and again.
         """
-        if len(self._failures) >= PATIENCE:
-            where = self._catalogue.folder
-            text = f"{PATIENCE} checkpoints in a row could not be written to {where}"
-            raise StorageError(f"{text}: {self._failures[-1]}")
+        failures = dict(self._failures)
+        if len(failures) >= PATIENCE:
+            step, why = list(failures.items())[-1]
+            text = f"{PATIENCE} checkpoints in a row could not be written to"
+            raise StorageError(f"{text} {self._catalogue.folder}: step {step}: {why}")
         return [self._news.popleft() for _ in range(len(self._news))]
 
-    def drain(self) -> None:
+    def drain(self, limit_s: float = _DRAIN_S) -> None:
         """Wait until all that is complete is on the disk, within reason."""
         with self._changed:
             idle = lambda: not self._waiting and not self._writing  # noqa: E731
-            if not self._changed.wait_for(idle, _DRAIN_S):
-                logger.warning("a checkpoint is still being written after %g s", _DRAIN_S)
+            if not self._changed.wait_for(idle, limit_s):
+                logger.warning("a checkpoint is still being written after %g s", limit_s)
 
     def newest(self) -> Stored | None:
         """
         Read the newest checkpoint that is whole, of this run or what it began from.
 
+        The run goes on from it: later ones, all of them damaged, are set aside.
+
         Raises:
-            StorageError: what it began from is damaged now.
+            StorageError: there were some, and none can be read now.
         """
-        self.drain()
-        found = self._catalogue.newest(logger.warning)
-        if found is None and self._launch.resumed is not None:
-            found = read(self._launch.resumed)
+        self.drain(_ROLLBACK_S)
+        with self._pruning:
+            found = self._read()
+            if found is not None:
+                try:
+                    self._catalogue.set_aside(found.step)
+                except OSError as error:
+                    logger.warning("damaged checkpoints could not be renamed: %s", error)
         self.step = found.step if found is not None else 0
+        return found
+
+    def _read(self) -> Stored | None:
+        """Read the newest whole one: of this run, else what it began from."""
+        began_from = self._launch.resumed
+        try:
+            found = self._catalogue.newest(logger.warning)
+        except StorageError as error:
+            if began_from is None:
+                raise
+            logger.warning("%s; taking what the run was resumed from", error)
+            found = None
+        if found is None and began_from is not None:
+            return read(began_from)
+        if found is None and self._written:
+            gone = self._catalogue.path(self._written)
+            raise StorageError(f"{gone} is gone, and there is no other checkpoint")
         return found
 
     def _work(self) -> None:
@@ -147,13 +183,14 @@ class Checkpoints:
             size = sum(file.stat().st_size for file in path.iterdir())
         except OSError as error:
             why = error.strerror or str(error)
-            self._failures.append(f"step {step}: {why}")
+            self._failures[step] = why
             logger.warning("no checkpoint of step %d in %s: %s", step, self._catalogue.folder, why)
         except Exception as error:  # the parts' owner is lost, for example: the next may be better
             logger.warning("no checkpoint of step %d: %s", step, error)
+            self._fail(step, str(error) or repr(error))
         else:
             self._failures.clear()
-            self.step = step
+            self.step = self._written = step
             self._news.append(Saved(step, str(path), size, time.monotonic() - began))
 
     def _put(self, step: int, parts: Sequence[Delivery]) -> Path:
@@ -171,8 +208,16 @@ class Checkpoints:
         files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}
         state = state_of(self._job, launch.run, parts[0].facts)
         path = self._catalogue.write(step, files, state)
-        self._catalogue.prune(launch.job.checkpoint.num_to_keep)
+        with self._pruning:
+            self._catalogue.prune(launch.job.checkpoint.num_to_keep, step)
         return path
+
+    def _fail(self, step: int, why: str) -> None:
+        """Count a checkpoint that failed though the disk had no part in it."""
+        now = time.monotonic()
+        if now - self._failed_at >= _ONE_CAUSE_S:
+            self._failures[step] = why
+            self._failed_at = now
 
     def _skip(self, parts: Sequence[Delivery]) -> None:
         self._skipped += 1

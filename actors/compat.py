@@ -6,11 +6,13 @@ What collective groups need of torch stands in `actors/collectives/compat.py`.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray._private.state import available_resources_per_node
@@ -70,6 +72,22 @@ def ray_is_ours() -> bool:
     """Tell whether this process has started Ray's head: its processes have our environment."""
     node = ray._private.worker._global_node
     return node is not None and bool(node.head)
+
+
+@contextmanager
+def loopback() -> Iterator[None]:
+    """
+    Have a Ray that starts in this block listen on loopback alone.
+
+    `_node_ip_address="127.0.0.1"` does not do it: Ray puts the machine's own address in its place,
+    except where it takes clusters for impossible, as on macOS.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def address_of_this_machine() -> str | None:

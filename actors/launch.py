@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from distplat.actors.task_pickling import check_pickles
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.progress import Summary
+from distplat.platform.ray_token import secure_token
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import Bytes
 from distplat.strategies.sparse.files import keep_tables
@@ -164,14 +166,17 @@ def local_ray(job: Job, *, logs: bool = True) -> Iterator[None]:
         return
     cpus = job.scaling.num_workers * job.scaling.resources()["CPU"]
     # More workers than cores is slow but right: on a laptop that is what trying out means.
+    if warning := secure_token(Path.home(), os.environ):
+        logger.warning("%s", warning)
     with hash_seed.inherited():
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
-            log_to_driver=logs,
-            logging_level="error",  # Ray warns of its own token file at every start
-        )
+        with compat.loopback():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
+                log_to_driver=logs,
+                logging_level="error",  # Ray warns of its own token file at every start
+            )
         try:
             yield
         finally:

@@ -229,8 +229,10 @@ def _seats(job: Job, group_size: int) -> list[Any]:
 
 def _resources(needs: dict[str, float]) -> dict[str, Any]:
     """Translate Ray Train's resource names into the arguments of `options`."""
-    rest = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
-    return {"num_cpus": needs.get("CPU", 0), "num_gpus": needs.get("GPU", 0), "resources": rest}
+    own = ("CPU", "GPU", "memory")  # of these `options` has arguments, and refuses the names
+    rest = {name: amount for name, amount in needs.items() if name not in own}
+    options = {"num_cpus": needs.get("CPU", 0), "num_gpus": needs.get("GPU", 0), "resources": rest}
+    return options | ({"memory": int(needs["memory"])} if needs.get("memory") else {})
 
 
 def _check_feasible(job: Job, roles: Roles) -> None:

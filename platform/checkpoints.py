@@ -8,6 +8,7 @@ The catalogue of a run's checkpoints: how one comes to the disk, which are whole
             state.json              step, seed, batch, optimizer, versions
             manifest.json           size and SHA-256 of the others
         step-000140.partial/        being written, or what a crash left of it: counts for nothing
+        step-000160.damaged/        was found damaged by a run that went back to step 140
 
 Written in this order (I7): files, each synced; manifest, synced; the directory; its name; the
 directory around it. So after a crash at any moment a name stands for a whole checkpoint, or is not
@@ -22,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,8 @@ class Delivery:
     """What the rank knows of data and versions, for `state.json`."""
     skipped: bool = False
     """The rank has no part of this version: there will be no such checkpoint."""
+    failure: str = ""
+    """Why it has none, if that was an error."""
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +74,7 @@ class CheckpointAssembly:
 
     def __init__(self, world: int) -> None:
         self._world = world
-        self._attempt = 0
+        self.attempt = 0  #: parts of other attempts are not taken
         self._parts: dict[int, dict[int, Delivery]] = {}  #: version -> rank -> its part
         self.skipped: list[int] = []  #: versions of which there is no checkpoint
 
@@ -82,13 +86,13 @@ class CheckpointAssembly:
             attempt: its number.
             world: its ranks; None: as many as before.
         """
-        self._attempt = attempt
+        self.attempt = attempt
         self._world = world or self._world
         self._parts.clear()
 
     def add(self, delivery: Delivery) -> list[Delivery]:
         """Take a part; give all of its version, in rank order, when it is the last of them."""
-        if delivery.attempt != self._attempt:
+        if delivery.attempt != self.attempt:
             return []
         parts = self._parts.setdefault(delivery.version, {})
         parts[delivery.rank] = delivery
@@ -143,9 +147,11 @@ class CommonVersion:
 FOLDER = "checkpoints"
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 1
-_PARTIAL, _DELETED = ".partial", ".deleted"
+_PARTIAL, _DELETED, _DAMAGED = ".partial", ".deleted", ".damaged"
 _STEP = re.compile(r"step-(\d{6,18})")
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")
+_MANIFEST_BYTES = 16 * 2**20
+"""The largest manifest that is read: a foreign one may be of any size."""
 
 
 def is_due(version: int, every: int, total_steps: int) -> bool:
@@ -153,9 +159,17 @@ def is_due(version: int, every: int, total_steps: int) -> bool:
     return every > 0 and version > 0 and (version % every == 0 or version == total_steps)
 
 
-def surplus(steps: Iterable[int], keep: int) -> list[int]:
-    """Give the steps whose checkpoints may go, oldest first; the newest `keep` >= 1 stay."""
-    return sorted(steps)[:-keep]
+def surplus(steps: Iterable[int], keep: int, written: int) -> list[int]:
+    """
+    Give the steps whose checkpoints may go, oldest first; the newest `keep` >= 1 stay.
+
+    Args:
+        steps: those that have one.
+        keep: how many stay.
+        written: the step of the one just written. It stays, too, even where older work had come
+            further.
+    """
+    return [step for step in sorted(steps)[:-keep] if step != written]
 
 
 @dataclass(frozen=True)
@@ -227,34 +241,67 @@ class Catalogue:
         disk.sync(self.folder)
         return target
 
-    def prune(self, keep: int) -> None:
+    def prune(self, keep: int, written: int) -> None:
         """
-        Let the oldest go, once the newest was looked at: all its files are there, in full length.
+        Let the oldest go, once the one just written was looked at: its files have their lengths.
+
+        Args:
+            keep: how many stay.
+            written: the step of the one just written.
 
         Raises:
-            OSError: the newest is damaged, so nothing is deleted; or the disk refuses.
+            OSError: it is damaged, so nothing is deleted; or the disk refuses.
         """
-        steps = self.steps()
-        too_many = surplus(steps, keep)
+        too_many = surplus(self.steps(), keep, written)
         if not too_many:
             return
-        if found := shortfall(self.path(steps[-1])):
+        if found := shortfall(self.path(written)):
             raise OSError(f"{found}; nothing was deleted")
         for step in too_many:
             self._drop(self.path(step))
 
+    def set_aside(self, after: int) -> None:
+        """
+        Rename the checkpoints of later steps, which a rollback could not read.
+
+        They would count as the newest otherwise, and what is written after the rollback would be
+        deleted for them. They stay on the disk: a read may have failed for another reason.
+
+        Args:
+            after: the step that the run went back to.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        for step in self.steps():
+            if step > after:
+                path = self.path(step)
+                aside = path.with_name(path.name + _DAMAGED)
+                if aside.is_dir():
+                    self._disk.remove(aside)
+                self._disk.rename(path, aside)
+
     def newest(self, warn: Callable[[str], object]) -> Stored | None:
         """
-        Read the newest one that is whole; None: there is none.
+        Read the newest one that is whole; None: there is none, whole or damaged.
 
         Args:
             warn: is told of each that is damaged.
+
+        Raises:
+            StorageError: there are some, and none can be read.
         """
-        for step in reversed(self.steps()):
+        try:
+            steps = self.steps()
+        except OSError as error:
+            raise StorageError(f"cannot read {self.folder}: {error.strerror}") from error
+        for step in reversed(steps):
             try:
                 return read(self.path(step))
             except StorageError as error:
                 warn(f"{error}; taking the one before")
+        if steps:
+            raise StorageError(f"{self.folder}: all {len(steps)} checkpoints are damaged")
         return None
 
     def _fill(self, partial: Path, files: Mapping[str, Content]) -> None:
@@ -296,7 +343,7 @@ def read(path: Path) -> Stored:
     try:
         state = json.loads(files.pop(STATE))
         assert isinstance(state["step"], int)
-    except (KeyError, ValueError, TypeError, AssertionError):
+    except (KeyError, ValueError, TypeError, AssertionError, RecursionError):
         raise StorageError(f"{path} has no {STATE} with its step") from None
     return Stored(path, state, files)
 
@@ -341,8 +388,6 @@ def find(path: Path, warn: Callable[[str], object]) -> Stored:
     found = catalogue.newest(warn)
     if found is not None:
         return found
-    if count := len(catalogue.steps()):
-        raise StorageError(f"{catalogue.folder}: all {count} checkpoints are damaged")
     what = f"no checkpoint in {path}" if path.is_dir() else f"there is no directory {path}"
     hint = "give a run directory, or a directory step-... of its checkpoints"
     raise SpecError(Problem(("--resume",), what, hint))
@@ -354,8 +399,8 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         manifest = json.loads(text)
         files = manifest["files"]
         version = manifest["format"]
-        good = all(map(_FILE.fullmatch, files))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        good = all(_FILE.fullmatch(name) and isinstance(f, dict) for name, f in files.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StorageError(f"{path / MANIFEST} is damaged") from None
     if not good or not isinstance(version, int):
         raise StorageError(f"{path / MANIFEST} is damaged")
@@ -365,9 +410,7 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _checked(path: Path, facts: Mapping[str, Any]) -> bytes:
-    content = _bytes_of(path)
-    if len(content) != facts.get("bytes"):
-        raise StorageError(f"{path} has {len(content)} bytes, expected {facts.get('bytes')}")
+    content = _bytes_of(path, facts)
     digest = hashlib.sha256(content).hexdigest()
     if digest != facts.get("sha256"):
         expected = str(facts.get("sha256"))
@@ -375,13 +418,30 @@ def _checked(path: Path, facts: Mapping[str, Any]) -> bytes:
     return content
 
 
-def _bytes_of(path: Path) -> bytes:
+def _bytes_of(path: Path, facts: Mapping[str, Any] | None = None) -> bytes:
+    """
+    Read a file whose size is known before a byte of it is read.
+
+    Args:
+        path: of the file.
+        facts: what the manifest says of it; None: it is the manifest.
+    """
     try:
-        # No links: they could lead out of the directory.
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            return file.read()
+        # No links: they could lead out of the directory. Without waiting: a FIFO has no end.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise StorageError(f"{path} is no regular file")
+            if facts is None and about.st_size > _MANIFEST_BYTES:
+                raise StorageError(f"{path} is damaged: it has {about.st_size} bytes")
+            if facts is not None and about.st_size != facts.get("bytes"):
+                expected = f"expected {facts.get('bytes')}"
+                raise StorageError(f"{path} has {about.st_size} bytes, {expected}")
+            return file.read(about.st_size)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from None
+    except MemoryError:
+        raise StorageError(f"cannot read {path}: it does not fit into memory") from None
 
 
 def _canonical(facts: Mapping[str, Any]) -> bytes:

@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 Content = Iterable[bytes | memoryview]
 """A file, in parts."""
@@ -108,6 +109,22 @@ class Records:
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)
+
+
+def reserve(folder: Path, size: int) -> IO[bytes]:
+    """
+    Take room on a folder's disk, by a file without a name; closing it gives the room back.
+
+    Raises:
+        OSError: there is not so much.
+    """
+    file = tempfile.TemporaryFile(dir=folder)
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def write_whole(path: Path, data: bytes) -> None:

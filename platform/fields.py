@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from pydantic_core import PydanticCustomError
 
 
@@ -38,5 +38,30 @@ NonNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**40)]
 Index = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**40)]
+_SMALLEST = 1e-4
+"""Of which Ray counts resources."""
+_OF_RAY = ("bundle", "object_store_memory")
+"""Names that Ray gives to resources of its own."""
+
+
+def _countable(needs: dict[str, float]) -> dict[str, float]:
+    """Refuse what Ray would refuse only when an actor is asked for."""
+    for name, amount in needs.items():
+        wrong = ""
+        if not name or name in _OF_RAY or name.startswith(tuple(f"{one}_" for one in _OF_RAY)):
+            wrong = "is a name of Ray's own"
+        elif 0 < amount < _SMALLEST:
+            wrong = f"must be 0 or at least {_SMALLEST:.4f}: Ray counts no finer"
+        elif name == "GPU" and amount > 1 and amount % 1:
+            wrong = "must be a whole number above 1: a worker has one GPU or a part of it"
+        elif name == "memory" and amount % 1:
+            wrong = "must be a whole number of bytes"
+        if wrong:
+            raise PydanticCustomError("resource", "{text}", {"text": f"{name!r} {wrong}"})
+    return needs
+
+
+Resources = Annotated[dict[str, NonNegative], AfterValidator(_countable)]
+"""Ray resources by name; `memory` is in bytes."""
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400)]
 Pair = tuple[Fraction, Fraction]

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.checkpoints import Stored, find
-from distplat.platform.errors import Problem, SpecError, nearest
+from distplat.platform.checkpoints import STATE, Stored, find
+from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.spec import Job
 
 _SAME = ("seed", "global_batch_size")
@@ -72,12 +72,27 @@ def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> Stored:
 
     Raises:
         SpecError: there is none, or the job does not go with it.
-        StorageError: all are damaged.
+        StorageError: all are damaged, or it was made by something else.
     """
     found = find(path, warn)
+    if not _well_formed(found.state):
+        raise StorageError(f"{found.path / STATE} is damaged, or of no run of distplat")
     if problems := mismatches(found.state, job):
         raise SpecError(*problems)
     return found
+
+
+def _well_formed(state: Mapping[str, Any]) -> bool:
+    """Say whether what is compared with a job has the types that a run of ours writes."""
+    mappings = [state.get("data", {}), state.get("optimizer", {})]
+    if (tables := state.get("embeddings")) is not None:
+        mappings += [tables, tables.get("optimizer") if isinstance(tables, dict) else None]
+    numbers = [state.get("steps_per_epoch", 0), state.get("step")]
+    return (
+        all(isinstance(one, dict) for one in mappings)
+        and all(isinstance(one, int) for one in numbers)
+        and (tables is None or "name" in tables["optimizer"])
+    )
 
 
 def names_differ(had: set[str], has: set[str]) -> list[str]:

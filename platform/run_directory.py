@@ -15,6 +15,7 @@ The run directory: what a run leaves on disk.
 Metrics are flushed with every line: they are there when the run is not any more.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -28,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Records, write_whole
+from distplat.platform.disk import Records, reserve, write_whole
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
@@ -43,6 +44,9 @@ from distplat.platform.progress import (
 )
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import split_task
+
+_RESULT_BYTES = 64 * 2**10
+"""Room on the disk that is kept for `result.json` from the start."""
 
 TASK_FILE = "task.safetensors"
 """Parameters that the task keeps itself."""
@@ -83,6 +87,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, mode=0o700)
             write_whole(self.path / "job.yaml", render_job(job).encode())
             self._metrics = Records(self.path / "metrics.jsonl")
+            self._reserve = reserve(self.path, _RESULT_BYTES)
         except OSError as error:
             raise _refused(f"make the run directory {self.path}", error) from error
         self._board: _TensorBoard | None = None
@@ -148,11 +153,19 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        if self._board is not None:
-            self._board.close()
-        self._metrics.close()
+        self._reserve.close()  # where the disk is full this makes room
         text = _to_json({"status": status, **facts}, indent=2) + "\n"
-        self.keep("result.json", text.encode())
+        try:
+            self.keep("result.json", text.encode())
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Close metrics and curves; what they hold was written with every record."""
+        for file in (self._board, self._metrics):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 def _refused(what: str, error: OSError) -> StorageError:

@@ -20,6 +20,7 @@ from distplat.platform.fields import (
     NonNegative,
     Pair,
     Positive,
+    Resources,
     Seconds,
     Spec,
 )
@@ -116,7 +117,7 @@ class Embeddings(Spec):
     """Who keeps a row: `hash` spreads busy ids, `range` cuts 0..num_embeddings evenly."""
     asynchronous: Flag = False
     """Apply each worker's gradients when they come; then runs do not repeat bit for bit."""
-    resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
+    resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none, for it works while workers wait."""
 
 
@@ -159,8 +160,9 @@ class Scaling(Spec):
     """Ranks; 0: train in the calling process, without Ray, for debugging."""
     use_gpu: Flag = False
     """Each worker takes one GPU, or the part that `resources_per_worker` names."""
-    resources_per_worker: dict[str, NonNegative] = Field(default_factory=dict)
-    """Ray resources of one worker, for example {CPU: 2, GPU: 0.5}; default {CPU: 1}."""
+    resources_per_worker: Resources = Field(default_factory=dict)
+    """Ray resources of one worker, for example {CPU: 2, GPU: 0.5}; default {CPU: 1}. `memory` is in
+    bytes."""
 
     @property
     def world(self) -> int:

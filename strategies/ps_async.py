@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from distplat.platform.fields import Flag, NonNegative
+from distplat.platform.fields import Flag, NonNegative, Resources
 from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
 from distplat.strategies.strategy import NO_EARLY_PUSH, WIRES, Options, Roles, Strategy
@@ -29,7 +29,7 @@ class PsAsyncOptions(Options):
     removed: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
     num_servers: int = Field(1, ge=1, le=256, strict=True)
     """Server nodes; each keeps an equal part of the parameters."""
-    resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
+    resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none."""
     staleness: Literal["unbounded"] | Bound = "unbounded"
     """Steps that a leased task may be ahead of the oldest one that is not done."""

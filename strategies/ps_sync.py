@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from distplat.platform.errors import Problem
-from distplat.platform.fields import NonNegative
+from distplat.platform.fields import Resources
 from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
 from distplat.strategies.strategy import NO_EARLY_PUSH, WIRES, Options, Roles, Strategy
@@ -30,7 +30,7 @@ class PsSyncOptions(Options):
     removed: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
     num_servers: int = Field(1, ge=1, le=256, strict=True)
     """Server nodes; each keeps a part of the parameters."""
-    resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
+    resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none, for it works while workers wait."""
     backup_workers: int = Field(0, ge=0, le=1023, strict=True)
     """Gradients that a step does not wait for; with it, runs do not repeat bit for bit."""

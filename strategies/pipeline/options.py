@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from distplat.platform.errors import Problem, hint
-from distplat.platform.fields import Count, Flag, NonNegative, Positive, Seconds
+from distplat.platform.fields import Count, Flag, Positive, Resources, Seconds
 from distplat.platform.grid import Grid
 from distplat.platform.spec import Job
 from distplat.strategies.strategy import Options
@@ -37,7 +37,7 @@ class HybridOptions(Options):
     them to server nodes, of which each stage and slice has its own."""
     num_servers: Count = Field(1, le=256)
     """Server nodes of each stage and slice; with `data_strategy: ps-sync`."""
-    resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
+    resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
     """Ray resources of one server node; by default none, for it works while workers wait."""
     replication: Count = Field(1, le=2)
     """2: each shard has a backup, which takes over when its server is lost."""

@@ -2,7 +2,9 @@
 
 import errno
 import logging
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +148,126 @@ def test_a_part_that_was_lost_costs_one_checkpoint(
     assert "no checkpoint of step 2: its owner died" in caplog.text
 
 
+def test_every_checkpoint_that_fails_counts_whatever_the_cause(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_box(box: Any) -> Any:
+        if box[0][0] > 30:
+            raise ValueError("its owner died")
+        return box
+
+    monkeypatch.setattr("distplat.actors.checkpointing._ONE_CAUSE_S", 0.0)
+    checkpoints = Checkpoints(launch, 2, open_box)
+    give(checkpoints, 1, 2, 3)
+    checkpoints.take(delivery(0, 4))
+    checkpoints.take(delivery(1, 4, skipped=True, failure="the object store is full"))
+    assert len(checkpoints.news()) == 2
+    checkpoints.take(delivery(0, 5, facts={NOT_FINITE: "0.weight"}))
+    checkpoints.take(delivery(1, 5))
+    checkpoints.drain()
+    with pytest.raises(StorageError, match=r"3 checkpoints .* step 5: '0.weight' holds NaN"):
+        checkpoints.news()
+
+
+def test_checkpoints_that_one_lost_worker_takes_along_count_as_one(launch: Launch) -> None:
+    def open_box(box: Any) -> Any:
+        raise ValueError("its owner died")
+
+    checkpoints = Checkpoints(launch, 2, open_box)
+    give(checkpoints, 1, 2, 3, 4, 5)
+    checkpoints.take(delivery(0, 6, attempt=9, skipped=True, failure="of another attempt"))
+    assert checkpoints.news() == []
+
+
+def test_a_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
+    """Else the damaged one is the newest, and what is written after the rollback is deleted."""
+    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    give(checkpoints, 4, 6)
+    corrupt(checkpoints._catalogue.path(6))
+    found = checkpoints.newest()
+    assert found is not None
+    assert (found.step, checkpoints.step) == (4, 4)
+    give(checkpoints, 5)
+    assert [saved.step for saved in checkpoints.news()] == [4, 6, 5]
+    found = checkpoints.newest()
+    assert found is not None and found.step == 5
+    give(checkpoints, 6)
+    found = checkpoints.newest()
+    assert found is not None and found.step == 6
+
+
+@pytest.mark.parametrize("fault", ["damaged", "unreadable", "gone"])
+def test_a_rollback_never_begins_at_step_0_where_there_were_checkpoints(
+    fault: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    assert checkpoints.newest() is None
+    give(checkpoints, 1, 2)
+    catalogue = checkpoints._catalogue
+    if fault == "damaged":
+        for step in catalogue.steps():
+            corrupt(catalogue.path(step))
+    elif fault == "unreadable":
+
+        def refuse(path: object) -> Any:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        monkeypatch.setattr(Path, "iterdir", refuse)
+    else:
+        shutil.rmtree(catalogue.folder)
+    told = {"damaged": "all 2 checkpoints", "unreadable": "Stale file", "gone": "2 is gone, and"}
+    with pytest.raises(StorageError, match=told[fault]):
+        checkpoints.newest()
+
+
+def test_a_resumed_run_goes_back_to_what_it_began_from(
+    launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Checkpoints(launch, 2, lambda box: box)
+    give(first, 1)
+    began_from = first._catalogue.path(1)
+    resumed = replace(launch, resumed=began_from, folder=tmp_path / "resumed")
+    resumed.folder.mkdir()
+    checkpoints = Checkpoints(resumed, 2, lambda box: box)
+    give(checkpoints, 2)
+    corrupt(checkpoints._catalogue.path(2))
+    found = checkpoints.newest()
+    assert found is not None and found.path == began_from
+    assert "all 1 checkpoints are damaged; taking what the run was resumed from" in caplog.text
+
+
+def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_reads(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, reading = threading.Event(), threading.Event()
+    keep = launch.job.checkpoint.model_copy(update={"num_to_keep": 1})
+    launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
+
+    def slowly(box: Any) -> Any:
+        assert box[0][0] < 20 or gate.wait(10)
+        return box
+
+    checkpoints = Checkpoints(launch, 2, slowly)
+    give(checkpoints, 1)
+    monkeypatch.setattr("distplat.actors.checkpointing._ROLLBACK_S", 0.1)
+    real = checkpoints._catalogue.newest
+
+    def newest(warn: Any) -> Any:
+        reading.set()
+        gate.set()
+        time.sleep(0.3)  # the writer is done with step 2 meanwhile, but for deleting step 1
+        assert checkpoints._catalogue.path(1).is_dir()
+        return real(warn)
+
+    monkeypatch.setattr(checkpoints._catalogue, "newest", newest)
+    for rank in range(2):
+        checkpoints.take(delivery(rank, 2))
+    found = checkpoints.newest()
+    assert found is not None
+    checkpoints.drain()
+    assert checkpoints._catalogue.steps() == [2]
+
+
 def test_what_the_disk_cannot_keep_up_with_is_skipped(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -251,6 +373,7 @@ def test_servers_that_have_nothing_more_cost_one_checkpoint(slow: Slow, fault: s
     slow.uploader.take(5, part(1.0, fetch=fetch), {})
     slow.uploader.flush()
     assert [d.skipped for d in slow.sent] == [True]
+    assert bool(slow.sent[0].failure) is (fault == "raises")
 
 
 def test_a_rank_without_a_part_says_so(slow: Slow) -> None:

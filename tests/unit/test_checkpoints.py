@@ -1,9 +1,11 @@
 """A checkpoint is whole or not there, whatever comes between; a damaged one is never taken."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -87,7 +89,7 @@ class BadDisk(RealDisk):
 def save(catalogue: Catalogue, step: int, keep: int = 2) -> None:
     files = {"model.safetensors": [b"model " * 20, str(step).encode()], "optimizer.safetensors": []}
     catalogue.write(step, files, {"seed": 7})
-    catalogue.prune(keep)
+    catalogue.prune(keep, step)
 
 
 def holds(checkpoint: Stored, step: int) -> None:
@@ -120,10 +122,12 @@ def test_when_one_is_due(version: int, every: int, total: int, due: bool) -> Non
 
 @given(st.sets(st.integers(0, 99)), st.integers(1, 5))
 def test_the_newest_stay(steps: set[int], keep: int) -> None:
-    gone = surplus(steps, keep)
+    gone = surplus(steps, keep, max(steps, default=0))
     left = steps - set(gone)
     assert len(left) == min(keep, len(steps))
     assert not gone or max(gone) < min(left)
+    for written in steps:
+        assert set(surplus(steps, keep, written)) == set(gone) - {written}
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -216,7 +220,7 @@ steps = Catalogue(folder).steps()
 for step in itertools.count((steps[-1] if steps else 0) + 1):
     catalogue = Catalogue(folder)
     catalogue.write(step, {"model.safetensors": [bytes([step % 256]) * 300_000]}, {})
-    catalogue.prune(1)
+    catalogue.prune(1, step)
     print(step, flush=True)
 """
 
@@ -294,8 +298,32 @@ def test_a_damaged_newest_lets_no_older_one_go(tmp_path: Path) -> None:
     save(catalogue, 20, keep=9)
     (catalogue.path(20) / "model.safetensors").write_bytes(b"lost")
     with pytest.raises(OSError, match="nothing was deleted"):
-        catalogue.prune(1)
+        catalogue.prune(1, 20)
     assert catalogue.steps() == [10, 20]
+
+
+def test_what_was_just_written_stays_where_older_work_had_come_further(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    save(catalogue, 10, keep=9)
+    save(catalogue, 40, keep=9)
+    save(catalogue, 20, keep=1)
+    assert catalogue.steps() == [20, 40]
+    save(catalogue, 50, keep=1)
+    assert catalogue.steps() == [50]
+
+
+def test_damaged_ones_are_set_aside_and_their_steps_are_free_again(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    for step in (10, 20, 30):
+        save(catalogue, step, keep=9)
+    for _ in range(2):
+        (catalogue.path(30) / "model.safetensors").write_bytes(b"lost")
+        catalogue.set_aside(20)
+        assert catalogue.steps() == [10, 20]
+        save(catalogue, 30, keep=9)
+        holds(read(catalogue.path(30)), 30)
+    aside = catalogue.path(30).with_name("step-000030.damaged")
+    assert (aside / "model.safetensors").read_bytes() == b"lost", "a person may look at it"
 
 
 def test_one_that_is_there_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
@@ -326,3 +354,68 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
         find(tmp_path / "nowhere", must_not_warn)
     with pytest.raises(SpecError, match="there is no "):
         find(tmp_path / "step-000010", must_not_warn)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory", "longer"])
+def test_a_foreign_file_neither_hangs_nor_fills_memory(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    save(catalogue, 10)
+    path = catalogue.path(10) / name
+    if kind == "longer":
+        os.truncate(path, 2**40)  # of nothing: it takes no room
+    else:
+        path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "device":
+        try:
+            os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    with pytest.raises(StorageError, match=r"no regular file|Is a dir|1099511627776 b"):
+        read(catalogue.path(10))
+
+
+def put_in(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a file, and what the manifest says of it."""
+    (checkpoint / name).write_bytes(content)
+    if name != "manifest.json":
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        digest = hashlib.sha256(content).hexdigest()
+        manifest["files"][name] = {"bytes": len(content), "sha256": digest}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+DEEP = b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", DEEP),
+        ("manifest.json", b'{"files": ' + DEEP),
+        ("manifest.json", b'{"files": ["state.json"], "format": 1}'),
+        ("manifest.json", b'{"files": {"state.json": 1}, "format": 1}'),
+        ("manifest.json", b'{"files": {"../x.json": {}}, "format": 1}'),
+        ("manifest.json", b'{"files": {}, "format": 1}'),
+        ("manifest.json", b'{"files": {}, "format": ' + b"9" * 5000 + b"}"),
+        ("manifest.json", b"\xff"),
+        ("state.json", DEEP),
+        ("state.json", b"[]"),
+        ("state.json", b'{"step": "1"}'),
+        ("state.json", b'{"step": ' + b"9" * 5000 + b"}"),
+    ],
+)
+def test_json_of_any_shape_is_damage(name: str, content: bytes, tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    save(catalogue, 10)
+    put_in(catalogue.path(10), name, content)
+    with pytest.raises(StorageError):
+        read(catalogue.path(10))
+    with pytest.raises(StorageError, match="all 1 checkpoints are damaged"):
+        find(tmp_path, lambda text: None)

@@ -109,6 +109,14 @@ def test_a_ray_is_ours_if_this_process_has_its_head(monkeypatch: pytest.MonkeyPa
     assert "self.head = " in inspect.getsource(ray._private.node.Node)
 
 
+def test_a_ray_of_ours_takes_loopback_for_its_address() -> None:
+    from ray._private import services
+
+    with of_ray.loopback():
+        assert services.get_node_ip_address() == "127.0.0.1"
+    assert services.ray_constants.ENABLE_RAY_CLUSTER
+
+
 def test_the_address_of_this_machine_is_what_ray_start_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint is the run that never stopped."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from local_run import LocalRun, train
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from distplat.platform.errors import SpecError
-from distplat.platform.resume import mismatches
+from distplat.platform.checkpoints import Catalogue
+from distplat.platform.errors import SpecError, StorageError
+from distplat.platform.resume import mismatches, start_from
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import RawTensor, TensorSlice
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState, tensor_of
@@ -305,3 +307,22 @@ def test_a_rank_takes_the_slab_that_is_its_own() -> None:
     assert torch.equal(state["exp_avg"], weight[2:4].reshape(-1) * 10)
     half = saved.optimizer(flat, 3, 6, places)
     assert torch.equal(half["exp_avg"], weight[3] * 10)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"data": ["shuffle"]},
+        {"data": None},
+        {"optimizer": "AdamW"},
+        {"steps_per_epoch": "many"},
+        {"steps_per_epoch": None},
+        {"embeddings": 3},
+        {"embeddings": {"optimizer": "AdamW"}},
+        {"embeddings": {"optimizer": {}}},
+    ],
+)
+def test_a_state_of_another_shape_is_damage(state: dict[str, Any], tmp_path: Path) -> None:
+    Catalogue(tmp_path / "checkpoints").write(10, {"model.safetensors": [b""]}, state)
+    with pytest.raises(StorageError, match=r"step-000010/state\.json is damaged, or of no run"):
+        start_from(job("ring"), tmp_path, print)

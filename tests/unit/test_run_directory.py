@@ -5,7 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distplat.actors.training import saved_model
+from distplat.platform.disk import Records
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import read_job
 from distplat.platform.pipeline_trace import Trace
@@ -280,3 +282,47 @@ def test_a_directory_that_went_away(write: Callable[[RunDirectory], None], tmp_p
     shutil.rmtree(directory.path)
     with pytest.raises(StorageError, match=r"cannot write .*kept-1.*No such file"):
         write(directory)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 512 KiB of its own."""
+    made = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(made, capture_output=True, check=False).returncode:
+        pytest.skip("only root mounts a disk")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_run_on_a_full_disk_says_how_it_ended(small_disk: Path) -> None:
+    directory = make(small_disk)
+    step = StepSummary(1, 0, 1.0, 64, {f"part {number}": 0.25 for number in range(400)})
+    with pytest.raises(StorageError, match="No space left on device; free some"):
+        for _ in range(1000):
+            directory.record(step)
+    with pytest.raises(StorageError, match="No space left"):
+        directory.save_model(b"x" * 2**20)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        (small_disk / "another's").open("wb", 0) as f,
+    ):
+        while True:
+            f.write(b"x" * 512)
+    directory.finish("FAILED", {"error": "the disk is full"})
+    assert json.loads((directory.path / "result.json").read_text())["error"] == "the disk is full"
+    assert len(lines(directory)) > 1
+    assert not list(small_disk.rglob("*.partial"))
+
+
+def test_files_that_cannot_be_closed_do_not_hide_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make(tmp_path)
+    directory.record(STEPS[0])
+
+    def refuse(self: Records) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Records, "close", refuse)
+    directory.finish("FAILED", {"error": "lost"})
+    assert json.loads((directory.path / "result.json").read_text())["status"] == "FAILED"

@@ -1,11 +1,14 @@
 """What a job refuses: values field by field, and what no single field can see."""
 
+import re
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_job
 
 GOOD: dict[str, Any] = {
     "name": "digits",
@@ -45,6 +48,7 @@ def job(**changes: Any) -> Job:
         ),
         ({"scaling": {"use_gpu": True, "resources_per_worker": {"GPU": 0.5}}}, []),
         ({"scaling": {"resources_per_worker": {"GPU": 0}}}, []),
+        ({"scaling": {"resources_per_worker": {"memory": 2e9, "CPU": 1e-4}}}, []),
         (
             {"scaling": {"resources_per_worker": {"GPU": 0.5}}},
             ["scaling.resources_per_worker: asks for 0.5 GPU while use_gpu is false"],
@@ -148,3 +152,30 @@ def test_scaling(scaling: dict[str, Any], world: int, resources: dict[str, float
 def test_a_job_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         job().steps = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ({"GPU": 1.5}, "'GPU' must be a whole number above 1"),
+        ({"CPU": 0.00001}, "'CPU' must be 0 or at least 0.0001"),
+        ({"memory": 0.5}, "'memory' must be a whole number of bytes"),
+        ({"bundle": 1}, "'bundle' is a name of Ray's own"),
+        ({"bundle_group_0": 1}, "'bundle_group_0' is a name of Ray's own"),
+        ({"object_store_memory": 1e9}, "'object_store_memory' is a name of Ray's own"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["worker", "server", "table"])
+def test_resources_that_ray_would_refuse(whose: str, needs: dict[str, float], message: str) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "worker": {"scaling": {"resources_per_worker": needs, "use_gpu": "GPU" in needs}},
+        "server": {"strategy": {"name": "ps-sync", "resources_per_server": needs}},
+        "table": {
+            "embeddings": {
+                "optimizer": {"name": "SGD", "lr": 0.1},
+                "resources_per_server": needs,
+            }
+        },
+    }
+    with pytest.raises(SpecError, match=re.escape(message)):
+        make_job({**GOOD, **changes[whose]})
