@@ -6,13 +6,14 @@ It decides nothing: what is to be done after a failure comes as a `Restart` from
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from distplat.actors.messages import SavedHandle, WorkOrder
+from distplat.actors.servers.scheduler import ROOM
 from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.actors.spawn import (
     spawn,
@@ -65,7 +66,11 @@ class ActorGroup:
     """
 
     def __init__(self, launch: Launch, saved: Stored | None = None) -> None:
-        self._launch, self._attempt = launch, 0
+        self._task: str | bytes = launch.job.task or ""
+        if launch.task is not None:
+            self._task = ray.cloudpickle.dumps(launch.task)
+        # The controller gets this object, and is not to import the user's code.
+        self._launch, self._attempt = replace(launch, task=None), 0
         self.job = launch.job  #: what is run, with the number of workers that there are
         self._made_for = launch.job  #: the same when servers and scheduler were made
         self._enlisted = 0
@@ -84,6 +89,18 @@ class ActorGroup:
         if not self._cast.replicated_tables(self.job):  # else their manager looks after them
             actors |= self._cast.embedding_servers
         return actors
+
+    @property
+    def launch(self) -> Launch:
+        """What the run started from, without the task's class."""
+        return self._launch
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that the servers have threads for; 0: the number does not change in a run."""
+        roles = self._launch.roles
+        changes = roles.consistency.dynamic_tasks or roles.resizes
+        return self._made_for.scaling.world + ROOM if changes else 0
 
     @property
     def dynamic_tasks(self) -> bool:
@@ -224,15 +241,12 @@ class ActorGroup:
 
     def _order(self, attempt: int, rank: int, saved: SavedHandle | None, base: int) -> WorkOrder:
         launch = self._launch
-        task: str | bytes = launch.job.task or ""
-        if launch.task is not None:
-            task = ray.cloudpickle.dumps(launch.task)
         return WorkOrder(
             job=self.job,
             run=launch.run,
             attempt=attempt,
             rank=rank,
-            task=task,
+            task=self._task,
             search_path=launch.working_dir,
             strategy_file=launch.strategy_file,
             manager=self._cast.manager,

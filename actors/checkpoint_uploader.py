@@ -7,7 +7,8 @@ A rank's parts of checkpoints on their way: copied between two steps, sent off b
 
 Training stands still for the copy alone. Should the part before not have left when the next is
 due, a rank waits for it, which is a matter of memory, not of the disk: what the disk cannot keep up
-with, the driver skips. A rank under an asynchronous strategy waits for nobody, and skips at once.
+with, the controller skips. A rank under an asynchronous strategy waits for nobody, and skips at
+once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class CheckpointUploader:
     Args:
         rank: whose.
         attempt: of the run.
-        put: puts arrays where the driver can have them, copied; gives a box.
+        put: puts arrays where the controller can have them, copied; gives a box.
         send: takes the deliveries; called by another thread.
         limit_s: how long a part may take to leave.
     """

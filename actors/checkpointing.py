@@ -1,5 +1,5 @@
 """
-The driver's side of checkpoints: collects the ranks' parts, and writes them in a thread.
+The controller's side of checkpoints: collects the ranks' parts, and writes them in a thread.
 
     polls ──▶ Collecting ── a version's parts ──▶ the newest ones wait ──▶ thread: disk ──▶ Saved
                                                         │
@@ -50,6 +50,16 @@ _QUEUE = 2
 _QUEUE_BYTES = 64 * 2**20
 """Bytes of those that may wait beyond these."""
 _FILES = ("model", "optimizer")
+
+
+def newest_checkpoint(launch: Launch) -> Stored | None:
+    """
+    Read what a run begins from; None: it begins with the first step.
+
+    Raises:
+        StorageError: it is damaged now.
+    """
+    return None if launch.resumed is None else read(launch.resumed)
 
 
 class Checkpoints:

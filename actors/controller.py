@@ -1,9 +1,9 @@
 """
 The controller: asks every actor how it is, tells the job's state, hands on what was finished.
 
-It decides nothing; `platform/job.py` does. It runs in the driver, so that it ends with it and all
-actors with both (I8). No question waits longer than a tick: a frozen actor leaves one call open
-while the others go on being asked.
+It decides nothing; `platform/job.py` does. It runs in an actor on the driver's node, which ends
+with the driver (I8). No question waits longer than a tick: a frozen actor leaves one call open
+while the others go on being asked. `scale` and `scale_status` may be called from any thread.
 """
 
 import time
@@ -17,10 +17,9 @@ from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.messages import PollResult
 from distplat.actors.resizing import Resizer
-from distplat.actors.scaling import Scaling
-from distplat.actors.servers.scheduler import ScaleRequest
+from distplat.actors.scaling import Scaling, check_scalable
 from distplat.actors.servers.server_provisioning import ServerRequest
-from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
+from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError, Problem, SpecError
 from distplat.platform.job import (
     Event,
     Failed,
@@ -36,6 +35,7 @@ from distplat.platform.job import (
 from distplat.platform.progress import FailureEvent, Recovery, ReportAggregator, Resized, Summary
 from distplat.platform.quiesce import Stop, how_to_stop
 from distplat.platform.recovery import Policy, Restart
+from distplat.platform.scale_requests import ScaleRequest, ScaleRequests, ScaleStatus
 from distplat.platform.spec import Failure
 from distplat.platform.tensor_file import decode, encode
 
@@ -56,7 +56,7 @@ class Controller:
         actor_group: its actors, which have their orders.
         limits: the job's deadlines.
         policy: what is done about failures.
-        check: called once per tick; raises to end the run, for example on Ctrl-C.
+        check: called once per tick; raises to end the run.
         checkpoints: takes the ranks' parts, and has what all go back to when state is lost.
     """
 
@@ -71,12 +71,14 @@ class Controller:
         self._actor_group, self._limits, self._check = actor_group, limits, check
         self._actors = actor_group.roles
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
+        self._unreached: dict[str, float] = {}  #: role -> when its first call was lost, of late
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
         self._gathering = ReportAggregator(
             actor_group.world, checkpoints.step if actor_group.dynamic_tasks else None
         )
-        self._scaling = Scaling(actor_group) if actor_group.dynamic_tasks else None
-        self._resizer = Resizer(actor_group)  # where tasks are not leased
+        self._requests = requests = ScaleRequests()
+        self._scaling = Scaling(actor_group, requests) if actor_group.dynamic_tasks else None
+        self._resizer = Resizer(actor_group, requests)  # where tasks are not leased
         self._state = JobState(actor_group.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
         self._called_off = -1, Stop.ABANDON  #: the last attempt that was to end, and how
@@ -115,6 +117,23 @@ class Controller:
         self._checkpoints.drain()
         self._tell_checkpoints()
         return result
+
+    def scale(self, workers: int) -> ScaleRequest:
+        """
+        Ask for another number of workers; any thread may, and does not wait for them.
+
+        Raises:
+            SpecError: it cannot be had; says why.
+        """
+        check_scalable(self._actor_group, workers)
+        refused = (self._scaling or self._resizer).refusal(workers)
+        if refused:
+            raise SpecError(Problem(("--workers",), refused))
+        return self._requests.ask(workers)
+
+    def scale_status(self) -> ScaleStatus:
+        """Tell what became of the last request; any thread may ask."""
+        return self._requests.status()
 
     def _tell_checkpoints(self) -> None:
         for saved in self._checkpoints.news():
@@ -184,6 +203,7 @@ class Controller:
         renewed = set(self._actors) if restart.everything else set(replaced)
         renewed |= before ^ set(self._actors)
         self._up -= renewed
+        self._unreached.clear()
         self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
         self._checkpoints.begin(restart.attempt, self._actor_group.job)
         self._renumber(restart, step)
@@ -193,8 +213,8 @@ class Controller:
         """Go on with as many workers as there are now."""
         if restart.everything:
             (self._scaling or self._resizer).begin_anew()
-        elif "task-scheduler" in restart.coordinators:
-            (self._scaling or self._resizer).tell_again()
+        elif "task-scheduler" in restart.coordinators and self._scaling is not None:
+            self._scaling.tell_again()
         if self._scaling is not None:
             return
         world, before = self._actor_group.world, self._resizer.world
@@ -237,16 +257,18 @@ class Controller:
     def _events(self, role: str, call: Any) -> list[Event]:
         try:
             answer = ray.get(call, timeout=self._limits.heartbeat_timeout_s)
+        except ray.exceptions.ActorUnavailableError:  # a call or its answer was lost on the way
+            since = self._unreached.setdefault(role, time.monotonic())
+            return [Unanswered(role, time.monotonic() - since)]
         except ray.exceptions.RayActorError as error:
             del self._actors[role]
             lost = ActorLost(role, self._state.steps_done or None, _first_line(error))
             return [Failed(role, lost, gone=True, preempted=bool(error.preempted))]
         self._up.add(role)
+        self._unreached.pop(role, None)
         if isinstance(answer, DistplatError):
             del self._actors[role]
             return [Failed(role, answer)]
-        if isinstance(answer, ScaleRequest):
-            (self._scaling or self._resizer).hear(answer)
         if isinstance(answer, ServerRequest):
             self._actor_group.recruit(answer)
         return self._news(role, answer) if isinstance(answer, PollResult) else []

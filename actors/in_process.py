@@ -12,7 +12,7 @@ from functools import partial
 from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import Checkpoints
-from distplat.actors.launch import Keep
+from distplat.actors.controller_client import Keep
 from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
 from distplat.actors.servers.leases import RemoteLeases

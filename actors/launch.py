@@ -1,12 +1,12 @@
 """
-From a job to a running cast: connect to Ray, spawn, give orders, watch, and end everything.
+From a job to a run on Ray: connect, spawn, give orders, follow the controller, and end everything.
 
     driver                       actors, all started side by side
     ------                       --------------------------------
-    spawn          ->            worker 0..N-1, server 0..S-1, server manager
+    spawn          ->            worker 0..N-1, server 0..S-1, server manager, controller
     WorkOrder      ->            worker: import torch, build model and data, join, train
-    poll           <->           News: steps, evaluations, errors
-    result         <-            worker 0: the trained model
+    run, poll      <->           controller: what happened; at the end the trained model
+                                 controller <-> workers: PollResult: steps, evaluations, errors
 """
 
 from __future__ import annotations
@@ -17,37 +17,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 
 from distplat.actors import compat, hash_seed
 from distplat.actors.actor_group import ActorGroup, Launch
-from distplat.actors.checkpointing import Checkpoints
-from distplat.actors.controller import Controller
+from distplat.actors.checkpointing import newest_checkpoint
+from distplat.actors.controller_actor import ControllerActor
+from distplat.actors.controller_client import ControllerClient, Keep
 from distplat.actors.messages import rendezvous_key
-from distplat.actors.ray_transport import RayTransport
-from distplat.actors.retrying_calls import ask
+from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping
-from distplat.actors.tables.saving import sources_of
 from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_pickling import check_pickles
-from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.progress import Summary
 from distplat.platform.ray_token import secure_token
 from distplat.platform.spec import Job
-from distplat.platform.tensor_slices import Bytes
-from distplat.strategies.sparse.files import keep_tables
 
 logger = logging.getLogger(__name__)
-
-_FETCH_S = 60.0
-"""How long the driver waits for a part of a checkpoint to come from its node."""
-
-Keep = Callable[[str, bytes], object]
-"""Puts a file of the given name into the run directory."""
 
 
 def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) -> bytes:
@@ -80,22 +69,16 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
             for line in task_check.poll() if task_check is not None else ():
                 logger.warning("%s", line)
 
-        # Where tasks are leased rank 0 alone gives parts: the others may come and go.
-        parts = 1 if launch.roles.consistency.dynamic_tasks else launch.job.scaling.world
-        checkpoints = Checkpoints(launch, parts, _open_box)
-        actor_group = ActorGroup(launch, checkpoints.newest())
+        saved = newest_checkpoint(launch)
+        actor_group = ActorGroup(launch, saved)
+        controller: ControllerClient | None = None
         try:
-            controller = Controller(
-                actor_group, launch.job.failure, launch.policy, check, checkpoints
-            )
-            model = controller.run(tell)
-            if launch.roles.consistency.asynchronous and controller.base == 0:
-                _keep_log(launch, actor_group, keep)
-            if launch.job.embeddings is not None and launch.job.checkpoint.save_final:
-                keep_tables(sources_of(actor_group, launch.job), launch.job.seed, keep)
-            return model
+            handle = spawn_controller(ControllerActor, launch.job, launch.run)
+            controller = ControllerClient(handle, actor_group, saved.step if saved else 0)
+            return controller.follow(check, tell, keep)
         finally:
-            checkpoints.drain()  # what is complete is worth keeping, however the run ends
+            if controller is not None:
+                controller.end()
             actor_group.end()
             # Ranks take their words back themselves, unless they were killed.
             compat.delete_all(rendezvous_key(launch.run))
@@ -132,24 +115,6 @@ def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
         yield check
     finally:
         check.end()
-
-
-def _open_box(box: list[Any]) -> list[Bytes]:
-    arrays: list[Bytes] = ray.get(box[0], timeout=_FETCH_S)
-    return arrays
-
-
-def _keep_log(launch: Launch, actor_group: ActorGroup, keep: Keep) -> None:
-    """Fetch the shards' logs; a run that has its model does not fail for want of them."""
-    manager = actor_group.roles["server-manager"]
-    limit, setting = launch.job.failure.step_timeout_s, "step_timeout_s"
-    calls = [manager.logs.remote]
-    try:
-        logs = ask(RayTransport(), "log", calls, ["server-manager"], limit, setting)[0]
-    except InfrastructureError as error:
-        logger.warning("no %s: %s", FILE_NAME, error)
-    else:
-        keep(FILE_NAME, pack(logs, {"run": launch.run}))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import ray
 from distplat.actors.runs import RunName, find_runs
 from distplat.actors.servers.scheduler import SchedulerStatus
 from distplat.platform.errors import ActorLost, DeadlineExceeded, Problem, SpecError
+from distplat.platform.scale_requests import NOBODY_ASKED, ScaleRequest, ScaleStatus
 from distplat.platform.server_group import ServersSeen
 
 ANSWER_S = 10.0
@@ -28,6 +29,8 @@ class Overview:
     """None: the run has no server group."""
     roster: SchedulerStatus | None
     """None: it has no task scheduler."""
+    scale: ScaleStatus = NOBODY_ASKED
+    """What became of the last request for another number of workers."""
 
 
 def one_run(name: str) -> RunName:
@@ -46,17 +49,18 @@ def one_run(name: str) -> RunName:
 
 def overview(run: RunName) -> Overview:
     """
-    Ask a run's server manager and its task scheduler.
+    Ask a run's server manager, its task scheduler and its controller.
 
     Raises:
         ActorLost, DeadlineExceeded: they are gone, or do not answer.
     """
     seen = _ask(run, "server-manager", lambda actor: actor.seen.remote())
     roster = _ask(run, "task-scheduler", lambda actor: actor.roster.remote())
-    return Overview(run.run, run.job, seen, roster)
+    status = _ask(run, "controller", lambda actor: actor.scale_status.remote())
+    return Overview(run.run, run.job, seen, roster, status or NOBODY_ASKED)
 
 
-def scale(run: RunName, workers: int, wait_s: float) -> SchedulerStatus:
+def scale(run: RunName, workers: int, wait_s: float) -> Overview:
     """
     Have workers join or leave a run.
 
@@ -67,34 +71,42 @@ def scale(run: RunName, workers: int, wait_s: float) -> SchedulerStatus:
 
     Raises:
         SpecError: it cannot be had; says why.
-        DeadlineExceeded: it is not so yet; the wish stands.
+        DeadlineExceeded: it is not so yet; the request stands.
         ActorLost: the run is over.
     """
-    wish = _ask(run, "task-scheduler", lambda actor: actor.scale.remote(workers))
-    if wish is None:
-        text = f"run {run.run} has no task scheduler: only runs with parameter servers have one"
-        raise SpecError(Problem((), text))
+    request: ScaleRequest | None = _ask(
+        run, "controller", lambda actor: actor.scale.remote(workers)
+    )
+    if request is None:
+        raise ActorLost("controller", None, f"run {run.run} is over")
     until = time.monotonic() + wait_s
     while True:
-        roster: SchedulerStatus | None = _ask(
-            run, "task-scheduler", lambda actor: actor.roster.remote()
-        )
-        if roster is None:
-            raise ActorLost("task-scheduler", None, f"run {run.run} is over")
-        if roster.wish is None:
-            cause = "it was lost, and the one that follows it does not know the wish: ask again"
-            raise ActorLost("task-scheduler", None, cause)
-        if roster.wish.number == wish.number and roster.refused:
-            raise SpecError(Problem(("--workers",), roster.refused))
-        if roster.wish is not None and roster.wish.number > wish.number:
-            text = f"{roster.wish.workers} workers were asked for meanwhile"
-            raise SpecError(Problem(("--workers",), text))
-        if wait_s == 0 or (not roster.pending and len(roster.workers) == workers):
-            return roster
+        status = _ask(run, "controller", lambda actor: actor.scale_status.remote())
+        roster = _ask(run, "task-scheduler", lambda actor: actor.roster.remote())
+        if status is None or roster is None:
+            raise ActorLost("controller", None, f"run {run.run} is over")
+        _check_stands(request, status)
+        if wait_s == 0 or (not status.pending and len(roster.workers) == workers):
+            return Overview(run.run, run.job, None, roster, status)
         if time.monotonic() > until:
             what = f"{workers} workers instead of {len(roster.workers)}"
             raise DeadlineExceeded(what, ("workers",), wait_s, "--wait-s")
         time.sleep(_AGAIN_S)
+
+
+def _check_stands(request: ScaleRequest, status: ScaleStatus) -> None:
+    """
+    Look whether a request is still to be carried out.
+
+    Raises:
+        SpecError: it was refused, or there is a later one.
+    """
+    last = status.wish
+    if last is not None and last.number > request.number:
+        text = f"{last.workers} workers were asked for meanwhile"
+        raise SpecError(Problem(("--workers",), text))
+    if status.refused:
+        raise SpecError(Problem(("--workers",), status.refused))
 
 
 def _ask(run: RunName, role: str, question: Callable[[Any], Any]) -> Any:

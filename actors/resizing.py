@@ -18,10 +18,10 @@ from typing import Any
 import ray
 
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.servers.scheduler import ScaleRequest
 from distplat.actors.spawn import lacks
 from distplat.platform.errors import UserCodeError
 from distplat.platform.resizing import Resizing
+from distplat.platform.scale_requests import ScaleRequest, ScaleRequests
 from distplat.strategies.catalog import strategy_problems
 
 logger = logging.getLogger(__name__)
@@ -32,17 +32,17 @@ _REASON_S = 10.0
 
 class Resizer:
     """
-    Carries out wishes for another number of workers, one after the other.
+    Carries out requests for another number of workers, one after the other.
 
     Args:
         actor_group: the run's actors.
+        requests: for another number.
     """
 
-    def __init__(self, actor_group: ActorGroup) -> None:
-        self._actors = actor_group
+    def __init__(self, actor_group: ActorGroup, requests: ScaleRequests) -> None:
+        self._actors, self._requests = actor_group, requests
         self._brain = Resizing(actor_group.world)
-        self._heard: ScaleRequest | None = None
-        self._number = 0  #: of the wish that is being carried out
+        self._number = 0  #: of the request that is being carried out
         self._calls: dict[int, tuple[Any, float]] = {}  #: newcomer -> when it is ready, deadline
 
     @property
@@ -50,20 +50,15 @@ class Resizer:
         """Workers that the run goes on with."""
         return self._brain.world
 
-    def hear(self, wish: ScaleRequest) -> None:
-        """Take a wish; the same one comes again until it is known to be heard."""
-        if wish.number > self._number:
-            self._heard = wish
+    def refusal(self, workers: int) -> str:
+        """Say why there cannot be so many workers; empty: there can."""
+        more = workers - self._brain.world - len(self._brain.newcomers)
+        return _refusal(self._actors, workers, more)
 
     def begin_anew(self) -> None:
-        """All actors were made anew; of a wish that is left the new scheduler knows nothing."""
+        """All actors were made anew; a request that is under way stands."""
         self._brain.begin_anew(self._actors.world)
         self._calls.clear()
-        self.tell_again()
-
-    def tell_again(self) -> None:
-        """There is a new task scheduler, which counts wishes from 1; what is under way goes on."""
-        self._heard, self._number = None, 0
 
     def resized(self) -> None:
         """The run goes on with as many workers as the actor group has now."""
@@ -81,9 +76,9 @@ class Resizer:
             Workers to go on with from the next step; None: nothing is to change now.
         """
         brain = self._brain
-        if self._heard is not None:
-            self._take(self._heard)
-            self._heard = None
+        request = self._requests.take()
+        if request is not None:
+            self._take(request)
         for rank in brain.to_drop:
             self._drop(rank)
         for rank in brain.to_make:
@@ -97,15 +92,13 @@ class Resizer:
             self._answer("")
         return brain.due
 
-    def _take(self, wish: ScaleRequest) -> None:
-        self._number = wish.number
-        more = wish.workers - self._brain.world - len(self._brain.newcomers)
-        refused = _refusal(self._actors, wish.workers, more)
+    def _take(self, request: ScaleRequest) -> None:
+        refused = self.refusal(request.workers)
         if refused:
-            self._actors.scheduler.answer.remote(wish.number, refused)
+            self._requests.answer(request.number, refused)
             return
-        self._actors.scheduler.heard.remote(wish.number)
-        self._brain.wish(wish.workers)
+        self._number = request.number
+        self._brain.wish(request.workers)
 
     def _look_after(self, rank: int) -> None:
         call, until = self._calls[rank]
@@ -135,7 +128,7 @@ class Resizer:
 
     def _answer(self, refused: str) -> None:
         self._brain.give_up()
-        self._actors.scheduler.answer.remote(self._number, refused)
+        self._requests.answer(self._number, refused)
 
     def _drop(self, rank: int) -> None:
         self._calls.pop(rank, None)

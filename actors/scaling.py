@@ -1,9 +1,9 @@
 """
-Workers that join and leave while a run goes on: carries out what `distplat scale` wishes for.
+Workers that join and leave while a run goes on: carries out what `distplat scale` asks for.
 
-    distplat scale ── wish ──▶ task scheduler ── poll ──▶ controller
-                                    ▲                        │ joins: make worker-4, worker-5
-                                    └── dismiss, answer ─────┘ leaves: worker-3 finishes, is ended
+    distplat scale ── request ──▶ controller    joins: make worker-4, worker-5
+                                      │
+                                      └─ dismiss ──▶ task scheduler    worker-3 finishes, is ended
 
 Others are not disturbed: a newcomer asks the task scheduler for work like everybody else, and who
 leaves finishes what it holds. Rank 0 stays: it has the buffers that are saved.
@@ -14,42 +14,60 @@ from __future__ import annotations
 import logging
 
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.servers.scheduler import ScaleRequest
 from distplat.actors.spawn import lacks
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.scale_requests import ScaleRequests
 
 logger = logging.getLogger(__name__)
 
 
+def check_scalable(actor_group: ActorGroup, workers: int) -> None:
+    """
+    Refuse what no cluster could give.
+
+    Raises:
+        SpecError: the strategy cannot change its number of workers, or not to this one.
+    """
+    where, most = ("--workers",), actor_group.most_workers
+    if not most:
+        hint = "stop the job, and go on from its last checkpoint with another number: "
+        hint += "submit --resume --num-workers N"
+        name = actor_group.job.strategy.name
+        text = f"strategy {name!r} cannot change its number of workers while it runs"
+        raise SpecError(Problem(where, text, hint))
+    if not 1 <= workers <= most:
+        raise SpecError(Problem(where, f"must be 1 to {most} (got {workers})"))
+
+
 class Scaling:
     """
-    The workers of one run, as many as were wished for.
+    The workers of one run, as many as were asked for.
 
     Args:
         actor_group: its actors.
+        requests: for more or fewer.
     """
 
-    def __init__(self, actor_group: ActorGroup) -> None:
-        self._actors = actor_group
-        self._wish: ScaleRequest | None = None
+    def __init__(self, actor_group: ActorGroup, requests: ScaleRequests) -> None:
+        self._actors, self._requests = actor_group, requests
         self._leaving: set[int] = set()
 
-    def hear(self, wish: ScaleRequest) -> None:
-        """Take a wish; the same one comes again until it is answered."""
-        self._wish = wish
+    def refusal(self, workers: int) -> str:
+        """Say why there cannot be so many workers; empty: there can."""
+        more = workers - len(self._staying())
+        return lacks(self._actors.job, more) if more > 0 else ""
 
     def begin_anew(self) -> None:
         """All actors are made anew: nobody is leaving any more."""
-        self._wish = None
         self._leaving.clear()
 
     def tell_again(self) -> None:
         """The task scheduler is another one: it does not know who is leaving."""
-        self._wish = None
         self._actors.scheduler.dismiss.remote(tuple(self._leaving))
 
     def carry_out(self, base: int) -> list[int]:
         """
-        Have workers join or leave, if there is a wish.
+        Have workers join or leave, if that is asked for.
 
         Args:
             base: steps of the newest checkpoint.
@@ -57,12 +75,12 @@ class Scaling:
         Returns:
             Ranks that are starting.
         """
-        wish, self._wish = self._wish, None
-        if wish is None:
+        request = self._requests.take()
+        if request is None:
             return []
-        stay = sorted(set(self._actors.workers) - self._leaving)
-        more = wish.workers - len(stay)
-        refused = lacks(self._actors.job, more) if more > 0 else ""
+        stay = self._staying()
+        more = request.workers - len(stay)
+        refused = self.refusal(request.workers)
         joined: list[int] = []
         if more > 0 and not refused:
             joined = self._actors.grow(more, base)
@@ -72,8 +90,11 @@ class Scaling:
             self._leaving.update(leave)
             self._actors.scheduler.dismiss.remote(leave)
             logger.info("workers leave: %s", leave)
-        self._actors.scheduler.answer.remote(wish.number, refused)
+        self._requests.answer(request.number, refused)
         return joined
+
+    def _staying(self) -> list[int]:
+        return sorted(set(self._actors.workers) - self._leaving)
 
     def left(self, rank: int) -> None:
         """End a worker that has finished what it had."""

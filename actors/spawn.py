@@ -27,6 +27,8 @@ from distplat.strategies.strategy import Roles
 
 _WORKER_THREADS = 4
 """Threads of a worker for the controller's calls, of which one keeps its answer back."""
+_CONTROLLER_THREADS = 8
+"""Threads of the controller: for the run, for the driver, and for who asks by name."""
 _SERVER_THREADS = 8
 """Threads of a server node beside two per worker: for the manager's and the controller's calls."""
 
@@ -162,7 +164,16 @@ def spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:
     name = actor_name(job, "task-scheduler", attempt)
     options = {**_common(run), **_resources({"CPU": 0.0}), "name": name}
     scheduler = ray.remote(Scheduler).options(**options)
-    return scheduler.remote(name, job, roles.consistency, roles.resizes)
+    return scheduler.remote(name, job, roles.consistency)
+
+
+def spawn_controller(controller: type, job: Job, run: str) -> Any:
+    """Ask Ray for the controller, on this process's own node: no other node's end takes it."""
+    name = actor_name(job, "controller", 0)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {**_common(run), **_resources({"CPU": 0.0}), "scheduling_strategy": here}
+    threads = {"max_concurrency": _CONTROLLER_THREADS}
+    return ray.remote(controller).options(**options, **threads, name=name).remote(name)
 
 
 def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from distplat.actors.actor_group import Launch
-from distplat.actors.launch import Keep, train_on_ray
+from distplat.actors.controller_client import Keep
+from distplat.actors.launch import train_on_ray
 from distplat.actors.task_check import check_class
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.progress import (

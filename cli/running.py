@@ -20,6 +20,7 @@ from distplat.platform.errors import Problem, SpecError
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview
     from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
+    from distplat.platform.scale_requests import ScaleStatus
     from distplat.platform.server_group import ServersSeen, ShardAssignment
 
 
@@ -29,7 +30,7 @@ def role_lines(seen: Overview) -> list[str]:
     if seen.servers is not None:
         lines += ["", *_server_lines(seen.servers)]
     if seen.roster is not None:
-        lines += ["", *_worker_lines(seen.roster)]
+        lines += ["", *_worker_lines(seen.roster, seen.scale)]
     if seen.servers is None and seen.roster is None:
         lines += ["its strategy has neither servers nor a task scheduler"]
     return lines
@@ -40,7 +41,7 @@ def role_facts(seen: Overview) -> dict[str, Any]:
     return {
         "run": seen.run,
         "servers": None if seen.servers is None else asdict(seen.servers),
-        "scheduler": None if seen.roster is None else asdict(seen.roster),
+        "scheduler": None if seen.roster is None else asdict(seen.roster) | asdict(seen.scale),
     }
 
 
@@ -73,7 +74,7 @@ def _backup(seat: ShardAssignment) -> str:
     return f"{seat.making} (starting)" if seat.making is not None else "-"
 
 
-def _worker_lines(roster: SchedulerStatus) -> list[str]:
+def _worker_lines(roster: SchedulerStatus, scale: ScaleStatus) -> list[str]:
     if not roster.steps:
         return ["task scheduler    no worker has come yet"]
     head = f"task scheduler    step {roster.done} of {roster.steps}, attempt {roster.attempt}"
@@ -84,10 +85,10 @@ def _worker_lines(roster: SchedulerStatus) -> list[str]:
     unit = "TASKS" if roster.dynamic_tasks else "STEPS"
     columns = ["WORKER", "STEP", unit, f"{unit}/S", "WORK", "LEASE", ""]
     lines = [head, *table_lines(columns, [_row(entry, roster) for entry in roster.workers])]
-    if roster.refused and roster.wish is not None:
-        lines.append(f"{roster.wish.workers} workers were refused: {roster.refused}")
-    elif roster.wish is not None and roster.wish.workers != len(roster.workers):
-        lines.append(f"{roster.wish.workers} workers were asked for")
+    if scale.refused and scale.wish is not None:
+        lines.append(f"{scale.wish.workers} workers were refused: {scale.refused}")
+    elif scale.wish is not None and scale.wish.workers != len(roster.workers):
+        lines.append(f"{scale.wish.workers} workers were asked for")
     return lines
 
 
@@ -140,11 +141,7 @@ def scale(
         from distplat.actors.overview import one_run
         from distplat.actors.overview import scale as change
 
-        run = one_run(job)
-        roster = change(run, workers, wait_s)
-    from distplat.actors.overview import Overview
-
-    seen = Overview(run.run, run.job, None, roster)
+        seen = change(one_run(job), workers, wait_s)
     print(to_json(role_facts(seen)) if as_json else "\n".join(role_lines(seen)))
 
 

@@ -15,7 +15,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from distplat.platform.errors import FencedError, Problem, ProtocolError, SpecError
+from distplat.platform.errors import FencedError, ProtocolError
 from distplat.platform.spec import Consistency, Job
 from distplat.platform.task_scheduler import Lease, TaskPlan, TaskScheduler, lease_size
 from distplat.platform.worker_stats import WorkerHeartbeat, WorkerStats, WorkerTable
@@ -25,15 +25,6 @@ HOLD_S = 1.0
 ROOM = 16
 """So many workers more than at the start may be there at once; the servers' threads are made for
 them."""
-
-
-@dataclass(frozen=True)
-class ScaleRequest:
-    """A number of workers that somebody has asked for."""
-
-    number: int
-    """Of the wish, from 1."""
-    workers: int
 
 
 @dataclass(frozen=True)
@@ -62,11 +53,6 @@ class SchedulerStatus:
     duplicates: int
     """Tasks that were made twice."""
     workers: tuple[WorkerRow, ...]
-    wish: ScaleRequest | None
-    refused: str
-    """Why the last wish was not granted; empty: it was, or is about to be."""
-    pending: bool = False
-    """Whether the last wish is still to be answered."""
 
 
 class Scheduler:
@@ -77,34 +63,24 @@ class Scheduler:
         name: of the actor.
         job: the run's job.
         consistency: whether tasks are leased, and how far ahead.
-        resizes: whether there may be more or fewer workers though none are.
     """
 
-    def __init__(
-        self, name: str, job: Job, consistency: Consistency, resizes: bool = False
-    ) -> None:
-        self._name, self._job, self._how, self._resizes = name, job, consistency, resizes
+    def __init__(self, name: str, job: Job, consistency: Consistency) -> None:
+        self._name, self._job, self._how = name, job, consistency
         self._attempt = 0
         self._workers_table = WorkerTable()
         self._brain: TaskScheduler | None = None
         self._plan: TaskPlan | None = None
         self._leaving: set[int] = set()
         self._changed = asyncio.Event()  #: replaced by a new one whenever something is done
-        self._wish: ScaleRequest | None = None
-        self._answered, self._refused = 0, ""
-        self._wished = asyncio.Event()
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
-    async def poll(self, hold_s: float) -> ScaleRequest | None:
-        """Tell the controller what is wished for; `hold_s`: see `Worker.poll`."""
-        try:
-            await asyncio.wait_for(self._wished.wait(), hold_s)
-        except TimeoutError:
-            return None
-        return self._wish
+    async def poll(self, hold_s: float) -> None:
+        """Let the controller see that this process lives; `hold_s`: see `Worker.poll`."""
+        await asyncio.sleep(hold_s)
 
     async def join(self, rank: int, attempt: int, plan: TaskPlan) -> None:
         """
@@ -201,38 +177,6 @@ class Scheduler:
         self._leaving.discard(rank)
         self._workers_table.forget(rank)
 
-    async def scale(self, workers: int) -> ScaleRequest:
-        """
-        Wish for a number of workers.
-
-        Raises:
-            SpecError: it cannot be had.
-        """
-        where, most = ("--workers",), self._job.scaling.world + ROOM
-        if not (self._how.dynamic_tasks or self._resizes):
-            hint = "stop the job, and go on from its last checkpoint with another number: "
-            hint += "submit --resume --num-workers N"
-            name = self._job.strategy.name
-            text = f"strategy {name!r} cannot change its number of workers while it runs"
-            raise SpecError(Problem(where, text, hint))
-        if not 1 <= workers <= most:
-            raise SpecError(Problem(where, f"must be 1 to {most} (got {workers})"))
-        number = self._wish.number + 1 if self._wish is not None else 1
-        self._wish, self._refused = ScaleRequest(number, workers), ""
-        self._wished.set()
-        return self._wish
-
-    async def heard(self, number: int) -> None:
-        """Be told that a wish is known; the answer will follow."""
-        if self._wish is not None and number == self._wish.number:
-            self._wished.clear()
-
-    async def answer(self, number: int, refused: str) -> None:
-        """Be told what became of a wish; `refused`: why it is not granted, or empty."""
-        if self._wish is not None and number == self._wish.number:
-            self._answered, self._refused = number, refused
-            self._wished.clear()
-
     async def roster(self) -> SchedulerStatus:
         """Tell how all are doing."""
         now, brain, plan = time.monotonic(), self._brain, self._plan
@@ -246,9 +190,6 @@ class Scheduler:
             furthest if brain is None else brain.done.low // brain.plan.parts,
             0 if brain is None else brain.duplicates,
             entries,
-            self._wish,
-            self._refused,
-            self._wish is not None and self._answered < self._wish.number,
         )
 
     def _entry(self, standing: WorkerStats) -> WorkerRow:

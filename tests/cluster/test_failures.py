@@ -1,17 +1,22 @@
 """When a part fails: a typed error that names it, within its deadline, never a hang."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import ray
-from small_runs import job, train
+from small_runs import HERE, job, train
 
+from distplat.platform.checkpoints import Catalogue
 from distplat.platform.errors import (
     ActorLost,
     CollectiveError,
@@ -35,11 +40,18 @@ def misbehaving(strategy: object, deed: str, tmp_path: Path, **more: Any) -> dic
 
 
 class Killer(threading.Thread):
-    """Sends a signal to the process of an actor once some steps were seen. An `Observer`."""
+    """
+    Sends a signal to the process of an actor once some steps were seen. An `Observer`.
 
-    def __init__(self, role: str, number: int) -> None:
+    Args:
+        role: the actor's class.
+        number: of the signal.
+        when: what is to be true first.
+    """
+
+    def __init__(self, role: str, number: int, when: Callable[[], bool] = lambda: True) -> None:
         super().__init__(daemon=True)
-        self.role, self.number = role, number
+        self.role, self.number, self.when = role, number, when
         self.training = threading.Event()
         self.done_at = 0.0
 
@@ -54,9 +66,13 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         assert self.training.wait(60)
+        until = time.monotonic() + 60
+        while not self.when():
+            assert time.monotonic() < until
+            time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):
             title = " ".join(process.cmdline()) if process.is_running() else ""
-            if title.startswith(f"ray::{self.role}"):
+            if title.startswith("ray::") and self.role in title:
                 os.kill(process.pid, self.number)
                 self.done_at = time.monotonic()
                 return
@@ -94,6 +110,40 @@ def test_killed_server(tmp_path: Path) -> None:
     with pytest.raises(ActorLost, match="server"):
         train(spec, tmp_path, observers=(killer,))
     assert time.monotonic() - killer.done_at < 15
+
+
+def test_killed_controller(tmp_path: Path) -> None:
+    """The census finds what it leaves: its actors and the driver's are all to be gone."""
+
+    def two_checkpoints() -> bool:  # of which the first one is whole
+        return len(list(tmp_path.rglob("checkpoints/*/model.safetensors"))) > 1
+
+    killer = Killer("ControllerActor", signal.SIGKILL, two_checkpoints)
+    spec = job("ps-sync", 2, checkpoint={"every_steps": 5}, **LONG)
+    with pytest.raises(ActorLost, match=r"controller was lost after step \d+.*--resume") as caught:
+        train(spec, tmp_path, observers=(killer,))
+    assert caught.value.exit_code == 4
+    (folder,) = tmp_path.rglob("checkpoints")
+    saved = Catalogue(folder).newest(lambda *said: None)
+    assert saved is not None and saved.step > 0
+    resumed = train({**spec, "steps": saved.step + 3}, tmp_path, resume=folder.parent)
+    assert [summary.step for summary in resumed.history][-1] == saved.step + 3
+
+
+def test_killed_driver(tmp_path: Path) -> None:
+    """All actors end with it, the one too that the controller has made; the census looks."""
+    spec = misbehaving("ps-sync", "kill", tmp_path, failure={"max_failures": 1})
+    (tmp_path / "job.yaml").write_text(json.dumps({**spec, "storage_path": str(tmp_path)}))
+    address = ray.get_runtime_context().gcs_address
+    submit = ["-m", "distplat.cli.main", "submit", str(tmp_path / "job.yaml"), "--working-dir"]
+    driver = subprocess.Popen([sys.executable, *submit, str(HERE), "--address", address])
+    until = time.monotonic() + 90
+    while not any("recovery" in file.read_text() for file in tmp_path.rglob("metrics.jsonl")):
+        assert driver.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    driver.kill()
+    assert driver.wait(10) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 2}, "ps-sync"])

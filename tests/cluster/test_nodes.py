@@ -24,7 +24,7 @@ SLOTS = {"CPU": 0.5, "slot": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_nodes() -> Iterator[None]:
+def two_nodes() -> Iterator[Cluster]:
     """Two nodes with two slots each: of four actors with a slot, two share a node."""
     node: dict[str, Any] = {"num_cpus": 4, "object_store_memory": 100 * 2**20}
     cluster = Cluster(
@@ -33,7 +33,7 @@ def two_nodes() -> Iterator[None]:
     )
     cluster.add_node(**node, resources={"slot": 2, "right": 8})
     ray.init(address=cluster.address, logging_level="warning")
-    yield
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
 
@@ -142,3 +142,33 @@ def test_rows_between_nodes(tmp_path: Path) -> None:
     expected = tables(train(words("ring", 0), tmp_path))
     for name, rows in tables(result).items():
         np.testing.assert_allclose(rows, expected[name], rtol=1e-5, atol=1e-6)
+
+
+class LosingNode:
+    """Ends a node after the first step. An `Observer`."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.node: Any = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        cluster.wait_for_nodes()
+
+    def started(self, job: object, run: str, path: Path) -> None:
+        pass
+
+    def stepped(self, summary: object) -> None:
+        if self.node is not None:
+            self.cluster.remove_node(self.node, allow_graceful=False)
+            self.node = None
+
+    def disturbed(self, news: object) -> None:
+        pass
+
+
+def test_the_end_of_another_node_does_not_take_the_controller(
+    two_nodes: Cluster, tmp_path: Path
+) -> None:
+    losing = LosingNode(two_nodes)
+    result = train(big("ring", scaling(1, left=1)), tmp_path, observers=(losing,))
+    assert losing.node is None
+    assert [summary.step for summary in result.history] == [1, 2, 3, 4, 5]
+    assert not result.setbacks

@@ -24,6 +24,7 @@ from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import FailureEvent, Recovery, Resized, StepSummary
 from distplat.platform.sampler import Sampler
+from distplat.platform.scale_requests import ScaleRequest, ScaleStatus
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 
@@ -90,8 +91,13 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
         seen = wait_until(run, lambda seen: min(made(seen).values()) > 0)
         assert sorted(made(seen)) == [0, 1, 2, 3]
         assert any(line.startswith("worker-3 ") for line in role_lines(seen))
+        controller = run.actor("controller")
         with pytest.raises(SpecError, match="14 more workers need 7 CPU, of which"):
-            scale(run, 18, PATIENCE_S)
+            ray.get(controller.scale.remote(18), timeout=PATIENCE_S)
+        with pytest.raises(SpecError, match=r"must be 1 to 18 \(got 19\)"):
+            scale(run, 19, PATIENCE_S)
+        status = ray.get(controller.scale_status.remote(), timeout=PATIENCE_S)
+        assert status == ScaleStatus(ScaleRequest(1, 4)), "what is refused leaves no trace"
         scale(run, 1, PATIENCE_S)
         scale(run, 2, PATIENCE_S)
         assert not mine.setbacks, "nobody was disturbed"

@@ -5,13 +5,12 @@ from typing import cast
 import pytest
 import ray
 from jobs import job_of
-from recording_handle import RecordingHandle
 
 from distplat.actors import resizing
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.resizing import Resizer
-from distplat.actors.servers.scheduler import ScaleRequest
 from distplat.platform.errors import UserCodeError
+from distplat.platform.scale_requests import ScaleRequest, ScaleRequests, ScaleStatus
 
 JOB = job_of(
     {"name": "ps-sync", "backup_workers": 1},
@@ -25,7 +24,7 @@ class FakeActorGroup:
     """Two workers, and newcomers by rank: what their call came to, or None while it is open."""
 
     def __init__(self) -> None:
-        self.job, self.scheduler = JOB, RecordingHandle()
+        self.job, self.requests = JOB, ScaleRequests()
         self.newcomers: dict[int, object] = {}
 
     @property
@@ -86,9 +85,9 @@ def actor_group(
     return fake
 
 
-def made(actor_group: FakeActorGroup, workers: int, number: int = 1) -> Resizer:
-    resizer = Resizer(cast(ActorGroup, actor_group))
-    resizer.hear(ScaleRequest(number, workers))
+def made(actor_group: FakeActorGroup, workers: int) -> Resizer:
+    resizer = Resizer(cast(ActorGroup, actor_group), actor_group.requests)
+    actor_group.requests.ask(workers)
     assert resizer.look(0) is None
     return resizer
 
@@ -101,14 +100,12 @@ def test_newcomers_are_ready_before_anything_is_due(actor_group: FakeActorGroup)
     actor_group.newcomers[2] = "ready"
     assert resizer.look(0) == 4
     assert resizer.look(0) == 4, "until it is so"
-    assert actor_group.scheduler.calls == [("heard", 1)]
+    assert actor_group.requests.status().pending
     actor_group.resize(4)
     resizer.resized()
     assert (resizer.look(0), resizer.world) == (None, 4)
-    assert actor_group.scheduler.calls == [("heard", 1), ("answer", 1, "")]
-    resizer.hear(ScaleRequest(1, 4))  # it comes again until the scheduler has the answer
+    assert actor_group.requests.status() == ScaleStatus(ScaleRequest(1, 4))
     assert resizer.look(0) is None
-    assert actor_group.scheduler.calls == [("heard", 1), ("answer", 1, "")]
 
 
 @pytest.mark.parametrize("lost", [2, 3])
@@ -134,13 +131,14 @@ def test_when_one_cannot_come_all_are_let_go(
     clock.now = 7.1
     assert resizer.look(0) is None
     assert actor_group.newcomers == {}
-    number, refused = actor_group.scheduler.calls[-1][1:]
-    assert number == 1
+    status = actor_group.requests.status()
+    assert (status.wish, status.pending) == (ScaleRequest(1, 4), False)
+    refused = status.refused
     assert refused.startswith(f"worker-{lost} could not be started: ")
     assert said in refused.lower()
     assert "\n" not in refused
     assert resizer.look(0) is None
-    resizer.hear(ScaleRequest(2, 3))
+    actor_group.requests.ask(3)
     resizer.look(0)
     assert actor_group.newcomers == {2: None}
 
@@ -159,48 +157,38 @@ def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
     resizer = made(actor_group, 4)
     lacking.append("1 more workers need 1 CPU" if workers == 3 else "")
     if workers == 3:  # nobody has come yet
-        resizer = Resizer(cast(ActorGroup, actor_group))
+        resizer = Resizer(cast(ActorGroup, actor_group), actor_group.requests)
         actor_group.newcomers.clear()
-    resizer.hear(ScaleRequest(2, workers))
+    assert said in resizer.refusal(workers)
+    actor_group.requests.ask(workers)  # it could be had when it was asked for
     assert resizer.look(0) is None
-    assert ("answer", 2) == actor_group.scheduler.calls[-1][:2]
-    assert said in actor_group.scheduler.calls[-1][2]
+    status = actor_group.requests.status()
+    assert status.wish == ScaleRequest(2, workers)
+    assert said in status.refused
     assert list(actor_group.newcomers) == ([] if workers == 3 else [2, 3])
 
 
 def test_as_many_as_there_are_is_granted_at_once(actor_group: FakeActorGroup) -> None:
     made(actor_group, 2)
-    assert actor_group.scheduler.calls == [("heard", 1), ("answer", 1, "")]
+    assert actor_group.requests.status() == ScaleStatus(ScaleRequest(1, 2))
 
 
 def test_a_later_wish_takes_the_place_of_the_earlier(actor_group: FakeActorGroup) -> None:
     resizer = made(actor_group, 5)
-    resizer.hear(ScaleRequest(2, 3))
+    actor_group.requests.ask(3)
     assert resizer.look(0) is None
     assert actor_group.newcomers == {2: None}
     actor_group.newcomers[2] = "ready"
     assert resizer.look(0) == 3
-    assert actor_group.scheduler.calls == [("heard", 1), ("heard", 2)]
+    assert actor_group.requests.status() == ScaleStatus(ScaleRequest(2, 3), pending=True)
 
 
 def test_when_all_were_made_anew_newcomers_are_made_again(actor_group: FakeActorGroup) -> None:
-    resizer = made(actor_group, 4, number=7)
+    resizer = made(actor_group, 4)
     actor_group.newcomers.clear()  # they ended with all others
     resizer.begin_anew()
     assert resizer.look(0) is None
     assert actor_group.newcomers == {2: None, 3: None}
-    resizer.hear(ScaleRequest(1, 2))  # the new scheduler counts from 1
+    actor_group.requests.ask(2)
     assert resizer.look(0) is None
     assert actor_group.newcomers == {}
-
-
-def test_a_new_scheduler_is_heard_and_newcomers_go_on_making_themselves_ready(
-    actor_group: FakeActorGroup,
-) -> None:
-    resizer = made(actor_group, 4, number=7)
-    resizer.tell_again()
-    actor_group.newcomers |= {2: "ready", 3: "ready"}
-    assert resizer.look(0) == 4, "the wish stands"
-    resizer.hear(ScaleRequest(1, 3))  # it counts from 1
-    assert resizer.look(0) == 3
-    assert actor_group.newcomers == {2: "ready"}

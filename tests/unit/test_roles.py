@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from distplat.actors.overview import Overview
-from distplat.actors.servers.scheduler import ScaleRequest, SchedulerStatus, WorkerRow
+from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
 from distplat.cli.render import to_json
 from distplat.cli.running import role_facts, role_lines
+from distplat.platform.scale_requests import ScaleRequest, ScaleStatus
 from distplat.platform.server_group import ServersSeen, ShardAssignment
 from distplat.platform.shard_map import Shard
 from distplat.platform.worker_stats import WorkerStats
@@ -37,8 +38,6 @@ def roster(**more: Any) -> SchedulerStatus:
         "done": 118,
         "duplicates": 3,
         "workers": WORKERS,
-        "wish": None,
-        "refused": "",
     }
     return SchedulerStatus(**{**fields, **more})
 
@@ -100,9 +99,12 @@ def test_backups_that_are_not_there(backup: ShardAssignment, shown: str) -> None
             "server manager    no shard was given out yet: no worker has come",
         ),
         (Overview("r", "j", None, roster(steps=0)), "task scheduler    no worker has come yet"),
-        (Overview("r", "j", None, roster(wish=ScaleRequest(2, 5))), "5 workers were asked for"),
         (
-            Overview("r", "j", None, roster(wish=ScaleRequest(2, 5), refused="no CPU is free")),
+            Overview("r", "j", None, roster(), ScaleStatus(ScaleRequest(2, 5), pending=True)),
+            "5 workers were asked for",
+        ),
+        (
+            Overview("r", "j", None, roster(), ScaleStatus(ScaleRequest(2, 5), "no CPU is free")),
             "5 workers were refused: no CPU is free",
         ),
     ],
@@ -130,3 +132,5 @@ def test_json_has_all_of_it() -> None:
     assert found["servers"]["seats"][0]["backup"] == "server-3"
     assert found["scheduler"]["workers"][1]["standing"]["straggler"] is True
     assert found["scheduler"]["workers"][0]["lease"] == [240, 249, 10]
+    scale = {name: found["scheduler"][name] for name in ("wish", "refused", "pending")}
+    assert scale == {"wish": None, "refused": "", "pending": False}

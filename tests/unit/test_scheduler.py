@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from jobs import job_of
 
-from distplat.actors.servers.scheduler import HOLD_S, ROOM, Scheduler
-from distplat.platform.errors import FencedError, ProtocolError, SpecError
+from distplat.actors.servers.scheduler import HOLD_S, Scheduler
+from distplat.platform.errors import FencedError, ProtocolError
 from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.platform.task_scheduler import TaskPlan
 from distplat.platform.worker_stats import WorkerHeartbeat
@@ -17,10 +17,10 @@ COURSE = TaskPlan(steps=4, parts=2)
 DEALT = Consistency(asynchronous=True)
 
 
-def scheduler(how: Consistency = DEALT, resizes: bool = False) -> Scheduler:
+def scheduler(how: Consistency = DEALT) -> Scheduler:
     strategy = "ps-async" if how.asynchronous else "ps-sync"
     job = job_of(strategy, 2, global_batch_size=8, failure={"heartbeat_timeout_s": 0.3})
-    return Scheduler("small/task-scheduler", job, how, resizes)
+    return Scheduler("small/task-scheduler", job, how)
 
 
 def play(story: Coroutine[Any, Any, None]) -> None:
@@ -95,41 +95,6 @@ def test_a_worker_with_other_data_is_refused() -> None:
     play(story())
 
 
-def test_a_wish_is_handed_on_until_it_is_answered() -> None:
-    async def story() -> None:
-        desk = scheduler()
-        assert await desk.poll(0.01) is None
-        wish = await desk.scale(3)
-        assert [await desk.poll(0.01) for _ in range(2)] == [wish, wish]
-        await desk.answer(wish.number, "no CPU is free")
-        assert await desk.poll(0.01) is None
-        assert (await desk.roster()).refused == "no CPU is free"
-        again = await desk.scale(2)
-        assert (await desk.roster()).refused == ""
-        await desk.answer(wish.number, "late")  # of the wish before
-        assert await desk.poll(0.01) == again
-
-    play(story())
-
-
-@pytest.mark.parametrize(
-    ("how", "workers", "said"),
-    [
-        (DEALT, 0, f"must be 1 to {2 + ROOM} \\(got 0\\)"),
-        (DEALT, 3 + ROOM, "got 19"),
-        (SYNCHRONOUS, 3, "'ps-sync' cannot change its number of workers while it runs"),
-    ],
-)
-def test_wishes_that_are_refused(how: Consistency, workers: int, said: str) -> None:
-    async def story() -> None:
-        desk = scheduler(how)
-        with pytest.raises(SpecError, match=said):
-            await desk.scale(workers)
-        assert await desk.poll(0.01) is None
-
-    play(story())
-
-
 def test_a_worker_that_is_dismissed_is_shown_until_it_is_gone() -> None:
     async def story() -> None:
         desk = scheduler()
@@ -161,27 +126,9 @@ def test_a_synchronous_run_is_told_of_by_its_workers() -> None:
     play(story())
 
 
-def test_the_wish_of_a_synchronous_run_is_pending_until_it_is_answered() -> None:
-    async def story() -> None:
-        desk = scheduler(SYNCHRONOUS, resizes=True)
-        wish = await desk.scale(3)
-        assert await desk.poll(0.01) == wish
-        await desk.heard(wish.number)
-        assert await desk.poll(0.01) is None
-        assert (await desk.roster()).pending
-        await desk.answer(wish.number, "worker-2 could not be started")
-        roster = await desk.roster()
-        assert (roster.pending, roster.refused) == (False, "worker-2 could not be started")
-        later = await desk.scale(2)
-        await desk.heard(wish.number)  # late, of the wish before
-        assert await desk.poll(0.01) == later
-
-    play(story())
-
-
 def test_an_attempt_of_another_number_of_workers_has_another_roster() -> None:
     async def story() -> None:
-        desk = scheduler(SYNCHRONOUS, resizes=True)
+        desk = scheduler(SYNCHRONOUS)
         for rank in range(2):
             await desk.join(rank, 0, COURSE)
         for rank in (2, 0, 1):

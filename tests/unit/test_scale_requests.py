@@ -1,0 +1,47 @@
+"""Requests for another number of workers: asked from any thread, taken once, answered once."""
+
+import threading
+
+from distplat.platform.scale_requests import (
+    NOBODY_ASKED,
+    ScaleRequest,
+    ScaleRequests,
+    ScaleStatus,
+)
+
+
+def test_a_request_is_taken_once_and_is_pending_until_it_is_answered() -> None:
+    requests = ScaleRequests()
+    assert (requests.take(), requests.status()) == (None, NOBODY_ASKED)
+    request = requests.ask(3)
+    assert request == ScaleRequest(1, 3)
+    assert [requests.take(), requests.take()] == [request, None]
+    assert requests.status() == ScaleStatus(request, pending=True)
+    requests.answer(1, "no CPU is free")
+    assert requests.status() == ScaleStatus(request, "no CPU is free")
+
+
+def test_the_answer_to_an_earlier_request_comes_too_late() -> None:
+    requests = ScaleRequests()
+    requests.ask(3)
+    later = requests.ask(2)
+    requests.answer(1, "no CPU is free")
+    assert requests.status() == ScaleStatus(later, pending=True)
+    assert requests.take() == later, "the one before counts no more"
+    requests.answer(2, "")
+    assert requests.status() == ScaleStatus(later)
+
+
+def test_requests_of_many_threads_have_numbers_of_their_own() -> None:
+    requests = ScaleRequests()
+    numbers: list[int] = []
+
+    def ask() -> None:
+        numbers.extend(requests.ask(2).number for _ in range(200))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 801))
