@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from jobs import job_of
 from lost_ranks import Loss, LossyRun, Resize, train_lossy
+from rank_threads import UNSHRUNK
 from words import ROWS, Words
 
 from distplat.platform.spec import Job
@@ -61,7 +62,7 @@ losses = some.builds(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, phases=UNSHRUNK)
 @given(
     servers=some.sampled_from([1, 2]),
     events=some.lists(losses, min_size=1, max_size=3, unique_by=lambda loss: loss.step),

@@ -13,7 +13,7 @@ from dealing import desk_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from local_run import Attempt, LocalRun
-from rank_threads import on_ranks
+from rank_threads import UNSHRUNK, on_ranks
 from safetensors.numpy import load_file
 
 from distplat import Trainer
@@ -310,7 +310,7 @@ ATTEMPT = st.tuples(st.lists(FAULT, min_size=1, max_size=3), st.booleans(), st.b
 
 @example([([Fault(3, ONE_TABLE), Fault(0, TABLES)], True, False)] * 2, 1)
 @given(st.lists(ATTEMPT, max_size=3), st.integers(1, 4))
-@settings(max_examples=25)
+@settings(max_examples=25, phases=UNSHRUNK)
 def test_one_attempt_after_the_other(
     attempts: list[tuple[list[Fault], bool, bool]], most: int
 ) -> None:
