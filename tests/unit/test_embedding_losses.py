@@ -1,5 +1,6 @@
 """Ranks that are lost, join and leave beside embedding tables: every gradient counts once."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from words import ROWS, Words
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
 
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "8"))
+"""`make test-all` draws many more."""
 STEPS = 15
 EPOCHS = 2
 
@@ -62,7 +65,8 @@ losses = some.builds(
 )
 
 
-@settings(max_examples=12, deadline=None, phases=UNSHRUNK)
+@pytest.mark.timeout(120 + 2 * RUNS)
+@settings(max_examples=RUNS, deadline=None, phases=UNSHRUNK)
 @given(
     servers=some.sampled_from([1, 2]),
     events=some.lists(losses, min_size=1, max_size=3, unique_by=lambda loss: loss.step),
