@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.model.flat import FlatModel
 
 
 class Net(nn.Module):
@@ -273,6 +273,19 @@ def test_the_first_gradient_that_is_not_finite_is_named(value: float) -> None:
         slot.view(flat.grads).view(-1)[1] = value
         first = flat.first_non_finite()
         assert first is not None and flat.name(first) == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
+    flat = FlatModel(nn.Linear(8, 8, bias=False).to(dtype))
+    flat.slots[0].view(flat.grads).fill_(torch.finfo(dtype).max)
+    assert flat.first_non_finite() is None
+
+
+def test_infinities_of_both_signs_do_not_cancel() -> None:
+    flat = FlatModel(nn.Linear(2, 1, bias=False))
+    flat.grads[:2] = torch.tensor([torch.inf, -torch.inf])
+    assert flat.first_non_finite() == 0
 
 
 def test_several_types_lie_in_segments() -> None:

@@ -25,8 +25,8 @@ from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import StepReport
 from distplat.strategies.catalog import make_job
-from distplat.strategies.training.leased_loop import LeasedLoop
-from distplat.strategies.training.session import Around
+from distplat.strategies.loop.loop import LeasedLoop
+from distplat.strategies.loop.session import Around
 
 RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "10"))
 """`make test-all` draws many more."""

@@ -1,0 +1,262 @@
+"""Batches of one worker: torch's DataLoader over the sampler's plan of the whole run."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    get_worker_info,
+)
+
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.algorithms.seeds import collate_seed, epoch_seed, evaluation_data_seed
+from distplat.strategies.loop.collate import collated, sent
+from distplat.strategies.loop.loaders import ByValue, LoaderContext, importable
+from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
+from distplat.strategies.task import Task
+
+
+class Run(NamedTuple):
+    """Samples that follow each other in an epoch's order: those of a micro-batch."""
+
+    seed: int
+    """Of the epoch; each sample's own is mixed from it and the sample's place."""
+    first: int
+    """Place of the first sample."""
+    ids: list[int]
+    """In the data set."""
+
+
+class _Plan:
+    """The samples of every micro-batch of one rank, in order: a torch `batch_sampler`."""
+
+    def __init__(self, sampler: Sampler, rank: int, parts: int, steps: range) -> None:
+        self._sampler, self._rank, self._parts, self._steps = sampler, rank, parts, steps
+
+    def __iter__(self) -> Iterator[Run]:
+        for step in self._steps:
+            yield from runs(self._sampler, step, self._rank, self._parts)
+
+
+def runs(sampler: Sampler, step: int, rank: int, parts: int) -> Iterator[Run]:
+    """Give the samples of each micro-batch of a rank's step, and where they are in the epoch."""
+    seed = epoch_seed(sampler.seed, sampler.epoch_of(step))
+    first = sampler.first_place(step, rank)
+    for ids in sampler.micro_batches(step, rank, parts):
+        yield Run(seed, first, ids.tolist())
+        first += len(ids)
+
+
+def make_sampler(job: Job, data: Dataset[Any], replicas: int | None = None) -> Sampler:
+    """
+    Build the run's sampler.
+
+    Args:
+        job: the run.
+        data: the training samples.
+        replicas: copies of the model, which each take a part of the batch; None: one per worker.
+
+    Raises:
+        ValueError: the data set has no length, or is too small for one batch.
+    """
+    try:
+        size = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        size = -1
+    if size < 0 or isinstance(data, IterableDataset):
+        raise ValueError(
+            f"{type(data).__name__} has no length: train_data must be a map-style data set"
+        )
+    return Sampler(
+        size=size,
+        batch=job.global_batch_size,
+        world=replicas or job.scaling.world,
+        seed=job.seed,
+        shuffle=job.data.shuffle,
+        drop_last=job.data.drop_last,
+    )
+
+
+def total_steps(job: Job, sampler: Sampler) -> int:
+    """Give the number of updates in the run."""
+    return job.steps if job.steps is not None else (job.epochs or 0) * sampler.steps_per_epoch
+
+
+def micro_batches(
+    job: Job, data: Dataset[Any], sampler: Sampler, rank: int, steps: range, parts: int
+) -> Iterator[Any]:
+    """
+    Give the collated micro-batches of one rank, in the order in which its steps want them.
+
+    Args:
+        job: how the data is loaded.
+        data: the training samples.
+        sampler: says which are whose.
+        rank: place among those that the sampler cuts the batch for.
+        steps: in this order.
+        parts: micro-batches of a step.
+    """
+    return iter(Loader(job, data, _Plan(sampler, rank, parts, steps)))
+
+
+def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
+    """Give the collated batches of some samples, `size` or fewer in each, and the numbers."""
+    seed = evaluation_data_seed(job.seed)
+    groups = [ids[i : i + size] for i in range(0, len(ids), size)]
+    plan = [Run(seed, group.start, [*group]) for group in groups]
+    return zip(Loader(job, data, plan), map(len, groups), strict=True)
+
+
+def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
+    """Give some samples, collated."""
+    return Samples(data).__getitems__(Run(0, 0, ids))
+
+
+class Loader:
+    """
+    A torch loader of a plan: in this process, or by processes that leave nothing behind.
+
+    Args:
+        job: how the data is loaded.
+        data: the samples.
+        plan: a torch `batch_sampler` that gives runs.
+        persistent: whether it is to be gone through more than once.
+    """
+
+    def __init__(
+        self, job: Job, data: Dataset[Any], plan: Iterable[Run], *, persistent: bool = False
+    ) -> None:
+        count = job.data.num_loaders
+        self._context = LoaderContext() if count else None
+        self._timeout_s = job.failure.start_timeout_s
+        self._loader = DataLoader(
+            Samples(data),
+            batch_sampler=plan,  # type: ignore[arg-type]
+            collate_fn=sent,  # batches are made where their samples are read
+            num_workers=count,
+            prefetch_factor=job.data.prefetch_factor if count else None,
+            multiprocessing_context=self._context,
+            pin_memory=job.scaling.use_gpu and count > 0,
+            persistent_workers=persistent and count > 0,
+            generator=torch.Generator(),  # the global one is not to be drawn from
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin to read; the batches in order."""
+        batches = iter(self._loader)
+        if self._context is not None:
+            self._context.open_and_forget(self._timeout_s)
+        return batches
+
+
+class Samples(Dataset[Any]):
+    """
+    The user's data, read run by run, each sample with global generators of its own seed.
+
+    Args:
+        data: the samples, perhaps with the task's way to make batches. Its own `__getitems__` is
+            used if it has one; then a whole run has the seed of its first sample. A `Subset` is
+            looked through.
+    """
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self._data: Any = data
+        self._collate: Callable[[list[Any]], Any] | None = None
+        if isinstance(data, TaskBatches):
+            self._data, self._collate = data.data, data.collate
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to a loader process, the classes of a script with it."""
+        return {"_data": ByValue(self._data), "_collate": ByValue(self._collate)}
+
+    def __getitems__(self, run: Run) -> Any:
+        """Give the batch of a run's samples."""
+        draws = may_draw(self._data)
+        if not draws and self._collate is None:
+            return collated(self._read(self._data, run.ids))
+        # In this process dropout goes on as if no data had been read.
+        with generators_kept() if get_worker_info() is None else nullcontext():
+            with _errors_that_travel():
+                samples = self._read_seeded(run) if draws else self._read(self._data, run.ids)
+                return self._together(samples, run)
+
+    def _together(self, samples: list[Any], run: Run) -> Any:
+        if self._collate is None:
+            return collated(samples)
+        seed_quickly(collate_seed(run.seed, run.first))
+        return self._collate(samples)
+
+    def _read(self, data: Any, ids: list[int]) -> list[Any]:
+        many = getattr(data, "__getitems__", None)
+        if many is not None:
+            found: list[Any] = many(list(ids))
+            return found
+        return [data[index] for index in ids]
+
+    def _read_seeded(self, run: Run) -> list[Any]:
+        data: Any = self._data
+        ids: list[int] = run.ids
+        while type(data) is Subset:  # its own __getitems__ would read all samples with one seed
+            data, ids = data.dataset, [data.indices[index] for index in ids]
+        if hasattr(data, "__getitems__"):
+            seed_sample(run.seed, run.first)
+            return self._read(data, ids)
+        samples = []
+        for place, index in enumerate(ids, run.first):
+            seed_sample(run.seed, place)
+            samples.append(data[index])
+        return samples
+
+
+@contextmanager
+def _errors_that_travel() -> Iterator[None]:
+    """Have the worker understand the errors of a loader process: not of a class of a script."""
+    try:
+        yield
+    except Exception as error:
+        if get_worker_info() is None or importable(type(error)):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+class TaskBatches(Dataset[Any]):
+    """
+    A data set whose batches its task makes.
+
+    Args:
+        data: the samples.
+        collate: the task's.
+    """
+
+    def __init__(self, data: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.data, self.collate = data, collate
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+def batches_by(task: Task, data: Dataset[Any]) -> Dataset[Any]:
+    """Have a data set's batches made by the task, if it has a `collate` of its own."""
+    if type(task).collate is Task.collate:
+        return data
+    return TaskBatches(data, task.collate)
+
+
+def may_draw(data: Any) -> bool:
+    """Say whether reading a sample may run code of the user's: seeding costs 7 us a sample."""
+    while type(data) is Subset:
+        data = data.dataset
+    if type(data) is ConcatDataset:
+        return any(may_draw(part) for part in data.datasets)
+    return type(data) not in (TensorDataset, list, tuple, range)

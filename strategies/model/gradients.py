@@ -1,0 +1,163 @@
+"""
+The gradients of a step as views of one vector, and which parameters got one at all.
+
+A parameter that no backward reached has no gradient, which is not the same as a gradient of zero:
+torch's optimizers let it rest, with its momentum and its weight decay. But a view of the vector is
+always there. So each `.grad` is `view.data`, which shares the vector's memory and counts its own
+changes: a backward has added to it if, and only if, its version has moved.
+
+    begin        vector zero, nobody has a gradient
+    forward, loss
+    before       what user code did to gradients so far is undone, or refused
+    backward
+    take_in      who has a gradient now; whatever torch or user code put elsewhere is in the vector
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter, is_, ne
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from distplat.platform.errors import Problem, SpecError
+
+_GRAD = attrgetter("grad")
+_VERSION = attrgetter("_version")
+
+
+class Gradients:
+    """
+    Keeps the `.grad` of some parameters in views of a vector.
+
+    Args:
+        names: of the parameters.
+        parameters: in the same order.
+        present: written to: by slot, whether a backward of this step has given it a gradient.
+        places: the parameters' slots; None: the first ones, in order.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        present: NDArray[np.bool_],
+        places: Sequence[int] | None = None,
+    ) -> None:
+        self._names, self._parameters, self._present = names, parameters, present
+        self._places = np.arange(len(parameters)) if places is None else np.array(places)
+        self._has = present[self._places]
+
+    def point(self, views: Sequence[Tensor]) -> None:
+        """Go on in these views, one for each parameter and of its shape."""
+        self._views = [view.data for view in views]  # a version counter of its own
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+        self._versions = self._read()
+
+    def begin(self) -> None:
+        """Begin a step; the views are zero."""
+        self._has[:] = self._present[:] = False
+        if not self._in_place():
+            for parameter, view in zip(self._parameters, self._views, strict=True):
+                parameter.grad = view
+
+    def before_backward(self) -> None:
+        """
+        Make sure that the backward to come adds to this step's gradients and to nothing else.
+
+        Raises:
+            SpecError: there are gradients that no backward of the engine has made, or gradients of
+                earlier micro-batches are gone; names the parameter.
+        """
+        if not self._in_place():
+            for place, grad in enumerate(map(_GRAD, self._parameters)):
+                if grad is not self._views[place]:
+                    if grad is not None and _any(grad):
+                        raise _own_backward(self._names[place])
+                    self._parameters[place].grad = self._views[place]
+        now = self._read()
+        if now != self._versions:
+            for place, (was, version) in enumerate(zip(self._versions, now, strict=True)):
+                if was != version:
+                    self._check_untouched(place)
+            self._versions = now
+
+    def take_in(self) -> None:
+        """
+        Note which parameters the backward just over gave a gradient.
+
+        Raises:
+            SpecError: gradients of earlier micro-batches are gone; names the parameter.
+        """
+        if not self._in_place():
+            for place, grad in enumerate(map(_GRAD, self._parameters)):
+                if grad is not self._views[place]:
+                    self._collect(place, grad)
+        now = self._read()
+        self._has |= np.fromiter(map(ne, now, self._versions), np.bool_, len(now))
+        self._present[self._places] = self._has
+        self._versions = now
+
+    def ready(self, place: int) -> None:
+        """
+        Have one parameter's gradient in the vector, the n-th's; a backward has finished it.
+
+        Called in backward, for each parameter: `take_in` notes later who has a gradient.
+        """
+        grad = self._parameters[place].grad
+        if grad is not self._views[place]:
+            self._collect(place, grad)
+
+    def _in_place(self) -> bool:
+        return all(map(is_, map(_GRAD, self._parameters), self._views))
+
+    def _read(self) -> list[int]:
+        return list(map(_VERSION, self._views))
+
+    def _check_untouched(self, place: int) -> None:
+        """See whether a change of a gradient between two backwards does harm."""
+        any_left, had = _any(self._views[place]), self._has[place]
+        if any_left:
+            raise _own_backward(self._names[place])
+        if had:
+            raise _lost(self._names[place])
+
+    @torch.no_grad()
+    def _collect(self, place: int, grad: Tensor | None) -> None:
+        """
+        Put the gradient that is elsewhere now into the view, and the view in its place.
+
+        Where torch puts one elsewhere, under `create_graph`, it is the whole sum so far.
+        """
+        view, name = self._views[place], self._names[place]
+        if self._has[place] and (grad is None or not grad.requires_grad):
+            raise _lost(name)
+        if grad is None:
+            if view._version != self._versions[place]:
+                view.zero_()
+                self._versions[place] = view._version  # as torch: it has none
+        else:
+            view.copy_(grad.to_dense() if grad.layout is not torch.strided else grad)
+        self._parameters[place].grad = view
+
+
+def _any(tensor: Tensor) -> bool:
+    """Say whether an element is not zero; NaN is not."""
+    dense = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    return bool(dense.detach().count_nonzero())
+
+
+def _own_backward(name: str) -> SpecError:
+    text = f"{name!r} had a gradient before backward: loss() or forward() ran a backward of its own"
+    hint = "use torch.autograd.grad there: a gradient in `.grad` would count once on every worker"
+    return SpecError(Problem(("task",), text, hint))
+
+
+def _lost(name: str) -> SpecError:
+    text = f"forward(), loss() or a hook took the gradient of {name!r} away between micro-batches"
+    hint = "leave out the zero_grad(): each step begins with gradients of zero"
+    return SpecError(Problem(("task",), text, hint))

@@ -1,0 +1,143 @@
+"""
+Methods of a task that nobody calls: names of other libraries' hooks, and near misses of ours.
+
+    class Bert(Task):
+        def collate_fn(self, samples): ...    # PyTorch Lightning's and the DataLoader's, not ours
+        def metric(self, outputs, targets): ...    # did you mean metrics()?
+
+A helper of the user's own is silent: one with any other name, and one that the class itself uses.
+This module needs no torch, and looks at a class only: the driver can ask it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from types import CodeType
+
+from distplat.strategies.task import Task
+
+_MODEL = "build the module in model(), and what it computes in the module's own forward()"
+_DATA = "give a data set in train_data(); batches are made of it by the job file's `data`"
+_EVAL = "give a data set in eval_data(), and figures in metrics(outputs, targets)"
+_LOSS = "write loss(outputs, targets); the step around it is distplat's"
+_COLLATE = "write collate(samples) -> (inputs, targets), which sees the samples of a micro-batch"
+_OPTIMIZER = "name it in the job file's `optimizer`"
+_SCHEDULE = "name it in the job file's `lr_schedule`"
+_CLIP = "give the job file's `clip_norm`"
+_EVENTS = "there are no callbacks: `Trainer(..., observers=...)` is told of every step"
+_INSTEAD = {
+    _COLLATE: "collate_fn data_collator get_collate_fn",
+    _LOSS: """
+        training_step train_step compute_loss loss_fn loss_function criterion get_loss
+        backward
+    """,
+    _OPTIMIZER: """
+        configure_optimizers create_optimizer get_optimizer make_optimizer optimizer
+        optimizers optimizer_step optimizer_zero_grad
+    """,
+    _SCHEDULE: """
+        create_scheduler lr_scheduler lr_scheduler_step configure_schedulers
+        create_optimizer_and_scheduler get_scheduler
+    """,
+    _CLIP: "clip_gradients configure_gradient_clipping",
+    _MODEL: """
+        forward call build_model create_model make_model get_model model_init
+        configure_model predict_step
+    """,
+    _DATA: """
+        train_dataloader get_train_dataloader train_loader training_dataset
+        train_dataset get_train_dataset train_set prepare_data
+    """,
+    _EVAL: """
+        validation_step test_step eval_step prediction_step compute_metrics
+        val_dataloader eval_dataloader test_dataloader get_eval_dataloader val_data
+        valid_data validation_data test_data val_dataset eval_dataset validation_dataset
+        test_dataset validation_epoch_end get_metrics configure_metrics
+    """,
+    _EVENTS: """
+        training_epoch_end configure_callbacks on_train_start on_train_end on_fit_start
+        on_fit_end on_train_epoch_start on_train_epoch_end on_train_batch_start
+        on_train_batch_end on_validation_epoch_end on_epoch_begin on_validation_start
+        on_validation_end on_before_optimizer_step on_epoch_end on_step_end
+        on_save_checkpoint on_load_checkpoint on_train_begin
+    """,
+}
+"""By what to write instead: hooks of Lightning, of Hugging Face's Trainer and of Keras."""
+_REMEDY = {name: remedy for remedy, names in _INSTEAD.items() for name in names.split()}
+_NEAR = 0.8
+"""`metric` and `train_dat` are near; `loss_weight` and `model_name` are not."""
+_LONGER = 3
+"""Letters by which a near miss may differ in length: `train_data_path` is a helper."""
+
+
+def our_hooks() -> list[str]:
+    """Give the names of a task's own hooks."""
+    return [name for name in vars(Task) if not name.startswith("_")]
+
+
+def unheard(kind: type[Task]) -> list[str]:
+    """
+    Find methods that look like hooks and that nobody calls.
+
+    Returns:
+        A sentence for each: where it is, and what to write instead.
+    """
+    used = {name for _, member in _members(kind) for name in _names_in(member)}
+    found = []
+    for name, member in _members(kind):
+        if name not in used and (instead := _instead(name)):
+            place = _place(member)
+            found.append(f"{place}{kind.__name__}.{name}() is never called: {instead}")
+    return found
+
+
+def near_miss(name: str, missing: set[str]) -> str | None:
+    """Give the hook that a method was probably meant to be, of these; None: none."""
+    near = [hook for hook in get_close_matches(name, sorted(missing), 3, _NEAR) if hook != name]
+    return next((hook for hook in near if abs(len(hook) - len(name)) <= _LONGER), None)
+
+
+def _instead(name: str) -> str:
+    """Say what to write instead of a method; empty: it looks like no hook."""
+    if name.startswith("_") or name in our_hooks():
+        return ""
+    meant = near_miss(name, set(our_hooks()))
+    known = _REMEDY.get(name, "")
+    if meant is not None:
+        return f"did you mean {meant}()?" + (f" {known[0].upper()}{known[1:]}" if known else "")
+    return known
+
+
+def _members(kind: type[Task]) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Give the methods of a class and of its own bases, public ones and others, once each."""
+    seen: set[str] = set()
+    for one in kind.__mro__:
+        if one in (Task, ABC, object):
+            continue
+        for name, value in vars(one).items():
+            inner = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+            inner = inner.fget if isinstance(inner, property) else inner
+            if name not in seen and callable(inner) and not isinstance(inner, type):
+                seen.add(name)
+                yield name, inner
+
+
+def _names_in(member: Callable[..., object]) -> set[str]:
+    """Give the attributes and globals that a function names, itself and within."""
+    code = getattr(inspect.unwrap(member), "__code__", None)
+    names: set[str] = set()
+    left = [code] if code is not None else []
+    while left:
+        one = left.pop()
+        names.update(one.co_names)
+        left += [const for const in one.co_consts if isinstance(const, CodeType)]
+    return names
+
+
+def _place(member: Callable[..., object]) -> str:
+    code = getattr(inspect.unwrap(member), "__code__", None)
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}: " if code else ""
