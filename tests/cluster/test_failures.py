@@ -112,11 +112,11 @@ def test_frozen_worker_answers_no_poll(tmp_path: Path) -> None:
         train(misbehaving("ps-sync", "stop", tmp_path, failure=failure), tmp_path)
 
 
-@pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 3}, "ps-sync"])
+@pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 4}, "ps-sync"])
 def test_a_slow_start_is_no_failure(strategy: object, tmp_path: Path) -> None:
-    args = {"marker": str(tmp_path / "done"), "seconds": 4}
+    args = {"marker": str(tmp_path / "done"), "seconds": 6}
     spec = job(strategy, 2, task="tasks_for_tests:SlowStart", task_args=args)
-    result = train({**spec, "failure": {"step_timeout_s": 3}}, tmp_path)
+    result = train({**spec, "failure": {"step_timeout_s": 4}}, tmp_path)
     assert len(result.history) == 15
 
 
@@ -130,7 +130,7 @@ class Hog:
 def test_a_busy_cluster_is_waited_for(tmp_path: Path) -> None:
     hog = ray.remote(Hog).options(num_cpus=8).remote()
     ray.get(hog.ping.remote(), timeout=30)
-    release = threading.Timer(3, ray.kill, [hog])
+    release = threading.Timer(5, ray.kill, [hog])
     release.start()
     failure = {"heartbeat_timeout_s": 2}
     result = train(job("ps-sync", 2, failure=failure), tmp_path)

@@ -26,9 +26,6 @@ from heads import (
 
 pytestmark = pytest.mark.cluster
 
-COLOURED = ["--runtime-env-json", json.dumps({"env_vars": {"COLOUR": "red"}})]
-"""An environment of the user's own, which must reach the workers; `heads.TASK` prints it."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -53,7 +50,7 @@ def test_a_remote_job_is_followed_to_its_result(
 ) -> None:
     head: Head = request.getfixturevalue(head_name)
     job_id = f"first-{strategy}"
-    args = ["--strategy", strategy, "--submission-id", job_id, "-o", "json", *COLOURED]
+    args = ["--strategy", strategy, "--submission-id", job_id, "-o", "json"]
     done = distplat(
         "submit", "job.yaml", "--address", head.url, *args, environ=head.environ, cwd=folder
     )
@@ -68,7 +65,6 @@ def test_a_remote_job_is_followed_to_its_result(
     assert "py_modules_files" in done.stderr  # the client's distplat, not one installed there
     assert "'line.py'" in done.stderr
     assert "'.env'" not in done.stderr
-    assert "the colour is red" in done.stderr
     assert not (folder / "runs").exists()
 
     def ask(*command: str) -> str:
@@ -204,16 +200,29 @@ def test_a_driver_joins_a_cluster(
     head = open_head
     address = ["--address", head.gcs] if given else []
     done = distplat(
-        *("submit", str(folder / "job.yaml"), *address, *COLOURED),
+        *("submit", str(folder / "job.yaml"), *address), environ=head.environ, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    here = f"running on the Ray cluster of this machine, {head.gcs}\n"
+    named = f"running on the Ray cluster at {head.gcs} (from --address)\n"
+    assert (named if given else here) in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # where submit was called
+
+
+@pytest.mark.parametrize("way", ["job API", "driver"])
+def test_a_users_environment_reaches_the_workers(
+    way: str, open_head: Head, folder: Path, tmp_path: Path
+) -> None:
+    head = open_head
+    environment = json.dumps({"env_vars": {"COLOUR": "red"}})
+    done = distplat(
+        *("submit", str(folder / "job.yaml"), "--runtime-env-json", environment),
+        *("--address", head.url if way == "job API" else head.gcs),
         environ=head.environ,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "the colour is red" in done.stderr
-    here = f"running on the Ray cluster of this machine, {head.gcs}\n"
-    named = f"running on the Ray cluster at {head.gcs} (from --address)\n"
-    assert (named if given else here) in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # where submit was called
 
 
 def test_roles_are_shown_and_workers_join(open_head: Head, folder: Path) -> None:
