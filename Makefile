@@ -21,7 +21,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 -raR tests/cluster tests/gpu
 
 test-all: test
-	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 -n 2 $(DRAWN)
+	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(DRAWN)
 	DISTPLAT_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_kill_inside.py
 
 check: $(VENV)/.installed
