@@ -1,5 +1,5 @@
 # demo: train the digits example under two strategies.   test: everything that CI runs.
-# test-all: the same, and minutes of drawn trainings.
+# test-all: the same, minutes of drawn trainings, and more kills.
 # check: format, lint, types.   fmt: mend format and lint.   bench: compare with peers.
 # Each target does all the set-up it needs, on a fresh machine too.
 
@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+
+DRAWN := $(addprefix tests/unit/test_,property_training.py leased_tables.py embedding_losses.py)
 
 .PHONY: demo test test-all check fmt bench clean
 
@@ -19,7 +21,8 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 -raR tests/cluster tests/gpu
 
 test-all: test
-	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 tests/unit/test_property_training.py
+	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(DRAWN)
+	DISTPLAT_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_kill_inside.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

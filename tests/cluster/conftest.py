@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Actors import the helpers beside the tests; a raylet hands its environment on to them.
 _HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parent / "support")])
+
+# Ray gives an actor that is to be killed 5 s to die by itself; one that a test froze never does.
+os.environ["RAY_kill_worker_timeout_milliseconds"] = "500"
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +88,28 @@ def orphans() -> set[str]:
     return found
 
 
+def files(before: set[str]) -> set[str]:
+    """What has come into /dev/shm since; what a process that is not ours maps is that one's."""
+    found = {name for name in os.listdir("/dev/shm") if not name.startswith("plasma")} - before
+    if not found:
+        return found
+    mine = {process.pid for process in ours()}
+    for pid in set(psutil.pids()) - mine:
+        with suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            found = {name for name in found if f"/dev/shm/{name}" not in maps}
+    return found
+
+
 def leftovers(shm_before: set[str]) -> dict[str, object]:
     """What is still there of the runs of this test."""
     actors = ray.util.list_named_actors(all_namespaces=True) if ray.is_initialized() else []
-    shm = {name for name in os.listdir("/dev/shm") if not name.startswith("plasma")} - shm_before
     keys = _internal_kv_list(b"distplat/") if ray.is_initialized() else []
     found = {
         "actors": actors,
         "segments": segments(),
         "orphans": orphans(),
-        "shm": shm,
+        "shm": files(shm_before),
         "keys": keys,
     }
     return {kind: things for kind, things in found.items() if things}

@@ -15,8 +15,7 @@ from distplat.platform.checkpoints import Catalogue
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 
 STEPS, EVERY = 20, 5
-RING: dict[str, Any] = {"name": "ring", "timeout_s": 4}
-SHARDED: dict[str, Any] = {**RING, "shard_optimizer": True}
+SHARDED: dict[str, Any] = {"name": "ring", "timeout_s": 4, "shard_optimizer": True}
 SERVERS: dict[str, Any] = {"name": "ps-sync", "num_servers": 2}
 
 
@@ -60,52 +59,52 @@ def same(result: Result, tmp_path: Path, strategy: object) -> None:
     assert Catalogue(result.path / "checkpoints").steps() == [STEPS - EVERY, STEPS]
 
 
-@pytest.mark.parametrize("strategy", [SHARDED, SERVERS], ids=["sharded", "ps-sync"])
-def test_a_run_goes_on_where_another_stopped(strategy: object, tmp_path: Path) -> None:
-    bits, whole = unfailed(tmp_path, strategy)
+def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
+    bits, whole = unfailed(tmp_path, SERVERS)
     checkpoint = whole.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"
-    resumed = train(spec(tmp_path, strategy, []), tmp_path, resume=checkpoint)
+    resumed = train(spec(tmp_path, SERVERS, []), tmp_path, resume=checkpoint)
     assert np.array_equal(weights(resumed), bits)
     assert [s.step for s in resumed.history] == list(range(STEPS - EVERY + 1, STEPS + 1))
     assert resumed.history[-1].loss == whole.history[-1].loss
     assert json.loads((resumed.path / "result.json").read_text())["resumed_from"] == str(checkpoint)
 
 
-@pytest.mark.parametrize(
-    ("deeds", "strategy"),
-    [
-        (["ServerNode 0 at 13"], SERVERS),
-        (["kill 0 at 13"], SHARDED),
-        (["kill all at 13"], RING),
-    ],
-    ids=["a server", "a part", "all at once"],
-)
-def test_lost_state_comes_from_the_checkpoint(
-    deeds: list[str], strategy: object, tmp_path: Path
-) -> None:
-    result = train(spec(tmp_path, strategy, deeds), tmp_path)
-    same(result, tmp_path, strategy)
+def test_a_lost_server_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
+    result = train(spec(tmp_path, SERVERS, ["ServerNode 0 at 13"]), tmp_path)
+    same(result, tmp_path, SERVERS)
     (setback,) = result.setbacks
     assert len(setback.replaced) == 2
     assert setback.step >= EVERY, "what was not yet with the driver dies with who made it"
 
 
-def test_a_resumed_run_that_loses_all_goes_back_to_what_it_began_from(tmp_path: Path) -> None:
-    bits, whole = unfailed(tmp_path, RING)
+def test_lost_workers_come_back_from_the_checkpoint(tmp_path: Path) -> None:
+    """One that had a part of the state, then all at once."""
+    result = train(spec(tmp_path, SHARDED, ["kill 0 at 13", "kill all at 18"]), tmp_path)
+    same(result, tmp_path, SHARDED)
+    first, second = result.setbacks
+    assert len(first.replaced) == len(second.replaced) == 2
+    assert EVERY <= first.step <= second.step
+
+
+def test_a_resumed_run_that_loses_a_part_goes_back_to_what_it_began_from(tmp_path: Path) -> None:
+    bits, whole = unfailed(tmp_path, SHARDED)
     checkpoint = whole.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"
     never = {"checkpoint": {"every_steps": 1000}}
-    again = spec(tmp_path, RING, ["kill all at 17"], **never)
+    again = spec(tmp_path, SHARDED, ["kill 0 at 17"], **never)
     result = train(again, tmp_path, resume=checkpoint)
     assert np.array_equal(weights(result), bits)
     assert [s.step for s in result.setbacks] == [STEPS - EVERY]
+    assert [s.step for s in result.history] == list(range(STEPS - EVERY + 1, STEPS + 1))
+    assert result.history[-1].loss == whole.history[-1].loss
 
 
 def test_an_asynchronous_run_goes_back_with_all_its_shards(tmp_path: Path) -> None:
     strategy = {"name": "ps-async", "num_servers": 2, "staleness": 2}
     result = train(spec(tmp_path, strategy, ["ServerNode 0 at 13"], clip_norm=None), tmp_path)
-    assert len(result.setbacks) == 1
-    assert result.setbacks[0].step in (0, 5, 10)
+    (setback,) = result.setbacks
+    assert "server" in setback.cause
+    assert setback.step in (0, 5, 10, 15), "how far the other rank is by then is its own affair"
     assert [s.step for s in result.history] == list(range(1, STEPS + 1))
     assert Catalogue(result.path / "checkpoints").steps()[-1] == STEPS
-    complete = result.setbacks[0].step == 0
+    complete = setback.step == 0
     assert (result.path / "apply_log.safetensors").exists() == complete

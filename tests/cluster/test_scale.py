@@ -265,8 +265,7 @@ def test_after_going_back_there_are_as_many_workers_as_before(tmp_path: Path) ->
     assert distance(weights(result), np.frombuffer(undisturbed(spec), np.float32)) < 1e-5
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_embedding_tables_follow_a_synchronous_run(asynchronous: bool, tmp_path: Path) -> None:
+def test_embedding_tables_follow_a_synchronous_run(tmp_path: Path) -> None:
     def story(run: RunName, mine: Story) -> None:
         scale(run, 3, PATIENCE_S)
         goes_on(mine, run, 3)
@@ -285,7 +284,7 @@ def test_embedding_tables_follow_a_synchronous_run(asynchronous: bool, tmp_path:
         strategy="ps-sync",
         scaling=job("ps-sync", 2)["scaling"],
         optimizer=rule,
-        embeddings={"servers": 2, "asynchronous": asynchronous, "optimizer": rule},
+        embeddings={"servers": 2, "optimizer": rule},
         epochs=EPOCHS,
         name="small",
     )

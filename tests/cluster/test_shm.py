@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ class Rank:
 
     def __init__(self) -> None:
         register("shm")
+        self.joined: list[str] = []
 
     def pid(self) -> int:
         return os.getpid()
@@ -36,9 +38,15 @@ class Rank:
     def join(self, name: str, rank: int, world: int, rendezvous_s: float = 30.0) -> None:
         prepare(name, Settings(TIMEOUT_S, rendezvous_s))
         rayc.init_collective_group(world, rank, BACKEND, name)
+        self.joined.append(name)
 
     def leave(self, name: str) -> None:
         rayc.destroy_collective_group(name)
+        self.joined = [other for other in self.joined if other != name]
+
+    def leave_all(self) -> None:
+        for name in [*self.joined]:
+            self.leave(name)
 
     def sum_of(self, values: list[float], name: str) -> list[float]:
         tensor = torch.tensor(values)
@@ -82,19 +90,28 @@ class Rank:
             return sum("memfd:distplat" in line for line in file)
 
 
+@pytest.fixture(scope="module")
+def living(local_ray: None) -> list[Any]:
+    """Ranks for all tests: starting one takes seconds."""
+    return []
+
+
 @pytest.fixture
-def ranks() -> Iterator[Callable[[int], list[Any]]]:
-    """Makes so many ranks; they end with the test."""
-    made: list[Any] = []
+def ranks(living: list[Any]) -> Iterator[Ranks]:
+    """Gives so many ranks; after the test they are in no group, and the dead are forgotten."""
 
-    def make(world: int) -> list[Any]:
+    def take(world: int) -> list[Any]:
         kind = ray.remote(Rank).options(num_cpus=0.1)
-        made.extend(kind.remote() for _ in range(world))
-        return made[-world:]
+        living.extend(kind.remote() for _ in range(world - len(living)))
+        return living[:world]
 
-    yield make
-    for actor in made:
-        ray.kill(actor)
+    yield take
+    leaving = [(actor, actor.leave_all.remote()) for actor in living]
+    living.clear()
+    for actor, call in leaving:
+        with suppress(ray.exceptions.RayActorError):
+            ray.get(call, timeout=20)
+            living.append(actor)
 
 
 def everybody(calls: list[Any], timeout_s: float = 60) -> list[Any]:
@@ -148,9 +165,15 @@ def test_more_ranks_than_cores(ranks: Ranks) -> None:
     assert all(s == [15.0] * 300_000 for s in sums)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("elements", [1000, 4_000_000])
+@pytest.mark.parametrize(
+    ("victim", "kill", "elements"),
+    [
+        (0, signal.SIGKILL, 1000),
+        (2, signal.SIGKILL, 4_000_000),
+        (2, signal.SIGSTOP, 1000),
+        (0, signal.SIGSTOP, 4_000_000),
+    ],
+)
 def test_lost_rank_is_named(ranks: Ranks, victim: int, kill: signal.Signals, elements: int) -> None:
     name = f"lost-{victim}-{kill}-{elements}"
     actors = ranks(3)
@@ -168,6 +191,7 @@ def test_lost_rank_is_named(ranks: Ranks, victim: int, kill: signal.Signals, ele
     # A death is seen at once, a frozen rank at the deadline; the rest is Ray's.
     limit = 1.0 if kill == signal.SIGKILL else TIMEOUT_S + 1.0
     assert time.monotonic() - began < limit + 2.0
+    ray.kill(actors[victim])
 
 
 def test_who_does_not_come_is_named(ranks: Ranks) -> None:

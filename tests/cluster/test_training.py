@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from local_run import train as train_in_memory
 from small_runs import HERE, distance, job, train, weights
+from tasks_for_tests import Big
 
+from distplat import Result
 from distplat.platform.errors import SpecError
-from distplat.strategies.catalog import strategies
+from distplat.strategies.catalog import make_job, strategies
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
@@ -26,41 +29,39 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
     return weights(train(job("ring", 0, **HARD), tmp_path_factory.mktemp("alone")))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "workers"),
-    [
-        ("ring", 1),
-        ("ring", 2),
-        ("ring", 3),
-        ("ps-sync", 1),
-        ("ps-sync", 2),
-        ({"name": "ps-sync", "num_servers": 2}, 3),
-    ],
-)
-def test_equals_one_process(
-    strategy: object, workers: int, alone: np.ndarray[Any, Any], tmp_path: Path
-) -> None:
-    result = train(job(strategy, workers, **HARD), tmp_path)
+def equals_one_process(strategy: object, alone: np.ndarray[Any, Any], folder: Path) -> Result:
+    result = train(job(strategy, 3, **HARD), folder)
     assert distance(weights(result), alone) < 1e-5
     assert [s.step for s in result.history] == list(range(1, 16))
     assert [e.step for e in result.evaluations] == [5, 10, 15]
     assert sum(s.samples for s in result.history) == 3 * 37
     assert all(e.samples == 37 for e in result.evaluations)
+    return result
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ring", {"name": "ps-sync", "num_servers": 2, "split": "load"}]
-)
-def test_repeats_bit_for_bit(strategy: object, tmp_path: Path) -> None:
+def test_ring_equals_one_process_and_repeats(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    first, second = (equals_one_process("ring", alone, tmp_path) for _ in range(2))
+    assert weights(first).tobytes() == weights(second).tobytes()
+
+
+def test_servers_equal_one_process(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    equals_one_process({"name": "ps-sync", "num_servers": 2}, alone, tmp_path)
+
+
+def test_the_bits_do_not_depend_on_how_shards_are_cut(tmp_path: Path) -> None:
+    """Inside a tensor, by the servers' speeds here and evenly in memory."""
+    strategy = {"name": "ps-sync", "num_servers": 2, "split": "load"}
     spec = job(strategy, 3, task="tasks_for_tests:Big", steps=6, epochs=None)
-    first, second = (weights(train(spec, tmp_path)) for _ in range(2))
-    assert first.tobytes() == second.tobytes()
+    result = train(spec, tmp_path)
+    parameters = train_in_memory(make_job(spec), Big).parameters()
+    expected = np.concatenate([parameters[name].numpy().ravel() for name in sorted(parameters)])
+    assert weights(result).tobytes() == expected.tobytes()
 
 
 def test_loader_processes_change_nothing(tmp_path: Path) -> None:
-    spec = job("ring", 1, steps=6, epochs=None)
-    plain = weights(train(spec, tmp_path))
-    loaded = weights(train({**spec, "data": {"num_loaders": 2}}, tmp_path))
+    fields: dict[str, Any] = {"steps": 6, "epochs": None}
+    plain = weights(train(job("ring", 0, **fields), tmp_path))
+    loaded = weights(train(job("ring", 1, data={"num_loaders": 2}, **fields), tmp_path))
     assert plain.tobytes() == loaded.tobytes()
 
 

@@ -167,7 +167,9 @@ class Attempt:
     def make(self) -> bool:
         """Train until all ranks are out; say whether all came to the end."""
         try:
-            trained = on_ranks(self.world, self._body, meanwhile=self.meanwhile)
+            # Whatever else a rank raises is raised here: the others need not wait for it.
+            failed = partial(Attempt.give_up, self)
+            trained = on_ranks(self.world, self._body, meanwhile=self.meanwhile, failed=failed)
         except BaseException:
             self.run.close()
             raise

@@ -1,5 +1,6 @@
 """Ranks that are lost, join and leave beside embedding tables: every gradient counts once."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from jobs import job_of
 from lost_ranks import Loss, LossyRun, Resize, train_lossy
+from rank_threads import UNSHRUNK
 from words import ROWS, Words
 
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
 
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "8"))
+"""`make test-all` draws many more."""
 STEPS = 15
 EPOCHS = 2
 
@@ -61,7 +65,8 @@ losses = some.builds(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.timeout(120 + 2 * RUNS)
+@settings(max_examples=RUNS, deadline=None, phases=UNSHRUNK)
 @given(
     servers=some.sampled_from([1, 2]),
     events=some.lists(losses, min_size=1, max_size=3, unique_by=lambda loss: loss.step),

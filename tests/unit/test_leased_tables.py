@@ -1,5 +1,6 @@
 """`ps-async` beside embedding tables: whatever fails, each task is in once, and everywhere."""
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dealing import desk_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from local_run import Attempt, LocalRun
-from rank_threads import on_ranks
+from rank_threads import UNSHRUNK, on_ranks
 from safetensors.numpy import load_file
 
 from distplat import Trainer
@@ -27,6 +28,8 @@ from distplat.strategies.catalog import make_job
 from distplat.strategies.loop.loop import LeasedLoop
 from distplat.strategies.loop.session import Around
 
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "10"))
+"""`make test-all` draws many more."""
 EPOCHS = 3
 STEPS = EPOCHS * SAMPLES // BATCH
 
@@ -312,7 +315,8 @@ ATTEMPT = st.tuples(st.lists(FAULT, min_size=1, max_size=3), st.booleans(), st.b
 
 @example([([Fault(3, ONE_TABLE), Fault(0, TABLES)], True, False)] * 2, 1)
 @given(st.lists(ATTEMPT, max_size=3), st.integers(1, 4))
-@settings(max_examples=25)
+@pytest.mark.timeout(120 + 2 * RUNS)
+@settings(max_examples=RUNS, phases=UNSHRUNK)
 def test_one_attempt_after_the_other(
     attempts: list[tuple[list[Fault], bool, bool]], most: int
 ) -> None:

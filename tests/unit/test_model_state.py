@@ -43,7 +43,7 @@ class Data(Task):
         return (outputs - targets).square().mean()
 
 
-def job(strategy: str, world: int, **more: Any) -> Job:
+def job(strategy: str | dict[str, Any], world: int, **more: Any) -> Job:
     fields = {"optimizer": SGD, "steps": STEPS, "global_batch_size": BATCH, **more}
     return job_of(strategy, world, **fields)
 

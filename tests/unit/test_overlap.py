@@ -13,7 +13,7 @@ from control_records import record_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from local_run import LocalRun, train
-from rank_threads import on_ranks
+from rank_threads import UNSHRUNK, on_ranks
 from test_equivalence import Classify, Conv, distance, recipe_job, same_bits
 from torch import Tensor, nn
 
@@ -120,7 +120,10 @@ def test_the_same_bits_where_ranks_use_different_parameters(background: list[int
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12,
+    deadline=None,
+    phases=UNSHRUNK,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(bucket_mb=st.floats(1e-6, 1e-3), workers=st.integers(1, 3))
 def test_the_same_bits_whatever_the_buckets(

@@ -7,7 +7,7 @@ import torch
 from control_records import record_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from rank_threads import on_ranks
+from rank_threads import UNSHRUNK, on_ranks
 from torch import Tensor, nn
 
 from distplat.strategies.algorithms import compression
@@ -185,7 +185,7 @@ def test_the_result_is_the_same_bits_everywhere() -> None:
         assert all(torch.equal(a, b) for a, b in zip(sums, results[0][2], strict=True))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, phases=UNSHRUNK)
 @given(st.integers(2, 4), st.integers(1, 3), st.integers(1, 6))
 def test_all_that_was_sent_and_the_residuals_are_all_gradients(
     world: int, rank: int, steps: int

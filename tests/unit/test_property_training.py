@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_memory_engine import make, trained
 from local_run import train as train_in_memory
+from rank_threads import UNSHRUNK
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.verification.compare import Comparison, compare
@@ -122,7 +123,7 @@ def met(drawn: Drawn) -> Comparison:
 
 
 @pytest.mark.timeout(120 + RUNS)
-@settings(max_examples=RUNS, derandomize=RUNS <= 50, database=None)
+@settings(max_examples=RUNS, derandomize=RUNS <= 50, database=None, phases=UNSHRUNK)
 @given(drawn=st.randoms(use_true_random=True).map(drawn_by))
 def test_a_run_gives_what_a_plain_loop_gives(drawn: Drawn) -> None:
     if refused(drawn):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_threads import on_ranks
+from rank_threads import UNSHRUNK, on_ranks
 
 from distplat.platform.even_split import split_evenly
 from distplat.strategies.algorithms.ring import (
@@ -70,7 +70,7 @@ def ring_all_reduce(vector: torch.Tensor, group: Collective) -> int:
     return sent_bytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, phases=UNSHRUNK)
 @given(st.integers(1, 9), st.integers(0, 50))
 def test_every_rank_gets_the_sum_for_the_price_of_the_table(world: int, size: int) -> None:
     parts = [torch.arange(size, dtype=torch.float32) * (rank + 1) - rank for rank in range(world)]

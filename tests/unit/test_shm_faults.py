@@ -168,16 +168,18 @@ def test_who_leaves_is_named_at_once() -> None:
 
 
 def test_what_was_done_before_leaving_counts() -> None:
-    def body(group: ShmGroup) -> float:
+    def body(group: ShmGroup) -> list[float]:
         tensor = torch.ones(3)
         group.all_reduce(tensor)
         if group.rank == 0:
-            group.send(torch.full((2,), 9.0), 1)
+            group.send(torch.full((1,), 9.0), 1)
+            group.close()
+        else:
             time.sleep(0.1)
-        group.close() if group.rank == 0 else time.sleep(0.05)
-        return float(tensor[0])
+            group.recv(tensor[2:], 0)
+        return tensor.tolist()
 
-    assert on_shm_ranks(2, body) == [2.0, 2.0]
+    assert on_shm_ranks(2, body) == [[2.0, 2.0, 2.0], [2.0, 2.0, 9.0]]
 
 
 @pytest.mark.parametrize("by_settings", [False, True])

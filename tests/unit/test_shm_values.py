@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rank_threads import UNSHRUNK
 from shm_ranks import on_shm_ranks
 from torch import Tensor
 
@@ -25,7 +26,10 @@ PLAIN: dict[ReduceOp, Callable[[Tensor, Tensor], Tensor]] = {
     ReduceOp.MAX: torch.maximum,
 }
 many = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    phases=UNSHRUNK,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 

@@ -170,7 +170,7 @@ def test_small_types_keep_their_type_and_a_large_mean_loses_nothing(dtype: torch
 
 
 def test_one_value_per_channel_is_refused_as_torch_does() -> None:
-    fabric = Fabric(2)
+    fabric = Fabric(2, timeout_s=1.0)
 
     def body(rank: int) -> None:
         layer = nn.SyncBatchNorm(3)

@@ -5,7 +5,7 @@ import torch
 from control_records import record_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_threads import on_ranks
+from rank_threads import UNSHRUNK, on_ranks
 from torch import Tensor, nn
 
 from distplat.platform.errors import CollectiveError
@@ -149,7 +149,7 @@ def test_each_step_sends_the_largest_and_keeps_the_rest(
             assert flat.model[0].weight.grad.data_ptr() == flat.grads.data_ptr()  # type: ignore
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, phases=UNSHRUNK)
 @given(st.integers(2, 4), st.floats(0.001, 1.0), st.integers(1, 6))
 def test_all_that_was_sent_and_the_residuals_are_all_gradients(
     world: int, density: float, steps: int
