@@ -14,7 +14,13 @@ from distplat.cli.render import print_result, to_json
 from distplat.cli.roles import role_facts, role_lines
 from distplat.cli.running import roles_of
 from distplat.cli.tables import print_pairs, print_table
-from distplat.platform.errors import ClusterUnreachable, DistplatError, Problem, SpecError
+from distplat.platform.errors import (
+    ClusterUnreachable,
+    DistplatError,
+    Problem,
+    SpecError,
+    printable,
+)
 from distplat.platform.suggest import hint
 
 if TYPE_CHECKING:
@@ -113,7 +119,8 @@ def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
     if silence:
         remote.say(f"its roles are not shown: {silence}")
     if seen is not None:
-        print("\n".join(role_lines(seen) if info is None else ["", *role_lines(seen)]))
+        lines = role_lines(seen) if info is None else ["", *role_lines(seen)]
+        print(printable("\n".join(lines)))
 
 
 def _look_up(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None, DistplatError]:
@@ -144,7 +151,7 @@ def print_logs(address: str | None, job_id: str, *, follow: bool) -> None:
     """
     jobs = open_jobs(address)
     remote.find(jobs, job_id)
-    reader = remote.LogReader(lambda line: print(line, flush=True))
+    reader = remote.LogReader(lambda line: print(printable(line), flush=True))
     if not follow:
         for line in remote.clean_lines(jobs.logs(job_id)):
             reader(line)
@@ -169,7 +176,7 @@ def stop_job(address: str | None, job_id: str, *, wait: bool) -> None:
     status = remote.stop(jobs, job_id, wait=wait)
     already = "already " if before in remote.ENDED else ""
     asked = "asked to stop, now " if status not in remote.ENDED else ""
-    print(f"{job_id}: {already}{asked}{status}")
+    print(printable(f"{job_id}: {already}{asked}{status}"))
 
 
 def _facts(job: Info) -> dict[str, Any]:

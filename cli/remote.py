@@ -5,8 +5,6 @@ Following asks for status and log again and again: Ray's own log stream has been
 before the job does (ray issue 51601), and what is asked again cannot stop.
 """
 
-import contextlib
-import json
 import re
 import secrets
 import shlex
@@ -20,8 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import distplat
 from distplat.cli import shipping
 from distplat.cli.job_types import Info, NoSuchJob
-from distplat.cli.render import Facts
-from distplat.platform.errors import ClusterUnreachable, DeadlineExceeded, Problem, SpecError
+from distplat.cli.render import Facts, read_facts
+from distplat.platform.errors import (
+    ClusterUnreachable,
+    DeadlineExceeded,
+    Problem,
+    SpecError,
+    printable,
+)
 from distplat.platform.spec import Job
 from distplat.platform.suggest import nearest
 
@@ -43,7 +47,6 @@ _PENDING_NOTE_S = 10.0
 _PATIENCE_S = 30.0
 _STOP_TIMEOUT_S = 30.0
 _ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def _insist(ask: Callable[[], Answer]) -> Answer:
 def clean_lines(text: str) -> list[str]:
     """Cut a log into lines, without what would move the reader's cursor or colour the terminal."""
     lines = text.replace("\r\n", "\n").split("\n")
-    return [_CONTROL.sub("", line) for line in (lines if lines[-1] else lines[:-1])]
+    return [printable(line) for line in (lines if lines[-1] else lines[:-1])]
 
 
 class LogReader:
@@ -194,8 +197,9 @@ class LogReader:
     def __call__(self, line: str) -> None:
         """Take one line."""
         if line.startswith(RESULT_MARK):
-            with contextlib.suppress(ValueError):  # the user's task may print what it likes
-                self.facts = json.loads(line.removeprefix(RESULT_MARK))
+            facts = read_facts(line.removeprefix(RESULT_MARK))
+            if facts is not None:  # the user's task may print what it likes
+                self.facts = facts
                 return
         if not line.startswith("Running entrypoint for job "):
             self._write(line)
@@ -234,4 +238,4 @@ def exit_code(info: Info) -> int:
 
 def say(line: str) -> None:
     """Write to stderr at once."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

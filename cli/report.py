@@ -96,13 +96,13 @@ def _pipeline(record: RunRecord) -> "tuple[list[Gantt], str]":
 
 
 def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
-    from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines
+    from distplat.cli.figures import facts, figure_rows, first_line, mean_figures, restart_lines
     from distplat.platform.report import restarts, status_of, time_parts
 
     status = status_of(record, now)
     rows = [("run", record.path.name)]
     rows.append(("status", f"{status.word}: {status.detail}" if status.detail else status.word))
-    if status.error:
+    if status.error.strip():
         rows.append(("error", status.error.strip().splitlines()[-1]))
     rows += facts(record)
     parts = time_parts(record.steps)
@@ -110,8 +110,9 @@ def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
         rows.append(("time", ", ".join(f"{part.name} {part.share:.0%}" for part in parts)))
     rows += figure_rows(mean_figures(record.steps))
     for attempt, step, cause, replaced, back in restart_lines(restarts(record)):
-        first = cause.splitlines()[0]
-        rows.append((f"attempt {attempt}", f"after step {step}: {first}; {replaced}, {back}"))
+        rows.append(
+            (f"attempt {attempt}", f"after step {step}: {first_line(cause)}; {replaced}, {back}")
+        )
     return rows
 
 

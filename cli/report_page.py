@@ -28,6 +28,7 @@ from distplat.cli.figures import (
     checkpoint_lines,
     facts,
     figure_rows,
+    first_line,
     mean_figures,
     number,
     restart_lines,
@@ -109,7 +110,7 @@ def _loss(record: RunRecord) -> Chart | None:
         if metric.name == "loss":
             series.append(Series("evaluation", metric.points, PALETTE[5], dots=True))
     setbacks = [one.setback for one in restarts(record)]
-    marks = [Mark(s.step, f"after step {s.step}: {s.cause.splitlines()[0]}") for s in setbacks]
+    marks = [Mark(s.step, f"after step {s.step}: {first_line(s.cause)}") for s in setbacks]
     return curves(series, marks)
 
 

@@ -13,7 +13,7 @@ import typer
 from distplat.cli.address import bring_token, host_and_port, target_of
 from distplat.cli.options import Address, Output, is_json
 from distplat.cli.render import to_json
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import Problem, SpecError, printable
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview
@@ -49,7 +49,10 @@ def scale(
     from distplat.actors.overview import Overview
 
     seen = Overview(run.run, run.job, None, roster)
-    print(to_json(role_facts(seen)) if as_json else "\n".join(role_lines(seen)))
+    if as_json:
+        print(to_json(role_facts(seen)))
+    else:
+        print(printable("\n".join(role_lines(seen))))
 
 
 def roles_of(address: str | None, name: str) -> Overview:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 from jobs import job_of
+from made_runs import FACTS
 
 from distplat.cli import remote, shipping
 from distplat.cli.job_types import NoSuchJob
@@ -129,10 +130,11 @@ def test_a_log_cannot_steer_the_terminal() -> None:
 def test_the_result_is_read_from_the_log_and_not_shown() -> None:
     lines: list[str] = []
     reader = LogReader(lines.append)
-    for line in ("Running entrypoint for job x: y", "step 1", 'distplat-result: {"steps": 3}'):
+    result = f"distplat-result: {json.dumps(FACTS)}"
+    for line in ("Running entrypoint for job x: y", "step 1", result):
         reader(line)
     reader("distplat-result: not json")
-    assert reader.facts == {"steps": 3}
+    assert reader.facts == FACTS
     assert lines == ["step 1", "distplat-result: not json"]
 
 
