@@ -17,7 +17,7 @@ import distplat
 from distplat.actors import compat
 from distplat.cli.address import one_line, reach, unset
 from distplat.cli.one_node import replaceable, without_job_environment
-from distplat.cli.shipping import check_size
+from distplat.cli.shipping import Package, measure
 from distplat.platform.errors import ClusterUnreachable
 
 
@@ -46,7 +46,11 @@ def running_here() -> str | None:
 
 
 @contextmanager
-def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[None]:
+def connected(
+    address: str | None,
+    runtime_env: Mapping[str, Any],
+    shipping: Callable[[Package], None] = lambda package: None,
+) -> Iterator[None]:
     """
     Be a driver of a cluster.
 
@@ -56,9 +60,10 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
     Args:
         address: HOST:PORT or `auto`; None: the one that `running_here` found.
         runtime_env: what workers on other machines need; empty: Ray has it from the job already.
+        shipping: is told of the user's folder before it is shipped, and may refuse it.
 
     Raises:
-        SpecError: the folder in it is too large.
+        SpecError: the folder in it cannot be shipped.
         ClusterUnreachable: it cannot be reached, is another version, or refuses our token.
     """
     if address not in (None, "auto"):
@@ -68,7 +73,7 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
             if not (replaceable(runtime_env) and _joined_light(address)):
                 if runtime_env:
                     folder = Path(runtime_env["working_dir"])
-                    check_size(folder, runtime_env["excludes"], ignores)
+                    shipping(measure(folder, runtime_env["excludes"], ignores))
                 _join(address, runtime_env)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterUnreachable(

@@ -64,7 +64,13 @@ class Parcel:
     """`entrypoint_num_cpus` and its kin."""
 
 
-def send(jobs: "Jobs", job: Job, parcel: Parcel, ignores: shipping.Ignores) -> str:
+def send(
+    jobs: "Jobs",
+    job: Job,
+    parcel: Parcel,
+    ignores: shipping.Ignores,
+    tell: Callable[[shipping.Package], None],
+) -> str:
     """
     Hand a job in; returns its id.
 
@@ -73,15 +79,16 @@ def send(jobs: "Jobs", job: Job, parcel: Parcel, ignores: shipping.Ignores) -> s
         job: what.
         parcel: what it needs.
         ignores: what Ray will leave out of the folder.
+        tell: is told of the folder before it is shipped, and may refuse it.
 
     Raises:
-        SpecError: the folder is too large, or the cluster refuses the job.
+        SpecError: the folder cannot be shipped, or the cluster refuses the job.
     """
     job_id = check_id(parcel.submission_id or f"{job.name}-{secrets.token_hex(3)}")
     environment = shipping.runtime_env(
         job, parcel.working_dir, parcel.strategy_file, parcel.runtime_env, parcel.resume
     )
-    shipping.check_size(parcel.working_dir, environment["excludes"], ignores)
+    tell(shipping.measure(parcel.working_dir, environment["excludes"], ignores))
     ours = {
         "job_name": job.name,  # Ray's own key: the dashboard shows it
         "strategy": job.strategy.name,

@@ -57,6 +57,17 @@ class Request:
         if not self.quiet:
             remote.say(line)
 
+    def shipping(self, package: shipping.Package) -> None:
+        """
+        Say what goes to the cluster.
+
+        Raises:
+            SpecError: a home directory, which nobody named.
+        """
+        if self.working_dir is None:
+            shipping.refuse_home(package.folder)
+        self.say(str(package))
+
 
 def resolve(request: Request) -> Job:
     """
@@ -181,7 +192,8 @@ def _ray(request: Request, target: Target) -> Any:
 
     user = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
     address = None if target.kind == "here" else target.address
-    return connected(address, shipping.with_folders(request.folder, user))
+    environment = shipping.with_folders(request.folder, user)
+    return connected(address, environment, request.shipping)
 
 
 def _check_options(request: Request, target: Target) -> None:
@@ -223,7 +235,7 @@ def _submit_remote(request: Request, job: Job, target: Target) -> None:
     from distplat.cli.join import ignores
 
     jobs = Jobs(target.address)
-    job_id = remote.send(jobs, job, parcel, ignores)
+    job_id = remote.send(jobs, job, parcel, ignores, request.shipping)
     request.say(f"job {job_id} is on {_named(target, job)}")
     if not Path(job.storage_path).is_absolute():
         request.say(f"run directory: below {STORAGE / job.storage_path} of the driver's machine")
