@@ -86,9 +86,9 @@ class ActorGroup:
         return actors
 
     @property
-    def dealt(self) -> bool:
+    def dynamic_tasks(self) -> bool:
         """Whether tasks are leased."""
-        return self._launch.roles.consistency.dealt
+        return self._launch.roles.consistency.dynamic_tasks
 
     @property
     def scheduler(self) -> Any:

@@ -17,11 +17,11 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distplat.platform.checkpoint_assembly import Delivery
+from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.tensor_slices import Bytes
-from distplat.strategies.training.checkpoint_types import CheckpointPart
-from distplat.strategies.training.parts import Staging
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
+from distplat.strategies.checkpoint.parts import Staging
 
 logger = logging.getLogger(__name__)
 

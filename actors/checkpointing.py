@@ -19,8 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distplat.actors.actor_group import Launch
-from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery, Open
-from distplat.platform.checkpoints import FOLDER, Catalogue, Stored, read
+from distplat.platform.checkpoints import (
+    FOLDER,
+    Catalogue,
+    CheckpointAssembly,
+    Delivery,
+    Open,
+    Stored,
+    read,
+)
 from distplat.platform.errors import StorageError
 from distplat.platform.progress import Saved
 from distplat.platform.resume import NOT_FINITE, state_of

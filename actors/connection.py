@@ -9,10 +9,10 @@ from distplat.actors.board import RayBoard
 from distplat.actors.messages import WorkOrder
 from distplat.actors.transport import Transport
 from distplat.platform.progress import StepReport
+from distplat.strategies.loop.pause import PauseGate
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.session import Ports
 from distplat.strategies.strategy import GroupSpec
-from distplat.strategies.training.pause import PauseGate
-from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.session import Ports
 
 logger = logging.getLogger(__name__)
 

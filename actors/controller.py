@@ -21,18 +21,19 @@ from distplat.actors.scaling import Scaling
 from distplat.actors.servers.scheduler import ScaleRequest
 from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
-from distplat.platform.job import JobState, Phase
-from distplat.platform.job_events import (
+from distplat.platform.job import (
     Event,
     Failed,
     Heard,
+    JobState,
     Joined,
     Left,
+    Phase,
     Resize,
     Tick,
     Unanswered,
 )
-from distplat.platform.progress import Recovery, ReportAggregator, Resized, Setback, Summary
+from distplat.platform.progress import FailureEvent, Recovery, ReportAggregator, Resized, Summary
 from distplat.platform.quiesce import Stop, how_to_stop
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
@@ -72,9 +73,9 @@ class Controller:
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
         self._gathering = ReportAggregator(
-            actor_group.world, checkpoints.step if actor_group.dealt else None
+            actor_group.world, checkpoints.step if actor_group.dynamic_tasks else None
         )
-        self._scaling = Scaling(actor_group) if actor_group.dealt else None
+        self._scaling = Scaling(actor_group) if actor_group.dynamic_tasks else None
         self._resizer = Resizer(actor_group)  # where tasks are not leased
         self._state = JobState(actor_group.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
@@ -171,7 +172,7 @@ class Controller:
         step = self.base if restart.everything else self._state.furthest
         if self._state.error is not None:
             cause = str(self._state.error)
-            self._told(Setback(restart.attempt, step, cause, replaced, restart.wait_s))
+            self._told(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
             self._gathering.lost()
         until = time.monotonic() + restart.wait_s
         while time.monotonic() < until:

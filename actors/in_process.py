@@ -25,13 +25,13 @@ from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, ReportAggregator, StepReport, Summary
 from distplat.platform.tensor_file import decode
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.loop.checks import remark_on_size
+from distplat.strategies.loop.loop import Progress
+from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checks import remark_on_size
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.session import Around, Ports, join, make_task, prepare
 from distplat.strategies.worker import make_worker_strategy
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def _train(
         servers, leases = None, None
         if roles.servers:
             servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
-        if roles.consistency.dealt:
+        if roles.consistency.dynamic_tasks:
             leases = ending.enter_context(closing(TaskDesk(job, roles, launch.run))).leases(0)
         ports = Ports(
             collective=Fabric(1).collective(0),

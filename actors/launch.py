@@ -79,7 +79,7 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
                 logger.warning("%s", line)
 
         # Where tasks are leased rank 0 alone gives parts: the others may come and go.
-        parts = 1 if launch.roles.consistency.dealt else launch.job.scaling.world
+        parts = 1 if launch.roles.consistency.dynamic_tasks else launch.job.scaling.world
         checkpoints = Checkpoints(launch, parts, _open_box)
         actor_group = ActorGroup(launch, checkpoints.newest())
         try:

@@ -29,13 +29,12 @@ from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.tables.client import RemoteTables
 from distplat.actors.tables.node import EmbeddingServer
 from distplat.actors.transport import TransportError
-from distplat.platform.consistency import Consistency
 from distplat.platform.errors import DistplatError
 from distplat.platform.shard_map import Shard
-from distplat.platform.spec import Job
+from distplat.platform.spec import Consistency, Job
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.strategy import Roles
-from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.service import Service
 
 HERE = "node-0"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from distplat.platform.checkpoint_assembly import Delivery
+    from distplat.platform.checkpoints import Delivery
     from distplat.platform.errors import DistplatError
     from distplat.platform.progress import AnyReport
     from distplat.platform.shard_map import ShardMap

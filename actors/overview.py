@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from distplat.actors.runs import RunName, find_runs
-from distplat.actors.servers.scheduler import Roster
+from distplat.actors.servers.scheduler import SchedulerStatus
 from distplat.platform.errors import ActorLost, DeadlineExceeded, Problem, SpecError
 from distplat.platform.server_group import ServersSeen
 
@@ -26,7 +26,7 @@ class Overview:
     job: str
     servers: ServersSeen | None
     """None: the run has no server group."""
-    roster: Roster | None
+    roster: SchedulerStatus | None
     """None: it has no task scheduler."""
 
 
@@ -56,7 +56,7 @@ def overview(run: RunName) -> Overview:
     return Overview(run.run, run.job, seen, roster)
 
 
-def scale(run: RunName, workers: int, wait_s: float) -> Roster:
+def scale(run: RunName, workers: int, wait_s: float) -> SchedulerStatus:
     """
     Have workers join or leave a run.
 
@@ -76,7 +76,9 @@ def scale(run: RunName, workers: int, wait_s: float) -> Roster:
         raise SpecError(Problem((), text))
     until = time.monotonic() + wait_s
     while True:
-        roster: Roster | None = _ask(run, "task-scheduler", lambda actor: actor.roster.remote())
+        roster: SchedulerStatus | None = _ask(
+            run, "task-scheduler", lambda actor: actor.roster.remote()
+        )
         if roster is None:
             raise ActorLost("task-scheduler", None, f"run {run.run} is over")
         if roster.wish is None:

@@ -14,9 +14,9 @@ from distplat.platform.apply_log import FILE_NAME, flaws, read_logs, staleness_c
 from distplat.platform.errors import Problem, SpecError, StorageError
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.catalog import load_job, make_strategy
-from distplat.strategies.training.prepared import Prepared
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.session import make_task, prepare
 from distplat.strategies.training.replay import replay
-from distplat.strategies.training.session import make_task, prepare
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Any
 
 import ray
 
-from distplat.platform.errors import DistplatError, Problem, SpecError
-from distplat.platform.suggest import hint
+from distplat.platform.errors import DistplatError, Problem, SpecError, hint
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _threads(job: Job, roles: Roles) -> dict[str, int]:
 
 def _most_workers(job: Job, roles: Roles) -> int:
     """Count the workers that there may be at a time."""
-    return job.scaling.world + (ROOM if roles.consistency.dealt or roles.resizes else 0)
+    return job.scaling.world + (ROOM if roles.consistency.dynamic_tasks or roles.resizes else 0)
 
 
 def spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:

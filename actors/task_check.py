@@ -25,10 +25,9 @@ from typing import Any
 
 import distplat
 from distplat.actors.task_loading import load_task_class
-from distplat.platform.errors import Problem, SpecError, UserCodeError
-from distplat.platform.suggest import hint
+from distplat.platform.errors import Problem, SpecError, UserCodeError, hint
 from distplat.strategies.task import Task
-from distplat.strategies.training.task_methods import near_miss, unheard
+from distplat.strategies.task_methods import near_miss, unheard
 
 _CHILD = """
 import sys

@@ -4,8 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from distplat.platform.errors import Problem, SpecError
-from distplat.platform.suggest import hint
+from distplat.platform.errors import Problem, SpecError, hint
 from distplat.strategies.task import Task
 
 

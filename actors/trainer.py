@@ -20,10 +20,10 @@ from distplat.actors.task_check import check_class
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.progress import (
     EvalSummary,
+    FailureEvent,
     Recovery,
     Resized,
     Saved,
-    Setback,
     StepSummary,
     Summary,
 )
@@ -50,7 +50,7 @@ class Result:
     evaluations: list[EvalSummary] = field(default_factory=list)
     checkpoints: list[Saved] = field(default_factory=list)
     """All that came to the disk, oldest first; older ones may be deleted by now."""
-    setbacks: list[Setback] = field(default_factory=list)
+    setbacks: list[FailureEvent] = field(default_factory=list)
     """Failures after which the run went on."""
     resizes: list[Resized] = field(default_factory=list)
     """Changes of the number of workers, of a run whose workers make every step together."""
@@ -64,7 +64,7 @@ class Result:
                 self.history.append(summary)
             case EvalSummary():
                 self.evaluations.append(summary)
-            case Setback():
+            case FailureEvent():
                 self.setbacks.append(summary)
             case Resized():
                 self.resizes.append(summary)
@@ -90,7 +90,7 @@ class Observer(Protocol):
     def stepped(self, summary: StepSummary | EvalSummary) -> None:
         """A step or an evaluation is over on all ranks."""
 
-    def disturbed(self, news: Setback | Recovery | Resized) -> None:
+    def disturbed(self, news: FailureEvent | Recovery | Resized) -> None:
         """Workers were lost and the run goes on, all are at work again, or their number changed."""
 
 
@@ -173,7 +173,7 @@ class Trainer:
             for observer in self._observers:
                 if isinstance(summary, StepSummary | EvalSummary):
                     observer.stepped(summary)
-                elif isinstance(summary, Setback | Recovery | Resized):
+                elif isinstance(summary, FailureEvent | Recovery | Resized):
                     observer.disturbed(summary)
 
         try:

@@ -28,18 +28,17 @@ from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
-from distplat.platform.checkpoint_assembly import Delivery
+from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned, DistplatError
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.tensor_slices import Bundle, Bytes
-from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checks import remark_on_size
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.parts import model_part
-from distplat.strategies.training.pause import PauseGate
-from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.session import (
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.parts import model_part
+from distplat.strategies.loop.checks import remark_on_size
+from distplat.strategies.loop.loop import Progress
+from distplat.strategies.loop.pause import PauseGate
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.session import (
     Around,
     describe,
     join,
@@ -47,14 +46,15 @@ from distplat.strategies.training.session import (
     prepare,
     resize,
 )
-from distplat.strategies.training.shown import Shown, part_copy, state_copy
+from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, part_copy, state_copy
+from distplat.strategies.task import Task
 from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Standing:
+class AttemptState:
     """How things stand with an attempt; replaced as a whole, for other threads read it."""
 
     attempt: int
@@ -82,12 +82,12 @@ class Session:
         deliver: Callable[[Delivery], None],
     ) -> None:
         self._report, self._deliver = report, deliver
-        self.standing = Standing(-1, PauseGate(0.0))
+        self.standing = AttemptState(-1, PauseGate(0.0))
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
         self._connection = Connection(RayTransport(), -1, self.standing.gate)
-        self._shown: Shown[dict[str, torch.Tensor]] = Shown()
-        self._part_shown: Shown[Bundle] = Shown()
+        self._shown: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
+        self._part_shown: SnapshotPublisher[Bundle] = SnapshotPublisher()
 
     def show(self, version: int) -> Reply:
         """
@@ -127,7 +127,7 @@ class Session:
         """
         gate = PauseGate(order.job.failure.step_timeout_s)
         self._connection = Connection(RayTransport(), order.attempt, gate)
-        self.standing = Standing(order.attempt, gate)
+        self.standing = AttemptState(order.attempt, gate)
         if called_off:
             self._connection.give_up()
         try:

@@ -7,7 +7,7 @@ Weights out: the parameters of a run that goes on, for an evaluator or a rollout
 
 Rank 0 copies its parameters between two steps, when somebody has asked; nobody waits for anybody.
 Where the model is cut, each rank of a replica copies its part, after a step on which all of them
-are asked to agree beforehand (`platform/common_version.py`); they are put together here.
+are asked to agree beforehand (`platform/checkpoints.py`); they are put together here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from distplat.actors.runs import RunName, find_runs, named_actors
-from distplat.platform.common_version import CommonVersion
+from distplat.platform.checkpoints import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded
 from distplat.platform.tensor_slices import Bundle, TensorSlice, by_file, put_together
 
@@ -163,7 +163,7 @@ class Weights:
         return Snapshot(self.run, reply.version, load(reply.model))
 
     def _together(self, version: int, parts: list[Bundle]) -> Snapshot:
-        from distplat.strategies.training.checkpoint_reader import (
+        from distplat.strategies.checkpoint.checkpoint_reader import (
             tensor_of,  # torch: see `_snapshot`
         )
 

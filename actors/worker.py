@@ -23,7 +23,7 @@ from distplat.platform.progress import AnyReport
 
 if TYPE_CHECKING:
     from distplat.actors.training import Session
-    from distplat.platform.checkpoint_assembly import Delivery
+    from distplat.platform.checkpoints import Delivery
 
 
 class Worker:

@@ -25,12 +25,11 @@ from distplat.actors.collectives.ray_groups import create_group
 from distplat.actors.collectives.rendezvous import Settings
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.collective import Collective
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.reduction.base import Reducer
 from distplat.strategies.reduction.buckets import BucketReducer
-from distplat.strategies.reduction.powersgd import PowerSGDReducer
-from distplat.strategies.reduction.topk import TopKReducer
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.reduction.compressed import PowerSGDReducer, TopKReducer
 
 METHODS = ("none", "fp16", "bf16", "topk 1 %", "topk 0.1 %", "powersgd 4", "powersgd 16")
 LINKS_GBIT = (1.0, 10.0, 25.0, 100.0)

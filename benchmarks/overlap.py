@@ -34,9 +34,9 @@ from torch.nn.parallel import DistributedDataParallel
 from distplat.actors.collectives.group import Group
 from distplat.actors.collectives.ray_groups import create_group
 from distplat.actors.collectives.rendezvous import Settings
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.reduction.buckets import BucketReducer
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
 
 dist: Any = torch.distributed  # torch's stubs leave out the stores
 

@@ -45,8 +45,8 @@ class OurWorker:
     def connect(self, order: WorkOrder, megabytes: int) -> None:
         from distplat.actors.ray_transport import RayTransport
         from distplat.actors.servers.shards import RemoteShards
-        from distplat.strategies.training.control import StepControl
-        from distplat.strategies.training.flat import FlatModel
+        from distplat.strategies.loop.control import StepControl
+        from distplat.strategies.model.flat import FlatModel
 
         torch.set_num_threads(1)
         self.flat = FlatModel(layers(megabytes))

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
@@ -159,3 +159,11 @@ def unset(*names: str) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """Put Ray's paragraphs into one line; a version mismatch is told in the third of them."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+Info = dict[str, Any]
+"""A job as the API gives it: the fields of Ray's `JobDetails`."""
+
+
+class NoSuchJob(Exception):
+    """The cluster knows no job of that id."""

@@ -16,8 +16,7 @@ import requests
 from ray.job_submission import JobSubmissionClient
 
 from distplat.actors import compat
-from distplat.cli.address import one_line, reach, token_at_hand, unset
-from distplat.cli.job_types import Info, NoSuchJob
+from distplat.cli.address import Info, NoSuchJob, one_line, reach, token_at_hand, unset
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 _CONNECT_S = 5.0

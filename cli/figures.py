@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distplat.platform.progress import Resized, Saved, Setback, StepSummary
+from distplat.platform.progress import FailureEvent, Resized, Saved, StepSummary
 from distplat.platform.report import Restart, metrics, samples_per_s
 from distplat.platform.run_record import RunRecord
 
@@ -53,7 +53,7 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
     return rows
 
 
-def restart_rows(setbacks: Iterable[Setback]) -> list[tuple[str, str]]:
+def restart_rows(setbacks: Iterable[FailureEvent]) -> list[tuple[str, str]]:
     """Say which workers were replaced, and from where the run went on."""
     return [
         (

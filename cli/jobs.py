@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from distplat.cli import remote
-from distplat.cli.address import target_of
-from distplat.cli.job_types import Info
+from distplat.cli.address import Info, target_of
 from distplat.cli.render import print_result, to_json
-from distplat.cli.roles import role_facts, role_lines
-from distplat.cli.running import roles_of
+from distplat.cli.running import role_facts, role_lines, roles_of
 from distplat.cli.tables import print_pairs, print_table
 from distplat.platform.errors import (
     ClusterUnreachable,
     DistplatError,
     Problem,
     SpecError,
+    hint,
     printable,
 )
-from distplat.platform.suggest import hint
 
 if TYPE_CHECKING:
     from distplat.cli.cluster import Jobs

@@ -28,11 +28,10 @@ from distplat.cli.options import (
     flags,
     is_json,
 )
-from distplat.cli.replay import replay
 from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
-from distplat.cli.verify import verify
+from distplat.cli.verify import replay, verify
 from distplat.platform.errors import DistplatError, SpecError, UserCodeError, printable
 
 _EPILOG = """

@@ -1,11 +1,13 @@
 """Options and arguments that more than one command takes, and how their values are read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distplat.platform.errors import SpecError
+from distplat.platform.errors import Problem, SpecError
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `submit` printed it.")]
@@ -64,3 +66,23 @@ def is_json(output: str) -> bool:
     if output not in ("text", "json"):
         raise SpecError(f"--output is {output!r}, allowed: text, json")
     return output == "json"
+
+
+_REPORT = ("jinja2", "matplotlib")
+
+
+@contextmanager
+def report_extra() -> Iterator[None]:
+    """
+    Import what draws in this context.
+
+    Raises:
+        SpecError: a package of the extra `report` is missing; the hint installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in _REPORT:
+            raise
+        text = f"{error.name} is not installed, and draws pages and charts"
+        raise SpecError(Problem((), text, "pip install 'distplat[report]'")) from error

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import distplat
 from distplat.cli import shipping
-from distplat.cli.job_types import Info, NoSuchJob
+from distplat.cli.address import Info, NoSuchJob
 from distplat.cli.render import Facts, read_facts
 from distplat.platform.errors import (
     ClusterUnreachable,
     DeadlineExceeded,
     Problem,
     SpecError,
+    nearest,
     printable,
 )
 from distplat.platform.spec import Job
-from distplat.platform.suggest import nearest
 
 if TYPE_CHECKING:
     from distplat.cli.cluster import Jobs
@@ -50,7 +50,7 @@ _ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Submission:
     """What the job API gets beside the job itself."""
 
     working_dir: Path
@@ -67,7 +67,7 @@ class Parcel:
 def send(
     jobs: "Jobs",
     job: Job,
-    parcel: Parcel,
+    submission: Submission,
     ignores: shipping.Ignores,
     tell: Callable[[shipping.Package], None],
 ) -> str:
@@ -77,32 +77,36 @@ def send(
     Args:
         jobs: where.
         job: what.
-        parcel: what it needs.
+        submission: what it needs.
         ignores: what Ray will leave out of the folder.
         tell: is told of the folder before it is shipped, and may refuse it.
 
     Raises:
         SpecError: the folder cannot be shipped, or the cluster refuses the job.
     """
-    job_id = check_id(parcel.submission_id or f"{job.name}-{secrets.token_hex(3)}")
+    job_id = check_id(submission.submission_id or f"{job.name}-{secrets.token_hex(3)}")
     environment = shipping.runtime_env(
-        job, parcel.working_dir, parcel.strategy_file, parcel.runtime_env, parcel.resume
+        job,
+        submission.working_dir,
+        submission.strategy_file,
+        submission.runtime_env,
+        submission.resume,
     )
-    tell(shipping.measure(parcel.working_dir, environment["excludes"], ignores))
+    tell(shipping.measure(submission.working_dir, environment["excludes"], ignores))
     ours = {
         "job_name": job.name,  # Ray's own key: the dashboard shows it
         "strategy": job.strategy.name,
         "num_workers": str(job.scaling.num_workers),
         VERSION_KEY: distplat.__version__,
     }
-    for key in sorted(ours.keys() & parcel.metadata):
+    for key in sorted(ours.keys() & submission.metadata):
         raise SpecError(Problem(("--metadata-json", key), "is set by distplat itself"))
     return jobs.submit(
         entrypoint=shlex.join(["python", "-m", "distplat.cli.main", "drive"]),
         submission_id=job_id,
         runtime_env=environment,
-        metadata={**parcel.metadata, **ours},
-        **parcel.resources,
+        metadata={**submission.metadata, **ours},
+        **submission.resources,
     )
 
 

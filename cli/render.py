@@ -33,7 +33,7 @@ from distplat.cli.figures import (
 from distplat.cli.tables import print_pairs
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import printable
-from distplat.platform.progress import EvalSummary, Recovery, Resized, Setback, StepSummary
+from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Resized, StepSummary
 from distplat.platform.spec import Job
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class View:
             self._last_drawn = now
             self._draw(summary, now)
 
-    def disturbed(self, news: Setback | Recovery | Resized) -> None:
+    def disturbed(self, news: FailureEvent | Recovery | Resized) -> None:
         """Say that workers were lost, when all are at work again, and how many there are."""
         if isinstance(news, Recovery):
             self._say(f"attempt {news.attempt}: all workers are at work after {news.seconds:.1f} s")

@@ -58,7 +58,7 @@ def report(
 
 
 def _write_page(record: RunRecord, now: float) -> Path:
-    from distplat.cli.extras import report_extra
+    from distplat.cli.options import report_extra
 
     with report_extra():
         from distplat.cli.report_page import page
@@ -66,7 +66,7 @@ def _write_page(record: RunRecord, now: float) -> Path:
 
 
 def _write_perfetto(record: RunRecord, pipeline: "list[Gantt]") -> Path:
-    from distplat.strategies.algorithms.chrome_trace import chrome_trace
+    from distplat.strategies.algorithms.gantt import chrome_trace
 
     assert record.trace is not None
     text = json.dumps(chrome_trace(record.trace, pipeline))

@@ -6,17 +6,104 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distplat.cli.address import bring_token, host_and_port, target_of
 from distplat.cli.options import Address, Output, is_json
 from distplat.cli.render import to_json
+from distplat.cli.tables import table_lines
 from distplat.platform.errors import Problem, SpecError, printable
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview
+    from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
+    from distplat.platform.server_group import ServersSeen
+
+
+def role_lines(seen: Overview) -> list[str]:
+    """Give the lines of a run's roles."""
+    lines = [f"run {seen.run}"]
+    if seen.servers is not None:
+        lines += ["", *_server_lines(seen.servers)]
+    if seen.roster is not None:
+        lines += ["", *_worker_lines(seen.roster)]
+    if seen.servers is None and seen.roster is None:
+        lines += ["its strategy has neither servers nor a task scheduler"]
+    return lines
+
+
+def role_facts(seen: Overview) -> dict[str, Any]:
+    """Give the roles for JSON output."""
+    return {
+        "run": seen.run,
+        "servers": None if seen.servers is None else asdict(seen.servers),
+        "scheduler": None if seen.roster is None else asdict(seen.roster),
+    }
+
+
+def _server_lines(servers: ServersSeen) -> list[str]:
+    if not servers.version:
+        return ["server manager    no shard was given out yet: no worker has come"]
+    total = servers.cuts[-1].stop if servers.cuts else 0
+    head = f"server manager    map version {servers.version}, {total:,} elements"
+    columns = ["SHARD", "ELEMENTS", "SERVER", "BACKUP"]
+    rows = []
+    for cut, seat in zip(servers.cuts, servers.seats, strict=True):
+        backup = "-"
+        if seat.backup is not None:
+            backup = seat.backup if seat.ready else f"{seat.backup} (being filled)"
+        elif seat.making is not None:
+            backup = f"{seat.making} (starting)"
+        rows.append([str(cut.index), f"{cut.start:,}..{cut.stop:,}", seat.primary, backup])
+    if not servers.replicated:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return [head, *table_lines(columns, rows)]
+
+
+def _worker_lines(roster: SchedulerStatus) -> list[str]:
+    if not roster.steps:
+        return ["task scheduler    no worker has come yet"]
+    head = f"task scheduler    step {roster.done} of {roster.steps}, attempt {roster.attempt}"
+    if roster.dynamic_tasks:
+        head += f", tasks of 1/{roster.parts} step are leased, {roster.duplicates} were made twice"
+    else:
+        head += ", each worker makes its part of every step"
+    unit = "TASKS" if roster.dynamic_tasks else "STEPS"
+    columns = ["WORKER", "STEP", unit, f"{unit}/S", "WORK", "LEASE", ""]
+    lines = [head, *table_lines(columns, [_row(entry, roster) for entry in roster.workers])]
+    if roster.refused and roster.wish is not None:
+        lines.append(f"{roster.wish.workers} workers were refused: {roster.refused}")
+    elif roster.wish is not None and roster.wish.workers != len(roster.workers):
+        lines.append(f"{roster.wish.workers} workers were asked for")
+    return lines
+
+
+def _row(entry: WorkerRow, roster: SchedulerStatus) -> list[str]:
+    one = entry.standing
+    lease = f"part {one.rank} of {roster.parts}"
+    if roster.dynamic_tasks:
+        lease = "-"
+        if entry.lease is not None:
+            first, last, count = entry.lease
+            lease = f"{first}" if count == 1 else f"{first}..{last} ({count})"
+    marks = [("straggler", one.straggler), ("leaving", entry.leaving)]
+    marks += [(f"silent for {one.silent_s:.0f} s", one.silent_s >= _SILENT_S)]
+    return [
+        f"worker-{one.rank}",
+        str(one.step),
+        str(one.made),
+        "-" if one.per_s is None else f"{one.per_s:.1f}",
+        "-" if one.step_s is None else f"{one.step_s * 1e3:.1f} ms",
+        lease,
+        ", ".join(word for word, marked in marks if marked),
+    ]
+
+
+_SILENT_S = 3.0
+
 
 _HERE = ("127.0.0.1", "localhost", "::1")
 
@@ -42,7 +129,6 @@ def scale(
     with joined(address):
         from distplat.actors.overview import one_run
         from distplat.actors.overview import scale as change
-        from distplat.cli.roles import role_facts, role_lines
 
         run = one_run(job)
         roster = change(run, workers, wait_s)

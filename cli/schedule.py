@@ -141,7 +141,7 @@ def _print(chosen: "Schedule", found: "Simulation") -> None:
 
 
 def _write(path: Path, chosen: "Schedule", found: "Simulation") -> None:
-    from distplat.cli.extras import report_extra
+    from distplat.cli.options import report_extra
 
     with report_extra():
         from distplat.cli.charts import bars_of, pipeline_chart

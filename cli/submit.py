@@ -222,7 +222,7 @@ def _check_options(request: Request, target: Target) -> None:
 
 
 def _submit_remote(request: Request, job: Job, target: Target) -> None:
-    parcel = remote.Parcel(
+    submission = remote.Submission(
         request.folder,
         request.strategy_file,
         request.resume,
@@ -235,7 +235,7 @@ def _submit_remote(request: Request, job: Job, target: Target) -> None:
     from distplat.cli.join import ignores
 
     jobs = Jobs(target.address)
-    job_id = remote.send(jobs, job, parcel, ignores, request.shipping)
+    job_id = remote.send(jobs, job, submission, ignores, request.shipping)
     request.say(f"job {job_id} is on {_named(target, job)}")
     if not Path(job.storage_path).is_absolute():
         request.say(f"run directory: below {STORAGE / job.storage_path} of the driver's machine")

@@ -19,7 +19,7 @@ _HOMES = {
     "Task": "distplat.strategies.task",
     "load_job": "distplat.strategies.catalog",
     "DistplatError": "distplat.platform.errors",
-    "sample_rng": "distplat.strategies.training.seeding",
+    "sample_rng": "distplat.strategies.loop.seeding",
 }
 
 __all__ = [
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from distplat.platform.errors import DistplatError
     from distplat.platform.spec import Job
     from distplat.strategies.catalog import load_job
+    from distplat.strategies.loop.seeding import sample_rng
     from distplat.strategies.task import Task
-    from distplat.strategies.training.seeding import sample_rng
 
 
 def __getattr__(name: str) -> object:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = {
-    "Consistency": "distplat.platform.consistency",
+    "Consistency": "distplat.platform.spec",
     "Problem": "distplat.platform.errors",
     "Job": "distplat.platform.spec",
     "register": "distplat.strategies.catalog",
@@ -22,13 +22,13 @@ _HOMES = {
     "ReduceOp": "distplat.strategies.collective",
     "Pushed": "distplat.strategies.ports",
     "Shards": "distplat.strategies.ports",
-    "CheckpointPart": "distplat.strategies.training.checkpoint_types",
-    "StepControl": "distplat.strategies.training.control",
-    "FlatModel": "distplat.strategies.training.flat",
-    "LocalOptimizer": "distplat.strategies.training.optim",
-    "model_part": "distplat.strategies.training.parts",
-    "optimizer_part": "distplat.strategies.training.parts",
-    "server_part": "distplat.strategies.training.parts",
+    "CheckpointPart": "distplat.strategies.checkpoint.checkpoint_types",
+    "StepControl": "distplat.strategies.loop.control",
+    "FlatModel": "distplat.strategies.model.flat",
+    "LocalOptimizer": "distplat.strategies.model.optim",
+    "model_part": "distplat.strategies.checkpoint.parts",
+    "optimizer_part": "distplat.strategies.checkpoint.parts",
+    "server_part": "distplat.strategies.checkpoint.parts",
     "Context": "distplat.strategies.worker",
     "WorkerStrategy": "distplat.strategies.worker",
 }
@@ -59,18 +59,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from distplat.platform.consistency import Consistency
     from distplat.platform.errors import Problem
-    from distplat.platform.spec import Job
+    from distplat.platform.spec import Consistency, Job
     from distplat.strategies.catalog import register
+    from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
+    from distplat.strategies.checkpoint.parts import model_part, optimizer_part, server_part
     from distplat.strategies.collective import Collective, Handle, ReduceOp
+    from distplat.strategies.loop.control import StepControl
+    from distplat.strategies.model.flat import FlatModel
+    from distplat.strategies.model.optim import LocalOptimizer
     from distplat.strategies.ports import Pushed, Shards
     from distplat.strategies.strategy import GroupSpec, Options, Roles, Strategy
-    from distplat.strategies.training.checkpoint_types import CheckpointPart
-    from distplat.strategies.training.control import StepControl
-    from distplat.strategies.training.flat import FlatModel
-    from distplat.strategies.training.optim import LocalOptimizer
-    from distplat.strategies.training.parts import model_part, optimizer_part, server_part
     from distplat.strategies.worker import Context, WorkerStrategy
 
 

@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 from distplat.cli.describe import field_rows
-from distplat.platform import embeddings, optimizers, spec
+from distplat.platform import optimizers, spec
 
 HEAD = """\
 # The job file
@@ -40,7 +40,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Top level", "", spec.Job),
     ("scaling", "scaling.", spec.Scaling),
     ("lr_schedule", "lr_schedule.", optimizers.Schedule),
-    ("embeddings", "embeddings.", embeddings.Embeddings),
+    ("embeddings", "embeddings.", spec.Embeddings),
     ("data", "data.", spec.Data),
     ("evaluation", "evaluation.", spec.Evaluation),
     ("checkpoint", "checkpoint.", spec.Checkpoint),
@@ -87,7 +87,7 @@ def page() -> str:
         names = ", ".join(f"`{name}`" for name in kind.model_fields if name != "name")
         parts.append(f"| {kind.__name__} | {names} |\n")
     parts.append(ROWS + "\n| name | arguments |\n|---|---|\n")
-    for rows in embeddings.RowOptimizer.__subclasses__():
+    for rows in spec.RowOptimizer.__subclasses__():
         names = ", ".join(f"`{name}`" for name in rows.model_fields if name != "name")
         parts.append(f"| {get_args(rows.model_fields['name'].annotation)[0]} | {names} |\n")
     return "".join(parts)

@@ -22,13 +22,123 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distplat.platform.disk import Content, Disk, RealDisk
 from distplat.platform.errors import Problem, SpecError, StorageError
+from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What one rank gives to a checkpoint; a rank that is responsible for nothing says so."""
+
+    rank: int
+    attempt: int
+    version: int
+    """Steps that it has behind it."""
+    boxes: tuple[Any, ...] = ()
+    """Where the arrays are: each opens to a list of them."""
+    entries: tuple[tuple[TensorEntry, ...], ...] = ()
+    """By box, what is in its arrays."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the rank knows of data and versions, for `state.json`."""
+    skipped: bool = False
+    """The rank has no part of this version: there will be no such checkpoint."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part."""
+        entries = [entry for box in self.entries for entry in box]
+        return sum(entry.place.size * ITEM_BYTES[entry.dtype] for entry in entries)
+
+
+Open = Callable[[Any], list[Bytes]]
+"""Opens a box."""
+
+
+class CheckpointAssembly:
+    """
+    Joins the deliveries of all ranks.
+
+    Args:
+        world: number of ranks.
+    """
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._attempt = 0
+        self._parts: dict[int, dict[int, Delivery]] = {}  #: version -> rank -> its part
+        self.skipped: list[int] = []  #: versions of which there is no checkpoint
+
+    def begin(self, attempt: int, world: int | None = None) -> None:
+        """
+        Be told that another attempt begins: what the one before left unfinished goes.
+
+        Args:
+            attempt: its number.
+            world: its ranks; None: as many as before.
+        """
+        self._attempt = attempt
+        self._world = world or self._world
+        self._parts.clear()
+
+    def add(self, delivery: Delivery) -> list[Delivery]:
+        """Take a part; give all of its version, in rank order, when it is the last of them."""
+        if delivery.attempt != self._attempt:
+            return []
+        parts = self._parts.setdefault(delivery.version, {})
+        parts[delivery.rank] = delivery
+        if len(parts) < self._world:
+            return []
+        older = [version for version in self._parts if version <= delivery.version]
+        skipped = any(part.skipped for part in parts.values())
+        self.skipped += sorted(v for v in older if v != delivery.version or skipped)
+        for version in older:
+            del self._parts[version]
+        return [] if skipped else [parts[rank] for rank in range(self._world)]
+
+
+class CommonVersion:
+    """
+    State of one question for weights; reads no clock and talks to nobody.
+
+    Args:
+        at_least: no older version will do.
+        total: steps of the run: that version is kept by every rank.
+    """
+
+    def __init__(self, at_least: int, total: int) -> None:
+        self._at_least, self._total = at_least, total
+        self._lead = 1
+        self.target = 0  #: what every rank is to be asked for; 0: where they are, to begin with
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether the run ends before there is such a version."""
+        return self._at_least > self._total
+
+    def hear(self, passed: Mapping[int, int], held: Set[int]) -> bool:
+        """
+        Take what all ranks have answered; say whether each has the target.
+
+        Args:
+            passed: by rank, the last version that it has passed.
+            held: ranks that have given their part of the target; `target` may be another after this
+                call, and then they must be asked anew.
+        """
+        if self.target and held >= passed.keys():
+            return True
+        late = any(version >= self.target for rank, version in passed.items() if rank not in held)
+        if late:
+            ahead = min(max(passed.values()) + self._lead, self._total)
+            self.target = max(self._at_least, ahead)
+            self._lead *= 2
+        return False
+
 
 FOLDER = "checkpoints"
 MANIFEST, STATE = "manifest.json", "state.json"

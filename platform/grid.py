@@ -5,7 +5,7 @@ The grid of workers under `hybrid`: replicas of the model, stages of a replica, 
 
                  stage 0    stage 1
     replica 0     0  1       2  3         a row is a worker group: it holds one copy of the model
-    replica 1     4  5       6  7         a column: ranks 0 and 4 are twins, they hold the same part
+    replica 1     4  5       6  7         a column: ranks 0 and 4 are peers, they hold the same part
 
 Ranks of one replica have consecutive numbers, so they are placed together.
 """
@@ -56,7 +56,7 @@ class Grid:
         first = replica * self.group_size
         return tuple(range(first, first + self.group_size))
 
-    def twins(self, stage: int, part: int) -> tuple[int, ...]:
+    def dp_ranks(self, stage: int, part: int) -> tuple[int, ...]:
         """Give the ranks that hold the same part of the model, one of each replica."""
         return tuple(self.rank(Position(r, stage, part)) for r in range(self.replicas))
 
@@ -65,6 +65,6 @@ class Grid:
         return tuple(self.rank(Position(replica, stage, t)) for t in range(self.slices))
 
     def parts(self) -> tuple[tuple[int, ...], ...]:
-        """Give the twins of every part of the model, those of stage 0 first."""
+        """Give the peers of every part of the model, those of stage 0 first."""
         every = [(s, t) for s in range(self.stages) for t in range(self.slices)]
-        return tuple(self.twins(stage, part) for stage, part in every)
+        return tuple(self.dp_ranks(stage, part) for stage, part in every)

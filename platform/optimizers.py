@@ -9,6 +9,7 @@ element's own gradient and state, so a shard of the parameters can be updated al
 strategy gives the same result. `WHOLE_TENSOR` names those of torch that look at more.
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -137,7 +138,7 @@ class Schedule(Spec):
     """
     The learning rate over the steps: a linear warm-up, then one of four shapes.
 
-    The factor on `optimizer.lr` in step `s` is given by `platform/learning_rate.py`.
+    The factor on `optimizer.lr` in step `s` is given by `platform/optimizers.py`.
     """
 
     name: Literal["constant", "linear", "cosine", "step"] = "constant"
@@ -160,3 +161,21 @@ class Schedule(Spec):
             "step": {"every_steps", "gamma"},
         }[self.name]
         return {"final_factor", "every_steps", "gamma"} - used
+
+
+def factor(schedule: Schedule, step: int, total_steps: int) -> float:
+    """Give the factor on the base learning rate in step `step` of `total_steps`, both from 0."""
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    match schedule.name:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - (1.0 - schedule.final_factor) * done
+        case "cosine":
+            final = schedule.final_factor
+            return final + (1.0 - final) * (1.0 + math.cos(math.pi * done)) / 2.0
+        case "step":
+            return float(schedule.gamma ** ((step - warmup) // schedule.every_steps))

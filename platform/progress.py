@@ -79,7 +79,7 @@ class EvalSummary:
 
 
 @dataclass(frozen=True)
-class Setback:
+class FailureEvent:
     """A failure after which the run goes on."""
 
     attempt: int
@@ -133,7 +133,7 @@ class Saved:
 AnyReport = StepReport | EvalReport | TraceReport
 """What a rank reports."""
 
-Summary = StepSummary | EvalSummary | Trace | Setback | Recovery | Resized | Saved
+Summary = StepSummary | EvalSummary | Trace | FailureEvent | Recovery | Resized | Saved
 """What is told of a run while it goes on."""
 
 Report = TypeVar("Report", StepReport, EvalReport, TraceReport)

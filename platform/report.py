@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, quantiles
 
-from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
+from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, StepSummary
 from distplat.platform.run_record import RunRecord
 
 SILENT_S = 120.0
@@ -69,7 +69,7 @@ class Metric:
 class Restart:
     """A failure that the run went on after, and how long that took."""
 
-    setback: Setback
+    setback: FailureEvent
     recovery: Recovery | None
     """None: it did not come to that, or not yet."""
 

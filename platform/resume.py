@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distplat.platform.checkpoints import Stored, find
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import Problem, SpecError, nearest
 from distplat.platform.spec import Job
-from distplat.platform.suggest import nearest
 
 _SAME = ("seed", "global_batch_size")
 

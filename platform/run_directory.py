@@ -34,10 +34,10 @@ from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import (
     EvalSummary,
+    FailureEvent,
     Recovery,
     Resized,
     Saved,
-    Setback,
     StepSummary,
     Summary,
 )
@@ -50,7 +50,7 @@ TASK_FILE = "task.safetensors"
 _KINDS = {
     StepSummary: "step",
     EvalSummary: "evaluation",
-    Setback: "setback",
+    FailureEvent: "setback",
     Recovery: "recovery",
     Resized: "resized",
     Saved: "checkpoint",

@@ -14,17 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distplat.platform.errors import Problem, SpecError, StorageError
+from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace, TraceEvent
 from distplat.platform.progress import (
     EvalSummary,
+    FailureEvent,
     Recovery,
     Resized,
     Saved,
-    Setback,
     StepSummary,
 )
-from distplat.platform.suggest import nearest
 from distplat.platform.yaml_source import parse_yaml
 
 T = TypeVar("T")
@@ -41,7 +40,7 @@ class RunRecord:
     steps: list[StepSummary] = field(default_factory=list)
     """In their order; of a step that was made twice, the second."""
     evaluations: list[EvalSummary] = field(default_factory=list)
-    setbacks: list[Setback] = field(default_factory=list)
+    setbacks: list[FailureEvent] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     resizes: list[Resized] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
@@ -151,7 +150,7 @@ def _read_metrics(record: RunRecord) -> None:
 
 def _keep(record: RunRecord, found: object) -> None:
     match found:
-        case Setback():
+        case FailureEvent():
             record.setbacks.append(found)
         case Recovery():
             record.recoveries.append(found)
@@ -161,7 +160,9 @@ def _keep(record: RunRecord, found: object) -> None:
             record.saved.append(found)
 
 
-def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | Resized | Saved | None:
+def _summary(
+    line: Any,
+) -> StepSummary | EvalSummary | FailureEvent | Recovery | Resized | Saved | None:
     """Read one line; None for a kind that is not known here."""
     fields = _mapping(line)
     match fields["kind"]:
@@ -179,7 +180,7 @@ def _summary(line: Any) -> StepSummary | EvalSummary | Setback | Recovery | Resi
             metrics = _numbers(fields["metrics"])
             return EvalSummary(int(fields["step"]), int(fields["samples"]), metrics)
         case "setback":
-            return Setback(
+            return FailureEvent(
                 int(fields["attempt"]),
                 int(fields["step"]),
                 str(fields["cause"]),

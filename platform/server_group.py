@@ -1,5 +1,5 @@
 """
-Who serves which shard, and what is to be done when a server is lost: the server manager's brain.
+The server manager's state machine: who serves which shard, and what to do when one is lost.
 
     shard 0    server-0 primary  ══ every update ══▶  server-1 backup          term 2
                     ✗ lost
@@ -18,9 +18,68 @@ The class reads no clock and talks to nobody: news come in, orders go out.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
-from distplat.platform.part import Role
+from distplat.platform.errors import FencedError, NotReadyError
 from distplat.platform.shard_map import Shard
+
+
+class Role(Enum):
+    """What a server does with a shard."""
+
+    WAITING = "serves, but waits for its first backup before it acknowledges"
+    ALONE = "serves"
+    MIRRORED = "serves, and has its backup keep up"
+    BACKUP = "keeps up with the primary"
+
+
+class Part:
+    """
+    One server's part.
+
+    Args:
+        role: the first one.
+    """
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.term = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether a primary knows what an acknowledgement needs."""
+        return self.role is not Role.WAITING
+
+    def check_serves(self) -> None:
+        """
+        Refuse workers' calls to a backup.
+
+        Raises:
+            NotReadyError: this server is no primary.
+        """
+        if self.role is Role.BACKUP:
+            raise NotReadyError("this server is a backup: it does not serve before its promotion")
+
+    def check_update(self, term: int) -> None:
+        """
+        Refuse a primary's updates that are not of this backup's term.
+
+        Raises:
+            FencedError: another server is the primary by now.
+        """
+        if self.role is not Role.BACKUP or term != self.term:
+            raise FencedError(
+                f"update of term {term} refused: this server is {self.role.name.lower()} "
+                f"in term {self.term}"
+            )
+
+    def change(self, role: Role, term: int) -> bool:
+        """Take a part; False: the message is older than the present one, or came before."""
+        if term <= self.term:
+            return False
+        self.role, self.term = role, term
+        return True
+
 
 MOST_LOSSES = 8
 """So many servers lost for one shard, and no further backup is made: something else is wrong."""

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.even_split import split_evenly
-from distplat.platform.spec import Job
+from distplat.platform.spec import SYNCHRONOUS, Consistency, Job
 from distplat.platform.vector_layout import Layout
 
 _ALIGN = 16
@@ -90,7 +89,7 @@ class Division:
     """
     Which workers share which servers: of a model that is cut, each part has servers of its own.
 
-        ranks     0, 2        1, 3            twins share servers, and push one vector;
+        ranks     0, 2        1, 3            peers share servers, and push one vector;
         servers   0, 1        2, 3            they count each other as worker 0 and worker 1
     """
 

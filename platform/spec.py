@@ -6,23 +6,117 @@ line and column in every message, is `platform/job_file.py`; a strategy's own op
 by the strategy (`strategies/catalog.py`), for only it knows them.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from distplat.platform.embeddings import Embeddings
 from distplat.platform.errors import Problem
 from distplat.platform.fields import (
     Count,
     Flag,
     Index,
     NonNegative,
+    Pair,
     Positive,
     Seconds,
     Spec,
 )
 from distplat.platform.optimizers import SGD, AnyOptimizer, Schedule
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """When a shard applies gradients, and what it makes of old ones."""
+
+    asynchronous: bool = False
+    """Apply each gradient when it comes; else one update of all workers' gradients."""
+    bound: int | None = None
+    """Asynchronous: steps that a task may be ahead of the oldest that is not done; None: any."""
+    staleness_lr: bool = False
+    """Divide the learning rate by a gradient's staleness (Zhang et al., IJCAI 2016)."""
+    delay_compensation: float = 0.0
+    """Lambda of the correction for what changed since the pull (Zheng et al., ICML 2017)."""
+    backup_workers: int = 0
+    """Synchronous: a step goes on without so many of the gradients (Chen et al., 2016)."""
+
+    @property
+    def dynamic_tasks(self) -> bool:
+        """
+        Whether tasks are leased to whoever asks (`task_scheduler.py`); else each worker has its
+        part of every step. Where nobody waits for others, nobody is to have a part of its own.
+        """
+        return self.asynchronous
+
+    @property
+    def private(self) -> bool:
+        """Whether workers compute on copies of their own: shards change while they do."""
+        return self.asynchronous or self.backup_workers > 0
+
+
+SYNCHRONOUS = Consistency()
+"""One update for all workers' gradients of a step."""
+
+
+class RowOptimizer(Spec):
+    """What all of them have: rows that a step does not use stay as they are, state included."""
+
+    name: str
+    """A class of `torch.optim` as it treats sparse gradients, or `RowWiseAdagrad`."""
+    lr: Positive
+    """Learning rate before the factor of `lr_schedule`."""
+
+
+class RowSGD(RowOptimizer):
+    """Stochastic gradient descent; no state."""
+
+    name: Literal["SGD"]
+
+
+class RowAdagrad(RowOptimizer):
+    """Adagrad, Duchi et al. 2011; as much state as the rows."""
+
+    name: Literal["Adagrad"]
+    initial_accumulator_value: NonNegative = 0.0
+    eps: NonNegative = 1e-10
+
+
+class RowWiseAdagrad(RowOptimizer):
+    """Adagrad with one number of state per row: the mean over the row (as in FBGEMM)."""
+
+    name: Literal["RowWiseAdagrad"]
+    initial_accumulator_value: NonNegative = 0.0
+    eps: NonNegative = 1e-10
+
+
+class RowSparseAdam(RowOptimizer):
+    """Adam on the rows of a step alone; twice as much state as the rows."""
+
+    name: Literal["SparseAdam"]
+    betas: Pair = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+
+
+AnyRowOptimizer = Annotated[
+    RowSGD | RowAdagrad | RowWiseAdagrad | RowSparseAdam, Field(discriminator="name")
+]
+
+
+class Embeddings(Spec):
+    """The servers of the embedding tables, for models that have some."""
+
+    servers: int = Field(1, ge=1, le=256, strict=True)
+    """Server nodes that share the rows of every table."""
+    optimizer: AnyRowOptimizer
+    """How rows are updated, on the servers."""
+    partition: Literal["hash", "range"] = "hash"
+    """Who keeps a row: `hash` spreads busy ids, `range` cuts 0..num_embeddings evenly."""
+    asynchronous: Flag = False
+    """Apply each worker's gradients when they come; then runs do not repeat bit for bit."""
+    resources_per_server: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 0.0})
+    """Ray resources of one server node; by default none, for it works while workers wait."""
+
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
 EntryPoint = Annotated[

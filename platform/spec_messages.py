@@ -13,9 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from distplat.platform.errors import Problem
+from distplat.platform.errors import Problem, hint, nearest
 from distplat.platform.optimizers import WHOLE_TENSOR
-from distplat.platform.suggest import hint, nearest
 from distplat.platform.yaml_source import FieldPath
 
 MAX_PROBLEMS = 50

@@ -1,5 +1,5 @@
 """
-Who makes which part of a run: the task scheduler's brain.
+Who makes which part of a run: the task scheduler's state machine.
 
 A task is one part of one step's batch; there are as many parts as the job has workers at its start,
 whoever makes them and however many workers there are later. Tasks are leased in order, a run of
@@ -52,7 +52,7 @@ class TaskPlan:
 
 
 @dataclass(frozen=True)
-class Work:
+class Lease:
     """What a worker is given; `over` says that nothing more will come."""
 
     number: int
@@ -74,7 +74,7 @@ class _Holding:
 
     tasks: set[int] = field(default_factory=set)
     evaluations: set[tuple[int, int]] = field(default_factory=set)
-    answer: Work | None = None
+    answer: Lease | None = None
 
 
 def lease_size(task_s: float | None, left: int, workers: int) -> int:
@@ -95,19 +95,19 @@ class TaskScheduler:
     Leases of one run.
 
     Args:
-        course: what there is to do.
+        plan: what there is to do.
         bound: steps that a lease may be ahead of the oldest task that is not done; None: any.
     """
 
-    def __init__(self, course: TaskPlan, bound: int | None = None) -> None:
-        self.course, self._bound = course, bound
+    def __init__(self, plan: TaskPlan, bound: int | None = None) -> None:
+        self.plan, self._bound = plan, bound
         self.attempt = 0
-        self.done = IntervalSet(course.first * course.parts)
+        self.done = IntervalSet(plan.first * plan.parts)
         self.duplicates = 0  #: tasks that were made once more, for nothing
         self._next = self.done.low  #: everything from here on was never leased
         self._again: list[int] = []  #: tasks to be leased once more, ascending
-        parts = range(course.parts)
-        self._evaluations = [(steps, part) for steps in course.evaluations for part in parts]
+        parts = range(plan.parts)
+        self._evaluations = [(steps, part) for steps in plan.evaluations for part in parts]
         self._evaluated: set[tuple[int, int]] = set()
         self._holdings: dict[int, _Holding] = {}
         self._leaving: set[int] = set()
@@ -115,7 +115,7 @@ class TaskScheduler:
     @property
     def trained(self) -> bool:
         """Whether every task is done."""
-        return self.done.low >= self.course.tasks
+        return self.done.low >= self.plan.tasks
 
     @property
     def over(self) -> bool:
@@ -124,12 +124,12 @@ class TaskScheduler:
 
     @property
     def _all_evaluations(self) -> int:
-        return len(self.course.evaluations) * self.course.parts
+        return len(self.plan.evaluations) * self.plan.parts
 
     @property
     def left(self) -> int:
         """Tasks that nobody holds."""
-        return self.course.tasks - self._next + len(self._again)
+        return self.plan.tasks - self._next + len(self._again)
 
     def held(self, worker: int) -> list[int]:
         """Give the tasks that a worker has been given and has not yet done, ascending."""
@@ -165,7 +165,7 @@ class TaskScheduler:
         """
         self._leaving.add(worker)
 
-    def work(self, worker: int, number: int, most: int = 1) -> Work | None:
+    def work(self, worker: int, number: int, most: int = 1) -> Lease | None:
         """
         Answer a worker's question for work.
 
@@ -204,7 +204,7 @@ class TaskScheduler:
         """
         holding = self._holdings.setdefault(worker, _Holding())
         for task in tasks:
-            if not self.course.first * self.course.parts <= task < self.course.tasks:
+            if not self.plan.first * self.plan.parts <= task < self.plan.tasks:
                 raise ProtocolError(f"rank {worker} made task {task}: there is none of that number")
             mine = task in holding.tasks
             holding.tasks.discard(task)
@@ -219,20 +219,20 @@ class TaskScheduler:
             if evaluation in self._evaluations:
                 self._evaluations.remove(evaluation)
 
-    def _find(self, worker: int, number: int, most: int) -> Work | None:
-        reach, trained = self._next // self.course.parts, self.trained
+    def _find(self, worker: int, number: int, most: int) -> Lease | None:
+        reach, trained = self._next // self.plan.parts, self.trained
         holding = self._holdings[worker]
         if worker in self._leaving and not self.over and (holding.tasks or holding.evaluations):
             return None
         if worker in self._leaving or self.over:
-            return Work(number, reach=reach, trained=trained, over=True)
-        if self._evaluations and self._evaluations[0][0] * self.course.parts <= self.done.low:
+            return Lease(number, reach=reach, trained=trained, over=True)
+        if self._evaluations and self._evaluations[0][0] * self.plan.parts <= self.done.low:
             evaluation = self._evaluations.pop(0)
-            return Work(number, evaluations=(evaluation,), reach=reach, trained=trained)
+            return Lease(number, evaluations=(evaluation,), reach=reach, trained=trained)
         tasks = self._lease(most)
         if not tasks:
             return None
-        return Work(number, tasks, reach=self._next // self.course.parts)
+        return Lease(number, tasks, reach=self._next // self.plan.parts)
 
     def _lease(self, most: int) -> range:
         """Take the lowest run of tasks that nobody holds, as long as it may be."""
@@ -245,9 +245,9 @@ class TaskScheduler:
                 stop += 1
             del self._again[: stop - first]
             return range(first, stop)
-        end = self.course.tasks
+        end = self.plan.tasks
         if self._bound is not None:
-            oldest = self.done.low // self.course.parts
-            end = min(end, (oldest + self._bound + 1) * self.course.parts)
+            oldest = self.done.low // self.plan.parts
+            end = min(end, (oldest + self._bound + 1) * self.plan.parts)
         first, self._next = self._next, max(self._next, min(self._next + most, end))
         return range(first, self._next)

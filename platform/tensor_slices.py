@@ -80,7 +80,7 @@ class TensorSlice:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One part of one tensor, in one of the arrays that came together."""
 
     key: str
@@ -104,7 +104,7 @@ class RawTensor:
     """Its elements row by row, shape [elements * bytes of one]."""
 
 
-Bundle = tuple[list[Bytes], tuple[Entry, ...]]
+Bundle = tuple[list[Bytes], tuple[TensorEntry, ...]]
 """Arrays, and what is in them."""
 
 

@@ -52,5 +52,5 @@ class Hybrid(Strategy[HybridOptions]):
         return problems(self.options, job)
 
     def survivors_go_on(self) -> bool:
-        """Say whether every part of the model has a twin, which may take its place."""
+        """Say whether every part of the model has a peer, which may take its place."""
         return self.options.data > 1

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.collective import Collective
+from distplat.strategies.loop.compute import Compute
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.meta import on_meta
+from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.pipeline.options import HybridOptions
 from distplat.strategies.pipeline.rank import Rank
 from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
-from distplat.strategies.training.compute import Compute
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.meta import on_meta
-from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.worker import Context, WorkerStrategy
 
 
@@ -41,7 +41,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         return self._rank.take_part(collective), self._rank.holding
 
     def setup(self, context: Context) -> int:
-        """Meet the other stages and the twins; take over what twins have that are further."""
+        """Meet the other stages and the peers; take over what peers have that are further."""
         version = self._here.connect(context)
         self.replayed = self._here.replayed
         return version
@@ -51,7 +51,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         return self._here.pipeline
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
-        """Sum the gradients over the twins, and see that all ranks have come so far."""
+        """Sum the gradients over the peers, and see that all ranks have come so far."""
         return self._here.exchange(step, local)
 
     def update(self, step: int, total: StepControl) -> None:

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from distplat.platform.load import ShardLoad
 from distplat.platform.table_plan import TablePlan, TableSpec
-from distplat.platform.task_scheduler import TaskPlan, Work
-from distplat.platform.tensor_slices import Entry
+from distplat.platform.task_scheduler import Lease, TaskPlan
+from distplat.platform.tensor_slices import TensorEntry
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import Holding
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checkpoint_types import Holding
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TablesCopy:
 
     steps: int
     """That the slowest rank has made at this server."""
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[TensorEntry, ...] = ()
     """What is in the arrays."""
     box: Any = None
     """Opens to the arrays; None: they are not here."""
@@ -165,7 +165,7 @@ class Board(Protocol):
 class Leases(Protocol):
     """The task scheduler as one worker sees it: what to do next, and what is done."""
 
-    def connect(self, course: TaskPlan) -> None:
+    def connect(self, plan: TaskPlan) -> None:
         """
         Join the run's workers.
 
@@ -174,7 +174,7 @@ class Leases(Protocol):
             ActorLost: the scheduler is gone.
         """
 
-    def next(self, alive: Callable[[], None]) -> Work:
+    def next(self, alive: Callable[[], None]) -> Lease:
         """
         Give what is to be done next; wait while there is nothing.
 

@@ -15,12 +15,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from distplat.platform.consistency import Consistency
 from distplat.platform.fields import Flag, NonNegative
-from distplat.platform.spec import Job
+from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
-from distplat.strategies.overlap import NO_EARLY_PUSH
-from distplat.strategies.strategy import WIRES, Options, Roles, Strategy
+from distplat.strategies.strategy import NO_EARLY_PUSH, WIRES, Options, Roles, Strategy
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from distplat.platform.load import load_figures
 from distplat.strategies.algorithms.reduce import clip_factor
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
+from distplat.strategies.checkpoint.parts import server_part
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.ports import Pushed
 from distplat.strategies.ps_async import PsAsyncOptions
-from distplat.strategies.training.checkpoint_types import CheckpointPart
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.model_state import ModelState
-from distplat.strategies.training.parts import server_part
-from distplat.strategies.training.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.worker import Context, WorkerStrategy
 
 

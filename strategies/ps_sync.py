@@ -17,13 +17,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from distplat.platform.consistency import Consistency
 from distplat.platform.errors import Problem
 from distplat.platform.fields import NonNegative
-from distplat.platform.spec import Job
+from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
-from distplat.strategies.overlap import NO_EARLY_PUSH
-from distplat.strategies.strategy import WIRES, Options, Roles, Strategy
+from distplat.strategies.strategy import NO_EARLY_PUSH, WIRES, Options, Roles, Strategy
 
 
 class PsSyncOptions(Options):

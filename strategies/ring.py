@@ -16,8 +16,7 @@ from distplat.platform.errors import Problem
 from distplat.platform.fields import Count, Flag, Positive, Seconds
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import register
-from distplat.strategies.overlap import rows_first_problems
-from distplat.strategies.strategy import GroupSpec, Options, Roles, Strategy
+from distplat.strategies.strategy import GroupSpec, Options, Roles, Strategy, rows_first_problems
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 Compression = Literal["none", "fp16", "bf16", "topk", "powersgd"]

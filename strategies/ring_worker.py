@@ -4,24 +4,43 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
+from distplat.strategies.checkpoint.parts import model_part, optimizer_part
+from distplat.strategies.checkpoint.state_sync import take_over_newest
 from distplat.strategies.collective import Collective
-from distplat.strategies.overlap import rows_come_first
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.model.optim import LocalOptimizer
+from distplat.strategies.model.segments import typed
 from distplat.strategies.reduction.base import Reducer
 from distplat.strategies.reduction.buckets import BucketReducer
-from distplat.strategies.reduction.compressed import CompressedReducer
-from distplat.strategies.reduction.powersgd import PowerSGDReducer
+from distplat.strategies.reduction.compressed import CompressedReducer, PowerSGDReducer, TopKReducer
 from distplat.strategies.reduction.sharded import ShardedUpdate
-from distplat.strategies.reduction.tail import sum_tail
-from distplat.strategies.reduction.topk import TopKReducer
 from distplat.strategies.ring import RingOptions
-from distplat.strategies.training.checkpoint_types import CheckpointPart
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.model_state import ModelState
-from distplat.strategies.training.optim import LocalOptimizer
-from distplat.strategies.training.parts import model_part, optimizer_part
-from distplat.strategies.training.state_sync import take_over_newest
+from distplat.strategies.strategy import rows_come_first
 from distplat.strategies.worker import Context, WorkerStrategy
+
+
+def sum_tail(flat: FlatModel, group: Collective, total: StepControl, step: int) -> None:
+    """
+    Train from this step on what some rank has thawed in it, and sum the tail's gradients.
+
+    Args:
+        flat: the model.
+        group: all ranks; each calls this.
+        total: their control records, summed.
+        step: for messages.
+
+    Raises:
+        SpecError: this rank has computed something in the step, and with a parameter frozen that
+            others have thawed.
+    """
+    flat.activate_tail(total.present, step)
+    if flat.active.any() and group.world > 1:
+        for segment in flat.layout.segments:
+            if segment.start >= flat.layout.tail:
+                group.all_reduce(typed(flat.grads, segment.start, segment.stop, segment.dtype))
 
 
 class RingWorker(WorkerStrategy[RingOptions]):

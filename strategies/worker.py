@@ -29,18 +29,18 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.progress import AnyReport
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.collective import Collective
+from distplat.strategies.loop.compute import Compute, Share, WholeModel
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.model.optim import LocalOptimizer
 from distplat.strategies.ports import Shards
 from distplat.strategies.strategy import NEW_WAY, OptionsT, Strategy
 from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
-from distplat.strategies.training.compute import Compute, Share, WholeModel
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.model_state import ModelState
-from distplat.strategies.training.optim import LocalOptimizer
-from distplat.strategies.training.prepared import Prepared
 
 
 @dataclass

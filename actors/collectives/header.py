@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import MismatchError
-from distplat.strategies.algorithms.dtypes import SENDABLE
-from distplat.strategies.collective import ReduceOp
+from distplat.strategies.collective import SENDABLE, ReduceOp
 
 _OPERATIONS = (
     "all_reduce",

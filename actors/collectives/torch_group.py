@@ -3,7 +3,7 @@ Groups over torch's process groups, each with a private store: gloo, and NCCL be
 
 Ray's own gloo backend makes the first group the process's torch world; later groups repeat its
 ranks, and an operation waits half an hour for a frozen peer. Here an operation ends after the
-group's deadline, and the error names the ranks that are missing (`heartbeat.py`). A group in which
+group's deadline, and the error names the ranks that are missing (`Heartbeat`). A group in which
 an operation failed is broken: every later one fails at once.
 (docs/decisions/private_gloo_groups.md)
 
@@ -32,9 +32,8 @@ from distplat.actors.collectives.header import (
     check_message,
     header,
 )
-from distplat.actors.collectives.heartbeat import Heartbeat
 from distplat.actors.collectives.rendezvous import GIVEN_UP, Settings
-from distplat.actors.collectives.torch_store import Store, run_unless_given_up
+from distplat.actors.collectives.torch_store import Heartbeat, Store, run_unless_given_up
 from distplat.actors.collectives.work import Work
 from distplat.platform.errors import CollectiveError, MismatchError
 from distplat.platform.topology import RankLocation

@@ -13,6 +13,7 @@ with loads, and that call is left out.
 
 import ctypes
 import os
+import select
 import sys
 
 _WAIT, _WAKE, _WAKE_OP = 0, 1, 5
@@ -106,3 +107,15 @@ class Word:
         whole = int(seconds)
         limit = _Time(whole, int((seconds - whole) * 1e9))
         _syscall(_NUMBER, self._address, _WAIT, value, ctypes.byref(limit), None, 0)
+
+
+def has_ended(descriptor: int) -> bool:
+    """
+    Say whether a process has ended, whoever its parent is.
+
+    Args:
+        descriptor: as `os.pidfd_open` gives it; `select` would refuse one above 1023.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))

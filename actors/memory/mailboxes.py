@@ -25,14 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.actors.memory import futex
-from distplat.actors.memory.futex import Word
+from distplat.actors.memory.futex import Word, has_ended
 from distplat.actors.memory.memfd import Segment
-from distplat.actors.memory.processes import has_ended
 from distplat.actors.messages import Address
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import ActorLost, DeadlineExceeded
 from distplat.platform.ledger import Answer
-from distplat.strategies.training.control import HEAD_SIZE
+from distplat.strategies.loop.control import HEAD_SIZE
 
 logger = logging.getLogger(__name__)
 

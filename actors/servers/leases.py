@@ -20,7 +20,7 @@ from distplat.actors.servers.scheduler import HOLD_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded
 from distplat.platform.progress import StepReport
-from distplat.platform.task_scheduler import TaskPlan, Work
+from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.platform.worker_stats import WorkerHeartbeat
 
 PULSE_S = 0.5
@@ -56,14 +56,14 @@ class RemoteLeases:
         self._given = self._left = 0  #: tasks of the present lease, and those not done
         self._closed = threading.Event()
 
-    def connect(self, course: TaskPlan) -> None:
+    def connect(self, plan: TaskPlan) -> None:
         """See `Leases`."""
-        self._beat = WorkerHeartbeat(course.first, 0, 0.0)
+        self._beat = WorkerHeartbeat(plan.first, 0, 0.0)
         limit = self._order.job.failure.start_timeout_s
 
         def join() -> Any:
             who = self._rank, self._attempt
-            return self._transport.call(self._scheduler, "join", *who, course)
+            return self._transport.call(self._scheduler, "join", *who, plan)
 
         ask(self._transport, "join", [join], [_NAME], limit, "start_timeout_s", self._check)
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
@@ -79,7 +79,7 @@ class RemoteLeases:
         step = max(before.step, report.step + 1)
         self._beat = WorkerHeartbeat(step, before.made + 1, before.busy_s + busy_s)
 
-    def next(self, alive: Callable[[], None]) -> Work:
+    def next(self, alive: Callable[[], None]) -> Lease:
         """See `Leases`."""
         while True:
             work = self._answer(self._question or self._ask(), alive)
@@ -106,7 +106,7 @@ class RemoteLeases:
         where = self._rank, self._attempt, self._number
         return self._transport.call(self._scheduler, "work", *where, tasks, evaluations)
 
-    def _answer(self, question: Any, alive: Callable[[], None]) -> Work | None:
+    def _answer(self, question: Any, alive: Callable[[], None]) -> Lease | None:
         """
         Wait for an answer; None: ask again.
 
@@ -123,7 +123,7 @@ class RemoteLeases:
                 raise DeadlineExceeded("the next task", (_NAME,), limit, setting)
         alive()
         try:
-            work: Work | None = self._transport.get(question, limit)
+            work: Lease | None = self._transport.get(question, limit)
         except Unanswered:
             time.sleep(AGAIN_S)  # the answer got lost; asked again, it is the same
             return None

@@ -29,8 +29,7 @@ from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.actors.servers.server_provisioning import ServerProvisioning, ServerRequest
 from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
-from distplat.platform.part import Role
-from distplat.platform.server_group import ServerGroup, ServersSeen, ShardAssignment
+from distplat.platform.server_group import Role, ServerGroup, ServersSeen, ShardAssignment
 from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
 from distplat.strategies.strategy import Roles

@@ -15,8 +15,7 @@ from distplat.actors.messages import Address, Attached
 from distplat.actors.ray_transport import alone
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer, PushId
-from distplat.platform.part import Role
-from distplat.platform.server_group import Held
+from distplat.platform.server_group import Held, Role
 from distplat.platform.shard_map import Shard, ShardPlan
 
 if TYPE_CHECKING:

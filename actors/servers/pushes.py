@@ -11,9 +11,9 @@ from distplat.actors.transport import TransportError
 from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.shard_map import Shard
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ports import Pushed
 from distplat.strategies.training.client import pushed
-from distplat.strategies.training.control import StepControl
 
 
 class Pushes:

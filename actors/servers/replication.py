@@ -1,8 +1,8 @@
 """
 A server node's part in a shard that is kept twice: as primary it sends, as backup it follows.
 
-Who is what, the manager says (`platform/server_group.py`); `platform/part.py` refuses what comes
-from an earlier time. Gradients go to a backup on the same node through shared memory, to another
+The manager says who is what, and `platform/server_group.py` refuses what comes from an earlier
+time. Gradients go to a backup on the same node through shared memory, to another
 node as bytes in the call.
 """
 
@@ -24,8 +24,7 @@ from distplat.actors.messages import Address
 from distplat.actors.servers.vector_transport import from_bytes
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
-from distplat.platform.part import Part, Role
-from distplat.platform.server_group import Held
+from distplat.platform.server_group import Held, Part, Role
 from distplat.platform.shard_map import Shard
 from distplat.strategies.training.mirror import Mirrored, Twin, Update, become, twin_of
 

@@ -15,10 +15,9 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from distplat.platform.consistency import Consistency
 from distplat.platform.errors import FencedError, Problem, ProtocolError, SpecError
-from distplat.platform.spec import Job
-from distplat.platform.task_scheduler import TaskPlan, TaskScheduler, Work, lease_size
+from distplat.platform.spec import Consistency, Job
+from distplat.platform.task_scheduler import Lease, TaskPlan, TaskScheduler, lease_size
 from distplat.platform.worker_stats import WorkerHeartbeat, WorkerStats, WorkerTable
 
 HOLD_S = 1.0
@@ -38,7 +37,7 @@ class ScaleRequest:
 
 
 @dataclass(frozen=True)
-class Entry:
+class WorkerRow:
     """One worker in a roster."""
 
     standing: WorkerStats
@@ -48,11 +47,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Roster:
+class SchedulerStatus:
     """How the workers of a run are doing."""
 
     attempt: int
-    dealt: bool
+    dynamic_tasks: bool
     """Whether tasks are leased; else each worker makes its part of every step."""
     steps: int
     """Of the run; 0: nobody has come yet."""
@@ -62,7 +61,7 @@ class Roster:
     """Steps that are made."""
     duplicates: int
     """Tasks that were made twice."""
-    workers: tuple[Entry, ...]
+    workers: tuple[WorkerRow, ...]
     wish: ScaleRequest | None
     refused: str
     """Why the last wish was not granted; empty: it was, or is about to be."""
@@ -88,7 +87,7 @@ class Scheduler:
         self._attempt = 0
         self._workers_table = WorkerTable()
         self._brain: TaskScheduler | None = None
-        self._course: TaskPlan | None = None
+        self._plan: TaskPlan | None = None
         self._leaving: set[int] = set()
         self._changed = asyncio.Event()  #: replaced by a new one whenever something is done
         self._wish: ScaleRequest | None = None
@@ -107,7 +106,7 @@ class Scheduler:
             return None
         return self._wish
 
-    async def join(self, rank: int, attempt: int, course: TaskPlan) -> None:
+    async def join(self, rank: int, attempt: int, plan: TaskPlan) -> None:
         """
         Take a worker in; the first of a later attempt begins it.
 
@@ -121,18 +120,18 @@ class Scheduler:
             if self._brain is not None:
                 self._brain.renew(attempt)
             else:
-                self._course = None  # there may be more or fewer parts now
-                self._workers_table.keep(range(course.parts))
-        if self._course is None:
-            self._course = course
-            if self._how.dealt:
-                self._brain = TaskScheduler(course, self._how.bound)
+                self._plan = None  # there may be more or fewer parts now
+                self._workers_table.keep(range(plan.parts))
+        if self._plan is None:
+            self._plan = plan
+            if self._how.dynamic_tasks:
+                self._brain = TaskScheduler(plan, self._how.bound)
                 for leaving in self._leaving:
                     self._brain.dismiss(leaving)
-        elif (course.steps, course.parts) != (self._course.steps, self._course.parts):
+        elif (plan.steps, plan.parts) != (self._plan.steps, self._plan.parts):
             raise ProtocolError(
-                f"rank {rank} built another data set than the first rank to come: {course} against "
-                f"{self._course}; train_data() must not depend on the process"
+                f"rank {rank} built another data set than the first rank to come: {plan} against "
+                f"{self._plan}; train_data() must not depend on the process"
             )
         self._workers_table.begin(rank, time.monotonic())
         self._tell()
@@ -144,7 +143,7 @@ class Scheduler:
         number: int,
         tasks: tuple[int, ...],
         evaluations: tuple[tuple[int, int], ...],
-    ) -> Work | None:
+    ) -> Lease | None:
         """
         Lease work, when there is some; None: not yet, ask again.
 
@@ -210,7 +209,7 @@ class Scheduler:
             SpecError: it cannot be had.
         """
         where, most = ("--workers",), self._job.scaling.world + ROOM
-        if not (self._how.dealt or self._resizes):
+        if not (self._how.dynamic_tasks or self._resizes):
             hint = "stop the job, and go on from its last checkpoint with another number: "
             hint += "submit --resume --num-workers N"
             name = self._job.strategy.name
@@ -234,17 +233,17 @@ class Scheduler:
             self._answered, self._refused = number, refused
             self._wished.clear()
 
-    async def roster(self) -> Roster:
+    async def roster(self) -> SchedulerStatus:
         """Tell how all are doing."""
-        now, brain, course = time.monotonic(), self._brain, self._course
+        now, brain, plan = time.monotonic(), self._brain, self._plan
         entries = tuple(self._entry(standing) for standing in self._workers_table.standings(now))
         furthest = max((entry.standing.step for entry in entries), default=0)
-        return Roster(
+        return SchedulerStatus(
             self._attempt,
-            self._how.dealt,
-            0 if course is None else course.steps,
-            1 if course is None else course.parts,
-            furthest if brain is None else brain.done.low // brain.course.parts,
+            self._how.dynamic_tasks,
+            0 if plan is None else plan.steps,
+            1 if plan is None else plan.parts,
+            furthest if brain is None else brain.done.low // brain.plan.parts,
             0 if brain is None else brain.duplicates,
             entries,
             self._wish,
@@ -252,10 +251,10 @@ class Scheduler:
             self._wish is not None and self._answered < self._wish.number,
         )
 
-    def _entry(self, standing: WorkerStats) -> Entry:
+    def _entry(self, standing: WorkerStats) -> WorkerRow:
         held = self._brain.held(standing.rank) if self._brain is not None else []
         lease = (held[0], held[-1], len(held)) if held else None
-        return Entry(standing, lease, standing.rank in self._leaving)
+        return WorkerRow(standing, lease, standing.rank in self._leaving)
 
     def _check(self, attempt: int) -> None:
         if attempt < self._attempt:

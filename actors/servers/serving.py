@@ -25,17 +25,16 @@ from distplat.actors.servers.vector_transport import as_bytes, as_type, from_byt
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PushId
-from distplat.platform.part import Role
-from distplat.platform.server_group import Held
+from distplat.platform.server_group import Held, Role
 from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.platform.tensor_slices import RawTensor, TensorSlice
+from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
+from distplat.strategies.checkpoint.parts import as_array
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_shard import AsyncShard
-from distplat.strategies.training.checkpoint_reader import tensor_of
 from distplat.strategies.training.client import make_service, shard_copy
-from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.mirror import Twin, Update
-from distplat.strategies.training.parts import as_array
 from distplat.strategies.training.service import Deliver, Limits, PullId, Service
 from distplat.strategies.training.shard import ParameterShard
 
@@ -148,7 +147,7 @@ class Serving:
 
     def _begin(self, attempt: int, world: int) -> None:
         """Begin an attempt, unless it has begun; let go of the memory of those who left."""
-        if self._service.renew(attempt, world) and not self._plan.consistency.dealt:
+        if self._service.renew(attempt, world) and not self._plan.consistency.dynamic_tasks:
             self._gradients = {r: one for r, one in self._gradients.items() if r < world}
             self._parameters = {r: one for r, one in self._parameters.items() if r < world}
 

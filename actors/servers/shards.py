@@ -27,13 +27,13 @@ from distplat.actors.transport import Transport
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import ALL, Holding
+from distplat.strategies.loop.control import StepControl, control_size
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.ports import Pushed, ShardCopy
 from distplat.strategies.reduction.base import several_types
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checkpoint_types import ALL, Holding
 from distplat.strategies.training.client import fetch_copies
-from distplat.strategies.training.control import StepControl, control_size
-from distplat.strategies.training.flat import FlatModel
 
 logger = logging.getLogger(__name__)
 

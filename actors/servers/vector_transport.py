@@ -26,8 +26,8 @@ from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.platform.tensor_slices import RawTensor
-from distplat.strategies.training.optim import PER_PARAMETER
-from distplat.strategies.training.parts import whole_of
+from distplat.strategies.checkpoint.parts import whole_of
+from distplat.strategies.model.optim import PER_PARAMETER
 
 
 class VectorTransport(ABC):

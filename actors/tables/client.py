@@ -16,10 +16,10 @@ from distplat.actors.transport import Transport
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec, plan_of
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.ports import TablesCopy
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
-from distplat.strategies.training.checkpoint_reader import SavedState
 from distplat.strategies.training.client import fetch_copies
 
 logger = logging.getLogger(__name__)

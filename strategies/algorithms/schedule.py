@@ -25,8 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from distplat.platform.errors import Problem, SpecError
-from distplat.platform.suggest import hint
+from distplat.platform.errors import Problem, SpecError, hint
 
 
 class Kind(StrEnum):

@@ -1,5 +1,8 @@
 """Seeds from several numbers, so that what is drawn depends on all of them and on nothing else."""
 
+import numpy as np
+from numpy.typing import NDArray
+
 _MASK = (1 << 64) - 1
 _STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION = range(1, 5)
 """What a seed is for: equal numbers for another purpose give another seed."""
@@ -38,3 +41,17 @@ def epoch_seed(seed: int, epoch: int) -> int:
 def evaluation_data_seed(seed: int) -> int:
     """Seed the evaluation samples: each draws the same numbers in every evaluation."""
     return mixed(_EVALUATION_DATA, seed)
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 over the golden ratio: multiples of it are far from each other."""
+
+
+def mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scatter numbers over all 64-bit numbers, different ones to different places; any shape."""
+    x = numbers ^ (numbers >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x

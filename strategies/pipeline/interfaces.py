@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.collective import Collective
-from distplat.strategies.training.checkpoint_types import CheckpointPart
-from distplat.strategies.training.control import StepControl
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.worker import Context
 
 Versions = Callable[[int], list[int]]
@@ -63,7 +63,7 @@ class Exchange(Tail, Protocol):
         Meet in a new attempt, and bring the part to the version that all have.
 
         Args:
-            group: the twins; None: there are none.
+            group: the peers; None: there are none.
             context: with the attempt's ports.
             versions: to be asked as often by every rank.
 
@@ -92,17 +92,17 @@ class Exchange(Tail, Protocol):
 
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """
-        Return when the twins' gradients of a step are summed.
+        Return when the peers' gradients of a step are summed.
 
         Args:
             step: the present one.
             total: the control record of all ranks; `present` is this rank's own.
 
         Returns:
-            The same, with `present` of all twins.
+            The same, with `present` of all peers.
 
         Raises:
-            CollectiveError: a twin is missing.
+            CollectiveError: a peer is missing.
         """
 
     def squares(self) -> float:

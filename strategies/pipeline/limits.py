@@ -1,19 +1,23 @@
 """
 What a pipeline cannot do, found and named: nothing that a stage leaves out goes unsaid.
 
-    before the run     SyncBatchNorm, inputs of other forms; what layers compute: `trial.py`
+    before the run     SyncBatchNorm, inputs of other forms; what layers compute: `compare`
     in the first step  parameters that a backward reaches and no optimizer of this rank has
     in every step      parameters that were frozen when the model was cut, and no longer are
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.pipeline.trial import leaves
+from distplat.strategies.collective import Collective
+from distplat.strategies.compat import tree_leaves, tree_map
+from distplat.strategies.model.layers import Layer, one_tensor
 from distplat.strategies.task import Task
 
 _DEPTH = 3
@@ -130,4 +134,203 @@ def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[int, str]]:
 
 
 def _refused(message: str, hint: str) -> SpecError:
+    return SpecError(Problem(("strategy", "pipeline"), message, hint))
+
+
+SAMPLES = 2
+"""That layers are tried with: one alone might lose its dimension in a `squeeze`."""
+_CLOSE = 1e-3
+"""Outputs may differ by so much of their norm, in rounding: sums are of other parts."""
+
+
+def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Tensor]) -> None:
+    """
+    See whether layers one after the other give what the model gives, in evaluation mode.
+
+    Outputs are compared, and which parameters a backward would reach. Models that draw random
+    numbers in evaluation, or take no single tensor, are not.
+
+    Args:
+        model: with values.
+        layers: of it.
+        inputs: gives a few samples.
+
+    Raises:
+        SpecError: they do not.
+    """
+    device = next(model.parameters()).device
+    given = inputs().to(device)
+    with untouched(model, *(layer.module for layer in layers)), torch.enable_grad():
+        try:
+            again, whole = (model(given.clone()) for _ in range(2))
+        except Exception:  # what is trained is what the layers say, if the model says nothing
+            return
+        if not isinstance(whole, Tensor) or not _close(whole, again):
+            return
+        behind = given.clone()
+        for layer in layers:
+            behind = one_tensor(layer.name, layer.module(behind))
+    hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
+    what = f"the layers {', '.join(one.name for one in layers)} one after the other"
+    if not _close(behind, whole):
+        raise _otherwise(f"{what} compute otherwise than {type(model).__name__} does", hint)
+    mine, theirs = ({id(leaf) for leaf in leaves(one)} for one in (behind, whole))
+    differ = [name for name, p in model.named_parameters() if (id(p) in mine) != (id(p) in theirs)]
+    if differ:
+        text = f"{what} give other parameters gradients than {type(model).__name__} does: "
+        raise _otherwise(text + ", ".join(differ), hint)
+
+
+@torch.no_grad()
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    known = ~(one.isnan() & other.isnan())
+    first, second = one[known].double(), other[known].double()
+    if not (first.isfinite().all() and second.isfinite().all()):
+        return torch.equal(first, second)
+    close = max(_CLOSE, 8 * torch.finfo(one.dtype).eps)
+    return bool((first - second).norm() <= close * second.norm())
+
+
+@contextmanager
+def untouched(*modules: nn.Module) -> Iterator[None]:
+    """Try modules in evaluation mode; modes, buffers, frozen parameters and generators stay."""
+    every = {id(one): one for module in modules for one in module.modules()}.values()
+    modes = [(one, one.training) for one in every]
+    held = {id(t): t for one in modules for t in _held(one)}.values()
+    kept = [(tensor, tensor.detach().clone()) for tensor in held]
+    devices = sorted({t.device.index for t in held if t.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        for one in every:
+            one.training = False
+        try:
+            yield
+        finally:
+            for one, training in modes:
+                one.training = training
+            with torch.no_grad():
+                for tensor, value in kept:
+                    tensor.copy_(value)
+
+
+def _held(module: nn.Module) -> list[Tensor]:
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    return [t for t in (*module.buffers(), *frozen) if not t.is_meta]
+
+
+def leaves(outputs: Tensor) -> Iterator[Tensor]:
+    """Give the tensors to which a backward would add gradients."""
+    waiting, seen = [outputs.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+        waiting += [following for following, _ in node.next_functions]
+
+
+@torch.no_grad()
+def inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Tensor) -> dict[int, Any]:
+    """
+    Give what enters some places for a few samples, in evaluation mode.
+
+    Args:
+        layers: of the whole model, not sliced.
+        starts: by place, the number of its first layer.
+        inputs: of the model.
+    """
+    found: dict[int, Any] = {}
+    some = layers[: max(starts.values())]
+    values = inputs.to(next(iter(layers[0].module.parameters()), inputs).device)
+    with untouched(*(layer.module for layer in some)):
+        for number in range(len(some) + 1):
+            found |= {place: values.clone() for place, start in starts.items() if start == number}
+            if number < len(some):
+                values = one_tensor(some[number].name, some[number].module(values))
+    return {place: value.to(inputs.device) for place, value in found.items()}
+
+
+def shared(inputs: Any, slices: Collective) -> Any:
+    """Give all slices the first one's inputs: each has read them for itself, perhaps at random."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.contiguous()
+            slices.broadcast(value)
+        return value
+
+    return tree_map(one, inputs)
+
+
+class Chunk(Protocol):
+    """See `part.Chunk`."""
+
+    def run(self, inputs: Any, seed: int) -> Any:
+        """Go forward."""
+
+    def set_mode(self, *, training: bool) -> None:
+        """Switch the mode."""
+
+
+class BeforeSlicing:
+    """
+    What chunks give while their layers are whole.
+
+    Args:
+        chunks: of a rank, by place; each an `nn.Module`.
+        inputs: by place, the same on all slices.
+    """
+
+    def __init__(self, chunks: Mapping[int, Chunk], inputs: Mapping[int, Any]) -> None:
+        self._chunks, self._inputs = chunks, inputs
+        self._expected: dict[int, Any] = {}
+        for place in inputs:
+            try:
+                found, again = (self._run(place, seed) for seed in (0, 1))
+            except (
+                Exception
+            ):  # such inputs are not for this mode; in training the error comes again
+                continue
+            if _alike(found, again):
+                self._expected[place] = found
+
+    def compare(self) -> None:
+        """
+        Run the chunks again, sliced; every rank of the slices calls this.
+
+        Raises:
+            SpecError: they give something else.
+            CollectiveError: a rank is missing.
+        """
+        for place, expected in self._expected.items():
+            if not _alike(self._run(place, 0), expected):
+                text = "sliced as `tensor_plan` says, layers compute otherwise than whole"
+                hint = "between `colwise` and `rowwise` each element must be computed by itself"
+                raise SpecError(Problem(("strategy", "tensor_plan"), text, hint))
+
+    @torch.no_grad()
+    def _run(self, place: int, seed: int) -> Any:
+        chunk: Any = self._chunks[place]
+        with untouched(chunk):
+            chunk.set_mode(training=False)
+            return chunk.run(tree_map(_copied, self._inputs[place]), seed)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Compare the tensors in two results of one form."""
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _otherwise(message: str, hint: str) -> SpecError:
     return SpecError(Problem(("strategy", "pipeline"), message, hint))

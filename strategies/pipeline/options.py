@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from distplat.platform.errors import Problem
+from distplat.platform.errors import Problem, hint
 from distplat.platform.fields import Count, Flag, NonNegative, Positive, Seconds
 from distplat.platform.grid import Grid
 from distplat.platform.spec import Job
-from distplat.platform.suggest import hint
 from distplat.strategies.strategy import Options
 from distplat.strategies.tensor.plan import check_styles
 

@@ -5,12 +5,12 @@ Why no step is half made. A rank updates its part only when all ranks of the gri
 gradients: they say so in a barrier. So if one rank has version s + 1, every other rank that is left
 has it too, or can make it by itself from what it holds. After a failure those do
 (`AllReduceGradSync.meet`); new ranks then take their part from a rank that has the same one. Parts
-that servers keep: see `ps_grad_sync.py`.
+that servers keep: see `grad_sync.py`.
 
     rank            0     1     2     3
     version         8     7*    7*    lost         * summed gradients of step 7 are there
     catch up        8     8     8
-    from a twin                       8
+    from a peer                       8
 """
 
 from __future__ import annotations
@@ -26,28 +26,30 @@ from torch import Tensor
 from distplat.platform.grid import Grid, Position
 from distplat.strategies.algorithms.schedule_messages import Plan
 from distplat.strategies.algorithms.simulate import simulate
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.collective import Collective
-from distplat.strategies.pipeline.all_reduce_grad_sync import AllReduceGradSync
+from distplat.strategies.loop.compute import Share, precision
+from distplat.strategies.loop.control import ELSEWHERE, StepControl
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.pipeline.channel import Channel
-from distplat.strategies.pipeline.compute import Pipeline, Settings
-from distplat.strategies.pipeline.executor import Executor
+from distplat.strategies.pipeline.executor import (
+    Executor,
+    StageContext,
+    evaluation_plan,
+    training_plan,
+)
+from distplat.strategies.pipeline.grad_sync import AllReduceGradSync, PsGradSync
 from distplat.strategies.pipeline.interfaces import Exchange
 from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.metrics import PipelineMetrics
+from distplat.strategies.pipeline.model_partition import agreed_part
 from distplat.strategies.pipeline.options import HybridOptions
-from distplat.strategies.pipeline.part import Part
-from distplat.strategies.pipeline.parting import agreed_part
-from distplat.strategies.pipeline.plans import evaluation_plan, training_plan
-from distplat.strategies.pipeline.ps_grad_sync import PsGradSync
-from distplat.strategies.pipeline.reconnectable_group import ReconnectableGroup
-from distplat.strategies.pipeline.run import StageContext
+from distplat.strategies.pipeline.rank_model import Part
+from distplat.strategies.pipeline.stage_compute import Pipeline, Settings
+from distplat.strategies.tensor.exchange import ReconnectableGroup
+from distplat.strategies.tensor.layers import gather_full
 from distplat.strategies.tensor.parallelize import forget
-from distplat.strategies.tensor.parts import gather_full
-from distplat.strategies.training.checkpoint_types import CheckpointPart, Holding
-from distplat.strategies.training.compute import Share, precision
-from distplat.strategies.training.control import ELSEWHERE, StepControl
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.worker import Context
 
 
@@ -116,11 +118,11 @@ class Rank:
             self._exchange = self._make_exchange()
         members = grid.group(at.replica)
         self._replica = everybody.subgroup(f"replica-{at.replica}", members)
-        twins = None
+        dp_group = None
         if grid.replicas > 1:
-            name = f"twins-{at.stage}-{at.slice}"
-            twins = everybody.subgroup(name, grid.twins(at.stage, at.slice))
-        version = self._exchange.meet(twins, context, self._versions)
+            name = f"dp-{at.stage}-{at.slice}"
+            dp_group = everybody.subgroup(name, grid.dp_ranks(at.stage, at.slice))
+        version = self._exchange.meet(dp_group, context, self._versions)
         self.replayed = self.pipeline.share if self._exchange.made else None
         self._measures.meet(self._replica)
         self.pipeline = self._make_pipeline(context, members)
@@ -178,7 +180,7 @@ class Rank:
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """
-        Sum the gradients of a step over the twins; return when every rank of the grid has done so.
+        Sum the gradients of a step over the peers; return when every rank of the grid has done so.
 
         Args:
             step: the present one.

@@ -15,21 +15,133 @@ samples; only the moments differ between ranks. The order changes once, by a bro
 steps, at the same place of every rank's sequence.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.buckets import FIRST_BYTES, Bucket, Release, cut_buckets
+from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.collective import Collective, Handle
-from distplat.strategies.reduction.base import several_types
-from distplat.strategies.reduction.control_sum import ControlSum
-from distplat.strategies.reduction.figures import Meter, OverlapMeter
-from distplat.strategies.reduction.wire import Wire
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.grad_hooks import came_again, listen
-from distplat.strategies.training.segments import first_non_finite, typed
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.segments import first_non_finite, typed
+from distplat.strategies.reduction.base import (
+    ControlSum,
+    Meter,
+    OverlapMeter,
+    several_types,
+    time_all_reduce,
+)
+
+
+def listen(flat: FlatModel, heard: Callable[[int, str], None]) -> list[RemovableHandle]:
+    """
+    Call `heard` with place and name of each parameter whose gradient a backward has finished.
+
+    Returns:
+        Hooks, to be removed when nobody listens any more.
+    """
+
+    def hook(place: int, name: str) -> Callable[[Tensor], None]:
+        return lambda _: heard(place, name)
+
+    return [
+        flat.parameters[place].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            hook(place, slot.name)
+        )
+        for place, slot in enumerate(flat.trained_slots)
+    ]
+
+
+def came_again(name: str) -> SpecError:
+    """Say that a gradient changed after it was sent."""
+    text = f"the gradient of {name!r} came again after it was sent: backward within backward"
+    hint = "set `overlap: false`, or use checkpointing with use_reentrant=False"
+    return SpecError(Problem(("strategy", "overlap"), text, hint))
+
+
+MEASURE_EVERY = 16
+"""Steps from one measured rounding error to the next: it costs a pass over the gradients."""
+
+
+class Wire:
+    """
+    A copy of the gradient vector in a smaller type, which is what the group reduces.
+
+    Nothing is scaled. What float16 cannot hold becomes infinite (above 65504) or loses digits
+    (below 6e-5) or all of itself (below 3e-8), as in any use of float16; bfloat16 has the range of
+    float32, and eight bits. The ranks' terms are weighted by their share of the batch, so their sum
+    is no larger than a gradient of the whole batch.
+
+    Args:
+        gradients: shape [n]; set to zero: an all-reduce of them is timed here, as a baseline.
+        dtype: name of the type that travels, `float16` or `bfloat16`.
+        collective: the group; every rank makes its wire.
+
+    Raises:
+        SpecError: the gradients are as small already.
+    """
+
+    def __init__(self, gradients: Tensor, dtype: str, collective: Collective) -> None:
+        kind: torch.dtype = getattr(torch, dtype)
+        if kind.itemsize >= gradients.itemsize:
+            name = str(gradients.dtype).removeprefix("torch.")
+            text = f"{dtype} is no smaller than the gradients, which are {name}"
+            raise SpecError(Problem(("strategy", "compression"), text, "remove it"))
+        self._gradients = gradients
+        self._vector = collective.share(torch.empty_like(gradients, dtype=kind))
+        sent, _ = traffic_elements(gradients.numel(), collective.rank, collective.world)
+        self._saved_bytes = float(sent * (gradients.itemsize - kind.itemsize))
+        self._baseline_s = time_all_reduce(gradients, collective)
+        self._steps = -1
+        self.seconds = 0.0  #: spent in casting, in this step
+        self.overflows = kind is torch.float16  #: whether a finite gradient may become infinite
+
+    def begin(self) -> None:
+        """Another step comes."""
+        self.seconds = 0.0
+        self._error = self._whole = 0.0
+        self._steps += 1
+        self._measures = self._steps % MEASURE_EVERY == 0
+
+    def pack(self, start: int, stop: int) -> Tensor:
+        """Give a part of the gradients as it travels; the group may write into it."""
+        began = time.perf_counter()
+        mine, packed = self._gradients[start:stop], self._vector[start:stop]
+        packed.copy_(mine)
+        self.seconds += time.perf_counter() - began
+        if self._measures:
+            self._error += float(torch.linalg.vector_norm(packed.to(mine.dtype) - mine)) ** 2
+            self._whole += float(torch.linalg.vector_norm(mine)) ** 2
+        return packed
+
+    def unpack(self, start: int, stop: int) -> None:
+        """Write a part that came back into the gradients."""
+        began = time.perf_counter()
+        self._gradients[start:stop].copy_(self._vector[start:stop])
+        self.seconds += time.perf_counter() - began
+
+    def figures(self, working_s: float) -> dict[str, float]:
+        """
+        Give the figures of this step; the error only in steps in which it was measured.
+
+        Args:
+            working_s: of the step's operations, waiting left out.
+        """
+        figures = {
+            "saved_bytes": self._saved_bytes,
+            "compress_s": self.seconds,
+            "baseline_s": self._baseline_s,
+            "saved_s": self._baseline_s - (working_s + self.seconds),
+        }
+        if self._measures:
+            figures["error_norm"] = (self._error / self._whole) ** 0.5 if self._whole else 0.0
+        return figures
 
 
 class BucketReducer:

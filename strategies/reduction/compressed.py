@@ -1,36 +1,29 @@
-"""
-What lossy ways to sum gradients have in common: error feedback and an account of whether it pays.
-
-Error feedback (Seide et al. 2014; Stich et al. 2018; Karimireddy et al. 2019): what a rank could
-not send it keeps, and adds to what it means to send in the next step.
-
-    meant    = residual + gradient                 all of it this rank's own
-    sent     = compress(meant)
-    residual = meant - sent                        so: all sent so far + residual = all gradients
-    result   = sum of `sent` over the ranks
-
-Gradients are terms of a sum, already weighted by the rank's share of the batch, and so is what is
-sent: nothing is divided by the number of ranks.
-
-The residual lives in ordinary memory and changes only when an exchange has ended: one that failed
-leaves it as it was, so that the step can be repeated (`inherit`).
-"""
+"""Lossy ways to sum gradients, with error feedback: the largest entries, or low-rank factors."""
 
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from distplat.strategies.algorithms import compression
+from distplat.strategies.algorithms.compression import add_sparse, entries_sent, largest
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.collective import Collective
-from distplat.strategies.reduction.base import Reducer, several_types
-from distplat.strategies.reduction.control_sum import ControlSum
-from distplat.strategies.reduction.figures import Meter, time_all_reduce
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.parameter_layout import Slot
+from distplat.strategies.reduction.base import (
+    ControlSum,
+    Meter,
+    Reducer,
+    several_types,
+    time_all_reduce,
+)
 
 
 class CompressedReducer(Reducer):
@@ -146,3 +139,155 @@ class CompressedReducer(Reducer):
         began = time.perf_counter()
         self._collective.all_gather(outputs, tensor)
         self._travel_s += time.perf_counter() - began
+
+
+_MOST_ELEMENTS = torch.iinfo(torch.int32).max
+
+
+class TopKReducer(CompressedReducer):
+    """
+    Sums the `density * n` largest entries of each rank's gradient of n entries.
+
+    Args:
+        flat: see `CompressedReducer`.
+        collective: the group.
+        density: part of the entries that is sent, above 0 and up to 1; at least one entry is.
+        look: see `CompressedReducer`.
+
+    Raises:
+        ValueError: the model has more parameters than an int32 can number.
+    """
+
+    def __init__(
+        self, flat: FlatModel, collective: Collective, density: float, *, look: bool = True
+    ) -> None:
+        if flat.layout.tail > _MOST_ELEMENTS:
+            raise ValueError(f"topk sends places as int32: at most {_MOST_ELEMENTS} parameters")
+        super().__init__(flat, collective, look=look)
+        self._count = entries_sent(density, flat.layout.tail)
+        # One message per rank, [values | places], in words of 4 bytes whatever the values' dtype.
+        words = _words(self._count, flat.grads.dtype) + self._count
+        self._wires = [
+            torch.zeros(words, dtype=torch.int32, device=flat.grads.device)
+            for _ in range(collective.world)
+        ]
+
+    def _send(self, meant: Tensor) -> float:
+        """See `CompressedReducer`."""
+        chosen = largest(meant, self._count)
+        mine = self._wires[self._collective.rank]
+        self._values(mine).copy_(meant[chosen])
+        self._places(mine).copy_(chosen)
+        sent = squared_norm(self._values(mine))
+        self._all_gather(self._wires, mine)
+        grads = self._grads.zero_()
+        places = [self._places(wire) for wire in self._wires]
+        add_sparse(grads, places, [self._values(wire) for wire in self._wires])
+        meant.index_fill_(0, chosen, 0.0)
+        return sent
+
+    def _values(self, wire: Tensor) -> Tensor:
+        dtype = self._grads.dtype
+        return wire[: _words(self._count, dtype)].view(dtype)[: self._count]
+
+    def _places(self, wire: Tensor) -> Tensor:
+        return wire[-self._count :]
+
+
+def _words(count: int, dtype: torch.dtype) -> int:
+    """Give the int32 words that so many values fill."""
+    return -(-count * dtype.itemsize // 4)
+
+
+_SEED = 20190531
+"""Of the first directions: the same on every rank, whatever the job's seed is."""
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A parameter that is sent as factors."""
+
+    slot: Slot
+    shape: tuple[int, int]
+    left: Tensor
+    """View of `lefts`: [r, rows]."""
+    right: Tensor
+    """View of `rights`: [r, cols]."""
+
+    def view(self, vector: Tensor) -> Tensor:
+        """Give this parameter's part of a flat vector: [rows, cols]."""
+        return _part(vector, self.slot).view(self.shape)
+
+
+class PowerSGDReducer(CompressedReducer):
+    """
+    Sums rank-r approximations of the gradient's matrices; all else is summed exactly.
+
+    Args:
+        flat: see `CompressedReducer`.
+        collective: the group.
+        rank: of the factors. A matrix for which they would not be smaller is sent as it is.
+    """
+
+    def __init__(
+        self, flat: FlatModel, collective: Collective, rank: int, *, look: bool = True
+    ) -> None:
+        super().__init__(flat, collective, look=look)
+        shapes = [(slot, compression.matrix_shape(slot.shape, rank)) for slot in flat.trained_slots]
+        large = [(slot, shape) for slot, shape in shapes if shape is not None]
+        self._others = [slot for slot, shape in shapes if shape is None]
+        lefts = [rank * rows for _, (rows, _) in large]
+        rights = [rank * cols for _, (_, cols) in large]
+        others = [slot.size for slot in self._others]
+        self._lefts = collective.share(flat.grads.new_empty(sum(lefts + others)))
+        self._rights = flat.grads.new_empty(sum(rights))
+        if large:
+            self._rights = collective.share(self._rights)
+        self._rest = self._lefts[sum(lefts) :]
+        self._rests = _cut(self._rest, others)
+        self._matrices = [
+            _Matrix(slot, shape, left.view(rank, -1), right.view(rank, -1))
+            for (slot, shape), left, right in zip(
+                large, _cut(self._lefts, lefts), _cut(self._rights, rights), strict=True
+            )
+        ]
+        generator = torch.Generator().manual_seed(_SEED)
+        for m in self._matrices:
+            m.right.copy_(compression.starting_factor(rank, m.shape[1], generator))
+
+    def _send(self, meant: Tensor) -> float:
+        """See `CompressedReducer`."""
+        for m in self._matrices:
+            compression.left_factor(m.view(meant), m.right, out=m.left)
+        for slot, rest in zip(self._others, self._rests, strict=True):
+            rest.copy_(_part(meant, slot))
+            _part(meant, slot).zero_()
+        sent = squared_norm(self._rest)
+        self._all_reduce(self._lefts)
+        for m in self._matrices:
+            compression.orthonormalise(m.left)
+            compression.right_factor(m.view(meant), m.left, out=m.right)
+            compression.subtract_product(m.view(meant), m.left, m.right)
+        sent += squared_norm(self._rights)  # the lefts are orthonormal: the products' norm
+        if self._matrices:
+            self._all_reduce(self._rights)
+        self._write_sum()
+        return sent
+
+    def _write_sum(self) -> None:
+        """Fill `flat.grads` with what has come of all ranks."""
+        grads = self._grads
+        for m in self._matrices:
+            compression.write_product(m.left, m.right, out=m.view(grads))
+        for slot, rest in zip(self._others, self._rests, strict=True):
+            _part(grads, slot).copy_(rest)
+
+
+def _part(vector: Tensor, slot: Slot) -> Tensor:
+    return vector[slot.offset : slot.stop]
+
+
+def _cut(vector: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Give views of so many elements each, one after the other."""
+    stops = list(accumulate(sizes))
+    return [vector[stop - size : stop] for size, stop in zip(sizes, stops, strict=True)]

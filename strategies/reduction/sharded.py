@@ -26,17 +26,16 @@ from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.collective import Collective
-from distplat.strategies.reduction.control_sum import ControlSum
-from distplat.strategies.reduction.figures import Meter
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.optim import FlatOptimizer, LocalOptimizer, Presence, rate_of
-from distplat.strategies.training.segments import (
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optim import FlatOptimizer, LocalOptimizer, Presence, rate_of
+from distplat.strategies.model.segments import (
     scale_in_place,
     squared_norm_of,
     typed,
     typed_views,
 )
+from distplat.strategies.reduction.base import ControlSum, Meter
 
 _ALIGN = 16
 """Elements: parts begin on a cache line, and where a vectorised loop over the whole would too."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.platform.table_plan import TablePlan, TableSpec
-from distplat.strategies.algorithms.mixing import GOLDEN, mix
+from distplat.strategies.algorithms.seeds import GOLDEN, mix
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,54 @@
-"""Rows of float32 that grow in place: memory by the row, and no copy when there are more."""
+"""Rows of one server: their index by id, their memory, and the first values of a row."""
 
 import mmap
+import zlib
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from distplat.platform.table_plan import TableSpec
+from distplat.strategies.algorithms.seeds import GOLDEN, mix
+
+_BLOCK = 1 << 15
+"""Elements made at a time: the numbers between stay in the cache."""
+_LOW = np.uint64(0x0000FFFF0000FFFF)
+_MEAN = 2 * 65535
+_SIGMA = 2 * ((65536**2 - 1) / 12) ** 0.5
+
+
+def initial_rows(table: TableSpec, seed: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """
+    Give the first values of rows.
+
+    Each is the sum of four uniform numbers: like a normal one of `table.std` that never goes
+    beyond 3.5 of it.
+
+    Args:
+        table: name, width and std count.
+        seed: the job's.
+        ids: shape [n].
+
+    Returns:
+        Shape [n, width].
+    """
+    rows = np.zeros((len(ids), table.width), np.float32)
+    if table.std == 0.0:
+        return rows
+    key = np.array([seed, zlib.crc32(table.name.encode())], np.uint64)
+    start = mix(mix(key[:1] + GOLDEN) + key[1:])
+    columns = np.arange(1, table.width + 1, dtype=np.uint64) * GOLDEN
+    block = max(1, _BLOCK // table.width)
+    for first in range(0, len(ids), block):
+        part = slice(first, first + block)
+        bits = mix(mix(ids[part].astype(np.uint64) + start)[:, None] + columns)
+        pairs = (bits & _LOW) + ((bits >> np.uint64(16)) & _LOW)
+        sums = (pairs & np.uint64(0xFFFFFFFF)) + (pairs >> np.uint64(32))
+        rows[part] = sums.astype(np.float32)
+    rows -= np.float32(_MEAN)
+    rows *= np.float32(table.std / _SIGMA)
+    return rows
+
 
 _PAGE = mmap.PAGESIZE
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -61,3 +106,139 @@ class Rows:
         rows = elements // self.width
         flat = np.frombuffer(self._memory, np.float32, count=rows * self.width)
         self._array = flat.reshape(rows, self.width)
+
+
+_FREE = -1
+_SMALLEST = 1 << 10
+MOST_BY_ARRAY = 1 << 25
+"""Ids that an array may have, 4 bytes each; of pages without an id that is here, none is used."""
+
+Ids = NDArray[np.int64]
+Slots = NDArray[np.int64]
+
+
+class Index(Protocol):
+    """Gives each id a slot, in the order in which they are added."""
+
+    def __len__(self) -> int:
+        """Number of ids."""
+
+    @property
+    def ids(self) -> Ids:
+        """All ids by slot, shape [count]."""
+
+    def find(self, ids: Ids) -> Slots:
+        """Give the ids' slots, shape [n]; -1 for an id that was never added."""
+
+    def add(self, ids: Ids) -> Slots:
+        """
+        Add ids, and give their slots.
+
+        Args:
+            ids: shape [n]; each once, none of them added before.
+        """
+
+
+def make_index(rows: int | None) -> Index:
+    """Make the index of a table with ids below `rows`; None: any that is not negative."""
+    return HashIndex() if rows is None or rows > MOST_BY_ARRAY else ArrayIndex(rows)
+
+
+class _Listed:
+    """The ids in the order of their slots."""
+
+    def __init__(self) -> None:
+        self._ids = np.empty(0, np.int64)  #: by slot
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def ids(self) -> Ids:
+        return self._ids[: self._count]
+
+    def _append(self, ids: Ids) -> int:
+        """Give the first one's slot."""
+        first, self._count = self._count, self._count + len(ids)
+        if self._count > len(self._ids):
+            self._ids = np.resize(self._ids, max(_SMALLEST, self._count * 5 // 4))
+        self._ids[first : self._count] = ids
+        return first
+
+
+class ArrayIndex(_Listed):
+    """See `Index`: for ids below `rows`."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._slots = np.zeros(rows, np.int32)  #: by id: 1 + slot; zeros cost no memory
+
+    def find(self, ids: Ids) -> Slots:
+        """See `Index`."""
+        found = self._slots[ids].astype(np.int64)
+        found -= 1
+        return found
+
+    def add(self, ids: Ids) -> Slots:
+        """See `Index`."""
+        slots = np.arange(self._append(ids), self._count)
+        self._slots[ids] = slots + 1
+        return slots
+
+
+class HashIndex(_Listed):
+    """See `Index`: for any ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._make(_SMALLEST)
+
+    def find(self, ids: Ids) -> Slots:
+        """See `Index`."""
+        places = self._first_places(ids)
+        found, pending = self._look(ids, places)
+        while len(pending):
+            places[pending] = (places[pending] + 1) & self._mask
+            slots, still = self._look(ids[pending], places[pending])
+            found[pending] = slots
+            pending = pending[still]
+        return found
+
+    def add(self, ids: Ids) -> Slots:
+        """See `Index`."""
+        first = self._append(ids)
+        if 2 * self._count > self._mask + 1:
+            size = self._mask + 1
+            while 2 * self._count > size:
+                size *= 2
+            self._make(size)
+            self._place(self.ids, 0)
+        else:
+            self._place(ids, first)
+        return np.arange(first, self._count)
+
+    def _make(self, size: int) -> None:
+        self._mask = size - 1
+        self._cells = np.full((size, 2), _FREE, np.int64)  #: (id, slot)
+        self._whole_cells = self._cells.reshape(-1).view(np.complex128)  #: 16 bytes in one piece
+
+    def _look(self, ids: Ids, places: NDArray[np.int64]) -> tuple[Slots, NDArray[np.int64]]:
+        """Give the slots of ids that are at their places, else -1; and which must look further."""
+        cells = np.take(self._whole_cells, places, mode="clip").view(np.int64).reshape(-1, 2)
+        keys = cells[:, 0]
+        hit = keys == ids
+        return np.where(hit, cells[:, 1], -1), np.flatnonzero(~hit & (keys != _FREE))
+
+    def _first_places(self, ids: Ids) -> NDArray[np.int64]:
+        return (mix(ids.astype(np.uint64)) & np.uint64(self._mask)).astype(np.int64)
+
+    def _place(self, ids: Ids, first_slot: int) -> None:
+        slots, places = np.arange(first_slot, first_slot + len(ids)), self._first_places(ids)
+        while len(ids):
+            free = self._cells[places, 0] == _FREE
+            self._cells[places[free], 0] = ids[free]  # where several come to one, the last stays
+            here = self._cells[places, 0] == ids
+            self._cells[places[here], 1] = slots[here]
+            ids, slots = ids[~here], slots[~here]
+            places = (places[~here] + 1) & self._mask

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.platform.embeddings import (
+from distplat.platform.spec import (
     AnyRowOptimizer,
     RowAdagrad,
     RowSGD,

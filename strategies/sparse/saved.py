@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from distplat.platform.errors import ProtocolError
 from distplat.platform.table_plan import TablePlan, TableSpec, file_of
-from distplat.platform.tensor_slices import Bundle, Bytes, Entry, RawTensor, TensorSlice
+from distplat.platform.tensor_slices import Bundle, Bytes, RawTensor, TensorEntry, TensorSlice
 from distplat.strategies.sparse.routing import server_of
 from distplat.strategies.sparse.table import Table
 
@@ -35,7 +35,9 @@ def copies_of(tables: Sequence[Table], server: int) -> Bundle:
         columns = {**table.copy(), "step": np.array(table.updates)}
         for name, array in columns.items():
             key = f"{file_of(server)}/{table.spec.name}/{name}"
-            entries.append(Entry(key, TensorSlice(array.shape), str(array.dtype), len(arrays)))
+            entries.append(
+                TensorEntry(key, TensorSlice(array.shape), str(array.dtype), len(arrays))
+            )
             arrays.append(array.reshape(-1).view(np.uint8))
     return arrays, tuple(entries)
 

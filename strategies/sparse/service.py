@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.platform.errors import DeadlineExceeded, FencedError, ProtocolError, StaleError
-from distplat.platform.learning_rate import factor
 from distplat.platform.ledger import PushId, Verdict
+from distplat.platform.optimizers import factor
 from distplat.platform.table_book import TableBook
 from distplat.platform.table_plan import PullId, TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor

@@ -16,9 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.platform.table_plan import TableSpec
-from distplat.strategies.sparse.index import make_index
-from distplat.strategies.sparse.initial import initial_rows
-from distplat.strategies.sparse.rows import Rows
+from distplat.strategies.sparse.rows import Rows, initial_rows, make_index
 from distplat.strategies.sparse.rules import Rule
 
 _BLOCK_BYTES = 1 << 17

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
-from distplat.strategies.tensor.exchange import Bounds, copied, gathered, summed
-from distplat.strategies.tensor.heads import HeadLayout
+from distplat.strategies.tensor.exchange import (
+    Bounds,
+    TensorParallelRegion,
+    copied,
+    gathered,
+    summed,
+)
 from distplat.strategies.tensor.layers import Parts, keep, split_columns, split_rows
-from distplat.strategies.tensor.plan import slice_of
-from distplat.strategies.tensor.tensor_parallel_region import TensorParallelRegion
+from distplat.strategies.tensor.plan import HeadLayout, slice_of
 
 
 def split_heads(

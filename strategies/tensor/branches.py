@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.collective import Collective
-from distplat.strategies.tensor.exchange import copied
+from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.tensor.exchange import TensorParallelRegion, copied
 from distplat.strategies.tensor.layers import Parts
 from distplat.strategies.tensor.plan import ShardSpec, share_out
-from distplat.strategies.tensor.tensor_parallel_region import TensorParallelRegion
-from distplat.strategies.training.object_collectives import gather_bytes
 
 _ALIGN = 16
 """Bytes: outputs of several dtypes may go together."""

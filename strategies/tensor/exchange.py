@@ -12,6 +12,8 @@ it. A value is *complete* where every rank has the same bits of all of it; gradi
 values are complete, too. Every rank makes the same calls in the same order.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from distplat.strategies.collective import Collective
+from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
 Bounds = Sequence[tuple[int, int]]
 """First column and the one behind the last, by rank; together they are all columns."""
@@ -131,3 +133,124 @@ class _Scattered(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return all_columns(gradients[0], ctx.bounds, ctx.group), None, None
+
+
+_RANGE = 1 << 48
+
+
+class TensorParallelRegion:
+    """
+    Follows one process's forward; one object for all split modules of a model.
+
+    Args:
+        group: the tensor group.
+    """
+
+    def __init__(self, group: Collective) -> None:
+        self.group = group
+        self._outside: Tensor | None = None
+        self._generator: torch.Generator | None = None
+        self._way_in: tuple[Tensor, Tensor] | None = None
+
+    def enter(self, value: Tensor) -> Tensor:
+        """Give a complete value for use in this rank's part; the same one if it was just given."""
+        if self._way_in is not None and self._way_in[0] is value:
+            given = self._way_in[1]
+            if given.requires_grad == (value.requires_grad and torch.is_grad_enabled()):
+                return given
+        self._way_in = (value, copied(value, self.group))
+        return self._way_in[1]
+
+    def begin(self, device: torch.device) -> None:
+        """Draw own numbers from here on; inside of a split this does nothing."""
+        if self._generator is not None:
+            return
+        drawn = int(torch.randint(_RANGE, ()))  # on the CPU: no wait for a GPU
+        generator = _generator(device)
+        self._outside, self._generator = generator.get_state(), generator
+        generator.manual_seed(drawn * self.group.world + self.group.rank)
+
+    def end(self) -> None:
+        """Go on with the numbers that all ranks draw alike."""
+        if self._generator is not None and self._outside is not None:
+            self._generator.set_state(self._outside)
+        self.forget()
+
+    def forget(self) -> None:
+        """Be outside without more ado, as before a forward: the one before may have failed."""
+        self._generator = self._outside = self._way_in = None
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
+
+
+class ReconnectableGroup:
+    """Hands everything on to the group of the present attempt (see `Collective`)."""
+
+    def __init__(self, group: Collective) -> None:
+        self.group = group  #: to be replaced in each attempt
+
+    @property
+    def rank(self) -> int:
+        """See `Collective`."""
+        return self.group.rank
+
+    @property
+    def world(self) -> int:
+        """See `Collective`."""
+        return self.group.world
+
+    @property
+    def traffic(self) -> Traffic:
+        """See `Collective`."""
+        return self.group.traffic
+
+    def share(self, like: Tensor) -> Tensor:
+        """See `Collective`."""
+        return self.group.share(like)
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
+        """See `Collective`."""
+        self.group.all_reduce(tensor, op)
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
+        """See `Collective`."""
+        return self.group.start_all_reduce(tensor, op)
+
+    def reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
+    ) -> None:
+        """See `Collective`."""
+        self.group.reduce_scatter(output, inputs, op)
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
+        """See `Collective`."""
+        self.group.all_gather(outputs, tensor)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """See `Collective`."""
+        self.group.broadcast(tensor, source)
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """See `Collective`."""
+        self.group.send(tensor, to)
+
+    def start_send(self, tensor: Tensor, to: int) -> Handle:
+        """See `Collective`."""
+        return self.group.start_send(tensor, to)
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        """See `Collective`."""
+        self.group.recv(tensor, source)
+
+    def barrier(self) -> None:
+        """See `Collective`."""
+        self.group.barrier()
+
+    def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
+        """See `Collective`; the subgroup is of the present attempt."""
+        return self.group.subgroup(name, ranks)

@@ -18,8 +18,10 @@ from torch import nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
+from distplat.strategies.model.module_hooks import called_hooks, is_parametrized, tensor_hooks
 from distplat.strategies.tensor.attention import SplitMultiheadAttention, split_heads
 from distplat.strategies.tensor.branches import Branch, Branches, split_branches
+from distplat.strategies.tensor.exchange import TensorParallelRegion
 from distplat.strategies.tensor.layers import (
     ColumnLinear,
     Parts,
@@ -29,8 +31,6 @@ from distplat.strategies.tensor.layers import (
     split_vocabulary,
 )
 from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
-from distplat.strategies.tensor.tensor_parallel_region import TensorParallelRegion
-from distplat.strategies.training.module_hooks import called_hooks, is_parametrized, tensor_hooks
 
 
 def parallelize(

@@ -13,9 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import Problem, SpecError, hint, nearest
 from distplat.platform.even_split import split_evenly
-from distplat.platform.suggest import hint, nearest
 
 STYLES: Mapping[str, str] = {
     "colwise": "a linear layer's outputs are split, and stay so: a `rowwise` layer takes them",
@@ -203,3 +202,36 @@ def siblings(names: Sequence[str]) -> dict[str, list[str]]:
     for name in names:
         groups.setdefault(name.rpartition(".")[0], []).append(name)
     return groups
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Which linear layers of an attention module make its heads, and which one takes them."""
+
+    inwards: Mapping[str, str]
+    """Linear layers whose outputs are heads, by name in the module, and the axes of the outputs:
+    `heads features` for one of query, key and value, `3 heads features` for all in one layer, or
+    `heads 3 features` where each head's three come together."""
+    outwards: str
+    """Linear layer whose inputs are heads: `heads features`."""
+    count: str = "heads"
+    """Attribute of the module with the number of heads; a rank's module gets that of its own."""
+
+    def blocks(self, name: str) -> int:
+        """
+        Give how many equal parts of a layer's outputs are cut alike.
+
+        Raises:
+            SpecError: the axes do not say where the heads are.
+        """
+        axes = self.inwards[name].split()
+        if axes.count("heads") == 1:
+            before = axes[: axes.index("heads")]
+            if all(axis.isdecimal() and int(axis) for axis in before):
+                product = 1
+                for axis in before:
+                    product *= int(axis)
+                return product
+        text = f"head_layout: {name} has the axes {self.inwards[name]!r}"
+        hint = "write numbers, `heads`, and what a head consists of, such as `3 heads features`"
+        raise SpecError(Problem((), text, hint))

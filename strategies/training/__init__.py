@@ -1,1 +1,1 @@
-"""What happens inside a worker: flat parameters, batches, the step loop. The home of torch."""
+"""The server side of training: shards, their services, clients and replay."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from distplat.platform.ledger import Answer, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.training.async_shard import AsyncShard
-from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.service import Deliver, Limits, Service
 
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from distplat.platform.apply_log import Applied, ApplyLog
 from distplat.platform.ledger import PushId, TaskLedger, Verdict
 from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.optim import FlatOptimizer, rate_of
+from distplat.strategies.model.segments import typed_views
 from distplat.strategies.training.checkpoint_copies import CheckpointCopies, VectorCopies
-from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.mirror import Mirror, Update
-from distplat.strategies.training.optim import FlatOptimizer, rate_of
-from distplat.strategies.training.segments import typed_views
 from distplat.strategies.training.shard import everything, flags_of, from_flags, layout_of
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from distplat.platform.ledger import Answer
 from distplat.platform.load import ShardLoad
 from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.checkpoint.parts import kind_of, kinds_of
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.optim import USED
 from distplat.strategies.ports import Pushed, ShardCopy, TablesCopy
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.training.async_service import AsyncService
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.optim import USED
-from distplat.strategies.training.parts import kind_of, kinds_of
 from distplat.strategies.training.service import Limits, Service
 from distplat.strategies.training.sync_service import SyncService
 

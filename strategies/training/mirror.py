@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.ledger import PushId
-from distplat.strategies.training.optim import FlatOptimizer
+from distplat.strategies.model.optim import FlatOptimizer
 
 
 @dataclass(frozen=True)

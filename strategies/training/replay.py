@@ -26,16 +26,16 @@ from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import Holding
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.loop.loop import Progress
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.session import Ports, join
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.ports import Pushed
 from distplat.strategies.training.async_shard import AsyncShard
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checkpoint_types import Holding
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.prepared import Prepared
 from distplat.strategies.training.replay_leases import ReplayLeases
-from distplat.strategies.training.session import Ports, join
 from distplat.strategies.worker import make_worker_strategy
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from distplat.platform.task_scheduler import TaskPlan, Work
+from distplat.platform.task_scheduler import Lease, TaskPlan
 
 
 class ReplayLeases:
@@ -11,15 +11,15 @@ class ReplayLeases:
     def __init__(self, tasks: Sequence[int]) -> None:
         self._tasks, self._given = tasks, 0
 
-    def connect(self, course: TaskPlan) -> None:
+    def connect(self, plan: TaskPlan) -> None:
         """See `Leases`."""
 
-    def next(self, alive: Callable[[], None]) -> Work:
+    def next(self, alive: Callable[[], None]) -> Lease:
         """See `Leases`."""
         number, self._given = self._given, self._given + 1
         if number == len(self._tasks):
-            return Work(number, trained=True, over=True)
-        return Work(number, range(self._tasks[number], self._tasks[number] + 1))
+            return Lease(number, trained=True, over=True)
+        return Lease(number, range(self._tasks[number], self._tasks[number] + 1))
 
     def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
         """See `Leases`."""

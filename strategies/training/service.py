@@ -26,9 +26,9 @@ from distplat.platform.errors import (
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.load import PushQueue, QueuedPush
 from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.checkpoint_copies import VectorCopies
-from distplat.strategies.training.control import StepControl
 from distplat.strategies.training.shard import ParameterShard
 
 Result = TypeVar("Result")

@@ -27,16 +27,16 @@ from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
-from distplat.strategies.training.checkpoint_copies import CheckpointCopies, VectorCopies
-from distplat.strategies.training.control import Policy, StepControl
-from distplat.strategies.training.mirror import Mirror, Update
-from distplat.strategies.training.optim import FlatOptimizer, rate_of
-from distplat.strategies.training.segments import (
+from distplat.strategies.loop.control import Policy, StepControl
+from distplat.strategies.model.optim import FlatOptimizer, rate_of
+from distplat.strategies.model.segments import (
     dtype_name,
     scale_in_place,
     squared_norm_of,
     typed_views,
 )
+from distplat.strategies.training.checkpoint_copies import CheckpointCopies, VectorCopies
+from distplat.strategies.training.mirror import Mirror, Update
 
 
 class ParameterShard:

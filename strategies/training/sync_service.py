@@ -6,7 +6,7 @@ from torch import Tensor
 
 from distplat.platform.ledger import Answer, PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
-from distplat.strategies.training.control import StepControl
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.training.service import Deliver, Limits, Service
 from distplat.strategies.training.shard import ParameterShard
 

@@ -13,7 +13,7 @@ import torch
 
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.reduce import sum_in_order
-from distplat.strategies.training.optim import FlatOptimizer, rate_of
+from distplat.strategies.model.optim import FlatOptimizer, rate_of
 
 _ELEMENTS = 1 << 18
 _ROUNDS = 7

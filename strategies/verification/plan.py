@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from distplat.platform.learning_rate import factor
+from distplat.platform.optimizers import factor
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import mixed, step_seed
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
-from distplat.strategies.training.batches import Run, runs
-from distplat.strategies.training.collating import collated
+from distplat.strategies.loop.batches import Run, collated, runs
 from distplat.strategies.verification.tables import KEPT, row_optimizer
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distplat.platform.embeddings import Embeddings
+from distplat.platform.spec import Embeddings
 from distplat.platform.table_plan import TableSpec
-from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.modules import Sharded, tables_of
+from distplat.strategies.sparse.rows import initial_rows
 from distplat.strategies.task import Task
 
 KEPT = "_rows_of_reference"

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from distplat.strategies.catalog import strategies
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.ring_worker import RingWorker
-from distplat.strategies.training.control import StepControl
 from distplat.strategies.worker import Context
 
 

@@ -17,7 +17,7 @@ from test_server_loss import Losing, undisturbed
 from distplat import Result
 from distplat.cli.main import run as command
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
-from distplat.platform.progress import Recovery, Setback
+from distplat.platform.progress import FailureEvent, Recovery
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(120)]
 
@@ -80,7 +80,7 @@ def spec(strategy: dict[str, Any], done: Path, **more: Any) -> dict[str, Any]:
 
 
 def replaced(result: Result) -> list[tuple[str, ...]]:
-    return [one.replaced for one in result.setbacks if isinstance(one, Setback)]
+    return [one.replaced for one in result.setbacks if isinstance(one, FailureEvent)]
 
 
 def told_once(result: Result) -> None:

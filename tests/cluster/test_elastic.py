@@ -10,7 +10,7 @@ from small_runs import distance, job, train, weights
 
 from distplat import Result
 from distplat.platform.errors import RestartsExhausted
-from distplat.platform.progress import Recovery, Setback
+from distplat.platform.progress import FailureEvent, Recovery
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 
@@ -22,7 +22,7 @@ class Watch:
     """Notes what disturbed a run. An `Observer`."""
 
     def __init__(self) -> None:
-        self.setbacks: list[Setback] = []
+        self.setbacks: list[FailureEvent] = []
         self.recoveries: list[Recovery] = []
 
     def started(self, job: object, run: str, path: Path) -> None:
@@ -31,8 +31,8 @@ class Watch:
     def stepped(self, summary: object) -> None:
         pass
 
-    def disturbed(self, news: Setback | Recovery) -> None:
-        if isinstance(news, Setback):
+    def disturbed(self, news: FailureEvent | Recovery) -> None:
+        if isinstance(news, FailureEvent):
             self.setbacks.append(news)
         else:
             self.recoveries.append(news)

@@ -12,7 +12,7 @@ import pytest
 from small_runs import HERE, job, train, weights
 
 from distplat import Result
-from distplat.platform.progress import Recovery, Setback
+from distplat.platform.progress import FailureEvent, Recovery
 from distplat.strategies.catalog import strategies
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(400)]
@@ -40,7 +40,7 @@ class Killer(threading.Thread):
             self.begun = True
             self.working.set()
 
-    def disturbed(self, news: Setback | Recovery) -> None:
+    def disturbed(self, news: FailureEvent | Recovery) -> None:
         if isinstance(news, Recovery):
             self.working.set()
 

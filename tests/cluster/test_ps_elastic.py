@@ -23,8 +23,8 @@ from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
 from distplat.platform.errors import Abandoned
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.strategy import Roles
-from distplat.strategies.training.flat import FlatModel
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 

@@ -19,10 +19,10 @@ from test_server_loss import undisturbed
 from distplat.actors.overview import Overview, one_run, overview, scale
 from distplat.actors.runs import RunName
 from distplat.cli.main import run as command
-from distplat.cli.roles import role_lines
+from distplat.cli.running import role_lines
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
 from distplat.platform.errors import SpecError
-from distplat.platform.progress import Recovery, Resized, Setback, StepSummary
+from distplat.platform.progress import FailureEvent, Recovery, Resized, StepSummary
 from distplat.platform.sampler import Sampler
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
@@ -40,7 +40,7 @@ class Story(threading.Thread):
         self.story, self.ends = story, ends
         self.training = threading.Event()
         self.step = 0
-        self.setbacks: list[Setback] = []
+        self.setbacks: list[FailureEvent] = []
         self.recovered = threading.Event()
         self.errors: list[BaseException] = []
 
@@ -52,8 +52,8 @@ class Story(threading.Thread):
             self.step = summary.step
         self.training.set()
 
-    def disturbed(self, news: Setback | Recovery | Resized) -> None:
-        if isinstance(news, Setback):
+    def disturbed(self, news: FailureEvent | Recovery | Resized) -> None:
+        if isinstance(news, FailureEvent):
             self.setbacks.append(news)
         elif isinstance(news, Recovery):
             self.recovered.set()

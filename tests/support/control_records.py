@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
 
 
 def full_record(slots: int = 1, rank: int = 0) -> StepControl:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.training.cut import LayerCost, measured
-from distplat.strategies.training.stages import Layer, Stage, refuse_tied
+from distplat.strategies.model.layers import Layer, Stage, refuse_tied
+from distplat.strategies.pipeline.model_partition import LayerCost, measured
 
 
 def stages_of(layers: Sequence[Layer], points: Sequence[int]) -> list[Stage]:

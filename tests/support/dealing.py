@@ -4,8 +4,7 @@ from functools import partial
 
 from distplat.actors.local_actors import TaskDesk
 from distplat.actors.servers.scheduler import Scheduler
-from distplat.platform.consistency import Consistency
-from distplat.platform.spec import Job
+from distplat.platform.spec import Consistency, Job
 from distplat.platform.task_scheduler import TaskScheduler
 from distplat.strategies.strategy import Roles
 

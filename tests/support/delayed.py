@@ -8,9 +8,9 @@ import torch
 from jobs import job_of
 from torch import Tensor
 
-from distplat.platform.consistency import Consistency
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan
+from distplat.platform.spec import Consistency
 from distplat.strategies.training.async_shard import AsyncShard
 
 Gradient = Callable[[Tensor, int, int], Tensor]

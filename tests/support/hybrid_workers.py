@@ -17,12 +17,12 @@ from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned, ActorLost, CollectiveError, ProtocolError
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import Job
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.pipeline.reconnectable_group import ReconnectableGroup
 from distplat.strategies.ports import Shards
 from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_reader import SavedState
+from distplat.strategies.tensor.exchange import ReconnectableGroup
 
 STEPS = 6
 WORLD = 4

@@ -19,21 +19,18 @@ from torch import Tensor
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
 from distplat.actors.local_transport import opened
-from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery
+from distplat.platform.checkpoints import CheckpointAssembly, Delivery
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import by_file, put_together
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric, InMemoryBoard
-from distplat.strategies.ports import Leases, Shards, Tables
-from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checkpoint_types import CheckpointPart
-from distplat.strategies.training.leased_loop import LeasedLoop
-from distplat.strategies.training.loop import Loop, Progress
-from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.session import (
+from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.session import (
     Around,
     Ports,
     describe,
@@ -42,6 +39,8 @@ from distplat.strategies.training.session import (
     prepare,
     resize,
 )
+from distplat.strategies.ports import Leases, Shards, Tables
+from distplat.strategies.task import Task
 from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 
@@ -162,7 +161,7 @@ class Attempt:
         self.errors: dict[int, Exception] = {}  #: by rank that came out before the end
         self.ended = [threading.Event() for _ in range(self.world)]  #: by rank
         # Where tasks are leased rank 0 alone gives parts: the others may come and go.
-        givers = 1 if run.roles.consistency.dealt else self.world
+        givers = 1 if run.roles.consistency.dynamic_tasks else self.world
         self.keeper = Keeper(self.job, run.checkpoints, givers)
 
     def make(self) -> bool:
@@ -199,7 +198,7 @@ class Attempt:
     def join(self, rank: int, around: Around) -> Loop | LeasedLoop:
         """Connect a rank."""
         mine = self.run.ranks[rank]
-        dealt = self.run.roles.consistency.dealt
+        dynamic_tasks = self.run.roles.consistency.dynamic_tasks
         return join(
             mine.prepared,
             mine.strategy,
@@ -208,7 +207,7 @@ class Attempt:
                 collective=self.collective(rank),
                 shards=self.shards(rank),
                 tables=self.tables(rank) if self.job.embeddings is not None else None,
-                leases=self.leases(rank) if dealt else None,
+                leases=self.leases(rank) if dynamic_tasks else None,
                 peers=partial(self.fabric.collective, rank),
                 board=self.run.board,
             ),

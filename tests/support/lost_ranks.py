@@ -22,9 +22,9 @@ from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ports import Pushed, Sending, Shards, Tables
 from distplat.strategies.task import Task
-from distplat.strategies.training.control import StepControl
 
 
 class Lost(Exception):

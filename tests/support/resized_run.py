@@ -19,10 +19,10 @@ from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, ReportAggregator, Summary
 from distplat.platform.quiesce import Agreement
 from distplat.platform.spec import Job
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.loop.pause import PauseGate
 from distplat.strategies.ports import Pushed, Shards
 from distplat.strategies.task import Task
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.pause import PauseGate
 from distplat.strategies.training.sync_service import SyncService
 
 WAIT_S = 10.0

@@ -22,9 +22,9 @@ from torch.utils.data import Dataset, TensorDataset
 from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.fakes import InMemoryBoard
+from distplat.strategies.loop.agreement import agree, facts_of, hash_of, hash_samples
+from distplat.strategies.loop.seeding import state_of_generators
 from distplat.strategies.task import Task
-from distplat.strategies.training.agreement import agree, facts_of, hash_of, hash_samples
-from distplat.strategies.training.seeding import state_of_generators
 
 STRATEGIES: list[Any] = [
     "ring",

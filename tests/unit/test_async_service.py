@@ -10,9 +10,9 @@ from delayed import async_plan, noise
 from rank_threads import on_ranks
 from torch import Tensor
 
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import DeadlineExceeded, ProtocolError, StaleError
 from distplat.platform.ledger import Answer, PushId
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.training.async_service import AsyncService
 from distplat.strategies.training.client import make_service
 from distplat.strategies.training.service import Limits

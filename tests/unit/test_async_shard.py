@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
 from distplat.platform.apply_log import Applied, flaws
-from distplat.platform.consistency import Consistency
 from distplat.platform.errors import FencedError, NotReadyError, ProtocolError, StaleError
 from distplat.platform.ledger import PushId, Verdict
+from distplat.platform.spec import Consistency
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.mirror import become, twin_of
 

@@ -10,10 +10,10 @@ from local_run import train
 from test_equivalence import Mlp, same_bits
 from test_ps_async import job
 
-from distplat.platform.consistency import Consistency
 from distplat.platform.errors import GapError, ProtocolError, SpecError, StaleError
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.spec import Consistency
 from distplat.strategies.training.shard import ParameterShard
 
 WORLD, SIZE = 4, 11

@@ -14,9 +14,8 @@ from local_run import train
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
+from distplat.strategies.loop.batches import collated, moved, to_device
 from distplat.strategies.task import Task
-from distplat.strategies.training.collating import collated
-from distplat.strategies.training.device import moved, to_device
 
 META = torch.device("meta")
 CPU = torch.device("cpu")

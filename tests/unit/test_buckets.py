@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import CollectiveError, SpecError
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.loop.control import control_size
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.reduction.buckets import BucketReducer
-from distplat.strategies.training.control import control_size
-from distplat.strategies.training.flat import FlatModel
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.registry import Registry
 from distplat.platform.spec import Job
 from distplat.strategies import catalog
 from distplat.strategies.catalog import (
+    Registry,
     load_strategy_file,
     make_job,
     make_strategy,

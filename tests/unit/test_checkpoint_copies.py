@@ -11,9 +11,9 @@ from control_records import full_record
 from delayed import async_plan, noise
 from torch import Tensor
 
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import GapError, NotReadyError, StaleError
 from distplat.platform.ledger import PushId, Verdict
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.checkpoint_copies import CheckpointCopies, VectorCopies

@@ -18,21 +18,20 @@ from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import PATIENCE, Checkpoints
 from distplat.cli.main import run as command
-from distplat.platform.checkpoint_assembly import CheckpointAssembly, Delivery
-from distplat.platform.checkpoints import Catalogue
+from distplat.platform.checkpoints import Catalogue, CheckpointAssembly, Delivery
 from distplat.platform.disk import RealDisk
 from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
 from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
-from distplat.platform.tensor_slices import Entry, TensorSlice
+from distplat.platform.tensor_slices import TensorEntry, TensorSlice
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.strategy import Roles
-from distplat.strategies.training.checkpoint_types import CheckpointPart
 
 HERE = Path(__file__).parents[1] / "cluster"
 
 
 def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery:
-    entry = Entry("model/w", TensorSlice((2,), run=(rank, rank + 1)), "uint8", 0)
+    entry = TensorEntry("model/w", TensorSlice((2,), run=(rank, rank + 1)), "uint8", 0)
     box = [np.array([10 * version + rank], np.uint8)]
     return Delivery(rank, attempt, version, (box,), ((entry,),), **more)
 
@@ -215,7 +214,7 @@ def slow() -> Iterator[Slow]:
 def part(value: float, **more: Any) -> CheckpointPart:
     import torch
 
-    entry = Entry("model/w", TensorSlice((3,)), "float32", 0)
+    entry = TensorEntry("model/w", TensorSlice((3,)), "float32", 0)
     return CheckpointPart((torch.full((3,), value),), (entry,), **more)
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from distplat import Result, Task, Trainer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.progress import EvalReport, ReportAggregator
-from distplat.strategies.training.checks import remark_on_size
+from distplat.strategies.loop.checks import remark_on_size
 
 FOLDER = Path(__file__).parents[2]
 FIELDS = fields_of("ring", 0, epochs=1)

@@ -3,7 +3,7 @@
 import pytest
 
 from distplat.cli.figures import Figures, figure_rows, mean_figures, restart_rows
-from distplat.platform.progress import Setback, StepSummary
+from distplat.platform.progress import FailureEvent, StepSummary
 
 
 def step(number: int, **figures: float) -> StepSummary:
@@ -94,9 +94,9 @@ def test_rows(figures: Figures, rows: list[tuple[str, str]]) -> None:
 
 def test_restarts_are_listed() -> None:
     setbacks = [
-        Setback(1, 9, "killed", ("worker-1",), 0.0),
-        Setback(2, 0, "killed", ("worker-0", "worker-1"), 0.0),
-        Setback(3, 5, "network", (), 0.0),
+        FailureEvent(1, 9, "killed", ("worker-1",), 0.0),
+        FailureEvent(2, 0, "killed", ("worker-0", "worker-1"), 0.0),
+        FailureEvent(3, 5, "network", (), 0.0),
     ]
     assert restart_rows(setbacks) == [
         ("restarts", "worker-1 replaced, went on after step 9"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distplat.actors.compat import JOB_CONFIG_VARIABLE as VARIABLE
-from distplat.cli.one_node import without_job_environment
+from distplat.cli.join import without_job_environment
 
 OURS: dict[str, Any] = {
     "working_dir": "gcs://a.zip",

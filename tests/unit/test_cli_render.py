@@ -11,7 +11,7 @@ from jobs import job_of
 from distplat.actors.trainer import Result
 from distplat.cli import render
 from distplat.cli.render import View, facts_of, print_result, to_json
-from distplat.platform.progress import EvalSummary, Recovery, Resized, Setback, StepSummary
+from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Resized, StepSummary
 
 JOB = job_of("ring", 2, name="lin", task="lin:Lin", steps=100, global_batch_size=16)
 
@@ -76,7 +76,9 @@ def test_every_evaluation_is_shown(clock: Clock) -> None:
 def test_a_failure_or_a_resize_says_from_where_the_run_goes_on() -> None:
     out = io.StringIO()
     view = View(out)
-    view.disturbed(Setback(1, 10, "server-0 was lost: killed\nmore", ("worker-0", "worker-1"), 0.0))
+    view.disturbed(
+        FailureEvent(1, 10, "server-0 was lost: killed\nmore", ("worker-0", "worker-1"), 0.0)
+    )
     view.disturbed(Recovery(1, 3.25))
     view.disturbed(Resized(2, 120, 2, 4, 0.28))
     view.disturbed(Resized(3, 121, 4, 1, 0.11))

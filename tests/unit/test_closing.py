@@ -9,7 +9,7 @@ from distplat.actors.connection import Connection
 from distplat.actors.local_transport import LocalCluster, LocalTransport
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.servers.shards import RemoteShards
-from distplat.strategies.training.pause import PauseGate
+from distplat.strategies.loop.pause import PauseGate
 
 
 def order() -> Any:

@@ -13,8 +13,7 @@ from distplat.actors.collectives.header import (
     supported,
 )
 from distplat.platform.errors import MismatchError
-from distplat.strategies.algorithms.dtypes import SENDABLE
-from distplat.strategies.collective import ReduceOp
+from distplat.strategies.collective import SENDABLE, ReduceOp
 
 ONES = torch.ones(7)
 

@@ -16,8 +16,8 @@ from ray.job_submission import JobSubmissionClient
 from torch import Tensor, nn
 
 from distplat.actors import compat as of_ray
-from distplat.strategies.training import compat as of_torch
-from distplat.strategies.training import module_hooks
+from distplat.strategies import compat as of_torch
+from distplat.strategies.model import module_hooks
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRIES = (
@@ -222,7 +222,7 @@ def test_samples_are_collated_by_our_rules() -> None:
 def test_a_compiled_module_is_known_without_its_compiler() -> None:
     ask = """import torch
 from torch import nn
-from distplat.strategies.training.compat import compiled_module
+from distplat.strategies.compat import compiled_module
 plain = nn.Linear(1, 1)
 assert compiled_module(plain) is None
 assert compiled_module(torch.compile(plain)) is plain"""
@@ -250,7 +250,7 @@ def test_calls_go_through_a_compiler_that_is_given() -> None:
 
 def test_the_first_step_of_an_optimizer_imports_no_compiler() -> None:
     ask = """import sys, torch
-from distplat.strategies.training.compat import spare_the_compiler
+from distplat.strategies.compat import spare_the_compiler
 spare_the_compiler()
 torch.optim.SGD([torch.zeros(1)], lr=0.1)
 sys.exit("torch._dynamo" in sys.modules)"""

@@ -13,9 +13,9 @@ from torch.utils.data import TensorDataset
 
 from distplat.platform.progress import StepReport
 from distplat.strategies import ring_worker
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.reduction.compressed import CompressedReducer
 from distplat.strategies.task import Task
-from distplat.strategies.training.control import StepControl
 
 TRAIN = 1440
 METHODS: dict[str, dict[str, Any]] = {

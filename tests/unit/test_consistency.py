@@ -1,6 +1,6 @@
 """What follows from when servers apply gradients."""
 
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 
 
 def test_workers_compute_on_copies_where_servers_do_not_wait() -> None:
@@ -10,5 +10,5 @@ def test_workers_compute_on_copies_where_servers_do_not_wait() -> None:
 
 
 def test_tasks_are_leased_where_nobody_waits() -> None:
-    assert Consistency(asynchronous=True).dealt
-    assert not Consistency(backup_workers=1).dealt
+    assert Consistency(asynchronous=True).dynamic_tasks
+    assert not Consistency(backup_workers=1).dynamic_tasks

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distplat.platform.errors import NonFiniteError
-from distplat.strategies.training.control import NonFiniteSteps, StepControl, control_size
+from distplat.strategies.loop.control import NonFiniteSteps, StepControl, control_size
 
 NAMES = ["a.weight", "a.bias"]
 

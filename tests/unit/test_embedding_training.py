@@ -20,11 +20,11 @@ from distplat import Task, Trainer
 from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
 from distplat.platform.errors import CollectiveError, StorageError
 from distplat.platform.progress import StepReport
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.ring_worker import RingWorker
-from distplat.strategies.sparse.initial import initial_rows
 from distplat.strategies.sparse.lookups import Lookups
-from distplat.strategies.training.control import StepControl
+from distplat.strategies.sparse.rows import initial_rows
 
 
 class Local(Words):

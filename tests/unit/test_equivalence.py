@@ -18,13 +18,13 @@ from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from distplat.platform.learning_rate import factor
+from distplat.platform.optimizers import factor
 from distplat.platform.progress import StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import step_seed
+from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.task import Task
-from distplat.strategies.training.prepared import Prepared
 
 SAMPLES, BATCH, EPOCHS = 37, 9, 3
 STEPS = 15

@@ -17,8 +17,7 @@ from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from distplat.platform.learning_rate import factor
-from distplat.platform.optimizers import Schedule
+from distplat.platform.optimizers import Schedule, factor
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.model.flat import FlatModel
 
 
 def mlp() -> nn.Module:

@@ -11,11 +11,11 @@ from torch import nn
 
 from distplat.platform.errors import ProtocolError
 from distplat.platform.tensor_slices import by_file, put_together
-from distplat.strategies.training.checkpoint_reader import SavedState
-from distplat.strategies.training.checkpoint_types import CheckpointPart
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.optim import USED, FlatOptimizer
-from distplat.strategies.training.parts import as_array, model_part, optimizer_part
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
+from distplat.strategies.checkpoint.parts import as_array, model_part, optimizer_part
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optim import USED, FlatOptimizer
 
 RESTED = "b.weight"
 

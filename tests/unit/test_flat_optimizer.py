@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from distplat.platform.optimizers import AnyOptimizer
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.optim import NUMBERS, PER_PARAMETER, USED, FlatOptimizer
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optim import NUMBERS, PER_PARAMETER, USED, FlatOptimizer
 
 STEPS = 6
 KINDS: TypeAdapter[Any] = TypeAdapter(AnyOptimizer)

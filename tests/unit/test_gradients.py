@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.model.flat import FlatModel
 
 
 class Net(nn.Module):

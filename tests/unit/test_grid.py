@@ -13,7 +13,7 @@ def test_the_drawing() -> None:
     grid = Grid(stages=2, slices=2, replicas=2)
     assert [grid.group(replica) for replica in range(2)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert grid.position(6) == Position(replica=1, stage=1, slice=0)
-    assert grid.twins(1, 0) == (2, 6)
+    assert grid.dp_ranks(1, 0) == (2, 6)
     assert grid.slices_of(1, 0) == (4, 5)
     assert grid.parts() == ((0, 4), (1, 5), (2, 6), (3, 7))
 
@@ -22,11 +22,11 @@ def test_the_drawing() -> None:
 def test_every_rank_has_one_place(grid: Grid) -> None:
     ranks = range(grid.world)
     assert [grid.rank(grid.position(rank)) for rank in ranks] == [*ranks]
-    assert sorted(rank for twins in grid.parts() for rank in twins) == [*ranks]
+    assert sorted(rank for peers in grid.parts() for rank in peers) == [*ranks]
     assert sorted(rank for r in range(grid.replicas) for rank in grid.group(r)) == [*ranks]
     for rank in ranks:
         at = grid.position(rank)
-        assert rank in grid.twins(at.stage, at.slice)
+        assert rank in grid.dp_ranks(at.stage, at.slice)
         assert rank in grid.slices_of(at.replica, at.stage)
         assert rank in grid.group(at.replica)
 

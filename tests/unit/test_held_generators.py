@@ -11,8 +11,8 @@ import torch
 from test_random_numbers import Dropping, job
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from distplat.strategies.training.held_generators import held_generators
-from distplat.strategies.training.session import prepare
+from distplat.strategies.loop.loaders import held_generators
+from distplat.strategies.loop.session import prepare
 
 MODULES_OWN = np.random.default_rng(3)
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import by_file, put_together
+from distplat.strategies.checkpoint.checkpoint_types import ALL
+from distplat.strategies.checkpoint.parts import model_part
+from distplat.strategies.loop.snapshot_publisher import part_copy
 from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_types import ALL
-from distplat.strategies.training.parts import model_part
-from distplat.strategies.training.shown import part_copy
 
 HALF, STEPS = 2, 4
 SERVED = {"data_strategy": "ps-sync", "num_servers": 2}

@@ -24,9 +24,9 @@ from hybrid_models import (
 from local_run import LocalRun, train
 
 from distplat.platform.progress import EvalReport, StepReport
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.task import Task
-from distplat.strategies.training.control import StepControl
 
 
 def losses(run: LocalRun) -> list[float]:

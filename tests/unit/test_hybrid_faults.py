@@ -3,7 +3,7 @@ A rank is lost at every moment of a step in turn; the others go on, to the same 
 
 Ranks are threads here, which come back with the strategy object that they had; the lost one comes
 with a new one. What is swept is the number of the operation to which it does not come any more: in
-the twins' exchange, in the agreement of all, and between the two.
+the peers' exchange, in the agreement of all, and between the two.
 """
 
 from functools import cache
@@ -29,8 +29,8 @@ def unfailed() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("group", "after"),
     [
-        ("twins", 6),  # in the exchange of gradients, of one stage or the other
-        ("twins", 8),
+        ("dp-", 6),  # in the exchange of gradients, of one stage or the other
+        ("dp-", 8),
         ("replica", 3),  # between the exchange and the agreement: the norm over the stages
         ("world", 4),  # in the agreement that all have their sums
         ("world", 5),  # in the sum of the control records
@@ -73,7 +73,7 @@ def test_some_have_made_the_update_and_some_not(
 
 
 def test_a_part_without_a_holder_is_lost() -> None:
-    """Both twins of a stage are gone: the others' state is worth nothing without it."""
+    """Both peers of a stage are gone: the others' state is worth nothing without it."""
     workers = Workers()
     fabric = Fabric(WORLD)
     fabric.kill(1, after=6, group="world")
@@ -117,7 +117,7 @@ class Fatal(nn.Module):
 
 
 def alone(strategy: str) -> Workers:
-    """No stage has a twin."""
+    """No stage has a peer."""
     options: dict[str, Any] = {"data": 1, "data_strategy": strategy}
     return Workers(Doomed, options=options, checkpoint={"every_steps": 2})
 

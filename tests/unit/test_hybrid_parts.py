@@ -16,12 +16,12 @@ from local_run import LocalRun, train
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.pipeline import compute, part
+from distplat.strategies.loop.losses import LossDoubts
+from distplat.strategies.model.layers import Layer, layers_of
+from distplat.strategies.model.meta import materialise
 from distplat.strategies.pipeline import rank as ranks
-from distplat.strategies.tensor.parts import gather_full
-from distplat.strategies.training.loss_check import LossDoubts
-from distplat.strategies.training.meta import materialise
-from distplat.strategies.training.stages import Layer, layers_of
+from distplat.strategies.pipeline import rank_model, stage_compute
+from distplat.strategies.tensor.layers import gather_full
 
 EVEN = {"pipeline": 2, "cut": "even", "micro_batches": 4}
 
@@ -141,9 +141,9 @@ def test_measured_layers_are_those_of_a_model_on_meta() -> None:
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here and share one generator: seeding and drawing must not be torn."""
-    lock, seeded = threading.Lock(), part.Layers.seeded
+    lock, seeded = threading.Lock(), rank_model.Layers.seeded
 
-    def locked(self: part.Layers, inputs: Tensor, seed: int) -> Tensor:
+    def locked(self: rank_model.Layers, inputs: Tensor, seed: int) -> Tensor:
         with lock:
             return seeded(self, inputs, seed)
 
@@ -169,13 +169,13 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return batches
 
     for name in ("micro_batches", "eval_batches"):
-        monkeypatch.setattr(compute, name, read_under_lock(getattr(compute, name)))
+        monkeypatch.setattr(stage_compute, name, read_under_lock(getattr(stage_compute, name)))
     look = LossDoubts.look
     monkeypatch.setattr(LossDoubts, "look", under_lock(look))  # puts generators back
     # What a rank tries while others train is not to put their generator back.
     monkeypatch.setattr(torch.random, "fork_rng", lambda **kept: nullcontext())
-    monkeypatch.setattr(part.Layers, "seeded", locked)
-    monkeypatch.setattr(part, "materialise", filled)
+    monkeypatch.setattr(rank_model.Layers, "seeded", locked)
+    monkeypatch.setattr(rank_model, "materialise", filled)
 
 
 @pytest.mark.usefixtures("one_at_a_time")
@@ -275,13 +275,13 @@ def test_what_layers_draw_does_not_depend_on_the_cut() -> None:
         value = torch.zeros((), dtype=torch.float64)
         for first, stop in itertools.pairwise((0, *cuts, 4)):
             np.random.rand(), random.random(), torch.rand(3)
-            value = part.Layers(layers[first:stop], first).run(value, seed=5)
+            value = rank_model.Layers(layers[first:stop], first).run(value, seed=5)
         return value.item()
 
     assert outputs() == outputs(2) == outputs(1, 3)
 
 
 def test_layers_have_every_parameter_once() -> None:
-    layers = part.layers_for(Mlp(), Mlp().model())
+    layers = rank_model.layers_for(Mlp(), Mlp().model())
     assert [layer.name for layer in layers] == [*"012345"]
     assert all(isinstance(layer, Layer) for layer in layers)

@@ -18,8 +18,8 @@ from torch import Tensor
 from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import CollectiveError, StateLost
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ports import Pushed
-from distplat.strategies.training.control import StepControl
 
 LOST_AT = 3
 
@@ -53,7 +53,7 @@ def goes_on(workers: Workers, lost: Set[int], clip: float | None, untold: int = 
 @pytest.mark.parametrize(
     ("group", "after"),
     [
-        ("twins", 16),  # in the average of running statistics
+        ("dp-", 16),  # in the average of running statistics
         ("world", 3),  # in the agreement that all have pushed
         ("world", 6),
         ("replica", 9),  # in a message between stages, or on the norm
@@ -123,7 +123,7 @@ def test_one_is_lost_before_its_push(victim: int, servers: int) -> None:
 @pytest.mark.parametrize("lost", [set(), {0}, {3}])
 @pytest.mark.parametrize("stopped", [{0, 2}, {1, 3}])
 def test_one_part_has_committed_and_the_other_not(stopped: set[int], lost: set[int]) -> None:
-    """Both twins had pushed; the running statistics of the part that is ahead go back, too."""
+    """Both peers had pushed; the running statistics of the part that is ahead go back, too."""
     workers = workers_of(0.5)
     around = gone_before(workers, stopped, "commit", others_first=True)
     assert workers.attempt(Fabric(WORLD), around=around) is None
@@ -133,7 +133,7 @@ def test_one_part_has_committed_and_the_other_not(stopped: set[int], lost: set[i
 
 @pytest.mark.parametrize("victim", [1, 2])
 def test_a_step_that_all_parts_have_is_not_repeated(victim: int) -> None:
-    """One rank is lost before its commit; its twin may have committed for both."""
+    """One rank is lost before its commit; its peer may have committed for both."""
     workers = workers_of(0.5)
     around = gone_before(workers, {victim}, "commit", others_first=True)
     assert workers.attempt(Fabric(WORLD), around=around) is None
@@ -153,7 +153,7 @@ def test_running_statistics_without_a_holder_are_lost() -> None:
         workers.attempt(Fabric(WORLD))
 
 
-@pytest.mark.parametrize("group", ["world", "twins"])
+@pytest.mark.parametrize("group", ["world", "dp-"])
 @pytest.mark.parametrize("after", range(3))
 @pytest.mark.parametrize("stopped", [{0, 2}, {1}, {0, 1, 2, 3}])
 def test_another_is_lost_while_they_meet_again(stopped: set[int], after: int, group: str) -> None:
@@ -180,7 +180,7 @@ class Waiting(Fabric):
     def meet(
         self, group: str, operation: str, number: int, ranks: Any, me: int, gift: Any
     ) -> list[Tensor | None]:
-        if me == self._victim and "twins" in group and number == 1:
+        if me == self._victim and "dp-" in group and number == 1:
             wait_until_made(self._workers, 1 - self._workers.division.part_of(me))
             raise CollectiveError(group, operation, number, (me,), "it is gone")
         return super().meet(group, operation, number, ranks, me, gift)

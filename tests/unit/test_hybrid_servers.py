@@ -23,8 +23,8 @@ from local_run import train
 from distplat.platform.shard_map import Division, Shard, within
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.algorithms.reduce import squared_norm
+from distplat.strategies.model.segments import squared_norm_of
 from distplat.strategies.task import Task
-from distplat.strategies.training.segments import squared_norm_of
 
 GRIDS: dict[str, tuple[type[Task], tuple[dict[str, Any], int]]] = {
     "2x1x2 mlp": (Mlp, grid_of(2, 1, 2)),

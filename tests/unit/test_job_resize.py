@@ -4,10 +4,19 @@ from collections.abc import Sequence
 
 import pytest
 
-from distplat.platform.deadlines import STALL_GRACE
 from distplat.platform.errors import Abandoned, ActorLost, CollectiveError, DeadlineExceeded
-from distplat.platform.job import SETTLE_S, JobState, Phase
-from distplat.platform.job_events import Event, Failed, Heard, Resize, Tick, Unanswered
+from distplat.platform.job import (
+    SETTLE_S,
+    STALL_GRACE,
+    Event,
+    Failed,
+    Heard,
+    JobState,
+    Phase,
+    Resize,
+    Tick,
+    Unanswered,
+)
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from distplat.platform.deadlines import STALL_GRACE
 from distplat.platform.errors import (
     ActorLost,
     CollectiveError,
@@ -15,8 +14,17 @@ from distplat.platform.errors import (
     StateLost,
     UserCodeError,
 )
-from distplat.platform.job import SETTLE_S, JobState, Phase
-from distplat.platform.job_events import Event, Failed, Heard, Tick, Unanswered
+from distplat.platform.job import (
+    SETTLE_S,
+    STALL_GRACE,
+    Event,
+    Failed,
+    Heard,
+    JobState,
+    Phase,
+    Tick,
+    Unanswered,
+)
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
 
@@ -259,7 +267,7 @@ def test_a_users_error_during_repair_ends_the_run() -> None:
 @pytest.mark.parametrize(
     ("lost", "holders", "everything"),
     [
-        ((0,), ((0, 2), (1,)), False),  # its twin has what it had
+        ((0,), ((0, 2), (1,)), False),  # its peer has what it had
         ((1,), ((0, 2), (1,)), True),  # nobody else has that part
         ((0, 2), ((0, 2), (1,)), True),
         ((0, 1), ((0, 1, 2),), False),

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from distplat.platform.deadlines import STALL_GRACE
 from distplat.platform.errors import (
     ActorLost,
     CollectiveError,
@@ -12,8 +11,19 @@ from distplat.platform.errors import (
     DistplatError,
     UserCodeError,
 )
-from distplat.platform.job import SETTLE_S, JobState, Phase
-from distplat.platform.job_events import Event, Failed, Heard, Joined, Left, Tick, Unanswered
+from distplat.platform.job import (
+    SETTLE_S,
+    STALL_GRACE,
+    Event,
+    Failed,
+    Heard,
+    JobState,
+    Joined,
+    Left,
+    Phase,
+    Tick,
+    Unanswered,
+)
 from distplat.platform.recovery import Policy
 from distplat.platform.spec import Failure
 

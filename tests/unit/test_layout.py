@@ -44,7 +44,7 @@ LIGHT = [
     "distplat.cli.remote",
     "distplat.cli.submit",
     "distplat.cli.report_page",
-    "distplat.strategies.tensor.heads",
+    "distplat.strategies.tensor.plan",
     "distplat.strategies.tensor.plan",
     "distplat.actors.controller",
     "distplat.actors.tables.node",

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, StepLR
 
-from distplat.platform.learning_rate import factor
-from distplat.platform.optimizers import Schedule
+from distplat.platform.optimizers import Schedule, factor
 
 LR, STEPS = 0.8, 30
 

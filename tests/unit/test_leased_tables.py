@@ -24,8 +24,8 @@ from distplat.actors.tables.client import RemoteTables
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import StepReport
 from distplat.strategies.catalog import make_job
-from distplat.strategies.training.leased_loop import LeasedLoop
-from distplat.strategies.training.session import Around
+from distplat.strategies.loop.loop import LeasedLoop
+from distplat.strategies.loop.session import Around
 
 EPOCHS = 3
 STEPS = EPOCHS * SAMPLES // BATCH

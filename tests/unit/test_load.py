@@ -15,10 +15,10 @@ from rank_threads import on_ranks
 from words import Words
 
 from distplat.cli.figures import figure_rows
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.load import MOST_SHOWN, PushQueue, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.training.client import make_service
 from distplat.strategies.training.service import Limits, Service
 from distplat.strategies.training.throughput_probe import elements_per_s

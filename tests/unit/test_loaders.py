@@ -17,8 +17,8 @@ from test_random_numbers import Noise, job
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distplat.strategies.training.batches import Loader, Run, make_sampler, micro_batches
-from distplat.strategies.training.loader_processes import LoaderContext, ready_loaders
+from distplat.strategies.loop.batches import Loader, Run, make_sampler, micro_batches
+from distplat.strategies.loop.loaders import LoaderContext, ready_loaders
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -26,7 +26,7 @@ import sys
 from multiprocessing import get_context
 
 from distplat.strategies.catalog import make_job
-from distplat.strategies.training.loader_processes import ready_loaders
+from distplat.strategies.loop.loaders import ready_loaders
 
 if __name__ == "__main__":
     ready_loaders(make_job({
@@ -84,7 +84,7 @@ from multiprocessing import active_children, current_process, forkserver
 sys.path[:0] = {path!r}
 current_process()._config["semprefix"] = "/mp-killed-" + str(os.getpid())
 from test_random_numbers import Noise, job
-from distplat.strategies.training.batches import make_sampler, micro_batches
+from distplat.strategies.loop.batches import make_sampler, micro_batches
 if __name__ == "__main__":
     batches = micro_batches(job(loaders=2), Noise(), make_sampler(job(), Noise()), 0, range(6), 1)
     next(batches)

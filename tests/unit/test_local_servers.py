@@ -26,7 +26,7 @@ from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded, ProtocolError
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.model.flat import FlatModel
 
 SOON = 0.2
 """Deadline where one is meant to pass, seconds."""

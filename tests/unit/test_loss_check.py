@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
 from distplat.nn import connect
+from distplat.strategies.loop.losses import is_mean_over_samples
 from distplat.strategies.task import Task
-from distplat.strategies.training.loss_check import is_mean_over_samples
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = [2, 3, 7, 16]

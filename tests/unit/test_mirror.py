@@ -12,10 +12,10 @@ from dying_mirror import MOMENTS, InMemoryMirror
 from jobs import job_of
 from torch import Tensor
 
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.training.async_service import AsyncService
 from distplat.strategies.training.async_shard import AsyncShard
 from distplat.strategies.training.client import make_service

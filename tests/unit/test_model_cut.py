@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.algorithms.schedule import gpipe, one_f_one_b
-from distplat.strategies.training.cut import LayerCost, Memory, cut, points_before
-from distplat.strategies.training.stages import layers_of
+from distplat.strategies.model.layers import layers_of
+from distplat.strategies.pipeline.model_partition import LayerCost, Memory, cut, points_before
 
 
 class Slow(nn.Module):

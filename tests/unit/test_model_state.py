@@ -23,9 +23,9 @@ from distplat.platform.errors import SpecError, StateLost
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.task import Task
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.model_state import ModelState, Shares
 
 SAMPLES, BATCH = 25, 8
 STEPS = 8

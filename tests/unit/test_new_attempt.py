@@ -9,9 +9,9 @@ from delayed import async_plan, noise
 from torch import Tensor
 
 from distplat.actors.servers.vector_transport import as_bytes, as_type, from_bytes
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import FencedError, StaleError
 from distplat.platform.ledger import PushId
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.training.client import make_service
 from distplat.strategies.training.service import Limits, Service
 

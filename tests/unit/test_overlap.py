@@ -22,9 +22,9 @@ from distplat.platform.progress import StepReport
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Handle, ReduceOp
 from distplat.strategies.fakes import Fabric, InMemoryCollective
+from distplat.strategies.loop.control import control_size
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.reduction.buckets import BucketReducer
-from distplat.strategies.training.control import control_size
-from distplat.strategies.training.flat import FlatModel
 
 ONE_PER_PARAMETER = 1e-6
 RECIPE = "conv-adamw-accumulated-clipped"

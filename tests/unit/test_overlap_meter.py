@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.reduction import figures
-from distplat.strategies.reduction.figures import Meter, OverlapMeter
+from distplat.strategies.reduction import base
+from distplat.strategies.reduction.base import Meter, OverlapMeter
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_hidden_and_exposed(
     hidden: float,
 ) -> None:
     clock = SimpleNamespace(now=9.0)
-    monkeypatch.setattr(figures, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(base, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     group = Fabric(1).collective(0)
     group.traffic.working_s = 100.0  # of earlier steps
     meter = OverlapMeter(group)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from distplat.platform.errors import Abandoned, DeadlineExceeded
-from distplat.strategies.training.pause import PauseGate
+from distplat.strategies.loop.pause import PauseGate
 
 PATIENCE_S = 10.0
 

@@ -12,12 +12,13 @@ from in_memory_engine import engine, make
 from test_property_training import met
 
 from distplat.cli.verify import exit_code
+from distplat.strategies.loop.compute import WholeModel
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model import optim
+from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.model.optim import FlatOptimizer
 from distplat.strategies.ring_worker import RingWorker
-from distplat.strategies.training import optim, shard
-from distplat.strategies.training.compute import WholeModel
-from distplat.strategies.training.control import StepControl
-from distplat.strategies.training.model_state import ModelState
-from distplat.strategies.training.optim import FlatOptimizer
+from distplat.strategies.training import shard
 from distplat.strategies.verification.references import references
 from distplat.strategies.verification.verdicts import judge
 

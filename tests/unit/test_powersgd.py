@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from rank_threads import on_ranks
 from torch import Tensor, nn
 
-from distplat.strategies.algorithms import lowrank
+from distplat.strategies.algorithms import compression
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.reduction.powersgd import PowerSGDReducer
-from distplat.strategies.training.control import control_size
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.loop.control import control_size
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.reduction.compressed import PowerSGDReducer
 
 RANK = 2
 
@@ -82,7 +82,7 @@ def reduced(
 def test_what_is_taken_as_a_matrix(
     shape: tuple[int, ...], rank: int, expected: tuple[int, int] | None
 ) -> None:
-    assert lowrank.matrix_shape(shape, rank) == expected
+    assert compression.matrix_shape(shape, rank) == expected
 
 
 @settings(max_examples=100, deadline=None)
@@ -90,7 +90,7 @@ def test_what_is_taken_as_a_matrix(
 def test_orthonormal_with_the_same_span(rank: int, more: int, seed: int) -> None:
     left = torch.randn(rank, rank + more, generator=torch.Generator().manual_seed(seed))
     before = left.clone()
-    lowrank.orthonormalise(left)
+    compression.orthonormalise(left)
     assert (left @ left.t() - torch.eye(rank)).abs().max() < 1e-5
     within = before @ left.t() @ left  # projected on the new rows
     torch.testing.assert_close(within, before, rtol=1e-4, atol=1e-4)
@@ -100,13 +100,13 @@ def test_orthonormal_with_the_same_span(rank: int, more: int, seed: int) -> None
 def test_rows_that_depend_on_each_other_are_made_up(scale: float) -> None:
     """Else a matrix that was zero once would never be heard of again."""
     left = scale * torch.ones(3, 50)
-    lowrank.orthonormalise(left)
+    compression.orthonormalise(left)
     assert (left @ left.t() - torch.eye(3)).abs().max() < 1e-5
 
 
 def test_orthonormal_in_half_precision() -> None:
     left = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
-    lowrank.orthonormalise(left)
+    compression.orthonormalise(left)
     assert (left @ left.t() - torch.eye(2)).abs().max() < 2e-2
 
 
@@ -117,18 +117,18 @@ def test_a_matrix_of_low_rank_is_reproduced(rank: int, rows: int, cols: int, see
     matrix = torch.randn(rows, rank, generator=generator) @ torch.randn(
         rank, cols, generator=generator
     )
-    left, right = torch.empty(rank, rows), lowrank.starting_factor(rank, cols, generator)
-    lowrank.left_factor(matrix, right, out=left)
+    left, right = torch.empty(rank, rows), compression.starting_factor(rank, cols, generator)
+    compression.left_factor(matrix, right, out=left)
     # Rounding grows as directions get alike; that a start may be a poor one is no fault.
     spread = torch.linalg.svdvals(left)
     assume(float(spread[-1] / spread[0]) > 1e-2)
-    lowrank.orthonormalise(left)
-    lowrank.right_factor(matrix, left, out=right)
+    compression.orthonormalise(left)
+    compression.right_factor(matrix, left, out=right)
     product = torch.empty(rows, cols)
-    lowrank.write_product(left, right, out=product)
+    compression.write_product(left, right, out=product)
     size = float(matrix.abs().max())
     torch.testing.assert_close(product, matrix, rtol=0, atol=1e-3 * size)
-    lowrank.subtract_product(matrix, left, right)
+    compression.subtract_product(matrix, left, right)
     assert float(matrix.abs().max()) < 1e-3 * size
 
 
@@ -233,11 +233,11 @@ def test_a_warm_start_finds_the_main_direction() -> None:
     right, left = torch.randn(RANK, 20), torch.empty(RANK, 12)
     errors = []
     for _ in range(60):
-        lowrank.left_factor(matrix, right, out=left)
-        lowrank.orthonormalise(left)
-        lowrank.right_factor(matrix, left, out=right)
+        compression.left_factor(matrix, right, out=left)
+        compression.orthonormalise(left)
+        compression.right_factor(matrix, left, out=right)
         rest = matrix.clone()
-        lowrank.subtract_product(rest, left, right)
+        compression.subtract_product(rest, left, right)
         errors.append(float(rest.norm()))
     assert errors[0] > 1.05 * best
     assert errors[-1] == pytest.approx(best, rel=1e-3)

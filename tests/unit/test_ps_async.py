@@ -22,9 +22,9 @@ from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.training.loop import Progress
+from distplat.strategies.loop.loop import Progress
+from distplat.strategies.loop.session import Ports, join, prepare
 from distplat.strategies.training.replay import replay
-from distplat.strategies.training.session import Ports, join, prepare
 from distplat.strategies.worker import make_worker_strategy
 
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}

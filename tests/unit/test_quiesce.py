@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distplat.platform.errors import Abandoned, ActorLost
-from distplat.platform.job import JobState, Phase
-from distplat.platform.job_events import Event, Failed, Heard, Resize, Tick
+from distplat.platform.job import Event, Failed, Heard, JobState, Phase, Resize, Tick
 from distplat.platform.quiesce import Agreement, Next, Resting, Stop, how_to_stop
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure

@@ -16,17 +16,17 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 import distplat
 from distplat.actors.task_loading import load_task_class
 from distplat.platform.spec import Job
-from distplat.strategies.task import Task
-from distplat.strategies.training.batches import (
+from distplat.strategies.loop.batches import (
     eval_batches,
     make_sampler,
     may_draw,
     micro_batches,
     one_batch,
 )
-from distplat.strategies.training.compute import Stopwatch, WholeModel
-from distplat.strategies.training.seeding import generators_kept, seed_all, seed_step
-from distplat.strategies.training.session import make_task, prepare
+from distplat.strategies.loop.compute import Stopwatch, WholeModel
+from distplat.strategies.loop.seeding import generators_kept, seed_all, seed_step
+from distplat.strategies.loop.session import make_task, prepare
+from distplat.strategies.task import Task
 
 Drawn = tuple[float, float, float, float]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.registry import Registry
+from distplat.strategies.catalog import Registry
 
 
 def make(name: str, module: str = "here") -> type:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distplat.platform.progress import EvalSummary, Recovery, Setback, StepSummary
+from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, StepSummary
 from distplat.platform.report import (
     binned,
     figure_rows,
@@ -85,7 +85,7 @@ def test_metrics_are_curves() -> None:
 
 
 def test_restarts_know_what_became_of_them() -> None:
-    first, second = (Setback(n, 3, "lost", (), 0.0) for n in (1, 2))
+    first, second = (FailureEvent(n, 3, "lost", (), 0.0) for n in (1, 2))
     record = RunRecord(Path(), setbacks=[first, second], recoveries=[Recovery(1, 2.5)])
     assert [one.recovery and one.recovery.seconds for one in restarts(record)] == [2.5, None]
 

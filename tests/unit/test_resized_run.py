@@ -121,9 +121,9 @@ def _losses(reports: list[Any]) -> list[float]:
 
 def test_with_backup_workers_a_step_is_scaled_by_those_that_there_are() -> None:
     """Four workers, of which a step waits for three: their sum counts as a mean of four."""
-    from distplat.platform.consistency import Consistency
     from distplat.platform.ledger import PushId
     from distplat.platform.shard_map import ShardPlan
+    from distplat.platform.spec import Consistency
     from distplat.strategies.training.shard import ParameterShard
 
     job = make(optimizer={"name": "SGD", "lr": 1.0}).with_workers(2)

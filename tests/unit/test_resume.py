@@ -13,9 +13,9 @@ from distplat.platform.errors import SpecError
 from distplat.platform.resume import mismatches
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import RawTensor, TensorSlice
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState, tensor_of
+from distplat.strategies.checkpoint.parts import whole_of
 from distplat.strategies.task import Task
-from distplat.strategies.training.checkpoint_reader import SavedState, tensor_of
-from distplat.strategies.training.parts import whole_of
 
 STEPS, HALF = 12, 5
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
@@ -286,7 +286,7 @@ def test_periods() -> None:
 def test_a_rank_takes_the_slab_that_is_its_own() -> None:
     """As a tensor-parallel stage would: names of a part, tensors of the whole."""
     from distplat.platform.tensor_slices import TensorSlice
-    from distplat.strategies.training.flat import FlatModel
+    from distplat.strategies.model.flat import FlatModel
 
     weight = torch.arange(12.0).view(4, 3)
     files: dict[str, dict[str, RawTensor]] = {

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from distplat.actors.overview import Overview
-from distplat.actors.servers.scheduler import Entry, Roster, ScaleRequest
+from distplat.actors.servers.scheduler import ScaleRequest, SchedulerStatus, WorkerRow
 from distplat.cli.render import to_json
-from distplat.cli.roles import role_facts, role_lines
+from distplat.cli.running import role_facts, role_lines
 from distplat.platform.server_group import ServersSeen, ShardAssignment
 from distplat.platform.shard_map import Shard
 from distplat.platform.worker_stats import WorkerStats
@@ -22,16 +22,16 @@ FAST = WorkerStats(0, 121, 200, 20.04, 0.048, 0.2, False)
 SLOW = WorkerStats(1, 119, 40, 4.0, 0.25, 0.4, True)
 NEW = WorkerStats(7, 0, 0, None, None, 5.0, False)
 WORKERS = (
-    Entry(FAST, (240, 249, 10), False),
-    Entry(SLOW, (237, 237, 1), True),
-    Entry(NEW, None, False),
+    WorkerRow(FAST, (240, 249, 10), False),
+    WorkerRow(SLOW, (237, 237, 1), True),
+    WorkerRow(NEW, None, False),
 )
 
 
-def roster(**more: Any) -> Roster:
+def roster(**more: Any) -> SchedulerStatus:
     fields: dict[str, Any] = {
         "attempt": 1,
-        "dealt": True,
+        "dynamic_tasks": True,
         "steps": 400,
         "parts": 2,
         "done": 118,
@@ -40,7 +40,7 @@ def roster(**more: Any) -> Roster:
         "wish": None,
         "refused": "",
     }
-    return Roster(**{**fields, **more})
+    return SchedulerStatus(**{**fields, **more})
 
 
 def test_a_run_with_leases_and_backups() -> None:
@@ -64,8 +64,8 @@ def test_a_run_with_leases_and_backups() -> None:
 
 def test_a_synchronous_run_without_backups() -> None:
     seats = tuple(ShardAssignment(index, f"server-{index}") for index in range(2))
-    workers = (Entry(FAST, None, False), Entry(SLOW, None, False))
-    told = roster(dealt=False, attempt=0, workers=workers)
+    workers = (WorkerRow(FAST, None, False), WorkerRow(SLOW, None, False))
+    told = roster(dynamic_tasks=False, attempt=0, workers=workers)
     lines = role_lines(Overview("digits-1", "digits", ServersSeen(1, CUTS, seats, False), told))
     assert lines[3:] == [
         "SHARD  ELEMENTS            SERVER",

@@ -7,11 +7,17 @@ from hypothesis import strategies as st
 from jobs import job_of
 
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
-from distplat.strategies.algorithms.mixing import mix
-from distplat.strategies.sparse.index import MOST_BY_ARRAY, ArrayIndex, HashIndex, Index, make_index
-from distplat.strategies.sparse.initial import initial_rows
+from distplat.strategies.algorithms.seeds import mix
 from distplat.strategies.sparse.routing import route, server_of
-from distplat.strategies.sparse.rows import Rows
+from distplat.strategies.sparse.rows import (
+    MOST_BY_ARRAY,
+    ArrayIndex,
+    HashIndex,
+    Index,
+    Rows,
+    initial_rows,
+    make_index,
+)
 
 SPEC = TableSpec("users", 1000, 8, 1.0)
 

@@ -9,7 +9,7 @@ from jobs import job_of
 from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
 
 from distplat.platform.errors import SpecError, StorageError
-from distplat.platform.progress import EvalSummary, Resized, Setback, StepSummary
+from distplat.platform.progress import EvalSummary, FailureEvent, Resized, StepSummary
 from distplat.platform.run_directory import RunDirectory
 from distplat.platform.run_record import find_run, read_run
 
@@ -143,7 +143,7 @@ def test_what_the_platform_writes_is_what_is_read(tmp_path: Path) -> None:
     directory = RunDirectory(job, "one", tmp_path)
     made = StepSummary(0, 0, 1.5, 4, {"compute": 0.5}, 2, {"sent_bytes": 8.0})
     judged = EvalSummary(1, 3, {"accuracy": 0.5})
-    setback = Setback(1, 1, "lost", ("worker-0",), 0.5)
+    setback = FailureEvent(1, 1, "lost", ("worker-0",), 0.5)
     resized = Resized(2, 1, 2, 3, 0.25)
     for summary in (made, judged, setback, resized):
         directory.record(summary)

@@ -19,8 +19,7 @@ from distplat.strategies.algorithms.schedule_messages import (
     output_of,
     with_communication,
 )
-from distplat.strategies.training.recompute import recomputed
-from distplat.strategies.training.stages import Stage, layers_of
+from distplat.strategies.model.layers import Stage, layers_of, recomputed
 
 WAIT_S = 20.0
 WIDTH = 6

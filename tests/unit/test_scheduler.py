@@ -8,8 +8,8 @@ import pytest
 from jobs import job_of
 
 from distplat.actors.servers.scheduler import HOLD_S, ROOM, Scheduler
-from distplat.platform.consistency import SYNCHRONOUS, Consistency
 from distplat.platform.errors import FencedError, ProtocolError, SpecError
+from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.platform.task_scheduler import TaskPlan
 from distplat.platform.worker_stats import WorkerHeartbeat
 
@@ -155,7 +155,7 @@ def test_a_synchronous_run_is_told_of_by_its_workers() -> None:
             await desk.join(rank, 0, COURSE)
             await desk.beat(rank, 0, WorkerHeartbeat(3, 3, 0.3 + rank), (), ())
         roster = await desk.roster()
-        assert (roster.dealt, roster.done, roster.steps) == (False, 3, 4)
+        assert (roster.dynamic_tasks, roster.done, roster.steps) == (False, 3, 4)
         assert [entry.standing.straggler for entry in roster.workers] == [False, True]
 
     play(story())

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from distplat.platform.errors import FencedError, NotReadyError
-from distplat.platform.part import Part, Role
 from distplat.platform.server_group import (
     MOST_LOSSES,
     Fill,
@@ -16,7 +15,9 @@ from distplat.platform.server_group import (
     Held,
     MakeBackup,
     Order,
+    Part,
     Promote,
+    Role,
     ServerGroup,
 )
 

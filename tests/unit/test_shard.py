@@ -23,7 +23,7 @@ from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.algorithms.reduce import squared_norm
-from distplat.strategies.training.control import StepControl
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.training.mirror import Mirror, Update
 from distplat.strategies.training.shard import ParameterShard
 
@@ -304,7 +304,7 @@ def test_an_optimizer_does_not_bring_the_compiler() -> None:
     code = (
         "import sys, torch\n"
         "from distplat.platform.optimizers import Adam\n"
-        "from distplat.strategies.training.optim import FlatOptimizer\n"
+        "from distplat.strategies.model.optim import FlatOptimizer\n"
         "FlatOptimizer(Adam(name='Adam', lr=0.1), torch.ones(3), torch.ones(3)).step(0.1)\n"
         "sys.exit('torch._dynamo' in sys.modules)\n"
     )

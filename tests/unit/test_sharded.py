@@ -14,8 +14,8 @@ from distplat.platform.optimizers import AnyOptimizer
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import Job
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.model.optim import LocalOptimizer
 from distplat.strategies.reduction.sharded import ShardedUpdate
-from distplat.strategies.training.optim import LocalOptimizer
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},

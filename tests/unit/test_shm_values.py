@@ -11,8 +11,7 @@ from torch import Tensor
 
 from distplat.actors.collectives.shm.group import ShmGroup
 from distplat.actors.collectives.shm.kernels import Scratch, combine, cut_evenly
-from distplat.strategies.algorithms.dtypes import SENDABLE
-from distplat.strategies.collective import ReduceOp
+from distplat.strategies.collective import SENDABLE, ReduceOp
 
 OPS = (ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX)
 SLOT_BYTES = 16 * 1024

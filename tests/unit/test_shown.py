@@ -7,9 +7,9 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from distplat.strategies.training.shown import Shown, state_copy
+from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, state_copy
 
-State = Shown[dict[str, Tensor]]
+State = SnapshotPublisher[dict[str, Tensor]]
 
 
 def offer(shown: State, version: int, model: nn.Module) -> None:
@@ -72,7 +72,7 @@ def test_copies_are_of_one_version() -> None:
 
 
 def test_a_version_may_be_asked_for_beforehand() -> None:
-    shown = Shown[str]()
+    shown = SnapshotPublisher[str]()
     assert shown.exactly(2) == (0, None)
     shown.offer(1, lambda: "one")
     assert shown.exactly(1) == (1, None), "it is past, and was not asked for in time"
@@ -83,6 +83,6 @@ def test_a_version_may_be_asked_for_beforehand() -> None:
 
 
 def test_the_last_version_is_there_for_who_asks_later() -> None:
-    shown = Shown[str]()
+    shown = SnapshotPublisher[str]()
     shown.offer(4, lambda: "four", last=True)
     assert shown.exactly(4)[1] is not None

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.training.meta import materialise, on_meta
-from distplat.strategies.training.recompute import recomputed
-from distplat.strategies.training.stages import Layer, layers_of
-from distplat.strategies.training.traced import traced_layers
+from distplat.strategies.model.layers import Layer, layers_of, recomputed, traced_layers
+from distplat.strategies.model.meta import materialise, on_meta
 
 
 def mlp() -> nn.Sequential:

@@ -10,11 +10,11 @@ from rank_threads import on_ranks
 from torch import Tensor, nn
 
 from distplat.platform.errors import CollectiveError, StateLost
+from distplat.strategies.checkpoint.state_sync import take_over_newest
 from distplat.strategies.fakes import Fabric, InMemoryCollective
-from distplat.strategies.training.flat import TORN, FlatModel
-from distplat.strategies.training.model_state import ModelState, Shares
-from distplat.strategies.training.optim import LocalOptimizer
-from distplat.strategies.training.state_sync import take_over_newest
+from distplat.strategies.model.flat import TORN, FlatModel
+from distplat.strategies.model.model_state import ModelState, Shares
+from distplat.strategies.model.optim import LocalOptimizer
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from distplat.platform import optimizers, spec
-from distplat.platform.suggest import hint, nearest
+from distplat.platform.errors import hint, nearest
 
 MODELS = sorted(
     {

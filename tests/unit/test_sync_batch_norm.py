@@ -21,8 +21,8 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.task import Task
-from distplat.strategies.training.sync_batch_norm import SyncNorms
 
 SAMPLES, BATCH, STEPS = 18, 8, 7
 WIDE = torch.float64

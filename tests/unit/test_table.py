@@ -8,9 +8,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from distplat.platform.embeddings import AnyRowOptimizer
+from distplat.platform.spec import AnyRowOptimizer
 from distplat.platform.table_plan import TableSpec
-from distplat.strategies.sparse.initial import initial_rows
+from distplat.strategies.sparse.rows import initial_rows
 from distplat.strategies.sparse.rules import make_rule
 from distplat.strategies.sparse.table import RowGradients, Table
 

@@ -19,9 +19,9 @@ from distplat.platform.errors import ProtocolError, SpecError
 from distplat.platform.ledger import PushId
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.platform.tensor_slices import Bundle, put_together
+from distplat.strategies.checkpoint.checkpoint_types import Boxes, CheckpointPart
 from distplat.strategies.sparse.service import TableService
 from distplat.strategies.sparse.table import RowGradients
-from distplat.strategies.training.checkpoint_types import Boxes, CheckpointPart
 
 SPEC = TableSpec("t", 50, 3, 1.0)
 OPTIMIZERS = ["SGD", "Adagrad", "SparseAdam", "RowWiseAdagrad"]

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from distplat import Task
 from distplat.actors.local_actors import TableServers
 from distplat.nn import ShardedEmbedding
-from distplat.strategies.sparse.initial import initial_rows
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.sparse.modules import tables_of
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.sparse.rows import initial_rows
 
 ROWS, WIDTH, SAMPLES, BATCH, STEPS = 11, 4, 36, 9, 12
 OPTIMIZERS: list[dict[str, Any]] = [

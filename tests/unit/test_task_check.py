@@ -16,8 +16,8 @@ from distplat.actors import launch as launching
 from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_pickling import check_pickles
 from distplat.cli.main import run
-from distplat.platform.error_priority import weight
 from distplat.platform.errors import DistplatError, SpecError, UserCodeError
+from distplat.platform.recovery import weight
 
 JOB = """\
 name: checked

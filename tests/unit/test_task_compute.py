@@ -10,10 +10,9 @@ from test_equivalence import Mlp
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distplat.strategies.training.compute import Stopwatch
-from distplat.strategies.training.prepared import Prepared
-from distplat.strategies.training.session import prepare
-from distplat.strategies.training.task_compute import TaskModel
+from distplat.strategies.loop.compute import Stopwatch, TaskModel
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.session import prepare
 from distplat.strategies.worker import make_worker_strategy
 
 

@@ -11,8 +11,8 @@ from jobs import job_of
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.user_errors import as_user_error
 from distplat.platform.errors import SpecError, UserCodeError
+from distplat.strategies.loop.session import prepare
 from distplat.strategies.task import Task
-from distplat.strategies.training.session import prepare
 
 GOOD = """
 from distplat import Task

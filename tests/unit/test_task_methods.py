@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distplat import Task
-from distplat.strategies.training.task_methods import unheard
+from distplat.strategies.task_methods import unheard
 
 
 class Good(Task):

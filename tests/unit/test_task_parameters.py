@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distplat.strategies.loop.compute import task_modules, task_parameters
 from distplat.strategies.task import Task
-from distplat.strategies.training.task_parameters import task_modules, task_parameters
 
 
 class Rich(Task):

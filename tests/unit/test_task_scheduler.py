@@ -9,10 +9,10 @@ from distplat.platform.errors import FencedError, ProtocolError, StaleError
 from distplat.platform.interval_set import IntervalSet
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.sampler import Sampler
-from distplat.platform.task_scheduler import MOST_TASKS, TaskPlan, TaskScheduler, Work, lease_size
+from distplat.platform.task_scheduler import MOST_TASKS, Lease, TaskPlan, TaskScheduler, lease_size
 
 
-def tasks(work: Work | None) -> list[int]:
+def tasks(work: Lease | None) -> list[int]:
     return [] if work is None else list(work.tasks)
 
 
@@ -212,9 +212,9 @@ class Runs(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.sampler = Sampler(size=11, batch=4, world=3, seed=1)
-        self.course = TaskPlan(2 * self.sampler.steps_per_epoch, 3, evaluations=(2, 6))
+        self.plan = TaskPlan(2 * self.sampler.steps_per_epoch, 3, evaluations=(2, 6))
         self.bound = 2
-        self.brain = TaskScheduler(self.course, self.bound)
+        self.brain = TaskScheduler(self.plan, self.bound)
         self.next = 0  # a fresh rank
         self.holds: dict[int, list[int]] = {}
         self.evals: dict[int, list[tuple[int, int]]] = {}
@@ -303,7 +303,7 @@ class Runs(RuleBasedStateMachine):
 
     @invariant()
     def what_is_done_was_made(self) -> None:
-        done = {task for task in range(self.course.tasks) if task in self.brain.done}
+        done = {task for task in range(self.plan.tasks) if task in self.brain.done}
         assert done <= set(self.made)
 
     def teardown(self) -> None:
@@ -312,7 +312,7 @@ class Runs(RuleBasedStateMachine):
         rank = min(self.holds)
         for other in sorted(self.holds):
             self.brain.lose(other) if other != rank else None
-        for _ in range(10 * self.course.tasks):
+        for _ in range(10 * self.plan.tasks):
             for task in self.holds[rank]:
                 self.made.append(task) if task not in self.made else None
                 self.brain.finish(rank, (task,))

@@ -14,8 +14,8 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import decode, encode, split_task
 from distplat.platform.tensor_slices import RawTensor
+from distplat.strategies.checkpoint.parts import whole_of
 from distplat.strategies.task import Task
-from distplat.strategies.training.parts import whole_of
 
 SAMPLES, BATCH, STEPS = 20, 8, 7
 

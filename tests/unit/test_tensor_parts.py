@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_threads import on_ranks
 
-from distplat.platform.tensor_slices import Entry, TensorSlice, put_together
+from distplat.platform.tensor_slices import TensorEntry, TensorSlice, put_together
+from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
+from distplat.strategies.checkpoint.parts import as_array, whole_of
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.parts import gather_full, join, place_of, take
+from distplat.strategies.tensor.layers import gather_full, join, place_of, take
 from distplat.strategies.tensor.plan import ShardSpec, slice_of
-from distplat.strategies.training.checkpoint_reader import tensor_of
-from distplat.strategies.training.parts import as_array, whole_of
 
 
 @given(
@@ -33,7 +33,7 @@ def test_what_is_cut_can_be_joined(
     places = [place_of(part.shape, spec) for part, spec in zip(parts, specs, strict=True)]
     for part, place in zip(parts, places, strict=True):
         assert torch.equal(tensor_of(kept, place).view(part.shape), part)
-    entries = [Entry("model/w", place, "int64", 0) for place in places]
+    entries = [TensorEntry("model/w", place, "int64", 0) for place in places]
     bundles = [
         ([as_array(part.contiguous())], (entry,))
         for part, entry in zip(parts, entries, strict=True)

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.tensor.heads import HeadLayout
 from distplat.strategies.tensor.plan import (
+    HeadLayout,
     ShardSpec,
     check_styles,
     matches,

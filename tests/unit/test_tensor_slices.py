@@ -17,8 +17,8 @@ from distplat.platform.tensor_file import decode, encode
 from distplat.platform.tensor_slices import (
     ITEM_BYTES,
     Bytes,
-    Entry,
     RawTensor,
+    TensorEntry,
     TensorSlice,
     put_together,
     take_out,
@@ -51,7 +51,7 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
         slab = (dim, start, stop)
         for run in [*cuts(TensorSlice(shape, slab, None, blocks).size, data.draw)]:
             place = TensorSlice(shape, slab, data.draw(st.sampled_from([run])), blocks)
-            entry = Entry("model/w", place, "int32", 0)
+            entry = TensorEntry("model/w", place, "int32", 0)
             bundles.append(([take_out(tensor, place)], (entry,)))
     order = data.draw(st.permutations(bundles))
     [(key, result)] = put_together(order).items()
@@ -60,9 +60,9 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
     assert np.array_equal(result.data, tensor.data)
 
 
-def part(place: TensorSlice, dtype: str = "int32") -> tuple[list[Bytes], tuple[Entry, ...]]:
+def part(place: TensorSlice, dtype: str = "int32") -> tuple[list[Bytes], tuple[TensorEntry, ...]]:
     data = np.zeros(place.size * ITEM_BYTES[dtype], np.uint8)
-    return [data], (Entry("model/w", place, dtype, 0),)
+    return [data], (TensorEntry("model/w", place, dtype, 0),)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.layers import layers_of, recomputed
 from distplat.strategies.tensor.parallelize import forget, parallelize
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.recompute import recomputed
-from distplat.strategies.training.stages import layers_of
 
 CHARLM = {
     "*.token": "embedding",

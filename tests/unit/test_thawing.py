@@ -15,8 +15,8 @@ from distplat.platform.errors import SpecError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
 from distplat.platform.spec import Job
-from distplat.strategies.training.flat import FlatModel
-from distplat.strategies.training.optim import LocalOptimizer
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optim import LocalOptimizer
 from distplat.strategies.training.shard import ParameterShard
 
 STEPS, THAWS_IN = 6, 3

@@ -9,12 +9,12 @@ from rank_threads import on_ranks
 from torch import Tensor, nn
 
 from distplat.platform.errors import CollectiveError
+from distplat.strategies.algorithms.compression import add_sparse, entries_sent, largest
 from distplat.strategies.algorithms.ring import traffic_elements
-from distplat.strategies.algorithms.sparse import add_sparse, entries_sent, largest
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.reduction.topk import TopKReducer
-from distplat.strategies.training.control import control_size
-from distplat.strategies.training.flat import FlatModel
+from distplat.strategies.loop.control import control_size
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.reduction.compressed import TopKReducer
 
 FIGURES = {
     *("sent_bytes", "received_bytes", "waiting_s", "working_s", "exposed_s"),
@@ -291,6 +291,6 @@ def test_an_exchange_that_failed_leaves_the_residual_for_the_next_group() -> Non
 
 
 def test_too_many_parameters_for_an_int32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distplat.strategies.reduction.topk._MOST_ELEMENTS", 10)
+    monkeypatch.setattr("distplat.strategies.reduction.compressed._MOST_ELEMENTS", 10)
     with pytest.raises(ValueError, match="at most 10 parameters"):
         TopKReducer(small_model(), Fabric(1).collective(0), 0.1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Result, Task, Trainer
-from distplat.strategies.training.unwrapping import unwrapped
+from distplat.strategies.model.module_hooks import unwrapped
 
 
 def plain() -> nn.Sequential:

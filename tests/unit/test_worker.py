@@ -8,12 +8,12 @@ import pytest
 
 from distplat.actors.connection import Connection
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.training import Session, Standing
+from distplat.actors.training import AttemptState, Session
 from distplat.actors.worker import Worker
-from distplat.platform.checkpoint_assembly import Delivery
+from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned
-from distplat.strategies.training.loop import Progress
-from distplat.strategies.training.pause import PauseGate
+from distplat.strategies.loop.loop import Progress
+from distplat.strategies.loop.pause import PauseGate
 
 
 def working() -> Worker:
@@ -23,7 +23,7 @@ def working() -> Worker:
     gate.start(2)
     gate.before(2)
     worker._session = Session(lambda report: None, lambda delivery: None)
-    worker._session.standing = Standing(0, gate, Progress(3, 4))
+    worker._session.standing = AttemptState(0, gate, Progress(3, 4))
     worker._session._connection = Connection(RayTransport(), 0, gate)
     result: Worker = worker
     return result

@@ -8,8 +8,7 @@ from contextlib import suppress
 
 from distplat.actors.collectives.rendezvous import GIVEN_UP
 from distplat.actors.collectives.shm.segment import GroupSegment
-from distplat.actors.memory.futex import Word, reached
-from distplat.actors.memory.processes import has_ended
+from distplat.actors.memory.futex import Word, has_ended, reached
 from distplat.platform.errors import CollectiveError
 
 SLICE_S = 0.1

@@ -1,0 +1,203 @@
+"""
+A checkpoint as the ranks see it: each asks for what it is to hold, whoever held it before.
+
+Tensors are whole and have the model's own names; a rank takes the run or the slab that is its own.
+So a run may go on under another strategy, with another number of workers or servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.resume import names_differ
+from distplat.platform.table_plan import TableSpec, file_of
+from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optim import NUMBERS, PER_PARAMETER, USED
+from distplat.strategies.model.segments import dtype_name
+
+Load = Callable[[str], Mapping[str, RawTensor]]
+"""Gives the tensors of one of the files, `model` or `optimizer`."""
+
+
+class SavedState:
+    """
+    The state that a run begins from.
+
+    Args:
+        state: what `state.json` holds.
+        load: gives the tensors; called when they are wanted.
+    """
+
+    def __init__(self, state: Mapping[str, Any], load: Load) -> None:
+        self.state, self._load = state, load
+
+    @property
+    def step(self) -> int:
+        """Steps that it has behind it."""
+        return int(self.state["step"])
+
+    def check_data(self, samples: int) -> None:
+        """
+        Compare the data set.
+
+        Raises:
+            SpecError: it has another size, so the position in it means nothing.
+        """
+        had = self.state.get("samples", samples)
+        if had != samples:
+            text = f"the checkpoint was made with {had} training samples, the task has {samples}"
+            raise SpecError(Problem(("task",), text))
+
+    def check_tables(self, tables: Sequence[TableSpec]) -> None:
+        """
+        Compare the model's embedding tables.
+
+        Raises:
+            SpecError: they are others; says what differs.
+        """
+        had = {facts["name"]: facts for facts in self.state.get("tables", [])}
+        has = {table.name: asdict(table) for table in tables}
+        lines = names_differ({*had}, {*has})
+        for name in had.keys() & has.keys():
+            differ = [f for f, value in has[name].items() if had[name].get(f) != value]
+            lines += [f"{name!r} has {f} {has[name][f]}, had {had[name].get(f)}" for f in differ]
+        if lines:
+            text = f"the checkpoint has other embedding tables: {'; '.join(sorted(lines)[:6])}"
+            raise SpecError(Problem(("task",), text))
+
+    @property
+    def table_files(self) -> tuple[str, ...]:
+        """Names of the files with embedding tables."""
+        servers = self.state.get("embeddings", {}).get("servers", 0)
+        return tuple(file_of(server) for server in range(servers))
+
+    def tables(self) -> Iterator[Mapping[str, RawTensor]]:
+        """Give the embedding tables, a file at a time."""
+        return (self._load(name) for name in self.table_files)
+
+    def load_model(self, flat: FlatModel, places: Mapping[str, TensorSlice] | None = None) -> None:
+        """
+        Fill a model, in place, and set its version.
+
+        Args:
+            flat: the model.
+            places: where a parameter lies in the whole one, for those that are slabs; a model that
+                is a part of the whole must name all others too.
+
+        Raises:
+            SpecError: it is another model; says what differs.
+        """
+        found = self._load("model")
+        mine = flat.state_dict()
+        _check_model(found, mine, places)
+        for name, tensor in mine.items():
+            place = (places or {}).get(name, TensorSlice(tuple(tensor.shape)))
+            tensor.copy_(tensor_of(found[name], place).view(tensor.shape))
+        flat.fill_tail()
+        flat.version = self.step
+
+    def optimizer(
+        self,
+        flat: FlatModel,
+        start: int = 0,
+        stop: int | None = None,
+        places: Mapping[str, TensorSlice] | None = None,
+    ) -> dict[str, Tensor]:
+        """
+        Give what the optimizer remembers of a run of the flat vector, by torch's names.
+
+        Args:
+            flat: the model.
+            start: first element of the run.
+            stop: its last one, exclusive; None: the end.
+            places: see `load_model`.
+
+        Returns:
+            See `FlatOptimizer.state`; a parameter of which the checkpoint has nothing begins anew.
+        """
+        found = self._load("optimizer")
+        if not found:
+            return {}
+        stop = flat.size if stop is None else stop
+        used = torch.zeros(len(flat.slots), dtype=torch.bool)
+        result: dict[str, Tensor] = {}
+        for kind in dict.fromkeys(key.partition("/")[0] for key in found):
+            if kind in found or kind in NUMBERS:
+                result[PER_PARAMETER + kind] = _numbers(found, kind, flat, used)
+            else:
+                result[kind] = _vector(found, kind, flat, (start, stop), used, places or {})
+        return {**result, USED: used}
+
+
+def _numbers(found: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: Tensor) -> Tensor:
+    """Give a number for each parameter; older checkpoints have one for all. Notes who has one."""
+    shared = kind in found
+    keys = [kind if shared else f"{kind}/{slot.name}" for slot in flat.slots]
+    values = [tensor_of(found[key], TensorSlice(())) if key in found else None for key in keys]
+    dtype = next((value.dtype for value in values if value is not None), torch.float32)
+    result = torch.zeros(len(keys), dtype=dtype)
+    for place, value in enumerate(values):
+        if value is not None:
+            result[place] = value
+            used[place] |= not shared
+    return result
+
+
+def _vector(
+    found: Mapping[str, RawTensor],
+    kind: str,
+    flat: FlatModel,
+    run: tuple[int, int],
+    used: Tensor,
+    places: Mapping[str, TensorSlice],
+) -> Tensor:
+    """Give a run of a vector; notes the parameters that have something in it."""
+    start, stop = run
+    for place, slot in enumerate(flat.slots):
+        used[place] |= f"{kind}/{slot.name}" in found
+    result = flat.params.new_zeros(stop - start, device="cpu")
+    for place, first, last in flat.slots_in(start, stop):
+        slot = flat.slots[place]
+        key = f"{kind}/{slot.name}"
+        if key in found:
+            part, _ = flat.elements_of(slot, first, last, start)
+            where = replace(places.get(slot.name, TensorSlice(slot.shape)), run=part)
+            mine = result[first - start : last - start]
+            values = tensor_of(found[key], where).reshape(-1)
+            (mine.view(slot.dtype) if flat.mixed else mine).copy_(values)
+    return result
+
+
+def tensor_of(whole: RawTensor, place: TensorSlice) -> Tensor:
+    """Copy a part of a whole tensor, shape [its elements]; without dimensions if that has none."""
+    part = np.ascontiguousarray(take_out(whole, place))
+    values = torch.from_numpy(part).view(getattr(torch, whole.dtype))
+    return values if place.shape else values.view(())
+
+
+def _check_model(
+    found: Mapping[str, RawTensor],
+    mine: Mapping[str, Tensor],
+    places: Mapping[str, TensorSlice] | None,
+) -> None:
+    """Compare names, shapes and types; where `places` are given the model may be a part."""
+    names = {*found} & {*mine} if places is not None else {*found}
+    lines = names_differ(names, {*mine})
+    for name in found.keys() & mine.keys():
+        place = (places or {}).get(name, TensorSlice(tuple(mine[name].shape)))
+        had, has = found[name], mine[name]
+        if had.shape != place.shape:
+            lines.append(f"{name!r} is {[*had.shape]} in the checkpoint, {[*place.shape]} here")
+        elif had.dtype != dtype_name(has):
+            lines.append(f"{name!r} is {had.dtype} in the checkpoint, {dtype_name(has)} here")
+    if lines:
+        shown = "; ".join(sorted(lines)[:6]) + ("; ..." if len(lines) > 6 else "")
+        raise SpecError(Problem(("task",), f"the checkpoint is of another model: {shown}"))

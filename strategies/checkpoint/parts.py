@@ -1,0 +1,183 @@
+"""
+What a rank gives to a checkpoint: its part of the model's state, by the names of the whole.
+
+    flat.params          |  0.weight  |  0.bias  |pad|  2.weight  |        entries of `model/...`
+    exp_avg, elements    .....[ 16 ------------ 48 ]..............         `optimizer/exp_avg/...`
+    buffers              running_mean                                      `model/1.running_mean`
+
+A part is a few long vectors and a list of what is in them. It is given between two steps and
+copied at once; everything after that happens behind the training's back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distplat.platform.tensor_slices import Bytes, RawTensor, TensorEntry, TensorSlice
+from distplat.strategies.checkpoint.checkpoint_types import ALL, Boxes, CheckpointPart, Holding
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optim import PER_PARAMETER, USED
+from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.ports import Kind, Shards
+
+
+def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
+    """
+    Give a rank's model: trainable parameters, others, and buffers.
+
+    Args:
+        flat: the model.
+        holding: what of the whole it is.
+    """
+    live = flat.trained_names()
+    entries = vector_entries(flat, [kind_of("model", flat.params)], 0, b"", holding, live)
+    return CheckpointPart((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
+
+
+def buffer_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
+    """Give what of a model is not trained: buffers and frozen parameters."""
+    elsewhere = holding.others | flat.trained_names()
+    rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
+    entries = [
+        TensorEntry(
+            f"model/{name}",
+            holding.places.get(name, TensorSlice(tuple(value.shape))),
+            dtype_name(value),
+            number,
+        )
+        for number, (name, value) in enumerate(rest.items())
+    ]
+    return CheckpointPart(tuple(rest.values()), tuple(entries))
+
+
+def optimizer_part(
+    flat: FlatModel,
+    state: Mapping[str, Tensor],
+    start: int = 0,
+    holding: Holding = ALL,
+) -> CheckpointPart:
+    """
+    Give the state of an optimizer over a run of the flat vector.
+
+    Args:
+        flat: the model.
+        state: see `FlatOptimizer.state`.
+        start: first element of the run.
+        holding: see `model_part`.
+    """
+    kinds, used = kinds_of(state)
+    tensors = tuple(value for name, value in state.items() if name != USED)
+    entries = vector_entries(flat, kinds, start, used, holding)
+    return CheckpointPart(tensors, tuple(entries))
+
+
+def server_part(
+    flat: FlatModel, shards: Shards, version: int, *, may_skip: bool, holding: Holding = ALL
+) -> CheckpointPart:
+    """
+    Give what server nodes keep of a version, and this rank's buffers.
+
+    Args:
+        flat: the model.
+        shards: the port to the servers.
+        version: steps.
+        may_skip: see `CheckpointPart`.
+        holding: see `model_part`.
+    """
+    live = flat.trained_names()  # in the step that this version follows, not when it is fetched
+
+    def fetch() -> Boxes | None:
+        copies = shards.copies(version)
+        if copies is None:
+            return None
+        return [
+            (c.box, tuple(vector_entries(flat, c.kinds, c.start, c.used, holding, live)))
+            for c in copies
+        ]
+
+    return replace(buffer_part(flat, holding), fetch=fetch, may_skip=may_skip)
+
+
+def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[Kind], bytes]:
+    """Say what an optimizer's state is made of, and, a byte each, of which parameters it is."""
+    kinds = [kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
+    return kinds, state[USED].numpy().tobytes() if USED in state else b""
+
+
+def kind_of(key: str, tensor: Tensor) -> Kind:
+    """Say what a vector, or a number for each parameter, is."""
+    plain = key.replace(f"optimizer/{PER_PARAMETER}", "optimizer/")
+    return Kind(plain, dtype_name(tensor), tensor.numel() if plain == key else None)
+
+
+def vector_entries(
+    flat: FlatModel,
+    kinds: Sequence[Kind],
+    start: int = 0,
+    used: bytes = b"",
+    holding: Holding = ALL,
+    live: Set[str] = frozenset(),
+) -> list[TensorEntry]:
+    """
+    Name what is in vectors over one run; the n-th array is that of the n-th kind.
+
+    Args:
+        flat: the model.
+        kinds: of the vectors.
+        start: first element of the run.
+        used: a byte for each parameter, 0: an optimizer remembers nothing of it.
+        holding: see `model_part`.
+        live: names of the parameters whose values are those in the vector `model`.
+    """
+    length = next((kind.length for kind in kinds if kind.length is not None), 0)
+    entries = []
+    for place, first, last in flat.slots_in(start, start + length):
+        slot = flat.slots[place]
+        if slot.name in holding.others:
+            continue
+        for number, (key, dtype, vector) in enumerate(kinds):
+            if slot.name not in live if key == "model" else not used[place]:
+                continue
+            if vector is None:
+                entries.append(
+                    TensorEntry(f"{key}/{slot.name}", TensorSlice(()), dtype, number, place)
+                )
+                continue
+            run, offset = flat.elements_of(slot, first, last, start)
+            where = replace(holding.places.get(slot.name, TensorSlice(slot.shape)), run=run)
+            kind = str(slot.dtype).removeprefix("torch.")
+            entries.append(TensorEntry(f"{key}/{slot.name}", where, kind, number, offset))
+    return entries
+
+
+class Staging:
+    """Copies of a rank's vectors, in memory that is used again for every checkpoint."""
+
+    def __init__(self) -> None:
+        self._copies: list[Tensor] = []
+
+    def copy(self, tensors: Sequence[Tensor]) -> list[Bytes]:
+        """Copy tensors of any device; the arrays are good until the next call."""
+        for number, tensor in enumerate(tensors):
+            if number == len(self._copies):
+                self._copies.append(torch.empty(0))
+            mine = self._copies[number]
+            if (mine.dtype, mine.numel()) != (tensor.dtype, tensor.numel()):
+                self._copies[number] = mine = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            mine.view(tensor.shape).copy_(tensor.detach())
+        return [as_array(copy) for copy in self._copies[: len(tensors)]]
+
+
+def whole_of(tensor: Tensor) -> RawTensor:
+    """View a contiguous tensor on the CPU as what travels."""
+    return RawTensor(dtype_name(tensor), tuple(tensor.shape), as_array(tensor))
+
+
+def as_array(tensor: Tensor) -> Bytes:
+    """View a contiguous tensor on the CPU as bytes."""
+    array: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return array

@@ -1,0 +1,283 @@
+"""
+Whether all ranks train the same: model, data and code, told apart by name before the first step.
+
+A rank writes down what it has and lays it on the run's board, where the first to come has laid its
+own; each compares with that. So nobody waits for anybody, and a worker that comes later is compared
+too. Values of a model may differ, for ranks take over rank 0's; its samples may not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.checkpoint.state_sync import untrained_slots
+from distplat.strategies.loop.seeding import (
+    generators_kept,
+    seed_sample,
+    state_of_generators,
+)
+from distplat.strategies.model.written_tensors import checksum
+from distplat.strategies.ports import Board
+from distplat.strategies.task import Task
+
+_KEY = "what-ranks-have"
+_SAMPLES = 16
+_DRAWS = "draws random numbers"
+_DEPTH = 8
+"""Of collections within each other."""
+_SHOWN = 4
+"""Names of a model that a message has at most."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rank trains; plain values, to be compared with another's."""
+
+    code: tuple[str, str]
+    """File of the task's module, and a hash of it; empty where there is none."""
+    model: tuple[tuple[str, str], ...]
+    """Names of parameters and buffers, and what each is."""
+    samples: int
+    """Length of the training data."""
+    eval_samples: int
+    """Length of the evaluation data; -1: there is none, or it has no length."""
+    hashes: tuple[tuple[int, str], ...]
+    """Positions in the training data, and a hash of each sample; see `hash_samples`."""
+    values: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Names and checksums of buffers and frozen parameters, where ranks do not send them."""
+
+
+def facts_of(
+    task: Task,
+    model: nn.Module,
+    data: Dataset[Any],
+    eval_data: Any,
+    seed: int,
+    *,
+    sent: bool = True,
+) -> Facts:
+    """
+    Write down what this rank has.
+
+    Args:
+        task: the user's.
+        model: as it was built.
+        data: the training samples.
+        eval_data: the evaluation samples, or None.
+        seed: of the job; says which samples are compared.
+        sent: whether ranks take over rank 0's buffers and frozen parameters; else these count.
+    """
+    size = _length(data)
+    positions = random.Random(seed).sample(range(max(0, size)), min(max(0, size), _SAMPLES))
+    hashes = hash_samples(data, sorted(positions))
+    values = () if sent else tuple(_checksums(model))
+    samples = size, _length(eval_data), tuple(hashes.items())
+    return Facts(_code(task), _model(model), *samples, values)
+
+
+def agree(
+    mine: Facts, rank: int, board: Board, again: Callable[[Sequence[int]], Mapping[int, str]]
+) -> None:
+    """
+    Compare with the first rank that came.
+
+    Args:
+        mine: what this rank has.
+        rank: this one.
+        board: the run's.
+        again: hashes samples once more; what is another one each time says nothing.
+
+    Raises:
+        SpecError: it has something else; says what, and which of the two has what.
+    """
+    text = json.dumps({"rank": rank, "facts": asdict(mine)}).encode()
+    first = json.loads(board.first(_KEY, text))
+    theirs = _read(first["facts"])
+    if theirs == mine:
+        return
+    me, other = f"worker-{rank}", f"worker-{first['rank']}"
+    found = _differences(mine, theirs, me, other)
+    if not found:
+        found = _other_samples(mine, theirs, me, other, again)
+    if found:
+        hint = "every worker must build the same model and data: what differs between them?"
+        raise SpecError(*(Problem(("task",), text, hint) for text in found))
+
+
+def _read(found: Mapping[str, Any]) -> Facts:
+    return Facts(
+        tuple(found["code"]),
+        tuple((name, what) for name, what in found["model"]),
+        found["samples"],
+        found["eval_samples"],
+        tuple((number, one) for number, one in found["hashes"]),
+        tuple((name, tuple(sums)) for name, sums in found["values"]),
+    )
+
+
+def _differences(mine: Facts, theirs: Facts, me: str, other: str) -> list[str]:
+    """Say what differs but for the samples themselves."""
+    found = []
+    if mine.code != theirs.code:
+        found.append(f"{me} runs another {mine.code[0] or 'task'} than {other}")
+    for kind in ("samples", "eval_samples"):
+        has, had = getattr(mine, kind), getattr(theirs, kind)
+        if has != had:
+            what = "training samples" if kind == "samples" else "evaluation samples"
+            found.append(f"{me} has {_count(has)} {what}, {other} has {_count(had)}")
+    has_model, had_model = dict(mine.model), dict(theirs.model)
+    names = [n for n in has_model | had_model if has_model.get(n) != had_model.get(n)]
+    for name in names[:_SHOWN]:
+        has_it, had_it = (m.get(name, "not there") for m in (has_model, had_model))
+        found.append(f"{name!r} of the model is {has_it} on {me}, {had_it} on {other}")
+    if len(names) > _SHOWN:
+        found.append(f"{len(names) - _SHOWN} more parameters and buffers differ")
+    has_values, had_values = dict(mine.values), dict(theirs.values)
+    for name in [n for n in has_values if has_values[n] != had_values.get(n)][:1]:
+        where = f"on {me} than on {other}, and under this strategy nobody sends them"
+        found.append(f"{name!r} of the model has other values {where}")
+    if not names and mine.model != theirs.model:
+        found.append(f"{me} has the parameters of the model in another order than {other}")
+    return found
+
+
+def _other_samples(
+    mine: Facts,
+    theirs: Facts,
+    me: str,
+    other: str,
+    again: Callable[[Sequence[int]], Mapping[int, str]],
+) -> list[str]:
+    had = dict(theirs.hashes)
+    differ = [
+        (number, one)
+        for number, one in mine.hashes
+        if had.get(number) != one and _DRAWS not in (had.get(number), one)
+    ]
+    repeated = again([number for number, _ in differ])
+    # It drew nothing at first: what draws now is another thread of this process.
+    sure = [number for number, one in differ if repeated.get(number) in (one, _DRAWS)]
+    if not sure:
+        return []
+    numbers = ", ".join(map(str, sure[:_SHOWN])) + (", ..." if len(sure) > _SHOWN else "")
+    return [
+        f"{me} has other training samples than {other}: {len(sure)} of {len(mine.hashes)} that "
+        f"were compared differ, of the numbers {numbers}"
+    ]
+
+
+def _checksums(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for slot in untrained_slots(model):
+        if slot.tensor is not None and not slot.tensor.is_meta:
+            yield slot.name, checksum(slot.tensor)
+
+
+def _count(size: int) -> str:
+    return "no" if size < 0 else str(size)
+
+
+def _length(data: Any) -> int:
+    try:
+        return len(data)
+    except TypeError:
+        return -1
+
+
+def _model(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    found = []
+    for name, parameter in model.named_parameters():
+        kind = "trained" if parameter.requires_grad else "frozen"
+        found.append((name, f"a {kind} parameter, {_kind(parameter)}"))
+    found += [(name, f"a buffer, {_kind(buffer)}") for name, buffer in model.named_buffers()]
+    return tuple(found)
+
+
+def _kind(tensor: Tensor) -> str:
+    if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+        return "not initialised"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {[*tensor.shape]}"
+
+
+def _code(task: Task) -> tuple[str, str]:
+    module = sys.modules.get(type(task).__module__)
+    file = getattr(module, "__file__", None)
+    try:
+        text = Path(file).read_bytes() if file else b""
+    except OSError:
+        return "", ""
+    return (Path(file).name, hashlib.sha256(text).hexdigest()) if file else ("", "")
+
+
+def hash_samples(data: Dataset[Any], positions: Sequence[int]) -> dict[int, str]:
+    """
+    Read samples and give a hash of each; of one that draws random numbers, that it does.
+
+    Reading draws numbers that no other rank and no step of the training draws. So a sample that
+    draws is another one on each rank, and cannot be compared. The global generators are put back.
+    What a sample raises is raised when it is trained on; here it is its hash.
+    """
+    found, own = {}, secrets.randbits(63)
+    with generators_kept():
+        for position in positions:
+            seed_sample(own, position)
+            before = state_of_generators()
+            try:
+                found[position] = hash_of(data[position])
+            except Exception as error:
+                found[position] = f"raises {type(error).__name__}"
+            if state_of_generators() != before:
+                found[position] = _DRAWS
+    return found
+
+
+def hash_of(sample: Any) -> str:
+    """Hash what a sample holds: tensors, arrays, numbers, text, and collections of them."""
+    digest = hashlib.sha256()
+    _feed(digest, sample, 0)
+    return digest.hexdigest()[:16]
+
+
+def _feed(digest: Any, value: Any, depth: int) -> None:
+    digest.update(f"<{type(value).__qualname__}>".encode())
+    if isinstance(value, Tensor):
+        _feed_tensor(digest, value)
+    elif isinstance(value, np.ndarray | np.generic):
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes())
+    elif isinstance(value, bool | int | float | complex | str | bytes | type(None)):
+        digest.update(repr(value).encode())
+    elif depth < _DEPTH:
+        for item in _items(value):
+            _feed(digest, item, depth + 1)
+
+
+def _items(value: Any) -> list[Any]:
+    """Give what a collection holds; nothing, of what is none."""
+    if isinstance(value, Mapping):
+        return [item for pair in value.items() for item in pair]
+    if isinstance(value, list | tuple):
+        return [*value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in fields(value)]
+    return [np.asarray(value)] if hasattr(value, "__array__") else []  # an image
+
+
+def _feed_tensor(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype}{[*tensor.shape]}".encode())
+    if tensor.layout is torch.strided and not tensor.is_meta:
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,312 @@
+"""
+What user code returned, looked at before it is used: clear words instead of a failure further on.
+
+    model()              a module whose parameters have shapes, whose state can be kept and sent
+    train_data(), ...    a data set with a length and numbered samples
+    loss()               one number that leads back to the parameters
+    metrics()            names, and a number for each
+
+What is wrong with user code is a `ValueError` here, which a worker tells as the user's error (exit
+code 1). What no strategy or file could hold is a `SpecError` (exit code 2): nothing was trained.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.platform.tensor_slices import ITEM_BYTES
+from distplat.strategies.collective import SENDABLE
+from distplat.strategies.model.module_hooks import unwrapped
+from distplat.strategies.task import Task
+
+_REAL = "keep it as real numbers: torch.view_as_real(...), and torch.view_as_complex in forward()"
+_SHOWN = 6
+"""Names in one message."""
+
+
+def check_device(device: str) -> None:
+    """
+    See whether the device that a model is to be trained on is there.
+
+    Raises:
+        SpecError: it is a card, and torch sees none here.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        text = f"torch {torch.__version__} sees no card where this worker runs"
+        hint = "set it to false, or run where a card and a torch built for it are"
+        raise SpecError(Problem(("scaling", "use_gpu"), text, hint))
+
+
+def checked_model(task: Task, model: object) -> nn.Module:
+    """
+    Give what `model()` returned, if it can be trained; without wrappers that change names.
+
+    Raises:
+        ValueError: it is no module, or has parameters without a shape.
+    """
+    where = _place(task, "model")
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise ValueError(
+            f"{where}model() must return a model, got the class {model.__name__}: "
+            f"call it, {model.__name__}(...)"
+        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{where}model() must return a torch.nn.Module, got {_named(model)}{_no_return(model)}"
+        )
+    lazy = [name for name, one in _tensors(model) if is_lazy(one)]
+    if lazy:
+        raise ValueError(
+            f"{where}{_listed(lazy)} of the model {'has' if len(lazy) == 1 else 'have'} no shape "
+            "yet, as lazy modules do before their first batch: run one through the model in "
+            "model(), for example model(torch.zeros(1, 8)), before you return it"
+        )
+    return unwrapped(model)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def check_state(model: nn.Module, *, sent: bool) -> None:
+    """
+    Find what could be trained and then neither be kept nor sent.
+
+    Args:
+        model: the user's.
+        sent: whether ranks exchange its tensors in collective operations.
+
+    Raises:
+        SpecError: names each tensor and its type.
+    """
+    problems = []
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, value in model.state_dict().items():
+        what = "parameter" if name in trained else "state"
+        if not isinstance(value, Tensor):
+            text = f"model() has {name!r} in its state_dict(), a {type(value).__name__}"
+            hint = "get_extra_state() must return a tensor, or hold such state in the task"
+            problems.append(Problem(("task",), f"{text}: only tensors are kept", hint))
+            continue
+        kind = str(value.dtype).removeprefix("torch.")
+        hint = _REAL if value.is_complex() else "use another type"
+        if kind not in ITEM_BYTES or value.layout is not torch.strided:
+            how = kind if value.layout is torch.strided else f"{kind}, {value.layout}"
+            text = f"model() has the {what} {name!r} of type {how}, which cannot be saved"
+            problems.append(Problem(("task",), text, hint))
+        elif sent and value.dtype not in SENDABLE:
+            text = f"model() has the {what} {name!r} of type {kind}, which workers cannot exchange"
+            if name not in trained:  # servers take real parameters only, and no buffers
+                hint += "; or take `strategy: ps-sync`"
+            problems.append(Problem(("task",), text, hint))
+    if problems:
+        raise SpecError(*problems)
+
+
+def checked_data(task: Task, data: object, method: str) -> Dataset[Any]:
+    """
+    Give what `train_data()` or `eval_data()` returned, if samples can be taken from it by number.
+
+    Raises:
+        ValueError: it cannot be; says what to return instead.
+    """
+    fault = _fault_of(data)
+    if not fault and method == "eval_data" and len(data) == 0:  # type: ignore[arg-type]
+        fault = "has no samples: return None for no evaluation"
+    if fault:
+        raise ValueError(f"{_place(task, method)}{method}() {fault}")
+    found: Dataset[Any] = data  # type: ignore[assignment]
+    return found
+
+
+def remark_on_size(job: Job, sampler: Sampler) -> str:
+    """Say what a job asks for that its data is too small for; empty: nothing."""
+    if sampler.size < sampler.world:
+        idle = sampler.world - sampler.size
+        return (
+            f"the training data has {sampler.size} samples for {sampler.world} parts of a batch: "
+            f"{idle} of them are empty in every step"
+        )
+    if sampler.size < job.global_batch_size:
+        return (
+            f"the training data has {sampler.size} samples, fewer than global_batch_size "
+            f"{job.global_batch_size}: every step is made of all of them"
+        )
+    return ""
+
+
+def _fault_of(data: object) -> str:
+    """Say what is wrong with a data set; empty: nothing."""
+    wanted = "must return a map-style data set, with len(data) and data[i] -> (inputs, targets)"
+    if data is None:
+        return f"{wanted}; got None{_no_return(data)}"
+    if isinstance(data, type):
+        return f"{wanted}; got the class {data.__name__}: call it, {data.__name__}(...)"
+    if isinstance(data, DataLoader):
+        return (
+            f"{wanted}; got a DataLoader: return its data set, the job's global_batch_size and "
+            "data.* say how batches are made of it"
+        )
+    if isinstance(data, IterableDataset) or inspect.isgenerator(data) or _is_iterator(data):
+        what = "an IterableDataset" if isinstance(data, IterableDataset) else _named(data)
+        return f"{wanted}; got {what}: which samples a rank takes is said by their numbers"
+    if isinstance(data, tuple) and data and all(isinstance(one, Tensor) for one in data):
+        return f"{wanted}; got a tuple of tensors: TensorDataset(...) makes a data set of them"
+    if not hasattr(data, "__getitem__"):
+        return f"{wanted}; {_named(data)} has no __getitem__"
+    try:
+        len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return f"{wanted}; {_named(data)} has no length"
+    return ""
+
+
+def _is_iterator(data: object) -> bool:
+    return hasattr(data, "__next__")
+
+
+def checked_loss(task: Task, loss: object, outputs: Any) -> Tensor:
+    """
+    Give what loss() made of a micro-batch, if it can be differentiated, or is not to be.
+
+    Args:
+        task: the user's.
+        loss: what it returned, or the sum of a pair that it returned.
+        outputs: what the model gave, for the message.
+
+    Raises:
+        ValueError: it is no scalar tensor, or nothing leads from it back to the parameters.
+    """
+    where = _place(task, "loss")
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"{where}{_no_tensor(loss)}")
+    if loss.ndim != 0:
+        raise ValueError(
+            f"{where}loss() must return a scalar, the mean over the batch, or (sum, weight); "
+            f"got shape {[*loss.shape]}: take its mean()"
+        )
+    if not loss.is_floating_point():
+        kind = str(loss.dtype).removeprefix("torch.")
+        raise ValueError(f"{where}loss() must return a real number, got one of type {kind}")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError(f"{where}loss() returned a scalar without a gradient: {_cut_off(outputs)}")
+    return loss
+
+
+def checked_weight(task: Task, weight: object) -> float:
+    """
+    Give the weight of a pair (sum, weight) that loss() returned.
+
+    Raises:
+        ValueError: it is no number, negative, infinite or NaN.
+    """
+    where = _place(task, "loss")
+    number = _number(weight, f"{where}loss() gives the weight", "weight")
+    if not 0.0 <= number < float("inf"):
+        raise ValueError(f"{where}loss() gives the weight {number:g}: it must be finite, 0 or more")
+    return number
+
+
+def _no_tensor(loss: object) -> str:
+    """Say what to return instead of what is no tensor."""
+    text = f"loss() must return a tensor without dimensions, got {_named(loss)}"
+    if isinstance(loss, int | float):
+        return f"{text} {loss:g}: return the tensor itself, without .item() or float()"
+    if isinstance(loss, Mapping):
+        names = _listed([str(name) for name in loss])
+        return f"{text} of {names}: return the entry that is to be minimised"
+    if isinstance(getattr(loss, "loss", None), Tensor):
+        return f"{text}: return its .loss"
+    return f"{text}{_no_return(loss)}"
+
+
+def _cut_off(outputs: object) -> str:
+    if any(one.requires_grad for one in _within(outputs)):
+        return "what the model gave has one; .detach(), no_grad(), argmax and the like cut it off"
+    return (
+        "what the model gave has none either: its forward() detaches it, runs under no_grad(), or "
+        "uses frozen parameters only"
+    )
+
+
+def _within(value: object) -> Iterator[Tensor]:
+    """Give the tensors in lists, tuples, mappings and objects with fields."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _within(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _within(one)
+    elif hasattr(value, "__dict__"):
+        yield from (one for one in vars(value).values() if isinstance(one, Tensor))
+
+
+def checked_metrics(task: Task, outputs: Any, targets: Any) -> dict[str, float]:
+    """
+    Give the metrics of one evaluation batch, means over it.
+
+    Raises:
+        ValueError: one of them is no number; names it.
+    """
+    figures: dict[str, float] = {}
+    found = task.metrics(outputs, targets)
+    where = _place(task, "metrics")
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"{where}metrics() must return a mapping of names to numbers, "
+            f"got {_named(found)}{_no_return(found)}"
+        )
+    for name, value in found.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{where}a name in metrics() must be text, got {name!r}")
+        figures[name] = _number(value, f"{where}metrics() gives {name!r}", name)
+    return figures
+
+
+def _number(value: object, said: str, name: str) -> float:
+    wanted = "wanted is one number, the mean over the batch"
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        kind = str(value.dtype).removeprefix("torch.")
+        several = f"; give one entry for each, such as '{name}_0'" if value.numel() > 1 else ""
+        text = f"{said} as a tensor of shape {[*value.shape]}, {kind}: {wanted}{several}"
+        raise ValueError(text)
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(f"{said} as {_named(value)}: {wanted}") from None
+
+
+def _place(task: Task, method: str) -> str:
+    """Give file and line of a method, `task.py:12: `; empty where it is not known."""
+    function = inspect.unwrap(getattr(type(task), method, None) or _place)
+    code = getattr(function, "__code__", None)
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}: " if code else ""
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}".replace("a int", "an int")
+
+
+def _no_return(value: object) -> str:
+    return ": is there a `return`?" if value is None else ""
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + more

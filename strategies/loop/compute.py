@@ -1,0 +1,331 @@
+"""What a rank computes before anything is exchanged: its share of a step, or leased tasks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from distplat.platform.even_split import split_evenly
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.loop.batches import (
+    Loader,
+    Run,
+    eval_batches,
+    micro_batches,
+    runs,
+    to_device,
+)
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.loop.losses import Figures, LossDoubts, LossTerm, eval_figures, loss_term
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.seeding import seed_evaluation, seed_step
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.task import Task
+
+
+def task_parameters(task: Task, model: nn.Module) -> dict[str, Tensor]:
+    """
+    Find the trainable parameters in a task's attributes that are not the model's.
+
+    Looked at are parameters, leaf tensors that require a gradient, and modules, alone or in lists,
+    tuples and dicts.
+
+    Args:
+        task: after its model() was called.
+        model: what that gave.
+
+    Returns:
+        By path of attributes, such as `log_var` or `heads.0.weight`; each tensor once.
+    """
+    seen = {id(parameter) for parameter in model.parameters()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in _tensors(vars(task)):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def task_modules(task: Task, model: nn.Module) -> list[nn.Module]:
+    """Give the modules in a task's attributes that are not the model's own, outermost ones."""
+    own = {id(module) for module in model.modules()}
+    return [module for _, module in _modules(vars(task)) if id(module) not in own]
+
+
+def _items(value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((str(number), item) for number, item in enumerate(value))
+
+
+def _modules(value: object) -> Iterator[tuple[str, nn.Module]]:
+    for name, item in _items(value):
+        if isinstance(item, nn.Module):
+            yield name, item
+        else:
+            yield from ((f"{name}.{rest}", module) for rest, module in _modules(item))
+
+
+def _tensors(value: object) -> Iterator[tuple[str, Tensor]]:
+    for name, item in _items(value):
+        if isinstance(item, Tensor):
+            if item.requires_grad and item.is_leaf:
+                yield name, item
+        elif isinstance(item, nn.Module):
+            named = item.named_parameters()
+            yield from ((f"{name}.{path}", p) for path, p in named if p.requires_grad)
+        else:
+            yield from ((f"{name}.{rest}", tensor) for rest, tensor in _tensors(item))
+
+
+class Stopwatch:
+    """Wall time by part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("data", "compute", "exchange", "update"), 0.0)
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Count the time since the last lap towards `part`."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+    def move(self, part: str, to: str, seconds: float) -> None:
+        """Count some of a part's time towards another."""
+        self.seconds[part] -= seconds
+        self.seconds[to] += seconds
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank's part of a step came to."""
+
+    loss_sum: float = 0.0
+    """Over the samples, or as loss() summed it."""
+    samples: int = 0
+    """Each sample of a step is counted on one rank."""
+    weight: float = 0.0
+    """What the sum is divided by: the samples, unless loss() gave weights."""
+    weighted: bool = False
+    """Whether loss() gave them."""
+
+    def record(self, rank: int, flat: FlatModel) -> StepControl:
+        """
+        Give the control record of the step, without a look at the gradient.
+
+        Args:
+            rank: this one.
+            flat: what this rank trains, after the step's last backward.
+        """
+        broken = not math.isfinite(self.loss_sum)
+        figures = self.samples, self.weight, int(broken), rank
+        return StepControl(*figures, thawed=flat.thaws, present=flat.present)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss; 0 where this rank had no samples."""
+        return self.loss_sum / self.weight if self.weight else 0.0
+
+    def plus(self, term: LossTerm, samples: int) -> Share:
+        """Add a micro-batch."""
+        loss = term.value.item() * term.factor
+        weighted = self.weighted or term.weighted
+        weight = self.weight + term.weight
+        return Share(self.loss_sum + loss, self.samples + samples, weight, weighted)
+
+
+@dataclass
+class Sums:
+    """Figures of evaluation batches, added up."""
+
+    samples: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    """Figure -> weight of the batches that gave it: not every batch need give each."""
+
+    def add(self, figures: Figures, size: int) -> None:
+        """Take the figures of a batch of so many samples."""
+        self.samples += size
+        for name, (value, weight) in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0.0) + weight
+
+
+class Compute(Protocol):
+    """One rank's computing; the loop calls it, strategies that cut the model bring their own."""
+
+    def start(self, steps: range) -> None:
+        """Begin to read the data of these steps; once, before the first of them."""
+
+    def gradients(self, step: int, clock: Stopwatch) -> Share:
+        """Fill `flat.grads`, which is zero, with this rank's share, and `flat.present`."""
+
+    def skip(self, step: int) -> None:
+        """Pass over the data of a step."""
+
+    def evaluate(self, data: Dataset[Any]) -> Sums:
+        """Run this rank's part of the evaluation data."""
+
+
+class WholeModel:
+    """
+    Forward and backward of the whole model, one micro-batch after the other.
+
+    Args:
+        prepared: model and data.
+        last_backward: called when the last backward of a step begins.
+        rank: this one.
+        alive: called after each micro-batch.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        last_backward: Callable[[], None],
+        rank: int,
+        alive: Callable[[], None],
+    ) -> None:
+        self.job, self.task, self.data = prepared.job, prepared.task, prepared.data
+        self.flat, self.sampler = prepared.flat, prepared.sampler
+        self.last_backward, self.rank, self.alive = last_backward, rank, alive
+        self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
+        self._doubts = LossDoubts(self.task, self.flat.model)
+
+    def start(self, steps: range) -> None:
+        """See `Compute`."""
+        parts = self.job.gradient_accumulation
+        self._batches = micro_batches(self.job, self.data, self.sampler, self.rank, steps, parts)
+
+    def gradients(self, step: int, clock: Stopwatch) -> Share:
+        """See `Compute`."""
+        seed_step(self.job.seed, step, self.rank)
+        for module in self._modules:
+            module.train()
+        sizes = [len(ids) for ids in self._plan(step)]
+        share, part = Share(), 1.0 / self.sampler.batch_size(step)
+        for number, size in enumerate(sizes, 1):
+            inputs, targets = to_device(next(self._batches), self.flat.params.device)
+            clock.lap("data")
+            with precision(self.job, self.flat.params.device):
+                outputs = self.flat.model(inputs)
+                term = loss_term(self.task, outputs, targets, size)
+                self._doubts.look(step, outputs, targets, term, size)
+            self.flat.before_backward()
+            if number == len(sizes):
+                self.last_backward()
+            torch.autograd.backward(term.value * (term.factor * part))
+            self.flat.take_in()
+            share = share.plus(term, size)
+            self.alive()
+            clock.lap("compute")
+        return share
+
+    def skip(self, step: int) -> None:
+        """See `Compute`."""
+        for _ in self._plan(step):
+            next(self._batches)
+
+    @torch.no_grad()
+    def evaluate(self, data: Dataset[Any]) -> Sums:
+        """See `Compute`."""
+        seed_evaluation(self.job.seed, self.rank)
+        for module in self._modules:
+            module.eval()
+        found = Sums()
+        for batch, size in self._eval_batches(data):
+            inputs, targets = to_device(batch, self.flat.params.device)
+            with precision(self.job, self.flat.params.device):
+                outputs = self.flat.model(inputs)
+                found.add(eval_figures(self.task, outputs, targets, size), size)
+            self.alive()
+        return found
+
+    def _plan(self, step: int) -> list[Any]:
+        return self.sampler.micro_batches(step, self.rank, self.job.gradient_accumulation)
+
+    def _eval_batches(self, data: Any) -> Iterator[tuple[Any, int]]:
+        world = self.job.scaling.world
+        start, stop = split_evenly(len(data), world)[self.rank]
+        size = max(1, self.job.global_batch_size // world)
+        return eval_batches(self.job, data, range(start, stop), size)
+
+
+def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
+    """Give the context in which the job's forwards run."""
+    if job.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+class TaskModel(WholeModel):
+    """
+    `WholeModel` for tasks: task t is part t % parts of step t // parts.
+
+    Args:
+        prepared: model and data; its sampler's world is the number of parts.
+        last_backward: called when the last backward of a task begins.
+        alive: called after each micro-batch.
+    """
+
+    def __init__(
+        self, prepared: Prepared, last_backward: Callable[[], None], alive: Callable[[], None]
+    ) -> None:
+        super().__init__(prepared, last_backward, 0, alive)
+        self._reading = _Reading(self.job, self.data, self.sampler)
+
+    def read(self, tasks: range) -> None:
+        """Begin to read the data of these tasks; all those before have been made."""
+        if tasks:
+            self._batches = self._reading.begin(tasks)
+
+    def close(self) -> None:
+        """End the loader's processes: they would outlive this one if it is killed."""
+        self._batches = iter(())
+        self._reading.close()
+
+    def gradients(self, step: int, clock: Stopwatch) -> Share:
+        """See `Compute`; `step` is the number of a task."""
+        step, self.rank = divmod(step, self.sampler.world)
+        return super().gradients(step, clock)
+
+    def evaluate_part(self, data: Dataset[Any], part: int) -> Sums:
+        """Evaluate one of as many parts of the data as a step has."""
+        self.rank = part
+        return self.evaluate(data)
+
+
+class _Reading:
+    """One loader for all leases; its processes, if it has some, live as long as it does."""
+
+    def __init__(self, job: Job, data: Dataset[Any], sampler: Sampler) -> None:
+        self._job, self._data, self._sampler = job, data, sampler
+        self._loader: Loader | None = None
+        self._tasks = range(0)
+
+    def begin(self, tasks: range) -> Iterator[Any]:
+        """Give the micro-batches of some tasks, collated."""
+        self._tasks = tasks
+        if self._loader is None:
+            self._loader = Loader(self._job, self._data, self, persistent=True)
+        return iter(self._loader)
+
+    def close(self) -> None:
+        """Let go of the loader; its processes end with it."""
+        self._loader = None
+
+    def __iter__(self) -> Iterator[Run]:
+        """Be a torch `batch_sampler`."""
+        for task in self._tasks:
+            step, part = divmod(task, self._sampler.world)
+            yield from runs(self._sampler, step, part, self._job.gradient_accumulation)

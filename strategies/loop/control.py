@@ -1,0 +1,209 @@
+"""
+The control record: what all ranks must know of a step besides the gradients.
+
+    local   rank 0   samples 4  weight 31.0  present 1 1 0  |
+            rank 1   samples 3  weight 17.0  present 1 0 0  |  summed in rank order
+    total            samples 7  weight 48.0  present 2 1 0  ▼  the same bits on every rank
+
+It is one small vector of float64, never compressed. `ring` sums it beside the last bucket, servers
+sum it from the headers of the pushes, so every rank and every server decides alike
+(docs/decisions/control_record.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplat.platform.errors import NonFiniteError
+from distplat.platform.spec import Job
+from distplat.strategies.model.flat import FlatModel
+
+Policy = Literal["stop", "skip", "ignore"]
+"""`failure.non_finite` of the job."""
+
+_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _THAWED, HEAD_SIZE = range(8)
+
+
+ELSEWHERE = -2
+"""`StepControl.slot` of a gradient that is not this rank's: its parameter has no name here."""
+
+
+@dataclass(frozen=True)
+class StepControl:
+    """
+    One rank's record of one step, or the sum of those of all ranks.
+
+    The gradient that is exchanged is that of the summed losses divided by the global batch, which
+    is equal on all ranks. `scale` makes it that of the weighted mean.
+    """
+
+    samples: float = 0.0
+    """In the step; of all ranks: the global batch."""
+    weight: float = 0.0
+    """What the losses are divided by: samples, unless loss() returned weights of its own."""
+    non_finite: int = 0
+    """Ranks whose loss or gradient holds NaN or infinity."""
+    rank: int = -1
+    """The one rank that is not finite; -1: none, or several."""
+    slot: int = -1
+    """Its first parameter that is not finite; -1: the loss, or several ranks."""
+    state_changed: bool = False
+    """Whether a forward has changed buffers or frozen parameters."""
+    thawed: bool = False
+    """Whether a frozen parameter has a gradient, and is trained from this step on."""
+    present: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    """By slot of the flat vector: whether a backward has reached the parameter."""
+    skip: bool = False
+    """Whether the step is left out: decided alike everywhere, by `decided`."""
+
+    @property
+    def scale(self) -> float:
+        """Factor that makes the exchanged gradient one of the weighted mean; 1 for plain means."""
+        if self.weight == self.samples or not self.weight:
+            return 1.0
+        return self.samples / self.weight
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step may be applied."""
+        return not self.non_finite and (self.weight != 0.0 or self.samples == 0.0)
+
+    def looked_at(self, flat: FlatModel) -> StepControl:
+        """Look for NaN and infinity in this rank's gradient, before it is exchanged."""
+        slot = flat.first_non_finite()
+        return self if slot is None else self.broken(slot)
+
+    def broken(self, slot: int) -> StepControl:
+        """Note that the gradient of a parameter is not finite on this rank."""
+        return replace(self, non_finite=1, slot=slot)
+
+    def overflowed(self, flat: FlatModel) -> StepControl:
+        """Look for NaN and infinity in the summed gradient, the same bits on every rank."""
+        slot = flat.first_non_finite() if self.finite else None
+        return self if slot is None else replace(self, non_finite=1, rank=-1, slot=slot)
+
+    def named(self, local: StepControl) -> StepControl:
+        """Have the sum name this rank, if it is not finite itself."""
+        return replace(self, rank=local.rank, slot=local.slot) if local.non_finite else self
+
+    def pack(self) -> NDArray[np.float64]:
+        """Give it as a vector that can be summed over ranks, shape [7 + slots]."""
+        vector = np.empty(HEAD_SIZE + len(self.present))
+        vector[_SAMPLES], vector[_WEIGHT], vector[_COUNT] = (
+            self.samples,
+            self.weight,
+            self.non_finite,
+        )
+        # Counted from 1, and only by those who are not finite: a sum of one is its number.
+        vector[_RANK] = self.rank + 1 if self.non_finite else 0
+        vector[_SLOT] = self.slot + 1 if self.non_finite else 0
+        vector[_STATE], vector[_THAWED] = self.state_changed, self.thawed
+        vector[HEAD_SIZE:] = self.present
+        return vector
+
+    @property
+    def head(self) -> tuple[float, ...]:
+        """Give what `pack` begins with: all but `present`; `unpack` reads it, too."""
+        return tuple(self.pack()[:HEAD_SIZE].tolist())
+
+    @classmethod
+    def unpack(cls, vector: NDArray[np.float64]) -> Self:
+        """Read a vector of `pack`, or a sum of such."""
+        count = int(vector[_COUNT])
+        one = count == 1
+        return cls(
+            float(vector[_SAMPLES]),
+            float(vector[_WEIGHT]),
+            count,
+            int(vector[_RANK]) - 1 if one else -1,
+            int(vector[_SLOT]) - 1 if one else -1,
+            bool(vector[_STATE]),
+            bool(vector[_THAWED]),
+            vector[HEAD_SIZE:] > 0,
+        )
+
+    @classmethod
+    def total(cls, vectors: Sequence[NDArray[np.float64]]) -> Self:
+        """Add the records of all ranks up, in rank order; `pack` has made them."""
+        summed = vectors[0].copy()
+        for vector in vectors[1:]:
+            summed += vector
+        return cls.unpack(summed)
+
+
+def control_size(slots: int) -> int:
+    """Give the length of `StepControl.pack` for so many slots."""
+    return HEAD_SIZE + slots
+
+
+class NonFiniteSteps:
+    """
+    Decides what becomes of steps that are not finite; every rank and server decides alike.
+
+    Args:
+        policy: `failure.non_finite` of the job.
+        budget: steps that may be skipped.
+    """
+
+    def __init__(self, policy: Policy, budget: int) -> None:
+        self._policy, self._budget = policy, budget
+        self.skipped = 0
+        """Steps left out so far."""
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """Take policy and budget from a job."""
+        return cls(job.failure.non_finite, job.failure.max_skipped_steps)
+
+    def figures(self) -> dict[str, float]:
+        """Give the steps skipped so far, once there are some."""
+        return {"skipped_steps": float(self.skipped)} if self.skipped else {}
+
+    @property
+    def skips(self) -> bool:
+        """Whether steps may be left out."""
+        return self._policy == "skip"
+
+    @property
+    def looks(self) -> bool:
+        """Whether anybody wants to know."""
+        return self._policy != "ignore"
+
+    def decide(self, total: StepControl, step: int, name: Callable[[int], str]) -> StepControl:
+        """
+        Say whether a step is applied or skipped.
+
+        Args:
+            total: the records of all ranks, summed.
+            step: from 0.
+            name: gives the name of what a slot holds.
+
+        Raises:
+            NonFiniteError: the run ends here.
+        """
+        if total.finite or self._policy == "ignore":
+            return total
+        if self._policy == "stop":
+            raise NonFiniteError(total.rank, step, _finding(total, name))
+        self.skipped += 1
+        if self.skipped > self._budget:
+            what = f"{_finding(total, name)}; {self._budget} steps were skipped before"
+            raise NonFiniteError(total.rank, step, what)
+        return replace(total, skip=True)
+
+
+def _finding(total: StepControl, name: Callable[[int], str]) -> str:
+    if not total.non_finite:
+        return "the weights of the losses add up to 0"
+    if total.slot >= 0:
+        return f"the gradient of {name(total.slot)!r} holds NaN or infinity"
+    if total.slot == ELSEWHERE:
+        return "the gradient holds NaN or infinity"
+    if total.rank >= 0:
+        return "the loss is NaN or infinite"
+    return f"losses or gradients of {total.non_finite} ranks hold NaN or infinity"

@@ -1,0 +1,346 @@
+"""The step loops of one worker, the same under every strategy: a fixed share, or leased tasks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from distplat.platform.progress import AnyReport, EvalReport, StepReport
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.platform.task_scheduler import Lease, TaskPlan
+from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.loop.compute import Compute, Share, Stopwatch, TaskModel
+from distplat.strategies.loop.control import NonFiniteSteps, StepControl
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.ports import Leases
+from distplat.strategies.sparse.lookups import Lookups, RowPush
+from distplat.strategies.strategy import rows_come_first
+from distplat.strategies.worker import WorkerStrategy
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which exchange it is."""
+
+    step: int
+    """From 0."""
+    number: int
+    """Of the push to embedding tables."""
+    task: int | None = None
+    """What it is of, where tasks are leased."""
+
+
+class StepExchange:
+    """
+    Exchanges gradients and rows, and decides what becomes of the step.
+
+    Args:
+        job: the run.
+        flat: what this rank trains.
+        strategy: the job's.
+        lookups: the model's embedding tables, if it has some.
+    """
+
+    def __init__(
+        self, job: Job, flat: FlatModel, strategy: WorkerStrategy[Any], lookups: Lookups | None
+    ) -> None:
+        self._job, self._flat, self._strategy, self._lookups = job, flat, strategy, lookups
+        self._steps = NonFiniteSteps.of(job)
+
+    def exchange(self, turn: Turn, rank: int, share: Share) -> StepControl:
+        """
+        Give the control record of all ranks, decided upon.
+
+        Args:
+            turn: which exchange it is.
+            rank: this one.
+            share: what its part of the step came to.
+
+        Raises:
+            NonFiniteError: the run ends here.
+        """
+        flat, index = self._flat, turn.step if turn.task is None else turn.task
+        local = share.record(rank, flat)
+        if self._lookups is None:
+            total = self._strategy.exchange(index, local)
+            return self._steps.decide(total, turn.step, flat.name)
+        slots = len(flat.slots)
+        rows = RowPush(self._lookups, self._steps, local, weighted=share.weighted, slots=slots)
+        rows.before(turn.number, turn.task, waits=turn.task is None and rows_come_first(self._job))
+        total = self._strategy.exchange(index, rows.local)
+        name = lambda slot: flat.name(slot) if slot < slots else rows.name(slot)  # noqa: E731
+        total = self._steps.decide(total, turn.step, name)
+        # Before the update, and before a task is told to be done: then the tables have it.
+        rows.after(turn.number, total, turn.task)
+        return total
+
+    def figures(self) -> dict[str, float]:
+        """Give the figures of tables and skipped steps."""
+        found = self._steps.figures()
+        return found if self._lookups is None else {**found, **self._lookups.figures()}
+
+
+@dataclass
+class Progress:
+    """Where a worker is; read by other threads, written by the loop alone."""
+
+    step: int = 0
+    """Steps done; the step under way has this number."""
+    beats: int = 0
+    """Micro-batches and steps done: grows while the worker works, even on no samples."""
+    left: bool = False
+    """The worker was told to leave before the run's end."""
+    begun: bool = False
+    """The loop has been entered."""
+    evaluating: bool = False
+    """The evaluation after `step` is under way, not the next step."""
+
+    @property
+    def at(self) -> int | None:
+        """The step under way, or the one whose evaluation is, from 1; None: none was begun."""
+        if not self.begun:
+            return None
+        return self.step if self.evaluating else self.step + 1
+
+    def beat(self) -> None:
+        """Show that the worker is at work."""
+        self.beats += 1
+
+
+@dataclass
+class Loop:
+    """
+    Trains one worker's model, or its part of one.
+
+    Everything that is reported goes through `report`, which must be quick and may be called from
+    this thread only.
+    """
+
+    job: Job
+    eval_data: Dataset[Any] | None
+    flat: FlatModel
+    sampler: Sampler
+    total_steps: int
+    strategy: WorkerStrategy[Any]
+    compute: Compute
+    rank: int
+    report: Callable[[AnyReport], None]
+    progress: Progress
+    start: int = 0
+    """Steps that were made before."""
+    checkpoint: Callable[[int], object] = lambda version: None
+    """Told after each step how many are done: a checkpoint may be due."""
+    lookups: Lookups | None = None
+    """The model's embedding tables, if it has some."""
+    pause: Callable[[int], object] = lambda step: None
+    """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
+    evaluated: Callable[[], object] = lambda: None
+    """Told after each evaluation: what its forwards wrote is no part of the training."""
+    group: Collective | None = None
+    """All ranks, over which evaluations are gathered: what every rank has, no rank can take with
+    it. None: the ranks have no group."""
+
+    def __post_init__(self) -> None:
+        self._exchange = StepExchange(self.job, self.flat, self.strategy, self.lookups)
+
+    def run(self) -> None:
+        """Train from the first step that is left to the last, with the evaluations between."""
+        self.progress.step, self.progress.begun = self.start, True
+        if self.strategy.replayed is not None:
+            self._end_step(self.start - 1, self.strategy.replayed, Stopwatch())
+        if self.start and self.eval_data is not None and self._evaluates_after(self.start - 1):
+            self._evaluate(self.eval_data, self.start)  # it may have been cut off
+        steps = range(self.start, self.total_steps)
+        self.compute.start(steps)
+        for step in steps:
+            self.pause(step)
+            if self.strategy.skips(step):
+                self._skip(step)
+            else:
+                self._step(step)
+            if step + 1 < self.total_steps:
+                self.checkpoint(step + 1)
+            if self.eval_data is not None and self._evaluates_after(step):
+                self.strategy.synchronize()
+                self._evaluate(self.eval_data, step + 1)
+        self.strategy.synchronize()
+        if steps:
+            self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
+
+    def _step(self, step: int) -> None:
+        self.flat.begin_step()
+        clock = Stopwatch()
+        share = self.compute.gradients(step, clock)
+        self.flat.check_layout(step)
+        total = self._exchange.exchange(Turn(step, step), self.rank, share)
+        clock.lap("exchange")
+        self.strategy.update(step, total)
+        clock.lap("update")
+        self._end_step(step, share, clock)
+
+    def _end_step(self, step: int, share: Share, clock: Stopwatch) -> None:
+        self.flat.version = self.progress.step = step + 1
+        self.progress.beats += 1
+        epoch = self.sampler.epoch_of(step)
+        figures = {**self.strategy.figures(), **self._exchange.figures()}
+        seconds, of = clock.seconds, self.total_steps
+        mean, samples, weight = share.loss, share.samples, share.weight
+        report = StepReport(self.rank, step, epoch, mean, samples, seconds, of, figures, weight)
+        self.report(report)
+
+    def _skip(self, step: int) -> None:
+        """Leave a step out: the others have made it."""
+        clock = Stopwatch()
+        self.compute.skip(step)
+        clock.lap("data")
+        self._end_step(step, Share(), clock)
+
+    def _evaluates_after(self, step: int) -> bool:
+        if step + 1 == self.total_steps:
+            return True
+        every = self.job.evaluation.every_epochs * self.sampler.steps_per_epoch
+        return every > 0 and (step + 1) % every == 0
+
+    def _evaluate(self, data: Dataset[Any], step: int) -> None:
+        """Run this rank's part of the evaluation data; the controller puts the parts together."""
+        self.progress.evaluating = True
+        found = self.compute.evaluate(data)
+        self.progress.evaluating = False
+        self.evaluated()
+        mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
+        if self.group is None:
+            self.report(mine)
+            return
+        text = json.dumps(asdict(mine)).encode()
+        for one in gather_bytes(text, self.group, self.flat.params.device):
+            self.report(EvalReport(**json.loads(one)))
+
+
+def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:
+    """
+    Say what there is to do in a run.
+
+    Args:
+        job: the run.
+        sampler: the order of its data; its world is the number of parts of a step.
+        steps: of the run.
+        first: steps that were made before.
+        evaluates: whether there is evaluation data.
+    """
+    every = job.evaluation.every_epochs * sampler.steps_per_epoch
+    times = {*(range(every, steps, every) if every else ()), steps} if evaluates else set()
+    # One that falls on the first step may have been cut off.
+    due = tuple(sorted(time for time in times if time >= max(1, first)))
+    return TaskPlan(steps, sampler.world, first, due)
+
+
+@dataclass
+class LeasedLoop:
+    """Trains one worker's model on what it is given; see `Loop` for the fields."""
+
+    prepared: Prepared
+    strategy: WorkerStrategy[Any]
+    rank: int
+    report: Callable[[AnyReport], None]
+    progress: Progress
+    leases: Leases
+    compute: TaskModel
+    start: int = 0
+    checkpoint: Callable[[int], object] = lambda version: None
+
+    def __post_init__(self) -> None:
+        self.flat, self.sampler = self.prepared.flat, self.prepared.sampler
+        self.total_steps, self.eval_data = self.prepared.total_steps, self.prepared.eval_data
+        given = self.prepared.job, self.flat, self.strategy, self.prepared.lookups
+        self._exchange = StepExchange(*given)
+        self._made = 0  #: tasks, in this attempt: the number of the next push
+
+    def run(self) -> None:
+        """Work until there is nothing more to do."""
+        try:
+            self._work()
+        finally:
+            self.compute.close()
+
+    def _work(self) -> None:
+        self.progress.step = self._offered = self.start
+        self.progress.begun = True
+        self._final, self._idle_s = False, 0.0
+        while not (work := self._next()).over:
+            self._make_final(work)
+            for version, part in work.evaluations:
+                self._evaluate(version, part)
+            self.compute.read(work.tasks)
+            for task in work.tasks:
+                self._make(task)
+            self._offer_checkpoints(work.reach)
+        self._make_final(work)
+        self.progress.left = not work.trained
+
+    def _next(self) -> Lease:
+        began = time.perf_counter()
+        work = self.leases.next(self.progress.beat)
+        self._idle_s += time.perf_counter() - began
+        return work
+
+    def _make(self, task: int) -> None:
+        self.flat.begin_step()
+        clock = Stopwatch()
+        share = self.compute.gradients(task, clock)
+        step, part = divmod(task, self.sampler.world)
+        self.flat.check_layout(step)
+        total = self._exchange.exchange(Turn(step, self._made, task), self.rank, share)
+        self._made += 1
+        clock.lap("exchange")
+        self.strategy.update(task, total)
+        clock.lap("update")
+        self.leases.finish((task,))
+        self.progress.step = max(self.progress.step, step + 1)
+        self.flat.version = self.progress.step
+        self.progress.beat()
+        epoch = self.sampler.epoch_of(step)
+        figures = {**self.strategy.figures(), "lease_s": self._idle_s}
+        figures |= self._exchange.figures()
+        self._idle_s = 0.0
+        seconds, of, mean, weight = clock.seconds, self.total_steps, share.loss, share.weight
+        samples = share.samples
+        self.report(StepReport(part, step, epoch, mean, samples, seconds, of, figures, weight))
+
+    def _make_final(self, work: Lease) -> None:
+        """Take the final parameters, once every task is done."""
+        if not work.trained or self._final:
+            return
+        self._final = True
+        self.strategy.synchronize()
+        self.progress.step = self.flat.version = self.total_steps
+        if self.rank == 0 and self.start < self.total_steps:
+            self._offer_checkpoints(self.total_steps - 1)
+            self.checkpoint(self.total_steps)
+
+    def _evaluate(self, version: int, part: int) -> None:
+        assert self.eval_data is not None, "evaluations are asked for only where there is data"
+        if not self._final:
+            self.strategy.synchronize()
+        self.progress.evaluating = True
+        found = self.compute.evaluate_part(self.eval_data, part)
+        self.progress.evaluating = False
+        if self.prepared.state is not None:
+            self.prepared.state.discard()
+        sums = found.samples, found.sums, found.counts
+        self.report(EvalReport(part, version, *sums))
+        self.leases.finish((), ((version, part),))
+        self.progress.beat()
+
+    def _offer_checkpoints(self, reach: int) -> None:
+        """Rank 0 asks for the copies early: shards have the newest ones only."""
+        if self.rank == 0:
+            for version in range(self._offered + 1, min(reach, self.total_steps - 1) + 1):
+                self.checkpoint(version)
+                self._offered = version

@@ -1,0 +1,52 @@
+"""What a worker has before it knows the others, and keeps through all attempts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.checkpoint.checkpoint_types import Holding
+from distplat.strategies.loop.agreement import Facts
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.sparse.lookups import Lookups
+from distplat.strategies.strategy import Roles
+from distplat.strategies.task import Task
+
+
+@dataclass
+class Prepared:
+    """What a worker has before it knows the others."""
+
+    job: Job
+    task: Task
+    model: torch.nn.Module | None
+    """The whole model, where the strategy cuts it and has not yet done so."""
+    data: Dataset[Any]
+    eval_data: Dataset[Any] | None
+    sampler: Sampler
+    total_steps: int
+    device: str
+    roles: Roles
+    """Of the strategy."""
+    part: FlatModel | None = None
+    """What this worker trains; None: the strategy has yet to cut it."""
+    lookups: Lookups | None = None
+    """The model's embedding tables, if it has some."""
+    state: ModelState | None = None
+    """What `part` has beside what gradients train; there once that is known."""
+    facts: Facts | None = None
+    """What this worker has, to be compared with what the others have; see `describe`."""
+    holding: Holding | None = None
+    """What of the whole model `part` is; None: all of it."""
+
+    @property
+    def flat(self) -> FlatModel:
+        """What this worker trains; only once it is known."""
+        assert self.part is not None, "join() comes first: the strategy cuts the model"
+        return self.part

@@ -1,0 +1,324 @@
+"""
+From a job and a task to a loop that is ready to run, in steps that can wait between.
+
+    make_task    import the task's module
+    prepare      build model and data; talks to nobody
+    join         connect the ports, set the strategy up; waits for the others
+    Loop.run     train
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distplat.platform.checkpoints import is_due
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.even_split import split_evenly
+from distplat.platform.progress import AnyReport
+from distplat.platform.resume import NOT_FINITE
+from distplat.platform.spec import Job
+from distplat.platform.tensor_file import TASK_PREFIX
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import Take
+from distplat.strategies.collective import Collective
+from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
+from distplat.strategies.loop.batches import make_sampler, total_steps
+from distplat.strategies.loop.checks import (
+    check_device,
+    check_state,
+    checked_data,
+    checked_model,
+)
+from distplat.strategies.loop.compute import TaskModel, task_parameters
+from distplat.strategies.loop.loaders import ready_loaders, warning_of
+from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.seeding import seed_all
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.model_state import ModelState, Shares
+from distplat.strategies.model.segments import first_non_finite
+from distplat.strategies.ports import Board, Leases, Shards, Tables
+from distplat.strategies.sparse.lookups import lookups_of
+from distplat.strategies.task import Task
+from distplat.strategies.worker import Context, WorkerStrategy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What connects a worker to others in one attempt; None: job and strategy do without it."""
+
+    collective: Collective | None = None
+    """To the other ranks."""
+    shards: Shards | None = None
+    """To the parameter servers."""
+    tables: Tables | None = None
+    """To the servers of embedding tables."""
+    leases: Leases | None = None
+    """To the task scheduler."""
+    peers: Callable[[], Collective] | None = None
+    """Makes a group of all workers, for a strategy that has none; see `Context.peers`."""
+    board: Board | None = None
+    """Where the ranks of a run learn whether they have the same."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """The checkpoints before and after."""
+
+    saved: SavedState | None = None
+    """The one to begin from; None: the model as it was built, or as this worker has it."""
+    base: int = 0
+    """Steps of the newest one."""
+    take: Take | None = None
+    """Takes this rank's parts of new ones; None: there are none."""
+
+
+FRESH = Around()
+"""No checkpoints."""
+
+
+def make_task(job: Job, load: Callable[[], type[Task]]) -> Task:
+    """
+    Make the task. Seeded before, so that whatever its module and class draw is the same for all.
+
+    Args:
+        job: the run.
+        load: imports the module and gives the class.
+    """
+    seed_all(job.seed)
+    kind = load()
+    seed_all(job.seed)
+    return kind(**job.task_args)
+
+
+def prepare(
+    job: Job, task: Task, device: str = "cpu", strategy: WorkerStrategy[Any] | None = None
+) -> Prepared:
+    """
+    Build model and data. Seeded before each call of the user's code, so that ranks agree.
+
+    Args:
+        job: the run.
+        task: the user's.
+        device: where the model trains.
+        strategy: the job's; None: one whose ranks have the whole model each.
+
+    Raises:
+        ValueError: a model or data set that cannot be trained; or whatever the task raises.
+    """
+    loaders_ready = ready_loaders(job)
+    seed_all(job.seed)
+    roles = make_strategy(job).roles(job) if strategy is None else strategy.strategy.roles(job)
+    model = checked_model(task, task.model() if strategy is None else strategy.build_model(task))
+    check_state(model, sent=roles.collective is not None and job.scaling.world > 1)
+    check_device(device)
+    lookups = lookups_of(model, job)
+    whole = strategy is None or not strategy.cuts_model
+    thaws = strategy is not None and strategy.can_thaw()
+    own = task_parameters(task, model)
+    if own and not whole:
+        raise SpecError(_kept_in_task(job, [*own]))
+    extra = {TASK_PREFIX + name: one for name, one in own.items()}
+    part = FlatModel(model.to(device), _moved(extra, device), thaws=thaws) if whole else None
+    seed_all(job.seed)
+    data = checked_data(task, task.train_data(), "train_data")
+    sampler = make_sampler(job, data, roles.replicas(job.scaling.world))
+    seed_all(job.seed)
+    eval_data = task.eval_data()
+    if eval_data is not None:
+        eval_data = checked_data(task, eval_data, "eval_data")
+    _warn_of_held_generators(data, eval_data)
+    steps = total_steps(job, sampler)
+    left = None if whole else model
+    loaders_ready()
+    return Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
+
+
+def _moved(extra: Mapping[str, Tensor], device: str) -> Mapping[str, Tensor]:
+    """Have a task's own parameters on the model's device."""
+    for tensor in extra.values():
+        tensor.data = tensor.data.to(device)
+    return extra
+
+
+def _kept_in_task(job: Job, names: Sequence[str]) -> Problem:
+    text = (
+        f"{job.strategy.name} trains the model only, and the task keeps {', '.join(names)} itself"
+    )
+    hint = "make them part of what model() returns, or use `strategy: ring` or `strategy: ps-sync`"
+    return Problem(("task",), text, hint)
+
+
+def _warn_of_held_generators(data: Dataset[Any], eval_data: Dataset[Any] | None) -> None:
+    for one, what in ((data, "train_data"), (eval_data, "eval_data")):
+        warning = warning_of(one, what) if one is not None else None
+        if warning is not None:
+            logger.warning(warning)
+
+
+def describe(prepared: Prepared) -> None:
+    """Write down what this worker has, once it is prepared, for `join` to compare."""
+    p = prepared
+    model = p.model if p.model is not None else p.flat.model
+    sent = not p.roles.consistency.dynamic_tasks
+    p.facts = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
+
+
+def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
+    """Take over the job of another attempt: the same but for the number of workers."""
+    prepared.job, prepared.roles = job, strategy.strategy.roles(job)
+    world = prepared.roles.replicas(job.scaling.world)
+    prepared.sampler = replace(prepared.sampler, world=world)
+
+
+def join(
+    prepared: Prepared,
+    strategy: WorkerStrategy[Any],
+    rank: int,
+    ports: Ports,
+    *,
+    report: Callable[[AnyReport], None],
+    progress: Progress,
+    around: Around = FRESH,
+    pause: Callable[[int], object] = lambda step: None,
+) -> Loop | LeasedLoop:
+    """
+    Set the strategy up with its ports and give the loop.
+
+    Args:
+        prepared: model and data.
+        strategy: the job's.
+        rank: this one.
+        ports: to the others.
+        report: takes what is finished.
+        progress: where this worker is.
+        around: checkpoints.
+        pause: see `Loop`.
+
+    Raises:
+        SpecError: the checkpoint is of another model or data set, or another rank has another one.
+        DistplatError: whatever the ports raise while the ranks find each other.
+    """
+    p, leases = prepared, ports.leases
+    _compare(p, rank, ports.board)
+    group = ports.collective if p.roles.collective is not None else None
+    if strategy.cuts_model:
+        p.part, p.holding = strategy.cut_model(p, rank, group)
+    _load(p, around.saved)
+    if p.state is None:
+        p.state = ModelState(p.flat, _shares_of(p), p.task.buffers)
+    context = _context(p, rank, ports, around, progress, report)
+    start = _set_up(p, strategy, context, ports.tables)
+    checkpoint = _checkpoints(p, strategy, rank, around.take)
+    if leases is not None:
+        evaluates = p.eval_data is not None
+        leases.connect(course_of(p.job, p.sampler, p.total_steps, start, evaluates))
+        if p.roles.consistency.dynamic_tasks:
+            work = TaskModel(p, strategy.last_backward, progress.beat)
+            return LeasedLoop(p, strategy, rank, report, progress, leases, work, start, checkpoint)
+    compute = strategy.compute(p, context)
+    data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
+    loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
+    return replace(loop, pause=pause, evaluated=p.state.discard, group=group)
+
+
+def _compare(p: Prepared, rank: int, board: Board | None) -> None:
+    """See that this rank has what the others have."""
+    if board is not None and p.facts is not None:
+        agree(p.facts, rank, board, partial(hash_samples, p.data))
+
+
+def _shares_of(p: Prepared) -> Shares:
+    """Give the shares of a run, whose sampler may change from one attempt to the next."""
+
+    def samples(step: int) -> list[int]:
+        return [b - a for a, b in split_evenly(p.sampler.batch_size(step), p.sampler.world)]
+
+    def micro_batches(step: int) -> list[int]:
+        return [min(size, p.job.gradient_accumulation) for size in samples(step)]
+
+    def checkpoint_due(version: int) -> bool:
+        every = p.job.checkpoint.period(p.sampler.steps_per_epoch)
+        return is_due(version, every, p.total_steps)
+
+    return Shares(samples, micro_batches, checkpoint_due)
+
+
+def _context(
+    p: Prepared,
+    rank: int,
+    ports: Ports,
+    around: Around,
+    progress: Progress,
+    report: Callable[[AnyReport], None],
+) -> Context:
+    where = p.job, rank, p.job.scaling.world, p.total_steps, p.flat
+    context = Context(*where, ports.collective, ports.shards, progress.beat)
+    return replace(
+        context,
+        saved=around.saved,
+        base=around.base,
+        model_state=p.state,
+        meet_peers=ports.peers,
+        report=report,
+    )
+
+
+def _set_up(
+    p: Prepared, strategy: WorkerStrategy[Any], context: Context, tables: Tables | None
+) -> int:
+    """Give the step from which the strategy goes on, and the tables, if there are some, with it."""
+    if p.lookups is None or tables is None:
+        return strategy.setup(context)
+    made = p.lookups.connect(tables, p.total_steps, context.saved)
+    start = strategy.setup(replace(context, tables_made=made))
+    p.lookups.begin(start)
+    return start
+
+
+def _load(p: Prepared, saved: SavedState | None) -> None:
+    """Begin from a checkpoint, where there is one."""
+    if saved is not None:
+        saved.check_data(p.sampler.size)
+        saved.load_model(p.flat, None if p.holding is None else p.holding.places)
+
+
+def _checkpoints(
+    p: Prepared, strategy: WorkerStrategy[Any], rank: int, take: Take | None
+) -> Callable[[int], None]:
+    """Have the rank's part taken after each step that ends with a checkpoint."""
+    if take is None:
+        return lambda version: None
+    every = p.job.checkpoint.period(p.sampler.steps_per_epoch)
+
+    def checkpoint(version: int) -> None:
+        if is_due(version, every, p.total_steps):
+            facts: dict[str, Any] = {
+                "epoch": p.sampler.epoch_of(version),
+                "steps_per_epoch": p.sampler.steps_per_epoch,
+                "samples": p.sampler.size,
+                "versions": {"torch": torch.__version__},
+            }
+            slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
+            if slot is not None:
+                facts[NOT_FINITE] = p.flat.name(slot)
+            part = strategy.checkpoint(version)
+            if p.lookups is not None:
+                facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
+                if rank == 0:  # one of them, for all
+                    part = part.also(partial(p.lookups.copies, version))
+            # The last one is waited for: by now all ranks have made their steps.
+            take(
+                version, replace(part, may_skip=False) if version == p.total_steps else part, facts
+            )
+
+    return checkpoint

@@ -1,0 +1,390 @@
+"""
+A model whose trainable parameters lie in one flat vector, and whose gradients lie in another.
+
+    model.layers[0].weight   .bias   pad  model.layers[1].weight  ...
+    |------------------------|-------|--|------------------------|
+    params [n]   views of it are the parameters: moving the vector moves the model
+    grads  [n]   views of it are the gradients: backward adds into it, nothing is packed
+
+So "push" hands over one vector, "all-reduce" reduces one, an optimizer updates one. Each tensor
+starts on a cache line; the padding between is zero and stays zero under every optimizer we allow.
+Parameters of several types lie in segments of one type each (platform/vector_layout.py); see
+docs/decisions/flat_vectors.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.vector_layout import Segment
+from distplat.strategies.model.gradients import Gradients
+from distplat.strategies.model.parameter_layout import (
+    TIE,
+    Slot,
+    by_type,
+    check_memory,
+    homes,
+    lay_out,
+    room_for,
+    thaw_error,
+    trainable,
+)
+from distplat.strategies.model.segments import (
+    dtype_name,
+    first_non_finite,
+    scale_in_place,
+    squared_norm_of,
+    typed_views,
+)
+from distplat.strategies.sparse.modules import dense_parameters
+
+_THOROUGH_STEPS = 3
+"""Steps after which the modules are walked in any case, to see whether they were changed."""
+
+TORN = -1
+"""Version of parameters that are in the middle of being replaced: good for nothing."""
+
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
+
+class FlatModel:
+    """
+    A model moved onto flat vectors.
+
+    Frozen parameters stay in memory of their own, which a forward may write to. With `thaws` they
+    have a place in the vector, too, behind the others: nobody touches this tail until one of them
+    takes part in training, from a step on which all ranks agree (`activate_tail`).
+
+    Args:
+        model: on its device; its parameters are re-pointed, in place.
+        extra: trainable parameters that lie outside of the model, by name; trained like its own.
+        thaws: whether frozen parameters may take part in training later.
+
+    Raises:
+        ValueError: nothing to train, or trainable parameters of several devices.
+        SpecError: trainable parameters that cannot lie in a vector; names them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        extra: Mapping[str, Tensor] | None = None,
+        *,
+        thaws: bool = False,
+    ) -> None:
+        self.model = model
+        named = by_type(trainable(model, extra or {}))
+        trained = {name for name, _ in named}
+        self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
+        check_memory(model, named)
+        frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+        tail = by_type(room_for(frozen, named, model)) if thaws else []
+        self.parameters = [p for _, p in named + tail]  #: in the order of `slots`
+        self._trained = len(named)  #: how many of them are no tail
+        behind = {id(p) for _, p in tail}
+        self._fixed = [(n, p) for n, p in frozen if id(p) not in behind]
+        self.slots, self.layout, dtype = lay_out(named, tail)
+        device = self.parameters[0].device
+        self.params = torch.zeros(self.layout.size, dtype=dtype, device=device)
+        self.grads = torch.zeros_like(self.params)
+        self.version = 0  #: updates that `params` has had; `TORN`: half replaced by another rank's
+        for slot, parameter in zip(self.slots, self.parameters, strict=True):
+            slot.view(self.params).copy_(parameter.detach())
+        self.present: NDArray[np.bool_] = np.arange(len(self.slots)) < self._trained
+        """By slot: whether a backward of this step has given it a gradient, on this rank. Until the
+        first step begins: who is trained."""
+        self.thawed = np.zeros(len(tail), np.bool_)
+        """By slot of the tail: whether it would take part in training, and does not yet."""
+        self.active = np.zeros(len(tail), np.bool_)
+        """By slot of the tail: whether it takes part in training."""
+        self._homes = homes(model, self.parameters)
+        self._looked = 0
+        self.began = False  #: whether this rank has computed anything in this step
+        self._point()
+
+    @property
+    def size(self) -> int:
+        """Elements of the flat vectors, padding and tail included."""
+        return self.params.numel()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the parameters are of several types, and the vectors therefore of bytes."""
+        return len({one.dtype for one in self.layout.segments}) > 1
+
+    @property
+    def trained_slots(self) -> list[Slot]:
+        """Parameters that are no tail: the first ones of `slots`."""
+        return self.slots[: self._trained]
+
+    def digest(self) -> str:
+        """Fingerprint of names, shapes and types: equal on all ranks that train one model."""
+        text = repr((self.slots, self.layout.tail, self.params.dtype))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the model's state, and parameters from outside of it by their names; no copies."""
+        return {**self.model.state_dict(), **{k: p.detach() for k, p in self.extra.items()}}
+
+    def move(self, params: Tensor, grads: Tensor) -> None:
+        """
+        Go on in other vectors, of shape [n] and the same dtype; their content becomes the model's.
+
+        Nothing is copied: whoever hands the vectors over has filled `params`.
+        """
+        self.params, self.grads = params, grads
+        self._point()
+
+    def typed(self, vector: Tensor) -> list[Tensor]:
+        """View what is trained of a vector of this model by segment, each in its own type."""
+        return typed_views(vector, self.segments)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What is trained of the vectors: the tail once a parameter there takes part."""
+        every = self.layout.segments
+        if self.active.any():
+            return every
+        return tuple(one for one in every if one.start < self.layout.tail)
+
+    def slots_in(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Give the slots that lie in a run of the flat vector: place, first element, last one."""
+        for place, slot in enumerate(self.slots):
+            first, last = max(start, slot.offset), min(stop, slot.stop)
+            if first < last:
+                yield place, first, last
+
+    def elements_of(
+        self, slot: Slot, first: int, last: int, start: int
+    ) -> tuple[tuple[int, int] | None, int]:
+        """
+        Count elements of a slot where the vector's are bytes.
+
+        Args:
+            slot: one of this model's.
+            first: element of the vector, in the slot.
+            last: one behind it, in the slot.
+            start: element of the vector from which places are to be counted.
+
+        Returns:
+            First and last element of the slot, None: all of them; and the place of the first.
+        """
+        item = slot.dtype.itemsize // self.params.itemsize if self.mixed else 1
+        all_of_it = (first, last) == (slot.offset, slot.stop)
+        run = None if all_of_it else ((first - slot.offset) // item, (last - slot.offset) // item)
+        return run, (first - start) // item
+
+    def begin_step(self) -> None:
+        """
+        Set the gradients to zero and forget which parameters had one.
+
+        Raises:
+            SpecError: a parameter that was frozen had one, and nobody called `activate_tail`.
+        """
+        lost = self.thawed & self.present[self._trained :]
+        if lost.any():
+            name = self.slots[self._trained + int(lost.argmax())].name
+            raise thaw_error(self.version, f"{name!r} cannot be thawed under this strategy")
+        self._used_grads.zero_()
+        self.present[:] = self.began = False
+        self._gradients.begin()
+
+    def before_backward(self) -> None:
+        """
+        Be told that forward and loss of a micro-batch are over, and that its backward comes.
+
+        Raises:
+            SpecError: see `Gradients.before_backward`.
+        """
+        self._gradients.before_backward()
+        self._look_for_thawed()
+        self.began = True
+
+    def take_in(self) -> None:
+        """
+        Be told that a backward is over: `grads` and `present` are then right.
+
+        Raises:
+            SpecError: see `Gradients.take_in`.
+        """
+        self._gradients.take_in()
+        self._look_for_thawed()
+        for number in np.flatnonzero(self.thawed).tolist():
+            place = self._trained + number
+            grad = self.parameters[place].grad
+            if grad is not None:  # in memory of its own, and the sum so far
+                self.slots[place].view(self.grads).copy_(grad)
+                self.present[place] = True
+
+    def ready(self, place: int) -> None:
+        """Be told by a hook that the backward under way has finished a slot's gradient."""
+        self._gradients.ready(place)
+
+    @property
+    def tail_in_use(self) -> bool:
+        """Whether this rank has gradients, or will have, behind the slots trained at first."""
+        return bool(self.active.any() or self.thawed.any())
+
+    def activate_tail(self, present: NDArray[np.bool_], step: int) -> None:
+        """
+        Have frozen parameters take part that have a gradient; all ranks call this in each step.
+
+        What this rank has of these gradients is in the vector already.
+
+        Args:
+            present: by slot, whether it has a gradient on any rank.
+            step: for messages.
+
+        Raises:
+            SpecError: this rank has computed something, and without one of them.
+        """
+        new = present[self._trained :] & ~self.active
+        if not new.any():
+            return
+        for number in np.flatnonzero(new & ~self.thawed).tolist() if self.began else ():
+            name = self.slots[self._trained + number].name
+            raise thaw_error(step, f"{name!r} is frozen on this worker, on others not")
+        self.take_over_tail(new)
+
+    def take_over_tail(self, union: NDArray[np.bool_]) -> None:
+        """Have frozen parameters take part in training, with the values that `params` has."""
+        self.active |= union
+        self.thawed &= ~self.active
+        for number in np.flatnonzero(self.active).tolist():
+            self.parameters[self._trained + number].requires_grad_(True)
+        self._point()
+
+    def fill_tail(self) -> None:
+        """Have `params` hold the frozen parameters as they are now; a checkpoint was read."""
+        for number in np.flatnonzero(~self.active).tolist():
+            place = self._trained + number
+            self.slots[place].view(self.params).copy_(self.parameters[place].detach())
+
+    def trained_names(self) -> frozenset[str]:
+        """Give the names of the parameters that live in the vector by now."""
+        return frozenset(self.slots[place].name for place in self._live())
+
+    @property
+    def thaws(self) -> bool:
+        """Whether this rank has a gradient of a frozen parameter that takes no part yet."""
+        return bool((self.present[self._trained :] & ~self.active).any())
+
+    def name(self, slot: int) -> str:
+        """Give the name of a slot's parameter."""
+        return self.slots[slot].name
+
+    def first_non_finite(self) -> int | None:
+        """Give the slot of the first parameter whose gradient is not finite; None: all are."""
+        segments = self.layout.segments if self.tail_in_use else self.segments
+        return first_non_finite(self.grads, segments, self.layout.pieces)
+
+    def squared_norm(self) -> float:
+        """Give the sum of squares of the gradient, in float64."""
+        return squared_norm_of(self.grads, self.segments)
+
+    def scale_gradients(self, scale: float) -> None:
+        """Multiply the gradient by a number; by 1 costs nothing."""
+        scale_in_place(self.typed(self.grads), scale)
+
+    def _look_for_thawed(self) -> None:
+        if any(map(_REQUIRES_GRAD, self._frozen)):
+            wanted = [p.requires_grad for p in self.parameters[self._trained :]]
+            self.thawed |= np.array(wanted) & ~self.active
+
+    def _live(self) -> list[int]:
+        """Give the slots whose parameters live in the vector."""
+        active = (self._trained + np.flatnonzero(self.active)).tolist()
+        return [*range(self._trained), *active]
+
+    def check_layout(self, step: int, *, thorough: bool = False) -> list[str]:
+        """
+        Take in parameters whose data have left the vector, between backward and exchange.
+
+        Args:
+            step: for messages.
+            thorough: walk the modules, too; the first steps do it in any case.
+
+        Returns:
+            Names of parameters to which user code has assigned other data (`param.data = ...`):
+            `params` has the new values.
+
+        Raises:
+            SpecError: the model has other parameters than it had; or one that is frozen no more
+                has not the values that it had, which is what others have. Names it.
+        """
+        self._check_objects(step)
+        if any(map(_REQUIRES_GRAD, self._outside)):
+            name = next(name for name, p in self._fixed if p.requires_grad)
+            raise thaw_error(step, f"{name!r} has requires_grad=True; it was frozen at first")
+        for number in np.flatnonzero(self.thawed).tolist():
+            place = self._trained + number
+            slot, parameter = self.slots[place], self.parameters[place]
+            if not torch.equal(parameter.detach(), slot.view(self.params)):
+                raise thaw_error(step, f"{slot.name!r} was changed while it was frozen")
+        if thorough or self._looked < _THOROUGH_STEPS:
+            self._looked += 1
+            self._check_modules(step)
+        now = list(map(Tensor.data_ptr, self._housed))
+        if now == self._pointers:
+            return []
+        moved = [i for i, (a, b) in enumerate(zip(now, self._pointers, strict=True)) if a != b]
+        live = self._live()
+        return [self._bring_back(live[number], step) for number in moved]
+
+    def _check_objects(self, step: int) -> None:
+        """Compare the parameters that the modules have now with those they had."""
+        for held, key, name, parameter in self._homes:
+            if held.get(key) is not parameter:
+                text = f"step {step + 1}: the parameter {name!r} was replaced or removed"
+                raise SpecError(Problem(("task",), text, "write into it: param.data.copy_(...)"))
+
+    def _check_modules(self, step: int) -> None:
+        known = {id(parameter) for parameter in self.parameters}
+        for name, parameter in dense_parameters(self.model):
+            if parameter.requires_grad and parameter.numel() and id(parameter) not in known:
+                raise thaw_error(step, f"{name!r} was not there when the run began")
+
+    def _bring_back(self, place: int, step: int) -> str:
+        """Copy a parameter's data into the vector and have the parameter there again."""
+        slot, parameter = self.slots[place], self.parameters[place]
+        data = parameter.data
+        if (tuple(data.shape), data.dtype) != (slot.shape, slot.dtype):
+            text = (
+                f"step {step + 1}: the data of {slot.name!r} were replaced by {dtype_name(data)} "
+                f"{[*data.shape]}; it was {slot.dtype} {[*slot.shape]}"
+            )
+            raise SpecError(Problem(("task",), text))
+        begin, end = self.params.data_ptr(), self.params.data_ptr() + self.params.nbytes
+        if begin <= data.data_ptr() < end:
+            text = f"step {step + 1}: {slot.name!r} shares the memory of another parameter"
+            raise SpecError(Problem(("task",), text, TIE))
+        view = slot.view(self.params)
+        view.copy_(data)
+        parameter.data = view
+        return slot.name
+
+    def _point(self) -> None:
+        """Make parameters and gradients views of the present vectors."""
+        live = self._live()
+        slots = [self.slots[place] for place in live]
+        self._housed = [self.parameters[place] for place in live]
+        behind = np.flatnonzero(~self.active) + self._trained
+        self._frozen = [self.parameters[place] for place in behind.tolist()]
+        self._outside = [p for _, p in self._fixed]
+        for slot, parameter in zip(slots, self._housed, strict=True):
+            parameter.data = slot.view(self.params)
+        self._pointers = list(map(Tensor.data_ptr, self._housed))
+        names = [slot.name for slot in slots]
+        self._gradients = Gradients(names, self._housed, self.present, live)
+        self._gradients.point([slot.view(self.grads) for slot in slots])
+        used = self.size if self.active.any() else self.layout.tail
+        self._used_grads = self.grads[:used]

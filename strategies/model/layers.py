@@ -1,0 +1,396 @@
+"""A model as layers that follow each other, given or traced, in runs that may be recomputed."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.algorithms.partition import bounds
+from distplat.strategies.compat import has_running_statistics
+from distplat.strategies.model.module_hooks import called_hooks
+
+Part = nn.Module | Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One of the modules that follow each other."""
+
+    name: str
+    """In the model, for example `blocks.3`."""
+    module: nn.Module
+    parts: Mapping[str, Part]
+    """What of the model it is made of, by name; one part, or several for a module made around
+    them. Every parameter and buffer is in one."""
+
+
+def layers_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> list[Layer]:
+    """
+    Give a model's layers with their names.
+
+    Args:
+        model: an `nn.Sequential`; with `modules` any model.
+        modules: what makes up the model, in order, as a task's `stages` gives it: parts of the
+            model, or modules made around parts.
+
+    Raises:
+        SpecError: there is no telling what follows what, one module comes twice, or one has
+            parameters that the model does not have.
+    """
+    if modules is None:
+        if not isinstance(model, nn.Sequential):
+            raise _problem(
+                f"{type(model).__name__} does not say in which order its parts run",
+                "give the task a `stages(model)`, or have the model traced",
+            )
+        modules = list(model)
+    names: dict[int, str] = {}
+    for name, part in (*model.named_modules(), *_tensors(model)):
+        names.setdefault(id(part), name)
+    seen: dict[int, int] = {}
+    layers = []
+    for number, module in enumerate(modules):
+        parts = dict(_parts(module, names, f"layer {number}"))
+        name = names.get(id(module)) or next(iter(parts), f"{type(module).__name__}_{number}")
+        if (first := seen.setdefault(id(module), number)) != number:
+            raise _problem(
+                f"layers {first} and {number} are one module, {name}",
+                "use two modules, or one module around all that lies between them",
+            )
+        layers.append(Layer(name, module, parts))
+    return layers
+
+
+def _parts(module: nn.Module, names: Mapping[int, str], told: str) -> Iterator[tuple[str, Part]]:
+    """Give the largest parts of a module that the model has itself."""
+    name = names.get(id(module))
+    if name:  # "" is the model
+        yield name, module
+        return
+    for own, tensor in _tensors(module, recurse=False):
+        if id(tensor) not in names:
+            raise _problem(
+                f"{told} has a parameter or buffer that the model does not have: {own}",
+                "make it a part of the model",
+            )
+        yield names[id(tensor)], tensor
+    for child in module.children():
+        yield from _parts(child, names, told)
+
+
+class Stage(nn.Module):
+    """Layers one behind the other; every parameter has the name that it has in the model."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.layer_names = [layer.name for layer in layers]
+        self._run = tuple(layer.module for layer in layers)  # a tuple: not registered once more
+        for layer in layers:
+            for name, part in layer.parts.items():
+                self._attach(name, part)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """
+        Run all layers.
+
+        Raises:
+            SpecError: one gives something else than one tensor.
+        """
+        for name, module in zip(self.layer_names, self._run, strict=True):
+            inputs = one_tensor(name, module(inputs))
+        return inputs
+
+    def _attach(self, name: str, part: Part) -> None:
+        home: nn.Module = self
+        *path, last = name.split(".")
+        for step in path:
+            if step not in home._modules:
+                home.add_module(step, nn.Module())
+            home = home.get_submodule(step)
+        if isinstance(part, nn.Module):
+            home.add_module(last, part)
+        elif isinstance(part, nn.Parameter):
+            home.register_parameter(last, part)
+        else:
+            home.register_buffer(last, part)
+
+
+def one_tensor(name: str, outputs: object) -> Tensor:
+    """
+    Check what a layer gives.
+
+    Raises:
+        SpecError: it is not one tensor.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    raise _problem(
+        f"layer {name} gives {type(outputs).__name__}, and layers hand on one tensor",
+        "put it and the layers that use what it gives into one module",
+    )
+
+
+def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
+    """
+    Refuse cuts between layers that share a parameter or a buffer.
+
+    Two processes would each train a copy of it, and the copies drift apart without a word.
+
+    Raises:
+        SpecError: names every such tensor with all its names and stages.
+    """
+    found: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    for number, (start, stop) in enumerate(bounds(points, len(layers))):
+        for layer in layers[start:stop]:
+            for name, tensor in _named(layer):
+                # The same name in two stages is a module that runs in both.
+                found[id(tensor)].setdefault(f"{name} (stage {number})", number)
+    problems = []
+    for names in found.values():
+        if len({*names.values()}) > 1:
+            hint = "cut so that they are in one stage, or give each layer a parameter of its own"
+            problems.append(Problem((), f"{' and '.join(names)} are one tensor", hint))
+    if problems:
+        raise SpecError(*problems)
+
+
+def _named(layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    for name, part in layer.parts.items():
+        if isinstance(part, nn.Module):
+            yield from ((f"{name}.{own}", tensor) for own, tensor in _tensors(part))
+        else:
+            yield name, part
+
+
+def _tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
+    yield from module.named_buffers(recurse=recurse, remove_duplicate=False)
+
+
+def _problem(message: str, hint: str) -> SpecError:
+    return SpecError(Problem((), message, hint))
+
+
+_tracing = threading.Lock()
+"""While torch.fx traces, it changes what calling a module does, for all threads."""
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self._modes = _modes()
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """
+        Note a step.
+
+        Raises:
+            ValueError: it runs without gradients, or in another precision: a trace has no contexts.
+        """
+        changed = [what for what, mode in _modes().items() if mode != self._modes[what]]
+        if changed:
+            text = f"it runs {target} inside of {' and '.join(changed)}, which a trace leaves out"
+            raise ValueError(text)
+        return super().create_node(kind, target, *args, **kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Take a module whole; one with hooks always, for a trace would call them once for all."""
+        return type(m) is not nn.Sequential or bool(called_hooks(m))
+
+
+def traced_layers(model: nn.Module) -> list[Layer]:
+    """
+    Trace a model and cut it into as many layers as there are places to cut.
+
+    A layer is named by the first of the model's parts in it.
+
+    Args:
+        model: takes one tensor and gives one.
+
+    Raises:
+        SpecError: the model cannot be traced, or takes or gives more than one tensor.
+    """
+    graph = _trace(model)
+    nodes, result = _computed(graph), _result(graph)
+    runs: list[list[fx.Node]] = [[]]
+    for node, values in zip(nodes, _crossing(graph), strict=True):
+        runs[-1].append(node)
+        if values == [node]:
+            runs.append([])
+    tail = runs.pop()
+    if tail:  # ends with a step whose value nobody takes, such as one in place
+        runs = [*runs[:-1], [*runs[-1], *tail]] if runs and result in runs[-1] else [*runs, tail]
+    entering = next(node for node in graph.nodes if node.op == "placeholder")
+    modules = []
+    for run in runs:
+        leaving = result if run is runs[-1] else run[-1]
+        modules.append(_segment(model, run, entering, leaving))
+        entering = leaving
+    layers = layers_of(model, modules)
+    return [
+        layer if layer.parts else replace(layer, name=run[0].name)
+        for layer, run in zip(layers, runs, strict=True)
+    ]
+
+
+def _modes() -> dict[str, object]:
+    """Give what contexts of torch change."""
+    return {
+        "torch.no_grad or its like": torch.is_grad_enabled(),
+        "torch.inference_mode": torch.is_inference_mode_enabled(),
+        "torch.autocast": [
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+        ],
+    }
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    modes = [(module, module.training) for module in model.modules()]
+    graphs = []
+    try:
+        for mode in (True, False):
+            model.train(mode)
+            # Once inside of autocast, so that one that is switched off is seen, too.
+            with _tracing, torch.autocast("cpu", enabled=mode):
+                graphs.append(_Tracer().trace(model))
+    except Exception as error:
+        raise _problem(
+            f"{type(model).__name__} cannot be traced: {error}",
+            "give the task a `stages(model)` that lists the parts in order",
+        ) from error
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+    _check(model, *graphs)
+    return graphs[0]
+
+
+def _check(model: nn.Module, training: fx.Graph, evaluating: fx.Graph) -> None:
+    name = type(model).__name__
+    if str(training) != str(evaluating):
+        raise _problem(
+            f"{name}.forward differs between training and evaluation, and a trace has only one way",
+            "use modules that know the mode themselves, such as nn.Dropout for F.dropout",
+        )
+    inputs = [node.name for node in training.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise _problem(
+            f"{name}.forward takes {len(inputs)} inputs ({', '.join(inputs)}), and a pipeline one",
+            "wrap the model in one that takes a single tensor",
+        )
+    if _result(training) not in _computed(training):
+        raise _problem(
+            f"{name}.forward gives something else than one tensor that it has computed",
+            "wrap the model in one that gives a single tensor",
+        )
+
+
+def _computed(graph: fx.Graph) -> list[fx.Node]:
+    """Give the steps; a parameter that a step takes directly belongs to the step."""
+    return [node for node in graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
+
+
+def _result(graph: fx.Graph) -> Any:
+    return graph.output_node().args[0]
+
+
+def _crossing(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Give, for the place behind each step, the values made before it and used after it."""
+    nodes = _computed(graph)
+    at = {node: number for number, node in enumerate(nodes)}
+    entering = [node for node in graph.nodes if node.op == "placeholder"]
+    last_use = {
+        value: max((at.get(user, len(nodes)) for user in value.users), default=-1)
+        for value in (*entering, *nodes)
+    }
+    return [
+        [value for value in (*entering, *nodes[: place + 1]) if last_use[value] > place]
+        for place in range(len(nodes))
+    ]
+
+
+def _segment(
+    model: nn.Module, run: Sequence[fx.Node], entering: fx.Node, leaving: fx.Node
+) -> fx.GraphModule:
+    """Make a module of some steps, around the model's own parts."""
+    graph = fx.Graph()
+    copies = {entering: graph.placeholder("inputs")}
+    for node in run:
+        for needed in node.all_input_nodes:
+            if needed.op == "get_attr" and needed not in copies:
+                copies[needed] = graph.node_copy(needed)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[leaving])
+    return fx.GraphModule(model, graph)
+
+
+def recomputed(stage: nn.Module, inputs: Any) -> Any:
+    """
+    Run a stage so that its activations are computed again in backward.
+
+    Raises:
+        SpecError: forward writes into buffers or frozen parameters, and would do so twice.
+    """
+    if not torch.is_grad_enabled():
+        return stage(inputs)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _StatisticsStay(stage)
+
+    before = _state(stage)
+    outputs = checkpoint(
+        stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
+    )
+    written = [name for name, known in _state(stage).items() if before.get(name) != known]
+    if written:
+        text = f"forward writes into {', '.join(written)}, and `recompute` runs it twice"
+        raise SpecError(Problem(("strategy", "recompute"), text, "leave `recompute` out"))
+    return outputs
+
+
+def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
+    """Give by name what tells that a tensor that is not trained was written, or replaced."""
+    found = {}
+    for path, module in stage.named_modules():
+        own = dict(module._parameters)
+        if not has_running_statistics(module):  # of norms, `_StatisticsStay` takes care
+            own |= module._buffers
+        for name, tensor in own.items():
+            if tensor is not None and not tensor.requires_grad:
+                where = f"{path}.{name}".removeprefix("chunk.").removeprefix("model.")
+                found[where] = id(tensor), tensor._version
+    return found
+
+
+class _StatisticsStay:
+    """
+    Has norms update copies of their running statistics, which are then thrown away.
+
+    Entered once per recomputation: twice where a schedule splits backward.
+    """
+
+    def __init__(self, stage: nn.Module) -> None:
+        self._stage = stage
+        self._kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        self._kept = [
+            (module, dict(module._buffers))
+            for module in self._stage.modules()
+            if has_running_statistics(module) and module.training and module.track_running_stats
+        ]
+        for module, buffers in self._kept:
+            for name, buffer in buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for module, buffers in self._kept:
+            module._buffers.update(buffers)

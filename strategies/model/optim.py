@@ -1,0 +1,335 @@
+"""The job's optimizer over a flat vector: torch's own classes, our schedule and clipping."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from distplat.platform.optimizers import Optimizer, factor
+from distplat.platform.spec import Job
+from distplat.platform.vector_layout import Layout, plain_layout
+from distplat.strategies.algorithms.reduce import clip_factor
+from distplat.strategies.compat import spare_the_compiler
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.segments import (
+    dtype_name,
+    scale_in_place,
+    squared_norm_of,
+    typed,
+)
+
+_FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
+"""Classes with a fused kernel on the CPU: one pass over memory instead of several."""
+
+_FUSED_TYPES = {"float32", "float64"}
+"""Types for which it does its work: torch 2.13's does nothing to halves on the CPU."""
+
+PER_PARAMETER = "parameter/"
+"""Begins the names of what an optimizer remembers of each parameter as a whole: one number each,
+by `Piece.slot`. All else that it remembers are vectors, laid out as the parameters are."""
+
+USED = f"{PER_PARAMETER}used"
+"""Whether the optimizer remembers anything of a parameter: not before its first gradient."""
+
+NUMBERS = {"step", "mu_product"}
+"""What torch's optimizers remember of a parameter that is one number."""
+
+Presence: TypeAlias = "Sequence[bool] | NDArray[np.bool_] | None"
+"""By slot, whether a parameter has a gradient on any rank; None: all that are no tail."""
+
+
+@dataclass
+class _Run:
+    """Neighbouring pieces of one type that are updated alike: for torch a parameter."""
+
+    pieces: slice
+    """Places in the list of pieces."""
+    start: int
+    """First element of the vector."""
+    stop: int
+    dtype: str
+    used: bool
+    """Whether torch has a state for it."""
+    parameter: nn.Parameter = field(init=False)
+
+
+class FlatOptimizer:
+    """
+    One of torch's optimizers over a run of the flat vector, as if each parameter were its own.
+
+    A parameter without a gradient rests: it neither decays nor moves, and its step is not counted.
+    Neighbours which have a gradient, and have had it in the same steps, are one operation: where
+    all parameters always have one, that is a single one over each segment of the vector. Which
+    operations there are depends on presence and on what is remembered, and on nothing else.
+
+    Args:
+        spec: name and arguments.
+        vector: shape [n]; updated in place.
+        gradient: shape [n].
+        layout: what lies where; None: a single parameter.
+    """
+
+    def __init__(
+        self, spec: Optimizer, vector: Tensor, gradient: Tensor, layout: Layout | None = None
+    ) -> None:
+        spare_the_compiler()
+        self._layout = layout or plain_layout(vector.numel(), dtype_name(vector))
+        self._vector = vector
+        self.gradient = gradient
+        self._pieces = self._layout.pieces
+        self._slots = np.array([piece.slot for piece in self._pieces], np.int64)
+        self._segment_of = _segments_of(self._layout)
+        starts = [piece.start for piece in self._pieces]
+        self._at_first = np.array(starts, np.int64) < self._layout.tail  #: who is no tail
+        self._torch = {(a, b): _make(spec, a) for a in (True, False) for b in (True, False)}
+        """By whether the kernel is a fused one, and whether there is a state: such a kernel wants
+        one of all parameters or of none."""
+        self._used = np.zeros(len(self._pieces), np.bool_)
+        self._vectors: dict[str, Tensor] = {}
+        self._scalars: dict[str, Tensor] = {}  #: by piece
+        self._runs: list[_Run] | None = None  #: of `_present`; None: to be found anew
+        self._present: NDArray[np.bool_] | None = None
+
+    def step(self, lr: float, present: Presence = None) -> None:
+        """
+        Make an update from `gradient`.
+
+        Args:
+            lr: learning rate.
+            present: see `Presence`.
+        """
+        runs = self._runs_of(present)
+        with torch.no_grad():
+            for optimizer in self._torch.values():
+                [group] = optimizer.param_groups
+                group["lr"] = lr
+                if group["params"]:
+                    inspect.unwrap(type(optimizer).step)(optimizer)
+        if not all(run.used for run in runs):
+            self._take_new_states(runs)
+
+    def state(self) -> dict[str, Tensor]:
+        """Give what it remembers, by torch's names (see `PER_PARAMETER`); vectors are no copies."""
+        if not self._used.any():
+            return {}
+        self._write_back()
+        count = self._layout.parameters
+        found = dict(self._vectors)
+        used = torch.zeros(count, dtype=torch.bool)
+        places = torch.from_numpy(self._slots)
+        used[places] = torch.from_numpy(self._used)
+        for name, values in self._scalars.items():
+            of_all = torch.zeros(count, dtype=values.dtype)
+            of_all[places] = values.cpu()
+            found[PER_PARAMETER + name] = of_all
+        return {**found, USED: used}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of an equal optimizer gave; copied. Nothing: as if it were new."""
+        places = torch.from_numpy(self._slots)
+        used = state.get(USED)
+        self._used[:] = used[places].cpu().numpy() if used is not None else False
+        self._vectors, self._scalars, self._runs = {}, {}, None
+        for name, values in state.items():
+            if name == USED:
+                continue
+            if name.startswith(PER_PARAMETER):
+                self._scalars[name.removeprefix(PER_PARAMETER)] = values[places].clone()
+            else:
+                self._vectors[name] = self._empty_like_vector().copy_(values)
+
+    def use(self, gradient: Tensor) -> None:
+        """Take gradients from another vector from now on, shape [n]."""
+        self.gradient = gradient
+        for run in self._runs or ():
+            run.parameter.grad = typed(gradient, run.start, run.stop, run.dtype)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the state takes."""
+        kept = [*self._vectors.values(), *self._scalars.values()]
+        return sum(value.nbytes for value in kept)
+
+    def _runs_of(self, present: Presence) -> list[_Run]:
+        """Give the runs to be updated; set torch's optimizers up for them if they are others."""
+        mine: NDArray[np.bool_] | None = self._at_first
+        if present is not None:
+            mine = np.asarray(present, np.bool_)[self._slots]
+        if mine is not None and mine.all():
+            mine = None
+        if self._runs is not None and _equal(mine, self._present):
+            return self._runs
+        self._write_back()
+        self._present = mine
+        self._runs = self._group(mine)
+        for optimizer in self._torch.values():
+            optimizer.param_groups[0]["params"] = []
+            optimizer.state.clear()
+        for run in self._runs:
+            self._set_up(run)
+        return self._runs
+
+    def _group(self, present: NDArray[np.bool_] | None) -> list[_Run]:
+        """Put neighbours together that have a gradient and the same history."""
+        count = len(self._pieces)
+        if not count:
+            return []
+        changes = self._segment_of[1:] != self._segment_of[:-1]
+        changes |= self._used[1:] != self._used[:-1]
+        if present is not None:
+            changes |= present[1:] != present[:-1]
+        for values in self._scalars.values():
+            changes |= (values[1:] != values[:-1]).cpu().numpy()
+        bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), count]
+        runs = [
+            self._run(slice(first, stop))
+            for first, stop in pairwise(bounds)
+            if present is None or present[first]
+        ]
+        return runs
+
+    def _run(self, pieces: slice) -> _Run:
+        """Make a run; it has the padding behind it, up to the next piece or the segment's end."""
+        segment = self._layout.segments[int(self._segment_of[pieces.start])]
+        start, stop = self._pieces[pieces.start].start, segment.stop
+        if pieces.stop < len(self._pieces):
+            stop = min(stop, self._pieces[pieces.stop].start)
+        return _Run(pieces, start, stop, segment.dtype, bool(self._used[pieces.start]))
+
+    def _set_up(self, run: _Run) -> None:
+        """Make a run a parameter of the torch optimizer that is right for its type."""
+        fused = run.dtype in _FUSED_TYPES or self._vector.device.type != "cpu"
+        optimizer = self._torch[fused, run.used]
+        run.parameter = nn.Parameter(typed(self._vector, run.start, run.stop, run.dtype))
+        run.parameter.grad = typed(self.gradient, run.start, run.stop, run.dtype)
+        optimizer.param_groups[0]["params"].append(run.parameter)
+        if run.used:
+            on = self._vector.device if optimizer.defaults.get("fused") else None
+            optimizer.state[run.parameter] = {
+                **{k: typed(v, run.start, run.stop, run.dtype) for k, v in self._vectors.items()},
+                **{k: v[run.pieces.start].clone().to(on) for k, v in self._scalars.items()},
+            }
+
+    def _state_of(self, run: _Run) -> dict[str, Any]:
+        for optimizer in self._torch.values():
+            if run.parameter in optimizer.state:
+                state: dict[str, Any] = optimizer.state[run.parameter]
+                return state
+        return {}
+
+    def _take_new_states(self, runs: Sequence[_Run]) -> None:
+        """Move what torch has begun to remember into the vectors; runs are found anew."""
+        for run in runs:
+            if run.used:
+                continue
+            for name, value in self._state_of(run).items():
+                if value is None:
+                    continue
+                if value.ndim:
+                    if name not in self._vectors:
+                        self._vectors[name] = self._empty_like_vector()
+                    typed(self._vectors[name], run.start, run.stop, run.dtype).copy_(value)
+                else:
+                    self._put_scalar(name, run, value)
+                self._used[run.pieces] = True
+        if self._used.any():
+            self._write_back()
+            self._runs = None
+
+    def _put_scalar(self, name: str, run: _Run, value: Tensor) -> None:
+        if name not in self._scalars:
+            count = len(self._pieces)
+            self._scalars[name] = torch.zeros(count, dtype=value.dtype, device=value.device)
+        self._scalars[name][run.pieces] = value
+
+    def _write_back(self) -> None:
+        """Note the numbers that torch's optimizers have by now of each parameter."""
+        for run in self._runs or ():
+            for name, value in self._state_of(run).items() if run.used else ():
+                if name in self._scalars:
+                    self._put_scalar(name, run, value)
+
+    def _empty_like_vector(self) -> Tensor:
+        return torch.zeros_like(self._vector)
+
+
+def _equal(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return bool((one == other).all())
+
+
+def _segments_of(layout: Layout) -> NDArray[np.int64]:
+    """Give the place of each piece's segment."""
+    ends = np.array([segment.stop for segment in layout.segments], np.int64)
+    starts = np.array([piece.start for piece in layout.pieces], np.int64)
+    return np.searchsorted(ends, starts, side="right")
+
+
+def _make(spec: Optimizer, fused: bool) -> torch.optim.Optimizer:
+    """Make a torch optimizer that has no parameters yet."""
+    kind = getattr(torch.optim, spec.name)
+    more = {"fused": True} if fused and spec.name in _FUSED else {}
+    stand_in = nn.Parameter(torch.zeros(1))
+    optimizer: torch.optim.Optimizer = kind([stand_in], **spec.arguments(), **more)
+    optimizer.param_groups[0]["params"] = []
+    optimizer.state.clear()
+    return optimizer
+
+
+def rate_of(job: Job, step: int, total_steps: int) -> float:
+    """Give the learning rate of a step."""
+    return job.optimizer.lr * factor(job.lr_schedule, step, total_steps)
+
+
+class LocalOptimizer:
+    """Optimizer over a worker's own parameters, for strategies that update in the worker."""
+
+    def __init__(self, flat: FlatModel, job: Job, total_steps: int) -> None:
+        self._flat, self._job, self._total = flat, job, total_steps
+        self._optimizer = FlatOptimizer(job.optimizer, flat.params, flat.grads, flat.layout)
+        self.bounds = (0, flat.size)  #: the run of the flat vector that it updates
+
+    def state(self) -> dict[str, Tensor]:
+        """Give what it can hand over to another rank: all of `memory`; not a copy."""
+        return self.memory()
+
+    def memory(self) -> dict[str, Tensor]:
+        """Give what the optimizer remembers of its run, see `FlatOptimizer.state`."""
+        return self._optimizer.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of an equal optimizer gave; copied."""
+        self._optimizer.load(state)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the optimizer's state takes."""
+        return self._optimizer.state_bytes
+
+    def step(self, step: int, present: Presence = None, scale: float = 1.0) -> None:
+        """
+        Clip as the job says and update; `flat.grads` holds the gradient of the global batch.
+
+        Args:
+            step: the step's number, from 0.
+            present: which parameters have a gradient, see `Presence`.
+            scale: what the gradient is to be multiplied by, before it is clipped.
+        """
+        if self._job.clip_norm is not None:
+            scale *= clip_factor(self._norm() * scale, self._job.clip_norm)
+        scale_in_place(self._flat.typed(self._flat.grads), scale)
+        self._optimizer.step(rate_of(self._job, step, self._total), present)
+
+    def _norm(self) -> float:
+        """Give the 2-norm of the gradient of the whole model, before it is scaled."""
+        return math.sqrt(squared_norm_of(self._flat.grads, self._flat.layout.segments))

@@ -1,0 +1,200 @@
+"""Which parameters go into a flat vector, and where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.vector_layout import Layout, Piece, Segment
+from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.sparse.modules import dense_parameters
+
+_ALIGN = 16
+"""Elements: a multiple of a cache line for every dtype of 4 bytes and more."""
+
+_LINE_BYTES = 64
+_BLOCK_BYTES = 4096
+"""Vectors of several types are a multiple of it: shards of them end between two elements."""
+
+_TAIL_BYTES = 64 << 20
+"""So much may the tail take in any case; else no more than what is trained."""
+
+TIE = "tie parameters by giving both modules the same nn.Parameter"
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lies."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    """First element in the flat vector."""
+    stop: int
+    """Its last one, exclusive."""
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the parameter."""
+        return int(torch.Size(self.shape).numel())
+
+    def view(self, vector: Tensor) -> Tensor:
+        """Give this parameter's part of a flat vector, in its own type and shape."""
+        run = vector[self.offset : self.stop]
+        return (run if run.dtype == self.dtype else run.view(self.dtype)).view(self.shape)
+
+
+def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> Named:
+    """
+    Give the parameters to be trained; an empty one has nothing to train.
+
+    Args:
+        model: of which.
+        extra: parameters outside of it, by name.
+
+    Raises:
+        ValueError, SpecError: see `FlatModel`.
+    """
+    twice = extra.keys() & model.state_dict().keys()
+    if twice:
+        text = f"the model has a tensor of the name {min(twice)!r}, which is that of the task's own"
+        raise SpecError(Problem(("task",), text, "rename the submodule"))
+    found = [(name, p) for name, p in dense_parameters(model) if p.requires_grad and p.numel()]
+    known = {id(p) for _, p in found}
+    found += [
+        (name, cast(nn.Parameter, p))
+        for name, p in extra.items()
+        if id(p) not in known and p.requires_grad and p.numel()
+    ]
+    if not found:
+        raise ValueError("the model has no trainable parameter")
+    first_name, first = found[0]
+    for name, p in found:
+        if p.device != first.device:
+            raise ValueError(
+                f"trainable parameters must share a device: {first_name} is on {first.device}, "
+                f"{name} is on {p.device}"
+            )
+        if not p.is_floating_point():
+            text = f"trainable parameters must be real numbers: {name!r} is {p.dtype}"
+            hint = "keep a complex one as real numbers, and use torch.view_as_complex in forward"
+            raise SpecError(Problem(("task",), text, hint))
+    return found
+
+
+def by_type(named: Named) -> Named:
+    """Sort parameters by type, in the order in which types first occur; else as they are."""
+    order = list(dict.fromkeys(p.dtype for _, p in named))
+    return sorted(named, key=lambda one: order.index(one[1].dtype))
+
+
+def room_for(frozen: Named, trained: Named, model: nn.Module) -> Named:
+    """
+    Give the frozen parameters that may take part in training later: the vector has room for them.
+
+    None where all of them are much larger than what is trained. A vector of one type stays so, and
+    what shares its memory with another tensor stays where it is.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    holders = Counter(t.untyped_storage().data_ptr() for t in tensors if t.numel())
+    types = {p.dtype for _, p in trained}
+    device = trained[0][1].device
+    found = [
+        (name, p)
+        for name, p in frozen
+        if p.numel()
+        and p.is_floating_point()
+        and p.device == device
+        and (len(types) > 1 or p.dtype in types)
+        and holders[p.untyped_storage().data_ptr()] == 1
+    ]
+    limit = max(_TAIL_BYTES, sum(p.nbytes for _, p in trained))
+    return found if sum(p.nbytes for _, p in found) <= limit else []
+
+
+def lay_out(named: Named, tail: Named) -> tuple[list[Slot], Layout, torch.dtype]:
+    """Give each parameter, sorted by type, its place; what lies where; the vector's type."""
+    mixed = len({p.dtype for _, p in named}) > 1
+    slots: list[Slot] = []
+    segments: list[Segment] = []
+    end = _place(named, 0, mixed, slots, segments)
+    begin = -(-end // _ALIGN) * _ALIGN if tail else end
+    segments[-1] = Segment(segments[-1].start, begin, segments[-1].dtype)
+    size = _place(tail, begin, mixed, slots, segments) if tail else begin
+    segments[-1] = Segment(segments[-1].start, size, segments[-1].dtype)
+    pieces = tuple(Piece(place, slot.offset, slot.stop) for place, slot in enumerate(slots))
+    layout = Layout(size, tuple(segments), pieces, len(slots), begin)
+    return slots, layout, torch.uint8 if mixed else slots[0].dtype
+
+
+def _place(
+    named: Named, start: int, mixed: bool, slots: list[Slot], segments: list[Segment]
+) -> int:
+    """Put parameters one after the other, into segments of their own; give the first free place."""
+    offset = stop = start
+    for name, p in named:
+        length, align = (p.nbytes, _LINE_BYTES) if mixed else (p.numel(), _ALIGN)
+        stop = offset + length
+        slots.append(Slot(name, tuple(p.shape), offset, stop, p.dtype))
+        following = offset + -(-length // align) * align
+        goes_on = offset > start and segments[-1].dtype == dtype_name(p)
+        first = segments.pop().start if goes_on else offset
+        segments.append(Segment(first, following, dtype_name(p)))
+        offset = following
+    return -(-stop // _BLOCK_BYTES) * _BLOCK_BYTES if mixed else stop
+
+
+def check_memory(model: nn.Module, trained: Named) -> None:
+    """
+    See that no trained parameter shares memory with another tensor: apart they would not be equal.
+
+    Raises:
+        SpecError: two do; names them.
+    """
+    mine = {id(p) for _, p in trained}
+    others = [(n, p) for n, p in model.named_parameters() if id(p) not in mine]
+    tensors: list[tuple[str, Tensor]] = [*trained, *others, *model.named_buffers()]
+    spans = [
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name, id(tensor) in mine)
+        for name, tensor in tensors
+        if tensor.numel() and tensor.is_contiguous() and tensor.device.type != "meta"
+    ]
+    spans.sort(key=lambda span: span[:2])
+    end, holder, holder_trained = 0, "", False
+    for start, stop, name, is_trained in spans:
+        if start < end and (is_trained or holder_trained):
+            text = f"{holder!r} and {name!r} are different tensors in the same memory"
+            raise SpecError(Problem(("task",), text, TIE))
+        if stop > end:
+            end, holder, holder_trained = stop, name, is_trained
+
+
+Home = tuple[dict[str, nn.Parameter | None], str, str, nn.Parameter]
+"""A module's table of parameters, a key of it, the parameter's name, the parameter."""
+
+
+def homes(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Home]:
+    """Give where the modules hold each parameter."""
+    wanted = {id(parameter) for parameter in parameters}
+    found: list[Home] = []
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in wanted:
+                name = f"{prefix}.{key}" if prefix else key
+                found.append((module._parameters, key, name, parameter))
+    return found
+
+
+def thaw_error(step: int, what: str) -> SpecError:
+    """Say that a parameter takes part in training, or would, and cannot."""
+    hint = "build it in model() with requires_grad=True; freeze it in the first step"
+    return SpecError(Problem(("task",), f"step {step + 1}: {what}", hint))

@@ -1,0 +1,321 @@
+"""Data parallelism of a grid: the ranks that hold the same part of the model sum its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import StateLost
+from distplat.platform.load import load_figures
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
+from distplat.strategies.checkpoint.parts import model_part, optimizer_part, server_part
+from distplat.strategies.checkpoint.state_sync import take_over_newest
+from distplat.strategies.collective import Collective
+from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.model.optim import LocalOptimizer
+from distplat.strategies.model.segments import squared_norm_of
+from distplat.strategies.pipeline.interfaces import Versions
+from distplat.strategies.ports import Pushed, Shards
+from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.worker import Context
+
+
+class PartOptimizer(LocalOptimizer):
+    """Updates a part of a model; clips by the norm of the whole one's gradient."""
+
+    norm = 0.0
+    """Of the gradient of all parts; to be set before each update of a job that clips."""
+
+    def _norm(self) -> float:
+        return self.norm
+
+
+class AllReduceGradSync:
+    """
+    One rank's dealings with its peers, over all attempts (see `Exchange`).
+
+    Args:
+        flat: the rank's part.
+        holding: what of the whole model it is.
+        bucket_bytes: about so much is sent at once.
+        overlap: send while the pipeline still drains.
+    """
+
+    def __init__(
+        self, flat: FlatModel, holding: Holding, bucket_bytes: int, *, overlap: bool
+    ) -> None:
+        self._flat, self._holding = flat, holding
+        self._bucket_bytes, self._overlap = bucket_bytes, overlap
+        self._reducer: BucketReducer | None = None
+        self._state: ModelState | None = None
+        self._optimizer: PartOptimizer | None = None
+        self._summed = False  #: the summed gradients of the step in flight are there
+        self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
+        self._total = StepControl()  #: of the step in flight
+        self._look = True
+        self.made = False
+
+    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+        """See `Exchange`; what the furthest peer has, all of them take over."""
+        self._catch_up(versions)
+        self._state = context.state
+        self._state.settle(self._flat.version)
+        self._state.connect(group)
+        version = self._take_over(group, context)
+        self._state.keep(version)
+        if len({*versions(version)}) > 1:
+            raise StateLost("a part of the model")
+        return version
+
+    def _catch_up(self, versions: Versions) -> None:
+        """Make the update that others have made, if all that it needs is here."""
+        flat = self._flat
+        newest = max(versions(flat.version))
+        self.made = self._summed and flat.version == newest - 1
+        if self.made:
+            self.update(flat.version, self._total)
+            flat.version = newest
+        self._summed = False
+
+    def _take_over(self, group: Collective | None, context: Context) -> int:
+        flat = self._flat
+        old = self._optimizer
+        before = old.state() if old is not None and flat.version > 0 else {}
+        self._look = context.job.failure.non_finite != "ignore"
+        if self._reducer is not None:
+            self._reducer.close()
+        if group is not None:
+            flat.move(flat.params, group.share(flat.grads))
+        self._optimizer = PartOptimizer(flat, context.job, context.total_steps)
+        saved = (
+            context.saved.optimizer(flat, places=self._holding.places)
+            if context.saved is not None
+            else {}
+        )
+        self._optimizer.load(before or saved)
+        if group is None:
+            return flat.version
+        bucket_bytes, look = self._bucket_bytes, self._look
+        self._reducer = BucketReducer(flat, group, bucket_bytes, overlap=self._overlap, look=look)
+        return take_over_newest(flat, self._optimizer, group, context.base)
+
+    def last_backward(self) -> None:
+        """Let each bucket go as soon as its last gradient is there."""
+        if self._reducer is not None:
+            self._reducer.last_backward()
+
+    def pause(self) -> None:
+        """Gradients are not final for a while."""
+        if self._reducer is not None:
+            self._reducer.pause()
+
+    def begin(self, step: int, local: StepControl) -> StepControl:
+        """See `Exchange`; the sum is in `flat.grads`."""
+        if self._reducer is None:
+            mine = local.looked_at(self._flat) if self._look else local
+            self._total = mine
+            return mine
+        if self._state is not None:
+            local = replace(local, state_changed=self._state.news(step))
+        self._total = self._reducer.finish(local)
+        mine = self._reducer.local
+        overflow = self._total.non_finite and self._total.rank < 0 and self._total.slot >= 0
+        return mine.broken(self._total.slot) if overflow else mine
+
+    def sum_gradients(self, step: int, total: StepControl) -> StepControl:
+        """See `Exchange`; `begin` has summed them."""
+        if self._state is not None:
+            self._state.synchronize(step, self._total.state_changed)
+        self._total = replace(total, present=self._total.present)
+        return self._total
+
+    def squares(self) -> float:
+        """See `Exchange`."""
+        flat, uncounted = self._flat, self._holding.uncounted(self._flat)
+        return squared_norm_of(flat.grads, flat.layout.segments, uncounted)
+
+    def ready(self, norm: float | None) -> None:
+        """See `Exchange`."""
+        self._norm, self._summed = norm, True
+
+    def update(self, step: int, total: StepControl) -> None:
+        """See `Exchange`; from `flat.grads`, and waits for nobody."""
+        assert self._optimizer is not None, "meet() comes first"
+        if self._norm is not None:
+            self._optimizer.norm = self._norm
+        if not total.skip:
+            self._optimizer.step(step, total.present, total.scale)
+        if self._state is not None and total.skip:
+            self._state.leave_out(step + 1)
+        elif self._state is not None:
+            self._state.keep(step + 1)
+        self._summed = False
+
+    def part(self, version: int) -> CheckpointPart:
+        """See `Exchange`."""
+        assert self._optimizer is not None, "meet() comes first"
+        flat, holding = self._flat, self._holding
+        memory = self._optimizer.memory()
+        return model_part(flat, holding).plus(optimizer_part(flat, memory, 0, holding))
+
+    def figures(self) -> dict[str, float]:
+        """Give the exchange's figures and the optimizer's memory."""
+        assert self._optimizer is not None, "meet() comes first"
+        found = {} if self._reducer is None else self._reducer.figures()
+        return {**found, "optimizer_state_bytes": float(self._optimizer.state_bytes)}
+
+
+class PsGradSync:
+    """
+    One rank's dealings with the servers of its part, over all attempts (see `Exchange`).
+
+    Args:
+        flat: the rank's part.
+        holding: what of the whole model it is.
+    """
+
+    def __init__(self, flat: FlatModel, holding: Holding) -> None:
+        self._flat, self._holding = flat, holding
+        self._shards: Shards | None = None
+        self._state: ModelState | None = None
+        self._new = True  #: this rank's buffers are of no version
+        self._look, self._dp_world = True, 1
+        self._pushed = Pushed()
+        self._norm: float | None = None
+        self._at = 0  #: steps that this rank's buffers have behind them
+        self._ahead: list[Tensor | None] | None = (
+            None  #: what they were after one more, if that was made
+        )
+        self._pushing = False  #: the step after them was pushed, or is about to be
+        self.made = False
+
+    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+        """See `Exchange`; parameters are the servers', buffers the peers'."""
+        flat = self._flat
+        self._look = context.job.failure.non_finite != "ignore"
+        self._dp_world = 1 if group is None else group.world
+        shards = self._shards = context.shards
+        shards.connect(flat, context.saved, self._holding)
+        self._state = context.state
+        self._state.connect(group, served="use `data_strategy: ring`")
+        found = versions(flat.version)
+        mine, version = flat.version, min(found)
+        if max(found) > version + 1:
+            raise StateLost(f"some part of the model at step {version + 1}")
+        if version < context.base:  # whoever filled the servers had not what the others began with
+            raise StateLost(f"the state after step {context.base} and later")
+        if mine > version:
+            shards.step_back(version)
+        self.made = self._pushing and version == self._at + 1
+        self._settle_buffers(version, ahead=mine > version)
+        if group is not None:
+            self._share_buffers(group, context)
+        self._state.keep(version)
+        self._new = False
+        return version
+
+    def _settle_buffers(self, version: int, *, ahead: bool) -> None:
+        """
+        Bring buffers to the parameters' version, if this rank has any.
+
+        Stash the buffers as they were after the step: other stages may commit the step without
+        this rank's running it again.
+
+        Args:
+            version: of the parameters.
+            ahead: whether this part's servers have made one more step.
+        """
+        own = None if self._new else self._state
+        if own is not None and version > self._at:
+            self._go_ahead(own, version)
+        elif own is not None:
+            if version < self._at:
+                own.restore()
+            if version < self._at or (ahead and self._pushing):
+                self._ahead = own.snapshot()
+            if version < self._at:
+                own.step_back()
+            own.restore()  # this rank's forward of the step is made once more
+        self._at, self._pushing = version, False
+
+    def _go_ahead(self, own: ModelState, version: int) -> None:
+        """The step in flight was made: take what this rank's buffers were after it."""
+        if not self.made:
+            if self._ahead is None or version > self._at + 1:
+                self._new = True
+                return
+            own.load(self._ahead)
+        own.keep(version)
+
+    def _share_buffers(self, group: Collective, context: Context) -> None:
+        """Give new peers their buffers. Who has none counts as new until all of them are here."""
+        flat = self._flat
+        assert self._state is not None, "meet() has it"
+        device = flat.params.device
+        have = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
+        group.all_gather(have, torch.tensor([int(not self._new)], device=device))
+        holders = [rank for rank, one in enumerate(have) if int(one)]
+        first = context.saved.step if context.saved is not None else 0
+        if not holders and flat.version != first and self._state.needs_group:
+            raise StateLost("buffers of a part of the model")
+        if len(holders) < group.world:
+            self._state.take_from(holders[0] if holders else 0)
+
+    def last_backward(self) -> None:
+        """Nothing leaves before all gradients are there."""
+
+    def pause(self) -> None:
+        """See `last_backward`."""
+
+    def begin(self, step: int, local: StepControl) -> StepControl:
+        """See `Exchange`; servers decide by all parts' records, so nothing is pushed yet."""
+        return local.looked_at(self._flat) if self._look else local
+
+    def sum_gradients(self, step: int, total: StepControl) -> StepControl:
+        """See `Exchange`; the servers have the sum, and without clipping they have used it."""
+        if self._state is not None:
+            self._state.synchronize(step)
+        self._pushing = True
+        share = 1.0 / self._dp_world  # the servers of this part add the peers' records up
+        mine = replace(total, samples=total.samples * share, weight=total.weight * share)
+        self._pushed = self._servers.push(step, mine)
+        return total
+
+    def squares(self) -> float:
+        """See `Exchange`; 0 where a single server clips by itself, and asks for nothing."""
+        return (self._pushed.norm or 0.0) ** 2
+
+    def ready(self, norm: float | None) -> None:
+        """See `Exchange`."""
+        self._norm = norm
+
+    def update(self, step: int, total: StepControl) -> None:
+        """See `Exchange`."""
+        if self._pushed.norm is not None:
+            assert self._norm is not None, "ready() comes first"
+            self._servers.commit(step, self._norm)
+        if self._state is not None and total.skip:
+            self._state.leave_out(step + 1)
+        elif self._state is not None:
+            self._state.keep(step + 1)
+        self._at, self._pushing, self._ahead = step + 1, False, None
+
+    def part(self, version: int) -> CheckpointPart:
+        """See `Exchange`."""
+        return server_part(
+            self._flat, self._servers, version, may_skip=False, holding=self._holding
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Give how long servers held this rank up, and what they did: all of its part together."""
+        found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
+        return {name: value for name, value in found.items() if not name.startswith("shard_")}
+
+    @property
+    def _servers(self) -> Shards:
+        assert self._shards is not None, "meet() comes first"
+        return self._shards

@@ -1,0 +1,409 @@
+"""From a model to what one rank holds of it: layers, cut points, the chunks of its stage."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, Protocol
+
+from torch import Tensor, nn
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.algorithms.partition import bounds
+from distplat.strategies.algorithms.seeds import mixed
+from distplat.strategies.checkpoint.checkpoint_types import Holding
+from distplat.strategies.compat import any_hook_for_all_modules, tree_map
+from distplat.strategies.loop.seeding import seed_quickly
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.layers import (
+    Layer,
+    Stage,
+    layers_of,
+    one_tensor,
+    recomputed,
+    refuse_tied,
+    traced_layers,
+)
+from distplat.strategies.model.meta import materialise
+from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
+from distplat.strategies.pipeline.limits import BeforeSlicing, Named
+from distplat.strategies.task import Task
+from distplat.strategies.tensor.layers import place_of
+from distplat.strategies.tensor.plan import ShardSpec
+
+_WHERE = ("strategy", "pipeline")
+_KEPT = {"a forward pre-hook", "a forward hook"}
+
+Hook = Callable[..., Any]
+
+
+def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
+    """
+    Give the layers with the whole model's forward hooks around them.
+
+    Raises:
+        SpecError: the model, or a module between it and its layers, has something that a call of
+            the layers alone would leave out; names each.
+    """
+    problems = [*_of_the_whole(model), *_between(model, layers)]
+    if any_hook_for_all_modules():
+        text = "there are hooks for all modules (`register_module_..._hook`)"
+        problems.append(_problem(text, "register them on the layers that they are for"))
+    if problems:
+        raise SpecError(*problems)
+    found = list(layers)
+    if model._forward_pre_hooks:
+        hooks = list(model._forward_pre_hooks.values())
+        found[0] = replace(found[0], module=_Before(found[0].module, hooks))
+    if model._forward_hooks:
+        hooks = list(model._forward_hooks.values())
+        found[-1] = replace(found[-1], module=_After(found[-1].module, hooks))
+    return found
+
+
+def _of_the_whole(model: nn.Module) -> list[Problem]:
+    told = [kind for kind in called_hooks(model) if kind not in _KEPT]
+    told += [*saved_hooks(model), *_own_ways(model)]
+    others: Mapping[str, object] = {
+        "a hook `with_kwargs`": model._forward_pre_hooks_with_kwargs
+        or model._forward_hooks_with_kwargs,
+        "a hook with `always_call`": model._forward_hooks_always_called,
+        "a `__call__` of its own": type(model).__call__ is not nn.Module.__call__,
+    }
+    told += [kind for kind, there in others.items() if there]
+    text = "the whole model ({}) has {}, and a pipeline calls its layers only"
+    hint = "put it on a layer, or set `pipeline: 1`"
+    return [_problem(text.format(type(model).__name__, kind), hint) for kind in told]
+
+
+def _own_ways(module: nn.Module) -> list[str]:
+    """Name what a module does for all its parts, where that is more than to do it for each."""
+    usual = {"train": nn.Module.train, "state_dict": nn.Module.state_dict}
+    return [
+        f"a `{name}` of its own"
+        for name, method in usual.items()
+        if getattr(type(module), name) is not method or name in vars(module)
+    ]
+
+
+def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
+    """Find what is on modules of which only the parts are called."""
+    inside = {id(module) for layer in layers for module in layer.module.modules()}
+    found = []
+    for name, module in model.named_modules():
+        if id(module) in inside or module is model:
+            continue
+        never_called = type(module).forward is nn.Module.forward
+        told = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
+        told += _own_ways(module)
+        text = f"{name} ({type(module).__name__}) has {{}}, and a pipeline calls its parts only"
+        hint = f"have the task's `stages` name {name} itself, or set `pipeline: 1`"
+        found += [_problem(text.format(kind), hint) for kind in told]
+    return found
+
+
+def _problem(message: str, hint: str) -> Problem:
+    return Problem(_WHERE, message, hint)
+
+
+class _Before(nn.Module):
+    """The model's first layer behind the whole model's forward pre-hooks."""
+
+    def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
+        super().__init__()
+        self.module, self._hooks = module, tuple(hooks)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for hook in self._hooks:
+            given = hook(_Elsewhere(self), (inputs,))
+            if isinstance(given, tuple) and len(given) == 1:
+                given = given[0]
+            if given is not None:
+                inputs = one_tensor("a forward pre-hook of the model", given)
+        outputs: Tensor = self.module(inputs)
+        return outputs
+
+
+class _After(nn.Module):
+    """The model's last layer before the whole model's forward hooks."""
+
+    def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
+        super().__init__()
+        self.module, self._hooks = module, tuple(hooks)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.module(inputs)
+        for hook in self._hooks:
+            given = hook(_Elsewhere(self), _Elsewhere(), outputs)
+            if given is not None:
+                outputs = one_tensor("a forward hook of the model", given)
+        return outputs
+
+
+class _Elsewhere:
+    """
+    Stands for the whole model, or its inputs, where a rank has a part of them.
+
+    Args:
+        here: the rank's part of the model, which knows the mode; None: these are the inputs.
+    """
+
+    def __init__(self, here: nn.Module | None = None) -> None:
+        self.__dict__["_here"] = here
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "training" and self._here is not None:
+            return self._here.training
+        self._refuse(f"`{name}` of the whole model" if self._here is not None else "inputs")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._refuse(f"`{name}` of the whole model, to write it" if self._here else "inputs")
+
+    def __getitem__(self, index: object) -> Any:
+        self._refuse("inputs" if self._here is None else "parts of the whole model")
+
+    def __iter__(self) -> Any:
+        self._refuse("inputs" if self._here is None else "parts of the whole model")
+
+    def __len__(self) -> int:
+        self._refuse("inputs" if self._here is None else "parts of the whole model")
+
+    def __call__(self, *_: object) -> Any:
+        self._refuse("a call of the whole model")
+
+    def _refuse(self, what: str) -> NoReturn:
+        text = f"a hook of the whole model asks for {what}, which no stage has"
+        raise SpecError(_problem(text, "hang it on a layer, or set `pipeline: 1`"))
+
+
+class Chunk(Protocol):
+    """What one place along the model computes; an `nn.Module`."""
+
+    def run(self, inputs: Any, seed: int) -> Any:
+        """
+        Go forward on one micro-batch.
+
+        Args:
+            inputs: of the place.
+            seed: of the micro-batch; dropout and its like draw from generators seeded by it.
+
+        Raises:
+            SpecError: a layer gives something else than one tensor.
+        """
+
+    def set_mode(self, *, training: bool) -> None:
+        """Switch between training and evaluation."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """See `nn.Module`."""
+
+
+class Layers(Stage):
+    """
+    Layers one behind the other that run on one rank.
+
+    Args:
+        layers: of the model.
+        first: number of the first of them in the model.
+        recompute: keep the input only, and compute again in backward.
+    """
+
+    def __init__(self, layers: Sequence[Layer], first: int, *, recompute: bool = False) -> None:
+        super().__init__(layers)
+        self._first, self._recompute = first, recompute
+
+    def run(self, inputs: Tensor, seed: int) -> Tensor:
+        """See `Chunk`; each layer draws from a generator of its own."""
+        if self._recompute:
+            outputs: Tensor = recomputed(_Seeded(self, seed), inputs)
+            return outputs
+        return self.seeded(inputs, seed)
+
+    def seeded(self, inputs: Tensor, seed: int) -> Tensor:
+        """Run all layers, whatever is kept for backward."""
+        names = zip(self.layer_names, self._run, strict=True)
+        for number, (name, module) in enumerate(names, start=self._first):
+            seed_quickly(mixed(seed, number))
+            inputs = one_tensor(name, module(inputs))
+        return inputs
+
+    def set_mode(self, *, training: bool) -> None:
+        """See `Chunk`; layers made around parts, too."""
+        for module in self._run:
+            module.train(training)
+
+
+class Uncut(nn.Module):
+    """
+    The whole model, called as plain torch calls it: any inputs, any outputs, all of its hooks.
+
+    Args:
+        model: with values.
+        recompute: keep the input only, and compute again in backward.
+    """
+
+    def __init__(self, model: nn.Module, *, recompute: bool) -> None:
+        super().__init__()
+        self.model, self._recompute = model, recompute
+
+    def run(self, inputs: Any, seed: int) -> Any:
+        """See `Chunk`; the whole model draws from one generator."""
+        if self._recompute:
+            return recomputed(_Seeded(self, seed), inputs)
+        return self.seeded(inputs, seed)
+
+    def seeded(self, inputs: Any, seed: int) -> Any:
+        """Call the model, whatever is kept for backward."""
+        seed_quickly(mixed(seed, 0))
+        return self.model(inputs)
+
+    def set_mode(self, *, training: bool) -> None:
+        """See `Chunk`."""
+        self.model.train(training)
+
+
+class _Seeded(nn.Module):
+    """A chunk on one micro-batch: what is computed again must draw the same numbers."""
+
+    def __init__(self, chunk: Layers | Uncut, seed: int) -> None:
+        super().__init__()
+        self.chunk, self._seed = chunk, seed
+
+    def forward(self, inputs: Any) -> Any:
+        # Copies: a layer may work in place, and what is computed again begins with the same values.
+        return self.chunk.seeded(tree_map(_copied, inputs), self._seed)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+@dataclass
+class Part:
+    """What one rank holds."""
+
+    points: list[int]
+    """Where the whole model is cut: numbers of the layers with which places begin."""
+    chunks: dict[int, Chunk]
+    """By place along the model."""
+    module: nn.Module
+    """All chunks' layers, with the names that they have in the model."""
+    specs: dict[str, ShardSpec] = field(default_factory=dict)
+    """Which slice of a tensor this rank has; what is not in it is whole."""
+    names: dict[int, Named] = field(default_factory=dict)
+    """Of the whole model's parameters, for errors."""
+    trial: BeforeSlicing | None = None
+    """To be compared once, by all slices together; None: there is nothing to compare."""
+    flat: FlatModel = field(init=False)
+
+    def holding(self, part: int) -> Holding:
+        """
+        Say what of the whole model this is.
+
+        What is not sliced is the same on all slices, and the first gives it; of a branch that is
+        elsewhere there are buffers here, which are not kept up.
+
+        Args:
+            part: number of this rank's slice.
+        """
+        here = self.flat.model.state_dict()
+        places = {name: place_of(t.shape, self.specs.get(name)) for name, t in here.items()}
+        others = {
+            name
+            for name in here
+            if (not self.specs[name].extent if name in self.specs else part > 0)
+        }
+        return Holding(places, others)
+
+    def finish(self) -> None:
+        """Move the parameters onto flat vectors; they are not exchanged by others afterwards."""
+        self.flat = FlatModel(self.module)
+
+
+def layers_for(task: Task, model: nn.Module) -> list[Layer]:
+    """
+    Give a model's layers, as the task names them or as a trace finds them.
+
+    Raises:
+        SpecError: neither way works, a parameter of the model is in no layer, or the layers leave
+            out what the model does around them.
+    """
+    try:
+        modules = task.stages(model)
+    except NotImplementedError:
+        layers = traced_layers(model)
+    else:
+        layers = layers_of(model, modules)
+    inside = {id(t) for layer in layers for t in _tensors(layer.module)}
+    inside |= {id(p) for layer in layers for p in layer.parts.values() if isinstance(p, Tensor)}
+    outside = [name for name, tensor in model.named_parameters() if id(tensor) not in inside]
+    if outside:
+        text = f"parameters of the model are in no stage: {', '.join(outside)}"
+        raise SpecError(Problem((), text, "have the task's `stages` name all parts of the model"))
+    return with_hooks(model, layers)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def take_part(
+    layers: Sequence[Layer],
+    points: Sequence[int],
+    places: Sequence[int],
+    *,
+    recompute: bool,
+    seed: int | None,
+    device: str,
+) -> Part:
+    """
+    Make what one rank holds; the rest of the model is free to go.
+
+    Args:
+        layers: of the whole model.
+        points: where it is cut.
+        places: which of the pieces are this rank's, rising.
+        recompute: see `Chunk`.
+        seed: of the job, where layers are on `meta` and still to be given values.
+        device: where the rank computes.
+
+    Raises:
+        SpecError: a tensor would be on two ranks, or a place would have nothing to train.
+    """
+    refuse_tied(layers, points)
+    runs = bounds(points, len(layers))
+    _refuse_untrained(layers, runs)
+    mine: list[Layer] = []
+    chunks: dict[int, Chunk] = {}
+    for place in places:
+        start, stop = runs[place]
+        some = layers[start:stop]
+        if seed is not None:
+            materialise(some, start, seed, device)
+        for layer in some:
+            layer.module.to(device)
+        chunks[place] = Layers(some, start, recompute=recompute)
+        mine += some
+    return Part(list(points), chunks, Stage(mine))
+
+
+def take_whole(
+    task: Task, model: nn.Module, *, recompute: bool, seed: int | None, device: str
+) -> Part:
+    """
+    Make what a rank holds of a model that is not cut; see `take_part`.
+
+    Raises:
+        SpecError: values are wanted (`seed`), and the model's layers cannot be told.
+    """
+    if seed is not None:
+        materialise(layers_for(task, model), 0, seed, device)
+    whole = Uncut(model.to(device), recompute=recompute)
+    return Part([], {0: whole}, model)
+
+
+def _refuse_untrained(layers: Sequence[Layer], runs: Sequence[tuple[int, int]]) -> None:
+    """All ranks say this alike: each rank of a stage needs something to exchange and update."""
+    for start, stop in runs:
+        some = layers[start:stop]
+        if not any(p.requires_grad for layer in some for p in layer.module.parameters()):
+            text = f"a stage would have nothing to train: {', '.join(one.name for one in some)}"
+            raise SpecError(Problem(("strategy", "cut"), text, "cut elsewhere, or by `cut: auto`"))

@@ -1,0 +1,216 @@
+"""
+What a rank of a pipeline computes in a step (see `loop/compute.py`).
+
+The first stage's ranks read inputs, the last one's targets, those between no data at all. Losses
+are known on the last stage only; each sample is counted by one rank, its first slice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distplat.platform.even_split import split_evenly
+from distplat.platform.grid import Position
+from distplat.strategies.algorithms.seeds import mixed
+from distplat.strategies.loop.batches import eval_batches, micro_batches, to_device
+from distplat.strategies.loop.compute import Share, Stopwatch, Sums, precision
+from distplat.strategies.loop.losses import Figures, LossDoubts, LossTerm, eval_figures, loss_term
+from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.pipeline.executor import Executor, PlanOf
+from distplat.strategies.pipeline.interfaces import Tail
+from distplat.strategies.pipeline.limits import entering
+
+_WINDOW = 32
+"""Evaluation micro-batches of one plan."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a pipeline is told."""
+
+    at: Position
+    stages: int
+    replicas: int
+    micro_batches: int
+    """Of a step, at most; a short batch has fewer."""
+    training: PlanOf
+    evaluation: PlanOf
+
+
+class Pipeline:
+    """
+    One rank's part in the steps of its replica.
+
+    Args:
+        prepared: data and task.
+        settings: where in the grid.
+        executor: follows the lists.
+        tail: told when gradients become final.
+    """
+
+    def __init__(
+        self, prepared: Prepared, settings: Settings, executor: Executor, tail: Tail
+    ) -> None:
+        self._p, self._settings, self._executor, self._tail = prepared, settings, executor, tail
+        self._device = torch.device(prepared.device)
+        self._begins = settings.at.stage == 0
+        self._ends = settings.at.stage == settings.stages - 1
+        self._batches: Iterator[Any] = iter(())
+        self._doubts = LossDoubts(prepared.task, prepared.flat.model)
+        self.share = Share()  #: what this rank had of the last step
+
+    def start(self, steps: range) -> None:
+        """See `Compute`."""
+        p, s = self._p, self._settings
+        if self._begins or self._ends:
+            self._batches = micro_batches(
+                p.job, p.data, p.sampler, s.at.replica, steps, s.micro_batches
+            )
+
+    def gradients(self, step: int, clock: Stopwatch) -> Share:
+        """See `Compute`."""
+        sampler, s = self._p.sampler, self._settings
+        plan = sampler.micro_batches(step, s.at.replica, s.micro_batches)
+        sizes = [len(ids) for ids in plan]
+        self._executor.spans = []
+        self.share = Share()
+        if not sizes:
+            return self.share
+        seed = mixed(self._p.job.seed, step, s.at.replica)
+        part = 1.0 / sampler.batch_size(step)
+        source = _Training(self, step, self._batches, sizes, seed, part)
+        self._executor.train(s.training(len(sizes)), source, self._tail)
+        clock.lap("compute")
+        clock.move("compute", "data", source.loading_s)
+        if self._ends and s.at.slice == 0:
+            for term, size in zip(source.terms, sizes, strict=True):
+                self.share = self.share.plus(term, size)
+        return self.share
+
+    def skip(self, step: int) -> None:
+        """See `Compute`; pipelines leave no step out."""
+        raise NotImplementedError
+
+    def evaluate(self, data: Dataset[Any]) -> Sums:
+        """See `Compute`. Micro-batches are as large as in training, so no more memory is held."""
+        s, found = self._settings, Sums()
+        start, stop = split_evenly(len(data), s.replicas)[s.at.replica]  # type: ignore[arg-type]
+        size = max(1, self._p.job.global_batch_size // (s.replicas * s.micro_batches))
+        sizes = [min(size, stop - at) for at in range(start, stop, size)]
+        batches: Iterator[Any] = iter(())
+        if self._begins or self._ends:
+            loaded = eval_batches(self._p.job, data, range(start, stop), size)
+            batches = (batch for batch, _ in loaded)
+        for at in range(0, len(sizes), _WINDOW):
+            some = sizes[at : at + _WINDOW]
+            source = _Evaluation(self, batches, some, found)
+            self._executor.evaluate(s.evaluation(len(some)), source)
+        return found if s.at.slice == 0 else Sums()
+
+    def pair(self, batch: Any) -> tuple[Any, Any]:
+        """Take a batch apart, on this rank's device."""
+        return to_device(batch, self._device)
+
+    def differentiated(self, step: int, outputs: Any, targets: Any, samples: int) -> LossTerm:
+        """Give the loss of a micro-batch."""
+        with precision(self._p.job, self._device):
+            term = loss_term(self._p.task, outputs, targets, samples)
+            if self._settings.at.slice == 0:
+                self._doubts.look(step, outputs, targets, term, samples)
+            return term
+
+    def figures_of(self, outputs: Any, targets: Any, samples: int) -> Figures:
+        """Give the figures of an evaluation micro-batch."""
+        with precision(self._p.job, self._device):
+            return eval_figures(self._p.task, outputs, targets, samples)
+
+
+class _Loaded:
+    """Micro-batches, read one after the other when they are first wanted."""
+
+    def __init__(self, owner: Pipeline, batches: Iterator[Any], sizes: Sequence[int]) -> None:
+        self._owner, self._batches, self.sizes = owner, batches, sizes
+        self._read = 0
+        self._pairs: dict[int, tuple[Any, Any]] = {}
+        self.loading_s = 0.0
+
+    def inputs(self, micro_batch: int) -> Any:
+        """See `Source`."""
+        inputs = self.peek(micro_batch)
+        if not self._owner._ends:
+            del self._pairs[micro_batch]
+        return inputs
+
+    def peek(self, micro_batch: int) -> Any:
+        """See `Source`; of a model that is cut one tensor."""
+        self._read_up_to(micro_batch)
+        inputs = self._pairs[micro_batch][0]
+        return entering(inputs) if self._owner._settings.stages > 1 else inputs
+
+    def targets(self, micro_batch: int) -> Any:
+        """Give a micro-batch's targets; once."""
+        self._read_up_to(micro_batch)
+        return self._pairs.pop(micro_batch)[1]
+
+    def _read_up_to(self, micro_batch: int) -> None:
+        while self._read <= micro_batch:
+            began = time.perf_counter()
+            self._pairs[self._read] = self._owner.pair(next(self._batches))
+            self._read += 1
+            self.loading_s += time.perf_counter() - began
+
+
+class _Training(_Loaded):
+    """Micro-batches of a step."""
+
+    def __init__(
+        self,
+        owner: Pipeline,
+        step: int,
+        batches: Iterator[Any],
+        sizes: Sequence[int],
+        seed: int,
+        part: float,
+    ) -> None:
+        super().__init__(owner, batches, sizes)
+        self._step, self._seed, self._part = step, seed, part
+        self.terms: list[LossTerm] = []  #: in order; micro-batches come to the last stage so
+
+    def loss(self, micro_batch: int, outputs: Any) -> Tensor:
+        """Give the loss, summed and divided by the global batch."""
+        size = self.sizes[micro_batch]
+        targets = self.targets(micro_batch)
+        term = self._owner.differentiated(self._step, outputs, targets, size)
+        self.terms.append(replace(term, value=term.value.detach()))
+        return term.value * (term.factor * self._part)
+
+    def seed(self, micro_batch: int) -> int:
+        """See `Source`."""
+        return mixed(self._seed, micro_batch)
+
+
+class _Evaluation(_Loaded):
+    """Micro-batches of an evaluation."""
+
+    def __init__(
+        self, owner: Pipeline, batches: Iterator[Any], sizes: Sequence[int], found: Sums
+    ) -> None:
+        super().__init__(owner, batches, sizes)
+        self._found = found
+
+    def loss(self, micro_batch: int, outputs: Any) -> Any:
+        """Add the figures up."""
+        size = self.sizes[micro_batch]
+        self._found.add(self._owner.figures_of(outputs, self.targets(micro_batch), size), size)
+        return outputs
+
+    def seed(self, micro_batch: int) -> int:
+        """See `Source`; nothing is drawn."""
+        return 0

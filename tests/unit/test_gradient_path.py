@@ -1,0 +1,135 @@
+"""
+Which files a gradient passes from the end of backward to the update, in order.
+
+All product files count in which a function is called meanwhile, so the lists are an upper bound;
+`docs/architecture.md` draws the way through them. A change of the way changes a list.
+"""
+
+import threading
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+from jobs import job_of
+from local_run import train
+from test_equivalence import Mlp
+
+from distplat.platform.spec import Job
+from distplat.strategies.loop.loop import StepExchange
+from distplat.strategies.worker import make_worker_strategy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+FOLDERS = {"platform", "strategies", "actors"}
+STEP = 1  # buckets have been agreed on, and what is made once has been made
+
+
+class Trace:
+    """Product files in which functions are called, from one rank's `exchange` to its `update`."""
+
+    def __init__(self, update: CodeType) -> None:
+        self._exchange, self._update = StepExchange.exchange.__code__, update
+        self._rank: int | None = None
+        self.worker: list[str] = []  #: in the thread of that rank
+        self.servers: list[str] = []  #: in all others
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
+        code, thread = frame.f_code, threading.get_ident()
+        if event == "call" and code is self._exchange and self._is_step(frame):
+            self._rank = thread
+        if self._rank is not None and event == "call":
+            files = self.worker if thread == self._rank else self.servers
+            name = named(code.co_filename)
+            if name not in files and name.split("/")[0] in FOLDERS:
+                files.append(name)
+        if event == "return" and code is self._update and thread == self._rank:
+            self._rank = None
+
+    def _is_step(self, frame: FrameType) -> bool:
+        turn, rank = frame.f_locals["turn"], frame.f_locals["rank"]
+        return (turn.step, rank) == (STEP, 0)
+
+
+@cache
+def named(file: str) -> str:
+    path = Path(file).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else file
+
+
+def traced(job: Job) -> Trace:
+    trace = Trace(type(make_worker_strategy(job)).update.__code__)
+    threading.setprofile(trace)
+    try:
+        train(job, Mlp)
+    finally:
+        threading.setprofile(None)
+    return trace
+
+
+def test_a_gradient_under_ring() -> None:
+    """Where the group's files are, a run on Ray has those of `actors/collectives`."""
+    assert traced(job_of("ring", 2, steps=STEP + 1)).worker == [
+        "strategies/loop/loop.py",
+        "strategies/loop/compute.py",
+        "strategies/model/flat.py",
+        "strategies/ring_worker.py",
+        "strategies/model/model_state.py",
+        "strategies/model/written_tensors.py",
+        "strategies/checkpoint/state_sync.py",
+        "strategies/reduction/buckets.py",
+        "strategies/reduction/base.py",
+        "strategies/algorithms/buckets.py",
+        "strategies/loop/control.py",
+        "strategies/fakes.py",
+        "strategies/algorithms/reduce.py",
+        "strategies/algorithms/ring.py",
+        "platform/even_split.py",
+        "strategies/loop/session.py",
+        "platform/sampler.py",
+        "strategies/model/optim.py",
+        "strategies/model/segments.py",
+        "platform/optimizers.py",
+    ]
+
+
+def test_a_gradient_under_ps_sync() -> None:
+    trace = traced(job_of({"name": "ps-sync", "num_servers": 1}, 1, steps=STEP + 1))
+    assert trace.worker == [
+        "strategies/loop/loop.py",
+        "strategies/loop/compute.py",
+        "strategies/model/flat.py",
+        "strategies/ps_sync_worker.py",
+        "strategies/model/model_state.py",
+        "strategies/model/written_tensors.py",
+        "strategies/checkpoint/state_sync.py",
+        "strategies/loop/control.py",
+        "strategies/model/segments.py",
+        "actors/servers/shards.py",
+        "actors/servers/pushes.py",
+        "actors/servers/fan_out.py",
+        "actors/retrying_calls.py",
+        "actors/servers/vector_transport.py",
+        "actors/memory/device_copy.py",
+        "actors/memory/mailboxes.py",
+        "actors/memory/futex.py",
+        "platform/shard_map.py",
+        "strategies/training/client.py",
+    ]
+    assert trace.servers[: trace.servers.index("platform/optimizers.py") + 1] == [
+        "actors/memory/futex.py",
+        "actors/servers/serving.py",
+        "actors/memory/mailboxes.py",
+        "platform/server_group.py",
+        "strategies/loop/control.py",
+        "strategies/training/sync_service.py",
+        "platform/load.py",
+        "strategies/training/service.py",
+        "strategies/training/shard.py",
+        "platform/ledger.py",
+        "strategies/model/segments.py",
+        "strategies/algorithms/reduce.py",
+        "strategies/model/optim.py",
+        "platform/optimizers.py",
+    ]
