@@ -179,10 +179,10 @@ def joined(address: str | None) -> Iterator[None]:
         text = f"{target.address} is a job API, and this needs a machine of the cluster"
         raise SpecError(Problem((target.origin,), text, "call it there, without --address"))
     bring_token(target)
-    from distplat.cli.join import connected
+    from distplat.cli.join import connected, ours_here
 
     with (
         redirect_stdout(sys.stderr),
-        connected(target.address if target.kind == "driver" else "auto", {}),
+        connected(target.address if target.kind == "driver" else ours_here(), {}),
     ):
         yield

@@ -171,7 +171,7 @@ def _target(request: Request, job: Job) -> Target:
         return target
     from distplat.cli.join import running_here
 
-    address = running_here()
+    address = running_here(request.say)
     return Target("here", address, "") if address else target
 
 
