@@ -1,6 +1,8 @@
 """`distplat report`: what a run came to, as a page beside it and as a table."""
 
 import json
+import os
+import secrets
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -74,10 +76,21 @@ def _write_perfetto(record: RunRecord, pipeline: "list[Gantt]") -> Path:
 
 
 def _write(path: Path, text: str) -> Path:
-    partial = path.with_suffix(".partial")
+    """
+    Write a file whole; under a name that nobody can have put a link at, for the run may be foreign.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
+        try:
+            with os.fdopen(os.open(partial, flags, 0o666), "wb") as file:
+                file.write(text.encode("utf-8", errors="replace"))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
     return path

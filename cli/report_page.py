@@ -6,6 +6,7 @@ called `<script>`. What it shows is put together here.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 
@@ -166,11 +167,16 @@ def _staleness(record: RunRecord) -> Chart | None:
     counts = staleness(record.steps)
     if not counts:
         return None
-    stacks = [
-        Stack(n - 0.5, n + 0.5, f"staleness {n}", {"steps": counts[n]})
-        for n in range(max(counts) + 1)
-    ]
-    most = float(max(counts.values()))
+    width = -(-(max(counts) + 1) // _COLUMNS)
+    columns_of = Counter[int]()
+    for value, count in counts.items():
+        columns_of[value // width] += count
+    stacks = []
+    for column in range(max(columns_of) + 1):
+        first, last = column * width, column * width + width - 1
+        text = f"staleness {first}" if width == 1 else f"staleness {first} to {last}"
+        stacks.append(Stack(first - 0.5, last + 0.5, text, {"steps": columns_of[column]}))
+    most = float(max(columns_of.values()))
     return columns({"steps": PALETTE[1]}, stacks, most, "staleness", "steps")
 
 
