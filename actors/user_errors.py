@@ -25,8 +25,8 @@ _LOADER = "Original Traceback (most recent call last):\n"
 
 _COLLATE = (
     "samples of a batch are put together by torch's default_collate: they must have one shape and "
-    "hold tensors, arrays or numbers. Pad them in the data set; its `__getitems__(ids)`, if it has "
-    "one, sees the samples of a batch"
+    "hold tensors, arrays or numbers. Or put them together in the task's `collate(samples)`, which "
+    "sees the samples of a micro-batch: pad them there"
 )
 _REMEDIES = (
     (

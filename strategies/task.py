@@ -42,7 +42,7 @@ class Task(ABC):
 
         Args:
             outputs: what the model made of the inputs, batch first.
-            targets: the targets as the loader collated them, batch first.
+            targets: the targets as `collate` gave them, batch first.
 
         Returns:
             A scalar: the **mean** over the samples of the batch. Or `(sum, weight)` for a mean over
@@ -56,6 +56,24 @@ class Task(ABC):
     def eval_data(self) -> Dataset[Any] | None:
         """Give the samples for evaluation, or None for no evaluation."""
         return None
+
+    def collate(self, samples: list[Any]) -> Any:
+        """
+        Put the samples of a micro-batch together; override it to pad them, for example.
+
+        Unless it is overridden: as torch's `default_collate`, and dataclasses field by field. It
+        runs where samples are read, in a loader process too (`data.num_loaders`), which has a copy
+        of the task. The global generators are seeded before each call.
+
+        Args:
+            samples: of the training or the evaluation data, as the data set gave them.
+
+        Returns:
+            `(inputs, targets)`: what the model and what `loss` get, batch first.
+        """
+        from distplat.strategies.loop.collate import collated  # here: it needs torch
+
+        return collated(samples)
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Tensor | float]:
         """Give named figures of an evaluation batch, each a mean over it; `loss` is added."""

@@ -24,16 +24,13 @@ _MODEL = "build the module in model(), and what it computes in the module's own 
 _DATA = "give a data set in train_data(); batches are made of it by the job file's `data`"
 _EVAL = "give a data set in eval_data(), and figures in metrics(outputs, targets)"
 _LOSS = "write loss(outputs, targets); the step around it is distplat's"
-_COLLATE = (
-    "samples are put together by torch's default_collate: give them one shape, for example by "
-    "padding in the data set's `__getitems__(ids)`, which sees the samples of a batch"
-)
+_COLLATE = "write collate(samples) -> (inputs, targets), which sees the samples of a micro-batch"
 _OPTIMIZER = "name it in the job file's `optimizer`"
 _SCHEDULE = "name it in the job file's `lr_schedule`"
 _CLIP = "give the job file's `clip_norm`"
 _EVENTS = "there are no callbacks: `Trainer(..., observers=...)` is told of every step"
 _INSTEAD = {
-    _COLLATE: "collate_fn collate data_collator get_collate_fn",
+    _COLLATE: "collate_fn data_collator get_collate_fn",
     _LOSS: """
         training_step train_step compute_loss loss_fn loss_function criterion get_loss
         backward

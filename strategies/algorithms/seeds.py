@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
-_STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION = range(1, 5)
+_STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION, _COLLATE = range(1, 6)
 """What a seed is for: equal numbers for another purpose give another seed."""
 
 
@@ -41,6 +41,11 @@ def epoch_seed(seed: int, epoch: int) -> int:
 def evaluation_data_seed(seed: int) -> int:
     """Seed the evaluation samples: each draws the same numbers in every evaluation."""
     return mixed(_EVALUATION_DATA, seed)
+
+
+def collate_seed(base: int, first: int) -> int:
+    """Seed what is drawn while a micro-batch is put together: by epoch, and its first sample."""
+    return mixed(_COLLATE, base, first)
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -1,13 +1,10 @@
-"""Batches of one worker: torch's DataLoader over the sampler's plan, collated and on the device."""
+"""Batches of one worker: torch's DataLoader over the sampler's plan of the whole run."""
 
-import copy
-from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
@@ -20,10 +17,11 @@ from torch.utils.data import (
 
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.algorithms.seeds import epoch_seed, evaluation_data_seed
-from distplat.strategies.compat import COLLATE_RULES, collate_by
-from distplat.strategies.loop.loaders import ByValue, LoaderContext, all_importable, importable
-from distplat.strategies.loop.seeding import generators_kept, seed_sample
+from distplat.strategies.algorithms.seeds import collate_seed, epoch_seed, evaluation_data_seed
+from distplat.strategies.loop.collate import collated, sent
+from distplat.strategies.loop.loaders import ByValue, LoaderContext, importable
+from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
+from distplat.strategies.task import Task
 
 
 class Run(NamedTuple):
@@ -119,7 +117,7 @@ def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterato
 
 def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     """Give some samples, collated."""
-    return collated(Samples(data).__getitems__(Run(0, 0, ids)))
+    return Samples(data).__getitems__(Run(0, 0, ids))
 
 
 class Loader:
@@ -142,7 +140,7 @@ class Loader:
         self._loader = DataLoader(
             Samples(data),
             batch_sampler=plan,  # type: ignore[arg-type]
-            collate_fn=collated,
+            collate_fn=sent,  # batches are made where their samples are read
             num_workers=count,
             prefetch_factor=job.data.prefetch_factor if count else None,
             multiprocessing_context=self._context,
@@ -164,55 +162,95 @@ class Samples(Dataset[Any]):
     The user's data, read run by run, each sample with global generators of its own seed.
 
     Args:
-        data: the samples. Its own `__getitems__` is used if it has one; then a whole run has the
-            seed of its first sample. A `Subset` is looked through.
+        data: the samples, perhaps with the task's way to make batches. Its own `__getitems__` is
+            used if it has one; then a whole run has the seed of its first sample. A `Subset` is
+            looked through.
     """
 
     def __init__(self, data: Dataset[Any]) -> None:
-        self._data = data
+        self._data: Any = data
+        self._collate: Callable[[list[Any]], Any] | None = None
+        if isinstance(data, TaskBatches):
+            self._data, self._collate = data.data, data.collate
 
     def __getstate__(self) -> dict[str, Any]:
         """Go to a loader process, the classes of a script with it."""
-        return {"_data": ByValue(self._data)}
+        return {"_data": ByValue(self._data), "_collate": ByValue(self._collate)}
 
-    def __getitems__(self, run: Run) -> list[Any]:
-        """Give the samples of a run."""
-        if not may_draw(self._data):
-            return self._read(run)
-        if get_worker_info() is None:
-            with generators_kept():  # dropout goes on as if no data had been read
-                return self._read_seeded(run)
-        return self._read_seeded(run)
+    def __getitems__(self, run: Run) -> Any:
+        """Give the batch of a run's samples."""
+        draws = may_draw(self._data)
+        if not draws and self._collate is None:
+            return collated(self._read(self._data, run.ids))
+        # In this process dropout goes on as if no data had been read.
+        with generators_kept() if get_worker_info() is None else nullcontext():
+            with _errors_that_travel():
+                samples = self._read_seeded(run) if draws else self._read(self._data, run.ids)
+                return self._together(samples, run)
 
-    def _read(self, run: Run) -> list[Any]:
-        data: Any = self._data
+    def _together(self, samples: list[Any], run: Run) -> Any:
+        if self._collate is None:
+            return collated(samples)
+        seed_quickly(collate_seed(run.seed, run.first))
+        return self._collate(samples)
+
+    def _read(self, data: Any, ids: list[int]) -> list[Any]:
         many = getattr(data, "__getitems__", None)
         if many is not None:
-            found: list[Any] = many(list(run.ids))
+            found: list[Any] = many(list(ids))
             return found
-        return [data[index] for index in run.ids]
+        return [data[index] for index in ids]
 
     def _read_seeded(self, run: Run) -> list[Any]:
         data: Any = self._data
         ids: list[int] = run.ids
         while type(data) is Subset:  # its own __getitems__ would read all samples with one seed
             data, ids = data.dataset, [data.indices[index] for index in ids]
-        many = getattr(data, "__getitems__", None)
-        try:
-            if many is not None:
-                seed_sample(run.seed, run.first)
-                found: list[Any] = many(ids)
-                return found
-            samples = []
-            for place, index in enumerate(ids, run.first):
-                seed_sample(run.seed, place)
-                samples.append(data[index])
-            return samples
-        except Exception as error:
-            if get_worker_info() is None or importable(type(error)):
-                raise
-            # The worker could not read an exception whose class a script has.
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        if hasattr(data, "__getitems__"):
+            seed_sample(run.seed, run.first)
+            return self._read(data, ids)
+        samples = []
+        for place, index in enumerate(ids, run.first):
+            seed_sample(run.seed, place)
+            samples.append(data[index])
+        return samples
+
+
+@contextmanager
+def _errors_that_travel() -> Iterator[None]:
+    """Have the worker understand the errors of a loader process: not of a class of a script."""
+    try:
+        yield
+    except Exception as error:
+        if get_worker_info() is None or importable(type(error)):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+class TaskBatches(Dataset[Any]):
+    """
+    A data set whose batches its task makes.
+
+    Args:
+        data: the samples.
+        collate: the task's.
+    """
+
+    def __init__(self, data: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.data, self.collate = data, collate
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+def batches_by(task: Task, data: Dataset[Any]) -> Dataset[Any]:
+    """Have a data set's batches made by the task, if it has a `collate` of its own."""
+    if type(task).collate is Task.collate:
+        return data
+    return TaskBatches(data, task.collate)
 
 
 def may_draw(data: Any) -> bool:
@@ -222,113 +260,3 @@ def may_draw(data: Any) -> bool:
     if type(data) is ConcatDataset:
         return any(may_draw(part) for part in data.datasets)
     return type(data) not in (TensorDataset, list, tuple, range)
-
-
-_Rules = dict[type | tuple[type, ...], Callable[..., Any]]
-
-
-class _Dataclass(ABC):  # noqa: B024  it is only asked for its subclasses
-    """What torch's rules do not know; a mapping or a tuple that is one is the other to them."""
-
-    @classmethod
-    def __subclasshook__(cls, kind: type) -> bool:
-        return hasattr(kind, "__dataclass_fields__") and not issubclass(kind, Mapping | tuple)
-
-
-def _by_field(batch: list[Any], *, collate_fn_map: _Rules | None = None) -> Any:
-    together = {}
-    for field in fields(batch[0]):
-        values = [getattr(one, field.name, None) for one in batch]
-        if any(value is not None for value in values):  # an optional field that nobody has set
-            together[field.name] = collate_by(collate_fn_map or {}, values)
-    return with_fields(batch[0], together)
-
-
-_RULES: _Rules = {**COLLATE_RULES, _Dataclass: _by_field}
-
-
-def collated(samples: list[Any]) -> Any:
-    """
-    Give the batch of some samples, in a loader process in a form that reaches the worker.
-
-    Raises:
-        TypeError: a sample holds what cannot be put together, None for one.
-    """
-    batch = collate_by(_RULES, samples)
-    if get_worker_info() is None or all_importable(batch):
-        return batch
-    return ByValue(batch)
-
-
-def to_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
-    """
-    Take a collated (inputs, targets) apart and move its tensors to a device.
-
-    Raises:
-        ValueError: it is no pair.
-    """
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise ValueError("a sample of train_data must be a pair (inputs, targets)")
-    return moved(batch[0], device), moved(batch[1], device)
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """
-    Move tensors to a device: alone, in containers, in dataclasses, in what has a method `to`.
-
-    What holds nothing that moves is given back as it is, so on the CPU every type is kept. A
-    container that cannot be made again with other contents becomes a plain dict or list.
-    """
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return _mapping(value, {key: moved(item, device) for key, item in value.items()})
-    if callable(getattr(value, "to", None)):  # before tuples: a PackedSequence is one
-        return value.to(device)
-    if isinstance(value, list | tuple):
-        return _sequence(value, [moved(item, device) for item in value])
-    if is_dataclass(value) and not isinstance(value, type):
-        return _dataclass(value, device)
-    return value
-
-
-def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
-    if all(items[key] is item for key, item in value.items()):
-        return value
-    if type(value) is dict:
-        return items
-    if isinstance(value, MutableMapping):
-        clone = copy.copy(value)  # it may have more than items: a default, an encoding
-        clone.update(items)
-        return clone
-    try:
-        return type(value)(items)  # type: ignore[call-arg]
-    except TypeError:
-        return items
-
-
-def _sequence(value: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
-    if all(new is old for new, old in zip(items, value, strict=True)):
-        return value
-    if hasattr(value, "_make"):  # a namedtuple takes its items one by one
-        return value._make(items)
-    try:
-        return type(value)(items)
-    except TypeError:
-        return items
-
-
-def _dataclass(value: Any, device: torch.device) -> Any:
-    there = [field.name for field in fields(value) if hasattr(value, field.name)]
-    items = {name: moved(getattr(value, name), device) for name in there}
-    if all(getattr(value, name) is item for name, item in items.items()):
-        return value
-    return with_fields(value, items)
-
-
-def with_fields(value: Any, items: Mapping[str, Any]) -> Any:
-    """Give a copy of a dataclass with other values; its `__init__` may not take them all."""
-    clone = copy.copy(value)
-    for name, item in items.items():
-        object.__setattr__(clone, name, item)  # it may be frozen
-    return clone

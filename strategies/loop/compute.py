@@ -19,11 +19,12 @@ from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import (
     Loader,
     Run,
+    batches_by,
     eval_batches,
     micro_batches,
     runs,
-    to_device,
 )
+from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.loop.losses import Figures, LossDoubts, LossTerm, eval_figures, loss_term
 from distplat.strategies.loop.prepared import Prepared
@@ -205,7 +206,8 @@ class WholeModel:
     def start(self, steps: range) -> None:
         """See `Compute`."""
         parts = self.job.gradient_accumulation
-        self._batches = micro_batches(self.job, self.data, self.sampler, self.rank, steps, parts)
+        data = batches_by(self.task, self.data)
+        self._batches = micro_batches(self.job, data, self.sampler, self.rank, steps, parts)
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
         """See `Compute`."""
@@ -258,7 +260,7 @@ class WholeModel:
         world = self.job.scaling.world
         start, stop = split_evenly(len(data), world)[self.rank]
         size = max(1, self.job.global_batch_size // world)
-        return eval_batches(self.job, data, range(start, stop), size)
+        return eval_batches(self.job, batches_by(self.task, data), range(start, stop), size)
 
 
 def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
@@ -282,7 +284,7 @@ class TaskModel(WholeModel):
         self, prepared: Prepared, last_backward: Callable[[], None], alive: Callable[[], None]
     ) -> None:
         super().__init__(prepared, last_backward, 0, alive)
-        self._reading = _Reading(self.job, self.data, self.sampler)
+        self._reading = _Reading(self.job, batches_by(self.task, self.data), self.sampler)
 
     def read(self, tasks: range) -> None:
         """Begin to read the data of these tasks; all those before have been made."""

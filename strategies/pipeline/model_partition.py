@@ -20,7 +20,8 @@ from distplat.platform.grid import Position
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.partition import bounds, partition
 from distplat.strategies.collective import Collective, broadcast_bytes, gather_bytes
-from distplat.strategies.loop.batches import one_batch, to_device
+from distplat.strategies.loop.batches import batches_by, one_batch
+from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.layers import Layer, one_tensor
 from distplat.strategies.model.meta import materialise
@@ -457,5 +458,6 @@ def _cut_request(options: HybridOptions, job: Job) -> CutRequest:
 def _samples(options: HybridOptions, prepared: Prepared, most: int | None = SAMPLES) -> Any:
     """Give inputs of the run's first samples, or with None of its first micro-batch."""
     ids = prepared.sampler.micro_batches(0, 0, options.micro(prepared.job))[0][:most]
-    inputs, _ = to_device(one_batch(prepared.data, ids.tolist()), torch.device(prepared.device))
+    batch = one_batch(batches_by(prepared.task, prepared.data), ids.tolist())
+    inputs, _ = to_device(batch, torch.device(prepared.device))
     return inputs

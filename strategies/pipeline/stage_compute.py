@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from distplat.platform.even_split import split_evenly
 from distplat.platform.grid import Position
 from distplat.strategies.algorithms.seeds import mixed
-from distplat.strategies.loop.batches import eval_batches, micro_batches, to_device
+from distplat.strategies.loop.batches import batches_by, eval_batches, micro_batches
+from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.compute import Share, Stopwatch, Sums, precision
 from distplat.strategies.loop.losses import Figures, LossDoubts, LossTerm, eval_figures, loss_term
 from distplat.strategies.loop.prepared import Prepared
@@ -70,8 +71,9 @@ class Pipeline:
         """See `Compute`."""
         p, s = self._p, self._settings
         if self._begins or self._ends:
+            data = batches_by(p.task, p.data)
             self._batches = micro_batches(
-                p.job, p.data, p.sampler, s.at.replica, steps, s.micro_batches
+                p.job, data, p.sampler, s.at.replica, steps, s.micro_batches
             )
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
@@ -106,7 +108,8 @@ class Pipeline:
         sizes = [min(size, stop - at) for at in range(start, stop, size)]
         batches: Iterator[Any] = iter(())
         if self._begins or self._ends:
-            loaded = eval_batches(self._p.job, data, range(start, stop), size)
+            made = batches_by(self._p.task, data)
+            loaded = eval_batches(self._p.job, made, range(start, stop), size)
             batches = (batch for batch, _ in loaded)
         for at in range(0, len(sizes), _WINDOW):
             some = sizes[at : at + _WINDOW]

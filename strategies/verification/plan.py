@@ -20,10 +20,11 @@ from torch.utils.data import Subset
 from distplat.platform.optimizers import factor
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.algorithms.seeds import mixed, step_seed
+from distplat.strategies.algorithms.seeds import collate_seed, mixed, step_seed
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
-from distplat.strategies.loop.batches import Run, collated, runs
+from distplat.strategies.loop.batches import Run, runs
+from distplat.strategies.task import Task
 from distplat.strategies.verification.tables import KEPT, row_optimizer
 
 
@@ -34,6 +35,8 @@ class Forward:
     ids: list[int]
     sample_seeds: list[int]
     """What the generators are seeded with before each sample is read."""
+    collate_seed: int
+    """What they are seeded with before the samples are put together."""
     seed: int | None = None
     """What they are seeded with before the micro-batch; None: they go on."""
 
@@ -127,7 +130,8 @@ def union(job: Job, size: int) -> Schedule:
 
 def _forward(run: Run, seed: int | None) -> Forward:
     places = range(run.first, run.first + len(run.ids))
-    return Forward(run.ids, [mixed(run.seed, place) for place in places], seed)
+    seeds = [mixed(run.seed, place) for place in places]
+    return Forward(run.ids, seeds, collate_seed(run.seed, run.first), seed)
 
 
 def _join(ranks: list[list[Forward]]) -> list[Forward]:
@@ -137,7 +141,7 @@ def _join(ranks: list[list[Forward]]) -> list[Forward]:
         group = [forward for forwards in ranks for forward in forwards[at : at + 1]]
         ids = [index for forward in group for index in forward.ids]
         seeds = [seed for forward in group for seed in forward.sample_seeds]
-        found.append(Forward(ids, seeds, group[0].seed))
+        found.append(Forward(ids, seeds, group[0].collate_seed, group[0].seed))
     return found
 
 
@@ -146,7 +150,7 @@ def _sampler(job: Job, size: int, world: int) -> Sampler:
     return Sampler(size, job.global_batch_size, world, job.seed, data.shuffle, data.drop_last)
 
 
-def read(data: Any, forward: Forward) -> Any:
+def read(task: Task, data: Any, forward: Forward) -> Any:
     """Read the samples of a micro-batch and put them together; generators stay as they are."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     many = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
@@ -158,10 +162,12 @@ def read(data: Any, forward: Forward) -> Any:
         for index, seed in zip(forward.ids, forward.sample_seeds, strict=True):
             seed_all(seed)
             samples.append(data[index])
+    seed_all(forward.collate_seed)
+    batch = task.collate(samples)
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
-    return collated(samples)
+    return batch
 
 
 def seed_all(seed: int) -> None:

@@ -107,7 +107,7 @@ def compute(
     """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
     if forward.seed is not None:
         plan.seed_all(forward.seed)
-    inputs, targets = plan.read(data, forward)
+    inputs, targets = plan.read(rank.task, data, forward)
     drawn = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
         loss: Any = rank.task.loss(rank.model(inputs), targets)

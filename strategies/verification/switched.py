@@ -99,7 +99,13 @@ def switched(kind: type[Task], switches: Switches) -> type[Task]:
             _convert_own(self, Tensor)
         return base.loss(self, outputs, targets)
 
+    def collate(self: Any, samples: list[Any]) -> Any:
+        batch = base.collate(self, samples)
+        return _converted(batch) if switches.double else batch
+
     body: dict[str, Any] = {"model": model, "train_data": train_data, "loss": loss}
+    if base.collate is not Task.collate:
+        body["collate"] = collate
     body |= {"eval_data": lambda self: None, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), body)
 

@@ -14,7 +14,7 @@ from local_run import train
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from distplat.strategies.loop.batches import collated, moved, to_device
+from distplat.strategies.loop.collate import collated, moved, to_device
 from distplat.strategies.task import Task
 
 META = torch.device("meta")

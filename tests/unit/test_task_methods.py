@@ -25,7 +25,7 @@ def with_method(name: str) -> type[Task]:
 @pytest.mark.parametrize(
     ("name", "instead"),
     [
-        ("collate_fn", "`__getitems__(ids)`"),
+        ("collate_fn", "did you mean collate()? Write collate(samples)"),
         ("training_step", "write loss(outputs, targets)"),
         ("configure_optimizers", "job file's `optimizer`"),
         ("lr_scheduler_step", "job file's `lr_schedule`"),

@@ -1,0 +1,176 @@
+"""A task that puts its samples together itself: sequences of any length, under every strategy."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from jobs import job_of
+from local_run import train
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from distplat import Task
+from distplat.platform.sampler import Sampler
+from distplat.strategies.loop.batches import batches_by, eval_batches
+
+SAMPLES, BATCH, STEPS, WORDS = 24, 6, 6, 11
+
+
+class Sentences(Dataset[Any]):
+    """Sentences of 1 to 9 words; the class is that of the first word."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(1, 10, (SAMPLES,), generator=generator).tolist()
+        self.words = [torch.randint(1, WORDS, (n,), generator=generator) for n in lengths]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.words[index], int(self.words[index][0]) % 3
+
+
+class Encoder(nn.Module):
+    """The mean of the embeddings of a sentence's words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, 8, dtype=torch.float64)
+
+    def forward(self, words: Tensor) -> Tensor:
+        mask = (words > 0).unsqueeze(-1).double()
+        found: Tensor = (self.table(words) * mask).sum(1) / mask.sum(1)
+        return found
+
+
+class Padded(Task):
+    """Pads to the longest sentence of the micro-batch."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(Encoder(), nn.Linear(8, 3, dtype=torch.float64))
+
+    def train_data(self) -> Dataset[Any]:
+        return Sentences()
+
+    def eval_data(self) -> Dataset[Any]:
+        return Sentences()
+
+    def collate(self, samples: list[Any]) -> Any:
+        words, classes = zip(*samples, strict=True)
+        return pad_sequence(list(words), batch_first=True), torch.tensor(classes)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+
+@cache
+def plain() -> dict[str, Tensor]:
+    """Train in a loop as one would write it."""
+    torch.manual_seed(0)
+    task, data = Padded(), Sentences()
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sampler = Sampler(SAMPLES, BATCH, 1, 0, True, False)
+    for step in range(STEPS):
+        inputs, classes = task.collate([data[int(i)] for i in sampler.batch_ids(step)])
+        optimizer.zero_grad()
+        torch.autograd.backward(task.loss(model(inputs), classes))
+        optimizer.step()
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+WORLDS: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
+    ({"name": "ring"}, 1, {}),
+    ({"name": "ring"}, 2, {}),
+    ({"name": "ring"}, 2, {"gradient_accumulation": 2}),
+    ({"name": "ring"}, 2, {"data": {"num_loaders": 1}}),
+    ({"name": "ps-sync"}, 3, {}),
+    ({"name": "hybrid", "pipeline": 2, "micro_batches": 3, "cut": "even"}, 2, {}),
+    ({"name": "hybrid", "pipeline": 2, "data": 2, "micro_batches": 2, "cut": "even"}, 4, {}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "workers", "fields"), WORLDS)
+def test_every_strategy_trains_padded_batches_as_a_plain_loop(
+    strategy: dict[str, Any], workers: int, fields: dict[str, Any]
+) -> None:
+    job = job_of(
+        strategy,
+        workers,
+        optimizer={"name": "SGD", "lr": 0.1, "momentum": 0.9},
+        steps=STEPS,
+        global_batch_size=BATCH,
+        **fields,
+    )
+    found: dict[str, Tensor] = {}
+    for part in train(job, Padded, timeout_s=20.0).trained:
+        found |= part
+    expected = plain()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_asynchronous_tasks_are_padded_too() -> None:
+    job = job_of("ps-async", 2, steps=STEPS, global_batch_size=BATCH)
+    run = train(job, Padded, apart=True)
+    assert len(run.trained) == 2
+
+
+class Drawn(NamedTuple):
+    """A batch, and what was drawn while it was made."""
+
+    size: int
+    numbers: tuple[float, float]
+
+
+class Drawing(Padded):
+    """Draws while it puts samples together, as masks of language models are drawn."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        return Drawn(len(samples), (float(torch.rand(())), float(np.random.rand())))
+
+
+def draws(loaders: int) -> list[Drawn]:
+    job = job_of("ring", 1, data={"num_loaders": loaders})
+    data = batches_by(Drawing(), Sentences())
+    return [batch for batch, _ in eval_batches(job, data, range(SAMPLES), 5)]
+
+
+def test_what_collate_draws_repeats_and_leaves_the_generators_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = draws(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    assert draws(0) == first == draws(2)
+    assert len({batch.numbers for batch in first}) == len(first) == 5
+    assert [batch.size for batch in first] == [5, 5, 5, 5, 4]
+
+
+class Unpaired(Padded):
+    """Forgets the targets."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        return super().collate(samples)[0]
+
+
+def test_a_batch_that_is_no_pair_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a batch must be a pair .* or what collate\(\) gives"):
+        train(job_of("ring", 1, global_batch_size=BATCH), Unpaired)
+
+
+def test_a_task_without_one_has_its_samples_stacked() -> None:
+    class Plain(Padded):
+        collate = Task.collate
+
+    data = Sentences()
+    assert batches_by(Plain(), data) is data
+    pairs = [(torch.ones(2), 1), (torch.zeros(2), 0)]
+    inputs, targets = Plain().collate(pairs)
+    assert inputs.shape == (2, 2) and targets.tolist() == [1, 0]
