@@ -45,7 +45,6 @@ class RunRecord:
     path: Path
     job: Mapping[str, Any] = field(default_factory=dict)
     """As `job.yaml` has it, every default visible; empty: it cannot be read."""
-    job_text: str = ""
     steps: list[StepSummary] = field(default_factory=list)
     """In their order; of a step that was made twice, the second."""
     evaluations: list[EvalSummary] = field(default_factory=list)
@@ -93,7 +92,6 @@ def read_run(path: Path) -> RunRecord:
         raise SpecError(Problem((), text, "give the directory that `submit` printed"))
     record = RunRecord(path)
     record.job = _part(record, "job.yaml", _job) or {}
-    record.job_text = _text(record, "job.yaml") or "" if record.job else ""
     _read_metrics(record)
     record.result = _part(record, "result.json", lambda text: _mapping(json.loads(text)))
     record.trace = _part(record, TRACE_FILE, _trace)
@@ -244,7 +242,7 @@ def _event(fields: Mapping[str, Any]) -> TraceEvent:
     start, end = _number(fields["start_s"]), _number(fields["end_s"])
     if not (math.isfinite(start) and math.isfinite(end) and start <= end):
         raise ValueError(f"an event from {start} to {end}")
-    chunk, micro_batch = _whole(fields["chunk"]), _whole(fields["micro_batch"])
+    chunk, micro_batch = (_whole(fields[name], -1) for name in ("chunk", "micro_batch"))  # -1: none
     kind = str(fields["kind"])
     return TraceEvent(rank, replica, stage, tensor, kind, chunk, micro_batch, start, end)
 
@@ -255,9 +253,9 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _whole(value: Any) -> int:
+def _whole(value: Any, least: int = 0) -> int:
     found = int(value)
-    if not 0 <= found < _MOST:
+    if not least <= found < _MOST:
         raise ValueError(f"{found:.3g} where a count belongs")
     return found
 

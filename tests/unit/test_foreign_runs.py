@@ -131,3 +131,24 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     before = {*path.iterdir()}
     assert run(["report", str(path)]) == 5
     assert {*path.iterdir()} == before
+
+
+def test_a_page_has_no_values_of_keys_that_are_called_like_a_secret(tmp_path: Path) -> None:
+    names = ("token", "hub_token", "api-key", "API_KEY", "db_password", "secret", "access_key")
+    arguments = {**dict.fromkeys(names, "pa55word"), "max_tokens": 4711, "tokenizer": "bpe-4712"}
+    job = {"name": "d", "task_args": {"deep": [arguments], "password": {"of": "pa55word"}}}
+    path = made_run(tmp_path, [step(0)], job=json.dumps(job))
+    assert run(["report", str(path)]) == 0
+    text = (path / "report.html").read_text()
+    assert "pa55word" not in text
+    assert "4711" in text and "bpe-4712" in text
+
+
+def test_aliases_that_unfold_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
+    rows += [f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    path = made_run(tmp_path, [step(0)], job="\n".join([*rows, "name: *a8"]))
+    assert run(["report", str(path)]) == 0
+    assert "job.yaml is damaged and left out" in capsys.readouterr().out
