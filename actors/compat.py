@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+from ray._private.services import get_ray_address_from_environment
 from ray._private.state import available_resources_per_node
 from ray.experimental.internal_kv import (
     _internal_kv_del,
@@ -90,10 +92,20 @@ def loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def address_of_this_machine() -> str | None:
-    """Give what `ray start` noted; `address="auto"` finds the Ray of another `submit` too."""
-    found: str | None = ray._private.utils.read_ray_address(None)
-    return found or None
+def address_file() -> Path:
+    """Give where `ray start` notes an address; `address="auto"` finds others' Rays, too."""
+    return Path(get_ray_address_file(None))
+
+
+def address_of_auto() -> str:
+    """
+    Give what `address="auto"` would join: what `ray start` noted, or any Ray's process.
+
+    Raises:
+        ConnectionError: there is none.
+    """
+    found: str = get_ray_address_from_environment("auto", None)
+    return found
 
 
 def ignore_tests(folder: Path, logger: logging.Logger) -> list[Callable[[Path], bool]]:

@@ -9,14 +9,16 @@ Where a job goes: the address that was given, or what runs on this machine.
 The order of precedence is Ray's: `--address`, RAY_API_SERVER_ADDRESS, RAY_ADDRESS.
 """
 
+import ipaddress
 import os
 import re
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -25,6 +27,7 @@ from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+):\d{1,5}")
 _REACH_S = 5.0
+_LISTENERS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 FORMS = "http://HOST:8265, HOST:6379, auto, or local"
 
@@ -53,13 +56,14 @@ def target_of(option: str | None, environ: Mapping[str, str]) -> Target:
     return Target("local", "local", "")
 
 
-def token_at_hand(environ: Mapping[str, str]) -> str | None:
+def token_at_hand(address: str, environ: Mapping[str, str]) -> str | None:
     """
-    Give the token that lies where Ray looks, unless the user chose an authentication mode.
+    Give the token that lies where Ray looks, for a cluster of this machine.
 
-    Ray itself takes it for a cluster that it found on its own, never for an address it was given.
+    It opens the user's own clusters. So it goes to no other machine and to no port of another user,
+    unless RAY_AUTH_MODE=token says so: then Ray itself sends it to whatever address is given.
     """
-    if "RAY_AUTH_MODE" in environ:
+    if "RAY_AUTH_MODE" in environ or (address != "auto" and stranger_at(address)):
         return None
     token = environ.get("RAY_AUTH_TOKEN", "").strip()
     path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -70,7 +74,7 @@ def token_at_hand(environ: Mapping[str, str]) -> str | None:
 
 def bring_token(target: Target) -> None:
     """Have Ray use the token at hand for an address that it is given; before it is imported."""
-    if target.kind == "driver" and token_at_hand(os.environ):
+    if target.kind == "driver" and token_at_hand(target.address, os.environ):
         os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it once
 
 
@@ -80,11 +84,19 @@ def _parse(text: str, origin: str) -> Target:
     if text.startswith("ray://"):
         hint = "use the job API, http://HOST:8265, or HOST:6379 on a machine of the cluster"
         raise SpecError(Problem((origin,), "Ray Client (ray://) is not supported", hint))
+    if any(mark in text for mark in "@?#"):
+        message = "an address may have no user name, password, query or fragment"  # not repeated
+        raise SpecError(Problem((origin,), message, "a token goes into RAY_AUTH_TOKEN"))
     is_url = text.startswith(("http://", "https://"))
     if (is_url or _HOST_PORT.fullmatch(text)) and _is_sound(text):
         return Target("jobs" if is_url else "driver", text.rstrip("/"), origin)
     shown = text if text.isprintable() else repr(text)
     raise SpecError(Problem((origin,), f"{shown[:80]!r} is no address", f"one of {FORMS}"))
+
+
+def is_host_port(text: str) -> bool:
+    """Say whether a text is `HOST:PORT`."""
+    return bool(_HOST_PORT.fullmatch(text)) and _is_sound(text)
 
 
 def _is_sound(address: str) -> bool:
@@ -99,6 +111,53 @@ def host_and_port(address: str) -> tuple[str, int]:
     """Take `HOST:PORT` or a URL apart."""
     parts = urlsplit(address if "://" in address else f"ray://{address}")
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def is_this_machine(host: str) -> bool:
+    """Say whether a host is this machine; of names, which others could answer for, `localhost`."""
+    if host == "localhost":
+        return True
+    try:
+        place = ipaddress.ip_address(host)
+        if place.is_loopback:
+            return True
+        family = socket.AF_INET6 if place.version == 6 else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as way:
+            way.connect((host, 9))  # sends nothing, but finds the way
+            return bool(way.getsockname()[0] == host)
+    except (ValueError, OSError):
+        return False
+
+
+def stranger_at(address: str) -> str:
+    """Say who listens at an address beside this user and root; empty: nobody that is known."""
+    host, port = host_and_port(address)
+    if not is_this_machine(host):
+        return f"{host} is another machine"
+    foreign = {uid for uid in _listeners(port) if uid not in (0, os.geteuid())}
+    return f"port {port} belongs to user {min(foreign)}" if foreign else ""
+
+
+def distrust(path: Path, stat: os.stat_result) -> str:
+    """Say why others may have written a file that names a Ray; empty: nobody else can have."""
+    if not S_ISREG(stat.st_mode):
+        return f"{path} is no regular file"
+    if stat.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to user {stat.st_uid}"
+    shared = stat.st_gid not in (0, os.getegid()) and stat.st_mode & 0o020
+    return f"others may write {path}" if shared or stat.st_mode & 0o002 else ""
+
+
+def _listeners(port: int) -> set[int]:
+    """Give the users who listen on a port of this machine; where the kernel does not tell, none."""
+    found = set()
+    for table in _LISTENERS:
+        with suppress(OSError):
+            for line in table.read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    found.add(int(fields[7]))
+    return found
 
 
 def reach(address: str) -> None:

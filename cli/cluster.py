@@ -16,13 +16,17 @@ import requests
 from ray.job_submission import JobSubmissionClient
 
 from distplat.actors import compat
-from distplat.cli.address import Info, NoSuchJob, one_line, reach, token_at_hand, unset
+from distplat.cli.address import Info, NoSuchJob, one_line, reach, stranger_at, token_at_hand, unset
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 _CONNECT_S = 5.0
 _ANSWER_S = 30.0
 _FIRST_ANSWER_S = 4.0
 _NEEDS_TOKEN = "set RAY_AUTH_TOKEN, or RAY_AUTH_MODE=token with the token in ~/.ray/auth_token"
+_NOT_SENT = (
+    "requires a token, and none was sent ({}): set RAY_AUTH_MODE=token if RAY_AUTH_TOKEN or "
+    "~/.ray/auth_token is that cluster's"
+)
 
 
 def _request(
@@ -76,8 +80,11 @@ class Jobs:
         try:
             self._client = _connect(address, {})
         except _TokenWanted:
-            token = token_at_hand(os.environ)
+            token = token_at_hand(address, os.environ)
             if token is None:
+                stranger = stranger_at(address)
+                if stranger and "RAY_AUTH_MODE" not in os.environ:
+                    raise ClusterUnreachable(f"{address} {_NOT_SENT.format(stranger)}") from None
                 raise
             self._client = _connect(address, {"Authorization": f"Bearer {token}"})
         self._client.answer_s = _ANSWER_S

@@ -7,6 +7,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from distplat.cli.render import to_json
+from distplat.platform.errors import printable
 from distplat.strategies.catalog import strategies
 
 _NO_LIMIT = 2**40  # what a field says that means: any number that makes sense
@@ -20,10 +21,10 @@ def print_strategies(*, as_json: bool) -> None:
         print(to_json(found))
         return
     for number, strategy in enumerate(found):
-        print(f"{chr(10) if number else ''}{strategy['name']}  {strategy['summary']}")
+        print(printable(f"{chr(10) if number else ''}{strategy['name']}  {strategy['summary']}"))
         for option in strategy["options"]:
-            print(f"    {option['name']}: {option['type']}, default {option['default']}")
-            print(f"        {option['description']}")
+            print(printable(f"    {option['name']}: {option['type']}, default {option['default']}"))
+            print(printable(f"        {option['description']}"))
 
 
 def _described(name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A strategy's figures are those of docs/metrics.md.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ def mean_figures(history: Sequence[StepSummary]) -> Figures:
 
 def figure_rows(figures: Figures) -> list[tuple[str, str]]:
     """Put the figures into the rows of a table; those that say nothing are left out."""
+    figures = defaultdict(float, figures)  # of a foreign run any of them may be missing
     rows = []
     if figures.get("sent_bytes"):
         rows.append(("exchange", f"{size_text(figures['sent_bytes'])} sent per worker and step"))
@@ -116,7 +118,8 @@ def _pipeline(figures: Figures) -> str:
 
 def _compression(figures: Figures) -> str:
     whole = figures["saved_bytes"] + figures["sent_bytes"]
-    parts = [f"{figures['saved_bytes'] / whole:.0%} of the bytes saved"]
+    share = figures["saved_bytes"] / whole if whole else 0.0
+    parts = [f"{share:.0%} of the bytes saved"]
     if "compress_s" in figures:
         parts.append(f"{_ms(figures['compress_s'])} compressing")
     if "saved_s" in figures:
@@ -195,6 +198,12 @@ def restart_lines(found: Sequence[Restart]) -> list[list[str]]:
         ]
         for one in found
     ]
+
+
+def first_line(text: str) -> str:
+    """Give the first line of a cause; words where it has none."""
+    lines = text.strip().splitlines()
+    return lines[0] if lines else "no cause is known"
 
 
 def number(value: float | None) -> str:

@@ -12,7 +12,14 @@ from distplat.cli.address import Info, target_of
 from distplat.cli.render import print_result, to_json
 from distplat.cli.running import role_facts, role_lines, roles_of
 from distplat.cli.tables import print_pairs, print_table
-from distplat.platform.errors import ClusterUnreachable, DistplatError, Problem, SpecError, hint
+from distplat.platform.errors import (
+    ClusterUnreachable,
+    DistplatError,
+    Problem,
+    SpecError,
+    hint,
+    printable,
+)
 
 if TYPE_CHECKING:
     from distplat.cli.cluster import Jobs
@@ -110,7 +117,8 @@ def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
     if silence:
         remote.say(f"its roles are not shown: {silence}")
     if seen is not None:
-        print("\n".join(role_lines(seen) if info is None else ["", *role_lines(seen)]))
+        lines = role_lines(seen) if info is None else ["", *role_lines(seen)]
+        print(printable("\n".join(lines)))
 
 
 def _look_up(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None, DistplatError]:
@@ -141,7 +149,7 @@ def print_logs(address: str | None, job_id: str, *, follow: bool) -> None:
     """
     jobs = open_jobs(address)
     remote.find(jobs, job_id)
-    reader = remote.LogReader(lambda line: print(line, flush=True))
+    reader = remote.LogReader(lambda line: print(printable(line), flush=True))
     if not follow:
         for line in remote.clean_lines(jobs.logs(job_id)):
             reader(line)
@@ -166,7 +174,7 @@ def stop_job(address: str | None, job_id: str, *, wait: bool) -> None:
     status = remote.stop(jobs, job_id, wait=wait)
     already = "already " if before in remote.ENDED else ""
     asked = "asked to stop, now " if status not in remote.ENDED else ""
-    print(f"{job_id}: {already}{asked}{status}")
+    print(printable(f"{job_id}: {already}{asked}{status}"))
 
 
 def _facts(job: Info) -> dict[str, Any]:

@@ -17,8 +17,17 @@ import ray
 import distplat
 from distplat.actors import compat
 from distplat.actors.compat import JOB_CONFIG_VARIABLE
-from distplat.cli.address import one_line, reach, unset
-from distplat.cli.shipping import JOB_VARIABLE, check_size
+from distplat.cli.address import (
+    distrust,
+    host_and_port,
+    is_host_port,
+    is_this_machine,
+    one_line,
+    reach,
+    stranger_at,
+    unset,
+)
+from distplat.cli.shipping import JOB_VARIABLE, Package, measure
 from distplat.platform.errors import ClusterUnreachable
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
@@ -60,25 +69,64 @@ def ignores(folder: Path) -> list[Callable[[Path], bool]]:
     return compat.ignore_tests(folder, logger)
 
 
-def running_here() -> str | None:
+def running_here(say: Callable[[str], None]) -> str | None:
     """
     Find the cluster that `ray start` started on this machine.
 
     Not `ray.init(address="auto")`: that finds the private Ray of another `submit` too, which ends
-    with that run and would take ours along.
+    with that run and would take ours along. Anybody may write where Ray notes the address, and a
+    driver runs what its cluster sends: so only a Ray of this user or root is joined unasked.
+
+    Args:
+        say: is told of one that is not.
     """
-    address = compat.address_of_this_machine()
-    if address is None:
-        return None
+    path = compat.address_file()
     try:
-        reach(address)
-    except ClusterUnreachable:  # the file outlives a cluster that was killed
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            address, why = file.read(300).strip(), distrust(path, os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        address, why = "", f"{path} cannot be read: {one_line(error)}"
+    if not why and not is_host_port(address):
+        return None
+    if not why:
+        try:
+            reach(address)
+        except ClusterUnreachable:  # the file outlives a cluster that was killed
+            return None
+        if is_this_machine(host_and_port(address)[0]):
+            why = stranger_at(address)
+    if why:
+        say(f"not joining the Ray of this machine: {why}; `--address auto` joins it all the same")
         return None
     return address
 
 
+def ours_here() -> str:
+    """
+    Find what `auto` would join.
+
+    Raises:
+        ClusterUnreachable: nothing runs on this machine, or somebody else's Ray does.
+    """
+    try:
+        with unset("RAY_ADDRESS"):
+            address = compat.address_of_auto()
+    except ConnectionError as error:
+        raise ClusterUnreachable(f"cannot join Ray at this machine: {one_line(error)}") from error
+    if is_this_machine(host_and_port(address)[0]) and (why := stranger_at(address)):
+        hint = f"`--address {address}` joins it all the same"
+        raise ClusterUnreachable(f"not joining the Ray at {address}: {why}; {hint}")
+    return address
+
+
 @contextmanager
-def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[None]:
+def connected(
+    address: str | None,
+    runtime_env: Mapping[str, Any],
+    shipping: Callable[[Package], None] = lambda package: None,
+) -> Iterator[None]:
     """
     Be a driver of a cluster.
 
@@ -88,9 +136,10 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
     Args:
         address: HOST:PORT or `auto`; None: the one that `running_here` found.
         runtime_env: what workers on other machines need; empty: Ray has it from the job already.
+        shipping: is told of the user's folder before it is shipped, and may refuse it.
 
     Raises:
-        SpecError: the folder in it is too large.
+        SpecError: the folder in it cannot be shipped.
         ClusterUnreachable: it cannot be reached, is another version, or refuses our token.
     """
     if address not in (None, "auto"):
@@ -100,7 +149,7 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
             if not (replaceable(runtime_env) and _joined_light(address)):
                 if runtime_env:
                     folder = Path(runtime_env["working_dir"])
-                    check_size(folder, runtime_env["excludes"], ignores)
+                    shipping(measure(folder, runtime_env["excludes"], ignores))
                 _join(address, runtime_env)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterUnreachable(

@@ -32,7 +32,7 @@ from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
 from distplat.cli.verify import replay, verify
-from distplat.platform.errors import DistplatError, SpecError, UserCodeError
+from distplat.platform.errors import DistplatError, SpecError, UserCodeError, printable
 
 _EPILOG = """
 \b
@@ -63,7 +63,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"distplat {distplat.__version__}", flush=True)
+        print(printable(f"distplat {distplat.__version__}"), flush=True)
         raise typer.Exit
 
 
@@ -270,7 +270,7 @@ def run(args: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as leaving:  # a strategy's file, a plug-in: nothing of ours does that
-        print(f"error: code that was loaded called sys.exit({leaving.code})", file=sys.stderr)
+        _complain(f"error: code that was loaded called sys.exit({leaving.code})")
         return 1
     except Exception as error:
         if "--debug" in args:
@@ -282,15 +282,15 @@ def _report(error: Exception) -> int:
     """Say what went wrong; give the exit code."""
     if isinstance(error, SpecError):
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            _complain(f"error: {problem}")
         return error.exit_code
     if isinstance(error, UserCodeError):
         frames = f"{error.frames}\n\n" if error.frames else ""
-        print(f"{frames}error: {error.told}", file=sys.stderr)
+        _complain(f"{frames}error: {error.told}")
         return error.exit_code
     if isinstance(error, DistplatError):
         before, _, last = str(error).rpartition("\n")
-        print(f"{before}\nerror: {last}".lstrip(), file=sys.stderr)
+        _complain(f"{before}\nerror: {last}".lstrip())
         return error.exit_code
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
         # Nobody reads any more, for example `distplat list | head -1`; no word about it.
@@ -300,9 +300,13 @@ def _report(error: Exception) -> int:
     if show is not None:  # click's own, wherever this version of typer keeps its click
         show()
         return int(getattr(error, "exit_code", 2))
-    print(f"error inside distplat: {type(error).__name__}: {error}", file=sys.stderr)
-    print("  hint: distplat --debug ... shows where; please report it", file=sys.stderr)
+    _complain(f"error inside distplat: {type(error).__name__}: {error}")
+    _complain("  hint: distplat --debug ... shows where; please report it")
     return 70
+
+
+def _complain(text: str) -> None:
+    print(printable(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

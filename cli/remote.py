@@ -5,8 +5,6 @@ Following asks for status and log again and again: Ray's own log stream has been
 before the job does (ray issue 51601), and what is asked again cannot stop.
 """
 
-import contextlib
-import json
 import re
 import secrets
 import shlex
@@ -20,13 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import distplat
 from distplat.cli import shipping
 from distplat.cli.address import Info, NoSuchJob
-from distplat.cli.render import Facts
+from distplat.cli.render import Facts, read_facts
 from distplat.platform.errors import (
     ClusterUnreachable,
     DeadlineExceeded,
     Problem,
     SpecError,
     nearest,
+    printable,
 )
 from distplat.platform.spec import Job
 
@@ -48,7 +47,6 @@ _PENDING_NOTE_S = 10.0
 _PATIENCE_S = 30.0
 _STOP_TIMEOUT_S = 30.0
 _ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,13 @@ class Submission:
     """`entrypoint_num_cpus` and its kin."""
 
 
-def send(jobs: "Jobs", job: Job, submission: Submission, ignores: shipping.Ignores) -> str:
+def send(
+    jobs: "Jobs",
+    job: Job,
+    submission: Submission,
+    ignores: shipping.Ignores,
+    tell: Callable[[shipping.Package], None],
+) -> str:
     """
     Hand a job in; returns its id.
 
@@ -75,9 +79,10 @@ def send(jobs: "Jobs", job: Job, submission: Submission, ignores: shipping.Ignor
         job: what.
         submission: what it needs.
         ignores: what Ray will leave out of the folder.
+        tell: is told of the folder before it is shipped, and may refuse it.
 
     Raises:
-        SpecError: the folder is too large, or the cluster refuses the job.
+        SpecError: the folder cannot be shipped, or the cluster refuses the job.
     """
     job_id = check_id(submission.submission_id or f"{job.name}-{secrets.token_hex(3)}")
     environment = shipping.runtime_env(
@@ -87,7 +92,7 @@ def send(jobs: "Jobs", job: Job, submission: Submission, ignores: shipping.Ignor
         submission.runtime_env,
         submission.resume,
     )
-    shipping.check_size(submission.working_dir, environment["excludes"], ignores)
+    tell(shipping.measure(submission.working_dir, environment["excludes"], ignores))
     ours = {
         "job_name": job.name,  # Ray's own key: the dashboard shows it
         "strategy": job.strategy.name,
@@ -190,7 +195,7 @@ def _insist(ask: Callable[[], Answer]) -> Answer:
 def clean_lines(text: str) -> list[str]:
     """Cut a log into lines, without what would move the reader's cursor or colour the terminal."""
     lines = text.replace("\r\n", "\n").split("\n")
-    return [_CONTROL.sub("", line) for line in (lines if lines[-1] else lines[:-1])]
+    return [printable(line) for line in (lines if lines[-1] else lines[:-1])]
 
 
 class LogReader:
@@ -203,8 +208,9 @@ class LogReader:
     def __call__(self, line: str) -> None:
         """Take one line."""
         if line.startswith(RESULT_MARK):
-            with contextlib.suppress(ValueError):  # the user's task may print what it likes
-                self.facts = json.loads(line.removeprefix(RESULT_MARK))
+            facts = read_facts(line.removeprefix(RESULT_MARK))
+            if facts is not None:  # the user's task may print what it likes
+                self.facts = facts
                 return
         if not line.startswith("Running entrypoint for job "):
             self._write(line)
@@ -243,4 +249,4 @@ def exit_code(info: Info) -> int:
 
 def say(line: str) -> None:
     """Write to stderr at once."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

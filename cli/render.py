@@ -12,22 +12,27 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
+from typing_extensions import TypedDict
 
 from distplat.cli.figures import (
     checkpoint_rows,
     figure_rows,
+    first_line,
     mean_figures,
     resize_text,
     restart_rows,
 )
 from distplat.cli.tables import print_pairs
 from distplat.platform.checkpoints import FOLDER
+from distplat.platform.errors import printable
 from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Resized, StepSummary
 from distplat.platform.spec import Job
 
@@ -40,8 +45,26 @@ _LINE_EVERY_S = 2.0
 _DRAW_EVERY_S = 0.1
 _WINDOW = 50
 
-Facts = dict[str, Any]
-"""How a run ended, in plain values: what `-o json` prints."""
+
+@with_config(ConfigDict(extra="forbid"))
+class Facts(TypedDict):
+    """How a run ended, in plain values: what `-o json` prints."""
+
+    status: str
+    name: str
+    strategy: str
+    num_workers: int
+    steps: int
+    seconds: float
+    metrics: Mapping[str, float | None]
+    samples_per_s: float | None
+    time_split: dict[str, float]
+    figures: Mapping[str, float | None]
+    checkpoints: list[int]
+    restarts: list[str]
+    resizes: list[str]
+    run_directory: str
+    model: str | None
 
 
 class View:
@@ -108,7 +131,7 @@ class View:
             return
         who = ", ".join(news.replaced) or "nobody"
         self._say(
-            f"failure: {news.cause.splitlines()[0]}\n"
+            f"failure: {first_line(news.cause)}\n"
             f"attempt {news.attempt}: replacing {who}, going on after step {news.step}"
         )
 
@@ -129,9 +152,9 @@ class View:
         if self._quiet:
             return
         if self._progress is not None:
-            self._progress.console.print(Text(line))
+            self._progress.console.print(Text(printable(line)))
         else:
-            print(line, file=self._out, flush=True)
+            print(printable(line), file=self._out, flush=True)
 
 
 class _Pace:
@@ -218,6 +241,14 @@ def print_result(facts: Facts) -> None:
     print_pairs(_rows(facts))
 
 
+def read_facts(text: str) -> Facts | None:
+    """Read the JSON of `Facts`; None: it is something else, for anybody may print into a log."""
+    try:
+        return TypeAdapter(Facts).validate_json(text, strict=True)
+    except ValidationError:
+        return None
+
+
 def _rows(facts: Facts) -> list[tuple[str, str]]:
     workers = facts["num_workers"]
     metrics = {name: _number(value) for name, value in facts["metrics"].items()}
@@ -233,9 +264,10 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     if facts["samples_per_s"]:
         shares = [f"{part} {share:.0%}" for part, share in facts["time_split"].items()]
         rows += [("speed", f"{facts['samples_per_s']:.0f} samples/s"), ("time", ", ".join(shares))]
-    rows += figure_rows(facts["figures"])
-    for name in ("restarts", "resizes"):
-        rows += [("" if n else name, text) for n, text in enumerate(facts[name])]
+    finite = {name: value for name, value in facts["figures"].items() if value is not None}
+    rows += figure_rows(finite)
+    for name, texts in (("restarts", facts["restarts"]), ("resizes", facts["resizes"])):
+        rows += [("" if n else name, text) for n, text in enumerate(texts)]
     folder = f"{facts['run_directory']}/{FOLDER}"
     rows += checkpoint_rows(facts["checkpoints"], folder)
     rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]

@@ -1,6 +1,8 @@
 """`distplat report`: what a run came to, as a page beside it and as a table."""
 
 import json
+import os
+import secrets
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -74,10 +76,21 @@ def _write_perfetto(record: RunRecord, pipeline: "list[Gantt]") -> Path:
 
 
 def _write(path: Path, text: str) -> Path:
-    partial = path.with_suffix(".partial")
+    """
+    Write a file whole; under a name that nobody can have put a link at, for the run may be foreign.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
+        try:
+            with os.fdopen(os.open(partial, flags, 0o666), "wb") as file:
+                file.write(text.encode("utf-8", errors="replace"))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
     return path
@@ -96,13 +109,13 @@ def _pipeline(record: RunRecord) -> "tuple[list[Gantt], str]":
 
 
 def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
-    from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines
+    from distplat.cli.figures import facts, figure_rows, first_line, mean_figures, restart_lines
     from distplat.platform.report import restarts, status_of, time_parts
 
     status = status_of(record, now)
     rows = [("run", record.path.name)]
     rows.append(("status", f"{status.word}: {status.detail}" if status.detail else status.word))
-    if status.error:
+    if status.error.strip():
         rows.append(("error", status.error.strip().splitlines()[-1]))
     rows += facts(record)
     parts = time_parts(record.steps)
@@ -110,8 +123,9 @@ def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
         rows.append(("time", ", ".join(f"{part.name} {part.share:.0%}" for part in parts)))
     rows += figure_rows(mean_figures(record.steps))
     for attempt, step, cause, replaced, back in restart_lines(restarts(record)):
-        first = cause.splitlines()[0]
-        rows.append((f"attempt {attempt}", f"after step {step}: {first}; {replaced}, {back}"))
+        rows.append(
+            (f"attempt {attempt}", f"after step {step}: {first_line(cause)}; {replaced}, {back}")
+        )
     return rows
 
 

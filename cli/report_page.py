@@ -6,7 +6,9 @@ called `<script>`. What it shows is put together here.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
@@ -28,6 +30,7 @@ from distplat.cli.figures import (
     checkpoint_lines,
     facts,
     figure_rows,
+    first_line,
     mean_figures,
     number,
     restart_lines,
@@ -46,10 +49,14 @@ from distplat.platform.report import (
 )
 from distplat.platform.report import figure_rows as all_figures
 from distplat.platform.run_record import RunRecord
+from distplat.platform.yaml_source import dump_yaml
 from distplat.strategies.algorithms.gantt import Gantt, gantts
 
 _COLUMNS = 160
 """Of a chart: more could not be told apart."""
+_SECRET = re.compile(
+    r"(?i)(^|_)(password|passwd|secret|token|credentials?|(api|access|private|secret)_?key)$"
+)
 _PARTS = {"data": "#56b4e9", "compute": "#0072b2", "exchange": "#d55e00", "update": "#009e73"}
 
 
@@ -92,7 +99,18 @@ def page(record: RunRecord, now_s: float) -> str:
         restarts=restart_lines(restarts(record)),
         checkpoints=checkpoint_lines(record.saved),
         figures=all_figures(record.steps),
+        job_text=dump_yaml(_blanked(record.job)) if record.job else "",
     )
+
+
+def _blanked(value: object) -> object:
+    """Give a job without the values of keys that are called like a secret: pages are handed on."""
+    if isinstance(value, Mapping):
+        return {
+            key: "***" if _SECRET.search(str(key).replace("-", "_")) else _blanked(item)
+            for key, item in value.items()
+        }
+    return [_blanked(item) for item in value] if isinstance(value, list) else value
 
 
 def _loss(record: RunRecord) -> Chart | None:
@@ -109,7 +127,7 @@ def _loss(record: RunRecord) -> Chart | None:
         if metric.name == "loss":
             series.append(Series("evaluation", metric.points, PALETTE[5], dots=True))
     setbacks = [one.setback for one in restarts(record)]
-    marks = [Mark(s.step, f"after step {s.step}: {s.cause.splitlines()[0]}") for s in setbacks]
+    marks = [Mark(s.step, f"after step {s.step}: {first_line(s.cause)}") for s in setbacks]
     return curves(series, marks)
 
 
@@ -165,11 +183,16 @@ def _staleness(record: RunRecord) -> Chart | None:
     counts = staleness(record.steps)
     if not counts:
         return None
-    stacks = [
-        Stack(n - 0.5, n + 0.5, f"staleness {n}", {"steps": counts[n]})
-        for n in range(max(counts) + 1)
-    ]
-    most = float(max(counts.values()))
+    width = -(-(max(counts) + 1) // _COLUMNS)
+    columns_of = Counter[int]()
+    for value, count in counts.items():
+        columns_of[value // width] += count
+    stacks = []
+    for column in range(max(columns_of) + 1):
+        first, last = column * width, column * width + width - 1
+        text = f"staleness {first}" if width == 1 else f"staleness {first} to {last}"
+        stacks.append(Stack(first - 0.5, last + 0.5, text, {"steps": columns_of[column]}))
+    most = float(max(columns_of.values()))
     return columns({"steps": PALETTE[1]}, stacks, most, "staleness", "steps")
 
 

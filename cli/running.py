@@ -15,7 +15,7 @@ from distplat.cli.address import bring_token, host_and_port, target_of
 from distplat.cli.options import Address, Output, is_json
 from distplat.cli.render import to_json
 from distplat.cli.tables import table_lines
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import Problem, SpecError, printable
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview
@@ -142,7 +142,7 @@ def scale(
         from distplat.actors.overview import scale as change
 
         seen = change(one_run(job), workers, wait_s)
-    print(to_json(role_facts(seen)) if as_json else "\n".join(role_lines(seen)))
+    print(to_json(role_facts(seen)) if as_json else printable("\n".join(role_lines(seen))))
 
 
 def roles_of(address: str | None, name: str) -> Overview:
@@ -183,10 +183,10 @@ def joined(address: str | None) -> Iterator[None]:
         text = f"{target.address} is a job API, and this needs a machine of the cluster"
         raise SpecError(Problem((target.origin,), text, "call it there, without --address"))
     bring_token(target)
-    from distplat.cli.join import connected
+    from distplat.cli.join import connected, ours_here
 
     with (
         redirect_stdout(sys.stderr),
-        connected(target.address if target.kind == "driver" else "auto", {}),
+        connected(target.address if target.kind == "driver" else ours_here(), {}),
     ):
         yield

@@ -1,15 +1,14 @@
 """`distplat schedule`: what a pipeline schedule looks like, and what it costs, before any run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distplat.cli.options import Output, is_json
-from distplat.platform.errors import SpecError
+from distplat.platform.errors import SpecError, printable
 
 if TYPE_CHECKING:
-    from distplat.cli.render import Facts
     from distplat.strategies.algorithms.schedule import Schedule
     from distplat.strategies.algorithms.simulate import Costs, Simulation
 
@@ -78,7 +77,7 @@ def _costs(forward: float, backward: float, weight: float | None, send: float) -
     return Costs(forward, backward - late, late, send)
 
 
-def _facts(chosen: "Schedule", found: "Simulation") -> "Facts":
+def _facts(chosen: "Schedule", found: "Simulation") -> dict[str, Any]:
     return {
         "schedule": chosen.name,
         "stages": chosen.stages,
@@ -90,7 +89,7 @@ def _facts(chosen: "Schedule", found: "Simulation") -> "Facts":
     }
 
 
-def _spans(found: "Simulation") -> list[list["Facts"]]:
+def _spans(found: "Simulation") -> list[list[dict[str, Any]]]:
     return [
         [
             {
@@ -126,18 +125,18 @@ def _print(chosen: "Schedule", found: "Simulation") -> None:
     from distplat.cli.tables import print_pairs, terminal
 
     console = terminal()
-    print(_title(chosen))
+    print(printable(_title(chosen)))
     print()
     if console is not None:
         for line in chart(found.spans, console.width):
             console.print(line, crop=False)
     else:
         for line in chart(found.spans):
-            print(line.plain.rstrip())
+            print(printable(line.plain.rstrip()))
     print()
     weights = ", W gradient of the weights" if chosen.splits_backward else ""
     primes = ", a prime for each further chunk" if chosen.chunks > 1 else ""
-    print(f"F forward, B backward{weights}, the micro-batch behind it{primes}, . idle")
+    print(printable(f"F forward, B backward{weights}, the micro-batch behind it{primes}, . idle"))
     print_pairs(_rows(chosen, found))
 
 

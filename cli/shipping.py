@@ -5,24 +5,42 @@ Ray packs folders itself, following .gitignore and .rayignore; here is counted f
 pack, for its server refuses more than 100 MiB only after the upload, with a bare HTTP error.
 """
 
+import fnmatch
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatch
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from stat import S_ISDIR, S_ISREG
+from typing import Any, NoReturn
 
 import distplat
+from distplat.cli.figures import size_text
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.job_file import render_job
+from distplat.platform.job_file import read_text, render_job
 from distplat.platform.spec import Job
-from distplat.platform.yaml_source import parse_yaml
+from distplat.platform.spec_messages import show
+from distplat.platform.yaml_source import Marks, parse_yaml
 from distplat.strategies.catalog import load_strategy_file, make_job
 
 JOB_VARIABLE = "_DISTPLAT_JOB"
 """Environment variable in which the job reaches its driver; not `DISTPLAT_`: it is no setting."""
-EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".env", "*.pem", "*.key", ".ray")
+SECRETS = (
+    *(".env", ".env.*", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx", "*.ppk"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".ssh", ".gnupg", ".aws", ".azure"),
+    *(".gcloud", ".kube", ".docker", ".kaggle", ".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc"),
+    *(".git-credentials", ".htpasswd", ".boto", ".s3cfg", ".vault-token", "auth_token"),
+    *("credentials.json", "client_secret*.json", "service?account*.json", "kaggle.json"),
+    *("application_default_credentials.json", "secrets.json", "secrets.toml"),
+    *("secrets.yaml", "secrets.yml"),
+)
+"""Names that are known to hold keys and passwords: all users of a cluster could read them."""
+EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".ray", *SECRETS)
 MAX_PACKAGE = 100 * 2**20
+MAX_ENTRIES = 200_000
+"""Files and folders that are looked at; Ray would pack more for minutes."""
 MAX_JOB = 48 * 2**10  # Ray hands it on inside one environment string, quoted; Linux takes 128 kB
 
 Ignores = Callable[[Path], list[Callable[[Path], bool]]]
@@ -118,49 +136,175 @@ def read_runtime_env(file: Path | None, text: str | None) -> dict[str, Any]:
     option = "--runtime-env" if file else "--runtime-env-json"
     if file and text:
         raise SpecError("give --runtime-env or --runtime-env-json, not both")
+    marks: Marks = {}
     try:
-        found = parse_yaml(file.read_text(), str(file))[0] if file else json.loads(text or "{}")
-    except (OSError, ValueError, SpecError) as error:
+        if file:
+            found, marks = parse_yaml(read_text(file), str(file))
+        else:
+            found = json.loads(text or "{}")
+    except (ValueError, RecursionError, SpecError) as error:
         raise SpecError(Problem((option,), f"cannot be read: {error}")) from None
     if not isinstance(found, dict):
         raise SpecError(Problem((option,), "must be a mapping"))
     if "working_dir" in found:
         raise SpecError(Problem((option, "working_dir"), "is set by --working-dir"))
+    wrong = [problem for key in found for problem in _mistyped(key, found[key])]
+    if wrong:
+        raise SpecError(*(_placed(problem, option, file, marks) for problem in wrong))
     return found
 
 
-def check_size(working_dir: Path, excludes: list[str], ignores: Ignores) -> None:
+def _mistyped(key: str, value: object) -> list[Problem]:
+    """Check what `with_folders` adds to: a text would be taken apart into its letters."""
+    if key in ("excludes", "py_modules"):
+        if not isinstance(value, list):
+            return [Problem((key,), f"must be a list of texts (got {show(value)})")]
+        items: Mapping[str | int, object] = dict(enumerate(value))
+    elif key == "env_vars":
+        if not isinstance(value, dict):
+            return [Problem((key,), f"must be a mapping of text to text (got {show(value)})")]
+        items = value
+    else:
+        return []
+    return [
+        Problem((key, name), f"must be a text (got {show(item)})", "quote it")
+        for name, item in items.items()
+        if not isinstance(item, str)
+    ]
+
+
+def _placed(problem: Problem, option: str, file: Path | None, marks: Marks) -> Problem:
+    line, column = marks.get(problem.where, (0, 0))
+    where = problem.where if file else (option, *problem.where)
+    return replace(problem, where=where, file=str(file or ""), line=line, column=column)
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a cluster gets of a folder."""
+
+    folder: Path
+    files: int
+    size: int
+    """Bytes, before Ray packs them."""
+    largest: str
+    """Name and size of the largest file or folder in it."""
+
+    def __str__(self) -> str:
+        """`shipping 12 files, 3.2 MB, of /home/me/job; the largest: weights.bin 3 MB`."""
+        count = "1 file" if self.files == 1 else f"{self.files} files"
+        end = f"; the largest: {self.largest}" if self.largest else ""
+        return f"shipping {count}, {size_text(self.size)}, of {self.folder}{end}"
+
+
+def refuse_home(folder: Path) -> None:
     """
-    Refuse a folder that the cluster would refuse.
+    Refuse to ship a whole home directory, or the root, because a job file lies there.
 
     Raises:
-        SpecError: more than 100 MiB; names the five largest things in it.
+        SpecError: it is one of them.
+    """
+    home = Path(os.path.expanduser("~")).resolve()
+    if folder.resolve() in (home, Path(folder.resolve().anchor)):
+        message = (
+            f"{folder} would be shipped to the cluster as a whole, for the job file lies there"
+        )
+        hint = "move the job to a folder of its own, or name the folder with --working-dir"
+        raise SpecError(Problem(("--working-dir",), message, hint))
+
+
+def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Package:
+    """
+    See what a cluster gets of a folder; refuse what it would refuse, or what would hang Ray.
+
+    Raises:
+        SpecError: more than 100 MiB, and names the five largest things in it; or a part of it
+            cannot be read, is a pipe or a device, or leads back into itself.
     """
     sizes: dict[Path, int] = {}
-    for path in _shipped(working_dir, excludes, ignores, []):
+    files = 0
+    for path, size in _shipped(working_dir, excludes, ignores):
         top = working_dir / path.relative_to(working_dir).parts[0]
-        sizes[top] = sizes.get(top, 0) + path.stat().st_size
+        sizes[top] = sizes.get(top, 0) + size
+        files += 1
     total = sum(sizes.values())
-    if total <= MAX_PACKAGE:
-        return
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
-    shown = ", ".join(f"{path.name} {size / 2**20:.0f} MiB" for path, size in largest)
-    message = f"{working_dir} has {total / 2**20:.0f} MiB; a cluster takes {MAX_PACKAGE >> 20} MiB"
-    hint = f"list what the job does not need in .rayignore there; the largest: {shown}"
-    raise SpecError(Problem(("--working-dir",), message, hint))
+    if total > MAX_PACKAGE:
+        shown = ", ".join(f"{path.name} {size / 2**20:.0f} MiB" for path, size in largest)
+        message = f"{working_dir} has {total / 2**20:.0f} MiB; a cluster takes {MAX_PACKAGE >> 20}"
+        hint = f"list what the job does not need in .rayignore there; the largest: {shown}"
+        raise SpecError(Problem(("--working-dir",), f"{message} MiB", hint))
+    first = f"{largest[0][0].name} {size_text(largest[0][1])}" if largest else ""
+    return Package(working_dir, files, total, first)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder on the walk."""
+
+    path: Path
+    tests: tuple[Callable[[Path], bool], ...]
+    """What the ignore files of the folders above leave out."""
+    above: frozenset[tuple[int, int]]
+    """Device and inode of the folders around it: one that comes again is a loop."""
 
 
 def _shipped(
-    folder: Path, excludes: list[str], ignores: Ignores, above: list[Callable[[Path], bool]]
-) -> Iterator[Path]:
-    """Walk as Ray does: links are followed, ignore files count for all below them."""
-    tests = [*above, *ignores(folder)]
-    for path in folder.iterdir():
-        if any(fnmatch(path.name, pattern.rstrip("/")) for pattern in excludes):
-            continue
-        if any(test(path) for test in tests):
-            continue
-        if path.is_dir():
-            yield from _shipped(path, excludes, ignores, tests)
-        elif path.is_file():
-            yield path
+    working_dir: Path, excludes: Sequence[str], ignores: Ignores
+) -> Iterator[tuple[Path, int]]:
+    """
+    Walk as Ray does: links are followed, ignore files count for all below them.
+
+    Yields:
+        Each file and its bytes.
+    """
+    names = re.compile("|".join(fnmatch.translate(one.rstrip("/")) for one in excludes) or r"\Z.")
+    waiting = [_Folder(working_dir, (), frozenset())]
+    seen = 0
+    while waiting:
+        folder = waiting.pop()
+        tests, above, paths = folder.tests, folder.above, list[Path]()
+        with _readable(folder.path):
+            stat = folder.path.stat()
+            if (stat.st_dev, stat.st_ino) in folder.above:
+                _refuse(folder.path, "leads back to a folder that it is in")
+            above |= {(stat.st_dev, stat.st_ino)}
+            tests = (*tests, *ignores(folder.path))
+            paths = list(folder.path.iterdir())
+        seen += len(paths)
+        if seen > MAX_ENTRIES:
+            _refuse(working_dir, f"holds more than {MAX_ENTRIES} files and folders")
+        for path in paths:
+            if names.match(path.name) or any(test(path) for test in tests):
+                continue
+            with _readable(path):
+                stat = path.stat()
+                if S_ISDIR(stat.st_mode):
+                    waiting.append(_Folder(path, tests, above))
+                elif not S_ISREG(stat.st_mode):
+                    _refuse(path, "is a pipe, a socket or a device, and no file")
+                elif not os.access(path, os.R_OK):
+                    _refuse(path, "may not be read")
+                else:
+                    yield path, stat.st_size
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """
+    Pass over what has gone meanwhile, and links to nothing.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _refuse(path, f"cannot be read: {error.strerror}")
+
+
+def _refuse(path: Path, why: str) -> NoReturn:
+    hint = "list it in .rayignore, or give another --working-dir"
+    raise SpecError(Problem(("--working-dir",), f"{path} {why}", hint))

@@ -16,7 +16,7 @@ from distplat.cli import remote, shipping
 from distplat.cli.address import Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, train
 from distplat.cli.render import Facts, View, print_result, to_json
-from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
+from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, printable
 from distplat.platform.job_file import render_job
 from distplat.platform.resume import start_from
 from distplat.platform.spec import Job
@@ -57,6 +57,17 @@ class Request:
         if not self.quiet:
             remote.say(line)
 
+    def shipping(self, package: shipping.Package) -> None:
+        """
+        Say what goes to the cluster.
+
+        Raises:
+            SpecError: a home directory, which nobody named.
+        """
+        if self.working_dir is None:
+            shipping.refuse_home(package.folder)
+        self.say(str(package))
+
 
 def resolve(request: Request) -> Job:
     """
@@ -84,7 +95,6 @@ def validate(request: Request) -> None:
         UserCodeError: the task's module raised when it was imported.
     """
     job = resolve(request)
-    text = render_job(job)
     if job.task is not None:
         from distplat.actors.task_check import TaskCheck
 
@@ -94,7 +104,7 @@ def validate(request: Request) -> None:
                 request.say(f"warning: {line}")
         finally:
             check.end()
-    print(text, end="")
+    print(render_job(job), end="")
 
 
 def submit(request: Request) -> None:
@@ -161,7 +171,7 @@ def _target(request: Request, job: Job) -> Target:
         return target
     from distplat.cli.join import running_here
 
-    address = running_here()
+    address = running_here(request.say)
     return Target("here", address, "") if address else target
 
 
@@ -182,7 +192,8 @@ def _ray(request: Request, target: Target) -> Any:
 
     user = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
     address = None if target.kind == "here" else target.address
-    return connected(address, shipping.with_folders(request.folder, user))
+    environment = shipping.with_folders(request.folder, user)
+    return connected(address, environment, request.shipping)
 
 
 def _check_options(request: Request, target: Target) -> None:
@@ -224,7 +235,7 @@ def _submit_remote(request: Request, job: Job, target: Target) -> None:
     from distplat.cli.join import ignores
 
     jobs = Jobs(target.address)
-    job_id = remote.send(jobs, job, submission, ignores)
+    job_id = remote.send(jobs, job, submission, ignores, request.shipping)
     request.say(f"job {job_id} is on {_named(target, job)}")
     if not Path(job.storage_path).is_absolute():
         request.say(f"run directory: below {STORAGE / job.storage_path} of the driver's machine")
@@ -241,7 +252,7 @@ def _submit_remote(request: Request, job: Job, target: Target) -> None:
         _leave(f"lost sight of the job {job_id}, which may go on", job_id, target)
         raise
     if reader.facts is not None:
-        _print({**reader.facts, "id": job_id}, request)
+        _print(reader.facts, request, job_id)
     code = remote.exit_code(info)
     if code:
         remote.say(f"error: job {job_id} {info['status']}, exit code {code}")
@@ -251,7 +262,10 @@ def _submit_remote(request: Request, job: Job, target: Target) -> None:
 def _print_left(job_id: str, target: Target, request: Request) -> None:
     for line in _next_commands(job_id, target):
         request.say(line)
-    print(to_json({"id": job_id, "address": target.address}) if request.as_json else job_id)
+    if request.as_json:
+        print(to_json({"id": job_id, "address": target.address}))
+    else:
+        print(printable(job_id))
 
 
 def _leave(why: str, job_id: str, target: Target) -> None:
@@ -290,9 +304,9 @@ def _renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
     return replace(problem, file=names.get(problem.file, problem.file))
 
 
-def _print(facts: Facts, request: Request) -> None:
+def _print(facts: Facts, request: Request, job_id: str | None = None) -> None:
     if request.as_json:
-        print(to_json(facts))
+        print(to_json(facts if job_id is None else {**facts, "id": job_id}))
     else:
         print_result(facts)
     sys.stdout.flush()

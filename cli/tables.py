@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distplat.platform.errors import printable
+
 _UNWRAPPED = 1_000_000
 """Columns of a line that is not for a terminal."""
 
@@ -52,9 +54,11 @@ def _table(
 ) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(heads), header_style="bold")
     for head in heads or ("",) * len(rows[0]):
-        table.add_column(Text(head), overflow="fold")
+        table.add_column(Text(printable(head)), overflow="fold")
     for number, row in enumerate(rows):
-        table.add_row(*map(Text, row), style=styles[number] if styles else None)
+        table.add_row(
+            *(Text(printable(cell)) for cell in row), style=styles[number] if styles else None
+        )
     return table
 
 
@@ -63,7 +67,7 @@ def _print(table: Table) -> None:
     if console is not None:
         console.print(table)
     else:
-        print("\n".join(_lines(table)))
+        print(printable("\n".join(_lines(table))))
 
 
 def _lines(table: Table) -> list[str]:

@@ -14,7 +14,7 @@ import typer
 from distplat.cli.options import JobFile, Output, Settings, StrategyFile, is_json
 from distplat.cli.render import to_json
 from distplat.cli.tables import print_pairs, print_table
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import Problem, SpecError, printable
 
 if TYPE_CHECKING:
     from distplat.strategies.verification.verdicts import Row
@@ -94,10 +94,10 @@ def print_rows(rows: Sequence[Row]) -> None:
     print_table(heads, cells, ["red" if row.failed else "" for row in rows])
     for row in rows:
         if row.reason:
-            print(f"\n{row.strategy}, {row.check}: {row.reason}")
+            print(printable(f"\n{row.strategy}, {row.check}: {row.reason}"))
     for row in rows:
         if row.error is not None and row.failed:
-            print(f"error: {row.strategy}: {row.error}", file=sys.stderr)
+            print(printable(f"error: {row.strategy}: {row.error}"), file=sys.stderr)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -21,6 +21,19 @@ environment variables `DISTPLAT_A__B=c`; the job file; defaults.
 
 A remote job (`--address http://...`) keeps its run directory below `~/distplat/<storage_path>` of
 the machine where its driver runs: the job's own folder ends with the job.
+
+## What goes to a cluster
+
+The folder of the job file, or `--working-dir`, at most 100 MiB, and distplat itself. `submit`
+says how many files and bytes. Left out are what `.gitignore` and `.rayignore` name, `.git`,
+`.venv`, `runs` and files whose names are known to hold secrets (`.env*`, `.netrc`, `.aws`,
+`.ssh`, `*.pem`, `id_rsa`, `credentials.json`, `kaggle.json`, ...; the list is `SECRETS` in
+`cli/shipping.py`). A home directory is refused unless `--working-dir` names it. Ray keeps the
+package where every user of the cluster can read it.
+
+Put no key or password into `task_args` or the `env_vars` of a runtime environment: they stand in
+`job.yaml` of the run directory, and everybody who reaches the cluster's dashboard reads them. Let
+the task read a key from a file, or from a variable, of the machines on which workers run.
 """
 
 SECTIONS: list[tuple[str, str, type[BaseModel]]] = [

@@ -26,10 +26,28 @@ Errors cross processes by pickle: every constructor hands all its arguments to `
 `DistplatError.__reduce__` can rebuild each of them; a test sends the whole tree round.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Self
+
+_CONTROL = re.compile(
+    r"\x1b\[[0-9;?]*[ -/]*[@-~]"  # colours, cursor
+    r"|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]"
+    r"|[\u202a-\u202e\u2066-\u2069]"  # these turn the order of what follows
+)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """
+    Take out of a text what would steer a terminal; ends of lines and tabs stay.
+
+    Everything that a command prints goes through this, for names, errors and logs may be those of
+    somebody else.
+    """
+    return _SURROGATE.sub("\ufffd", _CONTROL.sub("", text))
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ class Problem:
         if place and self.line:
             place += f":{self.line}:{self.column}"
         head = ": ".join(part for part in (place, self.field, self.message) if part)
-        return f"{head}\n  hint: {self.hint}" if self.hint else head
+        return printable(f"{head}\n  hint: {self.hint}" if self.hint else head)
 
 
 def _visible(part: str) -> str:

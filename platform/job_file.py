@@ -62,7 +62,7 @@ def read_job(
         SpecError: all that is wrong.
     """
     file = str(path)
-    data, marks = parse_yaml(_read_text(path), file)
+    data, marks = parse_yaml(read_text(path), file)
     if data is None:
         raise _unreadable(path, "is empty; a job needs at least name, strategy and optimizer")
     if not isinstance(data, dict):
@@ -238,7 +238,7 @@ def _finish(draft: _Draft, found: list[Problem], check: Check) -> Job:
     return job
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """
     Read a file that should be a text of sane size.
 
@@ -247,7 +247,7 @@ def _read_text(path: Path) -> str:
     """
     try:
         if path.is_dir():
-            raise _unreadable(path, "is a directory, not a job file")
+            raise _unreadable(path, "is a directory, not a file")
         if path.exists() and not path.is_file():  # a pipe would block, a device never end
             raise _unreadable(path, "is not a regular file")
         with path.open("rb") as file:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TypeVar
 
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
@@ -28,6 +30,13 @@ from distplat.platform.yaml_source import parse_yaml
 
 T = TypeVar("T")
 
+_DAMAGE = (ValueError, TypeError, KeyError, ArithmeticError, RecursionError)
+"""What reading a damaged line raises; the last two by numbers beyond all bounds and deep JSON."""
+_MOST = 2**53
+"""No step, count or size is larger; a float holds it exactly."""
+_MOST_BYTES = 2**26
+"""Of a file that is no table of steps."""
+
 
 @dataclass
 class RunRecord:
@@ -36,7 +45,6 @@ class RunRecord:
     path: Path
     job: Mapping[str, Any] = field(default_factory=dict)
     """As `job.yaml` has it, every default visible; empty: it cannot be read."""
-    job_text: str = ""
     steps: list[StepSummary] = field(default_factory=list)
     """In their order; of a step that was made twice, the second."""
     evaluations: list[EvalSummary] = field(default_factory=list)
@@ -84,7 +92,6 @@ def read_run(path: Path) -> RunRecord:
         raise SpecError(Problem((), text, "give the directory that `submit` printed"))
     record = RunRecord(path)
     record.job = _part(record, "job.yaml", _job) or {}
-    record.job_text = _text(record, "job.yaml") or "" if record.job else ""
     _read_metrics(record)
     record.result = _part(record, "result.json", lambda text: _mapping(json.loads(text)))
     record.trace = _part(record, TRACE_FILE, _trace)
@@ -100,12 +107,25 @@ def _names(path: Path) -> set[str]:
 
 
 def _text(record: RunRecord, name: str) -> str | None:
+    """
+    Read a file; None: it is not there.
+
+    Raises:
+        StorageError: it may not be read, is a pipe or a device, or much larger than we write it.
+    """
+    path = record.path / name
     try:
-        return (record.path / name).read_text(encoding="utf-8", errors="replace")
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            stat = os.fstat(file.fileno())
+            if not S_ISREG(stat.st_mode):  # a pipe would block, a device never end
+                raise StorageError(f"cannot read {path}: it is no regular file")
+            if stat.st_size > _MOST_BYTES and name != "metrics.jsonl":
+                raise StorageError(f"cannot read {path}: it has {stat.st_size} bytes")
+            return file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"cannot read {record.path / name}: {error.strerror}") from error
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
@@ -115,7 +135,7 @@ def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
         return None
     try:
         return parse(text)
-    except (ValueError, TypeError, KeyError, SpecError) as error:
+    except (*_DAMAGE, SpecError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         record.notes.append(f"{name} is damaged and left out: {why}")
         return None
@@ -133,7 +153,7 @@ def _read_metrics(record: RunRecord) -> None:
     for line in lines:
         try:
             found = _summary(json.loads(line))
-        except (ValueError, TypeError, KeyError):
+        except _DAMAGE:
             damaged += 1
             continue
         if isinstance(found, StepSummary):
@@ -168,34 +188,34 @@ def _summary(
     match fields["kind"]:
         case "step":
             return StepSummary(
-                int(fields["step"]),
-                int(fields["epoch"]),
+                _whole(fields["step"]),
+                _whole(fields["epoch"]),
                 _number(fields["loss"]),
-                int(fields["samples"]),
+                _whole(fields["samples"]),
                 _numbers(fields["seconds"]),
-                int(fields.get("of", 0)),
+                _whole(fields.get("of", 0)),
                 _numbers(fields.get("figures", {})),
             )
         case "evaluation":
             metrics = _numbers(fields["metrics"])
-            return EvalSummary(int(fields["step"]), int(fields["samples"]), metrics)
+            return EvalSummary(_whole(fields["step"]), _whole(fields["samples"]), metrics)
         case "setback":
             return FailureEvent(
-                int(fields["attempt"]),
-                int(fields["step"]),
+                _whole(fields["attempt"]),
+                _whole(fields["step"]),
                 str(fields["cause"]),
                 tuple(map(str, fields["replaced"])),
                 _number(fields["wait_s"]),
             )
         case "recovery":
-            return Recovery(int(fields["attempt"]), _number(fields["seconds"]))
+            return Recovery(_whole(fields["attempt"]), _number(fields["seconds"]))
         case "resized":
             names = "attempt", "step", "before", "workers"
-            attempt, step, before, workers = (int(fields[name]) for name in names)
+            attempt, step, before, workers = (_whole(fields[name]) for name in names)
             return Resized(attempt, step, before, workers, _number(fields["seconds"]))
         case "checkpoint":
-            path, size = str(fields["path"]), int(fields["size"])
-            return Saved(int(fields["step"]), path, size, _number(fields["seconds"]))
+            path, size = str(fields["path"]), _whole(fields["size"])
+            return Saved(_whole(fields["step"]), path, size, _number(fields["seconds"]))
     return None
 
 
@@ -208,21 +228,21 @@ def _trace(text: str) -> Trace:
     fields = _mapping(json.loads(text))
     events = tuple(_event(_mapping(event)) for event in fields["events"])
     return Trace(
-        int(fields["step"]),
-        int(fields["stages"]),
+        _whole(fields["step"]),
+        _whole(fields["stages"]),
         str(fields["schedule"]),
-        int(fields["micro_batches"]),
+        _whole(fields["micro_batches"]),
         events,
     )
 
 
 def _event(fields: Mapping[str, Any]) -> TraceEvent:
     names = ("rank", "replica", "stage", "tensor")
-    rank, replica, stage, tensor = (int(fields[name]) for name in names)
+    rank, replica, stage, tensor = (_whole(fields[name]) for name in names)
     start, end = _number(fields["start_s"]), _number(fields["end_s"])
     if not (math.isfinite(start) and math.isfinite(end) and start <= end):
         raise ValueError(f"an event from {start} to {end}")
-    chunk, micro_batch = int(fields["chunk"]), int(fields["micro_batch"])
+    chunk, micro_batch = (_whole(fields[name], -1) for name in ("chunk", "micro_batch"))  # -1: none
     kind = str(fields["kind"])
     return TraceEvent(rank, replica, stage, tensor, kind, chunk, micro_batch, start, end)
 
@@ -231,6 +251,13 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__} where names and values belong")
     return value
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    found = int(value)
+    if not least <= found < _MOST:
+        raise ValueError(f"{found:.3g} where a count belongs")
+    return found
 
 
 def _number(value: Any) -> float:

@@ -48,6 +48,25 @@ SAVED = {
     "seconds": 0.25,
 }
 
+FACTS: dict[str, Any] = {
+    "status": "SUCCEEDED",
+    "name": "lin",
+    "strategy": "ring",
+    "num_workers": 2,
+    "steps": 3,
+    "seconds": 1.5,
+    "metrics": {"loss": 0.5, "eval_accuracy": None},
+    "samples_per_s": 10.0,
+    "time_split": {"compute": 1.0},
+    "figures": {"sent_bytes": 4e6},
+    "checkpoints": [2],
+    "restarts": [],
+    "resizes": [],
+    "run_directory": "/runs/lin-1",
+    "model": None,
+}
+"""What a driver writes into the log of a remote job."""
+
 
 def made_run(
     home: Path,

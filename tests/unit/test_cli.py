@@ -105,7 +105,7 @@ NO_JOB_API = (
         (["submit", "job.yaml", "--strateg", "ring"], "No such option: --strateg"),
         (["submit", "none.yaml"], NO_JOB),
         (["validate", "none.yaml"], NO_JOB),
-        (["validate", "."], "error: .: is a directory, not a job file\n"),
+        (["validate", "."], "error: .: is a directory, not a file\n"),
         (
             ["submit", "job.yaml", "--strategy", "rnig"],
             "error: --strategy: strategy: unknown strategy 'rnig'\n  hint: did you mean 'ring'? ",

@@ -1,12 +1,27 @@
 """Where a job goes: what the address says, who said it, and whether anybody is there."""
 
+import os
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from stat import S_IFIFO, S_IFREG
 
 import pytest
 
-from distplat.cli.address import Target, reach, target_of, token_at_hand
+from distplat.actors import compat
+from distplat.cli.address import (
+    Target,
+    distrust,
+    is_this_machine,
+    reach,
+    stranger_at,
+    target_of,
+    token_at_hand,
+)
+from distplat.cli.join import ours_here, running_here
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 
@@ -58,7 +73,9 @@ def test_the_token_is_taken_where_ray_looks(
     path = tmp_path / "token"
     if file is not None:
         path.write_text(file)
-    assert token_at_hand({**environ, "RAY_AUTH_TOKEN_PATH": str(path)}) == expected
+    environ = {**environ, "RAY_AUTH_TOKEN_PATH": str(path)}
+    assert token_at_hand("http://127.0.0.1:1", environ) == expected
+    assert token_at_hand("auto", environ) == expected
 
 
 def test_a_closed_port_is_told_at_once() -> None:
@@ -69,3 +86,175 @@ def test_a_closed_port_is_told_at_once() -> None:
     with pytest.raises(ClusterUnreachable, match=rf"127.0.0.1:{port} \(connection refused\)"):
         reach(f"http://127.0.0.1:{port}")
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://user:pa55word@proxy:8265",
+        "https://pa55word@proxy",
+        "user:pa55word@h:6379",
+        "http://h:8265/?token=pa55word",
+        "http://h:8265/#pa55word",
+        "ftp://user:pa55word@h:1",
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(SpecError, match="may have no user name, password") as raised:
+        target_of(text, {})
+    assert "pa55word" not in str(raised.value)
+
+
+@pytest.mark.parametrize("variable", [{"RAY_AUTH_TOKEN": "secret"}, {}])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://192.0.2.1:8265",
+        "192.0.2.1:6379",
+        "http://localhost.evil:8265",
+        "http://[2001:db8::1]",
+    ],
+)
+def test_no_token_goes_to_another_machine_unasked(
+    address: str, variable: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("secret")
+    environ = {**variable, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    assert token_at_hand(address, environ) is None
+
+
+def own_address() -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        try:
+            way.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(way.getsockname()[0])
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.0.0.2", True),
+        ("::1", True),
+        (own_address(), True),
+        ("192.0.2.1", False),
+        ("2001:db8::1", False),
+        ("localhost.evil", False),
+        ("", False),
+    ],
+)
+def test_which_hosts_are_this_machine(host: str, here: bool) -> None:
+    assert is_this_machine(host) == here
+
+
+SERVER = """
+import os, socket, sys
+os.setuid(54321)
+s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1], flush=True); sys.stdin.read()
+"""
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may be another user")
+
+
+@pytest.fixture
+def foreign_port() -> Iterator[int]:
+    """Give a port on which another user listens."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None and other.stdin is not None
+        yield int(other.stdout.readline())
+        other.stdin.close()
+
+
+@ROOT
+def test_no_token_goes_to_another_users_port(foreign_port: int, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    environ = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    assert token_at_hand(f"http://127.0.0.1:{foreign_port}", environ) is None
+    assert stranger_at(f"127.0.0.1:{foreign_port}") == f"port {foreign_port} belongs to user 54321"
+
+
+def test_a_port_of_ones_own_belongs_to_no_stranger() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mine:
+        assert stranger_at(f"127.0.0.1:{mine.getsockname()[1]}") == ""
+
+
+ME, GROUP = os.geteuid(), os.getegid()
+
+
+@pytest.mark.parametrize(
+    ("mode", "uid", "gid", "why"),
+    [
+        (S_IFREG | 0o644, ME, GROUP, ""),
+        (S_IFREG | 0o664, ME, GROUP, ""),  # umask 002, where each user has a group
+        (S_IFREG | 0o644, 0, 0, ""),
+        (S_IFREG | 0o664, ME, 54321, "others may write f"),
+        (S_IFREG | 0o666, ME, GROUP, "others may write f"),
+        (S_IFREG | 0o644, 54321, GROUP, "f belongs to user 54321"),
+        (S_IFIFO | 0o644, ME, GROUP, "f is no regular file"),
+    ],
+)
+def test_whose_word_is_taken_for_where_ray_is(mode: int, uid: int, gid: int, why: str) -> None:
+    stat = os.stat_result((mode, 0, 0, 1, uid, gid, 0, 0, 0, 0))
+    assert distrust(Path("f"), stat) == why
+
+
+@pytest.fixture
+def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the file in which `ray start` notes its address."""
+    file = tmp_path / "ray_current_cluster"
+    monkeypatch.setattr(compat, "address_file", lambda: file)
+    return file
+
+
+def test_ones_own_ray_is_joined(noted: Path) -> None:
+    told: list[str] = []
+    assert running_here(told.append) is None
+    with socket.create_server(("127.0.0.1", 0)) as mine:
+        address = f"127.0.0.1:{mine.getsockname()[1]}"
+        noted.write_text(address)
+        assert running_here(told.append) == address
+    assert running_here(told.append) is None  # nobody listens any more
+    noted.write_text("no address")
+    assert running_here(told.append) is None
+    assert told == []
+
+
+@ROOT
+def test_a_ray_that_another_user_noted_is_not_joined(noted: Path) -> None:
+    told: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as mine:
+        noted.write_text(f"127.0.0.1:{mine.getsockname()[1]}")
+        os.chown(noted, 54321, 54321)
+        assert running_here(told.append) is None
+    why = f"{noted} belongs to user 54321; `--address auto` joins it all the same"
+    assert told == [f"not joining the Ray of this machine: {why}"]
+
+
+def test_a_link_or_a_file_that_others_may_write_is_not_believed(noted: Path) -> None:
+    told: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as mine:
+        noted.write_text(f"127.0.0.1:{mine.getsockname()[1]}")
+        noted.chmod(0o666)
+        assert running_here(told.append) is None
+        noted.chmod(0o644)
+        noted.rename(noted.with_name("other"))
+        noted.symlink_to("other")
+        assert running_here(told.append) is None
+    assert "others may write" in told[0] and "cannot be read" in told[1]
+
+
+@ROOT
+def test_a_ray_on_another_users_port_is_not_joined(
+    noted: Path, foreign_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    noted.write_text(f"127.0.0.1:{foreign_port}")
+    assert running_here(told.append) is None
+    assert f"port {foreign_port} belongs to user 54321" in told[0]
+    monkeypatch.setattr(compat, "address_of_auto", lambda: f"127.0.0.1:{foreign_port}")
+    with pytest.raises(ClusterUnreachable, match="belongs to user 54321"):
+        ours_here()

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 from jobs import job_of
+from made_runs import FACTS
 
 from distplat.cli import remote, shipping
 from distplat.cli.address import NoSuchJob
@@ -129,10 +130,11 @@ def test_a_log_cannot_steer_the_terminal() -> None:
 def test_the_result_is_read_from_the_log_and_not_shown() -> None:
     lines: list[str] = []
     reader = LogReader(lines.append)
-    for line in ("Running entrypoint for job x: y", "step 1", 'distplat-result: {"steps": 3}'):
+    result = f"distplat-result: {json.dumps(FACTS)}"
+    for line in ("Running entrypoint for job x: y", "step 1", result):
         reader(line)
     reader("distplat-result: not json")
-    assert reader.facts == {"steps": 3}
+    assert reader.facts == FACTS
     assert lines == ["step 1", "distplat-result: not json"]
 
 
@@ -186,7 +188,7 @@ def test_a_job_is_sent_without_a_value_in_the_shell_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = FakeJobs()
-    job_id = remote.send(as_jobs(jobs), JOB, submission(folder), ignores)
+    job_id = remote.send(as_jobs(jobs), JOB, submission(folder), ignores, print)
     sent = jobs.submitted
     assert job_id.startswith("lin-")
     assert sent["entrypoint"] == "python -m distplat.cli.main drive"
@@ -215,7 +217,7 @@ def test_a_strategy_file_travels_with_the_folder(
 
 def test_a_checkpoint_is_named_on_the_drivers_machine(folder: Path) -> None:
     jobs = FakeJobs()
-    remote.send(as_jobs(jobs), JOB, submission(folder, resume=Path("runs/lin-1")), ignores)
+    remote.send(as_jobs(jobs), JOB, submission(folder, resume=Path("runs/lin-1")), ignores, print)
     received = shipping.received_job(jobs.submitted["runtime_env"]["env_vars"])
     assert received.resume == Path("runs/lin-1")
 
@@ -229,7 +231,7 @@ def test_a_job_that_no_variable_holds_is_refused(folder: Path) -> None:
 def test_our_metadata_cannot_be_overwritten(folder: Path) -> None:
     with pytest.raises(SpecError, match=r"--metadata-json\.strategy: is set by distplat itself"):
         remote.send(
-            as_jobs(FakeJobs()), JOB, submission(folder, metadata={"strategy": "x"}), ignores
+            as_jobs(FakeJobs()), JOB, submission(folder, metadata={"strategy": "x"}), ignores, print
         )
 
 
@@ -241,11 +243,11 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_parts(
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(4 * 2**20))
-    remote.send(as_jobs(FakeJobs()), JOB, submission(folder), ignores)
+    remote.send(as_jobs(FakeJobs()), JOB, submission(folder), ignores, print)
     for number in range(6):
         (folder / f"data{number}").write_bytes(bytes((number + 1) * 2**20))
     with pytest.raises(SpecError) as raised:
-        remote.send(as_jobs(FakeJobs()), JOB, submission(folder), ignores)
+        remote.send(as_jobs(FakeJobs()), JOB, submission(folder), ignores, print)
     assert "has 21 MiB; a cluster takes 3 MiB" in str(raised.value)
     assert "the largest: data5 6 MiB, data4 5 MiB, data3 4 MiB, data2 3 MiB, data1 2 MiB" in str(
         raised.value

@@ -117,14 +117,31 @@ def test_a_ray_of_ours_takes_loopback_for_its_address() -> None:
     assert services.ray_constants.ENABLE_RAY_CLUSTER
 
 
-def test_the_address_of_this_machine_is_what_ray_start_noted(
+def test_ray_notes_its_address_where_it_is_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    assert of_ray.address_of_this_machine() is None
     (tmp_path / "ray").mkdir()
-    (tmp_path / "ray/ray_current_cluster").write_text("10.0.0.1:6379\n")
-    assert of_ray.address_of_this_machine() == "10.0.0.1:6379"
+    ray._private.utils.write_ray_address("10.0.0.1:6379", None)
+    assert of_ray.address_file() == tmp_path / "ray/ray_current_cluster"
+    assert of_ray.address_file().read_text() == "10.0.0.1:6379"
+
+
+def test_auto_is_what_ray_start_noted_or_any_rays_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    running: set[str] = set()
+    monkeypatch.setattr(ray._private.services, "find_gcs_addresses", lambda: running)
+    with pytest.raises(ConnectionError, match="Could not find any running Ray"):
+        of_ray.address_of_auto()
+    running.add("10.0.0.2:6379")
+    assert of_ray.address_of_auto() == "10.0.0.2:6379"
+    running.clear()
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("10.0.0.1:6379")
+    assert of_ray.address_of_auto() == "10.0.0.1:6379"
 
 
 def test_ignore_files_are_read_as_ray_reads_them(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_paths_that_are_no_file() -> None:
     os.mkfifo("pipe")
     for name, message in {
         "nowhere.yaml": "nowhere.yaml: there is no such file",
-        "folder": "folder: is a directory, not a job file",
+        "folder": "folder: is a directory, not a file",
         "pipe": "pipe: is not a regular file",
         "x" * 300: "x" * 300 + ": cannot be read: File name too long",
     }.items():

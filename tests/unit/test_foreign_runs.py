@@ -1,0 +1,154 @@
+"""`distplat report` on runs that are damaged, or were made to harm whoever looks at them."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
+
+from distplat.cli.main import run
+
+FIGURES = {"sent_bytes": 4e6, "waiting_s": 0.01, "working_s": 0.02, "exposed_s": 0.01}
+ODD: list[Any] = [
+    *(None, True, "", " \n ", "\x1b[2J", "1", -1, 0, 1e-300, 1e300, 1e9, 2**62, 10**400),
+    *(float("inf"), float("-inf"), float("nan"), [], {}, [[]], {"": None}, ["x", None, 1]),
+]
+
+
+def lines() -> list[dict[str, Any]]:
+    steps = [step(n, figures={**FIGURES, "staleness": n % 3, "queue_s": 0.1}) for n in range(6)]
+    return [*steps, SETBACK, RECOVERY, RESIZED, SAVED, evaluation(4, loss=1.8, accuracy=0.5)]
+
+
+def spoil(value: Any, draw: random.Random) -> Any:
+    """Give a copy in which some values or keys are others, or gone."""
+    if isinstance(value, dict):
+        kept = {key: spoil(item, draw) for key, item in value.items() if draw.random() > 0.02}
+        return kept | ({draw.choice(["", "x", "\x1b"]): 1.0} if draw.random() < 0.05 else {})
+    if isinstance(value, list):
+        return [spoil(item, draw) for item in value if draw.random() > 0.02]
+    return draw.choice(ODD) if draw.random() < 0.08 else value
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_damage_ends_a_report(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(seed)
+    path = made_run(
+        tmp_path,
+        [spoil(line, draw) for line in lines()],
+        job=json.dumps(spoil({"name": "d", "strategy": {"name": "ring"}, "scaling": {}}, draw)),
+        result=spoil({"status": "FAILED", "error": "boom", "seconds": 3.0}, draw),
+        trace=spoil(made_trace(), draw),
+    )
+    assert run(["report", str(path)]) == 0, capsys.readouterr().err
+    assert (path / "report.html").stat().st_size < 2_000_000
+    assert run(["report", str(path), "-o", "json"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "step", "step": Infinity, "epoch": 0, "loss": 1, "samples": 1, "seconds": {}}',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        json.dumps(step(0, samples=10**400)),
+        json.dumps(step(10**20)),
+        json.dumps(step(-1)),
+    ],
+)
+def test_a_line_that_cannot_be_is_left_out(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = made_run(tmp_path, [step(0)])
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    (path / "result.json").write_text("[" * 100_000)
+    assert run(["report", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "metrics.jsonl: 1 damaged lines are left out" in printed
+    assert "result.json is damaged" in printed
+
+
+def test_any_staleness_can_be_drawn(tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(n, figures={"staleness": n * 1e9}) for n in range(3)])
+    assert run(["report", str(path)]) == 0
+    text = (path / "report.html").read_text()
+    assert "largest 2000000000, over 3 steps" in text
+    assert "staleness 0 to 12500000" in text and len(text) < 1_000_000
+
+
+def test_causes_and_errors_of_blanks_are_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"status": "FAILED", "error": " \n "}
+    path = made_run(tmp_path, [step(0), SETBACK | {"cause": ""}], result=result)
+    assert run(["report", str(path)]) == 0
+    assert "no cause is known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "job.yaml", "result.json"])
+def test_a_pipe_or_a_device_is_not_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = made_run(tmp_path, [step(0)], result={})
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert run(["report", str(path)]) == 5
+    (path / name).unlink()
+    (path / name).symlink_to("/dev/zero")
+    assert run(["report", str(path)]) == 5
+    assert capsys.readouterr().err.count(f"{name}: it is no regular file") == 2
+
+
+def test_a_file_of_endless_size_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = made_run(tmp_path, [step(0)])
+    os.truncate(path / "job.yaml", 2**40)
+    assert run(["report", str(path)]) == 5
+    assert "job.yaml: it has 1099511627776 bytes" in capsys.readouterr().err
+
+
+def test_a_link_in_a_foreign_run_is_not_followed(tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(0)], trace=made_trace())
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    for name in ("report.partial", "pipeline_perfetto.partial", "report.html"):
+        (path / name).symlink_to(mine)
+    assert run(["report", str(path)]) == 0
+    assert mine.read_text() == "precious"
+    assert not (path / "report.html").is_symlink()
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    path = made_run(tmp_path, [step(0)])
+    (path / "report.html").mkdir()
+    before = {*path.iterdir()}
+    assert run(["report", str(path)]) == 5
+    assert {*path.iterdir()} == before
+
+
+def test_a_page_has_no_values_of_keys_that_are_called_like_a_secret(tmp_path: Path) -> None:
+    names = ("token", "hub_token", "api-key", "API_KEY", "db_password", "secret", "access_key")
+    arguments = {**dict.fromkeys(names, "pa55word"), "max_tokens": 4711, "tokenizer": "bpe-4712"}
+    job = {"name": "d", "task_args": {"deep": [arguments], "password": {"of": "pa55word"}}}
+    path = made_run(tmp_path, [step(0)], job=json.dumps(job))
+    assert run(["report", str(path)]) == 0
+    text = (path / "report.html").read_text()
+    assert "pa55word" not in text
+    assert "4711" in text and "bpe-4712" in text
+
+
+def test_aliases_that_unfold_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
+    rows += [f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    path = made_run(tmp_path, [step(0)], job="\n".join([*rows, "name: *a8"]))
+    assert run(["report", str(path)]) == 0
+    assert "job.yaml is damaged and left out" in capsys.readouterr().out

@@ -1,0 +1,176 @@
+"""What others wrote does not steer the terminal: jobs of a shared cluster, runs of colleagues."""
+
+import ast
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_runs import FACTS, SETBACK, evaluation, made_run, step
+
+from distplat.cli import jobs, remote, render, tables
+from distplat.cli.main import run
+from distplat.cli.remote import LogReader
+from distplat.cli.render import View
+from distplat.platform.errors import ClusterUnreachable, Problem, printable
+from distplat.platform.progress import Recovery
+
+CLI = Path(render.__file__).parent
+ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b2J\x08\u202egpj.exe\ud800"
+
+
+def is_harmless(text: str) -> bool:
+    text.encode()  # half of a surrogate pair would end the program
+    return all(c.isprintable() or c in "\n\t" for c in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("plain\n\tüß训练 🚀", "plain\n\tüß训练 🚀"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\x1b]0;title\x07a\x9b2J", "]0;titlea2J"),
+        ("\x1b[\x1b[31m31m", "[31m"),
+        ("over\rwritten\x7f", "overwritten"),
+        ("\u202egpj.exe\u2066", "gpj.exe"),
+        ("a\ud800b", "a\ufffdb"),
+    ],
+)
+def test_printable(text: str, left: str) -> None:
+    assert printable(text) == left
+
+
+def test_a_problem_quotes_what_it_was_given_without_its_escapes() -> None:
+    problem = Problem((ESCAPES,), ESCAPES, hint=ESCAPES, file=ESCAPES, line=1, column=1)
+    assert is_harmless(str(problem))
+
+
+def test_tables_and_lines_are_clean_at_the_sink(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.print_pairs([(ESCAPES, ESCAPES)])
+    tables.print_table([ESCAPES], [[ESCAPES]])
+    remote.say(ESCAPES)
+    out = io.StringIO()
+    View(out).disturbed(Recovery(1, 2.0))
+    View(out)._say(ESCAPES)
+    printed = capsys.readouterr()
+    assert is_harmless(printed.out + printed.err + out.getvalue())
+    assert is_harmless("\n".join(tables.table_lines([ESCAPES], [[ESCAPES]])))
+
+
+def test_a_tenants_job_cannot_write_escapes_in_its_result(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = FACTS | {"strategy": ESCAPES, "metrics": {ESCAPES: 1.0}, "restarts": [ESCAPES]}
+
+    class Fake:
+        address = "http://h:8265"
+
+        def info(self, job_id: str) -> dict[str, Any]:
+            return {"status": "SUCCEEDED"}
+
+        def logs(self, job_id: str) -> str:
+            return f"{remote.RESULT_MARK}{json.dumps(evil)}\n"
+
+    monkeypatch.setattr(jobs, "open_jobs", lambda address: Fake())
+    jobs.print_logs(None, "lin-1", follow=False)
+    printed = capsys.readouterr().out
+    assert "gpj.exe" in printed and is_harmless(printed)
+
+
+def test_a_result_is_taken_whole() -> None:
+    lines: list[str] = []
+    reader = LogReader(lines.append)
+    reader(remote.RESULT_MARK + json.dumps(FACTS))
+    assert reader.facts == FACTS and lines == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "1",
+        "[]",
+        "null",
+        "{}",
+        '{"steps": 3}',
+        "[" * 100_000,
+        json.dumps(FACTS | {"metrics": None}),
+        json.dumps(FACTS | {"metrics": {"loss": "low"}}),
+        json.dumps(FACTS | {"checkpoints": [None]}),
+        json.dumps(FACTS | {"samples_per_s": "many"}),
+        json.dumps(FACTS | {"more": 1}),
+        json.dumps({name: FACTS[name] for name in FACTS if name != "model"}),
+    ],
+)
+def test_json_of_another_shape_is_a_line_of_the_log(value: str) -> None:
+    lines: list[str] = []
+    reader = LogReader(lines.append)
+    reader(remote.RESULT_MARK + value)
+    assert reader.facts is None
+    assert lines == [remote.RESULT_MARK + value]
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"sent_bytes": 1.0, "exposed_s": 1.0},
+        {"queue_s": 1.0},
+        {"queue_s": 1.0, "shard_7_apply_s": 1.0},
+        {"pipeline_s": 1.0},
+        {"saved_bytes": 1.0, "sent_bytes": -1.0},
+        {"optimizer_state_bytes": None, "pipeline_s": None},
+    ],
+)
+def test_figures_that_do_not_belong_together_are_no_error(
+    figures: dict[str, float | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader = LogReader(lambda line: None)
+    reader(remote.RESULT_MARK + json.dumps(FACTS | {"figures": figures}))
+    assert reader.facts is not None
+    render.print_result(reader.facts)
+    assert "/runs/lin-1" in capsys.readouterr().out
+
+
+def test_a_report_of_a_foreign_run_is_clean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [step(0, seconds={ESCAPES: 0.5}), SETBACK | {"cause": ESCAPES, "replaced": [ESCAPES]}]
+    result = {"status": ESCAPES, "error": ESCAPES}
+    path = made_run(tmp_path, [*lines, evaluation(1, **{ESCAPES: 1.0})], result=result)
+    assert run(["report", str(path)]) == 0
+    assert is_harmless(capsys.readouterr().out)
+
+
+def test_an_error_of_another_process_is_clean(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (ValueError(ESCAPES), ClusterUnreachable(f"one\n{ESCAPES}")):
+
+        def fail(*args: object, error: Exception = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(jobs, "open_jobs", fail)
+        assert run(["list"]) in (3, 70)
+    assert is_harmless(capsys.readouterr().err)
+
+
+def test_every_print_of_the_command_line_is_clean() -> None:
+    raw = []
+    for file in sorted(CLI.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                continue
+            if node.func.id == "print" and not all(map(_is_clean, node.args)):
+                raw.append(f"{file.name}:{node.lineno}")
+    assert raw == []
+
+
+def _is_clean(value: ast.expr) -> bool:
+    """Say whether it is a constant, JSON or YAML (they escape), or went through `printable`."""
+    if isinstance(value, ast.Constant):
+        return True
+    if isinstance(value, ast.BinOp):
+        return _is_clean(value.left) and _is_clean(value.right)
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+        return value.func.id in ("printable", "to_json", "render_job")
+    return isinstance(value, ast.Name) and value.id == "RESULT_MARK"

@@ -1,0 +1,266 @@
+"""What a cluster gets of the user's folder: no secrets, no home, nothing that would hang Ray."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distplat.cli import shipping
+from distplat.cli.main import run
+from distplat.cli.shipping import EXCLUDES, measure, read_runtime_env, refuse_home, with_folders
+from distplat.cli.submit import Request
+from distplat.platform.errors import SpecError
+
+
+def nothing(folder: Path) -> list[Any]:
+    return []
+
+
+def names(folder: Path) -> set[str]:
+    return {
+        str(path.relative_to(folder)) for path, _ in shipping._shipped(folder, EXCLUDES, nothing)
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "lin.py").write_text("x = 1\n")
+    yield tmp_path
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        ".env",
+        ".env.local",
+        ".env.production",
+        ".netrc",
+        "id_rsa",
+        "id_ed25519",
+        "id_ed25519.pub",
+        "server.pem",
+        "server.key",
+        "wallet.p12",
+        "kaggle.json",
+        "credentials.json",
+        "client_secret_1.apps.json",
+        "service-account.json",
+        "service_account_prod.json",
+        "secrets.toml",
+        "deep/er/.aws/credentials",
+        ".ssh/config",
+        ".kube/config",
+        ".docker/config.json",
+        ".pypirc",
+        ".git-credentials",
+    ],
+)
+def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
+    path = folder / secret
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("key")
+    assert names(folder) == {"lin.py"}
+
+
+@pytest.mark.parametrize(
+    "name", ["environment.py", "keys.py", "secrets.py", "tokens.json", "credentials/__init__.py"]
+)
+def test_what_only_sounds_like_a_secret_is_shipped(name: str, folder: Path) -> None:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x = 1")
+    assert names(folder) == {"lin.py", name}
+
+
+def test_our_own_package_has_no_name_of_a_secret() -> None:
+    ours = Path(shipping.__file__).parent.parent
+    files = {
+        p for part in ("cli", "actors", "platform", "strategies") for p in (ours / part).rglob("*")
+    }
+    left_out = {p.name for p in files if p.suffix == ".py"} - {Path(n).name for n in names(ours)}
+    assert left_out == set()
+
+
+def test_ray_leaves_out_the_same(folder: Path) -> None:
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    for name in (".env.local", "a/.aws/credentials", "a/kaggle.json", "a/b/lin.pem", "a/keys.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    taken: set[str] = set()
+    packaging._dir_travel(
+        folder,
+        [packaging._get_excludes(folder, list(EXCLUDES))],
+        lambda path: taken.add(str(path.relative_to(folder))) if path.is_file() else None,
+        include_gitignore=True,
+    )
+    assert taken == names(folder) == {"lin.py", "a/keys.py"}
+
+
+def test_what_is_shipped_is_said_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "weights").mkdir()
+    (folder / "weights/w.bin").write_bytes(bytes(3_000_000))
+    package = measure(folder, EXCLUDES, nothing)
+    assert str(package) == f"shipping 2 files, 3 MB, of {folder}; the largest: weights 3 MB"
+    Request(folder / "job.yaml").shipping(package)
+    Request(folder / "job.yaml", quiet=True).shipping(package)
+    assert capsys.readouterr().err == f"{package}\n"
+
+
+def test_an_empty_folder_is_shipped(tmp_path: Path) -> None:
+    assert str(measure(tmp_path, EXCLUDES, nothing)) == f"shipping 0 files, 0 B, of {tmp_path}"
+
+
+def test_a_home_directory_is_shipped_only_if_it_was_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    package = measure(folder, EXCLUDES, nothing)
+    with pytest.raises(
+        SpecError, match=r"--working-dir: .* would be shipped to the cluster as a whole"
+    ):
+        Request(folder / "job.yaml").shipping(package)
+    Request(folder / "job.yaml", working_dir=folder).shipping(package)
+    with pytest.raises(SpecError, match="--working-dir: / would be shipped"):
+        refuse_home(Path("/"))
+    (folder / "job").mkdir()
+    refuse_home(folder / "job")
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"excludes": "*.ckpt"}, "excludes: must be a list of texts (got '*.ckpt')"),
+        ({"excludes": None}, "excludes: must be a list of texts (got null)"),
+        ({"excludes": ["a", 1]}, "excludes.1: must be a text (got 1)"),
+        ({"py_modules": "./lib"}, "py_modules: must be a list of texts (got './lib')"),
+        ({"py_modules": {"a": 1}}, "py_modules: must be a list of texts"),
+        ({"env_vars": None}, "env_vars: must be a mapping of text to text (got null)"),
+        ({"env_vars": ["A=1"]}, "env_vars: must be a mapping of text to text"),
+        ({"env_vars": {"A": 1}}, "env_vars.A: must be a text (got 1)"),
+    ],
+)
+def test_keys_of_a_wrong_type_are_refused(environment: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        read_runtime_env(None, json.dumps(environment))
+    assert str(raised.value).startswith(f"--runtime-env-json.{problem}")
+
+
+def test_all_wrong_keys_of_a_file_are_named_with_their_lines(tmp_path: Path) -> None:
+    file = tmp_path / "env.yaml"
+    file.write_text("pip: [numpy]\nexcludes: '*.ckpt'\nenv_vars:\n  A: 1\n")
+    with pytest.raises(SpecError) as raised:
+        read_runtime_env(file, None)
+    assert str(raised.value) == (
+        f"{file}:2:1: excludes: must be a list of texts (got '*.ckpt')\n"
+        f"{file}:4:3: env_vars.A: must be a text (got 1)\n  hint: quote it"
+    )
+
+
+def test_what_is_right_is_merged() -> None:
+    text = json.dumps({"excludes": ["*.ckpt"], "py_modules": ["m"], "env_vars": {"A": "1"}})
+    environment = with_folders(Path("/job"), read_runtime_env(None, text))
+    assert environment["excludes"][-1] == "*.ckpt"
+    assert environment["py_modules"][1:] == ["m"]
+    assert environment["env_vars"] == {"A": "1"}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_json_that_is_too_deep_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="--runtime-env-json: cannot be read"):
+        read_runtime_env(None, text)
+
+
+def test_a_file_of_aliases_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.yaml"
+    lines = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    bomb.write_text("\n".join(lines))
+    with pytest.raises(SpecError, match="more than 10000 values"):
+        read_runtime_env(bomb, None)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SpecError, match="is not a regular file"):
+        read_runtime_env(tmp_path / "pipe", None)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(SpecError) as raised:
+        measure(folder, EXCLUDES, nothing)
+    text = str(raised.value)
+    assert text.startswith("--working-dir: ") and ".rayignore" in text
+    return text
+
+
+def test_links_that_lead_back_are_refused(folder: Path) -> None:
+    (folder / "one").symlink_to(".")
+    (folder / "two").symlink_to(".")
+    assert "leads back to a folder that it is in" in refusal(folder)
+
+
+def test_a_link_to_another_folder_is_followed(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "data/a").write_text("x")
+    (folder / "again").symlink_to("data")
+    (folder / "nowhere").symlink_to("gone")
+    assert names(folder) == {"lin.py", "data/a", "again/a"}
+
+
+def test_links_that_fan_out_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipping, "MAX_ENTRIES", 1000)
+    for number in range(30):
+        (folder / f"d{number}").mkdir()
+        for link in "ab":
+            (folder / f"d{number}" / link).symlink_to(f"../d{number + 1}")
+    assert "holds more than 1000 files and folders" in refusal(folder)
+
+
+def test_a_pipe_in_the_folder_is_refused(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    assert f"{folder / 'pipe'} is a pipe" in refusal(folder)
+
+
+def test_a_folder_that_may_not_be_read_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "db").mkdir()
+    entries = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "db":
+            raise PermissionError(13, "Permission denied")
+        return entries(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert f"{folder / 'db'} cannot be read: Permission denied" in refusal(folder)
+
+
+def test_a_file_that_may_not_be_read_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "lin.py")
+    assert f"{folder / 'lin.py'} may not be read" in refusal(folder)
+
+
+def test_what_vanishes_meanwhile_is_passed_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: [*entries(path), path / "gone"])
+    assert names(folder) == {"lin.py"}
+
+
+def test_the_exit_code_of_a_wrong_runtime_environment(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = folder / "job.yaml"
+    job.write_text(
+        "name: lin\ntask: lin:Lin\nstrategy: {name: ring}\noptimizer: {name: SGD, lr: 0.1}\n"
+        "steps: 1\nglobal_batch_size: 4\n"
+    )
+    options = ["--runtime-env-json", '{"excludes": "*"}', "--address", "http://127.0.0.1:1"]
+    assert run(["submit", str(job), *options]) == 2
+    assert "--runtime-env-json.excludes: must be a list of texts" in capsys.readouterr().err
