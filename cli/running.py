@@ -142,7 +142,10 @@ def scale(
         from distplat.actors.overview import scale as change
 
         seen = change(one_run(job), workers, wait_s)
-    print(to_json(role_facts(seen)) if as_json else printable("\n".join(role_lines(seen))))
+    if as_json:
+        print(to_json(role_facts(seen)))
+    else:
+        print(printable("\n".join(role_lines(seen))))
 
 
 def roles_of(address: str | None, name: str) -> Overview:

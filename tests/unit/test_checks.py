@@ -239,7 +239,7 @@ def test_samples_of_several_shapes(tmp_path: Path) -> None:
 
     error = told(Ragged, tmp_path)
     assert "stack expects each tensor to be equal size" in error.summary
-    assert "Pad them in the data set" in error.remedy
+    assert "in the task's `collate(samples)`" in error.remedy
     assert 'File "' not in error.traceback, "none of the frames is the user's"
 
 
