@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import distplat
 from distplat.actors import compat
 from distplat.actors.compat import JOB_CONFIG_VARIABLE
 from distplat.cli.address import (
+    LOOPBACK,
     distrust,
     host_and_port,
     is_host_port,
@@ -119,6 +120,21 @@ def ours_here() -> str:
         hint = f"`--address {address}` joins it all the same"
         raise ClusterUnreachable(f"not joining the Ray at {address}: {why}; {hint}")
     return address
+
+
+@contextmanager
+def connected_here() -> Iterator[None]:
+    """
+    Be a driver of what `auto` would join; a run's private Ray is reached over loopback alone.
+
+    Raises:
+        ClusterUnreachable: see `ours_here` and `connected`.
+    """
+    host, _ = host_and_port(ours_here())
+    private = host in LOOPBACK
+    # Not by the address that was found: Ray takes the token at hand for `auto` alone.
+    with compat.loopback() if private else nullcontext(), connected("auto", {}):
+        yield
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distplat.cli.address import bring_token, host_and_port, target_of
+from distplat.cli.address import LOOPBACK, bring_token, host_and_port, target_of
 from distplat.cli.options import Address, Output, is_json
 from distplat.cli.render import to_json
 from distplat.cli.tables import table_lines
@@ -116,9 +116,6 @@ def _row(entry: WorkerRow, roster: SchedulerStatus) -> list[str]:
 _SILENT_S = 3.0
 
 
-_HERE = ("127.0.0.1", "localhost", "::1")
-
-
 def scale(
     job: Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, or of its run.")],
     workers: Annotated[
@@ -182,14 +179,12 @@ def joined(address: str | None) -> Iterator[None]:
     if target.origin and target.kind == "local":
         text = "a local Ray belongs to the run that started it"
         raise SpecError(Problem((target.origin,), text, "leave --address out, or give HOST:6379"))
-    if target.kind == "jobs" and host_and_port(target.address)[0] not in _HERE:
+    if target.kind == "jobs" and host_and_port(target.address)[0] not in LOOPBACK:
         text = f"{target.address} is a job API, and this needs a machine of the cluster"
         raise SpecError(Problem((target.origin,), text, "call it there, without --address"))
     bring_token(target)
-    from distplat.cli.join import connected, ours_here
+    from distplat.cli.join import connected, connected_here
 
-    with (
-        redirect_stdout(sys.stderr),
-        connected(target.address if target.kind == "driver" else ours_here(), {}),
-    ):
+    way = connected(target.address, {}) if target.kind == "driver" else connected_here()
+    with redirect_stdout(sys.stderr), way:
         yield

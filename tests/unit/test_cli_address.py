@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from stat import S_IFIFO, S_IFREG
 
 import pytest
+from ray._private import ray_constants
 
 from distplat.actors import compat
+from distplat.cli import join
 from distplat.cli.address import (
     Target,
     distrust,
@@ -258,3 +261,24 @@ def test_a_ray_on_another_users_port_is_not_joined(
     monkeypatch.setattr(compat, "address_of_auto", lambda: f"127.0.0.1:{foreign_port}")
     with pytest.raises(ClusterUnreachable, match="belongs to user 54321"):
         ours_here()
+
+
+@pytest.mark.parametrize(
+    ("address", "over_loopback"), [("127.0.0.1:6380", True), ("192.0.2.1:6379", False)]
+)
+def test_a_private_ray_is_joined_over_loopback(
+    address: str, over_loopback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[object, bool]] = []
+
+    @contextmanager
+    def connected(where: object, runtime_env: object) -> Iterator[None]:
+        seen.append((where, not ray_constants.ENABLE_RAY_CLUSTER))
+        yield
+
+    monkeypatch.setattr(join, "ours_here", lambda: address)
+    monkeypatch.setattr(join, "connected", connected)
+    with join.connected_here():
+        pass
+    assert seen == [("auto", over_loopback)]
+    assert ray_constants.ENABLE_RAY_CLUSTER
