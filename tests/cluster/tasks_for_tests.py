@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,11 +114,12 @@ class Elastic(Blobs):
             number: while it builds the model, but only in a process that replaces another. A class
             of actors instead of `kill`: one of them is killed, by that rank.
         pause: seconds that each forward takes at least.
+        saved: folder of runs; a deed waits until a checkpoint of one is there. Empty: for nothing.
     """
 
-    def __init__(self, folder: str, deeds: list[str], pause: float = 0.02) -> None:
+    def __init__(self, folder: str, deeds: list[str], pause: float = 0.02, saved: str = "") -> None:
         self.folder, self.deeds = folder, [deed.split() for deed in deeds]
-        self.pause = pause
+        self.pause, self.saved = pause, saved
         self.rank = int(str(ray.get_runtime_context().get_actor_name()).split("/")[1].split("-")[1])
         self.renewed = "attempt" in str(ray.get_runtime_context().get_actor_name())
         self.step: int | str = "start"
@@ -133,8 +135,15 @@ class Elastic(Blobs):
             mine = rank in ("all", str(self.rank)) and step == str(self.step)
             name = f"{number}-{self.rank}" if rank == "all" else str(number)
             if mine and first_to_come(os.path.join(self.folder, name)):
+                self._wait_for_a_checkpoint()
                 victim = os.getpid() if deed in ("kill", "stop") else process_of(deed)
                 os.kill(victim, signal.SIGSTOP if deed == "stop" else signal.SIGKILL)
+
+    def _wait_for_a_checkpoint(self) -> None:
+        deadline = time.monotonic() + 15
+        while self.saved and not [*Path(self.saved).glob("*/checkpoints/step-" + "[0-9]" * 6)]:
+            assert time.monotonic() < deadline, f"no checkpoint below {self.saved}"
+            time.sleep(0.02)
 
 
 def process_of(role: str) -> int:

@@ -19,12 +19,20 @@ SHARDED: dict[str, Any] = {"name": "ring", "timeout_s": 4, "shard_optimizer": Tr
 SERVERS: dict[str, Any] = {"name": "ps-sync", "num_servers": 2}
 
 
-def spec(tmp_path: Path, strategy: object, deeds: list[str], **more: Any) -> dict[str, Any]:
+def spec(
+    tmp_path: Path, strategy: object, deeds: list[str], *, saved: bool = False, **more: Any
+) -> dict[str, Any]:
+    """`saved`: deeds wait until a checkpoint is on the disk: not all that was given comes there."""
     folder = tmp_path / f"marks-{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
     fields: dict[str, Any] = {
         "task": "tasks_for_tests:Elastic",
-        "task_args": {"folder": str(folder), "deeds": deeds, "pause": 0.04},
+        "task_args": {
+            "folder": str(folder),
+            "deeds": deeds,
+            "pause": 0.04,
+            "saved": str(tmp_path) if saved else "",
+        },
         "optimizer": {"name": "AdamW", "lr": 0.02},
         "epochs": None,
         "steps": STEPS,
@@ -70,7 +78,7 @@ def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
 
 
 def test_a_lost_server_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
-    result = train(spec(tmp_path, SERVERS, ["ServerNode 0 at 13"]), tmp_path)
+    result = train(spec(tmp_path, SERVERS, ["ServerNode 0 at 13"], saved=True), tmp_path)
     same(result, tmp_path, SERVERS)
     (setback,) = result.setbacks
     assert len(setback.replaced) == 2
@@ -79,7 +87,9 @@ def test_a_lost_server_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
 
 def test_lost_workers_come_back_from_the_checkpoint(tmp_path: Path) -> None:
     """One that had a part of the state, then all at once."""
-    result = train(spec(tmp_path, SHARDED, ["kill 0 at 13", "kill all at 18"]), tmp_path)
+    result = train(
+        spec(tmp_path, SHARDED, ["kill 0 at 13", "kill all at 18"], saved=True), tmp_path
+    )
     same(result, tmp_path, SHARDED)
     first, second = result.setbacks
     assert len(first.replaced) == len(second.replaced) == 2
