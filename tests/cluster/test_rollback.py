@@ -99,7 +99,7 @@ def test_lost_workers_come_back_from_the_checkpoint(tmp_path: Path) -> None:
 def test_a_resumed_run_that_loses_a_part_goes_back_to_what_it_began_from(tmp_path: Path) -> None:
     bits, whole = unfailed(tmp_path, SHARDED)
     checkpoint = whole.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"
-    never = {"checkpoint": {"every_steps": 1000}}
+    never: dict[str, Any] = {"checkpoint": {"every_steps": 1000}}
     again = spec(tmp_path, SHARDED, ["kill 0 at 17"], **never)
     result = train(again, tmp_path, resume=checkpoint)
     assert np.array_equal(weights(result), bits)
