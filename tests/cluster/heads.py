@@ -108,18 +108,26 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for_dashboard(url: str, head: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_for_head(url: str, noted: Path, head: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait for the dashboard, and for the file in which Ray notes the address: it comes later."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert head.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(f"{url}/api/version", timeout=2)
+        if answers(url) and noted.exists():
             return
-        except urllib.error.HTTPError:  # it wants a token, so it is there
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"no dashboard at {url}: {log.read_text()}")
+        time.sleep(0.2)
+    raise AssertionError(f"no dashboard at {url}, or no {noted}: {log.read_text()}")
+
+
+def answers(url: str) -> bool:
+    """Say whether a dashboard is there."""
+    try:
+        urllib.request.urlopen(f"{url}/api/version", timeout=2)
+    except urllib.error.HTTPError:  # it wants a token, so it is there
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def running_head(mode: str) -> Iterator[Head]:
@@ -139,7 +147,7 @@ def running_head(mode: str) -> Iterator[Head]:
         )
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_for_dashboard(url, process, log)
+        wait_for_head(url, home / "ray" / "ray_current_cluster", process, log)
         yield Head(home, environ, url)
     finally:
         end(process)
