@@ -67,7 +67,7 @@ class ControllerClient:
                 over = bool(ray.wait([self._run], timeout=0)[0])  # before the last question
                 for event in self._poll(check):
                     self._hand_on(event, tell, keep)
-            model: bytes = ray.get(self._run)
+            model: bytes = self._get(self._run)
             return model
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, DistplatError):
@@ -81,18 +81,27 @@ class ControllerClient:
 
     def _poll(self, check: Callable[[], None]) -> list[RunEvent]:
         call, asked = self._controller.poll.remote(_HOLD_S), time.monotonic()
-        # Not that of the others: they are replaced, and this would end the run.
-        limit = self._failure.start_timeout_s
         check()
         while not ray.wait([call], timeout=_TICK_S)[0]:
             check()
-            if time.monotonic() - asked > limit:
-                self._up = False
-                setting = "failure.start_timeout_s"
-                raise DeadlineExceeded("an answer", ("controller",), limit, setting)
+            if time.monotonic() - asked > self._failure.start_timeout_s:
+                raise self._late()
         self._up = True
-        events: list[RunEvent] = ray.get(call)
+        events: list[RunEvent] = self._get(call)
         return events
+
+    def _get(self, reply: Any) -> Any:
+        """Fetch what is there already."""
+        try:
+            return ray.get(reply, timeout=self._failure.start_timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise self._late() from None
+
+    def _late(self) -> DeadlineExceeded:
+        """Give up; not by the limit of others: they are replaced, and this ends the run."""
+        self._up = False
+        limit = self._failure.start_timeout_s
+        return DeadlineExceeded("an answer", ("controller",), limit, "failure.start_timeout_s")
 
     def _hand_on(self, event: RunEvent, tell: Callable[[Summary], None], keep: Keep) -> None:
         if isinstance(event, logging.LogRecord):
