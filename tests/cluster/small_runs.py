@@ -1,5 +1,6 @@
 """Helpers of the cluster tests: make a job, run it, compare models."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,22 @@ def weights(result: Result) -> NDArray[np.float32]:
 def distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """Give the relative distance of two vectors."""
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+class BesideTraining(threading.Thread):
+    """An `Observer` whose thread starts with a run; `run` waits for `training` with a deadline."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.training = threading.Event()  #: a step was made
+        self.run_name = ""
+
+    def started(self, job: object, run: str, path: Path) -> None:
+        self.run_name = run
+        self.start()
+
+    def stepped(self, summary: object) -> None:
+        self.training.set()
+
+    def disturbed(self, news: object) -> None:
+        pass

@@ -1,13 +1,12 @@
 """Embeddings on servers, through real actors: the same tables as in one process."""
 
 import re
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
-from small_runs import distance, train, weights
+from small_runs import BesideTraining, distance, train, weights
 from table_runs import tables, words
 
 from distplat import Result
@@ -54,23 +53,13 @@ def test_a_replaced_worker_leaves_the_same_bits(
     same_bits(lossy, plain)
 
 
-class KillPrimary(threading.Thread):
+class KillPrimary(BesideTraining):
     """Kills a server that keeps tables, once all have backups. An `Observer`."""
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.training, self.lost = threading.Event(), ""
+        super().__init__()
+        self.lost = ""
         self.followed = ""  #: who keeps its rows since
-
-    def started(self, job: object, run: str, path: Path) -> None:
-        self.run_name = run
-        self.start()
-
-    def stepped(self, summary: object) -> None:
-        self.training.set()
-
-    def disturbed(self, news: object) -> None:
-        pass
 
     def run(self) -> None:
         assert self.training.wait(60)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from small_runs import HERE, job, train
+from small_runs import HERE, BesideTraining, job, train
 
 from distplat.actors import compat
 from distplat.actors.messages import rendezvous_key
@@ -41,7 +41,7 @@ def misbehaving(strategy: object, deed: str, tmp_path: Path, **more: Any) -> dic
     return job(strategy, 2, **fields, **more)
 
 
-class Killer(threading.Thread):
+class Killer(BesideTraining):
     """
     Sends a signal to the process of an actor once some steps were seen. An `Observer`.
 
@@ -52,19 +52,9 @@ class Killer(threading.Thread):
     """
 
     def __init__(self, role: str, number: int, when: Callable[[], bool] = lambda: True) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self.role, self.number, self.when = role, number, when
-        self.training = threading.Event()
         self.done_at = 0.0
-
-    def started(self, job: object, run: str, path: Path) -> None:
-        self.start()
-
-    def stepped(self, summary: object) -> None:
-        self.training.set()
-
-    def disturbed(self, news: object) -> None:
-        pass
 
     def run(self) -> None:
         assert self.training.wait(60)

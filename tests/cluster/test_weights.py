@@ -1,6 +1,5 @@
 """Weights out of runs that go on: of exactly the version they say."""
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import ray
 import torch
 from local_run import train as train_in_memory
-from small_runs import job, train
+from small_runs import BesideTraining, job, train
 from tasks_for_tests import Blobs
 
 import distplat
@@ -19,30 +18,19 @@ from distplat.strategies.catalog import make_job
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 
-class Evaluator(threading.Thread):
+class Evaluator(BesideTraining):
     """Takes snapshots of a run, each newer than the one before. An `Observer`."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(daemon=True)
-        self.count, self.training = count, threading.Event()
-        self.name_of_run = ""
+        super().__init__()
+        self.count = count
         self.taken: list[Snapshot] = []
         self.errors: list[BaseException] = []
-
-    def started(self, job: object, run: str, path: Path) -> None:
-        self.name_of_run = run
-        self.start()
-
-    def stepped(self, summary: object) -> None:
-        self.training.set()
-
-    def disturbed(self, news: object) -> None:
-        pass
 
     def run(self) -> None:
         assert self.training.wait(60)
         out = distplat.weights("small")
-        assert out.run == self.name_of_run
+        assert out.run == self.run_name
         try:
             with pytest.raises(DeadlineExceeded, match=r"above version 1000000: waited 0\.1 s"):
                 out.latest(newer_than=1_000_000, timeout_s=0.1)
