@@ -11,7 +11,7 @@ from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
 from distplat.platform.sampler import Sampler
@@ -136,19 +136,21 @@ class Drawing(Padded):
         return Drawn(len(samples), (float(torch.rand(())), float(np.random.rand())))
 
 
-def draws(loaders: int) -> list[Drawn]:
+def draws(samples: Dataset[Any], loaders: int) -> list[Drawn]:
     job = job_of("ring", 1, data={"num_loaders": loaders})
-    data = batches_by(Drawing(), Sentences())
+    data = batches_by(Drawing(), samples)
     return [batch for batch, _ in eval_batches(job, data, range(SAMPLES), 5)]
 
 
-def test_what_collate_draws_repeats_and_leaves_the_generators_alone() -> None:
+@pytest.mark.parametrize("samples", [Sentences(), TensorDataset(torch.zeros(SAMPLES))])
+def test_what_collate_draws_repeats_and_leaves_the_generators_alone(samples: Dataset[Any]) -> None:
+    """Also beside a data set that draws nothing, so that nobody seeds for its samples."""
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first = draws(0)
+    first = draws(samples, 0)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
-    assert draws(0) == first == draws(2)
+    assert draws(samples, 0) == first == draws(samples, 2)
     assert len({batch.numbers for batch in first}) == len(first) == 5
     assert [batch.size for batch in first] == [5, 5, 5, 5, 4]
 
