@@ -4,8 +4,8 @@ New server nodes for the server manager: it says which, and the controller makes
     replication manager ── make ──▶ provisioning ── poll ──▶ controller ── spawn ──▶ server-4
         ◀────── handle ──────┘ ◀───────── bring ─────┘
 
-An actor ends with the process that made it. So it is the driver who makes servers, not the
-manager: a manager that is lost takes none with it.
+An actor ends with the process that made it. So the controller makes servers, not the manager: a
+manager that is lost takes none with it.
 """
 
 from __future__ import annotations
