@@ -15,7 +15,7 @@ docs/decisions/flat_vectors.md.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 
 import numpy as np
@@ -51,6 +51,10 @@ _THOROUGH_STEPS = 3
 
 TORN = -1
 """Version of parameters that are in the middle of being replaced: good for nothing."""
+
+
+_COPIED_BYTES = 2**18
+"""From this size on it is quicker to copy a gradient than to set the old one to zero and add."""
 
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -109,6 +113,7 @@ class FlatModel:
         self._homes = homes(model, self.parameters)
         self._looked = 0
         self.began = False  #: whether this rank has computed anything in this step
+        self._copies = False  #: whether hooks call `ready` in each backward
         self._point()
 
     @property
@@ -194,7 +199,8 @@ class FlatModel:
         if lost.any():
             name = self.slots[self._trained + int(lost.argmax())].name
             raise thaw_error(self.version, f"{name!r} cannot be thawed under this strategy")
-        self._used_grads.zero_()
+        for run in self._zeroed:
+            run.zero_()
         self.present[:] = self.began = False
         self._gradients.begin()
 
@@ -228,6 +234,22 @@ class FlatModel:
     def ready(self, place: int) -> None:
         """Be told by a hook that the backward under way has finished a slot's gradient."""
         self._gradients.ready(place)
+
+    def copy_when_ready(self, copies: bool) -> None:
+        """
+        Save the pass that sets large gradients to zero, or do it again; between two steps.
+
+        Args:
+            copies: hooks call `ready` for every trained slot in every backward, and `settle` is
+                called in each step.
+        """
+        self._copies = copies
+        self._point()
+
+    def settle(self) -> None:
+        """Set gradients to zero that no backward has made; needed where none was called."""
+        if not self.began:
+            self._gradients.settle()
 
     @property
     def tail_in_use(self) -> bool:
@@ -385,6 +407,19 @@ class FlatModel:
         self._pointers = list(map(Tensor.data_ptr, self._housed))
         names = [slot.name for slot in slots]
         self._gradients = Gradients(names, self._housed, self.present, live)
-        self._gradients.point([slot.view(self.grads) for slot in slots])
+        trained = enumerate(self.trained_slots if self._copies else ())
+        copied = [n for n, slot in trained if slot.size * slot.dtype.itemsize >= _COPIED_BYTES]
+        self._gradients.point([slot.view(self.grads) for slot in slots], copied)
         used = self.size if self.active.any() else self.layout.tail
-        self._used_grads = self.grads[:used]
+        self._zeroed = [*_without(self.grads[:used], [self.slots[place] for place in copied])]
+
+
+def _without(vector: Tensor, slots: Sequence[Slot]) -> Iterator[Tensor]:
+    """Give the runs of a vector between some slots, which rise."""
+    start = 0
+    for slot in slots:
+        if start < slot.offset:
+            yield vector[start : slot.offset]
+        start = slot.stop
+    if start < len(vector):
+        yield vector[start:]

@@ -11,6 +11,11 @@ changes: a backward has added to it if, and only if, its version has moved.
     before       what user code did to gradients so far is undone, or refused
     backward
     take_in      who has a gradient now; whatever torch or user code put elsewhere is in the vector
+
+Setting a large gradient to zero and adding to it costs more memory traffic than copying the new
+one. Some parameters may therefore begin a step with `.grad = None`, as after torch's `zero_grad`:
+autograd hands over the tensor that it has made, a hook copies it (`ready`), and the view is set to
+zero only where no gradient came (`take_in`, `settle`).
 """
 
 from __future__ import annotations
@@ -51,19 +56,34 @@ class Gradients:
         self._places = np.arange(len(parameters)) if places is None else np.array(places)
         self._has = present[self._places]
 
-    def point(self, views: Sequence[Tensor]) -> None:
-        """Go on in these views, one for each parameter and of its shape."""
+    def point(self, views: Sequence[Tensor], copied: Sequence[int] = ()) -> None:
+        """
+        Go on in these views, one for each parameter and of its shape.
+
+        Args:
+            views: of the vector.
+            copied: which parameters begin a step without `.grad`, the n-th ones; a hook calls
+                `ready` for each of them in every backward that reaches it.
+        """
         self._views = [view.data for view in views]  # a version counter of its own
+        self._first: list[Tensor | None] = [*self._views]  #: `.grad` as a step begins
+        self._copied = list(copied)
+        for place in copied:
+            self._first[place] = None
+        self._stale = False  #: whether the views of `_copied` hold an earlier step's gradients
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
         self._versions = self._read()
 
     def begin(self) -> None:
-        """Begin a step; the views are zero."""
+        """Begin a step; the views are zero, but those of parameters without `.grad`."""
         self._has[:] = self._present[:] = False
-        if not self._in_place():
-            for parameter, view in zip(self._parameters, self._views, strict=True):
-                parameter.grad = view
+        for place in self._copied:
+            self._parameters[place].grad = None
+        self._stale = bool(self._copied)
+        if not self._in_place(self._first):
+            for parameter, grad in zip(self._parameters, self._first, strict=True):
+                parameter.grad = grad
 
     def before_backward(self) -> None:
         """
@@ -73,12 +93,13 @@ class Gradients:
             SpecError: there are gradients that no backward of the engine has made, or gradients of
                 earlier micro-batches are gone; names the parameter.
         """
-        if not self._in_place():
+        wanted = self._first if self._stale else self._views
+        if not self._in_place(wanted):
             for place, grad in enumerate(map(_GRAD, self._parameters)):
-                if grad is not self._views[place]:
+                if grad is not wanted[place]:
                     if grad is not None and _any(grad):
                         raise _own_backward(self._names[place])
-                    self._parameters[place].grad = self._views[place]
+                    self._parameters[place].grad = wanted[place]
         now = self._read()
         if now != self._versions:
             for place, (was, version) in enumerate(zip(self._versions, now, strict=True)):
@@ -93,7 +114,8 @@ class Gradients:
         Raises:
             SpecError: gradients of earlier micro-batches are gone; names the parameter.
         """
-        if not self._in_place():
+        self.settle()
+        if not self._in_place(self._views):
             for place, grad in enumerate(map(_GRAD, self._parameters)):
                 if grad is not self._views[place]:
                     self._collect(place, grad)
@@ -101,6 +123,18 @@ class Gradients:
         self._has |= np.fromiter(map(ne, now, self._versions), np.bool_, len(now))
         self._present[self._places] = self._has
         self._versions = now
+
+    def settle(self) -> None:
+        """Set views to zero that have no gradient of this step; nothing of this step is lost."""
+        if not self._stale:
+            return
+        self._stale = False
+        for place in self._copied:
+            parameter, view = self._parameters[place], self._views[place]
+            if parameter.grad is None:
+                view.zero_()
+                self._versions[place] = view._version  # no gradient, as torch's None
+                parameter.grad = view
 
     def ready(self, place: int) -> None:
         """
@@ -112,8 +146,8 @@ class Gradients:
         if grad is not self._views[place]:
             self._collect(place, grad)
 
-    def _in_place(self) -> bool:
-        return all(map(is_, map(_GRAD, self._parameters), self._views))
+    def _in_place(self, grads: Sequence[Tensor | None]) -> bool:
+        return all(map(is_, map(_GRAD, self._parameters), grads))
 
     def _read(self) -> list[int]:
         return list(map(_VERSION, self._views))
@@ -137,7 +171,8 @@ class Gradients:
         if self._has[place] and (grad is None or not grad.requires_grad):
             raise _lost(name)
         if grad is None:
-            if view._version != self._versions[place]:
+            old = self._stale and self._first[place] is None
+            if old or view._version != self._versions[place]:
                 view.zero_()
                 self._versions[place] = view._version  # as torch: it has none
         else:

@@ -196,6 +196,7 @@ class BucketReducer:
         self._agreed = not overlap
         self._new = True
         self._hooks = listen(flat, self._on_gradient) if overlap and not self._alone else []
+        flat.copy_when_ready(bool(self._hooks))
 
     def last_backward(self) -> None:
         """See `Reducer`. Called once for each part that has a last backward of its own."""
@@ -218,6 +219,7 @@ class BucketReducer:
         self._begun = self._listening = False
         cast_before = self._wire.seconds if self._wire else 0.0
         self._overlap.finish()
+        self._flat.settle()
         for number in self._release.rest():
             self._start(number)
         broken, self._broken = self._broken, None
@@ -251,6 +253,7 @@ class BucketReducer:
         operations end by themselves.
         """
         self._listening = False
+        self._flat.copy_when_ready(False)
         for hook in self._hooks:
             hook.remove()
         self._handles.clear()
@@ -267,11 +270,11 @@ class BucketReducer:
 
     def _on_gradient(self, parameter: int, name: str) -> None:
         """Send what may go now that one more gradient is there; autograd calls this."""
-        if not self._listening:
-            return
-        if self._release.has_left(parameter):
+        if self._listening and self._release.has_left(parameter):
             raise came_again(name)
         self._flat.ready(parameter)
+        if not self._listening:
+            return
         for number in self._release.gradient(parameter):
             self._start(number)
 

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.reduction.buckets import listen
+
+COPIED_BYTES = "distplat.strategies.model.flat._COPIED_BYTES"
 
 
 class Net(nn.Module):
@@ -23,11 +26,17 @@ class Net(nn.Module):
 
 
 class Rig:
-    """A flat model beside a plain one."""
+    """A flat model beside a plain one, behind a step that left gradients."""
+
+    copies = False  #: whether gradients are copied in hooks instead of added to zeros
 
     def __init__(self, kind: Callable[[], nn.Module] = Net) -> None:
         torch.manual_seed(2)
         self.flat = FlatModel(kind())
+        if self.copies:
+            listen(self.flat, lambda place, _: self.flat.ready(place))
+            self.flat.copy_when_ready(True)
+        self.flat.grads.fill_(9.0)
         torch.manual_seed(2)
         self.plain = kind()
         self.flat.begin_step()
@@ -51,6 +60,12 @@ class Rig:
             assert held is not None and held.data_ptr() == slot.view(self.flat.grads).data_ptr()
 
 
+@pytest.fixture(params=["added", "copied"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rig, "copies", request.param == "copied")
+    monkeypatch.setattr(COPIED_BYTES, 0)
+
+
 X = torch.ones(4, 3)
 
 
@@ -64,6 +79,26 @@ def test_without_is_not_zero() -> None:
     rig.backward(lambda net: net(X).sum() * 0.0)
     assert rig.flat.present.all()
     assert rig.flat.grads.eq(0).all()
+
+
+def test_a_step_without_a_backward_has_gradients_of_zero() -> None:
+    rig = Rig()
+    rig.flat.settle()
+    assert rig.flat.grads.eq(0).all()
+    assert not rig.flat.present.any()
+
+
+def test_large_gradients_are_not_set_to_zero_where_they_are_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(COPIED_BYTES, 6 * 4)  # a weight, and no bias
+    rig = Rig()
+    for slot, parameter in zip(rig.flat.slots, rig.flat.parameters, strict=True):
+        left = 9.0 if rig.copies and slot.size == 6 else 0.0
+        assert slot.view(rig.flat.grads).eq(left).all()
+        assert (parameter.grad is None) == (left == 9.0)
+    rig.backward(lambda net: net(X).sum())
+    rig.check()
 
 
 def test_micro_batches_add_up() -> None:
@@ -116,6 +151,18 @@ def test_a_hook_may_replace_the_gradient_or_drop_it() -> None:
 
         for parameter, hook in ((net.a.weight, halve), (net.b.weight, drop)):
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    rig.backward(lambda net: net(X).sum())
+    rig.check()
+
+
+def test_a_hook_of_the_models_own_may_drop_the_gradient() -> None:
+    class Dropping(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            drop = lambda parameter: setattr(parameter, "grad", None)  # noqa: E731
+            self.b.weight.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+
+    rig = Rig(Dropping)
     rig.backward(lambda net: net(X).sum())
     rig.check()
 

@@ -30,6 +30,14 @@ ONE_PER_PARAMETER = 1e-6
 RECIPE = "conv-adamw-accumulated-clipped"
 
 
+@pytest.fixture(params=[0, 2**18], ids=["copied", "added"], autouse=True, scope="module")
+def copied_bytes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """From which size on gradients are copied into the vector, and not added to zeros."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distplat.strategies.model.flat._COPIED_BYTES", request.param)
+        yield
+
+
 class Background(Handle):
     """An operation on the rank's own thread."""
 
