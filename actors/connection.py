@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from distplat.actors.collectives.group import Group
     from distplat.actors.servers.leases import RemoteLeases
     from distplat.actors.servers.shards import RemoteShards
-    from distplat.actors.tables.client import RemoteTables
+    from distplat.actors.servers.tables import RemoteTables
 
 
 class Connection:
@@ -101,7 +101,7 @@ class Connection:
         """Give the way to the embedding tables; None where the job has none."""
         if not order.embedding_servers:
             return None
-        from distplat.actors.tables.client import RemoteTables
+        from distplat.actors.servers.tables import RemoteTables
 
         self._tables = RemoteTables(self._transport, order, _every(prepared), self._abandoned)
         return self._tables

@@ -28,7 +28,7 @@ from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
-from distplat.actors.tables.saving import sources_of
+from distplat.actors.servers.table_files import sources_of
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import InfrastructureError, Interrupted, NotReadyError
 from distplat.platform.progress import Summary

@@ -26,7 +26,7 @@ from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.actors.servers.shards import RemoteShards
-from distplat.actors.tables.client import RemoteTables
+from distplat.actors.servers.tables import RemoteTables
 from distplat.actors.transport import TransportError
 from distplat.platform.errors import DistplatError
 from distplat.platform.shard_map import Shard

@@ -49,7 +49,7 @@ class OurWorker:
 
     def connect(self, order: WorkOrder) -> None:
         from distplat.actors.ray_transport import RayTransport
-        from distplat.actors.tables.client import RemoteTables
+        from distplat.actors.servers.tables import RemoteTables
 
         torch.set_num_threads(1)
         self.tables = RemoteTables(RayTransport(), order, 0, threading.Event())

@@ -11,10 +11,11 @@ from typing import Any
 
 from distplat.actors.memory.mailboxes import Mailboxes, Request
 from distplat.actors.messages import Address, Membership, WorkOrder
-from distplat.actors.retrying_calls import Call, PendingCall, ask
+from distplat.actors.retrying_calls import Call, PendingCall
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
+from distplat.platform.spec import Failure
 
 ANSWER_GRACE_S = 10.0
 """A server times out by itself and says who is missing; only a frozen one needs ours on top."""
@@ -25,22 +26,74 @@ Take = Callable[[Shard, Answer], None]
 """Has the values of an answer where they are wanted."""
 
 
-class FanOut:
+class ServerCalls:
+    """
+    One worker's calls to some servers, made side by side.
+
+    Args:
+        transport: by which calls are made.
+        limits: the job's deadlines.
+        servers: the servers' handles.
+        names: of the servers, for messages.
+        look: called in waits; raises where they are of no use any more.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        limits: Failure,
+        servers: Sequence[Any],
+        names: Sequence[str],
+        look: Callable[[], None],
+    ) -> None:
+        self.transport, self._limits, self.look = transport, limits, look
+        self.servers, self.names = servers, names
+
+    def start(
+        self,
+        what: str,
+        question: Callable[[Any, int], Any],
+        asked: Sequence[int] | None = None,
+        setting: str = "step_timeout_s",
+        look: Callable[[], None] | None = None,
+    ) -> PendingCall:
+        """
+        Begin to ask servers.
+
+        Args:
+            what: is asked, for messages.
+            question: calls a server, the n-th; gives the reply.
+            asked: their numbers; None: all.
+            setting: the field of `failure` that changes the deadline.
+            look: called in this wait instead.
+        """
+        numbers = range(len(self.servers)) if asked is None else asked
+        calls: list[Call] = [partial(question, self.servers[n], n) for n in numbers]
+        names, limit_s = [self.names[n] for n in numbers], self.limit_s(setting)
+        return PendingCall(self.transport, what, calls, names, limit_s, setting, look or self.look)
+
+    def limit_s(self, setting: str) -> float:
+        """Give the deadline of an answer; `setting` is the field of `failure` that changes it."""
+        seconds: float = getattr(self._limits, setting)
+        return seconds + ANSWER_GRACE_S
+
+
+class FanOut(ServerCalls):
     """
     How a worker asks the servers of one shard map.
 
     Args:
-        transport: by which calls are made.
+        transport: see `ServerCalls`.
         order: the worker's orders.
         joined: the map, and who serves.
-        look: called in waits; raises where they are of no use any more.
+        look: see `ServerCalls`.
     """
 
     def __init__(
         self, transport: Transport, order: WorkOrder, joined: Membership, look: Callable[[], None]
     ) -> None:
-        self.transport, self._order, self.look = transport, order, look
-        self.servers, self.names = joined.servers, joined.names
+        super().__init__(transport, order.job.failure, joined.servers, joined.names, look)
+        self._order = order
         self.cuts = joined.shard_map.shards
         self.mailboxes: Mailboxes | None = None
 
@@ -76,15 +129,9 @@ class FanOut:
             ActorLost, DeadlineExceeded: a server is gone, or frozen.
             DistplatError: what a server raised.
         """
-        cuts = self.cuts if cuts is None else cuts
-        calls: list[Call] = [partial(question, self.servers[cut.index], cut) for cut in cuts]
-        names = [self.names[cut.index] for cut in cuts]
-        return ask(self.transport, what, calls, names, self.limit_s(setting), setting, self.look)
-
-    def limit_s(self, setting: str) -> float:
-        """Give the deadline of an answer; `setting` is the field of `failure` that changes it."""
-        seconds: float = getattr(self._order.job.failure, setting)
-        return seconds + ANSWER_GRACE_S
+        asked = [cut.index for cut in (self.cuts if cuts is None else cuts)]
+        call = lambda server, index: question(server, self.cuts[index])  # noqa: E731
+        return self.start(what, call, asked, setting).answers()
 
     def _listen(self, shard: int, mailboxes: Address, slot: int) -> Any:
         order, server = self._order, self.servers[shard]

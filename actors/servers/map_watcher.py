@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from distplat.actors.messages import Membership, TableMap
 from distplat.actors.retrying_calls import AGAIN_S, LOOK_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
-from distplat.platform.errors import ActorLost, FencedError
+from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.spec import Failure
 
 _ASK_S = 10.0
@@ -89,22 +90,60 @@ class MapWatcher(Generic[Map]):
         self._question = self._ask(self._version, _ASK_S)
 
 
-def following(
-    look: Callable[[], object],
-    action: Callable[[], Result],
-    follow: Callable[[Exception], object],
-) -> Result:
+class ServerWatch(Generic[Map]):
     """
-    Do something with servers that are kept twice; once more where a lost one is followed.
+    Whether a worker's waits for servers are still of use.
 
     Args:
-        look: sees whether it is still wanted, and whether servers changed meanwhile.
-        action: what to do.
-        follow: goes over to the servers that there are now; is told why.
+        rank: the worker's.
+        abandoned: once set, waits come to their end.
     """
-    while True:
-        try:
-            look()
-            return action()
-        except (ActorLost, FencedError, MapChanged) as error:
-            follow(error)
+
+    def __init__(self, rank: int, abandoned: threading.Event) -> None:
+        self._rank, self._abandoned = rank, abandoned
+        self.watcher: MapWatcher[Map] | None = None  #: None: no server has a backup
+
+    def check(self) -> None:
+        """
+        See whether this attempt is still on.
+
+        Raises:
+            Abandoned: it is not.
+        """
+        if self._abandoned.is_set():
+            raise Abandoned(f"rank {self._rank} was told to wait no longer")
+
+    def look(self) -> None:
+        """
+        See whether a wait is still of use.
+
+        Raises:
+            Abandoned, MapChanged, ActorLost: it is not.
+        """
+        self.check()
+        if self.watcher is not None:
+            self.watcher.look()
+
+    def next_map(self, error: Exception) -> Map:
+        """Give the map that follows a loss, once it is there; see `MapWatcher.follow`."""
+        assert self.watcher is not None, "a loss is raised where no server has a backup"
+        return self.watcher.follow(error, self.check)
+
+    def following(
+        self, action: Callable[[], Result], follow: Callable[[Exception], object]
+    ) -> Result:
+        """
+        Do something with servers; once more where a lost one has a backup.
+
+        Args:
+            action: what to do.
+            follow: goes over to the servers that there are now; is told why.
+        """
+        while True:
+            try:
+                self.look()
+                return action()
+            except (ActorLost, FencedError, MapChanged) as error:
+                if self.watcher is None:
+                    raise
+                follow(error)

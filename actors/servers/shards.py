@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from distplat.actors.memory.device_copy import DirectTransfer, cuda_transfer
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
-from distplat.actors.retrying_calls import ask
-from distplat.actors.servers.fan_out import ANSWER_GRACE_S, FanOut
-from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, following
+from distplat.actors.servers.fan_out import FanOut, ServerCalls
+from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, ServerWatch
 from distplat.actors.servers.pushes import Pushes
 from distplat.actors.servers.vector_transport import (
     CopyTransport,
@@ -24,7 +23,7 @@ from distplat.actors.servers.vector_transport import (
     run_of,
 )
 from distplat.actors.transport import Transport
-from distplat.platform.errors import Abandoned, ActorLost, FencedError
+from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import Answer, PullId
 from distplat.platform.shard_map import Shard
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
@@ -63,11 +62,10 @@ class RemoteShards:
         self._transport, self._order = transport, order
         self._rank, self._total_steps = order.rank, total_steps
         self._checkpoint_every = checkpoint_every
-        self._abandoned = abandoned or threading.Event()
         self._limits = order.job.failure
         self._pulls = self._roads = 0
         self._open_lines: FanOut | None = None  #: None: not connected yet
-        self._watcher: MapWatcher[Membership] | None = None
+        self._watch = ServerWatch[Membership](order.rank, abandoned or threading.Event())
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._transfer = DirectTransfer()
         self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
@@ -92,23 +90,19 @@ class RemoteShards:
             self._holding.uncounted(flat),
             flat.layout,
         )
-        where = self._order.manager, "join", self._order.rank, self._facts
-        joined: Membership = ask(
-            self._transport,
-            "join",
-            [partial(self._transport.call, *where)],
-            ["server-manager"],
-            self._limits.start_timeout_s + ANSWER_GRACE_S,
-            "start_timeout_s",
-            self._look,
-        )[0]
+        who = self._order.rank, self._facts
+        manager = [self._order.manager], ["server-manager"]
+        calls = ServerCalls(self._transport, self._limits, *manager, self._watch.look)
+        join = lambda manager, _: self._transport.call(manager, "join", *who)  # noqa: E731
+        joined: Membership = calls.start("join", join, setting="start_timeout_s").answers()[0]
         if joined.wire is not None and flat.mixed:
             raise several_types(flat, "wire")
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
-            manager, known = self._order.manager, (joined.part, joined.place)
-            ask_map = partial(self._transport.call, manager, "follow", *known)
-            self._watcher = MapWatcher(self._transport, ask_map, joined.version, self._limits)
+            known = joined.part, joined.place
+            ask_map = partial(self._transport.call, self._order.manager, "follow", *known)
+            watcher = MapWatcher[Membership](self._transport, ask_map, joined.version, self._limits)
+            self._watch.watcher = watcher
         self._take_over(self._open_road(joined), joined.private, saved)
 
     def close(self) -> None:
@@ -124,7 +118,7 @@ class RemoteShards:
 
     def _open_road(self, joined: Membership) -> list[int | None]:
         """Lay out memory, attach it at all servers; give their versions, None of who has none."""
-        self._open_lines = lines = FanOut(self._transport, self._order, joined, self._look)
+        self._open_lines = lines = FanOut(self._transport, self._order, joined, self._watch.look)
         kind = CopyTransport if joined.private else SharedMemoryTransport
         self._road = road = kind(self._transport, self._facts, joined)
         world = joined.twins or self._order.job.scaling.world
@@ -214,7 +208,7 @@ class RemoteShards:
 
     def one_memory(self) -> bool:
         """See `Shards`; a backup would not have what a worker writes."""
-        return self._road.one_copy and not self._on_device and self._watcher is None
+        return self._road.one_copy and not self._on_device and self._watch.watcher is None
 
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """See `Shards`."""
@@ -266,18 +260,14 @@ class RemoteShards:
         return fetch_copies(asks, version, self._limits.step_timeout_s)
 
     def _following(self, action: Callable[[], Result]) -> Result:
-        """Do something with the servers; see `following`."""
-        if self._watcher is None:
-            self._look()
-            return action()
-        return following(self._look, action, self._follow)
+        """Do something with the servers that there are; see `ServerWatch`."""
+        return self._watch.following(action, self._follow)
 
     def _follow(self, error: Exception) -> None:
         """Go over to the servers that keep the shards now; the step's gradient comes along."""
-        assert self._watcher is not None, "a loss is raised where no shard is kept twice"
         self.close()
         while True:
-            joined = self._watcher.follow(error, self._check)
+            joined = self._watch.next_map(error)
             try:
                 # New memory: a server that was frozen and wakes up writes where nobody looks.
                 self._open_road(joined)
@@ -287,17 +277,6 @@ class RemoteShards:
         if not self._on_device:
             self._road.gradients.copy_(self._flat.grads)
         self._move_in()
-
-    def _check(self) -> None:
-        """See whether this attempt is still on."""
-        if self._abandoned.is_set():
-            raise Abandoned(f"rank {self._rank} was told to wait no longer")
-
-    def _look(self) -> None:
-        """See whether a wait is still of use."""
-        self._check()
-        if self._watcher is not None:
-            self._watcher.look()
 
     def _pull(self, setting: str) -> list[Answer]:
         pull = PullId(self._order.attempt, self._order.rank, self._pulls)

@@ -18,7 +18,7 @@ from table_rows import table_rows
 from distplat.actors.local_actors import ELSEWHERE
 from distplat.actors.local_transport import Call, Fault
 from distplat.actors.servers.shards import RemoteShards
-from distplat.actors.tables.client import RemoteTables
+from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job

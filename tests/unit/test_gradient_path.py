@@ -107,6 +107,7 @@ def test_a_gradient_under_ps_sync() -> None:
         "strategies/loop/control.py",
         "strategies/model/segments.py",
         "actors/servers/shards.py",
+        "actors/servers/map_watcher.py",
         "actors/servers/pushes.py",
         "actors/servers/fan_out.py",
         "actors/retrying_calls.py",

@@ -21,7 +21,7 @@ from distplat import Trainer
 from distplat.actors.local_transport import Call
 from distplat.actors.local_transport import Fault as LocalFault
 from distplat.actors.servers.leases import RemoteLeases
-from distplat.actors.tables.client import RemoteTables
+from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import StepReport
 from distplat.strategies.catalog import make_job

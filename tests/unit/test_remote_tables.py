@@ -11,7 +11,7 @@ from test_table_service import job
 from distplat.actors.local_transport import LocalCluster
 from distplat.actors.messages import TablePart, WorkOrder
 from distplat.actors.servers.node import ServerNode
-from distplat.actors.tables.client import RemoteTables
+from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.strategies.sparse.routing import Routed, route
 from distplat.strategies.sparse.table import RowGradients
@@ -80,14 +80,14 @@ def test_a_server_without_ids_of_a_batch_is_not_asked_for_rows() -> None:
     one = tables.pull(0, routed(plan, 0, [5]), keep=True)
     assert one.shape == (1, 3)
     tables.push(0, []).wait()  # of the step all hear, with gradients or without
-    services = [server.body.serving.server for server in tables._servers]
+    services = [server.body.serving.server for server in tables._calls.servers]
     assert [service.store.ledger.updates for service in services] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("ids", [[5], []], ids=str)
 def test_all_servers_hear_which_tables_were_used(ids: list[int]) -> None:
     tables, plan = connected(["here", "far", "here"])
-    services = [server.body.serving.server for server in tables._servers]
+    services = [server.body.serving.server for server in tables._calls.servers]
     used = routed(plan, 1, ids)
     given = [(used, RowGradients(1, used.ids, np.ones((len(ids), 5), np.float32)))]
     for step, skip in enumerate((False, True, False)):
@@ -96,5 +96,5 @@ def test_all_servers_hear_which_tables_were_used(ids: list[int]) -> None:
         [0, 2]
     ] * 3
     first = np.empty((len(ids), 5), np.float32)
-    connected(["here"])[0]._servers[0].body.serving.server.store.tables[1].read(used.ids, first)
+    connected(["here"])[0]._calls.servers[0].body.serving.server.store.tables[1].read(used.ids, first)
     assert np.array_equal(tables.pull(1, used, keep=False), first - 2)

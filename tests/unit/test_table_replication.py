@@ -19,7 +19,7 @@ from words import Words
 from distplat.actors import retrying_calls
 from distplat.actors.local_actors import ELSEWHERE, HERE, TableServers
 from distplat.actors.local_transport import Call, Fault
-from distplat.actors.tables.client import RemoteTables
+from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import ActorLost, ProtocolError
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job

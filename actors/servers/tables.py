@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Opened, Parcel, TableMap, WorkOrder
-from distplat.actors.retrying_calls import Call, PendingCall, ask
-from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, Result, following
+from distplat.actors.retrying_calls import PendingCall
+from distplat.actors.servers.fan_out import ServerCalls
+from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, Result, ServerWatch
 from distplat.actors.transport import Transport
-from distplat.platform.errors import ActorLost, FencedError, InfrastructureError
+from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
@@ -25,8 +26,6 @@ from distplat.strategies.sparse.table import RowGradients
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_GRACE_S = 10.0
-"""A server times out by itself and says who is missing; only a frozen one needs ours on top."""
 _SMALLEST = 1 << 12
 _START = "start_timeout_s"
 
@@ -99,10 +98,10 @@ class RemoteTables:
         self, transport: Transport, order: WorkOrder, every: int, abandoned: threading.Event
     ) -> None:
         self._transport, self._order = transport, order
-        self._every, self._abandoned = every, abandoned
-        self._servers, self._limits = list(order.embedding_servers), order.job.failure
-        self._names = [f"embedding-server-{k}" for k in range(len(self._servers))]
-        self._watcher: MapWatcher[TableMap] | None = None
+        self._every, self._limits = every, order.job.failure
+        self._watch = ServerWatch[TableMap](order.rank, abandoned)
+        servers = list(order.embedding_servers)
+        self._use(servers, [f"embedding-server-{k}" for k in range(len(servers))])
         self._saved: tuple[int, list[Any]] = 0, []
         self._new_memory()
 
@@ -128,19 +127,24 @@ class RemoteTables:
             self._saved = saved.step, files
         self._pulled = 0
         if order.job.embeddings is not None and order.job.embeddings.replication > 1:
-            self._watch()
+            self._start_watching()
         return self._plan, self._following(self._open)
 
-    def _watch(self) -> None:
+    def _use(self, servers: Sequence[Any], names: Sequence[str]) -> None:
+        self._calls = ServerCalls(self._transport, self._limits, servers, names, self._watch.look)
+
+    def _start_watching(self) -> None:
         """Learn who keeps the tables now, and hear when that changes."""
-        call, setting = partial(self._transport.call, self._order.manager, "table_servers"), _START
-        limit = self._limits.start_timeout_s + _ANSWER_GRACE_S
-        first = [partial(call, 0, 0.0)]
-        found: TableMap = ask(
-            self._transport, "map of tables", first, ["server-manager"], limit, setting, self._check
-        )[0]
-        self._servers, self._names = found.servers, found.names
-        self._watcher = MapWatcher(self._transport, call, found.version, self._limits)
+        manager, transport = self._order.manager, self._transport
+        calls = ServerCalls(
+            transport, self._limits, [manager], ["server-manager"], self._watch.look
+        )
+        ask = lambda server, _: transport.call(server, "table_servers", 0, 0.0)  # noqa: E731
+        found: TableMap = calls.start("map of tables", ask, setting=_START).answers()[0]
+        self._use(found.servers, found.names)
+        again = partial(transport.call, manager, "table_servers")
+        watcher = MapWatcher[TableMap](transport, again, found.version, self._limits)
+        self._watch.watcher = watcher
 
     def _new_memory(self) -> None:
         node = self._transport.node
@@ -151,9 +155,9 @@ class RemoteTables:
         """Join the attempt at all servers; give the steps that each of them has at least."""
         memory, call = self._ids.address, self._transport.call
         who = self._plan, self._order.rank, memory, *self._saved
-        opened: list[Opened] = self._ask(
-            "connecting to tables", lambda k, server: partial(call, server, "open", *who), _START
-        ).answers()
+        question = lambda server, _: call(server, "open", *who)  # noqa: E731
+        asked = self._calls.start("connecting to tables", question, setting=_START)
+        opened: list[Opened] = asked.answers()
         self._near = [answer.near for answer in opened]
         names = ", ".join(table.name for table in self._plan.tables)
         near = [k for k, is_near in enumerate(self._near) if is_near]
@@ -162,18 +166,14 @@ class RemoteTables:
         return min(answer.steps for answer in opened)
 
     def _following(self, action: Callable[[], Result]) -> Result:
-        """Do something with the servers; see `following`."""
-        if self._watcher is None:
-            self._look()
-            return action()
-        return following(self._look, action, self._follow)
+        """Do something with the servers that there are; see `ServerWatch`."""
+        return self._watch.following(action, self._follow)
 
     def _follow(self, error: Exception) -> None:
         """Go over to the servers that keep the tables now."""
-        assert self._watcher is not None, "a loss is raised where no part is kept twice"
         while True:
-            found = self._watcher.follow(error, self._check)
-            self._servers, self._names = found.servers, found.names
+            found = self._watch.next_map(error)
+            self._use(found.servers, found.names)
             # A server that was frozen and wakes up writes where nobody looks.
             self.close()
             self._new_memory()
@@ -185,23 +185,21 @@ class RemoteTables:
 
     def _after_loss(self, first: Callable[[], None], again: Callable[[], None]) -> None:
         """Do something with the servers, and something else after each time that one is lost."""
-        if self._watcher is None:
-            self._look()
-            return first()
         turn = [first]
 
         def follow(error: Exception) -> None:
             turn[0] = again
             self._follow(error)
 
-        return following(self._look, lambda: turn[0](), follow)
+        self._watch.following(lambda: turn[0](), follow)
 
     def begin(self, version: int) -> None:
         """See `Tables`."""
         attempt, call = self._plan.attempt, self._transport.call
-        question = lambda k, server: partial(call, server, "begin", attempt, version)  # noqa: E731
+        question = lambda server, _: call(server, "begin", attempt, version)  # noqa: E731
         what = f"going on after step {version}"
-        self._following(lambda: self._ask(what, question, _START).answers())
+        begin = lambda: self._calls.start(what, question, setting=_START).answers()  # noqa: E731
+        self._following(begin)
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         """See `Tables`."""
@@ -215,13 +213,13 @@ class RemoteTables:
             self._kept = start + flat.size
         pull = PullId(self._plan.attempt, self._order.rank, self._pulled)
         self._pulled += 1
-        asked = [k for k in range(len(self._servers)) if ids.cuts[k] < ids.cuts[k + 1]]
+        asked = [k for k in range(len(self._calls.servers)) if ids.cuts[k] < ids.cuts[k + 1]]
 
-        def question(k: int, server: Any) -> Call:
+        def question(server: Any, k: int) -> Any:
             parcel = self._parcel(k, table, ids, None, (0, start))
-            return partial(self._transport.call, server, "pull", pull, parcel)
+            return self._transport.call(server, "pull", pull, parcel)
 
-        answers = self._ask(f"pull {pull.number}", question, asked=asked).answers()
+        answers = self._calls.start(f"pull {pull.number}", question, asked).answers()
         rows: NDArray[np.float32] = flat.reshape(count, width)
         for k, answer in zip(asked, answers, strict=True):
             if answer is not None:
@@ -245,30 +243,31 @@ class RemoteTables:
         self._kept = 0
         places = self._write(gradients)
 
-        def question(k: int, server: Any) -> Call:
+        def question(server: Any, k: int) -> Any:
             parcels = [
                 self._parcel(k, given.table, routed, given.values, place)
                 for (routed, given), place in zip(gradients, places, strict=True)
             ]
-            return partial(self._transport.call, server, "push", push, parcels, skip)
+            return self._transport.call(server, "push", push, parcels, skip)
 
-        return self._ask(f"push {push.seq} to tables", question)
+        return self._calls.start(f"push {push.seq} to tables", question)
 
     def copies(self, version: int) -> list[TablesCopy] | None:
         """See `Tables`."""
         call = self._transport.call
 
         def ask_one(k: int, limit_s: float) -> TablesCopy:
-            what, look = f"tables after {version} steps", self._check
-            question = lambda k, server: partial(call, server, "kept", version, limit_s)  # noqa: E731
-            answer: TablesCopy = self._ask(what, question, asked=[k], look=look).answers()[0]
+            what, look = f"tables after {version} steps", self._watch.check
+            question = lambda server, _: call(server, "kept", version, limit_s)  # noqa: E731
+            asked = self._calls.start(what, question, [k], look=look)
+            answer: TablesCopy = asked.answers()[0]
             return answer
 
-        asks = [partial(ask_one, k) for k in range(len(self._servers))]
+        asks = [partial(ask_one, k) for k in range(len(self._calls.servers))]
         try:
             return fetch_copies(asks, version, self._limits.step_timeout_s)
         except ActorLost:
-            if self._watcher is None:
+            if self._watch.watcher is None:
                 raise
             return None  # its backup need not have kept them
 
@@ -306,29 +305,3 @@ class RemoteTables:
         first_value = place[1] + part.start * self._plan.tables[table].width
         addresses = self._ids.address, self._values.address
         return Parcel(table, count, *addresses, place[0] + part.start, first_value)
-
-    def _ask(
-        self,
-        what: str,
-        question: Callable[[int, Any], Call],
-        setting: str = "step_timeout_s",
-        asked: Sequence[int] | None = None,
-        look: Callable[[], None] | None = None,
-    ) -> PendingCall:
-        """Ask servers, by default all."""
-        numbers = range(len(self._servers)) if asked is None else asked
-        calls = [question(k, self._servers[k]) for k in numbers]
-        names = [self._names[k] for k in numbers]
-        limit = getattr(self._limits, setting) + _ANSWER_GRACE_S
-        return PendingCall(self._transport, what, calls, names, limit, setting, look or self._look)
-
-    def _check(self) -> None:
-        """See whether this attempt is still on."""
-        if self._abandoned.is_set():
-            raise InfrastructureError(f"rank {self._order.rank} was told to give up")
-
-    def _look(self) -> None:
-        """See whether a wait is still of use."""
-        self._check()
-        if self._watcher is not None:
-            self._watcher.look()
