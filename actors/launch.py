@@ -34,7 +34,7 @@ from distplat.actors.task_pickling import check_pickles
 from distplat.platform.errors import InfrastructureError
 from distplat.platform.progress import Summary
 from distplat.platform.ray_token import secure_token
-from distplat.platform.spec import Job
+from distplat.platform.spec import Scaling
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
     with (
         Stopping() as early,
         _task_check(launch) as task_check,
-        local_ray(launch.job),
+        local_ray(launch.job.scaling),
         failures_of_ray(),
         Stopping() as stopping,
     ):
@@ -118,18 +118,18 @@ def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
 
 
 @contextmanager
-def local_ray(job: Job, *, logs: bool = True) -> Iterator[None]:
+def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     """
     Be connected to Ray: as we are, or to a local instance that ends with the block.
 
     Args:
-        job: has so many workers at most.
+        scaling: has so many workers at most.
         logs: whether what a local instance's workers print comes to this process.
     """
     if ray.is_initialized():
         yield
         return
-    cpus = job.scaling.num_workers * job.scaling.resources()["CPU"]
+    cpus = scaling.num_workers * scaling.resources()["CPU"]
     # More workers than cores is slow but right: on a laptop that is what trying out means.
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)

@@ -9,6 +9,7 @@ import ray
 
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.transport import ActorDied, NotHere, Unanswered
+from distplat.platform.torchrun import Place
 
 
 class RayTransport:
@@ -63,6 +64,13 @@ class RayTransport:
     def kill(self, actor: Any) -> None:
         """See `Transport`."""
         ray.kill(actor)
+
+
+def place_here() -> Place:
+    """Say on which node this actor is, and which GPUs Ray has given to it."""
+    context = ray.get_runtime_context()
+    gpus = context.get_accelerator_ids().get("GPU", [])
+    return Place(context.get_node_id(), ray.util.get_node_ip_address(), tuple(gpus))
 
 
 def alone() -> RayTransport:

@@ -5,6 +5,7 @@ All actors of a run are asked for at once and start side by side. None is detach
 restarted by Ray: they end with their owner (I8), and a shard must not come back empty (I4).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,18 +18,22 @@ from ray.util.scheduling_strategies import (
 
 from distplat.actors import compat, hash_seed
 from distplat.actors.messages import TablePart, WorkOrder
+from distplat.actors.ray_transport import place_here
+from distplat.actors.script_process import ScriptProcess
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import ROOM, Scheduler
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.spec import Job
+from distplat.platform.spec import Job, Scaling
 from distplat.strategies.strategy import Roles
 
 _WORKER_THREADS = 4
 """Threads of a worker for the controller's calls, of which one keeps its answer back."""
 _CONTROLLER_THREADS = 8
 """Threads of the controller: for the run, for the driver, and for who asks by name."""
+_SCRIPT_THREADS = 4
+"""Threads of a script's actor: one waits for output."""
 _SERVER_THREADS = 8
 """Threads of a server node beside two per worker: for the manager's and the controller's calls."""
 
@@ -96,6 +101,40 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
     if roles.servers or cast.replicated_tables(job):
         cast.manager = spawn_manager(job, roles, run, attempt, cast)
     return cast
+
+
+@dataclass
+class ScriptActors:
+    """The actors of a script that is run as it is."""
+
+    processes: list[Any]
+    seats: Any
+
+    def end(self) -> None:
+        """Kill all of them; the dead are passed over."""
+        for actor in self.processes:
+            ray.kill(actor)
+        remove_placement_group(self.seats)
+
+
+def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
+    """
+    Ask Ray for an actor for each process of a script, on few nodes; returns before they are up.
+
+    Raises:
+        SpecError: the cluster will never have what is asked for.
+    """
+    needs = scaling.resources()
+    bundles = [needs] * scaling.num_workers
+    _check_room(bundles)
+    seats = placement_group(bundles, strategy="PACK")
+    made = []
+    for index in range(scaling.num_workers):
+        options = {**_common(run), **_resources(needs), "max_concurrency": _SCRIPT_THREADS}
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(seats, index)
+        options["name"] = f"process-{index}" + (f"/attempt-{attempt}" if attempt else "")
+        made.append(ray.remote(ScriptProcess).options(**options).remote(place_here))
+    return ScriptActors(made, seats)
 
 
 def spawn_manager(
@@ -248,12 +287,22 @@ def _resources(needs: dict[str, float]) -> dict[str, Any]:
 
 def _check_feasible(job: Job, roles: Roles) -> None:
     """Refuse what no waiting will bring, instead of leaving it pending for ever."""
-    wanted: dict[str, float] = {}
     needs = [job.scaling.resources()] * job.scaling.num_workers
     needs += [roles.server_resources or {}] * (roles.servers * roles.replication)
     if job.embeddings is not None:
         tables = job.embeddings
         needs += [tables.resources_per_server] * (tables.servers * tables.replication)
+    _check_room(needs)
+
+
+def _check_room(needs: Sequence[Mapping[str, float]]) -> None:
+    """
+    Compare what actors need with what the cluster has.
+
+    Raises:
+        SpecError: it will never have that much.
+    """
+    wanted: dict[str, float] = {}
     for need in needs:
         for name, amount in need.items():
             wanted[name] = wanted.get(name, 0.0) + amount

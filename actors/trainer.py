@@ -162,7 +162,7 @@ class Trainer:
         began = time.monotonic()
         for line in self._unheard:
             logger.warning("%s", line)
-        run = new_run_name(self.job)
+        run = new_run_name(self.job.name)
         directory = RunDirectory(self.job, run, self._storage_dir)
         result = Result(directory.path, None)
         for observer in self._observers:

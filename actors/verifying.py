@@ -121,7 +121,10 @@ def _quiet_ray(jobs: Sequence[Job]) -> Iterator[None]:
     level = skipped.level
     skipped.setLevel(logging.ERROR)  # that some steps leave no model is no news here
     try:
-        with local_ray(most, logs=False) if most else nullcontext(), redirect_stdout(sys.stderr):
+        with (
+            local_ray(most.scaling, logs=False) if most else nullcontext(),
+            redirect_stdout(sys.stderr),
+        ):
             yield
     finally:
         skipped.setLevel(level)

@@ -31,6 +31,7 @@ from distplat.cli.options import (
 from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
+from distplat.cli.script import COMMAND, routed, submit_script
 from distplat.cli.verify import replay, verify
 from distplat.platform.errors import DistplatError, SpecError, UserCodeError, printable
 
@@ -118,6 +119,9 @@ def submit(
     """
     Train what a job file says: here, or on a Ray cluster.
 
+    `distplat submit --num-workers 4 -- python train.py` runs a script as torchrun does; for its
+    options see `distplat submit --help -- python`.
+
     Run directories are made below `storage_path`; a relative one is taken from the current
     directory, for a remote job from ~/distplat on the machine of its driver.
     """
@@ -186,6 +190,7 @@ app.command()(schedule)
 app.command()(replay)
 app.command()(report)
 app.command()(scale)
+app.command(COMMAND, hidden=True, options_metavar="[OPTIONS] --")(submit_script)
 
 
 @app.command("list")
@@ -261,7 +266,7 @@ def run(args: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         # Not `app()`: it would end the process with 1 for a pipe that nobody reads.
-        with command.make_context("distplat", [*args]) as context:
+        with command.make_context("distplat", routed(args)) as context:
             command.invoke(context)
         sys.stdout.flush()
         return 0

@@ -4,11 +4,10 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -165,35 +164,73 @@ def dry_run(request: Request) -> None:
 
 
 def _target(request: Request, job: Job) -> Target:
-    target = target_of(request.address, os.environ)
+    return choose_target(request.address, request.say, with_ray=job.scaling.num_workers > 0)
+
+
+def choose_target(address: str | None, say: Callable[[str], None], *, with_ray: bool) -> Target:
+    """
+    Choose where to run: by option, by environment, a cluster of this machine, a local Ray.
+
+    Args:
+        address: `--address`.
+        say: is told of a Ray here that is not joined.
+        with_ray: whether the run needs one.
+
+    Raises:
+        SpecError: the address has none of the forms that we know.
+    """
+    target = target_of(address, os.environ)
     bring_token(target)
-    if target.origin or job.scaling.num_workers == 0:
+    if target.origin or not with_ray:
         return target
     from distplat.cli.join import running_here
 
-    address = running_here(request.say)
-    return Target("here", address, "") if address else target
+    found = running_here(say)
+    return Target("here", found, "") if found else target
 
 
 def _named(target: Target, job: Job) -> str:
+    return named(target) if job.scaling.num_workers else "this process, without Ray"
+
+
+def named(target: Target) -> str:
+    """Say where a run is to run."""
     if target.kind == "local":
-        none = "this process, without Ray"
-        return "a local Ray, for this run only" if job.scaling.num_workers else none
+        return "a local Ray, for this run only"
     if target.kind == "here":
         return f"the Ray cluster of this machine, {target.address}"
     return f"the Ray cluster at {target.address} (from {target.origin})"
 
 
-def _ray(request: Request, target: Target) -> Any:
-    """Connect to the cluster; a local Ray is started by the run itself."""
+def _ray(request: Request, target: Target) -> AbstractContextManager[None]:
+    user = request.runtime_env, request.runtime_env_json
+    return connection(target, request.folder, *user, request.shipping)
+
+
+def connection(
+    target: Target,
+    folder: Path,
+    runtime_env: Path | None,
+    runtime_env_json: str | None,
+    told: Callable[[shipping.Package], None],
+) -> AbstractContextManager[None]:
+    """
+    Connect to a cluster; a local Ray is started by the run itself.
+
+    Args:
+        target: where to.
+        folder: is shipped.
+        runtime_env: `--runtime-env`.
+        runtime_env_json: `--runtime-env-json`.
+        told: of what is shipped.
+    """
     if target.kind == "local":
         return nullcontext()
     from distplat.cli.join import connected
 
-    user = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
+    user = shipping.read_runtime_env(runtime_env, runtime_env_json)
     address = None if target.kind == "here" else target.address
-    environment = shipping.with_folders(request.folder, user)
-    return connected(address, environment, request.shipping)
+    return connected(address, shipping.with_folders(folder, user), told)
 
 
 def _check_options(request: Request, target: Target) -> None:

@@ -5,6 +5,7 @@ Every error that distplat raises on purpose, in one tree.
     |- SpecError                        2   bad job file, option, argument or task; nothing trained
     |- ClusterUnreachable               3   no Ray there, or it refused our token
     |- UserCodeError                    1   the user's task raised; never retried
+    |- ScriptFailed                     1   a script that is run as it is ended with an error
     |- NonFiniteError                   1   a loss or gradient is NaN or infinite; never retried
     |- InfrastructureError              4   a part of the platform was lost
     |  |- ActorLost                         a worker, server node or the server manager died
@@ -27,6 +28,7 @@ Errors cross processes by pickle: every constructor hands all its arguments to `
 """
 
 import re
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -163,6 +165,27 @@ class UserCodeError(DistplatError):
         if self.rank is None:
             text = f"your task's module cannot be imported: {self.summary}"
         return f"{text}\n  hint: {self.remedy}" if self.remedy else text
+
+
+class ScriptFailed(DistplatError):
+    """A process of a script that is run as it is ended with an error; the text says which."""
+
+    exit_code = 1
+
+    @classmethod
+    def of(cls, rank: int, code: int) -> Self:
+        """
+        Say how a process ended.
+
+        Args:
+            rank: the process's.
+            code: its exit code; a negative one is that of a signal.
+        """
+        if code > 0:
+            return cls(f"rank {rank} ended with exit code {code}; its last lines say why")
+        hint = "; was it the system's out-of-memory killer?" if -code == signal.SIGKILL else ""
+        known = {one.value: one.name for one in signal.Signals}
+        return cls(f"rank {rank} was killed by {known.get(-code, f'signal {-code}')}{hint}")
 
 
 class NonFiniteError(DistplatError):

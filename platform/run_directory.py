@@ -62,10 +62,10 @@ _KINDS = {
 """Value of `kind` in a line of metrics.jsonl."""
 
 
-def new_run_name(job: Job) -> str:
-    """Give a name that no other run has: `<job>-<UTC time>-<4 hex digits>`."""
+def new_run_name(name: str) -> str:
+    """Give a name that no other run has: `<name>-<UTC time>-<4 hex digits>`."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{job.name}-{stamp}-{secrets.token_hex(2)}"
+    return f"{name}-{stamp}-{secrets.token_hex(2)}"
 
 
 class RunDirectory:

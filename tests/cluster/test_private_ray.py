@@ -21,7 +21,7 @@ def listeners():
     return sorted({c.laddr.ip.removeprefix("::ffff:") for c in psutil.net_connections("tcp")
                    if c.status == psutil.CONN_LISTEN and c.pid in mine})
 
-with local_ray(job_of("ring", 1)):
+with local_ray(job_of("ring", 1).scaling):
     ray.get(ray.remote(lambda: None).remote(), timeout=60)  # workers listen, too
     print(json.dumps({"listeners": listeners(), "mode": os.environ["RAY_AUTH_MODE"]}))
 """

@@ -59,6 +59,7 @@ def test_a_constructor_of_its_own_keeps_all_arguments(kind: type[DistplatError])
         ("SpecError", 2),
         ("ClusterUnreachable", 3),
         ("UserCodeError", 1),
+        ("ScriptFailed", 1),
         ("InfrastructureError", 4),
         ("ActorLost", 4),
         ("DeadlineExceeded", 4),

@@ -96,5 +96,7 @@ def test_all_servers_hear_which_tables_were_used(ids: list[int]) -> None:
         [0, 2]
     ] * 3
     first = np.empty((len(ids), 5), np.float32)
-    connected(["here"])[0]._calls.servers[0].body.serving.server.store.tables[1].read(used.ids, first)
+    connected(["here"])[0]._calls.servers[0].body.serving.server.store.tables[1].read(
+        used.ids, first
+    )
     assert np.array_equal(tables.pull(1, used, keep=False), first - 2)

@@ -61,7 +61,7 @@ def lines(directory: RunDirectory) -> list[dict[str, Any]]:
 
 
 def test_run_names_are_unlike_each_other() -> None:
-    names = {new_run_name(JOB) for _ in range(20)}
+    names = {new_run_name(JOB.name) for _ in range(20)}
     assert len(names) > 15  # 4 hex digits: some of 20 may meet
     assert all(re.fullmatch(r"kept-\d{8}-\d{6}-[0-9a-f]{4}", name) for name in names)
 

@@ -1,0 +1,228 @@
+"""
+A script that is run as it is, in several processes: torchrun's part, over the nodes of a cluster.
+
+    driver                          ScriptProcess, one for each rank
+    ------                          -----------------------------------------
+    place, port         ->          node, address, GPUs; a free port of rank 0
+    start(env)          ->          python train.py, with torchrun's variables
+    output(taken)       <->         lines and exit codes, asked again and again
+
+The first process that fails ends the attempt, as does one that is lost: all others get SIGTERM, and
+after a while SIGKILL. Then all begin anew, with a fresh port, up to `max_restarts` times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from distplat.actors.retrying_calls import ask
+from distplat.actors.script_process import Output
+from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
+from distplat.platform.errors import ActorLost, InfrastructureError, ScriptFailed
+from distplat.platform.torchrun import Launch, Place, environments, ranks_of
+
+_OUTPUT_S = 1.0
+_TICK_S = 0.1
+GRACE_S = 10.0
+"""How long processes have to end after SIGTERM."""
+_SETTING = "start_timeout_s"
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is to be run."""
+
+    command: tuple[str, ...]
+    run: str
+    """Name of the run."""
+    folder: str | None
+    """Where to; None: where the actors are."""
+    max_restarts: int = 0
+    start_timeout_s: float = 120.0
+
+
+class Terminal(Protocol):
+    """Takes what happens."""
+
+    def line(self, rank: int, text: str) -> None:
+        """Take a line that a rank has printed."""
+
+    def news(self, text: str) -> None:
+        """Take what the run itself has to say."""
+
+
+class _Rank:
+    """The driver's side of one process."""
+
+    def __init__(self, actor: Any, rank: int) -> None:
+        self.actor, self.rank = actor, rank
+        self.taken = 0
+        self.exit_code: int | None = None
+        self.lost = False
+        self.reply: Any = None
+
+    @property
+    def over(self) -> bool:
+        return self.lost or self.exit_code is not None
+
+
+class Attempt:
+    """
+    One start of all processes.
+
+    Args:
+        script: what to run.
+        transport: the driver's.
+        actors: a `ScriptProcess` for each rank.
+        terminal: takes what they print.
+        check: called ten times a second; what it raises ends the attempt.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        transport: Transport,
+        actors: Sequence[Any],
+        terminal: Terminal,
+        check: Callable[[], object],
+    ) -> None:
+        self._script, self._transport, self._terminal = script, transport, terminal
+        self._actors, self._check = actors, check
+        self._ranks: list[_Rank] = []
+
+    def run(self, restarts: int) -> None:
+        """
+        Run to the end.
+
+        Raises:
+            ScriptFailed: a process ended with another exit code than 0.
+            InfrastructureError: one was lost, or cannot be started.
+        """
+        script = self._script
+        places: list[Place] = self._ask("starting processes", "place")
+        ranks = ranks_of(places)
+        first = ranks.index(0)
+        [port] = self._ask("finding a port", "port", only=first)
+        given = environments(places, Launch(script.run, port, restarts, script.max_restarts))
+        try:
+            self._ask("starting the script", "start", given)
+        except OSError as error:
+            raise ScriptFailed(f"{script.command[0]} cannot be started: {error}") from None
+        self._ranks = [_Rank(a, rank) for a, rank in zip(self._actors, ranks, strict=True)]
+        while not all(one.over for one in self._ranks):
+            self._check()
+            self._take()
+            self._raise_failure()
+
+    def end(self) -> None:
+        """End what still runs, and take what it has to say; raises nothing."""
+        for method, limit_s in (("terminate", GRACE_S), ("kill", _OUTPUT_S)):
+            left = [one for one in self._ranks if not one.over]
+            for one in left:
+                self._transport.call(one.actor, method)
+            until = time.monotonic() + limit_s
+            while left and time.monotonic() < until:
+                self._take()
+                left = [one for one in left if not one.over]
+
+    def _ask(
+        self,
+        what: str,
+        method: str,
+        environments: Sequence[dict[str, str]] | None = None,
+        only: int | None = None,
+    ) -> list[Any]:
+        """Ask all actors, or one; with the command where there are environments."""
+        script, call = self._script, self._transport.call
+        numbers = range(len(self._actors)) if only is None else [only]
+        calls = []
+        for number in numbers:
+            more: tuple[Any, ...] = ()
+            if environments is not None:
+                more = script.command, environments[number], script.folder
+            calls.append(partial(call, self._actors[number], method, *more))
+        names = [f"process {number}" for number in numbers]
+        limit_s = script.start_timeout_s
+        return ask(self._transport, what, calls, names, limit_s, _SETTING, self._check)
+
+    def _take(self) -> None:
+        """Take what was printed, and how processes have ended."""
+        open_ranks = [one for one in self._ranks if not one.over]
+        for one in open_ranks:
+            if one.reply is None:
+                question = one.actor, "output", one.taken, _OUTPUT_S
+                one.reply = self._transport.call(*question)
+        replies = [one.reply for one in open_ranks]
+        come = self._transport.wait(replies, _TICK_S) if replies else []
+        for one in open_ranks:
+            if one.reply in come:
+                self._take_answer(one)
+
+    def _take_answer(self, one: _Rank) -> None:
+        reply, one.reply = one.reply, None
+        try:
+            found: Output = self._transport.get(reply, _OUTPUT_S)
+        except ActorDied:
+            one.lost = True
+            return
+        except (Unanswered, TransportError):
+            return  # asked again: what was not taken is given again
+        one.taken += len(found.lines)
+        for text in found.lines:
+            self._terminal.line(one.rank, text)
+        if not found.lines:
+            one.exit_code = found.exit_code
+
+    def _raise_failure(self) -> None:
+        for one in self._ranks:
+            if one.lost:
+                raise ActorLost(f"the process of rank {one.rank}", None, "its node or actor died")
+        for one in self._ranks:
+            if one.exit_code:
+                raise ScriptFailed.of(one.rank, one.exit_code)
+
+
+def run_script(
+    script: Script,
+    transport: Transport,
+    spawn: Callable[[int], AbstractContextManager[Sequence[Any]]],
+    terminal: Terminal,
+    check: Callable[[], object],
+) -> int:
+    """
+    Run a script, and again where it fails.
+
+    Args:
+        script: what to run.
+        transport: the driver's.
+        spawn: makes a `ScriptProcess` for each rank, and ends them all; told which attempt it is.
+        terminal: takes what happens.
+        check: called ten times a second; what it raises ends the run.
+
+    Returns:
+        How often it was started anew.
+
+    Raises:
+        ScriptFailed: a process ended with another exit code than 0 once more than may be.
+        InfrastructureError: one was lost, or could not be started.
+    """
+    restarts = 0
+    while True:
+        try:
+            with spawn(restarts) as actors:
+                attempt = Attempt(script, transport, actors, terminal, check)
+                try:
+                    attempt.run(restarts)
+                finally:
+                    attempt.end()
+            return restarts
+        except (ScriptFailed, InfrastructureError) as error:
+            if restarts == script.max_restarts:
+                raise
+            restarts += 1
+            terminal.news(f"{error}; starting anew, {restarts} of {script.max_restarts}")

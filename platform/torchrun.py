@@ -1,0 +1,91 @@
+"""
+The environment that torchrun gives to each process of a script.
+
+Names and meanings: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process is to run."""
+
+    node: str
+    """The node's id."""
+    host: str
+    """Address at which other nodes reach it."""
+    gpus: tuple[str, ...] = ()
+    """Ids of the GPUs that are the process's own."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What all processes of one attempt share."""
+
+    run: str
+    """Name of the run."""
+    port: int
+    """Free on the node of rank 0."""
+    restarts: int = 0
+    """Attempts before this one."""
+    max_restarts: int = 0
+
+
+def ranks_of(places: Sequence[Place]) -> list[int]:
+    """
+    Number processes node by node, so that those of one node are neighbours.
+
+    Returns:
+        The rank of each place. Nodes come in the order in which they first appear.
+    """
+    nodes = list(dict.fromkeys(place.node for place in places))
+    order = sorted(range(len(places)), key=lambda index: nodes.index(places[index].node))
+    ranks = [0] * len(places)
+    for rank, index in enumerate(order):
+        ranks[index] = rank
+    return ranks
+
+
+def environments(places: Sequence[Place], launch: Launch) -> list[dict[str, str]]:
+    """
+    Give the variables of each process, in the order of the places.
+
+    On a node with GPUs each process sees those of all of them, so that
+    `torch.cuda.set_device(LOCAL_RANK)` is right.
+    """
+    ranks = ranks_of(places)
+    nodes = list(dict.fromkeys(place.node for place in places))
+    master = places[ranks.index(0)].host
+    found = []
+    for place, rank in zip(places, ranks, strict=True):
+        here = [index for index, other in enumerate(places) if other.node == place.node]
+        values = {
+            "RANK": rank,
+            "WORLD_SIZE": len(places),
+            "LOCAL_RANK": rank - min(ranks[index] for index in here),
+            "LOCAL_WORLD_SIZE": len(here),
+            "GROUP_RANK": nodes.index(place.node),
+            "GROUP_WORLD_SIZE": len(nodes),
+            "ROLE_RANK": rank,
+            "ROLE_WORLD_SIZE": len(places),
+            "ROLE_NAME": "default",
+            "MASTER_ADDR": master,
+            "MASTER_PORT": launch.port,
+            "TORCHELASTIC_RESTART_COUNT": launch.restarts,
+            "TORCHELASTIC_MAX_RESTARTS": launch.max_restarts,
+            "TORCHELASTIC_RUN_ID": launch.run,
+            "TORCHELASTIC_USE_AGENT_STORE": False,  # rank 0 opens the store
+        }
+        gpus = sorted({gpu for index in here for gpu in places[index].gpus}, key=_number)
+        if gpus:
+            values["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        found.append({name: str(value) for name, value in values.items()})
+    return found
+
+
+def _number(gpu: str) -> tuple[int, str]:
+    return (int(gpu), gpu) if gpu.isdigit() else (-1, gpu)

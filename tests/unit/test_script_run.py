@@ -1,0 +1,230 @@
+"""Scripts in real processes, over the transport that loses answers on request."""
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distplat.actors import script_run
+from distplat.actors.local_transport import Actor, Call, Fault, LocalCluster
+from distplat.actors.script_process import ScriptProcess, with_python
+from distplat.actors.script_run import Script, run_script
+from distplat.platform.errors import ActorLost, Interrupted, ScriptFailed
+from distplat.platform.torchrun import Place
+
+NODES = ("node-0", "node-1", "node-0")
+HELLO = "import os; print('hello from', os.environ['RANK'])"
+
+
+class Heard:
+    """What a terminal was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, str]] = []
+        self.told: list[str] = []
+
+    def line(self, rank: int, text: str) -> None:
+        self.lines.append((rank, text))
+
+    def news(self, text: str) -> None:
+        self.told.append(text)
+
+    def of(self, rank: int) -> list[str]:
+        return [text for one, text in self.lines if one == rank]
+
+
+class Run:
+    """A run in this process."""
+
+    def __init__(self, code: str, nodes: Sequence[str] = NODES, max_restarts: int = 0) -> None:
+        command = ("python", "-c", code)
+        self.script = Script(command, "run", None, max_restarts, start_timeout_s=20.0)
+        self.nodes, self.heard, self.cluster = nodes, Heard(), LocalCluster()
+        self.actors: list[Actor] = []
+        self.interrupt = threading.Event()
+
+    @contextmanager
+    def spawn(self, attempt: int) -> Iterator[Sequence[Any]]:
+        self.actors = []
+        for index, node in enumerate(self.nodes):
+            where = Place(node, "127.0.0.1")
+            body = ScriptProcess(lambda where=where: where)  # type: ignore[misc]
+            self.actors.append(self.cluster.spawn(f"process-{index}", node, lambda _, b=body: b))  # type: ignore[misc]
+        try:
+            yield self.actors
+        finally:
+            for actor in self.actors:
+                actor.die("the attempt is over")
+
+    def check(self) -> None:
+        if self.interrupt.is_set():
+            raise Interrupted(2)
+
+    def go(self) -> int:
+        transport = self.cluster.transport()
+        return run_script(self.script, transport, self.spawn, self.heard, self.check)
+
+
+def gone(pid: int, limit_s: float = 5.0) -> bool:
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_each_rank_runs_once_and_is_heard() -> None:
+    run = Run(HELLO)
+    assert run.go() == 0
+    assert sorted(run.heard.lines) == [(rank, f"hello from {rank}") for rank in range(3)]
+
+
+@pytest.mark.parametrize("lost", ["request", "reply"])
+def test_lost_messages_lose_and_double_no_line(lost: Any) -> None:
+    run = Run("for n in range(300): print(n)")
+    draw = random.Random(7)
+
+    def rule(call: Call) -> Fault | None:
+        return Fault(lose=lost) if draw.random() < 0.3 else None
+
+    run.cluster.add_rule(rule)
+    run.go()
+    for rank in range(3):
+        assert run.heard.of(rank) == [str(n) for n in range(300)]
+
+
+def test_more_lines_than_are_kept() -> None:
+    run = Run("for n in range(30000): print(n)", nodes=["node-0"])
+    run.go()
+    assert run.heard.of(0) == [str(n) for n in range(30000)]
+
+
+FAILING = """
+import os, sys, time
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    print("pid", os.getpid(), flush=True)
+    sys.exit(3)
+print("pid", os.getpid(), flush=True)
+time.sleep(60 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+"""
+
+
+def test_the_first_failure_ends_all() -> None:
+    run, began = Run(FAILING), time.monotonic()
+    with pytest.raises(ScriptFailed, match="rank 1 ended with exit code 3") as error:
+        run.go()
+    assert error.value.exit_code == 1
+    assert time.monotonic() - began < 15
+    for _, text in run.heard.lines:
+        assert gone(int(text.split()[1]))
+
+
+def test_all_begin_anew() -> None:
+    run = Run(FAILING, max_restarts=1)
+    assert run.go() == 1
+    [told] = run.heard.told
+    assert "rank 1 ended with exit code 3" in told
+    assert "starting anew, 1 of 1" in told
+
+
+def test_who_does_not_hear_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script_run, "GRACE_S", 0.5)
+    code = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("pid", os.getpid(), flush=True)
+time.sleep(2.0 if os.environ["RANK"] == "0" else 60)
+sys.exit(int(os.environ["RANK"] == "0"))
+"""
+    run = Run(code, nodes=["node-0", "node-0"])
+    with pytest.raises(ScriptFailed):
+        run.go()
+    assert len(run.heard.lines) == 2
+    for _, text in run.heard.lines:
+        assert gone(int(text.split()[1]))
+
+
+def test_a_signal_is_named() -> None:
+    run = Run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", nodes=["node-0"])
+    with pytest.raises(ScriptFailed, match=r"rank 0 was killed by SIGKILL; was it .*memory"):
+        run.go()
+
+
+SLEEPING = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
+
+
+def test_a_lost_process_is_named_and_the_others_end() -> None:
+    run = Run(SLEEPING)
+
+    def kill_one() -> None:
+        until = time.monotonic() + 20
+        while len(run.heard.lines) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+        run.actors[1].die("its node is gone")
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(ActorLost, match="the process of rank 2"):  # its node comes second
+        run.go()
+    killer.join(20)
+    for _, text in run.heard.lines:
+        assert gone(int(text.split()[1]))
+
+
+def test_an_interruption_ends_all() -> None:
+    run = Run(SLEEPING)
+    threading.Timer(1.0, run.interrupt.set).start()
+    with pytest.raises(Interrupted):
+        run.go()
+    for _, text in run.heard.lines:
+        assert gone(int(text.split()[1]))
+
+
+def test_a_child_that_keeps_the_output_open_is_not_waited_for() -> None:
+    code = "import subprocess; subprocess.Popen(['sleep', '30']); print('done')"
+    run, began = Run(code, nodes=["node-0"]), time.monotonic()
+    run.go()
+    assert time.monotonic() - began < 15
+    assert run.heard.of(0) == ["done"]
+
+
+def test_a_command_that_is_not_there() -> None:
+    run = Run(HELLO)
+    run.script = Script(("no-such-command",), "run", None)
+    with pytest.raises(ScriptFailed, match="no-such-command cannot be started"):
+        run.go()
+
+
+def test_the_interpreter_is_that_of_the_worker() -> None:
+    assert with_python(["python", "-m", "x"]) == [sys.executable, "-m", "x"]
+    assert with_python(["train.py", "--lr", "1"]) == [sys.executable, "train.py", "--lr", "1"]
+    assert with_python(["bash", "train.sh"]) == ["bash", "train.sh"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
+def test_the_script_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    inner = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    outer = f"""
+import os, time
+from distplat.actors.script_process import ScriptProcess
+ScriptProcess(None).start(["python", "-c", {inner!r}], {{}}, None)
+while not os.path.exists({str(note)!r}) or not open({str(note)!r}).read():
+    time.sleep(0.02)
+os.kill(os.getpid(), 9)
+"""
+    run = Run(outer, nodes=["node-0"])
+    with pytest.raises(ScriptFailed, match="SIGKILL"):
+        run.go()
+    assert gone(int(note.read_text()))
