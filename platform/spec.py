@@ -193,6 +193,12 @@ class Evaluation(Spec):
 
     every_epochs: Index = 1
     """Evaluate every N epochs; 0: only after the last step."""
+    every_steps: Count | None = None
+    """Evaluate every N steps and after the last one, instead of by epochs."""
+
+    def period(self, steps_per_epoch: int) -> int:
+        """Give the steps between two evaluations; 0: there is only that after the last step."""
+        return self.every_steps or self.every_epochs * steps_per_epoch
 
 
 class Checkpoint(Spec):
@@ -290,6 +296,7 @@ class Job(Spec):
             *_gpu_problems(self),
             *_optimizer_problems(self),
             *_schedule_problems(self),
+            *_evaluation_problems(self),
             *_checkpoint_problems(self),
             *_embedding_problems(self),
         ]
@@ -345,6 +352,12 @@ def _schedule_problems(job: Job) -> list[Problem]:
     if schedule.name == "step" and not schedule.every_steps:
         found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
     return found
+
+
+def _evaluation_problems(job: Job) -> list[Problem]:
+    if job.evaluation.every_steps is not None and "every_epochs" in job.evaluation.model_fields_set:
+        return [Problem(("evaluation",), "give `every_steps` or `every_epochs`, got both")]
+    return []
 
 
 def _checkpoint_problems(job: Job) -> list[Problem]:

@@ -205,7 +205,7 @@ class Loop:
     def _evaluates_after(self, step: int) -> bool:
         if step + 1 == self.total_steps:
             return True
-        every = self.job.evaluation.every_epochs * self.sampler.steps_per_epoch
+        every = self.job.evaluation.period(self.sampler.steps_per_epoch)
         return every > 0 and (step + 1) % every == 0
 
     def _evaluate(self, data: Dataset[Any], step: int) -> None:
@@ -234,7 +234,7 @@ def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: boo
         first: steps that were made before.
         evaluates: whether there is evaluation data.
     """
-    every = job.evaluation.every_epochs * sampler.steps_per_epoch
+    every = job.evaluation.period(sampler.steps_per_epoch)
     times = {*(range(every, steps, every) if every else ()), steps} if evaluates else set()
     # One that falls on the first step may have been cut off.
     due = tuple(sorted(time for time in times if time >= max(1, first)))
