@@ -1,5 +1,5 @@
 # demo: train the digits example under two strategies.   test: everything that CI runs.
-# test-all: the same, minutes of drawn trainings, and more kills.
+# test-all: the same, the slow cluster tests, minutes of drawn trainings, and more kills.
 # check: format, lint, types.   fmt: mend format and lint.   bench: compare with peers.
 # Each target does all the set-up it needs, on a fresh machine too.
 
@@ -10,6 +10,8 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
 DRAWN := $(addprefix tests/unit/test_,property_training.py leased_tables.py embedding_losses.py)
 
+ON_RAY := -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 -raR
+
 .PHONY: demo test test-all check fmt bench clean
 
 demo: $(VENV)/.installed
@@ -18,9 +20,10 @@ demo: $(VENV)/.installed
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 -raR tests/cluster tests/gpu
+	$(BIN)/python -m pytest $(ON_RAY) -m "not slow" tests/cluster tests/gpu
 
 test-all: test
+	$(BIN)/python -m pytest $(ON_RAY) -m slow tests/cluster
 	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(DRAWN)
 	DISTPLAT_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_kill_inside.py
 

@@ -100,6 +100,7 @@ def test_killed_worker(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", ["unbounded", 2])
 def test_frozen_worker_is_named(bound: object, tmp_path: Path) -> None:
     """Under a bound the others wait at the servers; without one only the controller notices."""
@@ -110,6 +111,7 @@ def test_frozen_worker_is_named(bound: object, tmp_path: Path) -> None:
     assert "worker-" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_frozen_at_the_end_is_named(tmp_path: Path) -> None:
     """The others have made all their steps and wait for its last push."""
     failure = {"step_timeout_s": 3, "heartbeat_timeout_s": 60, "max_failures": 0}
@@ -118,6 +120,7 @@ def test_frozen_at_the_end_is_named(tmp_path: Path) -> None:
         train({**spec, "steps": 8}, tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_server(tmp_path: Path) -> None:
     killer = Killer("ServerNode", signal.SIGKILL)
     spec = misbehaving({"name": "ps-async", "num_servers": 2}, "none", tmp_path)
@@ -127,6 +130,7 @@ def test_killed_server(tmp_path: Path) -> None:
     assert time.monotonic() - killer.done_at < 15
 
 
+@pytest.mark.slow
 def test_a_slow_worker_at_the_end_is_waited_for(tmp_path: Path) -> None:
     """Twice as long as a step may take, but it moves."""
     args = {"seconds": 0.35}

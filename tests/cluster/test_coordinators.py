@@ -107,6 +107,7 @@ def test_a_lost_manager_costs_no_step(tmp_path: Path) -> None:
     assert weights(result).tobytes() == undisturbed(given)
 
 
+@pytest.mark.slow
 def test_a_new_manager_promotes_backups_as_the_old_one_would(tmp_path: Path) -> None:
     losing = Losing(tmp_path / "done", signal.SIGKILL, signal.SIGKILL)
 
@@ -133,6 +134,7 @@ def test_a_new_manager_promotes_backups_as_the_old_one_would(tmp_path: Path) -> 
     assert weights(result).tobytes() == undisturbed(given)
 
 
+@pytest.mark.slow
 def test_a_lost_task_scheduler_costs_no_task(tmp_path: Path) -> None:
     def do(run: str, wait: Callable[[], None]) -> None:
         signal_to("Scheduler", signal.SIGKILL)

@@ -85,6 +85,7 @@ def same(result: Result, tmp_path: Path, strategy: object) -> None:
         assert mine.loss == others.loss or mine.samples < others.samples
 
 
+@pytest.mark.slow
 def test_whoever_is_lost_is_replaced_whenever_it_is(tmp_path: Path) -> None:
     """In the first and last step, in the evaluation; one that froze, a newcomer, two at once."""
     deeds = ["kill 1 at 0", "kill 0 at 7", "kill 0 at start", "stop 2 at 12", "kill 0 at 20"]
@@ -107,6 +108,7 @@ def test_whoever_is_lost_is_replaced_whenever_it_is(tmp_path: Path) -> None:
     assert {r.attempt for r in watch.recoveries} <= {*attempts}
 
 
+@pytest.mark.slow
 def test_loaders_end_with_their_worker(tmp_path: Path) -> None:
     """The census sees them, should they not. Over gloo, whose store is rank 0's."""
     strategy = {**RING, "backend": "gloo"}

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from marks import slow
 from small_runs import BesideTraining, distance, train, weights
 from table_runs import tables, words
 
@@ -43,7 +44,7 @@ def same_bits(lossy: Result, plain: Result) -> None:
     assert all(mine[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("strategy", ["ring", slow("ps-sync")])
 def test_a_replaced_worker_leaves_the_same_bits(
     plain: Result, strategy: str, tmp_path: Path
 ) -> None:
@@ -72,7 +73,7 @@ class KillPrimary(BesideTraining):
         self.followed = found.names[0]
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("strategy", [slow("ring"), "ps-sync"])
 def test_a_lost_server_with_a_backup_costs_no_step(
     plain: Result, strategy: str, tmp_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_lost_server_with_a_backup_costs_no_step(
     same_bits(result, plain)
 
 
+@pytest.mark.slow
 def test_a_lost_server_comes_back_from_the_checkpoint(plain: Result, tmp_path: Path) -> None:
     args = {"marker": str(tmp_path / "done"), "at": 13, "victim": "ServerNode", "pause": 0.2}
     every = {"every_steps": 4}

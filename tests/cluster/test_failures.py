@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from marks import slow
 from small_runs import HERE, BesideTraining, job, train
 
 from distplat.actors import compat
@@ -29,7 +30,6 @@ from distplat.platform.errors import (
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
-STRATEGIES = ["ring", "ps-sync"]
 LONG = {"epochs": None, "steps": 100_000, "evaluation": {"every_epochs": 0}}
 
 
@@ -70,7 +70,7 @@ class Killer(BesideTraining):
                 return
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ring", slow("ps-sync")])
 def test_user_exception_on_one_rank(strategy: str, tmp_path: Path) -> None:
     with pytest.raises(UserCodeError) as caught:
         train(misbehaving(strategy, "raise", tmp_path), tmp_path)
@@ -88,7 +88,7 @@ def test_user_exit_is_not_success(tmp_path: Path) -> None:
         train(misbehaving("ring", "exit", tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ring", slow("ps-sync")])
 def test_killed_worker(strategy: str, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(ActorLost, match=r"worker-\d was lost after step \d+"):
@@ -140,7 +140,7 @@ def test_killed_driver(tmp_path: Path) -> None:
     compat.delete_all(rendezvous_key(folder.name))  # the driver would have done that
 
 
-@pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 2}, "ps-sync"])
+@pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 2}, slow("ps-sync")])
 def test_frozen_worker_is_named(strategy: object, tmp_path: Path) -> None:
     failure = {"step_timeout_s": 3, "heartbeat_timeout_s": 60}
     with pytest.raises((CollectiveError, DeadlineExceeded)) as caught:
@@ -150,12 +150,14 @@ def test_frozen_worker_is_named(strategy: object, tmp_path: Path) -> None:
     assert error.missing in ((0,), (1,), ("worker-0",), ("worker-1",))
 
 
+@pytest.mark.slow
 def test_frozen_worker_answers_no_poll(tmp_path: Path) -> None:
     failure = {"step_timeout_s": 60, "heartbeat_timeout_s": 2}
     with pytest.raises(ActorLost, match=r"worker-\d was lost.*not answered for \d s"):
         train(misbehaving("ps-sync", "stop", tmp_path, failure=failure), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 4}, "ps-sync"])
 def test_a_slow_start_is_no_failure(strategy: object, tmp_path: Path) -> None:
     args = {"marker": str(tmp_path / "done"), "seconds": 6}
@@ -171,6 +173,7 @@ class Hog:
         pass
 
 
+@pytest.mark.slow
 def test_a_busy_cluster_is_waited_for(tmp_path: Path) -> None:
     hog = ray.remote(Hog).options(num_cpus=8).remote()
     ray.get(hog.ping.remote(), timeout=30)
@@ -190,6 +193,7 @@ def test_nobody_comes(tmp_path: Path) -> None:
     ray.kill(hog)
 
 
+@pytest.mark.slow
 def test_endless_user_code_is_named(tmp_path: Path) -> None:
     spec = misbehaving("ring", "hang", tmp_path, failure={"step_timeout_s": 2})
     spec["scaling"] = {"num_workers": 1}
@@ -215,7 +219,7 @@ class Signaller:
         pass
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), slow(signal.SIGTERM, 143)])
 def test_signal_ends_the_run(number: int, code: int, tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:
         train(job("ps-sync", 2, **LONG), tmp_path, observers=(Signaller(number),))

@@ -100,6 +100,7 @@ def test_a_lost_stage_gets_its_state_from_its_twin(tmp_path: Path) -> None:
     assert "0" in watch.setbacks[-1].cause
 
 
+@pytest.mark.slow
 def test_servers_of_each_stage_are_lost(tmp_path: Path) -> None:
     """One that has a backup, which costs nothing; and without, after a worker: the same bits."""
     backed, watch = run(tmp_path, ["server 1 forward 30"], {**SERVED, "replication": 2})
@@ -114,6 +115,7 @@ def test_servers_of_each_stage_are_lost(tmp_path: Path) -> None:
     assert all(s.figures["apply_s"] >= 0 for s in result.history)
 
 
+@pytest.mark.slow
 def test_both_twins_lost(tmp_path: Path) -> None:
     deeds = ["late 1 forward 57", "late 3 forward 57"]
     result, watch = run(tmp_path, deeds, checkpoint={"every_steps": 5})

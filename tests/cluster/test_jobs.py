@@ -23,6 +23,7 @@ from heads import (
     running_head,
     start,
 )
+from marks import slow
 
 pytestmark = pytest.mark.cluster
 
@@ -43,7 +44,7 @@ def token_head() -> Iterator[Head]:
 
 
 @pytest.mark.parametrize(
-    ("head_name", "strategy"), [("open_head", "ps-sync"), ("token_head", "ring")]
+    ("head_name", "strategy"), [slow("open_head", "ps-sync"), ("token_head", "ring")]
 )
 def test_a_remote_job_is_followed_to_its_result(
     head_name: str, strategy: str, folder: Path, request: pytest.FixtureRequest
@@ -193,7 +194,7 @@ def test_a_wrong_address_is_told_within_seconds(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["by address", "found here"])
+@pytest.mark.parametrize("given", [slow(True), False], ids=["by address", "found here"])
 def test_a_driver_joins_a_cluster(
     open_head: Head, given: bool, folder: Path, tmp_path: Path
 ) -> None:
@@ -209,6 +210,7 @@ def test_a_driver_joins_a_cluster(
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # where submit was called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["job API", "driver"])
 def test_a_users_environment_reaches_the_workers(
     way: str, open_head: Head, folder: Path, tmp_path: Path
@@ -225,6 +227,7 @@ def test_a_users_environment_reaches_the_workers(
     assert "the colour is red" in done.stderr
 
 
+@pytest.mark.slow
 def test_roles_are_shown_and_workers_join(open_head: Head, folder: Path) -> None:
     """By the id of a job that was handed in to the job API, and by the name of the job."""
     head = open_head

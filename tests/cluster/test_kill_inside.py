@@ -100,6 +100,7 @@ def run(folder: Path, tmp_path: Path, killer: Killer | None) -> Result:
     return train(spec, tmp_path, observers=observers, strategy_file=HERE / "marked_ring.py")
 
 
+@pytest.mark.slow
 def test_kills_inside_an_all_reduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The strategy file registers in this process, too; later tests must not find it.
     monkeypatch.setattr(strategies, "_things", dict(strategies._things))

@@ -40,6 +40,7 @@ def losing_ray() -> Iterator[None]:
     cluster.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)  # each lost message takes Ray seconds to notice
 def test_every_gradient_counts_once(losing_ray: None, tmp_path: Path) -> None:
     for clip_norm in (None, 1.0):  # one round of calls, and two

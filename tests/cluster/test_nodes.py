@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import ray
 from local_run import train as train_in_memory
+from marks import slow
 from ray.cluster_utils import Cluster
 from small_runs import HERE, distance, job, train, weights
 from table_runs import tables, words
@@ -56,7 +57,7 @@ def scaling(workers: int, **resources: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("strategy", "scale"),
     [
-        pytest.param(
+        slow(
             {"name": "ps-sync", "resources_per_server": {"slot": 1}},
             scaling(3, slot=1),
             id="one-worker-near-two-far",
@@ -71,6 +72,7 @@ def test_roads_between_nodes(
     assert distance(weights(result), alone) < 1e-5
 
 
+@pytest.mark.slow
 def test_asynchronous_between_nodes(tmp_path: Path) -> None:
     """What a worker pulled came whole: else the run could not be made again to the same bits."""
     strategy = {"name": "ps-async", "num_servers": 2, "resources_per_server": {"right": 1}}
@@ -78,6 +80,7 @@ def test_asynchronous_between_nodes(tmp_path: Path) -> None:
     assert run(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("servers", "scale"),
     [
@@ -96,6 +99,7 @@ def test_the_bits_do_not_depend_on_where_servers_are(
     assert weights(result).tobytes() == expected.tobytes()
 
 
+@pytest.mark.slow
 def test_halves_between_nodes(alone: Any, tmp_path: Path) -> None:
     strategy = {"name": "ps-sync", "wire": "bf16", "resources_per_server": {"right": 1}}
     result = train(big(strategy, scaling(2, left=1)), tmp_path)
@@ -113,6 +117,7 @@ def test_a_backup_is_on_the_other_node(tmp_path: Path) -> None:
     assert weights(result).tobytes() == undisturbed(spec)
 
 
+@pytest.mark.slow
 def test_rows_between_nodes(tmp_path: Path) -> None:
     """A server of tables on each node, both workers on one of them."""
     spec = words("ring", 2)
@@ -143,6 +148,7 @@ class LosingNode:
         pass
 
 
+@pytest.mark.slow
 def test_the_end_of_another_node_does_not_take_the_controller(
     two_nodes: Cluster, tmp_path: Path
 ) -> None:

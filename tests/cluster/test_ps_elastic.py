@@ -56,6 +56,7 @@ def test_a_killed_worker_leaves_the_bits_as_they_are(tmp_path: Path) -> None:
     assert weights(result).tobytes() == undisturbed(spec)
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_goes_on_after_a_frozen_worker(tmp_path: Path) -> None:
     """Under a bound the others wait for it at the servers. The log makes the run again."""
     watch = Watch()
@@ -99,6 +100,7 @@ class Rank:
         return sorted(set(self.flat.params.tolist()))
 
 
+@pytest.mark.slow
 def test_shards_that_a_loss_left_at_two_versions_come_together() -> None:
     """Shard 0 has made step 1, shard 1 has not: all go on from 1, shard 0 makes it only once."""
     spec = job({"name": "ps-sync", "num_servers": 2}, 2, optimizer={"name": "SGD", "lr": 0.125})

@@ -85,6 +85,7 @@ def test_a_lost_server_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
     assert setback.step >= EVERY, "what was not yet with the driver dies with who made it"
 
 
+@pytest.mark.slow
 def test_lost_workers_come_back_from_the_checkpoint(tmp_path: Path) -> None:
     """One that had a part of the state, then all at once."""
     result = train(
@@ -96,6 +97,7 @@ def test_lost_workers_come_back_from_the_checkpoint(tmp_path: Path) -> None:
     assert EVERY <= first.step <= second.step
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_loses_a_part_goes_back_to_what_it_began_from(tmp_path: Path) -> None:
     bits, whole = unfailed(tmp_path, SHARDED)
     checkpoint = whole.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"
@@ -108,6 +110,7 @@ def test_a_resumed_run_that_loses_a_part_goes_back_to_what_it_began_from(tmp_pat
     assert result.history[-1].loss == whole.history[-1].loss
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_goes_back_with_all_its_shards(tmp_path: Path) -> None:
     strategy = {"name": "ps-async", "num_servers": 2, "staleness": 2}
     result = train(spec(tmp_path, strategy, ["ServerNode 0 at 13"], clip_norm=None), tmp_path)

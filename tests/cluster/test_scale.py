@@ -82,6 +82,7 @@ def made(seen: Overview) -> dict[int, int]:
     return {entry.standing.rank: entry.standing.made for entry in seen.roster.workers}
 
 
+@pytest.mark.slow
 def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
     def story(run: RunName, mine: Story) -> None:
         before = wait_until(run, lambda seen: min(made(seen).values()) > 0)
@@ -133,6 +134,7 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
     assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
 
 
+@pytest.mark.slow
 def test_whoever_comes_and_goes_each_task_is_in_the_tables_once(tmp_path: Path) -> None:
     """The trained model counts gradients: of each sample one an epoch, in its row and elsewhere."""
 
@@ -245,6 +247,7 @@ def test_a_synchronous_run_goes_on_with_more_and_fewer(tmp_path: Path) -> None:
     assert distance(weights(result), other) < 1e-5
 
 
+@pytest.mark.slow
 def test_after_going_back_there_are_as_many_workers_as_before(tmp_path: Path) -> None:
     def story(run: RunName, mine: Story) -> None:
         scale(run, 3, PATIENCE_S)
@@ -265,6 +268,7 @@ def test_after_going_back_there_are_as_many_workers_as_before(tmp_path: Path) ->
     assert distance(weights(result), np.frombuffer(undisturbed(spec), np.float32)) < 1e-5
 
 
+@pytest.mark.slow
 def test_embedding_tables_follow_a_synchronous_run(tmp_path: Path) -> None:
     def story(run: RunName, mine: Story) -> None:
         scale(run, 3, PATIENCE_S)

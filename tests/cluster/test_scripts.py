@@ -72,6 +72,7 @@ def test_ctrl_c_ends_all_processes(environ: dict[str, str], tmp_path: Path) -> N
     assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
 
 
+@pytest.mark.slow
 def test_a_killed_actor_takes_its_script_along_and_all_begin_anew(
     environ: dict[str, str], tmp_path: Path
 ) -> None:

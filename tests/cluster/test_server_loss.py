@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from marks import slow
 from small_runs import HERE, job, train, weights
 
 from distplat.cli.main import run as command
@@ -109,7 +110,7 @@ def undisturbed(spec: dict[str, Any]) -> bytes:
         # so long that servers change while the workers compute
         (1, 1.5, {"name": "ps-sync"}, {"optimizer": {"name": "AdamW", "lr": 0.01}}),
         # the primary, then the promoted one
-        (2, 0.04, {"name": "ps-sync", "num_servers": 2}, {"clip_norm": 0.5}),
+        slow(2, 0.04, {"name": "ps-sync", "num_servers": 2}, {"clip_norm": 0.5}),
     ],
 )
 def test_killed_primaries_leave_the_bits_as_they_are(
@@ -124,6 +125,7 @@ def test_killed_primaries_leave_the_bits_as_they_are(
     assert weights(result).tobytes() == undisturbed(spec)
 
 
+@pytest.mark.slow
 def test_asynchronous_runs_lose_no_update_and_can_be_made_again(tmp_path: Path) -> None:
     done = tmp_path / "done"
     losing = Losing(done, signal.SIGKILL)
@@ -135,6 +137,7 @@ def test_asynchronous_runs_lose_no_update_and_can_be_made_again(tmp_path: Path) 
     assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
 
 
+@pytest.mark.slow
 def test_a_frozen_primary_is_replaced(tmp_path: Path) -> None:
     done = tmp_path / "done"
     losing = Losing(done, signal.SIGSTOP)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from heads import SLOW, clean_environ, distplat, make_folder, read_until, short_folder, start
+from marks import slow
 
 pytestmark = pytest.mark.cluster
 
@@ -49,7 +50,7 @@ def test_a_run_of_its_own_prints_progress_and_leaves_a_directory(
     }
 
 
-@pytest.mark.parametrize(("line", "later_s"), [("starting", 1.0), ("step 1/5000", 0.0)])
+@pytest.mark.parametrize(("line", "later_s"), [slow("starting", 1.0), ("step 1/5000", 0.0)])
 def test_ctrl_c_ends_a_run_of_its_own_and_all_its_processes(
     line: str, later_s: float, folder: Path, home: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from marks import slow
 from members import Member, everybody, join
 from torch import nn
 
@@ -57,7 +58,7 @@ def actors(local_ray: None) -> Iterator[list[Any]]:
         ray.kill(actor)
 
 
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
+@pytest.mark.parametrize("backend", ["shm", slow("gloo")])
 def test_ranks_agree_and_repeat(backend: str, actors: list[Any]) -> None:
     join(actors, f"split-{backend}", backend)
     first, second = everybody(actors, "train", 0.3), everybody(actors, "train", 0.3)

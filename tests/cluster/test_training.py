@@ -48,6 +48,7 @@ def test_servers_equal_one_process(alone: np.ndarray[Any, Any], tmp_path: Path) 
     equals_one_process({"name": "ps-sync", "num_servers": 2}, alone, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_bits_do_not_depend_on_how_shards_are_cut(tmp_path: Path) -> None:
     """Inside a tensor, by the servers' speeds here and evenly in memory."""
     strategy = {"name": "ps-sync", "num_servers": 2, "split": "load"}
@@ -65,6 +66,7 @@ def test_loader_processes_change_nothing(tmp_path: Path) -> None:
     assert plain.tobytes() == loaded.tobytes()
 
 
+@pytest.mark.slow
 def test_what_is_drawn_does_not_depend_on_workers_and_loaders(tmp_path: Path) -> None:
     spec = job("ring", 2, task="tasks_for_tests:Chance")
     alone = {**job("ring", 1, task="tasks_for_tests:Chance"), "data": {"num_loaders": 2}}

@@ -20,6 +20,7 @@ def rows(task: str, *strategies: str, **more: Any) -> dict[tuple[str, str], Row]
     return {(row.strategy, row.check): row for row in verify(wanted, print)}
 
 
+@pytest.mark.slow
 def test_dropout_and_samples_that_draw_repeat_and_are_those_of_a_plain_loop() -> None:
     found = rows("Drawing", "ring", "ps-sync")
     for strategy in ("ring", "ps-sync"):
@@ -35,6 +36,7 @@ def test_strategies_are_chosen_by_what_the_task_can_do() -> None:
     assert not any(row.failed for row in found.values())
 
 
+@pytest.mark.slow
 def test_numbers_that_no_seed_reaches_are_found() -> None:
     (row,) = rows("Unseeded", "ring").values()
     assert row.failed and row.verdict == REFUSED and "samples" in row.reason

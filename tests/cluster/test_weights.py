@@ -7,6 +7,7 @@ import pytest
 import ray
 import torch
 from local_run import train as train_in_memory
+from marks import slow
 from small_runs import BesideTraining, job, train
 from tasks_for_tests import Blobs
 
@@ -46,8 +47,8 @@ class Evaluator(BesideTraining):
     "strategy",
     [
         "ring",
-        {"name": "ps-sync", "num_servers": 2},
-        {"name": "hybrid", "pipeline": 2, "cut": "even", "micro_batches": 2},
+        slow({"name": "ps-sync", "num_servers": 2}),
+        slow({"name": "hybrid", "pipeline": 2, "cut": "even", "micro_batches": 2}),
     ],
     ids=str,
 )
