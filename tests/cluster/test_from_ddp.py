@@ -1,0 +1,57 @@
+"""The two sides of docs/from/ddp.md train the same."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from heads import BIN, clean_environ, distplat, short_folder
+from marks import slow
+
+pytestmark = pytest.mark.cluster
+
+PAGE = Path(__file__).parents[2] / "docs" / "from" / "ddp.md"
+
+
+@pytest.fixture(scope="module")
+def environ() -> Iterator[dict[str, str]]:
+    home = short_folder()
+    yield clean_environ(home, "disabled")
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's files."""
+    path = tmp_path_factory.mktemp("page")
+    files = re.findall(
+        r"`([\w.]+)`[^`]*(?:`[^`]+`)?:\n\n```\w+\n(.*?)```", PAGE.read_text(), re.DOTALL
+    )
+    assert [name for name, _ in files] == ["train.py", "digits.py", "job.yaml"]
+    for name, text in files:
+        (path / name).write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def before(folder: Path, environ: dict[str, str]) -> float:
+    """The loss that the script ends with under torchrun."""
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = subprocess.run(
+        command, env=environ, cwd=folder, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    return float(re.findall(r"final loss ([\d.]+)", done.stdout)[-1])
+
+
+@pytest.mark.parametrize("strategy", ["ring", slow("ps-sync")])
+def test_the_final_losses_are_equal(
+    strategy: str, before: float, folder: Path, environ: dict[str, str]
+) -> None:
+    given = ("submit", "job.yaml", "--strategy", strategy, "-o", "json")
+    done = distplat(*given, environ=environ, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["loss"] == pytest.approx(before, abs=2e-4)
