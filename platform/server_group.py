@@ -29,7 +29,7 @@ class Role(Enum):
 
     WAITING = "serves, but waits for its first backup before it acknowledges"
     ALONE = "serves"
-    MIRRORED = "serves, and has its backup keep up"
+    PRIMARY = "serves, and has its backup keep up"
     BACKUP = "keeps up with the primary"
 
 
@@ -137,7 +137,7 @@ class Held:
     role: Role = Role.WAITING
     term: int = 0
     backup: str | None = None
-    """Of a primary that is mirrored."""
+    """Of a primary that has a backup."""
     cut: Shard | None = None
     """Which run of its part's vector the shard is."""
 
@@ -300,7 +300,7 @@ def _serves(one: Held) -> bool:
 
 def _is_sure(primary: Held, others: Sequence[Held]) -> bool:
     """Say whether no other server can have been made the primary instead."""
-    if primary.role is not Role.MIRRORED:
+    if primary.role is not Role.PRIMARY:
         return True
     here = [one for one in others if one.server == primary.backup]
     return any(one.role is Role.BACKUP for one in here)

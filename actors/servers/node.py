@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from distplat.actors.servers.serving import Serving
 
 _OF_ALL = ("poll", "where", "kept", "pull", "push", "log", "close")
-_KEPT_TWICE = ("held", "mirror_to", "take_over", "update", "promote", "alone")
+_KEPT_TWICE = ("held", "replicate_to", "take_over", "update", "promote", "alone")
 _OF_SHARDS = ("speed", "assign", "attach", "restore", "earlier", "commit", "seen", "listen")
 _OF_TABLES = ("open", "begin", "sizes", "part")
 

@@ -27,7 +27,7 @@ from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
 from distplat.platform.server_group import Held, Part, Role
 from distplat.platform.shard_map import Shard
-from distplat.strategies.server.mirror import Mirrored, Snapshot, Told
+from distplat.strategies.server.backup import Change, ReplicatedStore, Snapshot
 
 _SLICE_S = 0.05
 """How often who waits for a backup looks whether it is still to wait."""
@@ -45,7 +45,7 @@ class Backup:
 
 class Replication:
     """
-    See the top of the file; it is the store's `Mirror`.
+    See the top of the file; it is the store's `BackupLink`.
 
     Args:
         name: of this server.
@@ -56,7 +56,7 @@ class Replication:
     """
 
     def __init__(
-        self, name: str, transport: Transport, role: Role, store: Mirrored, limit_s: float
+        self, name: str, transport: Transport, role: Role, store: ReplicatedStore, limit_s: float
     ) -> None:
         self._name, self._transport = name, transport
         self._store, self._limit_s = store, limit_s
@@ -69,7 +69,7 @@ class Replication:
 
     @property
     def settled(self) -> bool:
-        """See `Mirror`."""
+        """See `BackupLink`."""
         return self.part.settled
 
     def held(self, number: int, cut: Shard | None = None) -> Held:
@@ -77,10 +77,10 @@ class Replication:
         backup = self._backup.name if self._backup is not None else None
         return Held(self._name, number, self.part.role, self.part.term, backup, cut)
 
-    def send(self, told: Told, gradient: Any = None) -> None:
-        """See `Mirror`."""
+    def send(self, change: Change, gradient: Any = None) -> None:
+        """See `BackupLink`."""
         backup, term, number = self._backup, self.part.term, self._count
-        if self.part.role is not Role.MIRRORED or backup is None:
+        if self.part.role is not Role.PRIMARY or backup is None:
             return
         self._count += 1
         sent = gradient
@@ -91,14 +91,14 @@ class Replication:
             sent = gradient.detach().clone().view(torch.uint8).numpy()
 
         def call() -> Any:
-            return self._transport.call(backup.handle, "update", term, number, told, sent)
+            return self._transport.call(backup.handle, "update", term, number, change, sent)
 
         self._sent = call, call()
 
     def confirm(self) -> None:
-        """See `Mirror`."""
+        """See `BackupLink`."""
         until = time.monotonic() + self._limit_s
-        while self._sent is not None and self.part.role is Role.MIRRORED:
+        while self._sent is not None and self.part.role is Role.PRIMARY:
             call, answer = self._sent
             if self._made(call, answer):
                 break
@@ -130,7 +130,7 @@ class Replication:
                 self._backup = None
             return changed or self.part.term == term
 
-    def mirror_to(self, term: int, name: str, handle: Any, opened: bool) -> None:
+    def replicate_to(self, term: int, name: str, handle: Any, opened: bool) -> None:
         """
         Fill a backup, and send it every update from now on; the store's lock is held.
 
@@ -146,7 +146,7 @@ class Replication:
         """
         if not opened:
             raise NotReadyError(f"{self._name} has no parameters yet")
-        if self.part.role is Role.MIRRORED and self.part.term == term:
+        if self.part.role is Role.PRIMARY and self.part.term == term:
             return
         if self.part.role is Role.BACKUP or self.part.term >= term:
             raise FencedError(f"{self._name} is in term {self.part.term}, not before {term}")
@@ -163,7 +163,7 @@ class Replication:
         if inbox is not None:
             inbox.seal()
         with self._changing:
-            if self.part.change(Role.MIRRORED, term):
+            if self.part.change(Role.PRIMARY, term):
                 self._count = 0
                 self._backup = Backup(name, handle, inbox if near else None)
 
@@ -190,7 +190,7 @@ class Replication:
         return self._inbox is not None
 
     def follow(
-        self, term: int, number: int, told: Told, sent: NDArray[np.uint8] | Any | None
+        self, term: int, number: int, change: Change, sent: NDArray[np.uint8] | Any | None
     ) -> None:
         """
         As a backup: do what the primary does, once; the store's lock is held.
@@ -198,7 +198,7 @@ class Replication:
         Args:
             term: of the primary.
             number: of what it has sent in this term.
-            told: what to do.
+            change: what to do.
             sent: the gradient, a vector's as bytes; None: it is in the inbox, or there is none.
 
         Raises:
@@ -214,5 +214,5 @@ class Replication:
         if like is not None:
             gradient = self._inbox if sent is None else from_bytes(sent, like.dtype)
             assert gradient is not None, "the primary was told that it is not reached"
-        self._store.follow(told, gradient)
+        self._store.follow(change, gradient)
         self._count += 1

@@ -154,7 +154,7 @@ class ReplicationManager:
     def _fill(self, order: Fill) -> Callable[[], list[Order]]:
         primary, backup = self.handles[order.primary], self.handles[order.backup]
         who = order.term, order.backup, backup
-        call = partial(self._transport.call, primary, "mirror_to", *who)
+        call = partial(self._transport.call, primary, "replicate_to", *who)
         until = time.monotonic() + self._limits.start_timeout_s
         while True:
             try:

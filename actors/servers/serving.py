@@ -11,7 +11,7 @@ from distplat.actors.servers.replication import Replication
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
 from distplat.platform.server_group import Held
-from distplat.strategies.server.mirror import Snapshot, Told
+from distplat.strategies.server.backup import Change, Snapshot
 from distplat.strategies.server.server import Server
 
 AnyServer = TypeVar("AnyServer", bound=Server[Any])
@@ -58,20 +58,20 @@ class Serving(ABC, Generic[AnyServer]):
         server = self.server
         return None if server is None else server.exclusively(server.store.log)
 
-    def mirror_to(self, term: int, name: str, handle: Any) -> None:
-        """Fill a backup and keep it up to date; see `Replication.mirror_to`."""
-        store, mirror_to = self._server.store, self._replication.mirror_to
-        self._server.exclusively(lambda: mirror_to(term, name, handle, store.opened))
+    def replicate_to(self, term: int, name: str, handle: Any) -> None:
+        """Fill a backup and keep it up to date; see `Replication.replicate_to`."""
+        store, replicate_to = self._server.store, self._replication.replicate_to
+        self._server.exclusively(lambda: replicate_to(term, name, handle, store.opened))
 
     def take_over(self, term: int, snapshot: Snapshot, inbox: Address | None) -> bool:
         """Become a primary's backup; see `Replication.take_over`."""
         take_over = self._replication.take_over
         return self._server.exclusively(lambda: take_over(term, snapshot, inbox))
 
-    def update(self, term: int, number: int, told: Told, gradient: Any) -> None:
+    def update(self, term: int, number: int, change: Change, gradient: Any) -> None:
         """Do what the primary does; see `Replication.follow`."""
         follow = self._replication.follow
-        self._server.exclusively(lambda: follow(term, number, told, gradient))
+        self._server.exclusively(lambda: follow(term, number, change, gradient))
 
     def promote(self, term: int) -> Address | None:
         """Serve from now on; give the address of the parameters, if there is one."""

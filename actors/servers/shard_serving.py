@@ -93,7 +93,7 @@ class ShardServing(Serving[ShardServer]):
         store, transport = self._server.store, self._transport
         self._replication = Replication(self._name, transport, role, store, limits.step_s)
         if role is not Role.ALONE:
-            store.mirror = self._replication
+            store.backup_link = self._replication
         self._segment = segment
         which = shard.index, shard.start, shard.stop, total
         logger.info("shard %d: parameters %d..%d of %d", *which)

@@ -42,7 +42,7 @@ class TableServing(Serving[TableServer]):
         store, role = self._server.store, Role.WAITING if part.replicated else Role.ALONE
         self._replication = Replication(part.server, transport, role, store, part.limit_s)
         if part.replicated:
-            store.mirror = self._replication
+            store.backup_link = self._replication
         self._plan: TablePlan | None = None
         self._mapped: dict[tuple[int, str], Segment] = {}  #: by rank and dtype: the last one
 

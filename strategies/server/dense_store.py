@@ -37,8 +37,8 @@ from distplat.strategies.model.segments import (
     squared_norm_of,
     typed_views,
 )
+from distplat.strategies.server.backup import BackupLink, Change, Snapshot, Update
 from distplat.strategies.server.checkpoint_copies import CheckpointCopies, VectorCopies
-from distplat.strategies.server.mirror import Mirror, Snapshot, Told, Update
 from distplat.strategies.server.staleness import Staleness
 
 _BOOKS = ("ledger", "staleness", "seen", "_before_version", "_segments", "_thawing")
@@ -55,7 +55,7 @@ class DenseStore:
 
     def __init__(self, plan: ShardPlan, params: Tensor) -> None:
         self._plan, self.params = plan, params
-        self.mirror: Mirror | None = None  #: the way to a backup
+        self.backup_link: BackupLink | None = None  #: the way to a backup
         self._layout = layout_of(plan, params)
         every, tail = self._layout.segments, self._layout.tail
         self._segments = tuple(one for one in every if one.start < tail)
@@ -110,7 +110,7 @@ class DenseStore:
 
     @property
     def inbox(self) -> Tensor:
-        """See `Mirrored`."""
+        """See `ReplicatedStore`."""
         return self.params
 
     def restore(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
@@ -223,39 +223,39 @@ class DenseStore:
         else:
             assert self._pushed is not None and self._present is not None, "a push was staged"
             update = self.staleness.update(self._pushed, version, self._present)
-        if self.mirror is not None:
-            self.mirror.send(update, self._sum)
+        if self.backup_link is not None:
+            self.backup_link.send(update, self._sum)
         self._update(update, steps)
         return True
 
-    def follow(self, told: Told, gradient: Tensor) -> None:
-        """See `Mirrored`; `gradient` is summed and clipped, or corrected, shape [m]."""
-        assert isinstance(told, Update), "a shard is told of updates alone"
-        push, steps = told.push, self.steps
+    def follow(self, change: Change, gradient: Tensor) -> None:
+        """See `ReplicatedStore`; `gradient` is summed and clipped, or corrected, shape [m]."""
+        assert isinstance(change, Update), "a shard is told of updates alone"
+        push, steps = change.push, self.steps
         if self.staleness is None:
             self._keep_present()
-            self._look_for_thawed(told.present)
+            self._look_for_thawed(change.present)
             self._sum.copy_(gradient)
-            self.ledger.restore(told.version + 1)
+            self.ledger.restore(change.version + 1)
         else:
             assert push is not None, "an asynchronous update is one rank's"
-            self.staleness.follow(told, push.rank, self.params)
+            self.staleness.follow(change, push.rank, self.params)
             if push.attempt > self.ledger.attempt:
                 self.renew(push.attempt)
             self.ledger.offer(push)
             self.ledger.commit(push.seq)
             self._sum = gradient
-        self._update(told, steps)
+        self._update(change, steps)
 
     def snapshot(self) -> Snapshot:
-        """See `Mirrored`."""
+        """See `ReplicatedStore`."""
         vectors = {"params": self.params, **({} if self._before is None else {"_": self._before})}
         vectors |= {f"optimizer/{name}": one for name, one in self.optimizer.state().items()}
         books = {name: deepcopy(getattr(self, name)) for name in _BOOKS}
         return Snapshot({name: one.clone() for name, one in vectors.items()}, books)
 
     def become(self, snapshot: Snapshot) -> None:
-        """See `Mirrored`."""
+        """See `ReplicatedStore`."""
         vectors: dict[str, Tensor] = dict(snapshot.vectors)
         self.params.copy_(vectors.pop("params"))
         if self._before is not None:

@@ -35,8 +35,8 @@ from distplat.platform.errors import (
 from distplat.platform.ledger import Answer, Ledger, PullId, PushId, Verdict
 from distplat.platform.load import PushQueue, QueuedPush
 from distplat.platform.shard_map import ShardPlan
+from distplat.strategies.server.backup import ReplicatedStore
 from distplat.strategies.server.dense_store import DenseStore
-from distplat.strategies.server.mirror import Mirrored
 
 Result = TypeVar("Result")
 Deliver = Callable[[Any, int], Any]
@@ -51,7 +51,7 @@ class Limits:
     step_s: float
 
 
-class Store(Mirrored, Protocol):
+class Store(ReplicatedStore, Protocol):
     """What a server keeps; it waits for nobody, and is called with the server's lock held."""
 
     @property
@@ -312,19 +312,19 @@ class Server(Generic[S]):
 
     def _confirm(self) -> None:
         """Return when the backup, if there is one, has done what was just done here."""
-        mirror = self.store.mirror
-        if mirror is None:
+        backup_link = self.store.backup_link
+        if backup_link is None:
             return
         try:
-            mirror.confirm()
+            backup_link.confirm()
         except DistplatError as error:
             self._deposed = error
             self._changed.notify_all()
             raise
 
     def _wait_for_backup(self) -> None:
-        mirror, limit = self.store.mirror, self._limits.start_s
-        if not self._changed.wait_for(lambda: mirror is None or mirror.settled, limit):
+        backup_link, limit = self.store.backup_link, self._limits.start_s
+        if not self._changed.wait_for(lambda: backup_link is None or backup_link.settled, limit):
             late = (f"the backup of {self._name}",)
             raise DeadlineExceeded("the first copy", late, limit, "failure.start_timeout_s")
 

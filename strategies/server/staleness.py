@@ -21,7 +21,7 @@ from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.model.segments import typed_views
-from distplat.strategies.server.mirror import Update
+from distplat.strategies.server.backup import Update
 
 
 class Staleness:

@@ -26,8 +26,15 @@ from distplat.platform.ledger import Answer, Ledger, PullId, PushId, StepLedger,
 from distplat.platform.optimizers import factor
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor
+from distplat.strategies.server.backup import (
+    BackupLink,
+    Change,
+    Renewal,
+    Snapshot,
+    StepBack,
+    Update,
+)
 from distplat.strategies.server.checkpoint_copies import CheckpointCopies
-from distplat.strategies.server.mirror import Mirror, Renewal, Snapshot, StepBack, Told, Update
 from distplat.strategies.server.server import Limits, Server
 from distplat.strategies.sparse.files import packed_part
 from distplat.strategies.sparse.routing import server_of
@@ -56,7 +63,7 @@ class TableStore:
 
     def __init__(self, name: str, index: int) -> None:
         self._name, self.index = name, index
-        self.mirror: Mirror | None = None  #: the way to a backup
+        self.backup_link: BackupLink | None = None  #: the way to a backup
         self.plan: TablePlan | None = None  #: None: nobody has opened the tables
         self.tables: list[Table] = []
         self._ledger: Ledger | None = None
@@ -136,8 +143,8 @@ class TableStore:
         if here != version + 1 or not plan.rewinds:
             raise ProtocolError(f"{self._name} is at step {here}, the workers at {version}")
         self._step_back(version)
-        if self.mirror is not None:
-            self.mirror.send(StepBack(version))
+        if self.backup_link is not None:
+            self.backup_link.send(StepBack(version))
 
     def push(self, push: PushId, gradient: Sequence[RowGradients], control: bool) -> Verdict:
         """
@@ -175,11 +182,11 @@ class TableStore:
         by_table: Rows = [
             [part for part in parts if part.table == number] for number in range(len(self.tables))
         ]
-        if self.mirror is not None:
+        if self.backup_link is not None:
             pairs = zip(self.tables, by_table, strict=True)
             by_table = [[table.summed(some)] if some else [] for table, some in pairs]
             push = self._pushed if ledger.asynchronous else None
-            self.mirror.send(Update(version, push), by_table)
+            self.backup_link.send(Update(version, push), by_table)
         self._update(by_table, place, before)
         return True
 
@@ -207,13 +214,13 @@ class TableStore:
         """See `Store`; of asynchronous tables no order is kept."""
 
     def snapshot(self) -> Snapshot:
-        """See `Mirrored`."""
+        """See `ReplicatedStore`."""
         tables = {table.spec.name: table.snapshot() for table in self.tables}
         books = {"plan": self.plan, "index": self.index, "_ledger": deepcopy(self._ledger)}
         return Snapshot(tables, books)
 
     def become(self, snapshot: Snapshot) -> None:
-        """See `Mirrored`."""
+        """See `ReplicatedStore`."""
         for name, value in snapshot.books.items():
             setattr(self, name, value)
         assert self.plan is not None, "only opened tables are copied"
@@ -222,9 +229,9 @@ class TableStore:
         for table in self.tables:
             table.load(snapshot.vectors[table.spec.name])
 
-    def follow(self, told: Told, gradient: Rows) -> None:
-        """See `Mirrored`; `gradient` has the sum for each table that was used."""
-        match told:
+    def follow(self, change: Change, gradient: Rows) -> None:
+        """See `ReplicatedStore`; `gradient` has the sum for each table that was used."""
+        match change:
             case Renewal(plan=plan):
                 self.plan = plan
                 self.renew(plan.attempt, plan.world)
@@ -353,8 +360,8 @@ class TableServer(Server[TableStore]):
             if plan.attempt > store.ledger.attempt:
                 store.plan = plan
                 self.renew(plan.attempt, plan.world)
-                if store.mirror is not None:
-                    store.mirror.send(Renewal(plan))
+                if store.backup_link is not None:
+                    store.backup_link.send(Renewal(plan))
                 self._confirm()
             return store.ledger.steps
 

@@ -110,7 +110,7 @@ def test_a_part_refuses_what_is_not_its_own() -> None:
         part.check_update(2)
 
 
-ALONE, MIRRORED, BACKUP, WAITING = Role.ALONE, Role.MIRRORED, Role.BACKUP, Role.WAITING
+ALONE, PRIMARY, BACKUP, WAITING = Role.ALONE, Role.PRIMARY, Role.BACKUP, Role.WAITING
 
 
 @pytest.mark.parametrize(
@@ -118,20 +118,20 @@ ALONE, MIRRORED, BACKUP, WAITING = Role.ALONE, Role.MIRRORED, Role.BACKUP, Role.
     [
         # a pair: the primary has everything, and its backup is made anew
         (
-            [Held("server-0", 0, MIRRORED, 2, "server-1"), Held("server-1", 0, BACKUP, 2)],
+            [Held("server-0", 0, PRIMARY, 2, "server-1"), Held("server-1", 0, BACKUP, 2)],
             "server-0",
             ["server-1"],
         ),
         # a promoted backup, and the primary before it, which was only frozen
         (
-            [Held("server-0", 0, MIRRORED, 2, "server-1"), Held("server-1", 0, ALONE, 3)],
+            [Held("server-0", 0, PRIMARY, 2, "server-1"), Held("server-1", 0, ALONE, 3)],
             "server-1",
             ["server-0"],
         ),
         # a backup that was being started
         ([Held("server-0", 0, ALONE, 5), Held("server-3", None)], "server-0", ["server-3"]),
-        # a mirrored primary whose backup does not answer may have been replaced by it
-        ([Held("server-0", 0, MIRRORED, 2, "server-1")], None, ["server-0"]),
+        # a primary whose backup does not answer may have been replaced by it
+        ([Held("server-0", 0, PRIMARY, 2, "server-1")], None, ["server-0"]),
         # a backup by itself may lack what the primary did after it was given up
         ([Held("server-1", 0, BACKUP, 2)], None, ["server-1"]),
         ([], None, []),
@@ -166,7 +166,7 @@ class Node:
     part: Part
     updates: list[int] = field(default_factory=list)
     owed: list[int] = field(default_factory=list)
-    mirror: str | None = None
+    backup_link: str | None = None
     up: bool = True
     frozen: bool = False
 
@@ -203,9 +203,9 @@ class Losses(RuleBasedStateMachine):
         role = node.part.role
         if role is Role.ALONE:
             return True
-        if role is not Role.MIRRORED or node.mirror is None:
+        if role is not Role.PRIMARY or node.backup_link is None:
             return False
-        backup = self.nodes[node.mirror]
+        backup = self.nodes[node.backup_link]
         if not backup.answers:
             return False
         try:
@@ -279,7 +279,7 @@ class Losses(RuleBasedStateMachine):
             case Promote(server=server, term=term) | GoAlone(server=server, term=term):
                 node = self.nodes[server]
                 if node.answers and node.part.change(Role.ALONE, term):
-                    node.mirror = None
+                    node.backup_link = None
                     self._settle(node)
 
     def _fill(self, order: Fill) -> None:
@@ -290,8 +290,8 @@ class Losses(RuleBasedStateMachine):
             return
         if backup.part.change(Role.BACKUP, order.term):
             backup.updates = list(primary.updates)
-            primary.part.change(Role.MIRRORED, order.term)
-            primary.mirror = order.backup
+            primary.part.change(Role.PRIMARY, order.term)
+            primary.backup_link = order.backup
             self.confirmed.append((order.backup, order.term))
 
     @rule()
@@ -301,7 +301,7 @@ class Losses(RuleBasedStateMachine):
             return
         self.managers += 1
         held = [
-            Held(name, 0, node.part.role, node.part.term, node.mirror)
+            Held(name, 0, node.part.role, node.part.term, node.backup_link)
             for name, node in self.nodes.items()
             if node.answers
         ]
@@ -331,19 +331,19 @@ class Losses(RuleBasedStateMachine):
     def who_has_a_ready_backup_does_not_go_on_alone(self) -> None:
         seat = self.group.seats[0]
         if self.group.broken is None and seat.ready:
-            assert self.nodes[seat.primary].part.role is Role.MIRRORED
+            assert self.nodes[seat.primary].part.role is Role.PRIMARY
 
     @invariant()
     def one_at_most_can_acknowledge(self) -> None:
         able = []
         for name, node in self.nodes.items():
-            mirror = self.nodes[node.mirror] if node.mirror else None
-            fits = mirror is not None and (mirror.part.role, mirror.part.term) == (
+            backup_link = self.nodes[node.backup_link] if node.backup_link else None
+            fits = backup_link is not None and (backup_link.part.role, backup_link.part.term) == (
                 Role.BACKUP,
                 node.part.term,
             )
             if node.up and (
-                node.part.role is Role.ALONE or (node.part.role is Role.MIRRORED and fits)
+                node.part.role is Role.ALONE or (node.part.role is Role.PRIMARY and fits)
             ):
                 able.append(name)
         assert len(able) <= 1, able

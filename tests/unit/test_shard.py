@@ -24,8 +24,8 @@ from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.loop.control import StepControl
+from distplat.strategies.server.backup import BackupLink, Update
 from distplat.strategies.server.dense_store import DenseStore
-from distplat.strategies.server.mirror import Mirror, Update
 
 SIZE, WORLD, STEPS = 53, 3, 6
 
@@ -113,7 +113,9 @@ def test_what_no_rank_has_a_gradient_of_rests(optimizer: dict[str, Any]) -> None
     shard, of = with_halves(job(optimizer)), job(optimizer)
     backup = with_halves(of)
     sent: list[tuple[Update, Tensor]] = []
-    shard.mirror = cast(Mirror, SimpleNamespace(send=lambda u, g: sent.append((u, g.clone()))))
+    shard.backup_link = cast(
+        BackupLink, SimpleNamespace(send=lambda u, g: sent.append((u, g.clone())))
+    )
     parameters = [nn.Parameter(part) for part in torch.linspace(-1, 1, SIZE).tensor_split([32])]
     arguments = {k: v for k, v in optimizer.items() if k != "name"}
     plain = getattr(torch.optim, optimizer["name"])(parameters, **arguments)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dying_mirror import MOMENTS, InMemoryMirror
+from dying_backup import MOMENTS, InMemoryBackup
 from jobs import job_of
 from local_run import Attempt, LocalRun, impatient, train
 from rank_threads import on_ranks
@@ -80,12 +80,12 @@ def opened(of: TablePlan) -> TableServer:
     return made
 
 
-def backed(primary: TableServer) -> tuple[TableServer, InMemoryMirror]:
+def backed(primary: TableServer) -> tuple[TableServer, InMemoryBackup]:
     """Give it a backup, as it is now."""
     backup = TableServer("backup", 7)
-    mirror = InMemoryMirror(primary.store, backup.store)
-    primary.store.mirror = mirror
-    return backup, mirror
+    backup_link = InMemoryBackup(primary.store, backup.store)
+    primary.store.backup_link = backup_link
+    return backup, backup_link
 
 
 def bits(of: TableServer) -> bytes:
@@ -110,8 +110,8 @@ def test_a_promoted_backup_has_the_bits_of_a_run_without_a_loss(
     whole, primary = opened(of), opened(of)
     steps(whole, 0, STEPS)
     steps(primary, 0, filled_at)
-    backup, mirror = backed(primary)
-    mirror.dies = LOST_AT * (WORLD if asynchronous else 1), moment
+    backup, backup_link = backed(primary)
+    backup_link.dies = LOST_AT * (WORLD if asynchronous else 1), moment
     with pytest.raises(ActorLost):
         steps(primary, filled_at, STEPS)
     backup.open(of)
@@ -164,8 +164,8 @@ def test_a_snapshot_travels_and_shares_nothing() -> None:
 
 def test_who_may_not_acknowledge_serves_no_more() -> None:
     primary = opened(plan())
-    _, mirror = backed(primary)
-    mirror.dies = 0, MOMENTS[2]
+    _, backup_link = backed(primary)
+    backup_link.dies = 0, MOMENTS[2]
     with pytest.raises(ActorLost):
         steps(primary, 0, 1)
     calls: list[Callable[[], object]] = [

@@ -54,23 +54,23 @@ class StepBack:
     """Steps that they have behind them afterwards."""
 
 
-Told = Update | Renewal | StepBack
-"""What a backup is told."""
+Change = Update | Renewal | StepBack
+"""What a backup does after its primary."""
 
 
-class Mirror(Protocol):
+class BackupLink(Protocol):
     """The way from a primary to its backup. Both calls are made with the server's lock held."""
 
     @property
     def settled(self) -> bool:
         """Whether it is known if there is a backup: nothing is served before."""
 
-    def send(self, told: Told, gradient: Any = None) -> None:
+    def send(self, change: Change, gradient: Any = None) -> None:
         """
         Have the backup do what the primary does; returns before it is done.
 
         Args:
-            told: what.
+            change: what.
             gradient: of an update: the vector, or the rows of each table.
         """
 
@@ -93,10 +93,10 @@ class Snapshot:
     """Plain values by name."""
 
 
-class Mirrored(Protocol):
+class ReplicatedStore(Protocol):
     """A store that can be kept twice."""
 
-    mirror: Mirror | None
+    backup_link: BackupLink | None
     """The way to a backup."""
 
     @property
@@ -112,5 +112,5 @@ class Mirrored(Protocol):
     def become(self, snapshot: Snapshot) -> None:
         """Be equal to the store of which that is a copy; it is used up."""
 
-    def follow(self, told: Told, gradient: Any) -> None:
+    def follow(self, change: Change, gradient: Any) -> None:
         """As a backup, do what the primary does."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from control_records import full_record
 from delayed import async_plan, noise
-from dying_mirror import MOMENTS, InMemoryMirror
+from dying_backup import MOMENTS, InMemoryBackup
 from jobs import job_of
 from torch import Tensor
 
@@ -101,9 +101,9 @@ def test_a_promoted_backup_has_the_bits_of_a_run_without_a_loss(
     for seq in range(filled_at):
         for rank in range(WORLD):
             push(primary, rank, seq)
-    mirror = InMemoryMirror(primary.store, backup.store)
-    primary.store.mirror = mirror
-    mirror.dies = LOST_AT, moment
+    backup_link = InMemoryBackup(primary.store, backup.store)
+    primary.store.backup_link = backup_link
+    backup_link.dies = LOST_AT, moment
     with pytest.raises(ActorLost):
         train(primary, filled_at)
     train(backup, LOST_AT)  # every rank makes the push again that nobody has acknowledged
@@ -124,9 +124,9 @@ def test_an_asynchronous_backup_has_the_order_too(how: Consistency, moment: str)
     whole = opened(facts)
     train(whole)
     primary, backup = opened(facts), service(facts)
-    mirror = InMemoryMirror(primary.store, backup.store)
-    primary.store.mirror = mirror
-    mirror.dies = LOST_AT * WORLD, moment  # rank 0's push of step LOST_AT
+    backup_link = InMemoryBackup(primary.store, backup.store)
+    primary.store.backup_link = backup_link
+    backup_link.dies = LOST_AT * WORLD, moment  # rank 0's push of step LOST_AT
     for seq in range(LOST_AT):
         for rank in range(WORLD):
             push(primary, rank, seq)
@@ -160,13 +160,13 @@ def test_a_backup_of_a_backup_has_late_pulls_too(moment: str) -> None:
     whole = opened(facts)
     train(whole)
     services = [opened(facts), service(facts), service(facts)]
-    services[0].store.mirror = InMemoryMirror(services[0].store, services[1].store)
+    services[0].store.backup_link = InMemoryBackup(services[0].store, services[1].store)
     for seq in range(LOST_AT):
         for rank in range(WORLD):
             push(services[0], rank, seq)
     held = services[0].store.params.clone()
-    second = InMemoryMirror(services[1].store, services[2].store)
-    services[1].store.mirror = second
+    second = InMemoryBackup(services[1].store, services[2].store)
+    services[1].store.backup_link = second
     services[1].store.pull_elsewhere(WORLD - 1, LOST_AT * WORLD, held)
     push(services[1], 0, LOST_AT)
     second.dies = LOST_AT * WORLD + 1, moment
@@ -190,9 +190,9 @@ def test_a_server_that_may_not_acknowledge_serves_no_more() -> None:
     """The ranks that wait beside the one whose call failed must not take the update for made."""
     facts = plan(SYNCHRONOUS, OPTIMIZERS[0])
     primary, backup = opened(facts), service(facts)
-    mirror = InMemoryMirror(primary.store, backup.store)
-    primary.store.mirror = mirror
-    mirror.dies = 0, MOMENTS[2]
+    backup_link = InMemoryBackup(primary.store, backup.store)
+    primary.store.backup_link = backup_link
+    backup_link.dies = 0, MOMENTS[2]
     with pytest.raises(ActorLost):
         train(primary)
     calls: list[Callable[[], object]] = [

@@ -3,22 +3,22 @@
 from typing import Any
 
 from distplat.platform.errors import ActorLost
-from distplat.strategies.server.mirror import Mirrored, Told, Update
+from distplat.strategies.server.backup import Change, ReplicatedStore, Update
 
 MOMENTS = ("before it sent", "after it sent", "before it answered")
 """When a primary may die in an update: the backup has not made it yet, has made it, has told so."""
 
 
-class InMemoryMirror:
+class InMemoryBackup:
     """
-    See `Mirror`; the backup makes each update within the call.
+    See `BackupLink`; the backup makes each update within the call.
 
     Args:
         primary: whose updates they are; this becomes its mirror.
         backup: an equal store, filled here.
     """
 
-    def __init__(self, primary: Mirrored, backup: Mirrored) -> None:
+    def __init__(self, primary: ReplicatedStore, backup: ReplicatedStore) -> None:
         self._backup = backup
         backup.become(primary.snapshot())
         self.dies: tuple[int, str] | None = None  #: version and moment of the primary's death
@@ -26,19 +26,19 @@ class InMemoryMirror:
 
     @property
     def settled(self) -> bool:
-        """See `Mirror`."""
+        """See `BackupLink`."""
         return True
 
-    def send(self, told: Told, gradient: Any = None) -> None:
-        """See `Mirror`."""
-        if isinstance(told, Update):
-            self._version = told.version
+    def send(self, change: Change, gradient: Any = None) -> None:
+        """See `BackupLink`."""
+        if isinstance(change, Update):
+            self._version = change.version
         self._maybe_die(MOMENTS[0])
-        self._backup.follow(told, gradient)
+        self._backup.follow(change, gradient)
         self._maybe_die(MOMENTS[1])
 
     def confirm(self) -> None:
-        """See `Mirror`."""
+        """See `BackupLink`."""
         self._maybe_die(MOMENTS[2])
 
     def _maybe_die(self, moment: str) -> None:
