@@ -27,7 +27,7 @@ class Overview:
     job: str
     servers: ServersSeen | None
     """None: the run has no server group."""
-    roster: SchedulerStatus | None
+    scheduler: SchedulerStatus | None
     """None: it has no task scheduler."""
     scale: ScaleStatus = NOBODY_ASKED
     """What became of the last request for another number of workers."""
@@ -55,9 +55,9 @@ def overview(run: RunName) -> Overview:
         ActorLost, DeadlineExceeded: they are gone, or do not answer.
     """
     seen = _ask(run, "server-manager", lambda actor: actor.seen.remote())
-    roster = _ask(run, "task-scheduler", lambda actor: actor.roster.remote())
+    scheduler = _ask(run, "task-scheduler", lambda actor: actor.status.remote())
     status = _ask(run, "controller", lambda actor: actor.scale_status.remote())
-    return Overview(run.run, run.job, seen, roster, status or NOBODY_ASKED)
+    return Overview(run.run, run.job, seen, scheduler, status or NOBODY_ASKED)
 
 
 def scale(run: RunName, workers: int, wait_s: float) -> Overview:
@@ -82,14 +82,14 @@ def scale(run: RunName, workers: int, wait_s: float) -> Overview:
     until = time.monotonic() + wait_s
     while True:
         status = _ask(run, "controller", lambda actor: actor.scale_status.remote())
-        roster = _ask(run, "task-scheduler", lambda actor: actor.roster.remote())
-        if status is None or roster is None:
+        scheduler = _ask(run, "task-scheduler", lambda actor: actor.status.remote())
+        if status is None or scheduler is None:
             raise ActorLost("controller", None, f"run {run.run} is over")
         _check_stands(request, status)
-        if wait_s == 0 or (not status.pending and len(roster.workers) == workers):
-            return Overview(run.run, run.job, None, roster, status)
+        if wait_s == 0 or (not status.pending and len(scheduler.workers) == workers):
+            return Overview(run.run, run.job, None, scheduler, status)
         if time.monotonic() > until:
-            what = f"{workers} workers instead of {len(roster.workers)}"
+            what = f"{workers} workers instead of {len(scheduler.workers)}"
             raise DeadlineExceeded(what, ("workers",), wait_s, "--wait-s")
         time.sleep(_AGAIN_S)
 

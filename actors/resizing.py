@@ -41,29 +41,31 @@ class Resizer:
 
     def __init__(self, actor_group: ActorGroup, requests: ScaleRequests) -> None:
         self._actors, self._requests = actor_group, requests
-        self._brain = Resizing(actor_group.world)
+        self._resizing = Resizing(actor_group.world)
         self._number = 0  #: of the request that is being carried out
         self._calls: dict[int, tuple[Any, float]] = {}  #: newcomer -> when it is ready, deadline
 
     @property
     def world(self) -> int:
         """Workers that the run goes on with."""
-        return self._brain.world
+        return self._resizing.world
 
     def refusal(self, workers: int) -> str:
         """Say why there cannot be so many workers; empty: there can."""
-        more = workers - self._brain.world - len(self._brain.newcomers)
+        more = workers - self._resizing.world - len(self._resizing.newcomers)
         return _refusal(self._actors, workers, more)
 
     def begin_anew(self) -> None:
         """All actors were made anew; a request that is under way stands."""
-        self._brain.begin_anew(self._actors.world)
+        self._resizing.begin_anew(self._actors.world)
         self._calls.clear()
 
     def resized(self) -> None:
         """The run goes on with as many workers as the actor group has now."""
-        self._brain.resized(self._actors.world)
-        self._calls = {rank: c for rank, c in self._calls.items() if rank in self._brain.newcomers}
+        self._resizing.resized(self._actors.world)
+        self._calls = {
+            rank: c for rank, c in self._calls.items() if rank in self._resizing.newcomers
+        }
 
     def look(self, base: int) -> int | None:
         """
@@ -75,22 +77,22 @@ class Resizer:
         Returns:
             Workers to go on with from the next step; None: nothing is to change now.
         """
-        brain = self._brain
+        resizing = self._resizing
         request = self._requests.take()
         if request is not None:
             self._take(request)
-        for rank in brain.to_drop:
+        for rank in resizing.to_drop:
             self._drop(rank)
-        for rank in brain.to_make:
+        for rank in resizing.to_make:
             limit = self._actors.job.failure.start_timeout_s
             self._calls[rank] = self._actors.enlist(rank, base), time.monotonic() + limit
-            brain.made(rank)
+            resizing.made(rank)
         for rank in list(self._calls):
             if rank in self._calls:  # else it was let go with one that was lost
                 self._look_after(rank)
-        if brain.granted:
+        if resizing.granted:
             self._answer("")
-        return brain.due
+        return resizing.due
 
     def _take(self, request: ScaleRequest) -> None:
         refused = self.refusal(request.workers)
@@ -98,7 +100,7 @@ class Resizer:
             self._requests.answer(request.number, refused)
             return
         self._number = request.number
-        self._brain.wish(request.workers)
+        self._resizing.wish(request.workers)
 
     def _look_after(self, rank: int) -> None:
         call, until = self._calls[rank]
@@ -118,21 +120,21 @@ class Resizer:
         except ray.exceptions.RayError as error:
             self._give_up(rank, str(error).strip().splitlines()[0])
         else:
-            self._brain.ready(rank)
+            self._resizing.ready(rank)
 
     def _give_up(self, rank: int, why: str) -> None:
         """A newcomer is lost: the run goes on as it was."""
         self._answer(f"worker-{rank} could not be started: {why}")
-        for other in list(self._brain.newcomers):
+        for other in list(self._resizing.newcomers):
             self._drop(other)
 
     def _answer(self, refused: str) -> None:
-        self._brain.give_up()
+        self._resizing.give_up()
         self._requests.answer(self._number, refused)
 
     def _drop(self, rank: int) -> None:
         self._calls.pop(rank, None)
-        self._brain.dropped(rank)
+        self._resizing.dropped(rank)
         self._actors.let_go(rank)
 
 

@@ -29,19 +29,20 @@ def role_lines(seen: Overview) -> list[str]:
     lines = [f"run {seen.run}"]
     if seen.servers is not None:
         lines += ["", *_server_lines(seen.servers)]
-    if seen.roster is not None:
-        lines += ["", *_worker_lines(seen.roster, seen.scale)]
-    if seen.servers is None and seen.roster is None:
+    if seen.scheduler is not None:
+        lines += ["", *_worker_lines(seen.scheduler, seen.scale)]
+    if seen.servers is None and seen.scheduler is None:
         lines += ["its strategy has neither servers nor a task scheduler"]
     return lines
 
 
 def role_facts(seen: Overview) -> dict[str, Any]:
     """Give the roles for JSON output."""
+    tasks = seen.scheduler
     return {
         "run": seen.run,
         "servers": None if seen.servers is None else asdict(seen.servers),
-        "scheduler": None if seen.roster is None else asdict(seen.roster) | asdict(seen.scale),
+        "scheduler": None if tasks is None else asdict(tasks) | asdict(seen.scale),
     }
 
 
@@ -74,28 +75,31 @@ def _backup(seat: ShardAssignment) -> str:
     return f"{seat.making} (starting)" if seat.making is not None else "-"
 
 
-def _worker_lines(roster: SchedulerStatus, scale: ScaleStatus) -> list[str]:
-    if not roster.steps:
+def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:
+    if not scheduler.steps:
         return ["task scheduler    no worker has come yet"]
-    head = f"task scheduler    step {roster.done} of {roster.steps}, attempt {roster.attempt}"
-    if roster.dynamic_tasks:
-        head += f", tasks of 1/{roster.parts} step are leased, {roster.duplicates} were made twice"
+    head = (
+        f"task scheduler    step {scheduler.done} of {scheduler.steps}, attempt {scheduler.attempt}"
+    )
+    if scheduler.dynamic_tasks:
+        twice = f"{scheduler.duplicates} were made twice"
+        head += f", tasks of 1/{scheduler.parts} step are leased, {twice}"
     else:
         head += ", each worker makes its part of every step"
-    unit = "TASKS" if roster.dynamic_tasks else "STEPS"
+    unit = "TASKS" if scheduler.dynamic_tasks else "STEPS"
     columns = ["WORKER", "STEP", unit, f"{unit}/S", "WORK", "LEASE", ""]
-    lines = [head, *table_lines(columns, [_row(entry, roster) for entry in roster.workers])]
+    lines = [head, *table_lines(columns, [_row(entry, scheduler) for entry in scheduler.workers])]
     if scale.refused and scale.wish is not None:
         lines.append(f"{scale.wish.workers} workers were refused: {scale.refused}")
-    elif scale.wish is not None and scale.wish.workers != len(roster.workers):
+    elif scale.wish is not None and scale.wish.workers != len(scheduler.workers):
         lines.append(f"{scale.wish.workers} workers were asked for")
     return lines
 
 
-def _row(entry: WorkerRow, roster: SchedulerStatus) -> list[str]:
+def _row(entry: WorkerRow, scheduler: SchedulerStatus) -> list[str]:
     one = entry.standing
-    lease = f"part {one.rank} of {roster.parts}"
-    if roster.dynamic_tasks:
+    lease = f"part {one.rank} of {scheduler.parts}"
+    if scheduler.dynamic_tasks:
         lease = "-"
         if entry.lease is not None:
             first, last, count = entry.lease

@@ -29,7 +29,7 @@ them."""
 
 @dataclass(frozen=True)
 class WorkerRow:
-    """One worker in a roster."""
+    """One worker of a run."""
 
     standing: WorkerStats
     lease: tuple[int, int, int] | None
@@ -69,7 +69,7 @@ class Scheduler:
         self._name, self._job, self._how = name, job, consistency
         self._attempt = 0
         self._workers_table = WorkerTable()
-        self._brain: TaskScheduler | None = None
+        self._scheduler: TaskScheduler | None = None
         self._plan: TaskPlan | None = None
         self._leaving: set[int] = set()
         self._changed = asyncio.Event()  #: replaced by a new one whenever something is done
@@ -93,17 +93,17 @@ class Scheduler:
         self._check(attempt)
         if attempt > self._attempt:
             self._attempt = attempt
-            if self._brain is not None:
-                self._brain.renew(attempt)
+            if self._scheduler is not None:
+                self._scheduler.renew(attempt)
             else:
                 self._plan = None  # there may be more or fewer parts now
                 self._workers_table.keep(range(plan.parts))
         if self._plan is None:
             self._plan = plan
             if self._how.dynamic_tasks:
-                self._brain = TaskScheduler(plan, self._how.bound)
+                self._scheduler = TaskScheduler(plan, self._how.bound)
                 for leaving in self._leaving:
-                    self._brain.dismiss(leaving)
+                    self._scheduler.dismiss(leaving)
         elif (plan.steps, plan.parts) != (self._plan.steps, self._plan.parts):
             raise ProtocolError(
                 f"rank {rank} built another data set than the first rank to come: {plan} against "
@@ -130,12 +130,12 @@ class Scheduler:
             tasks: that it has done since.
             evaluations: the same.
         """
-        brain = self._finish(rank, attempt, tasks, evaluations)
+        scheduler = self._finish(rank, attempt, tasks, evaluations)
         until = time.monotonic() + HOLD_S
         while True:
             self._check(attempt)
-            self._take_from_the_silent(brain)
-            found = brain.work(rank, number, self.lease_size(rank, brain))
+            self._take_from_the_silent(scheduler)
+            found = scheduler.work(rank, number, self.lease_size(rank, scheduler))
             left = until - time.monotonic()
             if found is not None or left <= 0:
                 return found
@@ -144,10 +144,10 @@ class Scheduler:
             except TimeoutError:
                 continue
 
-    def lease_size(self, rank: int, brain: TaskScheduler) -> int:
+    def lease_size(self, rank: int, scheduler: TaskScheduler) -> int:
         """Give how many tasks a worker is leased at once."""
         workers = self._workers_table.ranks - self._leaving
-        return lease_size(self._workers_table.wall_s(rank), brain.left, len(workers))
+        return lease_size(self._workers_table.wall_s(rank), scheduler.left, len(workers))
 
     async def beat(
         self,
@@ -161,15 +161,15 @@ class Scheduler:
         if attempt < self._attempt:
             return  # it does not know yet
         self._workers_table.heard(rank, beat, time.monotonic())
-        if self._brain is not None:
+        if self._scheduler is not None:
             self._finish(rank, attempt, tasks, evaluations)
 
     async def dismiss(self, ranks: tuple[int, ...]) -> None:
         """Have workers finish what they have, and go."""
         self._leaving.update(ranks)
         for rank in ranks:
-            if self._brain is not None:
-                self._brain.dismiss(rank)
+            if self._scheduler is not None:
+                self._scheduler.dismiss(rank)
         self._tell()
 
     async def gone(self, rank: int) -> None:
@@ -177,9 +177,9 @@ class Scheduler:
         self._leaving.discard(rank)
         self._workers_table.forget(rank)
 
-    async def roster(self) -> SchedulerStatus:
+    async def status(self) -> SchedulerStatus:
         """Tell how all are doing."""
-        now, brain, plan = time.monotonic(), self._brain, self._plan
+        now, scheduler, plan = time.monotonic(), self._scheduler, self._plan
         entries = tuple(self._entry(standing) for standing in self._workers_table.standings(now))
         furthest = max((entry.standing.step for entry in entries), default=0)
         return SchedulerStatus(
@@ -187,13 +187,13 @@ class Scheduler:
             self._how.dynamic_tasks,
             0 if plan is None else plan.steps,
             1 if plan is None else plan.parts,
-            furthest if brain is None else brain.done.low // brain.plan.parts,
-            0 if brain is None else brain.duplicates,
+            furthest if scheduler is None else scheduler.done.low // scheduler.plan.parts,
+            0 if scheduler is None else scheduler.duplicates,
             entries,
         )
 
     def _entry(self, standing: WorkerStats) -> WorkerRow:
-        held = self._brain.held(standing.rank) if self._brain is not None else []
+        held = self._scheduler.held(standing.rank) if self._scheduler is not None else []
         lease = (held[0], held[-1], len(held)) if held else None
         return WorkerRow(standing, lease, standing.rank in self._leaving)
 
@@ -209,18 +209,18 @@ class Scheduler:
         evaluations: tuple[tuple[int, int], ...],
     ) -> TaskScheduler:
         self._check(attempt)
-        if self._brain is None:
+        if self._scheduler is None:
             raise ProtocolError(f"rank {rank} has not joined {self._name}")
         if tasks or evaluations:
-            self._brain.finish(rank, tasks, evaluations)
+            self._scheduler.finish(rank, tasks, evaluations)
             self._tell()
-        return self._brain
+        return self._scheduler
 
-    def _take_from_the_silent(self, brain: TaskScheduler) -> None:
+    def _take_from_the_silent(self, scheduler: TaskScheduler) -> None:
         """Lease again what workers hold that do not answer, before the controller ends them."""
         limit = self._job.failure.heartbeat_timeout_s
         for rank in self._workers_table.silent(time.monotonic(), limit):
-            brain.lose(rank)
+            scheduler.lose(rank)
 
     def _tell(self) -> None:
         """Wake whoever waits for work."""

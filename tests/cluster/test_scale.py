@@ -78,8 +78,8 @@ def wait_until(run: RunName, what: Callable[[Overview], bool]) -> Overview:
 
 
 def made(seen: Overview) -> dict[int, int]:
-    assert seen.roster is not None
-    return {entry.standing.rank: entry.standing.made for entry in seen.roster.workers}
+    assert seen.scheduler is not None
+    return {entry.standing.rank: entry.standing.made for entry in seen.scheduler.workers}
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_whoever_comes_and_goes_each_task_is_in_the_tables_once(tmp_path: Path) 
         for role in ("worker-1", "task-scheduler"):
             ray.kill(run.actor(role))
         assert mine.recovered.wait(PATIENCE_S)
-        wait_until(run, lambda seen: seen.roster is not None and made(seen).get(1, 0) > 0)
+        wait_until(run, lambda seen: seen.scheduler is not None and made(seen).get(1, 0) > 0)
         scale(run, 1, PATIENCE_S)
 
     ends = tmp_path / "ends"
@@ -172,8 +172,8 @@ def goes_on(mine: Story, run: RunName, workers: int) -> Overview:
         assert time.monotonic() < until, role_lines(overview(run))
         time.sleep(0.05)
     seen = overview(run)
-    assert seen.roster is not None
-    assert (sorted(made(seen)), seen.roster.parts) == ([*range(workers)], workers)
+    assert seen.scheduler is not None
+    assert (sorted(made(seen)), seen.scheduler.parts) == ([*range(workers)], workers)
     return seen
 
 

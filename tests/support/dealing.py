@@ -25,14 +25,14 @@ class Dealing(Scheduler):
         self._most = most
         self._dead: set[tuple[int, int]] = set()  #: (rank, attempt)
 
-    def lease_size(self, rank: int, brain: TaskScheduler) -> int:
+    def lease_size(self, rank: int, scheduler: TaskScheduler) -> int:
         """See `Scheduler`; however fast the worker is."""
         return self._most
 
     async def lose(self, rank: int) -> None:
         """Lease what a rank holds to others, as if it had not been heard of for long."""
-        assert self._brain is not None, "somebody has joined"
-        self._brain.lose(rank)
+        assert self._scheduler is not None, "somebody has joined"
+        self._scheduler.lose(rank)
         self._tell()
 
     async def die(self, rank: int) -> None:
@@ -44,11 +44,11 @@ class Dealing(Scheduler):
         self._dead.add((rank, self._attempt))
         self._tell()
 
-    def _take_from_the_silent(self, brain: TaskScheduler) -> None:
-        super()._take_from_the_silent(brain)
+    def _take_from_the_silent(self, scheduler: TaskScheduler) -> None:
+        super()._take_from_the_silent(scheduler)
         for rank, attempt in self._dead:
             if attempt == self._attempt:
-                brain.lose(rank)
+                scheduler.lose(rank)
 
 
 def desk_of(job: Job, roles: Roles, most: int = 1) -> TaskDesk:

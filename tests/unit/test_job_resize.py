@@ -1,4 +1,4 @@
-"""The controller's brain when there are to be more or fewer workers: nothing failed, all stop."""
+"""What the controller decides when the number of workers changes: nothing failed, all stop."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The controller's brain when a run may go on after failures."""
+"""What the controller decides when a run may go on after failures."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The controller's brain: what each history of news makes of a run."""
+"""What the controller decides: what each history of news makes of a run."""
 
 from collections.abc import Sequence
 

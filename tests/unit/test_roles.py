@@ -29,7 +29,7 @@ WORKERS = (
 )
 
 
-def roster(**more: Any) -> SchedulerStatus:
+def scheduler(**more: Any) -> SchedulerStatus:
     fields: dict[str, Any] = {
         "attempt": 1,
         "dynamic_tasks": True,
@@ -43,7 +43,7 @@ def roster(**more: Any) -> SchedulerStatus:
 
 
 def test_a_run_with_leases_and_backups() -> None:
-    seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), roster())
+    seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), scheduler())
     assert role_lines(seen) == [
         "run digits-1",
         "",
@@ -64,7 +64,7 @@ def test_a_run_with_leases_and_backups() -> None:
 def test_a_synchronous_run_without_backups() -> None:
     seats = tuple(ShardAssignment(index, f"server-{index}") for index in range(2))
     workers = (WorkerRow(FAST, None, False), WorkerRow(SLOW, None, False))
-    told = roster(dynamic_tasks=False, attempt=0, workers=workers)
+    told = scheduler(dynamic_tasks=False, attempt=0, workers=workers)
     lines = role_lines(Overview("digits-1", "digits", ServersSeen(1, CUTS, seats, False), told))
     assert lines[3:] == [
         "SHARD  ELEMENTS            SERVER",
@@ -98,13 +98,15 @@ def test_backups_that_are_not_there(backup: ShardAssignment, shown: str) -> None
             Overview("r", "j", ServersSeen(0, (), SEATS, True), None),
             "server manager    no shard was given out yet: no worker has come",
         ),
-        (Overview("r", "j", None, roster(steps=0)), "task scheduler    no worker has come yet"),
+        (Overview("r", "j", None, scheduler(steps=0)), "task scheduler    no worker has come yet"),
         (
-            Overview("r", "j", None, roster(), ScaleStatus(ScaleRequest(2, 5), pending=True)),
+            Overview("r", "j", None, scheduler(), ScaleStatus(ScaleRequest(2, 5), pending=True)),
             "5 workers were asked for",
         ),
         (
-            Overview("r", "j", None, roster(), ScaleStatus(ScaleRequest(2, 5), "no CPU is free")),
+            Overview(
+                "r", "j", None, scheduler(), ScaleStatus(ScaleRequest(2, 5), "no CPU is free")
+            ),
             "5 workers were refused: no CPU is free",
         ),
     ],
@@ -127,7 +129,7 @@ def test_tables_that_are_kept_twice_are_shown() -> None:
 
 
 def test_json_has_all_of_it() -> None:
-    seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), roster())
+    seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), scheduler())
     found = json.loads(to_json(role_facts(seen)))
     assert found["servers"]["seats"][0]["backup"] == "server-3"
     assert found["scheduler"]["workers"][1]["standing"]["straggler"] is True

@@ -102,13 +102,13 @@ def test_a_worker_that_is_dismissed_is_shown_until_it_is_gone() -> None:
             await desk.join(rank, 0, COURSE)
             await desk.work(rank, 0, 0, (), ())
         await desk.dismiss((1,))
-        assert [entry.leaving for entry in (await desk.roster()).workers] == [False, True]
+        assert [entry.leaving for entry in (await desk.status()).workers] == [False, True]
         last = await desk.work(1, 0, 1, (1,), ())
         assert last is not None and (last.over, last.trained) == (True, False)
         await desk.gone(1)
-        roster = await desk.roster()
-        assert [entry.standing.rank for entry in roster.workers] == [0]
-        assert (roster.workers[0].lease, roster.done) == ((0, 0, 1), 0)
+        status = await desk.status()
+        assert [entry.standing.rank for entry in status.workers] == [0]
+        assert (status.workers[0].lease, status.done) == ((0, 0, 1), 0)
 
     play(story())
 
@@ -119,9 +119,9 @@ def test_a_synchronous_run_is_told_of_by_its_workers() -> None:
         for rank in range(2):
             await desk.join(rank, 0, COURSE)
             await desk.beat(rank, 0, WorkerHeartbeat(3, 3, 0.3 + rank), (), ())
-        roster = await desk.roster()
-        assert (roster.dynamic_tasks, roster.done, roster.steps) == (False, 3, 4)
-        assert [entry.standing.straggler for entry in roster.workers] == [False, True]
+        status = await desk.status()
+        assert (status.dynamic_tasks, status.done, status.steps) == (False, 3, 4)
+        assert [entry.standing.straggler for entry in status.workers] == [False, True]
 
     play(story())
 
@@ -133,12 +133,12 @@ def test_an_attempt_of_another_number_of_workers_has_another_roster() -> None:
             await desk.join(rank, 0, COURSE)
         for rank in (2, 0, 1):
             await desk.join(rank, 1, TaskPlan(4, 3, first=2))
-        roster = await desk.roster()
-        assert (roster.attempt, roster.parts) == (1, 3)
-        assert [entry.standing.rank for entry in roster.workers] == [0, 1, 2]
+        status = await desk.status()
+        assert (status.attempt, status.parts) == (1, 3)
+        assert [entry.standing.rank for entry in status.workers] == [0, 1, 2]
         await desk.join(0, 2, TaskPlan(4, 1, first=3))
         await desk.beat(2, 1, WorkerHeartbeat(3, 3, 1.0), (), ())  # late, of one who has left
-        assert [entry.standing.rank for entry in (await desk.roster()).workers] == [0]
+        assert [entry.standing.rank for entry in (await desk.status()).workers] == [0]
         with pytest.raises(ProtocolError, match="rank 1 built another data set"):
             await desk.join(1, 2, TaskPlan(4, 2))
 

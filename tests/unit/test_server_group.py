@@ -1,4 +1,4 @@
-"""The server manager's brain: tables of orders, and random losses that must lose nothing."""
+"""What the server manager decides: tables of orders, and random losses that must lose nothing."""
 
 from dataclasses import dataclass, field
 

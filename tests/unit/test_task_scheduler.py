@@ -17,71 +17,71 @@ def tasks(work: Lease | None) -> list[int]:
 
 
 def test_tasks_are_leased_in_order_to_whoever_asks() -> None:
-    brain = TaskScheduler(TaskPlan(steps=3, parts=2))
-    assert tasks(brain.work(0, 0, 2)) == [0, 1]
-    assert tasks(brain.work(7, 0, 1)) == [2]
-    assert tasks(brain.work(0, 1, 2)) == [3, 4]
-    assert (brain.held(0), brain.held(7), brain.left) == ([0, 1, 3, 4], [2], 1)
-    assert tasks(brain.work(7, 1, 5)) == [5]
-    assert brain.work(7, 2) is None, "all are leased, and others may be lost: it waits"
-    brain.finish(7, (2, 5))
-    brain.finish(0, (0, 1, 3))
-    assert brain.work(7, 2) is None
-    brain.finish(0, (4,))
-    last = brain.work(7, 2)
+    scheduler = TaskScheduler(TaskPlan(steps=3, parts=2))
+    assert tasks(scheduler.work(0, 0, 2)) == [0, 1]
+    assert tasks(scheduler.work(7, 0, 1)) == [2]
+    assert tasks(scheduler.work(0, 1, 2)) == [3, 4]
+    assert (scheduler.held(0), scheduler.held(7), scheduler.left) == ([0, 1, 3, 4], [2], 1)
+    assert tasks(scheduler.work(7, 1, 5)) == [5]
+    assert scheduler.work(7, 2) is None, "all are leased, and others may be lost: it waits"
+    scheduler.finish(7, (2, 5))
+    scheduler.finish(0, (0, 1, 3))
+    assert scheduler.work(7, 2) is None
+    scheduler.finish(0, (4,))
+    last = scheduler.work(7, 2)
     assert last is not None and (last.trained, last.over) == (True, True)
 
 
 def test_a_question_asked_again_gets_the_same_answer() -> None:
-    brain = TaskScheduler(TaskPlan(5, 2))
-    first = brain.work(0, 0, 3)
-    assert brain.work(0, 0, 3) is first
-    assert tasks(brain.work(0, 1, 3)) == [3, 4, 5]
+    scheduler = TaskScheduler(TaskPlan(5, 2))
+    first = scheduler.work(0, 0, 3)
+    assert scheduler.work(0, 0, 3) is first
+    assert tasks(scheduler.work(0, 1, 3)) == [3, 4, 5]
     with pytest.raises(StaleError, match="question 0 of rank 0"):
-        brain.work(0, 0, 3)
+        scheduler.work(0, 0, 3)
 
 
 def test_what_a_lost_worker_held_is_leased_before_anything_new() -> None:
-    brain = TaskScheduler(TaskPlan(5, 2))
-    brain.work(0, 0, 4)
-    brain.work(1, 0, 1)
-    brain.finish(0, (0, 2))
-    brain.lose(0)
-    brain.lose(0)
-    assert brain.held(0) == []
-    assert tasks(brain.work(1, 1, 4)) == [1], "a lease is one run of tasks"
-    assert tasks(brain.work(1, 2, 4)) == [3]
-    assert tasks(brain.work(1, 3, 4)) == [5, 6, 7, 8]
+    scheduler = TaskScheduler(TaskPlan(5, 2))
+    scheduler.work(0, 0, 4)
+    scheduler.work(1, 0, 1)
+    scheduler.finish(0, (0, 2))
+    scheduler.lose(0)
+    scheduler.lose(0)
+    assert scheduler.held(0) == []
+    assert tasks(scheduler.work(1, 1, 4)) == [1], "a lease is one run of tasks"
+    assert tasks(scheduler.work(1, 2, 4)) == [3]
+    assert tasks(scheduler.work(1, 3, 4)) == [5, 6, 7, 8]
 
 
 def test_who_was_only_slow_is_heard_and_what_was_made_twice_is_counted() -> None:
-    brain = TaskScheduler(TaskPlan(3, 1))
-    brain.work(0, 0, 2)
-    brain.lose(0)
-    assert tasks(brain.work(1, 0, 1)) == [0]
-    brain.finish(0, (0, 1))  # it was frozen
-    brain.finish(1, (0,))
-    assert (brain.duplicates, brain.done.low) == (1, 2)
-    assert tasks(brain.work(1, 1, 1)) == [2], "task 1 need not be leased again"
+    scheduler = TaskScheduler(TaskPlan(3, 1))
+    scheduler.work(0, 0, 2)
+    scheduler.lose(0)
+    assert tasks(scheduler.work(1, 0, 1)) == [0]
+    scheduler.finish(0, (0, 1))  # it was frozen
+    scheduler.finish(1, (0,))
+    assert (scheduler.duplicates, scheduler.done.low) == (1, 2)
+    assert tasks(scheduler.work(1, 1, 1)) == [2], "task 1 need not be leased again"
 
 
 def test_what_another_has_made_is_not_leased_again_when_its_holder_is_lost() -> None:
-    brain = TaskScheduler(TaskPlan(3, 1))
-    brain.work(0, 0, 2)
-    brain.lose(0)
-    assert tasks(brain.work(1, 0, 2)) == [0, 1]
-    brain.finish(0, (0,))  # it was frozen
-    brain.lose(1)
-    assert brain.left == 2
-    assert tasks(brain.work(2, 0, 9)) == [1]
+    scheduler = TaskScheduler(TaskPlan(3, 1))
+    scheduler.work(0, 0, 2)
+    scheduler.lose(0)
+    assert tasks(scheduler.work(1, 0, 2)) == [0, 1]
+    scheduler.finish(0, (0,))  # it was frozen
+    scheduler.lose(1)
+    assert scheduler.left == 2
+    assert tasks(scheduler.work(2, 0, 9)) == [1]
 
 
 def test_the_same_news_twice_counts_once() -> None:
-    brain = TaskScheduler(TaskPlan(2, 1))
-    brain.work(0, 0, 2)
-    brain.finish(0, (0,))
-    brain.finish(0, (0, 1))
-    assert (brain.duplicates, brain.trained) == (0, True)
+    scheduler = TaskScheduler(TaskPlan(2, 1))
+    scheduler.work(0, 0, 2)
+    scheduler.finish(0, (0,))
+    scheduler.finish(0, (0, 1))
+    assert (scheduler.duplicates, scheduler.trained) == (0, True)
 
 
 @pytest.mark.parametrize("task", [-1, 1, 6])
@@ -91,82 +91,82 @@ def test_a_task_that_the_run_has_not_is_refused(task: int) -> None:
 
 
 def test_a_new_attempt_begins_with_what_was_not_done() -> None:
-    brain = TaskScheduler(TaskPlan(4, 1, evaluations=(4,)))
+    scheduler = TaskScheduler(TaskPlan(4, 1, evaluations=(4,)))
     for worker in range(3):
-        brain.work(worker, 0)
-    brain.finish(1, (1,))
-    brain.renew(1)
-    assert [tasks(brain.work(1, number)) for number in range(3)] == [[0], [2], [3]]
-    brain.renew(1)  # every rank that comes says so
-    assert brain.held(1) == [0, 2, 3]
+        scheduler.work(worker, 0)
+    scheduler.finish(1, (1,))
+    scheduler.renew(1)
+    assert [tasks(scheduler.work(1, number)) for number in range(3)] == [[0], [2], [3]]
+    scheduler.renew(1)  # every rank that comes says so
+    assert scheduler.held(1) == [0, 2, 3]
 
 
 @pytest.mark.parametrize(("bound", "allowed"), [(0, 2), (1, 4), (3, 8), (None, 20)])
 def test_no_lease_is_further_ahead_than_the_bound(bound: int | None, allowed: int) -> None:
-    brain = TaskScheduler(TaskPlan(10, 2), bound)
-    assert tasks(brain.work(0, 0, 99)) == list(range(allowed))
+    scheduler = TaskScheduler(TaskPlan(10, 2), bound)
+    assert tasks(scheduler.work(0, 0, 99)) == list(range(allowed))
     if bound is not None:
-        assert brain.work(1, 0, 99) is None
-        brain.finish(0, tuple(range(1, allowed)))
-        assert brain.work(1, 0, 99) is None, "the oldest task is not done"
-        brain.finish(0, (0,))
-        assert tasks(brain.work(1, 0, 99)) == list(range(allowed, min(20, 2 * allowed)))
+        assert scheduler.work(1, 0, 99) is None
+        scheduler.finish(0, tuple(range(1, allowed)))
+        assert scheduler.work(1, 0, 99) is None, "the oldest task is not done"
+        scheduler.finish(0, (0,))
+        assert tasks(scheduler.work(1, 0, 99)) == list(range(allowed, min(20, 2 * allowed)))
 
 
 def test_evaluations_are_leased_when_their_steps_are_done() -> None:
-    brain = TaskScheduler(TaskPlan(2, 2, evaluations=(1, 2)))
-    assert tasks(brain.work(0, 0, 2)) == [0, 1]
-    assert tasks(brain.work(1, 0, 1)) == [2]
-    brain.finish(0, (0, 1))
-    found = brain.work(0, 1, 2)
+    scheduler = TaskScheduler(TaskPlan(2, 2, evaluations=(1, 2)))
+    assert tasks(scheduler.work(0, 0, 2)) == [0, 1]
+    assert tasks(scheduler.work(1, 0, 1)) == [2]
+    scheduler.finish(0, (0, 1))
+    found = scheduler.work(0, 1, 2)
     assert found is not None and (found.evaluations, found.tasks) == (((1, 0),), range(0))
-    brain.lose(0)
-    parts = [brain.work(1, number, 2) for number in (1, 2)]
+    scheduler.lose(0)
+    parts = [scheduler.work(1, number, 2) for number in (1, 2)]
     assert [part.evaluations for part in parts if part] == [((1, 0),), ((1, 1),)]
-    brain.finish(1, (2,), ((1, 0), (1, 1)))
-    assert tasks(brain.work(1, 3, 2)) == [3]
-    assert brain.work(0, 2) is None
-    brain.finish(1, (3,))
-    last = [brain.work(0, 2), brain.work(1, 4)]
+    scheduler.finish(1, (2,), ((1, 0), (1, 1)))
+    assert tasks(scheduler.work(1, 3, 2)) == [3]
+    assert scheduler.work(0, 2) is None
+    scheduler.finish(1, (3,))
+    last = [scheduler.work(0, 2), scheduler.work(1, 4)]
     assert [(w.evaluations, w.trained, w.over) for w in last if w] == [
         (((2, 0),), True, False),
         (((2, 1),), True, False),
     ]
-    brain.finish(0, (), ((2, 0),))
-    assert brain.work(0, 3) is None, "the other part is not done"
-    brain.finish(1, (), ((2, 1),))
-    ends = [brain.work(0, 3), brain.work(1, 5)]
+    scheduler.finish(0, (), ((2, 0),))
+    assert scheduler.work(0, 3) is None, "the other part is not done"
+    scheduler.finish(1, (), ((2, 1),))
+    ends = [scheduler.work(0, 3), scheduler.work(1, 5)]
     assert [work.over for work in ends if work] == [True, True]
 
 
 def test_a_worker_that_is_dismissed_gets_nothing_more() -> None:
-    brain = TaskScheduler(TaskPlan(4, 1))
-    brain.work(0, 0)
-    brain.dismiss(0)
-    assert brain.work(0, 1) is None, "it asks before it has told of its last task"
-    brain.finish(0, (0,))
-    found = brain.work(0, 1)
+    scheduler = TaskScheduler(TaskPlan(4, 1))
+    scheduler.work(0, 0)
+    scheduler.dismiss(0)
+    assert scheduler.work(0, 1) is None, "it asks before it has told of its last task"
+    scheduler.finish(0, (0,))
+    found = scheduler.work(0, 1)
     assert found is not None and (found.over, found.trained) == (True, False)
-    assert [tasks(brain.work(1, number)) for number in range(3)] == [[1], [2], [3]]
+    assert [tasks(scheduler.work(1, number)) for number in range(3)] == [[1], [2], [3]]
 
 
 def test_a_worker_that_is_dismissed_and_not_heard_of_holds_nobody_up() -> None:
-    brain = TaskScheduler(TaskPlan(4, 1), bound=0)
-    brain.work(0, 0)
-    brain.dismiss(0)
-    brain.lose(0)
-    found = brain.work(0, 1)
+    scheduler = TaskScheduler(TaskPlan(4, 1), bound=0)
+    scheduler.work(0, 0)
+    scheduler.dismiss(0)
+    scheduler.lose(0)
+    found = scheduler.work(0, 1)
     assert found is not None and found.over
-    assert tasks(brain.work(1, 0)) == [0]
+    assert tasks(scheduler.work(1, 0)) == [0]
 
 
 def test_who_is_dismissed_at_the_end_just_ends() -> None:
-    brain = TaskScheduler(TaskPlan(1, 1, evaluations=(1,)))
-    brain.work(0, 0)
-    brain.dismiss(0)
-    brain.finish(1, (0,))  # somebody else has made it
-    brain.finish(1, (), ((1, 0),))
-    found = brain.work(0, 1)
+    scheduler = TaskScheduler(TaskPlan(1, 1, evaluations=(1,)))
+    scheduler.work(0, 0)
+    scheduler.dismiss(0)
+    scheduler.finish(1, (0,))  # somebody else has made it
+    scheduler.finish(1, (), ((1, 0),))
+    found = scheduler.work(0, 1)
     assert found is not None and (found.over, found.trained) == (True, True)
 
 
@@ -214,7 +214,7 @@ class Runs(RuleBasedStateMachine):
         self.sampler = Sampler(size=11, batch=4, world=3, seed=1)
         self.plan = TaskPlan(2 * self.sampler.steps_per_epoch, 3, evaluations=(2, 6))
         self.bound = 2
-        self.brain = TaskScheduler(self.plan, self.bound)
+        self.scheduler = TaskScheduler(self.plan, self.bound)
         self.next = 0  # a fresh rank
         self.holds: dict[int, list[int]] = {}
         self.evals: dict[int, list[tuple[int, int]]] = {}
@@ -236,21 +236,21 @@ class Runs(RuleBasedStateMachine):
     @rule(data=st.data(), most=st.integers(1, 5), lost_answer=st.booleans())
     def asks(self, data: st.DataObject, most: int, lost_answer: bool) -> None:
         rank = data.draw(self.workers())
-        found = self.brain.work(rank, self.asked[rank], most)
+        found = self.scheduler.work(rank, self.asked[rank], most)
         if found is None:
             return
         if lost_answer:
-            assert self.brain.work(rank, self.asked[rank], most) is found
+            assert self.scheduler.work(rank, self.asked[rank], most) is found
         self.asked[rank] += 1
         if found.over:
-            assert found.trained and self.brain.over
+            assert found.trained and self.scheduler.over
         assert len(found.tasks) <= most
         for task in found.tasks:
-            assert task not in self.brain.done
-            lead = task // 3 - self.brain.done.low // 3
+            assert task not in self.scheduler.done
+            lead = task // 3 - self.scheduler.done.low // 3
             assert lead <= self.bound
         for version, _ in found.evaluations:
-            assert self.brain.done.low >= version * 3
+            assert self.scheduler.done.low >= version * 3
         self.holds[rank] += found.tasks
         self.evals[rank] += found.evaluations
 
@@ -261,16 +261,16 @@ class Runs(RuleBasedStateMachine):
         task = self.holds[rank].pop(0)
         if task not in self.made:
             self.made.append(task)
-        self.brain.finish(rank, (task,))
+        self.scheduler.finish(rank, (task,))
         if told:
-            self.brain.finish(rank, (task,))
+            self.scheduler.finish(rank, (task,))
 
     @precondition(lambda self: any(self.evals.values()))
     @rule(data=st.data())
     def evaluates(self, data: st.DataObject) -> None:
         rank = data.draw(st.sampled_from([r for r, held in self.evals.items() if held]))
         self.evaluated.add(self.evals[rank][0])
-        self.brain.finish(rank, (), (self.evals[rank].pop(0),))
+        self.scheduler.finish(rank, (), (self.evals[rank].pop(0),))
 
     @precondition(lambda self: self.holds)
     @rule(data=st.data(), comes_back=st.booleans(), pushed=st.booleans())
@@ -279,7 +279,7 @@ class Runs(RuleBasedStateMachine):
         rank = data.draw(self.workers())
         held = self.holds.pop(rank)
         self.evals.pop(rank)
-        self.brain.lose(rank)
+        self.scheduler.lose(rank)
         if held and pushed and held[0] not in self.made:
             self.made.append(held[0])
         if comes_back:
@@ -292,18 +292,18 @@ class Runs(RuleBasedStateMachine):
         for task in self.frozen.pop(rank):
             if task not in self.made:
                 self.made.append(task)
-            self.brain.finish(rank, (task,))
+            self.scheduler.finish(rank, (task,))
 
     @rule()
     def a_new_attempt_begins(self) -> None:
-        self.brain.renew(self.brain.attempt + 1)
+        self.scheduler.renew(self.scheduler.attempt + 1)
         self.frozen.clear()  # fenced off
         for rank in self.holds:
             self.holds[rank], self.evals[rank], self.asked[rank] = [], [], 0
 
     @invariant()
     def what_is_done_was_made(self) -> None:
-        done = {task for task in range(self.plan.tasks) if task in self.brain.done}
+        done = {task for task in range(self.plan.tasks) if task in self.scheduler.done}
         assert done <= set(self.made)
 
     def teardown(self) -> None:
@@ -311,20 +311,20 @@ class Runs(RuleBasedStateMachine):
         self.joins() if not self.holds else None
         rank = min(self.holds)
         for other in sorted(self.holds):
-            self.brain.lose(other) if other != rank else None
+            self.scheduler.lose(other) if other != rank else None
         for _ in range(10 * self.plan.tasks):
             for task in self.holds[rank]:
                 self.made.append(task) if task not in self.made else None
-                self.brain.finish(rank, (task,))
-            self.brain.finish(rank, (), tuple(self.evals[rank]))
+                self.scheduler.finish(rank, (task,))
+            self.scheduler.finish(rank, (), tuple(self.evals[rank]))
             self.evaluated.update(self.evals[rank])
-            found = self.brain.work(rank, self.asked[rank], 2)
+            found = self.scheduler.work(rank, self.asked[rank], 2)
             assert found is not None, "nobody else has anything"
             if found.over:
                 break
             self.asked[rank] += 1
             self.holds[rank], self.evals[rank] = list(found.tasks), list(found.evaluations)
-        assert self.brain.over
+        assert self.scheduler.over
         assert self.evaluated == {(v, part) for v in (2, 6) for part in range(3)}
         for epoch in range(2):
             first = epoch * self.sampler.steps_per_epoch
