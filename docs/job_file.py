@@ -63,6 +63,36 @@ strategy: {name: ps-sync, num_servers: 2}
 
 `name` and the arguments of that class in `torch.optim`, with torch's defaults; `lr` must be given.
 """
+GROUPS = """
+## optimizer.groups
+
+Parameters with arguments of their own, as in param groups of torch:
+
+```yaml
+optimizer:
+  name: AdamW
+  lr: 1e-3
+  weight_decay: 0.1
+  groups:
+    - {match: "*.bias,*norm*", weight_decay: 0}
+    - {match: "head.*", lr: 1e-4}
+```
+
+`match` has patterns of names, separated by commas: `*`, `?` and `[...]` as in a shell. Names are
+those of `model.named_parameters()`; those of parameters that the task keeps itself begin with
+`task:`. A parameter belongs to the first group that matches it. One that no group matches has the
+optimizer's arguments, and so has a group for what it does not give.
+
+A group takes every argument of its optimizer but `initial_accumulator_value`, which torch ignores
+in a group. `amsgrad`, `centered` and whether `momentum` is 0 are the same in all groups.
+`lr_schedule` scales the rate of each group, `clip_norm` is over all parameters. A pattern that
+matches no parameter, or only those of earlier groups, ends the run before its first step. Embedding
+tables are updated as `embeddings.optimizer` says: a group that matches one is refused. Groups may
+change where a run goes on from a checkpoint.
+
+Where neighbours in the model are in different groups, the update is more operations:
+[flat vectors](decisions/flat_vectors.md).
+"""
 ROWS = """
 ## embeddings.optimizer
 
@@ -84,8 +114,10 @@ def page() -> str:
             parts.append("| " + " | ".join([f"`{prefix}{row['name']}`", *cells]) + " |\n")
     parts.append(STRATEGY + "\n| name | arguments |\n|---|---|\n")
     for kind in optimizers.Optimizer.__subclasses__():
-        names = ", ".join(f"`{name}`" for name in kind.model_fields if name != "name")
+        known = [name for name in kind.model_fields if name not in ("name", "groups")]
+        names = ", ".join(f"`{name}`" for name in known)
         parts.append(f"| {kind.__name__} | {names} |\n")
+    parts.append(GROUPS)
     parts.append(ROWS + "\n| name | arguments |\n|---|---|\n")
     for rows in spec.RowOptimizer.__subclasses__():
         names = ", ".join(f"`{name}`" for name in rows.model_fields if name != "name")

@@ -25,6 +25,7 @@ from distplat.platform.fields import (
     Spec,
 )
 from distplat.platform.optimizers import SGD, AnyOptimizer, Schedule
+from distplat.platform.parameter_groups import group_problems
 
 
 @dataclass(frozen=True)
@@ -324,12 +325,15 @@ def _gpu_problems(job: Job) -> list[Problem]:
 
 def _optimizer_problems(job: Job) -> list[Problem]:
     """What torch would refuse only in the workers."""
-    rule = job.optimizer
-    if isinstance(rule, SGD) and rule.nesterov and (rule.momentum == 0 or rule.dampening != 0):
-        message = (
-            f"needs momentum > 0 and dampening 0 (got {rule.momentum:g} and {rule.dampening:g})"
-        )
-        return [Problem(("optimizer", "nesterov"), message)]
+    if found := group_problems(job.optimizer):
+        return found
+    for number, rule in enumerate(job.optimizer.variants()):
+        if isinstance(rule, SGD) and rule.nesterov and (rule.momentum == 0 or rule.dampening != 0):
+            where = ("groups", number - 1) if number else ()
+            message = (
+                f"needs momentum > 0 and dampening 0 (got {rule.momentum:g} and {rule.dampening:g})"
+            )
+            return [Problem(("optimizer", *where, "nesterov"), message)]
     return []
 
 

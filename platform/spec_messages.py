@@ -186,6 +186,9 @@ def _locate(
             here, field = _tags(field)[str(part)], None
             continue
         where.append(part)
+        if isinstance(part, int):  # an item of a list: of the model that the list's field names
+            field = None
+            continue
         holder, field = here, here.model_fields.get(str(part)) if here else None
         here = _model_in(field.annotation) if field else None
     return tuple(where), holder, field

@@ -5,8 +5,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import BaseModel, ValidationError
 
-from distplat.platform.optimizers import WHOLE_TENSOR, Adam, AnyOptimizer, Optimizer, Schedule
+from distplat.platform.optimizers import (
+    WHOLE_TENSOR,
+    Adam,
+    AnyOptimizer,
+    Group,
+    Optimizer,
+    Schedule,
+)
 
 KINDS: list[type[Optimizer]] = list(get_args(get_args(AnyOptimizer)[0]))
 NOT_OURS = {"params", "foreach", "capturable", "differentiable", "fused"}
@@ -29,7 +37,8 @@ def test_the_name_is_the_classs_own(kind: type[Optimizer]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_arguments_and_defaults_are_torchs(kind: type[Optimizer]) -> None:
-    ours = {name: one.default for name, one in kind.model_fields.items() if name != "name"}
+    fields = kind.model_fields.items()
+    ours = {name: one.default for name, one in fields if name not in ("name", "groups")}
     theirs = signature(kind)
     if kind is Adam:
         del theirs["decoupled_weight_decay"]  # that is AdamW
@@ -45,6 +54,27 @@ def test_torch_takes_the_arguments(kind: type[Optimizer]) -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     made = getattr(torch.optim, rule.name)([parameter], **rule.arguments())
     assert made.defaults["lr"] == 0.5
+
+
+def test_a_group_has_every_argument_but_one_that_torch_ignores_there() -> None:
+    known = set().union(*(kind.model_fields for kind in KINDS)) - {"name", "groups"}
+    assert Group.model_fields.keys() - {"match"} == known - {"initial_accumulator_value"}
+
+
+def takes(kind: type[BaseModel], fields: dict[str, object]) -> bool:
+    try:
+        kind.model_validate(fields)
+    except ValidationError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_takes_the_values_that_its_optimizer_takes(kind: type[Optimizer]) -> None:
+    for name in kind.model_fields.keys() & Group.model_fields.keys():
+        for value in (-1, 0, 0.5, 1, 7.5, True, "x", [0.9, 0.5], [1, 0.5], float("nan")):
+            own = takes(kind, {"name": kind.__name__, "lr": 0.1, name: value})
+            assert takes(Group, {"match": "*", name: value}) == own, (name, value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
