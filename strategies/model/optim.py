@@ -306,8 +306,23 @@ def rate_of(job: Job, step: int, total_steps: int) -> tuple[float, ...]:
     return tuple(rate * scale for rate in job.optimizer.rates())
 
 
+def rate_figures(job: Job, step: int, total_steps: int) -> dict[str, float]:
+    """Give the learning rates of a step by the names of docs/metrics.md."""
+    rate, *of_groups = rate_of(job, step, total_steps)
+    own = enumerate(zip(job.optimizer.groups, of_groups, strict=True))
+    return {"lr": rate} | {f"lr_group_{n}": r for n, (one, r) in own if one.lr is not None}
+
+
+def norm_figures(norm: float | None) -> dict[str, float]:
+    """Give the gradient's norm by the name of docs/metrics.md; None: nobody has computed it."""
+    return {} if norm is None else {"grad_norm": norm}
+
+
 class LocalOptimizer:
     """Optimizer over a worker's own parameters, for strategies that update in the worker."""
+
+    grad_norm: float | None = None
+    """2-norm of the gradient of the update made last, before it was clipped; None: not known."""
 
     def __init__(self, flat: FlatModel, job: Job, total_steps: int) -> None:
         self._flat, self._job, self._total = flat, job, total_steps
@@ -341,7 +356,8 @@ class LocalOptimizer:
             scale: what the gradient is to be multiplied by, before it is clipped.
         """
         if self._job.clip_norm is not None:
-            scale *= clip_factor(self._norm() * scale, self._job.clip_norm)
+            self.grad_norm = self._norm() * scale
+            scale *= clip_factor(self.grad_norm, self._job.clip_norm)
         scale_in_place(self._flat.typed(self._flat.grads), scale)
         self._optimizer.step(rate_of(self._job, step, self._total), present)
 
