@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 from distplat.cli.describe import field_rows
-from distplat.platform import optimizers, spec
+from distplat.platform import lr_schedules, optimizers, spec
 
 HEAD = """\
 # The job file
@@ -39,7 +39,7 @@ the task read a key from a file, or from a variable, of the machines on which wo
 SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Top level", "", spec.Job),
     ("scaling", "scaling.", spec.Scaling),
-    ("lr_schedule", "lr_schedule.", optimizers.Schedule),
+    ("lr_schedule", "lr_schedule.", lr_schedules.Schedule),
     ("embeddings", "embeddings.", spec.Embeddings),
     ("data", "data.", spec.Data),
     ("evaluation", "evaluation.", spec.Evaluation),
@@ -47,6 +47,28 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("failure", "failure.", spec.Failure),
 ]
 
+BESIDE = ("name", "warmup_steps")
+SCHEDULERS = """
+## lr_schedule, by torch
+
+A class of `torch.optim.lr_scheduler` with its arguments and torch's defaults; it is stepped once
+after each step. `warmup_steps` may stand beside them: the scheduler begins when the warm-up is
+over.
+
+```yaml
+lr_schedule: {name: CosineAnnealingLR, T_max: 1000, eta_min: 1e-5, warmup_steps: 100}
+lr_schedule: {name: OneCycleLR, cycle_momentum: false}     # lr is its max_lr, the run its length
+lr_schedule: {name: wsd, warmup_steps: 100, decay_steps: 200, decay: sqrt}     # a shape from above
+```
+
+`OneCycleLR` is over the run after the warm-up, and leaves momentum alone: `cycle_momentum: false`
+must stand there, for torch's default is true. Not here: `ReduceLROnPlateau`, which needs the
+results of evaluations, schedulers made of functions or of others, and `CyclicLR`, which replaces
+the learning rates of optimizer and groups.
+
+| name | arguments |
+|---|---|
+"""
 STRATEGY = """
 ## strategy
 
@@ -112,6 +134,12 @@ def page() -> str:
                 default = "`required`" if row["default"] == "required" else ""
                 cells = ["mapping", default, "see below"]
             parts.append("| " + " | ".join([f"`{prefix}{row['name']}`", *cells]) + " |\n")
+    parts.append(SCHEDULERS)
+    for schedule in lr_schedules.LRSchedule.__subclasses__():
+        if schedule is not lr_schedules.Schedule:
+            known = [name for name in schedule.model_fields if name not in BESIDE]
+            names = ", ".join(f"`{name}`" for name in known)
+            parts.append(f"| {schedule.__name__} | {names} |\n")
     parts.append(STRATEGY + "\n| name | arguments |\n|---|---|\n")
     for kind in optimizers.Optimizer.__subclasses__():
         known = [name for name in kind.model_fields if name not in ("name", "groups")]

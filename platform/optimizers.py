@@ -9,7 +9,6 @@ element's own gradient and state, so a shard of the parameters can be updated al
 strategy gives the same result. `WHOLE_TENSOR` names those of torch that look at more.
 """
 
-import math
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
@@ -18,9 +17,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from distplat.platform.fields import (
     Flag,
     Fraction,
-    Index,
     NonNegative,
-    Number,
     Pair,
     Positive,
     Spec,
@@ -199,50 +196,3 @@ AnyOptimizer = Annotated[
     SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam,
     Field(discriminator="name"),
 ]
-
-
-class Schedule(Spec):
-    """
-    The learning rate over the steps: a linear warm-up, then one of four shapes.
-
-    The factor on `optimizer.lr` in step `s` is given by `platform/optimizers.py`.
-    """
-
-    name: Literal["constant", "linear", "cosine", "step"] = "constant"
-    """`linear` and `cosine` fall from 1 to `final_factor`; `step` multiplies by `gamma`."""
-    warmup_steps: Index = 0
-    """Steps in which the factor grows linearly from 1/warmup_steps to 1; 0: no warm-up."""
-    final_factor: Number = Field(0.0, ge=0, le=1)
-    """`linear`, `cosine`: the factor in the last step."""
-    every_steps: Index = 0
-    """`step`: multiply by `gamma` once in so many steps."""
-    gamma: Positive = 0.1
-    """`step`: what to multiply by."""
-
-    def idle_fields(self) -> set[str]:
-        """Give the fields that have no effect on a schedule of this name."""
-        used = {
-            "constant": set(),
-            "linear": {"final_factor"},
-            "cosine": {"final_factor"},
-            "step": {"every_steps", "gamma"},
-        }[self.name]
-        return {"final_factor", "every_steps", "gamma"} - used
-
-
-def factor(schedule: Schedule, step: int, total_steps: int) -> float:
-    """Give the factor on the base learning rate in step `step` of `total_steps`, both from 0."""
-    warmup = schedule.warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
-    match schedule.name:
-        case "constant":
-            return 1.0
-        case "linear":
-            return 1.0 - (1.0 - schedule.final_factor) * done
-        case "cosine":
-            final = schedule.final_factor
-            return final + (1.0 - final) * (1.0 + math.cos(math.pi * done)) / 2.0
-        case "step":
-            return float(schedule.gamma ** ((step - warmup) // schedule.every_steps))

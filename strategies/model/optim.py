@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distplat.platform.optimizers import Optimizer, factor
+from distplat.platform.optimizers import Optimizer
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor
@@ -302,8 +302,8 @@ def _empty(optimizer: torch.optim.Optimizer) -> None:
 
 def rate_of(job: Job, step: int, total_steps: int) -> tuple[float, ...]:
     """Give the learning rate of a step: of parameters in no group, then of each group."""
-    scale = factor(job.lr_schedule, step, total_steps)
-    return tuple(rate * scale for rate in job.optimizer.rates())
+    schedule = job.lr_schedule
+    return tuple(schedule.rate(base, step, total_steps) for base in job.optimizer.rates())
 
 
 def rate_figures(job: Job, step: int, total_steps: int) -> dict[str, float]:

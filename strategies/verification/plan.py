@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from distplat.platform.optimizers import Optimizer, factor
+from distplat.platform.optimizers import Optimizer
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import collate_seed, mixed, step_seed
@@ -59,8 +59,8 @@ class Recipe:
 
     optimizer: Callable[[Named], torch.optim.Optimizer]
     """Makes the optimizer of such parameters."""
-    factors: list[float]
-    """On the learning rate, by step."""
+    rates: Sequence[Callable[[float], float]]
+    """By step: gives the learning rate, of that before the schedule."""
     rows: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
     """The same of embedding tables, whose gradients are sparse."""
     clip_norm: float | None = None
@@ -87,10 +87,11 @@ class Trained:
 def recipe_of(job: Job, every: int = 1) -> Recipe:
     """Give the recipe of a job, whose field `steps` is set; `every`: see `Recipe`."""
     steps, spec, tables = job.steps or 0, job.optimizer, job.embeddings
-    factors = [factor(job.lr_schedule, step, steps) for step in range(steps)]
+    schedule = job.lr_schedule
+    rates = [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
     rows = torch.optim.SGD if tables is None else row_optimizer(tables)
     optimizer, autocast = partial(_optimizer, spec), job.precision == "bf16"
-    return Recipe(optimizer, factors, rows, job.clip_norm, autocast, job.seed, every)
+    return Recipe(optimizer, rates, rows, job.clip_norm, autocast, job.seed, every)
 
 
 def _optimizer(spec: Optimizer, named: Named) -> torch.optim.Optimizer:

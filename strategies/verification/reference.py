@@ -70,7 +70,7 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
     dense = {name: one for name, one in parameters.items() if name not in rows}
     optimizers = [recipe.optimizer(dense), *([recipe.rows([*rows.values()])] if rows else [])]
     found, rounding = Trained({0: ranks[0].snapshot()}), 0.75 if reverse else 1.0
-    for step, factor in zip(schedule, recipe.factors, strict=True):
+    for step, rate in zip(schedule, recipe.rates, strict=True):
         before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
         sizes = [sum(len(forward.ids) for forward in forwards) for forwards in step]
         scale = rounding / sum(sizes)
@@ -92,7 +92,7 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
             nn.utils.clip_grad_norm_([*dense.values()], recipe.clip_norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+                group["lr"] = rate(group.setdefault("initial_lr", group["lr"]))
             optimizer.step()
             optimizer.zero_grad()
         spread(ranks, ranks[0].named())

@@ -13,7 +13,6 @@ from distplat.platform.optimizers import (
     AnyOptimizer,
     Group,
     Optimizer,
-    Schedule,
 )
 
 KINDS: list[type[Optimizer]] = list(get_args(get_args(AnyOptimizer)[0]))
@@ -99,16 +98,3 @@ def test_an_update_needs_nothing_but_the_elements_own_gradient(kind: type[Optimi
 def test_the_others_are_torchs_too() -> None:
     assert {name for name in WHOLE_TENSOR if not hasattr(torch.optim, name)} == set()
     assert WHOLE_TENSOR.isdisjoint(kind.__name__ for kind in KINDS)
-
-
-@pytest.mark.parametrize(
-    ("name", "idle"),
-    [
-        ("constant", {"final_factor", "every_steps", "gamma"}),
-        ("linear", {"every_steps", "gamma"}),
-        ("cosine", {"every_steps", "gamma"}),
-        ("step", {"final_factor"}),
-    ],
-)
-def test_fields_without_effect_on_a_schedule(name: str, idle: set[str]) -> None:
-    assert Schedule.model_validate({"name": name}).idle_fields() == idle

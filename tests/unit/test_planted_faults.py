@@ -105,10 +105,8 @@ def leave_buffers_alone(patch: Patch) -> None:
 
 
 def take_the_next_rate(patch: Patch) -> None:
-    original = optim.factor  # type: ignore[attr-defined]
-    patch.setattr(
-        optim, "factor", lambda schedule, step, steps: original(schedule, step + 1, steps)
-    )
+    original = optim.rate_of
+    patch.setattr(optim, "rate_of", lambda job, step, steps: original(job, step + 1, steps))
 
 
 def leave_a_rank_out(patch: Patch) -> None:

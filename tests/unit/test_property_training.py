@@ -56,6 +56,8 @@ OPTIMIZERS: list[dict[str, Any]] = [
 SCHEDULES: list[dict[str, Any]] = [
     {"name": "constant"},
     {"name": "cosine", "warmup_steps": 2, "final_factor": 0.1},
+    {"name": "CosineAnnealingLR", "T_max": 4, "eta_min": 0.01},
+    {"name": "OneCycleLR", "cycle_momentum": False},
 ]
 
 STRATEGIES: list[tuple[str, dict[str, Any]]] = [
