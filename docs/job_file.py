@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 from distplat.cli.describe import field_rows
-from distplat.platform import optimizers, spec
+from distplat.platform import lr_schedules, optimizers, spec
 
 HEAD = """\
 # The job file
@@ -39,7 +39,7 @@ the task read a key from a file, or from a variable, of the machines on which wo
 SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Top level", "", spec.Job),
     ("scaling", "scaling.", spec.Scaling),
-    ("lr_schedule", "lr_schedule.", optimizers.Schedule),
+    ("lr_schedule", "lr_schedule.", lr_schedules.Schedule),
     ("embeddings", "embeddings.", spec.Embeddings),
     ("data", "data.", spec.Data),
     ("evaluation", "evaluation.", spec.Evaluation),
@@ -47,6 +47,28 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("failure", "failure.", spec.Failure),
 ]
 
+BESIDE = ("name", "warmup_steps")
+SCHEDULERS = """
+## lr_schedule, by torch
+
+A class of `torch.optim.lr_scheduler` with its arguments and torch's defaults; it is stepped once
+after each step. `warmup_steps` may stand beside them: the scheduler begins when the warm-up is
+over.
+
+```yaml
+lr_schedule: {name: CosineAnnealingLR, T_max: 1000, eta_min: 1e-5, warmup_steps: 100}
+lr_schedule: {name: OneCycleLR, cycle_momentum: false}     # lr is its max_lr, the run its length
+lr_schedule: {name: wsd, warmup_steps: 100, decay_steps: 200, decay: sqrt}     # a shape from above
+```
+
+`OneCycleLR` is over the run after the warm-up, and leaves momentum alone: `cycle_momentum: false`
+must stand there, for torch's default is true. Not here: `ReduceLROnPlateau`, which needs the
+results of evaluations, schedulers made of functions or of others, and `CyclicLR`, which replaces
+the learning rates of optimizer and groups.
+
+| name | arguments |
+|---|---|
+"""
 STRATEGY = """
 ## strategy
 
@@ -62,6 +84,36 @@ strategy: {name: ps-sync, num_servers: 2}
 ## optimizer
 
 `name` and the arguments of that class in `torch.optim`, with torch's defaults; `lr` must be given.
+"""
+GROUPS = """
+## optimizer.groups
+
+Parameters with arguments of their own, as in param groups of torch:
+
+```yaml
+optimizer:
+  name: AdamW
+  lr: 1e-3
+  weight_decay: 0.1
+  groups:
+    - {match: "*.bias,*norm*", weight_decay: 0}
+    - {match: "head.*", lr: 1e-4}
+```
+
+`match` has patterns of names, separated by commas: `*`, `?` and `[...]` as in a shell. Names are
+those of `model.named_parameters()`; those of parameters that the task keeps itself begin with
+`task:`. A parameter belongs to the first group that matches it. One that no group matches has the
+optimizer's arguments, and so has a group for what it does not give.
+
+A group takes every argument of its optimizer but `initial_accumulator_value`, which torch ignores
+in a group. `amsgrad`, `centered` and whether `momentum` is 0 are the same in all groups.
+`lr_schedule` scales the rate of each group, `clip_norm` is over all parameters. A pattern that
+matches no parameter, or only those of earlier groups, ends the run before its first step. Embedding
+tables are updated as `embeddings.optimizer` says: a group that matches one is refused. Groups may
+change where a run goes on from a checkpoint.
+
+Where neighbours in the model are in different groups, the update is more operations:
+[flat vectors](decisions/flat_vectors.md).
 """
 ROWS = """
 ## embeddings.optimizer
@@ -82,10 +134,18 @@ def page() -> str:
                 default = "`required`" if row["default"] == "required" else ""
                 cells = ["mapping", default, "see below"]
             parts.append("| " + " | ".join([f"`{prefix}{row['name']}`", *cells]) + " |\n")
+    parts.append(SCHEDULERS)
+    for schedule in lr_schedules.LRSchedule.__subclasses__():
+        if schedule is not lr_schedules.Schedule:
+            known = [name for name in schedule.model_fields if name not in BESIDE]
+            names = ", ".join(f"`{name}`" for name in known)
+            parts.append(f"| {schedule.__name__} | {names} |\n")
     parts.append(STRATEGY + "\n| name | arguments |\n|---|---|\n")
     for kind in optimizers.Optimizer.__subclasses__():
-        names = ", ".join(f"`{name}`" for name in kind.model_fields if name != "name")
+        known = [name for name in kind.model_fields if name not in ("name", "groups")]
+        names = ", ".join(f"`{name}`" for name in known)
         parts.append(f"| {kind.__name__} | {names} |\n")
+    parts.append(GROUPS)
     parts.append(ROWS + "\n| name | arguments |\n|---|---|\n")
     for rows in spec.RowOptimizer.__subclasses__():
         names = ", ".join(f"`{name}`" for name in rows.model_fields if name != "name")

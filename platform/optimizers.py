@@ -9,17 +9,15 @@ element's own gradient and state, so a shard of the parameters can be updated al
 strategy gives the same result. `WHOLE_TENSOR` names those of torch that look at more.
 """
 
-import math
-from typing import Annotated, Literal
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from distplat.platform.fields import (
     Flag,
     Fraction,
-    Index,
     NonNegative,
-    Number,
     Pair,
     Positive,
     Spec,
@@ -27,6 +25,50 @@ from distplat.platform.fields import (
 
 WHOLE_TENSOR = {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
 """Optimizers of torch whose update of an element needs more than that element."""
+
+
+class Group(Spec):
+    """
+    Parameters that are updated with arguments of their own: a param group of torch.
+
+    What is not given is the optimizer's. Which arguments an optimizer has, `group_problems` of
+    `platform/parameter_groups.py` knows. Not here is what torch ignores in a group.
+    """
+
+    match: str
+    """Patterns of parameters' names, separated by commas: `*`, `?`, `[...]`."""
+    lr: Positive | None = None
+    weight_decay: NonNegative | None = None
+    maximize: Flag | None = None
+    momentum: NonNegative | None = None
+    dampening: NonNegative | None = None
+    nesterov: Flag | None = None
+    betas: Pair | None = None
+    eps: NonNegative | None = None
+    amsgrad: Flag | None = None
+    alpha: Fraction | None = None
+    centered: Flag | None = None
+    lr_decay: NonNegative | None = None
+    rho: Fraction | None = None
+    momentum_decay: NonNegative | None = None
+    decoupled_weight_decay: Flag | None = None
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of `match`, in its order."""
+        return tuple(part.strip() for part in self.match.split(","))
+
+    def matches(self, name: str) -> bool:
+        """Say whether a pattern matches the name of a parameter."""
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def arguments(self) -> dict[str, Any]:
+        """Give the arguments that are this group's own."""
+        return self.model_dump(exclude={"match"})
+
+    @model_serializer(mode="wrap")
+    def _given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value is not None}
 
 
 class Optimizer(Spec):
@@ -40,10 +82,32 @@ class Optimizer(Spec):
     """L2 penalty; in AdamW decoupled from the gradient."""
     maximize: Flag = False
     """Climb instead of descend."""
+    groups: tuple[Group, ...] = ()
+    """Parameters with arguments of their own; each belongs to the first group that matches it."""
 
     def arguments(self) -> dict[str, object]:
         """Give the keyword arguments for the class in `torch.optim`."""
-        return self.model_dump(exclude={"name"})
+        return self.model_dump(exclude={"name", "groups"})
+
+    def group_of(self, name: str) -> int:
+        """Give the number of the group of a parameter, from 1; 0: it is in none."""
+        found = (number for number, one in enumerate(self.groups, 1) if one.matches(name))
+        return next(found, 0)
+
+    def variants(self) -> list[Self]:
+        """
+        Give the optimizer of parameters that are in no group, then that of each group.
+
+        Raises:
+            ValidationError: a group has an argument that the optimizer has not.
+        """
+        own = {"name": self.name, **self.arguments()}
+        each = [{}, *(group.arguments() for group in self.groups)]
+        return [type(self).model_validate(own | given) for given in each]
+
+    def rates(self) -> tuple[float, ...]:
+        """Give `lr` of parameters that are in no group, then that of each group."""
+        return self.lr, *(self.lr if one.lr is None else one.lr for one in self.groups)
 
 
 class SGD(Optimizer):
@@ -132,50 +196,3 @@ AnyOptimizer = Annotated[
     SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam,
     Field(discriminator="name"),
 ]
-
-
-class Schedule(Spec):
-    """
-    The learning rate over the steps: a linear warm-up, then one of four shapes.
-
-    The factor on `optimizer.lr` in step `s` is given by `platform/optimizers.py`.
-    """
-
-    name: Literal["constant", "linear", "cosine", "step"] = "constant"
-    """`linear` and `cosine` fall from 1 to `final_factor`; `step` multiplies by `gamma`."""
-    warmup_steps: Index = 0
-    """Steps in which the factor grows linearly from 1/warmup_steps to 1; 0: no warm-up."""
-    final_factor: Number = Field(0.0, ge=0, le=1)
-    """`linear`, `cosine`: the factor in the last step."""
-    every_steps: Index = 0
-    """`step`: multiply by `gamma` once in so many steps."""
-    gamma: Positive = 0.1
-    """`step`: what to multiply by."""
-
-    def idle_fields(self) -> set[str]:
-        """Give the fields that have no effect on a schedule of this name."""
-        used = {
-            "constant": set(),
-            "linear": {"final_factor"},
-            "cosine": {"final_factor"},
-            "step": {"every_steps", "gamma"},
-        }[self.name]
-        return {"final_factor", "every_steps", "gamma"} - used
-
-
-def factor(schedule: Schedule, step: int, total_steps: int) -> float:
-    """Give the factor on the base learning rate in step `step` of `total_steps`, both from 0."""
-    warmup = schedule.warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
-    match schedule.name:
-        case "constant":
-            return 1.0
-        case "linear":
-            return 1.0 - (1.0 - schedule.final_factor) * done
-        case "cosine":
-            final = schedule.final_factor
-            return final + (1.0 - final) * (1.0 + math.cos(math.pi * done)) / 2.0
-        case "step":
-            return float(schedule.gamma ** ((step - warmup) // schedule.every_steps))

@@ -6,6 +6,7 @@ line and column in every message, is `platform/job_file.py`; a strategy's own op
 by the strategy (`strategies/catalog.py`), for only it knows them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,9 @@ from distplat.platform.fields import (
     Seconds,
     Spec,
 )
-from distplat.platform.optimizers import SGD, AnyOptimizer, Schedule
+from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule
+from distplat.platform.optimizers import SGD, AnyOptimizer
+from distplat.platform.parameter_groups import group_problems
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class Job(Spec):
     """The architecture: a name, or a mapping with the name and the strategy's options."""
     scaling: Scaling = Scaling()
     optimizer: AnyOptimizer
-    lr_schedule: Schedule = Schedule()
+    lr_schedule: NamedSchedule = Schedule()
     embeddings: Embeddings | None = None
     """Servers of embedding tables, for models with `distplat.nn.ShardedEmbedding`."""
     epochs: Count | None = None
@@ -331,18 +334,26 @@ def _gpu_problems(job: Job) -> list[Problem]:
 
 def _optimizer_problems(job: Job) -> list[Problem]:
     """What torch would refuse only in the workers."""
-    rule = job.optimizer
-    if isinstance(rule, SGD) and rule.nesterov and (rule.momentum == 0 or rule.dampening != 0):
-        message = (
-            f"needs momentum > 0 and dampening 0 (got {rule.momentum:g} and {rule.dampening:g})"
-        )
-        return [Problem(("optimizer", "nesterov"), message)]
+    if found := group_problems(job.optimizer):
+        return found
+    for number, rule in enumerate(job.optimizer.variants()):
+        if isinstance(rule, SGD) and rule.nesterov and (rule.momentum == 0 or rule.dampening != 0):
+            where = ("groups", number - 1) if number else ()
+            message = (
+                f"needs momentum > 0 and dampening 0 (got {rule.momentum:g} and {rule.dampening:g})"
+            )
+            return [Problem(("optimizer", *where, "nesterov"), message)]
     return []
 
 
 def _schedule_problems(job: Job) -> list[Problem]:
     """A schedule option that its shape does not use is an error, not ignored."""
     schedule = job.lr_schedule
+    if isinstance(schedule, OneCycleLR) and schedule.cycle_momentum:
+        text = "must be false, which is not torch's default: momentum stays as the optimizer has it"
+        return [Problem(("lr_schedule", "cycle_momentum"), text, "write cycle_momentum: false")]
+    if not isinstance(schedule, Schedule):
+        return []
     found = [
         Problem(
             ("lr_schedule", field), f"has no effect on the schedule {schedule.name!r}", "remove it"
@@ -351,6 +362,11 @@ def _schedule_problems(job: Job) -> list[Problem]:
     ]
     if schedule.name == "step" and not schedule.every_steps:
         found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
+    if schedule.name == "wsd" and not schedule.decay_steps:
+        found.append(Problem(("lr_schedule", "decay_steps"), "the schedule 'wsd' needs it, >= 1"))
+    elif schedule.warmup_steps + schedule.decay_steps > (job.steps or math.inf):
+        text = f"with `warmup_steps` more than all steps of the run, which are {job.steps}"
+        found.append(Problem(("lr_schedule", "decay_steps"), text))
     return found
 
 

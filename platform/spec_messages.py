@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from distplat.platform.errors import Problem, hint, nearest
+from distplat.platform.lr_schedules import REFUSED_SCHEDULES
 from distplat.platform.optimizers import WHOLE_TENSOR
 from distplat.platform.yaml_source import FieldPath
 
@@ -55,6 +56,11 @@ _PATTERNS: dict[FieldPath, str] = {
     ("task",): "must be 'module:Class'",
     ("storage_path",): "must be a path: not empty, no control characters",
 }
+_REFUSED = {
+    **dict.fromkeys(WHOLE_TENSOR, "it needs whole tensors, so it cannot be sharded"),
+    **REFUSED_SCHEDULES,
+}
+"""Names that choose a model of a union elsewhere, and why not here."""
 _YAML_BOOL = "YAML reads no, off, yes and on as true or false"
 
 _repr = reprlib.Repr()
@@ -126,9 +132,8 @@ def _tag_problem(where: FieldPath, value: Any, field: FieldInfo) -> tuple[FieldP
     if not isinstance(name, str):
         return inner, f"must be text (got {show(name)})", _quote_hint(name)
     message = f"unknown {where[-1]} {show(name)}"
-    if name in WHOLE_TENSOR:
-        advice = f"it needs whole tensors, so it cannot be sharded; allowed: {', '.join(known)}"
-        return inner, message, advice
+    if name in _REFUSED:
+        return inner, message, f"{_REFUSED[name]}; allowed: {', '.join(known)}"
     return inner, message, hint(name, known)
 
 
@@ -186,6 +191,9 @@ def _locate(
             here, field = _tags(field)[str(part)], None
             continue
         where.append(part)
+        if isinstance(part, int):  # an item of a list: of the model that the list's field names
+            field = None
+            continue
         holder, field = here, here.model_fields.get(str(part)) if here else None
         here = _model_in(field.annotation) if field else None
     return tuple(where), holder, field
@@ -203,7 +211,8 @@ def _tags(field: FieldInfo) -> dict[str, type[BaseModel]]:
     """Give the models of a union by the names that choose them, in alphabetical order."""
     chooser = str(field.discriminator)
     models = {
-        str(get_args(model.model_fields[chooser].annotation)[0]): model
+        str(tag): model
         for model in get_args(field.annotation)
+        for tag in get_args(model.model_fields[chooser].annotation)
     }
     return dict(sorted(models.items()))

@@ -12,7 +12,7 @@ A vector whose parameters all have one type has that type. One of several types 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Piece:
     start: int
     """First element of the vector, or of the run."""
     stop: int
+    group: int = 0
+    """The parameter's, of the optimizer's groups, from 1; 0: it is in none."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Layout:
             for one in self.segments
         ]
         pieces = [
-            Piece(one.slot, max(one.start, start) - start, min(one.stop, stop) - start)
+            replace(one, start=max(one.start, start) - start, stop=min(one.stop, stop) - start)
             for one in self.pieces
         ]
         return Layout(

@@ -31,6 +31,8 @@ class Pushed:
 
     norm: float | None = None
     """2-norm of the summed gradient: `commit` must follow with it. None: the step is applied."""
+    grad_norm: float | None = None
+    """The same, whether the step is applied or not; None: nobody has computed it."""
     staleness: int = 0
     """Updates that came between this rank's pull and its push, on the shard with the most."""
     waiting_s: float = 0.0

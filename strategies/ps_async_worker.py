@@ -8,6 +8,7 @@ from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import server_part
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.model.optim import norm_figures
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.ports import Pushed
 from distplat.strategies.ps_async import PsAsyncOptions
@@ -18,6 +19,7 @@ class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
     """Push, have it applied, go on with the newest parameters."""
 
     _state: ModelState | None = None
+    _norm: float | None = None  #: of the gradient pushed last, before it was clipped
 
     def setup(self, context: Context) -> int:
         """
@@ -60,7 +62,8 @@ class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
             local = local.looked_at(flat)
         scale = self._context.world * local.scale
         if job.clip_norm is not None:
-            scale *= clip_factor(flat.squared_norm() ** 0.5 * scale, job.clip_norm)
+            self._norm = flat.squared_norm() ** 0.5 * scale
+            scale *= clip_factor(self._norm, job.clip_norm)
         flat.scale_gradients(scale)
         self._last = self._shards.push(self._pushes, local, step)
         return local
@@ -70,6 +73,7 @@ class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
         assert self._state is not None, "setup() comes first"
         self._pushes += 1
         if total.skip:
+            self._norm = None
             self._state.leave_out(self._pushes)
         else:
             self._state.keep(self._pushes)
@@ -93,4 +97,5 @@ class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
             "waiting_s": self._last.waiting_s,
             **load_figures(self._last.loads),
             "dropped": float(self._last.dropped),
+            **norm_figures(self._norm),
         }

@@ -9,6 +9,7 @@ from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import server_part
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.model.optim import norm_figures
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.ports import Pushed
 from distplat.strategies.ps_sync import PsSyncOptions
@@ -75,9 +76,11 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
         """Commit, where the shards had to learn the norm over all of them first."""
         assert self._state is not None, "setup() comes first"
         if self._pushed.norm is not None:
-            made = self._shards.commit(step, self._pushed.norm)
-            self._pushed = replace(made, waiting_s=self._pushed.waiting_s)
+            norm = self._pushed.norm
+            made = self._shards.commit(step, norm)
+            self._pushed = replace(made, waiting_s=self._pushed.waiting_s, grad_norm=norm)
         if total.skip:
+            self._pushed = replace(self._pushed, grad_norm=None)
             self._state.leave_out(step + 1)
         else:
             self._state.keep(step + 1)
@@ -99,6 +102,7 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
     def figures(self) -> dict[str, float]:
         """Give how long servers held this rank up, what they did, and what gradients came to."""
         found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
+        found |= norm_figures(self._pushed.grad_norm)
         if self.options.backup_workers:
             found |= {"dropped": float(self._pushed.dropped), "skipped": float(self._skipped)}
         return found

@@ -11,7 +11,7 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
-from distplat.strategies.model.optim import LocalOptimizer
+from distplat.strategies.model.optim import LocalOptimizer, norm_figures
 from distplat.strategies.model.segments import typed
 from distplat.strategies.reduction.base import Reducer
 from distplat.strategies.reduction.buckets import BucketReducer
@@ -103,6 +103,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         """Make the same update on every rank."""
         assert self._state is not None, "setup() comes first"
         if total.skip:
+            self._optimizer.grad_norm = None
             self._state.leave_out(step + 1)
             return
         self._optimizer.step(step, total.present, total.scale)
@@ -119,8 +120,9 @@ class RingWorker(WorkerStrategy[RingOptions]):
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""
         assert self._reducer is not None, "setup() comes first"
-        memory = float(self._optimizer.state_bytes)
-        return {**self._reducer.figures(), "optimizer_state_bytes": memory}
+        own = norm_figures(self._optimizer.grad_norm)
+        own["optimizer_state_bytes"] = float(self._optimizer.state_bytes)
+        return {**self._reducer.figures(), **own}
 
 
 def _pass_residual_on(old: Reducer | None, new: Reducer) -> None:

@@ -19,6 +19,7 @@ from distplat.strategies.loop.compute import Compute, Share, Stopwatch, TaskMode
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optim import rate_figures
 from distplat.strategies.ports import Leases
 from distplat.strategies.sparse.lookups import Lookups, RowPush
 from distplat.strategies.strategy import rows_come_first
@@ -190,6 +191,7 @@ class Loop:
         self.progress.beats += 1
         epoch = self.sampler.epoch_of(step)
         figures = {**self.strategy.figures(), **self._exchange.figures()}
+        figures |= rate_figures(self.job, step, self.total_steps)
         seconds, of = clock.seconds, self.total_steps
         mean, samples, weight = share.loss, share.samples, share.weight
         report = StepReport(self.rank, step, epoch, mean, samples, seconds, of, figures, weight)
@@ -308,6 +310,7 @@ class LeasedLoop:
         epoch = self.sampler.epoch_of(step)
         figures = {**self.strategy.figures(), "lease_s": self._idle_s}
         figures |= self._exchange.figures()
+        figures |= rate_figures(self.prepared.job, step, self.total_steps)
         self._idle_s = 0.0
         seconds, of, mean, weight = clock.seconds, self.total_steps, share.loss, share.weight
         samples = share.samples

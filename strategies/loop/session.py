@@ -43,6 +43,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
+from distplat.strategies.model.parameter_groups import check_groups
 from distplat.strategies.model.segments import first_non_finite
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
@@ -128,7 +129,11 @@ def prepare(
     if own and not whole:
         raise SpecError(_kept_in_task(job, [*own]))
     extra = {TASK_PREFIX + name: one for name, one in own.items()}
-    part = FlatModel(model.to(device), _moved(extra, device), thaws=thaws) if whole else None
+    check_groups(job.optimizer, model, extra)
+    part = None
+    if whole:
+        moved, group_of = _moved(extra, device), job.optimizer.group_of
+        part = FlatModel(model.to(device), moved, thaws=thaws, group_of=group_of)
     seed_all(job.seed)
     data = checked_data(task, task.train_data(), "train_data")
     sampler = make_sampler(job, data, roles.replicas(job.scaling.world))

@@ -28,6 +28,7 @@ from distplat.platform.vector_layout import Segment
 from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.parameter_layout import (
     TIE,
+    GroupOf,
     Slot,
     by_type,
     check_memory,
@@ -72,6 +73,7 @@ class FlatModel:
         model: on its device; its parameters are re-pointed, in place.
         extra: trainable parameters that lie outside of the model, by name; trained like its own.
         thaws: whether frozen parameters may take part in training later.
+        group_of: gives the number of a parameter's group in the optimizer.
 
     Raises:
         ValueError: nothing to train, or trainable parameters of several devices.
@@ -84,6 +86,7 @@ class FlatModel:
         extra: Mapping[str, Tensor] | None = None,
         *,
         thaws: bool = False,
+        group_of: GroupOf = lambda name: 0,
     ) -> None:
         self.model = model
         named = by_type(trainable(model, extra or {}))
@@ -96,7 +99,7 @@ class FlatModel:
         self._trained = len(named)  #: how many of them are no tail
         behind = {id(p) for _, p in tail}
         self._fixed = [(n, p) for n, p in frozen if id(p) not in behind]
-        self.slots, self.layout, dtype = lay_out(named, tail)
+        self.slots, self.layout, dtype = lay_out(named, tail, group_of)
         device = self.parameters[0].device
         self.params = torch.zeros(self.layout.size, dtype=dtype, device=device)
         self.grads = torch.zeros_like(self.params)

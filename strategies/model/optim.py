@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distplat.platform.optimizers import Optimizer, factor
+from distplat.platform.optimizers import Optimizer
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor
@@ -49,7 +49,7 @@ Presence: TypeAlias = "Sequence[bool] | NDArray[np.bool_] | None"
 
 @dataclass
 class _Run:
-    """Neighbouring pieces of one type that are updated alike: for torch a parameter."""
+    """Neighbouring pieces of one type and group that are updated alike: for torch a parameter."""
 
     pieces: slice
     """Places in the list of pieces."""
@@ -57,6 +57,8 @@ class _Run:
     """First element of the vector."""
     stop: int
     dtype: str
+    group: int
+    """See `Piece.group`."""
     used: bool
     """Whether torch has a state for it."""
     parameter: nn.Parameter = field(init=False)
@@ -67,9 +69,10 @@ class FlatOptimizer:
     One of torch's optimizers over a run of the flat vector, as if each parameter were its own.
 
     A parameter without a gradient rests: it neither decays nor moves, and its step is not counted.
-    Neighbours which have a gradient, and have had it in the same steps, are one operation: where
-    all parameters always have one, that is a single one over each segment of the vector. Which
-    operations there are depends on presence and on what is remembered, and on nothing else.
+    Neighbours of one group which have a gradient, and have had it in the same steps, are one
+    operation: where all parameters always have one, and there are no groups, that is a single one
+    over each segment of the vector. Which operations there are depends on the layout, on presence
+    and on what is remembered, and on nothing else.
 
     Args:
         spec: name and arguments.
@@ -87,6 +90,7 @@ class FlatOptimizer:
         self.gradient = gradient
         self._pieces = self._layout.pieces
         self._slots = np.array([piece.slot for piece in self._pieces], np.int64)
+        self._group_of = np.array([piece.group for piece in self._pieces], np.int64)
         self._segment_of = _segments_of(self._layout)
         starts = [piece.start for piece in self._pieces]
         self._at_first = np.array(starts, np.int64) < self._layout.tail  #: who is no tail
@@ -99,20 +103,20 @@ class FlatOptimizer:
         self._runs: list[_Run] | None = None  #: of `_present`; None: to be found anew
         self._present: NDArray[np.bool_] | None = None
 
-    def step(self, lr: float, present: Presence = None) -> None:
+    def step(self, rates: Sequence[float], present: Presence = None) -> None:
         """
         Make an update from `gradient`.
 
         Args:
-            lr: learning rate.
+            rates: learning rates, see `rate_of`.
             present: see `Presence`.
         """
         runs = self._runs_of(present)
         with torch.no_grad():
             for optimizer in self._torch.values():
-                [group] = optimizer.param_groups
-                group["lr"] = lr
-                if group["params"]:
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+                if any(group["params"] for group in optimizer.param_groups):
                     inspect.unwrap(type(optimizer).step)(optimizer)
         if not all(run.used for run in runs):
             self._take_new_states(runs)
@@ -172,18 +176,18 @@ class FlatOptimizer:
         self._present = mine
         self._runs = self._group(mine)
         for optimizer in self._torch.values():
-            optimizer.param_groups[0]["params"] = []
-            optimizer.state.clear()
+            _empty(optimizer)
         for run in self._runs:
             self._set_up(run)
         return self._runs
 
     def _group(self, present: NDArray[np.bool_] | None) -> list[_Run]:
-        """Put neighbours together that have a gradient and the same history."""
+        """Put neighbours of one group together that have a gradient and the same history."""
         count = len(self._pieces)
         if not count:
             return []
         changes = self._segment_of[1:] != self._segment_of[:-1]
+        changes |= self._group_of[1:] != self._group_of[:-1]
         changes |= self._used[1:] != self._used[:-1]
         if present is not None:
             changes |= present[1:] != present[:-1]
@@ -203,7 +207,8 @@ class FlatOptimizer:
         start, stop = self._pieces[pieces.start].start, segment.stop
         if pieces.stop < len(self._pieces):
             stop = min(stop, self._pieces[pieces.stop].start)
-        return _Run(pieces, start, stop, segment.dtype, bool(self._used[pieces.start]))
+        group, used = int(self._group_of[pieces.start]), bool(self._used[pieces.start])
+        return _Run(pieces, start, stop, segment.dtype, group, used)
 
     def _set_up(self, run: _Run) -> None:
         """Make a run a parameter of the torch optimizer that is right for its type."""
@@ -211,7 +216,7 @@ class FlatOptimizer:
         optimizer = self._torch[fused, run.used]
         run.parameter = nn.Parameter(typed(self._vector, run.start, run.stop, run.dtype))
         run.parameter.grad = typed(self.gradient, run.start, run.stop, run.dtype)
-        optimizer.param_groups[0]["params"].append(run.parameter)
+        optimizer.param_groups[run.group]["params"].append(run.parameter)
         if run.used:
             on = self._vector.device if optimizer.defaults.get("fused") else None
             optimizer.state[run.parameter] = {
@@ -276,23 +281,48 @@ def _segments_of(layout: Layout) -> NDArray[np.int64]:
 
 
 def _make(spec: Optimizer, fused: bool) -> torch.optim.Optimizer:
-    """Make a torch optimizer that has no parameters yet."""
+    """Make a torch optimizer that has all groups, and no parameters yet."""
     kind = getattr(torch.optim, spec.name)
     more = {"fused": True} if fused and spec.name in _FUSED else {}
-    stand_in = nn.Parameter(torch.zeros(1))
-    optimizer: torch.optim.Optimizer = kind([stand_in], **spec.arguments(), **more)
-    optimizer.param_groups[0]["params"] = []
-    optimizer.state.clear()
+    groups = [
+        {"params": [nn.Parameter(torch.zeros(1))], **variant.arguments()}
+        for variant in spec.variants()
+    ]
+    optimizer: torch.optim.Optimizer = kind(groups, **spec.arguments(), **more)
+    _empty(optimizer)
     return optimizer
 
 
-def rate_of(job: Job, step: int, total_steps: int) -> float:
-    """Give the learning rate of a step."""
-    return job.optimizer.lr * factor(job.lr_schedule, step, total_steps)
+def _empty(optimizer: torch.optim.Optimizer) -> None:
+    """Have a torch optimizer forget its parameters."""
+    for group in optimizer.param_groups:
+        group["params"] = []
+    optimizer.state.clear()
+
+
+def rate_of(job: Job, step: int, total_steps: int) -> tuple[float, ...]:
+    """Give the learning rate of a step: of parameters in no group, then of each group."""
+    schedule = job.lr_schedule
+    return tuple(schedule.rate(base, step, total_steps) for base in job.optimizer.rates())
+
+
+def rate_figures(job: Job, step: int, total_steps: int) -> dict[str, float]:
+    """Give the learning rates of a step by the names of docs/metrics.md."""
+    rate, *of_groups = rate_of(job, step, total_steps)
+    own = enumerate(zip(job.optimizer.groups, of_groups, strict=True))
+    return {"lr": rate} | {f"lr_group_{n}": r for n, (one, r) in own if one.lr is not None}
+
+
+def norm_figures(norm: float | None) -> dict[str, float]:
+    """Give the gradient's norm by the name of docs/metrics.md; None: nobody has computed it."""
+    return {} if norm is None else {"grad_norm": norm}
 
 
 class LocalOptimizer:
     """Optimizer over a worker's own parameters, for strategies that update in the worker."""
+
+    grad_norm: float | None = None
+    """2-norm of the gradient of the update made last, before it was clipped; None: not known."""
 
     def __init__(self, flat: FlatModel, job: Job, total_steps: int) -> None:
         self._flat, self._job, self._total = flat, job, total_steps
@@ -326,7 +356,8 @@ class LocalOptimizer:
             scale: what the gradient is to be multiplied by, before it is clipped.
         """
         if self._job.clip_norm is not None:
-            scale *= clip_factor(self._norm() * scale, self._job.clip_norm)
+            self.grad_norm = self._norm() * scale
+            scale *= clip_factor(self.grad_norm, self._job.clip_norm)
         scale_in_place(self._flat.typed(self._flat.grads), scale)
         self._optimizer.step(rate_of(self._job, step, self._total), present)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +28,9 @@ _TAIL_BYTES = 64 << 20
 TIE = "tie parameters by giving both modules the same nn.Parameter"
 
 Named = list[tuple[str, nn.Parameter]]
+
+GroupOf = Callable[[str], int]
+"""Gives the number of a parameter's group by its name, see `Piece.group`."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def room_for(frozen: Named, trained: Named, model: nn.Module) -> Named:
     return found if sum(p.nbytes for _, p in found) <= limit else []
 
 
-def lay_out(named: Named, tail: Named) -> tuple[list[Slot], Layout, torch.dtype]:
+def lay_out(named: Named, tail: Named, group_of: GroupOf) -> tuple[list[Slot], Layout, torch.dtype]:
     """Give each parameter, sorted by type, its place; what lies where; the vector's type."""
     mixed = len({p.dtype for _, p in named}) > 1
     slots: list[Slot] = []
@@ -131,7 +134,10 @@ def lay_out(named: Named, tail: Named) -> tuple[list[Slot], Layout, torch.dtype]
     segments[-1] = Segment(segments[-1].start, begin, segments[-1].dtype)
     size = _place(tail, begin, mixed, slots, segments) if tail else begin
     segments[-1] = Segment(segments[-1].start, size, segments[-1].dtype)
-    pieces = tuple(Piece(place, slot.offset, slot.stop) for place, slot in enumerate(slots))
+    pieces = tuple(
+        Piece(place, slot.offset, slot.stop, group_of(slot.name))
+        for place, slot in enumerate(slots)
+    )
     layout = Layout(size, tuple(segments), pieces, len(slots), begin)
     return slots, layout, torch.uint8 if mixed else slots[0].dtype
 

@@ -16,7 +16,7 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
-from distplat.strategies.model.optim import LocalOptimizer
+from distplat.strategies.model.optim import LocalOptimizer, norm_figures
 from distplat.strategies.model.segments import squared_norm_of
 from distplat.strategies.pipeline.interfaces import Versions
 from distplat.strategies.ports import Pushed, Shards
@@ -147,6 +147,7 @@ class AllReduceGradSync:
         assert self._optimizer is not None, "meet() comes first"
         if self._norm is not None:
             self._optimizer.norm = self._norm
+        self._optimizer.grad_norm = None
         if not total.skip:
             self._optimizer.step(step, total.present, total.scale)
         if self._state is not None and total.skip:
@@ -166,6 +167,7 @@ class AllReduceGradSync:
         """Give the exchange's figures and the optimizer's memory."""
         assert self._optimizer is not None, "meet() comes first"
         found = {} if self._reducer is None else self._reducer.figures()
+        found |= norm_figures(self._optimizer.grad_norm)
         return {**found, "optimizer_state_bytes": float(self._optimizer.state_bytes)}
 
 
@@ -186,6 +188,7 @@ class PsGradSync:
         self._look, self._dp_world = True, 1
         self._pushed = Pushed()
         self._norm: float | None = None
+        self._grad_norm: float | None = None  #: of the step made last
         self._at = 0  #: steps that this rank's buffers have behind them
         self._ahead: list[Tensor | None] | None = (
             None  #: what they were after one more, if that was made
@@ -298,6 +301,9 @@ class PsGradSync:
         if self._pushed.norm is not None:
             assert self._norm is not None, "ready() comes first"
             self._servers.commit(step, self._norm)
+        self._grad_norm = self._pushed.grad_norm if self._pushed.norm is None else self._norm
+        if total.skip:
+            self._grad_norm = None
         if self._state is not None and total.skip:
             self._state.leave_out(step + 1)
         elif self._state is not None:
@@ -313,6 +319,7 @@ class PsGradSync:
     def figures(self) -> dict[str, float]:
         """Give how long servers held this rank up, and what they did: all of its part together."""
         found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
+        found |= norm_figures(self._grad_norm)
         return {name: value for name, value in found.items() if not name.startswith("shard_")}
 
     @property

@@ -365,7 +365,7 @@ def agreed_part(
             if together is not None:
                 part.trial = BeforeSlicing(part.chunks, inputs)
             part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
-        part.finish()
+        part.finish(prepared.job.optimizer.group_of)
     elif options.places > 1:
         _agree(options, prepared, [], part.points, everybody)
     return part

@@ -24,6 +24,7 @@ from distplat.strategies.model.layers import (
 )
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
+from distplat.strategies.model.parameter_layout import GroupOf
 from distplat.strategies.pipeline.limits import BeforeSlicing, Named
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.layers import place_of
@@ -313,9 +314,14 @@ class Part:
         }
         return Holding(places, others)
 
-    def finish(self) -> None:
-        """Move the parameters onto flat vectors; they are not exchanged by others afterwards."""
-        self.flat = FlatModel(self.module)
+    def finish(self, group_of: GroupOf) -> None:
+        """
+        Move the parameters onto flat vectors; they are not exchanged by others afterwards.
+
+        Args:
+            group_of: see `FlatModel`.
+        """
+        self.flat = FlatModel(self.module, group_of=group_of)
 
 
 def layers_for(task: Task, model: nn.Module) -> list[Layer]:

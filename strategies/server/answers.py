@@ -29,11 +29,11 @@ def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pus
         answers: by shard.
         traffic: by shard, bytes of gradients that it read and of parameters that it gave.
     """
-    norm = None
-    if not all(answer.committed for answer in answers):
-        norm = sum(answer.squared_norm or 0.0 for answer in answers) ** 0.5
+    squares = [one.squared_norm for one in answers if one.squared_norm is not None]
+    norm = sum(squares) ** 0.5
     return Pushed(
-        norm,
+        None if all(answer.committed for answer in answers) else norm,
+        norm if squares else None,
         staleness=max(answer.staleness for answer in answers),
         waiting_s=max(answer.waiting_s for answer in answers),
         loads=tuple(

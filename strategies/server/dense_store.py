@@ -271,8 +271,8 @@ class DenseStore:
             scale = self.staleness.applied(update)
             place = update.version // self.ledger.world  # of each worker an update: one step
             self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
-        rate = rate_of(plan.job, place, plan.total_steps)
-        self.optimizer.step(rate * scale, from_flags(update.present))
+        rates = [rate * scale for rate in rate_of(plan.job, place, plan.total_steps)]
+        self.optimizer.step(rates, from_flags(update.present))
         for steps in range(before + 1, self.steps + 1):  # several, after a slow rank
             self._keeping.reached(steps, self._copy)
 

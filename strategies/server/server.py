@@ -299,6 +299,7 @@ class Server(Generic[S]):
         apply_s, queue_s, queue_depth = self._loads.get(rank, (0.0, 0.0, 0))
         return Answer(
             version,
+            squared_norm=store.squared_norm,
             staleness=store.staleness_of(rank),
             waiting_s=waited,
             apply_s=apply_s,

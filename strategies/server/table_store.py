@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from distplat.platform.errors import FencedError, ProtocolError, StateLost
 from distplat.platform.ledger import Answer, Ledger, PullId, PushId, StepLedger, TaskLedger, Verdict
-from distplat.platform.optimizers import factor
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor
 from distplat.strategies.server.backup import (
@@ -259,7 +258,7 @@ class TableStore:
         assert self.plan is not None and self.plan.job.embeddings is not None, "it was opened"
         job = self.plan.job
         assert job.embeddings is not None, "no servers without the field"
-        rate = job.embeddings.optimizer.lr * factor(job.lr_schedule, place, self.plan.total_steps)
+        rate = job.lr_schedule.rate(job.embeddings.optimizer.lr, place, self.plan.total_steps)
         for table, parts in zip(self.tables, by_table, strict=True):
             if parts:
                 table.apply(parts, rate)

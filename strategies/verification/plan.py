@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from distplat.platform.optimizers import factor
+from distplat.platform.optimizers import Optimizer
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import collate_seed, mixed, step_seed
@@ -45,8 +46,8 @@ Schedule = Sequence[Sequence[Sequence[Forward]]]
 """By step, by rank: micro-batches."""
 
 
-Optimize = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-"""Makes an optimizer of such parameters."""
+Named = dict[str, Tensor]
+"""Tensors by name."""
 
 ROWS = f"task:{KEPT}."
 """What names of embedding tables begin with."""
@@ -56,21 +57,18 @@ ROWS = f"task:{KEPT}."
 class Recipe:
     """How a model is trained."""
 
-    optimizer: Optimize
-    factors: list[float]
-    """On the learning rate, by step."""
-    rows: Optimize
-    """Of embedding tables, whose gradients are sparse."""
+    optimizer: Callable[[Named], torch.optim.Optimizer]
+    """Makes the optimizer of such parameters."""
+    rates: Sequence[Callable[[float], float]]
+    """By step: gives the learning rate, of that before the schedule."""
+    rows: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+    """The same of embedding tables, whose gradients are sparse."""
     clip_norm: float | None = None
     autocast: bool = False
     """Forward under bfloat16 autocast."""
     seed: int = 0
     every: int = 1
     """The model's state is kept after so many steps, and after the last."""
-
-
-Named = dict[str, Tensor]
-"""Tensors by name."""
 
 
 @dataclass
@@ -89,11 +87,25 @@ class Trained:
 def recipe_of(job: Job, every: int = 1) -> Recipe:
     """Give the recipe of a job, whose field `steps` is set; `every`: see `Recipe`."""
     steps, spec, tables = job.steps or 0, job.optimizer, job.embeddings
-    factors = [factor(job.lr_schedule, step, steps) for step in range(steps)]
-    optimizer = partial(getattr(torch.optim, spec.name), **spec.arguments())
-    rows = optimizer if tables is None else row_optimizer(tables)
-    autocast = job.precision == "bf16"
-    return Recipe(optimizer, factors, rows, job.clip_norm, autocast, job.seed, every)
+    schedule = job.lr_schedule
+    rates = [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
+    rows = torch.optim.SGD if tables is None else row_optimizer(tables)
+    optimizer, autocast = partial(_optimizer, spec), job.precision == "bf16"
+    return Recipe(optimizer, rates, rows, job.clip_norm, autocast, job.seed, every)
+
+
+def _optimizer(spec: Optimizer, named: Named) -> torch.optim.Optimizer:
+    """Make torch's optimizer, with a param group for each of the job's."""
+    kind: Any = getattr(torch.optim, spec.name)
+    patterns = [one.match.replace(" ", "").split(",") for one in spec.groups] + [["*"]]
+    more: list[dict[str, Any]] = [*(one.arguments() for one in spec.groups), {}]
+    sets: list[list[Tensor]] = [[] for _ in patterns]
+    for name, tensor in named.items():
+        places = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
+        sets[places[0]].append(tensor)
+    groups = [{"params": some, **own} for some, own in zip(sets, more, strict=True) if some]
+    made: torch.optim.Optimizer = kind(groups, **spec.arguments())
+    return made
 
 
 def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:

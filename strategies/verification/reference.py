@@ -67,10 +67,10 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
     data = ranks[0].task.train_data()
     parameters = ranks[0].named()  # with buffers: what has no gradient rests
     rows = {name: parameters[name] for name in parameters if name.startswith(plan.ROWS)}
-    dense = [parameters[name] for name in parameters if name not in rows]
+    dense = {name: one for name, one in parameters.items() if name not in rows}
     optimizers = [recipe.optimizer(dense), *([recipe.rows([*rows.values()])] if rows else [])]
     found, rounding = Trained({0: ranks[0].snapshot()}), 0.75 if reverse else 1.0
-    for step, factor in zip(schedule, recipe.factors, strict=True):
+    for step, rate in zip(schedule, recipe.rates, strict=True):
         before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
         sizes = [sum(len(forward.ids) for forward in forwards) for forwards in step]
         scale = rounding / sum(sizes)
@@ -89,10 +89,10 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
             )
         found.used.append({name for name, p in parameters.items() if p.grad is not None})
         if recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(dense, recipe.clip_norm)
+            nn.utils.clip_grad_norm_([*dense.values()], recipe.clip_norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+                group["lr"] = rate(group.setdefault("initial_lr", group["lr"]))
             optimizer.step()
             optimizer.zero_grad()
         spread(ranks, ranks[0].named())

@@ -18,7 +18,6 @@ from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from distplat.platform.optimizers import factor
 from distplat.platform.progress import StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
@@ -126,7 +125,7 @@ def plain(recipe: str) -> tuple[dict[str, Tensor], list[float]]:
         torch.autograd.backward(loss)
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        optimizer.param_groups[0]["lr"] = arguments["lr"] * factor(job.lr_schedule, step, STEPS)
+        optimizer.param_groups[0]["lr"] = job.lr_schedule.rate(arguments["lr"], step, STEPS)
         optimizer.step()
         losses.append(loss.item())
     return {name: value.detach() for name, value in model.state_dict().items()}, losses

@@ -17,7 +17,7 @@ from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from distplat.platform.optimizers import Schedule, factor
+from distplat.platform.lr_schedules import Schedule
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
 
@@ -170,7 +170,7 @@ def test_digits_are_learned_by_a_plain_loop(build: Build) -> None:
     epochs, loader = 5, DataLoader(task.train_data(), batch_size=64, shuffle=True)
     schedule = Schedule(name="cosine")
     for step, (inputs, targets) in enumerate(b for _ in range(epochs) for b in loader):
-        optimizer.param_groups[0]["lr"] = 0.1 * factor(schedule, step, epochs * len(loader))
+        optimizer.param_groups[0]["lr"] = schedule.rate(0.1, step, epochs * len(loader))
         optimizer.zero_grad()
         task.loss(model(inputs), targets).backward()
         optimizer.step()

@@ -61,7 +61,7 @@ def steps(flat: FlatModel, of: list[Any], first: int, stop: int) -> None:
             generator = torch.Generator().manual_seed(100 * step + int(place))
             view.copy_(torch.randn(view.shape, generator=generator))
         for _, optimizer in of:
-            optimizer.step(0.01, flat.present)
+            optimizer.step([0.01], flat.present)
 
 
 def saved(parts: list[CheckpointPart], step: int) -> SavedState:

@@ -1,11 +1,14 @@
 """Every optimizer a job may name, over a flat vector, moves as torch's own over the parameters."""
 
 import itertools
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
@@ -34,6 +37,19 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "NAdam", "lr": 0.01},
     {"name": "RAdam", "lr": 0.01, "weight_decay": 0.1},
 ]
+
+GROUPED: dict[str, list[dict[str, Any]]] = {
+    "SGD": [{"lr": 0.3, "momentum": 0.5}, {"weight_decay": 0.2, "nesterov": True}],
+    "Adam": [{"lr": 0.003, "betas": [0.5, 0.9]}, {"eps": 1e-3, "maximize": True}],
+    "AdamW": [{"weight_decay": 0}, {"lr": 0.002, "betas": [0.5, 0.9]}],
+    "RMSprop": [{"alpha": 0.5}, {"lr": 0.05, "eps": 1e-3}],
+    "Adagrad": [{"lr_decay": 0.5}, {"lr": 0.2, "weight_decay": 0.3}],
+    "Adadelta": [{"rho": 0.5}, {"lr": 0.1, "eps": 1e-3}],
+    "Adamax": [{"lr": 0.003}, {"betas": [0.5, 0.9], "weight_decay": 0}],
+    "NAdam": [{"momentum_decay": 0.1}, {"decoupled_weight_decay": False, "weight_decay": 0.3}],
+    "RAdam": [{"decoupled_weight_decay": True}, {"betas": [0.5, 0.9], "lr": 0.1}],
+}
+"""Arguments of two groups; `momentum`, `amsgrad` and `centered` stay on or off."""
 
 TYPES: dict[str, list[torch.dtype]] = {
     "float64": [torch.float64] * 5,
@@ -75,10 +91,34 @@ def gradient(place: int, step: int, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
 
 
+def with_groups(spec: dict[str, Any], *matches: str) -> dict[str, Any]:
+    """Give an optimizer with a group for each of up to two matches."""
+    own = [dict(one) for one in GROUPED[spec["name"]]]
+    if spec["name"] == "SGD" and ("momentum" not in spec or "dampening" in spec):
+        own = [{"lr": 0.3, "maximize": True}, {"weight_decay": 0.2}]
+    groups = [{"match": match, **one} for match, one in zip(matches, own, strict=False)]
+    return {**spec, "groups": groups}
+
+
+def param_groups(spec: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
+    """Deal a model's parameters out by the names that matches list."""
+    groups = [dict(one) for one in spec.get("groups", [])]
+    matches = [one.pop("match").split(",") for one in groups] + [["p0", "p1", "p2", "p3", "p4"]]
+    groups.append({})
+    for group in groups:
+        group["params"] = []
+    for name, parameter in model.named_parameters():
+        first = next(at for at, match in enumerate(matches) if name in match)
+        groups[first]["params"].append(parameter)
+    return groups
+
+
 def plain(spec: dict[str, Any], types: list[torch.dtype], pattern: Any) -> list[Tensor]:
-    parameters = [*Five(types).parameters()]
-    arguments = {key: value for key, value in spec.items() if key != "name"}
-    optimizer = getattr(torch.optim, spec["name"])(parameters, foreach=False, **arguments)
+    model = Five(types)
+    parameters = [*model.parameters()]
+    arguments = {key: value for key, value in spec.items() if key not in ("name", "groups")}
+    groups = param_groups(spec, model)
+    optimizer = getattr(torch.optim, spec["name"])(groups, foreach=False, **arguments)
     for step in range(STEPS):
         for place, parameter in enumerate(parameters):
             used = pattern(place, step)
@@ -91,7 +131,8 @@ class Flat:
     """The same on the flat vector, whole or in runs."""
 
     def __init__(self, spec: dict[str, Any], types: list[torch.dtype], cuts: int = 1) -> None:
-        self.flat = FlatModel(Five(types))
+        self.kind = KINDS.validate_python(spec)
+        self.flat = FlatModel(Five(types), group_of=self.kind.group_of)
         self.places = [int(slot.name[1:]) for slot in self.flat.slots]
         size = -(-self.flat.size // cuts // 16) * 16
         bounds = [min(size * number, self.flat.size) for number in range(cuts)] + [self.flat.size]
@@ -100,10 +141,9 @@ class Flat:
         self.optimizers = [self.make(*run) for run in self.runs]
 
     def make(self, start: int, stop: int) -> FlatOptimizer:
-        kind = KINDS.validate_python(self.spec)
         flat = self.flat
         vectors = flat.params[start:stop], flat.grads[start:stop]
-        return FlatOptimizer(kind, *vectors, flat.layout.cut(start, stop))
+        return FlatOptimizer(self.kind, *vectors, flat.layout.cut(start, stop))
 
     def step(self, step: int, pattern: Any) -> None:
         present = np.array([pattern(place, step) for place in self.places])
@@ -113,14 +153,14 @@ class Flat:
                 view = slot.view(self.flat.grads)
                 view.copy_(gradient(place, step, view))
         for optimizer in self.optimizers:
-            optimizer.step(self.spec["lr"], present)
+            optimizer.step(self.kind.rates(), present)
 
     def parameters(self) -> list[Tensor]:
         return [p.detach() for p in self.flat.model.parameters()]
 
 
 def name_of(spec: dict[str, Any]) -> str:
-    return "-".join(map(str, spec.values()))
+    return "-".join(str(value) for key, value in spec.items() if key != "groups")
 
 
 def check(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -142,7 +182,26 @@ def test_moves_as_torch_does(spec: dict[str, Any], types: list[torch.dtype], pat
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("types", [TYPES["float64"], TYPES["mixed"]], ids=["float64", "mixed"])
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
+def test_groups_are_torchs(spec: dict[str, Any], types: list[torch.dtype], pattern: Any) -> None:
+    test_moves_as_torch_does(with_groups(spec, "p1,p4", "p1,p3"), types, pattern)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.randoms(use_true_random=True))
+def test_any_deal_of_parameters_is_torchs(random: Random) -> None:
+    names = [f"p{number}" for number in range(5)]
+    matches = [",".join(random.sample(names, random.randint(1, 4))) for _ in range(2)]
+    spec = with_groups(random.choice(OPTIMIZERS), *matches[: random.randint(1, 2)])
+    types, pattern = random.choice([*TYPES.values()]), random.choice([*PATTERNS.values()])
+    test_moves_as_torch_does(spec, types, pattern)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize(
+    "spec", [*OPTIMIZERS, *(with_groups(one, "p2", "p0,p4") for one in OPTIMIZERS)], ids=name_of
+)
 def test_handed_over_it_goes_on_to_the_same_bits(spec: dict[str, Any], pattern: Any) -> None:
     whole, broken = Flat(spec, TYPES["mixed"], 2), Flat(spec, TYPES["mixed"], 2)
     for step in range(STEPS):
@@ -184,6 +243,18 @@ def test_all_alike_is_one_operation_for_each_segment() -> None:
     assert optimizer._runs is before  # nothing is looked for again
 
 
+def test_neighbours_of_one_group_are_one_operation() -> None:
+    ours = Flat(with_groups({"name": "AdamW", "lr": 0.1}, "p0,p1", "p4"), TYPES["float32"])
+    for step in range(2):
+        ours.step(step, PATTERNS["always"])
+    runs = ours.optimizers[0]._runs_of(None)
+    assert [(run.group, run.pieces) for run in runs] == [
+        (1, slice(0, 2)),
+        (0, slice(2, 4)),
+        (2, slice(4, 5)),
+    ]
+
+
 def test_a_gradient_of_zero_is_not_the_same_as_none() -> None:
     spec = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
     zero, none = Flat(spec, TYPES["float64"]), Flat(spec, TYPES["float64"])
@@ -192,6 +263,6 @@ def test_a_gradient_of_zero_is_not_the_same_as_none() -> None:
     before = zero.parameters()[0].clone()
     for ours, present in ((zero, True), (none, False)):
         ours.flat.grads.zero_()
-        ours.optimizers[0].step(0.1, [present] * 5)
+        ours.optimizers[0].step([0.1], [present] * 5)
     assert not torch.equal(zero.parameters()[0], before)
     assert torch.equal(none.parameters()[0], before)

@@ -91,6 +91,7 @@ def test_a_gradient_under_ring() -> None:
         "strategies/model/optim.py",
         "strategies/model/segments.py",
         "platform/optimizers.py",
+        "platform/lr_schedules.py",
     ]
 
 
@@ -118,7 +119,7 @@ def test_a_gradient_under_ps_sync() -> None:
         "platform/shard_map.py",
         "strategies/server/answers.py",
     ]
-    assert trace.servers[: trace.servers.index("platform/optimizers.py") + 1] == [
+    assert trace.servers[: trace.servers.index("platform/lr_schedules.py") + 1] == [
         "actors/memory/futex.py",
         "actors/servers/shard_serving.py",
         "actors/memory/mailboxes.py",
@@ -132,4 +133,5 @@ def test_a_gradient_under_ps_sync() -> None:
         "strategies/algorithms/reduce.py",
         "strategies/model/optim.py",
         "platform/optimizers.py",
+        "platform/lr_schedules.py",
     ]

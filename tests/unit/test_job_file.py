@@ -61,7 +61,8 @@ def test_a_job_is_read() -> None:
             "momentum: 0.9",
             "momentun: 0.9",
             "job.yaml:9:3: optimizer.momentun: unknown field (value 0.9)\n  hint: did you mean "
-            "'momentum'? allowed: dampening, lr, maximize, momentum, name, nesterov, weight_decay",
+            "'momentum'? allowed: dampening, groups, lr, maximize, momentum, name, nesterov, "
+            "weight_decay",
         ),
         (
             "{num_workers: 2}",

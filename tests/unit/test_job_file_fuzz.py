@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 from distplat.platform.errors import SpecError
 from distplat.platform.job_file import job_of, read_job
-from distplat.platform.optimizers import SGD, Schedule
+from distplat.platform.lr_schedules import Schedule
+from distplat.platform.optimizers import SGD
 from distplat.platform.spec import Checkpoint, Data, Evaluation, Failure, Job, Scaling
 
 VALID = b"""\

@@ -5,8 +5,15 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import BaseModel, ValidationError
 
-from distplat.platform.optimizers import WHOLE_TENSOR, Adam, AnyOptimizer, Optimizer, Schedule
+from distplat.platform.optimizers import (
+    WHOLE_TENSOR,
+    Adam,
+    AnyOptimizer,
+    Group,
+    Optimizer,
+)
 
 KINDS: list[type[Optimizer]] = list(get_args(get_args(AnyOptimizer)[0]))
 NOT_OURS = {"params", "foreach", "capturable", "differentiable", "fused"}
@@ -29,7 +36,8 @@ def test_the_name_is_the_classs_own(kind: type[Optimizer]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_arguments_and_defaults_are_torchs(kind: type[Optimizer]) -> None:
-    ours = {name: one.default for name, one in kind.model_fields.items() if name != "name"}
+    fields = kind.model_fields.items()
+    ours = {name: one.default for name, one in fields if name not in ("name", "groups")}
     theirs = signature(kind)
     if kind is Adam:
         del theirs["decoupled_weight_decay"]  # that is AdamW
@@ -45,6 +53,27 @@ def test_torch_takes_the_arguments(kind: type[Optimizer]) -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     made = getattr(torch.optim, rule.name)([parameter], **rule.arguments())
     assert made.defaults["lr"] == 0.5
+
+
+def test_a_group_has_every_argument_but_one_that_torch_ignores_there() -> None:
+    known = set().union(*(kind.model_fields for kind in KINDS)) - {"name", "groups"}
+    assert Group.model_fields.keys() - {"match"} == known - {"initial_accumulator_value"}
+
+
+def takes(kind: type[BaseModel], fields: dict[str, object]) -> bool:
+    try:
+        kind.model_validate(fields)
+    except ValidationError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_takes_the_values_that_its_optimizer_takes(kind: type[Optimizer]) -> None:
+    for name in kind.model_fields.keys() & Group.model_fields.keys():
+        for value in (-1, 0, 0.5, 1, 7.5, True, "x", [0.9, 0.5], [1, 0.5], float("nan")):
+            own = takes(kind, {"name": kind.__name__, "lr": 0.1, name: value})
+            assert takes(Group, {"match": "*", name: value}) == own, (name, value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,16 +98,3 @@ def test_an_update_needs_nothing_but_the_elements_own_gradient(kind: type[Optimi
 def test_the_others_are_torchs_too() -> None:
     assert {name for name in WHOLE_TENSOR if not hasattr(torch.optim, name)} == set()
     assert WHOLE_TENSOR.isdisjoint(kind.__name__ for kind in KINDS)
-
-
-@pytest.mark.parametrize(
-    ("name", "idle"),
-    [
-        ("constant", {"final_factor", "every_steps", "gamma"}),
-        ("linear", {"every_steps", "gamma"}),
-        ("cosine", {"every_steps", "gamma"}),
-        ("step", {"final_factor"}),
-    ],
-)
-def test_fields_without_effect_on_a_schedule(name: str, idle: set[str]) -> None:
-    assert Schedule.model_validate({"name": name}).idle_fields() == idle

@@ -70,16 +70,16 @@ def clip_on_each_rank(patch: Patch) -> None:
 def forget_momentum(patch: Patch) -> None:
     original = FlatOptimizer.step
 
-    def step(self: Any, lr: float, present: Any = None) -> None:
+    def step(self: Any, rates: Any, present: Any = None) -> None:
         self.load({})
-        original(self, lr, present)
+        original(self, rates, present)
 
     patch.setattr(FlatOptimizer, "step", step)
 
 
 def take_all_for_present(patch: Patch) -> None:
     original = FlatOptimizer.step
-    patch.setattr(FlatOptimizer, "step", lambda self, lr, present=None: original(self, lr))
+    patch.setattr(FlatOptimizer, "step", lambda self, rates, present=None: original(self, rates))
 
 
 def count_steps_for_all(patch: Patch) -> None:
@@ -105,10 +105,8 @@ def leave_buffers_alone(patch: Patch) -> None:
 
 
 def take_the_next_rate(patch: Patch) -> None:
-    original = optim.factor  # type: ignore[attr-defined]
-    patch.setattr(
-        optim, "factor", lambda schedule, step, steps: original(schedule, step + 1, steps)
-    )
+    original = optim.rate_of
+    patch.setattr(optim, "rate_of", lambda job, step, steps: original(job, step + 1, steps))
 
 
 def leave_a_rank_out(patch: Patch) -> None:

@@ -9,11 +9,12 @@ is tested in `test_planted_faults.py`.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
-from drawn_tasks import BLOCKS, Drawn
+from drawn_tasks import BLOCKS, Drawn, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_memory_engine import make, trained
@@ -55,6 +56,8 @@ OPTIMIZERS: list[dict[str, Any]] = [
 SCHEDULES: list[dict[str, Any]] = [
     {"name": "constant"},
     {"name": "cosine", "warmup_steps": 2, "final_factor": 0.1},
+    {"name": "CosineAnnealingLR", "T_max": 4, "eta_min": 0.01},
+    {"name": "OneCycleLR", "cycle_momentum": False},
 ]
 
 STRATEGIES: list[tuple[str, dict[str, Any]]] = [
@@ -85,7 +88,7 @@ def drawn_by(random: Random) -> Drawn:
         least = max(workers, micro * options.get("data", 1))
         blocks = (*(name for block in blocks for name in ("plain", block)), "plain")
     batch = least + random.randint(0, 4)
-    return Drawn(
+    drawn = Drawn(
         blocks=blocks,
         form="tensor" if cuts else random.choice(["tensor", "dict", "tuple"]),
         weighted=random.random() < 0.5,
@@ -99,6 +102,17 @@ def drawn_by(random: Random) -> Drawn:
         samples=2 * batch + random.randint(0, batch - 1),
         batch=batch,
     )
+    return with_groups(drawn, random) if random.random() < 0.5 else drawn
+
+
+def with_groups(drawn: Drawn, random: Random) -> Drawn:
+    """Have some parameters updated with other arguments."""
+    names = [name for name, _ in build(drawn).named_parameters()]
+    some = random.sample(names, random.randint(2, len(names)))
+    cut = random.randint(1, len(some) - 1)
+    first = {"match": ",".join(some[:cut]), "lr": random.choice([0.03, 0.2])}
+    second = {"match": ", ".join(some[cut:]), "weight_decay": random.choice([0.0, 0.3])}
+    return replace(drawn, optimizer={**drawn.optimizer, "groups": [first, second]})
 
 
 def refused(drawn: Drawn) -> bool:

@@ -1,0 +1,272 @@
+"""
+The learning rate over the steps: shapes of our own, and schedulers of torch by name and arguments.
+
+Each is a function of the step alone, where torch's compute a rate from the one before: so servers,
+leased tasks and a run that goes on have a step's rate without its history, with the same bits. A
+unit test holds names, arguments and rates here against torch's.
+"""
+
+import math
+from abc import abstractmethod
+from bisect import bisect_right
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from distplat.platform.fields import Count, Flag, Index, NonNegative, Number, Positive, Spec
+
+Part = Annotated[Number, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
+
+WARMUP = "`warmup_steps` may stand beside every schedule"
+REFUSED_SCHEDULES = {
+    "ReduceLROnPlateau": "it needs the results of evaluations, which servers do not have",
+    "LambdaLR": "it needs a function, which a job file cannot hold",
+    "MultiplicativeLR": "it needs a function, which a job file cannot hold",
+    "SequentialLR": f"it is made of others; {WARMUP}",
+    "ChainedScheduler": f"it is made of others; {WARMUP}",
+    "CyclicLR": "it replaces the learning rates of optimizer and groups",
+}
+"""Schedulers of torch that a job may not name, and why."""
+
+
+class LRSchedule(Spec):
+    """What all of them have."""
+
+    name: str
+    warmup_steps: Index = 0
+    """Steps in which the rate grows linearly from 1/warmup_steps of `lr` to `lr`; 0: no warm-up."""
+
+    def idle_fields(self) -> set[str]:
+        """Give the fields that have no effect on a schedule of this name."""
+        return set()
+
+    def rate(self, base: float, step: int, total_steps: int) -> float:
+        """
+        Give the learning rate of a step.
+
+        Args:
+            base: `lr` of the optimizer, or of one of its groups.
+            step: from 0.
+            total_steps: of the run.
+        """
+        if step < self.warmup_steps:
+            return base * ((step + 1) / self.warmup_steps)
+        return self._after(base, step - self.warmup_steps, total_steps - self.warmup_steps)
+
+    @abstractmethod
+    def _after(self, base: float, step: int, steps: int) -> float:
+        """Give the rate of a step; it and their number are counted from the end of the warm-up."""
+
+
+class Schedule(LRSchedule):
+    """
+    Shapes over the whole run, after a linear warm-up.
+
+    `linear` and `cosine` fall from the first step to the last, `wsd` (warm-up, stable, decay) in
+    its last steps.
+    """
+
+    name: Literal["constant", "linear", "cosine", "step", "wsd"] = "constant"
+    """A shape over the whole run, below, or a scheduler of torch with its own arguments."""
+    final_factor: Part = 0.0
+    """`linear`, `cosine`, `wsd`: what `lr` is multiplied by in the last step."""
+    every_steps: Index = 0
+    """`step`: multiply by `gamma` once in so many steps."""
+    gamma: Positive = 0.1
+    """`step`: what to multiply by."""
+    decay_steps: Index = 0
+    """`wsd`: the last steps of the run, in which the rate falls; before it is `lr`."""
+    decay: Literal["linear", "cosine", "sqrt"] = "linear"
+    """`wsd`: how it falls; `sqrt`: as 1 - sqrt (Hägele et al., NeurIPS 2024)."""
+
+    def idle_fields(self) -> set[str]:
+        """See `LRSchedule`."""
+        used = {
+            "constant": set(),
+            "linear": {"final_factor"},
+            "cosine": {"final_factor"},
+            "step": {"every_steps", "gamma"},
+            "wsd": {"final_factor", "decay_steps", "decay"},
+        }[self.name]
+        return {"final_factor", "every_steps", "gamma", "decay_steps", "decay"} - used
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        match self.name:
+            case "constant":
+                return base
+            case "step":
+                return base * _power(self.gamma, step // self.every_steps)
+            case "wsd":
+                made = step + 1 - steps + self.decay_steps
+                return base * self._fallen(self.decay, made, self.decay_steps)
+            case "linear" | "cosine" as shape:
+                return base * self._fallen(shape, step, steps - 1)
+
+    def _fallen(self, shape: str, made: int, of: int) -> float:
+        """Give the factor after so many steps of those in which it falls."""
+        done, final = min(1.0, max(0.0, made / max(1, of))), self.final_factor
+        if shape == "cosine":
+            return final + (1.0 - final) * (1.0 + math.cos(math.pi * done)) / 2.0
+        return 1.0 - (1.0 - final) * (math.sqrt(done) if shape == "sqrt" else done)
+
+
+class ConstantLR(LRSchedule):
+    """A factor in the first steps."""
+
+    name: Literal["ConstantLR"]
+    factor: Part = 1.0 / 3
+    total_iters: Count = 5
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        return base * self.factor if step < self.total_iters else base
+
+
+class LinearLR(LRSchedule):
+    """From one factor to another."""
+
+    name: Literal["LinearLR"]
+    start_factor: Annotated[Number, Field(gt=0, le=1)] = 1.0 / 3
+    end_factor: Part = 1.0
+    total_iters: Count = 5
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        done = min(step, self.total_iters) / self.total_iters
+        return base * (self.start_factor + (self.end_factor - self.start_factor) * done)
+
+
+class PolynomialLR(LRSchedule):
+    """To zero, by a power of what is left."""
+
+    name: Literal["PolynomialLR"]
+    total_iters: Count = 5
+    power: NonNegative = 1.0
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        left = 1.0 - min(step, self.total_iters) / self.total_iters
+        return base * float(left**self.power)
+
+
+class StepLR(LRSchedule):
+    """Times `gamma` once in so many steps."""
+
+    name: Literal["StepLR"]
+    step_size: Count
+    gamma: Positive = 0.1
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        return base * _power(self.gamma, step // self.step_size)
+
+
+class MultiStepLR(LRSchedule):
+    """Times `gamma` at each of some steps."""
+
+    name: Literal["MultiStepLR"]
+    milestones: tuple[Count, ...] = Field(min_length=1)
+    gamma: Positive = 0.1
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        return base * _power(self.gamma, bisect_right(sorted(self.milestones), step))
+
+
+class ExponentialLR(LRSchedule):
+    """Times `gamma` in every step."""
+
+    name: Literal["ExponentialLR"]
+    gamma: Positive
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        return base * _power(self.gamma, step)
+
+
+class CosineAnnealingLR(LRSchedule):
+    """Half a cosine down to `eta_min` in `T_max` steps, then up again."""
+
+    name: Literal["CosineAnnealingLR"]
+    T_max: Count
+    eta_min: NonNegative = 0.0
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        return _cosine(base, self.eta_min, step / self.T_max)
+
+
+class CosineAnnealingWarmRestarts(LRSchedule):
+    """Half a cosine again and again, each `T_mult` times as long (Loshchilov & Hutter, 2017)."""
+
+    name: Literal["CosineAnnealingWarmRestarts"]
+    T_0: Count
+    T_mult: Count = 1
+    eta_min: NonNegative = 0.0
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        length = self.T_0
+        if self.T_mult == 1:
+            step %= length
+        while step >= length:
+            step -= length
+            length *= self.T_mult
+        return _cosine(base, self.eta_min, step / length)
+
+
+class OneCycleLR(LRSchedule):
+    """Up to `lr` and down again over the run (Smith & Topin, 2018); `lr` is torch's `max_lr`."""
+
+    name: Literal["OneCycleLR"]
+    pct_start: Part = 0.3
+    anneal_strategy: Literal["cos", "linear"] = "cos"
+    cycle_momentum: Flag = True
+    div_factor: Positive = 25.0
+    final_div_factor: Positive = 1e4
+    three_phase: Flag = False
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        first = base / self.div_factor
+        last, top = first / self.final_div_factor, self.pct_start * steps - 1.0
+        ends = [(top, first, base), (steps - 1.0, base, last)]
+        if self.three_phase:
+            again = 2.0 * self.pct_start * steps - 2.0
+            ends[1:] = [(again, base, first), (steps - 1.0, first, last)]
+        place = next((at for at, (end, _, _) in enumerate(ends) if step <= end), len(ends) - 1)
+        begin = ends[place - 1][0] if place else 0.0
+        end, start_rate, end_rate = ends[place]
+        done = (step - begin) / (end - begin) if end > begin else 1.0
+        if self.anneal_strategy == "linear":
+            return (end_rate - start_rate) * done + start_rate
+        return _cosine(start_rate, end_rate, done)
+
+
+AnySchedule = (
+    Schedule
+    | ConstantLR
+    | LinearLR
+    | PolynomialLR
+    | StepLR
+    | MultiStepLR
+    | ExponentialLR
+    | CosineAnnealingLR
+    | CosineAnnealingWarmRestarts
+    | OneCycleLR
+)
+
+
+def _with_name(value: object) -> object:
+    """Take a mapping without a name for a constant rate."""
+    if isinstance(value, dict) and "name" not in value:
+        return {"name": "constant", **value}
+    return value
+
+
+NamedSchedule = Annotated[AnySchedule, Field(discriminator="name"), BeforeValidator(_with_name)]
+"""As a job file has it."""
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    """Go from one rate to another along half a cosine."""
+    return end + (start - end) * (1.0 + math.cos(math.pi * done)) / 2.0
+
+
+def _power(base: float, exponent: int) -> float:
+    try:
+        return float(base**exponent)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,380 @@
+"""Parameter groups of a job: its messages, and runs that are what torch's param groups give."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import GPT_PLAN, Gpt, grid_of, hybrid_job, whole
+from jobs import job_of
+from local_run import LocalRun, train
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distplat.nn import ShardedEmbedding
+from distplat.platform.errors import SpecError
+from distplat.platform.job_file import read_job
+from distplat.platform.progress import StepReport
+from distplat.platform.resume import mismatches, state_of
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.loop.session import prepare
+from distplat.strategies.task import Task
+
+STEPS, BATCH, SAMPLES = 6, 8, 20
+GROUPS: list[dict[str, Any]] = [
+    {"match": "*.bias,*norm*", "weight_decay": 0},
+    {"match": "head.*", "lr": 0.01, "betas": [0.5, 0.9]},
+]
+ADAMW: dict[str, Any] = {"name": "AdamW", "lr": 0.05, "weight_decay": 0.3}
+GROUPED = {**ADAMW, "groups": GROUPS}
+
+
+class Small(Task):
+    """Linear layers, a norm and a head, in float64; and a parameter of the task's own."""
+
+    own = False
+
+    def __init__(self) -> None:
+        if self.own:
+            self.bend = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def model(self) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body, self.norm = nn.Linear(6, 5), nn.LayerNorm(5)
+                self.head = nn.Linear(5, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                result: Tensor = self.head(torch.tanh(self.norm(self.body(x))))
+                return result
+
+        return Net().double()
+
+    def train_data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(SAMPLES, 6, generator=generator, dtype=torch.float64)
+        return TensorDataset(inputs, inputs[:, :3] * 2 - 1)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        scale = self.bend if self.own else 1.0
+        return (outputs * scale - targets).square().mean()
+
+
+class Own(Small):
+    own = True
+
+
+def job(strategy: Any = "ring", world: int = 1, **more: Any) -> Job:
+    fields = {
+        "optimizer": GROUPED,
+        "lr_schedule": {"name": "cosine", "warmup_steps": 2, "final_factor": 0.1},
+        "steps": STEPS,
+        "global_batch_size": BATCH,
+        "seed": 5,
+        "evaluation": {"every_epochs": 0},
+        **more,
+    }
+    return job_of(strategy, world, **fields)
+
+
+SCALES = [0.5, 1.0, 1.0, 0.775, 0.325, 0.1]
+"""Of the learning rate, by step."""
+
+
+def plain(kind: type[Task], clip_norm: float | None = None) -> dict[str, Tensor]:
+    """The loop that a user would write, with torch's param groups."""
+    task = kind()
+    torch.manual_seed(5)
+    model, data = task.model(), task.train_data()
+    named = dict(model.named_parameters())
+    first = {name for name in named if name.endswith(".bias") or "norm" in name}
+    second = {name for name in named if name.startswith("head.")} - first
+    rest = [p for name, p in named.items() if name not in first | second]
+    rest += [task.bend] if isinstance(task, Own) else []
+    groups: list[dict[str, Any]] = [
+        {"params": [named[name] for name in sorted(first)], "weight_decay": 0.0},
+        {"params": [named[name] for name in sorted(second)], "lr": 0.01, "betas": (0.5, 0.9)},
+        {"params": rest},
+    ]
+    every = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [*SCALES, 0.0][step])
+    sampler = Sampler(SAMPLES, BATCH, 1, seed=5)
+    for step in range(STEPS):
+        inputs, targets = zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
+        optimizer.zero_grad()
+        loss: Any = task.loss(model(torch.stack(inputs)), torch.stack(targets))
+        loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(every, clip_norm)
+        optimizer.step()
+        schedule.step()
+    found = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return {**found, "task:bend": task.bend.detach()} if isinstance(task, Own) else found
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-9) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=limit, atol=limit, msg=name)
+
+
+STRATEGIES: dict[str, tuple[Any, int]] = {
+    "ring-1": ("ring", 1),
+    "ring-2": ("ring", 2),
+    "sharded": ({"name": "ring", "shard_optimizer": True}, 3),
+    "ps-sync": ("ps-sync", 2),
+    "ps-sync-3-servers": ({"name": "ps-sync", "num_servers": 3}, 2),
+    "ps-sync-kept-twice": ({"name": "ps-sync", "num_servers": 2, "replication": 2}, 2),
+    "ps-async": ({"name": "ps-async", "num_servers": 2}, 1),
+    "hybrid-data": ({"name": "hybrid", "data": 2}, 2),
+    "hybrid-servers": ({"name": "hybrid", "data": 2, "data_strategy": "ps-sync"}, 2),
+}
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_is_a_plain_loop_with_param_groups(name: str, clip_norm: float | None) -> None:
+    run = train(job(*STRATEGIES[name], clip_norm=clip_norm), Small)
+    close(run.parameters(), plain(Small, clip_norm))
+
+
+@pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
+def test_parameters_of_the_task_are_in_groups_too(name: str) -> None:
+    """Here in none; by their own names in one."""
+    run = train(job(*STRATEGIES[name]), Own)
+    close({n: p.clone() for n, p in run.ranks[0].prepared.flat.state_dict().items()}, plain(Own))
+    grouped = {**GROUPED, "groups": [*GROUPS, {"match": "task:b*", "lr": 1e-30}]}
+    still = train(job(*STRATEGIES[name], optimizer=grouped), Own).ranks[0].prepared.flat
+    torch.testing.assert_close(still.extra["task:bend"], torch.ones(3, dtype=torch.float64))
+
+
+GPT_GROUPS = [
+    {"match": "*.bias, *attention.0.*, *mlp.0.*, 4.*", "lr": 0.02, "momentum": 0.5},
+    {"match": "*attention*", "weight_decay": 0.1},
+]
+GPT_OPTIMIZER = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "groups": GPT_GROUPS}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "tensor", "data"), [(2, 1, 1), (3, 1, 2), (1, 2, 1), (2, 2, 1)]
+)
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_a_model_that_is_cut_has_the_groups_of_the_whole(
+    pipeline: int, tensor: int, data: int, clip_norm: float | None
+) -> None:
+    more = {"tensor_plan": GPT_PLAN} if tensor > 1 else {}
+    grid, workers = grid_of(pipeline, tensor, data, **more)
+    fields = {"optimizer": GPT_OPTIMIZER, "clip_norm": clip_norm}
+    cut = whole(train(hybrid_job(grid, workers, **fields), Gpt))
+    one = train(hybrid_job({}, 1, **fields), Gpt).parameters()
+    ungrouped = {"optimizer": {**GPT_OPTIMIZER, "groups": []}, "clip_norm": clip_norm}
+    other = train(hybrid_job({}, 1, **ungrouped), Gpt).parameters()
+    assert max(float((cut[name] - one[name]).abs().max()) for name in one) < 1e-5
+    assert max(float((other[name] - one[name]).abs().max()) for name in one) > 1e-2
+
+
+def test_a_group_without_effect_is_none() -> None:
+    """The same bits as without groups, whatever the operations are."""
+    same = {**ADAMW, "groups": [{"match": "norm.*", "lr": ADAMW["lr"]}]}
+    for name in ("ring-2", "sharded", "ps-sync-3-servers"):
+        with_it, without = (
+            train(job(*STRATEGIES[name], optimizer=one), Small) for one in (same, ADAMW)
+        )
+        for key, value in without.parameters().items():
+            assert torch.equal(with_it.parameters()[key], value), key
+
+
+def traffic(run: LocalRun) -> list[dict[str, float]]:
+    """What each step of rank 0 has sent and received, in bytes."""
+    steps = [one for one in run.reports[0] if isinstance(one, StepReport)]
+    return [{k: v for k, v in one.figures.items() if k.endswith("_bytes")} for one in steps]
+
+
+@pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
+def test_nothing_more_travels(name: str) -> None:
+    grouped, without = (
+        train(job(*STRATEGIES[name], optimizer=one), Small) for one in (GROUPED, ADAMW)
+    )
+    assert traffic(grouped)[1:] == traffic(without)[1:]
+    assert len(traffic(grouped)) == STEPS and traffic(grouped)[1]
+
+
+@pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "hybrid-servers"])
+def test_it_goes_on_from_a_checkpoint_to_the_same_bits(name: str) -> None:
+    of = job(*STRATEGIES[name], checkpoint={"every_steps": 2})
+    unfailed = train(of, Small)
+    resumed = train(of, Small, saved=unfailed.checkpoints[2])
+    for key, value in unfailed.parameters().items():
+        assert torch.equal(resumed.parameters()[key], value), key
+
+
+def test_groups_may_change_where_a_run_goes_on() -> None:
+    """As the learning rate may; what is remembered of each parameter stays."""
+    of, changed = job(checkpoint={"every_steps": 2}), job(optimizer=ADAMW)
+    saved = train(of, Small).checkpoints[2]
+    assert mismatches({**state_of(of, "a", {}), "step": 2}, changed) == []
+    there = train(changed, Small, saved=saved).parameters()
+    back = train(of, Small, saved=saved).parameters()
+    assert not torch.equal(there["head.weight"], back["head.weight"])
+    early = plain(Small)
+    assert torch.allclose(back["head.weight"], early["head.weight"], atol=1e-9)
+
+
+TEXT = """\
+name: small
+task: small:Small
+strategy: ring
+steps: 3
+global_batch_size: 8
+optimizer:
+  name: AdamW
+  lr: 0.1
+  groups:
+    - {match: "*.bias", weight_decay: 0}
+    - {match: "head.*", lr: 1e-4}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "weight_decay: 0}",
+            "weight_decai: 0}",
+            "job.yaml:10:25: optimizer.groups.0.weight_decai: unknown field (value 0)\n"
+            "  hint: did you mean 'weight_decay'?",
+        ),
+        (
+            "lr: 1e-4",
+            "momentum: 0.5",
+            "job.yaml:11:25: optimizer.groups.1.momentum: is no argument of AdamW\n"
+            "  hint: allowed: amsgrad, betas, eps, lr, maximize, weight_decay",
+        ),
+        ("lr: 1e-4", "lr: 0", "job.yaml:11:25: optimizer.groups.1.lr: must be > 0 (got 0)"),
+        (
+            "lr: 1e-4",
+            "betas: [0.5, 2]",
+            "job.yaml:11:38: optimizer.groups.1.betas.1: must be < 1 (got 2)",
+        ),
+        (
+            "lr: 1e-4",
+            "amsgrad: true",
+            "job.yaml:11:25: optimizer.groups.1.amsgrad: is on here and off in the optimizer: "
+            "what is remembered of a parameter is the same in all groups",
+        ),
+        (
+            'match: "head.*", ',
+            "",
+            "job.yaml:11:7: optimizer.groups.1.match: required, but missing",
+        ),
+        (
+            ", lr: 1e-4",
+            "",
+            "job.yaml:11:7: optimizer.groups.1: changes nothing: give it an argument beside "
+            "`match`",
+        ),
+        (
+            "head.*",
+            "head.*,*.bias",
+            "job.yaml:11:8: optimizer.groups.1.match: '*.bias' stands in groups.0 already\n"
+            "  hint: remove one of the two",
+        ),
+        (
+            "head.*",
+            "head.*,,a",
+            "job.yaml:11:8: optimizer.groups.1.match: has an empty pattern (got 'head.*,,a')\n"
+            "  hint: write 'a.*,b.*'",
+        ),
+        ("lr: 1e-4}", "lr: 1e-4, lr: 1}", "job.yaml:11:35: optimizer.groups.1.lr: set twice"),
+        (
+            '{match: "*.bias", weight_decay: 0}',
+            "bias",
+            "job.yaml:10:7: optimizer.groups.0: must be a mapping (got 'bias')",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert old in TEXT
+    Path("job.yaml").write_text(TEXT.replace(old, new))
+    with pytest.raises(SpecError) as caught:
+        read_job(Path("job.yaml"))
+    assert str(caught.value).startswith(message)
+
+
+def test_nesterov_needs_momentum_in_each_group() -> None:
+    groups = [{"match": "head.*", "nesterov": True}]
+    with pytest.raises(SpecError, match=r"^optimizer\.groups\.0\.nesterov: needs momentum > 0"):
+        job(optimizer={"name": "SGD", "lr": 0.1, "groups": groups})
+    job(optimizer={"name": "SGD", "lr": 0.1, "momentum": 0.9, "groups": groups})
+
+
+class Tied(Small):
+    """Two names of one tensor, and a layer that is frozen."""
+
+    def model(self) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.again = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+                self.again.weight = self.first.weight
+                self.still = nn.Linear(6, 6).requires_grad_(False)
+
+        return Net()
+
+
+class Tables(Small):
+    def model(self) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.words, self.head = ShardedEmbedding(10, 4), nn.Linear(4, 3)
+
+        return Net()
+
+
+@pytest.mark.parametrize(
+    ("kind", "matches", "message"),
+    [
+        (Small, ["*.biass"], "optimizer.groups.0.match: '*.biass' matches no parameter\n  hint: "),
+        (Small, ["head.*", "*.bias, hed.weight"], "optimizer.groups.1.match: 'hed.weight' matches "
+         "no parameter\n  hint: did you mean 'head.weight'?"),
+        (Small, ["x"], "optimizer.groups.0.match: 'x' matches no parameter\n  hint: names are "
+         "those of model.named_parameters(): body.weight, body.bias, norm.weight, ..."),
+        (Small, ["*", "head.*"], "optimizer.groups.1.match: 'head.*' matches parameters of earlier "
+         "groups only\n  hint: a parameter belongs to the first that matches"),
+        (Tied, ["again.*"], "optimizer.groups.0.match: 'again.*' matches no parameter\n  hint: "
+         "'again.weight' is the parameter 'first.weight': match that name"),
+        (Tables, ["*.weight"], "optimizer.groups.0.match: '*.weight' matches the embedding table "
+         "'words'\n  hint: its rows are updated as `embeddings.optimizer` says: match less"),
+        (Tables, ["words*"], "optimizer.groups.0.match: 'words*' matches the embedding table"),
+    ],
+)  # fmt: skip
+def test_patterns_are_compared_with_the_model(
+    kind: type[Task], matches: list[str], message: str
+) -> None:
+    groups = [{"match": match, "lr": 0.5} for match in matches]
+    tables = {"optimizer": {"name": "SGD", "lr": 0.1}} if kind is Tables else None
+    with pytest.raises(SpecError) as caught:
+        prepare(job(optimizer={**ADAMW, "groups": groups}, embeddings=tables), kind())
+    assert str(caught.value).startswith(message)
+
+
+def test_what_is_frozen_may_be_in_a_group() -> None:
+    groups = [{"match": "still.*", "lr": 0.5}, {"match": "*", "lr": 0.2}]
+    prepared = prepare(job(optimizer={**ADAMW, "groups": groups}), Tied())
+    assert {piece.group for piece in prepared.flat.layout.pieces} == {2}
+
+
+def test_a_cut_of_a_layout_keeps_the_groups() -> None:
+    layout = prepare(job(), Small()).flat.layout
+    assert [piece.group for piece in layout.pieces] == [0, 1, 1, 1, 2, 1]
+    cut = layout.cut(16, layout.size - 16)
+    kept = [replace(one, start=0, stop=0) for one in cut.pieces]
+    assert kept == [replace(one, start=0, stop=0) for one in layout.pieces[:-1]]
