@@ -156,7 +156,7 @@ class ActorGroup:
             for rank in restart.replace:
                 ray.kill(self._cast.workers[rank])
                 self._cast.workers[rank] = spawn_worker(
-                    self.job, launch.run, restart.attempt, rank, self._cast.seat(rank)
+                    self.job, launch.run, restart.attempt, rank, self._cast.seat_anew(rank)
                 )
             if restart.world is not None:
                 self._resize(restart.world)

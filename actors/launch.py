@@ -27,11 +27,11 @@ from distplat.actors.checkpointing import newest_checkpoint
 from distplat.actors.controller_actor import ControllerActor
 from distplat.actors.controller_client import ControllerClient, Keep
 from distplat.actors.messages import rendezvous_key
+from distplat.actors.ray_errors import as_ours
 from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping
 from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_pickling import check_pickles
-from distplat.platform.errors import InfrastructureError
 from distplat.platform.progress import Summary
 from distplat.platform.ray_token import secure_token
 from distplat.platform.spec import Job
@@ -87,15 +87,16 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
 @contextmanager
 def failures_of_ray() -> Iterator[None]:
     """
-    Tell a cluster that ends while it is used from an error of ours.
+    Tell what Ray raises while it is used from an error of ours.
 
     Raises:
         InfrastructureError: Ray itself could not do what it was asked.
+        SpecError: the user asked for what cannot be had.
     """
     try:
         yield
-    except ray.exceptions.RaySystemError as error:
-        raise InfrastructureError(f"the Ray cluster fails: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise as_ours(error) from error
 
 
 @contextmanager

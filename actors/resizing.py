@@ -18,6 +18,7 @@ from typing import Any
 import ray
 
 from distplat.actors.actor_group import ActorGroup
+from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning
 from distplat.actors.spawn import lacks
 from distplat.platform.errors import UserCodeError
 from distplat.platform.resizing import Resizing
@@ -110,13 +111,15 @@ class Resizer:
         del self._calls[rank]
         try:
             ray.get(call, timeout=_REASON_S)
-        except ray.exceptions.RayTaskError as error:
-            logger.warning("worker-%d: %s", rank, error.cause)
-            # Of the user's own errors the last line says what it was, after the traceback.
-            lines = str(error.cause).strip().splitlines()
-            self._give_up(rank, lines[-1 if isinstance(error.cause, UserCodeError) else 0])
         except ray.exceptions.RayError as error:
-            self._give_up(rank, str(error).strip().splitlines()[0])
+            if meaning(error) is not Meaning.RAISED:
+                self._give_up(rank, cause_of(error))
+                return
+            raised = as_ours(error)
+            logger.warning("worker-%d: %s", rank, raised)
+            # Of the user's own errors the last line says what it was, after the traceback.
+            lines = str(raised).strip().splitlines()
+            self._give_up(rank, lines[-1 if isinstance(raised, UserCodeError) else 0])
         else:
             self._brain.ready(rank)
 

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -71,6 +75,15 @@ class ActorHandles:
             return None
         group, place = divmod(rank, self.seats[0].bundle_count)
         return PlacementGroupSchedulingStrategy(self.seats[group], place)
+
+    def seat_anew(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
+        """Say where a worker that replaces another belongs: its group may have been removed."""
+        if self.seats:
+            group = rank // self.seats[0].bundle_count
+            seats = self.seats[group]
+            if placement_group_table(seats).get("state") == "REMOVED":
+                self.seats[group] = placement_group(seats.bundle_specs, strategy="PACK")
+        return self.seat(rank)
 
 
 def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:

@@ -23,13 +23,15 @@ from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.connection import Connection
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
+from distplat.actors.ray_errors import of_platform
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
+from distplat.actors.transport import NotHere, TransportError
 from distplat.actors.user_errors import as_user_error
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import Abandoned, DistplatError
+from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
@@ -137,7 +139,9 @@ class Session:
             self.standing = replace(self.standing, error=error.with_traceback(None))
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
             at = self.standing.progress
-            found = as_user_error(error, order.rank, at.at, evaluating=at.evaluating)
+            found = of_platform(error) or as_user_error(
+                error, order.rank, at.at, evaluating=at.evaluating
+            )
             self.standing = replace(self.standing, error=found)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
@@ -148,7 +152,7 @@ class Session:
         except DistplatError as error:
             ready.set_exception(error)
         except BaseException as error:  # see `work`
-            ready.set_exception(as_user_error(error, order.rank, None))
+            ready.set_exception(of_platform(error) or as_user_error(error, order.rank, None))
 
     def rest(self, attempt: int) -> None:
         """Begin no further step of this attempt; from any thread."""
@@ -250,8 +254,19 @@ def _saved(order: WorkOrder) -> SavedState | None:
     handle = order.saved
     if handle is None:
         return None
-    limit_s = order.job.failure.start_timeout_s
-    return SavedState(handle.state, lambda file: ray.get(handle.files[file][0], timeout=limit_s))
+    limit_s, transport = order.job.failure.start_timeout_s, RayTransport()
+
+    def fetch(file: str) -> Any:
+        what = f"the checkpoint's {file}"
+        try:
+            return transport.get(handle.files[file][0], limit_s)
+        except NotHere:
+            setting = "failure.start_timeout_s"
+            raise DeadlineExceeded(what, ("the object store",), limit_s, setting) from None
+        except TransportError as error:
+            raise StateLost(f"{what} ({error})") from None
+
+    return SavedState(handle.state, fetch)
 
 
 def _task_class(order: WorkOrder) -> type[Task]:

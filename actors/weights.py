@@ -16,9 +16,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import ray
-
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.runs import RunName, find_runs, named_actors
+from distplat.actors.transport import ActorDied, NotHere, Unanswered
 from distplat.platform.checkpoints import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded
 from distplat.platform.tensor_slices import Bundle, TensorSlice, by_file, put_together
@@ -140,13 +140,11 @@ class Weights:
             if rank not in self._workers:
                 self._workers[rank] = self._name.actor(f"worker-{rank}")
             left = max(0.0, until - time.monotonic())
-            reply: Reply = ray.get(self._workers[rank].weights.remote(version), timeout=left)
+            reply: Reply = RayTransport().get(self._workers[rank].weights.remote(version), left)
             return reply
-        except ray.exceptions.GetTimeoutError:
+        except (NotHere, Unanswered):
             return None
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except (ray.exceptions.RayActorError, ValueError):  # ValueError: no actor of that name
+        except (ActorDied, ValueError):  # ValueError: no actor of that name
             self._workers.pop(rank, None)
             if not named_actors().get(self.run):
                 raise self._over() from None

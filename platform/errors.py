@@ -205,7 +205,7 @@ class ActorLost(InfrastructureError):
 
 
 class DeadlineExceeded(InfrastructureError):
-    """A wait ran out. Names who was missing and the setting that changes the deadline."""
+    """A wait ran out. Names who was missing and the setting that changes it; empty: none does."""
 
     def __init__(self, what: str, missing: tuple[str, ...], seconds: float, setting: str) -> None:
         super().__init__(what, missing, seconds, setting)
@@ -214,10 +214,8 @@ class DeadlineExceeded(InfrastructureError):
     def __str__(self) -> str:
         """What was waited for, for how long, and who did not come."""
         who = ", ".join(self.missing) or "nobody (a late answer)"
-        return (
-            f"{self.what}: waited {self.seconds:g} s, missing: {who}; "
-            f"`{self.setting}` changes this deadline"
-        )
+        text = f"{self.what}: waited {self.seconds:g} s, missing: {who}"
+        return f"{text}; `{self.setting}` changes this deadline" if self.setting else text
 
 
 class Abandoned(InfrastructureError):

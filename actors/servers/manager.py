@@ -136,7 +136,7 @@ class ServerManager:
         wanted = self._provisioning.next(hold_s)
         for group in groups:
             if group.lost is not None:
-                return _lost_for_good(group.lost)
+                return group.lost
         return wanted if self._watch is None or self._watch.lost is None else self._watch.lost
 
     def table_servers(self, version: int, limit_s: float) -> TableMap | None:
@@ -154,7 +154,7 @@ class ServerManager:
         if not self._tables.wait_past(version, limit_s):
             return None
         if self._tables.lost is not None:
-            raise _lost_for_good(self._tables.lost)
+            raise self._tables.lost
         newest, names = self._tables.primaries()
         return TableMap(newest, [self._tables.handles[name] for name in names], names)
 
@@ -203,7 +203,7 @@ class ServerManager:
         if not replicas.wait_past(version, limit_s):
             return None
         if replicas.lost is not None:
-            raise _lost_for_good(replicas.lost)
+            raise replicas.lost
         return self._present(part, place)
 
     def seats(self) -> list[ShardAssignment]:
@@ -363,7 +363,3 @@ class ServerManager:
         for group in (self._replication, self._tables):
             if group is not None:
                 group.close()
-
-
-def _lost_for_good(server: str) -> ActorLost:
-    return ActorLost(server, None, "no other server has what it kept: its backup was not there yet")
