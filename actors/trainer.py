@@ -18,6 +18,7 @@ from distplat.actors.actor_group import Launch
 from distplat.actors.controller_client import Keep
 from distplat.actors.launch import train_on_ray
 from distplat.actors.task_check import check_class
+from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.progress import (
     EvalSummary,
@@ -95,6 +96,39 @@ class Observer(Protocol):
         """Workers were lost and the run goes on, all are at work again, or their number changed."""
 
 
+class _Observers:
+    """
+    Observers are guests: one that raises is told nothing more, and the run goes on.
+
+    Args:
+        observers: of the run.
+    """
+
+    def __init__(self, observers: tuple[Observer, ...]) -> None:
+        self._present = list(observers)
+
+    def started(self, job: Job, run: str, path: Path) -> None:
+        """See `Observer`."""
+        self._each(lambda one: one.started(job, run, path))
+
+    def tell(self, summary: Summary) -> None:
+        """Tell all of what they want to hear of."""
+        if isinstance(summary, StepSummary | EvalSummary):
+            self._each(lambda one: one.stepped(summary))
+        elif isinstance(summary, FailureEvent | Recovery | Resized):
+            self._each(lambda one: one.disturbed(summary))
+
+    def _each(self, tell: Callable[[Observer], object]) -> None:
+        for observer in list(self._present):
+            try:
+                tell(observer)
+            except Exception as error:
+                self._present.remove(observer)
+                name, kind = type(observer).__name__, type(error).__name__
+                text = "the observer %s raised %s: %s; the run goes on without it"
+                logger.warning(text, name, kind, error)
+
+
 class Trainer:
     """
     Trains a task as a job says.
@@ -105,7 +139,7 @@ class Trainer:
         working_dir: where `job.task` is looked for; None: the current directory.
         storage_dir: what `storage_path` is relative to; None: the same as `working_dir`.
         strategy_file: a Python file that registers strategies of your own.
-        observers: told of every step.
+        observers: told of every step; one that raises is told no more.
         resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
             from `storage_dir`.
 
@@ -164,24 +198,22 @@ class Trainer:
             logger.warning("%s", line)
         run = new_run_name(self.job)
         directory = RunDirectory(self.job, run, self._storage_dir)
-        result = Result(directory.path, None)
-        for observer in self._observers:
-            observer.started(self.job, run, directory.path)
+        result, observers = Result(directory.path, None), _Observers(self._observers)
+        metrics = BackgroundWriter(directory.record, logger.warning)
+        observers.started(self.job, run, directory.path)
 
         def tell(summary: Summary) -> None:
             result.add(summary)
-            directory.record(summary)
-            for observer in self._observers:
-                if isinstance(summary, StepSummary | EvalSummary):
-                    observer.stepped(summary)
-                elif isinstance(summary, FailureEvent | Recovery | Resized):
-                    observer.disturbed(summary)
+            metrics.put(summary)
+            observers.tell(summary)
 
         try:
             state = self._train(run, directory.path, tell, directory.keep)
             if self.job.checkpoint.save_final:
                 result.checkpoint = directory.save_model(state)
+            metrics.close()
         except BaseException as error:
+            metrics.close()
             with suppress(StorageError):  # the run's own error is the one to tell
                 directory.finish(_status(error), {"error": str(error)})
             raise

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -100,7 +101,8 @@ class View:
     ) -> None:
         """Leave the terminal as it was."""
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError, ValueError):  # it is gone
+                self._progress.stop()
 
     def started(self, job: Job, run: str, path: Path) -> None:
         """Say what is about to run."""
@@ -151,10 +153,13 @@ class View:
     def _say(self, line: str) -> None:
         if self._quiet:
             return
-        if self._progress is not None:
-            self._progress.console.print(Text(printable(line)))
-        else:
-            print(printable(line), file=self._out, flush=True)
+        try:
+            if self._progress is not None:
+                self._progress.console.print(Text(printable(line)))
+            else:
+                print(printable(line), file=self._out, flush=True)
+        except (OSError, ValueError):  # nobody reads any more, or the file was closed
+            self._quiet = True
 
 
 class _Pace:
