@@ -76,7 +76,11 @@ class ActorGroup:
         self._enlisted = 0
         self._ranks = launch.job.scaling.num_workers  # that were ever given
         self._cast = spawn(launch.job, launch.roles, launch.run, 0)
-        self._give_orders(0, saved, saved.step if saved is not None else 0)
+        try:
+            self._give_orders(0, saved, saved.step if saved is not None else 0)
+        except BaseException:
+            self.end()
+            raise
 
     @property
     def roles(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
+from distplat.actors.stopping import end_each
 from distplat.actors.tables.saving import sources_of
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import InfrastructureError, Interrupted, NotReadyError
@@ -102,10 +103,9 @@ class ControllerActor:
             self._keep_files(actor_group)
             return model
         finally:
-            checkpoints.drain()  # what is complete is worth keeping, however the run ends
-            actor_group.end()
-            self._over.set()
-            self._events.put(None)  # wakes the open `poll`
+            # What is complete is worth keeping, however the run ends; None wakes the open `poll`.
+            end = self._over.set, lambda: self._events.put(None)
+            end_each([checkpoints.drain, actor_group.end, *end])
 
     def poll(self, hold_s: float) -> list[RunEvent]:
         """Give what happened since the last call; waits so long for there to be something."""

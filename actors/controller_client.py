@@ -120,4 +120,3 @@ class ControllerClient:
         if self._up:
             with suppress(ray.exceptions.RayError):
                 ray.get(self._controller.stop.remote(_END_S), timeout=_END_S)
-        ray.kill(self._controller)

@@ -29,7 +29,7 @@ from distplat.actors.controller_client import ControllerClient, Keep
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.spawn import spawn_controller
-from distplat.actors.stopping import Stopping
+from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_pickling import check_pickles
 from distplat.platform.progress import Summary
@@ -53,15 +53,15 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
     """
     if launch.task is not None:
         check_pickles(launch.task)
-    # Twice: Ray's start must not be cut off, or it leaves processes; and it sets handlers itself.
+    # Around all of it: Ray's start must not be cut off, or it leaves processes.
     with (
-        Stopping() as early,
+        Stopping() as stopping,
         _task_check(launch) as task_check,
         local_ray(launch.job),
         failures_of_ray(),
-        Stopping() as stopping,
     ):
-        early.check()
+        stopping.arm()
+        stopping.check()
         launch = replace(launch, checked=launch.checked or task_check is not None)
 
         def check() -> None:
@@ -69,19 +69,28 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
             for line in task_check.poll() if task_check is not None else ():
                 logger.warning("%s", line)
 
-        saved = newest_checkpoint(launch)
-        actor_group = ActorGroup(launch, saved)
-        controller: ControllerClient | None = None
         try:
-            handle = spawn_controller(ControllerActor, launch.job, launch.run)
-            controller = ControllerClient(handle, actor_group, saved.step if saved else 0)
-            return controller.follow(check, tell, keep)
-        finally:
-            if controller is not None:
-                controller.end()
-            actor_group.end()
-            # Ranks take their words back themselves, unless they were killed.
-            compat.delete_all(rendezvous_key(launch.run))
+            return _follow(launch, check, tell, keep)
+        except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
+            stopping.check()
+            raise
+
+
+def _follow(
+    launch: Launch, check: Callable[[], None], tell: Callable[[Summary], None], keep: Keep
+) -> bytes:
+    saved = newest_checkpoint(launch)
+    actor_group = ActorGroup(launch, saved)
+    # Ranks take their words back themselves, unless they were killed.
+    endings = [actor_group.end, lambda: compat.delete_all(rendezvous_key(launch.run))]
+    try:
+        handle = spawn_controller(ControllerActor, launch.job, launch.run)
+        endings.insert(0, lambda: ray.kill(handle))
+        controller = ControllerClient(handle, actor_group, saved.step if saved else 0)
+        endings.insert(0, controller.end)
+        return controller.follow(check, tell, keep)
+    finally:
+        end_each(endings)
 
 
 @contextmanager

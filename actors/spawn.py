@@ -6,6 +6,7 @@ restarted by Ray: they end with their owner (I8), and a shard must not come back
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -24,6 +25,7 @@ from distplat.actors.messages import TablePart, WorkOrder
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import ROOM, Scheduler
+from distplat.actors.stopping import end_each
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
@@ -59,10 +61,8 @@ class ActorHandles:
         alone = [actor for actor in (self.manager, self.scheduler) if actor is not None]
         workers = [*self.workers.values(), *self.newcomers.values()]
         servers = [*self.servers.values(), *self.embedding_servers.values()]
-        for actor in [*workers, *alone, *servers]:
-            ray.kill(actor)
-        for seats in self.seats:
-            remove_placement_group(seats)
+        kills = [partial(ray.kill, actor) for actor in [*workers, *alone, *servers]]
+        end_each([*kills, *(partial(remove_placement_group, seats) for seats in self.seats)])
 
     def replicated_tables(self, job: Job) -> dict[str, Any]:
         """Give the servers of embedding tables that the manager looks after."""
@@ -95,6 +95,15 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
     """
     _check_feasible(job, roles)
     cast = ActorHandles()
+    try:
+        _spawn_all(cast, job, roles, run, attempt)
+    except BaseException:
+        cast.end()
+        raise
+    return cast
+
+
+def _spawn_all(cast: ActorHandles, job: Job, roles: Roles, run: str, attempt: int) -> None:
     cast.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
         cast.workers[rank] = spawn_worker(job, run, attempt, rank, cast.seat(rank))
@@ -108,7 +117,6 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
         cast.scheduler = spawn_scheduler(job, roles, run, attempt)
     if roles.servers or cast.replicated_tables(job):
         cast.manager = spawn_manager(job, roles, run, attempt, cast)
-    return cast
 
 
 def spawn_manager(

@@ -191,7 +191,7 @@ class Trainer:
             InfrastructureError: a worker or server was lost, or a deadline passed.
             SpecError: the cluster cannot hold the job.
             StorageError: the run directory cannot be written.
-            Interrupted: SIGINT or SIGTERM.
+            Interrupted: SIGINT, SIGTERM or SIGHUP; the second one does not wait for an orderly end.
         """
         began = time.monotonic()
         for line in self._unheard:
@@ -250,4 +250,4 @@ class Trainer:
 
 
 def _status(error: BaseException) -> str:
-    return "STOPPED" if isinstance(error, Interrupted) else "FAILED"
+    return "STOPPED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"

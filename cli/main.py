@@ -45,7 +45,7 @@ Exit codes:
     4  a part of the platform was lost, or the job was stopped
     5  the run directory cannot be written, or all its checkpoints are damaged
    70  an error inside distplat
-  130  Ctrl-C        143  SIGTERM
+  130  Ctrl-C        143  SIGTERM        129  SIGHUP
 
 Settings, strongest first: flags, --set, DISTPLAT_* variables, the job file, defaults.
 """

@@ -20,7 +20,7 @@ Every error that distplat raises on purpose, in one tree.
     |  |- FencedError                       a message of an earlier attempt
     |  `- NotReadyError                     a shard that has no parameters yet
     |- StorageError                     5   the run directory could not be written
-    `- Interrupted                  130/143 Ctrl-C or SIGTERM
+    `- Interrupted              130/143/129 Ctrl-C, SIGTERM or SIGHUP
 
 Errors cross processes by pickle: every constructor hands all its arguments to `Exception`, so
 `DistplatError.__reduce__` can rebuild each of them; a test sends the whole tree round.
@@ -305,7 +305,7 @@ class StorageError(DistplatError):
 
 
 class Interrupted(DistplatError):
-    """The user (SIGINT) or the system (SIGTERM) asked the run to end."""
+    """The user (SIGINT), the system (SIGTERM) or an end of the session (SIGHUP) asks for an end."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -314,7 +314,7 @@ class Interrupted(DistplatError):
 
     def __str__(self) -> str:
         """`interrupted by SIGINT`."""
-        names = {2: "SIGINT", 15: "SIGTERM"}
+        names = {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}
         return f"interrupted by {names.get(self.signal_number, self.signal_number)}"
 
 
