@@ -74,6 +74,7 @@ class Controller:
         self._actors = actor_group.roles
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._unreached: dict[str, float] = {}  #: role -> when its first call was lost, of late
+        self._answers: dict[str, int] = {}  #: role -> number of its last answer
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
         self._gathering = ReportAggregator(
             actor_group.world, checkpoints.step if actor_group.dynamic_tasks else None
@@ -107,6 +108,9 @@ class Controller:
             self._check()
             self._ask_everybody()
             self._listen()
+            for role, error in self._actor_group.look():
+                self._actors.pop(role, None)
+                self._state.handle(Failed(role, error, gone=True), time.monotonic())
             self._state.handle(Tick(), time.monotonic())
             self._repair()
             self._scale()
@@ -115,10 +119,17 @@ class Controller:
             raise self._state.error
         for summary in self._gathering.rest():
             self._told(summary)
-        result = self._result()
+        return self._result()
+
+    def settle(self) -> None:
+        """
+        After the end of a run that ended well, wait for checkpoints that are being written.
+
+        Raises:
+            StorageError: several could not be.
+        """
         self._checkpoints.drain()
         self._tell_checkpoints()
-        return result
 
     def scale(self, workers: int) -> ScaleRequest:
         """
@@ -205,6 +216,8 @@ class Controller:
         renewed = set(self._actors) if restart.everything else set(replaced)
         renewed |= before ^ set(self._actors)
         self._up -= renewed
+        for role in renewed:
+            self._answers.pop(role, None)
         self._unreached.clear()
         self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
         self._checkpoints.begin(restart.attempt, self._actor_group.job)
@@ -234,7 +247,8 @@ class Controller:
         hold_s = _HOLD_S if self._state.phase is Phase.RUNNING else _TICK_S
         for role, actor in self._actors.items():
             if role not in asked:
-                self._open[actor.poll.remote(hold_s)] = (role, now)
+                number = self._answers.get(role, 0) + 1
+                self._open[actor.poll.remote(number, hold_s)] = (role, now)
 
     def _listen(self) -> None:
         """Take the answers of one tick."""
@@ -262,6 +276,7 @@ class Controller:
         except ray.exceptions.RayError as error:
             return [self._unanswered(role, error)]
         self._up.add(role)
+        self._answers[role] = self._answers.get(role, 0) + 1
         self._unreached.pop(role, None)
         if isinstance(answer, DistplatError):
             del self._actors[role]

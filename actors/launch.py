@@ -5,7 +5,7 @@ From a job to a run on Ray: connect, spawn, give orders, follow the controller, 
     ------                       --------------------------------
     spawn          ->            worker 0..N-1, server 0..S-1, server manager, controller
     WorkOrder      ->            worker: import torch, build model and data, join, train
-    run, poll      <->           controller: what happened; at the end the trained model
+    begin, poll    <->           controller: what happened; at the end the trained model
                                  controller <-> workers: PollResult: steps, evaluations, errors
 """
 
@@ -25,28 +25,27 @@ from distplat.actors import compat, hash_seed
 from distplat.actors.actor_group import ActorGroup, Launch
 from distplat.actors.checkpointing import newest_checkpoint
 from distplat.actors.controller_actor import ControllerActor
-from distplat.actors.controller_client import ControllerClient, Keep
+from distplat.actors.controller_client import ControllerClient, Sink
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_errors import as_ours
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_pickling import check_pickles
-from distplat.platform.progress import Summary
 from distplat.platform.ray_token import secure_token
 from distplat.platform.spec import Job
 
 logger = logging.getLogger(__name__)
 
 
-def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) -> bytes:
+def train_on_ray(launch: Launch, sink: Sink) -> None:
     """
     Train on the connected Ray, or on a local one for the time of the run.
 
     Args:
         launch: what to run.
-        tell: takes what happens.
-        keep: takes the embedding tables and the log of updates, of runs that have them.
+        sink: takes what comes of it.
 
     Raises:
         DistplatError: see `Trainer.fit`.
@@ -70,15 +69,13 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
                 logger.warning("%s", line)
 
         try:
-            return _follow(launch, check, tell, keep)
+            _follow(launch, check, sink)
         except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
             stopping.check()
             raise
 
 
-def _follow(
-    launch: Launch, check: Callable[[], None], tell: Callable[[Summary], None], keep: Keep
-) -> bytes:
+def _follow(launch: Launch, check: Callable[[], None], sink: Sink) -> None:
     saved = newest_checkpoint(launch)
     actor_group = ActorGroup(launch, saved)
     # Ranks take their words back themselves, unless they were killed.
@@ -86,9 +83,10 @@ def _follow(
     try:
         handle = spawn_controller(ControllerActor, launch.job, launch.run)
         endings.insert(0, lambda: ray.kill(handle))
-        controller = ControllerClient(handle, actor_group, saved.step if saved else 0)
+        base = saved.step if saved else 0
+        controller = ControllerClient(RayTransport(), handle, actor_group, base)
         endings.insert(0, controller.end)
-        return controller.follow(check, tell, keep)
+        controller.follow(check, sink)
     finally:
         end_each(endings)
 

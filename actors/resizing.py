@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -31,6 +33,16 @@ _REASON_S = 10.0
 """How long the reason may take to come of a call that has failed."""
 
 
+@dataclass
+class _Coming:
+    """A newcomer that makes itself ready."""
+
+    call: Callable[[], Any]
+    """Asks it for that, again if need be."""
+    reply: Any
+    until: float
+
+
 class Resizer:
     """
     Carries out requests for another number of workers, one after the other.
@@ -44,7 +56,7 @@ class Resizer:
         self._actors, self._requests = actor_group, requests
         self._brain = Resizing(actor_group.world)
         self._number = 0  #: of the request that is being carried out
-        self._calls: dict[int, tuple[Any, float]] = {}  #: newcomer -> when it is ready, deadline
+        self._calls: dict[int, _Coming] = {}  #: by the rank that the newcomer is to have
 
     @property
     def world(self) -> int:
@@ -84,7 +96,8 @@ class Resizer:
             self._drop(rank)
         for rank in brain.to_make:
             limit = self._actors.job.failure.start_timeout_s
-            self._calls[rank] = self._actors.enlist(rank, base), time.monotonic() + limit
+            call = self._actors.enlist(rank, base)
+            self._calls[rank] = _Coming(call, call(), time.monotonic() + limit)
             brain.made(rank)
         for rank in list(self._calls):
             if rank in self._calls:  # else it was let go with one that was lost
@@ -102,16 +115,19 @@ class Resizer:
         self._brain.wish(request.workers)
 
     def _look_after(self, rank: int) -> None:
-        call, until = self._calls[rank]
-        if not ray.wait([call], timeout=0)[0]:
-            if time.monotonic() > until:
+        coming = self._calls[rank]
+        if not ray.wait([coming.reply], timeout=0)[0]:
+            if time.monotonic() > coming.until:
                 limit = self._actors.job.failure.start_timeout_s
-                self._give_up(rank, f"it was not ready within {limit:g} s")
+                why = f"it was not ready within `failure.start_timeout_s`, {limit:g} s"
+                self._give_up(rank, why)
             return
-        del self._calls[rank]
         try:
-            ray.get(call, timeout=_REASON_S)
+            ray.get(coming.reply, timeout=_REASON_S)
         except ray.exceptions.RayError as error:
+            if meaning(error) in (Meaning.UNANSWERED, Meaning.LATE):
+                coming.reply = coming.call()
+                return
             if meaning(error) is not Meaning.RAISED:
                 self._give_up(rank, cause_of(error))
                 return
@@ -121,6 +137,7 @@ class Resizer:
             lines = str(raised).strip().splitlines()
             self._give_up(rank, lines[-1 if isinstance(raised, UserCodeError) else 0])
         else:
+            del self._calls[rank]
             self._brain.ready(rank)
 
     def _give_up(self, rank: int, why: str) -> None:

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from distplat.actors import compat, hash_seed
-from distplat.actors.messages import TablePart, WorkOrder
+from distplat.actors.messages import TablePart
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import ROOM, Scheduler
@@ -238,11 +238,6 @@ def lacks(job: Job, more: int) -> str:
 def actor_name(job: Job, role: str, attempt: int | str) -> str:
     """Give an actor's name; one that is made later in a run says for which attempt."""
     return f"{job.name}/{role}" + (f"/attempt-{attempt}" if attempt else "")
-
-
-def start_workers(cast: ActorHandles, orders: list[WorkOrder]) -> list[Any]:
-    """Send every worker its orders; returns the calls, which end when the worker has them."""
-    return [cast.workers[order.rank].start.remote(order) for order in orders]
 
 
 def _common(run: str) -> dict[str, Any]:

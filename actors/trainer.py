@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from distplat.actors.actor_group import Launch
-from distplat.actors.controller_client import Keep
+from distplat.actors.controller_client import Sink
 from distplat.actors.launch import train_on_ray
 from distplat.actors.task_check import check_class
 from distplat.platform.background_writer import BackgroundWriter
@@ -27,6 +27,7 @@ from distplat.platform.progress import (
     Resized,
     Saved,
     StepSummary,
+    StepTotals,
     Summary,
 )
 from distplat.platform.recovery import policy_of
@@ -38,6 +39,11 @@ from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+KEPT = 10_000
+"""Steps, evaluations and others that a `Result` keeps at least."""
+
 
 @dataclass
 class Result:
@@ -48,10 +54,12 @@ class Result:
     checkpoint: Path | None
     """The trained model as safetensors; None: the job did not ask for it."""
     history: list[StepSummary] = field(default_factory=list)
-    """Every step."""
+    """The last steps, at least ten thousand; `metrics.jsonl` has all. So of all lists here."""
+    totals: StepTotals = field(default_factory=StepTotals)
+    """Sums over every step."""
     evaluations: list[EvalSummary] = field(default_factory=list)
     checkpoints: list[Saved] = field(default_factory=list)
-    """All that came to the disk, oldest first; older ones may be deleted by now."""
+    """Those that came to the disk, oldest first; older ones may be deleted by now."""
     setbacks: list[FailureEvent] = field(default_factory=list)
     """Failures after which the run went on."""
     resizes: list[Resized] = field(default_factory=list)
@@ -63,15 +71,16 @@ class Result:
         """Take one more piece of the run's history."""
         match summary:
             case StepSummary():
-                self.history.append(summary)
+                self.totals.add(summary)
+                _append(self.history, summary)
             case EvalSummary():
-                self.evaluations.append(summary)
+                _append(self.evaluations, summary)
             case FailureEvent():
-                self.setbacks.append(summary)
+                _append(self.setbacks, summary)
             case Resized():
-                self.resizes.append(summary)
+                _append(self.resizes, summary)
             case Saved():
-                self.checkpoints.append(summary)
+                _append(self.checkpoints, summary)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -81,6 +90,13 @@ class Result:
             newest = max(self.evaluations, key=lambda one: one.step)  # they may come in any order
             last |= {f"eval_{k}": v for k, v in newest.metrics.items()}
         return last
+
+
+def _append(kept: list[T], one: T) -> None:
+    """Add to what is kept of a run, and let go of the oldest: a run may have millions of steps."""
+    kept.append(one)
+    if len(kept) >= 2 * KEPT:
+        del kept[:KEPT]
 
 
 class Observer(Protocol):
@@ -207,15 +223,21 @@ class Trainer:
             metrics.put(summary)
             observers.tell(summary)
 
-        try:
-            state = self._train(run, directory.path, tell, directory.keep)
+        def save(model: bytes) -> None:
             if self.job.checkpoint.save_final:
-                result.checkpoint = directory.save_model(state)
+                result.checkpoint = directory.save_model(model)
+
+        try:
+            self._train(run, directory.path, Sink(tell, save, directory.keep))
             metrics.close()
         except BaseException as error:
             metrics.close()
+            failed = {"error": str(error)}
+            if result.checkpoint is not None:  # it is the tables, or a checkpoint, that failed
+                failed["model"] = str(result.checkpoint)
+                logger.warning("the trained model is in %s all the same", result.checkpoint)
             with suppress(StorageError):  # the run's own error is the one to tell
-                directory.finish(_status(error), {"error": str(error)})
+                directory.finish(_status(error), failed)
             raise
         result.seconds = time.monotonic() - began
         facts = {"metrics": result.metrics, "seconds": result.seconds}
@@ -224,7 +246,7 @@ class Trainer:
         directory.finish("SUCCEEDED", facts)
         return result
 
-    def _train(self, run: str, folder: Path, tell: Callable[[Summary], None], keep: Keep) -> bytes:
+    def _train(self, run: str, folder: Path, sink: Sink) -> None:
         launch = Launch(
             self.job,
             run,
@@ -245,8 +267,9 @@ class Trainer:
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch
 
-            return train_in_process(launch, tell, keep)
-        return train_on_ray(launch, tell, keep)
+            train_in_process(launch, sink)
+        else:
+            train_on_ray(launch, sink)
 
 
 def _status(error: BaseException) -> str:

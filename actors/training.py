@@ -28,7 +28,7 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.transport import NotHere, TransportError
-from distplat.actors.user_errors import as_user_error
+from distplat.actors.user_errors import as_user_error, killed_loader
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
@@ -139,7 +139,7 @@ class Session:
             self.standing = replace(self.standing, error=error.with_traceback(None))
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
             at = self.standing.progress
-            found = of_platform(error) or as_user_error(
+            found = _of_platform(error) or as_user_error(
                 error, order.rank, at.at, evaluating=at.evaluating
             )
             self.standing = replace(self.standing, error=found)
@@ -152,7 +152,7 @@ class Session:
         except DistplatError as error:
             ready.set_exception(error)
         except BaseException as error:  # see `work`
-            ready.set_exception(of_platform(error) or as_user_error(error, order.rank, None))
+            ready.set_exception(_of_platform(error) or as_user_error(error, order.rank, None))
 
     def rest(self, attempt: int) -> None:
         """Begin no further step of this attempt; from any thread."""
@@ -242,6 +242,11 @@ class Session:
         self._prepared = prepare(job, task, device, self._strategy)
         describe(self._prepared)
         return self._prepared, self._strategy
+
+
+def _of_platform(error: BaseException) -> DistplatError | None:
+    """Give our error for what the user's code is not to blame for; else None."""
+    return of_platform(error) or killed_loader(error)
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:

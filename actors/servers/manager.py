@@ -121,12 +121,13 @@ class ServerManager:
         """Name in Ray's logs."""
         return self._name
 
-    def poll(self, hold_s: float) -> DistplatError | ServerRequest | None:
+    def poll(self, number: int, hold_s: float) -> DistplatError | ServerRequest | None:
         """
         Tell the controller which server was lost for good, or is to be made.
 
         Args:
-            hold_s: see `Worker.poll`.
+            number: see `Worker.poll`; what is told here is told until it is done.
+            hold_s: the same.
         """
         groups = [one for one in (self._replication, self._tables) if one is not None]
         if not groups:
