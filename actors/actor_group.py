@@ -77,7 +77,7 @@ class ActorGroup:
         self.job = launch.job  #: what is run, with the number of workers that there are
         self._made_for = launch.job  #: the same when servers and scheduler were made
         self._enlisted = 0
-        self._orders = Orders(RayTransport())
+        self._orders, self._node = Orders(RayTransport()), RayTransport().node
         self._ranks = launch.job.scaling.num_workers  # that were ever given
         self._cast = spawn(launch.job, launch.roles, launch.run, 0)
         try:
@@ -282,6 +282,7 @@ class ActorGroup:
             embedding_servers=tuple(self._cast.embedding_servers.values()),
             rewinds=launch.policy.survivors_go_on,
             checked=launch.checked,
+            node=self._node,
         )
 
 

@@ -83,7 +83,7 @@ _CAUSES: dict[type[exceptions.RayError], str] = {
 }
 """What stands before Ray's own words."""
 
-_GUESSES = " There are some potential root causes"
+_GUESSES = re.compile(r" (?:Some common causes|There are some potential root causes)")
 """What follows in Ray's own words says how processes die in general."""
 
 _REMEDIES: dict[type[exceptions.RayError], str] = {
@@ -105,7 +105,7 @@ def cause_of(error: exceptions.RayError) -> str:
         return f"what it kept is gone with it ({type(error).__name__})"
     lines = str(error).strip().splitlines()
     reasons = [line for line in lines[1:] if not line.startswith("\t")]  # the others name the actor
-    said = (reasons or lines or [type(error).__name__])[0].partition(_GUESSES)[0]
+    said = _GUESSES.split((reasons or lines or [type(error).__name__])[0])[0]
     if lines and getattr(error, "actor_init_failed", False):
         said = f"it could not be made: {lines[-1].strip()}"
     before = _CAUSES.get(type(error))

@@ -33,6 +33,10 @@ from distplat.strategies.strategy import Roles
 
 _WORKER_THREADS = 4
 """Threads of a worker for the controller's calls, of which one keeps its answer back."""
+_READERS = "readers"
+ray.method(concurrency_group=_READERS)(Worker.weights)
+"""Whoever reads a run's weights, any number of processes, has one thread of a worker, and none of
+those by which the controller hears that it lives."""
 _CONTROLLER_THREADS = 8
 """Threads of the controller: for the run, for the driver, and for who asks by name."""
 _SERVER_THREADS = 8
@@ -221,7 +225,7 @@ def spawn_worker(
     options |= hash_seed.options()
     if seat is not None:
         options["scheduling_strategy"] = seat
-    return ray.remote(Worker).options(**options).remote(name)
+    return ray.remote(concurrency_groups={_READERS: 1})(Worker).options(**options).remote(name)
 
 
 def lacks(job: Job, more: int) -> str:

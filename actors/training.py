@@ -9,6 +9,7 @@ Model, data and strategy are made once and live through all attempts.
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,9 @@ from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 logger = logging.getLogger(__name__)
 
+_BEGAN_IN = Path.cwd()
+"""Where Ray has put this process: in what it has shipped, if it has shipped anything."""
+
 
 @dataclass(frozen=True)
 class AttemptState:
@@ -88,6 +92,8 @@ class Session:
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
         self._connection = Connection(RayTransport(), -1, self.standing.gate)
+        self._boxing = threading.Lock()
+        self._box: tuple[int, list[Any]] = -1, []  #: the last version that was shown
         self._shown: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
         self._part_shown: SnapshotPublisher[Bundle] = SnapshotPublisher()
 
@@ -104,11 +110,21 @@ class Session:
             ranks, total = tuple(range(prepared.roles.group_size)), prepared.total_steps
             content = part.content if part is not None else None
             return Reply(passed, version, None, ranks, total, content)
-        steps = standing.progress.step
-        if standing.model is not None:
-            return Reply(steps, steps, standing.model)
+        steps, model = standing.progress.step, standing.model
+        if model is not None:
+            return Reply(steps, steps, self._boxed(steps, lambda: model))
         copy = self._shown.ask(version)
-        return Reply(steps) if copy is None else Reply(steps, copy.version, save(copy.content))
+        if copy is None:
+            return Reply(steps)
+        state = copy.content
+        return Reply(steps, copy.version, self._boxed(copy.version, lambda: save(state)))
+
+    def _boxed(self, version: int, pack: Callable[[], bytes]) -> list[Any]:
+        """Put a model into Ray's store, once for all who ask for this version."""
+        with self._boxing:
+            if self._box[0] != version:
+                self._box = version, [ray.put(pack())]
+            return self._box[1]
 
     def _offer(self, version: int, prepared: Prepared) -> None:
         """Show what this rank has now, between two steps."""
@@ -231,8 +247,9 @@ class Session:
             return self._prepared, self._strategy
         job = order.job
         log_to_stderr()
-        if Path(order.search_path).is_dir():  # elsewhere Ray has unpacked it and put us there
-            os.chdir(order.search_path)
+        folder = search_path(order)
+        if Path(folder).is_dir():
+            os.chdir(folder)
         torch.set_num_threads(max(1, int(job.scaling.resources()["CPU"])))
         if order.strategy_file is not None:
             order.strategy_file.load()
@@ -274,6 +291,19 @@ def _saved(order: WorkOrder) -> SavedState | None:
     return SavedState(handle.state, fetch)
 
 
+def search_path(order: WorkOrder) -> str:
+    """
+    Say where the user's code is: with the driver its own folder, elsewhere what Ray has shipped.
+
+    Where nothing was shipped the nodes share their disks, and the path is the same everywhere.
+    """
+    context = ray.get_runtime_context()
+    shipped = dict(context.runtime_env).get("working_dir")
+    if not shipped or context.get_node_id() == order.node:
+        return order.search_path
+    return str(_BEGAN_IN)
+
+
 def _task_class(order: WorkOrder) -> type[Task]:
     """
     Give the task's class, looked at; rank 0 says what is no error.
@@ -284,7 +314,7 @@ def _task_class(order: WorkOrder) -> type[Task]:
     if isinstance(order.task, bytes):
         found: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
     else:
-        found = load_task_class(order.task, order.search_path)
+        found = load_task_class(order.task, search_path(order))
     said = check_class(found, order.job.task_args)
     for line in said if order.rank == 0 and not order.checked else ():
         logger.warning("%s", line)

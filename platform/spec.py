@@ -261,9 +261,9 @@ class Job(Spec):
     """Passes over the training data; give this or `steps`."""
     steps: Count | None = None
     """Optimizer updates; give this or `epochs`."""
-    global_batch_size: Count
+    global_batch_size: Count = Field(le=2**30)
     """Samples of one update, over all workers."""
-    gradient_accumulation: Count = 1
+    gradient_accumulation: Count = Field(1, le=2**20)
     """Micro-batches into which each worker cuts its part of the batch."""
     clip_norm: Positive | None = None
     """Scale gradients down to this 2-norm over all parameters; None: never."""

@@ -333,7 +333,7 @@ class ServerManager:
     def _assign_backup(self, server: Any, shard: int) -> Address:
         """Give a backup its shard, once a worker has told what the model is."""
         part, _ = self._division.shard_of(shard)
-        self._assigned[part].wait()
+        self._assigned[part].wait()  # where nobody comes, `start_timeout_s` ends the run and this
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
         names = [f"a backup of shard {shard}"]

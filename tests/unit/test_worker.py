@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import ray
+import torch
+from safetensors.torch import load
 
+from distplat.actors import spawn
 from distplat.actors.connection import Connection
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.training import AttemptState, Session
+from distplat.actors.weights import Reply
 from distplat.actors.worker import Worker
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned
@@ -172,3 +176,28 @@ def test_whose_fault_an_attempt_ends_with(
     assert one.standing.error is not None
     assert one.standing.error.exit_code == exit_code
     assert text in str(one.standing.error)
+
+
+def test_a_version_is_packed_once_however_many_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of gigabytes, in the process that trains it."""
+    put: list[bytes] = []
+
+    def note(value: bytes) -> str:
+        put.append(value)
+        return f"reference {len(put)}"
+
+    monkeypatch.setattr(ray, "put", note)
+    one = session(working())
+    state = {"weight": torch.ones(3)}
+    assert one.show(3) == Reply(3), "it is copied at the next step's end"
+    one._shown.offer(4, lambda: state)
+    replies = [one.show(3) for _ in range(5)]
+    assert [reply.model for reply in replies] == [["reference 1"]] * 5
+    assert len(put) == 1 and load(put[0])["weight"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_who_reads_weights_takes_no_thread_of_the_controllers() -> None:
+    """Ten readers of a large model: `poll` would wait its turn behind them."""
+    assert "poll" in dir(Worker)
+    assert Worker.weights.__ray_concurrency_group__ == spawn._READERS  # type: ignore[attr-defined]
+    assert not hasattr(Worker.poll, "__ray_concurrency_group__")
