@@ -266,8 +266,8 @@ class ShmGroup(Group):
                 f"rank 0 is on node {word['node']}, rank {self.rank} on node {node}: "
                 "shared memory works inside a node; choose `backend: hierarchical` or `gloo`"
             )
-        where = word["pid"], word["fd"], layout.size, "uint8", word["inode"]
-        address = Address(node, *where)
+        theirs = word["pid"], word["fd"], layout.size, "uint8", word["inode"]
+        address = Address(node, *theirs)
         try:
             return GroupSegment.open(address, layout, self.rank)
         except OSError as error:
