@@ -9,15 +9,19 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import fields_of
+from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task, Trainer
+from distplat.actors.controller_client import Sink
 from distplat.cli.render import View
 from distplat.platform.background_writer import BackgroundWriter
+from distplat.platform.errors import StorageError
 from distplat.platform.progress import StepSummary
 from distplat.platform.run_directory import RunDirectory
 
@@ -100,6 +104,26 @@ def test_metrics_that_cannot_be_written_cost_no_step(
     assert result.checkpoint is not None and result.checkpoint.exists()
     assert caplog.text.count("No space left on device") == 1
     assert "6 records of metrics were not written" in caplog.text
+
+
+def test_what_fails_after_the_training_does_not_cost_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An embedding server that dies while its tables are saved, for example."""
+
+    def train(launch: object, sink: Sink) -> None:
+        sink.model(save({"weight": np.ones(3, np.float32)}))
+        raise StorageError("embeddings.0-users.0.0000.safetensors: No space left on device")
+
+    monkeypatch.setattr("distplat.actors.trainer.train_on_ray", train)
+    spec = {**FIELDS, "scaling": {"num_workers": 1}, "storage_path": str(tmp_path)}
+    with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match="No space left"):
+        Trainer(spec, Lin).fit()
+    (model,) = tmp_path.rglob("model.safetensors")
+    assert load_file(model)["weight"].tolist() == [1.0, 1.0, 1.0]
+    facts = json.loads((model.parent / "result.json").read_text())
+    assert (facts["status"], facts["model"]) == ("FAILED", str(model))
+    assert f"the trained model is in {model} all the same" in caplog.text
 
 
 def test_a_disk_that_hangs_holds_nobody_up() -> None:
