@@ -6,13 +6,17 @@ It decides nothing: what is to be done after a failure comes as a `Restart` from
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from distplat.actors.messages import SavedHandle, WorkOrder
+from distplat.actors.orders import Orders
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.servers.scheduler import ROOM
 from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.actors.spawn import (
@@ -21,10 +25,9 @@ from distplat.actors.spawn import (
     spawn_scheduler,
     spawn_server,
     spawn_worker,
-    start_workers,
 )
 from distplat.platform.checkpoints import Stored
-from distplat.platform.errors import StorageError
+from distplat.platform.errors import DistplatError, StorageError
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import decode
@@ -74,9 +77,14 @@ class ActorGroup:
         self.job = launch.job  #: what is run, with the number of workers that there are
         self._made_for = launch.job  #: the same when servers and scheduler were made
         self._enlisted = 0
+        self._orders, self._node = Orders(RayTransport()), RayTransport().node
         self._ranks = launch.job.scaling.num_workers  # that were ever given
         self._cast = spawn(launch.job, launch.roles, launch.run, 0)
-        self._give_orders(0, saved, saved.step if saved is not None else 0)
+        try:
+            self._give_orders(0, saved, saved.step if saved is not None else 0)
+        except BaseException:
+            self.end()
+            raise
 
     @property
     def roles(self) -> dict[str, Any]:
@@ -124,16 +132,27 @@ class ActorGroup:
 
     def rest(self, attempt: int) -> None:
         """Tell all workers to begin no further step, and to say which it would have been."""
-        self._calls = [worker.rest.remote(attempt) for worker in self._cast.workers.values()]
+        self._tell_workers("rest", attempt)
 
     def rest_at(self, attempt: int, step: int) -> None:
         """Tell all workers, which rest, to go on until they are before this step."""
-        workers = self._cast.workers.values()
-        self._calls = [worker.rest_at.remote(attempt, step) for worker in workers]
+        self._tell_workers("rest_at", attempt, step)
 
     def abandon(self, attempt: int) -> None:
         """Tell all workers to stop waiting for each other; the dead are passed over."""
-        self._calls = [worker.abandon.remote(attempt) for worker in self._cast.workers.values()]
+        self._tell_workers("abandon", attempt)
+
+    def _tell_workers(self, method: str, *args: Any) -> None:
+        for rank, worker in self._cast.workers.items():
+            self._orders.give(f"worker-{rank}", worker, method, *args)
+
+    def tell_scheduler(self, method: str, *args: Any) -> None:
+        """Give the task scheduler an order."""
+        self._orders.give("task-scheduler", self._cast.scheduler, method, *args)
+
+    def look(self) -> list[tuple[str, DistplatError]]:
+        """Give lost orders again; give the roles that could not carry one out, and why."""
+        return self._orders.look()
 
     def carry_out(self, restart: Restart, saved: Stored | None = None, base: int = 0) -> None:
         """
@@ -156,7 +175,7 @@ class ActorGroup:
             for rank in restart.replace:
                 ray.kill(self._cast.workers[rank])
                 self._cast.workers[rank] = spawn_worker(
-                    self.job, launch.run, restart.attempt, rank, self._cast.seat(rank)
+                    self.job, launch.run, restart.attempt, rank, self._cast.seat_anew(rank)
                 )
             if restart.world is not None:
                 self._resize(restart.world)
@@ -171,9 +190,11 @@ class ActorGroup:
             if rank not in self._cast.workers:
                 self._cast.workers[rank] = self._cast.newcomers.pop(rank)
 
-    def enlist(self, rank: int, base: int) -> Any:
+    def enlist(self, rank: int, base: int) -> Callable[[], Any]:
         """
-        Have a worker make itself ready to join; give the call that ends when it is.
+        Make a worker that is to join; give what has it make itself ready.
+
+        That gives a call which ends when it is, and may be made again.
 
         Args:
             rank: that it is to have.
@@ -183,7 +204,7 @@ class ActorGroup:
         name = f"{self._attempt + 1}.{self._enlisted}"
         worker = spawn_worker(self.job, self._launch.run, name, rank)
         self._cast.newcomers[rank] = worker
-        return worker.prepare.remote(self._order(self._attempt + 1, rank, None, base))
+        return partial(worker.prepare.remote, self._order(self._attempt + 1, rank, None, base))
 
     def let_go(self, rank: int) -> None:
         """End a worker that was to join."""
@@ -221,8 +242,7 @@ class ActorGroup:
         self._ranks += count
         for rank in ranks:
             self._cast.workers[rank] = spawn_worker(launch.job, launch.run, self._attempt, rank)
-        orders = [self._order(self._attempt, rank, None, base) for rank in ranks]
-        self._calls += start_workers(self._cast, orders)
+        self._start_workers([self._order(self._attempt, rank, None, base) for rank in ranks])
         return ranks
 
     def part_with(self, rank: int) -> None:
@@ -235,9 +255,14 @@ class ActorGroup:
 
     def _give_orders(self, attempt: int, saved: Stored | None, base: int) -> None:
         handle = _in_store(saved) if saved is not None else None
-        orders = [self._order(attempt, rank, handle, base) for rank in self._cast.workers]
-        # Held, so that Ray keeps the calls; that a worker has its orders, polling will show.
-        self._calls = start_workers(self._cast, orders)
+        self._start_workers(
+            [self._order(attempt, rank, handle, base) for rank in self._cast.workers]
+        )
+
+    def _start_workers(self, orders: list[WorkOrder]) -> None:
+        for order in orders:
+            worker = self._cast.workers[order.rank]
+            self._orders.give(f"worker-{order.rank}", worker, "start", order)
 
     def _order(self, attempt: int, rank: int, saved: SavedHandle | None, base: int) -> WorkOrder:
         launch = self._launch
@@ -257,6 +282,7 @@ class ActorGroup:
             embedding_servers=tuple(self._cast.embedding_servers.values()),
             rewinds=launch.policy.survivors_go_on,
             checked=launch.checked,
+            node=self._node,
         )
 
 

@@ -16,10 +16,13 @@ import ray
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.messages import PollResult
+from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning, taken_away
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import Resizer
+from distplat.actors.retrying_calls import ask
 from distplat.actors.scaling import Scaling, check_scalable
 from distplat.actors.servers.server_provisioning import ServerRequest
-from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError, Problem, SpecError
+from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
     Event,
     Failed,
@@ -45,7 +48,6 @@ _SETTLING_TICK_S = 0.02
 _HOLD_S = 0.5
 """For so long an actor keeps its answer back while training goes on: a death or an end of its own
 comes at once all the same, and ten questions a second cost the workers a part of their time."""
-_RESULT_TIMEOUT_S = 120.0
 
 
 class Controller:
@@ -72,6 +74,7 @@ class Controller:
         self._actors = actor_group.roles
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._unreached: dict[str, float] = {}  #: role -> when its first call was lost, of late
+        self._answers: dict[str, int] = {}  #: role -> number of its last answer
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
         self._gathering = ReportAggregator(
             actor_group.world, checkpoints.step if actor_group.dynamic_tasks else None
@@ -105,6 +108,9 @@ class Controller:
             self._check()
             self._ask_everybody()
             self._listen()
+            for role, error in self._actor_group.look():
+                self._actors.pop(role, None)
+                self._state.handle(Failed(role, error, gone=True), time.monotonic())
             self._state.handle(Tick(), time.monotonic())
             self._repair()
             self._scale()
@@ -113,10 +119,17 @@ class Controller:
             raise self._state.error
         for summary in self._gathering.rest():
             self._told(summary)
-        result = self._result()
+        return self._result()
+
+    def settle(self) -> None:
+        """
+        After the end of a run that ended well, wait for checkpoints that are being written.
+
+        Raises:
+            StorageError: several could not be.
+        """
         self._checkpoints.drain()
         self._tell_checkpoints()
-        return result
 
     def scale(self, workers: int) -> ScaleRequest:
         """
@@ -203,6 +216,8 @@ class Controller:
         renewed = set(self._actors) if restart.everything else set(replaced)
         renewed |= before ^ set(self._actors)
         self._up -= renewed
+        for role in renewed:
+            self._answers.pop(role, None)
         self._unreached.clear()
         self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
         self._checkpoints.begin(restart.attempt, self._actor_group.job)
@@ -232,7 +247,8 @@ class Controller:
         hold_s = _HOLD_S if self._state.phase is Phase.RUNNING else _TICK_S
         for role, actor in self._actors.items():
             if role not in asked:
-                self._open[actor.poll.remote(hold_s)] = (role, now)
+                number = self._answers.get(role, 0) + 1
+                self._open[actor.poll.remote(number, hold_s)] = (role, now)
 
     def _listen(self) -> None:
         """Take the answers of one tick."""
@@ -257,14 +273,10 @@ class Controller:
     def _events(self, role: str, call: Any) -> list[Event]:
         try:
             answer = ray.get(call, timeout=self._limits.heartbeat_timeout_s)
-        except ray.exceptions.ActorUnavailableError:  # a call or its answer was lost on the way
-            since = self._unreached.setdefault(role, time.monotonic())
-            return [Unanswered(role, time.monotonic() - since)]
-        except ray.exceptions.RayActorError as error:
-            del self._actors[role]
-            lost = ActorLost(role, self._state.steps_done or None, _first_line(error))
-            return [Failed(role, lost, gone=True, preempted=bool(error.preempted))]
+        except ray.exceptions.RayError as error:
+            return [self._unanswered(role, error)]
         self._up.add(role)
+        self._answers[role] = self._answers.get(role, 0) + 1
         self._unreached.pop(role, None)
         if isinstance(answer, DistplatError):
             del self._actors[role]
@@ -272,6 +284,18 @@ class Controller:
         if isinstance(answer, ServerRequest):
             self._actor_group.recruit(answer)
         return self._news(role, answer) if isinstance(answer, PollResult) else []
+
+    def _unanswered(self, role: str, error: ray.exceptions.RayError) -> Event:
+        """Tell why a question has no answer: one that was lost on its way is asked again."""
+        found = meaning(error)
+        if found in (Meaning.UNANSWERED, Meaning.LATE):
+            since = self._unreached.setdefault(role, time.monotonic())
+            return Unanswered(role, time.monotonic() - since)
+        del self._actors[role]
+        lost: DistplatError = as_ours(error)
+        if found is Meaning.LOST:
+            lost = ActorLost(role, self._state.steps_done or None, cause_of(error))
+        return Failed(role, lost, gone=True, preempted=taken_away(error))
 
     def _news(self, role: str, news: PollResult) -> list[Event]:
         for report in news.reports:
@@ -308,17 +332,13 @@ class Controller:
             if worker is None:
                 continue  # it has left
             try:
-                model: bytes = ray.get(worker.result.remote(), timeout=_RESULT_TIMEOUT_S)
-            except ray.exceptions.GetTimeoutError:
-                what = "the trained model"
-                lost = DeadlineExceeded(what, (f"worker-{rank}",), _RESULT_TIMEOUT_S, "none")
-            except ray.exceptions.RayActorError as error:
-                lost = ActorLost(f"worker-{rank}", self._state.steps_done, _first_line(error))
+                limit, setting = self._limits.start_timeout_s, "start_timeout_s"
+                what, who = "the trained model", [f"worker-{rank}"]
+                call = [worker.result.remote]
+                model: bytes = ask(RayTransport(), what, call, who, limit, setting)[0]
+            except DistplatError as error:
+                lost = error
             else:
                 return model
         assert lost is not None, "a part has at least one holder"
         raise lost
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -1,11 +1,13 @@
 """
 What Ray sees of the controller: a run goes on in one of its threads, others answer meanwhile.
 
-    driver            ── run ───▶  thread: `Controller.run` ──▶ the trained model
-                      ── poll ──▶  what happened since: steps, failures, files, log records
-    distplat scale    ── scale ─▶  accepted, or the reason why not, at once
+    driver            ── begin ──▶  thread: `Controller.run`
+                      ── poll n ─▶  what happened since question n - 1: steps, failures, log records
+                      ── result ─▶  the trained model, or why there is none
+    distplat scale    ── scale ──▶  accepted, or the reason why not, at once
     distplat status   ── scale_status
 
+Each of these may be asked again: a question or its answer may be lost on the way.
 Files of the run directory are the driver's, but for checkpoints: those are large, and a thread here
 writes them while training goes on. The actor is on the driver's node, so both see the same disk.
 """
@@ -16,7 +18,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from logging.handlers import QueueHandler
 from typing import Any
@@ -26,11 +27,21 @@ import ray
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
+from distplat.actors.outbox import Outbox
+from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
 from distplat.actors.servers.table_files import sources_of
+from distplat.actors.stopping import end_each
+from distplat.actors.transport import NotHere
 from distplat.platform.apply_log import FILE_NAME, pack
-from distplat.platform.errors import InfrastructureError, Interrupted, NotReadyError
+from distplat.platform.errors import (
+    DeadlineExceeded,
+    DistplatError,
+    InfrastructureError,
+    Interrupted,
+    NotReadyError,
+)
 from distplat.platform.progress import Summary
 from distplat.platform.scale_requests import NOBODY_ASKED, ScaleRequest, ScaleStatus
 from distplat.platform.tensor_slices import Bytes
@@ -52,8 +63,25 @@ class FileToKeep:
     content: bytes
 
 
-RunEvent = Summary | FileToKeep | logging.LogRecord
+@dataclass(frozen=True)
+class Trained:
+    """The model is there, to be asked for by `result`."""
+
+
+RunEvent = Summary | FileToKeep | Trained | logging.LogRecord
 """What the driver is told."""
+
+
+@dataclass(frozen=True)
+class RunNews:
+    """The answer to one question of the driver."""
+
+    events: list[RunEvent]
+    """What happened since the question before, each once."""
+    over: bool
+    """Nothing more will happen."""
+    error: DistplatError | None
+    """Why the run failed, once it is over."""
 
 
 class ControllerActor:
@@ -66,26 +94,51 @@ class ControllerActor:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._events: queue.SimpleQueue[RunEvent | None] = queue.SimpleQueue()
+        self._outbox: Outbox[RunEvent] = Outbox()
         self._controller: Controller | None = None
+        self._beginning = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._model: bytes | None = None
+        self._error: DistplatError | None = None  #: why the run failed
         self._begun, self._stopping, self._over = (threading.Event() for _ in range(3))
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
-    def run(self, actor_group: ActorGroup, base: int) -> bytes:
+    def begin(self, actor_group: ActorGroup, base: int) -> None:
         """
-        Watch a run from its start to its end; give the trained model.
+        Watch a run from its start to its end, in a thread; a second call does nothing.
 
         Args:
             actor_group: the actors, which the driver has made and given their orders.
             base: steps of the checkpoint that they begin from.
-
-        Raises:
-            DistplatError: why the run failed.
         """
-        _send_records(self._events)
+        with self._beginning:
+            if self._thread is None:
+                work = self._work, (actor_group, base)
+                self._thread = threading.Thread(target=work[0], args=work[1], name="run")
+                self._thread.daemon = True
+                self._thread.start()
+
+    def _work(self, actor_group: ActorGroup, base: int) -> None:
+        """Have a run end, and note how: nothing that it raises is lost with its thread."""
+        _send_records(self._outbox)
+        try:
+            self._run(actor_group, base)
+        except ray.exceptions.RayError as error:  # first: what a method raised may be one of ours
+            self._error = as_ours(error)
+        except DistplatError as error:
+            self._error = error.with_traceback(None)
+        except BaseException as error:
+            logger.exception("the controller failed")
+            text = f"error inside distplat, in the controller: {type(error).__name__}: {error}"
+            self._error = DistplatError(text)
+        finally:
+            self._over.set()
+            self._outbox.close()
+
+    def _run(self, actor_group: ActorGroup, base: int) -> None:
         launch = actor_group.launch
         if launch.strategy_file is not None:
             launch.strategy_file.load()
@@ -98,23 +151,30 @@ class ControllerActor:
                 actor_group, launch.job.failure, launch.policy, self._check, checkpoints
             )
             self._begun.set()
-            model = self._controller.run(self._events.put)
+            self._model = self._controller.run(self._outbox.put)
+            self._outbox.put(Trained())
+            self._controller.settle()
             self._keep_files(actor_group)
-            return model
         finally:
-            checkpoints.drain()  # what is complete is worth keeping, however the run ends
-            actor_group.end()
-            self._over.set()
-            self._events.put(None)  # wakes the open `poll`
+            # What is complete is worth keeping, however the run ends.
+            end_each([checkpoints.drain, actor_group.end])
 
-    def poll(self, hold_s: float) -> list[RunEvent]:
-        """Give what happened since the last call; waits so long for there to be something."""
-        found = []
-        with suppress(queue.Empty):
-            found.append(self._events.get(timeout=0 if self._over.is_set() else hold_s))
-            while True:
-                found.append(self._events.get_nowait())
-        return [event for event in found if event is not None]
+    def poll(self, number: int, hold_s: float) -> RunNews:
+        """
+        Tell what happened since the last question.
+
+        Args:
+            number: of the question, from 1; the same number is told the same events.
+            hold_s: how long to wait for something to tell.
+        """
+        events = self._outbox.take(number, hold_s)
+        over = self._outbox.drained  # after them: what is told again is not all there is
+        return RunNews(events, over, self._error if over else None)
+
+    def result(self) -> bytes:
+        """Give the trained model; only once it is there."""
+        assert self._model is not None, "the driver asks once it is told so"
+        return self._model
 
     def stop(self, timeout_s: float) -> None:
         """End the run and its actors; returns when they are ended, or after so long."""
@@ -150,7 +210,7 @@ class ControllerActor:
         launch = actor_group.launch
 
         def keep(name: str, content: bytes) -> None:
-            self._events.put(FileToKeep(name, content))
+            self._outbox.put(FileToKeep(name, content))
 
         if launch.roles.consistency.asynchronous and self._controller.base == 0:
             _keep_log(actor_group, keep)
@@ -158,16 +218,30 @@ class ControllerActor:
             keep_tables(sources_of(actor_group, launch.job), launch.job.seed, keep)
 
 
-def _send_records(events: queue.SimpleQueue[Any]) -> None:
+class _Sender(QueueHandler):
+    """Puts log records into an outbox."""
+
+    def __init__(self, outbox: Outbox[Any]) -> None:
+        super().__init__(queue.SimpleQueue())
+        self._outbox = outbox
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._outbox.put(record)
+
+
+def _send_records(outbox: Outbox[Any]) -> None:
     """Have this package's log records appear in the driver, which alone knows what is shown."""
     ours = logging.getLogger("distplat")
-    ours.handlers = [QueueHandler(events)]
+    ours.handlers = [_Sender(outbox)]
     ours.setLevel(logging.INFO)
     ours.propagate = False
 
 
 def _open_box(box: list[Any]) -> list[Bytes]:
-    arrays: list[Bytes] = ray.get(box[0], timeout=_FETCH_S)
+    try:
+        arrays: list[Bytes] = RayTransport().get(box[0], _FETCH_S)
+    except NotHere:
+        raise DeadlineExceeded("a part of a checkpoint", ("its node",), _FETCH_S, "") from None
     return arrays
 
 

@@ -1,33 +1,44 @@
 """
 The driver's side of a run on Ray: follows the controller, and ends it.
 
-The driver keeps one question open to the controller and looks for signals meanwhile. A controller
-that dies takes along the actors that it has made; those that the driver made, the driver ends.
+The driver keeps one question open to the controller and looks for signals meanwhile. Questions are
+numbered, so that one that is lost is asked again and each event is told once. A controller that
+dies takes along the actors that it has made; those that the driver made, the driver ends.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import ray
-
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.controller_actor import FileToKeep, RunEvent
+from distplat.actors.controller_actor import FileToKeep, RunNews, Trained
+from distplat.actors.retrying_calls import ask
+from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 from distplat.platform.progress import StepSummary, Summary
 
-_TICK_S = 0.1
 _HOLD_S = 0.5
 """For so long the controller keeps its answer back while nothing happens."""
 _END_S = 35.0
 """How long the controller may take to write what is complete and to end the actors."""
+_NAME = "controller"
 
-Keep = Callable[[str, bytes], object]
-"""Puts a file of the given name into the run directory."""
+
+@dataclass(frozen=True)
+class Sink:
+    """Who takes what comes of a run."""
+
+    tell: Callable[[Summary], None]
+    """Takes each step, evaluation, checkpoint and failure."""
+    model: Callable[[bytes], object]
+    """Takes the trained model, once and before anything else that a trained run leaves."""
+    keep: Callable[[str, bytes], object]
+    """Takes the embedding tables and the log of updates by name, of runs that have them."""
 
 
 class ControllerClient:
@@ -35,89 +46,81 @@ class ControllerClient:
     One run's controller, seen from the driver.
 
     Args:
+        transport: the driver's.
         controller: the actor's handle.
         actor_group: the actors that it is to watch.
         base: steps of the checkpoint that they begin from.
     """
 
-    def __init__(self, controller: Any, actor_group: ActorGroup, base: int) -> None:
-        self._controller = controller
-        self._failure = actor_group.launch.job.failure
+    def __init__(
+        self, transport: Transport, controller: Any, actor_group: ActorGroup, base: int
+    ) -> None:
+        self._transport, self._controller = transport, controller
+        self._begin = actor_group, base
+        self._limit_s = actor_group.launch.job.failure.start_timeout_s
         self._step: int | None = None  #: the last one that is known to be made
         self._up = False  #: it has answered, and was not lost since
-        self._run = controller.run.remote(actor_group, base)
 
-    def follow(
-        self, check: Callable[[], None], tell: Callable[[Summary], None], keep: Keep
-    ) -> bytes:
+    def follow(self, check: Callable[[], None], sink: Sink) -> None:
         """
-        Hand on what happens until the run ends; give the trained model.
+        Hand on what happens until the run is over.
 
         Args:
             check: called ten times a second; raises to end the run, for example on Ctrl-C.
-            tell: takes each step, evaluation, checkpoint and failure.
-            keep: takes the embedding tables and the log of updates, of runs that have them.
+            sink: takes what comes.
 
         Raises:
             DistplatError: why the run failed; `ActorLost` where the controller itself is gone.
         """
-        try:
-            over = False
-            while not over:
-                over = bool(ray.wait([self._run], timeout=0)[0])  # before the last question
-                for event in self._poll(check):
-                    self._hand_on(event, tell, keep)
-            model: bytes = self._get(self._run)
-            return model
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, DistplatError):
-                raise error.cause from None
-            raise
-        except ray.exceptions.RayActorError as error:
-            self._up = False
-            cause = str(error).strip().splitlines()[0]
-            remedy = "go on from the last checkpoint: submit --resume"
-            raise ActorLost("controller", self._step, cause, remedy) from None
-
-    def _poll(self, check: Callable[[], None]) -> list[RunEvent]:
-        call, asked = self._controller.poll.remote(_HOLD_S), time.monotonic()
-        check()
-        while not ray.wait([call], timeout=_TICK_S)[0]:
+        self._ask(check, "begin", *self._begin)
+        number = 0
+        while True:
             check()
-            if time.monotonic() - asked > self._failure.start_timeout_s:
-                raise self._late()
-        self._up = True
-        events: list[RunEvent] = self._get(call)
-        return events
+            number += 1
+            news: RunNews = self._ask(check, "poll", number, _HOLD_S)
+            for event in news.events:
+                if isinstance(event, Trained):
+                    sink.model(self._ask(check, "result"))
+                else:
+                    self._hand_on(event, sink)
+            if news.over:
+                if news.error is not None:
+                    raise news.error
+                return
 
-    def _get(self, reply: Any) -> Any:
-        """Fetch what is there already."""
+    def _ask(self, check: Callable[[], None], method: str, *args: Any) -> Any:
+        """Call a method, again where an answer is lost; every one of them may be called twice."""
+        call = partial(self._transport.call, self._controller, method, *args)
+        limit, setting = self._limit_s, "start_timeout_s"
         try:
-            return ray.get(reply, timeout=self._failure.start_timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise self._late() from None
+            answer = ask(self._transport, "an answer", [call], [_NAME], limit, setting, check)[0]
+        except ActorLost as error:
+            self._up = False
+            remedy = "go on from the last checkpoint: submit --resume"
+            raise ActorLost(_NAME, self._step, error.cause, remedy) from None
+        except (
+            DeadlineExceeded
+        ):  # not the limit of others: they are replaced, and this ends the run
+            self._up = False
+            raise
+        self._up = True
+        return answer
 
-    def _late(self) -> DeadlineExceeded:
-        """Give up; not by the limit of others: they are replaced, and this ends the run."""
-        self._up = False
-        limit = self._failure.start_timeout_s
-        return DeadlineExceeded("an answer", ("controller",), limit, "failure.start_timeout_s")
-
-    def _hand_on(self, event: RunEvent, tell: Callable[[Summary], None], keep: Keep) -> None:
+    def _hand_on(self, event: Summary | FileToKeep | logging.LogRecord, sink: Sink) -> None:
         if isinstance(event, logging.LogRecord):
             logger = logging.getLogger(event.name)
             if logger.isEnabledFor(event.levelno):
                 logger.handle(event)
         elif isinstance(event, FileToKeep):
-            keep(event.name, event.content)
+            sink.keep(event.name, event.content)
         else:
             if isinstance(event, StepSummary):
                 self._step = event.step
-            tell(event)
+            sink.tell(event)
 
     def end(self) -> None:
         """End the run and the actors that the controller made; one that is gone is passed over."""
         if self._up:
-            with suppress(ray.exceptions.RayError):
-                ray.get(self._controller.stop.remote(_END_S), timeout=_END_S)
-        ray.kill(self._controller)
+            stop = partial(self._transport.call, self._controller, "stop", _END_S)
+            with suppress(DistplatError):
+                ask(self._transport, "the end", [stop], [_NAME], _END_S, "")

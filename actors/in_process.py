@@ -12,7 +12,7 @@ from functools import partial
 from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import Checkpoints
-from distplat.actors.controller_client import Keep
+from distplat.actors.controller_client import Sink
 from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
 from distplat.actors.servers.leases import RemoteLeases
@@ -23,7 +23,7 @@ from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError
-from distplat.platform.progress import AnyReport, ReportAggregator, StepReport, Summary
+from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
 from distplat.platform.tensor_file import decode
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
@@ -40,14 +40,13 @@ _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
 
 
-def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep) -> bytes:
+def train_in_process(launch: Launch, sink: Sink) -> None:
     """
     Train here and now, the strategy's ports in memory.
 
     Args:
         launch: what to run.
-        tell: takes what happens.
-        keep: takes the embedding tables and the log of updates, of runs that have them.
+        sink: takes what comes of it.
 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
@@ -56,10 +55,10 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
 
     def report(part: AnyReport) -> None:
         for summary in gathering.add(part):
-            tell(summary)
+            sink.tell(summary)
 
     try:
-        return _train(launch, report, tell, progress, keep)
+        _train(launch, report, progress, sink)
     except (DistplatError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
@@ -70,10 +69,9 @@ def train_in_process(launch: Launch, tell: Callable[[Summary], None], keep: Keep
 def _train(
     launch: Launch,
     report: Callable[[AnyReport], None],
-    tell: Callable[[Summary], None],
     progress: Progress,
-    keep: Keep,
-) -> bytes:
+    sink: Sink,
+) -> None:
     job = launch.job
     task = make_task(job, lambda: _task_class(launch))
     strategy = make_worker_strategy(job)
@@ -104,15 +102,14 @@ def _train(
         told = report if leases is None else partial(_count, leases, report)
         join(prepared, strategy, 0, ports, report=told, progress=progress, around=around).run()
         uploader.flush()
-        model = saved_model(strategy.trained(prepared.flat))
+        sink.model(saved_model(strategy.trained(prepared.flat)))
     checkpoints.drain()
     for written in checkpoints.news():
-        tell(written)
+        sink.tell(written)
     if servers is not None and roles.consistency.asynchronous and saved is None:
-        keep(FILE_NAME, pack(servers.logs(), {"run": launch.run}))
+        sink.keep(FILE_NAME, pack(servers.logs(), {"run": launch.run}))
     if job.embeddings is not None and job.checkpoint.save_final:
-        keep_tables(tables.table_servers, job.seed, keep)
-    return model
+        keep_tables(tables.table_servers, job.seed, sink.keep)
 
 
 def _task_class(launch: Launch) -> type[Task]:

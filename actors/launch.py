@@ -5,7 +5,7 @@ From a job to a run on Ray: connect, spawn, give orders, follow the controller, 
     ------                       --------------------------------
     spawn          ->            worker 0..N-1, server 0..S-1, server manager, controller
     WorkOrder      ->            worker: import torch, build model and data, join, train
-    run, poll      <->           controller: what happened; at the end the trained model
+    begin, poll    <->           controller: what happened; at the end the trained model
                                  controller <-> workers: PollResult: steps, evaluations, errors
 """
 
@@ -25,43 +25,42 @@ from distplat.actors import compat, hash_seed
 from distplat.actors.actor_group import ActorGroup, Launch
 from distplat.actors.checkpointing import newest_checkpoint
 from distplat.actors.controller_actor import ControllerActor
-from distplat.actors.controller_client import ControllerClient, Keep
+from distplat.actors.controller_client import ControllerClient, Sink
 from distplat.actors.messages import rendezvous_key
+from distplat.actors.ray_errors import as_ours
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.spawn import spawn_controller
-from distplat.actors.stopping import Stopping
+from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_pickling import check_pickles
-from distplat.platform.errors import InfrastructureError
-from distplat.platform.progress import Summary
 from distplat.platform.ray_token import secure_token
 from distplat.platform.spec import Scaling
 
 logger = logging.getLogger(__name__)
 
 
-def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) -> bytes:
+def train_on_ray(launch: Launch, sink: Sink) -> None:
     """
     Train on the connected Ray, or on a local one for the time of the run.
 
     Args:
         launch: what to run.
-        tell: takes what happens.
-        keep: takes the embedding tables and the log of updates, of runs that have them.
+        sink: takes what comes of it.
 
     Raises:
         DistplatError: see `Trainer.fit`.
     """
     if launch.task is not None:
         check_pickles(launch.task)
-    # Twice: Ray's start must not be cut off, or it leaves processes; and it sets handlers itself.
+    # Around all of it: Ray's start must not be cut off, or it leaves processes.
     with (
-        Stopping() as early,
+        Stopping() as stopping,
         _task_check(launch) as task_check,
         local_ray(launch.job.scaling),
         failures_of_ray(),
-        Stopping() as stopping,
     ):
-        early.check()
+        stopping.arm()
+        stopping.check()
         launch = replace(launch, checked=launch.checked or task_check is not None)
 
         def check() -> None:
@@ -69,33 +68,42 @@ def train_on_ray(launch: Launch, tell: Callable[[Summary], None], keep: Keep) ->
             for line in task_check.poll() if task_check is not None else ():
                 logger.warning("%s", line)
 
-        saved = newest_checkpoint(launch)
-        actor_group = ActorGroup(launch, saved)
-        controller: ControllerClient | None = None
         try:
-            handle = spawn_controller(ControllerActor, launch.job, launch.run)
-            controller = ControllerClient(handle, actor_group, saved.step if saved else 0)
-            return controller.follow(check, tell, keep)
-        finally:
-            if controller is not None:
-                controller.end()
-            actor_group.end()
-            # Ranks take their words back themselves, unless they were killed.
-            compat.delete_all(rendezvous_key(launch.run))
+            _follow(launch, check, sink)
+        except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
+            stopping.check()
+            raise
+
+
+def _follow(launch: Launch, check: Callable[[], None], sink: Sink) -> None:
+    saved = newest_checkpoint(launch)
+    actor_group = ActorGroup(launch, saved)
+    # Ranks take their words back themselves, unless they were killed.
+    endings = [actor_group.end, lambda: compat.delete_all(rendezvous_key(launch.run))]
+    try:
+        handle = spawn_controller(ControllerActor, launch.job, launch.run)
+        endings.insert(0, lambda: ray.kill(handle))
+        base = saved.step if saved else 0
+        controller = ControllerClient(RayTransport(), handle, actor_group, base)
+        endings.insert(0, controller.end)
+        controller.follow(check, sink)
+    finally:
+        end_each(endings)
 
 
 @contextmanager
 def failures_of_ray() -> Iterator[None]:
     """
-    Tell a cluster that ends while it is used from an error of ours.
+    Tell what Ray raises while it is used from an error of ours.
 
     Raises:
         InfrastructureError: Ray itself could not do what it was asked.
+        SpecError: the user asked for what cannot be had.
     """
     try:
         yield
-    except ray.exceptions.RaySystemError as error:
-        raise InfrastructureError(f"the Ray cluster fails: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise as_ours(error) from error
 
 
 @contextmanager

@@ -339,7 +339,7 @@ def _recruit(
     def recruit() -> None:
         with suppress(TransportError):  # the manager has ended, or it hangs
             while True:
-                wanted = transport.get(transport.call(manager, "poll", _HOLD_S), limit_s)
+                wanted = transport.get(transport.call(manager, "poll", 0, _HOLD_S), limit_s)
                 if isinstance(wanted, DistplatError):
                     return
                 if wanted is not None:

@@ -25,7 +25,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distplat.actors.transport import ActorDied, NotHere, Unanswered
+from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
+from distplat.platform.errors import DistplatError, InfrastructureError
 
 
 @dataclass(frozen=True)
@@ -281,13 +282,17 @@ def _serve(actor: Actor, method: str, args: _Packed, reply: Future[Any], fault: 
         return
     if fault.kill == "before":
         actor.die(f"before {method}")
-    answer, error = None, None
+    answer, error = None, None  # type: Any, Exception | None
     try:
         answer = _Packed(actor.carry_out(method, args.open())).open()
         if fault.twice:
             actor.carry_out(method, args.open())
-    except BaseException as raised:
+    except (DistplatError, TransportError) as raised:
         error = raised
+    except BaseException as raised:
+        text = f"error inside {actor.name}: {type(raised).__name__}: {raised}"
+        error = InfrastructureError(text)
+        error.__cause__ = raised
     time.sleep(fault.reply_delay_s)
     if fault.kill == "after":
         actor.die(f"after {method}")

@@ -75,7 +75,7 @@ class WorkOrder:
     task: str | bytes
     """`module:Class`, or the class itself, pickled by the driver."""
     search_path: str
-    """Folder of the task's module: import path and current directory while it runs."""
+    """Folder of the task's module with the driver: import path and current directory there."""
     strategy_file: StrategyFile | None
     """A user's file that registers strategies."""
     manager: Any
@@ -94,6 +94,8 @@ class WorkOrder:
     """Whether these can take a step back: survivors of a failure may have to repeat one."""
     checked: bool = False
     """The driver has looked at the task's class: nothing about it need be said again."""
+    node: str = ""
+    """The driver's: a folder of another node may have the same path, and anything in it."""
 
 
 @dataclass(frozen=True)

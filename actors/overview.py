@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import ray
-
+from distplat.actors.ray_transport import RayTransport
+from distplat.actors.retrying_calls import ask
 from distplat.actors.runs import RunName, find_runs
 from distplat.actors.servers.scheduler import SchedulerStatus
 from distplat.platform.errors import ActorLost, DeadlineExceeded, Problem, SpecError
@@ -120,11 +121,8 @@ def _ask(run: RunName, role: str, question: Callable[[Any], Any]) -> Any:
         actor = run.actor(role)
     except ValueError:
         return None
+    call = partial(question, actor)
     try:
-        return ray.get(question(actor), timeout=ANSWER_S)
-    except ray.exceptions.GetTimeoutError:
-        raise DeadlineExceeded("an answer", (role,), ANSWER_S, "none") from None
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayActorError:
+        return ask(RayTransport(), "an answer", [call], [role], ANSWER_S, "")[0]
+    except ActorLost:
         raise ActorLost(role, None, f"run {run.run} is over") from None

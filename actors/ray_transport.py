@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from distplat.actors.logs import log_to_stderr
-from distplat.actors.transport import ActorDied, NotHere, Unanswered
+from distplat.actors.ray_errors import as_transport_error
 from distplat.platform.torchrun import Place
 
 
@@ -36,16 +36,8 @@ class RayTransport:
         """See `Transport`."""
         try:
             return ray.get(reference, timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise NotHere from None
-        except ray.exceptions.ActorUnavailableError as error:
-            raise Unanswered(_first_line(error)) from None
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayActorError as error:
-            raise ActorDied(_first_line(error)) from None
-        except ray.exceptions.RayError as error:  # with its owner an object is lost, too
-            raise ActorDied(type(error).__name__) from None
+        except ray.exceptions.RayError as error:
+            raise as_transport_error(error) from None
 
     def put(self, value: Any) -> Any:
         """See `Transport`."""
@@ -77,7 +69,3 @@ def alone() -> RayTransport:
     """Give the transport of an actor that Ray has made; its process is its own, stderr too."""
     log_to_stderr()
     return RayTransport()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

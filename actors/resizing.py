@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from distplat.actors.actor_group import ActorGroup
+from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning
 from distplat.actors.spawn import lacks
 from distplat.platform.errors import UserCodeError
 from distplat.platform.resizing import Resizing
@@ -28,6 +31,16 @@ logger = logging.getLogger(__name__)
 
 _REASON_S = 10.0
 """How long the reason may take to come of a call that has failed."""
+
+
+@dataclass
+class _Coming:
+    """A newcomer that makes itself ready."""
+
+    call: Callable[[], Any]
+    """Asks it for that, again if need be."""
+    reply: Any
+    until: float
 
 
 class Resizer:
@@ -43,7 +56,7 @@ class Resizer:
         self._actors, self._requests = actor_group, requests
         self._resizing = Resizing(actor_group.world)
         self._number = 0  #: of the request that is being carried out
-        self._calls: dict[int, tuple[Any, float]] = {}  #: newcomer -> when it is ready, deadline
+        self._calls: dict[int, _Coming] = {}  #: by the rank that the newcomer is to have
 
     @property
     def world(self) -> int:
@@ -85,7 +98,8 @@ class Resizer:
             self._drop(rank)
         for rank in resizing.to_make:
             limit = self._actors.job.failure.start_timeout_s
-            self._calls[rank] = self._actors.enlist(rank, base), time.monotonic() + limit
+            call = self._actors.enlist(rank, base)
+            self._calls[rank] = _Coming(call, call(), time.monotonic() + limit)
             resizing.made(rank)
         for rank in list(self._calls):
             if rank in self._calls:  # else it was let go with one that was lost
@@ -103,23 +117,29 @@ class Resizer:
         self._resizing.wish(request.workers)
 
     def _look_after(self, rank: int) -> None:
-        call, until = self._calls[rank]
-        if not ray.wait([call], timeout=0)[0]:
-            if time.monotonic() > until:
+        coming = self._calls[rank]
+        if not ray.wait([coming.reply], timeout=0)[0]:
+            if time.monotonic() > coming.until:
                 limit = self._actors.job.failure.start_timeout_s
-                self._give_up(rank, f"it was not ready within {limit:g} s")
+                why = f"it was not ready within `failure.start_timeout_s`, {limit:g} s"
+                self._give_up(rank, why)
             return
-        del self._calls[rank]
         try:
-            ray.get(call, timeout=_REASON_S)
-        except ray.exceptions.RayTaskError as error:
-            logger.warning("worker-%d: %s", rank, error.cause)
-            # Of the user's own errors the last line says what it was, after the traceback.
-            lines = str(error.cause).strip().splitlines()
-            self._give_up(rank, lines[-1 if isinstance(error.cause, UserCodeError) else 0])
+            ray.get(coming.reply, timeout=_REASON_S)
         except ray.exceptions.RayError as error:
-            self._give_up(rank, str(error).strip().splitlines()[0])
+            if meaning(error) in (Meaning.UNANSWERED, Meaning.LATE):
+                coming.reply = coming.call()
+                return
+            if meaning(error) is not Meaning.RAISED:
+                self._give_up(rank, cause_of(error))
+                return
+            raised = as_ours(error)
+            logger.warning("worker-%d: %s", rank, raised)
+            # Of the user's own errors the last line says what it was, after the traceback.
+            lines = str(raised).strip().splitlines()
+            self._give_up(rank, lines[-1 if isinstance(raised, UserCodeError) else 0])
         else:
+            del self._calls[rank]
             self._resizing.ready(rank)
 
     def _give_up(self, rank: int, why: str) -> None:

@@ -34,7 +34,7 @@ class PendingCall:
         calls: to be made now.
         names: of who is asked, one for each call.
         limit_s: deadline of all of them, from now.
-        setting: the field of `failure` that changes it.
+        setting: the field of `failure` that changes it; empty: none does.
         look: called ten times a second while an answer is missing; what it raises ends the wait.
         made: told of each call that is made its number and its reply.
     """
@@ -131,7 +131,7 @@ class PendingCall:
             here = self._transport.wait(self._open, 0.0, everything=True)
             late = [number for number, call in enumerate(self._open) if call not in here]
             missing = tuple(self._names[number] for number in late or [index])
-            setting = f"failure.{self._setting}"
+            setting = f"failure.{self._setting}" if self._setting else ""
             raise DeadlineExceeded(self._what, missing, self._limit_s, setting) from None
 
 

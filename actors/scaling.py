@@ -63,7 +63,7 @@ class Scaling:
 
     def tell_again(self) -> None:
         """The task scheduler is another one: it does not know who is leaving."""
-        self._actors.scheduler.dismiss.remote(tuple(self._leaving))
+        self._actors.tell_scheduler("dismiss", tuple(self._leaving))
 
     def carry_out(self, base: int) -> list[int]:
         """
@@ -88,7 +88,7 @@ class Scaling:
         elif more < 0:
             leave = tuple(stay[more:])
             self._leaving.update(leave)
-            self._actors.scheduler.dismiss.remote(leave)
+            self._actors.tell_scheduler("dismiss", leave)
             logger.info("workers leave: %s", leave)
         self._requests.answer(request.number, refused)
         return joined
@@ -100,4 +100,4 @@ class Scaling:
         """End a worker that has finished what it had."""
         self._leaving.discard(rank)
         self._actors.part_with(rank)
-        self._actors.scheduler.gone.remote(rank)
+        self._actors.tell_scheduler("gone", rank)

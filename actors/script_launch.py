@@ -127,13 +127,9 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
 
 
 def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
-    with (
-        Stopping() as early,
-        local_ray(job.scaling, logs=False),
-        failures_of_ray(),
-        Stopping() as stopping,
-    ):
-        early.check()
+    with Stopping() as stopping, local_ray(job.scaling, logs=False), failures_of_ray():
+        stopping.arm()
+        stopping.check()
         shipped = ray.get_runtime_context().runtime_env.get("working_dir")
         folder = None if shipped else str(job.working_dir)
         script = Script(job.command, run, folder, job.max_restarts)
@@ -146,7 +142,11 @@ def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
             finally:
                 actors.end()
 
-        return run_script(script, RayTransport(), spawn, logs, stopping.check)
+        try:
+            return run_script(script, RayTransport(), spawn, logs, stopping.check)
+        except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
+            stopping.check()
+            raise
 
 
 def _finish(path: Path, job: ScriptJob, status: str, facts: dict[str, object]) -> None:

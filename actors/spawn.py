@@ -7,22 +7,28 @@ restarted by Ray: they end with their owner (I8), and a shard must not come back
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
 
 from distplat.actors import compat, hash_seed
-from distplat.actors.messages import TablePart, WorkOrder
+from distplat.actors.messages import TablePart
 from distplat.actors.ray_transport import place_here
 from distplat.actors.script_process import ScriptProcess
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import ROOM, Scheduler
+from distplat.actors.stopping import end_each
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job, Scaling
@@ -30,6 +36,10 @@ from distplat.strategies.strategy import Roles
 
 _WORKER_THREADS = 4
 """Threads of a worker for the controller's calls, of which one keeps its answer back."""
+_READERS = "readers"
+ray.method(concurrency_group=_READERS)(Worker.weights)
+"""Whoever reads a run's weights, any number of processes, has one thread of a worker, and none of
+those by which the controller hears that it lives."""
 _CONTROLLER_THREADS = 8
 """Threads of the controller: for the run, for the driver, and for who asks by name."""
 _SCRIPT_THREADS = 4
@@ -60,10 +70,8 @@ class ActorHandles:
         alone = [actor for actor in (self.manager, self.scheduler) if actor is not None]
         workers = [*self.workers.values(), *self.newcomers.values()]
         servers = [*self.servers.values(), *self.embedding_servers.values()]
-        for actor in [*workers, *alone, *servers]:
-            ray.kill(actor)
-        for seats in self.seats:
-            remove_placement_group(seats)
+        kills = [partial(ray.kill, actor) for actor in [*workers, *alone, *servers]]
+        end_each([*kills, *(partial(remove_placement_group, seats) for seats in self.seats)])
 
     def replicated_tables(self, job: Job) -> dict[str, Any]:
         """Give the servers of embedding tables that the manager looks after."""
@@ -77,6 +85,15 @@ class ActorHandles:
         group, place = divmod(rank, self.seats[0].bundle_count)
         return PlacementGroupSchedulingStrategy(self.seats[group], place)
 
+    def seat_anew(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
+        """Say where a worker that replaces another belongs: its group may have been removed."""
+        if self.seats:
+            group = rank // self.seats[0].bundle_count
+            seats = self.seats[group]
+            if placement_group_table(seats).get("state") == "REMOVED":
+                self.seats[group] = placement_group(seats.bundle_specs, strategy="PACK")
+        return self.seat(rank)
+
 
 def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
     """
@@ -87,6 +104,15 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
     """
     _check_feasible(job, roles)
     cast = ActorHandles()
+    try:
+        _spawn_all(cast, job, roles, run, attempt)
+    except BaseException:
+        cast.end()
+        raise
+    return cast
+
+
+def _spawn_all(cast: ActorHandles, job: Job, roles: Roles, run: str, attempt: int) -> None:
     cast.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
         cast.workers[rank] = spawn_worker(job, run, attempt, rank, cast.seat(rank))
@@ -100,7 +126,6 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
         cast.scheduler = spawn_scheduler(job, roles, run, attempt)
     if roles.servers or cast.replicated_tables(job):
         cast.manager = spawn_manager(job, roles, run, attempt, cast)
-    return cast
 
 
 @dataclass
@@ -112,9 +137,8 @@ class ScriptActors:
 
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
-        for actor in self.processes:
-            ray.kill(actor)
-        remove_placement_group(self.seats)
+        kills = [partial(ray.kill, actor) for actor in self.processes]
+        end_each([*kills, partial(remove_placement_group, self.seats)])
 
 
 def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
@@ -239,7 +263,7 @@ def spawn_worker(
     options |= hash_seed.options()
     if seat is not None:
         options["scheduling_strategy"] = seat
-    return ray.remote(Worker).options(**options).remote(name)
+    return ray.remote(concurrency_groups={_READERS: 1})(Worker).options(**options).remote(name)
 
 
 def lacks(job: Job, more: int) -> str:
@@ -256,11 +280,6 @@ def lacks(job: Job, more: int) -> str:
 def actor_name(job: Job, role: str, attempt: int | str) -> str:
     """Give an actor's name; one that is made later in a run says for which attempt."""
     return f"{job.name}/{role}" + (f"/attempt-{attempt}" if attempt else "")
-
-
-def start_workers(cast: ActorHandles, orders: list[WorkOrder]) -> list[Any]:
-    """Send every worker its orders; returns the calls, which end when the worker has them."""
-    return [cast.workers[order.rank].start.remote(order) for order in orders]
 
 
 def _common(run: str) -> dict[str, Any]:

@@ -1,21 +1,33 @@
-"""Ctrl-C and SIGTERM as an orderly end: note the signal, let the controller see it at its tick."""
+"""
+Ctrl-C, SIGTERM and SIGHUP as an orderly end, and an end that nothing keeps from its end.
 
+The first signal is noted, and the driver sees it at its tick. The second one ends what the driver
+waits for, at once; what is to be ended is ended all the same.
+"""
+
+from __future__ import annotations
+
+import logging
 import signal
 import threading
+from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from distplat.platform.errors import Interrupted
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopping:
     """
-    While entered, SIGINT and SIGTERM are noted; `check` raises them as `Interrupted`.
+    While entered, signals are noted; `check` raises them as `Interrupted`.
 
-    Ray's own handlers abort the process inside a call to Ray. A second signal of the same kind
-    gets the handler that was there before, for who cannot wait. Outside the main thread, where
+    Ray's own handlers abort the process inside a call to Ray. A second signal raises
+    `KeyboardInterrupt`, for who cannot wait, and the next ones get the handlers that were there
+    before. A signal that was ignored, as under `nohup`, stays so. Outside the main thread, where
     Python takes no signals, it does nothing.
     """
 
@@ -26,8 +38,16 @@ class Stopping:
     def __enter__(self) -> Self:
         """Put the handlers in place."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            before = {number: signal.getsignal(number) for number in _SIGNALS}
+            self._before = {n: one for n, one in before.items() if one is not signal.SIG_IGN}
+            self.arm()
         return self
+
+    def arm(self) -> None:
+        """Put them in place again: Ray sets handlers of its own when it starts."""
+        if self._seen is None:
+            for number in self._before:
+                signal.signal(number, self._note)
 
     def __exit__(
         self,
@@ -36,8 +56,7 @@ class Stopping:
         trace: TracebackType | None,
     ) -> None:
         """Put the former handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._put_back()
 
     def check(self) -> None:
         """
@@ -50,5 +69,31 @@ class Stopping:
             raise Interrupted(self._seen)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._seen = number
-        signal.signal(number, self._before[number])
+        if self._seen is None:
+            self._seen = number
+            return
+        self._put_back()
+        raise KeyboardInterrupt
+
+    def _put_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def end_each(endings: Iterable[Callable[[], object]]) -> None:
+    """
+    End everything: what one of them raises keeps none of the others from its end.
+
+    Raises:
+        KeyboardInterrupt: there was one meanwhile; raised when all are ended.
+    """
+    interrupt: KeyboardInterrupt | None = None
+    for ending in endings:
+        try:
+            ending()
+        except KeyboardInterrupt as raised:
+            interrupt = raised
+        except Exception as error:
+            logger.warning("while the run was ended: %s", error or type(error).__name__)
+    if interrupt is not None:
+        raise interrupt

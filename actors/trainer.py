@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from distplat.actors.actor_group import Launch
-from distplat.actors.controller_client import Keep
+from distplat.actors.controller_client import Sink
 from distplat.actors.launch import train_on_ray
 from distplat.actors.task_check import check_class
+from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.progress import (
     EvalSummary,
@@ -26,6 +27,7 @@ from distplat.platform.progress import (
     Resized,
     Saved,
     StepSummary,
+    StepTotals,
     Summary,
 )
 from distplat.platform.recovery import policy_of
@@ -37,6 +39,11 @@ from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+KEPT = 10_000
+"""Steps, evaluations and others that a `Result` keeps at least."""
+
 
 @dataclass
 class Result:
@@ -47,10 +54,12 @@ class Result:
     checkpoint: Path | None
     """The trained model as safetensors; None: the job did not ask for it."""
     history: list[StepSummary] = field(default_factory=list)
-    """Every step."""
+    """The last steps, at least ten thousand; `metrics.jsonl` has all. So of all lists here."""
+    totals: StepTotals = field(default_factory=StepTotals)
+    """Sums over every step."""
     evaluations: list[EvalSummary] = field(default_factory=list)
     checkpoints: list[Saved] = field(default_factory=list)
-    """All that came to the disk, oldest first; older ones may be deleted by now."""
+    """Those that came to the disk, oldest first; older ones may be deleted by now."""
     setbacks: list[FailureEvent] = field(default_factory=list)
     """Failures after which the run went on."""
     resizes: list[Resized] = field(default_factory=list)
@@ -62,15 +71,16 @@ class Result:
         """Take one more piece of the run's history."""
         match summary:
             case StepSummary():
-                self.history.append(summary)
+                self.totals.add(summary)
+                _append(self.history, summary)
             case EvalSummary():
-                self.evaluations.append(summary)
+                _append(self.evaluations, summary)
             case FailureEvent():
-                self.setbacks.append(summary)
+                _append(self.setbacks, summary)
             case Resized():
-                self.resizes.append(summary)
+                _append(self.resizes, summary)
             case Saved():
-                self.checkpoints.append(summary)
+                _append(self.checkpoints, summary)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -80,6 +90,13 @@ class Result:
             newest = max(self.evaluations, key=lambda one: one.step)  # they may come in any order
             last |= {f"eval_{k}": v for k, v in newest.metrics.items()}
         return last
+
+
+def _append(kept: list[T], one: T) -> None:
+    """Add to what is kept of a run, and let go of the oldest: a run may have millions of steps."""
+    kept.append(one)
+    if len(kept) >= 2 * KEPT:
+        del kept[:KEPT]
 
 
 class Observer(Protocol):
@@ -95,6 +112,39 @@ class Observer(Protocol):
         """Workers were lost and the run goes on, all are at work again, or their number changed."""
 
 
+class _Observers:
+    """
+    Observers are guests: one that raises is told nothing more, and the run goes on.
+
+    Args:
+        observers: of the run.
+    """
+
+    def __init__(self, observers: tuple[Observer, ...]) -> None:
+        self._present = list(observers)
+
+    def started(self, job: Job, run: str, path: Path) -> None:
+        """See `Observer`."""
+        self._each(lambda one: one.started(job, run, path))
+
+    def tell(self, summary: Summary) -> None:
+        """Tell all of what they want to hear of."""
+        if isinstance(summary, StepSummary | EvalSummary):
+            self._each(lambda one: one.stepped(summary))
+        elif isinstance(summary, FailureEvent | Recovery | Resized):
+            self._each(lambda one: one.disturbed(summary))
+
+    def _each(self, tell: Callable[[Observer], object]) -> None:
+        for observer in list(self._present):
+            try:
+                tell(observer)
+            except Exception as error:
+                self._present.remove(observer)
+                name, kind = type(observer).__name__, type(error).__name__
+                text = "the observer %s raised %s: %s; the run goes on without it"
+                logger.warning(text, name, kind, error)
+
+
 class Trainer:
     """
     Trains a task as a job says.
@@ -105,7 +155,7 @@ class Trainer:
         working_dir: where `job.task` is looked for; None: the current directory.
         storage_dir: what `storage_path` is relative to; None: the same as `working_dir`.
         strategy_file: a Python file that registers strategies of your own.
-        observers: told of every step.
+        observers: told of every step; one that raises is told no more.
         resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
             from `storage_dir`.
 
@@ -157,33 +207,37 @@ class Trainer:
             InfrastructureError: a worker or server was lost, or a deadline passed.
             SpecError: the cluster cannot hold the job.
             StorageError: the run directory cannot be written.
-            Interrupted: SIGINT or SIGTERM.
+            Interrupted: SIGINT, SIGTERM or SIGHUP; the second one does not wait for an orderly end.
         """
         began = time.monotonic()
         for line in self._unheard:
             logger.warning("%s", line)
         run = new_run_name(self.job.name)
         directory = RunDirectory(self.job, run, self._storage_dir)
-        result = Result(directory.path, None)
-        for observer in self._observers:
-            observer.started(self.job, run, directory.path)
+        result, observers = Result(directory.path, None), _Observers(self._observers)
+        metrics = BackgroundWriter(directory.record, logger.warning)
+        observers.started(self.job, run, directory.path)
 
         def tell(summary: Summary) -> None:
             result.add(summary)
-            directory.record(summary)
-            for observer in self._observers:
-                if isinstance(summary, StepSummary | EvalSummary):
-                    observer.stepped(summary)
-                elif isinstance(summary, FailureEvent | Recovery | Resized):
-                    observer.disturbed(summary)
+            metrics.put(summary)
+            observers.tell(summary)
+
+        def save(model: bytes) -> None:
+            if self.job.checkpoint.save_final:
+                result.checkpoint = directory.save_model(model)
 
         try:
-            state = self._train(run, directory.path, tell, directory.keep)
-            if self.job.checkpoint.save_final:
-                result.checkpoint = directory.save_model(state)
+            self._train(run, directory.path, Sink(tell, save, directory.keep))
+            metrics.close()
         except BaseException as error:
+            metrics.close()
+            failed = {"error": str(error)}
+            if result.checkpoint is not None:  # it is the tables, or a checkpoint, that failed
+                failed["model"] = str(result.checkpoint)
+                logger.warning("the trained model is in %s all the same", result.checkpoint)
             with suppress(StorageError):  # the run's own error is the one to tell
-                directory.finish(_status(error), {"error": str(error)})
+                directory.finish(_status(error), failed)
             raise
         result.seconds = time.monotonic() - began
         facts = {"metrics": result.metrics, "seconds": result.seconds}
@@ -192,7 +246,7 @@ class Trainer:
         directory.finish("SUCCEEDED", facts)
         return result
 
-    def _train(self, run: str, folder: Path, tell: Callable[[Summary], None], keep: Keep) -> bytes:
+    def _train(self, run: str, folder: Path, sink: Sink) -> None:
         launch = Launch(
             self.job,
             run,
@@ -213,9 +267,10 @@ class Trainer:
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch
 
-            return train_in_process(launch, tell, keep)
-        return train_on_ray(launch, tell, keep)
+            train_in_process(launch, sink)
+        else:
+            train_on_ray(launch, sink)
 
 
 def _status(error: BaseException) -> str:
-    return "STOPPED" if isinstance(error, Interrupted) else "FAILED"
+    return "STOPPED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"

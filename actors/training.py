@@ -9,6 +9,7 @@ Model, data and strategy are made once and live through all attempts.
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -23,13 +24,15 @@ from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.connection import Connection
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
+from distplat.actors.ray_errors import of_platform
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.task_check import check_class
 from distplat.actors.task_loading import load_task_class
-from distplat.actors.user_errors import as_user_error
+from distplat.actors.transport import NotHere, TransportError
+from distplat.actors.user_errors import as_user_error, killed_loader
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import Abandoned, DistplatError
+from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
@@ -51,6 +54,9 @@ from distplat.strategies.task import Task
 from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
 
 logger = logging.getLogger(__name__)
+
+_BEGAN_IN = Path.cwd()
+"""Where Ray has put this process: in what it has shipped, if it has shipped anything."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,8 @@ class Session:
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
         self._connection = Connection(RayTransport(), -1, self.standing.gate)
+        self._boxing = threading.Lock()
+        self._box: tuple[int, list[Any]] = -1, []  #: the last version that was shown
         self._shown: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
         self._part_shown: SnapshotPublisher[Bundle] = SnapshotPublisher()
 
@@ -102,11 +110,21 @@ class Session:
             ranks, total = tuple(range(prepared.roles.group_size)), prepared.total_steps
             content = part.content if part is not None else None
             return Reply(passed, version, None, ranks, total, content)
-        steps = standing.progress.step
-        if standing.model is not None:
-            return Reply(steps, steps, standing.model)
+        steps, model = standing.progress.step, standing.model
+        if model is not None:
+            return Reply(steps, steps, self._boxed(steps, lambda: model))
         copy = self._shown.ask(version)
-        return Reply(steps) if copy is None else Reply(steps, copy.version, save(copy.content))
+        if copy is None:
+            return Reply(steps)
+        state = copy.content
+        return Reply(steps, copy.version, self._boxed(copy.version, lambda: save(state)))
+
+    def _boxed(self, version: int, pack: Callable[[], bytes]) -> list[Any]:
+        """Put a model into Ray's store, once for all who ask for this version."""
+        with self._boxing:
+            if self._box[0] != version:
+                self._box = version, [ray.put(pack())]
+            return self._box[1]
 
     def _offer(self, version: int, prepared: Prepared) -> None:
         """Show what this rank has now, between two steps."""
@@ -137,7 +155,9 @@ class Session:
             self.standing = replace(self.standing, error=error.with_traceback(None))
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
             at = self.standing.progress
-            found = as_user_error(error, order.rank, at.at, evaluating=at.evaluating)
+            found = _of_platform(error) or as_user_error(
+                error, order.rank, at.at, evaluating=at.evaluating
+            )
             self.standing = replace(self.standing, error=found)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
@@ -148,7 +168,7 @@ class Session:
         except DistplatError as error:
             ready.set_exception(error)
         except BaseException as error:  # see `work`
-            ready.set_exception(as_user_error(error, order.rank, None))
+            ready.set_exception(_of_platform(error) or as_user_error(error, order.rank, None))
 
     def rest(self, attempt: int) -> None:
         """Begin no further step of this attempt; from any thread."""
@@ -227,8 +247,9 @@ class Session:
             return self._prepared, self._strategy
         job = order.job
         log_to_stderr()
-        if Path(order.search_path).is_dir():  # elsewhere Ray has unpacked it and put us there
-            os.chdir(order.search_path)
+        folder = search_path(order)
+        if Path(folder).is_dir():
+            os.chdir(folder)
         torch.set_num_threads(max(1, int(job.scaling.resources()["CPU"])))
         if order.strategy_file is not None:
             order.strategy_file.load()
@@ -238,6 +259,11 @@ class Session:
         self._prepared = prepare(job, task, device, self._strategy)
         describe(self._prepared)
         return self._prepared, self._strategy
+
+
+def _of_platform(error: BaseException) -> DistplatError | None:
+    """Give our error for what the user's code is not to blame for; else None."""
+    return of_platform(error) or killed_loader(error)
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:
@@ -250,8 +276,32 @@ def _saved(order: WorkOrder) -> SavedState | None:
     handle = order.saved
     if handle is None:
         return None
-    limit_s = order.job.failure.start_timeout_s
-    return SavedState(handle.state, lambda file: ray.get(handle.files[file][0], timeout=limit_s))
+    limit_s, transport = order.job.failure.start_timeout_s, RayTransport()
+
+    def fetch(file: str) -> Any:
+        what = f"the checkpoint's {file}"
+        try:
+            return transport.get(handle.files[file][0], limit_s)
+        except NotHere:
+            setting = "failure.start_timeout_s"
+            raise DeadlineExceeded(what, ("the object store",), limit_s, setting) from None
+        except TransportError as error:
+            raise StateLost(f"{what} ({error})") from None
+
+    return SavedState(handle.state, fetch)
+
+
+def search_path(order: WorkOrder) -> str:
+    """
+    Say where the user's code is: with the driver its own folder, elsewhere what Ray has shipped.
+
+    Where nothing was shipped the nodes share their disks, and the path is the same everywhere.
+    """
+    context = ray.get_runtime_context()
+    shipped = dict(context.runtime_env).get("working_dir")
+    if not shipped or context.get_node_id() == order.node:
+        return order.search_path
+    return str(_BEGAN_IN)
 
 
 def _task_class(order: WorkOrder) -> type[Task]:
@@ -264,7 +314,7 @@ def _task_class(order: WorkOrder) -> type[Task]:
     if isinstance(order.task, bytes):
         found: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
     else:
-        found = load_task_class(order.task, order.search_path)
+        found = load_task_class(order.task, search_path(order))
     said = check_class(found, order.job.task_args)
     for line in said if order.rank == 0 and not order.checked else ():
         logger.warning("%s", line)

@@ -71,7 +71,7 @@ class Transport(Protocol):
 
         Raises:
             TransportError: there is none.
-            Exception: what the method raised.
+            DistplatError: what the method raised; `InfrastructureError` where that is none of ours.
         """
 
     def put(self, value: Any) -> Any:

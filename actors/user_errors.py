@@ -5,13 +5,14 @@ Frames of ours, and those of torch that only pass a call on, are left out, of ca
 of a loader process comes as text inside another one; what is shown is the error itself.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import distplat
-from distplat.platform.errors import UserCodeError
+from distplat.platform.errors import InfrastructureError, UserCodeError
 
 _OURS = [
     (Path(distplat.__file__).parent / part).resolve()
@@ -22,6 +23,9 @@ _PASSES_ON = ("nn/modules/module.py", "utils/data/", "utils/_contextlib.py", "_u
 """What of torch stands between a caller and the user's code, below torch's own folder."""
 _LOADER = "Original Traceback (most recent call last):\n"
 """Where torch puts the error of a loader process into the text of another one."""
+
+_KILLED = re.compile(r"DataLoader worker \(pid[^)]*\) is killed by signal: Killed")
+"""SIGKILL comes from the system: no code of the user's sends it to its own process."""
 
 _COLLATE = (
     "samples of a batch are put together by torch's default_collate: they must have one shape and "
@@ -74,6 +78,14 @@ def as_user_error(
         shown = _of_loader(summary.partition(_LOADER)[2])
         summary = shown.strip().splitlines()[-1]
     return UserCodeError(rank, step, summary, shown, _remedy(error), evaluating)
+
+
+def killed_loader(error: BaseException) -> InfrastructureError | None:
+    """Give our error where the system has killed a loader process; else None."""
+    if not _KILLED.search(str(error)):
+        return None
+    text = "a loader process was killed, most likely for want of memory: "
+    return InfrastructureError(text + "fewer `data.num_loaders` take less")
 
 
 def _with_causes(

@@ -16,9 +16,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import ray
-
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.runs import RunName, find_runs, named_actors
+from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
 from distplat.platform.checkpoints import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded
 from distplat.platform.tensor_slices import Bundle, TensorSlice, by_file, put_together
@@ -48,8 +48,8 @@ class Reply:
     steps: int
     """Steps that the rank has finished."""
     version: int = 0
-    model: bytes | None = None
-    """In the safetensors format; None: ask again."""
+    model: list[Any] | None = None
+    """With the reference of bytes in the safetensors format; None: ask again."""
     ranks: tuple[int, ...] = ()
     """Ranks that hold a shard of the model; empty where each rank holds all of it."""
     total: int = 0
@@ -94,7 +94,8 @@ class Weights:
             elif reply is not None and reply.model is not None:
                 if reply.version < at_least:
                     raise self._over()
-                return self._snapshot(reply)
+                if (found := self._snapshot(reply, until)) is not None:
+                    return found
             else:
                 time.sleep(_AGAIN_S)
         raise self._too_late(newer_than, (0,), timeout_s)
@@ -140,13 +141,11 @@ class Weights:
             if rank not in self._workers:
                 self._workers[rank] = self._name.actor(f"worker-{rank}")
             left = max(0.0, until - time.monotonic())
-            reply: Reply = ray.get(self._workers[rank].weights.remote(version), timeout=left)
+            reply: Reply = RayTransport().get(self._workers[rank].weights.remote(version), left)
             return reply
-        except ray.exceptions.GetTimeoutError:
+        except (NotHere, Unanswered):
             return None
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except (ray.exceptions.RayActorError, ValueError):  # ValueError: no actor of that name
+        except (ActorDied, ValueError):  # ValueError: no actor of that name
             self._workers.pop(rank, None)
             if not named_actors().get(self.run):
                 raise self._over() from None
@@ -156,11 +155,16 @@ class Weights:
         remedy = "if it ended well, its directory has the trained model"
         return ActorLost("worker-0", None, f"run {self.run} is over", remedy)
 
-    def _snapshot(self, reply: Reply) -> Snapshot:
+    def _snapshot(self, reply: Reply, until: float) -> Snapshot | None:
+        """Fetch a model; None: it was lost with rank 0, or did not come in time."""
         from safetensors.torch import load  # torch: only who looks at weights
 
         assert reply.model is not None, "asked for only where there is one"
-        return Snapshot(self.run, reply.version, load(reply.model))
+        try:
+            model: bytes = RayTransport().get(reply.model[0], max(0.0, until - time.monotonic()))
+        except TransportError:
+            return None
+        return Snapshot(self.run, reply.version, load(model))
 
     def _together(self, version: int, parts: list[Bundle]) -> Snapshot:
         from distplat.strategies.checkpoint.checkpoint_reader import (

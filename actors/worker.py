@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from distplat.actors.allocator import keep_freed_memory
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import PollResult, WorkOrder
+from distplat.actors.outbox import Outbox
 from distplat.actors.weights import Reply
+from distplat.platform.checkpoints import Delivery
 from distplat.platform.progress import AnyReport
 
 if TYPE_CHECKING:
     from distplat.actors.training import Session
-    from distplat.platform.checkpoints import Delivery
 
 
 class Worker:
@@ -33,11 +33,13 @@ class Worker:
         self._name = name
         #: with somebody who waits until model and data are there, an order is no more than that
         self._orders: queue.SimpleQueue[tuple[WorkOrder, Future[None] | None]] = queue.SimpleQueue()
-        self._reports: deque[AnyReport] = deque()
-        self._deliveries: deque[Delivery] = deque()
+        self._outbox: Outbox[AnyReport | Delivery] = Outbox()
         self._session: Session | None = None
         self._given_up = -1  #: the last attempt that was called off
+        self._begun = -1  #: the last attempt that it was told to begin
+        self._ready: Future[None] | None = None  #: model and data, where they were asked for alone
         self._ended = threading.Event()  #: an attempt is over, and none was begun since
+        self._beginning = threading.Lock()
         self._news = threading.Event()  #: there is something that is not to be kept back
         self._thread: threading.Thread | None = None
 
@@ -46,18 +48,26 @@ class Worker:
         return self._name
 
     def start(self, order: WorkOrder) -> None:
-        """Begin an attempt, the first or the next one, and return at once."""
-        self._take(order, None)
+        """Begin an attempt, the first or the next one, and return at once; twice does nothing."""
+        with self._beginning:
+            if order.attempt > self._begun:
+                self._begun = order.attempt
+                self._take(order, None)
 
     def prepare(self, order: WorkOrder) -> None:
         """
         Make model and data ready for an attempt that is to come; returns when they are.
 
+        Called again, it waits for the same.
+
         Raises:
             DistplatError: why there is none.
         """
-        ready: Future[None] = Future()
-        self._take(order, ready)
+        with self._beginning:
+            ready = self._ready
+            if ready is None:
+                ready = self._ready = Future()
+                self._take(order, ready)
         ready.result(order.job.failure.start_timeout_s)
 
     def _take(self, order: WorkOrder, ready: Future[None] | None) -> None:
@@ -83,11 +93,12 @@ class Worker:
         if self._session is not None:
             self._session.abandon(attempt)
 
-    def poll(self, hold_s: float) -> PollResult:
+    def poll(self, number: int, hold_s: float) -> PollResult:
         """
-        Tell how things stand, and what was reported since the last call.
+        Tell how things stand, and what was reported since the last question.
 
         Args:
+            number: of the question; the same number is told the same reports again.
             hold_s: seconds to keep the answer back for, while the attempt goes on: questions cost
                 processor time that training wants.
         """
@@ -97,16 +108,15 @@ class Worker:
         if self._session is None:
             return PollResult([], -1, 0, 0, finished=False, error=None)
         standing = self._session.standing  # before the reports: what came first is told first
-        reports = [self._reports.popleft() for _ in range(len(self._reports))]
-        deliveries = [self._deliveries.popleft() for _ in range(len(self._deliveries))]
+        told = self._outbox.take(number)
         return PollResult(
-            reports,
+            [one for one in told if not isinstance(one, Delivery)],
             standing.attempt,
             standing.progress.beats,
             standing.progress.step,
             finished=standing.model is not None,
             error=standing.error,
-            deliveries=deliveries,
+            deliveries=[one for one in told if isinstance(one, Delivery)],
             left=standing.progress.left,
             rests_at=standing.gate.answer,
         )
@@ -126,7 +136,7 @@ class Worker:
         with quick_imports():
             from distplat.actors.training import Session  # torch comes with it
 
-        self._session = Session(self._reports.append, self._deliver)
+        self._session = Session(self._outbox.put, self._deliver)
         while True:  # the actor is ended from outside; nobody waits for this thread
             order, ready = self._orders.get()
             if ready is not None:
@@ -139,5 +149,5 @@ class Worker:
 
     def _deliver(self, delivery: Delivery) -> None:
         """Have a part of a checkpoint told at once: with this process it would be lost."""
-        self._deliveries.append(delivery)
+        self._outbox.put(delivery)
         self._news.set()

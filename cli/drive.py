@@ -2,9 +2,10 @@
 
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+from distplat.cli.closed_pipe import let_go
 from distplat.cli.remote import RESULT_MARK
 from distplat.cli.render import Facts, View, facts_of, to_json
 from distplat.cli.shipping import Received, received_job
@@ -60,7 +61,9 @@ def drive() -> None:
 
         with connected(os.environ.get("RAY_ADDRESS", "auto"), {}):
             facts = _train_here(received)
-    print(RESULT_MARK + to_json(facts, indent=None), flush=True)
+    with suppress(OSError):  # the job's log is on a disk that may be full
+        print(RESULT_MARK + to_json(facts, indent=None), flush=True)
+    let_go(sys.stdout)
 
 
 def _train_here(received: Received) -> Facts:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distplat.platform.progress import FailureEvent, Resized, Saved, StepSummary
+from distplat.platform.progress import FailureEvent, Resized, Saved, StepSummary, StepTotals
 from distplat.platform.report import Restart, metrics, samples_per_s
 from distplat.platform.run_record import RunRecord
 
@@ -22,16 +22,11 @@ _MOST_SHARDS = 4
 
 
 def mean_figures(history: Sequence[StepSummary]) -> Figures:
-    """
-    Give each figure's mean over the steps that have it.
-
-    The first step is left out where there are others: in it ranks meet and memory is touched first.
-    """
-    found: dict[str, list[float]] = {}
-    for step in history[1:] or history:
-        for name, value in step.figures.items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    """Give each figure's mean over the steps that have it; see `StepTotals`."""
+    totals = StepTotals()
+    for step in history:
+        totals.add(step)
+    return totals.figures
 
 
 def figure_rows(figures: Figures) -> list[tuple[str, str]]:

@@ -5,15 +5,16 @@ Ray and torch are imported by what a command does, never by this module: help is
 """
 
 import errno
-import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import distplat
+from distplat.cli.closed_pipe import let_go
 from distplat.cli.options import (
     Address,
     JobFile,
@@ -45,7 +46,7 @@ Exit codes:
     4  a part of the platform was lost, or the job was stopped
     5  the run directory cannot be written, or all its checkpoints are damaged
    70  an error inside distplat
-  130  Ctrl-C        143  SIGTERM
+  130  Ctrl-C        143  SIGTERM        129  SIGHUP
 
 Settings, strongest first: flags, --set, DISTPLAT_* variables, the job file, defaults.
 """
@@ -258,7 +259,10 @@ def drive() -> None:
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        let_go(stream)  # Python would fail at its end for a pipe that nobody reads
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:
@@ -298,9 +302,7 @@ def _report(error: Exception) -> int:
         _complain(f"{before}\nerror: {last}".lstrip())
         return error.exit_code
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        # Nobody reads any more, for example `distplat list | head -1`; no word about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141  # nobody reads any more, for example `distplat list | head -1`; no word about it
     show = getattr(error, "show", None)
     if show is not None:  # click's own, wherever this version of typer keeps its click
         show()
@@ -311,7 +313,8 @@ def _report(error: Exception) -> int:
 
 
 def _complain(text: str) -> None:
-    print(printable(text), file=sys.stderr)
+    with suppress(OSError):  # nobody reads any more: the exit code says it all the same
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -248,5 +249,6 @@ def exit_code(info: Info) -> int:
 
 
 def say(line: str) -> None:
-    """Write to stderr at once."""
-    print(printable(line), file=sys.stderr, flush=True)
+    """Write to stderr at once; where nobody reads it any more, nothing happens."""
+    with suppress(OSError):
+        print(printable(line), file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -26,7 +27,6 @@ from distplat.cli.figures import (
     checkpoint_rows,
     figure_rows,
     first_line,
-    mean_figures,
     resize_text,
     restart_rows,
 )
@@ -100,7 +100,8 @@ class View:
     ) -> None:
         """Leave the terminal as it was."""
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError, ValueError):  # it is gone
+                self._progress.stop()
 
     def started(self, job: Job, run: str, path: Path) -> None:
         """Say what is about to run."""
@@ -151,10 +152,13 @@ class View:
     def _say(self, line: str) -> None:
         if self._quiet:
             return
-        if self._progress is not None:
-            self._progress.console.print(Text(printable(line)))
-        else:
-            print(printable(line), file=self._out, flush=True)
+        try:
+            if self._progress is not None:
+                self._progress.console.print(Text(printable(line)))
+            else:
+                print(printable(line), file=self._out, flush=True)
+        except (OSError, ValueError):  # nobody reads any more, or the file was closed
+            self._quiet = True
 
 
 class _Pace:
@@ -198,23 +202,19 @@ def _progress(console: Console) -> Progress:
 
 def facts_of(job: Job, result: Result) -> Facts:
     """Put together what a run came to."""
-    history = result.history
-    split: dict[str, float] = {}
-    for step in history:
-        for part, seconds in step.seconds.items():
-            split[part] = split.get(part, 0.0) + seconds
-    busy = sum(split.values())
+    totals = result.totals
+    split, busy = totals.seconds, sum(totals.seconds.values())
     return {
         "status": "SUCCEEDED",
         "name": job.name,
         "strategy": job.strategy.name,
         "num_workers": job.scaling.num_workers,
-        "steps": len(history),
+        "steps": totals.steps,
         "seconds": round(result.seconds, 3),
         "metrics": result.metrics,
-        "samples_per_s": round(sum(s.samples for s in history) / busy, 1) if busy else None,
+        "samples_per_s": round(totals.samples / busy, 1) if busy else None,
         "time_split": {part: round(s / busy, 4) for part, s in split.items()} if busy else {},
-        "figures": mean_figures(history),
+        "figures": totals.figures,
         "checkpoints": [saved.step for saved in result.checkpoints],
         "restarts": [text for _, text in restart_rows(result.setbacks)],
         "resizes": [resize_text(one) for one in result.resizes],

@@ -118,7 +118,7 @@ def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
     if status.error.strip():
         rows.append(("error", status.error.strip().splitlines()[-1]))
     rows += facts(record)
-    parts = time_parts(record.steps)
+    parts = time_parts(record.steps, record.every)
     if parts:
         rows.append(("time", ", ".join(f"{part.name} {part.share:.0%}" for part in parts)))
     rows += figure_rows(mean_figures(record.steps))
@@ -156,7 +156,7 @@ def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, 
         "of": last.of if last else 0,
         "loss": last.loss if last else None,
         "evaluations": {m.name: m.points[-1][1] for m in metrics(record.evaluations)},
-        "time_s": {part.name: part.total_s for part in time_parts(record.steps)},
+        "time_s": {part.name: part.total_s for part in time_parts(record.steps, record.every)},
         "figures": {row.name: row.mean for row in figure_rows(record.steps)},
         "restarts": [
             {

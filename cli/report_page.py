@@ -73,7 +73,7 @@ def page(record: RunRecord, now_s: float) -> str:
     )
     environment.globals["numeric"] = _numeric
     template = files("distplat.cli").joinpath("report.html.j2").read_text(encoding="utf-8")
-    parts, measured = time_parts(record.steps), metrics(record.evaluations)
+    parts, measured = time_parts(record.steps, record.every), metrics(record.evaluations)
     replicas, problem = _replicas(record)
     return environment.from_string(template).render(
         record=record,

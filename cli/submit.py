@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import typer
 
 from distplat.cli import remote, shipping
 from distplat.cli.address import Target, bring_token, target_of
+from distplat.cli.closed_pipe import let_go
 from distplat.cli.drive import STORAGE, train
 from distplat.cli.render import Facts, View, print_result, to_json
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, printable
@@ -342,8 +343,10 @@ def _renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
 
 
 def _print(facts: Facts, request: Request, job_id: str | None = None) -> None:
-    if request.as_json:
-        print(to_json(facts if job_id is None else {**facts, "id": job_id}))
-    else:
-        print_result(facts)
-    sys.stdout.flush()
+    """Say what a run came to; it has ended well, whether somebody reads it or not."""
+    with suppress(BrokenPipeError):
+        if request.as_json:
+            print(to_json(facts if job_id is None else {**facts, "id": job_id}))
+        else:
+            print_result(facts)
+    let_go(sys.stdout)

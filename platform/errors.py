@@ -21,7 +21,7 @@ Every error that distplat raises on purpose, in one tree.
     |  |- FencedError                       a message of an earlier attempt
     |  `- NotReadyError                     a shard that has no parameters yet
     |- StorageError                     5   the run directory could not be written
-    `- Interrupted                  130/143 Ctrl-C or SIGTERM
+    `- Interrupted              130/143/129 Ctrl-C, SIGTERM or SIGHUP
 
 Errors cross processes by pickle: every constructor hands all its arguments to `Exception`, so
 `DistplatError.__reduce__` can rebuild each of them; a test sends the whole tree round.
@@ -228,7 +228,7 @@ class ActorLost(InfrastructureError):
 
 
 class DeadlineExceeded(InfrastructureError):
-    """A wait ran out. Names who was missing and the setting that changes the deadline."""
+    """A wait ran out. Names who was missing and the setting that changes it; empty: none does."""
 
     def __init__(self, what: str, missing: tuple[str, ...], seconds: float, setting: str) -> None:
         super().__init__(what, missing, seconds, setting)
@@ -237,10 +237,8 @@ class DeadlineExceeded(InfrastructureError):
     def __str__(self) -> str:
         """What was waited for, for how long, and who did not come."""
         who = ", ".join(self.missing) or "nobody (a late answer)"
-        return (
-            f"{self.what}: waited {self.seconds:g} s, missing: {who}; "
-            f"`{self.setting}` changes this deadline"
-        )
+        text = f"{self.what}: waited {self.seconds:g} s, missing: {who}"
+        return f"{text}; `{self.setting}` changes this deadline" if self.setting else text
 
 
 class Abandoned(InfrastructureError):
@@ -330,7 +328,7 @@ class StorageError(DistplatError):
 
 
 class Interrupted(DistplatError):
-    """The user (SIGINT) or the system (SIGTERM) asked the run to end."""
+    """The user (SIGINT), the system (SIGTERM) or an end of the session (SIGHUP) asks for an end."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -339,7 +337,7 @@ class Interrupted(DistplatError):
 
     def __str__(self) -> str:
         """`interrupted by SIGINT`."""
-        names = {2: "SIGINT", 15: "SIGTERM"}
+        names = {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}
         return f"interrupted by {names.get(self.signal_number, self.signal_number)}"
 
 

@@ -68,6 +68,41 @@ class StepSummary:
     """The strategy's own; of each the largest over the ranks."""
 
 
+class StepTotals:
+    """Sums over the steps of a run: so much memory however many steps there are."""
+
+    def __init__(self) -> None:
+        self.steps = self.samples = 0
+        self.seconds: dict[str, float] = {}  #: by part of the step, see `StepSummary`
+        self._first: dict[str, float] = {}
+        self._sums: dict[str, tuple[float, int]] = {}  #: figure -> its sum, and of how many steps
+
+    def add(self, step: StepSummary) -> None:
+        """Take one more step."""
+        self.steps += 1
+        self.samples += step.samples
+        for part, seconds in step.seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        if self.steps == 1:
+            self._first = step.figures
+            return
+        for name, value in step.figures.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value, count + 1
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """
+        Give each figure's mean over the steps that have it.
+
+        The first step is left out where there are others: in it ranks meet and memory is touched
+        first.
+        """
+        if self.steps == 1:
+            return dict(self._first)
+        return {name: total / count for name, (total, count) in self._sums.items()}
+
+
 @dataclass(frozen=True)
 class EvalSummary:
     """One evaluation over all ranks."""

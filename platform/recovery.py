@@ -7,8 +7,11 @@ Whether a run goes on after a failure, and how long it waits before: the restart
                                                              failed before waits, then gives up
 
 A machine that its owner takes away (preemption) is nobody's failure, and has a budget of its own.
+Progress fills both up again: for each hundred new steps one failure and one preemption are given
+back, so that a run of weeks does not end of what happened in its first days.
 """
 
+from collections import deque
 from collections.abc import Set
 from dataclasses import dataclass
 
@@ -48,6 +51,10 @@ def weight(error: DistplatError) -> int:
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
+_TOLD = 100
+"""Failures that an error tells of at most."""
+STEPS_FOR_ONE = 100
+"""Steps, beyond the furthest one so far, for which a failure and a preemption are given back."""
 SAME_STEP_LIMIT = 3
 """So many failures at the same step end the run: what comes next would fail there too."""
 COORDINATORS = frozenset({"server-manager", "task-scheduler"})
@@ -126,9 +133,11 @@ class Budget:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.setbacks: list[str] = []  #: every failure, in words
+        self.setbacks: deque[str] = deque(maxlen=_TOLD)  #: the last failures, in words
+        self._attempt = 0
         self._failures = 0
         self._preemptions = 0
+        self._paid_to = 0  #: steps for which something was given back, or nothing was to be
         self._last_step = -1
         self._at_same_step = 0
 
@@ -144,7 +153,9 @@ class Budget:
         Returns:
             Seconds to wait before going on, or why the run must end.
         """
-        self.setbacks.append(f"attempt {len(self.setbacks)}, after step {step}: {cause}")
+        self.setbacks.append(f"attempt {self._attempt}, after step {step}: {cause}")
+        self._attempt += 1
+        self._give_back(step)
         if preempted:
             self._preemptions += 1
             if self._preemptions > self._policy.max_preemptions:
@@ -160,3 +171,13 @@ class Budget:
         if self._at_same_step == 1:
             return 0.0
         return float(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self._at_same_step - 2)))
+
+    def _give_back(self, step: int) -> None:
+        """Fill up for the steps that were made since; those that are made again count once."""
+        if not self._failures and not self._preemptions:
+            self._paid_to = max(self._paid_to, step)
+            return
+        earned = max(0, step - self._paid_to) // STEPS_FOR_ONE
+        self._paid_to += earned * STEPS_FOR_ONE
+        self._failures = max(0, self._failures - earned)
+        self._preemptions = max(0, self._preemptions - earned)

@@ -100,15 +100,21 @@ def _patience(record: RunRecord) -> float:
     return float(deadline) if isinstance(deadline, int | float) else SILENT_S
 
 
-def time_parts(steps: Sequence[StepSummary]) -> list[PartOfTime]:
-    """Give where the time went, in the order of a step; empty without steps."""
+def time_parts(steps: Sequence[StepSummary], every: int = 1) -> list[PartOfTime]:
+    """
+    Give where the time went, in the order of a step; empty without steps.
+
+    Args:
+        steps: of the run.
+        every: which of them these are: 1 all, 2 every second.
+    """
     names = list(dict.fromkeys(name for step in steps for name in step.seconds))
     series = {name: [_or_zero(step.seconds.get(name, 0.0)) for step in steps] for name in names}
     whole = sum(map(sum, series.values())) or 1.0
     return [
         PartOfTime(
             name,
-            sum(values),
+            sum(values) * every,
             sum(values) / whole,
             median(values[1:] or values),
             _p95(values[1:] or values),

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace, TraceEvent
@@ -29,11 +30,15 @@ from distplat.platform.progress import (
 from distplat.platform.yaml_source import parse_yaml
 
 T = TypeVar("T")
+S = TypeVar("S", StepSummary, EvalSummary)
 
 _DAMAGE = (ValueError, TypeError, KeyError, ArithmeticError, RecursionError)
 """What reading a damaged line raises; the last two by numbers beyond all bounds and deep JSON."""
 _MOST = 2**53
 """No step, count or size is larger; a float holds it exactly."""
+MOST_STEPS = 200_000
+"""Steps that are held at a time, some 300 MB of them."""
+_MOST_LINE = 2**22
 _MOST_BYTES = 2**26
 """Of a file that is no table of steps."""
 
@@ -46,7 +51,9 @@ class RunRecord:
     job: Mapping[str, Any] = field(default_factory=dict)
     """As `job.yaml` has it, every default visible; empty: it cannot be read."""
     steps: list[StepSummary] = field(default_factory=list)
-    """In their order; of a step that was made twice, the second."""
+    """In their order; of a step that was made twice, the second. Of a run of very many steps every
+    so-many-th (`every`), and the last."""
+    every: int = 1
     evaluations: list[EvalSummary] = field(default_factory=list)
     setbacks: list[FailureEvent] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
@@ -106,6 +113,25 @@ def _names(path: Path) -> set[str]:
     return {file.name for file in path.iterdir()}
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes] | None]:
+    """
+    Open a file; None: it is not there.
+
+    Raises:
+        StorageError: it may not be read, or is a pipe or a device.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe would block, a device not end
+                raise StorageError(f"cannot read {path}: it is no regular file")
+            yield file
+    except FileNotFoundError:
+        yield None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
 def _text(record: RunRecord, name: str) -> str | None:
     """
     Read a file; None: it is not there.
@@ -114,18 +140,23 @@ def _text(record: RunRecord, name: str) -> str | None:
         StorageError: it may not be read, is a pipe or a device, or much larger than we write it.
     """
     path = record.path / name
-    try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            stat = os.fstat(file.fileno())
-            if not S_ISREG(stat.st_mode):  # a pipe would block, a device never end
-                raise StorageError(f"cannot read {path}: it is no regular file")
-            if stat.st_size > _MOST_BYTES and name != "metrics.jsonl":
-                raise StorageError(f"cannot read {path}: it has {stat.st_size} bytes")
-            return file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    with _opened(path) as file:
+        if file is None:
+            return None
+        size = os.fstat(file.fileno()).st_size
+        if size > _MOST_BYTES:
+            raise StorageError(f"cannot read {path}: it has {size} bytes")
+        return file.read().decode("utf-8", errors="replace")
+
+
+def _lines(file: IO[bytes]) -> Iterator[str]:
+    """Give whole lines, one at a time; of one beyond all bounds its pieces, which are damaged."""
+    while line := file.readline(_MOST_LINE):
+        if line.endswith(b"\n"):
+            yield line.decode("utf-8", errors="replace")
+        elif len(line) == _MOST_LINE:
+            yield ""
+        # else it is being written
 
 
 def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
@@ -142,30 +173,55 @@ def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
 
 
 def _read_metrics(record: RunRecord) -> None:
-    text = _text(record, "metrics.jsonl")
-    if text is None:
-        return
-    record.last_sign_s = (record.path / "metrics.jsonl").stat().st_mtime
-    *lines, _ = text.split("\n")  # what has no end yet is being written
-    steps: dict[int, StepSummary] = {}
-    evaluations: dict[int, EvalSummary] = {}
-    damaged = 0
-    for line in lines:
-        try:
-            found = _summary(json.loads(line))
-        except _DAMAGE:
-            damaged += 1
-            continue
-        if isinstance(found, StepSummary):
-            steps[found.step] = found
-        elif isinstance(found, EvalSummary):
-            evaluations[found.step] = found
-        else:
-            _keep(record, found)
-    record.steps = [steps[step] for step in sorted(steps)]
-    record.evaluations = [evaluations[step] for step in sorted(evaluations)]
+    with _opened(record.path / "metrics.jsonl") as file:
+        if file is None:
+            return
+        record.last_sign_s = os.fstat(file.fileno()).st_mtime
+        steps, evaluations = _Thinned[StepSummary](), _Thinned[EvalSummary]()
+        damaged = 0
+        for line in _lines(file):
+            try:
+                found = _summary(json.loads(line))
+            except _DAMAGE:
+                damaged += 1
+                continue
+            if isinstance(found, StepSummary):
+                steps.put(found.step, found)
+            elif isinstance(found, EvalSummary):
+                evaluations.put(found.step, found)
+            else:
+                _keep(record, found)
+    record.steps, record.every = steps.found(), steps.every
+    record.evaluations = evaluations.found()
+    if steps.every > 1:
+        record.notes.append(f"of so many steps one in {steps.every} is counted")
     if damaged:
         record.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
+
+
+class _Thinned(Generic[S]):
+    """What is numbered by steps: all, or of too many every second, fourth, ... and the last."""
+
+    def __init__(self) -> None:
+        self.every = 1
+        self._by_step: dict[int, S] = {}
+        self._last: tuple[int, S] | None = None
+
+    def put(self, step: int, one: S) -> None:
+        """Take one; of the same step the later one counts."""
+        if self._last is None or step >= self._last[0]:
+            self._last = step, one
+        if step % self.every:
+            return
+        self._by_step[step] = one
+        if len(self._by_step) > MOST_STEPS:
+            self.every *= 2
+            self._by_step = {s: o for s, o in self._by_step.items() if s % self.every == 0}
+
+    def found(self) -> list[S]:
+        """Give what is kept, in the order of steps."""
+        kept = self._by_step | (dict([self._last]) if self._last is not None else {})
+        return [kept[step] for step in sorted(kept)]
 
 
 def _keep(record: RunRecord, found: object) -> None:

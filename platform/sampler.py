@@ -81,7 +81,7 @@ class Sampler:
     def micro_batches(self, step: int, rank: int, parts: int) -> list[NDArray[np.int64]]:
         """Cut a rank's part of a step into at most `parts` runs, none of them empty."""
         ids = self.rank_ids(step, rank)
-        return [ids[a:b] for a, b in split_evenly(len(ids), parts) if b > a]
+        return [ids[a:b] for a, b in split_evenly(len(ids), min(parts, len(ids)) or 1) if b > a]
 
 
 @lru_cache(

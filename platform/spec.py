@@ -230,11 +230,12 @@ class Failure(Spec):
     """What is done about failures, and deadlines; an error that one causes names its field."""
 
     max_failures: Index | None = None
-    """Restarts after lost workers or servers; None: 3 where survivors keep their state (not with a
-    sharded optimizer, nor without replicas) or there are checkpoints, else 0."""
+    """Restarts after lost workers or servers, of which one is given back for each 100 steps of
+    progress; None: 3 where survivors keep their state (not with a sharded optimizer, nor without
+    replicas) or there are checkpoints, else 0."""
     max_preemptions: Index | None = None
-    """Restarts after machines were taken away, counted apart; None: 100 where `max_failures` is 3
-    by default, else 0."""
+    """Restarts after machines were taken away, counted apart and given back alike; None: 100 where
+    `max_failures` is 3 by default, else 0."""
 
     start_timeout_s: Seconds = 120.0
     """From asking Ray for the actors to the first step."""
@@ -269,9 +270,9 @@ class Job(Spec):
     """Passes over the training data; give this or `steps`."""
     steps: Count | None = None
     """Optimizer updates; give this or `epochs`."""
-    global_batch_size: Count
+    global_batch_size: Count = Field(le=2**30)
     """Samples of one update, over all workers."""
-    gradient_accumulation: Count = 1
+    gradient_accumulation: Count = Field(1, le=2**20)
     """Micro-batches into which each worker cuts its part of the batch."""
     clip_norm: Positive | None = None
     """Scale gradients down to this 2-norm over all parameters; None: never."""

@@ -46,10 +46,16 @@ def serve_store(listener: int, host: str, port: int) -> Any:
     )
 
 
-def connect_store(host: str, port: int, timeout_s: float) -> Any:
-    """Connect to a store; raises `RuntimeError` if nobody serves it in time."""
+def connect_store(host: str, port: int, timeout_s: float, secret: str) -> Any:
+    """
+    Connect to a store; who does not know the secret, by which all keys begin, sees none of them.
+
+    Raises:
+        RuntimeError: nobody serves it in time.
+    """
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    client = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return dist.PrefixStore(secret, client)
 
 
 def gloo_group(

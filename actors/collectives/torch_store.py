@@ -6,6 +6,7 @@ The store of a torch group: rank 0 serves it, all connect to it, and through it 
     all:    "here/r" in the store -> wait until everybody is here -> gloo connects all to all
 """
 
+import secrets
 import socket
 import threading
 import time
@@ -200,8 +201,8 @@ class Store:
         self.host = _address()
         """Address that this rank listens on."""
         try:
-            host, port = self._serve() if rank == 0 else self._find()
-            self.client = compat.connect_store(host, port, settings.rendezvous_s)
+            host, port, secret = self._serve() if rank == 0 else self._find()
+            self.client = compat.connect_store(host, port, settings.rendezvous_s, secret)
             self._wait_for_all()
         except (RuntimeError, OSError) as error:
             cause = f"no answer from rank 0: {str(error).splitlines()[0]}"
@@ -223,20 +224,21 @@ class Store:
             later.start()
         self._server = None
 
-    def _serve(self) -> tuple[str, int]:
+    def _serve(self) -> tuple[str, int, str]:
         listener = socket.create_server((self.host, 0))
         host, port = listener.getsockname()[:2]
         self._server = compat.serve_store(listener.detach(), host, port)
-        leave_word(self._name, f"{host} {port}".encode())
-        return host, port
+        secret = secrets.token_hex(16)  # goes through Ray's store alone, which asks for a token
+        leave_word(self._name, f"{host} {port} {secret}".encode())
+        return host, port, secret
 
-    def _find(self) -> tuple[str, int]:
-        host, port = find_word(self._name, self._settings).decode().split()
+    def _find(self) -> tuple[str, int, str]:
+        host, port, secret = find_word(self._name, self._settings).decode().split()
         # Rank 0 listens before it says so: who is refused comes too late. The store's own client
         # would try again and again.
         with suppress(TimeoutError):
             socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
-        return host, int(port)
+        return host, int(port), secret
 
     def _wait_for_all(self) -> None:
         """Be patient here: gloo itself would give the others one operation's time to come."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import Any
 
 from distplat.actors.transport import ActorDied, NotHere, Transport, Unanswered
 from distplat.platform.errors import ActorLost, DistplatError
+
+logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
 """Period of the look at the server nodes."""
@@ -44,12 +47,23 @@ class HealthCheck:
         self.losing.set()
 
     def _watch(self) -> None:
+        """Look until somebody is lost, or this manager is of no use."""
+        try:
+            self._watch_all()
+        except DistplatError as error:
+            self.lost = error
+        except BaseException as error:
+            logger.exception("the health checks ended")
+            self.lost = ActorLost("server-manager", None, f"its health checks ended: {error!r}")
+        self.losing.set()
+
+    def _watch_all(self) -> None:
         heard = dict.fromkeys(range(len(self._servers)), time.monotonic())
         while self.lost is None and not self._closed:
             for index in heard:
                 self.lost = self.lost or self._look(index, heard)
             if self.lost is not None:
-                self.losing.set()
+                return
             self.losing.wait(WATCH_S)
 
     def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:

@@ -121,12 +121,13 @@ class ServerManager:
         """Name in Ray's logs."""
         return self._name
 
-    def poll(self, hold_s: float) -> DistplatError | ServerRequest | None:
+    def poll(self, number: int, hold_s: float) -> DistplatError | ServerRequest | None:
         """
         Tell the controller which server was lost for good, or is to be made.
 
         Args:
-            hold_s: see `Worker.poll`.
+            number: see `Worker.poll`; what is told here is told until it is done.
+            hold_s: the same.
         """
         groups = [one for one in (self._replication, self._tables) if one is not None]
         if not groups:
@@ -136,7 +137,7 @@ class ServerManager:
         wanted = self._provisioning.next(hold_s)
         for group in groups:
             if group.lost is not None:
-                return _lost_for_good(group.lost)
+                return group.lost
         return wanted if self._watch is None or self._watch.lost is None else self._watch.lost
 
     def table_servers(self, version: int, limit_s: float) -> TableMap | None:
@@ -154,7 +155,7 @@ class ServerManager:
         if not self._tables.wait_past(version, limit_s):
             return None
         if self._tables.lost is not None:
-            raise _lost_for_good(self._tables.lost)
+            raise self._tables.lost
         newest, names = self._tables.primaries()
         return TableMap(newest, [self._tables.handles[name] for name in names], names)
 
@@ -203,7 +204,7 @@ class ServerManager:
         if not replicas.wait_past(version, limit_s):
             return None
         if replicas.lost is not None:
-            raise _lost_for_good(replicas.lost)
+            raise replicas.lost
         return self._present(part, place)
 
     def seats(self) -> list[ShardAssignment]:
@@ -332,7 +333,7 @@ class ServerManager:
     def _assign_backup(self, server: Any, shard: int) -> Address:
         """Give a backup its shard, once a worker has told what the model is."""
         part, _ = self._division.shard_of(shard)
-        self._assigned[part].wait()
+        self._assigned[part].wait()  # where nobody comes, `start_timeout_s` ends the run and this
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
         names = [f"a backup of shard {shard}"]
@@ -363,7 +364,3 @@ class ServerManager:
         for group in (self._replication, self._tables):
             if group is not None:
                 group.close()
-
-
-def _lost_for_good(server: str) -> ActorLost:
-    return ActorLost(server, None, "no other server has what it kept: its backup was not there yet")

@@ -21,7 +21,7 @@ from typing import Any
 from distplat.actors.messages import Address
 from distplat.actors.retrying_calls import Call, ask
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
-from distplat.platform.errors import DistplatError, NotReadyError
+from distplat.platform.errors import ActorLost, DistplatError, NotReadyError
 from distplat.platform.server_group import (
     Fill,
     GoAlone,
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.1
 _ASK_EVERY_S = 0.5
 """Period of the question to a server that answers."""
+_FOR_GOOD = "no other server has what it kept: its backup was not there yet"
 _ANSWER_GRACE_S = 10.0
 """A primary times out by itself and knows more; only a frozen one needs ours on top."""
 
@@ -78,7 +79,7 @@ class ReplicationManager:
         self._heard: dict[str, float] = {}  #: server -> when it last answered
         self._map = group.version, [seat.primary for seat in group.seats]
         self._changed = threading.Condition()
-        self.lost: str | None = None  #: a server that was lost with all that it kept
+        self.lost: DistplatError | None = None  #: why there is no going on
         self._closed = False
         threading.Thread(target=self._run, name="replication", daemon=True).start()
 
@@ -107,6 +108,20 @@ class ReplicationManager:
         self._closed = True
 
     def _run(self) -> None:
+        """Look after the servers until one is lost for good, or this manager is of no use."""
+        lost: DistplatError | None = None
+        try:
+            self._look_after()
+            if self._group.broken is not None:
+                lost = ActorLost(self._group.broken, None, _FOR_GOOD)
+        except BaseException as error:
+            logger.exception("nobody looks after the servers any more")
+            lost = ActorLost("server-manager", None, f"its thread of replication ended: {error!r}")
+        with self._changed:
+            self.lost = lost
+            self._changed.notify_all()
+
+    def _look_after(self) -> None:
         self._start(self._group.begin())
         while self._group.broken is None and not self._closed:
             try:
@@ -115,9 +130,6 @@ class ReplicationManager:
                 self._watch()
             else:
                 self._start(news())
-        with self._changed:
-            self.lost = self._group.broken
-            self._changed.notify_all()
 
     def _start(self, orders: list[Order]) -> None:
         for order in orders:
@@ -137,10 +149,11 @@ class ReplicationManager:
                 work, suspect = partial(self._leave_alone, order), order.server
         try:
             self._news.put(work())
-        except (DistplatError, TransportError) as error:
+        except Exception as error:  # of ours, or a fault of ours: the order has failed either way
             if self._closed:
                 return
-            logger.warning("%s failed: %s", order, error)
+            foreseen = isinstance(error, DistplatError | TransportError)
+            logger.warning("%s failed: %s", order, error, exc_info=not foreseen)
             self._news.put(partial(self._lose, suspect))
 
     def _make_one(self, order: MakeBackup) -> Callable[[], list[Order]]:

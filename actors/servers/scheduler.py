@@ -78,8 +78,8 @@ class Scheduler:
         """Name in Ray's logs."""
         return self._name
 
-    async def poll(self, hold_s: float) -> None:
-        """Let the controller see that this process lives; `hold_s`: see `Worker.poll`."""
+    async def poll(self, number: int, hold_s: float) -> None:
+        """Let the controller see that this process lives; see `Worker.poll`."""
         await asyncio.sleep(hold_s)
 
     async def join(self, rank: int, attempt: int, plan: TaskPlan) -> None:

@@ -45,7 +45,7 @@ class Serving(ABC, Generic[AnyServer]):
     def close(self) -> None:
         """Let go of what a process's end would free."""
 
-    def poll(self, hold_s: float) -> None:
+    def poll(self, number: int, hold_s: float) -> None:
         """Answer the controller, after so many seconds: alive."""
         time.sleep(hold_s)
 

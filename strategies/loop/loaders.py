@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.spec import Job
 
 _SMALL = 1 << 16
@@ -55,7 +56,11 @@ def ready_loaders(job: Job) -> Callable[[], None]:
     def wait() -> None:
         first = context.Process(target=_nothing)
         first.start()
-        first.join()
+        limit_s = job.failure.start_timeout_s
+        first.join(limit_s)
+        if first.is_alive():
+            what, setting = "the server of loader processes", "failure.start_timeout_s"
+            raise DeadlineExceeded(what, ("its first process",), limit_s, setting)
 
     return wait
 

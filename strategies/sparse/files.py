@@ -2,7 +2,8 @@
 Trained tables on disk: parts that are written as they come, and a list of them.
 
     embeddings.json                          the tables, and the files of each
-    embeddings.<table>.<server>.0000.safetensors   `ids` [n] in rising order, `rows` [n, width]
+    embeddings.<number>-<table>.<server>.0000.safetensors
+                                             `ids` [n] in rising order, `rows` [n, width]
 
 No process holds a table to save it. What a table has not, it need not have: rows that were never
 trained follow from the seed.
@@ -11,6 +12,7 @@ trained follow from the seed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -64,12 +66,17 @@ def keep_tables(
             names = files.setdefault(spec.name, [])
             count = max(1, PART_BYTES // (4 * spec.width))
             for part, first in enumerate(range(0, rows, count)):
-                names.append(f"embeddings.{spec.name}.{server}.{part:04d}.safetensors")
+                names.append(f"{_stem(number, spec.name)}.{server}.{part:04d}.safetensors")
                 keep(names[-1], source.part(number, first, count))
     for name, facts in found.items():
         facts["files"] = files[name]
     text = json.dumps({"seed": seed, "tables": list(found.values())}, indent=2)
     keep(LIST_NAME, text.encode())  # last: who finds it finds all
+
+
+def _stem(number: int, table: str) -> str:
+    """Call a table's files: a name may hold anything but a dot, and be longer than a file's."""
+    return f"embeddings.{number}-{re.sub(r'[^A-Za-z0-9_.-]', '_', table)[:80]}"
 
 
 def read_list(run: Path) -> tuple[int, dict[str, tuple[TableSpec, list[Path]]]]:

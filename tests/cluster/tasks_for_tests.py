@@ -262,3 +262,20 @@ class Chance(Blobs):
 
     def train_data(self) -> Dataset[Any]:
         return Jittered(super().train_data())
+
+
+class Hungry(Blobs):
+    """Takes memory without end in a step, in the process that gets there first."""
+
+    def __init__(self, marker: str, most_gib: int = 10) -> None:
+        self.marker, self.most_gib = marker, most_gib
+        self.calls = 0
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 5 and first_to_come(self.marker):
+            held = []
+            for _ in range(8 * self.most_gib):  # 128 MiB, written to
+                held.append(np.ones(16 * 2**20))
+                time.sleep(0.02)
+        return super().loss(outputs, targets)

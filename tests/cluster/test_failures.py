@@ -219,7 +219,34 @@ class Signaller:
         pass
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), slow(signal.SIGTERM, 143)])
+class Impatient(Killer):
+    """Freezes the controller, so that an orderly end takes long; then Ctrl-C, and once more."""
+
+    def __init__(self) -> None:
+        super().__init__("ControllerActor", signal.SIGSTOP)
+
+    def run(self) -> None:
+        super().run()
+        for _ in range(2):
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.done_at = time.monotonic()
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    """On a Ray that stays, as in a notebook; the census looks for actors."""
+    impatient = Impatient()
+    with pytest.raises(Interrupted) as caught:
+        train(job("ps-sync", 2, **LONG), tmp_path, observers=(impatient,))
+    assert time.monotonic() - impatient.done_at < 5
+    assert caught.value.exit_code == 130
+    assert "STOPPED" in next(tmp_path.rglob("result.json")).read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), slow(signal.SIGTERM, 143), slow(signal.SIGHUP, 129)],
+)
 def test_signal_ends_the_run(number: int, code: int, tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:
         train(job("ps-sync", 2, **LONG), tmp_path, observers=(Signaller(number),))

@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from numpy.typing import NDArray
+from ray import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from small_runs import distance, job, train, weights
 from test_elastic import FAILURE, Watch
 
 from distplat import Result
+from distplat.platform.progress import StepSummary
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 
@@ -22,7 +26,11 @@ SERVED = {**GRID, "data_strategy": "ps-sync", "timeout_s": 60}
 
 
 def run(
-    tmp_path: Path, deeds: list[str], strategy: dict[str, Any] = GRID, **more: Any
+    tmp_path: Path,
+    deeds: list[str],
+    strategy: dict[str, Any] = GRID,
+    watch: Watch | None = None,
+    **more: Any,
 ) -> tuple[Result, Watch]:
     folder = tmp_path / f"marks-{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
@@ -41,8 +49,24 @@ def run(
         data={"drop_last": True},
         **{"failure": FAILURE, **more},
     )
-    watch = Watch()
+    watch = watch or Watch()
     return train(spec, tmp_path, observers=(watch,)), watch
+
+
+class Evictor(Watch):
+    """Takes a placement group away once some steps were made. An `Observer`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evicted = False
+
+    def stepped(self, summary: object) -> None:
+        if self.evicted or not isinstance(summary, StepSummary) or summary.step < 3:
+            return
+        self.evicted = True
+        table = ray.util.placement_group_table()
+        found = [key for key, facts in table.items() if facts["state"] == "CREATED"]
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(found[0])))
 
 
 _unfailed: dict[str, tuple[NDArray[np.float32], Result]] = {}
@@ -113,6 +137,16 @@ def test_servers_of_each_stage_are_lost(tmp_path: Path) -> None:
     assert (first.replaced, first.step) == (("worker-1",), 6), "the step in flight is repeated"
     assert len(second.replaced) == 4 and second.step in WRITTEN
     assert all(s.figures["apply_s"] >= 0 for s in result.history)
+
+
+@pytest.mark.slow
+def test_a_replica_whose_placement_group_is_removed(tmp_path: Path) -> None:
+    """Its two ranks are made anew, in a group of their own; the others keep what they have."""
+    result, watch = run(tmp_path, [], watch=Evictor())
+    same(result, tmp_path)
+    (setback,) = watch.setbacks
+    assert setback.replaced in (("worker-0", "worker-1"), ("worker-2", "worker-3"))
+    assert "placement group was removed" in setback.cause
 
 
 @pytest.mark.slow

@@ -119,13 +119,12 @@ def test_a_terminal_shows_one_line_and_keeps_evaluations(
 
 
 def result(loss: float = 0.5) -> Result:
-    return Result(
-        path=Path("/runs/lin-1"),
-        checkpoint=Path("/runs/lin-1/model.safetensors"),
-        history=[step(0), step(1, loss)],
-        evaluations=[EvalSummary(2, 8, {"loss": 0.25, "accuracy": 0.75})],
-        seconds=4.0,
-    )
+    model = Path("/runs/lin-1/model.safetensors")
+    found = Result(path=Path("/runs/lin-1"), checkpoint=model, seconds=4.0)
+    metrics = {"loss": 0.25, "accuracy": 0.75}
+    for summary in (step(0), step(1, loss), EvalSummary(2, 8, metrics)):
+        found.add(summary)
+    return found
 
 
 def test_the_facts_are_those_of_the_run() -> None:

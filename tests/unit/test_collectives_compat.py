@@ -37,11 +37,15 @@ def test_a_store_on_a_socket_that_listens_already() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()[:2]
     server = compat.serve_store(listener.detach(), host, port)
-    clients = [compat.connect_store(host, port, OPERATION_S) for _ in range(2)]
+    clients = [compat.connect_store(host, port, OPERATION_S, "secret") for _ in range(2)]
     clients[0].set("key", "value")
     assert clients[1].get("key") == b"value"  # waits until the server has it
     assert clients[1].check(["key"])
     assert not clients[1].check(["other"])
+    stranger = compat.connect_store(host, port, OPERATION_S, "a guess")
+    assert not stranger.check(["key"])
+    stranger.set("key", "another")
+    assert clients[0].get("key") == b"value"
     del server
 
 
@@ -50,7 +54,7 @@ def test_nobody_serves_the_store() -> None:
         host, port = listener.getsockname()[:2]
     began = time.monotonic()
     with pytest.raises(RuntimeError):
-        compat.connect_store(host, port, 0.2)
+        compat.connect_store(host, port, 0.2, "secret")
     assert time.monotonic() - began < 5.0
 
 

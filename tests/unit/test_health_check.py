@@ -2,9 +2,14 @@
 
 import time
 
+import pytest
+
 from distplat.actors.local_transport import Actor, Fault, LocalCluster
 from distplat.actors.servers.health_check import HealthCheck
+from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.platform.errors import ActorLost
+from distplat.platform.server_group import Order, ServerGroup
+from distplat.platform.spec import Failure
 
 SOON_S = 5.0
 FROZEN = Fault(delay_s=1e6)
@@ -51,3 +56,28 @@ def test_a_lost_answer_is_no_lost_server() -> None:
     assert not watch.losing.wait(1.2)
     actors[0].die("for a test")  # lets the thread end
     assert watch.losing.wait(SOON_S)
+
+
+def test_a_watch_that_ends_by_a_fault_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would hear of a server that dies afterwards."""
+    monkeypatch.setattr(HealthCheck, "_look", lambda *args: {}[args[1]])
+    cluster, actors = servers(1)
+    watch = HealthCheck(cluster.transport(), actors, 60.0)
+    assert watch.losing.wait(SOON_S)
+    assert str(watch.lost) == "server-manager was lost: its health checks ended: KeyError(0)"
+
+
+def test_a_replication_that_ends_by_a_fault_of_its_own_says_so() -> None:
+    class Broken(ServerGroup):
+        def begin(self) -> list[Order]:
+            raise KeyError("server-7")
+
+    cluster, actors = servers(1)
+    group = Broken(1)
+    handles = {"server-0": actors[0]}
+    nothing = lambda *args: None  # noqa: E731
+    looked_after = ReplicationManager(
+        cluster.transport(), group, handles, Failure(), nothing, nothing
+    )
+    assert looked_after.wait_past(group.version, SOON_S)
+    assert "server-manager was lost: its thread of replication ended" in str(looked_after.lost)

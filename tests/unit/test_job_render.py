@@ -74,7 +74,7 @@ _JOB = st.fixed_dictionaries(
             [{}, {"name": "step", "every_steps": 3}, {"name": "cosine", "final_factor": 0.1}]
         ),
         "steps": st.integers(1, 2**40),
-        "global_batch_size": st.integers(1, 2**40),
+        "global_batch_size": st.integers(1, 2**30),
         "storage_path": st.from_regex(r"\A[^\x00-\x1f\x7f]{1,9}\Z").filter(str.isprintable),
     }
 )

@@ -296,7 +296,7 @@ def test_a_run_in_the_calling_process(tmp_path: Path) -> None:
     assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
     assert result.checkpoint is not None
     assert load_file(result.checkpoint)["dense"].tolist() == [-EPOCHS] * SAMPLES
-    files = [load_file(path) for path in result.path.glob("embeddings.rows.*")]
+    files = [load_file(path) for path in result.path.glob("embeddings.*-rows.*")]
     found = {
         int(i): row.tolist()
         for one in files

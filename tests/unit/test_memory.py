@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distplat.actors.collectives.header import header
+from distplat.actors.collectives.shm.p2p import _Channel
+from distplat.actors.collectives.shm.segment import GroupSegment, Layout, SharedVectors
 from distplat.actors.memory.memfd import Segment
 from distplat.actors.messages import Address
 
@@ -164,3 +167,26 @@ def test_nothing_appears_in_dev_shm() -> None:
     ours = {p for p in set(Path("/dev/shm").iterdir()) - before if "distplat" in p.name}
     assert not ours
     assert os.readlink(f"/proc/self/fd/{segment.address.fd}") == "/memfd:distplat (deleted)"
+
+
+def test_another_memory_of_ours_under_the_same_numbers_is_refused() -> None:
+    """What a group lays down for others to map: a word, a line, a channel."""
+    layout = Layout.of(2)
+    mine = GroupSegment.create("node", layout)
+    part = Segment.create("node", 8, "uint8")
+    mine.enter()
+    mine.offer(part.address)
+    offer, _ = mine.offers()
+    assert offer == (os.getpid(), part.address.fd, part.address.inode)
+    SharedVectors().add(part, [offer, offer])
+    segment = Segment.create("node", 8, "uint8")  # as if of another rank
+    theirs = segment.address
+    SharedVectors().add(part, [offer, (theirs.pid, theirs.fd, theirs.inode)])
+    with pytest.raises(OSError, match="another is here"):
+        SharedVectors().add(part, [offer, (theirs.pid, theirs.fd, theirs.inode + 1)])
+    channel = _Channel(mine, 0, 1)
+    head = header("send", [part.tensor], number=3)
+    channel.announce(head, part)
+    where, sent = channel.announced(3)
+    assert where == (part.address.fd, 8, part.address.inode)
+    assert sent == head._replace(number=3)

@@ -1,9 +1,11 @@
 """Reports of the ranks put together: means by samples, the slowest part, each step once."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
+from distplat.actors.trainer import KEPT, Result
 from distplat.platform.pipeline_trace import TraceReport
 from distplat.platform.progress import (
     EvalReport,
@@ -190,3 +192,24 @@ def test_a_figure_is_a_mean_over_the_samples_of_those_that_gave_it() -> None:
 def test_a_trace_counts_as_summaries_do() -> None:
     (trace,) = ReportAggregator(1).add(TraceReport(0, 4, 2, "1f1b", 2, ()))
     assert trace.step == 5
+
+
+def test_a_result_of_many_steps_keeps_the_last_and_the_sums_of_all() -> None:
+    """Ten million would be a few hundred times as many: what is kept is bounded."""
+    result, steps = Result(Path("run"), None), 3 * KEPT
+    for number in range(1, steps + 1):
+        figures = {"sent_bytes": float(number), **({"rare": 7.0} if number % 100 == 0 else {})}
+        result.add(StepSummary(number, 0, 1.0 / number, 8, {"compute": 0.5}, steps, figures))
+        result.add(EvalSummary(number, 8, {"loss": 0.5}))
+    assert KEPT <= len(result.history) < 2 * KEPT
+    assert [one.step for one in result.history[-2:]] == [steps - 1, steps]
+    assert KEPT <= len(result.evaluations) < 2 * KEPT
+    totals = result.totals
+    assert (totals.steps, totals.samples, totals.seconds) == (
+        steps,
+        8 * steps,
+        {"compute": steps / 2},
+    )
+    mean = sum(range(2, steps + 1)) / (steps - 1)
+    assert totals.figures == {"sent_bytes": mean, "rare": 7.0}
+    assert result.metrics == {"loss": 1.0 / steps, "eval_loss": 0.5}

@@ -56,6 +56,29 @@ def test_preemption_has_a_budget_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
+    ("steps", "ends"),
+    [
+        ((10, 20, 30), True),
+        ((10, 20, 109), True),
+        ((10, 20, 110), False),
+        ((10, 20, 110, 111), True),
+        ((10, 20, 220, 221), False),
+        ((10, 20, 500, 501, 502), True),
+        ((900, 901, 905), True),
+        ((10, 110, 20, 110), True),
+        (tuple(range(1, 10_000, 100)), False),
+    ],
+)
+def test_progress_gives_failures_back(steps: tuple[int, ...], ends: bool) -> None:
+    """Two are allowed; a step that is made again after a rollback is no progress."""
+    answers = spend(Budget(Policy(max_failures=2)), *steps)
+    assert isinstance(answers[-1], str) is ends
+    assert not any(isinstance(answer, str) for answer in answers[:-1])
+    preempted = spend(Budget(Policy(max_preemptions=2)), *steps, preempted=True)
+    assert isinstance(preempted[-1], str) is ends
+
+
+@pytest.mark.parametrize(
     ("failure", "survivors_go_on", "policy"),
     [
         (Failure(), True, Policy(3, 100, True, begin_anew=False)),

@@ -1,5 +1,6 @@
 """The body of a resize without Ray: who is made and let go, what is answered, what is due."""
 
+from collections.abc import Callable
 from typing import cast
 
 import pytest
@@ -31,10 +32,14 @@ class FakeActorGroup:
     def world(self) -> int:
         return self.job.scaling.world
 
-    def enlist(self, rank: int, base: int) -> int:
+    def enlist(self, rank: int, base: int) -> Callable[[], int]:
         assert rank not in self.newcomers
-        self.newcomers[rank] = None
-        return rank
+
+        def call() -> int:
+            self.newcomers[rank] = None
+            return rank
+
+        return call
 
     def let_go(self, rank: int) -> None:
         del self.newcomers[rank]
@@ -119,7 +124,7 @@ def test_newcomers_are_ready_before_anything_is_due(actor_group: FakeActorGroup)
             ),
             "your task failed on rank 3, before the first step: keyerror: 17",
         ),
-        (None, "it was not ready within 7 s"),
+        (None, "it was not ready within `failure.start_timeout_s`, 7 s"),
     ],
     ids=["killed", "it raised", "too slow"],
 )

@@ -8,8 +8,10 @@ import pytest
 from jobs import job_of
 from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
 
+from distplat.platform import run_record
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import EvalSummary, FailureEvent, Resized, StepSummary
+from distplat.platform.report import time_parts
 from distplat.platform.run_directory import RunDirectory
 from distplat.platform.run_record import find_run, read_run
 
@@ -160,3 +162,23 @@ def test_a_directory_that_may_not_be_read_is_said(tmp_path: Path) -> None:
     (path / "result.json").mkdir()
     with pytest.raises(StorageError, match=r"cannot read .*result\.json"):
         read_run(path)
+
+
+def test_a_run_of_very_many_steps_is_thinned_and_its_last_step_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_record, "MOST_STEPS", 100)
+    steps = 1003
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for number in range(1, steps + 1):
+            file.write(json.dumps(step(number, steps, seconds={"compute": 0.5})) + "\n")
+        file.write("{" * (2**22 + 5) + "\n")
+        file.write('{"kind": "step", "st')
+    record = read_run(tmp_path)
+    assert len(record.steps) <= 102
+    assert record.every == 16
+    assert [one.step for one in record.steps] == [*range(16, steps, 16), steps]
+    assert "of so many steps one in 16 is counted" in record.notes
+    assert "metrics.jsonl: 2 damaged lines are left out" in record.notes
+    (part,) = time_parts(record.steps, record.every)
+    assert part.total_s == pytest.approx(0.5 * steps, rel=0.05)

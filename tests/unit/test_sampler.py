@@ -141,3 +141,11 @@ def test_answers_do_not_depend_on_what_was_asked_before(steps: list[int]) -> Non
 def test_an_answer_cannot_spoil_the_next() -> None:
     with pytest.raises(ValueError, match="read-only"):
         make(10, 5).batch_ids(0)[0] = 99
+
+
+def test_more_parts_than_samples_cost_no_memory() -> None:
+    """`gradient_accumulation` may be any number."""
+    sampler = Sampler(37, 8, 2, 0)
+    found = sampler.micro_batches(0, 0, 4_000_000_000)
+    assert [len(ids) for ids in found] == [1, 1, 1, 1]
+    assert Sampler(9, 8, 8, 0).micro_batches(1, 5, 3) == [], "a short batch, of one sample"

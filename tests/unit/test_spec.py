@@ -102,6 +102,8 @@ def test_problems(changes: dict[str, Any], problems: list[str]) -> None:
         ("storage_path", ["runs", "/a b/ü"], ["", "a\0b", "a\nb", "x" * 1025]),
         ("strategy", ["x", {"name": "x", "a": 1}], ["", "x" * 64, 5, None, ["x"], {}, {"name": 1}]),
         ("seed", [0, 2.0, 2**40], [-1, 2.5, "1", True, 2**40 + 1, float("nan")]),
+        ("gradient_accumulation", [1, 64], [0, 2**20 + 1, 4e9]),
+        ("global_batch_size", [2**30], [0, 2**30 + 1]),
         ("clip_norm", [None, 1, 1e-300], [0, -1, True, float("inf")]),
         ("data", [{"num_loaders": 256}], [{"num_loaders": 257}, {"prefetch_factor": 2000}]),
         ("scaling", [{"num_workers": 1024}], [{"num_workers": 1025}, {"num_workers": "2"}]),

@@ -1,5 +1,6 @@
 """A table against torch: `nn.Embedding(sparse=True)` under torch's own optimizers."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 
 from distplat.platform.spec import AnyRowOptimizer
 from distplat.platform.table_plan import TableSpec
+from distplat.strategies.sparse.files import keep_tables, packed_part, read_list, read_part
 from distplat.strategies.sparse.rows import initial_rows
 from distplat.strategies.sparse.rules import make_rule
 from distplat.strategies.sparse.table import RowGradients, Table
@@ -127,3 +129,31 @@ def test_what_is_kept_grows_with_the_step() -> None:
         mine.apply([gradients(step, rows=rows)], 0.1)
     mine.rewind()
     assert np.array_equal(read(mine, range(60)), before)
+
+
+def test_tables_of_any_name_are_written_and_read(tmp_path: Path) -> None:
+    """Torch forbids a dot alone in the name of a module."""
+    names = ["emb.user/id", "../out", "n" * 300, "a_b", "a/b", "ü"]
+    kept = []
+    for number, name in enumerate(names):
+        kept.append(table(OPTIMIZERS[0], spec=TableSpec(name, 60, 5, 1.0)))
+        kept[-1].put(np.arange(3), np.full((3, 5), number, np.float32))
+
+    class Server:
+        def sizes(self) -> list[tuple[TableSpec, int]]:
+            return [(one.spec, 3) for one in kept]
+
+        def part(self, number: int, first: int, count: int) -> bytes:
+            return packed_part(kept[number], first, count)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    keep_tables([Server()], 5, lambda name, data: (run / name).write_bytes(data))
+    assert [*tmp_path.iterdir()] == [run]
+    seed, found = read_list(run)
+    assert (seed, [*found]) == (5, names)
+    for number, (spec, files) in enumerate(found.values()):
+        again = table(OPTIMIZERS[0], spec=spec)
+        for file in files:
+            read_part(file, again)
+        assert (read(again, range(3)) == number).all()

@@ -4,11 +4,15 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
 from jobs import job_of
 
 from distplat.actors.task_loading import load_task_class
+from distplat.actors.training import search_path
 from distplat.actors.user_errors import as_user_error
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.strategies.loop.session import prepare
@@ -176,3 +180,23 @@ def test_a_chain_of_causes_is_kept(tmp_path: Path) -> None:
     assert "ZeroDivisionError: division by zero" in error.traceback
     assert "direct cause" in error.traceback
     assert error.summary == "ValueError: outer"
+
+
+@pytest.mark.parametrize(
+    ("node", "shipped", "expected"),
+    [
+        ("driver's", "", "folder"),
+        ("driver's", "gcs://_ray_pkg_1.zip", "folder"),
+        ("another", "", "folder"),
+        ("another", "gcs://_ray_pkg_1.zip", "here"),
+    ],
+)
+def test_on_another_node_the_code_is_what_was_shipped(
+    node: str, shipped: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of the same path may be there, last week's or somebody else's."""
+    environment = {"working_dir": shipped} if shipped else {}
+    context = SimpleNamespace(runtime_env=environment, get_node_id=lambda: node)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    order: Any = SimpleNamespace(search_path=str(tmp_path), node="driver's")
+    assert search_path(order) == {"folder": str(tmp_path), "here": str(Path.cwd())}[expected]

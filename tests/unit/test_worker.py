@@ -2,16 +2,23 @@
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+import torch
+from safetensors.torch import load
 
+from distplat.actors import spawn
 from distplat.actors.connection import Connection
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.training import AttemptState, Session
+from distplat.actors.weights import Reply
 from distplat.actors.worker import Worker
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned
+from distplat.platform.progress import StepReport
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.pause import PauseGate
 
@@ -37,7 +44,7 @@ def session(worker: Worker) -> Session:
 def test_an_answer_is_kept_back_while_there_is_nothing_to_tell() -> None:
     worker = working()
     began = time.monotonic()
-    news = worker.poll(0.2)
+    news = worker.poll(1, 0.2)
     assert time.monotonic() - began >= 0.19
     assert (news.step, news.deliveries) == (3, [])
 
@@ -46,9 +53,9 @@ def test_a_part_of_a_checkpoint_is_told_at_once_and_once() -> None:
     worker, delivery = working(), Delivery(0, 0, 5)
     threading.Timer(0.05, worker._deliver, [delivery]).start()
     began = time.monotonic()
-    assert worker.poll(20).deliveries == [delivery]
+    assert worker.poll(1, 20).deliveries == [delivery]
     assert time.monotonic() - began < 10
-    assert worker.poll(0.05).deliveries == []
+    assert worker.poll(2, 0.05).deliveries == []
 
 
 def test_the_end_is_told_at_once() -> None:
@@ -57,16 +64,16 @@ def test_the_end_is_told_at_once() -> None:
     worker._news.set()
     began = time.monotonic()
     for _ in range(3):
-        worker.poll(5)
+        worker.poll(1, 5)
     assert time.monotonic() - began < 4
 
 
 def test_where_a_worker_rests_is_told_at_once() -> None:
     worker = working()
-    assert worker.poll(0.0).rests_at is None
+    assert worker.poll(1, 0.0).rests_at is None
     threading.Timer(0.05, worker.rest, [0]).start()
     began = time.monotonic()
-    assert worker.poll(20).rests_at == 3
+    assert worker.poll(1, 20).rests_at == 3
     assert time.monotonic() - began < 10
     worker.rest_at(0, 4)
     gate = session(worker).standing.gate
@@ -88,7 +95,7 @@ def test_what_is_said_of_another_attempt_is_not_heard() -> None:
         worker.rest(other)
         worker.rest_at(other, 3)
         worker.abandon(other)
-    assert worker.poll(0.0).rests_at is None
+    assert worker.poll(1, 0.0).rests_at is None
     session(worker).standing.gate.before(3)
 
 
@@ -96,4 +103,101 @@ def test_before_it_has_begun_a_worker_has_no_answer() -> None:
     worker = Worker("worker-0")
     worker.rest(0)
     worker.rest_at(0, 4)
-    assert worker.poll(0.0).rests_at is None
+    assert worker.poll(1, 0.0).rests_at is None
+
+
+def test_reports_are_told_again_where_the_answer_was_lost() -> None:
+    worker, delivery = working(), Delivery(0, 0, 5)
+    worker._deliver(delivery)
+    report = StepReport(0, 4, 0, 0.5, 8, {})
+    worker._outbox.put(report)
+    for _ in range(2):
+        news = worker.poll(1, 0.0)
+        assert (news.reports, news.deliveries) == ([report], [delivery])
+    news = worker.poll(2, 0.0)
+    assert (news.reports, news.deliveries) == ([], [])
+
+
+def test_an_order_that_comes_twice_is_begun_once() -> None:
+    """Its reply was lost, or it was slow and then given again."""
+    worker: Any = Worker("worker-0")
+    worker._thread = threading.current_thread()  # nobody takes the orders from the queue
+    orders = [SimpleNamespace(attempt=attempt) for attempt in (0, 0, 1, 0, 1)]
+    for order in orders:
+        worker.start(order)
+    begun = [worker._orders.get_nowait()[0].attempt for _ in range(worker._orders.qsize())]
+    assert begun == [0, 1]
+
+
+def test_a_newcomer_makes_itself_ready_once_however_often_it_is_asked() -> None:
+    worker: Any = Worker("worker-2")
+    worker._thread = threading.current_thread()
+    order = SimpleNamespace(
+        attempt=1, job=SimpleNamespace(failure=SimpleNamespace(start_timeout_s=20))
+    )
+    askers = [threading.Thread(target=worker.prepare, args=(order,)) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    _, ready = worker._orders.get(timeout=10)
+    ready.set_result(None)
+    for asker in askers:
+        asker.join(10)
+        assert not asker.is_alive()
+    assert worker._orders.empty()
+    worker.prepare(order)  # once more, after the end
+    worker.start(order)
+    assert worker._orders.get_nowait() == (order, None)
+
+
+@pytest.mark.parametrize(
+    ("raised", "exit_code", "text"),
+    [
+        (ray.exceptions.OutOfMemoryError("threshold 0.95"), 4, "Ray's memory monitor"),
+        (ray.exceptions.ObjectStoreFullError("full"), 4, "object_store_memory"),
+        (RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. "), 4, "a loader"),
+        (RuntimeError("DataLoader worker (pid 17) exited unexpectedly"), 1, "your task failed"),
+        (ray.exceptions.UserCodeException("in ray.data"), 1, "your task failed"),
+        (KeyError("the user's"), 1, "your task failed"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_whose_fault_an_attempt_ends_with(
+    raised: Exception, exit_code: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> bytes:
+        raise raised
+
+    monkeypatch.setattr(Session, "_attempt", fail)
+    one = Session(lambda report: None, lambda delivery: None)
+    order: Any = SimpleNamespace(
+        attempt=0, rank=0, job=SimpleNamespace(failure=SimpleNamespace(step_timeout_s=1.0))
+    )
+    one.work(order)
+    assert one.standing.error is not None
+    assert one.standing.error.exit_code == exit_code
+    assert text in str(one.standing.error)
+
+
+def test_a_version_is_packed_once_however_many_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of gigabytes, in the process that trains it."""
+    put: list[bytes] = []
+
+    def note(value: bytes) -> str:
+        put.append(value)
+        return f"reference {len(put)}"
+
+    monkeypatch.setattr(ray, "put", note)
+    one = session(working())
+    state = {"weight": torch.ones(3)}
+    assert one.show(3) == Reply(3), "it is copied at the next step's end"
+    one._shown.offer(4, lambda: state)
+    replies = [one.show(3) for _ in range(5)]
+    assert [reply.model for reply in replies] == [["reference 1"]] * 5
+    assert len(put) == 1 and load(put[0])["weight"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_who_reads_weights_takes_no_thread_of_the_controllers() -> None:
+    """Ten readers of a large model: `poll` would wait its turn behind them."""
+    assert "poll" in dir(Worker)
+    assert Worker.weights.__ray_concurrency_group__ == spawn._READERS  # type: ignore[attr-defined]
+    assert not hasattr(Worker.poll, "__ray_concurrency_group__")

@@ -75,7 +75,7 @@ class ShmCommunicator:
 
     def share(self, mine: Segment) -> Bytes:
         """Map every rank's part of a new shared vector; `mine` is this rank's."""
-        self._segment.offer(mine.address.fd)
+        self._segment.offer(mine.address)
         self._pipeline.in_place(lambda: self.vectors.add(mine, self._segment.offers()))
         return 0, 0
 

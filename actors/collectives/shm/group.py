@@ -253,6 +253,7 @@ class ShmGroup(Group):
             made = GroupSegment.create(node, layout)
             where = made.segment.address
             word = {"node": node, "pid": where.pid, "fd": where.fd, "world": self.world}
+            word["inode"] = where.inode
             leave_word(self.name, json.dumps(word).encode())
             return made
         word = json.loads(find_word(self.name, self.settings))
@@ -265,7 +266,8 @@ class ShmGroup(Group):
                 f"rank 0 is on node {word['node']}, rank {self.rank} on node {node}: "
                 "shared memory works inside a node; choose `backend: hierarchical` or `gloo`"
             )
-        address = Address(node, word["pid"], word["fd"], layout.size, "uint8")
+        theirs = word["pid"], word["fd"], layout.size, "uint8", word["inode"]
+        address = Address(node, *theirs)
         try:
             return GroupSegment.open(address, layout, self.rank)
         except OSError as error:

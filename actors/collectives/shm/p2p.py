@@ -30,7 +30,7 @@ from distplat.platform.errors import CollectiveError
 PIECE_BYTES = 256 * 1024
 LONGEST_SLOT = 32 * 2**20
 _SHORTEST_SLOT = 64 * 1024
-_WHERE = struct.Struct("<qq")  # descriptor and bytes of the slot's segment
+_WHERE = struct.Struct("<qqQ")  # descriptor, bytes and inode of the slot's segment
 _TAKEN, _SLOTS, _SLOT = 128, 192, _WHERE.size + SIZE
 """In a channel's control words: offset of `taken`, of the announcements, and their size."""
 _ALL = (1 << 32) - 1
@@ -52,15 +52,15 @@ class _Channel:
         """Write, as the sender, what lies in the slot of message `head.number`."""
         start = head.number % 2 * _SLOT
         address = segment.address
-        _WHERE.pack_into(self._control, start, address.fd, address.elements)
+        _WHERE.pack_into(self._control, start, address.fd, address.elements, address.inode)
         self._control[start + _WHERE.size : start + _SLOT] = head.pack(head.number)
 
-    def announced(self, number: int) -> tuple[int, int, Header]:
-        """Read, as the receiver, (descriptor, bytes, header) of message `number`."""
+    def announced(self, number: int) -> tuple[tuple[int, int, int], Header]:
+        """Read, as the receiver, ((descriptor, bytes, inode), header) of message `number`."""
         start = number % 2 * _SLOT
-        fd, size = _WHERE.unpack_from(self._control, start)
+        fd, size, inode = _WHERE.unpack_from(self._control, start)
         packed = bytes(self._control[start + _WHERE.size : start + _SLOT])
-        return fd, size, Header.unpack(packed)
+        return (fd, size, inode), Header.unpack(packed)
 
 
 class PointToPoint:
@@ -157,13 +157,13 @@ class PointToPoint:
     def _arrived(self, channel: _Channel, flat: Tensor, source: int, op: RunningOp) -> Tensor:
         """Compare the message with what is wanted, and give its slot."""
         number = channel.messages
-        fd, size, sent = channel.announced(number)
+        (fd, size, inode), sent = channel.announced(number)
         expected = header("send", [flat], number=number)
         check_message(self._group, source, self._segment.rank, sent, expected)
         segment = channel.segments[number % 2]
         # A slot only grows, so another size tells that it is another segment.
         if segment is None or segment.address.elements != size:
-            address = Address("", self._segment.pid(source), fd, size, "uint8")
+            address = Address("", self._segment.pid(source), fd, size, "uint8", inode)
             try:
                 segment = channel.segments[number % 2] = Segment.open(address)
             except OSError as error:

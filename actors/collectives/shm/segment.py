@@ -36,10 +36,11 @@ _SLOT = 512 * 1024
 """Measured: quickest are blocks that stay in the caches; smaller ones have too many waits."""
 _ROOM_PER_RANK = 16 * 1024
 _LINE = 384
-_STATE, _PID, _VECTOR, _HEADERS = 4, 8, 12, 128
+_STATE, _PID, _VECTOR, _INODE, _HEADERS = 4, 8, 12, 16, 128
 CHANNEL = 384
 _PAGE = 4096
 _FIELD = struct.Struct("<I")
+_LONG_FIELD = struct.Struct("<Q")
 _ABSENT, PRESENT, LEFT = 0, 1, 2
 
 
@@ -137,13 +138,17 @@ class GroupSegment:
         """Process of a rank that has entered."""
         return self._get(rank, _PID)
 
-    def offer(self, descriptor: int) -> None:
-        """Lay down this process's descriptor of a new shared vector."""
-        self._set(_VECTOR, descriptor)
+    def offer(self, address: Address) -> None:
+        """Lay down where this process's part of a new shared vector is."""
+        self._set(_VECTOR, address.fd)
+        _LONG_FIELD.pack_into(self.bytes, self.rank * _LINE + _INODE, address.inode)
 
-    def offers(self) -> list[tuple[int, int]]:
-        """Give the (process, descriptor) of every rank's part of a new shared vector."""
-        return [(self.pid(r), self._get(r, _VECTOR)) for r in range(self.world)]
+    def offers(self) -> list[tuple[int, int, int]]:
+        """Give (process, descriptor, inode) of every rank's part of a new shared vector."""
+        inodes = [
+            _LONG_FIELD.unpack_from(self.bytes, r * _LINE + _INODE)[0] for r in range(self.world)
+        ]
+        return [(self.pid(r), self._get(r, _VECTOR), inode) for r, inode in enumerate(inodes)]
 
     def write_header(self, number: int, data: bytes) -> None:
         """Lay down this rank's header of operation `number`."""
@@ -181,19 +186,19 @@ class SharedVectors:
         self._ranges: list[tuple[int, int]] = []
         self._bytes: list[list[Tensor]] = []
 
-    def add(self, mine: Segment, offers: list[tuple[int, int]]) -> None:
+    def add(self, mine: Segment, offers: list[tuple[int, int, int]]) -> None:
         """
         Map the other ranks' parts of a new vector.
 
         Args:
             mine: this rank's, of bytes.
-            offers: the (process, descriptor) of every rank's.
+            offers: (process, descriptor, inode) of every rank's.
 
         Raises:
             OSError: a part cannot be reached any more.
         """
         here = mine.address
-        addresses = [replace(here, pid=pid, fd=fd, inode=0) for pid, fd in offers]
+        addresses = [replace(here, pid=pid, fd=fd, inode=inode) for pid, fd, inode in offers]
         self._bytes.append([self._map(mine, address) for address in addresses])
         start = mine.tensor.data_ptr()
         self._ranges.append((start, start + mine.tensor.numel()))

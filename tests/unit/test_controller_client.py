@@ -1,0 +1,176 @@
+"""The driver hears each thing of its run once, though a quarter of all messages is lost."""
+
+import logging
+import random
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from jobs import job_of
+
+from distplat.actors import controller_actor, retrying_calls
+from distplat.actors.controller_actor import ControllerActor, FileToKeep, Trained
+from distplat.actors.controller_client import ControllerClient, Sink
+from distplat.actors.local_transport import Actor, Call, Fault, LocalCluster
+from distplat.actors.outbox import Outbox
+from distplat.platform.errors import ActorLost, DeadlineExceeded, Interrupted, StorageError
+from distplat.platform.progress import StepSummary
+
+STEPS = 30
+GROUP: Any = SimpleNamespace(
+    launch=SimpleNamespace(job=job_of(failure={"start_timeout_s": 20})),
+)
+
+
+class Run(ControllerActor):
+    """A controller whose run makes up what it tells."""
+
+    begun = 0
+
+    def _run(self, actor_group: object, base: int) -> None:
+        self.begun += 1
+        for step in range(base + 1, STEPS + 1):
+            self._outbox.put(StepSummary(step, 0, 0.5, 8, {}, STEPS))
+            time.sleep(0.002)
+        self._model = b"the model"
+        self._outbox.put(Trained())
+        for number in range(3):
+            self._outbox.put(FileToKeep(f"table-{number}", bytes([number])))
+
+
+class Failing(Run):
+    """Fails once the model is there."""
+
+    def _run(self, actor_group: object, base: int) -> None:
+        super()._run(actor_group, base)
+        raise StorageError("a table cannot be read")
+
+
+class Broken(Run):
+    """Has a fault of its own."""
+
+    def _run(self, actor_group: object, base: int) -> None:
+        raise KeyError("a fault")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.001)
+    monkeypatch.setattr(controller_actor, "_send_records", lambda outbox: None)
+    logging.getLogger(retrying_calls.__name__).setLevel(logging.ERROR)
+
+
+class Driver:
+    """Follows a controller, and notes what it hears in order."""
+
+    def __init__(self, kind: type[Run] = Run) -> None:
+        self.cluster = LocalCluster()
+        self.actor: Actor = self.cluster.spawn("controller", "here", lambda _: kind("controller"))
+        self.client = ControllerClient(self.cluster.transport(), self.actor, GROUP, 0)
+        self.heard: list[object] = []
+
+    def follow(self, check: Any = lambda: None) -> None:
+        sink = Sink(
+            lambda summary: self.heard.append(cast(StepSummary, summary).step),
+            lambda model: self.heard.append(model),
+            lambda name, content: self.heard.append(name),
+        )
+        self.client.follow(check, sink)
+
+
+ALL = [*range(1, STEPS + 1), b"the model", "table-0", "table-1", "table-2"]
+
+
+def lossy(seed: int) -> Any:
+    """Lose a quarter of the messages each way; double and delay some."""
+    draw = random.Random(seed)
+
+    def rule(call: Call) -> Fault:
+        lose: Any = draw.choices(("", "request", "reply"), (50, 25, 25))[0]
+        delay = draw.choice((0.0, 0.0, 0.01))
+        return Fault(delay, draw.choice((0.0, 0.01)), lose, draw.random() < 0.2)
+
+    return rule
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_event_is_told_once_and_in_order(seed: int) -> None:
+    driver = Driver()
+    driver.cluster.add_rule(lossy(seed))
+    driver.follow()
+    assert driver.heard == ALL
+    assert driver.actor.body.begun == 1
+
+
+@pytest.mark.parametrize("method", ["begin", "poll", "result", "stop"])
+@pytest.mark.parametrize("lost", ["request", "reply"])
+def test_a_question_of_each_kind_that_is_lost(method: str, lost: Any) -> None:
+    driver = Driver()
+    driver.cluster.inject(method, Fault(lose=lost), times=3)
+    driver.follow()
+    driver.client.end()
+    assert driver.heard == ALL
+
+
+def test_the_model_is_kept_whatever_fails_after_it() -> None:
+    driver = Driver(Failing)
+    with pytest.raises(StorageError, match="a table cannot be read"):
+        driver.follow()
+    assert driver.heard == ALL
+
+
+def test_a_fault_of_the_controller_itself_is_told() -> None:
+    with pytest.raises(Exception, match="in the controller: KeyError: 'a fault'") as caught:
+        Driver(Broken).follow()
+    assert getattr(caught.value, "exit_code", None) == 70
+
+
+def test_a_controller_that_dies_is_named_with_the_last_step() -> None:
+    driver = Driver()
+
+    def check() -> None:
+        if 5 in driver.heard:
+            driver.actor.die("killed by the test")
+
+    with pytest.raises(ActorLost, match=r"controller was lost after step \d+: .*--resume"):
+        driver.follow(check)
+    driver.client.end()
+
+
+def test_a_controller_that_does_not_answer_is_late() -> None:
+    driver = Driver()
+    driver.client._limit_s = 0.3
+    driver.cluster.inject("poll", Fault(delay_s=1e6), times=100)
+    with pytest.raises(DeadlineExceeded, match=r"missing: controller; `failure.start_timeout_s`"):
+        driver.follow()
+
+
+def test_a_signal_is_seen_while_an_answer_is_missing() -> None:
+    driver = Driver()
+    driver.cluster.inject("poll", Fault(delay_s=1e6), times=100)
+    until = time.monotonic() + 0.3
+
+    def check() -> None:
+        if time.monotonic() > until:
+            raise Interrupted(2)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        driver.follow(check)
+    assert time.monotonic() - began < 5
+
+
+def test_an_outbox_answers_the_same_number_alike() -> None:
+    box: Outbox[int] = Outbox()
+    assert box.take(1) == []
+    box.put(1)
+    assert box.take(1) == [], "it was answered so"
+    assert box.take(2) == [1]
+    box.put(2)
+    assert box.take(2) == [1]
+    assert box.take(3) == [2]
+    assert box.take(2) == [], "a question that came too late takes nothing away"
+    assert box.take(3) == [2]
+    box.close()
+    assert box.take(4, 60.0) == [], "nobody waits for what will not come"

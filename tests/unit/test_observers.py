@@ -1,0 +1,183 @@
+"""Who watches a run does not end it: observers, a pipe that is closed, a disk without room."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jobs import fields_of
+from safetensors.numpy import load_file, save
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from distplat import Task, Trainer
+from distplat.actors.controller_client import Sink
+from distplat.cli.render import View
+from distplat.platform.background_writer import BackgroundWriter
+from distplat.platform.errors import StorageError
+from distplat.platform.progress import StepSummary
+from distplat.platform.run_directory import RunDirectory
+
+TASK = """
+import time
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from distplat import Task
+
+class Lin(Task):
+    def model(self):
+        return nn.Linear(4, 1)
+    def train_data(self):
+        return TensorDataset(torch.ones(64, 4), torch.ones(64, 1))
+    def loss(self, outputs, targets):
+        time.sleep(0.02)
+        return nn.functional.mse_loss(outputs, targets)
+"""
+
+
+class Lin(Task):
+    def model(self) -> nn.Module:
+        return nn.Linear(4, 1)
+
+    def train_data(self) -> Dataset[Any]:
+        return TensorDataset(torch.ones(64, 4), torch.ones(64, 1))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+
+FIELDS = fields_of("ring", 0, epochs=None, steps=6, global_batch_size=16)
+
+
+class Seeing:
+    """Counts what it is told; raises in one of its methods."""
+
+    def __init__(self, raises_in: str = "") -> None:
+        self.raises_in, self.told = raises_in, []  # type: str, list[str]
+
+    def _take(self, what: str) -> None:
+        self.told.append(what)
+        if what == self.raises_in:
+            raise OSError("the terminal is gone")
+
+    def started(self, job: object, run: str, path: Path) -> None:
+        self._take("started")
+
+    def stepped(self, summary: object) -> None:
+        self._take("stepped")
+
+    def disturbed(self, news: object) -> None:
+        self._take("disturbed")
+
+
+@pytest.mark.parametrize("method", ["started", "stepped"])
+def test_an_observer_that_raises_is_told_no_more(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = Seeing(method), Seeing()
+    spec = {**FIELDS, "storage_path": str(tmp_path)}
+    with caplog.at_level(logging.WARNING):
+        result = Trainer(spec, Lin, observers=(bad, good)).fit()
+    assert bad.told.count(method) == 1
+    assert good.told == ["started", *6 * ["stepped"]]
+    assert caplog.text.count("goes on without it") == 1
+    assert json.loads((result.path / "result.json").read_text())["status"] == "SUCCEEDED"
+
+
+def test_metrics_that_cannot_be_written_cost_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: RunDirectory, summary: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "record", full)
+    with caplog.at_level(logging.WARNING):
+        result = Trainer({**FIELDS, "storage_path": str(tmp_path)}, Lin).fit()
+    assert result.checkpoint is not None and result.checkpoint.exists()
+    assert caplog.text.count("No space left on device") == 1
+    assert "6 records of metrics were not written" in caplog.text
+
+
+def test_what_fails_after_the_training_does_not_cost_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An embedding server that dies while its tables are saved, for example."""
+
+    def train(launch: object, sink: Sink) -> None:
+        sink.model(save({"weight": np.ones(3, np.float32)}))
+        raise StorageError("embeddings.0-users.0.0000.safetensors: No space left on device")
+
+    monkeypatch.setattr("distplat.actors.trainer.train_on_ray", train)
+    spec = {**FIELDS, "scaling": {"num_workers": 1}, "storage_path": str(tmp_path)}
+    with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match="No space left"):
+        Trainer(spec, Lin).fit()
+    (model,) = tmp_path.rglob("model.safetensors")
+    assert load_file(model)["weight"].tolist() == [1.0, 1.0, 1.0]
+    facts = json.loads((model.parent / "result.json").read_text())
+    assert (facts["status"], facts["model"]) == ("FAILED", str(model))
+    assert f"the trained model is in {model} all the same" in caplog.text
+
+
+def test_a_disk_that_hangs_holds_nobody_up() -> None:
+    said: list[str] = []
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def write(record: int) -> None:
+        hangs.set()
+        assert goes_on.wait(30)
+
+    writer = BackgroundWriter(write, said.append, most=2)
+    writer.put(0)
+    assert hangs.wait(30)
+    for record in range(1, 6):
+        writer.put(record)
+    assert len(said) == 1 and "the disk does not answer" in said[0]
+    writer.close(0.05)
+    assert said[1] == "6 records of metrics were not written"
+    goes_on.set()
+
+
+def test_records_are_written_in_order_before_the_end() -> None:
+    written: list[int] = []
+    writer = BackgroundWriter(written.append, pytest.fail)
+    for record in range(500):
+        writer.put(record)
+    writer.close()
+    assert written == list(range(500))
+
+
+def test_a_view_whose_pipe_is_closed_draws_no_more() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out, View(out) as view:
+        for step in range(1, 4):
+            view.stepped(StepSummary(step, 0, 0.5, 8, {"compute": 0.1}, 3))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+
+
+@pytest.mark.parametrize("output", ["text", "json"])
+def test_submit_behind_head(output: str, tmp_path: Path) -> None:
+    """Both streams end in a pipe whose reader leaves after the first line."""
+    (tmp_path / "lin.py").write_text(TASK)
+    (tmp_path / "job.json").write_text(json.dumps({**FIELDS, "task": "lin:Lin", "steps": 40}))
+    (tmp_path / "job.json").rename(tmp_path / "job.yaml")
+    command = [sys.executable, "-m", "distplat.cli.main", "submit", "job.yaml", "-o", output]
+    submit = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert submit.stdout is not None
+    assert submit.stdout.readline()
+    submit.stdout.close()
+    assert submit.wait(120) == 0
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["status"] == "SUCCEEDED"
+    (model,) = tmp_path.rglob("model.safetensors")
+    assert model.stat().st_size

@@ -1,0 +1,59 @@
+"""Orders reach actors though they are lost; what they cannot carry out is told."""
+
+from typing import Any
+
+import pytest
+
+from distplat.actors.local_transport import Actor, Fault, LocalCluster
+from distplat.actors.orders import Orders
+from distplat.platform.errors import InfrastructureError, StaleError
+
+
+class Obedient:
+    def __init__(self) -> None:
+        self.done: set[int] = set()
+
+    def rest(self, attempt: int) -> None:
+        self.done.add(attempt)
+
+    def start(self, order: Exception) -> None:
+        raise order
+
+
+def one() -> tuple[LocalCluster, Actor, Orders]:
+    cluster = LocalCluster()
+    actor = cluster.spawn("worker-0", "here", lambda _: Obedient())
+    return cluster, actor, Orders(cluster.transport())
+
+
+@pytest.mark.parametrize("lost", ["request", "reply"])
+def test_a_lost_order_is_given_again(lost: Any) -> None:
+    cluster, actor, orders = one()
+    cluster.inject("rest", Fault(lose=lost), times=3)
+    orders.give("worker-0", actor, "rest", 7)
+    for _ in range(5):
+        cluster.drain(5)
+        assert orders.look() == []
+    assert actor.body.done == {7}
+    assert orders._open == []
+
+
+def test_what_cannot_be_carried_out_is_told_once() -> None:
+    cluster, actor, orders = one()
+    orders.give("worker-0", actor, "start", StaleError("an old one"))
+    orders.give("worker-0", actor, "start", KeyError("a module"))
+    cluster.drain(5)
+    (_, stale), (role, error) = orders.look()
+    assert (role, type(stale), type(error)) == ("worker-0", StaleError, InfrastructureError)
+    assert "error inside worker-0: KeyError: 'a module'" in str(error)
+    assert orders.look() == []
+
+
+def test_who_is_gone_needs_no_orders() -> None:
+    cluster, actor, orders = one()
+    cluster.inject("rest", Fault(delay_s=1e6))
+    orders.give("worker-0", actor, "rest", 1)
+    assert orders.look() == []
+    actor.die("for a test")
+    assert orders.look() == []
+    assert orders._open == []

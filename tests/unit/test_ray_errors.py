@@ -1,0 +1,125 @@
+"""What Ray raises means one thing everywhere, and no class of Ray's is undecided."""
+
+import inspect
+from typing import Any
+
+import pytest
+from ray import exceptions
+
+from distplat.actors.ray_errors import (
+    MEANINGS,
+    Meaning,
+    as_ours,
+    as_transport_error,
+    cause_of,
+    meaning,
+    of_platform,
+)
+from distplat.actors.transport import ActorDied, NotHere, Unanswered
+from distplat.platform.errors import (
+    ActorLost,
+    DistplatError,
+    InfrastructureError,
+    SpecError,
+    StaleError,
+)
+
+
+def raised(cause: Exception) -> exceptions.RayError:
+    """Give what a caller gets of what a method raised: of two classes at once."""
+    error = exceptions.RayTaskError(
+        "push", "Traceback (most recent)", cause, actor_repr="digits/server-0"
+    )
+    return error.as_instanceof_cause()
+
+
+def all_of_ray() -> set[type[exceptions.RayError]]:
+    found, todo = set(), [exceptions.RayError]
+    while todo:
+        kind = todo.pop()
+        found.add(kind)
+        todo += [one for one in kind.__subclasses__() if one not in found]
+    public = {one for _, one in inspect.getmembers(exceptions, inspect.isclass)}
+    return {kind for kind in found if kind in public and kind.__module__ == exceptions.__name__}
+
+
+def test_every_class_of_ray_is_decided() -> None:
+    undecided = sorted(kind.__name__ for kind in all_of_ray() - MEANINGS.keys())
+    assert undecided == [], "say in actors/ray_errors.py what these mean to a run"
+    assert len(MEANINGS) > 40, "the walk has found them"
+
+
+OUT_OF_MEMORY = exceptions.OutOfMemoryError("Task was killed due to the node running low on memory")
+KILLED = "killed by Ray's memory monitor"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "text"),
+    [
+        (OUT_OF_MEMORY, ActorDied, KILLED),
+        (exceptions.ActorDiedError(), ActorDied, "The actor died unexpectedly"),
+        (exceptions.ActorPlacementGroupRemoved(), ActorDied, "placement group was removed"),
+        (exceptions.ActorUnschedulableError("node gone"), ActorDied, "no node can take it"),
+        (exceptions.NodeDiedError("10.0.0.2"), ActorDied, "its node ended: 10.0.0.2"),
+        (exceptions.OwnerDiedError("ab", None, ""), ActorDied, ""),
+        (exceptions.ObjectLostError("ab", None, ""), ActorDied, ""),
+        (exceptions.ActorUnavailableError("no word", None), Unanswered, "no word"),
+        (exceptions.ObjectFetchTimedOutError("ab", None, ""), Unanswered, ""),
+        (exceptions.GetTimeoutError("late"), NotHere, ""),
+        (exceptions.ObjectStoreFullError("full"), InfrastructureError, "object_store_memory"),
+        (exceptions.RaySystemError("raylet"), InfrastructureError, "the cluster fails"),
+        (exceptions.RuntimeEnvSetupError("no matching package"), SpecError, "no matching package"),
+        (exceptions.PendingCallsLimitExceeded("9"), DistplatError, "error inside distplat"),
+        (raised(StaleError("push 2")), StaleError, "push 2"),
+        (raised(KeyError("w")), InfrastructureError, "error inside digits/server-0: KeyError: 'w'"),
+        (raised(OUT_OF_MEMORY), InfrastructureError, KILLED),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_an_answer_that_does_not_come(
+    error: exceptions.RayError, expected: type[Exception], text: str
+) -> None:
+    found = as_transport_error(error)
+    assert type(found) is expected
+    assert text in str(found)
+
+
+def test_what_a_method_raised_is_no_death_of_its_actor() -> None:
+    assert meaning(raised(exceptions.ActorDiedError())) is Meaning.RAISED
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OUT_OF_MEMORY, InfrastructureError),
+        (exceptions.ObjectStoreFullError("full"), InfrastructureError),
+        (raised(ActorLost("server-0", None, "died")), ActorLost),
+        (raised(ValueError("in the user's own actor")), type(None)),
+        (ValueError("in the user's code"), type(None)),
+        (exceptions.UserCodeException("in the user's data set"), type(None)),
+    ],
+)
+def test_whose_fault_it_is(error: Exception, expected: type[Any]) -> None:
+    found = of_platform(error)
+    assert type(found) is expected
+    assert found is None or found.exit_code == 4
+
+
+def test_a_cause_is_one_line_and_never_empty() -> None:
+    assert cause_of(exceptions.ActorDiedError()) == "The actor died unexpectedly before " + (
+        "finishing this task."
+    )
+    assert cause_of(exceptions.RayActorError(error_msg="")) == "RayActorError"
+    told = "The actor died unexpectedly.\n\tclass_name: Worker\n\tpid: 17\nEnd of file."
+    for guesses in (
+        " There are some potential root causes. (1) x",
+        " Some common causes include: (1)",
+    ):
+        error = exceptions.RayActorError(error_msg=told + guesses)
+        assert cause_of(error) == told.splitlines()[-1]
+    error = exceptions.RayActorError(
+        error_msg="The actor died in its creation task\n  File x\nImportError: no numpy",
+        actor_init_failed=True,
+    )
+    assert cause_of(error) == "it could not be made: ImportError: no numpy"
+    assert as_ours(error).exit_code == 4
