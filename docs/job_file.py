@@ -107,7 +107,7 @@ optimizer's arguments, and so has a group for what it does not give.
 
 A group takes every argument of its optimizer but `initial_accumulator_value`, which torch ignores
 in a group. `amsgrad`, `centered` and whether `momentum` is 0 are the same in all groups.
-`lr_schedule` scales the rate of each group, `clip_norm` is over all parameters. A pattern that
+`lr_schedule` applies to the rate of each group, `clip_norm` to all parameters. A pattern that
 matches no parameter, or only those of earlier groups, ends the run before its first step. Embedding
 tables are updated as `embeddings.optimizer` says: a group that matches one is refused. Groups may
 change where a run goes on from a checkpoint.

@@ -76,7 +76,7 @@ class Schedule(LRSchedule):
     gamma: Positive = 0.1
     """`step`: what to multiply by."""
     decay_steps: Index = 0
-    """`wsd`: the last steps of the run, in which the rate falls; before it is `lr`."""
+    """`wsd`: the last steps of the run, in which the rate falls; until then it is `lr`."""
     decay: Literal["linear", "cosine", "sqrt"] = "linear"
     """`wsd`: how it falls; `sqrt`: as 1 - sqrt (Hägele et al., NeurIPS 2024)."""
 

@@ -363,12 +363,16 @@ def _schedule_problems(job: Job) -> list[Problem]:
     ]
     if schedule.name == "step" and not schedule.every_steps:
         found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
-    if schedule.name == "wsd" and not schedule.decay_steps:
-        found.append(Problem(("lr_schedule", "decay_steps"), "the schedule 'wsd' needs it, >= 1"))
+    return found if schedule.name != "wsd" else [*found, *_decay_problems(job, schedule)]
+
+
+def _decay_problems(job: Job, schedule: Schedule) -> list[Problem]:
+    where, text = ("lr_schedule", "decay_steps"), ""
+    if not schedule.decay_steps:
+        text = "the schedule 'wsd' needs it, >= 1"
     elif schedule.warmup_steps + schedule.decay_steps > (job.steps or math.inf):
         text = f"with `warmup_steps` more than all steps of the run, which are {job.steps}"
-        found.append(Problem(("lr_schedule", "decay_steps"), text))
-    return found
+    return [Problem(where, text)] if text else []
 
 
 def _evaluation_problems(job: Job) -> list[Problem]:
