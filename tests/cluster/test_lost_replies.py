@@ -1,9 +1,10 @@
 """
-Ray loses a quarter of the calls between actors, or of their answers: every gradient counts once.
+Ray loses a quarter of the calls, or of their answers: every gradient counts once.
 
-Ray's own failure injection, in the environment of a cluster's processes but not in the driver's:
-what is tested is the servers and their clients. A lost message costs Ray a second or more until it
-says so, hence few of them; `tests/unit/test_local_servers.py` loses each kind of call.
+Ray's own failure injection, in the environment of a cluster's processes and of the driver: workers,
+servers and controller lose messages to each other, and the driver some to the controller. A lost
+message costs Ray a second or more until it says so, hence few of them;
+`tests/unit/test_local_servers.py` and `test_controller_client.py` lose each kind of call.
 """
 
 import json
@@ -27,12 +28,13 @@ SHORT = {"epochs": 2}
 
 
 @pytest.fixture
-def losing_ray() -> Iterator[None]:
-    """A cluster in which each process loses some messages."""
+def losing_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cluster in which each process loses some messages, and a driver that does."""
     lost = {"req_failure_prob": 12, "resp_failure_prob": 13, "in_flight_failure_prob": 0}
     chaos = {PUSH_TASK: {"num_failures": 3, **lost}}
     node: dict[str, Any] = {"num_cpus": 8, "object_store_memory": 100 * 2**20}
     node["env_vars"] = {"RAY_testing_rpc_failure": json.dumps(chaos)}
+    monkeypatch.setenv("RAY_testing_rpc_failure", json.dumps(chaos))
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     ray.init(address=cluster.address, logging_level="warning")
     yield

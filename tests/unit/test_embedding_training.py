@@ -224,7 +224,7 @@ def test_a_trained_model_goes_on_outside_of_the_run(tmp_path: Path) -> None:
     with torch.no_grad():
         loss = float(Words().loss(model(inputs), targets))
     assert loss == pytest.approx(result.evaluations[-1].metrics["loss"], rel=1e-5)
-    parts = [load_file(path)["ids"] for path in sorted(result.path.glob("embeddings.words.*"))]
+    parts = [load_file(path)["ids"] for path in sorted(result.path.glob("embeddings.*-words.*"))]
     assert len(parts) == 2
     assert all((part.diff() > 0).all() for part in parts)
     other = Net(ShardedEmbedding(ROWS, WIDTH + 1), ShardedEmbeddingBag(ROWS, WIDTH))
