@@ -53,7 +53,7 @@ class Dying(Task):
     """Loses rank 1 once."""
 
     def __init__(self, folder: str) -> None:
-        self.folder, self.step = folder, 0
+        self.folder, self.steps = folder, 0
         name = str(ray.get_runtime_context().get_actor_name())
         self.rank = int(name.split("worker-")[1].split("/")[0])
 
@@ -64,8 +64,8 @@ class Dying(Task):
         return samples(KILL_AT + AFTER)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        note(self.folder, self.rank, self.step)
-        self.step += 1
+        note(self.folder, self.rank, self.steps)
+        self.steps += 1
         return nn.functional.mse_loss(outputs, targets)
 
 

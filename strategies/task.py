@@ -9,7 +9,8 @@ itself, so naming a task costs nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 class Task(ABC):
     """
     What to train. Subclass it; constructor arguments come from `task_args` of the job file.
+
+    A task has `model`, `train_data`, and `loss` or `step`; the rest is up to it (docs/task.md).
 
     Every method may be called once in every process of the run. The global generators of python,
     numpy and torch are seeded from the job before the module is imported, before the class is
@@ -33,16 +36,43 @@ class Task(ABC):
 
     @abstractmethod
     def train_data(self) -> Dataset[Any]:
-        """Give the training samples: `len(data)` of them, `data[i] -> (inputs, targets)`."""
+        """Give the training samples: `len(data)` of them, `data[i]`, mostly (inputs, targets)."""
 
-    @abstractmethod
-    def loss(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor | float]:
+    def forward(self, model: nn.Module, batch: Any) -> Any:
         """
-        Give the loss of one batch.
+        Give what the model makes of a batch; override it for batches of another form.
+
+        Unless it is overridden: `model(inputs)` of a pair (inputs, targets), and `model(**batch)`
+        of a mapping, as Hugging Face's models are called.
 
         Args:
-            outputs: what the model made of the inputs, batch first.
-            targets: the targets as `collate` gave them, batch first.
+            model: what `model()` gave, in training or in evaluation mode. Call it as a whole.
+            batch: as `collate` gave it, on the model's device.
+
+        Returns:
+            The outputs: what `loss` and `metrics` get.
+
+        Raises:
+            ValueError: the batch is neither, and the task does not say how the model is called.
+        """
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, list | tuple) and len(batch) == 2:
+            return model(batch[0])
+        raise ValueError(
+            "a batch must be a pair (inputs, targets) or a dict of the model's arguments: each "
+            f"sample of the data set, or what collate() gives; it is {kind_of(batch)}. For any "
+            f"other batch {type(self).__name__} needs forward(model, batch) or step(model, batch)"
+        )
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor | float]:
+        """
+        Give the loss of one batch. A task has this or `step`.
+
+        Args:
+            outputs: what `forward` gave.
+            targets: of a pair the second; the batch, where it is a mapping, or where the task has a
+                `forward` of its own.
 
         Returns:
             A scalar: the **mean** over the samples of the batch. Or `(sum, weight)` for a mean over
@@ -52,6 +82,22 @@ class Task(ABC):
         Raises:
             ValueError: by the caller, where it is neither; names what it got.
         """
+        raise NotImplementedError(f"{type(self).__name__} has neither loss() nor step()")
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        """
+        Give the loss of one batch, from the model on: the general form, of which `loss` is the
+        short one. Override one of the two. Backward and update are not a part of it.
+
+        Args:
+            model: see `forward`.
+            batch: see `forward`.
+
+        Returns:
+            What `loss` returns, or a mapping that has it as `"loss"`, such as the outputs of
+            Hugging Face's models. All of it is what `metrics` gets as its outputs.
+        """
+        return self.loss(self.forward(model, batch), targets_of(self, batch))
 
     def eval_data(self) -> Dataset[Any] | None:
         """Give the samples for evaluation, or None for no evaluation."""
@@ -69,14 +115,20 @@ class Task(ABC):
             samples: of the training or the evaluation data, as the data set gave them.
 
         Returns:
-            `(inputs, targets)`: what the model and what `loss` get, batch first.
+            The batch: `(inputs, targets)`, or whatever `forward` or `step` takes.
         """
         from distplat.strategies.loop.collate import collated  # here: it needs torch
 
         return collated(samples)
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Tensor | float]:
-        """Give named figures of an evaluation batch, each a mean over it; `loss` is added."""
+        """
+        Give named figures of an evaluation batch, each a mean over it; `loss` is added.
+
+        Args:
+            outputs: what `forward` gave; of a task with a `step`, what that gave.
+            targets: as `loss` gets them; of a task with a `step`, the batch.
+        """
         return {}
 
     def buffers(self, name: str) -> str | None:
@@ -108,3 +160,31 @@ class Task(ABC):
         if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
             return list(model)
         raise NotImplementedError(f"{type(self).__name__} does not say how its model is cut")
+
+
+def has_step(task: Task) -> bool:
+    """Say whether a task has a `step` of its own, and so no `loss`."""
+    return type(task).step is not Task.step
+
+
+def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
+    """Give a task's way from a batch to its loss; the task may keep a number as `self.step`."""
+    return task.step if has_step(task) else partial(Task.step, task)
+
+
+def own_call(task: Task) -> str | None:
+    """Name the method by which a task calls the model itself; None: it leaves that to us."""
+    if has_step(task):
+        return "step"
+    return "forward" if type(task).forward is not Task.forward else None
+
+
+def targets_of(task: Task, batch: Any) -> Any:
+    """Give what `loss` and `metrics` get as targets."""
+    return batch if own_call(task) or isinstance(batch, Mapping) else batch[1]
+
+
+def kind_of(batch: object) -> str:
+    """Name what a batch is."""
+    many = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
+    return f"a {type(batch).__name__}{many}"

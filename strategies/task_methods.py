@@ -6,6 +6,7 @@ Methods of a task that nobody calls: names of other libraries' hooks, and near m
         def metric(self, outputs, targets): ...    # did you mean metrics()?
 
 A helper of the user's own is silent: one with any other name, and one that the class itself uses.
+Here, too, is found whether a class says how its loss is made, and says it once: `check_loss`.
 This module needs no torch, and looks at a class only: the driver can ask it.
 """
 
@@ -18,23 +19,27 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import CodeType
 
+from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.task import Task
 
 _MODEL = "build the module in model(), and what it computes in the module's own forward()"
+_CALL = "write forward(model, batch), which calls the model; loss() gets what it gives"
 _DATA = "give a data set in train_data(); batches are made of it by the job file's `data`"
 _EVAL = "give a data set in eval_data(), and figures in metrics(outputs, targets)"
 _LOSS = "write loss(outputs, targets); the step around it is distplat's"
-_COLLATE = "write collate(samples) -> (inputs, targets), which sees the samples of a micro-batch"
+_STEP = "write step(model, batch), which gives the loss; backward and update are distplat's"
+_COLLATE = "write collate(samples), which sees the samples of a micro-batch and gives the batch"
 _OPTIMIZER = "name it in the job file's `optimizer`"
 _SCHEDULE = "name it in the job file's `lr_schedule`"
 _CLIP = "give the job file's `clip_norm`"
+_ARGUMENTS = "it gets what model() gave, and a batch; what the module computes is its own forward()"
+_BESIDE_STEP = "call it in step(model, batch), or write loss(outputs, targets) instead of step()"
 _EVENTS = "there are no callbacks: `Trainer(..., observers=...)` is told of every step"
 _INSTEAD = {
     _COLLATE: "collate_fn data_collator get_collate_fn",
-    _LOSS: """
-        training_step train_step compute_loss loss_fn loss_function criterion get_loss
-        backward
-    """,
+    _LOSS: "loss_fn loss_function criterion get_loss backward",
+    _STEP: "training_step train_step compute_loss",
+    _CALL: "call forward_step",
     _OPTIMIZER: """
         configure_optimizers create_optimizer get_optimizer make_optimizer optimizer
         optimizers optimizer_step optimizer_zero_grad
@@ -45,8 +50,7 @@ _INSTEAD = {
     """,
     _CLIP: "clip_gradients configure_gradient_clipping",
     _MODEL: """
-        forward call build_model create_model make_model get_model model_init
-        configure_model predict_step
+        build_model create_model make_model get_model model_init configure_model predict_step
     """,
     _DATA: """
         train_dataloader get_train_dataloader train_loader training_dataset
@@ -85,14 +89,73 @@ def unheard(kind: type[Task]) -> list[str]:
 
     Returns:
         A sentence for each: where it is, and what to write instead.
+
+    Raises:
+        SpecError: see `check_loss`.
     """
+    check_loss(kind)
     used = {name for _, member in _members(kind) for name in _names_in(member)}
     found = []
     for name, member in _members(kind):
-        if name not in used and (instead := _instead(name)):
+        instead = _BESIDE_STEP if name == "forward" and _overrides(kind, "step") else _instead(name)
+        if name not in used and instead:
             place = _place(member)
             found.append(f"{place}{kind.__name__}.{name}() is never called: {instead}")
     return found
+
+
+def check_loss(kind: type[Task]) -> None:
+    """
+    See that a class has one of `loss` and `step`, and that `forward` and `step` can be called.
+
+    Raises:
+        SpecError: it has none or both, or one of them takes something else than (model, batch).
+    """
+    problems = [
+        _problem(kind, name, f"{name}() must take (model, batch)", _ARGUMENTS)
+        for name in ("forward", "step")
+        if _overrides(kind, name) and not _takes_two(kind, name)
+    ]
+    loss, step = _overrides(kind, "loss"), _overrides(kind, "step")
+    if not loss and not step:
+        problems.append(_no_loss(kind))
+    if loss and step:
+        hint = "step() is the general form: keep it, and call what was loss() by another name"
+        problems.append(_problem(kind, "step", "step() and loss() both give the loss", hint))
+    if problems:
+        raise SpecError(*problems)
+
+
+def _no_loss(kind: type[Task]) -> Problem:
+    """Say that a class does not say what its loss is."""
+    hint = "write loss(outputs, targets), or step(model, batch) for all of a batch"
+    for name, _ in _members(kind):
+        if near_miss(name, {"loss", "step"}):
+            hint = f"did you mean {name}() to be it?"
+        elif _REMEDY.get(name) in (_LOSS, _STEP):
+            hint = f"{name}() is never called: {_REMEDY[name]}"
+    return Problem(("task",), f"{kind.__name__} has no loss() and no step()", hint)
+
+
+def _problem(kind: type[Task], method: str, what: str, hint: str) -> Problem:
+    place = _place(inspect.unwrap(getattr(kind, method)))
+    return Problem(("task",), f"{place}{kind.__name__}: {what}", hint)
+
+
+def _overrides(kind: type[Task], method: str) -> bool:
+    return getattr(kind, method) is not getattr(Task, method)
+
+
+def _takes_two(kind: type[Task], method: str) -> bool:
+    """Say whether a method can be called with a model and a batch."""
+    bound = isinstance(inspect.getattr_static(kind, method), staticmethod | classmethod)
+    try:
+        inspect.signature(getattr(kind, method)).bind(*[None] * (2 if bound else 3))
+    except TypeError:
+        return False
+    except ValueError:  # written in C
+        return True
+    return True
 
 
 def near_miss(name: str, missing: set[str]) -> str | None:

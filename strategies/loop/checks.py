@@ -177,51 +177,77 @@ def _is_iterator(data: object) -> bool:
     return hasattr(data, "__next__")
 
 
-def checked_loss(task: Task, loss: object, outputs: Any) -> Tensor:
+def checked_step(task: Task, given: object) -> object:
     """
-    Give what loss() made of a micro-batch, if it can be differentiated, or is not to be.
+    Give the loss in what step() returned: all of it, or an entry of a mapping.
+
+    Raises:
+        ValueError: a mapping has no entry for it.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    if "loss" not in given:
+        names = _listed([str(name) for name in given]) or "nothing"
+        raise ValueError(
+            f"{_place(task, 'step')}step() must have the loss in what it returns, as 'loss'; got a "
+            f"{type(given).__name__} of {names}"
+        )
+    found: object = given["loss"]
+    return found
+
+
+_CUT_OFF = ".detach(), no_grad(), .item() and the like cut it off, or all that it uses is frozen"
+
+
+def checked_loss(task: Task, loss: object, outputs: Any, method: str = "loss") -> Tensor:
+    """
+    Give what loss() or step() made of a micro-batch, if it can be differentiated, or is not to be.
 
     Args:
         task: the user's.
         loss: what it returned, or the sum of a pair that it returned.
         outputs: what the model gave, for the message.
+        method: which of the two.
 
     Raises:
         ValueError: it is no scalar tensor, or nothing leads from it back to the parameters.
     """
-    where = _place(task, "loss")
+    where = _place(task, method)
     if not isinstance(loss, Tensor):
-        raise ValueError(f"{where}{_no_tensor(loss)}")
+        raise ValueError(f"{where}{_no_tensor(loss, method)}")
     if loss.ndim != 0:
         raise ValueError(
-            f"{where}loss() must return a scalar, the mean over the batch, or (sum, weight); "
+            f"{where}{method}() must return a scalar, the mean over the batch, or (sum, weight); "
             f"got shape {[*loss.shape]}: take its mean()"
         )
     if not loss.is_floating_point():
         kind = str(loss.dtype).removeprefix("torch.")
-        raise ValueError(f"{where}loss() must return a real number, got one of type {kind}")
+        raise ValueError(f"{where}{method}() must return a real number, got one of type {kind}")
     if torch.is_grad_enabled() and not loss.requires_grad:
-        raise ValueError(f"{where}loss() returned a scalar without a gradient: {_cut_off(outputs)}")
+        why = _cut_off(outputs) if method == "loss" else _CUT_OFF
+        raise ValueError(f"{where}{method}() returned a scalar without a gradient: {why}")
     return loss
 
 
-def checked_weight(task: Task, weight: object) -> float:
+def checked_weight(task: Task, weight: object, method: str = "loss") -> float:
     """
-    Give the weight of a pair (sum, weight) that loss() returned.
+    Give the weight of a pair (sum, weight) that loss() or step() returned.
 
     Raises:
         ValueError: it is no number, negative, infinite or NaN.
     """
-    where = _place(task, "loss")
-    number = _number(weight, f"{where}loss() gives the weight", "weight")
+    where = _place(task, method)
+    number = _number(weight, f"{where}{method}() gives the weight", "weight")
     if not 0.0 <= number < float("inf"):
-        raise ValueError(f"{where}loss() gives the weight {number:g}: it must be finite, 0 or more")
+        raise ValueError(
+            f"{where}{method}() gives the weight {number:g}: it must be finite, 0 or more"
+        )
     return number
 
 
-def _no_tensor(loss: object) -> str:
+def _no_tensor(loss: object, method: str) -> str:
     """Say what to return instead of what is no tensor."""
-    text = f"loss() must return a tensor without dimensions, got {_named(loss)}"
+    text = f"{method}() must return a tensor without dimensions, got {_named(loss)}"
     if isinstance(loss, int | float):
         return f"{text} {loss:g}: return the tensor itself, without .item() or float()"
     if isinstance(loss, Mapping):

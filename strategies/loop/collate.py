@@ -53,21 +53,6 @@ def sent(batch: Any) -> Any:
     return ByValue(batch)
 
 
-def to_device(batch: Any, device: torch.device) -> tuple[Any, Any]:
-    """
-    Take a collated (inputs, targets) apart and move its tensors to a device.
-
-    Raises:
-        ValueError: it is no pair.
-    """
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise ValueError(
-            "a batch must be a pair (inputs, targets): each sample of the data set, or what "
-            "collate() gives"
-        )
-    return moved(batch[0], device), moved(batch[1], device)
-
-
 def moved(value: Any, device: torch.device) -> Any:
     """
     Move tensors to a device: alone, in containers, in dataclasses, in what has a method `to`.

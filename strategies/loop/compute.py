@@ -24,9 +24,10 @@ from distplat.strategies.loop.batches import (
     micro_batches,
     runs,
 )
-from distplat.strategies.loop.collate import to_device
+from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.loop.losses import Figures, LossDoubts, LossTerm, eval_figures, loss_term
+from distplat.strategies.loop.loss_check import LossDoubts
+from distplat.strategies.loop.losses import Figures, LossTerm, eval_figures, made_of
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_evaluation, seed_step
 from distplat.strategies.model.flat import FlatModel
@@ -201,7 +202,7 @@ class WholeModel:
         self.flat, self.sampler = prepared.flat, prepared.sampler
         self.last_backward, self.rank, self.alive = last_backward, rank, alive
         self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
-        self._doubts = LossDoubts(self.task, self.flat.model)
+        self._doubts = LossDoubts(self.task, self.flat.model, runs=prepared.lookups is None)
 
     def start(self, steps: range) -> None:
         """See `Compute`."""
@@ -217,12 +218,13 @@ class WholeModel:
         sizes = [len(ids) for ids in self._plan(step)]
         share, part = Share(), 1.0 / self.sampler.batch_size(step)
         for number, size in enumerate(sizes, 1):
-            inputs, targets = to_device(next(self._batches), self.flat.params.device)
+            batch = moved(next(self._batches), self.flat.params.device)
             clock.lap("data")
             with precision(self.job, self.flat.params.device):
-                outputs = self.flat.model(inputs)
-                term = loss_term(self.task, outputs, targets, size)
-                self._doubts.look(step, outputs, targets, term, size)
+                self._doubts.before(step, batch, size)
+                made = made_of(self.task, self.flat.model, batch, size)
+                self._doubts.after(step, made, size)
+            term = made.term
             self.flat.before_backward()
             if number == len(sizes):
                 self.last_backward()
@@ -246,10 +248,10 @@ class WholeModel:
             module.eval()
         found = Sums()
         for batch, size in self._eval_batches(data):
-            inputs, targets = to_device(batch, self.flat.params.device)
+            given = moved(batch, self.flat.params.device)
             with precision(self.job, self.flat.params.device):
-                outputs = self.flat.model(inputs)
-                found.add(eval_figures(self.task, outputs, targets, size), size)
+                made = made_of(self.task, self.flat.model, given, size)
+                found.add(eval_figures(self.task, made, size), size)
             self.alive()
         return found
 

@@ -1,25 +1,20 @@
-"""What a loss may be, and whether it is a mean over the samples: the model runs once to ask."""
+"""What a loss may be: what a task and its model make of a batch, in training and in evaluation."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import logging
-import math
-import random
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from distplat.strategies.loop.checks import checked_loss, checked_metrics, checked_weight
-from distplat.strategies.task import Task
+from distplat.strategies.loop.checks import (
+    checked_loss,
+    checked_metrics,
+    checked_step,
+    checked_weight,
+)
+from distplat.strategies.task import Task, has_step, targets_of
 
 Figures = Mapping[str, tuple[float, float]]
 """By name: a sum, and the weight that it is divided by once all batches are added up."""
@@ -36,12 +31,43 @@ class LossTerm:
     weight: float
     """What the sum is to be divided by."""
     weighted: bool = False
-    """Whether loss() gave the weight."""
+    """Whether loss() or step() gave the weight."""
+
+
+class Made(NamedTuple):
+    """What a task and its model make of a batch."""
+
+    outputs: Any
+    """What `metrics` gets: what `forward` gave, or what `step` gave."""
+    targets: Any
+    term: LossTerm
+
+
+def made_of(task: Task, model: nn.Module, batch: Any, samples: int) -> Made:
+    """
+    Run the whole model on a micro-batch.
+
+    Args:
+        task: the user's.
+        model: whole.
+        batch: as `collate` gave it, on the model's device.
+        samples: of the micro-batch.
+
+    Raises:
+        ValueError: the task's `forward` does not take such a batch, or the loss is none.
+    """
+    if has_step(task):
+        outputs = task.step(model, batch)
+        value = checked_step(task, outputs)
+        return Made(outputs, batch, _term(task, "step", value, outputs, samples))
+    outputs = task.forward(model, batch)
+    targets = targets_of(task, batch)
+    return Made(outputs, targets, loss_term(task, outputs, targets, samples))
 
 
 def loss_term(task: Task, outputs: Any, targets: Any, samples: int) -> LossTerm:
     """
-    Give the task's loss of one micro-batch.
+    Give the task's loss of one micro-batch, by its `loss`.
 
     Args:
         task: the user's.
@@ -52,368 +78,27 @@ def loss_term(task: Task, outputs: Any, targets: Any, samples: int) -> LossTerm:
     Raises:
         ValueError: loss() gave neither a scalar nor (sum, weight).
     """
-    value = task.loss(outputs, targets)
+    return _term(task, "loss", task.loss(outputs, targets), outputs, samples)
+
+
+def _term(task: Task, method: str, value: Any, outputs: Any, samples: int) -> LossTerm:
+    """Read what a method of the task gave as loss."""
     if isinstance(value, tuple) and len(value) == 2:
-        weight = checked_weight(task, value[1])
-        return LossTerm(checked_loss(task, value[0], outputs), 1.0, weight, weighted=True)
-    return LossTerm(checked_loss(task, value, outputs), float(samples), float(samples))
+        weight = checked_weight(task, value[1], method)
+        return LossTerm(checked_loss(task, value[0], outputs, method), 1.0, weight, weighted=True)
+    loss = checked_loss(task, value, outputs, method)
+    return LossTerm(loss, float(samples), float(samples))
 
 
-def eval_figures(task: Task, outputs: Any, targets: Any, samples: int) -> Figures:
+def eval_figures(task: Task, made: Made, samples: int) -> Figures:
     """
     Give loss and metrics of one evaluation batch.
 
     Raises:
         ValueError: one of them is no number; names it.
     """
-    term = loss_term(task, outputs, targets, samples)
+    term = made.term
     figures = {"loss": (float(term.value) * term.factor, term.weight)}
-    for name, mean in checked_metrics(task, outputs, targets).items():
+    for name, mean in checked_metrics(task, made.outputs, made.targets).items():
         figures[name] = mean * samples, float(samples)
     return figures
-
-
-logger = logging.getLogger(__name__)
-
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Relative, by the coarsest type of outputs and loss; 16-bit types have the one below."""
-_FIRST_STEPS = 3
-"""Steps whose losses are looked at."""
-_COARSE = 3e-2
-_COPIED_ELEMENTS = 1 << 20
-"""Tensors that the task keeps are copied up to this size: `loss()` may write into them."""
-_ATOMS = (str, bytes, int, float, complex, type(None))
-
-
-class Value(NamedTuple):
-    """What `loss()` gave for some samples."""
-
-    sum: float
-    weight: float | None
-    """None: it gave a scalar, which is taken for a mean."""
-
-
-class LossDoubts:
-    """
-    Looks at the losses of a run's first steps, and warns once.
-
-    Args:
-        task: the user's.
-        model: whose buffers a loss may reach.
-    """
-
-    def __init__(self, task: Task, model: nn.Module) -> None:
-        self._task, self._model = task, model
-        self._looked: set[int] = set()  #: steps
-
-    def look(self, step: int, outputs: Any, targets: Any, term: LossTerm, samples: int) -> None:
-        """
-        Look at the first micro-batch of one of the first steps.
-
-        Args:
-            step: from 0.
-            outputs: what the model gave.
-            targets: as loaded.
-            term: what `loss()` made of them.
-            samples: of the micro-batch.
-        """
-        if step >= _FIRST_STEPS or step in self._looked:
-            return
-        self._looked.add(step)
-        loss = (term.value, term.weight) if term.weighted else term.value
-        buffers = self._model.buffers()
-        found = is_mean_over_samples(
-            self._task.loss, outputs, targets, loss, samples=samples, buffers=buffers
-        )
-        if found is not None:
-            self._looked.update(range(_FIRST_STEPS))
-            logger.warning("%s", found)
-
-
-def is_mean_over_samples(
-    task_loss: Callable[[Any, Any], Any],
-    outputs: Any,
-    targets: Any,
-    loss: Any,
-    *,
-    samples: int | None = None,
-    buffers: Iterable[Tensor] = (),
-) -> str | None:
-    """
-    Compare the loss of a batch with those of its halves.
-
-    Nothing that training goes on with is changed: halves are copies, the task is a copy, generators
-    and buffers are put back.
-
-    Args:
-        task_loss: the task's `loss`.
-        outputs: of the whole batch, batch first: tensors, alone or in lists, tuples, dictionaries
-            and dataclasses.
-        targets: in the same way.
-        loss: what `task_loss` made of them: a scalar, or (sum, weight).
-        samples: size of the batch; None: that of the first tensor's first dimension.
-        buffers: of the model, which `task_loss` may reach.
-
-    Returns:
-        A warning, if parts of the batch cannot be put together; None: they can, or nobody can tell.
-    """
-    try:
-        size = samples if samples is not None else _batch_size((targets, outputs))
-        whole = _value(loss)
-        if size is None or size < 2 or whole is None or not _finite(whole):
-            return None
-        cuts = (slice(0, size // 2), slice(size // 2, size))
-        halves = _losses_of(task_loss, outputs, targets, size, cuts, buffers)
-        if halves is None:
-            return None
-        tolerance = _tolerance((outputs, loss))
-        return _verdict(halves, [cut.stop - cut.start for cut in cuts], whole, tolerance)
-    except Exception:  # the user's code on a batch that may be unusual; training goes on
-        return None
-
-
-def _losses_of(
-    task_loss: Callable[[Any, Any], Any],
-    outputs: Any,
-    targets: Any,
-    size: int,
-    cuts: Iterable[slice],
-    buffers: Iterable[Tensor],
-) -> list[Value] | None:
-    """Give the loss of each part; None: it is none, or hangs on random numbers."""
-    found = []
-    with torch.no_grad(), _kept(_states_of(task_loss, buffers)):
-        before = _generators()
-        for cut in cuts:
-            part = _part(outputs, size, cut), _part(targets, size, cut)
-            value = _value(_on_a_copy(task_loss)(*part))
-            if value is None or not _same(before, _generators()):
-                return None
-            found.append(value)
-    return found
-
-
-def _verdict(halves: list[Value], sizes: list[int], whole: Value, tolerance: float) -> str | None:
-    """Give the warning for these losses, if there is one to give."""
-    a, b = halves
-    if (a.weight is None) != (whole.weight is None) or (b.weight is None) != (whole.weight is None):
-        return None
-    if whole.weight is not None and a.weight is not None and b.weight is not None:
-        sums = _close(a.sum + b.sum, whole.sum, [a.sum, b.sum], tolerance)
-        weights = a.weight + b.weight, whole.weight, [a.weight, b.weight]
-        if sums and _close(*weights, tolerance):
-            return None
-        what, remedy = "gives a sum and a weight that do not add up", _COMPARED
-    else:
-        mean = (sizes[0] * a.sum + sizes[1] * b.sum) / sum(sizes)
-        if _close(mean, whole.sum, [a.sum, b.sum], tolerance):
-            return None
-        what, remedy = "is no mean", _remedy(a.sum, b.sum, whole.sum, tolerance)
-    return (
-        f"loss() {what} over the samples of a batch: halves give {_shown(a)} and {_shown(b)}, "
-        f"the whole gives {_shown(whole)}; the result depends on the number of workers and "
-        f"micro-batches. {remedy}"
-    )
-
-
-_COMPARED = (
-    "Where samples of a batch are compared with each other (negatives, statistics of the batch), "
-    "no weights put parts together: gather the outputs of all ranks first, or use one worker "
-    "without gradient_accumulation"
-)
-
-
-def _remedy(a: float, b: float, whole: float, tolerance: float) -> str:
-    """Say what helps; a mean with weights lies between those of the halves, others need not."""
-    if _close(a + b, whole, [a, b], tolerance):
-        return "It is a sum: give the mean, or return (sum, number of samples)"
-    room = tolerance * max(abs(a), abs(b), abs(whole))
-    if math.isfinite(a + b) and not min(a, b) - room <= whole <= max(a, b) + room:
-        return _COMPARED
-    return (
-        "Where it is a mean over tokens, pixels or weights, of which samples have more or less, "
-        f"return (sum, weight) instead. {_COMPARED}"
-    )
-
-
-def _shown(value: Value) -> str:
-    if value.weight is None:
-        return f"{value.sum:.6g}"
-    return f"({value.sum:.6g}, {value.weight:.6g})"
-
-
-def _close(one: float, other: float, ends: list[float], tolerance: float) -> bool:
-    largest = max(abs(one), abs(other), *map(abs, ends))
-    return abs(one - other) <= tolerance * largest + tolerance * 1e-2
-
-
-def _finite(value: Value) -> bool:
-    return math.isfinite(value.sum) and math.isfinite(value.weight or 0.0)
-
-
-def _value(loss: Any) -> Value | None:
-    """Read what `loss()` gave; None: neither a scalar nor (sum, weight)."""
-    if isinstance(loss, Tensor):
-        return Value(loss.item(), None) if loss.ndim == 0 else None
-    if isinstance(loss, list | tuple) and len(loss) == 2 and isinstance(loss[0], Tensor):
-        weight = loss[1].item() if isinstance(loss[1], Tensor) else float(loss[1])
-        return Value(loss[0].item(), weight)
-    return None
-
-
-def _tolerance(tree: Any) -> float:
-    """Give the relative tolerance for the coarsest type in a tree."""
-    found = [t for t in _tensors(tree) if t.is_floating_point()]
-    return max((_TOLERANCES.get(t.dtype, _COARSE) for t in found), default=_COARSE)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Give the tensors of a tree, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    else:
-        for item in _items(tree) or ():
-            yield from _tensors(item)
-
-
-def _items(tree: Any) -> list[Any] | None:
-    """Give what a node holds; None: it is no node that we know."""
-    if isinstance(tree, Mapping):
-        return list(tree.values())
-    if isinstance(tree, list | tuple) and not isinstance(tree, PackedSequence):
-        return list(tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return [getattr(tree, field.name) for field in dataclasses.fields(tree)]
-    return None
-
-
-def _batch_size(tree: Any) -> int | None:
-    """Give the first dimension of the first tensor that has one."""
-    return next((len(tensor) for tensor in _tensors(tree) if tensor.ndim), None)
-
-
-class _CannotTell(Exception):
-    """The batch is not one that we know how to cut."""
-
-
-def _part(tree: Any, size: int, cut: slice) -> Any:
-    """
-    Copy some samples of a batch.
-
-    Args:
-        tree: the batch.
-        size: of the batch.
-        cut: which samples.
-
-    Raises:
-        _CannotTell: something in it is not by sample.
-    """
-    if isinstance(tree, Tensor | np.ndarray):
-        if tree.ndim and len(tree) != size:
-            raise _CannotTell
-        return _copied(tree[cut] if tree.ndim else tree)
-    if isinstance(tree, _ATOMS):
-        return tree
-    items = _items(tree)
-    if items is None:
-        raise _CannotTell
-    if isinstance(tree, list | tuple) and len(tree) == size and not _is_by_tensor(tree, size):
-        return type(tree)(map(_copied, tree[cut]))  # an entry for each sample
-    return _rebuilt(tree, [_part(item, size, cut) for item in items])
-
-
-def _copied(tree: Any) -> Any:
-    """Copy all of a tree, without the way back to the model."""
-    if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    items = _items(tree)
-    return copy.deepcopy(tree) if items is None else _rebuilt(tree, [*map(_copied, items)])
-
-
-def _is_by_tensor(items: Any, size: int) -> bool:
-    """Say whether a list as long as the batch has tensors of the batch, not one entry a sample."""
-    lengths = {len(tensor) for tensor in _tensors(items) if tensor.ndim}
-    return lengths == {size}
-
-
-def _rebuilt(tree: Any, items: list[Any]) -> Any:
-    """Make a node of the same type that holds other items."""
-    if isinstance(tree, Mapping):
-        if dataclasses.is_dataclass(tree):  # such as the outputs of Hugging Face's models
-            return type(tree)(**dict(zip(tree, items, strict=True)))
-        if not isinstance(tree, MutableMapping):
-            raise _CannotTell
-        made: Any = copy.copy(tree)
-        for key, item in zip(tree, items, strict=True):
-            made[key] = item
-        return made
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*items)
-    if isinstance(tree, list | tuple):
-        return type(tree)(items)
-    made = copy.copy(tree)
-    for field, item in zip(dataclasses.fields(tree), items, strict=True):
-        object.__setattr__(made, field.name, item)
-    return made
-
-
-def _on_a_copy(task_loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Give the same method of a copy of its task, for it may keep figures there."""
-    task = getattr(task_loss, "__self__", None)
-    if not hasattr(task, "__dict__"):
-        return task_loss
-    twin = copy.copy(task)
-    for name, value in vars(task).items():
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            if value.numel() <= _COPIED_ELEMENTS:
-                vars(twin)[name] = value.detach().clone()
-        elif type(value) in (list, dict, set, deque):
-            vars(twin)[name] = copy.copy(value)
-    found: Callable[[Any, Any], Any] = getattr(twin, task_loss.__name__)
-    return found
-
-
-def _states_of(task_loss: Callable[[Any, Any], Any], buffers: Iterable[Tensor]) -> list[Tensor]:
-    """Give the model's buffers and those of modules that the task keeps."""
-    kept = list(vars(getattr(task_loss, "__self__", None) or object).values())
-    modules = [value for value in kept if isinstance(value, nn.Module)]
-    return [*buffers, *(buffer for module in modules for buffer in module.buffers())]
-
-
-@contextmanager
-def _kept(buffers: list[Tensor]) -> Iterator[None]:
-    """Put generators and buffers back at the end."""
-    copies = [(buffer, buffer.detach().clone()) for buffer in buffers]
-    before = _generators()
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-        for device, state in enumerate(before[3]):
-            torch.cuda.set_rng_state(state, device)
-        for buffer, values in copies:
-            buffer.data.copy_(values)  # not by autograd's count: backward may have it saved
-
-
-def _generators() -> tuple[Any, Any, Tensor, list[Tensor]]:
-    """Give the states of python's, numpy's and torch's generators, and those of the cards."""
-    cards = _card_states()
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cards
-
-
-def _card_states() -> list[Tensor]:
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.cuda.get_rng_state_all() if started else []
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Compare states of generators."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)

@@ -1,7 +1,8 @@
 """
 What a pipeline cannot do, found and named: nothing that a stage leaves out goes unsaid.
 
-    before the run     SyncBatchNorm, inputs of other forms; what layers compute: `compare`
+    before the run     SyncBatchNorm, tasks that call the model, batches and inputs of other forms;
+                       what layers compute: `compare`
     in the first step  parameters that a backward reaches and no optimizer of this rank has
     in every step      parameters that were frozen when the model was cut, and no longer are
 """
@@ -18,10 +19,24 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.compat import tree_leaves, tree_map
 from distplat.strategies.model.layers import Layer, one_tensor
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, kind_of, own_call
 
 _DEPTH = 3
 """Containers within containers of a task in which parameters are looked for."""
+
+
+def as_pair(batch: Any) -> tuple[Any, Any]:
+    """
+    Take a batch apart: the first stage gets the inputs, the last one the targets.
+
+    Raises:
+        SpecError: it is no pair.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    text = f"under `hybrid` a batch must be a pair (inputs, targets), it is {kind_of(batch)}"
+    hint = "give pairs, or use `strategy: ring` or `strategy: ps-sync`, which take any batch"
+    raise SpecError(Problem(("task",), text, hint))
 
 
 def entering(inputs: Any) -> Tensor:
@@ -35,6 +50,23 @@ def entering(inputs: Any) -> Tensor:
         return inputs
     text = f"a pipeline takes one tensor as inputs, train_data gives {type(inputs).__name__}"
     raise _refused(text, "put them into one tensor, or set `pipeline: 1`")
+
+
+def refuse_own_call(task: Task) -> None:
+    """
+    Refuse a task that calls the model itself: here no rank need have all of it.
+
+    Raises:
+        SpecError: names the method.
+    """
+    own = own_call(task)
+    if own is not None:
+        text = f"{type(task).__name__}.{own}() calls the whole model, and `hybrid` cuts it"
+        hint = (
+            "give pairs (inputs, targets), a loss(outputs, targets) and what lies between in the "
+            "model's own forward(); or use `strategy: ring` or `strategy: ps-sync`"
+        )
+        raise SpecError(Problem(("task",), text, hint))
 
 
 def refuse(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.algorithms.partition import bounds, partition
 from distplat.strategies.collective import Collective, broadcast_bytes, gather_bytes
 from distplat.strategies.loop.batches import batches_by, one_batch
-from distplat.strategies.loop.collate import to_device
+from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.layers import Layer, one_tensor
 from distplat.strategies.model.meta import materialise
@@ -29,6 +29,7 @@ from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.limits import (
     SAMPLES,
     BeforeSlicing,
+    as_pair,
     compare,
     entering,
     inputs_of,
@@ -459,5 +460,4 @@ def _samples(options: HybridOptions, prepared: Prepared, most: int | None = SAMP
     """Give inputs of the run's first samples, or with None of its first micro-batch."""
     ids = prepared.sampler.micro_batches(0, 0, options.micro(prepared.job))[0][:most]
     batch = one_batch(batches_by(prepared.task, prepared.data), ids.tolist())
-    inputs, _ = to_device(batch, torch.device(prepared.device))
-    return inputs
+    return moved(as_pair(batch)[0], torch.device(prepared.device))

@@ -20,13 +20,20 @@ from distplat.platform.even_split import split_evenly
 from distplat.platform.grid import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.loop.batches import batches_by, eval_batches, micro_batches
-from distplat.strategies.loop.collate import to_device
+from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.compute import Share, Stopwatch, Sums, precision
-from distplat.strategies.loop.losses import Figures, LossDoubts, LossTerm, eval_figures, loss_term
+from distplat.strategies.loop.loss_check import LossDoubts
+from distplat.strategies.loop.losses import (
+    Figures,
+    LossTerm,
+    Made,
+    eval_figures,
+    loss_term,
+)
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.pipeline.executor import Executor, PlanOf
 from distplat.strategies.pipeline.interfaces import Tail
-from distplat.strategies.pipeline.limits import entering
+from distplat.strategies.pipeline.limits import as_pair, entering
 
 _WINDOW = 32
 """Evaluation micro-batches of one plan."""
@@ -119,20 +126,21 @@ class Pipeline:
 
     def pair(self, batch: Any) -> tuple[Any, Any]:
         """Take a batch apart, on this rank's device."""
-        return to_device(batch, self._device)
+        return as_pair(moved(batch, self._device))
 
     def differentiated(self, step: int, outputs: Any, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""
         with precision(self._p.job, self._device):
             term = loss_term(self._p.task, outputs, targets, samples)
             if self._settings.at.slice == 0:
-                self._doubts.look(step, outputs, targets, term, samples)
+                self._doubts.after(step, Made(outputs, targets, term), samples)
             return term
 
     def figures_of(self, outputs: Any, targets: Any, samples: int) -> Figures:
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
-            return eval_figures(self._p.task, outputs, targets, samples)
+            term = loss_term(self._p.task, outputs, targets, samples)
+            return eval_figures(self._p.task, Made(outputs, targets, term), samples)
 
 
 class _Loaded:

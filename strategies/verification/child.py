@@ -17,7 +17,7 @@ import torch
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_strategy_file, make_strategy
 from distplat.strategies.hybrid import Hybrid
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, own_call
 from distplat.strategies.verification.plan import seed_all
 from distplat.strategies.verification.reference import Rank
 from distplat.strategies.verification.references import References, references
@@ -66,6 +66,8 @@ def answer(request: Request) -> list[Answer]:
 
 def _uncut(job: Job, task: Task) -> str:
     """Say why a pipeline cannot cut the model; empty: it can."""
+    if (own := own_call(task)) is not None:
+        return f"the task calls the model itself, in {own}()"
     try:
         stages = task.stages(Rank(lambda: task, job.seed).model)
     except NotImplementedError as error:

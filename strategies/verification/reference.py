@@ -6,7 +6,7 @@ after the other, each on a model of its own, for models may count or remember.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, step_of
 from distplat.strategies.verification import plan
 from distplat.strategies.verification.plan import Named, Recipe, Schedule, Trained
 
@@ -107,10 +107,11 @@ def compute(
     """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
     if forward.seed is not None:
         plan.seed_all(forward.seed)
-    inputs, targets = plan.read(rank.task, data, forward)
+    batch = plan.read(rank.task, data, forward)
     drawn = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
-        loss: Any = rank.task.loss(rank.model(inputs), targets)
+        loss: Any = step_of(rank.task)(rank.model, batch)
+    loss = loss["loss"] if isinstance(loss, Mapping) else loss
     to.draws |= not torch.equal(drawn, torch.get_rng_state())
     loss, weight = loss if isinstance(loss, tuple) else (loss * len(forward.ids), len(forward.ids))
     torch.autograd.backward(loss * scale)

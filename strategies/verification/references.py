@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,7 +160,7 @@ def _whole(
 
 
 _LOSS = (
-    "loss() of a batch is not the mean of its parts' losses. Where it is a mean over something "
+    "the loss of a batch is not the mean of its parts' losses. Where it is a mean over something "
     "else than samples, return (sum, weight); where samples look at each other (in-batch "
     "negatives), take one worker and no accumulation"
 )
@@ -171,27 +171,46 @@ _MODEL = (
 
 
 def _recorded(make: Make, switches: Switches, into: list[Tensor]) -> Callable[[], Task]:
-    """Have a task keep what its model gives."""
+    """Have a task keep what its model gives of each batch."""
+
+    def note(*given: Any) -> None:
+        if not into[-1].numel():  # the first call in this batch
+            into[-1] = _first_tensor(given[2]).detach()
 
     def made() -> Task:
         task: Any = make(switches)
-        original = task.loss
+        model, collate = task.model, task.collate
 
-        def loss(outputs: Any, targets: Any) -> Any:
-            into.append(_first_tensor(outputs).detach())
-            return original(outputs, targets)
+        def watched() -> nn.Module:
+            found: nn.Module = model()
+            found.register_forward_hook(note)
+            return found
 
-        task.loss = loss
+        def begun(samples: list[Any]) -> Any:
+            into.append(torch.zeros(0))
+            return collate(samples)
+
+        task.model, task.collate = watched, begun
         return task  # type: ignore[no-any-return]
 
     return made
 
 
-def _first_tensor(value: Any) -> Tensor:
-    while not isinstance(value, Tensor):
-        values = list(value.values()) if hasattr(value, "values") else list(value)
-        value = values[0] if values else torch.zeros(0)
-    return value
+def _first_tensor(tree: Any) -> Tensor:
+    """Give the first tensor by sample: a model may give its loss, too."""
+    return next((value for value in _tensors(tree) if value.ndim), torch.zeros(0))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+        return
+    if isinstance(tree, Mapping):
+        tree = [*tree.values()]
+    elif not isinstance(tree, list | tuple):
+        tree = [*vars(tree).values()] if hasattr(tree, "__dict__") else []
+    for item in tree:
+        yield from _tensors(item)
 
 
 def _same(whole: Tensor, split: list[Tensor]) -> bool:

@@ -99,11 +99,17 @@ def switched(kind: type[Task], switches: Switches) -> type[Task]:
             _convert_own(self, Tensor)
         return base.loss(self, outputs, targets)
 
+    def step(self: Any, model: Any, batch: Any) -> Any:
+        if switches.double:
+            _convert_own(self, Tensor)
+        return base.step(self, model, batch)
+
     def collate(self: Any, samples: list[Any]) -> Any:
         batch = base.collate(self, samples)
         return _converted(batch) if switches.double else batch
 
-    body: dict[str, Any] = {"model": model, "train_data": train_data, "loss": loss}
+    body: dict[str, Any] = {"model": model, "train_data": train_data}
+    body |= {"loss": loss} if base.step is Task.step else {"step": step}
     if base.collate is not Task.collate:
         body["collate"] = collate
     body |= {"eval_data": lambda self: None, "__module__": kind.__module__}

@@ -122,7 +122,7 @@ class Elastic(Blobs):
         self.pause, self.saved = pause, saved
         self.rank = int(str(ray.get_runtime_context().get_actor_name()).split("/")[1].split("-")[1])
         self.renewed = "attempt" in str(ray.get_runtime_context().get_actor_name())
-        self.step: int | str = "start"
+        self.at: int | str = "start"
 
     def model(self) -> nn.Module:
         if self.renewed:
@@ -132,7 +132,7 @@ class Elastic(Blobs):
 
     def _act(self) -> None:
         for number, (deed, rank, _, step) in enumerate(self.deeds):
-            mine = rank in ("all", str(self.rank)) and step == str(self.step)
+            mine = rank in ("all", str(self.rank)) and step == str(self.at)
             name = f"{number}-{self.rank}" if rank == "all" else str(number)
             if mine and first_to_come(os.path.join(self.folder, name)):
                 self._wait_for_a_checkpoint()
@@ -164,12 +164,12 @@ class Counting(nn.Sequential):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.training:
-            self.task.step = int(self.get_buffer("forwards"))
+            self.task.at = int(self.get_buffer("forwards"))
             self.get_buffer("forwards").add_(1)
             self.task._act()
             time.sleep(self.task.pause)
-        elif self.task.step == 29:
-            self.task.step = "evaluation"
+        elif self.task.at == 29:
+            self.task.at = "evaluation"
             self.task._act()
         result: Tensor = super().forward(inputs)  # type: ignore[no-untyped-call]
         return result

@@ -14,7 +14,7 @@ from local_run import train
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from distplat.strategies.loop.collate import collated, moved, to_device
+from distplat.strategies.loop.collate import collated, moved
 from distplat.strategies.task import Task
 
 META = torch.device("meta")
@@ -114,11 +114,6 @@ def test_other_samples_are_put_together_as_torch_does() -> None:
     assert torch.equal(found[0].a, expected[0].a)
     with pytest.raises(TypeError, match="default_collate: batch must contain"):
         collated([(object(), 1)])
-
-
-def test_a_sample_is_a_pair() -> None:
-    with pytest.raises(ValueError, match="must be a pair"):
-        to_device({"a": 1, "b": 2}, CPU)
 
 
 class OfPairs(Task):

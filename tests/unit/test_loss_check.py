@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
 from distplat.nn import connect
-from distplat.strategies.loop.losses import is_mean_over_samples
+from distplat.strategies.loop.loss_check import is_mean_over_samples
 from distplat.strategies.task import Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

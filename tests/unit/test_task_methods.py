@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from distplat import Task
+from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.task_methods import unheard
 
 
@@ -26,10 +27,13 @@ def with_method(name: str) -> type[Task]:
     ("name", "instead"),
     [
         ("collate_fn", "did you mean collate()? Write collate(samples)"),
-        ("training_step", "write loss(outputs, targets)"),
+        ("training_step", "write step(model, batch)"),
+        ("loss_fn", "write loss(outputs, targets)"),
+        ("steps", "did you mean step()?"),
         ("configure_optimizers", "job file's `optimizer`"),
         ("lr_scheduler_step", "job file's `lr_schedule`"),
-        ("forward", "the module's own forward()"),
+        ("forwards", "did you mean forward()?"),
+        ("build_model", "the module's own forward()"),
         ("validation_step", "metrics(outputs, targets)"),
         ("train_dataloader", "train_data()"),
         ("compute_metrics", "metrics(outputs, targets)"),
@@ -80,17 +84,97 @@ def test_a_method_that_the_class_uses_is_a_helper() -> None:
     assert unheard(Uses) == []
 
 
+class Bare(Task):
+    def model(self) -> Any: ...
+    def train_data(self) -> Any: ...
+
+
+class Stepping(Bare):
+    def step(self, model: Any, batch: Any) -> Any: ...
+
+
+class Calling(Good):
+    def forward(self, model: Any, batch: Any, scale: float = 1.0) -> Any: ...
+
+
+class Static(Bare):
+    step = staticmethod(lambda model, batch: None)
+
+
+@pytest.mark.parametrize("kind", [Good, Stepping, Calling, Static])
+def test_a_task_has_a_loss_or_a_step(kind: type[Task]) -> None:
+    assert unheard(kind) == []
+
+
+def refused(kind: type[Task]) -> Problem:
+    with pytest.raises(SpecError) as caught:
+        unheard(kind)
+    (problem,) = caught.value.problems
+    return problem
+
+
+def test_a_task_that_has_both_is_told_where() -> None:
+    class Both(Good):
+        def step(self, model: Any, batch: Any) -> Any: ...
+
+    problem, line = refused(Both), Both.step.__code__.co_firstlineno
+    place = f"test_task_methods.py:{line}: Both"
+    assert problem.message == f"{place}: step() and loss() both give the loss"
+    assert "keep it, and call what was loss() by another name" in problem.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("", "write loss(outputs, targets), or step(model, batch)"),
+        ("losses", "did you mean losses() to be it?"),
+        ("steps", "did you mean steps() to be it?"),
+        ("training_step", "training_step() is never called: write step(model, batch)"),
+    ],
+)
+def test_a_task_that_has_neither_is_told_what_to_write(name: str, way_out: str) -> None:
+    problem = refused(type("Bert", (Bare,), {name: lambda self, batch: None} if name else {}))
+    assert problem.message == "Bert has no loss() and no step()"
+    assert way_out in problem.hint
+
+
+@pytest.mark.parametrize("name", ["forward", "step"])
+def test_a_method_that_takes_no_batch_is_told(name: str) -> None:
+    class Lightning(Good if name == "forward" else Bare):  # type: ignore[misc]
+        pass
+
+    def method(self: Any, batch: Any) -> Any: ...
+
+    setattr(Lightning, name, method)
+    problem = refused(Lightning)
+    assert f"Lightning: {name}() must take (model, batch)" in problem.message
+    assert problem.message.startswith("test_task_methods.py:")
+
+
+def test_a_forward_beside_a_step_is_called_by_it_or_by_nobody() -> None:
+    class Idle(Stepping):
+        def forward(self, model: Any, batch: Any) -> Any: ...
+
+    class Used(Idle):
+        def step(self, model: Any, batch: Any) -> Any:
+            return self.forward(model, batch)
+
+    (told,) = unheard(Idle)
+    assert "Idle.forward() is never called: call it in step(model, batch)" in told
+    assert unheard(Used) == []
+
+
 def test_what_is_inherited_or_assigned_is_told_once() -> None:
     class Base(Good):
         def collate_fn(self, samples: Any) -> Any: ...
 
     class Derived(Base):
-        forward = staticmethod(lambda inputs: inputs)
+        predict_step = staticmethod(lambda inputs: inputs)
 
     told = sorted(unheard(Derived))
     assert len(told) == 2
     assert "Derived.collate_fn()" in told[0]
-    assert "Derived.forward()" in told[1]
+    assert "Derived.predict_step()" in told[1]
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

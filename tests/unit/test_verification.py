@@ -106,6 +106,53 @@ class TokenMean(Classify):
         return nn.functional.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 5.0, 0.2]))
 
 
+class Keyed(Classify):
+    """Dicts, which go into the model by keywords; it gives a dict, its loss in it."""
+
+    def model(self) -> nn.Module:
+        class Model(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x: Any, y: Any) -> Any:
+                logits = self.inner(x)
+                return {"loss": nn.functional.cross_entropy(logits, y), "logits": logits}
+
+        return Model(super().model())
+
+    def collate(self, samples: list[Any]) -> Any:
+        x, y = zip(*samples, strict=True)
+        return {"x": torch.stack(x), "y": torch.stack(y)}
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return nn.functional.cross_entropy(outputs["logits"], targets["y"])
+
+
+class Stepped(Keyed):
+    """All of it in a `step`."""
+
+    loss = Task.loss
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        return model(**batch)
+
+
+class SteppedTokenMean(Stepped):
+    """A mean over something else than samples, from a `step`."""
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        logits, weight = model(**batch)["logits"], torch.tensor([1.0, 5.0, 0.2])
+        return nn.functional.cross_entropy(logits, batch["y"], weight=weight.to(logits.dtype))
+
+
+@pytest.mark.parametrize("kind", [Keyed, Stepped])
+def test_batches_of_any_form_are_verified(kind: type[Task]) -> None:
+    found = rows(kind, job("ring"))
+    assert {row.verdict for row in found.values()} == {EQUAL}
+    assert (found["whole batch"].difference or 0.0) < 1e-12
+
+
 class InBatch(Classify):
     """Each sample looks at the others."""
 
@@ -126,7 +173,13 @@ class Centred(Classify):
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"), [(TokenMean, "(sum, weight)"), (InBatch, "in-batch"), (Centred, "the model")]
+    ("kind", "says"),
+    [
+        (TokenMean, "(sum, weight)"),
+        (SteppedTokenMean, "(sum, weight)"),
+        (InBatch, "in-batch"),
+        (Centred, "the model"),
+    ],
 )
 def test_what_cannot_be_put_together_differs_by_meaning(kind: type[Task], says: str) -> None:
     found = rows(kind, job("ring"))
@@ -330,6 +383,11 @@ def test_the_child_answers_for_each_strategy(tmp_path: Path, monkeypatch: Any) -
     ring, hybrid = torch.load(tmp_path / child.ANSWER, weights_only=False)
     assert len(ring.plain.losses) == 8 and ring.whole.switches.double
     assert "does not say how its model is cut" in hybrid
+
+
+def test_a_task_that_calls_the_model_is_not_compared_under_hybrid() -> None:
+    assert child._uncut(job("ring"), Stepped()) == "the task calls the model itself, in step()"
+    assert child._uncut(job("ring"), Classify()) == ""
 
 
 def test_of_large_models_not_every_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,106 @@
+"""The example of a model as Hugging Face has them: equal to the plain loop, padded as it may be."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jobs import job_of
+from local_run import train
+from torch import Tensor, nn
+
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.task import Task
+from distplat.strategies.task_methods import unheard
+
+FOLDER = Path(__file__).parents[2] / "examples" / "causal_lm"
+SMALL = {"longest": 24, "layers": 2, "width": 16, "heads": 2, "lines": 60}
+BATCH, STEPS = 8, 5
+SGD = {"name": "SGD", "lr": 0.3, "momentum": 0.9}
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("causal_lm")
+
+
+def small(kind: Any) -> type[Task]:
+    """Give the task with a small model in float64."""
+
+    class Small(kind):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(**SMALL)
+
+        def model(self) -> nn.Module:
+            made: nn.Module = super().model()
+            return made.double()
+
+    return Small
+
+
+def plain(kind: type[Task]) -> dict[str, Tensor]:
+    """Train as a script would that knows one process: the model's own loss, a mean over words."""
+    torch.manual_seed(0)
+    task = kind()
+    model, data = task.model(), task.train_data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    sampler = Sampler(len(data), BATCH, 1, 0, True, False)  # type: ignore[arg-type]
+    for step in range(STEPS):
+        batch = task.collate([data[int(i)] for i in sampler.batch_ids(step)])
+        optimizer.zero_grad()
+        torch.autograd.backward(model(**batch)["loss"])
+        optimizer.step()
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def assert_equal(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-8
+) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_dicts_train_as_in_a_plain_loop(
+    example: Any, strategy: str, parts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = small(example.CausalLM)
+    fields = {"optimizer": SGD, "steps": STEPS, "gradient_accumulation": parts}
+    job = job_of(strategy, 2, global_batch_size=BATCH, **fields)
+    assert_equal(train(job, kind, timeout_s=20.0).trained[0], plain(kind))
+    assert not [one for one in caplog.records if "no mean" in one.getMessage()]
+
+
+def test_a_model_of_transformers_is_trained_so(example: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class GPT2(small(example.CausalLM)):  # type: ignore[misc]
+        def model(self) -> nn.Module:
+            none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            size = {"vocab_size": example.VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2}
+            ends = {"bos_token_id": example.END, "eos_token_id": example.END}
+            config = transformers.GPT2Config(**size, **none, **ends, n_positions=24)
+            made: nn.Module = transformers.GPT2LMHeadModel(config)
+            return made.double()
+
+    job = job_of("ring", 2, optimizer=SGD, steps=STEPS, global_batch_size=BATCH)
+    # Its loss is computed in float32, whatever the model's type.
+    assert_equal(train(job, GPT2, timeout_s=20.0).trained[0], plain(GPT2), 1e-6)
+
+
+def test_the_job_names_what_the_example_has(example: Any) -> None:
+    job = Job.model_validate(yaml.safe_load((FOLDER / "job.yaml").read_text()))
+    assert job.task == "causal_lm:CausalLM" and unheard(example.CausalLM) == []
+    task = example.CausalLM()
+    lines = task.train_data()
+    assert len(lines) + len(task.eval_data()) == task.lines > 2 * job.global_batch_size
+    batch = task.collate([lines[0], lines[1]])
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert (batch["labels"] == example.END).sum() == 2
+    assert batch["input_ids"].max() < example.VOCABULARY

@@ -1,0 +1,392 @@
+"""Batches of any form, and tasks that call the model themselves: equal to the plain loop."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jobs import job_of
+from local_run import LocalRun, train
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.data import Dataset
+
+from distplat import Task
+from distplat.platform.errors import SpecError
+from distplat.platform.progress import EvalReport
+from distplat.platform.sampler import Sampler
+
+SAMPLES, BATCH, STEPS, WORDS = 22, 6, 5, 11
+
+
+class Sentences(Dataset[Any]):
+    """Sentences of 1 to 9 words, each word with a class."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(1, 10, (SAMPLES,), generator=generator).tolist()
+        self.words = [torch.randint(1, WORDS, (n,), generator=generator) for n in lengths]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __getitem__(self, index: int) -> Any:
+        words = self.words[index]
+        return words, words % 3
+
+
+class Tagger(nn.Module):
+    """Classes of words, called as Hugging Face's models are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, 8, dtype=torch.float64)
+        self.head = nn.Linear(8, 3, dtype=torch.float64)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
+        logits = self.head(self.table(input_ids) * attention_mask.unsqueeze(-1))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def padded(samples: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Give words, mask and classes; -100 where there is no word."""
+    longest = max(len(words) for words, _ in samples)
+    words = torch.stack([F.pad(one, (0, longest - len(one))) for one, _ in samples])
+    classes = torch.stack([F.pad(c, (0, longest - len(c)), value=-100) for _, c in samples])
+    return words, words > 0, classes
+
+
+def summed(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    flat = logits.flatten(0, 1), classes.flatten()
+    return F.cross_entropy(*flat, reduction="sum"), (classes >= 0).sum()
+
+
+class Tags(Task):
+    """What the tasks below share."""
+
+    def model(self) -> nn.Module:
+        return Tagger()
+
+    def train_data(self) -> Dataset[Any]:
+        return Sentences()
+
+    def eval_data(self) -> Dataset[Any]:
+        return Sentences()
+
+
+class Dicts(Tags):
+    """A dict goes into the model by keywords, and is what `loss` gets as targets."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        words, mask, classes = padded(samples)
+        return {"input_ids": words, "attention_mask": mask, "labels": classes}
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return summed(outputs["logits"], targets["labels"])
+
+    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
+        return {"words": targets["attention_mask"].sum() / len(targets["labels"])}
+
+
+class Triples(Tags):
+    """A tuple of three, with a `forward` that takes it apart."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        return padded(samples)
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch[0], batch[1])["logits"]
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return summed(outputs, targets[2])
+
+    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
+        return {"words": targets[1].sum() / len(outputs)}
+
+
+class Nested(Triples):
+    """A tree, and a `step` of its own that gives a dict."""
+
+    forward, loss = Task.forward, Task.loss
+
+    def collate(self, samples: list[Any]) -> Any:
+        words, mask, classes = padded(samples)
+        return {"text": [{"words": words}, (mask,)], "classes": classes, "source": "a file"}
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        [text, (mask,)] = batch["text"]
+        logits = model(text["words"], attention_mask=mask)["logits"]
+        return {"loss": summed(logits, batch["classes"]), "logits": logits}
+
+    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
+        return {"words": targets["text"][1][0].sum() / len(outputs["logits"])}
+
+
+class Listed(Nested):
+    """No tensor of the batch has a dimension of samples: lists of sentences of any length."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        return [words for words, _ in samples]
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        terms = [self.one(model, words) for words in batch]
+        return torch.stack(terms).sum(), sum(map(len, batch))
+
+    def one(self, model: nn.Module, words: Tensor) -> Tensor:
+        logits = model(words[None], torch.ones_like(words)[None])["logits"]
+        return summed(logits, words % 3)[0]
+
+    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
+        return {"words": sum(map(len, targets)) / len(targets)}
+
+
+@dataclass
+class Graph:
+    """Sentences behind each other, and whose each word is: as batches of graphs are."""
+
+    words: PackedSequence
+    samples: int
+
+
+class Packed(Listed):
+    """A dataclass of the user's."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        words = pack_sequence([words for words, _ in samples], enforce_sorted=False)
+        return Graph(words, len(samples))
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        words = batch.words.data
+        logits = model(words[None], torch.ones_like(words)[None])["logits"]
+        return summed(logits, words % 3)
+
+    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
+        return {"words": len(targets.words.data) / targets.samples}
+
+
+KINDS: list[type[Task]] = [Dicts, Triples, Nested, Listed, Packed]
+
+
+@cache
+def plain() -> tuple[dict[str, Tensor], float]:
+    """Train in a loop as one would write it; give the model, and its loss on all samples."""
+    torch.manual_seed(0)
+    model, data = Tagger(), Sentences()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sampler = Sampler(SAMPLES, BATCH, 1, 0, True, False)
+    for step in range(STEPS):
+        words, mask, classes = padded([data[int(i)] for i in sampler.batch_ids(step)])
+        optimizer.zero_grad()
+        torch.autograd.backward(model(words, mask, classes)["loss"])
+        optimizer.step()
+    words, mask, classes = padded([data[i] for i in range(SAMPLES)])
+    return model.state_dict(), model(words, mask, classes)["loss"].item()
+
+
+def trained(kind: type[Task], strategy: Any, workers: int, **fields: Any) -> LocalRun:
+    sgd = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+    given = {"optimizer": sgd, "steps": STEPS, "global_batch_size": BATCH, **fields}
+    return train(job_of(strategy, workers, **given), kind, timeout_s=20.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("strategy", "workers", "fields"),
+    [
+        ("ring", 1, {}),
+        ("ring", 2, {"gradient_accumulation": 2}),
+        ("ring", 2, {"data": {"num_loaders": 1}}),
+        ("ps-sync", 3, {}),
+        ("ps-async", 1, {}),
+    ],
+)
+def test_any_batch_trains_as_a_plain_loop(
+    kind: type[Task], strategy: str, workers: int, fields: dict[str, Any]
+) -> None:
+    run = trained(kind, strategy, workers, **fields)
+    expected, loss = plain()
+    found = run.trained[0]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+    last = of_the_end(run)
+    assert sum(one.samples for one in last) == SAMPLES
+    assert total(last, "loss") == pytest.approx(loss, rel=1e-9)
+    words = sum(map(len, Sentences().words)) / SAMPLES
+    assert total(last, "words") == pytest.approx(words, rel=1e-6)
+
+
+def of_the_end(run: LocalRun) -> list[EvalReport]:
+    """Give what each rank found in the last evaluation; ranks of a group have that of all."""
+    reports = [one for rank in run.reports for one in rank if isinstance(one, EvalReport)]
+    return [*{one.rank: one for one in reports if one.step == STEPS}.values()]
+
+
+def total(reports: list[EvalReport], name: str) -> float:
+    return sum(r.sums[name] for r in reports) / sum(r.counts[name] for r in reports)
+
+
+class HuggingFace(Dicts):
+    """The shortest way: the model has its loss."""
+
+    loss = Task.loss
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        return model(**batch)
+
+
+def test_outputs_with_a_loss_in_them_are_what_a_step_may_give() -> None:
+    """One worker: the loss is a mean over words, which parts of a batch have more or less of."""
+    found, (expected, _) = trained(HuggingFace, "ring", 1).trained[0], plain()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_the_default_step_is_the_loss_of_the_default_forward() -> None:
+    class Pairs(Tags):
+        def loss(self, outputs: Any, targets: Any) -> Any:
+            return outputs, targets
+
+    twice = nn.Module()
+    twice.forward = lambda x: 2 * x
+    assert Pairs().step(twice, (3, 4)) == (6, 4)
+    assert Pairs().step(twice, [3, 4]) == (6, 4)
+    assert Pairs().step(twice, {"x": 3}) == (6, {"x": 3})
+
+
+def test_a_number_that_a_task_keeps_as_step_is_no_step() -> None:
+    class Counting(Dicts):
+        def __init__(self) -> None:
+            vars(self)["step"] = 0
+
+        def loss(self, outputs: Any, targets: Any) -> Any:
+            vars(self)["step"] += 1
+            return super().loss(outputs, targets)
+
+    found, (expected, _) = trained(Counting, "ring", 2).trained[0], plain()
+    torch.testing.assert_close(found["head.bias"], expected["head.bias"], rtol=1e-9, atol=1e-12)
+
+
+def stepping(value: Any) -> type[Task]:
+    """Give a task whose `step` makes something of its loss."""
+
+    class Stepping(Dicts):
+        loss = Task.loss
+
+        def step(self, model: nn.Module, batch: Any) -> Any:
+            return value(model(**batch)["loss"])
+
+    return Stepping
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (
+            lambda loss: {"los": loss, "x": 1},
+            r"step\(\) must have .* as 'loss'; got a dict of 'los', 'x'",
+        ),
+        (lambda loss: {}, r"step\(\) must have .* as 'loss'; got a dict of nothing"),
+        (lambda loss: {"loss": loss.item()}, r"step\(\) must return a tensor .*without \.item\(\)"),
+        (lambda loss: loss.detach(), r"step\(\) returned a scalar without a gradient: \.detach\("),
+        (lambda loss: loss.repeat(3), r"step\(\) must return a scalar, .* got shape \[3\]"),
+        (lambda loss: (loss, -1), r"step\(\) gives the weight -1"),
+        (lambda loss: None, r"step\(\) must return a tensor .* got None: is there a `return`"),
+    ],
+)
+def test_what_step_may_not_give(value: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=rf"test_task_step\.py:\d+: {told}"):
+        trained(stepping(value), "ring", 1)
+
+
+class Unsaid(Triples):
+    """Three things, and nobody says how the model takes them."""
+
+    forward = Task.forward
+
+
+def test_a_batch_that_nobody_says_how_to_take_is_refused() -> None:
+    told = r"it is a tuple of 3\. For any other batch Unsaid needs forward\(model, batch\) or step"
+    with pytest.raises(ValueError, match=told):
+        trained(Unsaid, "ring", 1)
+
+
+class Ragged(HuggingFace):
+    """The same under `loss`: the outputs have it, whatever part of the batch is asked for."""
+
+    step = Task.step
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return outputs["loss"]
+
+
+class Remembering(Tagger):
+    """Counts, in each way in which a module may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.seen = 0, list[int]()
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.last = self.training
+        self.get_buffer("forwards").add_(1)
+        return super().forward(*given, **named)
+
+
+class Remembered(Ragged):
+    def model(self) -> nn.Module:
+        self.made = Remembering()
+        return self.made
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(HuggingFace, "step"), (Ragged, "loss"), (Remembered, "loss")]
+)
+def test_a_mean_over_words_is_told(
+    kind: type[Task], method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(kind, "ring", 1)
+    (told,) = [one.getMessage() for one in caplog.records if "no mean" in one.getMessage()]
+    assert told.startswith(f"{method}() is no mean over the samples of a batch: halves give ")
+    assert "return (sum, weight) instead" in told
+
+
+@pytest.mark.parametrize("kind", [Dicts, Triples, Nested, Listed])
+def test_a_sum_over_words_with_its_weight_is_not(
+    kind: type[Task], caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(kind, "ring", 1)
+    assert not [one for one in caplog.records if "mean" in one.getMessage()]
+
+
+def test_looking_at_a_loss_leaves_no_trace() -> None:
+    run = trained(Remembered, "ring", 1, steps=4)
+    model: Any = run.ranks[0].prepared.flat.model
+    assert model.calls == 4 + -(-SAMPLES // BATCH)  # four steps, and the evaluation after them
+    assert model.seen == [*range(1, model.calls + 1)]
+    assert model.forwards == 4 and model.last is False
+    assert run.trained[0]["forwards"] == 4
+
+
+HYBRID = {"name": "hybrid", "pipeline": 1, "tensor": 1, "data": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Triples, r"Triples\.forward\(\) calls the whole model, and `hybrid` cuts it"),
+        (Nested, r"Nested\.step\(\) calls the whole model, and `hybrid` cuts it"),
+        (Dicts, r"under `hybrid` a batch must be a pair .*, it is a dict"),
+    ],
+)
+def test_a_model_that_is_cut_is_not_called_by_its_task(kind: type[Task], told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        trained(kind, HYBRID, 2)
