@@ -111,7 +111,8 @@ class ShardedUpdate(LocalOptimizer):
             CollectiveError: a rank is missing.
         """
         if self._job.clip_norm is not None:
-            scale *= clip_factor(self._norm() * scale, self._job.clip_norm)
+            self.grad_norm = self._norm() * scale
+            scale *= clip_factor(self.grad_norm, self._job.clip_norm)
         scale_in_place(typed_views(self._gradient, self._layout.segments), scale)
         self._optimizer.step(rate_of(self._job, step, self._total), present)
         began = time.perf_counter()
