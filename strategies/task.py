@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def has_step(task: Task) -> bool:
 
 def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
     """Give a task's way from a batch to its loss; the task may keep a number as `self.step`."""
-    return task.step if has_step(task) else partial(Task.step, task)
+    return task.step if has_step(task) else MethodType(Task.step, task)
 
 
 def own_call(task: Task) -> str | None:

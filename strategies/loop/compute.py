@@ -222,6 +222,8 @@ class WholeModel:
             clock.lap("data")
             with precision(self.job, self.flat.params.device):
                 self._doubts.before(step, batch, size)
+            # Another context: autocast may keep weights that it cast where no gradient was wanted.
+            with precision(self.job, self.flat.params.device):
                 made = made_of(self.task, self.flat.model, batch, size)
                 self._doubts.after(step, made, size)
             term = made.term

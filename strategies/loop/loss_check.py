@@ -10,6 +10,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,22 +165,24 @@ def is_mean_of_parts(task: Task, model: nn.Module, batch: Any, samples: int) -> 
     halves = slice(0, samples // 2), slice(samples // 2, samples)
     cuts = slice(0, samples), *halves
     kept = [*model.buffers(), *frozen]
+    own = [value for value in vars(task).values() if isinstance(value, nn.Module)]
     try:
-        with evaluating(model):
+        with evaluating(model, *own):
             losses = _losses_of(step_of(task), (batch,), samples, cuts, kept, model)
         if losses is None or not _finite(losses[0]):
             return None
         whole, *parts = losses
-        tolerance = _tolerance([*model.parameters()])
-        return _verdict(own_call(task) or "loss", parts, _sizes(halves), whole, tolerance)
+        method = "step" if has_step(task) else "loss"
+        return _verdict(method, parts, _sizes(halves), whole, _computed_to(model))
     except Exception:  # the user's code on a batch that may be unusual; training goes on
         return None
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in evaluation mode; at the end all that its modules hold is what it was."""
-    held = [(module, dict(vars(module))) for module in model.modules()]
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Have models in evaluation mode; at the end all that their modules hold is what it was."""
+    every = {id(module): module for model in models for module in model.modules()}.values()
+    held = [(module, dict(vars(module))) for module in every]
     inside = [
         (value, copy.copy(value))
         for _, values in held
@@ -197,6 +200,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             vars(module).update(values)
         for value, content in inside:
             _refill(value, content)
+
+
+def _computed_to(model: nn.Module) -> float:
+    """Give the tolerance for what a model computes; losses are often made in float32."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if any(torch.is_autocast_enabled(device) for device in devices):
+        return _COARSE
+    return max(_TOLERANCES[torch.float32], _tolerance([*model.parameters()]))
 
 
 def _refill(value: Any, content: Any) -> None:
@@ -402,8 +413,8 @@ def _rebuilt(tree: Any, items: list[Any]) -> Any:
 
 def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
     """Give the same method of a copy of its task, for it may keep figures there."""
-    task = getattr(task_loss, "__self__", None)
-    if not hasattr(task, "__dict__"):
+    task, function = getattr(task_loss, "__self__", None), getattr(task_loss, "__func__", None)
+    if function is None or not hasattr(task, "__dict__"):
         return task_loss
     twin = copy.copy(task)
     for name, value in vars(task).items():
@@ -412,8 +423,7 @@ def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
                 vars(twin)[name] = value.detach().clone()
         elif type(value) in (list, dict, set, deque):
             vars(twin)[name] = copy.copy(value)
-    found: Callable[..., Any] = getattr(twin, task_loss.__name__)
-    return found
+    return MethodType(function, twin)
 
 
 def _states_of(task_loss: Callable[..., Any], buffers: Iterable[Tensor]) -> list[Tensor]:

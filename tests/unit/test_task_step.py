@@ -376,6 +376,42 @@ def test_looking_at_a_loss_leaves_no_trace() -> None:
     assert run.trained[0]["forwards"] == 4
 
 
+class Figured(Dicts):
+    """Counts its losses in the task, and has a layer of its own that it counts with."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.norm = nn.BatchNorm1d(1, affine=False, dtype=torch.float64)
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        self.calls += 1
+        self.norm(outputs["logits"].detach().reshape(-1, 1))
+        return super().loss(outputs, targets)
+
+
+def test_looking_at_a_loss_leaves_the_task_as_it_is() -> None:
+    task: Any = trained(Figured, "ring", 1, steps=3).ranks[0].prepared.task
+    assert task.calls == 3 + -(-SAMPLES // BATCH)
+    assert task.norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("kind", [Dicts, Nested])
+def test_autocast_keeps_nothing_of_what_was_only_looked_at(
+    kind: type[Task], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights that it cast without a gradient would have none in the step either."""
+
+    class Single(kind):  # type: ignore[misc, valid-type]
+        def model(self) -> nn.Module:
+            return Tagger().float()
+
+    found = trained(Single, "ring", 1, steps=2, precision="bf16").trained[0]
+    torch.manual_seed(0)
+    before = Single().model().state_dict()
+    assert all(not torch.equal(found[name], value) for name, value in before.items())
+    assert not [one for one in caplog.records if "mean" in one.getMessage()]
+
+
 HYBRID = {"name": "hybrid", "pipeline": 1, "tensor": 1, "data": 2}
 
 
