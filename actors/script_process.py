@@ -50,7 +50,7 @@ class ScriptProcess:
         self._lines: deque[str] = deque()
         self._taken = 0  #: lines that the driver has
         self._exit_code: int | None = None
-        self._error: OSError | None = None
+        self._error = ""
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
 
@@ -65,9 +65,7 @@ class ScriptProcess:
             port: int = found.getsockname()[1]
             return port
 
-    def start(
-        self, command: Sequence[str], environment: dict[str, str], folder: str | None
-    ) -> None:
+    def start(self, command: Sequence[str], environment: dict[str, str], folder: str | None) -> str:
         """
         Start the command; once.
 
@@ -77,8 +75,8 @@ class ScriptProcess:
             environment: beside the variables of this process.
             folder: where to; None: the one of this process.
 
-        Raises:
-            OSError: it cannot be started.
+        Returns:
+            Why it cannot be started; empty: it runs.
         """
         with self._starting:
             if self._thread is None:
@@ -87,8 +85,7 @@ class ScriptProcess:
                 self._thread = threading.Thread(target=self._run, args=given, daemon=True)
                 self._thread.start()
                 begun.wait()
-        if self._error is not None:
-            raise self._error
+        return self._error
 
     def output(self, taken: int, wait_s: float) -> Output:
         """
@@ -146,7 +143,7 @@ class ScriptProcess:
                 preexec_fn=_end_with_parent,  # it calls the kernel only
             )
         except OSError as error:
-            self._error = error
+            self._error = str(error)
             return
         finally:
             begun.set()

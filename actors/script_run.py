@@ -109,10 +109,9 @@ class Attempt:
         first = ranks.index(0)
         [port] = self._ask("finding a port", "port", only=first)
         given = environments(places, Launch(script.run, port, restarts, script.max_restarts))
-        try:
-            self._ask("starting the script", "start", given)
-        except OSError as error:
-            raise ScriptFailed(f"{script.command[0]} cannot be started: {error}") from None
+        for error in self._ask("starting the script", "start", given):
+            if error:
+                raise ScriptFailed(f"{script.command[0]} cannot be started: {error}")
         self._ranks = [_Rank(a, rank) for a, rank in zip(self._actors, ranks, strict=True)]
         while not all(one.over for one in self._ranks):
             self._check()

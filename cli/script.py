@@ -15,7 +15,7 @@ from distplat.cli import remote
 from distplat.cli.options import Address, Name, Output, is_json
 from distplat.cli.render import to_json
 from distplat.cli.tables import print_pairs
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import Problem, SpecError, printable
 from distplat.platform.spec import Scaling
 
 COMMAND = "submit-script"
@@ -56,7 +56,7 @@ class Lines:
         if self._quiet:
             return
         try:
-            print(text, file=self._out, flush=True)
+            print(printable(text), file=self._out, flush=True)
         except OSError:  # nobody reads any more; the script goes on, its logs are in files
             self._quiet = True
 
