@@ -21,12 +21,18 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 
 def main() -> None:
-    """Train, and print the loss and accuracy of each epoch on rank 0."""
+    """Join the other processes, train, and leave them when the model is no longer in use."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.1)
     args = parser.parse_args()
     dist.init_process_group("gloo")
+    train(args.epochs, args.lr)
+    dist.destroy_process_group()
+
+
+def train(epochs: int, lr: float) -> None:
+    """Print the loss and accuracy of each epoch on rank 0."""
     torch.manual_seed(0)
     digits = load_digits()
     pixels = torch.tensor(digits.data / 16.0, dtype=torch.float32)
@@ -34,8 +40,8 @@ def main() -> None:
     sampler: DistributedSampler[object] = DistributedSampler(data)
     loader = DataLoader(data, batch_size=32, sampler=sampler)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
-    for epoch in range(args.epochs):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for epoch in range(epochs):
         sampler.set_epoch(epoch)
         right = torch.zeros(1)
         for inputs, targets in loader:
@@ -49,7 +55,6 @@ def main() -> None:
         if dist.get_rank() == 0:
             accuracy = right.item() / len(data)
             print(f"epoch {epoch + 1}  loss {loss.item():.6f}  accuracy {accuracy:.4f}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 from collective_contract import CHECKS, FAILURES
+from marks import slow
 from members import FAR_S, TIMEOUT_S, Pool, everybody, join
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list
 
@@ -65,6 +66,7 @@ def test_auto_takes_memory_on_one_node_and_says_why(members: Take) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_rank_may_come_later_than_an_operation_may_take(late: int, members: Take) -> None:
     actors = members(2)
@@ -83,7 +85,7 @@ def test_late_rank_is_named(failure: str, members: Take) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGSTOP)])
 def test_lost_rank_is_named(victim: int, number: int, members: Take) -> None:
     """By every survivor, neighbours in the ring or not, and by all at about the same time."""
     actors = members(4)
@@ -223,6 +225,7 @@ def test_traffic_is_that_of_a_ring(members: Take) -> None:
         assert 0 < seconds < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_that_were_given_up_leave_nothing(backend: str, members: Take) -> None:
     actors = members(2)

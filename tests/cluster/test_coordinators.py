@@ -88,6 +88,7 @@ def told_once(result: Result) -> None:
     assert len({one.step for one in result.evaluations}) == len(result.evaluations) == 8
 
 
+@pytest.mark.slow
 def test_a_lost_manager_costs_no_step(tmp_path: Path) -> None:
     """Killed, then its successor frozen; there is no checkpoint to go back to."""
 

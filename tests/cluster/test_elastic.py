@@ -124,6 +124,7 @@ def test_all_at_once_begin_anew(tmp_path: Path) -> None:
     assert [(s.step, len(s.replaced)) for s in watch.setbacks][-1] == (0, 3)
 
 
+@pytest.mark.slow
 def test_where_state_dies_with_a_worker_all_begin_anew(tmp_path: Path) -> None:
     strategy = {"name": "ring", "shard_optimizer": True}
     result, watch = run(tmp_path, ["kill 1 at 11"], strategy, max_failures=1)

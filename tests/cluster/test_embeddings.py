@@ -73,6 +73,7 @@ class KillPrimary(BesideTraining):
         self.followed = found.names[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [slow("ring"), "ps-sync"])
 def test_a_lost_server_with_a_backup_costs_no_step(
     plain: Result, strategy: str, tmp_path: Path

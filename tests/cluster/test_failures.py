@@ -104,6 +104,7 @@ def test_killed_server(tmp_path: Path) -> None:
     assert time.monotonic() - killer.done_at < 15
 
 
+@pytest.mark.slow
 def test_killed_controller(tmp_path: Path) -> None:
     """The census finds what it leaves: its actors and the driver's are all to be gone."""
 
@@ -185,6 +186,7 @@ def test_a_busy_cluster_is_waited_for(tmp_path: Path) -> None:
     assert len(result.history) == 15
 
 
+@pytest.mark.slow
 def test_nobody_comes(tmp_path: Path) -> None:
     hog = ray.remote(Hog).options(num_cpus=8).remote()
     ray.get(hog.ping.remote(), timeout=30)

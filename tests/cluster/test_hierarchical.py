@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 from collective_contract import CHECKS, FAILURES
+from marks import slow
 from members import FAR_S, TIMEOUT_S, Pool, everybody, join
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_del
@@ -101,6 +102,7 @@ def test_memory_cannot_reach_another_node(members: Take) -> None:
         assert f"{nodes[0][:12]}: worker 0, 2; {nodes[1][:12]}: worker 1" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_late_rank_is_named(failure: str, members: Take) -> None:
     actors = members("lrr")
@@ -110,7 +112,12 @@ def test_late_rank_is_named(failure: str, members: Take) -> None:
 
 @pytest.mark.parametrize(  # 0 and 1 lead their nodes, 0 keeps the store
     ("victim", "number"),
-    [(0, signal.SIGKILL), (3, signal.SIGKILL), (1, signal.SIGSTOP), (2, signal.SIGSTOP)],
+    [
+        (0, signal.SIGKILL),
+        slow(3, signal.SIGKILL),
+        slow(1, signal.SIGSTOP),
+        slow(2, signal.SIGSTOP),
+    ],
 )
 def test_lost_rank_is_named(victim: int, number: int, members: Take) -> None:
     actors = members("lrlr")

@@ -113,6 +113,7 @@ def test_without_dropout_it_is_what_one_worker_gives(tmp_path: Path) -> None:
     assert cut.metrics == pytest.approx(whole.metrics, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_lost_stage_gets_its_state_from_its_twin(tmp_path: Path) -> None:
     """Killed in a forward and in a backward, and frozen. With dropout: the same bits."""
     lost = {"kill 1 forward 19": 1, "kill 2 backward 29": 2, "stop 0 forward 41": 0}

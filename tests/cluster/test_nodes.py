@@ -106,6 +106,7 @@ def test_halves_between_nodes(alone: Any, tmp_path: Path) -> None:
     assert 1e-7 < distance(weights(result), alone) < 1e-2
 
 
+@pytest.mark.slow
 def test_a_backup_is_on_the_other_node(tmp_path: Path) -> None:
     """Its updates are bytes in a call; workers near one server are far from the one after it."""
     done = tmp_path / "done"

@@ -46,6 +46,7 @@ def losing(strategy: dict[str, Any], deed: str, tmp_path: Path, **more: Any) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_the_bits_as_they_are(tmp_path: Path) -> None:
     watch = Watch()
     strategy = {"name": "ps-sync", "num_servers": 2, "replication": 2}

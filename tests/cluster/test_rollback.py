@@ -77,6 +77,7 @@ def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
     assert json.loads((resumed.path / "result.json").read_text())["resumed_from"] == str(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_lost_server_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
     result = train(spec(tmp_path, SERVERS, ["ServerNode 0 at 13"], saved=True), tmp_path)
     same(result, tmp_path, SERVERS)

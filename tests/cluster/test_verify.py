@@ -29,6 +29,7 @@ def test_dropout_and_samples_that_draw_repeat_and_are_those_of_a_plain_loop() ->
         assert found[strategy, "whole batch"].verdict == EQUAL
 
 
+@pytest.mark.slow
 def test_strategies_are_chosen_by_what_the_task_can_do() -> None:
     found = rows("Whole", "ring", "ps-async")
     assert found["ps-async", "loss curve"].verdict == NOT_COMPARED
