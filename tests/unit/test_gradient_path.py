@@ -119,8 +119,9 @@ def test_a_gradient_under_ps_sync() -> None:
         "platform/shard_map.py",
         "strategies/server/answers.py",
     ]
-    assert trace.servers[: trace.servers.index("platform/lr_schedules.py") + 1] == [
-        "actors/memory/futex.py",
+    # The mailbox's thread may be awake already, and then it does not come from the futex.
+    served = [name for name in trace.servers if name != "actors/memory/futex.py"]
+    assert served[: served.index("platform/lr_schedules.py") + 1] == [
         "actors/servers/shard_serving.py",
         "actors/memory/mailboxes.py",
         "platform/server_group.py",
