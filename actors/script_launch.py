@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import ray
 
 from distplat.actors.launch import failures_of_ray, local_ray
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.script_run import Script, run_script
+from distplat.actors.script_run import Script, Terminal, run_script
 from distplat.actors.spawn import spawn_script
 from distplat.actors.stopping import Stopping
 from distplat.platform.disk import write_whole
@@ -44,16 +44,6 @@ class ScriptResult:
     """The run directory, with `rank-<n>.log` for each process."""
     restarts: int
     seconds: float
-
-
-class Terminal(Protocol):
-    """Shows what happens."""
-
-    def line(self, rank: int, text: str) -> None:
-        """Show a line that a rank has printed."""
-
-    def news(self, text: str) -> None:
-        """Show what the run itself has to say."""
 
 
 class _Logs:
