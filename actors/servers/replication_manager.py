@@ -99,13 +99,17 @@ class ReplicationManager:
     def wait_past(self, version: int, limit_s: float) -> bool:
         """Wait until the map is newer than that, or no hope is left; False: neither came."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: self._map[0] > version or self.lost is not None, limit_s
-            )
+            self._changed.wait_for(lambda: self._closed or self._is_news(version), limit_s)
+            return self._is_news(version)
+
+    def _is_news(self, version: int) -> bool:
+        return self._map[0] > version or self.lost is not None
 
     def close(self) -> None:
-        """Look after the servers no more."""
-        self._closed = True
+        """Look after the servers no more, and let go who waits for news of them."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _run(self) -> None:
         """Look after the servers until one is lost for good, or this manager is of no use."""

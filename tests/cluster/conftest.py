@@ -11,11 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 from ray.experimental.internal_kv import _internal_kv_list
 
 GONE_WITHIN_S = 10.0
 MARK = "TESTED_BY"
 """Variable of the environment that all processes of a module's runs have: `<pid>:<module>`."""
+
+torch.set_num_threads(1)  # as in a worker: what a test computes beside a run has the run's bits
 
 # A job in the background ignores SIGINT, and so would all that it starts: no test could send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -271,6 +271,17 @@ def test_listening_ends_when_the_worker_leaves(make: Made) -> None:
     assert servers.cluster.drain(5.0)
 
 
+def test_nobody_waits_for_news_of_servers_that_have_ended(make: Made) -> None:
+    """Such a wait would keep their memory, ten seconds long."""
+    servers = make(1, 2, replication=2)
+    connected(servers, 0)
+    manager = servers.manager.body
+    [held] = [one for one in threading.enumerate() if one.name == "follow"]
+    manager.close()
+    held.join(5.0)
+    assert not held.is_alive()
+
+
 UPDATE_MOMENTS = ["before the update is sent", "after the backup has made it"]
 
 
