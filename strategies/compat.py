@@ -47,11 +47,6 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def calls_compiled(model: nn.Module) -> bool:
-    """Whether a call of the model runs compiled code, its own or that of a module in it."""
-    return any(module._compiled_call_impl is not None for module in model.modules())
-
-
 def call_compiled(module: nn.Module, context: Callable[..., Any]) -> None:
     """Have a module's calls compiled in place, as `module.compile()` does, by a given compiler."""
     # A frame of ours around it: dynamo passes over those of torch's own modules.

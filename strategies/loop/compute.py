@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat.platform.even_split import split_evenly
@@ -30,64 +29,8 @@ from distplat.strategies.loop.loss_check import LossDoubts
 from distplat.strategies.loop.losses import Figures, LossTerm, eval_figures, made_of
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_evaluation, seed_step
+from distplat.strategies.loop.task_contents import task_modules
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.task import Task
-
-
-def task_parameters(task: Task, model: nn.Module) -> dict[str, Tensor]:
-    """
-    Find the trainable parameters in a task's attributes that are not the model's.
-
-    Looked at are parameters, leaf tensors that require a gradient, and modules, alone or in lists,
-    tuples and dicts.
-
-    Args:
-        task: after its model() was called.
-        model: what that gave.
-
-    Returns:
-        By path of attributes, such as `log_var` or `heads.0.weight`; each tensor once.
-    """
-    seen = {id(parameter) for parameter in model.parameters()}
-    found: dict[str, Tensor] = {}
-    for name, tensor in _tensors(vars(task)):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor
-    return found
-
-
-def task_modules(task: Task, model: nn.Module) -> list[nn.Module]:
-    """Give the modules in a task's attributes that are not the model's own, outermost ones."""
-    own = {id(module) for module in model.modules()}
-    return [module for _, module in _modules(vars(task)) if id(module) not in own]
-
-
-def _items(value: object) -> Iterator[tuple[str, object]]:
-    if isinstance(value, Mapping):
-        yield from ((str(key), item) for key, item in value.items())
-    elif isinstance(value, list | tuple):
-        yield from ((str(number), item) for number, item in enumerate(value))
-
-
-def _modules(value: object) -> Iterator[tuple[str, nn.Module]]:
-    for name, item in _items(value):
-        if isinstance(item, nn.Module):
-            yield name, item
-        else:
-            yield from ((f"{name}.{rest}", module) for rest, module in _modules(item))
-
-
-def _tensors(value: object) -> Iterator[tuple[str, Tensor]]:
-    for name, item in _items(value):
-        if isinstance(item, Tensor):
-            if item.requires_grad and item.is_leaf:
-                yield name, item
-        elif isinstance(item, nn.Module):
-            named = item.named_parameters()
-            yield from ((f"{name}.{path}", p) for path, p in named if p.requires_grad)
-        else:
-            yield from ((f"{name}.{rest}", tensor) for rest, tensor in _tensors(item))
 
 
 class Stopwatch:
@@ -202,7 +145,7 @@ class WholeModel:
         self.flat, self.sampler = prepared.flat, prepared.sampler
         self.last_backward, self.rank, self.alive = last_backward, rank, alive
         self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
-        self._doubts = LossDoubts(self.task, self.flat.model, runs=prepared.lookups is None)
+        self._doubts = LossDoubts(self.task, self.flat.model)
 
     def start(self, steps: range) -> None:
         """See `Compute`."""
@@ -221,11 +164,8 @@ class WholeModel:
             batch = moved(next(self._batches), self.flat.params.device)
             clock.lap("data")
             with precision(self.job, self.flat.params.device):
-                self._doubts.before(step, batch, size)
-            # Another context: autocast may keep weights that it cast where no gradient was wanted.
-            with precision(self.job, self.flat.params.device):
                 made = made_of(self.task, self.flat.model, batch, size)
-                self._doubts.after(step, made, size)
+                self._doubts.look(step, made, size)
             term = made.term
             self.flat.before_backward()
             if number == len(sizes):

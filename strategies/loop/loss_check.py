@@ -7,8 +7,8 @@ import dataclasses
 import logging
 import math
 import random
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections import OrderedDict, UserDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from distplat.strategies.compat import calls_compiled
+from distplat.strategies.loop.collate import with_fields
 from distplat.strategies.loop.losses import Made
-from distplat.strategies.task import Task, has_step, own_call, step_of
+from distplat.strategies.loop.task_contents import task_modules
+from distplat.strategies.task import Task, has_step
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,14 @@ _FIRST_STEPS = 3
 """Steps whose losses are looked at."""
 _COARSE = 3e-2
 _COPIED_ELEMENTS = 1 << 20
-"""Tensors that the task keeps are copied up to this size: `loss()` may write into them."""
+"""What the task keeps is copied up to this size, for `loss()` may write into it."""
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _CONTAINERS = (list, dict, OrderedDict, set, deque)
 _ATOMS = (str, bytes, int, float, complex, type(None))
 
 
 class Value(NamedTuple):
-    """What `loss()` or `step()` gave for some samples."""
+    """What `loss()` gave for some samples."""
 
     sum: float
     weight: float | None
@@ -48,57 +50,41 @@ class LossDoubts:
     Looks at the losses of a run's first steps, and warns once.
 
     Args:
-        task: the user's.
-        model: whose buffers a loss may reach.
-        runs: whether the model may be run once more.
+        task: the user's. One with a `step` of its own is not looked at: the model would have to run
+            once more, and what a forward changes is not all in reach.
+        model: its own.
     """
 
-    def __init__(self, task: Task, model: nn.Module, *, runs: bool = False) -> None:
+    def __init__(self, task: Task, model: nn.Module) -> None:
         self._task, self._model = task, model
-        self._runs = runs and not calls_compiled(model)  # it would be compiled for each shape
         self._looked: set[int] = set()  #: steps
 
-    def before(self, step: int, batch: Any, samples: int) -> None:
+    def look(self, step: int, made: Made, samples: int) -> None:
         """
-        Look at the first micro-batch of one of the first steps, if the model must be run for it.
-
-        It must where outputs and targets alone do not say what the loss is made of.
-
-        Args:
-            step: from 0.
-            batch: as the model will get it.
-            samples: of the micro-batch.
-        """
-        says = own_call(self._task) is not None or isinstance(batch, Mapping)
-        if self._runs and says and self._due(step):
-            self._tell(is_mean_of_parts(self._task, self._model, batch, samples))
-
-    def after(self, step: int, made: Made, samples: int) -> None:
-        """
-        Look at the first micro-batch of one of the first steps, if nobody has.
+        Look at the first micro-batch of one of the first steps.
 
         Args:
             step: from 0.
             made: what task and model made of it.
             samples: of the micro-batch.
         """
-        if has_step(self._task) or not self._due(step):
+        if has_step(self._task) or step >= _FIRST_STEPS or step in self._looked:
             return
+        self._looked.add(step)
         term = made.term
         loss = (term.value, term.weight) if term.weighted else term.value
-        given, buffers = (made.outputs, made.targets, loss), self._model.buffers()
-        self._tell(is_mean_over_samples(self._task.loss, *given, samples=samples, buffers=buffers))
-
-    def _due(self, step: int) -> bool:
-        if step >= _FIRST_STEPS or step in self._looked:
-            return False
-        self._looked.add(step)
-        return True
-
-    def _tell(self, found: str | None) -> None:
+        given, states = (made.outputs, made.targets, loss), states_of(self._task, self._model)
+        found = is_mean_over_samples(self._task.loss, *given, samples=samples, states=states)
         if found is not None:
             self._looked.update(range(_FIRST_STEPS))
             logger.warning("%s", found)
+
+
+def states_of(task: Task, model: nn.Module) -> list[Tensor]:
+    """Give buffers, and what is frozen in modules that the task keeps: a loss may move them."""
+    own = task_modules(task, model)
+    frozen = [p for module in own for p in module.parameters() if not p.requires_grad]
+    return [*model.buffers(), *(buffer for module in own for buffer in module.buffers()), *frozen]
 
 
 def is_mean_over_samples(
@@ -107,14 +93,15 @@ def is_mean_over_samples(
     targets: Any,
     loss: Any,
     *,
-    samples: int | None = None,
-    buffers: Iterable[Tensor] = (),
+    samples: int,
+    states: Sequence[Tensor] = (),
 ) -> str | None:
     """
     Compare the loss of a batch with those of its halves.
 
     Nothing that training goes on with is changed: halves are copies, the task is a copy, generators
-    and buffers are put back.
+    and `states` are put back. A task that keeps large tensors or generators of its own is passed
+    over. Objects of the user's classes that it keeps are not copied.
 
     Args:
         task_loss: the task's `loss`.
@@ -122,130 +109,49 @@ def is_mean_over_samples(
             and dataclasses.
         targets: in the same way.
         loss: what `task_loss` made of them: a scalar, or (sum, weight).
-        samples: size of the batch; None: that of the first tensor's first dimension.
-        buffers: of the model, which `task_loss` may reach.
+        samples: size of the batch.
+        states: what `task_loss` may reach beside the task's attributes, see `states_of`.
 
     Returns:
         A warning, if parts of the batch cannot be put together; None: they can, or nobody can tell.
     """
     try:
-        size = samples if samples is not None else _batch_size((targets, outputs))
         whole = _value(loss)
-        if size is None or size < 2 or whole is None or not _finite(whole):
+        if samples < 2 or whole is None or not _finite(whole):
             return None
-        cuts = (slice(0, size // 2), slice(size // 2, size))
-        halves = _losses_of(task_loss, (outputs, targets), size, cuts, buffers)
+        cuts = slice(0, samples // 2), slice(samples // 2, samples)
+        halves = _losses_of(task_loss, (outputs, targets), samples, cuts, states)
         if halves is None:
             return None
-        tolerance = _tolerance((outputs, loss))
-        return _verdict("loss", halves, _sizes(cuts), whole, tolerance)
+        sizes = [cut.stop - cut.start for cut in cuts]
+        return _verdict(halves, sizes, whole, _tolerance((outputs, loss)))
     except Exception:  # the user's code on a batch that may be unusual; training goes on
         return None
-
-
-def is_mean_of_parts(task: Task, model: nn.Module, batch: Any, samples: int) -> str | None:
-    """
-    Compare the loss of a batch with those of its halves, from the model on, in evaluation mode.
-
-    Nothing that training goes on with is changed: the batch is copied, the task is a copy, the
-    model's modes, buffers and attributes and the generators are put back.
-
-    Args:
-        task: the user's.
-        model: whole. One with large frozen parameters is not looked at: forwards may write them.
-        batch: as the model will get it.
-        samples: of the batch.
-
-    Returns:
-        A warning, if parts of the batch cannot be put together; None: they can, or nobody can tell.
-    """
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    if samples < 2 or sum(p.numel() for p in frozen) > _COPIED_ELEMENTS:
-        return None
-    halves = slice(0, samples // 2), slice(samples // 2, samples)
-    cuts = slice(0, samples), *halves
-    kept = [*model.buffers(), *frozen]
-    own = [value for value in vars(task).values() if isinstance(value, nn.Module)]
-    try:
-        with evaluating(model, *own):
-            losses = _losses_of(step_of(task), (batch,), samples, cuts, kept, model)
-        if losses is None or not _finite(losses[0]):
-            return None
-        whole, *parts = losses
-        method = "step" if has_step(task) else "loss"
-        return _verdict(method, parts, _sizes(halves), whole, _computed_to(model))
-    except Exception:  # the user's code on a batch that may be unusual; training goes on
-        return None
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Have models in evaluation mode; at the end all that their modules hold is what it was."""
-    every = {id(module): module for model in models for module in model.modules()}.values()
-    held = [(module, dict(vars(module))) for module in every]
-    inside = [
-        (value, copy.copy(value))
-        for _, values in held
-        for value in values.values()
-        if type(value) in _CONTAINERS
-    ]
-    try:
-        for module, _ in held:
-            module.training = False
-        yield
-    finally:
-        for module, values in held:
-            for name in vars(module).keys() - values.keys():
-                vars(module).pop(name)
-            vars(module).update(values)
-        for value, content in inside:
-            _refill(value, content)
-
-
-def _computed_to(model: nn.Module) -> float:
-    """Give the tolerance for what a model computes; losses are often made in float32."""
-    devices = {parameter.device.type for parameter in model.parameters()}
-    if any(torch.is_autocast_enabled(device) for device in devices):
-        return _COARSE
-    return max(_TOLERANCES[torch.float32], _tolerance([*model.parameters()]))
-
-
-def _refill(value: Any, content: Any) -> None:
-    value.clear()
-    if isinstance(value, list | deque):
-        value.extend(content)
-    else:
-        value.update(content)
-
-
-def _sizes(cuts: Iterable[slice]) -> list[int]:
-    return [cut.stop - cut.start for cut in cuts]
 
 
 def _losses_of(
-    method: Callable[..., Any],
-    given: Iterable[Any],
+    task_loss: Callable[[Any, Any], Any],
+    given: tuple[Any, Any],
     size: int,
     cuts: Iterable[slice],
-    buffers: Iterable[Tensor],
-    *whole: nn.Module,
+    states: Sequence[Tensor],
 ) -> list[Value] | None:
     """Give the loss of each part; None: it is none, or hangs on random numbers."""
     found = []
-    with torch.no_grad(), _kept(_states_of(method, buffers)):
+    if sum(state.numel() for state in states) > _COPIED_ELEMENTS:
+        raise _CannotTell
+    with torch.no_grad(), _kept(states):
         before = _generators()
         for cut in cuts:
-            parts = [_part(one, size, cut) for one in given]
-            value = _value(_on_a_copy(method)(*whole, *parts))
+            outputs, targets = (_part(one, size, cut) for one in given)
+            value = _value(_on_a_copy(task_loss)(outputs, targets))
             if value is None or not _same(before, _generators()):
                 return None
             found.append(value)
     return found
 
 
-def _verdict(
-    method: str, halves: list[Value], sizes: list[int], whole: Value, tolerance: float
-) -> str | None:
+def _verdict(halves: list[Value], sizes: list[int], whole: Value, tolerance: float) -> str | None:
     """Give the warning for these losses, if there is one to give."""
     a, b = halves
     if (a.weight is None) != (whole.weight is None) or (b.weight is None) != (whole.weight is None):
@@ -262,7 +168,7 @@ def _verdict(
             return None
         what, remedy = "is no mean", _remedy(a.sum, b.sum, whole.sum, tolerance)
     return (
-        f"{method}() {what} over the samples of a batch: halves give {_shown(a)} and {_shown(b)}, "
+        f"loss() {what} over the samples of a batch: halves give {_shown(a)} and {_shown(b)}, "
         f"the whole gives {_shown(whole)}; the result depends on the number of workers and "
         f"micro-batches. {remedy}"
     )
@@ -304,9 +210,7 @@ def _finite(value: Value) -> bool:
 
 
 def _value(loss: Any) -> Value | None:
-    """Read what `loss()` or `step()` gave; None: neither a scalar nor (sum, weight)."""
-    if isinstance(loss, Mapping):
-        loss = loss.get("loss")
+    """Read what `loss()` gave; None: neither a scalar nor (sum, weight)."""
     if isinstance(loss, Tensor):
         return Value(loss.item(), None) if loss.ndim == 0 else None
     if isinstance(loss, list | tuple) and len(loss) == 2 and isinstance(loss[0], Tensor):
@@ -341,13 +245,8 @@ def _items(tree: Any) -> list[Any] | None:
     return None
 
 
-def _batch_size(tree: Any) -> int | None:
-    """Give the first dimension of the first tensor that has one."""
-    return next((len(tensor) for tensor in _tensors(tree) if tensor.ndim), None)
-
-
 class _CannotTell(Exception):
-    """The batch is not one that we know how to cut."""
+    """The batch is not one that we know how to cut, or the task keeps what cannot be copied."""
 
 
 def _part(tree: Any, size: int, cut: slice) -> Any:
@@ -395,7 +294,7 @@ def _rebuilt(tree: Any, items: list[Any]) -> Any:
     if isinstance(tree, Mapping):
         if dataclasses.is_dataclass(tree):  # such as the outputs of Hugging Face's models
             return type(tree)(**dict(zip(tree, items, strict=True)))
-        if not isinstance(tree, MutableMapping):
+        if not isinstance(tree, dict | UserDict):  # a copy of another may share what it holds
             raise _CannotTell
         made: Any = copy.copy(tree)
         for key, item in zip(tree, items, strict=True):
@@ -405,10 +304,8 @@ def _rebuilt(tree: Any, items: list[Any]) -> Any:
         return type(tree)(*items)
     if isinstance(tree, list | tuple):
         return type(tree)(items)
-    made = copy.copy(tree)
-    for field, item in zip(dataclasses.fields(tree), items, strict=True):
-        object.__setattr__(made, field.name, item)
-    return made
+    names = [field.name for field in dataclasses.fields(tree)]
+    return with_fields(tree, dict(zip(names, items, strict=True)))
 
 
 def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -418,25 +315,21 @@ def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
         return task_loss
     twin = copy.copy(task)
     for name, value in vars(task).items():
+        if isinstance(value, _GENERATORS):
+            raise _CannotTell
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            if value.numel() <= _COPIED_ELEMENTS:
-                vars(twin)[name] = value.detach().clone()
-        elif type(value) in (list, dict, set, deque):
+            if value.numel() > _COPIED_ELEMENTS:
+                raise _CannotTell
+            vars(twin)[name] = value.detach().clone()
+        elif type(value) in _CONTAINERS:
             vars(twin)[name] = copy.copy(value)
     return MethodType(function, twin)
 
 
-def _states_of(task_loss: Callable[..., Any], buffers: Iterable[Tensor]) -> list[Tensor]:
-    """Give the model's buffers and those of modules that the task keeps."""
-    kept = list(vars(getattr(task_loss, "__self__", None) or object).values())
-    modules = [value for value in kept if isinstance(value, nn.Module)]
-    return [*buffers, *(buffer for module in modules for buffer in module.buffers())]
-
-
 @contextmanager
-def _kept(buffers: list[Tensor]) -> Iterator[None]:
-    """Put generators and buffers back at the end."""
-    copies = [(buffer, buffer.detach().clone()) for buffer in buffers]
+def _kept(states: Sequence[Tensor]) -> Iterator[None]:
+    """Put generators and states back at the end."""
+    copies = [(state, state.detach().clone()) for state in states]
     before = _generators()
     try:
         yield
@@ -446,8 +339,8 @@ def _kept(buffers: list[Tensor]) -> Iterator[None]:
         torch.set_rng_state(before[2])
         for device, state in enumerate(before[3]):
             torch.cuda.set_rng_state(state, device)
-        for buffer, values in copies:
-            buffer.data.copy_(values)  # not by autograd's count: backward may have it saved
+        for state, values in copies:
+            state.data.copy_(values)  # not by autograd's count: backward may have it saved
 
 
 def _generators() -> tuple[Any, Any, Tensor, list[Tensor]]:

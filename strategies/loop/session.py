@@ -36,11 +36,12 @@ from distplat.strategies.loop.checks import (
     checked_data,
     checked_model,
 )
-from distplat.strategies.loop.compute import TaskModel, task_parameters
+from distplat.strategies.loop.compute import TaskModel
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
+from distplat.strategies.loop.task_contents import task_parameters
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.parameter_groups import check_groups

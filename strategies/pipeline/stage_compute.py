@@ -133,7 +133,7 @@ class Pipeline:
         with precision(self._p.job, self._device):
             term = loss_term(self._p.task, outputs, targets, samples)
             if self._settings.at.slice == 0:
-                self._doubts.after(step, Made(outputs, targets, term), samples)
+                self._doubts.look(step, Made(outputs, targets, term), samples)
             return term
 
     def figures_of(self, outputs: Any, targets: Any, samples: int) -> Figures:

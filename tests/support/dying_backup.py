@@ -14,7 +14,7 @@ class InMemoryBackup:
     See `BackupLink`; the backup makes each update within the call.
 
     Args:
-        primary: whose updates they are; this becomes its mirror.
+        primary: whose updates they are; this becomes its `backup_link`.
         backup: an equal store, filled here.
     """
 

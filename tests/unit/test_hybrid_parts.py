@@ -170,8 +170,8 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("micro_batches", "eval_batches"):
         monkeypatch.setattr(stage_compute, name, read_under_lock(getattr(stage_compute, name)))
-    look = LossDoubts.after
-    monkeypatch.setattr(LossDoubts, "after", under_lock(look))  # puts generators back
+    look = LossDoubts.look
+    monkeypatch.setattr(LossDoubts, "look", under_lock(look))  # puts generators back
     # What a rank tries while others train is not to put their generator back.
     monkeypatch.setattr(torch.random, "fork_rng", lambda **kept: nullcontext())
     monkeypatch.setattr(rank_model.Layers, "seeded", locked)

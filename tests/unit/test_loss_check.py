@@ -2,10 +2,11 @@
 
 import importlib
 import random
-from collections import OrderedDict, namedtuple
-from collections.abc import Callable
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
 from distplat.nn import connect
-from distplat.strategies.loop.loss_check import is_mean_over_samples
+from distplat.strategies.loop.loss_check import is_mean_over_samples, states_of
 from distplat.strategies.task import Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,8 +26,9 @@ SIZES = [2, 3, 7, 16]
 Loss = Callable[[Any, Any], Any]
 
 
-def asked(loss: Loss, outputs: Any, targets: Any, **more: Any) -> str | None:
-    return is_mean_over_samples(loss, outputs, targets, loss(outputs, targets), **more)
+def asked(loss: Loss, outputs: Any, targets: Any, samples: int | None = None) -> str | None:
+    size = samples or len(targets)
+    return is_mean_over_samples(loss, outputs, targets, loss(outputs, targets), samples=size)
 
 
 def classes(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -148,7 +150,7 @@ def test_batches_of_many_forms(size: int, pack: Any, unpack: Any) -> None:
     outputs, targets = classes(size)
     packed = pack(outputs)
     for turned in (False, True):
-        pair = (targets, packed) if turned else (packed, targets)
+        left, right = (targets, packed) if turned else (packed, targets)
 
         def mean(one: Any, other: Any, turned: bool = turned) -> Tensor:
             found, wanted = (other, one) if turned else (one, other)
@@ -158,28 +160,56 @@ def test_batches_of_many_forms(size: int, pack: Any, unpack: Any) -> None:
             found: Tensor = mean(one, other) * len(one if isinstance(one, Tensor) else other)
             return found
 
-        more = {"samples": size}
-        assert asked(mean, *pair, **more) is None
-        said = asked(total, *pair, **more)
+        assert asked(mean, left, right, size) is None
+        said = asked(total, left, right, size)
         assert said is not None and "It is a sum" in said
 
 
 @pytest.mark.parametrize(
-    ("outputs", "targets"),
+    ("outputs", "targets", "samples"),
     [
-        (torch.randn(4, 7, 3), torch.zeros(7)),
-        (pack_sequence([torch.randn(3, 2), torch.randn(2, 2)]), torch.zeros(2)),
-        (object(), torch.zeros(4)),
-        (torch.randn(1, 3), torch.zeros(1)),
-        (torch.tensor(1.0), torch.tensor(2.0)),
-        (None, None),
+        (torch.randn(4, 7, 3), torch.zeros(7), 7),
+        (pack_sequence([torch.randn(3, 2), torch.randn(2, 2)]), torch.zeros(2), 2),
+        (object(), torch.zeros(4), 4),
+        (torch.randn(1, 3), torch.zeros(1), 1),
     ],
-    ids=["time-first", "packed", "unknown", "one", "scalars", "none"],
+    ids=["time-first", "packed", "unknown", "one"],
 )
-def test_what_cannot_be_cut_is_passed_over(outputs: Any, targets: Any) -> None:
-    assert is_mean_over_samples(
-        lambda o, t: torch.tensor(9.0), outputs, targets, torch.ones(())
-    ) is (None)
+def test_what_cannot_be_cut_is_passed_over(outputs: Any, targets: Any, samples: int) -> None:
+    given = outputs, targets, torch.ones(())
+    loss = lambda o, t: torch.tensor(9.0)  # noqa: E731
+    assert is_mean_over_samples(loss, *given, samples=samples) is None
+
+
+class Inside(MutableMapping[str, Any]):
+    """A mapping of the user's own, whose copy shares what it holds."""
+
+    def __init__(self, **items: Any) -> None:
+        self.items_ = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items_[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+@pytest.mark.parametrize("kind", [Inside, UserDict, OrderedDict, dict])
+def test_a_batch_stays_whole(kind: Any) -> None:
+    outputs, targets = classes(8)
+    batch = kind(x=outputs, y=targets)
+    said = asked(lambda o, b: F.cross_entropy(b["x"], b["y"], reduction="sum"), outputs, batch, 8)
+    assert (said is None) == (kind is Inside)
+    assert batch["x"] is outputs and batch["y"] is targets
 
 
 def test_a_loss_that_fails_or_gives_something_else_is_passed_over() -> None:
@@ -201,7 +231,7 @@ def test_a_loss_that_fails_or_gives_something_else_is_passed_over() -> None:
     for loss in (small, other, backward):
         assert asked(loss, outputs, targets) is None
     for given in (1.0, None, {"loss": 1}, outputs, torch.tensor(float("nan"))):
-        assert is_mean_over_samples(small, outputs, targets, given) is None
+        assert is_mean_over_samples(small, outputs, targets, given, samples=8) is None
 
 
 @pytest.mark.parametrize(
@@ -212,7 +242,8 @@ def test_random_losses_are_passed_over_and_generators_put_back(draw: Any) -> Non
     loss = (outputs.sum() * draw(())).detach()
     numpy: Any = np.random.get_state()
     states = torch.get_rng_state(), random.getstate()
-    assert is_mean_over_samples(lambda o, t: o.sum() * draw(()), outputs, targets, loss) is None
+    drawn = lambda o, t: o.sum() * draw(())  # noqa: E731
+    assert is_mean_over_samples(drawn, outputs, targets, loss, samples=8) is None
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     now: Any = np.random.get_state()
@@ -224,7 +255,8 @@ class Keeping(Task):
 
     def __init__(self) -> None:
         self.calls, self.losses, self.center = 0, list[float](), torch.zeros(5)
-        self.norm = nn.BatchNorm1d(5)
+        self.norm, self.seen = nn.BatchNorm1d(5), OrderedDict[int, int]()
+        self.teachers = [nn.Linear(5, 5).requires_grad_(False), nn.BatchNorm1d(5)]
 
     def model(self) -> nn.Module:
         return nn.Linear(5, 5)
@@ -236,6 +268,9 @@ class Keeping(Task):
         self.calls += 1
         self.center.mul_(0.9).add_(outputs.detach().mean(0), alpha=0.1)
         self.norm(outputs.detach())
+        self.teachers[1](self.teachers[0](outputs.detach()))
+        self.teachers[0].get_parameter("weight").data.mul_(0.9)
+        self.seen[len(self.seen)] = len(outputs)
         loss = F.cross_entropy(outputs, targets)
         self.losses.append(loss.item())
         outputs.detach().clamp_(-1, 1)
@@ -249,14 +284,38 @@ def test_nothing_is_changed() -> None:
     leaf, outputs = outputs, outputs * 1
     loss = task.loss(outputs, targets)
     outputs, targets = leaf * 1, targets + 1
-    figures = [task.center, *task.norm.buffers(), outputs.detach(), targets]
+    kept = [task.norm, *task.teachers]
+    figures = [task.center, *(t for m in kept for t in m.state_dict().values())]
+    figures += [outputs.detach(), targets]
     before = [figure.clone() for figure in figures]
-    is_mean_over_samples(task.loss, outputs, targets, loss)
-    assert task.calls == len(task.losses) == 1
+    states = states_of(task, task.model())
+    assert is_mean_over_samples(task.loss, outputs, targets, loss * 8, samples=8, states=states)
+    assert task.calls == len(task.losses) == len(task.seen) == 1
     for figure, old in zip(figures, before, strict=True):
         assert torch.equal(figure, old)
     torch.autograd.backward(F.cross_entropy(outputs, targets * 0))
     assert leaf.grad is not None
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [torch.Generator(), np.random.default_rng(0), random.Random(0), torch.zeros(2**20 + 1)],
+    ids=["torch", "numpy", "python", "queue"],
+)
+def test_a_task_that_keeps_what_cannot_be_copied_is_passed_over(kept: Any) -> None:
+    task, calls = Keeping(), list[Tensor]()
+    outputs, targets = classes(8)
+
+    def total(self: Task, outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(outputs)
+        return outputs.sum()
+
+    bound = MethodType(total, task)
+    assert is_mean_over_samples(bound, outputs, targets, outputs.sum() * 9, samples=8) is not None
+    assert len(calls) == 2
+    vars(task)["kept"] = kept
+    assert is_mean_over_samples(bound, outputs, targets, outputs.sum() * 9, samples=8) is None
+    assert len(calls) == 2
 
 
 def test_buffers_of_the_model_are_put_back() -> None:
@@ -264,10 +323,9 @@ def test_buffers_of_the_model_are_put_back() -> None:
     outputs, targets = classes(8)
     loss = F.cross_entropy(norm(outputs), targets)
     before = [buffer.clone() for buffer in norm.buffers()]
-    said = is_mean_over_samples(
-        lambda o, t: F.cross_entropy(norm(o), t), outputs, targets, loss, buffers=norm.buffers()
-    )
-    assert said is not None
+    normed = lambda o, t: F.cross_entropy(norm(o), t)  # noqa: E731
+    given, states = (outputs, targets, loss), states_of(Keeping(), norm)
+    assert is_mean_over_samples(normed, *given, samples=8, states=states) is not None
     for buffer, old in zip(norm.buffers(), before, strict=True):
         assert torch.equal(buffer, old)
     torch.autograd.backward(loss)
@@ -294,5 +352,5 @@ def test_the_examples_pass(
     inputs, targets = default_collate([data[index] for index in range(size)])
     with torch.autocast("cpu", torch.bfloat16, enabled=size == 32):
         assert asked(task.loss, model(inputs), targets, samples=size) is None
-        wrong = asked(lambda o, t: task.loss(o, t) * len(t), model(inputs), targets)
+        wrong = asked(lambda o, t: task.loss(o, t) * len(t), model(inputs), targets, samples=size)
         assert wrong is not None and "It is a sum" in wrong
