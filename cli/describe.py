@@ -51,11 +51,17 @@ def field_rows(model: type[BaseModel]) -> list[dict[str, Any]]:
 def _bounds(field: FieldInfo) -> list[str]:
     """Give `1 to 256`, `> 0`; a schema lacks them where a validator of ours stands before."""
     found = {sign: getattr(m, sign) for m in field.metadata for sign in _SIGNS if hasattr(m, sign)}
+    if tops := [m.le for m in field.metadata if hasattr(m, "le")]:
+        found["le"] = min(tops)
     if found.get("le", 0) >= _NO_LIMIT:
         del found["le"]
     if {"ge", "le"} <= found.keys():
-        return [f"{found['ge']:g} to {found['le']:g}"]
-    return [", ".join(f"{_SIGNS[sign]} {bound:g}" for sign, bound in found.items())] * bool(found)
+        return [f"{_shown(found['ge'])} to {_shown(found['le'])}"]
+    return [", ".join(f"{_SIGNS[sign]} {_shown(at)}" for sign, at in found.items())] * bool(found)
+
+
+def _shown(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _type(schema: dict[str, Any]) -> str:

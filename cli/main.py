@@ -8,7 +8,6 @@ import errno
 import sys
 import traceback
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,15 +16,26 @@ import distplat
 from distplat.cli.closed_pipe import let_go
 from distplat.cli.options import (
     Address,
+    DriverCpus,
+    DriverGpus,
+    DriverMemory,
+    DryRun,
     JobFile,
     JobId,
+    Metadata,
     Name,
     NumWorkers,
     Output,
+    Quiet,
     Resume,
+    RuntimeEnv,
+    RuntimeEnvJson,
     Settings,
     StrategyFile,
     StrategyName,
+    SubmissionId,
+    Wait,
+    WorkingDir,
     flags,
     is_json,
 )
@@ -92,30 +102,18 @@ def submit(
     strategy_file: StrategyFile = None,
     resume: Resume = None,
     address: Address = None,
-    working_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the task's module; default: the job file's.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the job with all defaults; start nothing.")
-    ] = False,
-    wait: Annotated[bool, typer.Option(help="Follow a remote job to its end.")] = True,
-    submission_id: Annotated[str | None, typer.Option(help="Id of a remote job.")] = None,
-    metadata_json: Annotated[str | None, typer.Option(help="Metadata of a remote job.")] = None,
-    runtime_env: Annotated[
-        Path | None, typer.Option(help="YAML file with a Ray runtime environment.")
-    ] = None,
-    runtime_env_json: Annotated[str | None, typer.Option(help="The same as JSON.")] = None,
-    entrypoint_num_cpus: Annotated[
-        float | None, typer.Option(min=0, help="CPUs that a remote job's driver takes.")
-    ] = None,
-    entrypoint_num_gpus: Annotated[
-        float | None, typer.Option(min=0, help="GPUs that a remote job's driver takes.")
-    ] = None,
-    entrypoint_memory: Annotated[
-        int | None, typer.Option(min=0, help="Bytes of memory that it takes.")
-    ] = None,
+    working_dir: WorkingDir = None,
+    dry_run: DryRun = False,
+    wait: Wait = True,
+    submission_id: SubmissionId = None,
+    metadata_json: Metadata = None,
+    runtime_env: RuntimeEnv = None,
+    runtime_env_json: RuntimeEnvJson = None,
+    entrypoint_num_cpus: DriverCpus = None,
+    entrypoint_num_gpus: DriverGpus = None,
+    entrypoint_memory: DriverMemory = None,
     output: Output = "text",
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the result only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """
     Train what a job file says: here, or on a Ray cluster.

@@ -39,6 +39,30 @@ Resume = Annotated[
         "a relative path is taken from where run directories are made.",
     ),
 ]
+WorkingDir = Annotated[
+    Path | None, typer.Option(help="Folder of the task's module; default: the job file's.")
+]
+RuntimeEnv = Annotated[Path | None, typer.Option(help="YAML file with a Ray runtime environment.")]
+RuntimeEnvJson = Annotated[str | None, typer.Option(help="The same as JSON.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the result only.")]
+SubmissionId = Annotated[str | None, typer.Option(help="Id of a remote job.")]
+Metadata = Annotated[str | None, typer.Option("--metadata-json", help="Metadata of a remote job.")]
+DriverCpus = Annotated[
+    float | None,
+    typer.Option("--entrypoint-num-cpus", min=0, help="CPUs that a remote job's driver takes."),
+]
+DriverGpus = Annotated[
+    float | None,
+    typer.Option("--entrypoint-num-gpus", min=0, help="GPUs that a remote job's driver takes."),
+]
+DriverMemory = Annotated[
+    int | None,
+    typer.Option("--entrypoint-memory", min=0, help="Bytes of memory that it takes."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the job with all defaults; start nothing.")
+]
+Wait = Annotated[bool, typer.Option(help="Follow a remote job to its end.")]
 StrategyFile = Annotated[
     Path | None, typer.Option(help="A Python file that registers strategies of your own.")
 ]

@@ -7,16 +7,27 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from distplat.cli import remote
-from distplat.cli.options import Address, Name, Output, is_json
+from distplat.cli.options import (
+    Address,
+    Name,
+    Output,
+    Quiet,
+    RuntimeEnv,
+    RuntimeEnvJson,
+    is_json,
+)
 from distplat.cli.render import to_json
 from distplat.cli.tables import print_pairs
 from distplat.platform.errors import Problem, SpecError, printable
 from distplat.platform.spec import Scaling
+
+if TYPE_CHECKING:
+    from distplat.actors.script_launch import ScriptJob, ScriptResult
 
 COMMAND = "submit-script"
 """Name of the command to which `submit ... -- COMMAND` goes."""
@@ -61,30 +72,34 @@ class Lines:
             self._quiet = True
 
 
+Processes = Annotated[
+    int, typer.Option("--num-workers", min=1, max=1024, help="Number of processes.")
+]
+Cpus = Annotated[float, typer.Option(min=0, help="CPUs of each process.")]
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each process.")]
+Restarts = Annotated[
+    int, typer.Option(min=0, help="How often all begin anew after one has failed.")
+]
+StoragePath = Annotated[Path, typer.Option(help="Where run directories are made.")]
+ScriptFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the script; default: the current one.")
+]
+
+
 def submit_script(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...")],
-    num_workers: Annotated[
-        int, typer.Option("--num-workers", min=1, max=1024, help="Number of processes.")
-    ] = 1,
-    cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPUs of each process.")] = 1.0,
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each process.")] = 0.0,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="How often all begin anew after one has failed.")
-    ] = 0,
+    num_workers: Processes = 1,
+    cpus_per_worker: Cpus = 1.0,
+    gpus_per_worker: Gpus = 0.0,
+    max_restarts: Restarts = 0,
     name: Name = None,
-    storage_path: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path(
-        "runs"
-    ),
+    storage_path: StoragePath = Path("runs"),
     address: Address = None,
-    working_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the script; default: the current one.")
-    ] = None,
-    runtime_env: Annotated[
-        Path | None, typer.Option(help="YAML file with a Ray runtime environment.")
-    ] = None,
-    runtime_env_json: Annotated[str | None, typer.Option(help="The same as JSON.")] = None,
+    working_dir: ScriptFolder = None,
+    runtime_env: RuntimeEnv = None,
+    runtime_env_json: RuntimeEnvJson = None,
     output: Output = "text",
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the result only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """
     Run a script as it is, as torchrun does: each process gets torchrun's variables.
@@ -94,40 +109,43 @@ def submit_script(
     """
     from distplat.actors.script_launch import ScriptJob, train_script
 
-    as_json = is_json(output)
+    as_json, folder = is_json(output), _folder(working_dir, command)
+    resources = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
+    scaling = Scaling(num_workers=num_workers, resources_per_worker=resources)
+    given = tuple(command), folder, storage_path, scaling, max_restarts
+    job = ScriptJob(_name(name, command), *given)
+    lines = Lines(sys.stderr if as_json else sys.stdout, num_workers, quiet=quiet)
+    with _ray(address, folder, (runtime_env, runtime_env_json), quiet=quiet):
+        result = train_script(job, lines)
+    if not as_json:
+        _print(job, result)
+        return
+    facts = {"status": "SUCCEEDED", "name": job.name, "num_workers": num_workers}
+    more = {"restarts": result.restarts, "seconds": result.seconds}
+    print(to_json({**facts, **more, "run_directory": str(result.path)}))
+
+
+def _print(job: ScriptJob, result: ScriptResult) -> None:
+    rows = [("processes", str(job.scaling.num_workers)), ("time", f"{result.seconds:.1f} s")]
+    if result.restarts:
+        rows.append(("restarts", str(result.restarts)))
+    print_pairs([*rows, ("logs", str(result.path))])
+
+
+def _folder(working_dir: Path | None, command: list[str]) -> Path:
+    """
+    Say where the script is.
+
+    Raises:
+        SpecError: nowhere, or it is none.
+    """
     if Path(command[0]).suffix in (".yaml", ".yml"):
         hint = f"leave the -- out: distplat submit {command[0]}"
         raise SpecError(Problem(("--",), f"{command[0]} is a job file and no command", hint))
     folder = (working_dir or Path.cwd()).resolve()
     if not folder.is_dir():
         raise SpecError(Problem(("--working-dir",), f"{folder} is no directory"))
-    resources = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
-    job = ScriptJob(
-        _name(name, command),
-        tuple(command),
-        folder,
-        storage_path,
-        Scaling(num_workers=num_workers, resources_per_worker=resources),
-        max_restarts,
-    )
-    lines = Lines(sys.stderr if as_json else sys.stdout, num_workers, quiet=quiet)
-    with _ray(address, folder, (runtime_env, runtime_env_json), quiet=quiet):
-        result = train_script(job, lines)
-    facts = {
-        "status": "SUCCEEDED",
-        "name": job.name,
-        "num_workers": num_workers,
-        "restarts": result.restarts,
-        "seconds": result.seconds,
-        "run_directory": str(result.path),
-    }
-    if as_json:
-        print(to_json(facts))
-        return
-    rows = [("processes", str(num_workers)), ("time", f"{result.seconds:.1f} s")]
-    if result.restarts:
-        rows.append(("restarts", str(result.restarts)))
-    print_pairs([*rows, ("logs", str(result.path))])
+    return folder
 
 
 def _name(name: str | None, command: list[str]) -> str:

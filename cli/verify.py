@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distplat.cli.options import JobFile, Output, Settings, StrategyFile, is_json
+from distplat.cli.options import JobFile, Output, Settings, StrategyFile, WorkingDir, is_json
 from distplat.cli.render import to_json
 from distplat.cli.tables import print_pairs, print_table
 from distplat.platform.errors import Problem, SpecError, printable
@@ -32,9 +32,7 @@ def verify(
     workers: Annotated[int, typer.Option(min=1, help="Workers of each run.")] = 2,
     settings: Settings = None,
     strategy_file: StrategyFile = None,
-    working_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the task's module; default: the job file's.")
-    ] = None,
+    working_dir: WorkingDir = None,
     output: Output = "text",
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the table only.")] = False,
 ) -> None:

@@ -107,7 +107,7 @@ class Schedule(LRSchedule):
         """Give the factor after so many steps of those in which it falls."""
         done, final = min(1.0, max(0.0, made / max(1, of))), self.final_factor
         if shape == "cosine":
-            return final + (1.0 - final) * (1.0 + math.cos(math.pi * done)) / 2.0
+            return _cosine(1.0, final, done)
         return 1.0 - (1.0 - final) * (math.sqrt(done) if shape == "sqrt" else done)
 
 

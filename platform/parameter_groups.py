@@ -78,20 +78,16 @@ def match_problems(
             if any(fnmatchcase(name, pattern) for name in names):
                 text = f"{pattern!r} matches parameters of earlier groups only"
                 found.append(Problem(where, text, "a parameter belongs to the first that matches"))
-            elif not any(_is_table(one, pattern) for one in tables.values()):
+            elif not any(fnmatchcase(one, pattern) for called in tables.values() for one in called):
                 text = f"{pattern!r} matches no parameter"
                 found.append(Problem(where, text, _advice(pattern, names, other_names)))
         for path, called in tables.items():
-            if any(_is_table(called, pattern) for pattern in group.patterns):
+            if any(map(group.matches, called)):
                 text = f"{group.match!r} matches the embedding table {path!r}"
                 advice = "its rows are updated as `embeddings.optimizer` says: match less"
                 found.append(Problem(where, text, advice))
         left = [name for name in left if not group.matches(name)]
     return found
-
-
-def _is_table(called: Sequence[str], pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in called)
 
 
 def _advice(pattern: str, names: Sequence[str], other_names: Mapping[str, str]) -> str:

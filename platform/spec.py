@@ -6,7 +6,6 @@ line and column in every message, is `platform/job_file.py`; a strategy's own op
 by the strategy (`strategies/catalog.py`), for only it knows them.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -363,16 +362,25 @@ def _schedule_problems(job: Job) -> list[Problem]:
     ]
     if schedule.name == "step" and not schedule.every_steps:
         found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
-    return found if schedule.name != "wsd" else [*found, *_decay_problems(job, schedule)]
+    if schedule.name == "wsd" and not schedule.decay_steps:
+        found.append(Problem(("lr_schedule", "decay_steps"), "the schedule 'wsd' needs it, >= 1"))
+    return found if job.steps is None else [*found, *length_problems(schedule, job.steps)]
 
 
-def _decay_problems(job: Job, schedule: Schedule) -> list[Problem]:
-    where, text = ("lr_schedule", "decay_steps"), ""
-    if not schedule.decay_steps:
-        text = "the schedule 'wsd' needs it, >= 1"
-    elif schedule.warmup_steps + schedule.decay_steps > (job.steps or math.inf):
-        text = f"with `warmup_steps` more than all steps of the run, which are {job.steps}"
-    return [Problem(where, text)] if text else []
+def length_problems(schedule: NamedSchedule, steps: int) -> list[Problem]:
+    """
+    Compare a schedule with the length of the run.
+
+    Args:
+        schedule: the job's.
+        steps: of the run.
+    """
+    if not isinstance(schedule, Schedule) or schedule.name != "wsd":
+        return []
+    if schedule.warmup_steps + schedule.decay_steps <= steps:
+        return []
+    text = f"with `warmup_steps` more than all steps of the run, which are {steps}"
+    return [Problem(("lr_schedule", "decay_steps"), text)]
 
 
 def _evaluation_problems(job: Job) -> list[Problem]:

@@ -22,7 +22,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.even_split import split_evenly
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE
-from distplat.platform.spec import Job
+from distplat.platform.spec import Job, length_problems
 from distplat.platform.tensor_file import TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
@@ -144,6 +144,8 @@ def prepare(
         eval_data = checked_data(task, eval_data, "eval_data")
     _warn_of_held_generators(data, eval_data)
     steps = total_steps(job, sampler)
+    if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
+        raise SpecError(*problems)
     left = None if whole else model
     loaders_ready()
     return Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)

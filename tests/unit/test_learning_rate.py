@@ -27,6 +27,7 @@ from distplat.platform.lr_schedules import (
     Schedule,
 )
 from distplat.platform.sampler import Sampler
+from distplat.strategies.loop.session import prepare
 
 LR, STEPS = 0.8, 30
 KINDS: TypeAdapter[LRSchedule] = TypeAdapter(NamedSchedule)
@@ -253,6 +254,15 @@ def test_what_is_wrong_is_said(schedule: Any, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         job_of(lr_schedule=schedule)
     assert str(caught.value).startswith(message)
+
+
+def test_where_epochs_say_how_long_a_run_is_the_decay_must_fit_too() -> None:
+    schedule = {"name": "wsd", "decay_steps": 100}
+    of = job_of(lr_schedule=schedule, steps=None, epochs=1)
+    with pytest.raises(
+        SpecError, match=r"lr_schedule\.decay_steps: .* all steps of the run, which"
+    ):
+        prepare(of, Small())
 
 
 @pytest.mark.parametrize("seed", range(8))
