@@ -10,7 +10,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
 DRAWN := $(addprefix tests/unit/test_,property_training.py leased_tables.py embedding_losses.py)
 
-ON_RAY := -n 2 --dist loadfile --no-loadscope-reorder --reruns 2 -raR
+ON_RAY := -n 2 --dist loadfile --no-loadscope-reorder -ra
 
 .PHONY: demo test test-all check fmt bench clean
 

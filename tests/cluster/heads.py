@@ -95,6 +95,20 @@ def clean_environ(home: Path, mode: str) -> dict[str, str]:
     return {**kept, **ours, "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
+def script_environ(home: Path) -> dict[str, str]:
+    """
+    The same for scripts under DistributedDataParallel: they take their time to exit.
+
+    torch 2.13 keeps gloo's threads beyond `destroy_process_group` once DDP has used them. One that
+    wants the GIL while the interpreter ends is unwound, and the process aborts: without this pause,
+    in which it gets the GIL, every third run of a script did, under torchrun alone.
+    """
+    site = home / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import atexit, time\natexit.register(time.sleep, 0.2)")
+    return {**clean_environ(home, "disabled"), "PYTHONPATH": str(site)}
+
+
 def short_folder() -> Path:
     """Make a folder for Ray, whose sockets allow no long path; pytest's own are too long."""
     return Path(tempfile.mkdtemp(prefix="dp", dir="/tmp"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from heads import BIN, clean_environ, distplat, short_folder
+from heads import BIN, distplat, script_environ, short_folder
 from marks import slow
 
 pytestmark = pytest.mark.cluster
@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "from" / "ddp.md"
 @pytest.fixture(scope="module")
 def environ() -> Iterator[dict[str, str]]:
     home = short_folder()
-    yield clean_environ(home, "disabled")
+    yield script_environ(home)
     shutil.rmtree(home, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from heads import BIN, clean_environ, distplat, short_folder, start
+from heads import BIN, distplat, script_environ, short_folder, start
 
 pytestmark = pytest.mark.cluster
 
@@ -26,7 +26,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
 @pytest.fixture
 def environ() -> Iterator[dict[str, str]]:
     home = short_folder()
-    yield clean_environ(home, "disabled")
+    yield script_environ(home)
     shutil.rmtree(home, ignore_errors=True)
 
 
