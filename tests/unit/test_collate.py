@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jobs import job_of
 from local_run import train
+from sentences import WORDS, Sentences
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, TensorDataset
@@ -17,22 +18,15 @@ from distplat import Task
 from distplat.platform.sampler import Sampler
 from distplat.strategies.loop.batches import batches_by, eval_batches
 
-SAMPLES, BATCH, STEPS, WORDS = 24, 6, 6, 11
+SAMPLES, BATCH, STEPS = 24, 6, 6
 
 
-class Sentences(Dataset[Any]):
-    """Sentences of 1 to 9 words; the class is that of the first word."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        lengths = torch.randint(1, 10, (SAMPLES,), generator=generator).tolist()
-        self.words = [torch.randint(1, WORDS, (n,), generator=generator) for n in lengths]
-
-    def __len__(self) -> int:
-        return len(self.words)
+class Classified(Sentences):
+    """The class of a sentence is that of its first word."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.words[index], int(self.words[index][0]) % 3
+        words, classes = super().__getitem__(index)
+        return words, int(classes[0])
 
 
 class Encoder(nn.Module):
@@ -55,10 +49,10 @@ class Padded(Task):
         return nn.Sequential(Encoder(), nn.Linear(8, 3, dtype=torch.float64))
 
     def train_data(self) -> Dataset[Any]:
-        return Sentences()
+        return Classified(SAMPLES)
 
     def eval_data(self) -> Dataset[Any]:
-        return Sentences()
+        return Classified(SAMPLES)
 
     def collate(self, samples: list[Any]) -> Any:
         words, classes = zip(*samples, strict=True)
@@ -72,7 +66,7 @@ class Padded(Task):
 def plain() -> dict[str, Tensor]:
     """Train in a loop as one would write it."""
     torch.manual_seed(0)
-    task, data = Padded(), Sentences()
+    task, data = Padded(), Classified(SAMPLES)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sampler = Sampler(SAMPLES, BATCH, 1, 0, True, False)
@@ -142,7 +136,7 @@ def draws(samples: Dataset[Any], loaders: int) -> list[Drawn]:
     return [batch for batch, _ in eval_batches(job, data, range(SAMPLES), 5)]
 
 
-@pytest.mark.parametrize("samples", [Sentences(), TensorDataset(torch.zeros(SAMPLES))])
+@pytest.mark.parametrize("samples", [Classified(SAMPLES), TensorDataset(torch.zeros(SAMPLES))])
 def test_what_collate_draws_repeats_and_leaves_the_generators_alone(samples: Dataset[Any]) -> None:
     """Also beside a data set that draws nothing, so that nobody seeds for its samples."""
     torch.manual_seed(3)
@@ -171,7 +165,7 @@ def test_a_task_without_one_has_its_samples_stacked() -> None:
     class Plain(Padded):
         collate = Task.collate
 
-    data = Sentences()
+    data = Classified(SAMPLES)
     assert batches_by(Plain(), data) is data
     pairs = [(torch.ones(2), 1), (torch.zeros(2), 0)]
     inputs, targets = Plain().collate(pairs)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jobs import job_of
 from local_run import LocalRun, train
+from sentences import WORDS, Sentences
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import Dataset
@@ -19,23 +20,7 @@ from distplat.platform.errors import SpecError
 from distplat.platform.progress import EvalReport
 from distplat.platform.sampler import Sampler
 
-SAMPLES, BATCH, STEPS, WORDS = 22, 6, 5, 11
-
-
-class Sentences(Dataset[Any]):
-    """Sentences of 1 to 9 words, each word with a class."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        lengths = torch.randint(1, 10, (SAMPLES,), generator=generator).tolist()
-        self.words = [torch.randint(1, WORDS, (n,), generator=generator) for n in lengths]
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def __getitem__(self, index: int) -> Any:
-        words = self.words[index]
-        return words, words % 3
+SAMPLES, BATCH, STEPS = 22, 6, 5
 
 
 class Tagger(nn.Module):
@@ -73,10 +58,10 @@ class Tags(Task):
         return Tagger()
 
     def train_data(self) -> Dataset[Any]:
-        return Sentences()
+        return Sentences(SAMPLES)
 
     def eval_data(self) -> Dataset[Any]:
-        return Sentences()
+        return Sentences(SAMPLES)
 
 
 class Dicts(Tags):
@@ -176,7 +161,7 @@ KINDS: list[type[Task]] = [Dicts, Triples, Nested, Listed, Packed]
 def plain() -> tuple[dict[str, Tensor], float]:
     """Train in a loop as one would write it; give the model, and its loss on all samples."""
     torch.manual_seed(0)
-    model, data = Tagger(), Sentences()
+    model, data = Tagger(), Sentences(SAMPLES)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sampler = Sampler(SAMPLES, BATCH, 1, 0, True, False)
     for step in range(STEPS):
@@ -217,7 +202,7 @@ def test_any_batch_trains_as_a_plain_loop(
     last = of_the_end(run)
     assert sum(one.samples for one in last) == SAMPLES
     assert total(last, "loss") == pytest.approx(loss, rel=1e-9)
-    words = sum(map(len, Sentences().words)) / SAMPLES
+    words = sum(map(len, Sentences(SAMPLES).words)) / SAMPLES
     assert total(last, "words") == pytest.approx(words, rel=1e-6)
 
 
