@@ -98,9 +98,7 @@ class ControllerClient:
             self._up = False
             remedy = "go on from the last checkpoint: submit --resume"
             raise ActorLost(_NAME, self._step, error.cause, remedy) from None
-        except (
-            DeadlineExceeded
-        ):  # not the limit of others: they are replaced, and this ends the run
+        except DeadlineExceeded:
             self._up = False
             raise
         self._up = True
