@@ -138,6 +138,14 @@ def test_a_controller_that_dies_is_named_with_the_last_step() -> None:
     driver.client.end()
 
 
+def test_before_the_first_step_there_is_nothing_to_go_on_from() -> None:
+    driver = Driver()
+    driver.cluster.inject("begin", Fault(kill="before"))
+    with pytest.raises(ActorLost, match="controller was lost") as caught:
+        driver.follow()
+    assert "--resume" not in str(caught.value)
+
+
 def test_a_controller_that_does_not_answer_is_late() -> None:
     driver = Driver()
     driver.client._limit_s = 0.3
