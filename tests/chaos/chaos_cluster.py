@@ -1,8 +1,10 @@
 """The Ray clusters of the grid: nodes on this host, one or several, that are its own."""
 
 import os
+import secrets
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,6 +14,17 @@ import ray
 from ray.cluster_utils import Cluster
 
 NODE: dict[str, Any] = {"object_store_memory": 150 * 2**20}
+
+
+def with_token() -> None:
+    """
+    Begin this program anew with a token in its environment, unless it says how Ray is to be used.
+
+    Nobody else is to use its clusters. Ray reads the token when it is imported.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 class OneCluster:

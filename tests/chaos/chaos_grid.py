@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from chaos_cluster import OneCluster
+from chaos_cluster import OneCluster, with_token
 from chaos_rows import ALL, ROWS
 from chaos_trial import Outcome, Runs
 
@@ -24,6 +24,8 @@ from chaos_trial import Outcome, Runs
 def main() -> int:
     """Run the grid as the command line says; give the exit code."""
     args = _arguments()
+    with_token()
+    sys.path.append(str(Path(__file__).parent.parent / "support"))  # for rows in memory
     folder = Path(args.folder or tempfile.mkdtemp(prefix="chaos-"))
     print(f"first seed {args.seed}; runs, logs and results are in {folder}", flush=True)
     outcomes: list[Outcome] = []

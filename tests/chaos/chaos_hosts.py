@@ -45,7 +45,7 @@ def possible() -> bool:
 def isolated(variable: str = "CHAOS_ISOLATED") -> None:
     """Begin this program anew in namespaces of its own, unless it is in them."""
     if variable not in os.environ:
-        os.environ[variable] = "1"
+        os.environ.update({variable: "1", "RAY_AUTH_MODE": "disabled"})  # nobody else gets there
         os.execvp("unshare", ["unshare", *_NAMESPACES, sys.executable, *sys.argv])
 
 
@@ -53,7 +53,7 @@ class ThreeHosts:
     """A cluster of three hosts; call `isolated` first."""
 
     def __init__(self) -> None:
-        os.environ.update(RAY_AUTH_MODE="disabled", PYTHONHASHSEED="0")  # nobody else gets here
+        os.environ["PYTHONHASHSEED"] = "0"  # as for a run's own Ray, so that workers start at once
         os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
         _ip("link", "set", "lo", "up")
         _ip("link", "add", "dpbr0", "type", "bridge")

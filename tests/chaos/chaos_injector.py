@@ -21,6 +21,8 @@ import ray
 
 GONE_WITHIN_S = 10.0
 POLL_S = 0.002
+WHOLE = "*/checkpoints/step-" + "[0-9]" * 6
+"""A checkpoint that is whole, from the folder of the run directories."""
 TITLES = {
     "server": "ServerNode",
     "server-manager": "ServerManager",
@@ -181,10 +183,10 @@ class Injector(threading.Thread):
     def _reached(self, number: int, deed: Deed) -> bool:
         if deed.moment in ASKED:
             return (self.scene.folder / f"ask-{number}").exists()
-        pattern = "*/checkpoints/*.partial"
+        whole = any(self.scene.storage.glob(WHOLE))
         if deed.moment == "checkpoint":
-            pattern = "*/checkpoints/step-" + "[0-9]" * 6
-        return any(self.scene.storage.glob(pattern))
+            return whole
+        return whole >= deed.saved and any(self.scene.storage.glob("*/checkpoints/*.partial"))
 
     def _carry_out(self, number: int, deed: Deed) -> None:
         if deed.saved:
@@ -267,8 +269,7 @@ class Injector(threading.Thread):
 
     def _wait_for_checkpoint(self) -> None:
         until = time.monotonic() + 20
-        pattern = "*/checkpoints/step-" + "[0-9]" * 6
-        while not any(self.scene.storage.glob(pattern)):
+        while not any(self.scene.storage.glob(WHOLE)):
             if time.monotonic() > until or self._over.is_set():
                 raise LookupError("no checkpoint came")
             time.sleep(0.01)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from chaos_cluster import OneCluster
+from chaos_cluster import OneCluster, with_token
 from chaos_grid import line
 from chaos_hosts import ThreeHosts, isolated, possible
 from chaos_injector import Deed
@@ -34,8 +34,7 @@ def main() -> int:
     parser.add_argument("--folder", help="for what the runs leave; default: a new one in /tmp")
     args = parser.parse_args()
     hosts = possible()
-    if hosts:
-        isolated()
+    (isolated if hosts else with_token)()
     folder = Path(args.folder or tempfile.mkdtemp(prefix="soak-"))
     where = "three hosts" if hosts else "three Ray nodes on this host"
     print(f"{where}, first seed {args.seed}; what runs leave is in {folder}", flush=True)
