@@ -98,6 +98,16 @@ def some_step(draw: Random) -> int:
     return draw.choice((1, 2, EVERY - 1, EVERY, 7, 2 * EVERY, 11, 13))
 
 
+def late_step(strategy: str, draw: Random) -> int:
+    """
+    Draw a step after a checkpoint.
+
+    Under `ps-async` a rank may have made both parts of the first steps: its seventh forward may be
+    of the fourth step.
+    """
+    return some_step(draw) + (2 * EVERY if strategy == "ps-async" else EVERY)
+
+
 def inside(draw: Random) -> str:
     return draw.choice(("forward", "backward"))
 
@@ -175,13 +185,13 @@ def _(strategy: str, draw: Random) -> Plan:
 def _(strategy: str, draw: Random) -> Plan:
     rank = rank_of(strategy, draw)
     other = (rank + draw.randrange(1, WORLD[strategy])) % WORLD[strategy]
-    first = Deed(inside(draw), rank, some_step(draw) + EVERY, saved=True)
+    first = Deed(inside(draw), rank, late_step(strategy, draw), saved=True)
     return Plan((first, Deed("renewed", rank, victim=f"worker-{other}")))
 
 
 @row("F9", "SIGKILL all workers at once")
 def _(strategy: str, draw: Random) -> Plan:
-    step = some_step(draw) + EVERY
+    step = late_step(strategy, draw)
     return Plan((Deed(inside(draw), 0, step, victim="workers", saved=True),))
 
 
@@ -198,7 +208,7 @@ def _(strategy: str, draw: Random) -> Plan:
 def _servers(strategy: str, victim: str, draw: Random, **options: Any) -> Plan:
     options = {**STORES_AT.get(strategy, {}), **options}
     hold, delay = draw.choice(((True, 0.0), (False, draw.uniform(0, 0.03))))
-    step = some_step(draw) + EVERY
+    step = late_step(strategy, draw)
     deed = Deed(inside(draw), 0, step, victim, hold=hold, delay_s=delay, saved=True)
     return Plan((deed,), options, WIDE)
 
@@ -230,28 +240,28 @@ def _(strategy: str, draw: Random) -> Plan:
 
 @row("F13-controller", "SIGKILL the controller; resume")
 def _(strategy: str, draw: Random) -> Plan:
-    return _ended("controller", KILL, draw, codes=(4,))
+    return _ended(strategy, "controller", KILL, draw, codes=(4,))
 
 
 @row("F14", "SIGKILL the driver; resume")
 def _(strategy: str, draw: Random) -> Plan:
-    return _ended("driver", KILL, draw, codes=(-signal.SIGKILL,))
+    return _ended(strategy, "driver", KILL, draw, codes=(-signal.SIGKILL,))
 
 
 @row("F16", "SIGINT to the driver; resume")
 def _(strategy: str, draw: Random) -> Plan:
-    return _ended("driver", int(signal.SIGINT), draw, codes=(130,))
+    return _ended(strategy, "driver", int(signal.SIGINT), draw, codes=(130,))
 
 
 @row("F17", "SIGTERM to the driver; resume")
 def _(strategy: str, draw: Random) -> Plan:
-    return _ended("driver", int(signal.SIGTERM), draw, codes=(143,))
+    return _ended(strategy, "driver", int(signal.SIGTERM), draw, codes=(143,))
 
 
-def _ended(victim: str, number: int, draw: Random, **more: Any) -> Plan:
+def _ended(strategy: str, victim: str, number: int, draw: Random, **more: Any) -> Plan:
     """End the run once there is something to resume from; who is at work there waits, and is slow
     enough for the run not to end before."""
-    step = some_step(draw) + EVERY
+    step = late_step(strategy, draw)
     deed = Deed(inside(draw), 0, step, victim, number, saved=True)
     return Plan((deed,), resumes=True, **more)
 
@@ -286,7 +296,7 @@ def _(strategy: str, draw: Random) -> Plan:
     replication = draw.choice((1, 2))
     options = {**STORES_AT.get(strategy, {}), "replication": replication}
     victim = "primary" if replication == 2 else "server"
-    deed = Deed(inside(draw), 0, some_step(draw) + EVERY, victim, STOP, saved=True)
+    deed = Deed(inside(draw), 0, late_step(strategy, draw), victim, STOP, saved=True)
     return Plan((deed,), options)
 
 
@@ -303,7 +313,7 @@ def _(strategy: str, draw: Random) -> Plan:
 
 @row("F24-controller", "SIGSTOP the controller for good; resume")
 def _(strategy: str, draw: Random) -> Plan:
-    return _ended("controller", STOP, draw, codes=(4,))
+    return _ended(strategy, "controller", STOP, draw, codes=(4,))
 
 
 @row("F24-driver", "SIGSTOP the driver for longer than a deadline, then SIGCONT")
@@ -364,7 +374,7 @@ def _(strategy: str, draw: Random) -> Plan:
 
 @row("F9-two", "SIGKILL a worker and a server at the same moment", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
-    rank, step = rank_of(strategy, draw), some_step(draw) + EVERY
+    rank, step = rank_of(strategy, draw), late_step(strategy, draw)
     first = Deed(inside(draw), 0, step, "server", saved=True)
     second = Deed(first.moment, 0, step, f"worker-{rank}", hold=False)
     return Plan((second, first), STORES_AT.get(strategy, {}))
@@ -372,12 +382,12 @@ def _(strategy: str, draw: Random) -> Plan:
 
 @row("F19", "SIGKILL a node with workers", nodes=3)
 def _(strategy: str, draw: Random) -> Plan:
-    return Plan((Deed(inside(draw), 0, some_step(draw) + EVERY, "node", saved=True),))
+    return Plan((Deed(inside(draw), 0, late_step(strategy, draw), "node", saved=True),))
 
 
 @row("F20", "SIGSTOP a node's raylet for 12 s, then SIGCONT", nodes=3)
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed(inside(draw), 0, some_step(draw) + EVERY, "node", STOP, saved=True, undo_s=12.0)
+    deed = Deed(inside(draw), 0, late_step(strategy, draw), "node", STOP, saved=True, undo_s=12.0)
     return Plan((deed,))
 
 

@@ -49,7 +49,7 @@ class Watched(Task):
         self.folder, self.moments, self.width = folder, moments or [], width
         self.pause, self.per_step, self.stateful = pause, per_step, stateful
         name = str(ray.get_runtime_context().get_actor_name()) if ray.is_initialized() else ""
-        self.worker = name.split("/")[1] if "/worker-" in name else ""
+        self.worker = name.split("/")[1] if folder and "/worker-" in name else ""
         self.renewed = "attempt" in name
         if self.worker:
             put(self.folder, self.worker, f"{os.getpid()} {os.readlink('/proc/self/ns/pid')}")
