@@ -53,13 +53,18 @@ class Deed:
     """A signal; for `self` also what the task does itself, for `disk` `fill` or `read-only`, for
     the link of a `node` `cut` or `slow`."""
     hold: bool = True
-    """Whether who gets there waits until it is done."""
+    """Whether who gets there waits until it is done; else only for what it waits for itself."""
     delay_s: float = 0.0
     """From the moment to the deed."""
     saved: bool = False
     """Wait for a whole checkpoint first."""
     undo_s: float = 0.0
     """So long afterwards a frozen process goes on, a full disk is empty again; 0: never."""
+
+    @property
+    def request(self) -> list[object]:
+        """What the task is told: moment, rank, step, and whether to hold still there."""
+        return [self.moment, self.rank, self.step, self.hold or self.saved]
 
     def __str__(self) -> str:
         what = signal.Signals(self.action).name if isinstance(self.action, int) else self.action
@@ -195,6 +200,8 @@ class Injector(threading.Thread):
             self.fired.append(Fired(deed, time.time(), "the task was told"))
             self._answer(number, deed.action)
             return
+        if not deed.hold:
+            self._answer(number, "")
         time.sleep(deed.delay_s)
         at = time.time()
         proof = self._do(number, deed)
@@ -202,7 +209,8 @@ class Injector(threading.Thread):
             self.fired.append(Fired(deed, at, proof))
         else:
             self.problems.append(f"{deed}: it was done, and had no effect")
-        self._answer(number, "")
+        if deed.hold:
+            self._answer(number, "")
 
     def _answer(self, number: int, text: str) -> None:
         part = self.scene.folder / f".done-{number}"

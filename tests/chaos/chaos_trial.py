@@ -56,7 +56,7 @@ class Outcome:
     problems: list[str]
     """What is wrong with how the run went on; empty: as it should."""
     recovery_s: float | None
-    """From the last deed to the second step that follows on every worker."""
+    """From the last deed to the end of the longest pause after it, of any worker."""
     seconds: float
     folder: Path
 
@@ -209,14 +209,13 @@ class OneRun:
             _root(["umount", "-l", str(self._storage)])
 
     def recovery(self) -> float | None:
-        """Give the seconds from the last deed to the second step after it on every worker."""
+        """Give the seconds from the last deed to the end of the longest pause after it."""
         if not self.fired:
             return None
         at = max(fired.at for fired in self.fired)
         logs = [path.read_text() for path in self._scene.folder.glob("steps-*")]
         later = [[t for t in map(float, log.split()) if t > at] for log in logs]
-        ends = [times[1] if len(times) > 1 else self._ended_at for times in later]
-        return max(ends) - at if ends else None
+        return max((_longest_pause(at, times or [self._ended_at]) for times in later), default=None)
 
     def model_hash(self) -> str:
         """Hash the trained model."""
@@ -233,7 +232,7 @@ class OneRun:
 
     def _job(self) -> dict[str, Any]:
         plan, name = self._plan, self._strategy
-        moments = [[deed.moment, deed.rank, deed.step, deed.hold] for deed in plan.deeds]
+        moments = [deed.request for deed in plan.deeds]
         task = {"folder": str(self._scene.folder), "moments": moments, "width": plan.width}
         per_step = STRATEGIES[name].get("micro_batches", 1)
         clip = {} if name == "ps-async" else {"clip_norm": 1.0}
@@ -354,6 +353,13 @@ class OneRun:
         code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])
         followed = code == 0 or (code == 5 and bool(setbacks))  # a task made by two workers
         return [] if followed else [f"`distplat replay`: exit code {code} {said}"]
+
+
+def _longest_pause(at: float, times: list[float]) -> float:
+    """Give the seconds from `at` to the end of the longest pause between forwards."""
+    begins = [at, *times[:-1]]
+    pauses = {end - begin: end for begin, end in zip(begins, times, strict=True)}
+    return pauses[max(pauses)] - at
 
 
 def hash_of(model: Path) -> str:
