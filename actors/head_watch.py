@@ -73,7 +73,7 @@ class HeadWatch:
         """
         if self.gone:
             cause = f"nothing has listened at {self._address} for {self._limit_s:.0f} s"
-            remedy = "start Ray there again, and go on from the last checkpoint: submit --resume"
+            remedy = "start Ray there again, and go on from the last checkpoint"
             raise ActorLost("the head of the Ray cluster", None, cause, remedy)
 
     def look(self) -> None:
