@@ -6,10 +6,12 @@ line and column in every message, is `platform/job_file.py`; a strategy's own op
 by the strategy (`strategies/catalog.py`), for only it knows them.
 """
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from distplat.platform.errors import Problem
@@ -27,6 +29,8 @@ from distplat.platform.fields import (
 from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule
 from distplat.platform.optimizers import SGD, AnyOptimizer
 from distplat.platform.parameter_groups import group_problems
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,9 @@ class Scaling(Spec):
         return default | self.resources_per_worker
 
 
+_OLD_WORKERS = "num_loaders"
+
+
 class Data(Spec):
     """How batches are made of the task's data set; names as in torch's DataLoader."""
 
@@ -184,10 +191,23 @@ class Data(Spec):
     """A new order each epoch, from the job's seed."""
     drop_last: Flag = False
     """Leave out the last batch of an epoch where it is smaller than the others."""
-    num_loaders: Index = Field(0, le=256)
-    """Loader processes per worker; 0: load in the training thread."""
+    num_workers: Index = Field(0, le=256)
+    """Loader processes per rank, as in torch's DataLoader; 0: load in the training thread."""
     prefetch_factor: Count = Field(2, le=1024)
-    """Batches that each loader process keeps ready; has effect with num_loaders > 0."""
+    """Batches that each loader process keeps ready; has effect with num_workers > 0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, given: Any) -> Any:
+        """Take the name that `num_workers` had before."""
+        if not isinstance(given, Mapping) or _OLD_WORKERS not in given:
+            return given
+        if "num_workers" in given:
+            raise PydanticCustomError(
+                "renamed", f"{_OLD_WORKERS} is the old name of num_workers: give one"
+            )
+        logger.warning("data.%s is called data.num_workers now, as in torch", _OLD_WORKERS)
+        return {"num_workers" if k == _OLD_WORKERS else k: v for k, v in given.items()}
 
 
 class Evaluation(Spec):
