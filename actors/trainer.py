@@ -34,7 +34,7 @@ from distplat.platform.recovery import policy_of
 from distplat.platform.resume import start_from
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
+from distplat.strategies.catalog import complete, load_strategy_file, make_job, make_strategy
 from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class Trainer:
         resume: str | Path | None = None,
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
-        self.job = job if isinstance(job, Job) else make_job(job)
+        self.job = complete(job) if isinstance(job, Job) else make_job(job)
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
         self._survivors_go_on = strategy.survivors_go_on()

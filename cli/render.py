@@ -35,6 +35,7 @@ from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import printable
 from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Resized, StepSummary
 from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_strategy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -287,7 +288,9 @@ def _number(value: float | None) -> str:
 def _cast(job: Job) -> str:
     count = job.scaling.num_workers
     workers = "1 worker" if count == 1 else f"{count} workers"
-    return f"{job.strategy.name}, {workers if count else 'in this process'}"
+    detail = make_strategy(job).detail()
+    name = f"{job.strategy.name} ({detail})" if detail else job.strategy.name
+    return f"{name}, {workers if count else 'in this process'}"
 
 
 def _clock(seconds: float) -> str:

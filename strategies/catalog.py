@@ -241,6 +241,19 @@ def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:
     return []
 
 
+def complete(job: Job) -> Job:
+    """Give the job with the options that its strategy chooses by the rest of it."""
+    try:
+        kind = strategies.get(job.strategy.name)
+    except SpecError:
+        return job  # whoever checks it says so
+    return kind.complete(job)
+
+
+def _problems(job: Job) -> list[Problem]:
+    return strategy_problems(complete(job))
+
+
 def load_job(
     path: str | Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
 ) -> Job:
@@ -255,7 +268,8 @@ def load_job(
     Raises:
         SpecError: everything that is wrong, with file, line and column.
     """
-    return read_job(Path(path), overrides=overrides, environ=environ or {}, check=strategy_problems)
+    given = environ or {}
+    return complete(read_job(Path(path), overrides=overrides, environ=given, check=_problems))
 
 
 def make_job(data: Mapping[str, object]) -> Job:
@@ -265,4 +279,4 @@ def make_job(data: Mapping[str, object]) -> Job:
     Raises:
         SpecError: everything that is wrong.
     """
-    return job_of(data, check=strategy_problems)
+    return complete(job_of(data, check=_problems))

@@ -119,6 +119,15 @@ class Strategy(Generic[OptionsT]):
     def __init__(self, options: OptionsT) -> None:
         self.options = options
 
+    @classmethod
+    def complete(cls, job: Job) -> Job:
+        """Give the job with the options that follow from the rest of it, where it does not say."""
+        return job
+
+    def detail(self) -> str:
+        """Say what a user wants to know of it beside its name, as a run starts; may be empty."""
+        return ""
+
     def roles(self, job: Job) -> Roles:
         """Say what the strategy needs besides workers."""
         return Roles()
