@@ -205,12 +205,7 @@ def strategy_problems(job: Job) -> list[Problem]:
 def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
     try:
         kind = strategies.get(job.strategy.name)
-        given, removed = dict(job.strategy.options), kind.options_type.removed
-        gone = [name for name in given if name in removed]
-        found += [Problem(("strategy", name), removed[name], "remove it") for name in gone]
-        options = kind.options_type.model_validate(
-            {name: value for name, value in given.items() if name not in gone}
-        )
+        options = kind.options_type.model_validate(dict(job.strategy.options))
     except SpecError as error:
         found.extend(error.problems)
         return None

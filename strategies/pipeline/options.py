@@ -23,8 +23,8 @@ _PER_STAGE = 4
 class HybridOptions(Options):
     """Options of `hybrid`."""
 
-    removed: ClassVar[Mapping[str, str]] = {
-        "pack_weights": "was removed: each micro-batch's products are made at once",
+    gone: ClassVar[Mapping[str, str]] = {
+        "pack_weights": "it was removed: each micro-batch's products are made at once",
     }
 
     pipeline: Count = Field(1, le=1024)

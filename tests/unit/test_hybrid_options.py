@@ -53,7 +53,7 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         "3 pieces begin with 2 layers besides the first (got 1 names)",
         "name as many",
     ),
-    ({"pack_weights": True}, 1, {}, "strategy.pack_weights", "was removed", "remove it"),
+    ({"pack_weights": True}, 1, {}, "strategy.pack_weights", "unknown field", "was removed"),
     ({"pipeline": 3, "cut": ["2", "2"]}, 3, {}, "strategy.cut", "named twice", "once"),
     (
         {"pipeline": 2, "schedule": "interleaved", "virtual": 1},
