@@ -210,6 +210,33 @@ class Data(Spec):
         return {"num_workers" if k == _OLD_WORKERS else k: v for k, v in given.items()}
 
 
+class Compile(Spec):
+    """What `torch.compile` is told, by its own names."""
+
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        "default"
+    )
+    """How much time is given to make the code quick."""
+    backend: str = "inductor"
+    """Compiler, by the name under which torch knows it."""
+    fullgraph: Flag = False
+    """Fail where the model cannot be compiled as a whole; else it falls back, with a warning."""
+    dynamic: Flag | None = None
+    """Code for batches of any size; None: once a second size has come."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Give the arguments of `torch.compile`; it takes no mode but for its own compiler."""
+        found = self.model_dump()
+        return found if self.mode != "default" else {**found, "mode": None}
+
+
+def _compile(value: object) -> object:
+    """Take `true` for all defaults, and `false` for nothing."""
+    if isinstance(value, bool):
+        return {} if value else None
+    return value
+
+
 class Evaluation(Spec):
     """When `eval_data` is run through the model (only for tasks that have it)."""
 
@@ -297,6 +324,11 @@ class Job(Spec):
     """Scale gradients down to this 2-norm over all parameters; None: never."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
+    compile: Annotated[Compile | None, BeforeValidator(_compile)] = None
+    """`true`, or a mapping: forward and backward are compiled by `torch.compile`."""
+    activation_checkpointing: str | None = Field(None, min_length=1)
+    """Modules that keep only their inputs, and compute again in backward, to save memory: patterns
+    of names with commas between, such as "blocks.*"."""
     seed: Index = 0
     """Seeds model, data, their order and dropout; the same seed gives the same bits."""
     data: Data = Data()

@@ -199,6 +199,12 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if job.embeddings is not None:
         text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
         found.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
+    if job.compile is not None:
+        text = "cannot be combined with `hybrid`, which calls the model's layers one by one"
+        found.append(Problem(("compile",), text, "remove it, or take `ring`"))
+    if job.activation_checkpointing is not None:
+        text = "has no effect with `hybrid`, which computes whole stages again"
+        found.append(Problem(("activation_checkpointing",), text, "set strategy.recompute: true"))
     if chosen.backend == "nccl" and not job.scaling.use_gpu:
         hint_ = "set scaling.use_gpu: true, or `backend: auto`"
         found.append(_problem("backend", "`nccl` runs between GPUs only", hint_))
