@@ -225,6 +225,8 @@ def connection(
         runtime_env_json: `--runtime-env-json`.
         told: of what is shipped.
     """
+    if "NO_COLOR" in os.environ or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of the lines that workers print
     if target.kind == "local":
         return nullcontext()
     from distplat.cli.join import connected
