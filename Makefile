@@ -1,5 +1,6 @@
 # demo: train the digits example under two strategies.   test: everything that CI runs.
 # test-all: the same, the slow cluster tests, minutes of drawn trainings, and more kills.
+# chaos: faults of every kind, on real processes, half an hour.   soak: random ones, half an hour.
 # check: format, lint, types.   fmt: mend format and lint.   bench: compare with peers.
 # Each target does all the set-up it needs, on a fresh machine too.
 
@@ -12,7 +13,7 @@ DRAWN := $(addprefix tests/unit/test_,property_training.py leased_tables.py embe
 
 ON_RAY := -n 2 --dist loadfile --no-loadscope-reorder -ra
 
-.PHONY: demo test test-all check fmt bench clean
+.PHONY: demo test test-all chaos soak check fmt bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/distplat submit examples/digits/job.yaml
@@ -26,6 +27,12 @@ test-all: test
 	$(BIN)/python -m pytest $(ON_RAY) -m slow tests/cluster
 	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(DRAWN)
 	DISTPLAT_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_kill_inside.py
+
+chaos: $(VENV)/.installed
+	$(BIN)/python tests/chaos/chaos_grid.py
+
+soak: $(VENV)/.installed
+	$(BIN)/python tests/chaos/chaos_soak.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -96,7 +96,10 @@ class ControllerClient:
             answer = ask(self._transport, "an answer", [call], [_NAME], limit, setting, check)[0]
         except ActorLost as error:
             self._up = False
-            remedy = "go on from the last checkpoint: submit --resume"
+            if error.role != _NAME:  # that is what `check` has found
+                raise
+            trained = self._step is not None
+            remedy = "go on from the last checkpoint: submit --resume" if trained else ""
             raise ActorLost(_NAME, self._step, error.cause, remedy) from None
         except DeadlineExceeded:
             self._up = False

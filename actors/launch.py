@@ -26,6 +26,7 @@ from distplat.actors.actor_group import ActorGroup, Launch
 from distplat.actors.checkpointing import newest_checkpoint
 from distplat.actors.controller_actor import ControllerActor
 from distplat.actors.controller_client import ControllerClient, Sink
+from distplat.actors.head_watch import HeadWatch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_transport import RayTransport
@@ -58,6 +59,7 @@ def train_on_ray(launch: Launch, sink: Sink) -> None:
         _task_check(launch) as task_check,
         local_ray(launch.job.scaling),
         failures_of_ray(),
+        HeadWatch(ray.get_runtime_context().gcs_address) as head,
     ):
         stopping.arm()
         stopping.check()
@@ -65,17 +67,18 @@ def train_on_ray(launch: Launch, sink: Sink) -> None:
 
         def check() -> None:
             stopping.check()
+            head.check()
             for line in task_check.poll() if task_check is not None else ():
                 logger.warning("%s", line)
 
         try:
-            _follow(launch, check, sink)
+            _follow(launch, check, sink, head)
         except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
             stopping.check()
             raise
 
 
-def _follow(launch: Launch, check: Callable[[], None], sink: Sink) -> None:
+def _follow(launch: Launch, check: Callable[[], None], sink: Sink, head: HeadWatch) -> None:
     saved = newest_checkpoint(launch)
     actor_group = ActorGroup(launch, saved)
     # Ranks take their words back themselves, unless they were killed.
@@ -88,7 +91,8 @@ def _follow(launch: Launch, check: Callable[[], None], sink: Sink) -> None:
         endings.insert(0, controller.end)
         controller.follow(check, sink)
     finally:
-        end_each(endings)
+        if not head.gone:  # else nothing of that can be done: all ends with this process
+            end_each(endings)
 
 
 @contextmanager

@@ -86,6 +86,14 @@ _CAUSES: dict[type[exceptions.RayError], str] = {
 _GUESSES = re.compile(r" (?:Some common causes|There are some potential root causes)")
 """What follows in Ray's own words says how processes die in general."""
 
+_UNREACHABLE = "because all references to the actor were removed"
+"""Nobody asks an actor without a reference. So Ray says this of one whose owner it cannot call."""
+_UNREACHABLE_CAUSE = (
+    "the cluster cannot call the process that made it: a firewall is between them, or one of them "
+    "wants a token and the other has none (`RAY_AUTH_MODE`: a cluster that was started with "
+    "`disabled` is used with `disabled`)"
+)
+
 _REMEDIES: dict[type[exceptions.RayError], str] = {
     exceptions.ObjectStoreFullError: "give Ray a larger object store (`object_store_memory`)",
     exceptions.OutOfDiskError: "free some of the disk that Ray spills to",
@@ -108,6 +116,8 @@ def cause_of(error: exceptions.RayError) -> str:
     said = _GUESSES.split((reasons or lines or [type(error).__name__])[0])[0]
     if lines and getattr(error, "actor_init_failed", False):
         said = f"it could not be made: {lines[-1].strip()}"
+    if _UNREACHABLE in said:
+        said = _UNREACHABLE_CAUSE
     before = _CAUSES.get(type(error))
     return f"{before}: {said}" if before else said
 

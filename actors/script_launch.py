@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import ray
 
+from distplat.actors.head_watch import HeadWatch
 from distplat.actors.launch import failures_of_ray, local_ray
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.script_run import Script, Terminal, run_script
@@ -117,7 +118,12 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
 
 
 def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
-    with Stopping() as stopping, local_ray(job.scaling, logs=False), failures_of_ray():
+    with (
+        Stopping() as stopping,
+        local_ray(job.scaling, logs=False),
+        failures_of_ray(),
+        HeadWatch(ray.get_runtime_context().gcs_address) as head,
+    ):
         stopping.arm()
         stopping.check()
         shipped = ray.get_runtime_context().runtime_env.get("working_dir")
@@ -130,10 +136,15 @@ def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
             try:
                 yield actors.processes
             finally:
-                actors.end()
+                if not head.gone:
+                    actors.end()
+
+        def check() -> None:
+            stopping.check()
+            head.check()
 
         try:
-            return run_script(script, RayTransport(), spawn, logs, stopping.check)
+            return run_script(script, RayTransport(), spawn, logs, check)
         except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
             stopping.check()
             raise

@@ -382,7 +382,10 @@ class JobState:
         if self.error is None:
             self.restart = Restart(self.attempt + 1, (), False, 0.0, world=self._wanted)
             return
-        answer = self._budget.spend(self.furthest, str(self.error), self._preempted)
+        follows = isinstance(self.error, StateLost)
+        answer = self._budget.spend(
+            self.furthest, str(self.error), self._preempted, consequence=follows
+        )
         if isinstance(answer, str):
             self.error = RestartsExhausted(answer, tuple(self._budget.setbacks))
             self.phase = Phase.FAILED

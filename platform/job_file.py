@@ -92,7 +92,11 @@ def render_job(job: Job) -> str:
     Raises:
         SpecError: a value from Python has no form in YAML.
     """
-    data = job.model_dump(exclude={"lr_schedule": job.lr_schedule.idle_fields()})
+    idle = {
+        "lr_schedule": job.lr_schedule.idle_fields(),
+        "evaluation": job.evaluation.idle_fields(),
+    }
+    data = job.model_dump(exclude=idle)
     data["strategy"] = {"name": job.strategy.name, **job.strategy.options}
     return dump_yaml(_plain(data, ()))
 

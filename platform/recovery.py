@@ -140,8 +140,11 @@ class Budget:
         self._paid_to = 0  #: steps for which something was given back, or nothing was to be
         self._last_step = -1
         self._at_same_step = 0
+        self._counted = False  #: whether the last one was
 
-    def spend(self, step: int, cause: str, preempted: bool) -> float | str:
+    def spend(
+        self, step: int, cause: str, preempted: bool, *, consequence: bool = False
+    ) -> float | str:
         """
         Count one more failure.
 
@@ -149,12 +152,18 @@ class Budget:
             step: steps that were done; how far the run has come.
             cause: what happened.
             preempted: the machine was taken away.
+            consequence: nothing more was lost: those that are left found out what went with those
+                that were. The failure before has paid for that, once.
 
         Returns:
             Seconds to wait before going on, or why the run must end.
         """
         self.setbacks.append(f"attempt {self._attempt}, after step {step}: {cause}")
         self._attempt += 1
+        paid, self._counted = consequence and self._counted, True
+        if paid:
+            self._counted = False
+            return 0.0
         self._give_back(step)
         if preempted:
             self._preemptions += 1

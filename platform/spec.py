@@ -249,6 +249,10 @@ class Evaluation(Spec):
         """Give the steps between two evaluations; 0: there is only that after the last step."""
         return self.every_steps or self.every_epochs * steps_per_epoch
 
+    def idle_fields(self) -> set[str]:
+        """Name the fields that have no effect beside the others."""
+        return set() if self.every_steps is None else {"every_epochs"}
+
 
 class Checkpoint(Spec):
     """What is kept of the model, while it is trained and at the end (docs/checkpoints.md)."""
@@ -436,7 +440,7 @@ def length_problems(schedule: NamedSchedule, steps: int) -> list[Problem]:
 
 
 def _evaluation_problems(job: Job) -> list[Problem]:
-    if job.evaluation.every_steps is not None and "every_epochs" in job.evaluation.model_fields_set:
+    if job.evaluation.idle_fields() & job.evaluation.model_fields_set:
         return [Problem(("evaluation",), "give `every_steps` or `every_epochs`, got both")]
     return []
 

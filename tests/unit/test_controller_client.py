@@ -138,6 +138,25 @@ def test_a_controller_that_dies_is_named_with_the_last_step() -> None:
     driver.client.end()
 
 
+def test_before_the_first_step_there_is_nothing_to_go_on_from() -> None:
+    driver = Driver()
+    driver.cluster.inject("begin", Fault(kill="before"))
+    with pytest.raises(ActorLost, match="controller was lost") as caught:
+        driver.follow()
+    assert "--resume" not in str(caught.value)
+
+
+def test_what_the_driver_finds_out_by_itself_is_told_as_it_is() -> None:
+    driver = Driver()
+
+    def check() -> None:
+        if 5 in driver.heard:
+            raise ActorLost("the head of the Ray cluster", None, "silent")
+
+    with pytest.raises(ActorLost, match="the head of the Ray cluster was lost: silent"):
+        driver.follow(check)
+
+
 def test_a_controller_that_does_not_answer_is_late() -> None:
     driver = Driver()
     driver.client._limit_s = 0.3

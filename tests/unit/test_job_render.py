@@ -73,6 +73,10 @@ _JOB = st.fixed_dictionaries(
         "lr_schedule": st.sampled_from(
             [{}, {"name": "step", "every_steps": 3}, {"name": "cosine", "final_factor": 0.1}]
         ),
+        "evaluation": st.sampled_from([{}, {"every_epochs": 0}, {"every_steps": 3}]),
+        "checkpoint": st.sampled_from(
+            [{}, {"every_steps": 2, "num_to_keep": 5}, {"every_epochs": 1}, {"save_final": False}]
+        ),
         "steps": st.integers(1, 2**40),
         "global_batch_size": st.integers(1, 2**30),
         "storage_path": st.from_regex(r"\A[^\x00-\x1f\x7f]{1,9}\Z").filter(str.isprintable),

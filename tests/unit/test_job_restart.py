@@ -132,6 +132,20 @@ def test_survivors_that_lack_state_go_back_too() -> None:
     assert not state.restart.everything, "that was the attempt before"
 
 
+def test_two_losses_at_one_step_that_take_the_state_end_no_run() -> None:
+    """The second one while the first is replaced: whoever is there finds that nobody has it."""
+    state = play([])
+    for now in (1, 3):
+        lose(state, now, 12)
+        state.restarted(now + 1)
+    lost = StateLost("the state after step 10")
+    for event in [*(stopped(rank, lost) for rank in range(3)), Tick()]:
+        state.handle(event, 5)
+    assert state.phase is not Phase.FAILED, state.error
+    assert state.restart is not None
+    assert state.restart.everything
+
+
 SERVER_LOST = ActorLost("server-0", 3, "killed")
 
 

@@ -123,3 +123,15 @@ def test_a_cause_is_one_line_and_never_empty() -> None:
     )
     assert cause_of(error) == "it could not be made: ImportError: no numpy"
     assert as_ours(error).exit_code == 4
+
+
+def test_an_owner_that_the_cluster_cannot_call_is_told_so() -> None:
+    """Ray's words, of a driver with a token on a cluster without one: they name no cause."""
+    error = exceptions.ActorDiedError()
+    error.error_msg = (
+        "The actor died unexpectedly before finishing this task.\n\tclass_name: ControllerActor\n"
+        "The actor is dead because all references to the actor were removed including lineage ref "
+        "count."
+    )
+    assert "cannot call the process that made it" in cause_of(error)
+    assert "RAY_AUTH_MODE" in cause_of(error)

@@ -1,5 +1,7 @@
 """The restart budget: who makes progress goes on at once, who does not waits and then gives up."""
 
+from functools import partial
+
 import pytest
 
 from distplat.platform.recovery import (
@@ -53,6 +55,15 @@ def test_preemption_has_a_budget_of_its_own() -> None:
     assert spend(budget, 5) == [0.0]
     [answer] = spend(budget, 5, preempted=True)
     assert answer == "preempted more than 3 times"
+
+
+def test_what_follows_from_a_failure_is_paid_for_once() -> None:
+    budget = Budget(Policy(max_failures=2))
+    follow = partial(budget.spend, 7, "its state is gone", False, consequence=True)
+    assert spend(budget, 7, 7) == [0.0, FIRST_WAIT_S]
+    assert follow() == 0.0
+    assert follow() == "`failure.max_failures` is 2", "or a fault of ours would go on for ever"
+    assert len(budget.setbacks) == 4, "all are told"
 
 
 @pytest.mark.parametrize(

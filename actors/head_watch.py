@@ -1,0 +1,96 @@
+"""
+Notice that the head of the cluster is gone, before Ray ends this process because of it.
+
+Ray ends every process that has not reached the head for a minute, with exit code 1 and without a
+word to Python: a run would leave no result, and its exit code would blame the task. Until then
+training goes on, and a head that comes back in time is welcome.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from distplat.platform.errors import ActorLost
+
+_SETTING = "RAY_gcs_rpc_server_reconnect_timeout_s"
+_RAYS_OWN_S = 60.0
+_SHARE = 2 / 3
+"""Of what Ray waits: the rest is for an orderly end."""
+_KNOCK_S = 2.0
+
+
+class HeadWatch:
+    """
+    Knocks at the head of the cluster while it is entered.
+
+    Args:
+        address: HOST:PORT of the head.
+        knock: says whether somebody listens there; None: a connection shows it.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        knock: Callable[[str], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._address, self._knock, self._clock = address, knock or listens, clock
+        self._limit_s = float(os.environ.get(_SETTING, _RAYS_OWN_S)) * _SHARE
+        self._heard_at = clock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="head watch")
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End."""
+        self._over.set()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the head has been silent for too long."""
+        return self._clock() - self._heard_at > self._limit_s
+
+    def check(self) -> None:
+        """
+        Return if the head is there, or was not long ago.
+
+        Raises:
+            ActorLost: it is gone.
+        """
+        if self.gone:
+            cause = f"nothing has listened at {self._address} for {self._limit_s:.0f} s"
+            remedy = "start Ray there again, and go on from the last checkpoint"
+            raise ActorLost("the head of the Ray cluster", None, cause, remedy)
+
+    def look(self) -> None:
+        """Knock once."""
+        if self._knock(self._address):
+            self._heard_at = self._clock()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_KNOCK_S):
+            self.look()
+
+
+def listens(address: str) -> bool:
+    """Say whether a connection to HOST:PORT can be made."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,112 @@
+"""
+`make chaos`: faults of every kind, under every strategy, on real processes, and a table.
+
+    chaos_grid.py                                     every row and strategy, once
+    chaos_grid.py --trials 5 --row F1 --row F11       five of each of these
+    chaos_grid.py --seed 17 --row F7 --strategy ring  that trial again
+
+Exits with 1 if a trial went wrong, or if a fault did not fire.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from chaos_cluster import OneCluster, with_token
+from chaos_rows import ALL, ROWS
+from chaos_trial import Outcome, Runs
+
+
+def main() -> int:
+    """Run the grid as the command line says; give the exit code."""
+    args = _arguments()
+    with_token()
+    sys.path.append(str(Path(__file__).parent.parent / "support"))  # for rows in memory
+    folder = Path(args.folder or tempfile.mkdtemp(prefix="chaos-"))
+    print(f"first seed {args.seed}; runs, logs and results are in {folder}", flush=True)
+    outcomes: list[Outcome] = []
+    deadline = time.monotonic() + args.minutes * 60
+    for nodes in (0, 1, 3):
+        wanted = [one for one in _trials(args) if ROWS[one[0]].nodes == nodes]
+        if not wanted:
+            continue
+        cluster = OneCluster(nodes) if nodes else None
+        try:
+            runs = Runs(cluster, folder / f"nodes-{nodes}")
+            for name, strategy, seed in wanted:
+                if time.monotonic() > deadline:
+                    break
+                outcomes.append(runs.trial(name, strategy, seed))
+                print(line(outcomes[-1]), flush=True)
+        finally:
+            if cluster is not None:
+                cluster.close()
+    print("\n" + table(outcomes))
+    return 0 if outcomes and all(one.verdict == "ok" for one in outcomes) else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
+    parser.add_argument("--row", action="append", choices=sorted(ROWS), help="default: all")
+    parser.add_argument("--strategy", action="append", choices=ALL, help="default: all")
+    parser.add_argument("--trials", type=int, default=1, help="of each row and strategy")
+    parser.add_argument("--seed", type=int, default=1, help="of the first; the next ones follow")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin no trial after that")
+    parser.add_argument("--folder", help="for what the runs leave; default: a new one in /tmp")
+    return parser.parse_args()
+
+
+def _trials(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """Give row, strategy and seed of each trial, one of everything before a second one."""
+    for seed in range(args.seed, args.seed + args.trials):
+        for name, row in ROWS.items():
+            for strategy in row.strategies:
+                if name in (args.row or ROWS) and strategy in (args.strategy or ALL):
+                    yield name, strategy, seed
+
+
+def line(outcome: Outcome) -> str:
+    """Say what came of a trial, and of one that is not well everything."""
+    recovery = "-" if outcome.recovery_s is None else f"{outcome.recovery_s:.1f}"
+    head = f"{outcome.row:<15} {outcome.strategy:<9} seed {outcome.seed:<4} {outcome.verdict:<9}"
+    text = f"{head} recovery {recovery:>5} s, run {outcome.seconds:5.1f} s"
+    if outcome.verdict == "ok":
+        return text
+    deeds = [f"deed: {deed}" for deed in outcome.deeds]
+    found = [f"{fired.proof}" for fired in outcome.fired]
+    missed = [f"not fired: {one}" for one in outcome.not_fired]
+    more = [*deeds, *found, *missed, *outcome.problems, f"see {outcome.folder}"]
+    return "\n    ".join([text, *more])
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Make the table in Markdown: row x strategy, trials, recovery."""
+    lines = [
+        "| row | fault | strategy | trials | ok | wrong | not fired | recovery median | max |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in ROWS.items():
+        for strategy in row.strategies:
+            some = [one for one in outcomes if (one.row, one.strategy) == (name, strategy)]
+            if some:
+                lines.append(f"| {name} | {row.what} | {strategy} | {_figures(some)} |")
+    return "\n".join([*lines, f"| all | | | {_figures(outcomes)} |"])
+
+
+def _figures(outcomes: list[Outcome]) -> str:
+    counts = [
+        sum(one.verdict == verdict for one in outcomes) for verdict in ("ok", "wrong", "not fired")
+    ]
+    times = [one.recovery_s for one in outcomes if one.verdict == "ok" and one.recovery_s]
+    recovery = ["-", "-"]
+    if times:
+        recovery = [f"{statistics.median(times):.1f} s", f"{max(times):.1f} s"]
+    return " | ".join(map(str, [len(outcomes), *counts, *recovery]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

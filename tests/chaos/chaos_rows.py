@@ -1,0 +1,405 @@
+"""
+The rows of the fault grid: what is done to a run, at which moment, and how the run has to end.
+
+A row draws its moments from a generator, so one seed names one trial. Numbers are those of the list
+of faults in docs/faults.md.
+"""
+
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from chaos_injector import Deed
+
+STEPS, EVERY, BATCH = 24, 4, 12
+KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
+HEARTBEAT_S, COLLECTIVE_S, STEP_S = 5.0, 5.0, 20.0
+"""Deadlines of a trial: what froze is found by the first that applies."""
+WIDE = 768
+"""Width of a model whose exchange takes milliseconds, and its checkpoints some more."""
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ring": {"name": "ring", "timeout_s": COLLECTIVE_S},
+    "ps-sync": {"name": "ps-sync", "num_servers": 2},
+    "ps-async": {"name": "ps-async", "num_servers": 2, "staleness": 2},
+    "hybrid": {
+        "name": "hybrid",
+        "pipeline": 2,
+        "data": 2,
+        "micro_batches": 2,
+        "cut": ["2"],
+        "timeout_s": COLLECTIVE_S,
+    },
+}
+WORLD = {"ring": 2, "ps-sync": 2, "ps-async": 2, "hybrid": 4}
+ALL = tuple(STRATEGIES)
+SERVED = ("ps-sync", "ps-async")
+SYNCHRONOUS = ("ring", "ps-sync", "hybrid")
+STORES_AT = {"hybrid": {"data_strategy": "ps-sync", "num_servers": 1}}
+"""Options with which a strategy has servers that has none by itself."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One trial of a row."""
+
+    deeds: tuple[Deed, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the strategy, besides those of `STRATEGIES`."""
+    width: int = 16
+    codes: tuple[int, ...] = (0,)
+    """Exit codes that are right."""
+    resumes: bool = False
+    """The run ends, and another one goes on from its run directory."""
+    damage: str = ""
+    """What becomes of the newest checkpoint in between: `flip` or `cut`."""
+    small_disk: bool = False
+    """The run directory is on a disk of its own."""
+    max_failures: int = 6
+    quiet: bool = False
+    """Nothing of it may be taken for a failure."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault of the list."""
+
+    name: str
+    what: str
+    strategies: tuple[str, ...]
+    plan: Callable[[str, Random], Plan]
+    nodes: int = 1
+    """Of the cluster; 0: it needs none, and the plan is of no account."""
+
+
+ROWS: dict[str, Row] = {}
+
+
+def row(
+    name: str, what: str, strategies: tuple[str, ...] = ALL, nodes: int = 1
+) -> Callable[[Callable[[str, Random], Plan]], Callable[[str, Random], Plan]]:
+    """Enter a function as the row's plan."""
+
+    def enter(plan: Callable[[str, Random], Plan]) -> Callable[[str, Random], Plan]:
+        ROWS[name] = Row(name, what, strategies, plan, nodes)
+        return plan
+
+    return enter
+
+
+def rank_of(strategy: str, draw: Random) -> int:
+    return draw.randrange(WORLD[strategy])
+
+
+def some_step(draw: Random) -> int:
+    """Draw a step with one before it and some after it; boundaries of checkpoints are likely."""
+    return draw.choice((1, 2, EVERY - 1, EVERY, 7, 2 * EVERY, 11, 13))
+
+
+def late_step(strategy: str, draw: Random) -> int:
+    """
+    Draw a step after a checkpoint.
+
+    Under `ps-async` a rank may have made both parts of the first steps: its seventh forward may be
+    of the fourth step.
+    """
+    return some_step(draw) + (2 * EVERY if strategy == "ps-async" else EVERY)
+
+
+def inside(draw: Random) -> str:
+    return draw.choice(("forward", "backward"))
+
+
+@row("F1-setup", "SIGKILL a worker while it makes its model or reads its data")
+def _(strategy: str, draw: Random) -> Plan:
+    return Plan((Deed(draw.choice(("model", "data")), rank_of(strategy, draw)),))
+
+
+@row("F1", "SIGKILL a worker in forward or backward")
+def _(strategy: str, draw: Random) -> Plan:
+    return Plan((Deed(inside(draw), rank_of(strategy, draw), some_step(draw)),))
+
+
+@row("F1-last", "SIGKILL a worker in the last step", SYNCHRONOUS)
+def _(strategy: str, draw: Random) -> Plan:
+    return Plan((Deed(inside(draw), rank_of(strategy, draw), STEPS - 1),))
+
+
+@row("F1-eval", "SIGKILL a worker in an evaluation")
+def _(strategy: str, draw: Random) -> Plan:
+    return Plan((Deed("evaluation", 0),))
+
+
+@row("F2", "SIGKILL a worker while its push is on the way", ("ps-sync", "ps-async", "hybrid"))
+def _(strategy: str, draw: Random) -> Plan:
+    return _in_exchange(strategy, rank_of(strategy, draw), draw)
+
+
+@row("F4", "SIGKILL another rank than 0 in an all-reduce", ("ring", "hybrid"))
+def _(strategy: str, draw: Random) -> Plan:
+    return _in_exchange(strategy, draw.randrange(1, WORLD[strategy]), draw, served=False)
+
+
+@row("F5", "SIGKILL rank 0 in an all-reduce", ("ring", "hybrid"))
+def _(strategy: str, draw: Random) -> Plan:
+    return _in_exchange(strategy, 0, draw, served=False)
+
+
+def _in_exchange(strategy: str, rank: int, draw: Random, served: bool = True) -> Plan:
+    """Let a rank that has its gradients go on, and hit it within the length of an exchange."""
+    delay = draw.uniform(0, 0.03)
+    options = STORES_AT.get(strategy, {}) if served else {}
+    deed = Deed("backward", rank, some_step(draw), hold=False, delay_s=delay)
+    return Plan((deed,), options, WIDE)
+
+
+@row("F7-worker", "SIGKILL a worker while a checkpoint is written")
+def _(strategy: str, draw: Random) -> Plan:
+    return _while_writing(f"worker-{rank_of(strategy, draw)}", draw)
+
+
+@row("F7-server", "SIGKILL a server while a checkpoint is written", SERVED)
+def _(strategy: str, draw: Random) -> Plan:
+    return _while_writing("server", draw)
+
+
+@row("F7", "SIGKILL the controller, which writes checkpoints, while it does; resume")
+def _(strategy: str, draw: Random) -> Plan:
+    return _while_writing("controller", draw, resumes=True, codes=(4,))
+
+
+def _while_writing(victim: str, draw: Random, **more: Any) -> Plan:
+    saved = Deed("partial", victim=victim, delay_s=draw.uniform(0, 0.02), saved=True)
+    return Plan((saved,), width=WIDE, **more)
+
+
+@row("F8", "SIGKILL the replacement of a lost worker while it makes its model")
+def _(strategy: str, draw: Random) -> Plan:
+    rank = rank_of(strategy, draw)
+    return Plan((Deed(inside(draw), rank, some_step(draw)), Deed("renewed", rank)))
+
+
+@row("F8-other", "SIGKILL another worker while a lost one is replaced")
+def _(strategy: str, draw: Random) -> Plan:
+    rank = rank_of(strategy, draw)
+    other = (rank + draw.randrange(1, WORLD[strategy])) % WORLD[strategy]
+    first = Deed(inside(draw), rank, late_step(strategy, draw), saved=True)
+    return Plan((first, Deed("renewed", rank, victim=f"worker-{other}")))
+
+
+@row("F9", "SIGKILL all workers at once")
+def _(strategy: str, draw: Random) -> Plan:
+    step = late_step(strategy, draw)
+    return Plan((Deed(inside(draw), 0, step, victim="workers", saved=True),))
+
+
+@row("F10", "SIGKILL a server that has no backup", (*SERVED, "hybrid"))
+def _(strategy: str, draw: Random) -> Plan:
+    return _servers(strategy, "server", draw)
+
+
+@row("F12", "SIGKILL all servers, primaries and backups", (*SERVED, "hybrid"))
+def _(strategy: str, draw: Random) -> Plan:
+    return _servers(strategy, "servers", draw, replication=2)
+
+
+def _servers(strategy: str, victim: str, draw: Random, **options: Any) -> Plan:
+    options = {**STORES_AT.get(strategy, {}), **options}
+    hold, delay = draw.choice(((True, 0.0), (False, draw.uniform(0, 0.03))))
+    step = late_step(strategy, draw)
+    deed = Deed(inside(draw), 0, step, victim, hold=hold, delay_s=delay, saved=True)
+    return Plan((deed,), options, WIDE)
+
+
+@row(
+    "F11",
+    "SIGKILL the primary of a shard that is kept twice, sometimes its successor, too",
+    (*SERVED, "hybrid"),
+)
+def _(strategy: str, draw: Random) -> Plan:
+    options = {**STORES_AT.get(strategy, {}), "replication": 2}
+    at = some_step(draw)
+    deeds = [Deed(inside(draw), 0, at, "primary")]
+    if draw.random() < 0.5:
+        deeds.append(Deed("forward", 0, at + 2, "primary"))
+    return Plan(tuple(deeds), options, WIDE)
+
+
+@row("F13", "SIGKILL the server manager", (*SERVED, "hybrid"))
+def _(strategy: str, draw: Random) -> Plan:
+    deed = Deed(inside(draw), 0, some_step(draw), "server-manager")
+    return Plan((deed,), STORES_AT.get(strategy, {}))
+
+
+@row("F13-scheduler", "SIGKILL the task scheduler", SERVED)
+def _(strategy: str, draw: Random) -> Plan:
+    return Plan((Deed(inside(draw), 0, some_step(draw), "task-scheduler"),))
+
+
+@row("F13-controller", "SIGKILL the controller; resume")
+def _(strategy: str, draw: Random) -> Plan:
+    return _ended(strategy, "controller", KILL, draw, codes=(4,))
+
+
+@row("F14", "SIGKILL the driver; resume")
+def _(strategy: str, draw: Random) -> Plan:
+    return _ended(strategy, "driver", KILL, draw, codes=(-signal.SIGKILL,))
+
+
+@row("F16", "SIGINT to the driver; resume")
+def _(strategy: str, draw: Random) -> Plan:
+    return _ended(strategy, "driver", int(signal.SIGINT), draw, codes=(130,))
+
+
+@row("F17", "SIGTERM to the driver; resume")
+def _(strategy: str, draw: Random) -> Plan:
+    return _ended(strategy, "driver", int(signal.SIGTERM), draw, codes=(143,))
+
+
+def _ended(strategy: str, victim: str, number: int, draw: Random, **more: Any) -> Plan:
+    """End the run once there is something to resume from; who is at work there waits, and is slow
+    enough for the run not to end before."""
+    step = late_step(strategy, draw)
+    deed = Deed(inside(draw), 0, step, victim, number, saved=True)
+    return Plan((deed,), resumes=True, **more)
+
+
+@row("F18", "SIGTERM to a worker")
+def _(strategy: str, draw: Random) -> Plan:
+    return Plan(
+        (Deed(inside(draw), rank_of(strategy, draw), some_step(draw), action=int(signal.SIGTERM)),)
+    )
+
+
+@row("F22", "SIGSTOP a worker for good")
+def _(strategy: str, draw: Random) -> Plan:
+    return Plan((Deed(inside(draw), rank_of(strategy, draw), some_step(draw), action=STOP),))
+
+
+@row("F22-back", "SIGSTOP a worker, SIGCONT after its deadline: it is fenced off")
+def _(strategy: str, draw: Random) -> Plan:
+    undo = HEARTBEAT_S + draw.uniform(0, 4)
+    rank, step = rank_of(strategy, draw), some_step(draw)
+    return Plan((Deed(inside(draw), rank, step, action=STOP, undo_s=undo),))
+
+
+@row("F23", "SIGSTOP a worker for 1.5 s, less than any deadline: nothing is a failure")
+def _(strategy: str, draw: Random) -> Plan:
+    rank, step = rank_of(strategy, draw), some_step(draw)
+    return Plan((Deed(inside(draw), rank, step, action=STOP, undo_s=1.5),), quiet=True)
+
+
+@row("F24", "SIGSTOP a server for good, with a backup or without", (*SERVED, "hybrid"))
+def _(strategy: str, draw: Random) -> Plan:
+    replication = draw.choice((1, 2))
+    options = {**STORES_AT.get(strategy, {}), "replication": replication}
+    victim = "primary" if replication == 2 else "server"
+    deed = Deed(inside(draw), 0, late_step(strategy, draw), victim, STOP, saved=True)
+    return Plan((deed,), options)
+
+
+@row("F24-manager", "SIGSTOP the server manager for good", (*SERVED, "hybrid"))
+def _(strategy: str, draw: Random) -> Plan:
+    deed = Deed(inside(draw), 0, some_step(draw), "server-manager", STOP)
+    return Plan((deed,), STORES_AT.get(strategy, {}))
+
+
+@row("F24-scheduler", "SIGSTOP the task scheduler for good", SERVED)
+def _(strategy: str, draw: Random) -> Plan:
+    return Plan((Deed(inside(draw), 0, some_step(draw), "task-scheduler", STOP),))
+
+
+@row("F24-controller", "SIGSTOP the controller for good; resume")
+def _(strategy: str, draw: Random) -> Plan:
+    return _ended(strategy, "controller", STOP, draw, codes=(4,))
+
+
+@row("F24-driver", "SIGSTOP the driver for longer than a deadline, then SIGCONT")
+def _(strategy: str, draw: Random) -> Plan:
+    undo = HEARTBEAT_S + 2
+    deed = Deed(inside(draw), 0, some_step(draw), "driver", STOP, undo_s=undo)
+    return Plan((deed,), quiet=True)
+
+
+@row("F28", "a disk that is full for a second while checkpoints are due")
+def _(strategy: str, draw: Random) -> Plan:
+    deed = Deed("forward", 0, some_step(draw), "disk", "fill", undo_s=1.0)
+    return Plan((deed,), width=WIDE, small_disk=True)
+
+
+@row("F28-for-good", "a disk that stays full: exit code 5")
+def _(strategy: str, draw: Random) -> Plan:
+    deed = Deed("forward", 0, some_step(draw), "disk", "fill")
+    return Plan((deed,), width=WIDE, small_disk=True, codes=(5,))
+
+
+@row("F30", "stopped, its newest checkpoint damaged, resumed from the one before")
+def _(strategy: str, draw: Random) -> Plan:
+    deed = Deed("forward", 0, 3 * EVERY + 2, "driver", int(signal.SIGINT), saved=True)
+    return Plan((deed,), resumes=True, codes=(130,), damage=draw.choice(("flip", "cut")))
+
+
+@row("F34", "a task that raises: exit code 1, at once")
+def _(strategy: str, draw: Random) -> Plan:
+    return _user(strategy, "raise", draw, codes=(1,))
+
+
+@row("F35-exit", "a task that calls sys.exit(0): exit code 1")
+def _(strategy: str, draw: Random) -> Plan:
+    return _user(strategy, "exit", draw, codes=(1,))
+
+
+@row("F35", "a task that calls os._exit(0), crashes in C or never returns, once")
+def _(strategy: str, draw: Random) -> Plan:
+    return _user(strategy, draw.choice(("quit", "segfault", "loop")), draw)
+
+
+def _user(strategy: str, action: str, draw: Random, **more: Any) -> Plan:
+    deed = Deed("forward", rank_of(strategy, draw), some_step(draw), action=action)
+    return Plan((deed,), **more)
+
+
+@row("F40", "a worker that dies in the same step again and again: exit code 4", SYNCHRONOUS)
+def _(strategy: str, draw: Random) -> Plan:
+    rank, step = rank_of(strategy, draw), some_step(draw)
+    return Plan(tuple(Deed("forward", rank, step) for _ in range(3)), codes=(4,))
+
+
+@row("F41", "the clock of a worker's process jumps by an hour: nothing is a failure")
+def _(strategy: str, draw: Random) -> Plan:
+    return _user(strategy, "clock", draw, quiet=True)
+
+
+@row("F9-two", "SIGKILL a worker and a server at the same moment", (*SERVED, "hybrid"))
+def _(strategy: str, draw: Random) -> Plan:
+    rank, step = rank_of(strategy, draw), late_step(strategy, draw)
+    first = Deed(inside(draw), 0, step, "server", saved=True)
+    second = Deed(first.moment, 0, step, f"worker-{rank}", hold=False)
+    return Plan((second, first), STORES_AT.get(strategy, {}))
+
+
+@row("F19", "SIGKILL a node with workers", nodes=3)
+def _(strategy: str, draw: Random) -> Plan:
+    return Plan((Deed(inside(draw), 0, late_step(strategy, draw), "node", saved=True),))
+
+
+@row("F20", "SIGSTOP a node's raylet for 12 s, then SIGCONT", nodes=3)
+def _(strategy: str, draw: Random) -> Plan:
+    deed = Deed(inside(draw), 0, late_step(strategy, draw), "node", STOP, saved=True, undo_s=12.0)
+    return Plan((deed,))
+
+
+def _no_plan(strategy: str, draw: Random) -> Plan:
+    """See `chaos_messages.py` and `chaos_inputs.py`."""
+    return Plan(())
+
+
+row("F25", "in memory: 25 % of requests, 25 % of answers lost, some late or twice", SERVED, 0)(
+    _no_plan
+)
+row("B1", "200 mutants of a job file: exit code 0 or 2", ("ring",), 0)(_no_plan)
+row(
+    "B2", "12 damaged checkpoints to go on from: exit code 2 or 5, or the same model", ("ring",), 0
+)(_no_plan)

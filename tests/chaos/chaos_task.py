@@ -1,0 +1,170 @@
+"""
+The task of the fault grid: it tells when it gets to a moment, and waits there to be hit.
+
+What is to happen is not known here. `moments` says of which moments the injector
+(`chaos_injector.py`) wants to hear; a moment that is reached becomes a file `ask-<number>`, and who
+holds still does so until there is a file `done-<number>`. It says what the task is to do itself.
+"""
+
+import ctypes
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from distplat import Task
+
+SAMPLES = 48
+HOLD_S = 30.0
+
+
+class Watched(Task):
+    """
+    A small classifier with batch norm and dropout: all that is kept must come out the same.
+
+    Args:
+        folder: for files by which injector and task talk to each other.
+        moments: by number: name, rank, step, and whether to hold still there.
+        width: of the layers; a wide model has long exchanges and checkpoints.
+        pause: seconds that each forward takes at least.
+        per_step: forwards of a rank in one step.
+        stateful: whether layers keep buffers. Those of a lost worker of `ps-async` begin anew.
+    """
+
+    def __init__(
+        self,
+        folder: str = "",
+        moments: list[list[Any]] | None = None,
+        width: int = 16,
+        pause: float = 0.02,
+        per_step: int = 1,
+        stateful: bool = True,
+    ) -> None:
+        self.folder, self.moments, self.width = folder, moments or [], width
+        self.pause, self.per_step, self.stateful = pause, per_step, stateful
+        name = str(ray.get_runtime_context().get_actor_name()) if ray.is_initialized() else ""
+        self.worker = name.split("/")[1] if folder and "/worker-" in name else ""
+        self.renewed = "attempt" in name
+        if self.worker:
+            put(self.folder, self.worker, f"{os.getpid()} {os.readlink('/proc/self/ns/pid')}")
+
+    def model(self) -> nn.Module:
+        self.reach("renewed" if self.renewed else "model")
+        width = self.width
+        layers = [nn.Linear(5, width), Block(self, width), nn.Linear(width, width)]
+        return nn.Sequential(*layers, Block(self, width), nn.Linear(width, 3))
+
+    def train_data(self) -> Dataset[Any]:
+        if not self.renewed:
+            self.reach("data")
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(SAMPLES, 5, generator=generator)
+        return TensorDataset(inputs, torch.randint(0, 3, (SAMPLES,), generator=generator))
+
+    def eval_data(self) -> Dataset[Any] | None:
+        return self.train_data()
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets)
+
+    def reach(self, moment: str, step: int = 0) -> None:
+        """Tell of a moment, once, and do there what is asked."""
+        for number, (name, rank, at, hold) in enumerate(self.moments):
+            if (name, f"worker-{rank}") != (moment, self.worker) or step < at:
+                continue
+            if not first(self.folder, f"reached-{number}"):
+                continue
+            put(self.folder, f"ask-{number}", self.worker)
+            if hold:
+                act(answer(Path(self.folder, f"done-{number}")))
+
+    def count(self) -> None:
+        """Note the time of a forward: the injector finds in it when training went on."""
+        if self.worker:
+            with Path(self.folder, f"steps-{self.worker}").open("a") as file:
+                file.write(f"{time.time()}\n")
+
+
+class Block(nn.Module):
+    """Layers that keep state; tells of each forward and backward in training."""
+
+    def __init__(self, task: Watched, width: int) -> None:
+        super().__init__()
+        self.task = task
+        norm = nn.BatchNorm1d(width) if task.stateful else nn.LayerNorm(width)
+        self.parts = nn.Sequential(norm, nn.Tanh(), nn.Dropout(0.1))
+        forwards = torch.zeros((), dtype=torch.int64)
+        if task.stateful:  # so that a replacement knows in which step it is
+            self.register_buffer("forwards", forwards)
+        else:
+            self.forwards = forwards
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.parts(inputs)
+        if not self.training:
+            self.task.reach("evaluation")
+            return outputs
+        step = int(self.forwards) // self.task.per_step
+        self.forwards.add_(1)
+        self.task.count()
+        self.task.reach("forward", step)
+        time.sleep(self.task.pause)
+        if outputs.requires_grad:
+            outputs.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: self.task.reach("backward", step)
+            )
+        return outputs
+
+
+def put(folder: str, name: str, content: str) -> None:
+    """Write a file that others see as a whole."""
+    part = Path(folder, f".{name}-{os.getpid()}")
+    part.write_text(content)
+    part.rename(Path(folder, name))
+
+
+def first(folder: str, name: str) -> bool:
+    """Say whether no process has asked before."""
+    try:
+        os.close(os.open(Path(folder, name), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def answer(path: Path) -> str:
+    """Hold still until the injector has done what it does here."""
+    deadline = time.monotonic() + HOLD_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.002)
+    return path.read_text()
+
+
+def act(deed: str) -> None:
+    """Be the user whose code does this."""
+    if deed == "raise":
+        raise KeyError("no such token: 17")
+    if deed == "exit":
+        sys.exit(0)
+    if deed == "quit":
+        os._exit(0)
+    if deed == "segfault":
+        ctypes.string_at(0)
+    if deed == "loop":
+        time.sleep(3600)
+    if deed == "clock":
+        jump(3600.0)
+
+
+def jump(seconds: float) -> None:
+    """Have this process's clock jump, for all that asks Python for the time."""
+    true = time.time
+    time.time = lambda: true() + seconds

@@ -1,0 +1,22 @@
+"""A few trials of the fault grid (`tests/chaos/`): real processes, a run each, compared by hash."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GRID = Path(__file__).parent.parent / "chaos" / "chaos_grid.py"
+ROWS = ("F5", "F11", "F13", "F14", "F25", "B1", "B2")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_what_was_trained_has_the_bits_of_a_run_without_a_fault(tmp_path: Path) -> None:
+    rows = [word for row in ROWS for word in ("--row", row)]
+    only = ["--strategy", "ring", "--strategy", "ps-sync", "--folder", str(tmp_path / "grid")]
+    found = subprocess.run(
+        [sys.executable, str(GRID), *rows, *only], capture_output=True, text=True, timeout=550
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
