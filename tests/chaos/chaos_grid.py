@@ -4,21 +4,27 @@
     chaos_grid.py                                     every row and strategy, once
     chaos_grid.py --trials 5 --row F1 --row F11       five of each of these
     chaos_grid.py --seed 17 --row F7 --strategy ring  that trial again
+    chaos_grid.py --folder FOLDER                     what is left of a grid that was broken off
 
 Exits with 1 if a trial went wrong, or if a fault did not fire.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from chaos_cluster import OneCluster, with_token
 from chaos_rows import ALL, ROWS
 from chaos_trial import Outcome, Runs
+
+OUTCOMES = "outcomes.jsonl"
+"""File of a grid's folder: a line for each trial."""
 
 
 def main() -> int:
@@ -27,11 +33,13 @@ def main() -> int:
     with_token()
     sys.path.append(str(Path(__file__).parent.parent / "support"))  # for rows in memory
     folder = Path(args.folder or tempfile.mkdtemp(prefix="chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
     print(f"first seed {args.seed}; runs, logs and results are in {folder}", flush=True)
-    outcomes: list[Outcome] = []
+    outcomes = earlier(folder)
+    done = {(one.row, one.strategy, one.seed) for one in outcomes}
     deadline = time.monotonic() + args.minutes * 60
     for nodes in (0, 1, 3):
-        wanted = [one for one in _trials(args) if ROWS[one[0]].nodes == nodes]
+        wanted = [one for one in _trials(args) if ROWS[one[0]].nodes == nodes and one not in done]
         if not wanted:
             continue
         cluster = OneCluster(nodes) if nodes else None
@@ -41,6 +49,7 @@ def main() -> int:
                 if time.monotonic() > deadline:
                     break
                 outcomes.append(runs.trial(name, strategy, seed))
+                note(folder, outcomes[-1])
                 print(line(outcomes[-1]), flush=True)
         finally:
             if cluster is not None:
@@ -56,8 +65,24 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=1, help="of each row and strategy")
     parser.add_argument("--seed", type=int, default=1, help="of the first; the next ones follow")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no trial after that")
-    parser.add_argument("--folder", help="for what the runs leave; default: a new one in /tmp")
+    parser.add_argument("--folder", help="for what runs leave; default: a new one in /tmp")
     return parser.parse_args()
+
+
+def note(folder: Path, outcome: Outcome) -> None:
+    """Write an outcome down."""
+    with (folder / OUTCOMES).open("a") as file:
+        file.write(json.dumps(asdict(outcome), default=str) + "\n")
+
+
+def earlier(folder: Path) -> list[Outcome]:
+    """Read the outcomes of a grid that was broken off; what is told of their deeds is not read."""
+    path = folder / OUTCOMES
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [
+        Outcome(**{**json.loads(text), "deeds": (), "fired": [], "folder": folder})
+        for text in lines
+    ]
 
 
 def _trials(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:

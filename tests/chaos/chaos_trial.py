@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ class Runs:
         import chaos_messages
 
         folder = self.folder / f"{name}-{strategy}-{seed}"
-        folder.mkdir(parents=True)
+        _anew(folder)
         began, missed = time.monotonic(), list[str]()
         if name == "F25":
             problems, became = chaos_messages.trial(strategy, seed)
@@ -156,7 +157,7 @@ class OneRun:
 
     def __init__(self, cluster: AnyCluster, folder: Path, strategy: str, plan: Plan) -> None:
         self._cluster, self._folder, self._strategy, self._plan = cluster, folder, strategy, plan
-        folder.mkdir(parents=True)
+        _anew(folder)
         (folder / "talk").mkdir()
         self._storage = folder / "runs"
         self._storage.mkdir()
@@ -353,6 +354,12 @@ class OneRun:
         code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])
         followed = code == 0 or (code == 5 and bool(setbacks))  # a task made by two workers
         return [] if followed else [f"`distplat replay`: exit code {code} {said}"]
+
+
+def _anew(folder: Path) -> None:
+    """Make an empty folder, also where a grid was broken off before."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _longest_pause(at: float, times: list[float]) -> float:
