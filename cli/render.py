@@ -65,6 +65,7 @@ class Facts(TypedDict):
     restarts: list[str]
     resizes: list[str]
     run_directory: str
+    url: str | None
     model: str | None
 
 
@@ -220,6 +221,7 @@ def facts_of(job: Job, result: Result) -> Facts:
         "restarts": [text for _, text in restart_rows(result.setbacks)],
         "resizes": [resize_text(one) for one in result.resizes],
         "run_directory": str(result.path),
+        "url": result.url,
         "model": str(result.checkpoint) if result.checkpoint else None,
     }
 
@@ -272,6 +274,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     folder = f"{facts['run_directory']}/{FOLDER}"
     rows += checkpoint_rows(facts["checkpoints"], folder)
     rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]
+    if facts["url"]:
+        rows.append(("copy", facts["url"]))
     if facts["model"]:
         rows.append(("model", facts["model"]))
     return rows

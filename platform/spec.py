@@ -29,6 +29,7 @@ from distplat.platform.fields import (
 from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule
 from distplat.platform.optimizers import SGD, AnyOptimizer
 from distplat.platform.parameter_groups import group_problems
+from distplat.platform.storage_url import is_url, url_problem
 
 logger = logging.getLogger(__name__)
 
@@ -293,6 +294,9 @@ class Failure(Spec):
     """How long a rank or a server node may be waited for inside a step."""
     heartbeat_timeout_s: Seconds = 30.0
     """Seconds without a heartbeat reply after which a live process counts as hung."""
+    storage_timeout_s: Seconds = 120.0
+    """How long the end of a run goes on with uploads while the storage of a URL does not answer.
+    One operation, of 8 MiB at most, has a quarter of it."""
     non_finite: Literal["stop", "skip", "ignore"] = "stop"
     """A step with a loss or gradient that is NaN or infinite: `stop` ends the run before it is
     applied, `skip` leaves it out on all ranks, `ignore` applies it."""
@@ -340,7 +344,8 @@ class Job(Spec):
     checkpoint: Checkpoint = Checkpoint()
     failure: Failure = Failure()
     storage_path: Folder = "runs"
-    """Where run directories are made; relative to the directory `submit` was called in."""
+    """Where run directories are made; relative to the directory `submit` was called in. Or a URL,
+    such as s3://bucket/prefix: they are made in `runs`, and a copy of each is kept at the URL."""
 
     def with_workers(self, number: int) -> "Job":
         """Give the same job with another number of workers; `problems` is to be asked of it."""
@@ -358,6 +363,7 @@ class Job(Spec):
             *_evaluation_problems(self),
             *_checkpoint_problems(self),
             *_embedding_problems(self),
+            *_storage_problems(self),
         ]
 
 
@@ -453,6 +459,13 @@ def _checkpoint_problems(job: Job) -> list[Problem]:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
     return []
+
+
+def _storage_problems(job: Job) -> list[Problem]:
+    if not is_url(job.storage_path):
+        return []
+    text, hint = url_problem(job.storage_path)
+    return [Problem(("storage_path",), text, hint)] if text else []
 
 
 def _embedding_problems(job: Job) -> list[Problem]:
