@@ -7,7 +7,10 @@ The driver imports neither torch nor the user's code: both are slow, and both be
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,10 +34,12 @@ from distplat.platform.progress import (
     Summary,
 )
 from distplat.platform.recovery import policy_of
-from distplat.platform.resume import start_from
+from distplat.platform.resume import check_library, start_from, start_from_url
 from distplat.platform.run_directory import RunDirectory, new_run_name
+from distplat.platform.run_upload import RunUpload, not_uploaded, upload_of
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import load_strategy_file, make_job, make_strategy
+from distplat.platform.storage_url import is_url, local_folder
+from distplat.strategies.catalog import complete, load_strategy_file, make_job, make_strategy
 from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
@@ -66,6 +71,8 @@ class Result:
     """Changes of the number of workers, of a run whose workers make every step together."""
     seconds: float = 0.0
     """From `fit` to the trained model."""
+    url: str | None = None
+    """Of the run directory's copy, where `storage_path` is a URL."""
 
     def add(self, summary: Summary) -> None:
         """Take one more piece of the run's history."""
@@ -153,11 +160,13 @@ class Trainer:
         job: a `Job`, or a mapping with the fields of a job file.
         task: the task's class; None: the one that `job.task` names.
         working_dir: where `job.task` is looked for; None: the current directory.
-        storage_dir: what `storage_path` is relative to; None: the same as `working_dir`.
+        storage_dir: what `storage_path`, or `runs` where that is a URL, is relative to; None: the
+            same as `working_dir`.
         strategy_file: a Python file that registers strategies of your own.
         observers: told of every step; one that raises is told no more.
         resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
-            from `storage_dir`.
+            from `storage_dir`. Or the URL of one: its checkpoint is brought to the local disk, for
+            as long as this object is there.
 
     Raises:
         SpecError: the job or the task's class is wrong, or the run cannot go on from the
@@ -177,7 +186,7 @@ class Trainer:
         resume: str | Path | None = None,
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
-        self.job = job if isinstance(job, Job) else make_job(job)
+        self.job = complete(job) if isinstance(job, Job) else make_job(job)
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
         self._survivors_go_on = strategy.survivors_go_on()
@@ -189,14 +198,33 @@ class Trainer:
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
         self._observers = observers
-        self._resumed = self._find(Path(resume)) if resume is not None else None
+        check_library(self.job)
+        self._resumed = self._find(resume) if resume is not None else None
 
-    def _find(self, path: Path) -> Path:
+    def _find(self, where: str | Path) -> Path:
         """Find the checkpoint to go on from, and compare it with the job."""
         if not self._has_checkpoints:
             text = f"the strategy {self.job.strategy.name!r} cannot go on from a checkpoint"
             raise SpecError(Problem(("strategy",), text))
-        return start_from(self.job, self._storage_dir / path.expanduser(), logger.warning).path
+        self._resumed_from = str(where)
+        if isinstance(where, str) and is_url(where):
+            folder = self._scratch()
+            return start_from_url(self.job, where, folder, logger.warning).path
+        path = self._storage_dir / Path(where).expanduser()
+        found = start_from(self.job, path, logger.warning).path
+        self._resumed_from = str(found)
+        return found
+
+    def _scratch(self) -> Path:
+        """Make a directory that goes with this object."""
+        parent = self._storage_dir / local_folder(self.job.storage_path)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.mkdtemp(prefix=".resumed-", dir=parent)
+        except OSError as error:
+            raise StorageError(f"cannot make a directory in {parent}: {error.strerror}") from error
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
 
     def fit(self) -> Result:
         """
@@ -216,6 +244,8 @@ class Trainer:
         directory = RunDirectory(self.job, run, self._storage_dir)
         result, observers = Result(directory.path, None), _Observers(self._observers)
         metrics = BackgroundWriter(directory.record, logger.warning)
+        upload = self._upload(directory.path)
+        result.url = upload.url if upload is not None else None
         observers.started(self.job, run, directory.path)
 
         def tell(summary: Summary) -> None:
@@ -232,19 +262,27 @@ class Trainer:
             metrics.close()
         except BaseException as error:
             metrics.close()
-            failed = {"error": str(error)}
-            if result.checkpoint is not None:  # it is the tables, or a checkpoint, that failed
-                failed["model"] = str(result.checkpoint)
-                logger.warning("the trained model is in %s all the same", result.checkpoint)
-            with suppress(StorageError):  # the run's own error is the one to tell
-                directory.finish(_status(error), failed)
+            _record_failure(directory, result, error)
+            if upload is not None and (missing := upload.close()):
+                logger.warning("%s", missing)
             raise
         result.seconds = time.monotonic() - began
         facts = {"metrics": result.metrics, "seconds": result.seconds}
         if self._resumed is not None:
-            facts["resumed_from"] = str(self._resumed)
+            facts["resumed_from"] = self._resumed_from
         directory.finish("SUCCEEDED", facts)
+        if upload is not None and (missing := upload.close()):
+            lost = not_uploaded(missing, result.checkpoint)
+            _record_failure(directory, result, lost)
+            raise lost
         return result
+
+    def _upload(self, folder: Path) -> RunUpload | None:
+        """Begin to keep a copy of the run directory where the job names a URL."""
+        url = self.job.storage_path
+        if not is_url(url):
+            return None
+        return upload_of(folder, url, self.job.failure.storage_timeout_s, logger.warning)
 
     def _train(self, run: str, folder: Path, sink: Sink) -> None:
         launch = Launch(
@@ -270,6 +308,16 @@ class Trainer:
             train_in_process(launch, sink)
         else:
             train_on_ray(launch, sink)
+
+
+def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:
+    """Write down how a run failed, and where its model is if it has one."""
+    facts = {"error": str(error)}
+    if result.checkpoint is not None:  # it is the tables, a checkpoint or an upload that failed
+        facts["model"] = str(result.checkpoint)
+        logger.warning("the trained model is in %s all the same", result.checkpoint)
+    with suppress(StorageError):  # the run's own error is the one to tell
+        directory.finish(_status(error), facts)
 
 
 def _status(error: BaseException) -> str:

@@ -44,7 +44,7 @@ _REMEDIES = (
     (
         "DataLoader worker (pid",
         "a loader process ended: sys.exit() in the data set, or the system killed it for want of "
-        "memory; `data.num_loaders: 0` loads in the worker itself",
+        "memory; `data.num_workers: 0` loads in the worker itself",
     ),
     ("Found no NVIDIA driver", "set scaling.use_gpu: false, or run where there is a card"),
     ("No CUDA GPUs are available", "set scaling.use_gpu: false, or run where there is a card"),
@@ -85,7 +85,7 @@ def killed_loader(error: BaseException) -> InfrastructureError | None:
     if not _KILLED.search(str(error)):
         return None
     text = "a loader process was killed, most likely for want of memory: "
-    return InfrastructureError(text + "fewer `data.num_loaders` take less")
+    return InfrastructureError(text + "fewer `data.num_workers` take less")
 
 
 def _with_causes(

@@ -22,7 +22,7 @@ def train(
     working_dir: Path,
     storage_dir: Path,
     strategy_file: Path | None,
-    resume: Path | None,
+    resume: str | None,
 ) -> Facts:
     """
     Train to the end on the connected Ray, or on one of our own.

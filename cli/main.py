@@ -54,7 +54,8 @@ Exit codes:
     2  wrong command line, job file, option or task; nothing was trained
     3  the cluster cannot be reached, or refused our token
     4  a part of the platform was lost, or the job was stopped
-    5  the run directory cannot be written, or all its checkpoints are damaged
+    5  the run directory cannot be written, or all its checkpoints are damaged; or the
+       run has ended, and its copy at a URL is not complete
    70  an error inside distplat
   130  Ctrl-C        143  SIGTERM        129  SIGHUP
 
@@ -122,7 +123,8 @@ def submit(
     options see `distplat submit --help -- python`.
 
     Run directories are made below `storage_path`; a relative one is taken from the current
-    directory, for a remote job from ~/distplat on the machine of its driver.
+    directory, for a remote job from ~/distplat on the machine of its driver. Where `storage_path`
+    is a URL they are made in `runs`, and a copy is kept below the URL.
     """
     from distplat.cli import submit as command
 

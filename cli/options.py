@@ -32,11 +32,11 @@ NumWorkers = Annotated[
 ]
 Name = Annotated[str | None, typer.Option("--name", "-n", help="Name of the job.")]
 Resume = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         metavar="RUN",
         help="Go on from a run directory's newest checkpoint, or from one of its checkpoints; "
-        "a relative path is taken from where run directories are made.",
+        "a relative path is taken from where run directories are made. Or the URL of one.",
     ),
 ]
 WorkingDir = Annotated[

@@ -56,8 +56,8 @@ class Submission:
 
     working_dir: Path
     strategy_file: Path | None
-    resume: Path | None
-    """A path of the machine on which the driver runs."""
+    resume: str | None
+    """A path of the machine on which the driver runs, or a URL."""
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
     submission_id: str | None

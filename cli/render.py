@@ -35,6 +35,7 @@ from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import printable
 from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Resized, StepSummary
 from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_strategy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +65,7 @@ class Facts(TypedDict):
     restarts: list[str]
     resizes: list[str]
     run_directory: str
+    url: str | None
     model: str | None
 
 
@@ -219,6 +221,7 @@ def facts_of(job: Job, result: Result) -> Facts:
         "restarts": [text for _, text in restart_rows(result.setbacks)],
         "resizes": [resize_text(one) for one in result.resizes],
         "run_directory": str(result.path),
+        "url": result.url,
         "model": str(result.checkpoint) if result.checkpoint else None,
     }
 
@@ -271,6 +274,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     folder = f"{facts['run_directory']}/{FOLDER}"
     rows += checkpoint_rows(facts["checkpoints"], folder)
     rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]
+    if facts["url"]:
+        rows.append(("copy", facts["url"]))
     if facts["model"]:
         rows.append(("model", facts["model"]))
     return rows
@@ -287,7 +292,9 @@ def _number(value: float | None) -> str:
 def _cast(job: Job) -> str:
     count = job.scaling.num_workers
     workers = "1 worker" if count == 1 else f"{count} workers"
-    return f"{job.strategy.name}, {workers if count else 'in this process'}"
+    detail = make_strategy(job).detail()
+    name = f"{job.strategy.name} ({detail})" if detail else job.strategy.name
+    return f"{name}, {workers if count else 'in this process'}"
 
 
 def _clock(seconds: float) -> str:

@@ -25,6 +25,7 @@ from distplat.cli.render import to_json
 from distplat.cli.tables import print_pairs
 from distplat.platform.errors import Problem, SpecError, printable
 from distplat.platform.spec import Scaling
+from distplat.platform.storage_url import is_url
 
 if TYPE_CHECKING:
     from distplat.actors.script_launch import ScriptJob, ScriptResult
@@ -80,7 +81,7 @@ Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each process.")]
 Restarts = Annotated[
     int, typer.Option(min=0, help="How often all begin anew after one has failed.")
 ]
-StoragePath = Annotated[Path, typer.Option(help="Where run directories are made.")]
+StoragePath = Annotated[str, typer.Option(help="Where run directories are made; no URL.")]
 ScriptFolder = Annotated[
     Path | None, typer.Option(help="Folder of the script; default: the current one.")
 ]
@@ -93,7 +94,7 @@ def submit_script(
     gpus_per_worker: Gpus = 0.0,
     max_restarts: Restarts = 0,
     name: Name = None,
-    storage_path: StoragePath = Path("runs"),
+    storage_path: StoragePath = "runs",
     address: Address = None,
     working_dir: ScriptFolder = None,
     runtime_env: RuntimeEnv = None,
@@ -112,7 +113,7 @@ def submit_script(
     as_json, folder = is_json(output), _folder(working_dir, command)
     resources = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
     scaling = Scaling(num_workers=num_workers, resources_per_worker=resources)
-    given = tuple(command), folder, storage_path, scaling, max_restarts
+    given = tuple(command), folder, _storage(storage_path), scaling, max_restarts
     job = ScriptJob(_name(name, command), *given)
     lines = Lines(sys.stderr if as_json else sys.stdout, num_workers, quiet=quiet)
     with _ray(address, folder, (runtime_env, runtime_env_json), quiet=quiet):
@@ -146,6 +147,19 @@ def _folder(working_dir: Path | None, command: list[str]) -> Path:
     if not folder.is_dir():
         raise SpecError(Problem(("--working-dir",), f"{folder} is no directory"))
     return folder
+
+
+def _storage(storage_path: str) -> Path:
+    """
+    Say where the run directory is to be made.
+
+    Raises:
+        SpecError: at a URL, which only runs of job files take.
+    """
+    if is_url(storage_path):
+        hint = "give a directory, and have the script upload what it saves"
+        raise SpecError(Problem(("--storage-path",), "a script's run takes no URL", hint))
+    return Path(storage_path)
 
 
 def _name(name: str | None, command: list[str]) -> str:

@@ -52,7 +52,7 @@ def runtime_env(
     working_dir: Path,
     strategy_file: Path | None,
     user: Mapping[str, Any],
-    resume: Path | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """
     Build the runtime environment of a remote job.
@@ -62,14 +62,14 @@ def runtime_env(
         working_dir: the user's folder.
         strategy_file: must lie in that folder.
         user: the user's own runtime environment.
-        resume: what the run goes on from, on the machine of its driver.
+        resume: what the run goes on from: a path on the machine of its driver, or a URL.
 
     Raises:
         SpecError: the job is too large, or the strategy file lies elsewhere.
     """
     payload: dict[str, str | None] = {"job": render_job(job), "strategy_file": None}
     if resume is not None:
-        payload["resume"] = str(resume)
+        payload["resume"] = resume
     if strategy_file is not None:
         try:
             payload["strategy_file"] = str(strategy_file.resolve().relative_to(working_dir))
@@ -103,7 +103,7 @@ class Received:
     job: Job
     strategy_file: Path | None
     """It is loaded."""
-    resume: Path | None
+    resume: str | None
 
 
 def received_job(environ: Mapping[str, str]) -> Received:
@@ -122,8 +122,7 @@ def received_job(environ: Mapping[str, str]) -> Received:
         load_strategy_file(strategy_file)
     fields, _ = parse_yaml(payload["job"], "job")
     assert isinstance(fields, dict), "render_job writes a mapping"
-    resume = payload.get("resume")
-    return Received(make_job(fields), strategy_file, Path(resume) if resume else None)
+    return Received(make_job(fields), strategy_file, payload.get("resume"))
 
 
 def read_runtime_env(file: Path | None, text: str | None) -> dict[str, Any]:

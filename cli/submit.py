@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import typer
 
@@ -18,8 +19,9 @@ from distplat.cli.drive import STORAGE, train
 from distplat.cli.render import Facts, View, print_result, to_json
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, printable
 from distplat.platform.job_file import render_job
-from distplat.platform.resume import start_from
+from distplat.platform.resume import check_library, start_from, start_from_url
 from distplat.platform.spec import Job
+from distplat.platform.storage_url import is_url, local_folder
 from distplat.strategies.catalog import load_job, load_strategy_file, make_strategy
 
 
@@ -35,7 +37,7 @@ class Request:
     address: str | None = None
     working_dir: Path | None = None
     strategy_file: Path | None = None
-    resume: Path | None = None
+    resume: str | None = None
     """`--resume`."""
     runtime_env: Path | None = None
     runtime_env_json: str | None = None
@@ -95,6 +97,7 @@ def validate(request: Request) -> None:
         UserCodeError: the task's module raised when it was imported.
     """
     job = resolve(request)
+    check_library(job)
     if job.task is not None:
         from distplat.actors.task_check import TaskCheck
 
@@ -147,8 +150,9 @@ def dry_run(request: Request) -> None:
     target = _target(request, job)
     _check_options(request, target)
     start = None
-    if request.resume is not None and target.kind != "jobs":
-        start = start_from(job, Path.cwd() / request.resume.expanduser(), request.say)
+    if target.kind != "jobs":
+        check_library(job)
+        start = _start(request, job)
     roles = make_strategy(job).roles(job)
     started = {"num_workers": job.scaling.num_workers, "num_servers": roles.servers}
     if request.as_json:
@@ -161,7 +165,18 @@ def dry_run(request: Request) -> None:
         f"({job.strategy.name}) on {_named(target, job)}"
     )
     if start is not None:
-        request.say(f"would go on after step {start.step}, {start.path}")
+        request.say(f"would go on after step {start}, of {request.resume}")
+
+
+def _start(request: Request, job: Job) -> int | None:
+    """Give the step that a run would go on after; None: it would begin with the first."""
+    if request.resume is None:
+        return None
+    if not is_url(request.resume):
+        path = Path.cwd() / Path(request.resume).expanduser()
+        return start_from(job, path, request.say).step
+    with TemporaryDirectory() as folder:
+        return start_from_url(job, request.resume, Path(folder), request.say).step
 
 
 def _target(request: Request, job: Job) -> Target:
@@ -225,6 +240,8 @@ def connection(
         runtime_env_json: `--runtime-env-json`.
         told: of what is shipped.
     """
+    if "NO_COLOR" in os.environ or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of the lines that workers print
     if target.kind == "local":
         return nullcontext()
     from distplat.cli.join import connected
@@ -275,8 +292,9 @@ def _submit_remote(request: Request, job: Job, target: Target) -> None:
     jobs = Jobs(target.address)
     job_id = remote.send(jobs, job, submission, ignores, request.shipping)
     request.say(f"job {job_id} is on {_named(target, job)}")
-    if not Path(job.storage_path).is_absolute():
-        request.say(f"run directory: below {STORAGE / job.storage_path} of the driver's machine")
+    folder = local_folder(job.storage_path)
+    if not Path(folder).is_absolute():
+        request.say(f"run directory: below {STORAGE / folder} of the driver's machine")
     if not request.wait:
         _print_left(job_id, target, request)
         return

@@ -42,6 +42,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("lr_schedule", "lr_schedule.", lr_schedules.Schedule),
     ("embeddings", "embeddings.", spec.Embeddings),
     ("data", "data.", spec.Data),
+    ("compile", "compile.", spec.Compile),
     ("evaluation", "evaluation.", spec.Evaluation),
     ("checkpoint", "checkpoint.", spec.Checkpoint),
     ("failure", "failure.", spec.Failure),

@@ -159,6 +159,12 @@ def is_due(version: int, every: int, total_steps: int) -> bool:
     return every > 0 and version > 0 and (version % every == 0 or version == total_steps)
 
 
+def step_of(name: str) -> int | None:
+    """Give the step that a checkpoint's directory is named after; None: it is no such name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def surplus(steps: Iterable[int], keep: int, written: int) -> list[int]:
     """
     Give the steps whose checkpoints may go, oldest first; the newest `keep` >= 1 stay.
@@ -204,8 +210,8 @@ class Catalogue:
         """Give the steps that have a checkpoint, whole or damaged, oldest first."""
         if not self.folder.is_dir():
             return []
-        found = [_STEP.fullmatch(path.name) for path in self.folder.iterdir()]
-        return sorted(int(match[1]) for match in found if match)
+        found = [step_of(path.name) for path in self.folder.iterdir()]
+        return sorted(step for step in found if step is not None)
 
     def path(self, step: int) -> Path:
         """Give the directory of a step's checkpoint."""
@@ -338,7 +344,7 @@ def read(path: Path) -> Stored:
     Raises:
         StorageError: it is damaged; names what is wrong.
     """
-    manifest = _manifest(path)
+    manifest = listed(path)
     files = {name: _checked(path / name, facts) for name, facts in manifest.items()}
     try:
         state = json.loads(files.pop(STATE))
@@ -360,7 +366,7 @@ def flaws(path: Path) -> list[str]:
 def shortfall(path: Path) -> str:
     """Say which file of a checkpoint is missing or too short; empty: none is."""
     try:
-        for name, facts in _manifest(path).items():
+        for name, facts in listed(path).items():
             if (path / name).lstat().st_size != facts.get("bytes"):
                 return f"{path / name} has not {facts.get('bytes')} bytes"
     except (StorageError, OSError) as error:
@@ -380,7 +386,7 @@ def find(path: Path, warn: Callable[[str], object]) -> Stored:
         SpecError: there is no checkpoint.
         StorageError: there are some, and all are damaged.
     """
-    if (path / MANIFEST).is_file() or _STEP.fullmatch(path.name):
+    if (path / MANIFEST).is_file() or step_of(path.name) is not None:
         if not path.is_dir():
             raise SpecError(Problem(("--resume",), f"there is no {path}"))
         return read(path)
@@ -393,7 +399,13 @@ def find(path: Path, warn: Callable[[str], object]) -> Stored:
     raise SpecError(Problem(("--resume",), what, hint))
 
 
-def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+def listed(path: Path) -> dict[str, dict[str, Any]]:
+    """
+    Read which files a checkpoint's manifest lists, and what it says of each: `bytes`, `sha256`.
+
+    Raises:
+        StorageError: it is damaged, or of another format.
+    """
     text = _bytes_of(path / MANIFEST)
     try:
         manifest = json.loads(text)

@@ -20,7 +20,7 @@ Every error that distplat raises on purpose, in one tree.
     |  |- StaleError                        a push older than the last one committed
     |  |- FencedError                       a message of an earlier attempt
     |  `- NotReadyError                     a shard that has no parameters yet
-    |- StorageError                     5   the run directory could not be written
+    |- StorageError                     5   the run directory, or its copy, could not be written
     `- Interrupted              130/143/129 Ctrl-C, SIGTERM or SIGHUP
 
 Errors cross processes by pickle: every constructor hands all its arguments to `Exception`, so

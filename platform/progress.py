@@ -182,6 +182,8 @@ class ReportAggregator:
     and its report, that report never comes: then the step is given out without it, as soon as a
     later step is complete, or at the end. What is done again after a restart is given out once.
 
+    An evaluation waits for the steps before it of which a rank's report is still to come.
+
     Where tasks are leased, later steps may be complete before earlier ones, which wait their turn.
     Evaluations do not: there a later one may be given out first.
 
@@ -196,6 +198,7 @@ class ReportAggregator:
         self._steps = _Waiting[StepReport](world)
         self._evals = _Waiting[EvalReport](world, in_order=first is None)
         self._traces = _Waiting[TraceReport](world)
+        self._held: list[EvalSummary] = []  #: complete, but steps before them are not
 
     def add(self, report: AnyReport) -> list[StepSummary | EvalSummary | Trace]:
         """Take one report; give the summaries that it completes, oldest first."""
@@ -206,10 +209,13 @@ class ReportAggregator:
             if self._turn is not None:
                 return self._in_turn(report, self._turn)
             steps = self._steps.add(report)
-            return [*self._partial(report.step), _join_steps(steps)] if steps else []
+            if not steps:
+                return []
+            return [*self._partial(report.step), _join_steps(steps), *self._released()]
         # Ranks may report an evaluation for each other: it says nothing of who reported which step.
-        evaluations = self._evals.add(report)
-        return [_join_evals(evaluations)] if evaluations else []
+        if evaluations := self._evals.add(report):
+            self._held.append(_join_evals(evaluations))
+        return [*self._released()]
 
     def resize(self, world: int, step: int) -> None:
         """
@@ -240,7 +246,14 @@ class ReportAggregator:
 
     def rest(self) -> list[StepSummary | EvalSummary]:
         """Give what is left of the steps when the run is over."""
-        return self._partial(None)
+        return [*self._partial(None), *self._released()]
+
+    def _released(self) -> list[EvalSummary]:
+        """Give the evaluations that wait for no step any more."""
+        oldest = None if self._turn is not None else self._steps.oldest
+        free = [one for one in self._held if oldest is None or one.step <= oldest]
+        self._held = [one for one in self._held if one not in free]
+        return free
 
     def _partial(self, before: int | None) -> list[StepSummary | EvalSummary]:
         return [_join_steps(reports) for reports in self._steps.before(before)]
@@ -262,6 +275,11 @@ class _Waiting(Generic[Report]):
         self._by_step: dict[int, dict[int, Report]] = {}
         self._next = 0  #: everything before this step was given out
         self.highest = -1  #: the last step of which there is a report
+
+    @property
+    def oldest(self) -> int | None:
+        """The first step of which there are reports, and not all; None: there is none."""
+        return min(self._by_step, default=None)
 
     def resize(self, world: int, step: int) -> None:
         """From this step on so many reports are all; those that there are of it do not count."""

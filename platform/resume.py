@@ -12,7 +12,9 @@ from typing import Any
 
 from distplat.platform.checkpoints import STATE, Stored, find
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
+from distplat.platform.remote_checkpoints import fetch
 from distplat.platform.spec import Job
+from distplat.platform.storage_url import is_url, missing_library
 
 _SAME = ("seed", "global_batch_size")
 
@@ -74,7 +76,47 @@ def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> Stored:
         SpecError: there is none, or the job does not go with it.
         StorageError: all are damaged, or it was made by something else.
     """
-    found = find(path, warn)
+    return compared(job, find(path, warn))
+
+
+def start_from_url(job: Job, url: str, folder: Path, warn: Callable[[str], object]) -> Stored:
+    """
+    Bring the checkpoint that a job is to go on from, and compare the two.
+
+    Args:
+        job: the job.
+        url: see `remote_checkpoints.fetch`.
+        folder: an empty one; the checkpoint is put into it.
+        warn: is told of each that is damaged.
+
+    Raises:
+        SpecError: there is none, or the job does not go with it.
+        StorageError: it cannot be brought, or all are damaged.
+    """
+    return compared(job, fetch(url, folder, job.failure.storage_timeout_s, warn))
+
+
+def check_library(job: Job) -> None:
+    """
+    Look whether the library is installed that a `storage_path` needs.
+
+    Raises:
+        SpecError: it is not; says how to get it.
+    """
+    if is_url(job.storage_path):
+        text, hint = missing_library(job.storage_path)
+        if text:
+            raise SpecError(Problem(("storage_path",), text, hint))
+
+
+def compared(job: Job, found: Stored) -> Stored:
+    """
+    Give a checkpoint that the job may go on from.
+
+    Raises:
+        SpecError: the job does not go with it.
+        StorageError: it was made by something else.
+    """
     if not _well_formed(found.state):
         raise StorageError(f"{found.path / STATE} is damaged, or of no run of distplat")
     if problems := mismatches(found.state, job):

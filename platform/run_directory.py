@@ -43,6 +43,7 @@ from distplat.platform.progress import (
     Summary,
 )
 from distplat.platform.spec import Job
+from distplat.platform.storage_url import local_folder
 from distplat.platform.tensor_file import split_task
 
 _RESULT_BYTES = 64 * 2**10
@@ -75,14 +76,14 @@ class RunDirectory:
     Args:
         job: the resolved job.
         run: the run's name.
-        base: what `storage_path` is relative to.
+        base: what `storage_path`, or `runs` where that is a URL, is relative to.
 
     Raises:
         StorageError: it cannot be made.
     """
 
     def __init__(self, job: Job, run: str, base: Path) -> None:
-        self.path = (base / job.storage_path / run).resolve()
+        self.path = (base / local_folder(job.storage_path) / run).resolve()
         try:
             self.path.mkdir(parents=True, mode=0o700)
             write_whole(self.path / "job.yaml", render_job(job).encode())

@@ -6,10 +6,12 @@ line and column in every message, is `platform/job_file.py`; a strategy's own op
 by the strategy (`strategies/catalog.py`), for only it knows them.
 """
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from distplat.platform.errors import Problem
@@ -27,6 +29,9 @@ from distplat.platform.fields import (
 from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule
 from distplat.platform.optimizers import SGD, AnyOptimizer
 from distplat.platform.parameter_groups import group_problems
+from distplat.platform.storage_url import is_url, url_problem
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,9 @@ class Scaling(Spec):
         return default | self.resources_per_worker
 
 
+_OLD_WORKERS = "num_loaders"
+
+
 class Data(Spec):
     """How batches are made of the task's data set; names as in torch's DataLoader."""
 
@@ -184,10 +192,50 @@ class Data(Spec):
     """A new order each epoch, from the job's seed."""
     drop_last: Flag = False
     """Leave out the last batch of an epoch where it is smaller than the others."""
-    num_loaders: Index = Field(0, le=256)
-    """Loader processes per worker; 0: load in the training thread."""
+    num_workers: Index = Field(0, le=256)
+    """Loader processes per rank, as in torch's DataLoader; 0: load in the training thread."""
     prefetch_factor: Count = Field(2, le=1024)
-    """Batches that each loader process keeps ready; has effect with num_loaders > 0."""
+    """Batches that each loader process keeps ready; has effect with num_workers > 0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, given: Any) -> Any:
+        """Take the name that `num_workers` had before."""
+        if not isinstance(given, Mapping) or _OLD_WORKERS not in given:
+            return given
+        if "num_workers" in given:
+            raise PydanticCustomError(
+                "renamed", f"{_OLD_WORKERS} is the old name of num_workers: give one"
+            )
+        logger.warning("data.%s is called data.num_workers now, as in torch", _OLD_WORKERS)
+        return {"num_workers" if k == _OLD_WORKERS else k: v for k, v in given.items()}
+
+
+class Compile(Spec):
+    """What `torch.compile` is told, by its own names."""
+
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        "default"
+    )
+    """How much time is given to make the code quick."""
+    backend: str = "inductor"
+    """Compiler, by the name under which torch knows it."""
+    fullgraph: Flag = False
+    """Fail where the model cannot be compiled as a whole; else it falls back, with a warning."""
+    dynamic: Flag | None = None
+    """Code for batches of any size; None: once a second size has come."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Give the arguments of `torch.compile`; it takes no mode but for its own compiler."""
+        found = self.model_dump()
+        return found if self.mode != "default" else {**found, "mode": None}
+
+
+def _compile(value: object) -> object:
+    """Take `true` for all defaults, and `false` for nothing."""
+    if isinstance(value, bool):
+        return {} if value else None
+    return value
 
 
 class Evaluation(Spec):
@@ -246,6 +294,9 @@ class Failure(Spec):
     """How long a rank or a server node may be waited for inside a step."""
     heartbeat_timeout_s: Seconds = 30.0
     """Seconds without a heartbeat reply after which a live process counts as hung."""
+    storage_timeout_s: Seconds = 120.0
+    """How long the end of a run goes on with uploads while the storage of a URL does not answer.
+    One operation, of 8 MiB at most, has a quarter of it."""
     non_finite: Literal["stop", "skip", "ignore"] = "stop"
     """A step with a loss or gradient that is NaN or infinite: `stop` ends the run before it is
     applied, `skip` leaves it out on all ranks, `ignore` applies it."""
@@ -281,6 +332,11 @@ class Job(Spec):
     """Scale gradients down to this 2-norm over all parameters; None: never."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
+    compile: Annotated[Compile | None, BeforeValidator(_compile)] = None
+    """`true`, or a mapping: forward and backward are compiled by `torch.compile`."""
+    activation_checkpointing: str | None = Field(None, min_length=1)
+    """Modules that keep only their inputs, and compute again in backward, to save memory: patterns
+    of names with commas between, such as "blocks.*"."""
     seed: Index = 0
     """Seeds model, data, their order and dropout; the same seed gives the same bits."""
     data: Data = Data()
@@ -288,7 +344,8 @@ class Job(Spec):
     checkpoint: Checkpoint = Checkpoint()
     failure: Failure = Failure()
     storage_path: Folder = "runs"
-    """Where run directories are made; relative to the directory `submit` was called in."""
+    """Where run directories are made; relative to the directory `submit` was called in. Or a URL,
+    such as s3://bucket/prefix: they are made in `runs`, and a copy of each is kept at the URL."""
 
     def with_workers(self, number: int) -> "Job":
         """Give the same job with another number of workers; `problems` is to be asked of it."""
@@ -306,6 +363,7 @@ class Job(Spec):
             *_evaluation_problems(self),
             *_checkpoint_problems(self),
             *_embedding_problems(self),
+            *_storage_problems(self),
         ]
 
 
@@ -401,6 +459,13 @@ def _checkpoint_problems(job: Job) -> list[Problem]:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
     return []
+
+
+def _storage_problems(job: Job) -> list[Problem]:
+    if not is_url(job.storage_path):
+        return []
+    text, hint = url_problem(job.storage_path)
+    return [Problem(("storage_path",), text, hint)] if text else []
 
 
 def _embedding_problems(job: Job) -> list[Problem]:

@@ -205,12 +205,7 @@ def strategy_problems(job: Job) -> list[Problem]:
 def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
     try:
         kind = strategies.get(job.strategy.name)
-        given, removed = dict(job.strategy.options), kind.options_type.removed
-        gone = [name for name in given if name in removed]
-        found += [Problem(("strategy", name), removed[name], "remove it") for name in gone]
-        options = kind.options_type.model_validate(
-            {name: value for name, value in given.items() if name not in gone}
-        )
+        options = kind.options_type.model_validate(dict(job.strategy.options))
     except SpecError as error:
         found.extend(error.problems)
         return None
@@ -241,6 +236,19 @@ def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:
     return []
 
 
+def complete(job: Job) -> Job:
+    """Give the job with the options that its strategy chooses by the rest of it."""
+    try:
+        kind = strategies.get(job.strategy.name)
+    except SpecError:
+        return job  # whoever checks it says so
+    return kind.complete(job)
+
+
+def _problems(job: Job) -> list[Problem]:
+    return strategy_problems(complete(job))
+
+
 def load_job(
     path: str | Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
 ) -> Job:
@@ -255,7 +263,8 @@ def load_job(
     Raises:
         SpecError: everything that is wrong, with file, line and column.
     """
-    return read_job(Path(path), overrides=overrides, environ=environ or {}, check=strategy_problems)
+    given = environ or {}
+    return complete(read_job(Path(path), overrides=overrides, environ=given, check=_problems))
 
 
 def make_job(data: Mapping[str, object]) -> Job:
@@ -265,4 +274,4 @@ def make_job(data: Mapping[str, object]) -> Job:
     Raises:
         SpecError: everything that is wrong.
     """
-    return job_of(data, check=strategy_problems)
+    return complete(job_of(data, check=_problems))

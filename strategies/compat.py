@@ -54,6 +54,13 @@ def call_compiled(module: nn.Module, context: Callable[..., Any]) -> None:
     module._compiled_call_impl = context(lambda *args, **named: call(*args, **named))
 
 
+def fall_back_to_eager() -> None:
+    """Have what `torch.compile` cannot compile run as it is, with a warning of torch's own."""
+    import torch._dynamo  # takes a second: for jobs that compile only
+
+    torch._dynamo.config.suppress_errors = True
+
+
 def spare_the_compiler() -> None:
     """
     Keep torch from importing its compiler, which takes a second of every process's start.

@@ -18,7 +18,7 @@ from typing import ClassVar
 from distplat.platform.errors import Problem
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import register
-from distplat.strategies.pipeline.options import HybridOptions, problems
+from distplat.strategies.pipeline.options import HybridOptions, complete, problems
 from distplat.strategies.strategy import WIRES, GroupSpec, Options, Roles, Strategy
 
 
@@ -30,6 +30,21 @@ class Hybrid(Strategy[HybridOptions]):
     options_type: ClassVar[type[Options]] = HybridOptions
     worker: ClassVar[str | type] = "distplat.strategies.hybrid_worker:HybridWorker"
     has_checkpoints = True
+
+    @classmethod
+    def complete(cls, job: Job) -> Job:
+        """Choose sizes that the job does not give; its accumulated parts are micro-batches here."""
+        options = complete(job.strategy.options, job.scaling.world)
+        parts = job.gradient_accumulation
+        if parts > 1 and "micro_batches" not in options:
+            options["micro_batches"], parts = parts, 1
+        strategy = job.strategy.model_copy(update={"options": options})
+        return job.model_copy(update={"strategy": strategy, "gradient_accumulation": parts})
+
+    def detail(self) -> str:
+        """Give the three sizes."""
+        chosen = self.options
+        return f"pipeline {chosen.pipeline} x tensor {chosen.tensor} x data {chosen.data}"
 
     def roles(self, job: Job) -> Roles:
         """Ask for one group of all workers, placed replica by replica; if wanted, for servers."""

@@ -10,7 +10,6 @@ Listing strategies and checking a job must be quick, so nothing here imports tor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -22,9 +21,6 @@ from distplat.platform.spec import SYNCHRONOUS, Consistency, Job
 
 class Options(Spec):
     """Base of a strategy's options: frozen, unknown names refused, one sentence per field."""
-
-    removed: ClassVar[Mapping[str, str]] = {}
-    """Options that there were once, and what is to be said to who still sets them."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +115,15 @@ class Strategy(Generic[OptionsT]):
     def __init__(self, options: OptionsT) -> None:
         self.options = options
 
+    @classmethod
+    def complete(cls, job: Job) -> Job:
+        """Give the job with the options that follow from the rest of it, where it does not say."""
+        return job
+
+    def detail(self) -> str:
+        """Say what a user wants to know of it beside its name, as a run starts; may be empty."""
+        return ""
+
     def roles(self, job: Job) -> Roles:
         """Say what the strategy needs besides workers."""
         return Roles()
@@ -143,7 +148,7 @@ NEW_WAY = (
 """What is to be said to who has a strategy of one class."""
 
 
-NO_EARLY_PUSH = "was removed: gradients go to the servers when backward is over"
+NO_EARLY_PUSH = "it was removed: gradients go to the servers when backward is over"
 """What servers' strategies say of it: a step with early pushes took as long as one without."""
 
 

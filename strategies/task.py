@@ -108,7 +108,7 @@ class Task(ABC):
         Put the samples of a micro-batch together; override it to pad them, for example.
 
         Unless it is overridden: as torch's `default_collate`, and dataclasses field by field. It
-        runs where samples are read, in a loader process too (`data.num_loaders`), which has a copy
+        runs where samples are read, in a loader process too (`data.num_workers`), which has a copy
         of the task. The global generators are seeded before each call.
 
         Args:

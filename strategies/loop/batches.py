@@ -134,7 +134,7 @@ class Loader:
     def __init__(
         self, job: Job, data: Dataset[Any], plan: Iterable[Run], *, persistent: bool = False
     ) -> None:
-        count = job.data.num_loaders
+        count = job.data.num_workers
         self._context = LoaderContext() if count else None
         self._timeout_s = job.failure.start_timeout_s
         self._loader = DataLoader(

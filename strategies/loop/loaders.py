@@ -47,7 +47,7 @@ def ready_loaders(job: Job) -> Callable[[], None]:
     Returns:
         Waits until it can be forked from.
     """
-    if not job.data.num_loaders:
+    if not job.data.num_workers:
         return lambda: None
     context = LoaderContext()
     with _fixed_hash_seed():

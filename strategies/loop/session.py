@@ -44,6 +44,7 @@ from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.task_contents import task_parameters
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
+from distplat.strategies.model.module_options import apply_module_options
 from distplat.strategies.model.parameter_groups import check_groups
 from distplat.strategies.model.segments import first_non_finite
 from distplat.strategies.ports import Board, Leases, Shards, Tables
@@ -133,6 +134,7 @@ def prepare(
     check_groups(job.optimizer, model, extra)
     part = None
     if whole:
+        apply_module_options(job, model)
         moved, group_of = _moved(extra, device), job.optimizer.group_of
         part = FlatModel(model.to(device), moved, thaws=thaws, group_of=group_of)
     seed_all(job.seed)

@@ -117,6 +117,7 @@ class FlatModel:
         self._looked = 0
         self.began = False  #: whether this rank has computed anything in this step
         self._copies = False  #: whether hooks call `ready` in each backward
+        self._looks = False  #: whether `ready` looks for NaN and infinity
         self._point()
 
     @property
@@ -238,15 +239,20 @@ class FlatModel:
         """Be told by a hook that the backward under way has finished a slot's gradient."""
         self._gradients.ready(place)
 
-    def copy_when_ready(self, copies: bool) -> None:
+    def finite(self, place: int) -> bool:
+        """Say whether `ready` has seen that a slot's gradient is finite, and none came since."""
+        return self._gradients.finite(place)
+
+    def copy_when_ready(self, copies: bool, *, looks: bool = False) -> None:
         """
         Save the pass that sets large gradients to zero, or do it again; between two steps.
 
         Args:
             copies: hooks call `ready` for every trained slot in every backward, and `settle` is
                 called in each step.
+            looks: `ready` looks for NaN and infinity in what it copies, see `finite`.
         """
-        self._copies = copies
+        self._copies, self._looks = copies, looks
         self._point()
 
     def settle(self) -> None:
@@ -412,7 +418,8 @@ class FlatModel:
         self._gradients = Gradients(names, self._housed, self.present, live)
         trained = enumerate(self.trained_slots if self._copies else ())
         copied = [n for n, slot in trained if slot.size * slot.dtype.itemsize >= _COPIED_BYTES]
-        self._gradients.point([slot.view(self.grads) for slot in slots], copied)
+        views = [slot.view(self.grads) for slot in slots]
+        self._gradients.point(views, copied, looks=self._looks)
         used = self.size if self.active.any() else self.layout.tail
         self._zeroed = [*_without(self.grads[:used], [self.slots[place] for place in copied])]
 

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.model.segments import is_finite
 
 _GRAD = attrgetter("grad")
 _VERSION = attrgetter("_version")
@@ -55,8 +56,12 @@ class Gradients:
         self._names, self._parameters, self._present = names, parameters, present
         self._places = np.arange(len(parameters)) if places is None else np.array(places)
         self._has = present[self._places]
+        self._looks = False
+        self._finite: dict[int, int] = {}  #: versions of the views that `ready` saw to be finite
 
-    def point(self, views: Sequence[Tensor], copied: Sequence[int] = ()) -> None:
+    def point(
+        self, views: Sequence[Tensor], copied: Sequence[int] = (), *, looks: bool = False
+    ) -> None:
         """
         Go on in these views, one for each parameter and of its shape.
 
@@ -64,7 +69,10 @@ class Gradients:
             views: of the vector.
             copied: which parameters begin a step without `.grad`, the n-th ones; a hook calls
                 `ready` for each of them in every backward that reaches it.
+            looks: whether `ready` looks for NaN and infinity in what it copies. It is quick there:
+                the copy has left the gradient in the processor's cache.
         """
+        self._looks = looks
         self._views = [view.data for view in views]  # a version counter of its own
         self._first: list[Tensor | None] = [*self._views]  #: `.grad` as a step begins
         self._copied = list(copied)
@@ -78,6 +86,7 @@ class Gradients:
     def begin(self) -> None:
         """Begin a step; the views are zero, but those of parameters without `.grad`."""
         self._has[:] = self._present[:] = False
+        self._finite.clear()
         for place in self._copied:
             self._parameters[place].grad = None
         self._stale = bool(self._copied)
@@ -93,6 +102,7 @@ class Gradients:
             SpecError: there are gradients that no backward of the engine has made, or gradients of
                 earlier micro-batches are gone; names the parameter.
         """
+        self._finite.clear()
         wanted = self._first if self._stale else self._views
         if not self._in_place(wanted):
             for place, grad in enumerate(map(_GRAD, self._parameters)):
@@ -142,9 +152,16 @@ class Gradients:
 
         Called in backward, for each parameter: `take_in` notes later who has a gradient.
         """
-        grad = self._parameters[place].grad
-        if grad is not self._views[place]:
+        grad, view = self._parameters[place].grad, self._views[place]
+        if grad is not view:
             self._collect(place, grad)
+            if self._looks and grad is not None and grad.layout is torch.strided:
+                if is_finite(grad.detach()):
+                    self._finite[place] = view._version
+
+    def finite(self, place: int) -> bool:
+        """Say whether `ready` has seen that the n-th's gradient is finite, and none came since."""
+        return self._finite.get(place, -1) == self._views[place]._version
 
     def _in_place(self, grads: Sequence[Tensor | None]) -> bool:
         return all(map(is_, map(_GRAD, self._parameters), grads))

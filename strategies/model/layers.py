@@ -178,7 +178,7 @@ def _problem(message: str, hint: str) -> SpecError:
     return SpecError(Problem((), message, hint))
 
 
-_tracing = threading.Lock()
+tracing = threading.Lock()
 """While torch.fx traces, it changes what calling a module does, for all threads."""
 
 
@@ -259,7 +259,7 @@ def _trace(model: nn.Module) -> fx.Graph:
         for mode in (True, False):
             model.train(mode)
             # Once inside of autocast, so that one that is switched off is seen, too.
-            with _tracing, torch.autocast("cpu", enabled=mode):
+            with tracing, torch.autocast("cpu", enabled=mode):
                 graphs.append(_Tracer().trace(model))
     except Exception as error:
         raise _problem(

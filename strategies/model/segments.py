@@ -65,17 +65,18 @@ def first_non_finite(
 
     One pass over the vector; slots are looked for only where it found something.
     """
-    if all(_finite(run) for run in typed_views(vector, segments)):
+    if all(is_finite(run) for run in typed_views(vector, segments)):
         return None
     for segment in segments:
         for piece in pieces:
             if segment.start <= piece.start < segment.stop:
-                if not _finite(typed(vector, piece.start, piece.stop, segment.dtype)):
+                if not is_finite(typed(vector, piece.start, piece.stop, segment.dtype)):
                     return piece.slot
     return None
 
 
-def _finite(run: Tensor) -> bool:
+def is_finite(run: Tensor) -> bool:
+    """Say whether all elements are finite."""
     if not run.numel():
         return True
     if math.isfinite(float(run.sum())):  # a quicker pass; only finite elements have a finite sum

@@ -23,7 +23,7 @@ from distplat.strategies.collective import Collective, broadcast_bytes, gather_b
 from distplat.strategies.loop.batches import batches_by, one_batch
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.model.layers import Layer, one_tensor
+from distplat.strategies.model.layers import Layer, one_tensor, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.limits import (
@@ -413,13 +413,15 @@ def _taken(
         return one, {} if tried is None else {0: shared(_samples(options, prepared), tried)}
     layers = layers_for(task, model)
     if everybody.rank == 0 and seed is None:
-        compare(model, layers, lambda: entering(_samples(options, prepared)))
+        with tracing:
+            compare(model, layers, lambda: entering(_samples(options, prepared)))
     points = _agree(options, prepared, layers, None, everybody)
     mine = range(at.stage, options.places, options.pipeline)
     inputs = {}
     if tried is not None:
         some = shared(entering(_samples(options, prepared)), tried)
-        inputs = inputs_of(layers, {place: [0, *points][place] for place in mine}, some)
+        with tracing:
+            inputs = inputs_of(layers, {place: [0, *points][place] for place in mine}, some)
     return take_part(layers, points, mine, **fields), inputs
 
 

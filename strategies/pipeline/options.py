@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,15 +24,17 @@ class HybridOptions(Options):
     """Options of `hybrid`."""
 
     gone: ClassVar[Mapping[str, str]] = {
-        "pack_weights": "it is gone, and so are packed weights: remove it",
+        "pack_weights": "it was removed: each micro-batch's products are made at once",
     }
 
     pipeline: Count = Field(1, le=1024)
-    """Stages: pieces of the model that follow each other, a worker each (or `tensor` workers)."""
+    """Stages: pieces of the model that follow each other, a worker each (or `tensor` workers). By
+    default what `data` leaves of the workers; without `data` the smallest divisor above 1."""
     tensor: Count = Field(1, le=1024)
     """Workers that share the layers of one stage."""
     data: Count = Field(1, le=1024)
-    """Replicas of the whole, each with a part of every batch."""
+    """Replicas of the whole, each with a part of every batch; by default what the other sizes leave
+    of the workers."""
     data_strategy: Literal["ring", "ps-sync"] = "ring"
     """How replicas come together: `ring` reduces each stage's gradients over them; `ps-sync` pushes
     them to server nodes, of which each stage and slice has its own."""
@@ -46,7 +49,8 @@ class HybridOptions(Options):
     schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
     """In which order a stage computes its micro-batches: docs/schedules.md."""
     micro_batches: Count | None = Field(None, le=4096)
-    """Parts of a replica's batch; None: four for each stage, as far as the batch goes."""
+    """Parts of a replica's batch; None: the job's `gradient_accumulation` if it has one, else four
+    for each stage, as far as the batch goes."""
     virtual: Count | None = Field(None, le=64)
     """Pieces of the model per stage; `interleaved` only, where None is 2."""
     cut: str | tuple[str, ...] = "auto"
@@ -99,6 +103,36 @@ class HybridOptions(Options):
         return most
 
 
+def complete(given: Mapping[str, Any], workers: int) -> dict[str, Any]:
+    """
+    Choose the sizes that a job does not give, so that their product is the number of workers.
+
+    Args:
+        given: options of the job, checked or not.
+        workers: of the job.
+
+    Returns:
+        The options with all three sizes; as they were given, if no choice of the others fits.
+    """
+    sizes = {name: given[name] for name in ("pipeline", "tensor", "data") if name in given}
+    if not all(type(size) is int and size > 0 for size in sizes.values()):
+        return dict(given)
+    left, rest = divmod(workers, math.prod(sizes.values()))
+    if rest or not left:
+        return dict(given)
+    sizes.setdefault("tensor", 1)
+    if "pipeline" not in sizes:
+        sizes["pipeline"] = left if "data" in sizes else _smallest_factor(left)
+        left //= sizes["pipeline"]
+    sizes.setdefault("data", left)
+    return {**given, **sizes}
+
+
+def _smallest_factor(number: int) -> int:
+    """Give the smallest divisor above 1; 1 of 1."""
+    return next((n for n in range(2, number + 1) if number % n == 0), 1)
+
+
 def problems(chosen: HybridOptions, job: Job) -> list[Problem]:
     """List all that is wrong; empty: the job can run."""
     return [
@@ -124,8 +158,8 @@ def _sizes(chosen: HybridOptions, job: Job) -> list[Problem]:
 def _micro_batches(chosen: HybridOptions, job: Job) -> list[Problem]:
     found = []
     if job.gradient_accumulation > 1:
-        text = f"`hybrid` cuts batches itself (got {job.gradient_accumulation})"
-        found.append(Problem(("gradient_accumulation",), text, "set strategy.micro_batches"))
+        text = f"`hybrid` cuts batches into `micro_batches` (got {job.gradient_accumulation})"
+        found.append(Problem(("gradient_accumulation",), text, "give one of the two"))
     micro, batch = chosen.micro(job), job.global_batch_size
     if batch < chosen.data * micro:
         text = f"{batch} samples cannot be cut into {chosen.data} replicas x {micro} micro-batches"
@@ -165,6 +199,12 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if job.embeddings is not None:
         text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
         found.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
+    if job.compile is not None:
+        text = "cannot be combined with `hybrid`, which calls the model's layers one by one"
+        found.append(Problem(("compile",), text, "remove it, or take `ring`"))
+    if job.activation_checkpointing is not None:
+        text = "has no effect with `hybrid`, which computes whole stages again"
+        found.append(Problem(("activation_checkpointing",), text, "set strategy.recompute: true"))
     if chosen.backend == "nccl" and not job.scaling.use_gpu:
         hint_ = "set scaling.use_gpu: true, or `backend: auto`"
         found.append(_problem("backend", "`nccl` runs between GPUs only", hint_))

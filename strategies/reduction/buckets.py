@@ -16,7 +16,7 @@ steps, at the same place of every rank's sequence.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.vector_layout import Piece
 from distplat.strategies.algorithms.buckets import FIRST_BYTES, Bucket, Release, cut_buckets
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.collective import Collective, Handle
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.segments import first_non_finite, typed
+from distplat.strategies.model.segments import first_non_finite, is_finite, typed
 from distplat.strategies.reduction.base import (
     ControlSum,
     Meter,
@@ -196,7 +197,7 @@ class BucketReducer:
         self._agreed = not overlap
         self._new = True
         self._hooks = listen(flat, self._on_gradient) if overlap and not self._alone else []
-        flat.copy_when_ready(bool(self._hooks))
+        flat.copy_when_ready(bool(self._hooks), looks=look)
 
     def last_backward(self) -> None:
         """See `Reducer`. Called once for each part that has a last backward of its own."""
@@ -293,14 +294,26 @@ class BucketReducer:
         """
         Look for NaN and infinity in a bucket before it leaves: then others' gradients are in it.
 
+        In one pass over it, or in those of its parameters that were not looked at in their hooks.
         The view ends with this function: torch lets go of the GIL to free it, and once the
         operation runs in its thread, that costs the backward a third of a millisecond a bucket.
         """
         cut, layout = self._cuts[number], self._layouts[number]
         run = self._grads[cut.start : cut.stop]
-        slot = first_non_finite(run, layout.segments, layout.pieces)
+        if any(map(self._flat.finite, cut.parameters)):
+            slot = self._first_of_others(run, layout.pieces, self._types[number])
+        else:
+            slot = first_non_finite(run, layout.segments, layout.pieces)
         if slot is not None:
             self._broken = slot if self._broken is None else min(slot, self._broken)
+
+    def _first_of_others(self, run: Tensor, pieces: Sequence[Piece], dtype: str) -> int | None:
+        """Give the first slot that is not finite, of those that no hook has looked at."""
+        for piece in pieces:
+            if not self._flat.finite(piece.slot):
+                if not is_finite(typed(run, piece.start, piece.stop, dtype)):
+                    return piece.slot
+        return None
 
     def _agree(self) -> None:
         """Take over what rank 0 saw; where it had no samples, ask again after the next step."""

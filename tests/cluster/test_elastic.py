@@ -53,7 +53,7 @@ def run(
         epochs=None,
         steps=STEPS,
         global_batch_size=12,
-        data={"drop_last": True, "num_loaders": loaders},
+        data={"drop_last": True, "num_workers": loaders},
         clip_norm=1.0,
         failure={**FAILURE, **failure},
     )

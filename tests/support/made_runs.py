@@ -63,6 +63,7 @@ FACTS: dict[str, Any] = {
     "restarts": [],
     "resizes": [],
     "run_directory": "/runs/lin-1",
+    "url": None,
     "model": None,
 }
 """What a driver writes into the log of a remote job."""

@@ -332,13 +332,13 @@ def test_to_exit_with_0_in_a_task_is_a_failure(where: str, tmp_path: Path) -> No
 
 def test_to_exit_with_0_in_a_loader_is_a_failure(tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess()})
-    error = told(bad, tmp_path, data={"num_loaders": 1})
+    error = told(bad, tmp_path, data={"num_workers": 1})
     assert "a loader process ended: sys.exit() in the data set" in error.remedy
 
 
 def test_an_error_in_a_loader_is_shown_as_itself(tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess(raises=True)})
-    error = told(bad, tmp_path, data={"num_loaders": 1})
+    error = told(bad, tmp_path, data={"num_workers": 1})
     assert error.summary.startswith("KeyError: 'no sample ")
     frames = [line for line in error.traceback.splitlines() if line.startswith('  File "')]
     assert len(frames) == 1

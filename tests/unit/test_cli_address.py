@@ -25,6 +25,7 @@ from distplat.cli.address import (
     token_at_hand,
 )
 from distplat.cli.join import ours_here, running_here
+from distplat.cli.submit import connection
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 
@@ -282,3 +283,21 @@ def test_a_private_ray_is_joined_over_loopback(
         pass
     assert seen == [("auto", over_loopback)]
     assert ray_constants.ENABLE_RAY_CLUSTER
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environ", "plain"),
+    [(False, {}, True), (True, {}, False), (True, {"NO_COLOR": "1"}, True)],
+)
+def test_lines_of_workers_have_no_colours_where_they_are_redirected(
+    terminal: bool, environ: dict[str, str], plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_COLOR", "RAY_COLOR_PREFIX"):
+        monkeypatch.setenv(name, "")  # put back afterwards, whatever becomes of it here
+        monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    with connection(Target("local", "", ""), Path(), None, None, lambda package: None):
+        assert (os.environ.get("RAY_COLOR_PREFIX") == "0") == plain

@@ -217,9 +217,9 @@ def test_a_strategy_file_travels_with_the_folder(
 
 def test_a_checkpoint_is_named_on_the_drivers_machine(folder: Path) -> None:
     jobs = FakeJobs()
-    remote.send(as_jobs(jobs), JOB, submission(folder, resume=Path("runs/lin-1")), ignores, print)
+    remote.send(as_jobs(jobs), JOB, submission(folder, resume="runs/lin-1"), ignores, print)
     received = shipping.received_job(jobs.submitted["runtime_env"]["env_vars"])
-    assert received.resume == Path("runs/lin-1")
+    assert received.resume == "runs/lin-1"
 
 
 def test_a_job_that_no_variable_holds_is_refused(folder: Path) -> None:

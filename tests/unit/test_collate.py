@@ -82,7 +82,7 @@ WORLDS: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
     ({"name": "ring"}, 1, {}),
     ({"name": "ring"}, 2, {}),
     ({"name": "ring"}, 2, {"gradient_accumulation": 2}),
-    ({"name": "ring"}, 2, {"data": {"num_loaders": 1}}),
+    ({"name": "ring"}, 2, {"data": {"num_workers": 1}}),
     ({"name": "ps-sync"}, 3, {}),
     ({"name": "hybrid", "pipeline": 2, "micro_batches": 3, "cut": "even"}, 2, {}),
     ({"name": "hybrid", "pipeline": 2, "data": 2, "micro_batches": 2, "cut": "even"}, 4, {}),
@@ -131,7 +131,7 @@ class Drawing(Padded):
 
 
 def draws(samples: Dataset[Any], loaders: int) -> list[Drawn]:
-    job = job_of("ring", 1, data={"num_loaders": loaders})
+    job = job_of("ring", 1, data={"num_workers": loaders})
     data = batches_by(Drawing(), samples)
     return [batch for batch, _ in eval_batches(job, data, range(SAMPLES), 5)]
 

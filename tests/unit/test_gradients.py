@@ -101,6 +101,25 @@ def test_large_gradients_are_not_set_to_zero_where_they_are_copied(
     rig.check()
 
 
+def test_copied_gradients_are_looked_at_as_long_as_nothing_changes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(COPIED_BYTES, 6 * 4)
+    rig = Rig()
+    rig.flat.copy_when_ready(rig.copies, looks=True)
+    rig.flat.begin_step()
+    places = [place for place, slot in enumerate(rig.flat.slots) if slot.size == 6]
+    a, b = places
+    rig.backward(lambda net: net(X).sum())
+    assert [rig.flat.finite(place) for place in places] == [rig.copies] * 2
+    grad = rig.flat.parameters[a].grad
+    assert grad is not None
+    grad.mul_(2.0)
+    assert [rig.flat.finite(place) for place in places] == [False, rig.copies]
+    rig.flat.begin_step()
+    assert not rig.flat.finite(b)
+
+
 def test_micro_batches_add_up() -> None:
     rig = Rig()
     rig.backward(lambda net: net(X, both=False).sum())

@@ -113,7 +113,7 @@ def evaluation(run: LocalRun) -> dict[str, float]:
     [
         {"global_batch_size": 22},  # the last batch has one sample: a replica has nothing to do
         {"precision": "bf16"},
-        {"data": {"drop_last": True, "num_loaders": 0}, "optimizer": {"name": "AdamW", "lr": 0.01}},
+        {"data": {"drop_last": True, "num_workers": 0}, "optimizer": {"name": "AdamW", "lr": 0.01}},
     ],
     ids=["short", "bf16", "dropped"],
 )

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from hybrid_models import hybrid_fields, hybrid_job
 
+from distplat.platform.errors import SpecError
 from distplat.platform.shard_map import Division
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import make_strategy, strategy_problems
+from distplat.strategies.catalog import complete, make_job, make_strategy, strategy_problems
 from distplat.strategies.pipeline.options import HybridOptions
 
 WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
@@ -24,8 +25,8 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         2,
         {"gradient_accumulation": 2},
         "gradient_accumulation",
-        "cuts batches itself (got 2)",
-        "strategy.micro_batches",
+        "cuts batches into `micro_batches` (got 2)",
+        "give one of the two",
     ),
     (
         {"pipeline": 2, "micro_batches": 17},
@@ -52,7 +53,7 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         "3 pieces begin with 2 layers besides the first (got 1 names)",
         "name as many",
     ),
-    ({"pack_weights": True}, 1, {}, "strategy.pack_weights", "unknown field", "it is gone"),
+    ({"pack_weights": True}, 1, {}, "strategy.pack_weights", "unknown field", "was removed"),
     ({"pipeline": 3, "cut": ["2", "2"]}, 3, {}, "strategy.cut", "named twice", "once"),
     (
         {"pipeline": 2, "schedule": "interleaved", "virtual": 1},
@@ -185,3 +186,45 @@ def test_slices_have_checkpoints() -> None:
 def test_survivors_go_on_where_parts_have_twins() -> None:
     assert make_strategy(hybrid_job({"pipeline": 2, "data": 2}, 4)).survivors_go_on()
     assert not make_strategy(hybrid_job({"pipeline": 2}, 2)).survivors_go_on()
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "sizes"),
+    [
+        ({}, 1, (1, 1, 1)),
+        ({}, 2, (2, 1, 1)),
+        ({}, 3, (3, 1, 1)),
+        ({}, 4, (2, 1, 2)),
+        ({}, 9, (3, 1, 3)),
+        ({"pipeline": 1}, 4, (1, 1, 4)),
+        ({"pipeline": 2}, 6, (2, 1, 3)),
+        ({"data": 2}, 8, (4, 1, 2)),
+        ({"data": 1}, 4, (4, 1, 1)),
+        ({"tensor": 2}, 8, (2, 2, 2)),
+        ({"tensor": 4}, 4, (1, 4, 1)),
+        ({"pipeline": 2, "tensor": 2}, 4, (2, 2, 1)),
+        ({"pipeline": 2, "tensor": 1, "data": 4}, 8, (2, 1, 4)),
+    ],
+)
+def test_sizes_that_are_not_given_fill_the_workers(
+    given: dict[str, Any], workers: int, sizes: tuple[int, int, int]
+) -> None:
+    plan = {"tensor_plan": {"0": "colwise"}} if "tensor" in given and given["tensor"] > 1 else {}
+    job = make_job(hybrid_fields({**given, **plan}, workers))
+    chosen = job.strategy.options
+    assert (chosen["pipeline"], chosen["tensor"], chosen["data"]) == sizes
+    assert make_strategy(job).detail() == "pipeline {} x tensor {} x data {}".format(*sizes)
+    assert complete(job) == job
+
+
+@pytest.mark.parametrize("given", [{"pipeline": 3}, {"data": 5}, {"tensor": 3}, {"data": "two"}])
+def test_sizes_that_fit_no_number_of_workers_are_left_to_the_checks(given: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="strategy"):
+        make_job(hybrid_fields(given, 4))
+
+
+def test_accumulated_parts_are_micro_batches() -> None:
+    job = make_job(hybrid_fields({"pipeline": 2}, 2, gradient_accumulation=4))
+    assert (job.gradient_accumulation, job.strategy.options["micro_batches"]) == (1, 4)
+    with pytest.raises(SpecError, match="give one of the two"):
+        make_job(hybrid_fields({"pipeline": 2, "micro_batches": 4}, 2, gradient_accumulation=4))

@@ -139,8 +139,9 @@ def test_two_losses_at_one_step_that_take_the_state_end_no_run() -> None:
         lose(state, now, 12)
         state.restarted(now + 1)
     lost = StateLost("the state after step 10")
-    for event in [*(stopped(rank, lost) for rank in range(3)), Tick()]:
-        state.handle(event, 5)
+    for rank in range(3):
+        state.handle(stopped(rank, lost), 5)
+    state.handle(Tick(), 5)
     assert state.phase is not Phase.FAILED, state.error
     assert state.restart is not None
     assert state.restart.everything

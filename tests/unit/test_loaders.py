@@ -31,7 +31,7 @@ from distplat.strategies.loop.loaders import ready_loaders
 if __name__ == "__main__":
     ready_loaders(make_job({
         "name": "loaders", "strategy": "ring", "scaling": {"num_workers": 1}, "steps": 1,
-        "optimizer": {"name": "SGD", "lr": 1}, "global_batch_size": 1, "data": {"num_loaders": 1},
+        "optimizer": {"name": "SGD", "lr": 1}, "global_batch_size": 1, "data": {"num_workers": 1},
     }))()
     look = "import sys; sys.exit(7 if 'torch.utils.data' in sys.modules else 3)"
     child = get_context("forkserver").Process(target=exec, args=(look,))
@@ -204,7 +204,7 @@ def run(loaders, broken=False):
     return Trainer({{
         "name": "bare", "strategy": "ring", "scaling": {{"num_workers": 0}}, "epochs": 2,
         "optimizer": {{"name": "SGD", "lr": 0.01}}, "global_batch_size": 4,
-        "data": {{"num_loaders": loaders}}, "task_args": {{"broken": broken}},
+        "data": {{"num_workers": loaders}}, "task_args": {{"broken": broken}},
     }}, Mean).fit()
 
 {guard}

@@ -3,8 +3,9 @@
 import random
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
+from threading import get_ident
 from typing import Any
 
 import pytest
@@ -48,6 +49,10 @@ class Background(Handle):
         self._future.result(timeout=30)
 
 
+PENDING: dict[int, list[Future[None]]] = {}
+"""By the thread that started them: operations of `background`, old ones too."""
+
+
 @pytest.fixture
 def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """
@@ -67,10 +72,13 @@ def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
         sizes.append(tensor.numel())
         thread = threads.setdefault(id(group), ThreadPoolExecutor(1))
-        return Background(thread.submit(work))
+        future = thread.submit(work)
+        PENDING.setdefault(get_ident(), []).append(future)
+        return Background(future)
 
     monkeypatch.setattr(InMemoryCollective, "start_all_reduce", start)
     yield sizes
+    PENDING.clear()
     for thread in threads.values():
         thread.shutdown()
 
@@ -97,6 +105,19 @@ class Branches(Classify):
 
     def model(self) -> nn.Module:
         return self.Model()
+
+
+class Patient(Conv):
+    """Backward comes to its end only once the operations that it has started are over."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        next(model.parameters()).register_hook(self.await_operations)  # type: ignore[no-untyped-call]
+        return model
+
+    @staticmethod
+    def await_operations(gradient: Tensor) -> None:
+        wait(PENDING.get(get_ident(), []), timeout=30)
 
 
 def job(recipe: str = RECIPE, workers: int = 3, **options: Any) -> Job:
@@ -159,7 +180,7 @@ def test_halves_train_nearly_the_same(
 
 
 def test_figures_of_every_step(background: list[int]) -> None:
-    run = train(job(bucket_mb=ONE_PER_PARAMETER), Conv)
+    run = train(job(bucket_mb=ONE_PER_PARAMETER), Patient)
     steps = [report for report in run.reports[0] if isinstance(report, StepReport)]
     assert len(steps) == 15
     for report in steps:
@@ -170,13 +191,50 @@ def test_figures_of_every_step(background: list[int]) -> None:
         assert found["exposed_s"] <= report.seconds["exchange"]
         assert busy <= found["hidden_s"] + found["exposed_s"] + 1e-3
     assert steps[0].figures["hidden_s"] == 0  # nothing leaves early there
-    assert sum(report.figures["hidden_fraction"] for report in steps) > 0
+    assert all(report.figures["hidden_fraction"] > 0 for report in steps[1:])
     elements = 48 + 16 + 112 + 3  # with padding: a convolution and a linear layer, bias by bias
     order_bytes = 2 * 2 * 4 * 8  # two words for each of four buckets, to two ranks
     for report in steps:  # what setting up has sent is in no step
         sent = 2 * 2 / 3 * (4 * elements + 8 * control_size(4))
         sent += order_bytes if report.step == 0 else 0
         assert report.figures["sent_bytes"] == pytest.approx(sent, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.bias", "3.weight"])
+def test_a_gradient_that_is_not_finite_is_found_and_named(name: str) -> None:
+    """Gradients that were copied are looked at in their hooks, others bucket by bucket."""
+    fabric, step_of_nan = Fabric(2), 3
+
+    def net() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+
+    def body(rank: int) -> list[tuple[int, int, int]]:
+        model = net()
+        flat = FlatModel(model)
+        reducer = BucketReducer(flat, fabric.collective(rank), 4)
+        found: list[tuple[int, int, int]] = []
+
+        def spoil(gradient: Tensor) -> None:
+            if rank == 1 and len(found) == step_of_nan:
+                gradient[-1] = torch.nan
+
+        model.get_parameter(name).register_hook(spoil)  # type: ignore[no-untyped-call]
+        for _ in range(5):
+            flat.begin_step()
+            reducer.last_backward()
+            loss = model(torch.ones(2, 3)).sum()
+            flat.before_backward()
+            torch.autograd.backward(loss)
+            flat.take_in()
+            total = reducer.finish(record_of(flat, rank))
+            found.append((total.non_finite, total.rank, total.slot))
+        reducer.close()
+        return found
+
+    slot = [n for n, _ in net().named_parameters()].index(name)
+    finite = (0, -1, -1)
+    expected = [finite] * step_of_nan + [(1, 1, slot)] + [finite]
+    assert on_ranks(2, body, timeout_s=20) == [expected] * 2
 
 
 def test_a_rank_that_dies_is_named_to_those_in_the_middle_of_backward() -> None:

@@ -75,23 +75,33 @@ def test_the_end_brings_what_is_left() -> None:
     assert gathering.rest() == []
 
 
-def test_an_evaluation_hurries_no_step() -> None:
-    """Rank 0 may report the evaluation of all before rank 1's step was asked for."""
-    gathering = ReportAggregator(2)
-    evaluation = [EvalReport(rank, 1, 1, {}) for rank in range(2)]
-    assert steps(gathering, [step(0, 0)]) == []
-    assert [len(gathering.add(report)) for report in evaluation] == [0, 1]
-    [complete] = gathering.add(step(1, 0))
-    assert isinstance(complete, StepSummary)
-    assert complete.samples == 2
-
-
 def test_what_is_done_again_is_not_given_out_again() -> None:
     gathering = ReportAggregator(2)
     first = [step(0, 0), step(1, 0), step(0, 1), step(1, 1), step(0, 2)]
     again = [step(rank, number) for number in range(4) for rank in (1, 0)]
     assert steps(gathering, first) == [0, 1]
     assert steps(gathering, again) == [2, 3]
+
+
+def test_an_evaluation_comes_after_the_steps_before_it_and_hurries_none() -> None:
+    """Rank 0 may report the evaluation of all before rank 1's steps were asked for."""
+    gathering = ReportAggregator(2)
+    assert steps(gathering, [step(0, 0), step(0, 1)]) == []
+    assert [gathering.add(EvalReport(rank, 2, 1, {})) for rank in range(2)] == [[], []]
+    [first] = gathering.add(step(1, 0))
+    second, evaluation = gathering.add(step(1, 1))
+    assert isinstance(first, StepSummary) and isinstance(second, StepSummary)
+    assert (first.samples, second.samples) == (2, 2)
+    assert evaluation == EvalSummary(2, 2, {})
+    assert gathering.rest() == []
+
+
+def test_an_evaluation_comes_at_the_end_where_a_step_before_it_stays_incomplete() -> None:
+    gathering = ReportAggregator(2)
+    assert steps(gathering, [step(0, 0)]) == []
+    assert [gathering.add(EvalReport(rank, 1, 1, {})) for rank in range(2)] == [[], []]
+    partial, evaluation = gathering.rest()
+    assert isinstance(partial, StepSummary) and isinstance(evaluation, EvalSummary)
 
 
 def test_an_evaluation_that_was_cut_off_is_made_again() -> None:

@@ -52,7 +52,7 @@ def job(world: int = 1, loaders: int = 0, accumulation: int = 1, **fields: Any) 
         "epochs": 2,
         "gradient_accumulation": accumulation,
         "seed": 7,
-        "data": {"num_loaders": loaders, "shuffle": True},
+        "data": {"num_workers": loaders, "shuffle": True},
     }
     # Some have more ranks than the batch has samples, which a job file may not.
     return job_of(**{**defaults, **fields}).with_workers(world)

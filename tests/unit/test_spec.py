@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from distplat.platform.errors import SpecError
-from distplat.platform.spec import Job
+from distplat.platform.spec import Data, Job
 from distplat.strategies.catalog import make_job
 
 GOOD: dict[str, Any] = {
@@ -105,7 +105,7 @@ def test_problems(changes: dict[str, Any], problems: list[str]) -> None:
         ("gradient_accumulation", [1, 64], [0, 2**20 + 1, 4e9]),
         ("global_batch_size", [2**30], [0, 2**30 + 1]),
         ("clip_norm", [None, 1, 1e-300], [0, -1, True, float("inf")]),
-        ("data", [{"num_loaders": 256}], [{"num_loaders": 257}, {"prefetch_factor": 2000}]),
+        ("data", [{"num_workers": 256}], [{"num_workers": 257}, {"prefetch_factor": 2000}]),
         ("scaling", [{"num_workers": 1024}], [{"num_workers": 1025}, {"num_workers": "2"}]),
     ],
 )
@@ -181,3 +181,12 @@ def test_resources_that_ray_would_refuse(whose: str, needs: dict[str, float], me
     }
     with pytest.raises(SpecError, match=re.escape(message)):
         make_job({**GOOD, **changes[whose]})
+
+
+def test_the_old_name_of_num_workers_is_taken_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert Data.model_validate({"num_loaders": 3, "shuffle": False}).num_workers == 3
+    assert caplog.messages == ["data.num_loaders is called data.num_workers now, as in torch"]
+    with pytest.raises(ValidationError, match="num_loaders is the old name of num_workers"):
+        Data.model_validate({"num_loaders": 3, "num_workers": 3})

@@ -35,7 +35,7 @@ class Noisy(Mlp):
 
 
 def prepared(loaders: int) -> tuple[Prepared, TaskModel]:
-    job = job_of("ps-async", 2, seed=5, data={"num_loaders": loaders})
+    job = job_of("ps-async", 2, seed=5, data={"num_workers": loaders})
     strategy = make_worker_strategy(job)
     made = prepare(job, Noisy(), strategy=strategy)
     return made, TaskModel(made, strategy.last_backward, lambda: None)

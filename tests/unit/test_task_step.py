@@ -185,7 +185,7 @@ def trained(kind: type[Task], strategy: Any, workers: int, **fields: Any) -> Loc
     [
         ("ring", 1, {}),
         ("ring", 2, {"gradient_accumulation": 2}),
-        ("ring", 2, {"data": {"num_loaders": 1}}),
+        ("ring", 2, {"data": {"num_workers": 1}}),
         ("ps-sync", 3, {}),
         ("ps-async", 1, {}),
     ],

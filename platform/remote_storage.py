@@ -1,0 +1,241 @@
+"""
+Files at a URL, through fsspec. No operation waits longer than its deadline.
+
+An operation runs in a thread of its own. One that does not come back is left to its thread, and the
+next one gets another connection: libraries have deadlines of minutes, or none.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import IO, Any, TypeVar
+
+from distplat.platform.errors import DeadlineExceeded, StorageError
+
+T = TypeVar("T")
+
+PART_BYTES = 8 * 2**20
+"""Bytes of one operation."""
+_MOST_PARTS = 9_000
+"""S3 takes 10 000 parts of one object."""
+_MOST_HANGING = 8
+"""Operations that may hang at a time; beyond that none is begun."""
+_TRIES = 4
+"""How often something is read that somebody waits for."""
+_USER = re.compile(r"//[^/@\s]+@")
+
+SETTING = "failure.storage_timeout_s"
+
+
+class NoAnswer(StorageError):
+    """The storage did not answer in time."""
+
+
+class NotThere(StorageError):
+    """There is no such file, directory or bucket."""
+
+
+class RemoteStorage:
+    """
+    All below one URL; names are relative to it, with `/`.
+
+    Args:
+        url: where, for example `s3://bucket/prefix`.
+        limit_s: `failure.storage_timeout_s`; one operation has a quarter of it.
+    """
+
+    def __init__(self, url: str, limit_s: float) -> None:
+        self.url = url.rstrip("/")
+        self.limit_s = limit_s
+        self.answered_at = time.monotonic()  #: when it last did what it was asked
+        self._hanging: list[threading.Thread] = []
+        self._opened: tuple[Any, str] | None = None  #: fsspec's file system, and our place in it
+
+    @property
+    def _local(self) -> bool:
+        return self.url.startswith(("file://", "local://"))
+
+    def put(self, name: str, file: IO[bytes], size: int) -> None:
+        """
+        Write a file, whole or not at all.
+
+        Args:
+            name: its name there.
+            file: is read from where it stands.
+            size: so many bytes of it are written.
+
+        Raises:
+            StorageError: it could not be written.
+            OSError: `file` could not be read.
+        """
+        part = max(PART_BYTES, -(-size // _MOST_PARTS))
+        out = self._do(name, partial(self._begin, name, part), asked=False)
+        try:
+            left = size
+            while left:
+                data = file.read(min(part, left))
+                if not data:
+                    raise OSError(f"{name} has become shorter")
+                self._do(name, partial(_write, out, data), asked=len(data) == part)
+                left -= len(data)
+            self._do(name, partial(self._commit, name, out))
+        except NoAnswer:
+            raise
+        except BaseException:
+            with suppress(StorageError):
+                self._do(name, partial(self._discard, name, out))
+            raise
+        if (found := self.size(name)) != size:
+            raise StorageError(f"{self.url}/{name} has {found} bytes, {size} were written")
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """
+        Read a part of a file, at most `PART_BYTES`; fewer bytes where it ends.
+
+        Raises:
+            NotThere: there is no such file.
+            StorageError: it cannot be read.
+        """
+        return bytes(self._do(name, lambda fs, p: fs.cat_file(p(name), start=start, end=stop)))
+
+    def size(self, name: str) -> int:
+        """
+        Give a file's size in bytes.
+
+        Raises:
+            NotThere: there is no such file.
+            StorageError: the storage does not say.
+        """
+        return self._do(name, lambda fs, place: int(fs.info(place(name))["size"]))
+
+    def names(self, folder: str) -> list[str]:
+        """
+        Give the names of what is directly in a directory; none where there is no such directory.
+
+        Raises:
+            StorageError: the storage does not say.
+        """
+        with suppress(NotThere):
+            paths = self._do(folder, lambda fs, place: fs.ls(place(folder), detail=False))
+            return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
+        return []
+
+    def remove(self, name: str) -> None:
+        """
+        Remove a file, or a directory with all in it; nothing where there is none.
+
+        Raises:
+            StorageError: it may be there still.
+        """
+        with suppress(NotThere):
+            self._do(name, lambda fs, place: fs.rm(place(name), recursive=True))
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """
+        Try something several times, for somebody who waits for it.
+
+        Raises:
+            NotThere: see `work`; asked once.
+            StorageError: it failed every time.
+        """
+        for n in range(_TRIES - 1):
+            try:
+                return work()
+            except NotThere:
+                raise
+            except StorageError:
+                time.sleep(min(0.5 * 4**n, self.limit_s / 8))
+        return work()
+
+    def _do(
+        self, name: str, work: Callable[[Any, Callable[[str], str]], T], *, asked: bool = True
+    ) -> T:
+        """
+        Have a thread do something with the file system, and wait for it within reason.
+
+        Args:
+            name: of the file, for errors.
+            work: gets the file system, and what makes a path of a name.
+            asked: whether that asks the storage itself, and no buffer alone.
+        """
+        limit_s = self.limit_s / 4
+        self._hanging = [one for one in self._hanging if one.is_alive()]
+        if len(self._hanging) >= _MOST_HANGING:
+            raise NoAnswer(f"{self.url}/{name}: {_MOST_HANGING} operations before it still hang")
+        answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+        def answer() -> None:
+            try:
+                answers.put((work(*self._connected()), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        thread = threading.Thread(target=answer, name="remote storage", daemon=True)
+        self._load()
+        thread.start()
+        try:
+            value, error = answers.get(timeout=limit_s)
+        except Empty:
+            self._hanging.append(thread)
+            self._opened = None
+            late = DeadlineExceeded(f"{self.url}/{name}", ("its storage",), limit_s, SETTING)
+            raise NoAnswer(str(late)) from None
+        if error is not None:
+            raise self._as_ours(name, error) from error
+        if asked:
+            self.answered_at = time.monotonic()
+        result: T = value
+        return result
+
+    def _load(self) -> None:
+        """Import the scheme's library, which takes a second and is not the storage's fault."""
+        from fsspec import get_filesystem_class
+
+        get_filesystem_class(self.url.partition("://")[0])
+
+    def _connected(self) -> tuple[Any, Callable[[str], str]]:
+        """Give the file system, and what makes a path there of a name."""
+        if self._opened is None:
+            from fsspec.core import url_to_fs
+
+            more = {"auto_mkdir": True} if self._local else {}
+            found = url_to_fs(self.url, skip_instance_cache=True, use_listings_cache=False, **more)
+            self._opened = found[0], str(found[1]).rstrip("/")
+        fs, root = self._opened
+        return fs, lambda name: f"{root}/{name}" if name else root
+
+    def _as_ours(self, name: str, error: BaseException) -> StorageError:
+        text = _USER.sub("//***@", str(error) or repr(error)).splitlines()[0]
+        kind = NotThere if isinstance(error, FileNotFoundError) else StorageError
+        return kind(f"{self.url}/{name}: {text}")
+
+    # Object stores show an object when it is complete; a directory shows every byte at once.
+
+    def _begin(self, name: str, part: int, fs: Any, place: Callable[[str], str]) -> Any:
+        if self._local:
+            return fs.open(place(name) + ".partial", "wb")
+        return fs.open(place(name), "wb", block_size=part, autocommit=False)
+
+    def _commit(self, name: str, out: Any, fs: Any, place: Callable[[str], str]) -> None:
+        out.close()
+        if self._local:
+            fs.mv(place(name) + ".partial", place(name))
+        else:
+            out.commit()
+
+    def _discard(self, name: str, out: Any, fs: Any, place: Callable[[str], str]) -> None:
+        if self._local:
+            out.close()
+            fs.rm_file(place(name) + ".partial")
+        else:
+            out.discard()
+
+
+def _write(out: Any, data: bytes, fs: Any, place: Callable[[str], str]) -> None:
+    out.write(data)

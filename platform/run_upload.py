@@ -1,0 +1,320 @@
+"""
+Keeps a copy of a run directory at a URL while the run goes on, in a thread.
+
+    <storage_path>/<run>/
+        job.yaml  metrics.jsonl  model.safetensors ...   whenever they have changed
+        checkpoints/step-000120/    its files, then manifest.json
+        result.json                 last: with it all of the run is there
+
+Nobody waits for it before the run's end. What fails is warned of once and tried again; the end
+waits as long as the storage answers now and then.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue
+from distplat.platform.errors import StorageError
+from distplat.platform.remote_storage import SETTING, NoAnswer, RemoteStorage
+
+RESULT = "result.json"
+_POLL_S = 1.0
+_GROWING_S = 10.0
+"""How often a file that grows is written anew, at most."""
+_SHARE = 20
+"""Nor more often than takes one part in so many of the time."""
+_LONGEST_PAUSE_S = 30.0
+
+Signature = tuple[int, int, int]
+"""What tells a file from the one that had its name before: inode, size, time of the last change."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A file that is there."""
+
+    signature: Signature
+    at: float
+    took_s: float
+
+
+class RunUpload:
+    """
+    The copy of one run directory.
+
+    Args:
+        folder: the run directory.
+        storage: what is below the run's URL.
+        warn: is told of failures, and that they are over.
+        poll_s: how often the directory is looked at.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        storage: RemoteStorage,
+        warn: Callable[[str], object],
+        poll_s: float = _POLL_S,
+    ) -> None:
+        self._folder, self._storage, self._warn = folder, storage, warn
+        self._poll_s = poll_s
+        self._sent: dict[str, _Sent] = {}
+        self._checkpoints = _Checkpoints(folder / FOLDER, storage)
+        self._why = ""  #: of the last failure; empty: the last attempt brought all that was due
+        self._closing, self._ended = threading.Event(), threading.Event()
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        """Of the copy."""
+        return self._storage.url
+
+    def close(self) -> str:
+        """
+        Bring what is not there yet; give up once the storage has not answered for `limit_s`.
+
+        Returns:
+            What is not there, and why; empty: all is.
+        """
+        self._closing.set()
+        began, limit_s = time.monotonic(), self._storage.limit_s
+        while not self._ended.wait(0.05):
+            if time.monotonic() - max(began, self._storage.answered_at) > limit_s:
+                break
+        self._given_up.set()
+        if self._ended.is_set():
+            return ""
+        names = [name for name, path in self._files() if self._changed(name, path)]
+        names += [f"{FOLDER}/{name}" for name in self._checkpoints.missing()]
+        why = self._why or f"the storage does not answer (`{SETTING}`)"
+        return f"{', '.join(names)} not uploaded to {self._storage.url}: {why}"
+
+    def _work(self) -> None:
+        failures = 0
+        while not self._given_up.is_set():
+            closing = self._closing.is_set()
+            why = self._attempt(closing)
+            if why and not failures:
+                text = "cannot upload: %s; the run goes on, and it is tried again"
+                self._warn(text % why)
+            elif failures and not why:
+                self._warn(f"{self._storage.url} answers again")
+            self._why, failures = why, failures + 1 if why else 0
+            if closing and not why:
+                self._ended.set()
+                return
+            pause_s = self._poll_s
+            if why:
+                longest_s = min(_LONGEST_PAUSE_S, self._storage.limit_s / 8)
+                pause_s = min(0.5 * 2 ** min(failures, 10), longest_s)
+            (self._given_up if closing else self._closing).wait(pause_s)
+
+    def _attempt(self, closing: bool) -> str:
+        """Bring all that is due; say why something is not there yet."""
+        why = ""
+        for bring in self._due(closing):
+            if self._given_up.is_set() or (why and bring == self._send_result):
+                return why
+            try:
+                bring()
+            except NoAnswer as error:
+                return str(error)  # the others would hang as well
+            except Exception as error:
+                why = str(error) or repr(error)
+        return why
+
+    def _due(self, closing: bool) -> Iterator[Callable[[], object]]:
+        """Give what is to be done, in its order."""
+        for name, path in self._files():
+            if name != RESULT and self._changed(name, path) and (closing or self._rested(name)):
+                yield partial(self._send, name, path)
+        for _ in self._checkpoints.missing():
+            yield self._checkpoints.bring_newest
+        yield self._checkpoints.retire
+        if closing:
+            yield self._send_result
+
+    def _send_result(self) -> None:
+        if self._changed(RESULT, self._folder / RESULT):
+            self._send(RESULT, self._folder / RESULT)
+
+    def _files(self) -> list[tuple[str, Path]]:
+        """Give all files but checkpoints, by the names that they have there; the model first."""
+        found = []
+        for folder, folders, names in os.walk(self._folder):
+            top = Path(folder) == self._folder
+            folders[:] = [one for one in folders if not (top and one == FOLDER)]
+            paths = [Path(folder, name) for name in names if not name.endswith(".partial")]
+            found += [(str(path.relative_to(self._folder)), path) for path in paths]
+        return sorted(found, key=lambda one: (not one[0].startswith("model."), one[0]))
+
+    def _changed(self, name: str, path: Path) -> bool:
+        found, sent = signature_of(path), self._sent.get(name)
+        return found is not None and (sent is None or sent.signature != found)
+
+    def _rested(self, name: str) -> bool:
+        sent = self._sent.get(name)
+        if sent is None:
+            return True
+        return time.monotonic() - sent.at >= max(_GROWING_S, _SHARE * sent.took_s)
+
+    def _send(self, name: str, path: Path) -> None:
+        began = time.monotonic()
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            about = os.fstat(file.fileno())
+            self._storage.put(name, file, about.st_size)
+        now = time.monotonic()
+        self._sent[name] = _Sent(_signature(about), now, now - began)
+
+
+class _Checkpoints:
+    """
+    The checkpoints of a run directory: the newest is brought first, and what is deleted here is
+    deleted there once a newer one is there.
+
+    A checkpoint that is being brought is held open: it may be deleted here meanwhile.
+    """
+
+    def __init__(self, folder: Path, storage: RemoteStorage) -> None:
+        self._catalogue, self._storage = Catalogue(folder), storage
+        self._there: dict[int, Signature] = {}  #: step -> manifest of a whole one
+        self._begun: set[int] = set()  #: steps of which there may be files
+        self._held: _Held | None = None
+
+    def missing(self) -> list[str]:
+        """Give the names of those that are here and not there."""
+        local = self._local()
+        return [self._catalogue.path(step).name for step in self._missing(local)]
+
+    def bring_newest(self) -> None:
+        """Bring the newest that is not there."""
+        local = self._local()
+        if not (missing := self._missing(local)):
+            return
+        step = max(missing)
+        if self._held is None or self._held.signature != local[step]:
+            if self._held is not None:
+                self._held.close()
+            try:
+                self._held = _Held(self._catalogue.path(step), step, local[step])
+            except FileNotFoundError:  # deleted a moment ago
+                self._held = None
+                return
+        self._bring(self._held)
+        self._there[step] = local[step]
+        self._held.close()
+        self._held = None
+
+    def retire(self) -> None:
+        """Remove what is not here any more, and what was begun and left."""
+        local = self._local()
+        kept = [step for step, signature in self._there.items() if local.get(step) == signature]
+        for step in sorted(self._begun - local.keys()):
+            if kept and step < max(kept):
+                self._there.pop(step, None)
+                self._remove(step)
+
+    def _bring(self, held: _Held) -> None:
+        folder = f"{FOLDER}/{self._catalogue.path(held.step).name}"
+        if self._there.pop(held.step, None) is not None:  # made again, after a rollback
+            self._remove(held.step)
+        self._begun.add(held.step)
+        for name, file in held.files.items():
+            if name not in held.sent:
+                file.seek(0)
+                self._storage.put(f"{folder}/{name}", file, os.fstat(file.fileno()).st_size)
+                held.sent.add(name)
+
+    def _remove(self, step: int) -> None:
+        """Remove the manifest first: what is half removed counts for nothing."""
+        folder = f"{FOLDER}/{self._catalogue.path(step).name}"
+        self._storage.remove(f"{folder}/{MANIFEST}")
+        self._storage.remove(folder)
+        self._begun.discard(step)
+
+    def _local(self) -> dict[int, Signature]:
+        found = {}
+        with suppress(FileNotFoundError):
+            for step in self._catalogue.steps():
+                if (signature := signature_of(self._catalogue.path(step) / MANIFEST)) is not None:
+                    found[step] = signature
+        return found
+
+    def _missing(self, local: dict[int, Signature]) -> list[int]:
+        return [step for step, found in local.items() if self._there.get(step) != found]
+
+
+class _Held:
+    """
+    A checkpoint whose files are open, the manifest as the last.
+
+    Raises:
+        FileNotFoundError: it is not there any more.
+    """
+
+    def __init__(self, path: Path, step: int, signature: Signature) -> None:
+        self.step, self.signature = step, signature
+        self.sent: set[str] = set()
+        with ExitStack() as stack:
+            names = sorted(os.listdir(path), key=lambda name: (name == MANIFEST, name))
+            self.files: dict[str, IO[bytes]] = {
+                name: stack.enter_context((path / name).open("rb")) for name in names
+            }
+            self.close = stack.pop_all().close
+
+
+def signature_of(path: Path) -> Signature | None:
+    """Give what tells a file from others of its name; None: there is no regular file."""
+    try:
+        about = path.lstat()
+    except OSError:
+        return None
+    return _signature(about) if stat.S_ISREG(about.st_mode) else None
+
+
+def _signature(about: os.stat_result) -> Signature:
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def upload_of(
+    folder: Path, storage_url: str, limit_s: float, warn: Callable[[str], object]
+) -> RunUpload:
+    """
+    Begin to keep a copy of a run directory.
+
+    Args:
+        folder: the run directory; its name is the run's.
+        storage_url: the `storage_path`; the copy is below it.
+        limit_s: `failure.storage_timeout_s`.
+        warn: is told of failures.
+    """
+    url = f"{storage_url.rstrip('/')}/{folder.name}"
+    return RunUpload(folder, RemoteStorage(url, limit_s), warn)
+
+
+def not_uploaded(missing: str, model: Path | None) -> StorageError:
+    """
+    Say that a run has ended well and is not whole at its URL.
+
+    Args:
+        missing: what `RunUpload.close` gave.
+        model: where the trained model is.
+    """
+    where = f"; the trained model is in {model}" if model is not None else ""
+    return StorageError(f"the run has ended, but {missing}{where}")

@@ -1,0 +1,65 @@
+"""A file system of fsspec's that hangs, fails and tells what was done, as a test asks for."""
+
+import threading
+from typing import Any
+
+from fsspec import register_implementation
+from fsspec.implementations.memory import MemoryFileSystem
+
+
+class Odd(MemoryFileSystem):  # type: ignore[misc]
+    """In memory, at `odd://`; what is set here holds for all connections."""
+
+    protocol = "odd"
+    hold: threading.Event | None = None
+    """Where there is one, operations wait for it."""
+    failures = 0
+    """So many writes to come fail."""
+    done: list[str] = []  # noqa: RUF012
+    """Writes and removals in their order, by the names below the run's URL."""
+    written = threading.Event()
+    """Set by each write that succeeds."""
+
+    @classmethod
+    def reset(cls) -> None:
+        """Be empty and well; what is held fails."""
+        hold, cls.hold, cls.failures = cls.hold, None, 0
+        if hold is not None:
+            hold.set()
+        cls.done.clear()
+        cls.written.clear()
+        MemoryFileSystem.store.clear()
+        MemoryFileSystem.pseudo_dirs[:] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(str(path).replace("odd://", "memory://"))
+
+    def _wait(self) -> None:
+        hold = Odd.hold
+        if hold is not None and not (hold.wait(60) and Odd.hold is hold):
+            raise OSError("held until after the test")
+
+    def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        self._wait()
+        if "w" in mode:
+            if Odd.failures > 0:
+                Odd.failures -= 1
+                raise PermissionError("no entry with key=hush//user:secret@host/")
+            Odd.done.append(path)
+            Odd.written.set()
+        return super()._open(path, mode, **more)
+
+    def cat_file(self, path: str, *args: Any, **more: Any) -> Any:
+        """Read."""
+        self._wait()
+        return super().cat_file(path, *args, **more)
+
+    def rm(self, path: str, **more: Any) -> None:
+        """Remove."""
+        self._wait()
+        super().rm(path, **more)
+        Odd.done.append(f"rm {self._strip_protocol(path)}")
+
+
+register_implementation("odd", Odd, clobber=True)

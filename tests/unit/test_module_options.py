@@ -1,0 +1,145 @@
+"""Activations computed again in backward, and compiled calls: the model trains as without."""
+
+from typing import Any
+
+import pytest
+import torch
+from jobs import job_of
+from local_run import train
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from distplat import Task
+from distplat.platform.errors import SpecError
+from distplat.platform.spec import Compile, Job
+from distplat.strategies.catalog import make_job
+from distplat.strategies.model.module_options import apply_module_options
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+CALLS: list[str] = []
+
+
+class Block(nn.Module):
+    """Statistics, random numbers, a buffer of its own and another block inside."""
+
+    calls: Tensor
+
+    def __init__(self, depth: int = 1) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.inner = Block(depth - 1) if depth else None
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS.append("inner" if self.inner is None else "outer")
+        self.calls += 1
+        y = nn.functional.dropout(self.norm(self.linear(x)).tanh(), 0.3, self.training)
+        return x + (y if self.inner is None else self.inner(y))
+
+
+class Deep(Task):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), Block(), Block(), nn.Linear(6, 2))
+
+    def train_data(self) -> Dataset[Any]:
+        draw = torch.Generator().manual_seed(3)
+        return TensorDataset(*(torch.randn(18, n, generator=draw) for n in (4, 2)))
+
+    def eval_data(self) -> Dataset[Any]:
+        return self.train_data()
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+
+# One rank: those of a test are threads, which draw from one generator.
+def options_job(strategy: str = "ring", **fields: Any) -> Job:
+    optimizer = {"name": "AdamW", "lr": 0.05}
+    return job_of(strategy, 1, optimizer=optimizer, steps=4, global_batch_size=6, seed=2, **fields)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("patterns", ["1", "1,2", "*.inner", "1,*.inner"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_activations_that_are_computed_again_change_no_bit(
+    strategy: str, patterns: str, accumulation: int
+) -> None:
+    fields: dict[str, Any] = {"gradient_accumulation": accumulation}
+    plain = train(options_job(strategy, **fields), Deep)
+    saving = train(options_job(strategy, activation_checkpointing=patterns, **fields), Deep)
+    expected = plain.parameters()
+    found = saving.parameters()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "again"),
+    [("1", ["outer", "inner"]), ("*.inner", ["inner"] * 2), ("1,1.inner", ["outer", "inner"])],
+)
+def test_what_matches_is_computed_again_once(patterns: str, again: list[str]) -> None:
+    model = Deep().model()
+    apply_module_options(options_job(activation_checkpointing=patterns), model)
+    loss = model(torch.randn(5, 4)).sum()
+    CALLS.clear()
+    loss.backward()
+    assert sorted(CALLS) == sorted(again)
+    assert [name for name, _ in model.named_modules()] == [
+        name for name, _ in Deep().model().named_modules()
+    ]
+    with torch.no_grad():
+        model.eval()(torch.randn(5, 4))
+
+
+def test_a_pattern_that_matches_no_module_is_refused() -> None:
+    with pytest.raises(
+        SpecError, match=r"(?s)'1\.iner' matches no module.*did you mean '1\.inner'"
+    ):
+        apply_module_options(options_job(activation_checkpointing="2,1.iner"), Deep().model())
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+def test_a_compiled_model_trains_as_the_plain_one(strategy: str) -> None:
+    plain = train(options_job(strategy), Deep).parameters()
+    compiled = train(options_job(strategy, compile={"backend": "aot_eager"}), Deep)
+    found = compiled.parameters()
+    assert plain.keys() == found.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is() -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.register_backend(broken, name="broken")
+    job = options_job(compile={"backend": "broken"})
+    plain = train(options_job(), Deep).parameters()
+    found = train(job, Deep).parameters()
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (True, Compile()),
+        (False, None),
+        (None, None),
+        ({"mode": "reduce-overhead"}, Compile(mode="reduce-overhead")),
+    ],
+)
+def test_compile_may_be_a_flag_or_what_torch_is_told(given: Any, found: Compile | None) -> None:
+    assert options_job(compile=given).compile == found
+    with pytest.raises((SpecError, ValidationError), match="mode"):
+        options_job(compile={"mode": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "way_out"),
+    [({"compile": True}, "take `ring`"), ({"activation_checkpointing": "1"}, "recompute: true")],
+)
+def test_hybrid_refuses_both(fields: dict[str, Any], way_out: str) -> None:
+    data = options_job().model_dump()
+    with pytest.raises(SpecError, match=way_out):
+        make_job({**data, **fields, "strategy": "hybrid"})

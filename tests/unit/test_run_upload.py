@@ -1,0 +1,305 @@
+"""A run whose `storage_path` is a URL: what is there, what is not, and what goes on from it."""
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jobs import fields_of
+from storages import Odd
+
+from distplat.actors.trainer import Result, Trainer
+from distplat.cli.main import run as command
+from distplat.platform.checkpoints import MANIFEST, STATE, Catalogue
+from distplat.platform.errors import SpecError, StorageError
+from distplat.platform.remote_checkpoints import fetch
+from distplat.platform.remote_storage import PART_BYTES, NoAnswer, RemoteStorage
+from distplat.platform.run_upload import RunUpload
+from distplat.platform.storage_url import is_url, missing_library, url_problem
+
+TASKS = Path(__file__).parents[1] / "cluster"
+
+
+@pytest.fixture(autouse=True)
+def _well() -> Iterator[None]:
+    Odd.reset()
+    yield
+    Odd.reset()
+
+
+def spec(url: str, **more: Any) -> dict[str, Any]:
+    fields = {
+        "task": "tasks_for_tests:Blobs",
+        "optimizer": {"name": "AdamW", "lr": 0.1},
+        "global_batch_size": 8,
+        "epochs": 4,
+        "checkpoint": {"every_epochs": 1},
+        "storage_path": url,
+    }
+    return fields_of(workers=0, **{**fields, **more})
+
+
+def fit(folder: Path, url: str, resume: str | None = None, **more: Any) -> Result:
+    folder.mkdir(exist_ok=True)
+    job = spec(url, **more)
+    return Trainer(job, working_dir=TASKS, storage_dir=folder, resume=resume).fit()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def checkpoint(catalogue: Catalogue, step: int) -> None:
+    catalogue.write(step, {"model.safetensors": [b"model" * step]}, {})
+
+
+def copy_of(folder: Path, warnings: list[str] | None = None, limit_s: float = 20.0) -> RunUpload:
+    storage = RemoteStorage(f"odd://bucket/{folder.name}", limit_s)
+    told = warnings if warnings is not None else []
+    return RunUpload(folder, storage, told.append, poll_s=0.01)
+
+
+def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    whole = fit(tmp_path / "one", f"file://{there}")
+    assert whole.path.parent == tmp_path / "one" / "runs"
+    assert whole.url == f"file://{there}/{whole.path.name}"
+    copy = contents(there / whole.path.name)
+    assert copy == contents(whole.path)
+    expected = {"job.yaml", "metrics.jsonl", "model.safetensors", "result.json"}
+    expected |= {f"checkpoints/step-0000{step}/{MANIFEST}" for step in (15, 20)}
+    assert copy.keys() >= expected
+    assert not any("step-000010" in name for name in copy), "deleted here, so deleted there"
+
+    other = tmp_path / "empty"
+    step = f"{whole.url}/checkpoints/step-000015"
+    resumed = fit(other, f"file://{there}", resume=step)
+    assert resumed.checkpoint is not None and whole.checkpoint is not None
+    assert resumed.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
+    assert [one.step for one in resumed.history] == list(range(16, 21))
+    assert json.loads((resumed.path / "result.json").read_text())["resumed_from"] == step
+    longer = fit(other, "runs", resume=whole.url, epochs=5)
+    assert [one.step for one in longer.history] == list(range(21, 26))
+    assert longer.url is None
+
+
+def test_a_storage_that_hangs_costs_the_copy_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Odd.hold = threading.Event()
+    failure = {"storage_timeout_s": 0.8}
+    with caplog.at_level(logging.WARNING), pytest.raises(StorageError) as raised:
+        fit(tmp_path, "odd://bucket/runs", failure=failure)
+    (model,) = tmp_path.glob("runs/*/model.safetensors")
+    for part in ("model.safetensors", "checkpoints/step-000020", "storage_timeout_s", str(model)):
+        assert part in str(raised.value)
+    assert raised.value.exit_code == 5
+    facts = json.loads((model.parent / "result.json").read_text())
+    assert facts["status"] == "FAILED" and facts["error"] == str(raised.value)
+    assert caplog.text.count("cannot upload") == 1
+    assert len(list((model.parent / "checkpoints").glob("step-*"))) == 2
+
+
+def test_a_failure_is_told_once_and_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("name: a")
+    Odd.failures, warnings = 2, list[str]()
+    upload = copy_of(tmp_path, warnings)
+    assert Odd.written.wait(60)
+    (tmp_path / "result.json").write_text("{}")
+    assert upload.close() == ""
+    assert len(warnings) == 2
+    assert "the run goes on" in warnings[0] and "user:secret" not in warnings[0]
+    assert warnings[1] == f"odd://bucket/{tmp_path.name} answers again"
+    assert [path.rpartition("/")[2] for path in Odd.done] == ["job.yaml", "result.json"]
+
+
+def test_manifest_last_and_removed_first(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    checkpoint(catalogue, 1)
+    upload = copy_of(tmp_path)
+    there = RemoteStorage(f"odd://bucket/{tmp_path.name}", 20.0)
+    wait_for(lambda: MANIFEST in there.names("checkpoints/step-000001"))
+    checkpoint(catalogue, 2)
+    catalogue.prune(1, written=2)
+    assert upload.close() == ""
+    root = f"/bucket/{tmp_path.name}/checkpoints"
+    one = [f"{root}/step-000001/{name}" for name in ("model.safetensors", STATE, MANIFEST)]
+    two = [name.replace("000001", "000002") for name in one]
+    gone = [f"rm {one[-1]}", f"rm {root}/step-000001"]
+    assert Odd.done == [*one, *two, *gone], "an older one goes when the newer one is whole"
+    assert there.names("checkpoints") == ["step-000002"]
+
+
+def wait_for(true: Any) -> None:
+    pause = threading.Event()
+    for _ in range(6000):
+        if true():
+            return
+        pause.wait(0.01)
+    pytest.fail("it never came")
+
+
+def test_later_steps_of_before_a_rollback_stay_until_they_are_made_again(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    there = RemoteStorage(f"odd://bucket/{tmp_path.name}", 20.0)
+    for step in (1, 3):
+        checkpoint(catalogue, step)
+    upload = copy_of(tmp_path)
+    wait_for(lambda: all(MANIFEST in there.names(f"checkpoints/step-00000{n}") for n in (1, 3)))
+    catalogue.set_aside(1)
+    checkpoint(catalogue, 2)
+    wait_for(lambda: MANIFEST in there.names("checkpoints/step-000002"))
+    assert "step-000003" in there.names("checkpoints")
+    catalogue.write(3, {"model.safetensors": [b"again"]}, {})
+    assert upload.close() == ""
+    assert there.read("checkpoints/step-000003/model.safetensors", 0, 99) == b"again"
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_brought_comes_whole(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "checkpoints")
+    checkpoint(catalogue, 1)
+    Odd.hold = threading.Event()
+    upload = copy_of(tmp_path, limit_s=240.0)
+    wait_for(lambda: upload._checkpoints._held is not None)
+    checkpoint(catalogue, 2)
+    catalogue.prune(1, written=2)
+    Odd.hold.set()
+    assert upload.close() == ""
+    brought = [path.split("/")[-2] for path in Odd.done if path.endswith(MANIFEST)]
+    assert brought[:2] == ["step-000001", "step-000002"]
+
+
+def brought(tmp_path: Path, steps: tuple[int, ...]) -> str:
+    """Put checkpoints to `odd://bucket/run`; gives the URL."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in steps:
+        checkpoint(Catalogue(folder / "checkpoints"), step)
+    assert copy_of(folder).close() == ""
+    return "odd://bucket/run"
+
+
+def test_a_checkpoint_without_manifest_is_passed_over(tmp_path: Path) -> None:
+    url, warnings = brought(tmp_path, (1, 2)), list[str]()
+    RemoteStorage(url, 20.0).remove(f"checkpoints/step-000002/{MANIFEST}")
+    (tmp_path / "a").mkdir()
+    assert fetch(url, tmp_path / "a", 20.0, warnings.append).step == 1
+    assert not warnings
+    with pytest.raises(SpecError, match="no whole checkpoint at"):
+        fetch(f"{url}/checkpoints/step-000002", tmp_path / "a", 20.0, warnings.append)
+    with pytest.raises(SpecError, match="no whole checkpoint at"):
+        fetch("odd://bucket/nothing", tmp_path / "a", 20.0, warnings.append)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "gone", "manifest"])
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(damage: str, tmp_path: Path) -> None:
+    url, warnings = brought(tmp_path, (1, 2)), list[str]()
+
+    def spoil(step: int) -> None:
+        path = f"/bucket/run/checkpoints/step-00000{step}/model.safetensors"
+        if damage == "gone":
+            del Odd.store[path]
+            return
+        if damage == "manifest":
+            path = path.replace("model.safetensors", MANIFEST)
+        content = bytearray(Odd.store[path].getvalue())
+        content[-1] ^= 1
+        Odd().pipe_file(path, bytes(content[:-1] if damage == "short" else content))
+
+    spoil(2)
+    (tmp_path / "a").mkdir()
+    found = fetch(url, tmp_path / "a", 20.0, warnings.append)
+    assert found.step == 1 and found.files["model.safetensors"] == b"model"
+    assert len(warnings) == 1 and "step-000002 is damaged" in warnings[0]
+    spoil(1)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(StorageError, match="all 2 checkpoints are damaged"):
+        fetch(url, tmp_path / "b", 20.0, warnings.append)
+
+
+def test_a_storage_that_does_not_answer_is_no_reason_for_an_older_one(tmp_path: Path) -> None:
+    url = brought(tmp_path, (1, 2))
+    Odd.hold = threading.Event()
+    with pytest.raises(NoAnswer, match=r"missing: its storage; `failure\.storage_timeout_s`"):
+        fetch(url, tmp_path, 0.1, pytest.fail)
+
+
+def test_a_large_file_goes_and_comes_in_parts(tmp_path: Path) -> None:
+    path, size = tmp_path / "large", 2 * PART_BYTES + 17
+    path.write_bytes(bytes(range(251)) * (size // 251 + 1))
+    storage = RemoteStorage(f"file://{tmp_path}/there", 60.0)
+    with path.open("rb") as file:
+        storage.put("a/large", file, size)
+    assert storage.size("a/large") == size
+    assert (
+        storage.read("a/large", PART_BYTES - 3, PART_BYTES + 3)
+        == path.read_bytes()[PART_BYTES - 3 : PART_BYTES + 3]
+    )
+    assert storage.names("a") == ["large"]
+    storage.remove("a")
+    storage.remove("a")
+    assert storage.names("a") == []
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("s3://bucket/a/b", ""),
+        ("gs://bucket", ""),
+        ("file:///home/me/runs", ""),
+        ("s3://key:hush@bucket/a", "a URL must hold no user or password"),
+        ("s3://bucket/a?key=hush", "a URL must hold no query, fragment or second URL"),
+        ("s3://bucket/a::s3://b", "a URL must hold no query"),
+        ("https://host/a", "https:// cannot be written to"),
+        ("s3://", "a URL must name a bucket"),
+        ("s3://bucket/../other", "a URL must name a bucket or directory, without `..`"),
+        ("file://runs", "file:// needs an absolute path"),
+    ],
+)
+def test_which_urls_are_taken(url: str, problem: str) -> None:
+    assert is_url(url)
+    text, hint = url_problem(url)
+    assert text.startswith(problem) and bool(text) == bool(problem) == bool(hint)
+    assert "hush" not in text + hint
+
+
+def test_a_library_that_is_missing_is_named_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert missing_library("file:///a") == ("", "")
+    monkeypatch.setattr("distplat.platform.storage_url.find_spec", lambda name: None)
+    text, hint = missing_library("s3://bucket/a")
+    assert "s3fs" in text and hint == "pip install 'distplat[s3]'"
+    assert missing_library("gs://bucket/a")[1] == "pip install 'distplat[gcs]'"
+    assert missing_library("nowhere://a")[0] == "fsspec knows no nowhere://"
+
+
+def test_the_command_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(spec(f"file://{tmp_path}/there")))
+    line = ["submit", str(file), "--working-dir", str(TASKS)]
+    assert command([*line, "-o", "json"]) == 0
+    url = json.loads(capfd.readouterr().out)["url"]
+    more = ["--set", "epochs=5", "--resume", url]
+    assert command([*line, *more, "--dry-run"]) == 0
+    assert f"would go on after step 20, of {url}" in capfd.readouterr().err
+    assert command([*line, *more]) == 0
+    assert "copy           file:///" in capfd.readouterr().out
+    for wrong in ("s3://key:hush@bucket", "nowhere://bucket"):
+        assert command(["validate", str(file), "--set", f"storage_path={wrong}"]) == 2
+        assert command([*line, "--resume", wrong]) == 2
+        told = capfd.readouterr().err
+        assert "storage_path: " in told and "--resume: " in told and "hush" not in told
+    Odd.hold = threading.Event()
+    hangs = ["--set", "storage_path=odd://bucket/a", "--set", "failure.storage_timeout_s=0.4"]
+    assert command([*line, *hangs]) == 5
+    assert "not uploaded to odd://bucket/a/" in capfd.readouterr().err
+    assert command(["submit", "--storage-path", "s3://bucket", "--", "true"]) == 2

@@ -1,0 +1,120 @@
+"""Uploads to a real S3-compatible server: whole, hanging, and gone for a while."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from distplat.platform.checkpoints import MANIFEST, Catalogue
+from distplat.platform.errors import SpecError, StorageError
+from distplat.platform.remote_checkpoints import fetch
+from distplat.platform.remote_storage import PART_BYTES, NoAnswer, RemoteStorage
+from distplat.platform.run_upload import RunUpload
+
+LIMIT_S = 120.0
+
+
+def start(port: int = 0) -> tuple[ThreadedMotoServer, int]:
+    server = ThreadedMotoServer("127.0.0.1", port=port, verbose=False)
+    server.start()
+    return server, server.get_host_and_port()[1]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ThreadedMotoServer, int]]:
+    """A server with an empty bucket `runs`; what is set here is what a user sets."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the library's own take seconds
+    server, port = start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    boto3.client("s3").create_bucket(Bucket="runs")
+    yield server, port
+    server.stop()
+
+
+def test_a_run_directory_goes_there_and_comes_back(
+    bucket: tuple[ThreadedMotoServer, int], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    catalogue = Catalogue(run / "checkpoints")
+    large = bytes(range(251)) * (PART_BYTES // 125)
+    for step, content in ((1, b"small"), (2, large)):
+        catalogue.write(step, {"model.safetensors": [content]}, {})
+    (run / "job.yaml").write_text("name: a")
+    (run / "empty").touch()
+    warnings = list[str]()
+    upload = RunUpload(run, RemoteStorage("s3://runs/a/run", LIMIT_S), warnings.append)
+    assert upload.close() == "" and not warnings
+    there = RemoteStorage("s3://runs/a/run", LIMIT_S)
+    assert there.size("empty") == 0
+    assert there.read("job.yaml", 0, 100) == b"name: a"
+    (tmp_path / "a").mkdir()
+    found = fetch("s3://runs/a/run", tmp_path / "a", LIMIT_S, warnings.append)
+    assert found.step == 2 and found.files["model.safetensors"] == large
+    there.remove(f"checkpoints/step-000002/{MANIFEST}")
+    there.remove("checkpoints/step-000002")
+    assert there.names("checkpoints") == ["step-000001"]
+    with pytest.raises(SpecError, match="no whole checkpoint"):
+        fetch("s3://nobody/run", tmp_path / "a", LIMIT_S, warnings.append)
+    with (
+        pytest.raises(StorageError, match="s3://nobody/run/a: "),
+        (run / "job.yaml").open("rb") as f,
+    ):
+        RemoteStorage("s3://nobody/run", LIMIT_S).put("a", f, 7)
+
+
+def test_what_fails_in_the_middle_leaves_no_object(
+    bucket: tuple[ThreadedMotoServer, int], tmp_path: Path
+) -> None:
+    """The local disk fails, for example."""
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * (PART_BYTES + 5))
+    there = RemoteStorage("s3://runs/runs", LIMIT_S)
+    with path.open("rb") as file, pytest.raises(OSError, match="has become shorter"):
+        there.put("a", file, PART_BYTES + 6)
+    assert there.names("") == []
+    assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket="runs")
+
+
+def test_a_server_that_is_gone_for_a_while(
+    bucket: tuple[ThreadedMotoServer, int], tmp_path: Path
+) -> None:
+    server, port = bucket
+    (tmp_path / "job.yaml").write_text("name: a")
+    told, warned = list[str](), threading.Event()
+
+    def warn(line: str) -> None:
+        told.append(line)
+        warned.set()
+
+    server.stop()
+    upload = RunUpload(tmp_path, RemoteStorage("s3://runs/run", LIMIT_S), warn)
+    assert warned.wait(60)
+    again, _ = start(port)
+    try:
+        assert upload.close() == ""
+        assert "the run goes on" in told[0] and told[1] == "s3://runs/run answers again"
+        assert RemoteStorage("s3://runs/run", LIMIT_S).read("job.yaml", 0, 99) == b"name: a"
+    finally:
+        again.stop()
+
+
+def test_a_server_that_accepts_and_never_answers(
+    bucket: tuple[ThreadedMotoServer, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_text("model")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        upload = RunUpload(tmp_path, RemoteStorage("s3://runs/run", 1.0), lambda line: None)
+        missing = upload.close()
+        assert missing.startswith("model.safetensors not uploaded to s3://runs/run: ")
+        assert "missing: its storage; `failure.storage_timeout_s`" in missing
+        with pytest.raises(NoAnswer):
+            RemoteStorage("s3://runs/run", 0.4).size("a")
