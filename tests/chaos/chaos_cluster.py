@@ -95,6 +95,8 @@ class OneCluster:
 
     def start_driver(self, command: list[str], **more: Any) -> "subprocess.Popen[bytes]":
         """Start a driver of this cluster."""
+        # A grid in the background ignores SIGINT, and so would its drivers.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(command, env=environ, start_new_session=True, **more)
 

@@ -15,7 +15,7 @@ from chaos_injector import Deed
 
 STEPS, EVERY, BATCH = 24, 4, 12
 KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
-HEARTBEAT_S, COLLECTIVE_S, STEP_S = 5.0, 5.0, 20.0
+HEARTBEAT_S, COLLECTIVE_S, STEP_S = 8.0, 5.0, 20.0
 """Deadlines of a trial: what froze is found by the first that applies."""
 WIDE = 768
 """Width of a model whose exchange takes milliseconds, and its checkpoints some more."""
