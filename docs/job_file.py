@@ -43,6 +43,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("embeddings", "embeddings.", spec.Embeddings),
     ("data", "data.", spec.Data),
     ("compile", "compile.", spec.Compile),
+    ("ema", "ema.", spec.EMA),
     ("evaluation", "evaluation.", spec.Evaluation),
     ("checkpoint", "checkpoint.", spec.Checkpoint),
     ("failure", "failure.", spec.Failure),

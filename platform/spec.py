@@ -189,7 +189,7 @@ class Data(Spec):
     """How batches are made of the task's data set; names as in torch's DataLoader."""
 
     shuffle: Flag = True
-    """A new order each epoch, from the job's seed."""
+    """A new order each epoch, from the job's seed; without effect beside a task's `sampler`."""
     drop_last: Flag = False
     """Leave out the last batch of an epoch where it is smaller than the others."""
     num_workers: Index = Field(0, le=256)
@@ -236,6 +236,19 @@ def _compile(value: object) -> object:
     if isinstance(value, bool):
         return {} if value else None
     return value
+
+
+class EMA(Spec):
+    """An exponential moving average of the weights, as `torch.optim.swa_utils` makes it."""
+
+    decay: float = Field(0.999, ge=0, lt=1)
+    """How much of the average stays in an update; the weights after it make up the rest."""
+    warmup: Flag = False
+    """Begin with a smaller decay: after t updates `min(decay, (1 + t) / (10 + t))`."""
+
+    def decay_after(self, updates: int) -> float:
+        """Give the decay of an update that comes after so many."""
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
 
 class Evaluation(Spec):
@@ -330,6 +343,8 @@ class Job(Spec):
     """Micro-batches into which each worker cuts its part of the batch."""
     clip_norm: Positive | None = None
     """Scale gradients down to this 2-norm over all parameters; None: never."""
+    ema: EMA | None = None
+    """An average of the weights beside them, evaluated and saved too; None: there is none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
     compile: Annotated[Compile | None, BeforeValidator(_compile)] = None
@@ -477,4 +492,8 @@ def _embedding_problems(job: Job) -> list[Problem]:
         text = "cannot be combined with `embeddings`: the norm would lack the rows' gradients"
         hint = "remove it, and lower the learning rates if need be"
         found.append(Problem(("clip_norm",), text, hint))
+    if job.ema is not None:
+        text = "cannot be combined with `embeddings`: rows of tables are not averaged"
+        hint = "remove it, or use nn.Embedding"
+        found.append(Problem(("ema",), text, hint))
     return found

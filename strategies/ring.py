@@ -53,6 +53,7 @@ class Ring(Strategy[RingOptions]):
     options_type: ClassVar[type[Options]] = RingOptions
     worker: ClassVar[str | type] = "distplat.strategies.ring_worker:RingWorker"
     has_checkpoints = True
+    averages = True
 
     def roles(self, job: Job) -> Roles:
         """Ask for one group of all workers."""

@@ -103,6 +103,8 @@ class Strategy(Generic[OptionsT]):
     """The subclass of `WorkerStrategy`, or `"module:Class"` where it is in a module of its own."""
     has_checkpoints: ClassVar[bool] = False
     """Whether the worker's class has `checkpoint`; a job that wants some is refused elsewhere."""
+    averages: ClassVar[bool] = False
+    """Whether the worker's class has `average`; a job with an `ema` is refused elsewhere."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         """Refuse a class that was written when a strategy was one class."""

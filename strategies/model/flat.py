@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 
 import numpy as np
@@ -152,6 +153,18 @@ class FlatModel:
         """
         self.params, self.grads = params, grads
         self._point()
+
+    @contextmanager
+    def shown(self, params: Tensor) -> Iterator[None]:
+        """Have the model compute with other parameters for a while, shape [n], between steps."""
+        slots = [self.slots[place] for place in self._live()]
+        for slot, parameter in zip(slots, self._housed, strict=True):
+            parameter.data = slot.view(params)
+        try:
+            yield
+        finally:
+            for slot, parameter in zip(slots, self._housed, strict=True):
+                parameter.data = slot.view(self.params)
 
     def typed(self, vector: Tensor) -> list[Tensor]:
         """View what is trained of a vector of this model by segment, each in its own type."""
