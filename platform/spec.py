@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from distplat.platform import own_loop
 from distplat.platform.errors import Problem
 from distplat.platform.fields import (
     Count,
@@ -323,9 +324,13 @@ class Job(Spec):
     name: Name
     """1 to 63 of a-z, 0-9 and '-'; actors and the run directory are called after it."""
     task: EntryPoint | None = None
-    """`module:Class`, from the job's directory or installed; None: given to Trainer in Python."""
+    """`module:Class`, from the job's directory or installed, or `module:function` of a train
+    function; None: given to Trainer in Python."""
+    own_loop: Flag = False
+    """The task is a train function, with a loop of its own; so it is, too, where the job has none
+    of `optimizer`, `global_batch_size`, `epochs` and `steps`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the task's constructor."""
+    """Keyword arguments of the task's constructor; of a train function its `config`."""
     strategy: Annotated[StrategySpec, BeforeValidator(_strategy)]
     """The architecture: a name, or a mapping with the name and the strategy's options."""
     scaling: Scaling = Scaling()
@@ -362,6 +367,12 @@ class Job(Spec):
     """Where run directories are made; relative to the directory `submit` was called in. Or a URL,
     such as s3://bucket/prefix: they are made in `runs`, and a copy of each is kept at the URL."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        """Have a job of a train function do without the fields of a loop."""
+        return own_loop.filled(given) if isinstance(given, Mapping) else given
+
     def with_workers(self, number: int) -> "Job":
         """Give the same job with another number of workers; `problems` is to be asked of it."""
         scaling = self.scaling.model_copy(update={"num_workers": number})
@@ -369,6 +380,9 @@ class Job(Spec):
 
     def problems(self) -> list[Problem]:
         """Check what no single field can see; empty: the job holds together."""
+        if self.own_loop:
+            given = {"name": self.name, "strategy": self.strategy, "own_loop": True}
+            return [*own_loop.problems(self, Job.model_validate(given)), *_gpu_problems(self)]
         return [
             *_length_problems(self),
             *_batch_problems(self),

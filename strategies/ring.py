@@ -81,6 +81,19 @@ class Ring(Strategy[RingOptions]):
             found.append(Problem(("strategy", "backend"), text, hint))
         return found
 
+    def own_loop_problems(self, job: Job) -> list[Problem]:
+        """Refuse what belongs to an update, which a train function makes itself."""
+        chosen = self.options
+        found = []
+        if chosen.shard_optimizer:
+            text = "is for tasks: a train function has an optimizer of its own"
+            found.append(Problem(("strategy", "shard_optimizer"), text, "remove it"))
+        if chosen.compression in ("topk", "powersgd"):
+            text = f"{chosen.compression!r} keeps what a step owes to the next, and is for tasks"
+            hint = "a train function can have none, fp16, bf16"
+            found.append(Problem(("strategy", "compression"), text, hint))
+        return found
+
     def survivors_go_on(self) -> bool:
         """Say whether each worker holds all state; parts of a sharded optimizer die with one."""
         return not self.options.shard_optimizer

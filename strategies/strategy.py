@@ -134,6 +134,11 @@ class Strategy(Generic[OptionsT]):
         """Name what in this job the strategy cannot do; an option is never ignored."""
         return []
 
+    def own_loop_problems(self, job: Job) -> list[Problem]:
+        """Name what it cannot do for a train function; unless it says more, it runs none."""
+        text = f"{job.strategy.name} does not run train functions, which have a loop of their own"
+        return [Problem(("strategy",), text, "use `strategy: ring`, or write a distplat.Task")]
+
     def survivors_go_on(self) -> bool:
         """
         Say whether, when workers are lost, the others can go on with the state that they have.

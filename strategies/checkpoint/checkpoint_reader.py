@@ -80,6 +80,11 @@ class SavedState:
         servers = self.state.get("embeddings", {}).get("servers", 0)
         return tuple(file_of(server) for server in range(servers))
 
+    def file(self, name: str) -> dict[str, Tensor]:
+        """Give the tensors of a file by name, each whole; copies, which may be written to."""
+        found = self._load(name).items()
+        return {k: tensor_of(v, TensorSlice(v.shape)).view(v.shape).clone() for k, v in found}
+
     def tables(self) -> Iterator[Mapping[str, RawTensor]]:
         """Give the embedding tables, a file at a time."""
         return (self._load(name) for name in self.table_files)

@@ -252,6 +252,10 @@ class FlatModel:
         """Be told by a hook that the backward under way has finished a slot's gradient."""
         self._gradients.ready(place)
 
+    def gradient(self, place: int) -> Tensor:
+        """Give the place of a slot's gradient in the vector, as `ready` makes it its `.grad`."""
+        return self._gradients.view(place)
+
     def finite(self, place: int) -> bool:
         """Say whether `ready` has seen that a slot's gradient is finite, and none came since."""
         return self._gradients.finite(place)
