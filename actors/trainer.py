@@ -35,6 +35,7 @@ from distplat.platform.progress import (
     Summary,
 )
 from distplat.platform.recovery import policy_of
+from distplat.platform.remote_checkpoints import url_of
 from distplat.platform.resume import check_library, start_from, start_from_url
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.run_upload import RunUpload, not_uploaded, upload_of
@@ -227,14 +228,14 @@ class Trainer:
         if not self._has_checkpoints:
             text = f"the strategy {self.job.strategy.name!r} cannot go on from a checkpoint"
             raise SpecError(Problem(("strategy",), text))
-        self._resumed_from = str(where)
         if isinstance(where, str) and is_url(where):
-            folder = self._scratch()
-            return start_from_url(self.job, where, folder, logger.warning).path
+            found = start_from_url(self.job, where, self._scratch(), logger.warning)
+            self._resumed_from = url_of(where, found)
+            return found.path
         path = self._storage_dir / Path(where).expanduser()
-        found = start_from(self.job, path, logger.warning).path
-        self._resumed_from = str(found)
-        return found
+        found = start_from(self.job, path, logger.warning)
+        self._resumed_from = str(found.path)
+        return found.path
 
     def _scratch(self) -> Path:
         """Make a directory that goes with this object."""
@@ -289,15 +290,29 @@ class Trainer:
                 logger.warning("%s", missing)
             raise
         result.seconds = time.monotonic() - began
+        self._conclude(directory, upload, result)
+        return result
+
+    def _conclude(self, directory: RunDirectory, upload: RunUpload | None, result: Result) -> None:
+        """
+        Write down that the run ended well, and complete its copy.
+
+        Raises:
+            StorageError: one of them cannot be done.
+        """
         facts = {"metrics": result.metrics, "seconds": result.seconds}
         if self._resumed is not None:
             facts["resumed_from"] = self._resumed_from
-        directory.finish("SUCCEEDED", facts)
-        if upload is not None and (missing := upload.close()):
+        missing = ""
+        try:
+            directory.finish("SUCCEEDED", facts)
+        finally:  # where the local disk is full the model is to come there all the more
+            if upload is not None:
+                missing = upload.close()
+        if missing:
             lost = not_uploaded(missing, result.checkpoint)
             _record_failure(directory, result, lost)
             raise lost
-        return result
 
     def _upload(self, folder: Path) -> RunUpload | None:
         """Begin to keep a copy of the run directory where the job names a URL."""

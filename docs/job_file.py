@@ -20,7 +20,8 @@ What is set where, strongest first: `--strategy`, `--num-workers`, `--name`; `--
 environment variables `DISTPLAT_A__B=c`; the job file; defaults.
 
 A remote job (`--address http://...`) keeps its run directory below `~/distplat/<storage_path>` of
-the machine where its driver runs: the job's own folder ends with the job.
+the machine where its driver runs, `~/distplat/runs` where that is a URL: the job's own folder ends
+with the job. What a URL does: [checkpoints](checkpoints.md#a-copy-at-a-url).
 
 ## What goes to a cluster
 
