@@ -21,6 +21,7 @@ OF_TASKS = (
     "embeddings",
     "gradient_accumulation",
     "clip_norm",
+    "ema",
     "precision",
     "compile",
     "activation_checkpointing",

@@ -69,6 +69,7 @@ def test_some_of_the_fields_are_those_of_a_task_that_lacks_the_others() -> None:
     ("more", "text"),
     [
         ({"clip_norm": 1.0}, "clip_norm: has no effect on a train function"),
+        ({"ema": {"decay": 0.9}}, "ema: has no effect on a train function"),
         ({"precision": "bf16"}, "precision: has no effect"),
         ({"data": {"num_workers": 2}}, "data: has no effect"),
         ({"own_loop": True, **LOOP}, "optimizer: has no effect"),
