@@ -26,6 +26,7 @@ from distplat.actors.spawn import (
     spawn_server,
     spawn_worker,
 )
+from distplat.actors.task_loading import TrainFunction
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError, StorageError
 from distplat.platform.recovery import Policy, Restart
@@ -44,8 +45,8 @@ class Launch:
     run: str
     roles: Roles
     policy: Policy
-    task: type[Task] | None
-    """None: the class that `job.task` names."""
+    task: type[Task] | TrainFunction | None
+    """None: what `job.task` names."""
     working_dir: str
     strategy_file: StrategyFile | None
     folder: Path

@@ -57,6 +57,16 @@ class Connection:
             RayBoard(order.run),
         )
 
+    def group(self, order: WorkOrder) -> "Group":
+        """
+        Meet the other ranks, for a train function: it has no other ports.
+
+        Raises:
+            DistplatError: somebody did not come, or the attempt was given up.
+        """
+        assert order.collective is not None, "only strategies with a group run train functions"
+        return self._form(order, order.collective)
+
     def _meet(self, order: WorkOrder) -> "Group | None":
         """Meet the other ranks; None where the strategy has no group."""
         return None if order.collective is None else self._form(order, order.collective)

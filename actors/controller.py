@@ -76,8 +76,10 @@ class Controller:
         self._unreached: dict[str, float] = {}  #: role -> when its first call was lost, of late
         self._answers: dict[str, int] = {}  #: role -> number of its last answer
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
+        # Of a train function rank 0 alone reports.
+        reporting = 1 if actor_group.job.own_loop else actor_group.world
         self._gathering = ReportAggregator(
-            actor_group.world, checkpoints.step if actor_group.dynamic_tasks else None
+            reporting, checkpoints.step if actor_group.dynamic_tasks else None
         )
         self._requests = requests = ScaleRequests()
         self._scaling = Scaling(actor_group, requests) if actor_group.dynamic_tasks else None
@@ -237,6 +239,8 @@ class Controller:
             self._resizer.resized()
             self._holders = ()
             self._resized = Resized(restart.attempt, step + 1, before, world, 0.0)
+        if self._actor_group.job.own_loop:
+            return
         if restart.world is not None or restart.everything:
             self._gathering.resize(world, step)
 

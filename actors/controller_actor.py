@@ -142,8 +142,10 @@ class ControllerActor:
         launch = actor_group.launch
         if launch.strategy_file is not None:
             launch.strategy_file.load()
-        # Where tasks are leased rank 0 alone gives parts: the others may come and go.
-        parts = 1 if actor_group.dynamic_tasks else launch.job.scaling.world
+        # Where tasks are leased rank 0 alone gives parts: the others may come and go. So it does
+        # where a train function says what is kept.
+        alone = actor_group.dynamic_tasks or launch.job.own_loop
+        parts = 1 if alone else launch.job.scaling.world
         checkpoints = Checkpoints(launch, parts, _open_box)
         checkpoints.step = base
         try:

@@ -13,11 +13,12 @@ from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller_client import Sink
+from distplat.actors.function_run import run_function
 from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
 from distplat.actors.servers.leases import RemoteLeases
-from distplat.actors.task_check import check_class
-from distplat.actors.task_loading import load_task_class
+from distplat.actors.task_check import check_class, check_function
+from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
 from distplat.actors.training import saved_model
 from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
@@ -27,6 +28,7 @@ from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
 from distplat.platform.tensor_file import decode
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.function.session import Outlets
 from distplat.strategies.loop.checks import remark_on_size
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare
@@ -73,6 +75,9 @@ def _train(
     sink: Sink,
 ) -> None:
     job = launch.job
+    if job.own_loop:
+        _train_function(launch, report, progress, sink)
+        return
     task = make_task(job, lambda: _task_class(launch))
     strategy = make_worker_strategy(job)
     device = "cuda" if job.scaling.use_gpu else "cpu"
@@ -112,9 +117,42 @@ def _train(
         keep_tables(tables.table_servers, job.seed, sink.keep)
 
 
+def _train_function(
+    launch: Launch,
+    report: Callable[[AnyReport], None],
+    progress: Progress,
+    sink: Sink,
+) -> None:
+    """Call a train function here."""
+    checkpoints = Checkpoints(launch, 1, opened)
+    copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
+    uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
+
+    def load() -> TrainFunction:
+        if launch.task is not None and not isinstance(launch.task, type):
+            return launch.task
+        found = load_train_function(launch.job.task or "", launch.working_dir)
+        check_function(found)
+        return found
+
+    trained = run_function(
+        launch.job,
+        load,
+        Fabric(1).collective(0),
+        "here",
+        Outlets(report, uploader.take, progress, _saved(checkpoints.newest())),
+    )
+    uploader.flush()
+    sink.model(saved_model(trained))
+    checkpoints.drain()
+    for written in checkpoints.news():
+        sink.tell(written)
+
+
 def _task_class(launch: Launch) -> type[Task]:
     """Give the task's class, looked at; say what is no error, unless that was done."""
-    found = launch.task or load_task_class(launch.job.task or "", launch.working_dir)
+    given = launch.task if isinstance(launch.task, type) else None
+    found = given or load_task_class(launch.job.task or "", launch.working_dir)
     said = check_class(found, launch.job.task_args)
     for line in () if launch.checked else said:
         logger.warning("%s", line)

@@ -122,7 +122,9 @@ def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
     if launch.task is not None or entry is None or ray.is_initialized():
         yield None
         return
-    check = TaskCheck(entry, launch.working_dir, launch.job.task_args, shown=False)
+    job = launch.job
+    given = entry, launch.working_dir, job.task_args
+    check = TaskCheck(*given, shown=False, function=job.own_loop)
     try:
         yield check
     finally:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import distplat
-from distplat.actors.task_loading import load_task_class
+from distplat.actors.task_loading import load_task_class, load_train_function
 from distplat.platform.errors import Problem, SpecError, UserCodeError, hint
 from distplat.strategies.task import Task
 from distplat.strategies.task_methods import near_miss, unheard
@@ -65,6 +65,31 @@ def check_class(kind: object, given: Iterable[str]) -> list[str]:
     if problems:
         raise SpecError(*problems)
     return unheard(kind)
+
+
+def check_function(function: object) -> list[str]:
+    """
+    Look at a train function; gives nothing to say, as `check_class` does where all is meant.
+
+    Raises:
+        SpecError: it is no function, or one that takes more than the job's `task_args`.
+    """
+    if isinstance(function, type) or not callable(function):
+        text = f"must be a train function, got a {type(function).__name__}"
+        raise SpecError(Problem(("task",), text, "give optimizer, global_batch_size and steps"))
+    name = getattr(function, "__name__", "the function")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        text = f"{name} is a coroutine or a generator: nothing in it would run"
+        raise SpecError(Problem(("task",), text, "write a plain function"))
+    parameters = [*inspect.signature(function).parameters.values()]
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in _OPEN]
+    if len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed):
+        text = f"{name} needs {', '.join(p.name for p in needed)}; it is given one argument"
+        raise SpecError(Problem(("task",), text, "write train(config): a dict of `task_args`"))
+    return []
+
+
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _missing(kind: type[Task]) -> list[Problem]:
@@ -116,12 +141,22 @@ class TaskCheck:
         folder: of the task's module; the child's current directory.
         given: names in `task_args`.
         shown: whether what the module prints is shown, on stderr.
+        function: whether it is to be a train function.
     """
 
-    def __init__(self, entry: str, folder: str, given: Iterable[str], *, shown: bool) -> None:
+    def __init__(
+        self,
+        entry: str,
+        folder: str,
+        given: Iterable[str],
+        *,
+        shown: bool,
+        function: bool = False,
+    ) -> None:
         self._entry = entry
         home = str(Path(distplat.__file__).resolve().parent.parent)
-        request = json.dumps({"entry": entry, "folder": folder, "given": [*given]})
+        wanted = {"entry": entry, "folder": folder, "given": [*given], "function": function}
+        request = json.dumps(wanted)
         # -P: what lies in the task's folder must not stand in for the standard library.
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-c", _CHILD, home, request],
@@ -184,8 +219,11 @@ def answer() -> None:
     request = json.loads(sys.argv[2])
     found: dict[str, Any] = {}
     try:
-        kind = load_task_class(request["entry"], request["folder"])
-        found["unheard"] = check_class(kind, request["given"])
+        where = request["entry"], request["folder"]
+        if request["function"]:
+            found["unheard"] = check_function(load_train_function(*where))
+        else:
+            found["unheard"] = check_class(load_task_class(*where), request["given"])
     except SpecError as error:
         found["problems"] = [asdict(problem) for problem in error.problems]
     except (Exception, SystemExit) as error:

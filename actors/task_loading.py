@@ -1,11 +1,18 @@
-"""Find the user's task."""
+"""Find the user's task, or train function."""
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import TypeAlias, cast
 
-from distplat.platform.errors import Problem, SpecError, hint
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import hint as hint_of
 from distplat.strategies.task import Task
+
+TrainFunction: TypeAlias = Callable[..., object]
+"""A loop of the user's own; called with the job's `task_args`, or with nothing."""
 
 
 def load_task_class(entry: str, search_path: str) -> type[Task]:
@@ -16,7 +23,49 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
         SpecError: no such module or class, or the class is no `Task`. What the module itself
             raises while it is imported passes through.
     """
-    module_name, _, class_name = entry.partition(":")
+    module, name = _imported(entry, search_path)
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, Task):
+        return found
+    if callable(found) and not isinstance(found, type):
+        text = f"{entry} is a function, and the job has the fields of a task"
+        hint = "remove optimizer, global_batch_size, epochs and steps: a train function has its own"
+        raise SpecError(Problem(("task",), text, hint))
+    tasks = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task)]
+    names = [one for one in tasks if one != "Task"]
+    what = "has no class" if found is None else "has no subclass of distplat.Task called"
+    message = f"module {module.__name__!r} {what} {name!r}"
+    raise SpecError(Problem(("task",), message, hint_of(name, names)))
+
+
+def load_train_function(entry: str, search_path: str) -> TrainFunction:
+    """
+    Import `module:function`, see `load_task_class`.
+
+    Raises:
+        SpecError: no such module or function; or it is a `Task`, whose job needs more fields.
+    """
+    module, name = _imported(entry, search_path)
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, Task):
+        raise SpecError(
+            *(
+                Problem((field,), f"required, but missing: {entry} is a Task")
+                for field in ("optimizer", "global_batch_size")
+            ),
+            Problem(("epochs",), "give `epochs` or `steps`, got neither"),
+        )
+    if callable(found) and not isinstance(found, type):
+        return cast(TrainFunction, found)
+    there = [n for n, v in vars(module).items() if isinstance(v, FunctionType)]
+    what = "has no function" if found is None else "has no function called"
+    message = f"module {module.__name__!r} {what} {name!r}"
+    raise SpecError(Problem(("task",), message, hint_of(name, there)))
+
+
+def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
+    """Import the module of an entry point; give it, and the name to look for in it."""
+    module_name, _, name = entry.partition(":")
     if search_path and search_path not in sys.path:
         sys.path.insert(0, search_path)
     try:
@@ -25,14 +74,7 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the user's module exists; one that it imports does not
         there = [path.stem for path in Path(search_path or ".").glob("*.py")]
-        near = hint(module_name, there) if there else "no Python file is there"
+        near = hint_of(module_name, there) if there else "no Python file is there"
         message = f"could not import {module_name!r} from {search_path or 'the import path'}"
         raise SpecError(Problem(("task",), message, near)) from None
-    found = getattr(module, class_name, None)
-    if isinstance(found, type) and issubclass(found, Task):
-        return found
-    tasks = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task)]
-    names = [name for name in tasks if name != "Task"]
-    what = "has no class" if found is None else "has no subclass of distplat.Task called"
-    message = f"module {module_name!r} {what} {class_name!r}"
-    raise SpecError(Problem(("task",), message, hint(class_name, names)))
+    return module, name

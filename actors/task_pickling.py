@@ -5,13 +5,14 @@ from collections.abc import Iterator
 
 import ray
 
+from distplat.actors.task_loading import TrainFunction
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.task import Task
 
 
-def check_pickles(kind: type[Task]) -> None:
+def check_pickles(kind: type[Task] | TrainFunction) -> None:
     """
-    See whether a task's class can be sent to the workers.
+    See whether a task's class, or a train function, can be sent to the workers.
 
     Raises:
         SpecError: it cannot; names the attribute, or the variable that a method uses.
@@ -20,14 +21,18 @@ def check_pickles(kind: type[Task]) -> None:
         ray.cloudpickle.dumps(kind)
     except Exception as error:  # whatever an object's own way of being pickled raises
         what = next(_culprits(kind), f"{type(error).__name__}: {error}")
-        text = f"the class {kind.__name__} cannot be sent to the workers: {what}"
+        sort = "class" if isinstance(kind, type) else "function"
+        text = f"the {sort} {getattr(kind, '__name__', kind)} cannot be sent to the workers: {what}"
         hint = "make such objects in model(), train_data() or __init__, on the worker"
         raise SpecError(Problem(("task",), text, hint)) from None
 
 
-def _culprits(kind: type[Task]) -> Iterator[str]:
+def _culprits(kind: type[Task] | TrainFunction) -> Iterator[str]:
     """Say what does not go along, an attribute or something that a method uses."""
-    for name, value in vars(kind).items():
+    members = (
+        vars(kind) if isinstance(kind, type) else {getattr(kind, "__name__", "function"): kind}
+    )
+    for name, value in members.items():
         function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
         if not inspect.isfunction(function):
             if not name.startswith("__") and not _goes(value):

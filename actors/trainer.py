@@ -20,7 +20,8 @@ from typing import Protocol, TypeVar
 from distplat.actors.actor_group import Launch
 from distplat.actors.controller_client import Sink
 from distplat.actors.launch import train_on_ray
-from distplat.actors.task_check import check_class
+from distplat.actors.task_check import check_class, check_function
+from distplat.actors.task_loading import TrainFunction
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.progress import (
@@ -34,6 +35,7 @@ from distplat.platform.progress import (
     Summary,
 )
 from distplat.platform.recovery import policy_of
+from distplat.platform.remote_checkpoints import url_of
 from distplat.platform.resume import check_library, start_from, start_from_url
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.run_upload import RunUpload, not_uploaded, upload_of
@@ -69,6 +71,8 @@ class Result:
     """Failures after which the run went on."""
     resizes: list[Resized] = field(default_factory=list)
     """Changes of the number of workers, of a run whose workers make every step together."""
+    reported: bool = False
+    """Whether the steps are what a train function reported, and their figures its own."""
     seconds: float = 0.0
     """From `fit` to the trained model."""
     url: str | None = None
@@ -91,12 +95,22 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last figures: `loss` of the last step, and `eval_*` of the last evaluation."""
+        """
+        The last figures: `loss` of the last step, and `eval_*` of the last evaluation; of a train
+        function all that it reported last.
+        """
         last = {"loss": self.history[-1].loss} if self.history else {}
+        if self.reported and self.history:
+            last |= self.history[-1].figures
         if self.evaluations:
             newest = max(self.evaluations, key=lambda one: one.step)  # they may come in any order
             last |= {f"eval_{k}": v for k, v in newest.metrics.items()}
         return last
+
+
+def _checked(task: object, job: Job) -> list[str]:
+    """Look at what `Trainer` was handed; see `check_class`."""
+    return check_function(task) if job.own_loop else check_class(task, job.task_args)
 
 
 def _append(kept: list[T], one: T) -> None:
@@ -154,11 +168,12 @@ class _Observers:
 
 class Trainer:
     """
-    Trains a task as a job says.
+    Trains a task, or with a train function, as a job says.
 
     Args:
         job: a `Job`, or a mapping with the fields of a job file.
-        task: the task's class; None: the one that `job.task` names.
+        task: the task's class, or a train function; None: what `job.task` names. The job of a
+            function has no `optimizer`, `global_batch_size`, `epochs` and `steps`.
         working_dir: where `job.task` is looked for; None: the current directory.
         storage_dir: what `storage_path`, or `runs` where that is a URL, is relative to; None: the
             same as `working_dir`.
@@ -177,7 +192,7 @@ class Trainer:
     def __init__(
         self,
         job: Job | Mapping[str, object],
-        task: type[Task] | None = None,
+        task: type[Task] | TrainFunction | None = None,
         *,
         working_dir: str | Path | None = None,
         storage_dir: str | Path | None = None,
@@ -186,7 +201,14 @@ class Trainer:
         resume: str | Path | None = None,
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
+        function = task is not None and not isinstance(task, type | Task) and callable(task)
+        if function and isinstance(job, Mapping):
+            job = {"own_loop": True, **job}
         self.job = complete(job) if isinstance(job, Job) else make_job(job)
+        if function and not self.job.own_loop:
+            text = "the job is one of a task, and Trainer got a function"
+            hint = "leave optimizer, global_batch_size, epochs and steps out, or set own_loop: true"
+            raise SpecError(Problem(("task",), text, hint))
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
         self._survivors_go_on = strategy.survivors_go_on()
@@ -194,7 +216,7 @@ class Trainer:
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task
-        self._unheard = [] if task is None else check_class(task, self.job.task_args)
+        self._unheard = [] if task is None else _checked(task, self.job)
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
         self._observers = observers
@@ -206,14 +228,14 @@ class Trainer:
         if not self._has_checkpoints:
             text = f"the strategy {self.job.strategy.name!r} cannot go on from a checkpoint"
             raise SpecError(Problem(("strategy",), text))
-        self._resumed_from = str(where)
         if isinstance(where, str) and is_url(where):
-            folder = self._scratch()
-            return start_from_url(self.job, where, folder, logger.warning).path
+            found = start_from_url(self.job, where, self._scratch(), logger.warning)
+            self._resumed_from = url_of(where, found)
+            return found.path
         path = self._storage_dir / Path(where).expanduser()
-        found = start_from(self.job, path, logger.warning).path
-        self._resumed_from = str(found)
-        return found
+        found = start_from(self.job, path, logger.warning)
+        self._resumed_from = str(found.path)
+        return found.path
 
     def _scratch(self) -> Path:
         """Make a directory that goes with this object."""
@@ -242,7 +264,8 @@ class Trainer:
             logger.warning("%s", line)
         run = new_run_name(self.job.name)
         directory = RunDirectory(self.job, run, self._storage_dir)
-        result, observers = Result(directory.path, None), _Observers(self._observers)
+        result = Result(directory.path, None, reported=self.job.own_loop)
+        observers = _Observers(self._observers)
         metrics = BackgroundWriter(directory.record, logger.warning)
         upload = self._upload(directory.path)
         result.url = upload.url if upload is not None else None
@@ -267,15 +290,29 @@ class Trainer:
                 logger.warning("%s", missing)
             raise
         result.seconds = time.monotonic() - began
+        self._conclude(directory, upload, result)
+        return result
+
+    def _conclude(self, directory: RunDirectory, upload: RunUpload | None, result: Result) -> None:
+        """
+        Write down that the run ended well, and complete its copy.
+
+        Raises:
+            StorageError: one of them cannot be done.
+        """
         facts = {"metrics": result.metrics, "seconds": result.seconds}
         if self._resumed is not None:
             facts["resumed_from"] = self._resumed_from
-        directory.finish("SUCCEEDED", facts)
-        if upload is not None and (missing := upload.close()):
+        missing = ""
+        try:
+            directory.finish("SUCCEEDED", facts)
+        finally:  # where the local disk is full the model is to come there all the more
+            if upload is not None:
+                missing = upload.close()
+        if missing:
             lost = not_uploaded(missing, result.checkpoint)
             _record_failure(directory, result, lost)
             raise lost
-        return result
 
     def _upload(self, folder: Path) -> RunUpload | None:
         """Begin to keep a copy of the run directory where the job names a URL."""
@@ -291,8 +328,8 @@ class Trainer:
             self._roles,
             policy_of(
                 self.job.failure,
-                self._survivors_go_on,
-                self.job.checkpoint.wanted,
+                self._survivors_go_on and not self.job.own_loop,
+                self.job.checkpoint.wanted or self.job.own_loop,
                 self._roles.holders(self.job.scaling.world),
             ),
             self._task,

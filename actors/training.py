@@ -22,6 +22,7 @@ from safetensors.torch import save
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.connection import Connection
+from distplat.actors.function_run import loaded, run_function
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.ray_errors import of_platform
@@ -37,6 +38,7 @@ from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
+from distplat.strategies.function.session import Outlets
 from distplat.strategies.loop.checks import remark_on_size
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.pause import PauseGate
@@ -149,7 +151,8 @@ class Session:
         if called_off:
             self._connection.give_up()
         try:
-            model = self._attempt(order, self.standing.progress)
+            attempt = self._function if order.job.own_loop else self._attempt
+            model = attempt(order, self.standing.progress)
             self.standing = replace(self.standing, model=model)
         except DistplatError as error:
             self.standing = replace(self.standing, error=error.with_traceback(None))
@@ -223,6 +226,24 @@ class Session:
         finally:
             self._connection.close()
 
+    def _function(self, order: WorkOrder, progress: Progress) -> bytes:
+        """Make an attempt of a train function."""
+        self._settle(order)
+        limit_s = order.job.failure.step_timeout_s
+        uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
+        try:
+            trained = run_function(
+                order.job,
+                lambda: loaded(order, search_path(order)),
+                self._connection.group(order),
+                RayTransport().node,
+                Outlets(self._report, uploader.take, progress, _saved(order)),
+            )
+            uploader.flush()
+            return saved_model(trained)
+        finally:
+            self._connection.close()
+
     def _say_what(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
         if order.attempt > 0:
             logger.info("rank %d goes on after step %d", order.rank, start)
@@ -246,19 +267,23 @@ class Session:
             resize(self._prepared, order.job, self._strategy)
             return self._prepared, self._strategy
         job = order.job
-        log_to_stderr()
-        folder = search_path(order)
-        if Path(folder).is_dir():
-            os.chdir(folder)
-        torch.set_num_threads(max(1, int(job.scaling.resources()["CPU"])))
-        if order.strategy_file is not None:
-            order.strategy_file.load()
+        self._settle(order)
         self._strategy = make_worker_strategy(job)
         task = make_task(job, lambda: _task_class(order))
         device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
         describe(self._prepared)
         return self._prepared, self._strategy
+
+    def _settle(self, order: WorkOrder) -> None:
+        """Make this process one of the run, before the user's code is imported."""
+        log_to_stderr()
+        folder = search_path(order)
+        if Path(folder).is_dir():
+            os.chdir(folder)
+        torch.set_num_threads(max(1, int(order.job.scaling.resources()["CPU"])))
+        if order.strategy_file is not None:
+            order.strategy_file.load()
 
 
 def _of_platform(error: BaseException) -> DistplatError | None:

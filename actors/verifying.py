@@ -28,7 +28,7 @@ from distplat.actors.launch import local_ray
 from distplat.actors.task_check import TaskCheck
 from distplat.actors.trainer import Result, Trainer
 from distplat.platform.checkpoints import FOLDER
-from distplat.platform.errors import DeadlineExceeded, SpecError, UserCodeError
+from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, UserCodeError
 from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.spec import Checkpoint, Evaluation, Job, Scaling, StrategySpec
 from distplat.platform.tensor_file import TASK_PREFIX
@@ -106,6 +106,9 @@ def verify(wanted: Wanted, say: Callable[[str], object]) -> Iterator[Row]:
 def _checked(wanted: Wanted) -> list[str]:
     """Look at the task's class: the runs see a subclass of it."""
     job = wanted.job
+    if job.own_loop:
+        text = "verify compares a task with plain loops; a train function is such a loop itself"
+        raise SpecError(Problem(("task",), text))
     check = TaskCheck(job.task or "", str(wanted.folder), job.task_args, shown=False)
     try:
         return check.result(job.failure.start_timeout_s)

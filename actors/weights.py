@@ -21,6 +21,7 @@ from distplat.actors.runs import RunName, find_runs, named_actors
 from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
 from distplat.platform.checkpoints import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded
+from distplat.platform.tensor_file import EMA_PREFIX
 from distplat.platform.tensor_slices import Bundle, TensorSlice, by_file, put_together
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ class Weights:
             model: bytes = RayTransport().get(reply.model[0], max(0.0, until - time.monotonic()))
         except TransportError:
             return None
-        return Snapshot(self.run, reply.version, load(model))
+        state = {k: v for k, v in load(model).items() if not k.startswith(EMA_PREFIX)}
+        return Snapshot(self.run, reply.version, state)
 
     def _together(self, version: int, parts: list[Bundle]) -> Snapshot:
         from distplat.strategies.checkpoint.checkpoint_reader import (

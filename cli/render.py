@@ -140,14 +140,15 @@ class View:
 
     def _draw(self, summary: StepSummary, now: float) -> None:
         figures = f"epoch {summary.epoch + 1}  loss {summary.loss:.4g}  {self._pace.text(now)}"
+        at = f"step {summary.step}/{summary.of}" if summary.of else f"step {summary.step}"
         if self._progress is None:
-            self._say(f"step {summary.step}/{summary.of}  {figures}")
+            self._say(f"{at}  {figures}")
             return
         self._progress.update(
             self._bar,
-            description=f"step {summary.step}/{summary.of}",
+            description=at,
             completed=summary.step,
-            total=summary.of,
+            total=summary.of or None,
             figures=figures,
         )
 
@@ -186,7 +187,7 @@ class _Pace:
             return rate
         done = self._last.step - self._first[0]
         left = self._last.of - self._last.step
-        if done == 0 or left == 0:
+        if done == 0 or left <= 0:
             return rate
         return f"{rate}  eta {_clock((now - self._first[1]) / done * left)}"
 

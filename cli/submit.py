@@ -101,7 +101,8 @@ def validate(request: Request) -> None:
     if job.task is not None:
         from distplat.actors.task_check import TaskCheck
 
-        check = TaskCheck(job.task, str(request.folder), job.task_args, shown=True)
+        given = job.task, str(request.folder), job.task_args
+        check = TaskCheck(*given, shown=True, function=job.own_loop)
         try:
             for line in check.result(job.failure.start_timeout_s):
                 request.say(f"warning: {line}")

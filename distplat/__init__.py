@@ -20,6 +20,12 @@ _HOMES = {
     "load_job": "distplat.strategies.catalog",
     "DistplatError": "distplat.platform.errors",
     "sample_rng": "distplat.strategies.loop.seeding",
+    "barrier": "distplat.strategies.function.words",
+    "get_checkpoint": "distplat.strategies.function.words",
+    "get_context": "distplat.strategies.function.words",
+    "no_sync": "distplat.strategies.function.words",
+    "prepare": "distplat.strategies.function.words",
+    "report": "distplat.strategies.function.words",
 }
 
 __all__ = [
@@ -29,7 +35,13 @@ __all__ = [
     "Task",
     "Trainer",
     "__version__",
+    "barrier",
+    "get_checkpoint",
+    "get_context",
     "load_job",
+    "no_sync",
+    "prepare",
+    "report",
     "sample_rng",
     "weights",
 ]
@@ -40,6 +52,14 @@ if TYPE_CHECKING:
     from distplat.platform.errors import DistplatError
     from distplat.platform.spec import Job
     from distplat.strategies.catalog import load_job
+    from distplat.strategies.function.words import (
+        barrier,
+        get_checkpoint,
+        get_context,
+        no_sync,
+        prepare,
+        report,
+    )
     from distplat.strategies.loop.seeding import sample_rng
     from distplat.strategies.task import Task
 

@@ -29,6 +29,7 @@ _HOMES = {
     "model_part": "distplat.strategies.checkpoint.parts",
     "optimizer_part": "distplat.strategies.checkpoint.parts",
     "server_part": "distplat.strategies.checkpoint.parts",
+    "with_average": "distplat.strategies.model.ema",
     "Context": "distplat.strategies.worker",
     "WorkerStrategy": "distplat.strategies.worker",
 }
@@ -56,6 +57,7 @@ __all__ = [
     "optimizer_part",
     "register",
     "server_part",
+    "with_average",
 ]
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from distplat.strategies.checkpoint.parts import model_part, optimizer_part, server_part
     from distplat.strategies.collective import Collective, Handle, ReduceOp
     from distplat.strategies.loop.control import StepControl
+    from distplat.strategies.model.ema import with_average
     from distplat.strategies.model.flat import FlatModel
     from distplat.strategies.model.optim import LocalOptimizer
     from distplat.strategies.ports import Pushed, Shards

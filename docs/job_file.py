@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 from distplat.cli.describe import field_rows
-from distplat.platform import lr_schedules, optimizers, spec
+from distplat.platform import embeddings, lr_schedules, optimizers, spec
 
 HEAD = """\
 # The job file
@@ -20,7 +20,8 @@ What is set where, strongest first: `--strategy`, `--num-workers`, `--name`; `--
 environment variables `DISTPLAT_A__B=c`; the job file; defaults.
 
 A remote job (`--address http://...`) keeps its run directory below `~/distplat/<storage_path>` of
-the machine where its driver runs: the job's own folder ends with the job.
+the machine where its driver runs, `~/distplat/runs` where that is a URL: the job's own folder ends
+with the job. What a URL does: [checkpoints](checkpoints.md#a-copy-at-a-url).
 
 ## What goes to a cluster
 
@@ -40,9 +41,10 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Top level", "", spec.Job),
     ("scaling", "scaling.", spec.Scaling),
     ("lr_schedule", "lr_schedule.", lr_schedules.Schedule),
-    ("embeddings", "embeddings.", spec.Embeddings),
+    ("embeddings", "embeddings.", embeddings.Embeddings),
     ("data", "data.", spec.Data),
     ("compile", "compile.", spec.Compile),
+    ("ema", "ema.", spec.EMA),
     ("evaluation", "evaluation.", spec.Evaluation),
     ("checkpoint", "checkpoint.", spec.Checkpoint),
     ("failure", "failure.", spec.Failure),
@@ -148,7 +150,7 @@ def page() -> str:
         parts.append(f"| {kind.__name__} | {names} |\n")
     parts.append(GROUPS)
     parts.append(ROWS + "\n| name | arguments |\n|---|---|\n")
-    for rows in spec.RowOptimizer.__subclasses__():
+    for rows in embeddings.RowOptimizer.__subclasses__():
         names = ", ".join(f"`{name}`" for name in rows.model_fields if name != "name")
         parts.append(f"| {get_args(rows.model_fields['name'].annotation)[0]} | {names} |\n")
     return "".join(parts)

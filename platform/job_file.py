@@ -9,10 +9,12 @@ remember the origin of each value is that of `git config --show-origin`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.own_loop import OF_TASKS
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import problems_of, show
 from distplat.platform.yaml_source import (
@@ -92,11 +94,12 @@ def render_job(job: Job) -> str:
     Raises:
         SpecError: a value from Python has no form in YAML.
     """
-    idle = {
+    unused: dict[str, Any] = {
         "lr_schedule": job.lr_schedule.idle_fields(),
         "evaluation": job.evaluation.idle_fields(),
+        **dict.fromkeys(OF_TASKS if job.own_loop else ["own_loop"], True),
     }
-    data = job.model_dump(exclude=idle)
+    data = job.model_dump(exclude=unused)
     data["strategy"] = {"name": job.strategy.name, **job.strategy.options}
     return dump_yaml(_plain(data, ()))
 

@@ -62,6 +62,20 @@ def fetch(url: str, folder: Path, limit_s: float, warn: Callable[[str], object])
     raise SpecError(Problem(("--resume",), f"no whole checkpoint at {url}", hint))
 
 
+def url_of(url: str, found: Stored) -> str:
+    """
+    Give the URL of a checkpoint.
+
+    Args:
+        url: what `fetch` was given.
+        found: what it gave.
+    """
+    base, _, last = url.rstrip("/").rpartition("/")
+    if step_of(last) is not None:
+        return url.rstrip("/")
+    return "/".join([base, last, *([] if last == FOLDER else [FOLDER]), found.path.name])
+
+
 class _Damaged(Exception):
     """A checkpoint does not go with its manifest."""
 

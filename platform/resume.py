@@ -23,6 +23,10 @@ NOT_FINITE = "not_finite"
 """Fact of a rank whose parameters hold NaN or infinity: the name of the first."""
 
 
+FUNCTION = "function"
+"""Fact of a train function's checkpoint: what it gave, without the tensors."""
+
+
 def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     Give what `state.json` holds beside the step.
@@ -51,6 +55,8 @@ def mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
 
     The model itself is compared in the workers, which have one.
     """
+    if job.own_loop or FUNCTION in state:
+        return _of_function(state, job)
     found = []
     for field in _SAME:
         if state.get(field) != getattr(job, field):
@@ -61,6 +67,14 @@ def mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
             found.append(_differs(("data", field), had, value))
     found += _optimizer(state.get("optimizer", {}), job) + _embeddings(state, job)
     return found + _length(state, job)
+
+
+def _of_function(state: Mapping[str, Any], job: Job) -> list[Problem]:
+    """What a train function kept is its own business; a task's checkpoint it cannot read."""
+    if job.own_loop and FUNCTION in state:
+        return []
+    made, now = ("a task", "a train function") if job.own_loop else ("a train function", "a task")
+    return [Problem(("task",), f"the checkpoint is of {made}, the job of {now}")]
 
 
 def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> Stored:

@@ -6,7 +6,9 @@ The run directory: what a run leaves on disk.
         metrics.jsonl       one line per step and per evaluation
         tensorboard/        the same for TensorBoard
         model.safetensors   the trained model
+        model_ema.safetensors   the average of its weights, where the job has `ema`
         task.safetensors    parameters that the task keeps itself, if it has some
+        task_ema.safetensors    their average
         pipeline_trace.json     of pipelines: when each rank did what in one step
         apply_log.safetensors   of asynchronous runs: in which order each shard applied gradients
         checkpoints/        step-000120/ and others: to resume from (platform/checkpoints.py)
@@ -44,13 +46,16 @@ from distplat.platform.progress import (
 )
 from distplat.platform.spec import Job
 from distplat.platform.storage_url import local_folder
-from distplat.platform.tensor_file import split_task
+from distplat.platform.tensor_file import EMA_PREFIX, split
 
 _RESULT_BYTES = 64 * 2**10
 """Room on the disk that is kept for `result.json` from the start."""
 
 TASK_FILE = "task.safetensors"
 """Parameters that the task keeps itself."""
+
+EMA_FILE = "model_ema.safetensors"
+"""The average of the trained weights."""
 
 _KINDS = {
     StepSummary: "step",
@@ -117,7 +122,8 @@ class RunDirectory:
 
     def save_model(self, model: bytes) -> Path:
         """
-        Write the trained model, whole or not at all, and what the task has trained beside it.
+        Write the trained model, whole or not at all, and what the task has trained beside it;
+        first the averages of both.
 
         Args:
             model: in the safetensors format.
@@ -128,10 +134,16 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        model, task = split_task(model)
+        model, average = split(model, EMA_PREFIX)
+        if average is not None:
+            self._save(average, EMA_FILE, "task_ema.safetensors")
+        return self._save(model, "model.safetensors", TASK_FILE)
+
+    def _save(self, content: bytes, name: str, of_task: str) -> Path:
+        model, task = split(content)
         if task is not None:
-            self.keep(TASK_FILE, task)
-        return self.keep("model.safetensors", model)
+            self.keep(of_task, task)
+        return self.keep(name, model)
 
     def keep(self, name: str, data: bytes) -> Path:
         """

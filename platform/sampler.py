@@ -12,6 +12,7 @@ a rank's part is a run of the batch; a micro-batch is a run of the part:
 so that the ranks' parts are disjoint, complete, and the same union for every world.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,7 +32,7 @@ class Sampler:
     """
 
     size: int
-    """Samples in the data set."""
+    """Samples of an epoch: all of the data set, unless the task gives their order."""
     batch: int
     """Samples of one step over all ranks."""
     world: int
@@ -40,6 +41,9 @@ class Sampler:
     shuffle: bool = True
     drop_last: bool = False
     """Leave out an epoch's last batch where it is short."""
+    order: Callable[[int], NDArray[np.int64]] | None = None
+    """Gives the sample ids of an epoch, shape [size], the same for the same epoch; None: all of
+    them, as `seed` and `shuffle` say."""
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -60,7 +64,10 @@ class Sampler:
     def batch_ids(self, step: int) -> NDArray[np.int64]:
         """Give the sample ids of a step over all ranks, shape [<= batch]."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        order = _order(self.size, self.seed, epoch, self.shuffle)
+        if self.order is not None:
+            order = self.order(epoch)
+        else:
+            order = _order(self.size, self.seed, epoch, self.shuffle)
         return order[index * self.batch : (index + 1) * self.batch]
 
     def batch_size(self, step: int) -> int:

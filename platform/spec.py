@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from distplat.platform import own_loop
+from distplat.platform.embeddings import Embeddings
 from distplat.platform.errors import Problem
 from distplat.platform.fields import (
     Count,
     Flag,
     Index,
-    NonNegative,
-    Pair,
     Positive,
     Resources,
     Seconds,
@@ -65,67 +65,6 @@ class Consistency:
 
 SYNCHRONOUS = Consistency()
 """One update for all workers' gradients of a step."""
-
-
-class RowOptimizer(Spec):
-    """What all of them have: rows that a step does not use stay as they are, state included."""
-
-    name: str
-    """A class of `torch.optim` as it treats sparse gradients, or `RowWiseAdagrad`."""
-    lr: Positive
-    """Learning rate before the factor of `lr_schedule`."""
-
-
-class RowSGD(RowOptimizer):
-    """Stochastic gradient descent; no state."""
-
-    name: Literal["SGD"]
-
-
-class RowAdagrad(RowOptimizer):
-    """Adagrad, Duchi et al. 2011; as much state as the rows."""
-
-    name: Literal["Adagrad"]
-    initial_accumulator_value: NonNegative = 0.0
-    eps: NonNegative = 1e-10
-
-
-class RowWiseAdagrad(RowOptimizer):
-    """Adagrad with one number of state per row: the mean over the row (as in FBGEMM)."""
-
-    name: Literal["RowWiseAdagrad"]
-    initial_accumulator_value: NonNegative = 0.0
-    eps: NonNegative = 1e-10
-
-
-class RowSparseAdam(RowOptimizer):
-    """Adam on the rows of a step alone; twice as much state as the rows."""
-
-    name: Literal["SparseAdam"]
-    betas: Pair = (0.9, 0.999)
-    eps: NonNegative = 1e-8
-
-
-AnyRowOptimizer = Annotated[
-    RowSGD | RowAdagrad | RowWiseAdagrad | RowSparseAdam, Field(discriminator="name")
-]
-
-
-class Embeddings(Spec):
-    """The servers of the embedding tables, for models that have some."""
-
-    servers: int = Field(1, ge=1, le=256, strict=True)
-    """Server nodes that share the rows of every table."""
-    optimizer: AnyRowOptimizer
-    """How rows are updated, on the servers."""
-    replication: int = Field(1, ge=1, le=2, strict=True)
-    """2: each server's rows have a backup, which takes over when their server is lost."""
-    partition: Literal["hash", "range"] = "hash"
-    """Who keeps a row: `hash` spreads busy ids, `range` cuts 0..num_embeddings evenly."""
-    asynchronous: Flag = False
-    """Apply each worker's gradients when they come; then runs do not repeat bit for bit."""
-    resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
-    """Ray resources of one server node; by default none, for it works while workers wait."""
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
@@ -189,7 +128,7 @@ class Data(Spec):
     """How batches are made of the task's data set; names as in torch's DataLoader."""
 
     shuffle: Flag = True
-    """A new order each epoch, from the job's seed."""
+    """A new order each epoch, from the job's seed; without effect beside a task's `sampler`."""
     drop_last: Flag = False
     """Leave out the last batch of an epoch where it is smaller than the others."""
     num_workers: Index = Field(0, le=256)
@@ -236,6 +175,19 @@ def _compile(value: object) -> object:
     if isinstance(value, bool):
         return {} if value else None
     return value
+
+
+class EMA(Spec):
+    """An exponential moving average of the weights, as `torch.optim.swa_utils` makes it."""
+
+    decay: float = Field(0.999, ge=0, lt=1)
+    """How much of the average stays in an update; the weights after it make up the rest."""
+    warmup: Flag = False
+    """Begin with a smaller decay: after t updates `min(decay, (1 + t) / (10 + t))`."""
+
+    def decay_after(self, updates: int) -> float:
+        """Give the decay of an update that comes after so many."""
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
 
 class Evaluation(Spec):
@@ -310,9 +262,13 @@ class Job(Spec):
     name: Name
     """1 to 63 of a-z, 0-9 and '-'; actors and the run directory are called after it."""
     task: EntryPoint | None = None
-    """`module:Class`, from the job's directory or installed; None: given to Trainer in Python."""
+    """`module:Class`, from the job's directory or installed, or `module:function` of a train
+    function; None: given to Trainer in Python."""
+    own_loop: Flag = False
+    """The task is a train function, with a loop of its own; so it is, too, where the job has none
+    of `optimizer`, `global_batch_size`, `epochs` and `steps`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the task's constructor."""
+    """Keyword arguments of the task's constructor; of a train function its `config`."""
     strategy: Annotated[StrategySpec, BeforeValidator(_strategy)]
     """The architecture: a name, or a mapping with the name and the strategy's options."""
     scaling: Scaling = Scaling()
@@ -330,6 +286,8 @@ class Job(Spec):
     """Micro-batches into which each worker cuts its part of the batch."""
     clip_norm: Positive | None = None
     """Scale gradients down to this 2-norm over all parameters; None: never."""
+    ema: EMA | None = None
+    """An average of the weights beside them, evaluated and saved too; None: there is none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
     compile: Annotated[Compile | None, BeforeValidator(_compile)] = None
@@ -347,6 +305,12 @@ class Job(Spec):
     """Where run directories are made; relative to the directory `submit` was called in. Or a URL,
     such as s3://bucket/prefix: they are made in `runs`, and a copy of each is kept at the URL."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        """Have a job of a train function do without the fields of a loop."""
+        return own_loop.filled(given) if isinstance(given, Mapping) else given
+
     def with_workers(self, number: int) -> "Job":
         """Give the same job with another number of workers; `problems` is to be asked of it."""
         scaling = self.scaling.model_copy(update={"num_workers": number})
@@ -354,6 +318,9 @@ class Job(Spec):
 
     def problems(self) -> list[Problem]:
         """Check what no single field can see; empty: the job holds together."""
+        if self.own_loop:
+            given = {"name": self.name, "strategy": self.strategy, "own_loop": True}
+            return [*own_loop.problems(self, Job.model_validate(given)), *_gpu_problems(self)]
         return [
             *_length_problems(self),
             *_batch_problems(self),
@@ -477,4 +444,8 @@ def _embedding_problems(job: Job) -> list[Problem]:
         text = "cannot be combined with `embeddings`: the norm would lack the rows' gradients"
         hint = "remove it, and lower the learning rates if need be"
         found.append(Problem(("clip_norm",), text, hint))
+    if job.ema is not None:
+        text = "cannot be combined with `embeddings`: rows of tables are not averaged"
+        hint = "remove it, or use nn.Embedding"
+        found.append(Problem(("ema",), text, hint))
     return found

@@ -14,6 +14,9 @@ from distplat.platform.tensor_slices import ITEM_BYTES, RawTensor
 TASK_PREFIX = "task:"
 """Begins the names of parameters that a task keeps itself, where they stand beside the model's."""
 
+EMA_PREFIX = "ema:"
+"""Begins the names of averaged weights, where they stand beside the weights."""
+
 _NAMES = {
     TensorSpec(dtype=name, shape=[0], data_ptr=0, data_len=0).dtype: name for name in ITEM_BYTES
 }
@@ -62,21 +65,22 @@ def decode(content: bytes) -> dict[str, RawTensor]:
         raise ValueError(f"tensors of type {error} are not read") from None
 
 
-def split_task(content: bytes) -> tuple[bytes, bytes | None]:
+def split(content: bytes, prefix: str = TASK_PREFIX) -> tuple[bytes, bytes | None]:
     """
-    Separate what a task has trained beside its model.
+    Separate what stands beside a model: what its task has trained, or an average of it.
 
     Args:
         content: a file's, with both.
+        prefix: begins the names of the second.
 
     Returns:
-        The model's file, and the task's with names of its attributes; None: there is nothing.
+        The model's file, and the other's without the prefix; None: there is nothing.
     """
-    if f'"{TASK_PREFIX}'.encode() not in content:  # which spares most files the reading
+    if f'"{prefix}'.encode() not in content:  # which spares most files the reading
         return content, None
     tensors = decode(content)
-    names = [name for name in tensors if name.startswith(TASK_PREFIX)]
+    names = [name for name in tensors if name.startswith(prefix)]
     if not names:
         return content, None
-    task = {name.removeprefix(TASK_PREFIX): tensors.pop(name) for name in names}
-    return b"".join(encode(tensors)), b"".join(encode(task))
+    others = {name.removeprefix(prefix): tensors.pop(name) for name in names}
+    return b"".join(encode(tensors)), b"".join(encode(others))

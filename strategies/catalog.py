@@ -217,7 +217,10 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
         text = f"the strategy {job.strategy.name!r} has no checkpoints during the run"
         field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
         found.append(Problem(("checkpoint", field), text, "remove it"))
-    found.extend(strategy.problems(job))
+    if job.ema is not None and not kind.averages:
+        text = f"the strategy {job.strategy.name!r} keeps no average of the weights"
+        found.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))
+    found.extend(strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job))
     found.extend(_embedding_problems(job, strategy.roles(job)))
     return None if found else strategy
 

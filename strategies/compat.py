@@ -74,6 +74,15 @@ def spare_the_compiler() -> None:
     plain.__dict__.setdefault("__dynamo_disable", plain)
 
 
+def after_backward(call: Callable[[], None]) -> None:
+    """
+    Have the backward under way call this at its end, before it returns; from one of its hooks.
+
+    DistributedDataParallel ends its reduction so. What it raises comes out of `backward()`.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """Apply a function to all leaves of nested containers: torch has it for its own use only."""
     return _pytree.tree_map(function, tree)

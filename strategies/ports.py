@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distplat.platform.load import ShardLoad
 from distplat.platform.table_plan import TablePlan, TableSpec
@@ -147,6 +148,14 @@ class Shards(Protocol):
 
         Returns:
             By slot of the flat vector.
+        """
+
+    def average(self) -> Tensor:
+        """
+        Fetch the average of the parameters after the last update, shape [n], on their device.
+
+        Only where the job has an `ema`, and between two steps: no rank begins the next one before
+        all have what they want.
         """
 
     def copies(self, version: int) -> list[ShardCopy] | None:

@@ -49,6 +49,7 @@ class PsSync(Strategy[PsSyncOptions]):
     summary = "synchronous data parallel: sharded parameter server, updates on the server nodes"
     worker: ClassVar[str | type] = "distplat.strategies.ps_sync_worker:PsSyncWorker"
     has_checkpoints = True
+    averages = True
     options_type = PsSyncOptions
 
     def roles(self, job: Job) -> Roles:
@@ -77,6 +78,9 @@ class PsSync(Strategy[PsSyncOptions]):
         if backup and self.options.replication > 1:
             text = "does not go together with `replication: 2`"
             return [Problem(where, text)]
+        if backup and job.ema is not None:
+            text = "does not go together with `backup_workers`: ranks would see another step's"
+            return [Problem(("ema",), text, "remove one of the two")]
         if self.options.split == "load" and self.options.num_servers == 1:
             return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]
         return []

@@ -53,6 +53,7 @@ class Ring(Strategy[RingOptions]):
     options_type: ClassVar[type[Options]] = RingOptions
     worker: ClassVar[str | type] = "distplat.strategies.ring_worker:RingWorker"
     has_checkpoints = True
+    averages = True
 
     def roles(self, job: Job) -> Roles:
         """Ask for one group of all workers."""
@@ -78,6 +79,19 @@ class Ring(Strategy[RingOptions]):
             text = "`nccl` runs between GPUs only"
             hint = "set scaling.use_gpu: true, or `backend: auto`"
             found.append(Problem(("strategy", "backend"), text, hint))
+        return found
+
+    def own_loop_problems(self, job: Job) -> list[Problem]:
+        """Refuse what belongs to an update, which a train function makes itself."""
+        chosen = self.options
+        found = []
+        if chosen.shard_optimizer:
+            text = "is for tasks: a train function has an optimizer of its own"
+            found.append(Problem(("strategy", "shard_optimizer"), text, "remove it"))
+        if chosen.compression in ("topk", "powersgd"):
+            text = f"{chosen.compression!r} keeps what a step owes to the next, and is for tasks"
+            hint = "a train function can have none, fp16, bf16"
+            found.append(Problem(("strategy", "compression"), text, hint))
         return found
 
     def survivors_go_on(self) -> bool:

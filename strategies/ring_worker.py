@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import model_part, optimizer_part
 from distplat.strategies.checkpoint.state_sync import take_over_newest
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.ema import with_average
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer, norm_figures
@@ -58,6 +61,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         """Take over the newest parameters that a rank has; in a fresh run those of rank 0."""
         flat, collective = context.flat, context.collective
         self._collective, self._flat = collective, flat
+        self._averages = context.job.ema is not None
         self._state = context.state
         self._state.settle(flat.version)
         self._state.connect(collective)
@@ -116,6 +120,18 @@ class RingWorker(WorkerStrategy[RingOptions]):
             start, _ = self._optimizer.bounds
             return model.plus(optimizer_part(self._flat, self._optimizer.memory(), start))
         return model
+
+    def average(self) -> Tensor:
+        """Give the optimizer's; of a sharded one the parts of all ranks."""
+        return self._optimizer.average()
+
+    def trained(self, flat: FlatModel) -> dict[str, Tensor]:
+        """Give the model, and the average of its weights."""
+        if not self._averages:
+            return flat.state_dict()
+        found = with_average(flat, self.average())
+        self._collective.barrier()
+        return found
 
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""

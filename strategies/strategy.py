@@ -103,6 +103,8 @@ class Strategy(Generic[OptionsT]):
     """The subclass of `WorkerStrategy`, or `"module:Class"` where it is in a module of its own."""
     has_checkpoints: ClassVar[bool] = False
     """Whether the worker's class has `checkpoint`; a job that wants some is refused elsewhere."""
+    averages: ClassVar[bool] = False
+    """Whether the worker's class has `average`; a job with an `ema` is refused elsewhere."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         """Refuse a class that was written when a strategy was one class."""
@@ -131,6 +133,11 @@ class Strategy(Generic[OptionsT]):
     def problems(self, job: Job) -> list[Problem]:
         """Name what in this job the strategy cannot do; an option is never ignored."""
         return []
+
+    def own_loop_problems(self, job: Job) -> list[Problem]:
+        """Name what it cannot do for a train function; unless it says more, it runs none."""
+        text = f"{job.strategy.name} does not run train functions, which have a loop of their own"
+        return [Problem(("strategy",), text, "use `strategy: ring`, or write a distplat.Task")]
 
     def survivors_go_on(self) -> bool:
         """

@@ -9,7 +9,7 @@ itself, so naming a task costs nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,25 @@ class Task(ABC):
     @abstractmethod
     def train_data(self) -> Dataset[Any]:
         """Give the training samples: `len(data)` of them, `data[i]`, mostly (inputs, targets)."""
+
+    def sampler(self, data: Dataset[Any], epoch: int) -> Iterable[int]:
+        """
+        Give the samples of an epoch in order; override it to weigh, balance or group them.
+
+        All workers ask for the same epoch and cut the same order, whatever their number, and so
+        does a run that goes on after a failure: it must depend on `data` and `epoch` alone. The
+        global generators are seeded by (seed, epoch) before each call. Unless it is overridden the
+        job's `data.shuffle` and `seed` say the order.
+
+        Args:
+            data: what `train_data` gave.
+            epoch: from 0.
+
+        Returns:
+            Numbers of samples: a list, a tensor, an array, or one of torch's samplers. A sample
+            may come several times or not at all; every epoch must have as many as the first.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves the order to the job")
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """

@@ -28,6 +28,7 @@ _DATA = "give a data set in train_data(); batches are made of it by the job file
 _EVAL = "give a data set in eval_data(), and figures in metrics(outputs, targets)"
 _LOSS = "write loss(outputs, targets); the step around it is distplat's"
 _STEP = "write step(model, batch), which gives the loss; backward and update are distplat's"
+_SAMPLER = "write sampler(data, epoch), which gives numbers of samples or a sampler of torch"
 _COLLATE = "write collate(samples), which sees the samples of a micro-batch and gives the batch"
 _OPTIMIZER = "name it in the job file's `optimizer`"
 _SCHEDULE = "name it in the job file's `lr_schedule`"
@@ -37,6 +38,7 @@ _BESIDE_STEP = "call it in step(model, batch), or write loss(outputs, targets) i
 _EVENTS = "there are no callbacks: `Trainer(..., observers=...)` is told of every step"
 _INSTEAD = {
     _COLLATE: "collate_fn data_collator get_collate_fn",
+    _SAMPLER: "train_sampler get_train_sampler get_sampler batch_sampler",
     _LOSS: "loss_fn loss_function criterion get_loss backward",
     _STEP: "training_step train_step compute_loss",
     _CALL: "call forward_step",

@@ -205,6 +205,14 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
     def synchronize(self) -> None:
         """Make all ranks' parameters equal; called before an evaluation and at the end."""
 
+    def average(self) -> Tensor:
+        """
+        Give the average that the job's `ema` asks for, shape [n], as it is between two steps.
+
+        Every rank calls this. Only where the driver's half says that it `averages`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no average of the weights")
+
     def figures(self) -> dict[str, float]:
         """Give this rank's figures of the step just made, by name, for metrics and report."""
         return {}
@@ -212,6 +220,8 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
         """
         Give this rank's part of the trained model by name; the ports are still there.
+
+        An average of it stands beside it, see `with_average`.
 
         A strategy whose ranks send to each other here, or in the last update, ends with a barrier:
         who leaves may take with it what was not yet read.

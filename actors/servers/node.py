@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
 _OF_ALL = ("poll", "where", "kept", "pull", "push", "log", "close")
 _KEPT_TWICE = ("held", "replicate_to", "take_over", "update", "promote", "alone")
-_OF_SHARDS = ("speed", "assign", "attach", "restore", "earlier", "commit", "seen", "listen")
+_OF_SHARDS = (
+    "speed",
+    "assign",
+    "attach",
+    "restore",
+    "earlier",
+    "commit",
+    "seen",
+    "average",
+    "listen",
+)
 _OF_TABLES = ("open", "begin", "sizes", "part")
 
 

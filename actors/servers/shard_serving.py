@@ -235,6 +235,12 @@ class ShardServing(Serving[ShardServer]):
         store = self._server.store
         return self._server.exclusively(lambda: store.seen)
 
+    def average(self) -> NDArray[np.uint8]:
+        """Give the bytes of the parameters' average; see `Shards.average`."""
+        self._replication.part.check_serves()
+        optimizer = self._server.store.optimizer
+        return self._server.exclusively(lambda: as_bytes(optimizer.average.clone()))
+
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step; see `Server.commit`."""
         self._replication.part.check_serves()

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distplat.actors.memory.device_copy import DirectTransfer, cuda_transfer
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
@@ -245,6 +247,19 @@ class RemoteShards:
             return found
 
         return self._following(ask_first)
+
+    def average(self) -> Tensor:
+        """See `Shards`."""
+
+        def ask_all() -> list[NDArray[np.uint8]]:
+            question = lambda server, cut: self._transport.call(server, "average")  # noqa: E731
+            return self._lines.ask("average", question)
+
+        found = self._following(ask_all)
+        whole = torch.zeros_like(self._flat.params, device="cpu")
+        for cut, values in zip(self._lines.cuts, found, strict=True):
+            as_bytes(part(whole, cut))[:] = values
+        return whole.to(self._flat.params.device)
 
     def copies(self, version: int) -> list[ShardCopy] | None:
         """See `Shards`."""

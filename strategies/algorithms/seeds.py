@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
-_STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION, _COLLATE = range(1, 6)
+_STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION, _COLLATE, _ORDER = range(1, 7)
 """What a seed is for: equal numbers for another purpose give another seed."""
 
 
@@ -36,6 +36,11 @@ def evaluation_seed(seed: int, rank: int) -> int:
 def epoch_seed(seed: int, epoch: int) -> int:
     """Seed the training samples of an epoch; a sample's own seed is mixed from it and a place."""
     return mixed(_TRAINING_DATA, seed, epoch)
+
+
+def order_seed(seed: int, epoch: int) -> int:
+    """Seed what a task draws while it says which samples an epoch has, and in which order."""
+    return mixed(_ORDER, seed, epoch)
 
 
 def evaluation_data_seed(seed: int) -> int:

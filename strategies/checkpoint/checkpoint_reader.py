@@ -19,6 +19,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.resume import names_differ
 from distplat.platform.table_plan import TableSpec, file_of
 from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
+from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import NUMBERS, PER_PARAMETER, USED
 from distplat.strategies.model.segments import dtype_name
@@ -78,6 +79,11 @@ class SavedState:
         """Names of the files with embedding tables."""
         servers = self.state.get("embeddings", {}).get("servers", 0)
         return tuple(file_of(server) for server in range(servers))
+
+    def file(self, name: str) -> dict[str, Tensor]:
+        """Give the tensors of a file by name, each whole; copies, which may be written to."""
+        found = self._load(name).items()
+        return {k: tensor_of(v, TensorSlice(v.shape)).view(v.shape).clone() for k, v in found}
 
     def tables(self) -> Iterator[Mapping[str, RawTensor]]:
         """Give the embedding tables, a file at a time."""
@@ -147,7 +153,7 @@ def _numbers(found: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: T
     for place, value in enumerate(values):
         if value is not None:
             result[place] = value
-            used[place] |= not shared
+            used[place] |= not shared and kind != AVERAGED
     return result
 
 
@@ -159,11 +165,13 @@ def _vector(
     used: Tensor,
     places: Mapping[str, TensorSlice],
 ) -> Tensor:
-    """Give a run of a vector; notes the parameters that have something in it."""
+    """Give a run of a vector; notes the parameters of which the optimizer remembers something."""
     start, stop = run
     for place, slot in enumerate(flat.slots):
-        used[place] |= f"{kind}/{slot.name}" in found
+        used[place] |= f"{kind}/{slot.name}" in found and kind != AVERAGE
     result = flat.params.new_zeros(stop - start, device="cpu")
+    if kind == AVERAGE:  # of what is frozen it is what it averages
+        result.copy_(flat.params[start:stop])
     for place, first, last in flat.slots_in(start, stop):
         slot = flat.slots[place]
         key = f"{kind}/{slot.name}"

@@ -19,10 +19,14 @@ from torch import Tensor
 
 from distplat.platform.tensor_slices import Bytes, RawTensor, TensorEntry, TensorSlice
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Boxes, CheckpointPart, Holding
+from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import PER_PARAMETER, USED
 from distplat.strategies.model.segments import dtype_name
 from distplat.strategies.ports import Kind, Shards
+
+_OF_LIVE = {"model", f"optimizer/{AVERAGE}", f"optimizer/{AVERAGED}"}
+"""Vectors that have something of every parameter that is trained."""
 
 
 def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
@@ -71,7 +75,7 @@ def optimizer_part(
     """
     kinds, used = kinds_of(state)
     tensors = tuple(value for name, value in state.items() if name != USED)
-    entries = vector_entries(flat, kinds, start, used, holding)
+    entries = vector_entries(flat, kinds, start, used, holding, flat.trained_names())
     return CheckpointPart(tensors, tuple(entries))
 
 
@@ -131,7 +135,8 @@ def vector_entries(
         start: first element of the run.
         used: a byte for each parameter, 0: an optimizer remembers nothing of it.
         holding: see `model_part`.
-        live: names of the parameters whose values are those in the vector `model`.
+        live: names of the parameters whose values are those in the vector `model`, and whose
+            average is one.
     """
     length = next((kind.length for kind in kinds if kind.length is not None), 0)
     entries = []
@@ -140,7 +145,7 @@ def vector_entries(
         if slot.name in holding.others:
             continue
         for number, (key, dtype, vector) in enumerate(kinds):
-            if slot.name not in live if key == "model" else not used[place]:
+            if slot.name not in live if key in _OF_LIVE else not used[place]:
                 continue
             if vector is None:
                 entries.append(

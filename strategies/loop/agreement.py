@@ -59,6 +59,8 @@ class Facts:
     """Positions in the training data, and a hash of each sample; see `hash_samples`."""
     values: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Names and checksums of buffers and frozen parameters, where ranks do not send them."""
+    order: str = ""
+    """Fingerprint of the order that the task's `sampler` gives, if it has one."""
 
 
 def facts_of(
@@ -126,6 +128,7 @@ def _read(found: Mapping[str, Any]) -> Facts:
         found["eval_samples"],
         tuple((number, one) for number, one in found["hashes"]),
         tuple((name, tuple(sums)) for name, sums in found["values"]),
+        found["order"],
     )
 
 
@@ -150,6 +153,8 @@ def _differences(mine: Facts, theirs: Facts, me: str, other: str) -> list[str]:
     for name in [n for n in has_values if has_values[n] != had_values.get(n)][:1]:
         where = f"on {me} than on {other}, and under this strategy nobody sends them"
         found.append(f"{name!r} of the model has other values {where}")
+    if mine.order != theirs.order and not found:
+        found.append(f"sampler() gives {me} another order of samples than {other}")
     if not names and mine.model != theirs.model:
         found.append(f"{me} has the parameters of the model in another order than {other}")
     return found

@@ -21,6 +21,7 @@ from distplat.strategies.algorithms.seeds import collate_seed, epoch_seed, evalu
 from distplat.strategies.loop.collate import collated, sent
 from distplat.strategies.loop.loaders import ByValue, LoaderContext, importable
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
+from distplat.strategies.loop.task_order import TaskOrder
 from distplat.strategies.task import Task
 
 
@@ -55,7 +56,9 @@ def runs(sampler: Sampler, step: int, rank: int, parts: int) -> Iterator[Run]:
         first += len(ids)
 
 
-def make_sampler(job: Job, data: Dataset[Any], replicas: int | None = None) -> Sampler:
+def make_sampler(
+    job: Job, data: Dataset[Any], replicas: int | None = None, order: TaskOrder | None = None
+) -> Sampler:
     """
     Build the run's sampler.
 
@@ -63,6 +66,7 @@ def make_sampler(job: Job, data: Dataset[Any], replicas: int | None = None) -> S
         job: the run.
         data: the training samples.
         replicas: copies of the model, which each take a part of the batch; None: one per worker.
+        order: the task's own; None: as the job says.
 
     Raises:
         ValueError: the data set has no length, or is too small for one batch.
@@ -76,12 +80,13 @@ def make_sampler(job: Job, data: Dataset[Any], replicas: int | None = None) -> S
             f"{type(data).__name__} has no length: train_data must be a map-style data set"
         )
     return Sampler(
-        size=size,
+        size=size if order is None else order.size,
         batch=job.global_batch_size,
         world=replicas or job.scaling.world,
         seed=job.seed,
         shuffle=job.data.shuffle,
         drop_last=job.data.drop_last,
+        order=order,
     )
 
 

@@ -55,7 +55,7 @@ def checked_model(task: Task, model: object) -> nn.Module:
     Raises:
         ValueError: it is no module, or has parameters without a shape.
     """
-    where = _place(task, "model")
+    where = place(task, "model")
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise ValueError(
             f"{where}model() must return a model, got the class {model.__name__}: "
@@ -126,7 +126,7 @@ def checked_data(task: Task, data: object, method: str) -> Dataset[Any]:
     if not fault and method == "eval_data" and len(data) == 0:  # type: ignore[arg-type]
         fault = "has no samples: return None for no evaluation"
     if fault:
-        raise ValueError(f"{_place(task, method)}{method}() {fault}")
+        raise ValueError(f"{place(task, method)}{method}() {fault}")
     found: Dataset[Any] = data  # type: ignore[assignment]
     return found
 
@@ -189,7 +189,7 @@ def checked_step(task: Task, given: object) -> object:
     if "loss" not in given:
         names = _listed([str(name) for name in given]) or "nothing"
         raise ValueError(
-            f"{_place(task, 'step')}step() must have the loss in what it returns, as 'loss'; got a "
+            f"{place(task, 'step')}step() must have the loss in what it returns, as 'loss'; got a "
             f"{type(given).__name__} of {names}"
         )
     found: object = given["loss"]
@@ -212,7 +212,7 @@ def checked_loss(task: Task, loss: object, outputs: Any, method: str = "loss") -
     Raises:
         ValueError: it is no scalar tensor, or nothing leads from it back to the parameters.
     """
-    where = _place(task, method)
+    where = place(task, method)
     if not isinstance(loss, Tensor):
         raise ValueError(f"{where}{_no_tensor(loss, method)}")
     if loss.ndim != 0:
@@ -236,7 +236,7 @@ def checked_weight(task: Task, weight: object, method: str = "loss") -> float:
     Raises:
         ValueError: it is no number, negative, infinite or NaN.
     """
-    where = _place(task, method)
+    where = place(task, method)
     number = _number(weight, f"{where}{method}() gives the weight", "weight")
     if not 0.0 <= number < float("inf"):
         raise ValueError(
@@ -290,7 +290,7 @@ def checked_metrics(task: Task, outputs: Any, targets: Any) -> dict[str, float]:
     """
     figures: dict[str, float] = {}
     found = task.metrics(outputs, targets)
-    where = _place(task, "metrics")
+    where = place(task, "metrics")
     if not isinstance(found, Mapping):
         raise ValueError(
             f"{where}metrics() must return a mapping of names to numbers, "
@@ -318,9 +318,9 @@ def _number(value: object, said: str, name: str) -> float:
         raise ValueError(f"{said} as {_named(value)}: {wanted}") from None
 
 
-def _place(task: Task, method: str) -> str:
+def place(task: Task, method: str) -> str:
     """Give file and line of a method, `task.py:12: `; empty where it is not known."""
-    function = inspect.unwrap(getattr(type(task), method, None) or _place)
+    function = inspect.unwrap(getattr(type(task), method, None) or place)
     code = getattr(function, "__code__", None)
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}: " if code else ""
 

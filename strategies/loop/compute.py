@@ -106,6 +106,11 @@ class Sums:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
+    def take_in(self, other: Sums, prefix: str) -> None:
+        """Take figures of the same samples, under names that begin with this."""
+        self.sums |= {prefix + name: value for name, value in other.sums.items()}
+        self.counts |= {prefix + name: weight for name, weight in other.counts.items()}
+
 
 class Compute(Protocol):
     """One rank's computing; the loop calls it, strategies that cut the model bring their own."""

@@ -214,8 +214,12 @@ class Loop:
         """Run this rank's part of the evaluation data; the controller puts the parts together."""
         self.progress.evaluating = True
         found = self.compute.evaluate(data)
-        self.progress.evaluating = False
         self.evaluated()
+        if self.job.ema is not None:
+            with self.flat.shown(self.strategy.average()):
+                found.take_in(self.compute.evaluate(data), "ema_")
+            self.evaluated()
+        self.progress.evaluating = False
         mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
         if self.group is None:
             self.report(mine)

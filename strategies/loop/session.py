@@ -42,6 +42,7 @@ from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.task_contents import task_parameters
+from distplat.strategies.loop.task_order import digest_of, order_of
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
@@ -139,7 +140,8 @@ def prepare(
         part = FlatModel(model.to(device), moved, thaws=thaws, group_of=group_of)
     seed_all(job.seed)
     data = checked_data(task, task.train_data(), "train_data")
-    sampler = make_sampler(job, data, roles.replicas(job.scaling.world))
+    order = order_of(task, data, job.seed)
+    sampler = make_sampler(job, data, roles.replicas(job.scaling.world), order)
     seed_all(job.seed)
     eval_data = task.eval_data()
     if eval_data is not None:
@@ -180,7 +182,8 @@ def describe(prepared: Prepared) -> None:
     p = prepared
     model = p.model if p.model is not None else p.flat.model
     sent = not p.roles.consistency.dynamic_tasks
-    p.facts = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
+    found = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
+    p.facts = replace(found, order=digest_of(p.sampler))
 
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 
 import numpy as np
@@ -153,6 +154,18 @@ class FlatModel:
         self.params, self.grads = params, grads
         self._point()
 
+    @contextmanager
+    def shown(self, params: Tensor) -> Iterator[None]:
+        """Have the model compute with other parameters for a while, shape [n], between steps."""
+        slots = [self.slots[place] for place in self._live()]
+        for slot, parameter in zip(slots, self._housed, strict=True):
+            parameter.data = slot.view(params)
+        try:
+            yield
+        finally:
+            for slot, parameter in zip(slots, self._housed, strict=True):
+                parameter.data = slot.view(self.params)
+
     def typed(self, vector: Tensor) -> list[Tensor]:
         """View what is trained of a vector of this model by segment, each in its own type."""
         return typed_views(vector, self.segments)
@@ -238,6 +251,10 @@ class FlatModel:
     def ready(self, place: int) -> None:
         """Be told by a hook that the backward under way has finished a slot's gradient."""
         self._gradients.ready(place)
+
+    def gradient(self, place: int) -> Tensor:
+        """Give the place of a slot's gradient in the vector, as `ready` makes it its `.grad`."""
+        return self._gradients.view(place)
 
     def finite(self, place: int) -> bool:
         """Say whether `ready` has seen that a slot's gradient is finite, and none came since."""

@@ -159,6 +159,10 @@ class Gradients:
                 if is_finite(grad.detach()):
                     self._finite[place] = view._version
 
+    def view(self, place: int) -> Tensor:
+        """Give the n-th's place in the vector."""
+        return self._views[place]
+
     def finite(self, place: int) -> bool:
         """Say whether `ready` has seen that the n-th's gradient is finite, and none came since."""
         return self._finite.get(place, -1) == self._views[place]._version

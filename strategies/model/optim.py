@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distplat.platform.optimizers import Optimizer
-from distplat.platform.spec import Job
+from distplat.platform.spec import EMA, Job
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.compat import spare_the_compiler
+from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.segments import (
     dtype_name,
@@ -40,8 +41,10 @@ by `Piece.slot`. All else that it remembers are vectors, laid out as the paramet
 USED = f"{PER_PARAMETER}used"
 """Whether the optimizer remembers anything of a parameter: not before its first gradient."""
 
-NUMBERS = {"step", "mu_product"}
-"""What torch's optimizers remember of a parameter that is one number."""
+NUMBERS = {"step", "mu_product", AVERAGED}
+"""What torch's optimizers, and an average, remember of a parameter that is one number."""
+
+_AVERAGED = PER_PARAMETER + AVERAGED
 
 Presence: TypeAlias = "Sequence[bool] | NDArray[np.bool_] | None"
 """By slot, whether a parameter has a gradient on any rank; None: all that are no tail."""
@@ -79,10 +82,16 @@ class FlatOptimizer:
         vector: shape [n]; updated in place.
         gradient: shape [n].
         layout: what lies where; None: a single parameter.
+        ema: the average of the vector that is kept beside it; None: there is none.
     """
 
     def __init__(
-        self, spec: Optimizer, vector: Tensor, gradient: Tensor, layout: Layout | None = None
+        self,
+        spec: Optimizer,
+        vector: Tensor,
+        gradient: Tensor,
+        layout: Layout | None = None,
+        ema: EMA | None = None,
     ) -> None:
         spare_the_compiler()
         self._layout = layout or plain_layout(vector.numel(), dtype_name(vector))
@@ -98,6 +107,7 @@ class FlatOptimizer:
         """By whether the kernel is a fused one, and whether there is a state: such a kernel wants
         one of all parameters or of none."""
         self._used = np.zeros(len(self._pieces), np.bool_)
+        self._average = None if ema is None else AveragedVector(ema, vector, self._layout)
         self._vectors: dict[str, Tensor] = {}
         self._scalars: dict[str, Tensor] = {}  #: by piece
         self._runs: list[_Run] | None = None  #: of `_present`; None: to be found anew
@@ -118,12 +128,20 @@ class FlatOptimizer:
                     group["lr"] = rate
                 if any(group["params"] for group in optimizer.param_groups):
                     inspect.unwrap(type(optimizer).step)(optimizer)
+            if self._average is not None and (present is None or np.any(present)):
+                self._average.update(tail=any(run.start >= self._layout.tail for run in runs))
         if not all(run.used for run in runs):
             self._take_new_states(runs)
 
+    @property
+    def average(self) -> Tensor:
+        """The average of the vector, shape [n]; without one, and before an update, the vector."""
+        return self._vector if self._average is None else self._average.values
+
     def state(self) -> dict[str, Tensor]:
         """Give what it remembers, by torch's names (see `PER_PARAMETER`); vectors are no copies."""
-        if not self._used.any():
+        average = {} if self._average is None else self._average.state()
+        if not self._used.any() and not average:
             return {}
         self._write_back()
         count = self._layout.parameters
@@ -135,6 +153,8 @@ class FlatOptimizer:
             of_all = torch.zeros(count, dtype=values.dtype)
             of_all[places] = values.cpu()
             found[PER_PARAMETER + name] = of_all
+        if average:
+            found |= {AVERAGE: average[AVERAGE], _AVERAGED: average[AVERAGED]}
         return {**found, USED: used}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -143,8 +163,11 @@ class FlatOptimizer:
         used = state.get(USED)
         self._used[:] = used[places].cpu().numpy() if used is not None else False
         self._vectors, self._scalars, self._runs = {}, {}, None
+        if self._average is not None:
+            found = {AVERAGE: AVERAGE, AVERAGED: _AVERAGED}
+            self._average.load({mine: state[its] for mine, its in found.items() if its in state})
         for name, values in state.items():
-            if name == USED:
+            if name in (USED, AVERAGE, _AVERAGED):
                 continue
             if name.startswith(PER_PARAMETER):
                 self._scalars[name.removeprefix(PER_PARAMETER)] = values[places].clone()
@@ -161,7 +184,8 @@ class FlatOptimizer:
     def state_bytes(self) -> int:
         """Memory that the state takes."""
         kept = [*self._vectors.values(), *self._scalars.values()]
-        return sum(value.nbytes for value in kept)
+        average = 0 if self._average is None else self._average.state_bytes
+        return sum(value.nbytes for value in kept) + average
 
     def _runs_of(self, present: Presence) -> list[_Run]:
         """Give the runs to be updated; set torch's optimizers up for them if they are others."""
@@ -326,7 +350,8 @@ class LocalOptimizer:
 
     def __init__(self, flat: FlatModel, job: Job, total_steps: int) -> None:
         self._flat, self._job, self._total = flat, job, total_steps
-        self._optimizer = FlatOptimizer(job.optimizer, flat.params, flat.grads, flat.layout)
+        vectors = flat.params, flat.grads, flat.layout
+        self._optimizer = FlatOptimizer(job.optimizer, *vectors, job.ema)
         self.bounds = (0, flat.size)  #: the run of the flat vector that it updates
 
     def state(self) -> dict[str, Tensor]:
@@ -336,6 +361,10 @@ class LocalOptimizer:
     def memory(self) -> dict[str, Tensor]:
         """Give what the optimizer remembers of its run, see `FlatOptimizer.state`."""
         return self._optimizer.state()
+
+    def average(self) -> Tensor:
+        """Give the average of the whole flat vector; every rank calls this. Not a copy."""
+        return self._optimizer.average
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` of an equal optimizer gave; copied."""

@@ -63,11 +63,12 @@ class ShardedUpdate(LocalOptimizer):
         ]
         """By segment and rank."""
         self._parameters = [flat.params[start:stop] for start, stop in bounds]
-        self.bounds = bounds[group.rank]
+        self.bounds, self._bounds = bounds[group.rank], bounds
         self._gradient = flat.grads[slice(*self.bounds)]
         self._part = self._parameters[group.rank]
         self._layout = flat.layout.cut(*self.bounds)
-        self._optimizer = FlatOptimizer(job.optimizer, self._part, self._gradient, self._layout)
+        vectors = self._part, self._gradient, self._layout
+        self._optimizer = FlatOptimizer(job.optimizer, *vectors, job.ema)
         self._look = job.failure.non_finite != "ignore"
         self._control = ControlSum(group, len(flat.slots), flat.grads.device)
         self._meter = Meter(group)
@@ -119,6 +120,20 @@ class ShardedUpdate(LocalOptimizer):
         if self._group.world > 1:
             self._group.all_gather(self._parameters, self._part)
         self._exchange_s += time.perf_counter() - began
+
+    def average(self) -> Tensor:
+        """
+        See `LocalOptimizer`; put together of all ranks' parts.
+
+        Raises:
+            CollectiveError: a rank is missing.
+        """
+        if self._group.world == 1:
+            return self._optimizer.average
+        whole = torch.empty_like(self._flat.params)
+        parts = [whole[a:b] for a, b in self._bounds]
+        self._group.all_gather(parts, self._optimizer.average)
+        return whole
 
     def figures(self) -> dict[str, float]:
         """See `Reducer`."""

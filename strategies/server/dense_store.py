@@ -70,7 +70,8 @@ class DenseStore:
         self._pushed: PushId | None = None  #: asynchronous: whose gradient is staged
         #: of all ranks, or as an asynchronous update takes it, where it is a worker's own vector
         self._sum = params if self.staleness is not None else torch.zeros_like(params)
-        self.optimizer = FlatOptimizer(plan.job.optimizer, params, self._sum, self._layout)
+        vectors, ema = (params, self._sum, self._layout), plan.job.ema
+        self.optimizer = FlatOptimizer(plan.job.optimizer, *vectors, ema)
         self.total = StepControl()  #: of the staged sum, or of the step applied last
         self.seen: NDArray[np.bool_] = np.zeros(self._layout.parameters, np.bool_)
         """By parameter of the model, whether it has had a gradient yet, on any rank."""

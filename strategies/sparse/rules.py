@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.platform.spec import (
+from distplat.platform.embeddings import (
     AnyRowOptimizer,
     RowAdagrad,
     RowSGD,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distplat.platform.embeddings import RowSGD
 from distplat.platform.errors import StorageError, hint
-from distplat.platform.spec import RowSGD
 from distplat.platform.table_plan import TableSpec
 from distplat.strategies.sparse.files import read_list, read_part
 from distplat.strategies.sparse.modules import Sharded, tables_of

@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
@@ -198,6 +198,10 @@ class ReplayShards:
     def seen(self) -> NDArray[np.bool_]:
         """See `Shards`; asked of synchronous shards only."""
         return np.zeros(0, np.bool_)
+
+    def average(self) -> Tensor:
+        """See `Shards`; asynchronous shards have none."""
+        raise NotImplementedError("asynchronous shards keep no average")
 
     def copies(self, version: int) -> None:
         """See `Shards`; what was made before needs no checkpoints."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from distplat.strategies.algorithms.seeds import collate_seed, mixed, step_seed
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.loop.batches import Run, runs
+from distplat.strategies.loop.task_order import TaskOrder
 from distplat.strategies.task import Task
 from distplat.strategies.verification.tables import KEPT, row_optimizer
 
@@ -40,6 +41,14 @@ class Forward:
     """What they are seeded with before the samples are put together."""
     seed: int | None = None
     """What they are seeded with before the micro-batch; None: they go on."""
+
+
+class Samples(NamedTuple):
+    """What an epoch has."""
+
+    size: int
+    order: TaskOrder | None = None
+    """The task's own; None: as the job says."""
 
 
 Schedule = Sequence[Sequence[Sequence[Forward]]]
@@ -108,13 +117,13 @@ def _optimizer(spec: Optimizer, named: Named) -> torch.optim.Optimizer:
     return made
 
 
-def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:
+def parts(job: Job, samples: Samples, *, merged: bool = False) -> Schedule:
     """
     Cut the batches as the job's strategy does.
 
     Args:
         job: its field `steps` is set.
-        size: samples of the data set.
+        samples: of the data set.
         merged: join the ranks' micro-batches, for models that compute over all ranks at once.
     """
     strategy = make_strategy(job)
@@ -122,7 +131,7 @@ def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:
     micro = job.gradient_accumulation
     if isinstance(strategy, Hybrid):
         micro = strategy.options.micro(job)
-    sampler = _sampler(job, size, world)
+    sampler = _sampler(job, samples, world)
     found = []
     for step in range(job.steps or 0):
         ranks = []
@@ -134,9 +143,9 @@ def parts(job: Job, size: int, *, merged: bool = False) -> Schedule:
     return found
 
 
-def union(job: Job, size: int) -> Schedule:
+def union(job: Job, samples: Samples) -> Schedule:
     """Give whole batches, to one rank."""
-    sampler, steps = _sampler(job, size, 1), range(job.steps or 0)
+    sampler, steps = _sampler(job, samples, 1), range(job.steps or 0)
     return [[[_forward(run, None) for run in runs(sampler, step, 0, 1)]] for step in steps]
 
 
@@ -157,9 +166,9 @@ def _join(ranks: list[list[Forward]]) -> list[Forward]:
     return found
 
 
-def _sampler(job: Job, size: int, world: int) -> Sampler:
-    data = job.data
-    return Sampler(size, job.global_batch_size, world, job.seed, data.shuffle, data.drop_last)
+def _sampler(job: Job, samples: Samples, world: int) -> Sampler:
+    data, given = job.data, (samples.size, job.global_batch_size, world, job.seed)
+    return Sampler(*given, data.shuffle, data.drop_last, samples.order)
 
 
 def read(task: Task, data: Any, forward: Forward) -> Any:

@@ -20,9 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
+from distplat.strategies.loop.task_order import order_of
 from distplat.strategies.task import Task
 from distplat.strategies.verification.compare import compare, is_finite
-from distplat.strategies.verification.plan import Trained, parts, recipe_of, union
+from distplat.strategies.verification.plan import Samples, Trained, parts, recipe_of, union
 from distplat.strategies.verification.reference import Rank, train
 from distplat.strategies.verification.switched import Switches
 from distplat.strategies.verification.tables import with_rows
@@ -82,12 +83,14 @@ def references(job: Job, make: Make) -> References:
         without = make
         make = lambda switches: with_rows(without(switches), job.seed)  # noqa: E731
     first = Rank(lambda: make(Switches()), job.seed)
-    size = len(first.task.train_data())  # type: ignore[arg-type]
+    data = first.task.train_data()
+    order = order_of(first.task, data, job.seed)
+    samples = Samples(len(data) if order is None else order.size, order)  # type: ignore[arg-type]
     norms = [module for module in first.model.modules() if isinstance(module, _BatchNorm)]
     merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
     every = _every(first, job)
     switches, recipe = Switches(), recipe_of(job, every)
-    schedule = parts(job, size, merged=merged)
+    schedule = parts(job, samples, merged=merged)
     plain = train(lambda: make(switches), schedule, recipe)
     whole = merged or isinstance(make_strategy(job), Hybrid)
     if plain.draws and whole:  # dropout is drawn in another way there
@@ -103,7 +106,7 @@ def references(job: Job, make: Make) -> References:
         found.notes.append(("batch norm", text))
     if switches != Switches():
         found.notes.append(("dropout", "drawn in another way here; compared without it"))
-    _add_whole(found, meaning_job(job), make, size, merged)
+    _add_whole(found, meaning_job(job), make, samples, merged)
     if found.whole is not None and found.whole.drawn:
         found.whole = None
         text = "forward draws random numbers, with dropout off too"
@@ -122,17 +125,17 @@ def meaning_job(job: Job) -> Job:
     return job.model_copy(update={"steps": MEANING_STEPS, "precision": "fp32"})
 
 
-def _add_whole(found: References, job: Job, make: Make, size: int, merged: bool) -> None:
+def _add_whole(found: References, job: Job, make: Make, every: Samples, merged: bool) -> None:
     """Compute the whole batch: in float64 and with a last batch of one sample, if that works."""
     batch = job.global_batch_size
     ragged = None
-    if size > batch and not job.data.drop_last and not merged:
-        ragged = min(2, (size - 1) // batch) * batch + 1
+    if every.size > batch and not job.data.drop_last and not merged and every.order is None:
+        ragged = min(2, (every.size - 1) // batch) * batch + 1
     for double in (True, False) if job.embeddings is None else (False,):  # rows are float32
         for samples in dict.fromkeys((ragged, None)):
             switches = Switches(double, dropout=False, frozen_norm=True, samples=samples)
             with contextlib.suppress(Exception):
-                whole = _whole(found, job, make, switches, samples or size, merged)
+                whole = _whole(found, job, make, switches, every, merged)
                 if not whole.differs or samples is None:
                     found.whole = whole
                     return
@@ -140,13 +143,14 @@ def _add_whole(found: References, job: Job, make: Make, size: int, merged: bool)
 
 
 def _whole(
-    found: References, job: Job, make: Make, switches: Switches, size: int, merged: bool
+    found: References, job: Job, make: Make, switches: Switches, every: Samples, merged: bool
 ) -> Whole:
-    recipe, schedule = recipe_of(job, found.every), parts(job, size, merged=merged)
+    samples = every if switches.samples is None else Samples(switches.samples)
+    recipe, schedule = recipe_of(job, found.every), parts(job, samples, merged=merged)
     outputs: list[list[Tensor]] = [[], []]
-    whole = train(_recorded(make, switches, outputs[0]), union(job, size), recipe)
+    whole = train(_recorded(make, switches, outputs[0]), union(job, samples), recipe)
     split = train(_recorded(make, switches, outputs[1]), schedule, recipe)
-    backwards = train(lambda: make(switches), union(job, size), recipe, reverse=True)
+    backwards = train(lambda: make(switches), union(job, samples), recipe, reverse=True)
     if whole.draws:
         return Whole(switches, whole, backwards, drawn=True)
     least = MEANING_TOLERANCE if switches.double else 0.0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distplat.platform.spec import Embeddings
+from distplat.platform.embeddings import Embeddings
 from distplat.platform.table_plan import TableSpec
 from distplat.strategies.sparse.modules import Sharded, tables_of
 from distplat.strategies.sparse.rows import initial_rows

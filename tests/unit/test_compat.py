@@ -285,6 +285,28 @@ sys.exit("torch._dynamo" in sys.modules)"""
     assert done.returncode == 0, done.stderr
 
 
+def test_the_end_of_backward_is_told_and_its_error_comes_out() -> None:
+    weights = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    told: list[list[bool]] = []
+
+    def queue(_: Tensor) -> None:
+        of_torch.after_backward(lambda: told.append([one.grad is not None for one in weights]))
+
+    hook = weights[0].register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]
+    torch.autograd.backward(weights[0] * weights[1])
+    assert told == [[True, True]]
+
+    def fail() -> None:
+        raise KeyError("at the end")
+
+    hook.remove()
+    weights[0].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        lambda _: of_torch.after_backward(fail)
+    )
+    with pytest.raises(KeyError, match="at the end"):
+        torch.autograd.backward(weights[0] * weights[1])
+
+
 def test_trees_are_gone_through_in_order() -> None:
     tree = {"b": [torch.ones(1), (2, None)], "a": 3}
     leaves = of_torch.tree_leaves(tree)

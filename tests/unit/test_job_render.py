@@ -31,7 +31,7 @@ def test_a_rendered_job_shows_defaults_in_the_order_of_the_fields() -> None:
     assert "  timeout_s: 5\n" in text
     assert "  step_timeout_s: 120.0\n" in text
     keys = [line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")]
-    assert keys == list(Job.model_fields)
+    assert keys == [name for name in Job.model_fields if name != "own_loop"]
 
 
 @pytest.mark.parametrize(

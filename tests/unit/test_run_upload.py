@@ -85,6 +85,8 @@ def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path)
     assert json.loads((resumed.path / "result.json").read_text())["resumed_from"] == step
     longer = fit(other, "runs", resume=whole.url, epochs=5)
     assert [one.step for one in longer.history] == list(range(21, 26))
+    last = f"{whole.url}/checkpoints/step-000020"
+    assert json.loads((longer.path / "result.json").read_text())["resumed_from"] == last
     assert longer.url is None
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from distplat.platform.spec import AnyRowOptimizer
+from distplat.platform.embeddings import AnyRowOptimizer
 from distplat.platform.table_plan import TableSpec
 from distplat.strategies.sparse.files import keep_tables, packed_part, read_list, read_part
 from distplat.strategies.sparse.rows import initial_rows

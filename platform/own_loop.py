@@ -1,0 +1,67 @@
+"""The job of a train function, which has a loop of its own: what it does without."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from distplat.platform.errors import Problem
+
+_LOOP = ("optimizer", "global_batch_size", "epochs", "steps")
+"""What every task needs, and a train function says itself: a job with none of them has one."""
+
+_FILLED: dict[str, Any] = {
+    "optimizer": {"name": "SGD", "lr": 1.0},
+    "global_batch_size": 1,
+    "steps": 1,
+}
+"""What stands in these fields then; nobody reads it."""
+
+OF_TASKS = (
+    *_LOOP,
+    "lr_schedule",
+    "embeddings",
+    "gradient_accumulation",
+    "clip_norm",
+    "precision",
+    "compile",
+    "activation_checkpointing",
+    "data",
+    "evaluation",
+)
+"""Fields of what the loop of a task does, and a train function does itself."""
+
+
+def filled(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    Have the fields of a job do without those of a loop, where it has none of them.
+
+    Args:
+        given: as they were written.
+    """
+    bare = bool(given.get("task")) and not given.keys() & {*_LOOP}
+    if given.get("own_loop") is True or ("own_loop" not in given and bare):
+        return {"own_loop": True, **_FILLED, **given}
+    return given
+
+
+def problems(job: Any, bare: Any) -> list[Problem]:
+    """
+    Name what would have no effect: an option that has none is an error.
+
+    Args:
+        job: a job of a train function.
+        bare: another, with nothing but its name and strategy.
+    """
+    text, hint = "has no effect on a train function, which has its own loop", "remove it"
+    found = [
+        Problem((field,), text, hint)
+        for field in OF_TASKS
+        if getattr(job, field) != getattr(bare, field)
+    ]
+    for field in ("every_steps", "every_epochs"):
+        if getattr(job.checkpoint, field) is not None:
+            how = "a train function says when: report(metrics, checkpoint=...)"
+            found.append(Problem(("checkpoint", field), how, hint))
+    if job.failure.non_finite == "skip":
+        how = "a train function cannot leave a step out"
+        found.append(Problem(("failure", "non_finite"), how, "allowed: stop, ignore"))
+    return found

@@ -1,0 +1,242 @@
+"""
+What a train function calls: `prepare`, `report`, `get_checkpoint`, `get_context`, and so on.
+
+A worker makes a `FunctionSession` of its thread the current one (`running`), and calls the user's
+function. The words of `distplat` (`words.py`) ask it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.progress import AnyReport, StepReport
+from distplat.platform.resume import FUNCTION
+from distplat.platform.spec import Job
+from distplat.platform.tensor_slices import TensorEntry, TensorSlice
+from distplat.strategies.catalog import make_strategy
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
+from distplat.strategies.collective import Collective
+from distplat.strategies.function.gradient_average import GradientAverage, take_over
+from distplat.strategies.function.loaders import ShardedLoader
+from distplat.strategies.function.state_tree import pack, unpack
+from distplat.strategies.loop.loop import Progress
+from distplat.strategies.loop.seeding import seed_step
+from distplat.strategies.model.segments import dtype_name
+
+logger = logging.getLogger(__name__)
+
+_FILE = "state"
+"""Name of the checkpoint's file, without its suffix."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is; the names are those of Ray Train's context, and of Accelerate."""
+
+    rank: int
+    world: int
+    local_rank: int
+    """Among the ranks of its node."""
+    local_world: int
+    device: torch.device
+
+    def get_world_rank(self) -> int:
+        """Give this worker's number, from 0."""
+        return self.rank
+
+    def get_world_size(self) -> int:
+        """Give the number of workers."""
+        return self.world
+
+    def get_local_rank(self) -> int:
+        """Give this worker's number among those of its node."""
+        return self.local_rank
+
+    def get_local_world_size(self) -> int:
+        """Give the number of workers on this node."""
+        return self.local_world
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0, whose reports are the run's metrics."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Outlets:
+    """Between a session and the worker that it is in."""
+
+    report: Callable[[AnyReport], None]
+    """Takes rank 0's reports."""
+    take: Take
+    """Takes rank 0's checkpoints."""
+    progress: Progress
+    """Where this worker is."""
+    saved: SavedState | None = None
+    """What `get_checkpoint` gives; None: the run begins."""
+
+
+class FunctionSession:
+    """
+    One rank's part in a run of a train function.
+
+    Args:
+        job: the run.
+        place: this rank's.
+        group: all ranks.
+        outlets: to the worker.
+    """
+
+    def __init__(self, job: Job, place: Place, group: Collective, outlets: Outlets) -> None:
+        self.job, self.place, self.group = job, place, group
+        self._outlets, self._progress, saved = outlets, outlets.progress, outlets.saved
+        self._averages: list[GradientAverage] = []
+        self._samples = self._epoch = 0
+        self._waited_s, self._last = 0.0, time.perf_counter()
+        self._progress.step = saved.step if saved is not None else 0
+        self._progress.begun = True
+        self._progress.beat()
+
+    def prepare(self, *things: Any) -> Any:
+        """Make models, optimizers, loaders and schedulers ready; see `words.prepare`."""
+        models = [one for one in things if isinstance(one, nn.Module)]
+        ready = {id(one): self._model(one, alone=len(models) == 1) for one in models}
+        found = tuple(ready[id(one)] if id(one) in ready else self._other(one) for one in things)
+        if self.group.world > 1:
+            seed_step(self.job.seed, self._progress.step, self.place.rank)
+        return found[0] if len(found) == 1 else found
+
+    def _model(self, model: nn.Module, *, alone: bool) -> nn.Module:
+        if any(one.model is model for one in self._averages):
+            raise _refused("a model that it got before", "prepare each model once")
+        model.to(self.place.device)
+        if not any(one.requires_grad for one in model.parameters()):  # a teacher, for example
+            take_over([one for one in model.state_dict().values() if one.numel()], self.group)
+            return model
+        options = make_strategy(self.job).options
+        self._averages.append(
+            GradientAverage(
+                model,
+                self.group,
+                self.job,
+                options,
+                overlap=alone and not self._averages,
+                done=self._progress.beat,
+                step=lambda: self._progress.step,
+            )
+        )
+        return model
+
+    def _other(self, thing: Any) -> Any:
+        if isinstance(thing, DataLoader):
+            return self._loader(thing)
+        if isinstance(thing, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler):
+            return thing  # gradients are averaged before it sees them
+        hint = "a model, optimizer, DataLoader, or scheduler of torch.optim.lr_scheduler"
+        raise _refused(f"a {type(thing).__name__}", f"it takes {hint}")
+
+    def _loader(self, loader: DataLoader[Any]) -> ShardedLoader:
+        place = self.place
+
+        def read(samples: int, waited_s: float, epoch: int) -> None:
+            self._epoch = epoch
+            self._samples += samples
+            self._waited_s += waited_s
+            self._progress.beat()
+
+        sharded = ShardedLoader(loader, place.rank, place.world, self.job.seed, place.device, read)
+        if place.is_main_process:
+            size, world = sharded.batch_size, place.world
+            text = "a batch of %d samples on each of %d workers: %d in all"
+            logger.info(text, size, world, size * world)
+        return sharded
+
+    def report(self, metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
+        """Tell the run's figures, and keep a checkpoint; see `words.report`."""
+        figures = {name: _number(name, value) for name, value in metrics.items()}
+        step = self._progress.step
+        self._progress.step = step + 1
+        self._progress.beat()
+        now = time.perf_counter()
+        whole, waited = now - self._last, self._waited_s
+        samples, self._samples = self._samples * self.place.world, 0
+        self._last, self._waited_s = now, 0.0
+        if not self.place.is_main_process:
+            return
+        loss = figures.pop("loss", math.nan)
+        seconds = {"data": waited, "compute": max(0.0, whole - waited), "exchange": 0.0}
+        seconds["update"] = 0.0
+        self._outlets.report(
+            StepReport(0, step, self._epoch, loss, samples, seconds, 0, figures, weight=1.0)
+        )
+        if checkpoint is not None:
+            self._keep(step + 1, checkpoint)
+
+    def _keep(self, version: int, checkpoint: Any) -> None:
+        tree, tensors = pack(checkpoint)
+        entries = tuple(
+            TensorEntry(f"{_FILE}/{n}", TensorSlice(tuple(one.shape)), dtype_name(one), n)
+            for n, one in enumerate(tensors)
+        )
+        facts = {FUNCTION: tree, "versions": {"torch": torch.__version__}}
+        self._outlets.take(version, CheckpointPart(tuple(tensors), entries), facts)
+
+    def checkpoint(self) -> Any:
+        """Give what was reported last before this attempt; see `words.get_checkpoint`."""
+        saved = self._outlets.saved
+        if saved is None:
+            return None
+        found = saved.file(_FILE)
+        return unpack(saved.state[FUNCTION], [found[str(n)] for n in range(len(found))])
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Leave gradients as they are in the backwards of this block."""
+        for one in self._averages:
+            one.enabled = False
+        try:
+            yield
+        finally:
+            for one in self._averages:
+                one.enabled = True
+
+    def trained(self) -> dict[str, Tensor]:
+        """Give the trained models' state; of several with the model's number before each name."""
+        models = [one.model for one in self._averages]
+        if len(models) == 1:
+            return dict(models[0].state_dict())
+        return {f"{n}.{k}": v for n, one in enumerate(models) for k, v in one.state_dict().items()}
+
+    def close(self) -> None:
+        """Let go of the models; the group goes next."""
+        for one in self._averages:
+            one.close()
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool | int | float):
+        return float(value)
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "size", None) is not None:
+        try:
+            return float(item())
+        except (RuntimeError, TypeError, ValueError):
+            pass
+    text = f"report() got {name!r}, a {type(value).__name__}: it takes numbers"
+    raise SpecError(Problem(("task",), text, "tensors of one element are numbers, too"))
+
+
+def _refused(what: str, hint: str) -> SpecError:
+    return SpecError(Problem(("task",), f"prepare() got {what}", hint))

@@ -1,0 +1,86 @@
+"""
+What a train function gives as a checkpoint, as tensors and JSON: never pickle.
+
+    {"model": {"0.weight": tensor}, "epoch": 3}
+    tree     {"dict": [["model", {"dict": [["0.weight", {"tensor": 0}]]}], ["epoch", 3]]}
+    tensors  [tensor]
+
+A dict keeps its order and the types of its keys, so that `state_dict()` of a model, an optimizer, a
+scheduler and a scaler come back as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import Problem, SpecError
+
+
+def pack(tree: Any, where: str = "checkpoint") -> tuple[Any, list[Tensor]]:
+    """
+    Take nested dicts, lists and tuples apart.
+
+    Args:
+        tree: of tensors, numbers, strings and None.
+        where: what it is called in messages.
+
+    Returns:
+        What JSON can hold, and the tensors that it counts.
+
+    Raises:
+        SpecError: it holds something else; says where.
+    """
+    tensors: list[Tensor] = []
+    return _packed(tree, tensors, where), tensors
+
+
+def unpack(tree: Any, tensors: Sequence[Tensor]) -> Any:
+    """Put together what `pack` took apart."""
+    if not isinstance(tree, Mapping):
+        return tree
+    ((kind, held),) = tree.items()
+    if kind == "tensor":
+        return tensors[held]
+    if kind == "dict":
+        return {key: unpack(value, tensors) for key, value in held}
+    items = [unpack(one, tensors) for one in held]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
+    if isinstance(tree, Tensor):
+        tensors.append(tree.detach().contiguous())
+        return {"tensor": len(tensors) - 1}
+    if tree is None or type(tree) in (bool, int, float, str):
+        return tree
+    if isinstance(tree, Mapping):
+        return {
+            "dict": [
+                [_key(k, where), _packed(v, tensors, f"{where}[{k!r}]")] for k, v in tree.items()
+            ]
+        }
+    if isinstance(tree, list | tuple):
+        items = [_packed(one, tensors, f"{where}[{n}]") for n, one in enumerate(tree)]
+        return {"tuple" if isinstance(tree, tuple) else "list": items}
+    if callable(getattr(tree, "item", None)) and getattr(tree, "shape", None) == ():
+        return _packed(tree.item(), tensors, where)  # a number of numpy
+    text = f"{where} is a {type(tree).__name__}, which report() cannot keep"
+    hint = "tensors, numbers, strings and None, in dicts, lists and tuples: state_dict() of most"
+    raise SpecError(Problem(("checkpoint",), text, hint))
+
+
+def _key(key: object, where: str) -> str | int:
+    if type(key) in (str, int):
+        return key  # type: ignore[return-value]
+    text = f"{where} has the key {key!r}: keys are strings or whole numbers"
+    raise SpecError(Problem(("checkpoint",), text))
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Give torch's type of this name."""
+    found: torch.dtype = getattr(torch, name)
+    return found

@@ -1,0 +1,99 @@
+"""
+The words of `distplat` inside a train function; each asks the session of its thread.
+
+`train` of docs/train_function.md shows all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.function.session import FunctionSession, Place
+
+_of_thread = threading.local()
+
+
+def prepare(*things: Any) -> Any:
+    """
+    Make what a loop trains with ready for several workers.
+
+    Args:
+        things: models, optimizers, DataLoaders and schedulers, in any order.
+
+    Returns:
+        The same things, in the same order. A model is the same object: rank 0's parameters, on the
+        worker's device, with gradients that are averaged in each backward. A DataLoader gives this
+        rank's part of the data, on the device; its batch size is per worker. Optimizers and
+        schedulers are given back as they are.
+
+    Raises:
+        SpecError: something that cannot be prepared; says what to do.
+    """
+    return _session().prepare(*things)
+
+
+def report(metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
+    """
+    Tell the run's figures: a step of its history. Rank 0's count; `loss` is the one that is shown.
+
+    Args:
+        metrics: numbers by name.
+        checkpoint: dicts, lists and tuples of tensors, numbers and strings, such as `state_dict()`
+            of model and optimizer; after a restart `get_checkpoint` gives the last one.
+
+    Raises:
+        SpecError: it holds something else; says where.
+    """
+    _session().report(metrics, checkpoint)
+
+
+def get_checkpoint() -> Any:
+    """Give the checkpoint that the run goes on from, on all ranks; None: it begins."""
+    return _session().checkpoint()
+
+
+def get_context() -> Place:
+    """Give rank, world size, local rank and device of this worker."""
+    return _session().place
+
+
+def barrier() -> None:
+    """Return when every worker has come here."""
+    _session().group.barrier()
+
+
+def no_sync() -> AbstractContextManager[None]:
+    """Accumulate gradients without averaging: for all backwards of a step but the last."""
+    return _session().no_sync()
+
+
+@contextmanager
+def running(session: FunctionSession) -> Iterator[None]:
+    """Have a session answer in this thread."""
+    _of_thread.session = session
+    try:
+        yield
+    finally:
+        _of_thread.session = None
+
+
+def call(function: Callable[..., object], config: Mapping[str, Any]) -> None:
+    """Call a train function, with the job's `task_args` if it takes an argument."""
+    if inspect.signature(function).parameters:
+        function(dict(config))
+    else:
+        function()
+
+
+def _session() -> FunctionSession:
+    found: FunctionSession | None = getattr(_of_thread, "session", None)
+    if found is None:
+        text = "this is not the thread of a train function that distplat runs"
+        hint = "call it in the function that Trainer(job, train) or `task: module:train` names"
+        raise SpecError(Problem(("task",), text, hint))
+    return found

@@ -1,0 +1,127 @@
+"""The order of samples that a task gives itself: a function of the epoch, looked at before use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from distplat.platform.sampler import Sampler
+from distplat.strategies.algorithms.seeds import order_seed
+from distplat.strategies.loop.checks import place
+from distplat.strategies.loop.seeding import generators_kept, seed_quickly
+from distplat.strategies.task import Task
+
+_EPOCHS = 2
+"""That are kept: loaders read ahead into the next one."""
+
+_BATCHES = "must give one sample after the other, not batches: the job has `global_batch_size`"
+
+
+class TaskOrder:
+    """
+    What a task's `sampler` gives for each epoch.
+
+    Args:
+        task: has a `sampler` of its own.
+        data: its training samples.
+        seed: of the job.
+
+    Raises:
+        ValueError: it gives no order that all ranks could follow; says what is wrong.
+    """
+
+    def __init__(self, task: Task, data: Dataset[Any], seed: int) -> None:
+        self._task, self._data, self._seed = task, data, seed
+        self._kept: dict[int, NDArray[np.int64]] = {}
+        first = self._read(0)
+        self.size = len(first)  #: samples of an epoch
+        if not self.size:
+            raise self._wrong("gave no samples for epoch 0")
+        if not np.array_equal(first, self._read(0)):
+            text = (
+                "gave two orders when it was asked twice for epoch 0, and ranks and restarts need "
+                "the same: draw from the global generators, which are seeded before each call, or "
+                "from one that you make in sampler() and seed with `epoch`"
+            )
+            raise self._wrong(text)
+        self._kept[0] = first
+
+    def __call__(self, epoch: int) -> NDArray[np.int64]:
+        """
+        Give the order of an epoch, shape [size].
+
+        Raises:
+            ValueError: see the class; or the epoch is longer or shorter than the first.
+        """
+        if epoch not in self._kept:
+            order = self._read(epoch)
+            if len(order) != self.size:
+                text = f"gave {len(order)} samples for epoch {epoch}, {self.size} for epoch 0"
+                raise self._wrong(f"{text}: all epochs must have as many, for so many steps it has")
+            self._kept = {k: v for k, v in self._kept.items() if abs(k - epoch) < _EPOCHS}
+            self._kept[epoch] = order
+        return self._kept[epoch]
+
+    def digest(self) -> str:
+        """Fingerprint of the first epoch's order."""
+        return hashlib.sha256(self(0).tobytes()).hexdigest()[:16]
+
+    def _read(self, epoch: int) -> NDArray[np.int64]:
+        with generators_kept():
+            seed_quickly(order_seed(self._seed, epoch))
+            found = self._task.sampler(self._data, epoch)
+            order = self._numbers(found)
+        size = len(self._data)  # type: ignore[arg-type]
+        outside = order[(order < 0) | (order >= size)]
+        if len(outside):
+            text = f"gave the sample {outside[0]} for epoch {epoch}, and the data has {size}: 0 to"
+            raise self._wrong(f"{text} {size - 1}")
+        order.setflags(write=False)
+        return order
+
+    def _numbers(self, found: Any) -> NDArray[np.int64]:
+        """Take what it gave: numbers in a tensor, an array, a list, or from a sampler of torch."""
+        if isinstance(found, torch.Tensor):
+            found = found.detach().cpu().numpy()
+        if not isinstance(found, Iterable):
+            hint = ": is there a `return`?" if found is None else ""
+            raise self._wrong(f"must give numbers of samples, got a {type(found).__name__}{hint}")
+        listed = found if isinstance(found, np.ndarray) else list(found)
+        try:
+            order = np.asarray(listed)
+        except ValueError:  # lists of several lengths
+            raise self._wrong(_BATCHES) from None
+        if order.ndim != 1:
+            raise self._wrong(_BATCHES)
+        if order.size and order.dtype.kind not in "iu":
+            raise self._wrong(f"must give whole numbers, got {listed[0]!r}")
+        return order.astype(np.int64)
+
+    def _wrong(self, text: str) -> ValueError:
+        return ValueError(f"{place(self._task, 'sampler')}sampler() {text}")
+
+
+def order_of(task: Task, data: Dataset[Any], seed: int) -> TaskOrder | None:
+    """
+    Give the order that a task wants; None: it leaves that to the job.
+
+    Args:
+        task: the user's.
+        data: what its `train_data` gave.
+        seed: of the job.
+
+    Raises:
+        ValueError: see `TaskOrder`.
+    """
+    return None if type(task).sampler is Task.sampler else TaskOrder(task, data, seed)
+
+
+def digest_of(sampler: Sampler) -> str:
+    """Fingerprint what a task says of the order; empty: nothing."""
+    return sampler.order.digest() if isinstance(sampler.order, TaskOrder) else ""

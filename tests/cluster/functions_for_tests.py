@@ -1,0 +1,71 @@
+"""Train functions that the cluster tests run by name."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import backward
+from torch.utils.data import DataLoader, TensorDataset
+
+import distplat
+
+
+def data_of() -> TensorDataset:
+    inputs = torch.randn(24, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return TensorDataset(inputs, inputs.square().sum(1, keepdim=True))
+
+
+def model_of() -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    with torch.no_grad():
+        for one in model.parameters():
+            one.copy_(torch.randn(one.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def train(config: dict[str, Any]) -> None:
+    """Train four epochs; with `kill_in` rank 1 ends there, once, when there is a checkpoint."""
+    model = model_of()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    batch = config["batch_size"] // distplat.get_context().get_world_size()
+    loader = DataLoader(data_of(), batch_size=batch, shuffle=True)
+    model, optimizer, loader = distplat.prepare(model, optimizer, loader)
+    first = 0
+    if (saved := distplat.get_checkpoint()) is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["epoch"]
+    for epoch in range(first, 4):
+        if epoch == config.get("kill_in") and distplat.get_context().get_world_rank() == 1:
+            _die_once(Path(config["folder"]))
+        loader.set_epoch(epoch)
+        for inputs, targets in loader:
+            loss = (model(inputs) - targets).square().mean()
+            backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        figures = {"loss": loss, "began_with": first}
+        distplat.report(figures, checkpoint={**state, "epoch": epoch + 1})
+
+
+def _die_once(folder: Path) -> None:
+    marker = folder / "killed"
+    if marker.exists():
+        return
+    marker.touch()
+    while not [*folder.glob("*/checkpoints/*/state.json")]:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wrong(config: dict[str, Any]) -> None:
+    """Raise after two reports."""
+    for _ in range(2):
+        distplat.report({"loss": 1.0})
+    raise KeyError("no such column")

@@ -1,0 +1,74 @@
+"""A train function on real actors: the loop's result, a lost worker, an error of the user's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from function_ranks import call_on_ranks
+from functions_for_tests import data_of, model_of, train
+from safetensors.torch import load_file
+from small_runs import HERE
+from torch import Tensor
+from torch.autograd import backward
+from torch.utils.data import DataLoader, DistributedSampler
+
+from distplat import Result, Trainer
+from distplat.platform.errors import UserCodeError
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+
+def fit(workers: int, folder: Path, function: str = "train", **config: Any) -> Result:
+    job = {
+        "name": "loop",
+        "task": f"functions_for_tests:{function}",
+        "task_args": {"batch_size": 12, "folder": str(folder), **config},
+        "strategy": "ring",
+        "scaling": {"num_workers": workers, "resources_per_worker": {"CPU": 0.5}},
+        "storage_path": str(folder),
+    }
+    return Trainer(job, working_dir=HERE).fit()
+
+
+def state_of(result: Result) -> Mapping[str, Tensor]:
+    assert result.checkpoint is not None
+    return load_file(result.checkpoint)
+
+
+def plain() -> Mapping[str, Tensor]:
+    """The same loop in one process."""
+    model = model_of()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    sampler: DistributedSampler[Any] = DistributedSampler(data_of(), 1, 0, seed=0)
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        for inputs, targets in DataLoader(data_of(), 12, sampler=sampler):
+            backward((model(inputs) - targets).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.state_dict()
+
+
+def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(tmp_path: Path) -> None:
+    killed = fit(2, tmp_path, kill_in=2)
+    assert len(killed.setbacks) == 1
+    assert killed.metrics["began_with"] in (1, 2), "not from the first epoch"
+    assert [one.step for one in killed.history] == [1, 2, 3, 4]
+    assert [one.samples for one in killed.history] == [24] * 4
+    found = state_of(killed)
+    undisturbed = call_on_ranks(lambda config: train({"batch_size": 12}), 2).trained[0]
+    for name, value in plain().items():
+        assert torch.equal(found[name], undisturbed[name]), name
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_an_error_of_the_function_is_the_users(tmp_path: Path) -> None:
+    with pytest.raises(UserCodeError) as caught:
+        fit(1, tmp_path, "wrong")
+    assert caught.value.step == 3
+    assert "no such column" in caught.value.summary
+    lines = [line for line in caught.value.traceback.splitlines() if line.startswith('  File "')]
+    assert len(lines) == 1
+    assert "functions_for_tests.py" in lines[0]

@@ -1,0 +1,71 @@
+"""A train function in memory: N ranks as threads, with the group of `strategies/fakes.py`."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from local_run import as_read
+from rank_threads import on_ranks
+from torch import Tensor
+
+from distplat.actors.checkpoint_uploader import CheckpointUploader
+from distplat.actors.function_run import run_function
+from distplat.platform.checkpoints import Delivery
+from distplat.platform.progress import AnyReport
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_job
+from distplat.strategies.checkpoint.checkpoint_reader import SavedState
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.function.session import Outlets
+from distplat.strategies.loop.loop import Progress
+
+
+@dataclass
+class FunctionRun:
+    """What a run came to."""
+
+    trained: list[dict[str, Tensor]] = field(default_factory=list)  #: by rank
+    reports: list[AnyReport] = field(default_factory=list)
+    checkpoints: dict[int, SavedState] = field(default_factory=dict)  #: by version
+
+
+def function_job(workers: int = 1, **fields: Any) -> Job:
+    """Make the job of a train function."""
+    given = {"name": "test", "strategy": "ring", "scaling": {"num_workers": workers}}
+    return make_job({**given, "own_loop": True, **fields})
+
+
+def call_on_ranks(
+    function: Callable[[Mapping[str, Any]], object],
+    workers: int = 1,
+    *,
+    job: Job | None = None,
+    saved: SavedState | None = None,
+    nodes: Callable[[int], str] = lambda rank: "here",
+) -> FunctionRun:
+    """Run a function on all ranks; raises what the first of them raises."""
+    job = job or function_job(workers)
+    world, found, lock = job.scaling.world, FunctionRun(), threading.Lock()
+    fabric = Fabric(world, 10.0)
+
+    def deliver(delivery: Delivery) -> None:
+        with lock:
+            state = as_read(job, delivery.version, [delivery])
+            found.checkpoints[delivery.version] = state
+
+    def body(rank: int) -> dict[str, Tensor]:
+        copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
+        uploader = CheckpointUploader(rank, 0, copied, deliver, 10.0)
+        trained = run_function(
+            job,
+            lambda: function,
+            fabric.collective(rank),
+            nodes(rank),
+            Outlets(found.reports.append, uploader.take, Progress(), saved),
+        )
+        uploader.flush()
+        return trained
+
+    found.trained = on_ranks(world, body, failed=fabric.give_up)
+    return found

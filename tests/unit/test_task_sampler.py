@@ -1,0 +1,221 @@
+"""A task's own order of samples: the same for any number of workers, and for a run that goes on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jobs import job_of
+from local_run import LocalRun, train
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from distplat.platform.errors import SpecError
+from distplat.platform.spec import Job
+from distplat.strategies.loop.batches import make_sampler
+from distplat.strategies.loop.seeding import state_of_generators
+from distplat.strategies.loop.task_order import TaskOrder
+from distplat.strategies.task import Task
+from distplat.strategies.task_methods import unheard
+from distplat.strategies.verification.references import references
+from distplat.strategies.verification.switched import switched
+
+WIDE = torch.float64
+SAMPLES, EPOCH, BATCH, EPOCHS, ACCUMULATED = 11, 19, 6, 3, 2
+STEPS = 12
+"""Of 6, 6, 6 and 1 samples, three times."""
+DATA = TensorDataset(
+    torch.randn(SAMPLES, 4, dtype=WIDE, generator=torch.Generator().manual_seed(1)),
+    torch.randn(SAMPLES, 3, dtype=WIDE, generator=torch.Generator().manual_seed(2)),
+)
+
+
+class Weighted(Task):
+    """Draws more samples in an epoch than there are, some of them several times."""
+
+    def model(self) -> nn.Module:
+        layers = nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)
+        return nn.Sequential(*layers).to(WIDE)
+
+    def train_data(self) -> TensorDataset:
+        return DATA
+
+    def sampler(self, data: Any, epoch: int) -> WeightedRandomSampler:
+        # Its own generator: here the ranks are threads, and share the global ones.
+        weights = [1.0 + n % 3 for n in range(len(data))]
+        generator = torch.Generator().manual_seed(epoch)
+        return WeightedRandomSampler(weights, EPOCH, generator=generator)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+
+def job(strategy: Any, workers: int, **fields: Any) -> Job:
+    length = {} if "steps" in fields else {"epochs": EPOCHS}
+    given = {**length, "gradient_accumulation": ACCUMULATED, **fields}
+    optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+    return job_of(strategy, workers, optimizer=optimizer, global_batch_size=BATCH, **given)
+
+
+def plain() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    task = Weighted()
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(EPOCHS):
+        order = list(task.sampler(DATA, epoch))
+        for start in range(0, EPOCH, BATCH):
+            inputs, targets = DATA[order[start : start + BATCH]]
+            optimizer.zero_grad()
+            torch.autograd.backward(task.loss(model(inputs), targets))
+            optimizer.step()
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+PIPELINE = {"name": "hybrid", "pipeline": 2, "cut": "even"}
+WORLDS = [(s, n) for s in ("ring", "ps-sync") for n in (1, 2, 3)] + [(PIPELINE, 2)]
+
+
+@pytest.mark.parametrize(("strategy", "workers"), WORLDS)
+def test_any_number_of_workers_follows_it(strategy: Any, workers: int) -> None:
+    run = train(job(strategy, workers), Weighted)
+    assert run.ranks[0].prepared.total_steps == STEPS
+    found = {name: value for part in run.trained for name, value in part.items()}
+    for name, value in plain().items():
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
+
+
+def test_one_worker_at_its_own_pace_follows_it() -> None:
+    found = train(job("ps-async", 1, gradient_accumulation=1), Weighted).parameters()
+    for name, value in plain().items():
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch() -> None:
+    whole = train(job("ring", 2, checkpoint={"every_steps": 6}), Weighted)
+    rest = train(job("ring", 2), Weighted, saved=whole.checkpoints[6])
+    for name, value in whole.trained[0].items():
+        assert torch.equal(rest.trained[0][name], value), name
+
+
+Give = Callable[[Any, int], Any]
+
+
+def task_of(give: Give) -> Task:
+    class Given(Weighted):
+        def sampler(self, data: Any, epoch: int) -> Any:
+            return give(data, epoch)
+
+    return Given()
+
+
+def shuffled(data: Any, epoch: int) -> Tensor:
+    return torch.randperm(len(data))
+
+
+FORMS: list[tuple[Give, list[int] | None]] = [
+    (lambda data, epoch: [3, 1, 3], [3, 1, 3]),
+    (lambda data, epoch: range(2), [0, 1]),
+    (lambda data, epoch: torch.tensor([4, 2]), [4, 2]),
+    (lambda data, epoch: np.array([4, 2], np.uint8), [4, 2]),
+    (lambda data, epoch: (n for n in (5, 0)), [5, 0]),
+    (lambda data, epoch: [torch.tensor(1), np.int32(2)], [1, 2]),
+    (lambda data, epoch: SequentialSampler(data), [*range(SAMPLES)]),
+    (lambda data, epoch: RandomSampler(data), None),
+    (lambda data, epoch: SubsetRandomSampler(range(4)), None),
+    (lambda data, epoch: WeightedRandomSampler([1.0, 2.0], 9), None),
+    (shuffled, None),
+    (lambda data, epoch: np.random.permutation(5), None),
+]
+
+
+@pytest.mark.parametrize(("give", "expected"), FORMS)
+def test_what_it_may_give(give: Give, expected: list[int] | None) -> None:
+    """What draws does so by seed and epoch, and takes nothing from the training's generators."""
+    before = state_of_generators()
+    one, again, other = (TaskOrder(task_of(give), DATA, seed) for seed in (3, 3, 4))
+    assert state_of_generators() == before
+    for epoch in (1, 0, 2, 0):
+        assert one(epoch).tolist() == again(epoch).tolist()
+        assert expected is None or one(epoch).tolist() == expected
+    if expected is None:
+        assert len({str([order(n).tolist() for n in range(6)]) for order in (one, other)}) == 2
+        assert len({str(one(n).tolist()) for n in range(6)}) > 1
+
+
+HELD = torch.Generator().manual_seed(1)
+WRONG: list[tuple[Give, str]] = [
+    (lambda data, epoch: None, r"must give numbers of samples, got a NoneType: is there a `ret"),
+    (lambda data, epoch: 3, "must give numbers of samples, got a int"),
+    (lambda data, epoch: [], "gave no samples for epoch 0"),
+    (lambda data, epoch: [0, SAMPLES], "gave the sample 11 for epoch 0, and the data has 11: 0 to"),
+    (lambda data, epoch: [0, -1], "gave the sample -1 for epoch 0"),
+    (lambda data, epoch: [0.5], "must give whole numbers, got 0.5"),
+    (lambda data, epoch: ["a"], "must give whole numbers, got 'a'"),
+    (
+        lambda data, epoch: BatchSampler(SequentialSampler(data), 3, drop_last=False),
+        "must give one sample after the other, not batches",
+    ),
+    (lambda data, epoch: [[0, 1], [2, 3]], "must give one sample after the other, not batches"),
+    (
+        lambda data, epoch: torch.randperm(9, generator=HELD),
+        "gave two orders when it was asked twice for epoch 0.*seed with `epoch`",
+    ),
+    (lambda data, epoch: range(4 - epoch), "gave 3 samples for epoch 1, 4 for epoch 0"),
+]
+
+
+@pytest.mark.parametrize(("give", "text"), WRONG)
+def test_what_no_rank_could_follow_is_told(give: Give, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"test_task_sampler.py:\d+: sampler\(\) {text}"):
+        TaskOrder(task_of(give), DATA, 0)(1)
+
+
+def test_a_batch_larger_than_an_epoch_is_told() -> None:
+    order = TaskOrder(task_of(lambda data, epoch: [0, 1]), DATA, 0)
+    with pytest.raises(ValueError, match="has 2 samples: no batch of 6 fits"):
+        make_sampler(job("ring", 1, data={"drop_last": True}), DATA, 1, order)
+
+
+def test_ranks_with_another_order_are_told() -> None:
+    class Differs(Weighted):
+        made = 0
+
+        def __init__(self) -> None:
+            Differs.made += 1
+            self.rank = Differs.made
+
+        def sampler(self, data: Any, epoch: int) -> Any:
+            return [self.rank, 2, 0]
+
+    run = LocalRun(job("ring", 2), Differs)
+    facts = [rank.prepared.facts for rank in run.ranks]
+    assert all(facts) and facts[0] != facts[1]
+    run.close()
+    with pytest.raises(SpecError, match=r"sampler\(\) gives worker-\d another order of samples"):
+        train(job("ring", 2), Differs)
+
+
+def test_another_library_s_name_is_told() -> None:
+    class Theirs(Weighted):
+        def get_train_sampler(self) -> None: ...
+
+    (line,) = unheard(Theirs)
+    assert "get_train_sampler() is never called: write sampler(data, epoch)" in line
+
+
+def test_verify_follows_it() -> None:
+    of = job("ring", 2, steps=STEPS)
+    found = references(of, lambda switches: switched(Weighted, switches)())
+    assert found.whole is not None
+    assert not found.whole.differs
+    for name, value in plain().items():
+        assert torch.allclose(found.plain.states[STEPS][name], value, rtol=0, atol=1e-10), name

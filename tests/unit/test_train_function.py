@@ -1,0 +1,442 @@
+"""A train function under `ring` against a plain loop over the same global batches."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from function_ranks import call_on_ranks, function_job
+from torch import Tensor, nn
+from torch.autograd import backward
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import distplat
+from distplat.platform.errors import NonFiniteError, SpecError
+from distplat.platform.progress import StepReport
+
+GLOBAL = 12
+SAMPLES = 48
+
+
+def model_of(seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    with torch.no_grad():
+        for one in model.parameters():
+            one.copy_(torch.randn(one.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def data_of() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(SAMPLES, 4, generator=generator, dtype=torch.float64)
+    return TensorDataset(inputs, inputs.square().sum(1, keepdim=True))
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    loss: Tensor = (model(batch[0]) - batch[1]).square().mean()
+    return loss
+
+
+Change = Callable[[nn.Module], object]
+Make = Callable[[Any], torch.optim.Optimizer]
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.05)
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
+
+
+def adagrad(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(parameters, lr=0.1)
+
+
+def plain(make: Make, *, epochs: int = 2, clip: float | None = None) -> dict[str, Tensor]:
+    model = model_of()
+    optimizer = make(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for _ in range(epochs):
+        for batch in DataLoader(data_of(), batch_size=GLOBAL):
+            backward(loss_of(model, batch))
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+    return model.state_dict()
+
+
+def function_of(
+    make: Make,
+    world: int,
+    *,
+    clip: float | None = None,
+    set_to_none: bool = True,
+) -> Callable[[Mapping[str, Any]], object]:
+    def train(config: Mapping[str, Any]) -> None:
+        model = model_of(seed=distplat.get_context().rank)  # rank 0's is everybody's
+        optimizer = make(model.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        loader = DataLoader(data_of(), batch_size=GLOBAL // world)
+        model, optimizer, loader, scheduler = distplat.prepare(model, optimizer, loader, scheduler)
+        for _ in range(2):
+            for batch in loader:
+                loss = loss_of(model, batch)
+                backward(loss)
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=set_to_none)
+                distplat.report({"loss": loss.item()})
+            scheduler.step()
+
+    return train
+
+
+def assert_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("make", [adam, momentum, adagrad])
+def test_parameters_are_those_of_a_plain_loop(world: int, make: Make) -> None:
+    run = call_on_ranks(function_of(make, world), world)
+    for rank in range(world):
+        assert_equal(run.trained[rank], plain(make))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_clipping_sees_averaged_gradients(world: int) -> None:
+    run = call_on_ranks(function_of(momentum, world, clip=0.1), world)
+    assert_equal(run.trained[0], plain(momentum, clip=0.1))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_gradients_may_be_kept_and_set_to_zero(overlap: bool) -> None:
+    job = function_job(2, strategy={"name": "ring", "overlap": overlap, "bucket_mb": 1e-5})
+    run = call_on_ranks(function_of(adam, 2, set_to_none=False), job=job)
+    assert_equal(run.trained[1], plain(adam))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_sync_accumulates(world: int) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        parts = SAMPLES // world // 2
+        model = model_of()
+        optimizer = momentum(model.parameters())
+        loader = DataLoader(data_of(), batch_size=2)
+        model, optimizer, loader = distplat.prepare(model, optimizer, loader)
+        for number, batch in enumerate(loader, 1):
+            if number < parts:
+                with distplat.no_sync():
+                    backward(loss_of(model, batch) / parts)
+            else:
+                backward(loss_of(model, batch) / parts)
+        optimizer.step()
+
+    model = model_of()
+    optimizer = momentum(model.parameters())
+    backward(loss_of(model, data_of()[:]))
+    optimizer.step()
+    assert_equal(call_on_ranks(train, world).trained[0], model.state_dict())
+
+
+def test_each_backward_adds_its_average_as_in_ddp() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = distplat.prepare(model_of())
+        rank = distplat.get_context().rank
+        for part in (0, 2):
+            backward(loss_of(model, data_of()[part + rank : part + rank + 1]))
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+    model = model_of()
+    for part in (0, 2):
+        backward(loss_of(model, data_of()[part : part + 2]))
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert_equal(call_on_ranks(train, 2).trained[1], model.state_dict())
+
+
+class Branches(nn.Module):
+    """The second branch is used on some ranks, the third nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(4, 1).double() for _ in range(3))
+
+    def forward(self, x: Tensor, *, both: bool) -> Tensor:
+        found: Tensor = self.branches[0](x)
+        return found + self.branches[1](x) if both else found
+
+
+def test_a_parameter_without_gradient_rests() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = Branches()
+        start = {k: v.clone() for k, v in model.state_dict().items()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        model, optimizer = distplat.prepare(model, optimizer)
+        start = {k: v.clone() for k, v in model.state_dict().items()}
+        for step in range(3):
+            rank = distplat.get_context().rank
+            backward(model(torch.ones(2, 4).double(), both=rank == 1 and step == 1).sum())
+            has = [one.weight.grad is not None for one in model.branches]
+            assert has == [True, step == 1, False]
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(model.branches[2].weight, start["branches.2.weight"])
+        mean = torch.full((1, 4), 1.0).double()  # two samples of ones on one of two ranks
+        before = start["branches.1.weight"]
+        torch.testing.assert_close(
+            model.branches[1].weight.detach(), before - 0.1 * (mean + 0.1 * before)
+        )
+
+    call_on_ranks(train, 2)
+
+
+def test_two_models_as_a_gan_has_them() -> None:
+    def step(g: nn.Module, d: nn.Module, og: Any, od: Any, batch: Tensor) -> None:
+        backward(d(torch.cat([batch, g(batch).detach()])).square().mean())
+        od.step()
+        od.zero_grad()
+        backward(d(g(batch)).mean())
+        og.step()
+        og.zero_grad()
+        od.zero_grad()
+
+    def make() -> tuple[nn.Module, nn.Module, Any, Any]:
+        g = nn.Linear(4, 4).double()
+        nn.init.eye_(g.weight)
+        nn.init.zeros_(g.bias)
+        d = model_of()
+        return g, d, adam(g.parameters()), momentum(d.parameters())
+
+    def train(config: Mapping[str, Any]) -> None:
+        g, d, og, od = distplat.prepare(*make())
+        rank = distplat.get_context().rank
+        for number in range(3):
+            step(g, d, og, od, data_of().tensors[0][4 * number + 2 * rank :][:2])
+
+    g, d, og, od = make()
+    for number in range(3):
+        step(g, d, og, od, data_of().tensors[0][4 * number :][:4])
+    wanted = {f"0.{k}": v for k, v in g.state_dict().items()}
+    wanted |= {f"1.{k}": v for k, v in d.state_dict().items()}
+    assert_equal(call_on_ranks(train, 2).trained[1], wanted)
+
+
+def test_a_frozen_model_is_rank_0s_and_a_step_has_its_help() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().rank
+        teacher = model_of(rank + 5).requires_grad_(False)
+        model = model_of()
+        optimizer = momentum(model.parameters())
+        model, teacher, optimizer = distplat.prepare(model, teacher, optimizer)
+        inputs = data_of().tensors[0][2 * rank :][:2]
+        backward((model(inputs) - teacher(inputs)).square().mean())
+        optimizer.step()
+
+    model, teacher = model_of(), model_of(5)
+    optimizer = momentum(model.parameters())
+    inputs = data_of().tensors[0][:4]
+    backward((model(inputs) - teacher(inputs).detach()).square().mean())
+    optimizer.step()
+    assert_equal(call_on_ranks(train, 2).trained[1], model.state_dict())
+
+
+def test_the_loops_own_distributed_sampler_says_which_epoch_it_is() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        sampler: DistributedSampler[int] = DistributedSampler(Odd(), 1, 0)
+        loader = distplat.prepare(DataLoader(Odd(), batch_size=2, sampler=sampler))
+        seen: dict[int, list[int]] = {}
+        for epoch in (3, 4, 3):
+            sampler.set_epoch(epoch)
+            order = [number for batch in loader for number in batch.tolist()]
+            assert seen.setdefault(epoch, order) == order
+        assert seen[3] != seen[4]
+
+    call_on_ranks(train)
+
+
+def test_buffers_are_those_of_rank_0() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = distplat.prepare(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)))
+        backward(model(torch.randn(4, 2) + distplat.get_context().rank).sum())
+
+    first, second = call_on_ranks(train, 2).trained
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_steps_are_what_rank_0_reports() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        loader = distplat.prepare(DataLoader(data_of(), batch_size=4))
+        for number, _ in enumerate(loader):
+            rank = distplat.get_context().rank
+            figures = {"loss": number + 10 * rank, "accuracy": torch.tensor(0.5)}
+            distplat.report(figures)
+
+    reports = [one for one in call_on_ranks(train, 2).reports if isinstance(one, StepReport)]
+    assert [one.step for one in reports] == [*range(6)]
+    assert [one.loss for one in reports] == [*range(6)]
+    assert {one.samples for one in reports} == {8}
+    assert reports[0].figures == {"accuracy": 0.5}
+
+
+def resumable(steps: int) -> Callable[[Mapping[str, Any]], object]:
+    def train(config: Mapping[str, Any]) -> None:
+        model = model_of()
+        optimizer = adam(model.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        loader = DataLoader(data_of(), batch_size=24, shuffle=True)
+        model, optimizer, loader = distplat.prepare(model, optimizer, loader)
+        first = 0
+        if (saved := distplat.get_checkpoint()) is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scheduler.load_state_dict(saved["scheduler"])
+            first = saved["epoch"]
+        for epoch in range(first, steps):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                loss = loss_of(model, batch)
+                backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            scheduler.step()
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "epoch": epoch + 1,
+                "best": (0.5, None, [True, "x"]),
+            }
+            distplat.report({"loss": loss}, checkpoint=state)
+
+    return train
+
+
+def test_it_goes_on_from_a_checkpoint_with_the_same_bits() -> None:
+    whole = call_on_ranks(resumable(4), 2)
+    half = call_on_ranks(resumable(2), 2)
+    assert sorted(half.checkpoints) == [1, 2]
+    rest = call_on_ranks(resumable(4), 2, saved=half.checkpoints[2])
+    for name, value in whole.trained[0].items():
+        assert torch.equal(rest.trained[1][name], value), name
+    assert [one.step for one in rest.reports] == [2, 3]
+
+
+def test_the_context_tells_ranks_of_a_node() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def train() -> None:
+        place = distplat.get_context()
+        distplat.barrier()
+        seen.append(
+            (
+                place.get_world_rank(),
+                place.get_world_size(),
+                place.get_local_rank(),
+                place.get_local_world_size(),
+                place.is_main_process,
+            )
+        )
+
+    call_on_ranks(train, 3, nodes=lambda rank: "a" if rank == 1 else "b")  # type: ignore[arg-type]
+    assert sorted(seen) == [(0, 3, 0, 2, True), (1, 3, 0, 1, False), (2, 3, 1, 2, False)]
+
+
+def test_an_infinite_gradient_ends_the_run_unless_it_is_to_be_ignored() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = distplat.prepare(model_of())
+        backward(loss_of(model, data_of()[:2]) * float("inf"))
+
+    with pytest.raises(NonFiniteError):
+        call_on_ranks(train, 2)
+    call_on_ranks(train, job=function_job(2, failure={"non_finite": "ignore"}))
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        return iter([torch.zeros(1)])
+
+
+def weighted() -> DataLoader[Any]:
+    return DataLoader(data_of(), sampler=WeightedRandomSampler([1.0] * SAMPLES, SAMPLES))
+
+
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: DataLoader(Stream()), "IterableDataset"),
+    (weighted, "WeightedRandomSampler"),
+    (lambda: DataLoader(data_of(), batch_size=None), "batch_size=None"),
+    (lambda: 3, "prepare() got a int"),
+]
+
+
+@pytest.mark.parametrize(("make", "text"), REFUSED)
+def test_what_cannot_be_prepared_is_named(make: Callable[[], Any], text: str) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.prepare(make())
+
+    with pytest.raises(SpecError) as caught:
+        call_on_ranks(train)
+    assert text in str(caught.value)
+
+
+def test_ranks_with_other_models_are_named() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.prepare(nn.Linear(2, 1 + distplat.get_context().rank // 2))
+
+    with pytest.raises(SpecError, match="another model on rank 2"):
+        call_on_ranks(train, 3)
+
+
+@pytest.mark.parametrize("bad", [{"a": object()}, {"a": [{1.5: 2}]}])
+def test_what_a_checkpoint_cannot_hold_is_named(bad: Any) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.report({"loss": 1.0}, checkpoint=bad)
+
+    with pytest.raises(SpecError, match=r"checkpoint\['a'\]"):
+        call_on_ranks(train)
+
+
+def test_outside_of_a_run_the_words_say_so() -> None:
+    for word in (distplat.get_checkpoint, distplat.barrier, distplat.get_context):
+        with pytest.raises(SpecError, match="train function"):
+            word()
+
+
+class Odd(Dataset[int]):
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, place: int) -> int:
+        return place
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_each_epoch_has_every_sample_in_an_order_of_its_own(shuffle: bool) -> None:
+    seen: dict[tuple[int, int], list[int]] = {}
+
+    def train(config: Mapping[str, Any]) -> None:
+        loader = distplat.prepare(DataLoader(Odd(), batch_size=2, shuffle=shuffle))
+        rank = distplat.get_context().rank
+        for epoch in range(2):
+            seen[rank, epoch] = [number for batch in loader for number in batch.tolist()]
+        loader.set_epoch(0)
+        assert [number for batch in loader for number in batch.tolist()] == seen[rank, 0]
+
+    call_on_ranks(train, 2)
+    for epoch in range(2):
+        assert sorted(seen[0, epoch] + seen[1, epoch]) == [*range(10)]
+    assert (seen[0, 0] != seen[0, 1]) == shuffle
