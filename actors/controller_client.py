@@ -57,7 +57,7 @@ class ControllerClient:
     ) -> None:
         self._transport, self._controller = transport, controller
         self._begin = actor_group, base
-        self._limit_s = actor_group.launch.job.failure.start_timeout_s
+        self._limits = actor_group.launch.job.failure
         self._step: int | None = None  #: the last one that is known to be made
         self._up = False  #: it has answered, and was not lost since
 
@@ -89,9 +89,16 @@ class ControllerClient:
                 return
 
     def _ask(self, check: Callable[[], None], method: str, *args: Any) -> Any:
-        """Call a method, again where an answer is lost; every one of them may be called twice."""
+        """
+        Call a method, again where an answer is lost; every one of them may be called twice.
+
+        A poll is answered at once by a thread that does nothing else: a controller that leaves it
+        open is frozen. What a run begins with and its result take their time.
+        """
         call = partial(self._transport.call, self._controller, method, *args)
-        limit, setting = self._limit_s, "start_timeout_s"
+        limit, setting = self._limits.start_timeout_s, "start_timeout_s"
+        if method == "poll":
+            limit, setting = self._limits.heartbeat_timeout_s, "heartbeat_timeout_s"
         try:
             answer = ask(self._transport, "an answer", [call], [_NAME], limit, setting, check)[0]
         except ActorLost as error:

@@ -157,11 +157,14 @@ def test_what_the_driver_finds_out_by_itself_is_told_as_it_is() -> None:
         driver.follow(check)
 
 
-def test_a_controller_that_does_not_answer_is_late() -> None:
+@pytest.mark.parametrize(
+    ("method", "setting"), [("poll", "heartbeat_timeout_s"), ("result", "start_timeout_s")]
+)
+def test_a_controller_that_does_not_answer_is_late(method: str, setting: str) -> None:
     driver = Driver()
-    driver.client._limit_s = 0.3
-    driver.cluster.inject("poll", Fault(delay_s=1e6), times=100)
-    with pytest.raises(DeadlineExceeded, match=r"missing: controller; `failure.start_timeout_s`"):
+    driver.client._limits = driver.client._limits.model_copy(update={setting: 0.3})
+    driver.cluster.inject(method, Fault(delay_s=1e6), times=100)
+    with pytest.raises(DeadlineExceeded, match=rf"missing: controller; `failure.{setting}`"):
         driver.follow()
 
 
