@@ -24,6 +24,7 @@ OF_TASKS = (
     "precision",
     "compile",
     "activation_checkpointing",
+    "ema",
     "data",
     "evaluation",
 )
