@@ -25,6 +25,7 @@ OF_TASKS = (
     "precision",
     "compile",
     "activation_checkpointing",
+    "ema",
     "data",
     "evaluation",
 )
