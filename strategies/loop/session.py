@@ -223,31 +223,33 @@ def join(
         DistplatError: whatever the ports raise while the ranks find each other.
     """
     p, leases = prepared, ports.leases
-    if ports.peers is not None:
-        ports = replace(ports, peers=cache(ports.peers))  # one group for all who need it
+    ports = _with_one_group(ports)
     _compare(p, rank, ports.board)
     group = ports.collective if p.roles.collective is not None else None
     if strategy.cuts_model:
         p.part, p.holding = strategy.cut_model(p, rank, group)
     _load(p, around.saved)
-    if p.state is None:
-        p.state = ModelState(p.flat, _shares_of(p), p.task.buffers)
     context = _context(p, rank, ports, around, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
+    gathering = _gathering(p, strategy, context)
     if leases is not None:
-        evaluates = p.eval_data is not None
-        leases.connect(course_of(p.job, p.sampler, p.total_steps, start, evaluates))
+        leases.connect(course_of(p.job, p.sampler, p.total_steps, start, p.eval_data is not None))
         if p.roles.consistency.dynamic_tasks:
             work = TaskModel(p, strategy.last_backward, progress.beat)
-            gathering = _gathering(p, strategy, context)
             steps = leases, work, start, checkpoint
             return LeasedLoop(p, strategy, rank, report, progress, *steps, gathering)
     compute = strategy.compute(p, context)
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
-    loop.gathering = _gathering(p, strategy, context)
-    return replace(loop, pause=pause, evaluated=p.state.discard, group=group)
+    assert p.state is not None, "_load() makes it"
+    loop = replace(loop, pause=pause, evaluated=p.state.discard, group=group)
+    return replace(loop, gathering=gathering)
+
+
+def _with_one_group(ports: Ports) -> Ports:
+    """Have all who need a group of the workers get the same one."""
+    return ports if ports.peers is None else replace(ports, peers=cache(ports.peers))
 
 
 def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> Gathering:
@@ -263,7 +265,7 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
         refused = Problem(("gradient_accumulation",), text, "set it to 1")
     met = p.roles.collective is not None
     meet = (lambda: context.collective) if met else context.peers
-    assert p.state is not None, "join() makes it"
+    assert p.state is not None, "_load() makes it"
     expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
     return Gathering(meet, p.sampler.world, p.state.shares.micro_batches, expected, refused)
 
@@ -323,10 +325,12 @@ def _set_up(
 
 
 def _load(p: Prepared, saved: SavedState | None) -> None:
-    """Begin from a checkpoint, where there is one."""
+    """Begin from a checkpoint, where there is one; then look after what is not trained."""
     if saved is not None:
         saved.check_data(p.sampler.size)
         saved.load_model(p.flat, None if p.holding is None else p.holding.places)
+    if p.state is None:
+        p.state = ModelState(p.flat, _shares_of(p), p.task.buffers)
 
 
 def _checkpoints(
