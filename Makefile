@@ -23,7 +23,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest $(ON_RAY) -m "not slow" tests/cluster tests/gpu
 
-test-all: test
+test-all: test $(VENV)/.installed-bench
 	$(BIN)/python -m pytest $(ON_RAY) -m slow tests/cluster
 	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(DRAWN)
 	DISTPLAT_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_kill_inside.py

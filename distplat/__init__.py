@@ -26,6 +26,7 @@ _HOMES = {
     "no_sync": "distplat.strategies.function.words",
     "prepare": "distplat.strategies.function.words",
     "report": "distplat.strategies.function.words",
+    "all_gather": "distplat.strategies.loop.gathering",
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Task",
     "Trainer",
     "__version__",
+    "all_gather",
     "barrier",
     "get_checkpoint",
     "get_context",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
         prepare,
         report,
     )
+    from distplat.strategies.loop.gathering import all_gather
     from distplat.strategies.loop.seeding import sample_rng
     from distplat.strategies.task import Task
 

@@ -21,9 +21,11 @@ OF_TASKS = (
     "embeddings",
     "gradient_accumulation",
     "clip_norm",
+    "ema",
     "precision",
     "compile",
     "activation_checkpointing",
+    "ema",
     "data",
     "evaluation",
 )

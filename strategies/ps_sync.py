@@ -50,6 +50,7 @@ class PsSync(Strategy[PsSyncOptions]):
     worker: ClassVar[str | type] = "distplat.strategies.ps_sync_worker:PsSyncWorker"
     has_checkpoints = True
     averages = True
+    gathers = True
     options_type = PsSyncOptions
 
     def roles(self, job: Job) -> Roles:

@@ -54,6 +54,7 @@ class Ring(Strategy[RingOptions]):
     worker: ClassVar[str | type] = "distplat.strategies.ring_worker:RingWorker"
     has_checkpoints = True
     averages = True
+    gathers = True
 
     def roles(self, job: Job) -> Roles:
         """Ask for one group of all workers."""

@@ -103,6 +103,9 @@ class Strategy(Generic[OptionsT]):
     """The subclass of `WorkerStrategy`, or `"module:Class"` where it is in a module of its own."""
     has_checkpoints: ClassVar[bool] = False
     """Whether the worker's class has `checkpoint`; a job that wants some is refused elsewhere."""
+    gathers: ClassVar[bool] = False
+    """Whether all workers compute the same step at a time and gradients are sums over them, so that
+    a loss may use `all_gather`; it is refused elsewhere."""
     averages: ClassVar[bool] = False
     """Whether the worker's class has `average`; a job with an `ema` is refused elsewhere."""
 

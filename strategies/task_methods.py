@@ -96,7 +96,7 @@ def unheard(kind: type[Task]) -> list[str]:
         SpecError: see `check_loss`.
     """
     check_loss(kind)
-    used = {name for _, member in _members(kind) for name in _names_in(member)}
+    used = {name for _, member in _members(kind) for name in names_in(member)}
     found = []
     for name, member in _members(kind):
         instead = _BESIDE_STEP if name == "forward" and _overrides(kind, "step") else _instead(name)
@@ -191,7 +191,7 @@ def _members(kind: type[Task]) -> Iterator[tuple[str, Callable[..., object]]]:
                 yield name, inner
 
 
-def _names_in(member: Callable[..., object]) -> set[str]:
+def names_in(member: Callable[..., object]) -> set[str]:
     """Give the attributes and globals that a function names, itself and within."""
     code = getattr(inspect.unwrap(member), "__code__", None)
     names: set[str] = set()

@@ -176,8 +176,7 @@ class FunctionSession:
         if not self.place.is_main_process:
             return
         loss = figures.pop("loss", math.nan)
-        seconds = {"data": waited, "compute": max(0.0, whole - waited), "exchange": 0.0}
-        seconds["update"] = 0.0
+        seconds = {"data": waited, "compute": max(0.0, whole - waited)}
         self._outlets.report(
             StepReport(0, step, self._epoch, loss, samples, seconds, 0, figures, weight=1.0)
         )

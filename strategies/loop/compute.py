@@ -25,6 +25,7 @@ from distplat.strategies.loop.batches import (
 )
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.control import StepControl
+from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.loss_check import LossDoubts
 from distplat.strategies.loop.losses import Figures, LossTerm, eval_figures, made_of
 from distplat.strategies.loop.prepared import Prepared
@@ -168,9 +169,11 @@ class WholeModel:
         for number, size in enumerate(sizes, 1):
             batch = moved(next(self._batches), self.flat.params.device)
             clock.lap("data")
+            asked = calls()
             with precision(self.job, self.flat.params.device):
                 made = made_of(self.task, self.flat.model, batch, size)
-                self._doubts.look(step, made, size)
+                if calls() == asked:  # else it is no mean over samples, and the others wait
+                    self._doubts.look(step, made, size)
             term = made.term
             self.flat.before_backward()
             if number == len(sizes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -17,6 +17,7 @@ from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, TaskModel
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
+from distplat.strategies.loop.gathering import Gathering
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import rate_figures
@@ -144,6 +145,8 @@ class Loop:
     """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
     evaluated: Callable[[], object] = lambda: None
     """Told after each evaluation: what its forwards wrote is no part of the training."""
+    gathering: Gathering = field(default_factory=Gathering)
+    """This rank's part in what a loss gathers from all."""
     group: Collective | None = None
     """All ranks, over which evaluations are gathered: what every rank has, no rank can take with
     it. None: the ranks have no group."""
@@ -178,7 +181,9 @@ class Loop:
     def _step(self, step: int) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        share = self.compute.gradients(step, clock)
+        with self.gathering.begin(step):
+            share = self.compute.gradients(step, clock)
+        self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
         total = self._exchange.exchange(Turn(step, step), self.rank, share)
         clock.lap("exchange")
@@ -260,6 +265,7 @@ class LeasedLoop:
     compute: TaskModel
     start: int = 0
     checkpoint: Callable[[int], object] = lambda version: None
+    gathering: Gathering = field(default_factory=Gathering)
 
     def __post_init__(self) -> None:
         self.flat, self.sampler = self.prepared.flat, self.prepared.sampler
@@ -299,7 +305,8 @@ class LeasedLoop:
     def _make(self, task: int) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        share = self.compute.gradients(task, clock)
+        with self.gathering:
+            share = self.compute.gradients(task, clock)
         step, part = divmod(task, self.sampler.world)
         self.flat.check_layout(step)
         total = self._exchange.exchange(Turn(step, self._made, task), self.rank, share)

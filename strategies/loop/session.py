@@ -10,7 +10,7 @@ From a job and a task to a loop that is ready to run, in steps that can wait bet
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from distplat.strategies.loop.checks import (
     checked_model,
 )
 from distplat.strategies.loop.compute import TaskModel
+from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.prepared import Prepared
@@ -222,6 +223,8 @@ def join(
         DistplatError: whatever the ports raise while the ranks find each other.
     """
     p, leases = prepared, ports.leases
+    if ports.peers is not None:
+        ports = replace(ports, peers=cache(ports.peers))  # one group for all who need it
     _compare(p, rank, ports.board)
     group = ports.collective if p.roles.collective is not None else None
     if strategy.cuts_model:
@@ -237,11 +240,32 @@ def join(
         leases.connect(course_of(p.job, p.sampler, p.total_steps, start, evaluates))
         if p.roles.consistency.dynamic_tasks:
             work = TaskModel(p, strategy.last_backward, progress.beat)
-            return LeasedLoop(p, strategy, rank, report, progress, leases, work, start, checkpoint)
+            gathering = _gathering(p, strategy, context)
+            steps = leases, work, start, checkpoint
+            return LeasedLoop(p, strategy, rank, report, progress, *steps, gathering)
     compute = strategy.compute(p, context)
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
+    loop.gathering = _gathering(p, strategy, context)
     return replace(loop, pause=pause, evaluated=p.state.discard, group=group)
+
+
+def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> Gathering:
+    """Give what a loss may gather, or why it may not."""
+    refused = None
+    backup, name = p.roles.consistency.backup_workers, p.job.strategy.name
+    if not strategy.strategy.gathers or backup:
+        what = "`backup_workers`" if backup else f"the strategy {name!r}"
+        text = f"all_gather() does not go together with {what}: workers are not in one step"
+        refused = Problem(("strategy",), text, "use `strategy: ring` or `ps-sync`")
+    elif p.job.gradient_accumulation > 1:
+        text = "all_gather() in a loss needs a worker's part of the batch at once"
+        refused = Problem(("gradient_accumulation",), text, "set it to 1")
+    met = p.roles.collective is not None
+    meet = (lambda: context.collective) if met else context.peers
+    assert p.state is not None, "join() makes it"
+    expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
+    return Gathering(meet, p.sampler.world, p.state.shares.micro_batches, expected, refused)
 
 
 def _compare(p: Prepared, rank: int, board: Board | None) -> None:

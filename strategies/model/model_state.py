@@ -81,7 +81,7 @@ class ModelState:
         shares: Shares,
         choose: Callable[[str], str | None] = lambda name: None,
     ) -> None:
-        self._flat, self._shares = flat, shares
+        self._flat, self.shares = flat, shares
         self._watched = list(watch(flat.model, choose))
         self._silent = [number for number, one in enumerate(self._watched) if one.silent]
         self._marks = Marks([one.slot for one in self._watched])
@@ -128,7 +128,7 @@ class ModelState:
         self._tables = self._take_tables(one_memory=one_memory)
         if self._norms is not None:
             self._norms.close()
-        self._norms = SyncNorms.of(self._flat.model, group, self._shares.micro_batches)
+        self._norms = SyncNorms.of(self._flat.model, group, self.shares.micro_batches)
 
     def _take_tables(self, *, one_memory: bool) -> CappedTables | None:
         """Have lookups that scale rows of tables which servers keep made in copies."""
@@ -339,7 +339,7 @@ class ModelState:
 
     def _exchange(self, group: Collective, step: int, wrote: set[int]) -> None:
         """See `synchronize`; `wrote`: what this rank has now written for the first time."""
-        samples = self._shares.samples(step)
+        samples = self.shares.samples(step)
         self._average(group, samples)
         slots = [one.slot for one in self._those("rank0")]
         together = cat_bytes([slot.tensor for slot in slots], self._device)
@@ -367,7 +367,7 @@ class ModelState:
 
     def _source(self, step: int) -> int:
         """Give the first rank that had samples."""
-        return next((rank for rank, one in enumerate(self._shares.samples(step)) if one), 0)
+        return next((rank for rank, one in enumerate(self.shares.samples(step)) if one), 0)
 
     def _those(self, rule: Rule) -> list[Watched]:
         """Give what is known to change and goes by a rule, in the order of all ranks."""
@@ -394,7 +394,7 @@ class ModelState:
         return [one.slot for one in self._watched if not one.trained]
 
     def _thorough(self, step: int) -> bool:
-        return step < self._until or self._shares.checkpoint_due(step + 1)
+        return step < self._until or self.shares.checkpoint_due(step + 1)
 
     def _refuse(self, written: Sequence[Watched]) -> None:
         for one in written:

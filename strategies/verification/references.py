@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
+from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.task_order import order_of
 from distplat.strategies.task import Task
 from distplat.strategies.verification.compare import compare, is_finite
@@ -90,8 +91,12 @@ def references(job: Job, make: Make) -> References:
     merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
     every = _every(first, job)
     switches, recipe = Switches(), recipe_of(job, every)
-    schedule = parts(job, samples, merged=merged)
+    schedule, asked = parts(job, samples, merged=merged), calls()
     plain = train(lambda: make(switches), schedule, recipe)
+    if calls() > asked and not merged:  # a loss gathers what all ranks have
+        merged = True
+        schedule = parts(job, samples, merged=True)
+        plain = train(lambda: make(switches), schedule, recipe)
     whole = merged or isinstance(make_strategy(job), Hybrid)
     if plain.draws and whole:  # dropout is drawn in another way there
         switches = Switches(dropout=False)
@@ -166,7 +171,7 @@ def _whole(
 _LOSS = (
     "the loss of a batch is not the mean of its parts' losses. Where it is a mean over something "
     "else than samples, return (sum, weight); where samples look at each other (in-batch "
-    "negatives), take one worker and no accumulation"
+    "negatives), gather those of all workers with distplat.all_gather(), without accumulation"
 )
 _MODEL = (
     "the model gives a sample another output when the batch is cut: it looks over the batch, or "

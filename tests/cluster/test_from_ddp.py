@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from heads import BIN, distplat, script_environ, short_folder
 from marks import slow
+from pages import files_of
 
 pytestmark = pytest.mark.cluster
-
-PAGE = Path(__file__).parents[2] / "docs" / "from" / "ddp.md"
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +26,9 @@ def environ() -> Iterator[dict[str, str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page's files."""
     path = tmp_path_factory.mktemp("page")
-    files = re.findall(
-        r"`([\w.]+)`[^`]*(?:`[^`]+`)?:\n\n```\w+\n(.*?)```", PAGE.read_text(), re.DOTALL
-    )
-    assert [name for name, _ in files] == ["train.py", "digits.py", "job.yaml"]
-    for name, text in files:
+    files = files_of("from/ddp.md")
+    assert [*files] == ["train.py", "digits.py", "job.yaml"]
+    for name, text in files.items():
         (path / name).write_text(text)
     return path
 

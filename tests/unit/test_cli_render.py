@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def test_lines_come_at_most_every_two_seconds(clock: Clock) -> None:
     lines = watched(clock, 0.5, steps=13)
     assert lines[0] == "run lin-1: ring, 2 workers, starting"
     assert [line.split()[1] for line in lines[1:]] == ["1/100", "5/100", "9/100", "13/100"]
+
+
+def test_a_run_whose_length_nobody_knows_has_no_end_in_its_lines(clock: Clock) -> None:
+    out = io.StringIO()
+    with View(out) as view:
+        view.started(JOB, "lin-1", Path("/runs/lin-1"))
+        for number in range(3):
+            clock.now += 2.0
+            view.stepped(replace(step(number), of=0))
+    assert out.getvalue().splitlines()[-1] == "step 3  epoch 1  loss 0.5  32 samples/s"
 
 
 def test_a_line_tells_how_fast_it_goes_and_how_long_it_takes(clock: Clock) -> None:

@@ -13,6 +13,8 @@ from distplat.actors.task_check import TaskCheck, check_function
 from distplat.actors.verifying import Wanted, _checked
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.job_file import render_job
+from distplat.platform.own_loop import OF_TASKS
+from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_job, make_job
 from distplat.strategies.task import Task
 
@@ -69,6 +71,7 @@ def test_some_of_the_fields_are_those_of_a_task_that_lacks_the_others() -> None:
     ("more", "text"),
     [
         ({"clip_norm": 1.0}, "clip_norm: has no effect on a train function"),
+        ({"ema": {"decay": 0.9}}, "ema: has no effect on a train function"),
         ({"precision": "bf16"}, "precision: has no effect"),
         ({"data": {"num_workers": 2}}, "data: has no effect"),
         ({"own_loop": True, **LOOP}, "optimizer: has no effect"),
@@ -86,6 +89,14 @@ def test_what_has_no_effect_is_refused(more: Mapping[str, Any], text: str) -> No
         make_job({**FIELDS, **more})
     shown = " ".join([str(caught.value), *(one.hint for one in caught.value.problems)])
     assert text in shown
+
+
+def test_each_field_has_an_effect_on_a_train_function_or_is_refused() -> None:
+    used = {"name", "task", "own_loop", "task_args", "strategy", "scaling", "seed", "checkpoint"}
+    used |= {"failure", "storage_path"}
+    assert {*Job.model_fields} == used | {*OF_TASKS}
+    with pytest.raises(SpecError, match="ema: has no effect on a train function"):
+        make_job({**FIELDS, "ema": {"decay": 0.9}})
 
 
 async def coroutine(config: Any) -> None: ...

@@ -1,0 +1,279 @@
+"""
+`distplat.all_gather` inside a loss: the rows of all ranks, with gradient.
+
+    forward    every rank: its rows ────────▶ the rows of all, in rank order
+    backward   every rank: gradient of all the rows ── sum ──▶ that of its own rows
+
+Each operation begins with a word of every rank on what it is. So ranks that do not do the same are
+told, and a rank without samples in a step takes part in what the others do: it hears what comes,
+until they say that there is nothing more. That costs an operation in each such step, so it is done
+where the code of task or model names `all_gather`, or where a step before has called it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.collective import Collective
+from distplat.strategies.task import Task
+from distplat.strategies.task_methods import names_in
+
+_NOTHING, _FORWARD, _BACKWARD, _END = range(4)
+_DIMENSIONS = 8
+"""Of a tensor, at most."""
+_TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32]
+
+_UNHEARD = Problem(
+    ("task",),
+    "all_gather() is called first in a step in which a worker has no samples, and does not know it",
+    "name it in a method of the task or in the model's forward(), or set data.drop_last: true",
+)
+
+_here = threading.local()
+"""`gathering`: of the step that this thread computes; `calls`: how often it has asked."""
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """
+    Give the rows of all workers' batches, in rank order; for a loss that needs all samples.
+
+    Gradients flow back to the workers whose rows they are of. Every worker that has samples in a
+    step must call it alike. Outside of a training step, in evaluations too, and with one worker it
+    gives the tensor itself.
+
+    Args:
+        tensor: shape [rows, ...]; workers may have different numbers of rows.
+
+    Returns:
+        Shape [rows of all workers, ...].
+
+    Raises:
+        SpecError: the batch of a step is cut by `gradient_accumulation`, or the strategy's workers
+            are not in the same step.
+    """
+    _here.calls = calls() + 1
+    now: Gathering | None = getattr(_here, "gathering", None)
+    return tensor if now is None else now.gather(tensor)
+
+
+def calls() -> int:
+    """Count the calls of `all_gather` in this thread."""
+    return getattr(_here, "calls", 0)
+
+
+class _Word(NamedTuple):
+    """What a rank says before an operation."""
+
+    kind: int
+    call: int = 0
+    """Which call of the step."""
+    type: int = 0
+    """Place in `_TYPES`."""
+    rows: int = 0
+    row: tuple[int, ...] = ()
+    """Shape of one."""
+
+    @classmethod
+    def of(cls, kind: int, call: int, tensor: Tensor) -> _Word:
+        """Describe a tensor of rows."""
+        return cls(kind, call, _TYPES.index(tensor.dtype), len(tensor), tuple(tensor.shape[1:]))
+
+    @classmethod
+    def read(cls, numbers: list[int]) -> _Word:
+        """Read what `numbers` gave."""
+        kind, call, dtype, rows, dimensions, *row = numbers
+        return cls(kind, call, dtype, rows, tuple(row[:dimensions]))
+
+    def numbers(self) -> list[int]:
+        """Give it as numbers, of any shape as many."""
+        row = [len(self.row), *self.row, *[0] * (_DIMENSIONS - len(self.row))]
+        return [self.kind, self.call, self.type, self.rows, *row]
+
+    @property
+    def common(self) -> tuple[object, ...]:
+        """What all ranks must say; of a backward they have the rows of all."""
+        rows = self.rows if self.kind == _BACKWARD else 0
+        return self.kind, self.call, self.type, rows, self.row
+
+    def zeros(self, rows: int, device: torch.device) -> Tensor:
+        """Give so many rows."""
+        return torch.zeros(rows, *self.row, dtype=_TYPES[self.type], device=device)
+
+
+class Gathering:
+    """
+    One rank's part in `all_gather`, in one attempt: a context in which the forwards of a step run.
+
+    Args:
+        meet: makes the group of all ranks, or gives it; every rank calls it, or none.
+        world: ranks.
+        parts: by rank, the micro-batches of a step.
+        expected: whether the code looks as if it calls it; see `looks_gathering`.
+        refused: what is wrong with calling it at all; None: nothing.
+    """
+
+    def __init__(
+        self,
+        meet: Callable[[], Collective | None] = lambda: None,
+        world: int = 1,
+        parts: Callable[[int], Sequence[int]] = lambda step: [1],
+        expected: bool = False,
+        refused: Problem | None = None,
+    ) -> None:
+        self._meet, self._world, self._parts = meet, world, parts
+        self._expected, self._refused = expected, refused
+        self._group: Collective | None = None
+        self._step = 0  #: the one under way
+        self._calls = 0  #: in it
+
+    def begin(self, step: int) -> Gathering:
+        """Be told which step's forwards come next."""
+        self._step, self._calls = step, 0
+        return self
+
+    def __enter__(self) -> None:
+        _here.gathering = self
+
+    def __exit__(self, *error: object) -> None:
+        _here.gathering = None
+
+    def finish(self, device: torch.device) -> None:
+        """
+        Take part in what the others do, where this rank has no samples; return when all are done.
+
+        Args:
+            device: of the model.
+
+        Raises:
+            CollectiveError: a rank is missing.
+        """
+        if not self._listens:
+            return
+        parts = self._parts(self._step)
+        if min(parts):
+            return
+        if parts[self._joined().rank]:
+            self._say(_Word(_END), device)
+            return
+        while (word := self._say(_Word(_NOTHING), device)[0]).kind != _END:
+            rows = sum(self._rows) if word.kind == _FORWARD else word.rows
+            self._joined().all_reduce(word.zeros(rows, device))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """See `all_gather`."""
+        if self._refused is not None:
+            raise SpecError(self._refused)
+        if not 1 <= tensor.ndim <= _DIMENSIONS:
+            text = f"all_gather() takes 1 to {_DIMENSIONS} dimensions, rows first"
+            raise ValueError(f"{text}; got a tensor of {tensor.ndim}")
+        if self._world == 1:
+            return tensor
+        if tensor.dtype is torch.bool:
+            return self.gather(tensor.int()).bool()
+        if tensor.dtype not in _TYPES:
+            raise ValueError(f"all_gather() takes no tensor of type {tensor.dtype}")
+        if not self._listens and min(self._parts(self._step)) == 0:
+            raise SpecError(_UNHEARD)
+        self._calls += 1
+        apply: Any = _Gather.apply
+        found: Tensor = apply(tensor, self, self._calls)
+        return found
+
+    def rows_of_all(self, mine: Tensor, call: int) -> tuple[Tensor, slice]:
+        """Give the rows of all ranks, and which of them are this one's."""
+        word = _Word.of(_FORWARD, call, mine)
+        self._say(word, mine.device)
+        ends = [*accumulate(self._rows)]
+        rank = self._joined().rank
+        own = slice(ends[rank] - self._rows[rank], ends[rank])
+        whole = word.zeros(ends[-1], mine.device)
+        whole[own] = mine.detach()
+        self._joined().all_reduce(whole)
+        return whole, own
+
+    def sum_over_ranks(self, gradient: Tensor, call: int) -> Tensor:
+        """Give the sum of the ranks' gradients of all rows."""
+        self._say(_Word.of(_BACKWARD, call, gradient), gradient.device)
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        self._joined().all_reduce(total)
+        return total
+
+    @property
+    def _listens(self) -> bool:
+        """Whether ranks without samples know that there may be calls; the same on all."""
+        return self._expected or self._group is not None
+
+    def _joined(self) -> Collective:
+        if self._group is None:
+            group = self._meet()
+            assert group is not None, "strategies whose ranks gather have a group, or can make one"
+            # Gradients may be on their way through the group itself.
+            self._group = group.subgroup("all-gather", range(group.world))
+        return self._group
+
+    def _say(self, word: _Word, device: torch.device) -> list[_Word]:
+        """
+        Tell what comes next, and hear the others; give the words of those who know.
+
+        Raises:
+            RuntimeError: they are not all about the same.
+        """
+        group = self._joined()
+        mine = torch.tensor(word.numbers(), device=device)
+        table = [torch.zeros_like(mine) for _ in range(group.world)]
+        group.all_gather(table, mine)
+        words = [_Word.read(row.tolist()) for row in table]
+        self._rows = [one.rows for one in words]
+        known = [one for one in words if one.kind != _NOTHING]
+        if len({one.common for one in known}) > 1:
+            raise RuntimeError(
+                "workers do not call all_gather() alike: whether and in which order it is called, "
+                f"and the shape of a row, must not depend on the samples; {known}"
+            )
+        return known
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all ranks; the gradient of a rank's own is the sum of what all ranks found."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gathering: Gathering, call: int) -> Tensor:
+        """Give the rows of all ranks."""
+        ctx.gathering, ctx.call = gathering, call
+        whole, ctx.own = gathering.rows_of_all(tensor, call)
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Give the gradient of this rank's rows."""
+        return ctx.gathering.sum_over_ranks(gradient, ctx.call)[ctx.own], None, None
+
+
+def looks_gathering(task: Task, model: nn.Module) -> bool:
+    """
+    Say whether the code of a task, of its module or of its model names `all_gather`.
+
+    Args:
+        task: the user's.
+        model: what it has built.
+    """
+    kinds = {type(task), *map(type, model.modules())}
+    own = vars(sys.modules.get(type(task).__module__, object)).values()
+    kinds |= {
+        one for one in own if isinstance(one, type) and one.__module__ == type(task).__module__
+    }
+    bases = {base for kind in kinds for base in kind.__mro__ if base is not nn.Module}
+    members = [member for base in bases for member in vars(base).values()]
+    functions = [one for one in [*own, *members] if isinstance(one, FunctionType)]
+    return any(all_gather.__name__ in names_in(one) for one in functions)

@@ -1,0 +1,68 @@
+"""The two sides of docs/from/ray_train.md train the same."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from heads import distplat, script_environ, short_folder
+from pages import files_of
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def environ() -> Iterator[dict[str, str]]:
+    home = short_folder()
+    # Each run starts a Ray of its own, whatever else runs on this machine.
+    yield {**script_environ(home), "RAY_ADDRESS": "local", "RAY_TRAIN_V2_ENABLED": "1"}
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's files."""
+    path = tmp_path_factory.mktemp("page")
+    files = files_of("from/ray_train.md")
+    assert [*files] == ["before.py", "after.py"]
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def final_loss(script: str, folder: Path, environ: dict[str, str]) -> float:
+    done = subprocess.run(
+        [sys.executable, script],
+        env=environ,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    return float(re.findall(r"final loss ([\d.]+)", done.stdout)[-1])
+
+
+@pytest.fixture(scope="module")
+def before(folder: Path, environ: dict[str, str]) -> float:
+    """The loss under Ray Train; its packages come with the extra `bench`."""
+    pytest.importorskip("pyarrow")
+    return final_loss("before.py", folder, environ)
+
+
+def test_the_final_losses_are_equal(before: float, folder: Path, environ: dict[str, str]) -> None:
+    assert final_loss("after.py", folder, environ) == pytest.approx(before, abs=2e-4)
+
+
+def test_a_job_file_trains_the_same_function(
+    before: float, folder: Path, environ: dict[str, str]
+) -> None:
+    job = 'name: digits\ntask: "after:train"\ntask_args: {lr: 0.1}\nstrategy: ring\n'
+    (folder / "job.yaml").write_text(job + "scaling: {num_workers: 2}\n")
+    done = distplat("submit", "job.yaml", "-o", "json", environ=environ, cwd=folder, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["loss"] == pytest.approx(before, abs=2e-4)
