@@ -151,8 +151,7 @@ class Session:
         if called_off:
             self._connection.give_up()
         try:
-            attempt = self._function if order.job.own_loop else self._attempt
-            model = attempt(order, self.standing.progress)
+            model = self._attempt(order, self.standing.progress)
             self.standing = replace(self.standing, model=model)
         except DistplatError as error:
             self.standing = replace(self.standing, error=error.with_traceback(None))
@@ -192,6 +191,8 @@ class Session:
             connection.give_up()
 
     def _attempt(self, order: WorkOrder, progress: Progress) -> bytes:
+        if order.job.own_loop:
+            return self._function(order, progress)
         prepared, strategy = self._prepare(order)
         limit_s = order.job.failure.step_timeout_s
         gate = self._connection.gate
