@@ -115,6 +115,8 @@ def test_a_server_that_accepts_and_never_answers(
         upload = RunUpload(tmp_path, RemoteStorage("s3://runs/run", 1.0), lambda line: None)
         missing = upload.close()
         assert missing.startswith("model.safetensors not uploaded to s3://runs/run: ")
-        assert "missing: its storage; `failure.storage_timeout_s`" in missing
+        assert (
+            "`failure.storage_timeout_s`" in missing
+        )  # in the words of the last try, if one ended
         with pytest.raises(NoAnswer):
             RemoteStorage("s3://runs/run", 0.4).size("a")
