@@ -254,7 +254,8 @@ def agree_on_points(
     """
     if known is None and len(layers) < request.places:
         text = f"the model has {len(layers)} layers, too few for {request.places} places"
-        raise _problem("pipeline", text, "take fewer stages, or have the task's `stages` say more")
+        hint = "take fewer stages (1 cuts nothing), or have the task's `stages` say more"
+        raise _problem("pipeline", text, hint)
     if request.places == 1:
         return []
     if request.cut != "auto" and known is not None:
