@@ -156,8 +156,8 @@ class LocalCluster:
     def spawn(self, name: str, node: str, make: Callable[[LocalTransport], object]) -> Actor:
         """Make an actor; `make` is given its way to the others."""
         actor = Actor(name, node)
-        actor.body = make(self.transport(node, name))
         self._actors.append(actor)
+        actor.body = make(self.transport(node, name))
         return actor
 
     def add_rule(self, rule: Rule) -> None:
@@ -208,6 +208,10 @@ class LocalCluster:
                 return found
         return NO_FAULT
 
+    def death_of(self, process: str) -> str:
+        """Say how an actor's process died; empty: it lives, or is no actor's."""
+        return next((one.died for one in reversed(self._actors) if one.name == process), "")
+
     def drain(self, limit_s: float) -> bool:
         """Wait until every call is answered that was made so far; False: some are not in time."""
         open_calls = [reply for actor in self._actors for reply in actor.open_replies()]
@@ -236,6 +240,9 @@ class LocalTransport:
         """See `Transport`; every call has a thread of its own."""
         fault = self._cluster.fault(Call(self._process, actor.name, method, args))
         reply: Future[Any] = Future()
+        if death := self._cluster.death_of(self._process):
+            reply.set_exception(ActorDied(death))  # its threads go on here, and reach nobody
+            return reply
         actor.expect(reply)
         work = (actor, method, _Packed(args), reply, fault)
         threading.Thread(target=_serve, args=work, daemon=True, name=method).start()
