@@ -243,8 +243,7 @@ def join(
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
     assert p.state is not None, "_load() makes it"
-    loop = replace(loop, pause=pause, evaluated=p.state.discard, group=group)
-    return replace(loop, gathering=gathering)
+    return replace(loop, pause=pause, evaluated=p.state.discard, group=group, gathering=gathering)
 
 
 def _with_one_group(ports: Ports) -> Ports:
