@@ -27,6 +27,8 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from common import WORKERS, alternately, print_ratio
+from ring_step import WIDTH as MLP_WIDTH
+from ring_step import mlp
 from ring_step import ours as train_mlp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +41,7 @@ dist: Any = torch.distributed  # torch's stubs leave out the stores
 WARM = 10
 VOCABULARY, BLOCK, LAYERS, HEADS, WIDTH = 65, 64, 4, 4, 128
 TENSORS, SIDE = 3000, 6
-BATCH = {"gpt": 12, "small": 16}
+BATCH = {"gpt": 12, "small": 16, "mlp": 64}
 STEPS = {"gpt": 200, "mlp": 80, "small": 120}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 
@@ -101,7 +103,7 @@ class Small(nn.Module):
         return x @ torch.stack(list(self.tensors)).mean(0)
 
 
-MODELS: dict[str, Any] = {"gpt": GPT, "small": Small}
+MODELS: dict[str, Any] = {"gpt": GPT, "small": Small, "mlp": mlp}
 
 
 class Text(Dataset[Any]):
@@ -135,7 +137,21 @@ class Points(Dataset[Any]):
         return self.points[0, index % 1000], self.points[1, index % 1000]
 
 
-DATA: dict[str, Any] = {"gpt": Text, "small": Points}
+class Wide(Dataset[Any]):
+    """Random points, over and over, which are their own targets."""
+
+    def __init__(self, samples: int) -> None:
+        self.points = torch.randn(64, MLP_WIDTH, generator=torch.Generator().manual_seed(0))
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.points[index % 64], self.points[index % 64]
+
+
+DATA: dict[str, Any] = {"gpt": Text, "small": Points, "mlp": Wide}
 
 
 def loss_of(kind: str, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -18,38 +18,14 @@ import ray
 import torch
 from common import WORKERS, alternately, print_ratio
 from step_overhead import ADAMW, BATCH, DATA, MODELS, Record, Recorded, loss_of, read
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader
 
 import distplat
 from distplat import Trainer
 
-WIDTH = 1024
 STEPS = {"gpt": 150, "mlp": 80}
 ON = {"gpt": 1, "mlp": WORKERS}
-
-
-class Wide(Dataset[Any]):
-    """Random points, over and over, which are their own targets."""
-
-    def __init__(self, samples: int) -> None:
-        self.points = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.points[index % 64], self.points[index % 64]
-
-
-def wide() -> nn.Module:
-    """Ten layers of 1.05 M parameters."""
-    layers = [layer for _ in range(10) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
-
-
-MODELS["mlp"], DATA["mlp"], BATCH["mlp"] = wide, Wide, 64
 
 
 def job_of(kind: str, folder: str, runs: str, **more: Any) -> dict[str, Any]:
