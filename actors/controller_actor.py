@@ -6,6 +6,7 @@ What Ray sees of the controller: a run goes on in one of its threads, others ans
                       ── result ─▶  the trained model, or why there is none
     distplat scale    ── scale ──▶  accepted, or the reason why not, at once
     distplat status   ── scale_status
+    distplat stop     ── stop ──▶   how the run ended, once it has
 
 Each of these may be asked again: a question or its answer may be lost on the way.
 Files of the run directory are the driver's, but for checkpoints: those are large, and a thread here
@@ -90,10 +91,11 @@ class ControllerActor:
 
     Args:
         name: of the actor.
+        submission: id under which the job API started the driver; None: it did not.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, submission: str | None = None) -> None:
+        self._name, self._submission = name, submission
         self._outbox: Outbox[RunEvent] = Outbox()
         self._controller: Controller | None = None
         self._beginning = threading.Lock()
@@ -178,10 +180,25 @@ class ControllerActor:
         assert self._model is not None, "the driver asks once it is told so"
         return self._model
 
-    def stop(self, timeout_s: float) -> None:
-        """End the run and its actors; returns when they are ended, or after so long."""
+    def stop(self, timeout_s: float) -> str:
+        """
+        End the run and its actors; returns when they are ended, or after so long.
+
+        Returns:
+            `STOPPED`, `SUCCEEDED` or `FAILED`; `RUNNING`: not yet.
+        """
+        if not self._stopping.is_set() and not self._over.is_set():
+            logger.warning("the run is asked to stop")
         self._stopping.set()
-        self._over.wait(timeout_s)
+        if not self._over.wait(timeout_s):
+            return "RUNNING"
+        if self._error is None:
+            return "SUCCEEDED"
+        return "STOPPED" if isinstance(self._error, Interrupted) else "FAILED"
+
+    def submission(self) -> str | None:
+        """Tell under which id the job API started the driver; None: it did not."""
+        return self._submission
 
     def scale(self, workers: int) -> ScaleRequest:
         """

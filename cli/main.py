@@ -243,7 +243,15 @@ def stop(
     address: Address = None,
     wait: Annotated[bool, typer.Option(help="Wait until it has ended.")] = True,
 ) -> None:
-    """End a job; one that has ended is left alone."""
+    """
+    End a job in order, as Ctrl-C does: checkpoints that are complete are kept.
+
+    One that has ended is left alone. On a machine of the cluster the run's controller is called,
+    and has the time that it needs. Elsewhere, and before the run has begun, Ray's job API ends the
+    driver, with SIGTERM and 3 s later SIGKILL.
+
+    ID is a submission id, or the name of a run or job that was not submitted through a job API.
+    """
     from distplat.cli import jobs
 
     jobs.stop_job(address, job_id, wait=wait)

@@ -127,6 +127,7 @@ def test_ctrl_c_leaves_a_remote_job_running_until_it_is_stopped(
     followed = ask(follow[1])
     assert followed.returncode == 4
     assert "step 1/5000" in followed.stdout
+    assert "the run is asked to stop" in followed.stdout, "its controller was called"
     unknown = ask(f"status slwo --address {head.url}")
     assert unknown.returncode == 2
     assert "did you mean 'slow'?" in unknown.stderr

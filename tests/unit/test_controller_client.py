@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any, cast
@@ -181,6 +182,37 @@ def test_a_signal_is_seen_while_an_answer_is_missing() -> None:
     with pytest.raises(Interrupted):
         driver.follow(check)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (None, "SUCCEEDED"),
+        (Interrupted(15), "STOPPED"),
+        (StorageError("full"), "FAILED"),
+        (KeyError("a fault"), "FAILED"),
+    ],
+)
+def test_who_stops_a_run_is_told_how_it_ended(raised: Exception | None, status: str) -> None:
+    ending = threading.Event()
+
+    class Ends(Run):
+        def _run(self, actor_group: object, base: int) -> None:
+            assert ending.wait(60)
+            if raised is not None:
+                raise raised
+
+    driver = Driver(Ends)
+    transport = driver.cluster.transport()
+
+    def stop(timeout_s: float) -> object:
+        return transport.get(transport.call(driver.actor, "stop", timeout_s), 60.0)
+
+    assert stop(0.0) == "RUNNING", "it has not begun"
+    transport.get(transport.call(driver.actor, "begin", GROUP, 0), 60.0)
+    assert stop(0.0) == "RUNNING"
+    ending.set()
+    assert stop(60.0) == stop(0.0) == status, "asked again, it says the same"
 
 
 def test_an_outbox_answers_the_same_number_alike() -> None:
