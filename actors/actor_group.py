@@ -18,7 +18,6 @@ from distplat.actors.messages import SavedHandle, WorkOrder
 from distplat.actors.orders import Orders
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.servers.scheduler import ROOM
-from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.actors.spares import Spares
 from distplat.actors.spawn import (
     actor_name,
@@ -32,7 +31,7 @@ from distplat.actors.spawn import (
 from distplat.actors.stopping import end_each
 from distplat.actors.task_loading import TrainFunction
 from distplat.platform.checkpoints import Stored
-from distplat.platform.errors import DistplatError, StorageError
+from distplat.platform.errors import DistplatError, FencedError, StorageError
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import decode
@@ -81,6 +80,8 @@ class ActorGroup:
         self._launch, self._attempt = replace(launch, task=None), 0
         self.job = launch.job  #: what is run, with the number of workers that there are
         self._made_for = launch.job  #: the same when servers and scheduler were made
+        self._manager_attempt = 0  #: for which the manager was made
+        self._controller: Any = None
         self._enlisted = 0
         self._orders, self._node = Orders(RayTransport()), RayTransport().node
         self._ranks = launch.job.scaling.num_workers  # that were ever given
@@ -192,6 +193,7 @@ class ActorGroup:
             self._cast.end()
             self._made_for = self.job
             self._cast = spawn(self.job, launch.roles, launch.run, restart.attempt)
+            self._manager_attempt = restart.attempt
         else:
             for rank in restart.replace:
                 ray.kill(self._cast.workers[rank])
@@ -199,6 +201,7 @@ class ActorGroup:
             if restart.world is not None:
                 self._resize(restart.world)
             self._replace_coordinators(restart)
+        self._introduce()
         self._give_orders(restart.attempt, saved, base)
 
     def _replacement(self, attempt: int, rank: int) -> Any:
@@ -244,19 +247,43 @@ class ActorGroup:
         if "server-manager" in restart.coordinators:
             ray.kill(cast.manager)  # it may only be frozen
             cast.manager = spawn_manager(*given, cast, adopts=True)
+            self._manager_attempt = restart.attempt
         if "task-scheduler" in restart.coordinators:
             ray.kill(cast.scheduler)
             cast.scheduler = spawn_scheduler(*given)
 
-    def recruit(self, wanted: ServerRequest) -> None:
-        """Make a server node for the manager; asked for twice, it is brought once more."""
+    def begin(self, controller: Any) -> None:
+        """Take the controller: the manager asks it for new servers."""
+        self._controller = controller
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Tell the manager who the controller is: this one, or a new one, has not been told."""
+        if self._cast.manager is not None:
+            manager = self._cast.manager
+            self._orders.give("server-manager", manager, "begin", self._controller)
+
+    def make_server(self, attempt: int, server: str, beside: str) -> Any:
+        """
+        Make a server node for the manager, and give it; asked for twice, it is the same one.
+
+        Args:
+            attempt: for which the manager was made.
+            server: its name.
+            beside: the node on which it should rather not be.
+
+        Raises:
+            FencedError: there is a later manager.
+        """
+        if attempt != self._manager_attempt:
+            raise FencedError(f"{server} is for the server manager of attempt {attempt}")
         launch, cast = self._launch, self._cast
-        tables = wanted.server.startswith("embedding-")
+        tables = server.startswith("embedding-")
         servers = cast.embedding_servers if tables else cast.servers
-        if wanted.server not in servers:
+        if server not in servers:
             given = self._made_for, launch.roles, launch.run, self._attempt
-            servers[wanted.server] = spawn_server(*given, wanted.server, wanted.beside)
-        cast.manager.bring.remote(wanted.server, servers[wanted.server])
+            servers[server] = spawn_server(*given, server, beside)
+        return servers[server]
 
     def grow(self, count: int, base: int) -> list[int]:
         """

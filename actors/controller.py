@@ -3,9 +3,11 @@ The controller: asks every actor how it is, tells the job's state, hands on what
 
 It decides nothing; `platform/job.py` does. It runs in an actor on the driver's node, which ends
 with the driver (I8). No question waits longer than a tick: a frozen actor leaves one call open
-while the others go on being asked. `scale` and `scale_status` may be called from any thread.
+while the others go on being asked. `scale`, `scale_status`, `worker` and `make_server` may be
+called from any thread.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +23,6 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import Resizer
 from distplat.actors.retrying_calls import ask
 from distplat.actors.scaling import Scaling, check_scalable
-from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
     Event,
@@ -72,6 +73,7 @@ class Controller:
     ) -> None:
         self._actor_group, self._limits, self._check = actor_group, limits, check
         self._actors = actor_group.roles
+        self._making = threading.Lock()  #: held by who makes servers, or ends and makes all
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._unreached: dict[str, float] = {}  #: role -> when its first call was lost, of late
         self._answers: dict[str, int] = {}  #: role -> number of its last answer
@@ -152,6 +154,11 @@ class Controller:
         """Give the handle of a rank's present worker; None: there is none. Any thread may ask."""
         return self._actor_group.workers.get(rank)
 
+    def make_server(self, attempt: int, server: str, beside: str) -> Any:
+        """Make a server node for the server manager; see `ActorGroup.make_server`."""
+        with self._making:
+            return self._actor_group.make_server(attempt, server, beside)
+
     def scale_status(self) -> ScaleStatus:
         """Tell what became of the last request; any thread may ask."""
         return self._requests.status()
@@ -217,7 +224,8 @@ class Controller:
             self._check()
             time.sleep(_TICK_S)
         before = set(self._actors)
-        self._actor_group.carry_out(restart, saved, self._checkpoints.step)
+        with self._making:
+            self._actor_group.carry_out(restart, saved, self._checkpoints.step)
         self._actors = self._actor_group.roles
         renewed = set(self._actors) if restart.everything else set(replaced)
         renewed |= before ^ set(self._actors)
@@ -289,8 +297,6 @@ class Controller:
         if isinstance(answer, DistplatError):
             del self._actors[role]
             return [Failed(role, answer)]
-        if isinstance(answer, ServerRequest):
-            self._actor_group.recruit(answer)
         return self._news(role, answer) if isinstance(answer, PollResult) else []
 
     def _unanswered(self, role: str, error: ray.exceptions.RayError) -> Event:

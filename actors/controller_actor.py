@@ -7,6 +7,7 @@ What Ray sees of the controller: a run goes on in one of its threads, others ans
     distplat scale    ── scale ──▶  accepted, or the reason why not, at once
     distplat status   ── scale_status
     distplat stop     ── stop ──▶   how the run ended, once it has
+    server manager    ── make_server ──▶  a new server node
 
 Each of these may be asked again: a question or its answer may be lost on the way.
 Files of the run directory are the driver's, but for checkpoints: those are large, and a thread here
@@ -219,12 +220,22 @@ class ControllerActor:
         """
         return self._running().worker(rank)
 
+    def make_server(self, attempt: int, server: str, beside: str) -> Any:
+        """
+        Make a server node for the server manager; see `ActorGroup.make_server`.
+
+        Raises:
+            FencedError: there is a later manager.
+            NotReadyError: the run has not begun yet; it is not waited for.
+        """
+        return self._running(0.0).make_server(attempt, server, beside)
+
     def scale_status(self) -> ScaleStatus:
         """Tell what became of the last request for another number of workers."""
         return NOBODY_ASKED if self._controller is None else self._controller.scale_status()
 
-    def _running(self) -> Controller:
-        if not self._begun.wait(_BEGIN_S) or self._controller is None:
+    def _running(self, wait_s: float = _BEGIN_S) -> Controller:
+        if not self._begun.wait(wait_s) or self._controller is None:
             raise NotReadyError(f"{self._name}: the run has not begun yet")
         return self._controller
 

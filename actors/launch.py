@@ -86,6 +86,7 @@ def _follow(launch: Launch, check: Callable[[], None], sink: Sink, head: HeadWat
     try:
         handle = spawn_controller(ControllerActor, launch.job, launch.run)
         endings.insert(0, lambda: ray.kill(handle))
+        actor_group.begin(handle)
         base = saved.step if saved else 0
         controller = ControllerClient(RayTransport(), handle, actor_group, base)
         endings.insert(0, controller.end)
