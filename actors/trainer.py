@@ -67,7 +67,7 @@ class Result:
     evaluations: list[EvalSummary] = field(default_factory=list)
     checkpoints: list[Saved] = field(default_factory=list)
     """Those that came to the disk, oldest first; older ones may be deleted by now."""
-    setbacks: list[FailureEvent] = field(default_factory=list)
+    failures: list[FailureEvent] = field(default_factory=list)
     """Failures after which the run went on."""
     resizes: list[Resized] = field(default_factory=list)
     """Changes of the number of workers, of a run whose workers make every step together."""
@@ -87,7 +87,7 @@ class Result:
             case EvalSummary():
                 _append(self.evaluations, summary)
             case FailureEvent():
-                _append(self.setbacks, summary)
+                _append(self.failures, summary)
             case Resized():
                 _append(self.resizes, summary)
             case Saved():

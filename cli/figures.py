@@ -48,15 +48,15 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
     return rows
 
 
-def restart_rows(setbacks: Iterable[FailureEvent]) -> list[tuple[str, str]]:
+def restart_rows(failures: Iterable[FailureEvent]) -> list[tuple[str, str]]:
     """Say which workers were replaced, and from where the run went on."""
     return [
         (
             "" if number else "restarts",
-            f"{', '.join(setback.replaced) or 'nobody'} replaced, "
-            f"went on after step {setback.step}",
+            f"{', '.join(failure.replaced) or 'nobody'} replaced, "
+            f"went on after step {failure.step}",
         )
-        for number, setback in enumerate(setbacks)
+        for number, failure in enumerate(failures)
     ]
 
 
@@ -185,10 +185,10 @@ def restart_lines(found: Sequence[Restart]) -> list[list[str]]:
     """Give attempt, step, cause, who was replaced, and how long it took."""
     return [
         [
-            str(one.setback.attempt),
-            str(one.setback.step),
-            one.setback.cause,
-            ", ".join(one.setback.replaced) or "nobody",
+            str(one.failure.attempt),
+            str(one.failure.step),
+            one.failure.cause,
+            ", ".join(one.failure.replaced) or "nobody",
             f"after {one.recovery.seconds:.1f} s" if one.recovery else "not yet, or never",
         ]
         for one in found

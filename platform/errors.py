@@ -290,13 +290,13 @@ class StateLost(InfrastructureError):
 class RestartsExhausted(InfrastructureError):
     """The run was restarted as often as it may be, and failed again."""
 
-    def __init__(self, reason: str, setbacks: tuple[str, ...]) -> None:
-        super().__init__(reason, setbacks)
-        self.reason, self.setbacks = reason, setbacks
+    def __init__(self, reason: str, failures: tuple[str, ...]) -> None:
+        super().__init__(reason, failures)
+        self.reason, self.failures = reason, failures
 
     def __str__(self) -> str:
         """Why no further restart is made, then every failure on a line of its own."""
-        return "\n  ".join([f"gave up: {self.reason}; failures so far:", *self.setbacks])
+        return "\n  ".join([f"gave up: {self.reason}; failures so far:", *self.failures])
 
 
 class ProtocolError(DistplatError):

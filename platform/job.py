@@ -387,7 +387,7 @@ class JobState:
             self.furthest, str(self.error), self._preempted, consequence=follows
         )
         if isinstance(answer, str):
-            self.error = RestartsExhausted(answer, tuple(self._budget.setbacks))
+            self.error = RestartsExhausted(answer, tuple(self._budget.failures))
             self.phase = Phase.FAILED
             return
         ranks = sorted(self._members) if self._wanted is None else [*range(self._wanted)]

@@ -69,7 +69,7 @@ class Metric:
 class Restart:
     """A failure that the run went on after, and how long that took."""
 
-    setback: FailureEvent
+    failure: FailureEvent
     recovery: Recovery | None
     """None: it did not come to that, or not yet."""
 
@@ -159,9 +159,9 @@ def metrics(evaluations: Sequence[EvalSummary]) -> list[Metric]:
 
 
 def restarts(record: RunRecord) -> list[Restart]:
-    """Put each setback together with what became of it."""
+    """Put each failure together with what became of it."""
     ended = {recovery.attempt: recovery for recovery in record.recoveries}
-    return [Restart(one, ended.get(one.attempt)) for one in record.setbacks]
+    return [Restart(one, ended.get(one.attempt)) for one in record.failures]
 
 
 def staleness(steps: Sequence[StepSummary]) -> Counter[int]:

@@ -234,7 +234,7 @@ def test_the_budget_ends_the_run_and_tells_all_failures() -> None:
     lose(state, 9, 9)
     assert state.phase is Phase.FAILED
     assert isinstance(state.error, RestartsExhausted)
-    assert len(state.error.setbacks) == 4
+    assert len(state.error.failures) == 4
     assert "max_failures` is 3" in str(state.error)
     assert "after step 8: worker-1 was lost" in str(state.error)
 
