@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,9 +18,6 @@ MARK = "TESTED_BY"
 """Variable of the environment that all processes of a module's runs have: `<pid>:<module>`."""
 
 torch.set_num_threads(1)  # as in a worker: what a test computes beside a run has the run's bits
-
-# A job in the background ignores SIGINT, and so would all that it starts: no test could send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Actors import the helpers beside the tests; a raylet hands its environment on to them.
 _HERE = Path(__file__).parent
