@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import signal_defaults
 import torch
 from ray.experimental.internal_kv import _internal_kv_list
 
@@ -18,6 +19,8 @@ MARK = "TESTED_BY"
 """Variable of the environment that all processes of a module's runs have: `<pid>:<module>`."""
 
 torch.set_num_threads(1)  # as in a worker: what a test computes beside a run has the run's bits
+
+signal_defaults.reset()
 
 # Actors import the helpers beside the tests; a raylet hands its environment on to them.
 _HERE = Path(__file__).parent
