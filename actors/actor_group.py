@@ -30,7 +30,7 @@ from distplat.actors.spawn import (
 )
 from distplat.actors.stopping import end_each
 from distplat.actors.task_loading import TrainFunction
-from distplat.platform.checkpoints import Stored
+from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError, FencedError, StorageError
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
@@ -74,7 +74,7 @@ class ActorGroup:
         SpecError: the cluster will never have what the job asks for.
     """
 
-    def __init__(self, launch: Launch, saved: Stored | None = None) -> None:
+    def __init__(self, launch: Launch, saved: StoredCheckpoint | None = None) -> None:
         self._task: str | bytes = launch.job.task or ""
         if launch.task is not None:
             self._task = ray.cloudpickle.dumps(launch.task)
@@ -178,7 +178,9 @@ class ActorGroup:
         """Give lost orders again; give the roles that could not carry one out, and why."""
         return self._orders.look()
 
-    def carry_out(self, restart: Restart, saved: Stored | None = None, base: int = 0) -> None:
+    def carry_out(
+        self, restart: Restart, saved: StoredCheckpoint | None = None, base: int = 0
+    ) -> None:
         """
         End what is to be replaced, make it anew, and give everybody the next orders.
 
@@ -310,7 +312,7 @@ class ActorGroup:
         """End all actors."""
         end_each([*([self._spares.end] if self._spares is not None else []), self._cast.end])
 
-    def _give_orders(self, attempt: int, saved: Stored | None, base: int) -> None:
+    def _give_orders(self, attempt: int, saved: StoredCheckpoint | None, base: int) -> None:
         handle = _in_store(saved) if saved is not None else None
         self._start_workers(
             [self._order(attempt, rank, handle, base) for rank in self._cast.workers]
@@ -344,7 +346,7 @@ class ActorGroup:
         )
 
 
-def _in_store(saved: Stored) -> SavedHandle:
+def _in_store(saved: StoredCheckpoint) -> SavedHandle:
     """
     Put a checkpoint where all ranks reach it.
 

@@ -22,7 +22,7 @@ from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning, take
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import Resizer
 from distplat.actors.retrying_calls import ask
-from distplat.actors.scaling import Scaling, check_scalable
+from distplat.actors.scaling import Scaler, check_scalable
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
     Event,
@@ -31,10 +31,10 @@ from distplat.platform.job import (
     JobState,
     Joined,
     Left,
+    NoAnswer,
     Phase,
     Resize,
     Tick,
-    Unanswered,
 )
 from distplat.platform.progress import FailureEvent, Recovery, ReportAggregator, Resized, Summary
 from distplat.platform.quiesce import Stop, how_to_stop
@@ -84,7 +84,7 @@ class Controller:
             reporting, checkpoints.step if actor_group.dynamic_tasks else None
         )
         self._requests = requests = ScaleRequests()
-        self._scaling = Scaling(actor_group, requests) if actor_group.dynamic_tasks else None
+        self._scaling = Scaler(actor_group, requests) if actor_group.dynamic_tasks else None
         self._resizer = Resizer(actor_group, requests)  # where tasks are not leased
         self._state = JobState(actor_group.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
@@ -282,7 +282,7 @@ class Controller:
         for call in silent:
             role, asked_at = self._open[call]
             if role in self._up:
-                self._state.handle(Unanswered(role, now - asked_at), now)
+                self._state.handle(NoAnswer(role, now - asked_at), now)
         if not silent:
             time.sleep(max(0.0, tick_s - (now - began)))
 
@@ -304,7 +304,7 @@ class Controller:
         found = meaning(error)
         if found in (Meaning.UNANSWERED, Meaning.LATE):
             since = self._unreached.setdefault(role, time.monotonic())
-            return Unanswered(role, time.monotonic() - since)
+            return NoAnswer(role, time.monotonic() - since)
         del self._actors[role]
         lost: DistplatError = as_ours(error)
         if found is Meaning.LOST:

@@ -66,11 +66,11 @@ class FileToKeep:
 
 
 @dataclass(frozen=True)
-class Trained:
+class ModelReady:
     """The model is there, to be asked for by `result`."""
 
 
-RunEvent = Summary | FileToKeep | Trained | logging.LogRecord
+RunEvent = Summary | FileToKeep | ModelReady | logging.LogRecord
 """What the driver is told."""
 
 
@@ -157,7 +157,7 @@ class ControllerActor:
             )
             self._begun.set()
             self._model = self._controller.run(self._outbox.put)
-            self._outbox.put(Trained())
+            self._outbox.put(ModelReady())
             self._controller.settle()
             self._keep_files(actor_group)
         finally:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.controller_actor import FileToKeep, RunNews, Trained
+from distplat.actors.controller_actor import FileToKeep, ModelReady, RunNews
 from distplat.actors.retrying_calls import ask
 from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
@@ -79,7 +79,7 @@ class ControllerClient:
             number += 1
             news: RunNews = self._ask(check, "poll", number, _HOLD_S)
             for event in news.events:
-                if isinstance(event, Trained):
+                if isinstance(event, ModelReady):
                     sink.model(self._ask(check, "result"))
                 else:
                     self._hand_on(event, sink)

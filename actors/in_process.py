@@ -22,7 +22,7 @@ from distplat.actors.task_loading import TrainFunction, load_task_class, load_tr
 from distplat.actors.training import saved_model
 from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
-from distplat.platform.checkpoints import Stored
+from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
 from distplat.platform.tensor_file import decode
@@ -166,7 +166,7 @@ def _count(leases: RemoteLeases, report: Callable[[AnyReport], None], part: AnyR
     report(part)
 
 
-def _saved(stored: Stored | None) -> SavedState | None:
+def _saved(stored: StoredCheckpoint | None) -> SavedState | None:
     if stored is None:
         return None
     return SavedState(stored.state, lambda name: decode(stored.files[f"{name}.safetensors"]))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distplat.platform.progress import FailureEvent, Resized, Saved, StepSummary, StepTotals
-from distplat.platform.report import Restart, metrics, samples_per_s
+from distplat.platform.report import RestartRecord, metrics, samples_per_s
 from distplat.platform.run_record import RunRecord
 
 Figures = dict[str, float]
@@ -181,7 +181,7 @@ def checkpoint_lines(saved: Sequence[Saved]) -> list[list[str]]:
     return [[str(one.step), size_text(one.size), f"{one.seconds:.2f} s"] for one in saved]
 
 
-def restart_lines(found: Sequence[Restart]) -> list[list[str]]:
+def restart_lines(found: Sequence[RestartRecord]) -> list[list[str]]:
     """Give attempt, step, cause, who was replaced, and how long it took."""
     return [
         [

@@ -133,7 +133,7 @@ def submit(
         "entrypoint_num_gpus": entrypoint_num_gpus,
         "entrypoint_memory": entrypoint_memory,
     }
-    request = command.Request(
+    request = command.SubmitRequest(
         job_file=job_file,
         settings=tuple(settings or ()),
         flags=flags(strategy, num_workers, name),
@@ -169,7 +169,7 @@ def validate(
     """
     from distplat.cli import submit as command
 
-    request = command.Request(
+    request = command.SubmitRequest(
         job_file=job_file,
         settings=tuple(settings or ()),
         flags=flags(strategy, num_workers, name),

@@ -23,7 +23,7 @@ from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import PER_PARAMETER, USED
 from distplat.strategies.model.segments import dtype_name
-from distplat.strategies.ports import Kind, Shards
+from distplat.strategies.ports import Shards, VectorKind
 
 _OF_LIVE = {"model", f"optimizer/{AVERAGE}", f"optimizer/{AVERAGED}"}
 """Vectors that have something of every parameter that is trained."""
@@ -106,21 +106,21 @@ def server_part(
     return replace(buffer_part(flat, holding), fetch=fetch, may_skip=may_skip)
 
 
-def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[Kind], bytes]:
+def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[VectorKind], bytes]:
     """Say what an optimizer's state is made of, and, a byte each, of which parameters it is."""
     kinds = [kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
     return kinds, state[USED].numpy().tobytes() if USED in state else b""
 
 
-def kind_of(key: str, tensor: Tensor) -> Kind:
+def kind_of(key: str, tensor: Tensor) -> VectorKind:
     """Say what a vector, or a number for each parameter, is."""
     plain = key.replace(f"optimizer/{PER_PARAMETER}", "optimizer/")
-    return Kind(plain, dtype_name(tensor), tensor.numel() if plain == key else None)
+    return VectorKind(plain, dtype_name(tensor), tensor.numel() if plain == key else None)
 
 
 def vector_entries(
     flat: FlatModel,
-    kinds: Sequence[Kind],
+    kinds: Sequence[VectorKind],
     start: int = 0,
     used: bytes = b"",
     holding: Holding = ALL,

@@ -38,7 +38,7 @@ from distplat.strategies.pipeline.limits import (
     shared,
 )
 from distplat.strategies.pipeline.options import HybridOptions
-from distplat.strategies.pipeline.rank_model import Part, layers_for, take_part, take_whole
+from distplat.strategies.pipeline.rank_model import ModelPart, layers_for, take_part, take_whole
 from distplat.strategies.tensor.parallelize import parallelize
 from distplat.strategies.tensor.plan import resolve
 
@@ -337,8 +337,8 @@ def agreed_part(
     at: Position,
     everybody: Collective,
     slices: Collective | None,
-    known: Part | None,
-) -> Part:
+    known: ModelPart | None,
+) -> ModelPart:
     """
     Give what a rank holds; the rest of the model may go.
 
@@ -387,7 +387,7 @@ def _taken(
     at: Position,
     everybody: Collective,
     together: Collective | None,
-) -> tuple[Part, dict[int, Any]]:
+) -> tuple[ModelPart, dict[int, Any]]:
     """
     Give the part, and a few samples as they enter its places, to try it.
 

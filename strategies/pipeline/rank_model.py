@@ -278,7 +278,7 @@ def _copied(value: Any) -> Any:
 
 
 @dataclass
-class Part:
+class ModelPart:
     """What one rank holds."""
 
     points: list[int]
@@ -359,7 +359,7 @@ def take_part(
     recompute: bool,
     seed: int | None,
     device: str,
-) -> Part:
+) -> ModelPart:
     """
     Make what one rank holds; the rest of the model is free to go.
 
@@ -388,12 +388,12 @@ def take_part(
             layer.module.to(device)
         chunks[place] = Layers(some, start, recompute=recompute)
         mine += some
-    return Part(list(points), chunks, Stage(mine))
+    return ModelPart(list(points), chunks, Stage(mine))
 
 
 def take_whole(
     task: Task, model: nn.Module, *, recompute: bool, seed: int | None, device: str
-) -> Part:
+) -> ModelPart:
     """
     Make what a rank holds of a model that is not cut; see `take_part`.
 
@@ -403,7 +403,7 @@ def take_whole(
     if seed is not None:
         materialise(layers_for(task, model), 0, seed, device)
     whole = Uncut(model.to(device), recompute=recompute)
-    return Part([], {0: whole}, model)
+    return ModelPart([], {0: whole}, model)
 
 
 def _refuse_untrained(layers: Sequence[Layer], runs: Sequence[tuple[int, int]]) -> None:

@@ -19,7 +19,7 @@ from distplat.strategies.catalog import load_strategy_file, make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.task import Task, own_call
 from distplat.strategies.verification.plan import seed_all
-from distplat.strategies.verification.reference import Rank
+from distplat.strategies.verification.reference import VirtualRank
 from distplat.strategies.verification.references import References, references
 from distplat.strategies.verification.switched import Switched, Switches
 
@@ -27,7 +27,7 @@ REQUEST, ANSWER = "request.json", "references.pt"
 
 
 @dataclass(frozen=True)
-class Request:
+class ChildRequest:
     """What the child is asked for."""
 
     jobs: list[dict[str, Any]]
@@ -44,7 +44,7 @@ Answer = References | str
 """The references of a job, or why its strategy cannot cut the model."""
 
 
-def answer(request: Request) -> list[Answer]:
+def answer(request: ChildRequest) -> list[Answer]:
     """Compute the references of all jobs."""
     sys.path.insert(0, request.folder)
     if request.strategy_file is not None:
@@ -69,7 +69,7 @@ def _uncut(job: Job, task: Task) -> str:
     if (own := own_call(task)) is not None:
         return f"the task calls the model itself, in {own}()"
     try:
-        stages = task.stages(Rank(lambda: task, job.seed).model)
+        stages = task.stages(VirtualRank(lambda: task, job.seed).model)
     except NotImplementedError as error:
         return str(error)
     return "" if len(stages) > 1 else "the model has one layer"
@@ -79,7 +79,7 @@ def main() -> None:
     """Answer the request in the folder that the command line names."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    request = Request(**json.loads((folder / REQUEST).read_text()))
+    request = ChildRequest(**json.loads((folder / REQUEST).read_text()))
     torch.save(answer(request), folder / ANSWER)
 
 

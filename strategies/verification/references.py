@@ -24,8 +24,8 @@ from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.task_order import order_of
 from distplat.strategies.task import Task
 from distplat.strategies.verification.compare import compare, is_finite
-from distplat.strategies.verification.plan import Samples, Trained, parts, recipe_of, union
-from distplat.strategies.verification.reference import Rank, train
+from distplat.strategies.verification.plan import ReferenceSamples, Trained, parts, recipe_of, union
+from distplat.strategies.verification.reference import VirtualRank, train
 from distplat.strategies.verification.switched import Switches
 from distplat.strategies.verification.tables import with_rows
 
@@ -83,10 +83,10 @@ def references(job: Job, make: Make) -> References:
     if job.embeddings is not None:
         without = make
         make = lambda switches: with_rows(without(switches), job.seed)  # noqa: E731
-    first = Rank(lambda: make(Switches()), job.seed)
+    first = VirtualRank(lambda: make(Switches()), job.seed)
     data = first.task.train_data()
     order = order_of(first.task, data, job.seed)
-    samples = Samples(len(data) if order is None else order.size, order)  # type: ignore[arg-type]
+    samples = ReferenceSamples(len(data) if order is None else order.size, order)  # type: ignore[arg-type]
     norms = [module for module in first.model.modules() if isinstance(module, _BatchNorm)]
     merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
     every = _every(first, job)
@@ -119,7 +119,7 @@ def references(job: Job, make: Make) -> References:
     return found
 
 
-def _every(rank: Rank, job: Job) -> int:
+def _every(rank: VirtualRank, job: Job) -> int:
     """Say after how many steps a state is kept, so that there is room for all of them."""
     size = sum(value.nbytes for value in rank.snapshot().values())
     return max(1, math.ceil((job.steps or 0) * size / _ROOM_BYTES))
@@ -130,7 +130,9 @@ def meaning_job(job: Job) -> Job:
     return job.model_copy(update={"steps": MEANING_STEPS, "precision": "fp32"})
 
 
-def _add_whole(found: References, job: Job, make: Make, every: Samples, merged: bool) -> None:
+def _add_whole(
+    found: References, job: Job, make: Make, every: ReferenceSamples, merged: bool
+) -> None:
     """Compute the whole batch: in float64 and with a last batch of one sample, if that works."""
     batch = job.global_batch_size
     ragged = None
@@ -148,9 +150,14 @@ def _add_whole(found: References, job: Job, make: Make, every: Samples, merged: 
 
 
 def _whole(
-    found: References, job: Job, make: Make, switches: Switches, every: Samples, merged: bool
+    found: References,
+    job: Job,
+    make: Make,
+    switches: Switches,
+    every: ReferenceSamples,
+    merged: bool,
 ) -> Whole:
-    samples = every if switches.samples is None else Samples(switches.samples)
+    samples = every if switches.samples is None else ReferenceSamples(switches.samples)
     recipe, schedule = recipe_of(job, found.every), parts(job, samples, merged=merged)
     outputs: list[list[Tensor]] = [[], []]
     whole = train(_recorded(make, switches, outputs[0]), union(job, samples), recipe)

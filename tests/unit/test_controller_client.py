@@ -11,7 +11,7 @@ import pytest
 from jobs import job_of
 
 from distplat.actors import controller_actor, retrying_calls
-from distplat.actors.controller_actor import ControllerActor, FileToKeep, Trained
+from distplat.actors.controller_actor import ControllerActor, FileToKeep, ModelReady
 from distplat.actors.controller_client import ControllerClient, Sink
 from distplat.actors.local_transport import Actor, Call, Fault, LocalCluster
 from distplat.actors.outbox import Outbox
@@ -35,7 +35,7 @@ class Run(ControllerActor):
             self._outbox.put(StepSummary(step, 0, 0.5, 8, {}, STEPS))
             time.sleep(0.002)
         self._model = b"the model"
-        self._outbox.put(Trained())
+        self._outbox.put(ModelReady())
         for number in range(3):
             self._outbox.put(FileToKeep(f"table-{number}", bytes([number])))
 

@@ -21,9 +21,9 @@ from distplat.platform.job import (
     Failed,
     Heard,
     JobState,
+    NoAnswer,
     Phase,
     Tick,
-    Unanswered,
 )
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
@@ -74,9 +74,9 @@ def play(history: History, policy: Policy = GO_ON) -> JobState:
             [
                 (1, stopped(0)),
                 (1, stopped(2)),
-                (2, Unanswered("worker-1", SETTLE_S)),
+                (2, NoAnswer("worker-1", SETTLE_S)),
                 (2, Tick()),
-                (3, Unanswered("worker-1", SETTLE_S + 0.1)),
+                (3, NoAnswer("worker-1", SETTLE_S + 0.1)),
                 (3, Tick()),
             ],
             (1,),
@@ -183,7 +183,7 @@ def no_coordinator(role: str) -> Failed:
         ),
         # frozen, both
         (
-            [(1, Unanswered("server-manager", 99)), (1, Unanswered("task-scheduler", 99))],
+            [(1, NoAnswer("server-manager", 99)), (1, NoAnswer("task-scheduler", 99))],
             ("server-manager", "task-scheduler"),
         ),
     ],
