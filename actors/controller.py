@@ -31,8 +31,8 @@ from distplat.platform.job import (
     JobState,
     Joined,
     Left,
-    NoAnswer,
     Phase,
+    PollUnanswered,
     Resize,
     Tick,
 )
@@ -94,20 +94,20 @@ class Controller:
         self._holders = policy.holders
         self._checkpoints = checkpoints
         self.base = checkpoints.step  #: steps that were made before the present servers were
-        self._told: Callable[[Summary], None] = lambda summary: None
+        self._report: Callable[[Summary], None] = lambda summary: None
 
-    def run(self, tell: Callable[[Summary], None]) -> bytes:
+    def run(self, report: Callable[[Summary], None]) -> bytes:
         """
         Wait for the end of the run; give the trained model.
 
         Args:
-            tell: takes each step and evaluation when its last rank has reported it, and failures
+            report: takes each step and evaluation when its last rank has reported it, and failures
                 after which the run goes on.
 
         Raises:
             DistplatError: why it failed.
         """
-        self._told = tell
+        self._report = report
         while not self._state.over:
             self._check()
             self._ask_everybody()
@@ -120,11 +120,11 @@ class Controller:
             if self._state.phase is Phase.RUNNING:
                 self._scale()
                 self._actor_group.keep_spares()
-            self._tell_checkpoints()
+            self._report_checkpoints()
         if self._state.error is not None:
             raise self._state.error
         for summary in self._gathering.rest():
-            self._told(summary)
+            self._report(summary)
         return self._result()
 
     def settle(self) -> None:
@@ -135,7 +135,7 @@ class Controller:
             StorageError: several could not be.
         """
         self._checkpoints.drain()
-        self._tell_checkpoints()
+        self._report_checkpoints()
 
     def scale(self, workers: int) -> ScaleRequest:
         """
@@ -163,9 +163,9 @@ class Controller:
         """Tell what became of the last request; any thread may ask."""
         return self._requests.status()
 
-    def _tell_checkpoints(self) -> None:
+    def _report_checkpoints(self) -> None:
         for saved in self._checkpoints.news():
-            self._told(saved)
+            self._report(saved)
 
     def _repair(self) -> None:
         """Carry out what the state has decided about a failure."""
@@ -175,10 +175,10 @@ class Controller:
         if state.restart is not None:
             self._go_on(state.restart)
         if state.phase is Phase.RUNNING and self._failed_at is not None:
-            self._told(Recovery(state.attempt, now - self._failed_at))
+            self._report(Recovery(state.attempt, now - self._failed_at))
             self._failed_at = None
         if state.phase is Phase.RUNNING and self._resized is not None:
-            self._told(replace(self._resized, seconds=now - (self._halted_at or now)))
+            self._report(replace(self._resized, seconds=now - (self._halted_at or now)))
             self._resized = self._halted_at = None
 
     def _call_off(self, now: float) -> None:
@@ -217,7 +217,7 @@ class Controller:
         step = self.base if restart.everything else self._state.furthest
         if self._state.error is not None:
             cause = str(self._state.error)
-            self._told(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
+            self._report(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
             self._gathering.lost()
         until = time.monotonic() + restart.wait_s
         while time.monotonic() < until:
@@ -282,7 +282,7 @@ class Controller:
         for call in silent:
             role, asked_at = self._open[call]
             if role in self._up:
-                self._state.handle(NoAnswer(role, now - asked_at), now)
+                self._state.handle(PollUnanswered(role, now - asked_at), now)
         if not silent:
             time.sleep(max(0.0, tick_s - (now - began)))
 
@@ -304,7 +304,7 @@ class Controller:
         found = meaning(error)
         if found in (Meaning.UNANSWERED, Meaning.LATE):
             since = self._unreached.setdefault(role, time.monotonic())
-            return NoAnswer(role, time.monotonic() - since)
+            return PollUnanswered(role, time.monotonic() - since)
         del self._actors[role]
         lost: DistplatError = as_ours(error)
         if found is Meaning.LOST:
@@ -316,7 +316,7 @@ class Controller:
         self._actor_group.note_node(rank, news.node)
         for report in news.reports:
             for summary in self._gathering.add(report):
-                self._told(summary)
+                self._report(summary)
         for delivery in news.deliveries:
             self._checkpoints.take(delivery)
         if news.attempt != self._state.attempt:

@@ -76,7 +76,7 @@ class TaskDesk:
         self._clients.append(found)
         return found
 
-    def tell(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, *args: Any) -> Any:
         """Call the scheduler, and wait for its answer."""
         transport = self.cluster.transport()
         limit_s = self.job.failure.start_timeout_s

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from distplat.actors.actor_group import Launch
-from distplat.actors.controller_client import Sink
+from distplat.actors.controller_client import RunHandlers
 from distplat.actors.launch import train_on_ray
 from distplat.actors.task_check import check_class, check_function
 from distplat.actors.task_loading import TrainFunction
@@ -285,7 +285,7 @@ class Trainer:
                 result.checkpoint = directory.save_model(model)
 
         try:
-            self._train(run, directory.path, Sink(tell, save, directory.keep))
+            self._train(run, directory.path, RunHandlers(tell, save, directory.keep))
             metrics.close()
         except BaseException as error:
             metrics.close()
@@ -325,7 +325,7 @@ class Trainer:
             return None
         return upload_of(folder, url, self.job.failure.storage_timeout_s, logger.warning)
 
-    def _train(self, run: str, folder: Path, sink: Sink) -> None:
+    def _train(self, run: str, folder: Path, handlers: RunHandlers) -> None:
         launch = Launch(
             self.job,
             run,
@@ -347,9 +347,9 @@ class Trainer:
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch
 
-            train_in_process(launch, sink)
+            train_in_process(launch, handlers)
         else:
-            train_on_ray(launch, sink)
+            train_on_ray(launch, handlers)
 
 
 def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:

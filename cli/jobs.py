@@ -26,7 +26,7 @@ from distplat.platform.errors import (
 if TYPE_CHECKING:
     from distplat.cli.cluster import Jobs
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 """Grows when a field of the JSON output changes its meaning or goes."""
 DASHBOARD = "http://127.0.0.1:8265"
 """Where Ray's job API is on the machine of the head, if nobody said otherwise."""

@@ -97,7 +97,7 @@ def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:
 
 
 def _row(entry: WorkerRow, scheduler: SchedulerStatus) -> list[str]:
-    one = entry.standing
+    one = entry.stats
     lease = f"part {one.rank} of {scheduler.parts}"
     if scheduler.dynamic_tasks:
         lease = "-"

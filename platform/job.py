@@ -130,7 +130,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class NoAnswer:
+class PollUnanswered:
     """A role has not answered for `seconds`."""
 
     role: str
@@ -163,7 +163,7 @@ class Tick:
     """Time passed."""
 
 
-Event = Heard | Failed | NoAnswer | Joined | Left | Resize | Tick
+Event = Heard | Failed | PollUnanswered | Joined | Left | Resize | Tick
 
 
 SETTLE_S = 2.0
@@ -268,7 +268,7 @@ class JobState:
                 self._hear(event, now)
             case Failed():
                 self._take_failure(event, now)
-            case NoAnswer(role=role, seconds=seconds):
+            case PollUnanswered(role=role, seconds=seconds):
                 self._miss(role, seconds, now)
             case Joined(rank=rank):
                 self._members.add(rank)

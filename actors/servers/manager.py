@@ -288,11 +288,11 @@ class ServerManager:
         tail = facts.layout.tail_size if facts.layout is not None else 0
         cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail)
         if speeds:
-            told = [
+            sizes = [
                 f"{speed / 1e6:.0f} M/s: {cut.size}"
                 for speed, cut in zip(speeds, cuts.shards, strict=True)
             ]
-            logger.info("elements by the servers' speed: %s", ", ".join(told))
+            logger.info("elements by the servers' speed: %s", ", ".join(sizes))
         return cuts
 
     def _assign_some(

@@ -79,7 +79,7 @@ def wait_until(run: RunName, what: Callable[[Overview], bool]) -> Overview:
 
 def made(seen: Overview) -> dict[int, int]:
     assert seen.scheduler is not None
-    return {entry.standing.rank: entry.standing.made for entry in seen.scheduler.workers}
+    return {entry.stats.rank: entry.stats.made for entry in seen.scheduler.workers}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from jobs import job_of
 
 from distplat.actors import controller_actor, retrying_calls
 from distplat.actors.controller_actor import ControllerActor, FileToKeep, ModelReady
-from distplat.actors.controller_client import ControllerClient, Sink
+from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.local_transport import Actor, Call, Fault, LocalCluster
 from distplat.actors.outbox import Outbox
 from distplat.platform.errors import ActorLost, DeadlineExceeded, Interrupted, StorageError
@@ -72,12 +72,12 @@ class Driver:
         self.heard: list[object] = []
 
     def follow(self, check: Any = lambda: None) -> None:
-        sink = Sink(
+        handlers = RunHandlers(
             lambda summary: self.heard.append(cast(StepSummary, summary).step),
             lambda model: self.heard.append(model),
             lambda name, content: self.heard.append(name),
         )
-        self.client.follow(check, sink)
+        self.client.follow(check, handlers)
 
 
 ALL = [*range(1, STEPS + 1), b"the model", "table-0", "table-1", "table-2"]

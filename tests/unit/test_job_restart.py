@@ -21,8 +21,8 @@ from distplat.platform.job import (
     Failed,
     Heard,
     JobState,
-    NoAnswer,
     Phase,
+    PollUnanswered,
     Tick,
 )
 from distplat.platform.recovery import Policy, Restart
@@ -74,9 +74,9 @@ def play(history: History, policy: Policy = GO_ON) -> JobState:
             [
                 (1, stopped(0)),
                 (1, stopped(2)),
-                (2, NoAnswer("worker-1", SETTLE_S)),
+                (2, PollUnanswered("worker-1", SETTLE_S)),
                 (2, Tick()),
-                (3, NoAnswer("worker-1", SETTLE_S + 0.1)),
+                (3, PollUnanswered("worker-1", SETTLE_S + 0.1)),
                 (3, Tick()),
             ],
             (1,),
@@ -183,7 +183,7 @@ def no_coordinator(role: str) -> Failed:
         ),
         # frozen, both
         (
-            [(1, NoAnswer("server-manager", 99)), (1, NoAnswer("task-scheduler", 99))],
+            [(1, PollUnanswered("server-manager", 99)), (1, PollUnanswered("task-scheduler", 99))],
             ("server-manager", "task-scheduler"),
         ),
     ],

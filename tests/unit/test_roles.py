@@ -150,7 +150,7 @@ def test_json_has_all_of_it() -> None:
     seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), scheduler())
     found = json.loads(to_json(role_facts(seen)))
     assert found["servers"]["seats"][0]["backup"] == "server-3"
-    assert found["scheduler"]["workers"][1]["standing"]["straggler"] is True
+    assert found["scheduler"]["workers"][1]["stats"]["straggler"] is True
     assert found["scheduler"]["workers"][0]["lease"] == [240, 249, 10]
     scale = {name: found["scheduler"][name] for name in ("wish", "refused", "pending")}
     assert scale == {"wish": None, "refused": "", "pending": False}
