@@ -151,7 +151,8 @@ def test_layers_are_measured_in_the_mode_that_they_train_in() -> None:
         def model(self) -> nn.Module:
             return nn.Sequential(nn.Linear(6, 5), FrozenNorm(5), nn.Tanh(), nn.Linear(5, 4))
 
-    run = train(hybrid_job({"pipeline": 2, "micro_batches": 8}, 2, steps=1), Frozen)
+    job = hybrid_job({"pipeline": 2, "micro_batches": 8}, 2, steps=1, global_batch_size=8)
+    run = train(job, Frozen)
     assert {"1.running_mean", "3.weight"} <= whole(run).keys()
 
 
