@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address, Opened, Parcel, TablePart
@@ -47,12 +48,12 @@ class TableServing(Serving[TableServer]):
         self._mapped: dict[tuple[int, str], MemorySegment] = {}  #: by rank and dtype: the last one
 
     @property
+    @override
     def server(self) -> TableServer:
-        """See `Serving`."""
         return self._server
 
+    @override
     def held(self) -> Held:
-        """See `Serving`."""
         store = self._server.store
         return self._replication.held(store.index) if store.opened else Held(self._name, None)
 

@@ -14,6 +14,7 @@ from functools import partial
 import ray
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.actors.collectives.group import CollectiveGroup, summed
 from distplat.actors.collectives.header import STAGED, Header, header, supported
@@ -96,8 +97,8 @@ class ShmGroup(CollectiveGroup):
         self._liveness.start()
 
     @classmethod
+    @override
     def works_here(cls) -> bool:
-        """See `shared_memory_works`."""
         return shared_memory_works()
 
     def barrier(self) -> None:
