@@ -142,8 +142,8 @@ def test_of_two_listeners_the_later_answers_once(segment: MemorySegment) -> None
 
 def test_a_listener_ends_with_its_worker() -> None:
     code = (
-        "import os, time; from distplat.actors.memory.memfd import Segment; "
-        f"s = Segment.create('here', {SLOT}, 'uint8'); "
+        "import os, time; from distplat.actors.memory.memfd import MemorySegment; "
+        f"s = MemorySegment.create('here', {SLOT}, 'uint8'); "
         "print(s.address.fd, flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

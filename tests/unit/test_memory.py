@@ -19,8 +19,8 @@ from distplat.actors.messages import Address
 
 OWNER = """
 import sys
-from distplat.actors.memory.memfd import Segment
-segment = Segment.create("node", 5, "float32")
+from distplat.actors.memory.memfd import MemorySegment
+segment = MemorySegment.create("node", 5, "float32")
 segment.tensor[:] = 3.0
 print(*[segment.address.pid, segment.address.fd], flush=True)
 for line in sys.stdin:
@@ -31,10 +31,10 @@ for line in sys.stdin:
 
 MAPPER = """
 import sys
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
 node, pid, fd, elements, dtype, inode = sys.argv[1:]
-segment = Segment.open(Address(node, int(pid), int(fd), int(elements), dtype, int(inode)))
+segment = MemorySegment.open(Address(node, int(pid), int(fd), int(elements), dtype, int(inode)))
 print(*segment.tensor.tolist())
 segment.tensor.add_(1)
 """

@@ -20,14 +20,14 @@ from distplat.platform.errors import CollectiveError
 PEER = """
 import sys, time
 import torch
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.actors.collectives.shm.group import ShmGroup
-from distplat.actors.collectives.shm.segment import GroupSegment, Layout
+from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 from distplat.actors.messages import Address
-layout = Layout.of(2)
+layout = SegmentLayout.of(2)
 address = Address("", int(sys.argv[1]), int(sys.argv[2]), layout.size, "uint8")
 segment = GroupSegment.open(address, layout, 1)
-group = ShmGroup("death", 1, 2, Settings(60.0, 60.0), segment=segment)
+group = ShmGroup("death", 1, 2, GroupSettings(60.0, 60.0), segment=segment)
 for _ in range(3):
     group.all_reduce(torch.ones(1000))
 time.sleep(60)
