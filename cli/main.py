@@ -303,7 +303,7 @@ def _report(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, UserCodeError):
         frames = f"{error.frames}\n\n" if error.frames else ""
-        _complain(f"{frames}error: {error.told}")
+        _complain(f"{frames}error: {error.text}")
         return error.exit_code
     if isinstance(error, DistplatError):
         before, _, last = str(error).rpartition("\n")

@@ -68,7 +68,7 @@ def send(
     job: Job,
     submission: Submission,
     ignores: shipping.Ignores,
-    tell: Callable[[shipping.Package], None],
+    check: Callable[[shipping.Package], None],
 ) -> str:
     """
     Hand a job in; returns its id.
@@ -78,7 +78,7 @@ def send(
         job: what.
         submission: what it needs.
         ignores: what Ray will leave out of the folder.
-        tell: is told of the folder before it is shipped, and may refuse it.
+        check: is told of the folder before it is shipped, and may refuse it.
 
     Raises:
         SpecError: the folder cannot be shipped, or the cluster refuses the job.
@@ -91,7 +91,7 @@ def send(
         submission.runtime_env,
         submission.resume,
     )
-    tell(shipping.measure(submission.working_dir, environment["excludes"], ignores))
+    check(shipping.measure(submission.working_dir, environment["excludes"], ignores))
     ours = {
         "job_name": job.name,  # Ray's own key: the dashboard shows it
         "strategy": job.strategy.name,

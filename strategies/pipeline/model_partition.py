@@ -265,8 +265,8 @@ def agree_on_points(
         return [start for start, _ in split_evenly(len(layers), request.places)[1:]]
     if not isinstance(request.cut, str):
         return _by_name(layers, request.cut)
-    told = gather_bytes(json.dumps(known).encode(), group, device)
-    found = [points for points in map(json.loads, told) if points]
+    gathered = gather_bytes(json.dumps(known).encode(), group, device)
+    found = [points for points in map(json.loads, gathered) if points]
     if found:
         return list(found[0])
     costs = _measure(layers, inputs, request.meta_seed, group, device)

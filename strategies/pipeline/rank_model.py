@@ -61,18 +61,18 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
 
 
 def _of_the_whole(model: nn.Module) -> list[Problem]:
-    told = [kind for kind in called_hooks(model) if kind not in _KEPT]
-    told += [*saved_hooks(model), *_own_ways(model)]
+    kinds = [kind for kind in called_hooks(model) if kind not in _KEPT]
+    kinds += [*saved_hooks(model), *_own_ways(model)]
     others: Mapping[str, object] = {
         "a hook `with_kwargs`": model._forward_pre_hooks_with_kwargs
         or model._forward_hooks_with_kwargs,
         "a hook with `always_call`": model._forward_hooks_always_called,
         "a `__call__` of its own": type(model).__call__ is not nn.Module.__call__,
     }
-    told += [kind for kind, there in others.items() if there]
+    kinds += [kind for kind, there in others.items() if there]
     text = "the whole model ({}) has {}, and a pipeline calls its layers only"
     hint = "put it on a layer, or set `pipeline: 1`"
-    return [_problem(text.format(type(model).__name__, kind), hint) for kind in told]
+    return [_problem(text.format(type(model).__name__, kind), hint) for kind in kinds]
 
 
 def _own_ways(module: nn.Module) -> list[str]:
@@ -93,11 +93,11 @@ def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
         if id(module) in inside or module is model:
             continue
         never_called = type(module).forward is nn.Module.forward
-        told = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
-        told += _own_ways(module)
+        kinds = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
+        kinds += _own_ways(module)
         text = f"{name} ({type(module).__name__}) has {{}}, and a pipeline calls its parts only"
         hint = f"have the task's `stages` name {name} itself, or set `pipeline: 1`"
-        found += [_problem(text.format(kind), hint) for kind in told]
+        found += [_problem(text.format(kind), hint) for kind in kinds]
     return found
 
 
