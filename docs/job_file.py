@@ -66,8 +66,9 @@ lr_schedule: {name: wsd, warmup_steps: 100, decay_steps: 200, decay: sqrt}     #
 
 `OneCycleLR` is over the run after the warm-up, and leaves momentum alone: `cycle_momentum: false`
 must stand there, for torch's default is true. Not here: `ReduceLROnPlateau`, which needs the
-results of evaluations, schedulers made of functions or of others, and `CyclicLR`, which replaces
-the learning rates of optimizer and groups.
+results of evaluations, schedulers made of others, and `CyclicLR`, which replaces the learning rates
+of optimizer and groups. A function of the step, as for `LambdaLR`, is `lr(step, total)` of the
+[task](task.md#the-learning-rate), and stands in place of `lr_schedule`.
 
 | name | arguments |
 |---|---|

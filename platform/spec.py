@@ -26,7 +26,7 @@ from distplat.platform.fields import (
     Seconds,
     Spec,
 )
-from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule
+from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule, TaskSchedule
 from distplat.platform.optimizers import SGD, AnyOptimizer
 from distplat.platform.parameter_groups import group_problems
 from distplat.platform.storage_url import is_url, url_problem
@@ -315,6 +315,16 @@ class Job(Spec):
         """Give the same job with another number of workers; `problems` is to be asked of it."""
         scaling = self.scaling.model_copy(update={"num_workers": number})
         return self.model_copy(update={"scaling": scaling})
+
+    @property
+    def task_schedule(self) -> TaskSchedule | None:
+        """The rates that the task says itself, once it has been asked; None: the job does."""
+        found: Any = self.lr_schedule
+        return found if isinstance(found, TaskSchedule) else None
+
+    def with_schedule(self, schedule: TaskSchedule) -> "Job":
+        """Give the same job with a schedule that no job file can hold."""
+        return self.model_copy(update={"lr_schedule": schedule})
 
     def problems(self) -> list[Problem]:
         """Check what no single field can see; empty: the job holds together."""

@@ -118,6 +118,24 @@ class Task(ABC):
         """
         return self.loss(self.forward(model, batch), targets_of(self, batch))
 
+    def lr(self, step: int, total: int) -> float:
+        """
+        Give the factor of the learning rate in a step, as for torch's `LambdaLR`; override it for a
+        schedule that the job file has no name for.
+
+        It multiplies `lr` of the optimizer, of each of its groups, and of `embeddings.optimizer`.
+        Every worker asks for all steps in their order before the first is made, and all must get
+        the same. Unless it is overridden the job's `lr_schedule` says the rates.
+
+        Args:
+            step: from 0.
+            total: steps of the run.
+
+        Returns:
+            A number, 0 or more.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves the rates to the job")
+
     def eval_data(self) -> Dataset[Any] | None:
         """Give the samples for evaluation, or None for no evaluation."""
         return None
@@ -189,6 +207,11 @@ def has_step(task: Task) -> bool:
 def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
     """Give a task's way from a batch to its loss; the task may keep a number as `self.step`."""
     return task.step if has_step(task) else MethodType(Task.step, task)
+
+
+def has_lr(kind: type[Task]) -> bool:
+    """Say whether a class of tasks has a schedule of its own."""
+    return kind.lr is not Task.lr
 
 
 def own_call(task: Task) -> str | None:

@@ -6,7 +6,8 @@ Methods of a task that nobody calls: names of other libraries' hooks, and near m
         def metric(self, outputs, targets): ...    # did you mean metrics()?
 
 A helper of the user's own is silent: one with any other name, and one that the class itself uses.
-Here, too, is found whether a class says how its loss is made, and says it once: `check_loss`.
+Here, too, is found whether a class says how its loss is made, and says it once, and whether its
+methods can be called: `check_methods`.
 This module needs no torch, and looks at a class only: the driver can ask it.
 """
 
@@ -31,9 +32,16 @@ _STEP = "write step(model, batch), which gives the loss; backward and update are
 _SAMPLER = "write sampler(data, epoch), which gives numbers of samples or a sampler of torch"
 _COLLATE = "write collate(samples), which sees the samples of a micro-batch and gives the batch"
 _OPTIMIZER = "name it in the job file's `optimizer`"
-_SCHEDULE = "name it in the job file's `lr_schedule`"
+_SCHEDULE = "name it in the job file's `lr_schedule`, or write lr(step, total)"
 _CLIP = "give the job file's `clip_norm`"
 _ARGUMENTS = "it gets what model() gave, and a batch; what the module computes is its own forward()"
+_FACTOR = "it gives the factor of `lr` in a step; call anything else by another name"
+_TWO = {
+    "forward": ("model, batch", _ARGUMENTS),
+    "step": ("model, batch", _ARGUMENTS),
+    "lr": ("step, total", _FACTOR),
+}
+"""Methods whose two arguments are looked at: what these are."""
 _BESIDE_STEP = "call it in step(model, batch), or write loss(outputs, targets) instead of step()"
 _EVENTS = "there are no callbacks: `Trainer(..., observers=...)` is told of every step"
 _INSTEAD = {
@@ -93,9 +101,9 @@ def unheard(kind: type[Task]) -> list[str]:
         A sentence for each: where it is, and what to write instead.
 
     Raises:
-        SpecError: see `check_loss`.
+        SpecError: see `check_methods`.
     """
-    check_loss(kind)
+    check_methods(kind)
     used = {name for _, member in _members(kind) for name in names_in(member)}
     found = []
     for name, member in _members(kind):
@@ -106,16 +114,16 @@ def unheard(kind: type[Task]) -> list[str]:
     return found
 
 
-def check_loss(kind: type[Task]) -> None:
+def check_methods(kind: type[Task]) -> None:
     """
-    See that a class has one of `loss` and `step`, and that `forward` and `step` can be called.
+    See that a class has one of `loss` and `step`, and that methods with two arguments take them.
 
     Raises:
-        SpecError: it has none or both, or one of them takes something else than (model, batch).
+        SpecError: it has none or both, or one of them takes something else.
     """
     problems = [
-        _problem(kind, name, f"{name}() must take (model, batch)", _ARGUMENTS)
-        for name in ("forward", "step")
+        _problem(kind, name, f"{name}() must take ({arguments})", hint)
+        for name, (arguments, hint) in _TWO.items()
         if _overrides(kind, name) and not _takes_two(kind, name)
     ]
     loss, step = _overrides(kind, "loss"), _overrides(kind, "step")
@@ -149,7 +157,7 @@ def _overrides(kind: type[Task], method: str) -> bool:
 
 
 def _takes_two(kind: type[Task], method: str) -> bool:
-    """Say whether a method can be called with a model and a batch."""
+    """Say whether a method can be called with two arguments."""
     bound = isinstance(inspect.getattr_static(kind, method), staticmethod | classmethod)
     try:
         inspect.signature(getattr(kind, method)).bind(*[None] * (2 if bound else 3))

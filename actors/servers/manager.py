@@ -313,8 +313,9 @@ class ServerManager:
     ) -> Call:
         part, shard = self._division.shard_of(index)
         cut, ranks = self._cuts[part].shards[shard], self._division.parts[part]
+        own, job = facts.schedule, self._job
         plan = ShardPlan(
-            self._job,
+            job if own is None else job.with_schedule(own),
             self._run,
             self._attempt,
             len(ranks),

@@ -44,6 +44,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.task_contents import task_parameters
 from distplat.strategies.loop.task_order import digest_of, order_of
+from distplat.strategies.loop.task_schedule import schedule_digest, with_task_schedule
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
@@ -151,6 +152,7 @@ def prepare(
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
         raise SpecError(*problems)
+    job = with_task_schedule(job, task, steps)
     left = None if whole else model
     loaders_ready()
     return Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
@@ -184,12 +186,15 @@ def describe(prepared: Prepared) -> None:
     model = p.model if p.model is not None else p.flat.model
     sent = not p.roles.consistency.dynamic_tasks
     found = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
-    p.facts = replace(found, order=digest_of(p.sampler))
+    p.facts = replace(found, order=digest_of(p.sampler), rates=schedule_digest(p.job))
 
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
     """Take over the job of another attempt: the same but for the number of workers."""
+    own = prepared.job.task_schedule
     prepared.job, prepared.roles = job, strategy.strategy.roles(job)
+    if own is not None:
+        prepared.job = job.with_schedule(own)
     world = prepared.roles.replicas(job.scaling.world)
     prepared.sampler = replace(prepared.sampler, world=world)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.loop.batches import Run, runs
 from distplat.strategies.loop.task_order import TaskOrder
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, has_lr
 from distplat.strategies.verification.tables import KEPT, row_optimizer
 
 
@@ -93,14 +94,27 @@ class Trained:
     """Of references: whether a forward drew random numbers."""
 
 
-def recipe_of(job: Job, every: int = 1) -> Recipe:
-    """Give the recipe of a job, whose field `steps` is set; `every`: see `Recipe`."""
-    steps, spec, tables = job.steps or 0, job.optimizer, job.embeddings
-    schedule = job.lr_schedule
-    rates = [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
+def recipe_of(job: Job, task: Task, every: int = 1) -> Recipe:
+    """
+    Give the recipe of a job.
+
+    Args:
+        job: its field `steps` is set.
+        task: the user's.
+        every: see `Recipe`.
+    """
+    spec, tables, rates = job.optimizer, job.embeddings, _rates(job, task)
     rows = torch.optim.SGD if tables is None else row_optimizer(tables)
     optimizer, autocast = partial(_optimizer, spec), job.precision == "bf16"
     return Recipe(optimizer, rates, rows, job.clip_norm, autocast, job.seed, every)
+
+
+def _rates(job: Job, task: Task) -> list[Callable[[float], float]]:
+    """See `Recipe`: what the task says, or else the job."""
+    steps, schedule = job.steps or 0, job.lr_schedule
+    if has_lr(type(task)):
+        return [partial(mul, float(task.lr(step, steps))) for step in range(steps)]
+    return [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
 
 
 def _optimizer(spec: Optimizer, named: Named) -> torch.optim.Optimizer:

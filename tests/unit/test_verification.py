@@ -99,6 +99,18 @@ def test_a_task_that_means_what_is_trained(strategy: str, options: dict[str, Any
     assert (found["whole batch"].difference or 0.0) < 1e-12
 
 
+class WarmedUp(Classify):
+    """With rates of its own."""
+
+    def lr(self, step: int, total: int) -> float:
+        return min(1.0, (step + 1) / 4) * (1.0 - step / total)
+
+
+def test_rates_of_the_task_are_the_references_too() -> None:
+    found = rows(WarmedUp, job("ps-sync", options={"num_servers": 2}))
+    assert {row.verdict for row in found.values()} == {EQUAL}
+
+
 class TokenMean(Classify):
     """A mean over something else than samples."""
 
