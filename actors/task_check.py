@@ -27,8 +27,9 @@ import distplat
 from distplat.actors.task_loading import load_task_class, load_train_function
 from distplat.platform.errors import Problem, SpecError, UserCodeError, hint
 from distplat.platform.lr_schedules import Schedule
+from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
-from distplat.strategies.task import Task, has_lr
+from distplat.strategies.task import Task, has_lr, has_optimizer
 from distplat.strategies.task_methods import near_miss, unheard
 
 _CHILD = """
@@ -42,9 +43,14 @@ _LONGEST = 10_000
 """Characters of a message, and of a traceback: they must fit into a pipe that nobody reads yet."""
 
 
+TASKS = "the task's optimizer"
+"""Of a job with `optimizer: {name: task}`."""
+
+
 def said_by_job(job: Job) -> list[str]:
-    """Give the fields of a job that say what a method of the task may say instead."""
-    return ["lr_schedule"] if job.lr_schedule != Schedule() else []
+    """Give the fields of a job that say what a method of the task may say instead; or `TASKS`."""
+    schedule = ["lr_schedule"] if job.lr_schedule != Schedule() else []
+    return [*schedule, TASKS if isinstance(job.optimizer, TaskOptimizer) else "optimizer"]
 
 
 def check_class(kind: object, given: Iterable[str], said: Iterable[str] = ()) -> list[str]:
@@ -142,10 +148,18 @@ def _arguments(kind: type[Task], given: list[str]) -> list[Problem]:
 
 def _said_twice(kind: type[Task], said: list[str]) -> list[Problem]:
     """Compare what the job says with what the class says itself."""
-    if "lr_schedule" not in said or not has_lr(kind):
-        return []
-    text = f"{kind.__name__} has lr(), which says the rates itself"
-    return [Problem(("lr_schedule",), text, "remove one of the two")]
+    found, name = [], kind.__name__
+    if "lr_schedule" in said and has_lr(kind):
+        text = f"{name} has lr(), which says the rates itself"
+        found.append(Problem(("lr_schedule",), text, "remove one of the two"))
+    if "optimizer" in said and has_optimizer(kind):
+        text = f"{name} has optimizer(), which makes it itself"
+        hint = "write `optimizer: {name: task}`, or remove the method"
+        found.append(Problem(("optimizer",), text, hint))
+    if TASKS in said and not has_optimizer(kind):
+        text = f"{name} has no optimizer(named_parameters), and the job asks for it"
+        found.append(Problem(("optimizer", "name"), text, "write it, or name one of torch.optim"))
+    return found
 
 
 class TaskCheck:

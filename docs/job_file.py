@@ -88,6 +88,9 @@ strategy: {name: ps-sync, num_servers: 2}
 ## optimizer
 
 `name` and the arguments of that class in `torch.optim`, with torch's defaults; `lr` must be given.
+`{name: task}`: the one that `optimizer(named_parameters)` of the [task](task.md#the-optimizer)
+makes, under `ring`. These update element by element, so any strategy may cut them up; others, such
+as Muon and Adafactor, see whole tensors, and a task makes them.
 """
 GROUPS = """
 ## optimizer.groups
@@ -145,7 +148,7 @@ def page() -> str:
             names = ", ".join(f"`{name}`" for name in known)
             parts.append(f"| {schedule.__name__} | {names} |\n")
     parts.append(STRATEGY + "\n| name | arguments |\n|---|---|\n")
-    for kind in optimizers.Optimizer.__subclasses__():
+    for kind in get_args(get_args(optimizers.AnyOptimizer)[0]):
         known = [name for name in kind.model_fields if name not in ("name", "groups")]
         names = ", ".join(f"`{name}`" for name in known)
         parts.append(f"| {kind.__name__} | {names} |\n")

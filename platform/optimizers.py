@@ -6,13 +6,15 @@ test holds every name and argument here against torch's signatures.
 
 Only optimizers that act element by element are here: each element's update needs nothing but the
 element's own gradient and state, so a shard of the parameters can be updated alone and every
-strategy gives the same result. `WHOLE_TENSOR` names those of torch that look at more.
+strategy gives the same result. `REFUSED_OPTIMIZERS` names those of torch that do not.
 """
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
 
 from distplat.platform.fields import (
     Flag,
@@ -23,8 +25,14 @@ from distplat.platform.fields import (
     Spec,
 )
 
-WHOLE_TENSOR = {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
-"""Optimizers of torch whose update of an element needs more than that element."""
+_WHOLE = "it needs whole tensors: write optimizer(named_parameters) in the task, and `name: task`"
+REFUSED_OPTIMIZERS = {
+    "Adafactor": _WHOLE,
+    "Muon": _WHOLE,
+    "LBFGS": "it asks for the loss several times in a step",
+    "SparseAdam": "it is for embedding tables: `embeddings.optimizer`",
+}
+"""Optimizers of torch that a job may not name, and why."""
 
 
 class Group(Spec):
@@ -109,6 +117,11 @@ class Optimizer(Spec):
         """Give `lr` of parameters that are in no group, then that of each group."""
         return self.lr, *(self.lr if one.lr is None else one.lr for one in self.groups)
 
+    def figures(self) -> tuple[str, ...]:
+        """Name each of `rates` as it is reported; empty: it is the first one."""
+        own = enumerate(self.groups)
+        return "lr", *("" if one.lr is None else f"lr_group_{n}" for n, one in own)
+
 
 class SGD(Optimizer):
     """Stochastic gradient descent, with momentum if asked."""
@@ -192,7 +205,38 @@ class RAdam(Optimizer):
     decoupled_weight_decay: Flag = False
 
 
-AnyOptimizer = Annotated[
-    SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam,
-    Field(discriminator="name"),
-]
+class TaskOptimizer(Optimizer):
+    """Whatever the task's `optimizer` makes."""
+
+    name: Literal["task"]
+    lr: Positive = 1.0
+    of_groups: tuple[float, ...] = (1.0,)
+    """In a worker, which has asked the task: `lr` of each param group."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.keys() - {"name"}:
+            text = "has no arguments beside `name: task`: the task's optimizer() says them"
+            raise PydanticCustomError("task_optimizer", text)
+        return given
+
+    @model_serializer(mode="plain")
+    def _name(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def rates(self) -> tuple[float, ...]:
+        """Give `lr` of each param group."""
+        return self.of_groups
+
+    def figures(self) -> tuple[str, ...]:
+        """See `Optimizer`; groups are counted as torch does."""
+        own = enumerate(self.of_groups[1:], 1)
+        return "lr", *("" if lr == self.of_groups[0] else f"lr_group_{n}" for n, lr in own)
+
+
+_Named = SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam
+AnyOptimizer = Annotated[_Named, Field(discriminator="name")]
+"""Those that update element by element."""
+JobOptimizer = Annotated[_Named | TaskOptimizer, Field(discriminator="name")]
+"""As a job file has it."""

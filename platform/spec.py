@@ -27,7 +27,7 @@ from distplat.platform.fields import (
     Spec,
 )
 from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule, TaskSchedule
-from distplat.platform.optimizers import SGD, AnyOptimizer
+from distplat.platform.optimizers import SGD, JobOptimizer
 from distplat.platform.parameter_groups import group_problems
 from distplat.platform.storage_url import is_url, url_problem
 
@@ -272,7 +272,7 @@ class Job(Spec):
     strategy: Annotated[StrategySpec, BeforeValidator(_strategy)]
     """The architecture: a name, or a mapping with the name and the strategy's options."""
     scaling: Scaling = Scaling()
-    optimizer: AnyOptimizer
+    optimizer: JobOptimizer
     lr_schedule: NamedSchedule = Schedule()
     embeddings: Embeddings | None = None
     """Servers of embedding tables, for models with `distplat.nn.ShardedEmbedding`."""

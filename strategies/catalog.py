@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.job_file import job_of, read_job
+from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import problems_of
 from distplat.strategies.strategy import NEW_WAY, Roles, Strategy
@@ -220,6 +221,10 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
     if job.ema is not None and not kind.averages:
         text = f"the strategy {job.strategy.name!r} keeps no average of the weights"
         found.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))
+    if isinstance(job.optimizer, TaskOptimizer) and not kind.updates_whole:
+        text = f"under {job.strategy.name!r} no worker updates whole parameters of the whole model"
+        hint = "use `strategy: ring`, or name one of torch.optim"
+        found.append(Problem(("optimizer", "name"), text, hint))
     found.extend(strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job))
     found.extend(_embedding_problems(job, strategy.roles(job)))
     return None if found else strategy

@@ -14,6 +14,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
@@ -136,6 +137,26 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} leaves the rates to the job")
 
+    def optimizer(
+        self, named_parameters: list[tuple[str, nn.Parameter]]
+    ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
+        """
+        Make the optimizer; override it for a class that a job file cannot name, such as Muon.
+
+        Only under `ring`, and in a job with `optimizer: {name: task}`. Every worker makes the same
+        and has it update the whole model from the gradient of the global batch, clipped. `lr` of
+        each param group is what the job's schedule, or `lr`, is applied to.
+
+        Args:
+            named_parameters: all of the model, frozen ones too; then those of the task, whose names
+                begin with `task:`.
+
+        Returns:
+            One of torch's optimizers, or of a class derived from `torch.optim.Optimizer`; or a list
+            of several. Each trainable parameter is in one of them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves the optimizer to the job")
+
     def eval_data(self) -> Dataset[Any] | None:
         """Give the samples for evaluation, or None for no evaluation."""
         return None
@@ -212,6 +233,18 @@ def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
 def has_lr(kind: type[Task]) -> bool:
     """Say whether a class of tasks has a schedule of its own."""
     return kind.lr is not Task.lr
+
+
+def has_optimizer(kind: type[Task]) -> bool:
+    """Say whether a class of tasks makes its optimizer itself."""
+    return kind.optimizer is not Task.optimizer
+
+
+def method_of(task: Task, name: str) -> Callable[..., Any]:
+    """Give a method of a task, which may keep something else under its name: `self.lr = 0.1`."""
+    kept = vars(task).get(name)
+    found: Callable[..., Any] = getattr(type(task), name)
+    return getattr(task, name) if kept is None else MethodType(found, task)
 
 
 def own_call(task: Task) -> str | None:

@@ -21,7 +21,7 @@ from distplat.platform.table_plan import TableSpec, file_of
 from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.optim import NUMBERS, PER_PARAMETER, USED
+from distplat.strategies.model.optim import NUMBERS, PER_PARAMETER, TREE, USED
 from distplat.strategies.model.segments import dtype_name
 
 Load = Callable[[str], Mapping[str, RawTensor]]
@@ -128,10 +128,13 @@ class SavedState:
 
         Returns:
             See `FlatOptimizer.state`; a parameter of which the checkpoint has nothing begins anew.
+            Of a task's own optimizer all of it, see `TaskUpdate.memory`.
         """
         found = self._load("optimizer")
         if not found:
             return {}
+        if TREE in found:
+            return self.file("optimizer")
         stop = flat.size if stop is None else stop
         used = torch.zeros(len(flat.slots), dtype=torch.bool)
         result: dict[str, Tensor] = {}

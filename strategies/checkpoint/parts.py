@@ -11,7 +11,7 @@ copied at once; everything after that happens behind the training's back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from distplat.platform.tensor_slices import Bytes, RawTensor, TensorEntry, Tenso
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Boxes, CheckpointPart, Holding
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.optim import PER_PARAMETER, USED
+from distplat.strategies.model.optim import PER_PARAMETER, TREE, USED
 from distplat.strategies.model.segments import dtype_name
 from distplat.strategies.ports import Kind, Shards
 
@@ -69,14 +69,23 @@ def optimizer_part(
 
     Args:
         flat: the model.
-        state: see `FlatOptimizer.state`.
+        state: see `FlatOptimizer.state`, `TaskUpdate.memory`.
         start: first element of the run.
         holding: see `model_part`.
     """
+    if TREE in state:
+        return CheckpointPart((*state.values(),), tuple(_whole_entries(state)))
     kinds, used = kinds_of(state)
     tensors = tuple(value for name, value in state.items() if name != USED)
     entries = vector_entries(flat, kinds, start, used, holding, flat.trained_names())
     return CheckpointPart(tensors, tuple(entries))
+
+
+def _whole_entries(state: Mapping[str, Tensor]) -> Iterator[TensorEntry]:
+    """Name tensors, each of which is whole and in an array of its own."""
+    for number, (name, value) in enumerate(state.items()):
+        shape = TensorSlice(tuple(value.shape))
+        yield TensorEntry(f"optimizer/{name}", shape, dtype_name(value), number)
 
 
 def server_part(

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.even_split import split_evenly
+from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.spec import Job, length_problems
@@ -50,6 +51,7 @@ from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
 from distplat.strategies.model.parameter_groups import check_groups
 from distplat.strategies.model.segments import first_non_finite
+from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
 from distplat.strategies.task import Task
@@ -152,10 +154,18 @@ def prepare(
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
         raise SpecError(*problems)
-    job = with_task_schedule(job, task, steps)
     left = None if whole else model
     loaders_ready()
-    return Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
+    found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
+    return _with_own_updates(found)
+
+
+def _with_own_updates(p: Prepared) -> Prepared:
+    """Ask the task for rates and optimizer, where it says them itself."""
+    p.job = with_task_schedule(p.job, p.task, p.total_steps)
+    if p.part is not None and isinstance(p.job.optimizer, TaskOptimizer):
+        p.made, p.job = make_optimizers(p.job, p.task, p.part)
+    return p
 
 
 def _moved(extra: Mapping[str, Tensor], device: str) -> Mapping[str, Tensor]:
@@ -186,15 +196,15 @@ def describe(prepared: Prepared) -> None:
     model = p.model if p.model is not None else p.flat.model
     sent = not p.roles.consistency.dynamic_tasks
     found = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
-    p.facts = replace(found, order=digest_of(p.sampler), rates=schedule_digest(p.job))
+    optimizer = optimizers_digest(p.made, p.flat) if p.made else ""
+    said = ("lr", schedule_digest(p.job)), ("optimizer", optimizer)
+    p.facts = replace(found, order=digest_of(p.sampler), said=said)
 
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
     """Take over the job of another attempt: the same but for the number of workers."""
-    own = prepared.job.task_schedule
-    prepared.job, prepared.roles = job, strategy.strategy.roles(job)
-    if own is not None:
-        prepared.job = job.with_schedule(own)
+    prepared.job = prepared.job.with_workers(job.scaling.num_workers)  # with what the task says
+    prepared.roles = strategy.strategy.roles(job)
     world = prepared.roles.replicas(job.scaling.world)
     prepared.sampler = replace(prepared.sampler, world=world)
 
@@ -313,6 +323,7 @@ def _context(
         model_state=p.state,
         meet_peers=ports.peers,
         report=report,
+        made=p.made,
     )
 
 

@@ -6,13 +6,12 @@ import hashlib
 import math
 from array import array
 from numbers import Real
-from types import MethodType
 
 from distplat.platform.lr_schedules import TaskSchedule
 from distplat.platform.spec import Job
 from distplat.strategies.loop.checks import place
 from distplat.strategies.loop.seeding import seed_all
-from distplat.strategies.task import Task, has_lr
+from distplat.strategies.task import Task, has_lr, method_of
 
 
 def with_task_schedule(job: Job, task: Task, steps: int) -> Job:
@@ -30,7 +29,7 @@ def with_task_schedule(job: Job, task: Task, steps: int) -> Job:
     if not has_lr(type(task)):
         return job
     seed_all(job.seed)
-    own = task.lr if callable(task.lr) else MethodType(type(task).lr, task)  # self.lr = 0.1
+    own = method_of(task, "lr")
     factors = array("d", (_factor(task, own(step, steps), step) for step in range(steps)))
     return job.with_schedule(TaskSchedule(factors))
 

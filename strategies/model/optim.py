@@ -46,6 +46,9 @@ NUMBERS = {"step", "mu_product", AVERAGED}
 
 _AVERAGED = PER_PARAMETER + AVERAGED
 
+TREE = "task"
+"""Begins the names of what a task's own optimizer remembers, see `TaskUpdate.memory`."""
+
 Presence: TypeAlias = "Sequence[bool] | NDArray[np.bool_] | None"
 """By slot, whether a parameter has a gradient on any rank; None: all that are no tail."""
 
@@ -332,9 +335,8 @@ def rate_of(job: Job, step: int, total_steps: int) -> tuple[float, ...]:
 
 def rate_figures(job: Job, step: int, total_steps: int) -> dict[str, float]:
     """Give the learning rates of a step by the names of docs/metrics.md."""
-    rate, *of_groups = rate_of(job, step, total_steps)
-    own = enumerate(zip(job.optimizer.groups, of_groups, strict=True))
-    return {"lr": rate} | {f"lr_group_{n}": r for n, (one, r) in own if one.lr is not None}
+    named = zip(job.optimizer.figures(), rate_of(job, step, total_steps), strict=True)
+    return {name: rate for name, rate in named if name}
 
 
 def norm_figures(norm: float | None) -> dict[str, float]:
@@ -388,6 +390,10 @@ class LocalOptimizer:
             self.grad_norm = self._norm() * scale
             scale *= clip_factor(self.grad_norm, self._job.clip_norm)
         scale_in_place(self._flat.typed(self._flat.grads), scale)
+        self._update(step, present)
+
+    def _update(self, step: int, present: Presence) -> None:
+        """Make the update of a gradient that is clipped."""
         self._optimizer.step(rate_of(self._job, step, self._total), present)
 
     def _norm(self) -> float:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from distplat.platform.optimizers import Optimizer
+from distplat.platform.optimizers import Optimizer, TaskOptimizer
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import collate_seed, mixed, step_seed
@@ -67,8 +67,8 @@ ROWS = f"task:{KEPT}."
 class Recipe:
     """How a model is trained."""
 
-    optimizer: Callable[[Named], torch.optim.Optimizer]
-    """Makes the optimizer of such parameters."""
+    optimizer: Callable[[Task, Named], Sequence[torch.optim.Optimizer]]
+    """Makes the optimizers of such parameters."""
     rates: Sequence[Callable[[float], float]]
     """By step: gives the learning rate, of that before the schedule."""
     rows: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -105,7 +105,8 @@ def recipe_of(job: Job, task: Task, every: int = 1) -> Recipe:
     """
     spec, tables, rates = job.optimizer, job.embeddings, _rates(job, task)
     rows = torch.optim.SGD if tables is None else row_optimizer(tables)
-    optimizer, autocast = partial(_optimizer, spec), job.precision == "bf16"
+    own = isinstance(spec, TaskOptimizer)
+    optimizer, autocast = _tasks if own else partial(_optimizer, spec), job.precision == "bf16"
     return Recipe(optimizer, rates, rows, job.clip_norm, autocast, job.seed, every)
 
 
@@ -117,7 +118,14 @@ def _rates(job: Job, task: Task) -> list[Callable[[float], float]]:
     return [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
 
 
-def _optimizer(spec: Optimizer, named: Named) -> torch.optim.Optimizer:
+def _tasks(task: Task, named: Named) -> Sequence[torch.optim.Optimizer]:
+    """Have the task make it; among the tensors are buffers."""
+    kinds = nn.Parameter
+    found = task.optimizer([(n, p) for n, p in named.items() if isinstance(p, kinds)])
+    return found if isinstance(found, list | tuple) else [found]
+
+
+def _optimizer(spec: Optimizer, task: Task, named: Named) -> Sequence[torch.optim.Optimizer]:
     """Make torch's optimizer, with a param group for each of the job's."""
     kind: Any = getattr(torch.optim, spec.name)
     patterns = [one.match.replace(" ", "").split(",") for one in spec.groups] + [["*"]]
@@ -127,8 +135,7 @@ def _optimizer(spec: Optimizer, named: Named) -> torch.optim.Optimizer:
         places = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
         sets[places[0]].append(tensor)
     groups = [{"params": some, **own} for some, own in zip(sets, more, strict=True) if some]
-    made: torch.optim.Optimizer = kind(groups, **spec.arguments())
-    return made
+    return [kind(groups, **spec.arguments())]
 
 
 def parts(job: Job, samples: Samples, *, merged: bool = False) -> Schedule:

@@ -140,7 +140,7 @@ def test_ranks_with_other_factors_are_told() -> None:
         def lr(self, step: int, total: int) -> float:
             return 1.0 / self.number
 
-    with pytest.raises(SpecError, match=r"lr\(\) gives worker-\d other factors than worker-\d"):
+    with pytest.raises(SpecError, match=r"lr\(\) gives worker-\d something else than worker-\d"):
         train(rated("ring", 2), Apart)
 
 
