@@ -4,14 +4,15 @@ The optimizers a job file may name: those of `torch.optim`, with their own argum
 They are written out, not looked up, so that a job file is checked without importing torch; a unit
 test holds every name and argument here against torch's signatures.
 
-Only optimizers that act element by element are here: each element's update needs nothing but the
-element's own gradient and state, so a shard of the parameters can be updated alone and every
-strategy gives the same result. `REFUSED_OPTIMIZERS` names those of torch that do not.
+Most act element by element: each element's update needs nothing but the element's own gradient and
+state, so a shard of the parameters can be updated alone and every strategy gives the same result.
+Others (`Optimizer.whole`) look at a parameter as a whole: for them shards end where parameters do.
+`REFUSED_OPTIMIZERS` names those of torch that are neither.
 """
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,15 +21,14 @@ from distplat.platform.fields import (
     Flag,
     Fraction,
     NonNegative,
+    Number,
     Pair,
     Positive,
     Spec,
 )
 
-_WHOLE = "it needs whole tensors: write optimizer(named_parameters) in the task, and `name: task`"
 REFUSED_OPTIMIZERS = {
-    "Adafactor": _WHOLE,
-    "Muon": _WHOLE,
+    "Muon": "it takes matrices alone: write optimizer(named_parameters) and `name: task`",
     "LBFGS": "it asks for the loss several times in a step",
     "SparseAdam": "it is for embedding tables: `embeddings.optimizer`",
 }
@@ -81,6 +81,11 @@ class Group(Spec):
 
 class Optimizer(Spec):
     """What all optimizers have. `lr` is the rate that the schedule scales."""
+
+    whole: ClassVar[bool] = False
+    """Whether the update of an element needs more of its parameter than that element."""
+    not_in_groups: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that are the same in all groups."""
 
     name: str
     """The class in `torch.optim`."""
@@ -205,6 +210,18 @@ class RAdam(Optimizer):
     decoupled_weight_decay: Flag = False
 
 
+class Adafactor(Optimizer):
+    """Adam's second moments by rows and columns, Shazeer & Stern 2018; torch's has no momentum."""
+
+    whole: ClassVar[bool] = True
+    not_in_groups: ClassVar[frozenset[str]] = frozenset({"eps", "beta2_decay", "d"})
+
+    name: Literal["Adafactor"]
+    beta2_decay: Annotated[Number, Field(le=0)] = -0.8
+    eps: tuple[NonNegative | None, NonNegative] = (None, 1e-3)
+    d: Annotated[Number, Field(ge=1)] = 1.0
+
+
 class TaskOptimizer(Optimizer):
     """Whatever the task's `optimizer` makes."""
 
@@ -238,5 +255,5 @@ class TaskOptimizer(Optimizer):
 _Named = SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam
 AnyOptimizer = Annotated[_Named, Field(discriminator="name")]
 """Those that update element by element."""
-JobOptimizer = Annotated[_Named | TaskOptimizer, Field(discriminator="name")]
+JobOptimizer = Annotated[_Named | Adafactor | TaskOptimizer, Field(discriminator="name")]
 """As a job file has it."""

@@ -31,7 +31,8 @@ from distplat.strategies.loop.checks import place
 from distplat.strategies.loop.seeding import seed_all, seed_quickly
 from distplat.strategies.model.ema import AveragedVector
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.optim import TREE, LocalOptimizer, Presence, rate_of
+from distplat.strategies.model.optim import LocalOptimizer, rate_of
+from distplat.strategies.model.optimizer_state import TREE, Presence
 from distplat.strategies.sparse.modules import dense_parameters
 from distplat.strategies.state_tree import pack, unpack
 from distplat.strategies.task import Task, method_of
