@@ -104,6 +104,23 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has neither loss() nor step()")
 
+    def weights(self, batch: Any) -> Mapping[str, Tensor | float]:
+        """
+        Give what each term of the loss is divided by, for a loss of several terms that are means
+        over different things; override it with a `loss` or `step` that gives a sum for each.
+
+        It is asked for all micro-batches of a step before their first forward, and added up over
+        all workers. Unless it is overridden a loss is one term.
+
+        Args:
+            batch: see `forward`.
+
+        Returns:
+            By term: a number, 0 or more, that the batch alone says. The loss is then a mapping of
+            the same terms to sums, each a scalar.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a loss of one term")
+
     def step(self, model: nn.Module, batch: Any) -> Any:
         """
         Give the loss of one batch, from the model on: the general form, of which `loss` is the
@@ -233,6 +250,11 @@ def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
 def has_lr(kind: type[Task]) -> bool:
     """Say whether a class of tasks has a schedule of its own."""
     return kind.lr is not Task.lr
+
+
+def has_weights(kind: type[Task]) -> bool:
+    """Say whether the loss of a class of tasks has several terms."""
+    return kind.weights is not Task.weights
 
 
 def has_optimizer(kind: type[Task]) -> bool:

@@ -40,6 +40,7 @@ _TAKES = {
     "forward": ("model, batch", _ARGUMENTS),
     "step": ("model, batch", _ARGUMENTS),
     "lr": ("step, total", f"it gives the factor of `lr` in a step; {_ELSE}"),
+    "weights": ("batch", f"it gives the weights of the loss's terms; {_ELSE}"),
     "optimizer": ("named_parameters", f"it makes the optimizer; {_ELSE}"),
 }
 """Methods whose arguments are looked at: what these are."""

@@ -46,6 +46,7 @@ from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.task_contents import task_parameters
 from distplat.strategies.loop.task_order import digest_of, order_of
 from distplat.strategies.loop.task_schedule import schedule_digest, with_task_schedule
+from distplat.strategies.loop.term_weights import TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
@@ -54,7 +55,7 @@ from distplat.strategies.model.segments import first_non_finite
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, has_weights
 from distplat.strategies.worker import Context, WorkerStrategy
 
 logger = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ def join(
     context = _context(p, rank, ports, around, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
-    gathering = _gathering(p, strategy, context)
+    gathering, p.weights = _gathering(p, strategy, context), _term_weights(p, strategy, context)
     if leases is not None:
         leases.connect(course_of(p.job, p.sampler, p.total_steps, start, p.eval_data is not None))
         if p.roles.consistency.dynamic_tasks:
@@ -282,6 +283,31 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
     assert p.state is not None, "_load() makes it"
     expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
     return Gathering(meet, p.sampler.world, p.state.shares.micro_batches, expected, refused)
+
+
+def _term_weights(
+    p: Prepared, strategy: WorkerStrategy[Any], context: Context
+) -> TermWeights | None:
+    """
+    Give the way to the weights of a loss of several terms; None: it is one.
+
+    Raises:
+        SpecError: workers are not in one step, and do not push by themselves either.
+    """
+    if not has_weights(type(p.task)):
+        return None
+    if p.roles.consistency.dynamic_tasks:
+        return TermWeights(p.task)
+    backup, name = p.roles.consistency.backup_workers, p.job.strategy.name
+    if not strategy.strategy.gathers or backup:
+        what = "`backup_workers`" if backup else f"the strategy {name!r}"
+        text = f"weights() does not go together with {what}: they are those of all workers' batches"
+        raise SpecError(
+            Problem(("strategy",), text, "use `strategy: ring`, `ps-sync` or `ps-async`")
+        )
+    met = p.roles.collective is not None
+    meet = (lambda: context.collective) if met else context.peers
+    return TermWeights(p.task, meet, p.sampler.world)
 
 
 def _compare(p: Prepared, rank: int, board: Board | None) -> None:

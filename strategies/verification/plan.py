@@ -27,7 +27,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.loop.batches import Run, runs
 from distplat.strategies.loop.task_order import TaskOrder
-from distplat.strategies.task import Task, has_lr
+from distplat.strategies.task import Task, has_lr, has_weights
 from distplat.strategies.verification.tables import KEPT, row_optimizer
 
 
@@ -55,6 +55,9 @@ class Samples(NamedTuple):
 Schedule = Sequence[Sequence[Sequence[Forward]]]
 """By step, by rank: micro-batches."""
 
+
+Weights = dict[str, float]
+"""By term of a loss."""
 
 Named = dict[str, Tensor]
 """Tensors by name."""
@@ -210,6 +213,29 @@ def read(task: Task, data: Any, forward: Forward) -> Any:
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
     return batch
+
+
+def terms_of(
+    task: Task, data: Any, step: Sequence[Sequence[Forward]]
+) -> tuple[Weights, int] | None:
+    """Give the weights of a step's terms, and its samples; None: a loss is one term."""
+    if not has_weights(type(task)):
+        return None
+    forwards = [forward for forwards in step for forward in forwards]
+    total: Weights = {}
+    for forward in forwards:
+        for name, weight in task.weights(read(task, data, forward)).items():
+            total[name] = total.get(name, 0.0) + float(weight)
+    return total, sum(len(forward.ids) for forward in forwards)
+
+
+def together(loss: Any, of: tuple[Weights, int] | None, samples: int) -> Any:
+    """Give a loss of several terms as a sum over samples, with its part of them as weight."""
+    if of is None:
+        return loss
+    weights, every = of
+    shares = {name: every / weight if weight else 0.0 for name, weight in weights.items()}
+    return sum(loss[name] * share for name, share in shares.items()), samples
 
 
 def seed_all(seed: int) -> None:

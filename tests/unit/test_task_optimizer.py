@@ -8,11 +8,14 @@ import torch
 from hybrid_workers import UntilOneIsLost
 from jobs import job_of
 from local_run import LocalRun, train
+from table_rows import table_rows
+from test_embedding_training import job as table_job
 from test_parameter_groups import BATCH, SAMPLES, SCALES, STEPS, Own, Small, close
 from test_parameter_groups import job as grouped_job
 from test_verification import rows
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from words import ROWS, Words
 
 from distplat import Task, Trainer
 from distplat.actors.task_check import check_class, said_by_job
@@ -188,6 +191,23 @@ def test_rates_of_its_groups_are_reported() -> None:
     assert [one["lr_group_1"] for one in steps] == [0.05 * scale for scale in SCALES]
     assert all(one["optimizer_state_bytes"] >= 0 for one in steps)
     close(state_of(run), plain(Rated)[0])
+
+
+class Tables(Words):
+    """Rows of tables are updated as the job says."""
+
+    def optimizer(self, named_parameters: Named) -> Any:
+        assert [name for name, _ in named_parameters] == ["head.weight", "head.bias"]
+        return torch.optim.Adagrad([p for _, p in named_parameters], lr=0.1)
+
+
+def test_embedding_tables_stand_beside_it() -> None:
+    own = train(table_job(Words, 2, optimizer=TASKS), Tables)
+    named = train(table_job(Words, 2, optimizer={"name": "Adagrad", "lr": 0.1}), Words)
+    close(own.parameters(), named.parameters(), 1e-5)
+    for number in range(2):
+        rows = [torch.from_numpy(table_rows(run.tables, number, ROWS)) for run in (own, named)]
+        torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 class Restored(Lambs):

@@ -349,7 +349,7 @@ def test_other_tensors_are_named() -> None:
 
 class Dropping(Classify):
     def __init__(self) -> None:
-        self.weights = torch.ones(3)
+        self.shares = torch.ones(3)
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.BatchNorm1d(7), nn.Linear(7, 3))
@@ -369,7 +369,7 @@ def test_switches_change_what_they_say_and_nothing_else() -> None:
     first, again = model(inputs[None]), model(inputs[None])
     assert torch.equal(first, again)
     task.loss(first, target[None])
-    assert task.weights.dtype == torch.float64
+    assert task.shares.dtype == torch.float64
     plain = switched(Dropping, Switches())()
     assert all(module.training for module in plain.model().train().modules())
     assert type(plain.train_data()) is TensorDataset
