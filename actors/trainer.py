@@ -184,6 +184,8 @@ class Trainer:
         resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
             from `storage_dir`. Or the URL of one: its checkpoint is brought to the local disk, for
             as long as this object is there.
+        log_to_driver: whether what workers print appears here, too; it is always in the run
+            directory's `logs`.
 
     Raises:
         SpecError: the job or the task's class is wrong, or the run cannot go on from the
@@ -201,6 +203,7 @@ class Trainer:
         strategy_file: str | Path | None = None,
         observers: tuple[Observer, ...] = (),
         resume: str | Path | None = None,
+        log_to_driver: bool = True,
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
         function = task is not None and not isinstance(task, type | Task) and callable(task)
@@ -222,6 +225,7 @@ class Trainer:
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
         self._observers = observers
+        self._log_to_driver = log_to_driver
         check_library(self.job)
         self._resumed = self._find(resume) if resume is not None else None
 
@@ -339,6 +343,7 @@ class Trainer:
             self._strategy_file,
             folder,
             self._resumed,
+            log_to_driver=self._log_to_driver,
             checked=self._task is not None,
         )
         if self.job.scaling.num_workers == 0:

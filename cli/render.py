@@ -80,7 +80,7 @@ class View:
 
     def __init__(self, out: TextIO | None = None, *, quiet: bool = False) -> None:
         self._out = out or sys.stderr
-        self._quiet = quiet
+        self.quiet = quiet
         self._pace = _Pace()
         self._last_drawn = float("-inf")
         self._progress: Progress | None = None
@@ -111,7 +111,7 @@ class View:
 
     def stepped(self, summary: StepSummary | EvalSummary) -> None:
         """Show a step or an evaluation; steps that come too fast to read are passed over."""
-        if self._quiet:
+        if self.quiet:
             return
         if isinstance(summary, EvalSummary):
             self._say(f"evaluation after step {summary.step}  {_figures(summary.metrics)}")
@@ -153,7 +153,7 @@ class View:
         )
 
     def _say(self, line: str) -> None:
-        if self._quiet:
+        if self.quiet:
             return
         try:
             if self._progress is not None:
@@ -161,7 +161,7 @@ class View:
             else:
                 print(printable(line), file=self._out, flush=True)
         except (OSError, ValueError):  # nobody reads any more, or the file was closed
-            self._quiet = True
+            self.quiet = True
 
 
 class _Pace:
