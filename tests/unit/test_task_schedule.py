@@ -1,5 +1,6 @@
 """`Task.lr`: a run's rates are those of torch's `LambdaLR`, whoever makes the update."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def test_another_attempt_has_the_rates_too() -> None:
     assert prepared.job.scaling.num_workers == 1
     assert prepared.job.task_schedule is not None
     assert [*prepared.job.task_schedule.factors] == SCALES
+
+
+def test_it_travels_to_servers_as_it_is() -> None:
+    told = prepare(rated(), Rated()).job
+    assert pickle.loads(pickle.dumps(told)) == told != rated()  # noqa: S301  our own
 
 
 def test_a_run_in_the_calling_process(tmp_path: Path) -> None:
