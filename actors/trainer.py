@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 from distplat.actors.actor_group import Launch
 from distplat.actors.controller_client import RunHandlers
 from distplat.actors.launch import train_on_ray
-from distplat.actors.task_check import check_class, check_function
+from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
@@ -110,7 +110,9 @@ class Result:
 
 def _checked(task: object, job: Job) -> list[str]:
     """Look at what `Trainer` was handed; see `check_class`."""
-    return check_function(task) if job.own_loop else check_class(task, job.task_args)
+    if job.own_loop:
+        return check_function(task)
+    return check_class(task, job.task_args, said_by_job(job))
 
 
 def _append(kept: list[T], one: T) -> None:

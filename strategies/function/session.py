@@ -31,10 +31,10 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.function.gradient_average import GradientAverage, take_over
 from distplat.strategies.function.loaders import ShardedLoader
 from distplat.strategies.function.oversight import OptimizerWatch
-from distplat.strategies.function.state_tree import pack, unpack
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
 from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.state_tree import pack, unpack
 
 logger = logging.getLogger(__name__)
 
