@@ -175,7 +175,7 @@ def vector_entries(
 
 
 def _of_parameter(flat: FlatModel, number: int, kind: VectorKind) -> TensorEntry:
-    """Name a tensor that an optimizer remembers of one parameter: `VectorKind.key` ends with its slot."""
+    """Name a tensor that an optimizer remembers of one parameter: `kind.key` ends with its slot."""
     key, _, slot = kind.key.rpartition("/")
     assert kind.shape is not None, "it is of one parameter"
     name = f"{key}/{flat.slots[int(slot)].name}"

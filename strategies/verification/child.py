@@ -19,7 +19,7 @@ from distplat.strategies.catalog import load_strategy_file, make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.task import Task, own_call
 from distplat.strategies.verification.plan import seed_all
-from distplat.strategies.verification.reference import VirtualRank
+from distplat.strategies.verification.reference import Rank
 from distplat.strategies.verification.references import References, references
 from distplat.strategies.verification.switched import Switched, Switches
 
@@ -69,7 +69,7 @@ def _uncut(job: Job, task: Task) -> str:
     if (own := own_call(task)) is not None:
         return f"the task calls the model itself, in {own}()"
     try:
-        stages = task.stages(VirtualRank(lambda: task, job.seed).model)
+        stages = task.stages(Rank(lambda: task, job.seed).model)
     except NotImplementedError as error:
         return str(error)
     return "" if len(stages) > 1 else "the model has one layer"

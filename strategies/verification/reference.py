@@ -22,7 +22,7 @@ from distplat.strategies.verification.plan import Named, Recipe, Schedule, Train
 Make = Callable[[], Task]
 
 
-class VirtualRank:
+class Rank:
     """A virtual rank: its task, its model, and the tensors of both."""
 
     def __init__(self, make: Make, seed: int) -> None:
@@ -61,7 +61,7 @@ def tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = False) -> Trained:
     """Train by the plain loop; `reverse`: sum backwards what is rounded otherwise."""
-    ranks = [VirtualRank(make, recipe.seed) for _ in schedule[0]]
+    ranks = [Rank(make, recipe.seed) for _ in schedule[0]]
     spread(ranks, ranks[0].named())
     plan.seed_all(recipe.seed)
     data = ranks[0].task.train_data()
@@ -103,13 +103,7 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
 
 
 def compute(
-    rank: VirtualRank,
-    data: Any,
-    forward: plan.Forward,
-    recipe: Recipe,
-    scale: float,
-    to: Trained,
-    of: Any,
+    rank: Rank, data: Any, forward: plan.Forward, recipe: Recipe, scale: float, to: Trained, of: Any
 ) -> tuple[Named, float, float]:
     """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
     if forward.seed is not None:
@@ -132,7 +126,7 @@ def compute(
 
 
 @torch.no_grad()
-def settled(ranks: Sequence[VirtualRank], before: Named, sizes: Sequence[int]) -> Named:
+def settled(ranks: Sequence[Rank], before: Named, sizes: Sequence[int]) -> Named:
     """Join what forwards wrote: the first rank's with samples; means of running statistics."""
     norms = [n for n, module in ranks[0].model.named_modules() if isinstance(module, _NormBase)]
     each = [(rank.named(), size) for rank, size in zip(ranks, sizes, strict=True) if size]
@@ -149,7 +143,7 @@ def settled(ranks: Sequence[VirtualRank], before: Named, sizes: Sequence[int]) -
 
 
 @torch.no_grad()
-def spread(ranks: Sequence[VirtualRank], values: Named) -> None:
+def spread(ranks: Sequence[Rank], values: Named) -> None:
     """Give all ranks the same tensors."""
     for rank in ranks:
         for name, tensor in rank.named().items():

@@ -32,7 +32,7 @@ from distplat.strategies.verification.plan import (
     recipe_of,
     union,
 )
-from distplat.strategies.verification.reference import VirtualRank, train
+from distplat.strategies.verification.reference import Rank, train
 from distplat.strategies.verification.switched import Switches
 from distplat.strategies.verification.tables import with_rows
 
@@ -90,7 +90,7 @@ def references(job: Job, make: Make) -> References:
     if job.embeddings is not None:
         without = make
         make = lambda switches: with_rows(without(switches), job.seed)  # noqa: E731
-    first = VirtualRank(lambda: make(Switches()), job.seed)
+    first = Rank(lambda: make(Switches()), job.seed)
     data = first.task.train_data()
     order = order_of(first.task, data, job.seed)
     samples = ReferenceSamples(len(data) if order is None else order.size, order)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def references(job: Job, make: Make) -> References:
     return found
 
 
-def _every(rank: VirtualRank, job: Job) -> int:
+def _every(rank: Rank, job: Job) -> int:
     """Say after how many steps a state is kept, so that there is room for all of them."""
     size = sum(value.nbytes for value in rank.snapshot().values())
     return max(1, math.ceil((job.steps or 0) * size / _ROOM_BYTES))
