@@ -18,7 +18,6 @@ from distplat.actors.messages import SavedHandle, WorkOrder
 from distplat.actors.orders import Orders
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.servers.scheduler import ROOM
-from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.actors.spares import Spares
 from distplat.actors.spawn import (
     actor_name,
@@ -31,8 +30,8 @@ from distplat.actors.spawn import (
 )
 from distplat.actors.stopping import end_each
 from distplat.actors.task_loading import TrainFunction
-from distplat.platform.checkpoints import Stored
-from distplat.platform.errors import DistplatError, StorageError
+from distplat.platform.checkpoints import StoredCheckpoint
+from distplat.platform.errors import DistplatError, FencedError, StorageError
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import decode
@@ -75,7 +74,7 @@ class ActorGroup:
         SpecError: the cluster will never have what the job asks for.
     """
 
-    def __init__(self, launch: Launch, saved: Stored | None = None) -> None:
+    def __init__(self, launch: Launch, saved: StoredCheckpoint | None = None) -> None:
         self._task: str | bytes = launch.job.task or ""
         if launch.task is not None:
             self._task = ray.cloudpickle.dumps(launch.task)
@@ -83,6 +82,8 @@ class ActorGroup:
         self._launch, self._attempt = replace(launch, task=None), 0
         self.job = launch.job  #: what is run, with the number of workers that there are
         self._made_for = launch.job  #: the same when servers and scheduler were made
+        self._manager_attempt = 0  #: for which the manager was made
+        self._controller: Any = None
         self._enlisted = 0
         self._orders, self._node = Orders(RayTransport()), RayTransport().node
         self._ranks = launch.job.scaling.num_workers  # that were ever given
@@ -177,7 +178,9 @@ class ActorGroup:
         """Give lost orders again; give the roles that could not carry one out, and why."""
         return self._orders.look()
 
-    def carry_out(self, restart: Restart, saved: Stored | None = None, base: int = 0) -> None:
+    def carry_out(
+        self, restart: Restart, saved: StoredCheckpoint | None = None, base: int = 0
+    ) -> None:
         """
         End what is to be replaced, make it anew, and give everybody the next orders.
 
@@ -194,6 +197,7 @@ class ActorGroup:
             self._cast.end()
             self._made_for = self.job
             self._cast = spawn(self.job, launch.roles, launch.run, restart.attempt)
+            self._manager_attempt = restart.attempt
         else:
             for rank in restart.replace:
                 ray.kill(self._cast.workers[rank])
@@ -201,6 +205,7 @@ class ActorGroup:
             if restart.world is not None:
                 self._resize(restart.world)
             self._replace_coordinators(restart)
+        self._introduce()
         self._give_orders(restart.attempt, saved, base)
 
     def _replacement(self, attempt: int, rank: int) -> Any:
@@ -246,19 +251,43 @@ class ActorGroup:
         if "server-manager" in restart.coordinators:
             ray.kill(cast.manager)  # it may only be frozen
             cast.manager = spawn_manager(*given, cast, adopts=True)
+            self._manager_attempt = restart.attempt
         if "task-scheduler" in restart.coordinators:
             ray.kill(cast.scheduler)
             cast.scheduler = spawn_scheduler(*given)
 
-    def recruit(self, wanted: ServerRequest) -> None:
-        """Make a server node for the manager; asked for twice, it is brought once more."""
+    def begin(self, controller: Any) -> None:
+        """Take the controller: the manager asks it for new servers."""
+        self._controller = controller
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Tell the manager who the controller is: this one, or a new one, has not been told."""
+        if self._cast.manager is not None:
+            manager = self._cast.manager
+            self._orders.give("server-manager", manager, "begin", self._controller)
+
+    def make_server(self, attempt: int, server: str, beside: str) -> Any:
+        """
+        Make a server node for the manager, and give it; asked for twice, it is the same one.
+
+        Args:
+            attempt: for which the manager was made.
+            server: its name.
+            beside: the node on which it should rather not be.
+
+        Raises:
+            FencedError: there is a later manager.
+        """
+        if attempt != self._manager_attempt:
+            raise FencedError(f"{server} is for the server manager of attempt {attempt}")
         launch, cast = self._launch, self._cast
-        tables = wanted.server.startswith("embedding-")
+        tables = server.startswith("embedding-")
         servers = cast.embedding_servers if tables else cast.servers
-        if wanted.server not in servers:
+        if server not in servers:
             given = self._made_for, launch.roles, launch.run, self._attempt
-            servers[wanted.server] = spawn_server(*given, wanted.server, wanted.beside)
-        cast.manager.bring.remote(wanted.server, servers[wanted.server])
+            servers[server] = spawn_server(*given, server, beside)
+        return servers[server]
 
     def grow(self, count: int, base: int) -> list[int]:
         """
@@ -283,7 +312,7 @@ class ActorGroup:
         """End all actors."""
         end_each([*([self._spares.end] if self._spares is not None else []), self._cast.end])
 
-    def _give_orders(self, attempt: int, saved: Stored | None, base: int) -> None:
+    def _give_orders(self, attempt: int, saved: StoredCheckpoint | None, base: int) -> None:
         handle = _in_store(saved) if saved is not None else None
         self._start_workers(
             [self._order(attempt, rank, handle, base) for rank in self._cast.workers]
@@ -317,7 +346,7 @@ class ActorGroup:
         )
 
 
-def _in_store(saved: Stored) -> SavedHandle:
+def _in_store(saved: StoredCheckpoint) -> SavedHandle:
     """
     Put a checkpoint where all ranks reach it.
 

@@ -26,7 +26,7 @@ from distplat.platform.checkpoints import (
     CheckpointAssembly,
     Delivery,
     Open,
-    Stored,
+    StoredCheckpoint,
     read,
 )
 from distplat.platform.errors import StorageError
@@ -52,7 +52,7 @@ _QUEUE_BYTES = 64 * 2**20
 _FILES = ("model", "optimizer")
 
 
-def newest_checkpoint(launch: Launch) -> Stored | None:
+def newest_checkpoint(launch: Launch) -> StoredCheckpoint | None:
     """
     Read what a run begins from; None: it begins with the first step.
 
@@ -138,7 +138,7 @@ class Checkpoints:
             if not self._changed.wait_for(idle, limit_s):
                 logger.warning("a checkpoint is still being written after %g s", limit_s)
 
-    def newest(self) -> Stored | None:
+    def newest(self) -> StoredCheckpoint | None:
         """
         Read the newest checkpoint that is whole, of this run or what it began from.
 
@@ -158,7 +158,7 @@ class Checkpoints:
         self.step = found.step if found is not None else 0
         return found
 
-    def _read(self) -> Stored | None:
+    def _read(self) -> StoredCheckpoint | None:
         """Read the newest whole one: of this run, else what it began from."""
         began_from = self._launch.resumed
         try:

@@ -5,6 +5,7 @@ A release of Ray may change it without a word; tests/unit/test_compat.py fails t
 What collective groups need of torch stands in `actors/collectives/compat.py`.
 """
 
+import json
 import logging
 import os
 import sys
@@ -35,6 +36,13 @@ JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
 _COLORS = "RAY_COLOR_PREFIX"
 LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 """They log each upload at level INFO, which is no part of a command's output."""
+
+
+def submission_id() -> str | None:
+    """Give the id under which the job API started this process; None: it did not."""
+    config = json.loads(os.environ.get(JOB_CONFIG_VARIABLE) or "{}")
+    found: str | None = config.get("metadata", {}).get("job_submission_id")
+    return found
 
 
 def put_first(key: bytes, value: bytes) -> None:

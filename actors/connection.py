@@ -18,7 +18,7 @@ from distplat.strategies.strategy import GroupSpec
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from distplat.actors.collectives.group import Group
+    from distplat.actors.collectives.group import CollectiveGroup
     from distplat.actors.servers.leases import RemoteLeases
     from distplat.actors.servers.shards import RemoteShards
     from distplat.actors.servers.tables import RemoteTables
@@ -37,7 +37,7 @@ class Connection:
     def __init__(self, transport: Transport, attempt: int, gate: PauseGate) -> None:
         self._transport, self.attempt, self.gate = transport, attempt, gate
         self._abandoned = threading.Event()
-        self._group: Group | None = None
+        self._group: CollectiveGroup | None = None
         self._servers: RemoteShards | None = None
         self._tables: RemoteTables | None = None
         self._leases: RemoteLeases | None = None
@@ -59,7 +59,7 @@ class Connection:
             RayBoard(order.run),
         )
 
-    def group(self, order: WorkOrder) -> "Group":
+    def group(self, order: WorkOrder) -> "CollectiveGroup":
         """
         Meet the other ranks, for a train function: it has no other ports.
 
@@ -69,11 +69,11 @@ class Connection:
         assert order.collective is not None, "only strategies with a group run train functions"
         return self._form(order, order.collective)
 
-    def _meet(self, order: WorkOrder) -> "Group | None":
+    def _meet(self, order: WorkOrder) -> "CollectiveGroup | None":
         """Meet the other ranks; None where the strategy has no group."""
         return None if order.collective is None else self._form(order, order.collective)
 
-    def _meet_peers(self, order: WorkOrder) -> "Group":
+    def _meet_peers(self, order: WorkOrder) -> "CollectiveGroup":
         """
         Make a group though the strategy has none; for models that need one.
 
@@ -81,16 +81,16 @@ class Connection:
         """
         return self._form(order, GroupSpec(timeout_s=order.job.failure.step_timeout_s))
 
-    def _form(self, order: WorkOrder, spec: GroupSpec) -> "Group":
+    def _form(self, order: WorkOrder, spec: GroupSpec) -> "CollectiveGroup":
         from distplat.actors.collectives.ray_groups import create_group  # only who needs it
-        from distplat.actors.collectives.rendezvous import Settings
+        from distplat.actors.collectives.rendezvous import GroupSettings
 
         self._group = create_group(
             f"{order.run}/{order.attempt}",
             spec.backend,
             order.rank,
             order.job.scaling.world,
-            Settings(
+            GroupSettings(
                 spec.timeout_s,
                 order.job.failure.start_timeout_s,
                 spec.debug,

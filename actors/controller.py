@@ -3,9 +3,11 @@ The controller: asks every actor how it is, tells the job's state, hands on what
 
 It decides nothing; `platform/job.py` does. It runs in an actor on the driver's node, which ends
 with the driver (I8). No question waits longer than a tick: a frozen actor leaves one call open
-while the others go on being asked. `scale` and `scale_status` may be called from any thread.
+while the others go on being asked. `scale`, `scale_status`, `worker` and `make_server` may be
+called from any thread.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +22,7 @@ from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning, take
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import Resizer
 from distplat.actors.retrying_calls import ask
-from distplat.actors.scaling import Scaling, check_scalable
-from distplat.actors.servers.server_provisioning import ServerRequest
+from distplat.actors.scaling import Scaler, check_scalable
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
     Event,
@@ -31,9 +32,9 @@ from distplat.platform.job import (
     Joined,
     Left,
     Phase,
+    PollUnanswered,
     Resize,
     Tick,
-    Unanswered,
 )
 from distplat.platform.progress import FailureEvent, Recovery, ReportAggregator, Resized, Summary
 from distplat.platform.quiesce import Stop, how_to_stop
@@ -72,6 +73,7 @@ class Controller:
     ) -> None:
         self._actor_group, self._limits, self._check = actor_group, limits, check
         self._actors = actor_group.roles
+        self._making = threading.Lock()  #: held by who makes servers, or ends and makes all
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._unreached: dict[str, float] = {}  #: role -> when its first call was lost, of late
         self._answers: dict[str, int] = {}  #: role -> number of its last answer
@@ -82,7 +84,7 @@ class Controller:
             reporting, checkpoints.step if actor_group.dynamic_tasks else None
         )
         self._requests = requests = ScaleRequests()
-        self._scaling = Scaling(actor_group, requests) if actor_group.dynamic_tasks else None
+        self._scaling = Scaler(actor_group, requests) if actor_group.dynamic_tasks else None
         self._resizer = Resizer(actor_group, requests)  # where tasks are not leased
         self._state = JobState(actor_group.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
@@ -92,20 +94,20 @@ class Controller:
         self._holders = policy.holders
         self._checkpoints = checkpoints
         self.base = checkpoints.step  #: steps that were made before the present servers were
-        self._told: Callable[[Summary], None] = lambda summary: None
+        self._report: Callable[[Summary], None] = lambda summary: None
 
-    def run(self, tell: Callable[[Summary], None]) -> bytes:
+    def run(self, report: Callable[[Summary], None]) -> bytes:
         """
         Wait for the end of the run; give the trained model.
 
         Args:
-            tell: takes each step and evaluation when its last rank has reported it, and failures
+            report: takes each step and evaluation when its last rank has reported it, and failures
                 after which the run goes on.
 
         Raises:
             DistplatError: why it failed.
         """
-        self._told = tell
+        self._report = report
         while not self._state.over:
             self._check()
             self._ask_everybody()
@@ -118,11 +120,11 @@ class Controller:
             if self._state.phase is Phase.RUNNING:
                 self._scale()
                 self._actor_group.keep_spares()
-            self._tell_checkpoints()
+            self._report_checkpoints()
         if self._state.error is not None:
             raise self._state.error
         for summary in self._gathering.rest():
-            self._told(summary)
+            self._report(summary)
         return self._result()
 
     def settle(self) -> None:
@@ -133,7 +135,7 @@ class Controller:
             StorageError: several could not be.
         """
         self._checkpoints.drain()
-        self._tell_checkpoints()
+        self._report_checkpoints()
 
     def scale(self, workers: int) -> ScaleRequest:
         """
@@ -152,13 +154,18 @@ class Controller:
         """Give the handle of a rank's present worker; None: there is none. Any thread may ask."""
         return self._actor_group.workers.get(rank)
 
+    def make_server(self, attempt: int, server: str, beside: str) -> Any:
+        """Make a server node for the server manager; see `ActorGroup.make_server`."""
+        with self._making:
+            return self._actor_group.make_server(attempt, server, beside)
+
     def scale_status(self) -> ScaleStatus:
         """Tell what became of the last request; any thread may ask."""
         return self._requests.status()
 
-    def _tell_checkpoints(self) -> None:
+    def _report_checkpoints(self) -> None:
         for saved in self._checkpoints.news():
-            self._told(saved)
+            self._report(saved)
 
     def _repair(self) -> None:
         """Carry out what the state has decided about a failure."""
@@ -168,10 +175,10 @@ class Controller:
         if state.restart is not None:
             self._go_on(state.restart)
         if state.phase is Phase.RUNNING and self._failed_at is not None:
-            self._told(Recovery(state.attempt, now - self._failed_at))
+            self._report(Recovery(state.attempt, now - self._failed_at))
             self._failed_at = None
         if state.phase is Phase.RUNNING and self._resized is not None:
-            self._told(replace(self._resized, seconds=now - (self._halted_at or now)))
+            self._report(replace(self._resized, seconds=now - (self._halted_at or now)))
             self._resized = self._halted_at = None
 
     def _call_off(self, now: float) -> None:
@@ -210,14 +217,15 @@ class Controller:
         step = self.base if restart.everything else self._state.furthest
         if self._state.error is not None:
             cause = str(self._state.error)
-            self._told(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
+            self._report(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
             self._gathering.lost()
         until = time.monotonic() + restart.wait_s
         while time.monotonic() < until:
             self._check()
             time.sleep(_TICK_S)
         before = set(self._actors)
-        self._actor_group.carry_out(restart, saved, self._checkpoints.step)
+        with self._making:
+            self._actor_group.carry_out(restart, saved, self._checkpoints.step)
         self._actors = self._actor_group.roles
         renewed = set(self._actors) if restart.everything else set(replaced)
         renewed |= before ^ set(self._actors)
@@ -274,7 +282,7 @@ class Controller:
         for call in silent:
             role, asked_at = self._open[call]
             if role in self._up:
-                self._state.handle(Unanswered(role, now - asked_at), now)
+                self._state.handle(PollUnanswered(role, now - asked_at), now)
         if not silent:
             time.sleep(max(0.0, tick_s - (now - began)))
 
@@ -289,8 +297,6 @@ class Controller:
         if isinstance(answer, DistplatError):
             del self._actors[role]
             return [Failed(role, answer)]
-        if isinstance(answer, ServerRequest):
-            self._actor_group.recruit(answer)
         return self._news(role, answer) if isinstance(answer, PollResult) else []
 
     def _unanswered(self, role: str, error: ray.exceptions.RayError) -> Event:
@@ -298,7 +304,7 @@ class Controller:
         found = meaning(error)
         if found in (Meaning.UNANSWERED, Meaning.LATE):
             since = self._unreached.setdefault(role, time.monotonic())
-            return Unanswered(role, time.monotonic() - since)
+            return PollUnanswered(role, time.monotonic() - since)
         del self._actors[role]
         lost: DistplatError = as_ours(error)
         if found is Meaning.LOST:
@@ -310,7 +316,7 @@ class Controller:
         self._actor_group.note_node(rank, news.node)
         for report in news.reports:
             for summary in self._gathering.add(report):
-                self._told(summary)
+                self._report(summary)
         for delivery in news.deliveries:
             self._checkpoints.take(delivery)
         if news.attempt != self._state.attempt:

@@ -6,6 +6,8 @@ What Ray sees of the controller: a run goes on in one of its threads, others ans
                       ── result ─▶  the trained model, or why there is none
     distplat scale    ── scale ──▶  accepted, or the reason why not, at once
     distplat status   ── scale_status
+    distplat stop     ── stop ──▶   how the run ended, once it has
+    server manager    ── make_server ──▶  a new server node
 
 Each of these may be asked again: a question or its answer may be lost on the way.
 Files of the run directory are the driver's, but for checkpoints: those are large, and a thread here
@@ -64,11 +66,11 @@ class FileToKeep:
 
 
 @dataclass(frozen=True)
-class Trained:
+class ModelReady:
     """The model is there, to be asked for by `result`."""
 
 
-RunEvent = Summary | FileToKeep | Trained | logging.LogRecord
+RunEvent = Summary | FileToKeep | ModelReady | logging.LogRecord
 """What the driver is told."""
 
 
@@ -90,10 +92,11 @@ class ControllerActor:
 
     Args:
         name: of the actor.
+        submission: id under which the job API started the driver; None: it did not.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, submission: str | None = None) -> None:
+        self._name, self._submission = name, submission
         self._outbox: Outbox[RunEvent] = Outbox()
         self._controller: Controller | None = None
         self._beginning = threading.Lock()
@@ -154,7 +157,7 @@ class ControllerActor:
             )
             self._begun.set()
             self._model = self._controller.run(self._outbox.put)
-            self._outbox.put(Trained())
+            self._outbox.put(ModelReady())
             self._controller.settle()
             self._keep_files(actor_group)
         finally:
@@ -178,10 +181,25 @@ class ControllerActor:
         assert self._model is not None, "the driver asks once it is told so"
         return self._model
 
-    def stop(self, timeout_s: float) -> None:
-        """End the run and its actors; returns when they are ended, or after so long."""
+    def stop(self, timeout_s: float) -> str:
+        """
+        End the run and its actors; returns when they are ended, or after so long.
+
+        Returns:
+            `STOPPED`, `SUCCEEDED` or `FAILED`; `RUNNING`: not yet.
+        """
+        if not self._stopping.is_set() and not self._over.is_set():
+            logger.warning("the run is asked to stop")
         self._stopping.set()
-        self._over.wait(timeout_s)
+        if not self._over.wait(timeout_s):
+            return "RUNNING"
+        if self._error is None:
+            return "SUCCEEDED"
+        return "STOPPED" if isinstance(self._error, Interrupted) else "FAILED"
+
+    def submission(self) -> str | None:
+        """Tell under which id the job API started the driver; None: it did not."""
+        return self._submission
 
     def scale(self, workers: int) -> ScaleRequest:
         """
@@ -202,12 +220,22 @@ class ControllerActor:
         """
         return self._running().worker(rank)
 
+    def make_server(self, attempt: int, server: str, beside: str) -> Any:
+        """
+        Make a server node for the server manager; see `ActorGroup.make_server`.
+
+        Raises:
+            FencedError: there is a later manager.
+            NotReadyError: the run has not begun yet; it is not waited for.
+        """
+        return self._running(0.0).make_server(attempt, server, beside)
+
     def scale_status(self) -> ScaleStatus:
         """Tell what became of the last request for another number of workers."""
         return NOBODY_ASKED if self._controller is None else self._controller.scale_status()
 
-    def _running(self) -> Controller:
-        if not self._begun.wait(_BEGIN_S) or self._controller is None:
+    def _running(self, wait_s: float = _BEGIN_S) -> Controller:
+        if not self._begun.wait(wait_s) or self._controller is None:
             raise NotReadyError(f"{self._name}: the run has not begun yet")
         return self._controller
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.controller_actor import FileToKeep, RunNews, Trained
+from distplat.actors.controller_actor import FileToKeep, ModelReady, RunNews
 from distplat.actors.retrying_calls import ask
 from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
@@ -30,14 +30,14 @@ _NAME = "controller"
 
 
 @dataclass(frozen=True)
-class Sink:
-    """Who takes what comes of a run."""
+class RunHandlers:
+    """What is called with what comes of a run."""
 
-    tell: Callable[[Summary], None]
+    on_summary: Callable[[Summary], None]
     """Takes each step, evaluation, checkpoint and failure."""
-    model: Callable[[bytes], object]
+    on_model: Callable[[bytes], object]
     """Takes the trained model, once and before anything else that a trained run leaves."""
-    keep: Callable[[str, bytes], object]
+    on_file: Callable[[str, bytes], object]
     """Takes the embedding tables and the log of updates by name, of runs that have them."""
 
 
@@ -61,13 +61,13 @@ class ControllerClient:
         self._step: int | None = None  #: the last one that is known to be made
         self._up = False  #: it has answered, and was not lost since
 
-    def follow(self, check: Callable[[], None], sink: Sink) -> None:
+    def follow(self, check: Callable[[], None], handlers: RunHandlers) -> None:
         """
         Hand on what happens until the run is over.
 
         Args:
             check: called ten times a second; raises to end the run, for example on Ctrl-C.
-            sink: takes what comes.
+            handlers: called with what comes.
 
         Raises:
             DistplatError: why the run failed; `ActorLost` where the controller itself is gone.
@@ -79,10 +79,10 @@ class ControllerClient:
             number += 1
             news: RunNews = self._ask(check, "poll", number, _HOLD_S)
             for event in news.events:
-                if isinstance(event, Trained):
-                    sink.model(self._ask(check, "result"))
+                if isinstance(event, ModelReady):
+                    handlers.on_model(self._ask(check, "result"))
                 else:
-                    self._hand_on(event, sink)
+                    self._hand_on(event, handlers)
             if news.over:
                 if news.error is not None:
                     raise news.error
@@ -114,17 +114,19 @@ class ControllerClient:
         self._up = True
         return answer
 
-    def _hand_on(self, event: Summary | FileToKeep | logging.LogRecord, sink: Sink) -> None:
+    def _hand_on(
+        self, event: Summary | FileToKeep | logging.LogRecord, handlers: RunHandlers
+    ) -> None:
         if isinstance(event, logging.LogRecord):
             logger = logging.getLogger(event.name)
             if logger.isEnabledFor(event.levelno):
                 logger.handle(event)
         elif isinstance(event, FileToKeep):
-            sink.keep(event.name, event.content)
+            handlers.on_file(event.name, event.content)
         else:
             if isinstance(event, StepSummary):
                 self._step = event.step
-            sink.tell(event)
+            handlers.on_summary(event)
 
     def end(self) -> None:
         """End the run and the actors that the controller made; one that is gone is passed over."""

@@ -12,7 +12,7 @@ from functools import partial
 from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import Checkpoints
-from distplat.actors.controller_client import Sink
+from distplat.actors.controller_client import RunHandlers
 from distplat.actors.function_run import run_function
 from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
@@ -22,7 +22,7 @@ from distplat.actors.task_loading import TrainFunction, load_task_class, load_tr
 from distplat.actors.training import saved_model
 from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
-from distplat.platform.checkpoints import Stored
+from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
 from distplat.platform.tensor_file import decode
@@ -42,13 +42,13 @@ _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
 
 
-def train_in_process(launch: Launch, sink: Sink) -> None:
+def train_in_process(launch: Launch, handlers: RunHandlers) -> None:
     """
     Train here and now, the strategy's ports in memory.
 
     Args:
         launch: what to run.
-        sink: takes what comes of it.
+        handlers: called with what comes of it.
 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
@@ -57,10 +57,10 @@ def train_in_process(launch: Launch, sink: Sink) -> None:
 
     def report(part: AnyReport) -> None:
         for summary in gathering.add(part):
-            sink.tell(summary)
+            handlers.on_summary(summary)
 
     try:
-        _train(launch, report, progress, sink)
+        _train(launch, report, progress, handlers)
     except (DistplatError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
@@ -72,11 +72,11 @@ def _train(
     launch: Launch,
     report: Callable[[AnyReport], None],
     progress: Progress,
-    sink: Sink,
+    handlers: RunHandlers,
 ) -> None:
     job = launch.job
     if job.own_loop:
-        _train_function(launch, report, progress, sink)
+        _train_function(launch, report, progress, handlers)
         return
     task = make_task(job, lambda: _task_class(launch))
     strategy = make_worker_strategy(job)
@@ -105,24 +105,24 @@ def _train(
             leases=leases,
         )
         around = Around(saved, take=uploader.take)
-        told = report if leases is None else partial(_count, leases, report)
-        join(prepared, strategy, 0, ports, report=told, progress=progress, around=around).run()
+        counted = report if leases is None else partial(_count, leases, report)
+        join(prepared, strategy, 0, ports, report=counted, progress=progress, around=around).run()
         uploader.flush()
-        sink.model(saved_model(strategy.trained(prepared.flat)))
+        handlers.on_model(saved_model(strategy.trained(prepared.flat)))
     checkpoints.drain()
     for written in checkpoints.news():
-        sink.tell(written)
+        handlers.on_summary(written)
     if servers is not None and roles.consistency.asynchronous and saved is None:
-        sink.keep(FILE_NAME, pack(servers.logs(), {"run": launch.run}))
+        handlers.on_file(FILE_NAME, pack(servers.logs(), {"run": launch.run}))
     if job.embeddings is not None and job.checkpoint.save_final:
-        keep_tables(tables.table_servers, job.seed, sink.keep)
+        keep_tables(tables.table_servers, job.seed, handlers.on_file)
 
 
 def _train_function(
     launch: Launch,
     report: Callable[[AnyReport], None],
     progress: Progress,
-    sink: Sink,
+    handlers: RunHandlers,
 ) -> None:
     """Call a train function here."""
     checkpoints = Checkpoints(launch, 1, opened)
@@ -144,10 +144,10 @@ def _train_function(
         Outlets(report, uploader.take, progress, _saved(checkpoints.newest())),
     )
     uploader.flush()
-    sink.model(saved_model(trained))
+    handlers.on_model(saved_model(trained))
     checkpoints.drain()
     for written in checkpoints.news():
-        sink.tell(written)
+        handlers.on_summary(written)
 
 
 def _task_class(launch: Launch) -> type[Task]:
@@ -167,7 +167,7 @@ def _count(leases: RemoteLeases, report: Callable[[AnyReport], None], part: AnyR
     report(part)
 
 
-def _saved(stored: Stored | None) -> SavedState | None:
+def _saved(stored: StoredCheckpoint | None) -> SavedState | None:
     if stored is None:
         return None
     return SavedState(stored.state, lambda name: decode(stored.files[f"{name}.safetensors"]))

@@ -25,7 +25,7 @@ from distplat.actors import compat, hash_seed
 from distplat.actors.actor_group import ActorGroup, Launch
 from distplat.actors.checkpointing import newest_checkpoint
 from distplat.actors.controller_actor import ControllerActor
-from distplat.actors.controller_client import ControllerClient, Sink
+from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.head_watch import HeadWatch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_errors import as_ours
@@ -41,13 +41,13 @@ from distplat.platform.spec import Scaling
 logger = logging.getLogger(__name__)
 
 
-def train_on_ray(launch: Launch, sink: Sink) -> None:
+def train_on_ray(launch: Launch, handlers: RunHandlers) -> None:
     """
     Train on the connected Ray, or on a local one for the time of the run.
 
     Args:
         launch: what to run.
-        sink: takes what comes of it.
+        handlers: called with what comes of it.
 
     Raises:
         DistplatError: see `Trainer.fit`.
@@ -74,13 +74,15 @@ def train_on_ray(launch: Launch, sink: Sink) -> None:
                 logger.warning("%s", line)
 
         try:
-            _follow(launch, check, sink, head)
+            _follow(launch, check, handlers, head)
         except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
             stopping.check()
             raise
 
 
-def _follow(launch: Launch, check: Callable[[], None], sink: Sink, head: HeadWatch) -> None:
+def _follow(
+    launch: Launch, check: Callable[[], None], handlers: RunHandlers, head: HeadWatch
+) -> None:
     saved = newest_checkpoint(launch)
     actor_group = ActorGroup(launch, saved)
     # Ranks take their words back themselves, unless they were killed.
@@ -88,10 +90,11 @@ def _follow(launch: Launch, check: Callable[[], None], sink: Sink, head: HeadWat
     try:
         handle = spawn_controller(ControllerActor, launch.job, launch.run)
         endings.insert(0, lambda: ray.kill(handle))
+        actor_group.begin(handle)
         base = saved.step if saved else 0
         controller = ControllerClient(RayTransport(), handle, actor_group, base)
         endings.insert(0, controller.end)
-        controller.follow(check, sink)
+        controller.follow(check, handlers)
     finally:
         if not head.gone:  # else nothing of that can be done: all ends with this process
             end_each(endings)

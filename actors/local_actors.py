@@ -27,7 +27,6 @@ from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.servers.tables import RemoteTables
-from distplat.actors.transport import TransportError
 from distplat.platform.errors import DistplatError
 from distplat.platform.shard_map import Shard
 from distplat.platform.spec import Consistency, Job
@@ -39,8 +38,6 @@ from distplat.strategies.strategy import Roles
 HERE = "node-0"
 """The servers' node."""
 ELSEWHERE = "node-1"
-_HOLD_S = 0.2
-"""How long the manager keeps the question which servers it wants."""
 
 
 class TaskDesk:
@@ -79,7 +76,7 @@ class TaskDesk:
         self._clients.append(found)
         return found
 
-    def tell(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, *args: Any) -> Any:
         """Call the scheduler, and wait for its answer."""
         transport = self.cluster.transport()
         limit_s = self.job.failure.start_timeout_s
@@ -135,8 +132,7 @@ class TableServers:
             return ServerManager(*who, tables=tables, adopts=adopts, transport=transport)
 
         self.manager = self.cluster.spawn("table-manager", HERE, make)
-        limit_s = self.job.failure.start_timeout_s
-        _recruit(self.cluster, self.manager, self._make_node, limit_s)
+        _give_controller(self.cluster, self.manager, self._make_node)
 
     def _make_node(self, name: str) -> Actor:
         index, limit_s = int(name.rpartition("-")[2]), self.job.failure.step_timeout_s
@@ -245,7 +241,7 @@ class Servers:
         self.manager = self.cluster.spawn("server-manager", HERE, self._make_manager)
         self._backups = backups
         if self.roles.replication > 1:
-            _recruit(self.cluster, self.manager, self._make_backup, job.failure.start_timeout_s)
+            _give_controller(self.cluster, self.manager, self._make_backup)
 
     def _make_manager(self, transport: LocalTransport) -> ServerManager:
         who = "server-manager", self.job, self.run, 0, dict(self.nodes)
@@ -330,23 +326,25 @@ def order_of(job: Job, run: str, rank: int, attempt: int = 0, **more: Any) -> Wo
     return WorkOrder(job, run, attempt, rank, **{"manager": None, **fields, **more})
 
 
-def _recruit(
-    cluster: LocalCluster, manager: Actor, make: Callable[[str], Actor], limit_s: float
-) -> None:
-    """Have the servers made that a manager wants, as the controller of a run on Ray does."""
-    transport = cluster.transport()
+class _ServerMaker:
+    """Makes the servers that a manager asks for, as the controller of a run on Ray does."""
 
-    def recruit() -> None:
-        with suppress(TransportError):  # the manager has ended, or it hangs
-            while True:
-                wanted = transport.get(transport.call(manager, "poll", 0, _HOLD_S), limit_s)
-                if isinstance(wanted, DistplatError):
-                    return
-                if wanted is not None:
-                    brought = wanted.server, make(wanted.server)
-                    transport.get(transport.call(manager, "bring", *brought), limit_s)
+    def __init__(self, make: Callable[[str], Actor]) -> None:
+        self._make, self._made = make, dict[str, Actor]()
+        self._making = threading.Lock()
 
-    threading.Thread(target=recruit, name="recruit", daemon=True).start()
+    def make_server(self, attempt: int, server: str, beside: str) -> Actor:
+        """See `ActorGroup.make_server`."""
+        with self._making:
+            if server not in self._made:
+                self._made[server] = self._make(server)
+            return self._made[server]
+
+
+def _give_controller(cluster: LocalCluster, manager: Actor, make: Callable[[str], Actor]) -> None:
+    """Have a manager's new servers made by `make`."""
+    controller = cluster.spawn("controller", HERE, lambda _: _ServerMaker(make))
+    manager.body.begin(controller)
 
 
 def _tables_servers(job: Job) -> int:

@@ -135,7 +135,7 @@ class Actor:
             return self._loop
 
 
-class Stored:
+class StoredObject:
     """An object that was put."""
 
     def __init__(self, value: Any) -> None:
@@ -258,7 +258,7 @@ class LocalTransport:
 
     def get(self, reference: Any, timeout_s: float) -> Any:
         """See `Transport`."""
-        if isinstance(reference, Stored):
+        if isinstance(reference, StoredObject):
             return reference.packed.open()
         if not self.wait([reference], timeout_s):
             raise NotHere
@@ -266,7 +266,7 @@ class LocalTransport:
 
     def put(self, value: Any) -> Any:
         """See `Transport`."""
-        return Stored(value)
+        return StoredObject(value)
 
     def prefetch(self, reply: Any, find: Callable[[Any], Any]) -> None:
         """See `Transport`; here every object is everywhere."""
@@ -278,7 +278,7 @@ class LocalTransport:
 
 def opened(box: list[Any]) -> Any:
     """Give what is in a checkpoint's box: arrays, or where they were put."""
-    return box[0].packed.open() if isinstance(box[0], Stored) else box
+    return box[0].packed.open() if isinstance(box[0], StoredObject) else box
 
 
 def _serve(actor: Actor, method: str, args: _Packed, reply: Future[Any], fault: Fault) -> None:
@@ -330,7 +330,7 @@ class _Pickler(pickle.Pickler):
     kept: list[Any]
 
     def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Actor | Stored):
+        if not isinstance(obj, Actor | StoredObject):
             return None
         self.kept.append(obj)
         return len(self.kept) - 1

@@ -23,7 +23,7 @@ class Outbox(Generic[Item]):
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._fresh: deque[Item] = deque()
-        self._told: list[Item] = []  #: the answer to the last question
+        self._last: list[Item] = []  #: the answer to the last question
         self._number = 0  #: of that
         self._closed = False
 
@@ -57,6 +57,6 @@ class Outbox(Generic[Item]):
         with self._changed:
             self._changed.wait_for(answerable, hold_s)
             if number > self._number:
-                self._number, self._told = number, list(self._fresh)
+                self._number, self._last = number, list(self._fresh)
                 self._fresh.clear()
-            return list(self._told) if number == self._number else []
+            return list(self._last) if number == self._number else []

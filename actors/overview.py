@@ -1,4 +1,4 @@
-"""How a run's roles are doing, and how its number of workers is changed."""
+"""How a run's roles are doing, how its number of workers is changed, and how it is ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
 from distplat.actors.runs import RunName, find_runs
 from distplat.actors.servers.scheduler import SchedulerStatus
-from distplat.platform.errors import ActorLost, DeadlineExceeded, Problem, SpecError
+from distplat.platform.errors import (
+    ActorLost,
+    DeadlineExceeded,
+    InfrastructureError,
+    Problem,
+    SpecError,
+)
 from distplat.platform.scale_requests import NOBODY_ASKED, ScaleRequest, ScaleStatus
 from distplat.platform.server_group import ServersSeen
 
@@ -95,6 +101,47 @@ def scale(run: RunName, workers: int, wait_s: float) -> Overview:
         time.sleep(_AGAIN_S)
 
 
+def submitted_run(submission: str, job: str) -> RunName:
+    """
+    Find the run of a driver that the job API started.
+
+    Args:
+        submission: its id.
+        job: the name of its job, which others may have too.
+
+    Raises:
+        SpecError: there is none, or none yet.
+    """
+    for run in find_runs(job):
+        try:
+            theirs = _ask(run, "controller", lambda actor: actor.submission.remote())
+        except InfrastructureError:  # another that is just over, or hangs
+            continue
+        if theirs == submission:
+            return run
+    raise SpecError(Problem((), f"{submission!r} has no run that goes on"))
+
+
+def stop(run: RunName, wait_s: float) -> str:
+    """
+    End a run in order, as Ctrl-C does at its driver.
+
+    Args:
+        run: which.
+        wait_s: how long to wait until it has ended; 0: not at all.
+
+    Returns:
+        `STOPPED`, `SUCCEEDED` or `FAILED`; `RUNNING`: it was asked, and has not ended yet.
+
+    Raises:
+        ActorLost, DeadlineExceeded: it has no controller, or that does not answer.
+    """
+    status: str | None = _ask(run, "controller", lambda actor: actor.stop.remote(wait_s), wait_s)
+    if status is None:
+        raise ActorLost("controller", None, f"run {run.run} has none")
+    return status
+
+
 def _check_stands(request: ScaleRequest, status: ScaleStatus) -> None:
     """
     Look whether a request is still to be carried out.
@@ -110,9 +157,15 @@ def _check_stands(request: ScaleRequest, status: ScaleStatus) -> None:
         raise SpecError(Problem(("--workers",), status.refused))
 
 
-def _ask(run: RunName, role: str, question: Callable[[Any], Any]) -> Any:
+def _ask(run: RunName, role: str, question: Callable[[Any], Any], takes_s: float = 0.0) -> Any:
     """
     Ask an actor of a run; None: there is none of that role.
+
+    Args:
+        run: whose.
+        role: which.
+        question: makes the call.
+        takes_s: how long it may take to be carried out.
 
     Raises:
         ActorLost, DeadlineExceeded: it is gone, or does not answer.
@@ -123,6 +176,6 @@ def _ask(run: RunName, role: str, question: Callable[[Any], Any]) -> Any:
         return None
     call = partial(question, actor)
     try:
-        return ask(RayTransport(), "an answer", [call], [role], ANSWER_S, "")[0]
+        return ask(RayTransport(), "an answer", [call], [role], takes_s + ANSWER_S, "")[0]
     except ActorLost:
         raise ActorLost(role, None, f"run {run.run} is over") from None

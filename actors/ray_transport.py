@@ -9,7 +9,7 @@ import ray
 
 from distplat.actors.logs import log_to_stderr
 from distplat.actors.ray_errors import as_transport_error
-from distplat.platform.torchrun import Place
+from distplat.platform.torchrun import ProcessPlace
 
 
 class RayTransport:
@@ -58,11 +58,11 @@ class RayTransport:
         ray.kill(actor)
 
 
-def place_here() -> Place:
+def place_here() -> ProcessPlace:
     """Say on which node this actor is, and which GPUs Ray has given to it."""
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
-    return Place(context.get_node_id(), ray.util.get_node_ip_address(), tuple(gpus))
+    return ProcessPlace(context.get_node_id(), ray.util.get_node_ip_address(), tuple(gpus))
 
 
 def alone() -> RayTransport:

@@ -39,7 +39,7 @@ def check_scalable(actor_group: ActorGroup, workers: int) -> None:
         raise SpecError(Problem(where, f"must be 1 to {most} (got {workers})"))
 
 
-class Scaling:
+class Scaler:
     """
     The workers of one run, as many as were asked for.
 

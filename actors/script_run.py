@@ -24,7 +24,7 @@ from distplat.actors.retrying_calls import ask
 from distplat.actors.script_process import Output
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
 from distplat.platform.errors import ActorLost, InfrastructureError, ScriptFailed
-from distplat.platform.torchrun import Launch, Place, environments, ranks_of
+from distplat.platform.torchrun import ProcessPlace, TorchrunLaunch, environments, ranks_of
 
 _OUTPUT_S = 1.0
 _TICK_S = 0.1
@@ -104,11 +104,13 @@ class Attempt:
             InfrastructureError: one was lost, or cannot be started.
         """
         script = self._script
-        places: list[Place] = self._ask("starting processes", "place")
+        places: list[ProcessPlace] = self._ask("starting processes", "place")
         ranks = ranks_of(places)
         first = ranks.index(0)
         [port] = self._ask("finding a port", "port", only=first)
-        given = environments(places, Launch(script.run, port, restarts, script.max_restarts))
+        given = environments(
+            places, TorchrunLaunch(script.run, port, restarts, script.max_restarts)
+        )
         for error in self._ask("starting the script", "start", given):
             if error:
                 raise ScriptFailed(f"{script.command[0]} cannot be started: {error}")

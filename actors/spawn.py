@@ -240,7 +240,8 @@ def spawn_controller(controller: type, job: Job, run: str) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {**_common(run), **_resources({"CPU": 0.0}), "scheduling_strategy": here}
     threads = {"max_concurrency": _CONTROLLER_THREADS}
-    return ray.remote(controller).options(**options, **threads, name=name).remote(name)
+    made = ray.remote(controller).options(**options, **threads, name=name)
+    return made.remote(name, compat.submission_id())
 
 
 def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:

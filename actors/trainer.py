@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from distplat.actors.actor_group import Launch
-from distplat.actors.controller_client import Sink
+from distplat.actors.controller_client import RunHandlers
 from distplat.actors.launch import train_on_ray
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction
@@ -67,7 +67,7 @@ class Result:
     evaluations: list[EvalSummary] = field(default_factory=list)
     checkpoints: list[Saved] = field(default_factory=list)
     """Those that came to the disk, oldest first; older ones may be deleted by now."""
-    setbacks: list[FailureEvent] = field(default_factory=list)
+    failures: list[FailureEvent] = field(default_factory=list)
     """Failures after which the run went on."""
     resizes: list[Resized] = field(default_factory=list)
     """Changes of the number of workers, of a run whose workers make every step together."""
@@ -87,7 +87,7 @@ class Result:
             case EvalSummary():
                 _append(self.evaluations, summary)
             case FailureEvent():
-                _append(self.setbacks, summary)
+                _append(self.failures, summary)
             case Resized():
                 _append(self.resizes, summary)
             case Saved():
@@ -287,7 +287,7 @@ class Trainer:
                 result.checkpoint = directory.save_model(model)
 
         try:
-            self._train(run, directory.path, Sink(tell, save, directory.keep))
+            self._train(run, directory.path, RunHandlers(tell, save, directory.keep))
             metrics.close()
         except BaseException as error:
             metrics.close()
@@ -327,7 +327,7 @@ class Trainer:
             return None
         return upload_of(folder, url, self.job.failure.storage_timeout_s, logger.warning)
 
-    def _train(self, run: str, folder: Path, sink: Sink) -> None:
+    def _train(self, run: str, folder: Path, handlers: RunHandlers) -> None:
         launch = Launch(
             self.job,
             run,
@@ -349,9 +349,9 @@ class Trainer:
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch
 
-            train_in_process(launch, sink)
+            train_in_process(launch, handlers)
         else:
-            train_on_ray(launch, sink)
+            train_on_ray(launch, handlers)
 
 
 def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:

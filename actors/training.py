@@ -91,12 +91,12 @@ class Session:
         deliver: Callable[[Delivery], None],
     ) -> None:
         self._report, self._deliver = report, deliver
-        self.standing = AttemptState(-1, PauseGate(0.0))
+        self.state = AttemptState(-1, PauseGate(0.0))
         self.node = ""  #: this process's, once it is one of the run
         self._task: type[Task] | None = None  #: where it was imported before the first attempt
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
-        self._connection = Connection(RayTransport(), -1, self.standing.gate)
+        self._connection = Connection(RayTransport(), -1, self.state.gate)
         self._boxing = threading.Lock()
         self._box: tuple[int, list[Any]] = -1, []  #: the last version that was shown
         self._shown: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
@@ -109,13 +109,13 @@ class Session:
         Args:
             version: that it must have at least; of a model that is cut, exactly.
         """
-        standing, prepared, strategy = self.standing, self._prepared, self._strategy
+        attempt, prepared, strategy = self.state, self._prepared, self._strategy
         if prepared is not None and strategy is not None and strategy.cuts_model:
             passed, part = self._part_shown.exactly(version)
             ranks, total = tuple(range(prepared.roles.group_size)), prepared.total_steps
             content = part.content if part is not None else None
             return Reply(passed, version, None, ranks, total, content)
-        steps, model = standing.progress.step, standing.model
+        steps, model = attempt.progress.step, attempt.model
         if model is not None:
             return Reply(steps, steps, self._boxed(steps, lambda: model))
         copy = self._shown.ask(version)
@@ -142,7 +142,7 @@ class Session:
 
     def work(self, order: WorkOrder, *, called_off: bool = False) -> None:
         """
-        Make one attempt; `standing` tells how it ended.
+        Make one attempt; `state` tells how it ended.
 
         Args:
             order: what to do; its attempt's number is higher than that of the one before.
@@ -150,20 +150,20 @@ class Session:
         """
         gate = PauseGate(order.job.failure.step_timeout_s)
         self._connection = Connection(RayTransport(), order.attempt, gate)
-        self.standing = AttemptState(order.attempt, gate)
+        self.state = AttemptState(order.attempt, gate)
         if called_off:
             self._connection.give_up()
         try:
-            model = self._attempt(order, self.standing.progress)
-            self.standing = replace(self.standing, model=model)
+            model = self._attempt(order, self.state.progress)
+            self.state = replace(self.state, model=model)
         except DistplatError as error:
-            self.standing = replace(self.standing, error=error.with_traceback(None))
+            self.state = replace(self.state, error=error.with_traceback(None))
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
-            at = self.standing.progress
+            at = self.state.progress
             found = _of_platform(error) or as_user_error(
                 error, order.rank, at.at, evaluating=at.evaluating
             )
-            self.standing = replace(self.standing, error=found)
+            self.state = replace(self.state, error=found)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
         """Build model and data for an attempt that is to come; tell `ready` how that ended."""

@@ -34,7 +34,7 @@ from distplat.platform.spec import Checkpoint, Evaluation, Job, Scaling, Strateg
 from distplat.platform.tensor_file import TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.pipeline.options import HybridOptions
-from distplat.strategies.verification.child import ANSWER, REQUEST, Answer, Request
+from distplat.strategies.verification.child import ANSWER, REQUEST, Answer, ChildRequest
 from distplat.strategies.verification.plan import Trained
 from distplat.strategies.verification.switched import Switches, task_fields
 from distplat.strategies.verification.verdicts import (
@@ -233,7 +233,7 @@ def _references(wanted: Wanted, jobs: Sequence[Job], place: Path) -> list[Answer
     job, own = wanted.job, wanted.strategy_file
     file = str(own.resolve()) if own is not None else None
     fields = [one.model_dump(mode="json") for one in jobs]
-    request = Request(fields, job.task or "", job.task_args, str(wanted.folder), file)
+    request = ChildRequest(fields, job.task or "", job.task_args, str(wanted.folder), file)
     (place / REQUEST).write_text(json.dumps(asdict(request)))
     home = str(Path(distplat.__file__).parent.parent.absolute())
     paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])

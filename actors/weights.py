@@ -32,7 +32,7 @@ _AGAIN_S = 0.02
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class WeightsSnapshot:
     """Parameters and buffers of a model, all of one version."""
 
     run: str
@@ -71,7 +71,7 @@ class Weights:
         self.run, self._name = name.run, name
         self._workers: dict[int, Any] = {}
 
-    def latest(self, *, newer_than: int = 0, timeout_s: float = 60.0) -> Snapshot:
+    def latest(self, *, newer_than: int = 0, timeout_s: float = 60.0) -> WeightsSnapshot:
         """
         Give the parameters as they are after the step under way.
 
@@ -103,7 +103,7 @@ class Weights:
 
     def _latest_of_parts(
         self, first: Reply, at_least: int, until: float, timeout_s: float
-    ) -> Snapshot:
+    ) -> WeightsSnapshot:
         """See `latest`; of a model that is cut."""
         ranks, meeting = first.ranks, CommonVersion(at_least, first.total)
         passed: dict[int, int] = {}
@@ -164,7 +164,7 @@ class Weights:
         remedy = "if it ended well, its directory has the trained model"
         return ActorLost("worker-0", None, f"run {self.run} is over", remedy)
 
-    def _snapshot(self, reply: Reply, until: float) -> Snapshot | None:
+    def _snapshot(self, reply: Reply, until: float) -> WeightsSnapshot | None:
         """Fetch a model; None: it was lost with rank 0, or did not come in time."""
         from safetensors.torch import load  # torch: only who looks at weights
 
@@ -174,9 +174,9 @@ class Weights:
         except TransportError:
             return None
         state = {k: v for k, v in load(model).items() if not k.startswith(EMA_PREFIX)}
-        return Snapshot(self.run, reply.version, state)
+        return WeightsSnapshot(self.run, reply.version, state)
 
-    def _together(self, version: int, parts: list[Bundle]) -> Snapshot:
+    def _together(self, version: int, parts: list[Bundle]) -> WeightsSnapshot:
         from distplat.strategies.checkpoint.checkpoint_reader import (
             tensor_of,  # torch: see `_snapshot`
         )
@@ -186,7 +186,7 @@ class Weights:
             name: tensor_of(whole, TensorSlice(whole.shape)).view(whole.shape)
             for name, whole in model.items()
         }
-        return Snapshot(self.run, version, state)
+        return WeightsSnapshot(self.run, version, state)
 
 
 def weights(name: str) -> Weights:

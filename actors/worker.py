@@ -133,24 +133,24 @@ class Worker:
             self._news.clear()
         if self._session is None:
             return PollResult([], -1, 0, 0, finished=False, error=None)
-        standing = self._session.standing  # before the reports: what came first is told first
-        told = self._outbox.take(number)
+        state = self._session.state  # before the reports: what came first is told first
+        items = self._outbox.take(number)
         return PollResult(
-            [one for one in told if not isinstance(one, Delivery)],
-            standing.attempt,
-            standing.progress.beats,
-            standing.progress.step,
-            finished=standing.model is not None,
-            error=standing.error,
-            deliveries=[one for one in told if isinstance(one, Delivery)],
-            left=standing.progress.left,
-            rests_at=standing.gate.answer,
+            [one for one in items if not isinstance(one, Delivery)],
+            state.attempt,
+            state.progress.beats,
+            state.progress.step,
+            finished=state.model is not None,
+            error=state.error,
+            deliveries=[one for one in items if isinstance(one, Delivery)],
+            left=state.progress.left,
+            rests_at=state.gate.answer,
             node=self._session.node,
         )
 
     def result(self) -> bytes:
         """Give the trained model, as safetensors; only once `finished`."""
-        model = self._session.standing.model if self._session is not None else None
+        model = self._session.state.model if self._session is not None else None
         assert model is not None, "the controller asks only a worker that has finished"
         return model
 

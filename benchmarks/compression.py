@@ -22,7 +22,7 @@ from ring_step import WIDTH, mlp
 from torch import Tensor, nn
 
 from distplat.actors.collectives.ray_groups import create_group
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.strategies.algorithms.ring import traffic_elements
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
@@ -64,7 +64,7 @@ class Side:
 
     def join(self, rank: int) -> None:
         torch.set_num_threads(1)
-        self.group = create_group("compression", "gloo", rank, WORKERS, Settings())
+        self.group = create_group("compression", "gloo", rank, WORKERS, GroupSettings())
         self.centres = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(0)) / 4
         self.steps = dict.fromkeys(METHODS, 0)
         self.flats: dict[str, FlatModel] = {}

@@ -31,9 +31,9 @@ from common import WORKERS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distplat.actors.collectives.group import Group
+from distplat.actors.collectives.group import CollectiveGroup
 from distplat.actors.collectives.ray_groups import create_group
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.reduction.buckets import BucketReducer
@@ -92,7 +92,7 @@ MODELS = {"mlp": mlp, "conv": conv}
 class Stepper:
     """A model of its own and one variant's way to make a step of it."""
 
-    def __init__(self, model: str, variant: Variant, group: Group) -> None:
+    def __init__(self, model: str, variant: Variant, group: CollectiveGroup) -> None:
         torch.manual_seed(0)
         self._network, self._inputs = MODELS[model]()
         self._reducer: BucketReducer | None = None
@@ -142,7 +142,7 @@ class Rank:
 
     def run(self, model: str, backend: str, steps: int) -> list[list[dict[str, float]]]:
         """Make steps of all variants in turn; give what each step of each variant took."""
-        group = create_group(f"{model}-{backend}", backend, self._rank, WORKERS, Settings())
+        group = create_group(f"{model}-{backend}", backend, self._rank, WORKERS, GroupSettings())
         steppers = [Stepper(model, variant, group) for variant in variants()]
         seen: list[list[dict[str, float]]] = [[] for _ in steppers]
         for _ in range(steps):

@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from distplat.actors.collectives.ray_groups import create_group
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.strategies.tensor.parallelize import parallelize
 
 GOALS = {"dtensor": 1.0, "alone": 1.0}
@@ -56,7 +56,7 @@ class Rank:
         self.rank = rank
         method = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", method, rank=rank, world_size=WORKERS)
-        settings = Settings(60, 60, False)
+        settings = GroupSettings(60, 60, False)
         self.group = create_group("bench", "shm", rank, WORKERS, settings)
 
     def steps(self, width: int, rows: int, rounds: int) -> dict[str, list[float]]:

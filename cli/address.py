@@ -31,6 +31,9 @@ _LISTENERS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 FORMS = "http://HOST:8265, HOST:6379, auto, or local"
 
+VERSION_KEY = "distplat_version"
+"""Metadata of a job at the job API that only our jobs have."""
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts that are this machine and that no other reaches."""
 

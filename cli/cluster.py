@@ -16,12 +16,23 @@ import requests
 from ray.job_submission import JobSubmissionClient
 
 from distplat.actors import compat
-from distplat.cli.address import Info, NoSuchJob, one_line, reach, stranger_at, token_at_hand, unset
+from distplat.cli.address import (
+    VERSION_KEY,
+    Info,
+    NoSuchJob,
+    one_line,
+    reach,
+    stranger_at,
+    token_at_hand,
+    unset,
+)
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 _CONNECT_S = 5.0
 _ANSWER_S = 30.0
 _FIRST_ANSWER_S = 4.0
+_ASKED_TO_END = 143
+"""A driver of ours exits so when it is asked to end; Ray calls only that STOPPED which it ends."""
 _NEEDS_TOKEN = "set RAY_AUTH_TOKEN, or RAY_AUTH_MODE=token with the token in ~/.ray/auth_token"
 _NOT_SENT = (
     "requires a token, and none was sent ({}): set RAY_AUTH_MODE=token if RAY_AUTH_TOKEN or "
@@ -174,4 +185,8 @@ def _unknown_job() -> Iterator[None]:
 
 def _plain(details: Any) -> Info:
     fields: Info = details.model_dump() if hasattr(details, "model_dump") else details.dict()
-    return {**fields, "status": str(getattr(fields["status"], "value", fields["status"]))}
+    status = str(getattr(fields["status"], "value", fields["status"]))
+    ours = VERSION_KEY in (fields["metadata"] or {})
+    if ours and status == "FAILED" and fields["driver_exit_code"] == _ASKED_TO_END:
+        status = "STOPPED"
+    return {**fields, "status": status}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distplat.platform.progress import FailureEvent, Resized, Saved, StepSummary, StepTotals
-from distplat.platform.report import Restart, metrics, samples_per_s
+from distplat.platform.report import RestartRecord, metrics, samples_per_s
 from distplat.platform.run_record import RunRecord
 
 Figures = dict[str, float]
@@ -48,15 +48,15 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
     return rows
 
 
-def restart_rows(setbacks: Iterable[FailureEvent]) -> list[tuple[str, str]]:
+def restart_rows(failures: Iterable[FailureEvent]) -> list[tuple[str, str]]:
     """Say which workers were replaced, and from where the run went on."""
     return [
         (
             "" if number else "restarts",
-            f"{', '.join(setback.replaced) or 'nobody'} replaced, "
-            f"went on after step {setback.step}",
+            f"{', '.join(failure.replaced) or 'nobody'} replaced, "
+            f"went on after step {failure.step}",
         )
-        for number, setback in enumerate(setbacks)
+        for number, failure in enumerate(failures)
     ]
 
 
@@ -181,14 +181,14 @@ def checkpoint_lines(saved: Sequence[Saved]) -> list[list[str]]:
     return [[str(one.step), size_text(one.size), f"{one.seconds:.2f} s"] for one in saved]
 
 
-def restart_lines(found: Sequence[Restart]) -> list[list[str]]:
+def restart_lines(found: Sequence[RestartRecord]) -> list[list[str]]:
     """Give attempt, step, cause, who was replaced, and how long it took."""
     return [
         [
-            str(one.setback.attempt),
-            str(one.setback.step),
-            one.setback.cause,
-            ", ".join(one.setback.replaced) or "nobody",
+            str(one.failure.attempt),
+            str(one.failure.step),
+            one.failure.cause,
+            ", ".join(one.failure.replaced) or "nobody",
             f"after {one.recovery.seconds:.1f} s" if one.recovery else "not yet, or never",
         ]
         for one in found

@@ -3,17 +3,19 @@
 import os
 import shlex
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from distplat.cli import remote
-from distplat.cli.address import Info, target_of
+from distplat.cli.address import VERSION_KEY, Info, target_of
 from distplat.cli.render import print_result, to_json
-from distplat.cli.running import role_facts, role_lines, roles_of
+from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
 from distplat.cli.tables import print_pairs, print_table
 from distplat.platform.errors import (
     ClusterUnreachable,
+    DeadlineExceeded,
     DistplatError,
     Problem,
     SpecError,
@@ -24,10 +26,13 @@ from distplat.platform.errors import (
 if TYPE_CHECKING:
     from distplat.cli.cluster import Jobs
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 """Grows when a field of the JSON output changes its meaning or goes."""
 DASHBOARD = "http://127.0.0.1:8265"
 """Where Ray's job API is on the machine of the head, if nobody said otherwise."""
+
+_STOP_S = 40.0
+"""How long a run may take to end: as its driver allows it, and a little."""
 
 _COLUMNS = ("id", "name", "status", "strategy", "workers", "age")
 
@@ -73,8 +78,7 @@ def list_jobs(
     found = [
         job
         for job in open_jobs(address).list()
-        if (every or remote.VERSION_KEY in (job["metadata"] or {}))
-        and wanted in (None, job["status"])
+        if (every or VERSION_KEY in (job["metadata"] or {})) and wanted in (None, job["status"])
     ][:limit]
     if as_json:
         print(to_json({"version": OUTPUT_VERSION, "jobs": [_facts(job) for job in found]}))
@@ -168,13 +172,66 @@ def print_logs(address: str | None, job_id: str, *, follow: bool) -> None:
 
 
 def stop_job(address: str | None, job_id: str, *, wait: bool) -> None:
-    """End a job and say how it ended; one that has ended is left alone."""
-    jobs = open_jobs(address)
-    before = remote.find(jobs, job_id)["status"]
-    status = remote.stop(jobs, job_id, wait=wait)
+    """
+    End a job and say how it ended; one that has ended is left alone.
+
+    Args:
+        address: where; None: environment, or this machine.
+        job_id: the job's; or the name of a job or run that no job API knows.
+        wait: until it has ended.
+
+    Raises:
+        SpecError: neither the job API nor Ray knows it.
+        ClusterUnreachable: nobody answers.
+        DeadlineExceeded: it does not end.
+    """
+    wait_s, before = _STOP_S if wait else 0.0, ""
+    try:
+        jobs = open_jobs(address)
+        before = remote.find(jobs, job_id)["status"]
+    except (SpecError, ClusterUnreachable) as error:
+        status = _stop_unsubmitted(address, job_id, wait_s, error)
+    else:
+        call = partial(_stop_submitted, address, job_id, wait_s)
+        status = remote.stop(jobs, job_id, wait=wait, call=call)
     already = "already " if before in remote.ENDED else ""
     asked = "asked to stop, now " if status not in remote.ENDED else ""
     print(printable(f"{job_id}: {already}{asked}{status}"))
+
+
+def _stop_submitted(address: str | None, job_id: str, wait_s: float, info: Info) -> bool:
+    """Ask the controller of a job that the job API knows; False: it is not to be reached here."""
+    metadata = info["metadata"] or {}
+    if VERSION_KEY not in metadata:
+        return False
+    try:
+        status = stop_run(address, metadata["job_name"], job_id, wait_s)
+    except DistplatError:  # no machine of the cluster, the run has not begun, or it hangs
+        return False
+    return not wait_s or status in remote.ENDED
+
+
+def _stop_unsubmitted(address: str | None, name: str, wait_s: float, unknown: DistplatError) -> str:
+    """
+    Stop a run that no job API knows; give its status.
+
+    Args:
+        address: where.
+        name: of the job, or of the run.
+        wait_s: how long to wait for its end; 0: not at all.
+        unknown: what the job API said.
+
+    Raises:
+        DistplatError: `unknown`, where Ray knows it neither.
+        DeadlineExceeded: it does not end.
+    """
+    try:
+        status = stop_run(address, name, None, wait_s)
+    except (SpecError, ClusterUnreachable):
+        raise unknown from None
+    if wait_s and status not in remote.ENDED:
+        raise DeadlineExceeded(f"stopping {name}", (name,), wait_s, "--no-wait")
+    return status
 
 
 def _facts(job: Info) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def submit(
         "entrypoint_num_gpus": entrypoint_num_gpus,
         "entrypoint_memory": entrypoint_memory,
     }
-    request = command.Request(
+    request = command.SubmitRequest(
         job_file=job_file,
         settings=tuple(settings or ()),
         flags=flags(strategy, num_workers, name),
@@ -169,7 +169,7 @@ def validate(
     """
     from distplat.cli import submit as command
 
-    request = command.Request(
+    request = command.SubmitRequest(
         job_file=job_file,
         settings=tuple(settings or ()),
         flags=flags(strategy, num_workers, name),
@@ -243,7 +243,15 @@ def stop(
     address: Address = None,
     wait: Annotated[bool, typer.Option(help="Wait until it has ended.")] = True,
 ) -> None:
-    """End a job; one that has ended is left alone."""
+    """
+    End a job in order, as Ctrl-C does: checkpoints that are complete are kept.
+
+    One that has ended is left alone. On a machine of the cluster the run's controller is called,
+    and has the time that it needs. Elsewhere, and before the run has begun, Ray's job API ends the
+    driver, with SIGTERM and 3 s later SIGKILL.
+
+    ID is a submission id, or the name of a run or job that was not submitted through a job API.
+    """
     from distplat.cli import jobs
 
     jobs.stop_job(address, job_id, wait=wait)
@@ -295,7 +303,7 @@ def _report(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, UserCodeError):
         frames = f"{error.frames}\n\n" if error.frames else ""
-        _complain(f"{frames}error: {error.told}")
+        _complain(f"{frames}error: {error.text}")
         return error.exit_code
     if isinstance(error, DistplatError):
         before, _, last = str(error).rpartition("\n")

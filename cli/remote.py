@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import distplat
 from distplat.cli import shipping
-from distplat.cli.address import Info, NoSuchJob
+from distplat.cli.address import VERSION_KEY, Info, NoSuchJob
 from distplat.cli.render import Facts, read_facts
 from distplat.platform.errors import (
     ClusterUnreachable,
@@ -39,8 +39,6 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 STATUSES = ("PENDING", "RUNNING", *ENDED)
 RESULT_MARK = "distplat-result: "
 """Begins the line of a job's log that holds its result as JSON."""
-VERSION_KEY = "distplat_version"
-"""Metadata that only our jobs have."""
 
 _POLL_S = 0.15
 _LOG_BYTES_PER_S = 4e6
@@ -70,7 +68,7 @@ def send(
     job: Job,
     submission: Submission,
     ignores: shipping.Ignores,
-    tell: Callable[[shipping.Package], None],
+    check: Callable[[shipping.Package], None],
 ) -> str:
     """
     Hand a job in; returns its id.
@@ -80,7 +78,7 @@ def send(
         job: what.
         submission: what it needs.
         ignores: what Ray will leave out of the folder.
-        tell: is told of the folder before it is shipped, and may refuse it.
+        check: is told of the folder before it is shipped, and may refuse it.
 
     Raises:
         SpecError: the folder cannot be shipped, or the cluster refuses the job.
@@ -93,7 +91,7 @@ def send(
         submission.runtime_env,
         submission.resume,
     )
-    tell(shipping.measure(submission.working_dir, environment["excludes"], ignores))
+    check(shipping.measure(submission.working_dir, environment["excludes"], ignores))
     ours = {
         "job_name": job.name,  # Ray's own key: the dashboard shows it
         "strategy": job.strategy.name,
@@ -217,9 +215,20 @@ class LogReader:
             self._write(line)
 
 
-def stop(jobs: "Jobs", job_id: str, *, wait: bool) -> str:
+def stop(
+    jobs: "Jobs", job_id: str, *, wait: bool, call: Callable[[Info], bool] = lambda info: False
+) -> str:
     """
     End a job; one that has ended is left alone.
+
+    Ray kills a driver that has not ended 3 s after it was asked to: too soon for a checkpoint that
+    is being written. So the run's controller is asked first.
+
+    Args:
+        jobs: where it runs.
+        job_id: which one.
+        wait: until it has ended.
+        call: asks the controller of a job that is running; says whether it could be asked.
 
     Returns:
         Its status.
@@ -227,10 +236,12 @@ def stop(jobs: "Jobs", job_id: str, *, wait: bool) -> str:
     Raises:
         DeadlineExceeded: it does not end.
     """
-    status = str(find(jobs, job_id)["status"])
+    info = find(jobs, job_id)
+    status = str(info["status"])
     if status in ENDED:
         return status
-    jobs.stop(job_id)
+    if status != "RUNNING" or not call(info):
+        jobs.stop(job_id)
     give_up = time.monotonic() + _STOP_TIMEOUT_S
     while wait and status not in ENDED:
         if time.monotonic() > give_up:

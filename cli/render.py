@@ -219,7 +219,7 @@ def facts_of(job: Job, result: Result) -> Facts:
         "time_split": {part: round(s / busy, 4) for part, s in split.items()} if busy else {},
         "figures": totals.figures,
         "checkpoints": [saved.step for saved in result.checkpoints],
-        "restarts": [text for _, text in restart_rows(result.setbacks)],
+        "restarts": [text for _, text in restart_rows(result.failures)],
         "resizes": [resize_text(one) for one in result.resizes],
         "run_directory": str(result.path),
         "url": result.url,

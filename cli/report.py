@@ -160,10 +160,10 @@ def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, 
         "figures": {row.name: row.mean for row in figure_rows(record.steps)},
         "restarts": [
             {
-                "attempt": one.setback.attempt,
-                "step": one.setback.step,
-                "cause": one.setback.cause,
-                "replaced": list(one.setback.replaced),
+                "attempt": one.failure.attempt,
+                "step": one.failure.step,
+                "cause": one.failure.cause,
+                "replaced": list(one.failure.replaced),
                 "seconds": one.recovery.seconds if one.recovery else None,
             }
             for one in restarts(record)

@@ -126,8 +126,8 @@ def _loss(record: RunRecord) -> Chart | None:
     for metric in metrics(record.evaluations):
         if metric.name == "loss":
             series.append(Series("evaluation", metric.points, PALETTE[5], dots=True))
-    setbacks = [one.setback for one in restarts(record)]
-    marks = [Mark(s.step, f"after step {s.step}: {first_line(s.cause)}") for s in setbacks]
+    failures = [one.failure for one in restarts(record)]
+    marks = [Mark(s.step, f"after step {s.step}: {first_line(s.cause)}") for s in failures]
     return curves(series, marks)
 
 

@@ -1,4 +1,4 @@
-"""`distplat scale`, and the roles in `distplat status`: runs are asked through Ray itself."""
+"""`distplat scale`, `stop`, and the roles in `status`: runs are asked through Ray itself."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:
 
 
 def _row(entry: WorkerRow, scheduler: SchedulerStatus) -> list[str]:
-    one = entry.standing
+    one = entry.stats
     lease = f"part {one.rank} of {scheduler.parts}"
     if scheduler.dynamic_tasks:
         lease = "-"
@@ -165,6 +165,30 @@ def roles_of(address: str | None, name: str) -> Overview:
         from distplat.actors.overview import one_run, overview
 
         return overview(one_run(name))
+
+
+def stop_run(address: str | None, name: str, submission: str | None, wait_s: float) -> str:
+    """
+    End a run by a call of its controller.
+
+    Args:
+        address: see `joined`.
+        name: of the job, or of the run.
+        submission: id of its job at the job API; None: it has none.
+        wait_s: how long to wait until it has ended.
+
+    Returns:
+        Its status; see `overview.stop`.
+
+    Raises:
+        SpecError: there is no such run, or several; or the address is not for this.
+        InfrastructureError, ClusterUnreachable: the cluster, or the controller, does not answer.
+    """
+    with joined(address):
+        from distplat.actors.overview import one_run, stop, submitted_run
+
+        run = one_run(name) if submission is None else submitted_run(submission, name)
+        return stop(run, wait_s)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from distplat.cli.options import Output, is_json
 from distplat.platform.errors import SpecError, printable
 
 if TYPE_CHECKING:
-    from distplat.strategies.algorithms.schedule import Schedule
+    from distplat.strategies.algorithms.schedule import PipelineSchedule
     from distplat.strategies.algorithms.simulate import Costs, Simulation
 
 _MAX_STAGES, _MAX_MICRO_BATCHES, _MAX_CHUNKS = 64, 1024, 16
@@ -77,7 +77,7 @@ def _costs(forward: float, backward: float, weight: float | None, send: float) -
     return Costs(forward, backward - late, late, send)
 
 
-def _facts(chosen: "Schedule", found: "Simulation") -> dict[str, Any]:
+def _facts(chosen: "PipelineSchedule", found: "Simulation") -> dict[str, Any]:
     return {
         "schedule": chosen.name,
         "stages": chosen.stages,
@@ -105,12 +105,12 @@ def _spans(found: "Simulation") -> list[list[dict[str, Any]]]:
     ]
 
 
-def _title(chosen: "Schedule") -> str:
+def _title(chosen: "PipelineSchedule") -> str:
     chunks = f" of {chosen.chunks} chunks" if chosen.chunks > 1 else ""
     return f"{chosen.name}: {chosen.stages} stages{chunks}, {chosen.micro_batches} micro-batches"
 
 
-def _rows(chosen: "Schedule", found: "Simulation") -> list[tuple[str, str]]:
+def _rows(chosen: "PipelineSchedule", found: "Simulation") -> list[tuple[str, str]]:
     live = ", ".join(map(str, found.peak_activations))
     unit = f" (of 1/{chosen.chunks} stage each)" if chosen.chunks > 1 else ""
     return [
@@ -120,7 +120,7 @@ def _rows(chosen: "Schedule", found: "Simulation") -> list[tuple[str, str]]:
     ]
 
 
-def _print(chosen: "Schedule", found: "Simulation") -> None:
+def _print(chosen: "PipelineSchedule", found: "Simulation") -> None:
     from distplat.cli.schedule_chart import chart
     from distplat.cli.tables import print_pairs, terminal
 
@@ -140,7 +140,7 @@ def _print(chosen: "Schedule", found: "Simulation") -> None:
     print_pairs(_rows(chosen, found))
 
 
-def _write(path: Path, chosen: "Schedule", found: "Simulation") -> None:
+def _write(path: Path, chosen: "PipelineSchedule", found: "Simulation") -> None:
     from distplat.cli.options import report_extra
 
     with report_extra():

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
-from distplat.strategies.algorithms.schedule import Kind
+from distplat.strategies.algorithms.schedule import ActionKind
 from distplat.strategies.algorithms.simulate import Span, makespan
 
 Spans = Sequence[Sequence[Span]]
 """Of each stage, in order of time."""
 
 STYLES = {
-    Kind.FORWARD: "white on blue",
-    Kind.BACKWARD: "black on yellow",
-    Kind.WEIGHT: "black on green",
+    ActionKind.FORWARD: "white on blue",
+    ActionKind.BACKWARD: "black on yellow",
+    ActionKind.WEIGHT: "black on green",
 }
 _IDLE = "."
 _MAX_COLUMNS = 2000
@@ -58,7 +58,7 @@ def _natural_scale(spans: Spans) -> float:
 
 def _cells(
     row: Sequence[Span], zero: float, scale: float, columns: int
-) -> Iterator[tuple[str, Kind | None]]:
+) -> Iterator[tuple[str, ActionKind | None]]:
     at = 0
     for span in row:
         start = max(round((span.start - zero) * scale), at)

@@ -26,7 +26,7 @@ from distplat.strategies.catalog import load_job, load_strategy_file, make_strat
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """What the command line asked for."""
 
     job_file: Path
@@ -71,7 +71,7 @@ class Request:
         self.say(str(package))
 
 
-def resolve(request: Request) -> Job:
+def resolve(request: SubmitRequest) -> Job:
     """
     Read the job with all its layers.
 
@@ -88,7 +88,7 @@ def resolve(request: Request) -> Job:
         raise SpecError(*(_renamed(one, names) for one in error.problems)) from None
 
 
-def validate(request: Request) -> None:
+def validate(request: SubmitRequest) -> None:
     """
     Check a job and its task, and print the job with all defaults.
 
@@ -111,7 +111,7 @@ def validate(request: Request) -> None:
     print(render_job(job), end="")
 
 
-def submit(request: Request) -> None:
+def submit(request: SubmitRequest) -> None:
     """
     Run a job, and print what it came to.
 
@@ -140,7 +140,7 @@ def submit(request: Request) -> None:
     _print(facts, request)
 
 
-def dry_run(request: Request) -> None:
+def dry_run(request: SubmitRequest) -> None:
     """
     Print the job as it would run, and what would be started; start nothing.
 
@@ -169,7 +169,7 @@ def dry_run(request: Request) -> None:
         request.say(f"would go on after step {start}, of {request.resume}")
 
 
-def _start(request: Request, job: Job) -> int | None:
+def _start(request: SubmitRequest, job: Job) -> int | None:
     """Give the step that a run would go on after; None: it would begin with the first."""
     if request.resume is None:
         return None
@@ -180,7 +180,7 @@ def _start(request: Request, job: Job) -> int | None:
         return start_from_url(job, request.resume, Path(folder), request.say).step
 
 
-def _target(request: Request, job: Job) -> Target:
+def _target(request: SubmitRequest, job: Job) -> Target:
     return choose_target(request.address, request.say, with_ray=job.scaling.num_workers > 0)
 
 
@@ -219,7 +219,7 @@ def named(target: Target) -> str:
     return f"the Ray cluster at {target.address} (from {target.origin})"
 
 
-def _ray(request: Request, target: Target) -> AbstractContextManager[None]:
+def _ray(request: SubmitRequest, target: Target) -> AbstractContextManager[None]:
     user = request.runtime_env, request.runtime_env_json
     return connection(target, request.folder, *user, request.shipping)
 
@@ -252,7 +252,7 @@ def connection(
     return connected(address, shipping.with_folders(folder, user), told)
 
 
-def _check_options(request: Request, target: Target) -> None:
+def _check_options(request: SubmitRequest, target: Target) -> None:
     """
     Refuse options that would have no effect.
 
@@ -277,7 +277,7 @@ def _check_options(request: Request, target: Target) -> None:
         raise SpecError(Problem(("--working-dir",), f"{request.folder} is no directory"))
 
 
-def _submit_remote(request: Request, job: Job, target: Target) -> None:
+def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
     submission = remote.Submission(
         request.folder,
         request.strategy_file,
@@ -316,7 +316,7 @@ def _submit_remote(request: Request, job: Job, target: Target) -> None:
         raise typer.Exit(code)
 
 
-def _print_left(job_id: str, target: Target, request: Request) -> None:
+def _print_left(job_id: str, target: Target, request: SubmitRequest) -> None:
     for line in _next_commands(job_id, target):
         request.say(line)
     if request.as_json:
@@ -361,7 +361,7 @@ def _renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
     return replace(problem, file=names.get(problem.file, problem.file))
 
 
-def _print(facts: Facts, request: Request, job_id: str | None = None) -> None:
+def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> None:
     """Say what a run came to; it has ended well, whether somebody reads it or not."""
     with suppress(BrokenPipeError):
         if request.as_json:

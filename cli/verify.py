@@ -45,10 +45,10 @@ def verify(
 
     Exit code 0: nothing parts. 1: something does. Else that of the error that a strategy gave.
     """
-    from distplat.cli.submit import Request, resolve
+    from distplat.cli.submit import SubmitRequest, resolve
 
     as_json = is_json(output)
-    request = Request(
+    request = SubmitRequest(
         job_file=job_file,
         settings=tuple(settings or ()),
         working_dir=working_dir,

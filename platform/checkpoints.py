@@ -179,7 +179,7 @@ def surplus(steps: Iterable[int], keep: int, written: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredCheckpoint:
     """A checkpoint that was read and found whole."""
 
     path: Path
@@ -287,7 +287,7 @@ class Catalogue:
                     self._disk.remove(aside)
                 self._disk.rename(path, aside)
 
-    def newest(self, warn: Callable[[str], object]) -> Stored | None:
+    def newest(self, warn: Callable[[str], object]) -> StoredCheckpoint | None:
         """
         Read the newest one that is whole; None: there is none, whole or damaged.
 
@@ -337,7 +337,7 @@ class Catalogue:
                 self._disk.remove(path)
 
 
-def read(path: Path) -> Stored:
+def read(path: Path) -> StoredCheckpoint:
     """
     Read one checkpoint, every byte against its manifest.
 
@@ -351,7 +351,7 @@ def read(path: Path) -> Stored:
         assert isinstance(state["step"], int)
     except (KeyError, ValueError, TypeError, AssertionError, RecursionError):
         raise StorageError(f"{path} has no {STATE} with its step") from None
-    return Stored(path, state, files)
+    return StoredCheckpoint(path, state, files)
 
 
 def flaws(path: Path) -> list[str]:
@@ -374,7 +374,7 @@ def shortfall(path: Path) -> str:
     return ""
 
 
-def find(path: Path, warn: Callable[[str], object]) -> Stored:
+def find(path: Path, warn: Callable[[str], object]) -> StoredCheckpoint:
     """
     Read what `--resume` names: a checkpoint, or the newest whole one of a run directory.
 

@@ -148,7 +148,7 @@ class UserCodeError(DistplatError):
 
     def __str__(self) -> str:
         """The traceback first, then what failed where."""
-        return f"{self.frames}\n\n{self.told}" if self.frames else self.told
+        return f"{self.frames}\n\n{self.text}" if self.frames else self.text
 
     @property
     def frames(self) -> str:
@@ -157,7 +157,7 @@ class UserCodeError(DistplatError):
         return "" if text == self.summary else text
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """Rank, step and summary, and the remedy on a line of its own."""
         where = "in the evaluation after" if self.evaluating else "in"
         at = "before the first step" if self.step is None else f"{where} step {self.step}"
@@ -290,13 +290,13 @@ class StateLost(InfrastructureError):
 class RestartsExhausted(InfrastructureError):
     """The run was restarted as often as it may be, and failed again."""
 
-    def __init__(self, reason: str, setbacks: tuple[str, ...]) -> None:
-        super().__init__(reason, setbacks)
-        self.reason, self.setbacks = reason, setbacks
+    def __init__(self, reason: str, failures: tuple[str, ...]) -> None:
+        super().__init__(reason, failures)
+        self.reason, self.failures = reason, failures
 
     def __str__(self) -> str:
         """Why no further restart is made, then every failure on a line of its own."""
-        return "\n  ".join([f"gave up: {self.reason}; failures so far:", *self.setbacks])
+        return "\n  ".join([f"gave up: {self.reason}; failures so far:", *self.failures])
 
 
 class ProtocolError(DistplatError):

@@ -130,7 +130,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Unanswered:
+class PollUnanswered:
     """A role has not answered for `seconds`."""
 
     role: str
@@ -163,7 +163,7 @@ class Tick:
     """Time passed."""
 
 
-Event = Heard | Failed | Unanswered | Joined | Left | Resize | Tick
+Event = Heard | Failed | PollUnanswered | Joined | Left | Resize | Tick
 
 
 SETTLE_S = 2.0
@@ -268,7 +268,7 @@ class JobState:
                 self._hear(event, now)
             case Failed():
                 self._take_failure(event, now)
-            case Unanswered(role=role, seconds=seconds):
+            case PollUnanswered(role=role, seconds=seconds):
                 self._miss(role, seconds, now)
             case Joined(rank=rank):
                 self._members.add(rank)
@@ -387,7 +387,7 @@ class JobState:
             self.furthest, str(self.error), self._preempted, consequence=follows
         )
         if isinstance(answer, str):
-            self.error = RestartsExhausted(answer, tuple(self._budget.setbacks))
+            self.error = RestartsExhausted(answer, tuple(self._budget.failures))
             self.phase = Phase.FAILED
             return
         ranks = sorted(self._members) if self._wanted is None else [*range(self._wanted)]

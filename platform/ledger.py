@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from distplat.platform.errors import FencedError, GapError, NotReadyError, StaleError
 from distplat.platform.interval_set import IntervalSet
 
@@ -198,13 +200,13 @@ class StepLedger(Ledger):
         self._staged: set[int] = set()  #: ranks whose push for `version` is here
 
     @property
+    @override
     def steps(self) -> int:
-        """See `Ledger`."""
         return self.updates
 
     @property
+    @override
     def place(self) -> int:
-        """See `Ledger`."""
         return self.updates
 
     @property
@@ -212,8 +214,8 @@ class StepLedger(Ledger):
         """Whether as many pushes for the present version are staged as a step needs."""
         return len(self._staged) >= self.world - self._backup
 
+    @override
     def restore(self, steps: int) -> None:
-        """See `Ledger`."""
         self.version = steps
         self._staged.clear()
 
@@ -226,8 +228,8 @@ class StepLedger(Ledger):
             self.dropped = {rank: count for rank, count in self.dropped.items() if rank < world}
             self._last = {rank: last for rank, last in self._last.items() if rank < world}
 
+    @override
     def offer(self, push: PushId) -> Verdict:
-        """See `Ledger`."""
         version = _ready(self.version)
         _check_sender(push, self.job, self.attempt, self.world)
         if push.seq == version:
@@ -252,12 +254,12 @@ class StepLedger(Ledger):
             return Verdict.LATE
         return verdict
 
+    @override
     def missing(self) -> list[int]:
-        """See `Ledger`."""
         return [rank for rank in range(self.world) if rank not in self._staged]
 
+    @override
     def commit(self, seq: int) -> bool:
-        """See `Ledger`."""
         version = _ready(self.version)
         if seq == version - 1:
             return False
@@ -269,8 +271,8 @@ class StepLedger(Ledger):
         self._staged.clear()
         return True
 
+    @override
     def passed(self, push: PushId) -> bool:
-        """See `Ledger`."""
         return self.updates > push.seq
 
 
@@ -286,8 +288,8 @@ class TaskLedger(Ledger):
         self._staged: int | None = None  #: the task whose update is to be made
 
     @property
+    @override
     def steps(self) -> int:
-        """See `Ledger`."""
         return self.made.low // self.world
 
     @property
@@ -296,8 +298,8 @@ class TaskLedger(Ledger):
         return self.updates // self.world
 
     @property
+    @override
     def complete(self) -> bool:
-        """See `Ledger`."""
         return self._staged is not None
 
     @property
@@ -305,8 +307,8 @@ class TaskLedger(Ledger):
         """Whether some step is made in part."""
         return bool(self.made.low % self.world or self.made.above)
 
+    @override
     def restore(self, steps: int) -> None:
-        """See `Ledger`."""
         self.version, self.made = steps * self.world, IntervalSet(steps * self.world)
         self._staged = None
 
@@ -337,8 +339,8 @@ class TaskLedger(Ledger):
         self._staged = push.task
         return Verdict.NEW
 
+    @override
     def commit(self, seq: int) -> bool:
-        """See `Ledger`."""
         version = _ready(self.version)
         if self._staged is None:
             return False
@@ -346,8 +348,8 @@ class TaskLedger(Ledger):
         self.version, self._staged = version + 1, None
         return True
 
+    @override
     def passed(self, push: PushId) -> bool:
-        """See `Ledger`."""
         return True
 
     def missing(self) -> list[int]:

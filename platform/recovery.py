@@ -133,7 +133,7 @@ class Budget:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.setbacks: deque[str] = deque(maxlen=_TOLD)  #: the last failures, in words
+        self.failures: deque[str] = deque(maxlen=_TOLD)  #: the last failures, in words
         self._attempt = 0
         self._failures = 0
         self._preemptions = 0
@@ -158,7 +158,7 @@ class Budget:
         Returns:
             Seconds to wait before going on, or why the run must end.
         """
-        self.setbacks.append(f"attempt {self._attempt}, after step {step}: {cause}")
+        self.failures.append(f"attempt {self._attempt}, after step {step}: {cause}")
         self._attempt += 1
         paid, self._counted = consequence and self._counted, True
         if paid:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from distplat.platform.checkpoints import FOLDER, MANIFEST, Stored, listed, read, step_of
+from distplat.platform.checkpoints import FOLDER, MANIFEST, StoredCheckpoint, listed, read, step_of
 from distplat.platform.errors import Problem, SpecError, StorageError
 from distplat.platform.remote_storage import PART_BYTES, NotThere, RemoteStorage
 from distplat.platform.storage_url import missing_library, url_problem
@@ -21,7 +21,9 @@ from distplat.platform.storage_url import missing_library, url_problem
 _MANIFEST_BYTES = PART_BYTES
 
 
-def fetch(url: str, folder: Path, limit_s: float, warn: Callable[[str], object]) -> Stored:
+def fetch(
+    url: str, folder: Path, limit_s: float, warn: Callable[[str], object]
+) -> StoredCheckpoint:
     """
     Bring what `--resume URL` names: a checkpoint, or the newest whole one of a run.
 
@@ -62,7 +64,7 @@ def fetch(url: str, folder: Path, limit_s: float, warn: Callable[[str], object])
     raise SpecError(Problem(("--resume",), f"no whole checkpoint at {url}", hint))
 
 
-def url_of(url: str, found: Stored) -> str:
+def url_of(url: str, found: StoredCheckpoint) -> str:
     """
     Give the URL of a checkpoint.
 
@@ -80,7 +82,7 @@ class _Damaged(Exception):
     """A checkpoint does not go with its manifest."""
 
 
-def _brought(storage: RemoteStorage, name: str, target: Path) -> Stored | None:
+def _brought(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoint | None:
     """Bring one and read it; None: it has no manifest."""
     try:
         size = storage.patiently(lambda: storage.size(f"{name}/{MANIFEST}"))

@@ -66,10 +66,10 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Restart:
+class RestartRecord:
     """A failure that the run went on after, and how long that took."""
 
-    setback: FailureEvent
+    failure: FailureEvent
     recovery: Recovery | None
     """None: it did not come to that, or not yet."""
 
@@ -158,10 +158,10 @@ def metrics(evaluations: Sequence[EvalSummary]) -> list[Metric]:
     ]
 
 
-def restarts(record: RunRecord) -> list[Restart]:
-    """Put each setback together with what became of it."""
+def restarts(record: RunRecord) -> list[RestartRecord]:
+    """Put each failure together with what became of it."""
     ended = {recovery.attempt: recovery for recovery in record.recoveries}
-    return [Restart(one, ended.get(one.attempt)) for one in record.setbacks]
+    return [RestartRecord(one, ended.get(one.attempt)) for one in record.failures]
 
 
 def staleness(steps: Sequence[StepSummary]) -> Counter[int]:

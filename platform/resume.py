@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.checkpoints import STATE, Stored, find
+from distplat.platform.checkpoints import STATE, StoredCheckpoint, find
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.remote_checkpoints import fetch
 from distplat.platform.spec import Job
@@ -77,7 +77,7 @@ def _of_function(state: Mapping[str, Any], job: Job) -> list[Problem]:
     return [Problem(("task",), f"the checkpoint is of {made}, the job of {now}")]
 
 
-def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> Stored:
+def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> StoredCheckpoint:
     """
     Find the checkpoint that a job is to go on from, and compare the two.
 
@@ -93,7 +93,9 @@ def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> Stored:
     return compared(job, find(path, warn))
 
 
-def start_from_url(job: Job, url: str, folder: Path, warn: Callable[[str], object]) -> Stored:
+def start_from_url(
+    job: Job, url: str, folder: Path, warn: Callable[[str], object]
+) -> StoredCheckpoint:
     """
     Bring the checkpoint that a job is to go on from, and compare the two.
 
@@ -123,7 +125,7 @@ def check_library(job: Job) -> None:
             raise SpecError(Problem(("storage_path",), text, hint))
 
 
-def compared(job: Job, found: Stored) -> Stored:
+def compared(job: Job, found: StoredCheckpoint) -> StoredCheckpoint:
     """
     Give a checkpoint that the job may go on from.
 

@@ -60,7 +60,7 @@ EMA_FILE = "model_ema.safetensors"
 _KINDS = {
     StepSummary: "step",
     EvalSummary: "evaluation",
-    FailureEvent: "setback",
+    FailureEvent: "failure",
     Recovery: "recovery",
     Resized: "resized",
     Saved: "checkpoint",
@@ -100,7 +100,7 @@ class RunDirectory:
 
     def record(self, summary: Summary) -> None:
         """
-        Write one step, evaluation, trace or setback down.
+        Write one step, evaluation, trace or failure down.
 
         Raises:
             StorageError: the disk is full, or the directory is gone.

@@ -55,7 +55,7 @@ class RunRecord:
     so-many-th (`every`), and the last."""
     every: int = 1
     evaluations: list[EvalSummary] = field(default_factory=list)
-    setbacks: list[FailureEvent] = field(default_factory=list)
+    failures: list[FailureEvent] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     resizes: list[Resized] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
@@ -227,7 +227,7 @@ class _Thinned(Generic[S]):
 def _keep(record: RunRecord, found: object) -> None:
     match found:
         case FailureEvent():
-            record.setbacks.append(found)
+            record.failures.append(found)
         case Recovery():
             record.recoveries.append(found)
         case Resized():
@@ -255,7 +255,7 @@ def _summary(
         case "evaluation":
             metrics = _numbers(fields["metrics"])
             return EvalSummary(_whole(fields["step"]), _whole(fields["samples"]), metrics)
-        case "setback":
+        case "failure" | "setback":  # its name before 0.1.0 was released
             return FailureEvent(
                 _whole(fields["attempt"]),
                 _whole(fields["step"]),

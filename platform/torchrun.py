@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Where a process is to run."""
 
     node: str
@@ -23,7 +23,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Launch:
+class TorchrunLaunch:
     """What all processes of one attempt share."""
 
     run: str
@@ -35,7 +35,7 @@ class Launch:
     max_restarts: int = 0
 
 
-def ranks_of(places: Sequence[Place]) -> list[int]:
+def ranks_of(places: Sequence[ProcessPlace]) -> list[int]:
     """
     Number processes node by node, so that those of one node are neighbours.
 
@@ -50,7 +50,7 @@ def ranks_of(places: Sequence[Place]) -> list[int]:
     return ranks
 
 
-def environments(places: Sequence[Place], launch: Launch) -> list[dict[str, str]]:
+def environments(places: Sequence[ProcessPlace], launch: TorchrunLaunch) -> list[dict[str, str]]:
     """
     Give the variables of each process, in the order of the places.
 

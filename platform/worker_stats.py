@@ -112,7 +112,7 @@ class WorkerTable:
         (began, first), (told, last) = self._beats[rank][0], self._beats[rank][-1]
         return (told - began) / (last.made - first.made)
 
-    def standings(self, now: float) -> list[WorkerStats]:
+    def stats(self, now: float) -> list[WorkerStats]:
         """Tell how all are doing, in the order of their ranks."""
         paces = {rank: self.step_s(rank) for rank in self._beats}
         known = [pace for pace in paces.values() if pace is not None]

@@ -14,7 +14,7 @@ from distplat.strategies.model.meta import on_meta
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.pipeline.limits import refuse_own_call
 from distplat.strategies.pipeline.options import HybridOptions
-from distplat.strategies.pipeline.rank import Rank
+from distplat.strategies.pipeline.rank import PipelineRank
 from distplat.strategies.task import Task
 from distplat.strategies.worker import Context, WorkerStrategy
 
@@ -23,7 +23,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
     """Compute a part of the model, and sum its gradients over the replicas."""
 
     cuts_model = True
-    _rank: Rank | None = None
+    _rank: PipelineRank | None = None
 
     def build_model(self, task: Task) -> nn.Module:
         """Build the model, without values if the job says so."""
@@ -39,7 +39,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
             if self.options.data > 1 and prepared.model is not None:
                 why = "which `hybrid` does not compute over its replicas"
                 refuse_sync_batch_norm(prepared.model, why, "use nn.BatchNorm, or `data: 1`")
-            self._rank = Rank(self.options, prepared, rank)
+            self._rank = PipelineRank(self.options, prepared, rank)
         return self._rank.take_part(collective), self._rank.holding
 
     def setup(self, context: Context) -> int:
@@ -73,6 +73,6 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         return self._here.trained()
 
     @property
-    def _here(self) -> Rank:
+    def _here(self) -> PipelineRank:
         assert self._rank is not None, "cut_model() comes first"
         return self._rank

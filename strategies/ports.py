@@ -48,7 +48,7 @@ class Pushed:
     """The control records of all ranks, without `present`; None: of a push that was too late."""
 
 
-class Kind(NamedTuple):
+class VectorKind(NamedTuple):
     """What one vector of a shard is."""
 
     key: str
@@ -68,7 +68,7 @@ class ShardCopy:
     """That the slowest rank has made at this shard."""
     start: int = 0
     """First element of the shard."""
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[VectorKind, ...] = ()
     box: Any = None
     """Opens to the vectors, in the order of `kinds`; None: they are not here."""
     used: bytes = b""

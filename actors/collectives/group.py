@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.actors.collectives.work import TrafficMeter, Work
 from distplat.platform.topology import Choice
 from distplat.strategies.collective import ReduceOp, Traffic
 
 
-class Group(ABC):
+class CollectiveGroup(ABC):
     """
     One rank of a group (see `Collective`); `reduce`, `abort` and `close` are beside the port.
 
@@ -26,13 +26,13 @@ class Group(ABC):
     choice = Choice("", "it was made without `create_group`")
     """Backend of the group, and why it is the one."""
 
-    def __init__(self, name: str, rank: int, world: int, settings: Settings) -> None:
+    def __init__(self, name: str, rank: int, world: int, settings: GroupSettings) -> None:
         self.name, self.rank, self.world, self.settings = name, rank, world, settings
         self.traffic = Traffic()
         self._meter = TrafficMeter(self.traffic)
-        self._subgroups: list[Group] = []
+        self._subgroups: list[CollectiveGroup] = []
         self._closed = False
-        self.make_subgroup: Callable[[str, Sequence[int]], Group] | None = None
+        self.make_subgroup: Callable[[str, Sequence[int]], CollectiveGroup] | None = None
         self.on_close: Callable[[], None] | None = None
 
     def share(self, like: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Group(ABC):
     def barrier(self) -> None:
         """Return when every rank has come here."""
 
-    def subgroup(self, name: str, ranks: Sequence[int]) -> "Group":
+    def subgroup(self, name: str, ranks: Sequence[int]) -> "CollectiveGroup":
         """
         Make a group of some of these ranks; it ends with this group at the latest.
 

@@ -27,7 +27,7 @@ from distplat.actors.collectives import compat
 from distplat.actors.collectives.group import summed
 from distplat.actors.collectives.header import Header, header
 from distplat.actors.collectives.rendezvous import (
-    Settings,
+    GroupSettings,
     delete_places,
     exchange_places,
 )
@@ -65,7 +65,7 @@ class HierarchicalGroup(TorchGroup):
         name: str,
         rank: int,
         world: int,
-        settings: Settings,
+        settings: GroupSettings,
         places: tuple[RankLocation, ...] | None = None,
     ) -> None:
         super().__init__(name, rank, world, settings, places)

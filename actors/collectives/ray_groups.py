@@ -20,8 +20,8 @@ from ray.util.collective.backend_registry import register_collective_backend
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 from torch import Tensor
 
-from distplat.actors.collectives.group import Group
-from distplat.actors.collectives.rendezvous import Settings, delete_places, exchange_places
+from distplat.actors.collectives.group import CollectiveGroup
+from distplat.actors.collectives.rendezvous import GroupSettings, delete_places, exchange_places
 from distplat.platform.topology import RankLocation, choose, chosen_by_user
 from distplat.strategies.collective import ReduceOp
 
@@ -42,8 +42,8 @@ _OPS = {
     types.ReduceOp.MAX: ReduceOp.MAX,
 }
 
-_formed: dict[str, Group] = {}
-_settings: dict[str, Settings] = {}
+_formed: dict[str, CollectiveGroup] = {}
+_settings: dict[str, GroupSettings] = {}
 
 
 def create_group(
@@ -51,9 +51,9 @@ def create_group(
     backend: str,
     rank: int,
     world: int,
-    settings: Settings,
+    settings: GroupSettings,
     places: tuple[RankLocation, ...] | None = None,
-) -> Group:
+) -> CollectiveGroup:
     """
     Form a group with the other ranks, which call this too.
 
@@ -79,7 +79,7 @@ def create_group(
         choice = chosen_by_user(backend, places or ())
     if rank == 0:
         logger.info("collective %s: %s (%s)", name, choice.backend, choice.why)
-    group: Group = _kind(choice.backend)(name, rank, world, settings, places)
+    group: CollectiveGroup = _kind(choice.backend)(name, rank, world, settings, places)
     group.choice = choice
     group.make_subgroup = partial(_subgroup, group, backend, places)
     _register_with_ray(group)
@@ -102,7 +102,7 @@ def register(backend: str) -> str:
     return name
 
 
-def prepare(group_name: str, settings: Settings) -> None:
+def prepare(group_name: str, settings: GroupSettings) -> None:
     """Set the deadlines of a group that a function of Ray's is about to make in this process."""
     _settings[group_name] = settings
 
@@ -116,9 +116,9 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         super().__init__(world_size, rank, group_name)
         formed = _formed.pop(group_name, None)
         if formed is None:  # Ray's own function makes the group
-            settings = _settings.pop(group_name, Settings())
+            settings = _settings.pop(group_name, GroupSettings())
             formed = _kind(self.kind)(group_name, rank, world_size, settings, None)
-        self.group: Group = formed
+        self.group: CollectiveGroup = formed
 
     @classmethod
     def backend(cls) -> str:
@@ -181,19 +181,19 @@ def _kind(backend: str) -> Any:
 
 
 def _subgroup(
-    group: Group,
+    group: CollectiveGroup,
     backend: str,
     places: tuple[RankLocation, ...] | None,
     name: str,
     ranks: Sequence[int],
-) -> Group:
+) -> CollectiveGroup:
     place = list(ranks).index(group.rank)
     theirs = None if places is None else tuple(places[rank] for rank in ranks)
     full_name = f"{group.name}/{name}"
     return create_group(full_name, backend, place, len(ranks), group.settings, theirs)
 
 
-def _register_with_ray(group: Group) -> None:
+def _register_with_ray(group: CollectiveGroup) -> None:
     """Put a group that has formed into Ray's register, from which closing takes it out."""
     _formed[group.name] = group
     try:

@@ -30,7 +30,7 @@ _SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.01
 
 
 @dataclass(frozen=True)
-class Settings:
+class GroupSettings:
     """How the groups of one run behave; sub-groups have those of the group they are cut from."""
 
     operation_s: float = 60.0
@@ -53,7 +53,7 @@ def take_back_word(group_name: str) -> None:
     compat.delete(rendezvous_key(group_name))
 
 
-def find_word(group_name: str, settings: Settings) -> bytes:
+def find_word(group_name: str, settings: GroupSettings) -> bytes:
     """
     Wait for the word of rank 0.
 
@@ -70,7 +70,7 @@ def wait_for(
     look: Callable[[], bytes | None],
     group_name: str,
     missing: Callable[[], Sequence[int]],
-    settings: Settings,
+    settings: GroupSettings,
 ) -> bytes:
     """
     Look until there is something, and give it.
@@ -95,13 +95,15 @@ def wait_for(
     )
 
 
-def wait_for_all(group_name: str, absent: Callable[[], Sequence[int]], settings: Settings) -> None:
+def wait_for_all(
+    group_name: str, absent: Callable[[], Sequence[int]], settings: GroupSettings
+) -> None:
     """Wait until nobody is absent; raises as `wait_for`."""
     wait_for(lambda: None if absent() else b"", group_name, absent, settings)
 
 
 def exchange_places(
-    group_name: str, rank: int, world: int, settings: Settings
+    group_name: str, rank: int, world: int, settings: GroupSettings
 ) -> tuple[RankLocation, ...]:
     """
     Tell the others where this rank is; give every rank's place.
@@ -143,7 +145,7 @@ def place_of_this_process() -> RankLocation:
     return RankLocation(context.get_node_id(), nccl, shared_memory_works())
 
 
-def _publish(group_name: str, world: int, settings: Settings) -> None:
+def _publish(group_name: str, world: int, settings: GroupSettings) -> None:
     """Wait for all words, then write them as one table."""
     wait_for_all(group_name, lambda: _absent(group_name, world), settings)
     words = [compat.get(_word(group_name, rank)) or b"" for rank in range(world)]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from distplat.actors.collectives import compat
-from distplat.actors.collectives.group import Group, summed
+from distplat.actors.collectives.group import CollectiveGroup, summed
 from distplat.actors.collectives.header import (
     LENGTH,
     Header,
@@ -32,7 +32,7 @@ from distplat.actors.collectives.header import (
     check_message,
     header,
 )
-from distplat.actors.collectives.rendezvous import GIVEN_UP, Settings
+from distplat.actors.collectives.rendezvous import GIVEN_UP, GroupSettings
 from distplat.actors.collectives.torch_store import Heartbeat, Store, run_unless_given_up
 from distplat.actors.collectives.work import Work
 from distplat.platform.errors import CollectiveError, MismatchError
@@ -54,7 +54,7 @@ def _nothing() -> None:
     pass
 
 
-class TorchGroup(Group):
+class TorchGroup(CollectiveGroup):
     """
     One rank of a gloo group.
 
@@ -75,7 +75,7 @@ class TorchGroup(Group):
         name: str,
         rank: int,
         world: int,
-        settings: Settings,
+        settings: GroupSettings,
         places: tuple[RankLocation, ...] | None = None,
     ) -> None:
         super().__init__(name, rank, world, settings)
@@ -419,7 +419,7 @@ class NcclGroup(TorchGroup):
         name: str,
         rank: int,
         world: int,
-        settings: Settings,
+        settings: GroupSettings,
         places: tuple[RankLocation, ...] | None = None,
     ) -> None:
         super().__init__(name, rank, world, settings, places)

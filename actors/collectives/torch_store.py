@@ -19,7 +19,7 @@ import ray
 from distplat.actors.collectives import compat
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
-    Settings,
+    GroupSettings,
     find_word,
     leave_word,
     take_back_word,
@@ -194,7 +194,7 @@ class Store:
         CollectiveError: this rank was told to give up, or rank 0 is gone.
     """
 
-    def __init__(self, group_name: str, rank: int, world: int, settings: Settings) -> None:
+    def __init__(self, group_name: str, rank: int, world: int, settings: GroupSettings) -> None:
         self._name, self._rank, self._world = group_name, rank, world
         self._settings = settings
         self._server: Any = None
@@ -254,7 +254,7 @@ class Store:
         wait_for(complete, self._name, absent, self._settings)
 
 
-def run_unless_given_up(make: Callable[[], T], group_name: str, settings: Settings) -> T:
+def run_unless_given_up(make: Callable[[], T], group_name: str, settings: GroupSettings) -> T:
     """
     Run what may take long in a thread, and wait for it only as long as it is wanted.
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.platform.errors import DeadlineExceeded
 
@@ -134,8 +135,8 @@ class DeviceTransfer(DirectTransfer):
         self._side.copy(shared, self._gradients[start : start + len(shared)])
         self._pending.put((self._side.mark(), then))
 
+    @override
     def wait(self, limit_s: float) -> None:
-        """See `DirectTransfer`."""
         with self._changed:
             over = self._changed.wait_for(lambda: not self._open, limit_s)
             error, self._error = self._error, None
@@ -145,12 +146,12 @@ class DeviceTransfer(DirectTransfer):
             late = ("this worker's device",)
             raise DeadlineExceeded("copied gradients", late, limit_s, "failure.step_timeout_s")
 
+    @override
     def to_device(self, shared: Tensor, start: int) -> None:
-        """See `DirectTransfer`."""
         self._side.copy(self._parameters[start : start + len(shared)], shared)
 
+    @override
     def join(self) -> None:
-        """See `DirectTransfer`."""
         self._side.join()
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from distplat.actors.memory import futex
 from distplat.actors.memory.futex import Word, has_ended
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import ActorLost, DeadlineExceeded
@@ -56,7 +56,7 @@ Listen = Callable[[int, Address, int], Any]
 """Makes the standing call to the server of a shard: shard, segment of mailboxes, slot."""
 
 
-class Request(NamedTuple):
+class MailboxRequest(NamedTuple):
     """What a worker asks for: a push of its gradient, or the commit of a step."""
 
     seq: int
@@ -66,7 +66,7 @@ class Request(NamedTuple):
     """What a push is of, where tasks are leased."""
 
 
-def control_of(segment: Segment, size: int) -> NDArray[np.float64]:
+def control_of(segment: MemorySegment, size: int) -> NDArray[np.float64]:
     """View the control record behind the mailboxes of a segment, shape [size]."""
     found: NDArray[np.float64] = segment.tensor.numpy()[segment.address.elements - 8 * size :]
     return found.view(np.float64)
@@ -81,13 +81,13 @@ class Mailbox:
         slot: which mailbox in it, from 0.
     """
 
-    def __init__(self, segment: Segment, slot: int) -> None:
+    def __init__(self, segment: MemorySegment, slot: int) -> None:
         memory = segment.tensor.numpy().data.cast("B")
         self._memory = memory[slot * SLOT : (slot + 1) * SLOT]
         self._asked = Word(self._memory, _ASKED)
         self._answered = Word(self._memory, _ANSWERED)
 
-    def notify(self, request: Request) -> None:
+    def notify(self, request: MailboxRequest) -> None:
         """Send a request; the answer to the request before has been read."""
         is_commit = request.norm is not None  # a flag: the norm itself may be any float, NaN too
         norm = request.norm or 0.0
@@ -118,12 +118,12 @@ class Mailbox:
         norm, total = squared if has_norm else None, values[-HEAD_SIZE:] if has_total else ()
         return Answer(version, committed, norm, *(*rest, total))
 
-    def asked(self, slice_s: float) -> Request | None:
+    def asked(self, slice_s: float) -> MailboxRequest | None:
         """Wait at most so many seconds for a request that is not answered yet."""
         if not self._asked.wait(self._answered.value + 1 & _ALL, slice_s):
             return None
         seq, is_commit, norm, task = _REQUEST_LAYOUT.unpack_from(self._memory, _REQUEST)
-        return Request(seq, norm if is_commit else None, task if task >= 0 else None)
+        return MailboxRequest(seq, norm if is_commit else None, task if task >= 0 else None)
 
     def answer(self, answer: Answer | None) -> None:
         """Answer the present request; None: it failed."""
@@ -161,7 +161,7 @@ class Listener:
     """
 
     def __init__(self, address: Address, slot: int, control: int) -> None:
-        segment = Segment.open(address)
+        segment = MemorySegment.open(address)
         self._mailbox, self._control = Mailbox(segment, slot), control_of(segment, control)
         self._worker = os.pidfd_open(address.pid)
 
@@ -175,7 +175,7 @@ class Listener:
 
     def serve(
         self,
-        handle: Callable[[Request], Answer],
+        handle: Callable[[MailboxRequest], Answer],
         turn: threading.Lock,
         wanted: Callable[[], bool],
     ) -> None:
@@ -232,7 +232,7 @@ class Mailboxes:
         self._names, self._listen, self._look = names, listen, look
         # Not sealed: a standing call that got lost is made again, and opens it again.
         size = SLOT * max(1, len(self.shards)) + 8 * control
-        self._segment = Segment.create(transport.node, size, "uint8")
+        self._segment = MemorySegment.create(transport.node, size, "uint8")
         self.control = control_of(self._segment, control)  #: written before a request is sent
         self._mailboxes = {s: Mailbox(self._segment, slot) for slot, s in enumerate(self.shards)}
         self._standing = {shard: self._call(shard) for shard in self.shards}
@@ -243,7 +243,7 @@ class Mailboxes:
             mailbox.close()
         self._segment.seal()
 
-    def notify(self, shard: int, request: Request) -> None:
+    def notify(self, shard: int, request: MailboxRequest) -> None:
         """Send one of them a request; its answer to the request before has been read."""
         self._mailboxes[shard].notify(request)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from distplat.actors.messages import Address
 
 
-class Segment:
+class MemorySegment:
     """
     A flat tensor in memory that other processes of the node can map.
 
@@ -39,7 +39,9 @@ class Segment:
         self.tensor: Tensor = torch.frombuffer(mapping, dtype=dtype)[: address.elements]
 
     @classmethod
-    def create(cls, node: str, elements: int, dtype: str, *, populate: bool = True) -> "Segment":
+    def create(
+        cls, node: str, elements: int, dtype: str, *, populate: bool = True
+    ) -> "MemorySegment":
         """Make a segment of zeros, shape [elements], owned by this process."""
         fd = os.memfd_create("distplat", os.MFD_CLOEXEC)
         os.ftruncate(fd, max(1, elements) * getattr(torch, dtype).itemsize)
@@ -47,7 +49,7 @@ class Segment:
         return cls(fd, Address(node, os.getpid(), fd, elements, dtype, inode), populate=populate)
 
     @classmethod
-    def open(cls, address: Address, *, populate: bool = True) -> "Segment":
+    def open(cls, address: Address, *, populate: bool = True) -> "MemorySegment":
         """
         Map another process's segment.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from distplat.actors.memory.mailboxes import Mailboxes, Request
+from distplat.actors.memory.mailboxes import Mailboxes, MailboxRequest
 from distplat.actors.messages import Address, Membership, WorkOrder
 from distplat.actors.retrying_calls import Call, PendingCall
 from distplat.actors.transport import Transport
@@ -162,7 +162,7 @@ class FanOutCall:
         what: str,
         question: Question,
         take: Take,
-        request: Request | None = None,
+        request: MailboxRequest | None = None,
         setting: str = "step_timeout_s",
     ) -> None:
         self._lines, self._what, self._question, self._take = lines, what, question, take

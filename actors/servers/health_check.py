@@ -27,14 +27,16 @@ class HealthCheck:
         transport: the manager's.
         servers: handles, in order.
         limit_s: how long one may not answer.
+        losing: set once there is something in `lost`.
     """
 
-    def __init__(self, transport: Transport, servers: list[Any], limit_s: float) -> None:
+    def __init__(
+        self, transport: Transport, servers: list[Any], limit_s: float, losing: threading.Event
+    ) -> None:
         self._transport, self._servers, self._limit_s = transport, servers, limit_s
         self.lost: DistplatError | None = None
-        self.losing = threading.Event()  #: something is in `lost`
+        self._losing, self._closed = losing, threading.Event()
         self._begun_at: float | None = None
-        self._closed = False
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def begin(self) -> None:
@@ -43,8 +45,7 @@ class HealthCheck:
 
     def close(self) -> None:
         """Look no more."""
-        self._closed = True
-        self.losing.set()
+        self._closed.set()
 
     def _watch(self) -> None:
         """Look until somebody is lost, or this manager is of no use."""
@@ -55,16 +56,17 @@ class HealthCheck:
         except BaseException as error:
             logger.exception("the health checks ended")
             self.lost = ActorLost("server-manager", None, f"its health checks ended: {error!r}")
-        self.losing.set()
+        if self.lost is not None:
+            self._losing.set()
 
     def _watch_all(self) -> None:
         heard = dict.fromkeys(range(len(self._servers)), time.monotonic())
-        while self.lost is None and not self._closed:
+        while self.lost is None and not self._closed.is_set():
             for index in heard:
                 self.lost = self.lost or self._look(index, heard)
             if self.lost is not None:
                 return
-            self.losing.wait(WATCH_S)
+            self._closed.wait(WATCH_S)
 
     def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:
         """Ask one server whether it lives; `heard`: when each last said so."""

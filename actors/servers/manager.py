@@ -30,7 +30,7 @@ from distplat.actors.retrying_calls import Call, ask
 from distplat.actors.servers.health_check import HealthCheck
 from distplat.actors.servers.manager_recovery import adopt
 from distplat.actors.servers.replication_manager import ReplicationManager
-from distplat.actors.servers.server_provisioning import ServerProvisioning, ServerRequest
+from distplat.actors.servers.server_provisioning import ServerProvisioning
 from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
 from distplat.platform.server_group import Role, ServerGroup, ServersSeen, ShardAssignment
@@ -87,7 +87,9 @@ class ServerManager:
         self._assigned = [threading.Event() for _ in self._division.parts]
         self._replication: ReplicationManager | None = None
         self._watch: HealthCheck | None = None
-        self._provisioning = ServerProvisioning(job.failure.start_timeout_s)
+        self._losing = threading.Event()  #: a server is lost for good
+        limit = job.failure.start_timeout_s
+        self._provisioning = ServerProvisioning(self._transport, attempt, limit)
         self._tables = self._look_after_tables(tables or {}, adopts=adopts)
         group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
         held = adopt(self._transport, group, servers, attempt, limit) if adopts and servers else []
@@ -96,10 +98,10 @@ class ServerManager:
         if roles.replication > 1:
             make, assign = self._provisioning.make, self._assign_backup
             self._replication = ReplicationManager(
-                self._transport, group, servers, job.failure, make, assign
+                self._transport, group, servers, job.failure, make, assign, self._losing
             )
         elif servers:
-            self._watch = HealthCheck(self._transport, self._servers, limit)
+            self._watch = HealthCheck(self._transport, self._servers, limit, self._losing)
 
     def _look_after_tables(
         self, servers: dict[str, Any], *, adopts: bool
@@ -112,33 +114,32 @@ class ServerManager:
         if adopts:
             limit = self._job.failure.heartbeat_timeout_s
             adopt(self._transport, group, servers, self._attempt, limit)
-        make = self._provisioning.make
+        make, limits = self._provisioning.make, self._job.failure
         # What a backup is to have, its primary tells it.
         nothing = lambda server, part: None  # noqa: E731
-        return ReplicationManager(self._transport, group, servers, self._job.failure, make, nothing)
+        return ReplicationManager(
+            self._transport, group, servers, limits, make, nothing, self._losing
+        )
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
-    def poll(self, number: int, hold_s: float) -> DistplatError | ServerRequest | None:
+    def begin(self, controller: Any) -> None:
+        """Take the controller, who makes new servers; twice does nothing."""
+        self._provisioning.begin(controller)
+
+    def poll(self, number: int, hold_s: float) -> DistplatError | None:
         """
-        Tell the controller which server was lost for good, or is to be made.
+        Tell the controller which server was lost for good; None: none was.
 
         Args:
-            number: see `Worker.poll`; what is told here is told until it is done.
+            number: see `Worker.poll`; a loss is told to every question.
             hold_s: the same.
         """
-        groups = [one for one in (self._replication, self._tables) if one is not None]
-        if not groups:
-            assert self._watch is not None, "there are servers"
-            self._watch.losing.wait(hold_s)
-            return self._watch.lost
-        wanted = self._provisioning.next(hold_s)
-        for group in groups:
-            if group.lost is not None:
-                return group.lost
-        return wanted if self._watch is None or self._watch.lost is None else self._watch.lost
+        self._losing.wait(hold_s)
+        watching = (self._replication, self._tables, self._watch)
+        return next((one.lost for one in watching if one is not None and one.lost), None)
 
     def table_servers(self, version: int, limit_s: float) -> TableMap | None:
         """
@@ -158,10 +159,6 @@ class ServerManager:
             raise self._tables.lost
         newest, names = self._tables.primaries()
         return TableMap(newest, [self._tables.handles[name] for name in names], names)
-
-    def bring(self, server: str, handle: Any) -> None:
-        """Take a server that was wanted."""
-        self._provisioning.bring(server, handle)
 
     def join(self, rank: int, facts: ModelFacts) -> Membership:
         """
@@ -292,11 +289,11 @@ class ServerManager:
         places = facts.layout.starts if facts.layout and self._job.optimizer.whole else ()
         cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail, places=places)
         if speeds:
-            told = [
+            sizes = [
                 f"{speed / 1e6:.0f} M/s: {cut.size}"
                 for speed, cut in zip(speeds, cuts.shards, strict=True)
             ]
-            logger.info("elements by the servers' speed: %s", ", ".join(told))
+            logger.info("elements by the servers' speed: %s", ", ".join(sizes))
         return cuts
 
     def _assign_some(

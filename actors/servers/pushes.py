@@ -3,7 +3,7 @@
 from functools import partial
 
 from distplat.actors.memory.device_copy import DirectTransfer
-from distplat.actors.memory.mailboxes import Request
+from distplat.actors.memory.mailboxes import MailboxRequest
 from distplat.actors.messages import WorkOrder
 from distplat.actors.servers.fan_out import FanOut, FanOutCall
 from distplat.actors.servers.vector_transport import VectorTransport, part
@@ -54,7 +54,7 @@ class Pushes:
                 server, "push", push, road.payload(cut, road.gradients), record
             ),
             self._take,
-            Request(step, task=task),
+            MailboxRequest(step, task=task),
             setting,
         )
         for cut in self._lines.cuts:
@@ -67,7 +67,7 @@ class Pushes:
         """See `Shards`."""
         rank, call = self._order.rank, self._lines.transport.call
         question = lambda server, cut: call(server, "commit", rank, step, norm)  # noqa: E731
-        request = Request(step, norm)
+        request = MailboxRequest(step, norm)
         asked = FanOutCall(self._lines, f"commit {step}", question, self._take, request)
         asked.send(self._lines.cuts)
         return self._made(asked)

@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
 from distplat.actors.servers.vector_transport import from_bytes
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
 from distplat.platform.server_group import Held, Part, Role
 from distplat.platform.shard_map import Shard
-from distplat.strategies.server.backup import Change, ReplicatedStore, Snapshot
+from distplat.strategies.server.backup import Change, ReplicatedStore, StoreSnapshot
 
 _SLICE_S = 0.05
 """How often who waits for a backup looks whether it is still to wait."""
@@ -39,7 +39,7 @@ class Backup:
 
     name: str
     handle: Any
-    near: Segment | None
+    near: MemorySegment | None
     """Gradients are laid here; None: it is on another node, or in another container."""
 
 
@@ -152,7 +152,7 @@ class Replication:
             raise FencedError(f"{self._name} is in term {self.part.term}, not before {term}")
         snapshot, like, inbox = self._store.snapshot(), self._store.inbox, None
         if like is not None:
-            inbox = Segment.create(self._transport.node, like.numel(), str(like.dtype)[6:])
+            inbox = MemorySegment.create(self._transport.node, like.numel(), str(like.dtype)[6:])
         address = inbox.address if inbox is not None else None
         call = self._transport.call(handle, "take_over", term, snapshot, address)
         until = time.monotonic() + self._limit_s
@@ -167,7 +167,7 @@ class Replication:
                 self._count = 0
                 self._backup = Backup(name, handle, inbox if near else None)
 
-    def take_over(self, term: int, snapshot: Snapshot, inbox: Address | None) -> bool:
+    def take_over(self, term: int, snapshot: StoreSnapshot, inbox: Address | None) -> bool:
         """
         As a backup: become what the primary is; the store's lock is held.
 
@@ -184,7 +184,7 @@ class Replication:
         self._count, self._inbox = 0, None
         if inbox is not None and inbox.node == self._transport.node:
             try:
-                self._inbox = Segment.open(inbox).tensor
+                self._inbox = MemorySegment.open(inbox).tensor
             except OSError:
                 self._inbox = None
         return self._inbox is not None

@@ -59,6 +59,7 @@ class ReplicationManager:
         limits: the job's deadlines.
         make: see `Make`.
         assign: see `Assign`.
+        losing: set once there is something in `lost`.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class ReplicationManager:
         limits: Failure,
         make: Make,
         assign: Assign,
+        losing: threading.Event,
     ) -> None:
-        self._transport, self._limits = transport, limits
+        self._transport, self._limits, self._losing = transport, limits, losing
         self._make, self._assign = make, assign
         self._group, self.handles = group, dict(handles)
         self._addresses: dict[str, Address | None] = {}  #: of promoted servers' parameters
@@ -124,6 +126,8 @@ class ReplicationManager:
         with self._changed:
             self.lost = lost
             self._changed.notify_all()
+        if lost is not None:
+            self._losing.set()
 
     def _look_after(self) -> None:
         self._start(self._group.begin())

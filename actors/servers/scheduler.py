@@ -31,7 +31,7 @@ them."""
 class WorkerRow:
     """One worker of a run."""
 
-    standing: WorkerStats
+    stats: WorkerStats
     lease: tuple[int, int, int] | None
     """Of what it holds the first task, the last one, and how many; None: nothing."""
     leaving: bool
@@ -110,7 +110,7 @@ class Scheduler:
                 f"{self._plan}; train_data() must not depend on the process"
             )
         self._workers_table.begin(rank, time.monotonic())
-        self._tell()
+        self._wake()
 
     async def work(
         self,
@@ -170,7 +170,7 @@ class Scheduler:
         for rank in ranks:
             if self._scheduler is not None:
                 self._scheduler.dismiss(rank)
-        self._tell()
+        self._wake()
 
     async def gone(self, rank: int) -> None:
         """A worker that was dismissed has ended."""
@@ -180,8 +180,8 @@ class Scheduler:
     async def status(self) -> SchedulerStatus:
         """Tell how all are doing."""
         now, scheduler, plan = time.monotonic(), self._scheduler, self._plan
-        entries = tuple(self._entry(standing) for standing in self._workers_table.standings(now))
-        furthest = max((entry.standing.step for entry in entries), default=0)
+        entries = tuple(self._entry(stats) for stats in self._workers_table.stats(now))
+        furthest = max((entry.stats.step for entry in entries), default=0)
         return SchedulerStatus(
             self._attempt,
             self._how.dynamic_tasks,
@@ -192,10 +192,10 @@ class Scheduler:
             entries,
         )
 
-    def _entry(self, standing: WorkerStats) -> WorkerRow:
-        held = self._scheduler.held(standing.rank) if self._scheduler is not None else []
+    def _entry(self, stats: WorkerStats) -> WorkerRow:
+        held = self._scheduler.held(stats.rank) if self._scheduler is not None else []
         lease = (held[0], held[-1], len(held)) if held else None
-        return WorkerRow(standing, lease, standing.rank in self._leaving)
+        return WorkerRow(stats, lease, stats.rank in self._leaving)
 
     def _check(self, attempt: int) -> None:
         if attempt < self._attempt:
@@ -213,7 +213,7 @@ class Scheduler:
             raise ProtocolError(f"rank {rank} has not joined {self._name}")
         if tasks or evaluations:
             self._scheduler.finish(rank, tasks, evaluations)
-            self._tell()
+            self._wake()
         return self._scheduler
 
     def _take_from_the_silent(self, scheduler: TaskScheduler) -> None:
@@ -222,7 +222,7 @@ class Scheduler:
         for rank in self._workers_table.silent(time.monotonic(), limit):
             scheduler.lose(rank)
 
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         """Wake whoever waits for work."""
         self._changed.set()
         self._changed = asyncio.Event()

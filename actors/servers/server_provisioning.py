@@ -1,8 +1,8 @@
 """
-New server nodes for the server manager: it says which, and the controller makes them.
+New server nodes for the server manager: it asks the controller, which makes them.
 
-    replication manager ── make ──▶ provisioning ── poll ──▶ controller ── spawn ──▶ server-4
-        ◀────── handle ──────┘ ◀───────── bring ─────┘
+    replication manager ── make ──▶ provisioning ── make_server ──▶ controller ── spawn ──▶ server-4
+        ◀────── handle ──────┘ ◀───────── handle ───────┘
 
 An actor ends with the process that made it. So the controller makes servers, not the manager: a
 manager that is lost takes none with it.
@@ -11,63 +11,64 @@ manager that is lost takes none with it.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+import time
+from functools import partial
 from typing import Any
 
-from distplat.platform.errors import DeadlineExceeded
+from distplat.actors.retrying_calls import AGAIN_S, ask
+from distplat.actors.transport import Transport
+from distplat.platform.errors import DeadlineExceeded, NotReadyError
 
-
-@dataclass(frozen=True)
-class ServerRequest:
-    """A server node that somebody is to make."""
-
-    server: str
-    """Its name."""
-    beside: str
-    """The node on which it should rather not be."""
+_SETTING = "start_timeout_s"
 
 
 class ServerProvisioning:
     """
-    Servers that are wanted, and those that have come.
+    The manager's way to new servers.
 
     Args:
-        limit_s: how long one may take to come.
+        transport: the manager's.
+        attempt: for which the manager was made; the controller refuses those before.
+        limit_s: how long a server may take to come.
     """
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._changed = threading.Condition()
-        self._wanted: dict[str, ServerRequest] = {}
-        self._come: dict[str, Any] = {}
+    def __init__(self, transport: Transport, attempt: int, limit_s: float) -> None:
+        self._transport, self._attempt, self._limit_s = transport, attempt, limit_s
+        self._controller: Any = None
+        self._begun = threading.Event()
+        self._asking = threading.Lock()  # many questions at once would take all its threads
+
+    def begin(self, controller: Any) -> None:
+        """Take the controller, who is made after the first manager; twice does nothing."""
+        self._controller = controller
+        self._begun.set()
 
     def make(self, server: str, beside: str) -> Any:
         """
         Have a server made; give its handle.
 
+        Args:
+            server: its name.
+            beside: the node on which it should rather not be.
+
         Raises:
             DeadlineExceeded: nobody made it.
+            ActorLost: the controller is gone.
+            FencedError: there is a later manager.
+            NotReadyError: the controller has not begun.
         """
-        with self._changed:
-            self._wanted[server] = ServerRequest(server, beside)
-            self._changed.notify_all()
-            came = self._changed.wait_for(lambda: server in self._come, self._limit_s)
-            self._wanted.pop(server, None)
-            if not came:
-                limit = self._limit_s
-                raise DeadlineExceeded("a new server", (server,), limit, "failure.start_timeout_s")
-            return self._come.pop(server)
-
-    def next(self, hold_s: float) -> ServerRequest | None:
-        """Give one that is wanted, again until it has come; waits so long for there to be one."""
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._wanted), hold_s)
-            return next(iter(self._wanted.values()), None)
-
-    def bring(self, server: str, handle: Any) -> None:
-        """Take one that was made; twice does nothing."""
-        with self._changed:
-            if server in self._wanted:
-                del self._wanted[server]
-                self._come[server] = handle
-                self._changed.notify_all()
+        if not self._begun.wait(self._limit_s):
+            setting = f"failure.{_SETTING}"
+            raise DeadlineExceeded("a new server", ("controller",), self._limit_s, setting)
+        who = self._attempt, server, beside
+        call = partial(self._transport.call, self._controller, "make_server", *who)
+        until = time.monotonic() + self._limit_s
+        given = self._transport, "a new server", [call], ["controller"]
+        while True:
+            try:
+                with self._asking:
+                    return ask(*given, self._limit_s, _SETTING)[0]
+            except NotReadyError:  # its process has just started
+                if time.monotonic() > until:
+                    raise
+                time.sleep(AGAIN_S)

@@ -11,7 +11,7 @@ from distplat.actors.servers.replication import Replication
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
 from distplat.platform.server_group import Held
-from distplat.strategies.server.backup import Change, Snapshot
+from distplat.strategies.server.backup import Change, StoreSnapshot
 from distplat.strategies.server.server import Server
 
 AnyServer = TypeVar("AnyServer", bound=Server[Any])
@@ -63,7 +63,7 @@ class Serving(ABC, Generic[AnyServer]):
         store, replicate_to = self._server.store, self._replication.replicate_to
         self._server.exclusively(lambda: replicate_to(term, name, handle, store.opened))
 
-    def take_over(self, term: int, snapshot: Snapshot, inbox: Address | None) -> bool:
+    def take_over(self, term: int, snapshot: StoreSnapshot, inbox: Address | None) -> bool:
         """Become a primary's backup; see `Replication.take_over`."""
         take_over = self._replication.take_over
         return self._server.exclusively(lambda: take_over(term, snapshot, inbox))

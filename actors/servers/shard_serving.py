@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.actors.memory.mailboxes import Listener, Request
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.mailboxes import Listener, MailboxRequest
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address, Attached
 from distplat.actors.servers.replication import Replication
 from distplat.actors.servers.serving import Serving
@@ -54,7 +54,7 @@ class ShardServing(Serving[ShardServer]):
         super().__init__(name, transport)
         self._gradients: dict[int, Tensor] = {}  #: rank -> its part of this shard, shared memory
         self._parameters: dict[int, Tensor] = {}  #: the same of workers that compute on a copy
-        self._segment: Segment | None = None
+        self._segment: MemorySegment | None = None
         self._published: tuple[int, Any] | None = None  #: version, and where its bytes are
         self._attached: dict[int, tuple[tuple[int, int], bool]] = {}  #: rank -> its call, near
         self._listening: dict[int, object] = {}  #: rank -> the call that answers its mailbox
@@ -84,9 +84,9 @@ class ShardServing(Serving[ShardServer]):
             return self._segment.address
         if parameters is None:
             # A shard that is kept twice has a segment of its own, of which the rest is not touched.
-            segment = Segment.create(self._node, total, dtype, populate=role is Role.ALONE)
+            segment = MemorySegment.create(self._node, total, dtype, populate=role is Role.ALONE)
         else:
-            segment = Segment.open(parameters)
+            segment = MemorySegment.open(parameters)
         self._plan, self._cut = plan, shard
         limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
         self._server = ShardServer(self._name, plan, limits, self._mine(segment))
@@ -159,8 +159,8 @@ class ShardServing(Serving[ShardServer]):
             if gradients is None or gradients.node != self._node:
                 return False
             if parameters is not None:
-                self._parameters[rank] = self._mine(Segment.open(parameters))
-            self._gradients[rank] = self._mine(Segment.open(gradients))
+                self._parameters[rank] = self._mine(MemorySegment.open(parameters))
+            self._gradients[rank] = self._mine(MemorySegment.open(gradients))
         except OSError:
             self._parameters.pop(rank, None)
             return False
@@ -265,7 +265,7 @@ class ShardServing(Serving[ShardServer]):
         def wanted() -> bool:
             return self._listening.get(rank) is mine
 
-        def handle(request: Request) -> Answer:
+        def handle(request: MailboxRequest) -> Answer:
             if not wanted():
                 raise FencedError(f"{self._name} does not listen here any more")
             if request.norm is not None:
@@ -305,7 +305,7 @@ class ShardServing(Serving[ShardServer]):
             self._published = version, found
         return self._published[1]
 
-    def _mine(self, segment: Segment) -> Tensor:
+    def _mine(self, segment: MemorySegment) -> Tensor:
         return segment.tensor[self._cut.start : self._cut.stop]
 
     def _received(self, values: NDArray[np.uint8]) -> Tensor:

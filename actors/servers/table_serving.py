@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address, Opened, Parcel, TablePart
 from distplat.actors.servers.replication import Replication
 from distplat.actors.servers.serving import Serving
@@ -44,15 +45,15 @@ class TableServing(Serving[TableServer]):
         if part.replicated:
             store.backup_link = self._replication
         self._plan: TablePlan | None = None
-        self._mapped: dict[tuple[int, str], Segment] = {}  #: by rank and dtype: the last one
+        self._mapped: dict[tuple[int, str], MemorySegment] = {}  #: by rank and dtype: the last one
 
     @property
+    @override
     def server(self) -> TableServer:
-        """See `Serving`."""
         return self._server
 
+    @override
     def held(self) -> Held:
-        """See `Serving`."""
         store = self._server.store
         return self._replication.held(store.index) if store.opened else Held(self._name, None)
 
@@ -148,5 +149,5 @@ class TableServing(Serving[TableServer]):
         """Give a worker's memory as an array; a worker has one segment of each dtype."""
         held = self._mapped.get((rank, address.dtype))
         if held is None or held.address != address:
-            held = self._mapped[rank, address.dtype] = Segment.open(address)
+            held = self._mapped[rank, address.dtype] = MemorySegment.open(address)
         return held.tensor.numpy()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Opened, Parcel, TableMap, WorkOrder
 from distplat.actors.retrying_calls import PendingCall
 from distplat.actors.servers.fan_out import ServerCalls
@@ -35,7 +35,7 @@ class _Memory:
 
     def __init__(self, node: str, dtype: str) -> None:
         self._node, self._dtype = node, dtype
-        self._segment = Segment.create(self._node, _SMALLEST, dtype)
+        self._segment = MemorySegment.create(self._node, _SMALLEST, dtype)
 
     @property
     def address(self) -> Any:
@@ -53,7 +53,7 @@ class _Memory:
         if after + elements > self._segment.address.elements:
             self._segment.seal()
             size = (after + elements) * 5 // 4
-            self._segment, after = Segment.create(self._node, size, self._dtype), 0
+            self._segment, after = MemorySegment.create(self._node, size, self._dtype), 0
         return self._segment.tensor.numpy()[after : after + elements], after
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address, Membership, ModelFacts
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
@@ -50,7 +50,7 @@ class VectorTransport(ABC):
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
         self._transport, self._facts, self._joined = transport, facts, joined
         self._node = transport.node
-        self._gradient_segment = Segment.create(self._node, facts.size, facts.dtype)
+        self._gradient_segment = MemorySegment.create(self._node, facts.size, facts.dtype)
         self.gradients = self._gradient_segment.tensor  #: shape [n]
         self.gradient_address = self._gradient_segment.address
         self.near: set[int] = set()  #: shards whose server shares memory with this worker
@@ -107,11 +107,11 @@ class SharedMemoryTransport(VectorTransport):
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
         super().__init__(transport, facts, joined)
-        self._segments: dict[int, Segment] = {}
+        self._segments: dict[int, MemorySegment] = {}
 
     def candidates(self) -> list[int]:
         """See `VectorTransport`."""
-        opened: dict[tuple[int, int], Segment] = {}
+        opened: dict[tuple[int, int], MemorySegment] = {}
         for index, address in enumerate(self._joined.parameters):
             if address.node != self._node:
                 continue
@@ -140,9 +140,9 @@ class SharedMemoryTransport(VectorTransport):
         if self.one_copy:
             self.one_copy, self.parameters = False, self.parameters.clone()
 
-    def _open(self, address: Address) -> Segment:
+    def _open(self, address: Address) -> MemorySegment:
         # Of a server's own segment, whole in length, only its shard has memory.
-        return Segment.open(address, populate=not self._joined.replicated)
+        return MemorySegment.open(address, populate=not self._joined.replicated)
 
     @property
     def _shards(self) -> int:
@@ -165,7 +165,7 @@ class CopyTransport(VectorTransport):
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
         super().__init__(transport, facts, joined)
-        self._segment = Segment.create(self._node, facts.size, facts.dtype)
+        self._segment = MemorySegment.create(self._node, facts.size, facts.dtype)
         self.parameters = self._segment.tensor
         self.parameter_address = self._segment.address
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from distplat.platform.errors import SpecError
 from distplat.platform.pipeline_trace import Trace, TraceEvent
-from distplat.strategies.algorithms.schedule import Action, Kind, Schedule, build
+from distplat.strategies.algorithms.schedule import Action, ActionKind, PipelineSchedule, build
 from distplat.strategies.algorithms.simulate import (
     Costs,
     Simulation,
@@ -25,7 +25,7 @@ from distplat.strategies.algorithms.simulate import (
 
 Rows = tuple[tuple[Span, ...], ...]
 
-_COMPUTING = {kind.value: kind for kind in Kind}
+_COMPUTING = {kind.value: kind for kind in ActionKind}
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,18 @@ def _span(event: TraceEvent) -> Span:
     return Span(action, event.start_s, event.end_s)
 
 
-def _schedule(trace: Trace) -> Schedule:
+def _schedule(trace: Trace) -> PipelineSchedule:
     chunks = 1 + max((e.chunk for e in trace.events), default=0)
     virtual = chunks if chunks > 1 else None
     return build(trace.schedule, trace.stages, trace.micro_batches, virtual)
 
 
 def _times(
-    row: Sequence[Span], others: Sequence[TraceEvent], schedule: Schedule | None
+    row: Sequence[Span], others: Sequence[TraceEvent], schedule: PipelineSchedule | None
 ) -> StageTimes:
     chunks = schedule.chunks if schedule else 1
 
-    def mean(kind: Kind) -> float:
+    def mean(kind: ActionKind) -> float:
         took = [s.end - s.start for s in row if s.action.kind is kind]
         return sum(took) / len(took) * chunks if took else 0.0
 
@@ -139,9 +139,9 @@ def _times(
         return sum(e.end_s - e.start_s for e in others if e.kind == kind)
 
     return StageTimes(
-        mean(Kind.FORWARD),
-        mean(Kind.BACKWARD),
-        mean(Kind.WEIGHT),
+        mean(ActionKind.FORWARD),
+        mean(ActionKind.BACKWARD),
+        mean(ActionKind.WEIGHT),
         sum(s.end - s.start for s in row),
         total("send"),
         total("recv"),

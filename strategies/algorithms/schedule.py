@@ -28,7 +28,7 @@ from enum import StrEnum
 from distplat.platform.errors import Problem, SpecError, hint
 
 
-class Kind(StrEnum):
+class ActionKind(StrEnum):
     """What a stage computes."""
 
     FORWARD = "F"
@@ -42,7 +42,7 @@ class Kind(StrEnum):
 class Action:
     """One computation of one stage."""
 
-    kind: Kind
+    kind: ActionKind
     micro_batch: int
     chunk: int = 0
     """Which of the stage's chunks of layers."""
@@ -53,7 +53,7 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """
     What every stage computes, in order.
 
@@ -94,19 +94,19 @@ class Schedule:
         Counted from forward until the last action that needs the activations. A chunk's are 1/v of
         what a whole stage's would be.
         """
-        last = Kind.WEIGHT if self.splits_backward else Kind.BACKWARD
+        last = ActionKind.WEIGHT if self.splits_backward else ActionKind.BACKWARD
         return [_peak(order, last) for order in self.actions]
 
 
-def _peak(order: Iterable[Action], last: Kind) -> int:
+def _peak(order: Iterable[Action], last: ActionKind) -> int:
     live = peak = 0
     for action in order:
-        live += (action.kind is Kind.FORWARD) - (action.kind is last)
+        live += (action.kind is ActionKind.FORWARD) - (action.kind is last)
         peak = max(peak, live)
     return peak
 
 
-def gpipe(stages: int, micro_batches: int) -> Schedule:
+def gpipe(stages: int, micro_batches: int) -> PipelineSchedule:
     """
     GPipe: all forwards, then all backwards (Huang et al. 2019).
 
@@ -123,11 +123,14 @@ def gpipe(stages: int, micro_batches: int) -> Schedule:
     """
     _check(stages, micro_batches)
     every = range(micro_batches)
-    order = (*(Action(Kind.FORWARD, i) for i in every), *(Action(Kind.BACKWARD, i) for i in every))
-    return Schedule("gpipe", micro_batches, 1, False, (order,) * stages)
+    order = (
+        *(Action(ActionKind.FORWARD, i) for i in every),
+        *(Action(ActionKind.BACKWARD, i) for i in every),
+    )
+    return PipelineSchedule("gpipe", micro_batches, 1, False, (order,) * stages)
 
 
-def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
+def one_f_one_b(stages: int, micro_batches: int) -> PipelineSchedule:
     """
     1F1B: as soon as a backward can run it runs, so that activations go early (Narayanan et al.
     2019; in the form with a flush at the end of each step, Narayanan et al. 2021).
@@ -145,14 +148,14 @@ def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
     _check(stages, micro_batches)
     orders = []
     for stage in range(stages):
-        forwards = (Action(Kind.FORWARD, i) for i in range(micro_batches))
-        backwards = (Action(Kind.BACKWARD, i) for i in range(micro_batches))
+        forwards = (Action(ActionKind.FORWARD, i) for i in range(micro_batches))
+        backwards = (Action(ActionKind.BACKWARD, i) for i in range(micro_batches))
         ahead = min(stages - stage - 1, micro_batches)
         orders.append(tuple(_in_turn(forwards, backwards, ahead)))
-    return Schedule("1f1b", micro_batches, 1, False, tuple(orders))
+    return PipelineSchedule("1f1b", micro_batches, 1, False, tuple(orders))
 
 
-def interleaved(stages: int, micro_batches: int, chunks: int = 2) -> Schedule:
+def interleaved(stages: int, micro_batches: int, chunks: int = 2) -> PipelineSchedule:
     """
     Interleaved 1F1B: a stage has several chunks of layers, so that the pipeline fills in shorter
     strides (Narayanan et al. 2021; the numbers of forwards ahead are Megatron-LM's).
@@ -178,21 +181,21 @@ def interleaved(stages: int, micro_batches: int, chunks: int = 2) -> Schedule:
         )
     total, group = micro_batches * chunks, stages * chunks
 
-    def turn(kind: Kind, k: int) -> Action:
+    def turn(kind: ActionKind, k: int) -> Action:
         chunk = k % group // stages
-        chunk = chunks - 1 - chunk if kind is Kind.BACKWARD else chunk
+        chunk = chunks - 1 - chunk if kind is ActionKind.BACKWARD else chunk
         return Action(kind, k // group * stages + k % stages, chunk)
 
     orders = []
     for stage in range(stages):
-        forwards = (turn(Kind.FORWARD, k) for k in range(total))
-        backwards = (turn(Kind.BACKWARD, k) for k in range(total))
+        forwards = (turn(ActionKind.FORWARD, k) for k in range(total))
+        backwards = (turn(ActionKind.BACKWARD, k) for k in range(total))
         ahead = min(2 * (stages - stage - 1) + (chunks - 1) * stages, total)
         orders.append(tuple(_in_turn(forwards, backwards, ahead)))
-    return Schedule("interleaved", micro_batches, chunks, False, tuple(orders))
+    return PipelineSchedule("interleaved", micro_batches, chunks, False, tuple(orders))
 
 
-def zero_bubble_h1(stages: int, micro_batches: int) -> Schedule:
+def zero_bubble_h1(stages: int, micro_batches: int) -> PipelineSchedule:
     """
     ZB-H1: the gradient of the weights waits until there is nothing better to do (Qi et al. 2023).
 
@@ -210,17 +213,17 @@ def zero_bubble_h1(stages: int, micro_batches: int) -> Schedule:
     _check(stages, micro_batches)
     orders = []
     for stage in range(stages):
-        forwards = (Action(Kind.FORWARD, i) for i in range(micro_batches))
-        backwards = (Action(Kind.BACKWARD, i) for i in range(micro_batches))
+        forwards = (Action(ActionKind.FORWARD, i) for i in range(micro_batches))
+        backwards = (Action(ActionKind.BACKWARD, i) for i in range(micro_batches))
         order: list[Action] = []
         for action in _in_turn(forwards, backwards, min(stages - stage - 1, micro_batches)):
             order.append(action)
             late = action.micro_batch - stage
-            if action.kind is Kind.BACKWARD and late >= 0:
-                order.append(Action(Kind.WEIGHT, late))
+            if action.kind is ActionKind.BACKWARD and late >= 0:
+                order.append(Action(ActionKind.WEIGHT, late))
         rest = range(max(micro_batches - stage, 0), micro_batches)
-        orders.append((*order, *(Action(Kind.WEIGHT, i) for i in rest)))
-    return Schedule("zb-h1", micro_batches, 1, True, tuple(orders))
+        orders.append((*order, *(Action(ActionKind.WEIGHT, i) for i in rest)))
+    return PipelineSchedule("zb-h1", micro_batches, 1, True, tuple(orders))
 
 
 def _in_turn(
@@ -243,7 +246,7 @@ def _check(stages: int, micro_batches: int) -> None:
         )
 
 
-_SINGLE: dict[str, Callable[[int, int], Schedule]] = {
+_SINGLE: dict[str, Callable[[int, int], PipelineSchedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "zb-h1": zero_bubble_h1,
@@ -253,7 +256,9 @@ NAMES = (*_SINGLE, "interleaved")
 """All schedules."""
 
 
-def build(name: str, stages: int, micro_batches: int, chunks: int | None = None) -> Schedule:
+def build(
+    name: str, stages: int, micro_batches: int, chunks: int | None = None
+) -> PipelineSchedule:
     """
     Make a schedule by its name.
 

@@ -24,7 +24,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
 
-from distplat.strategies.algorithms.schedule import Action, Kind, Schedule
+from distplat.strategies.algorithms.schedule import Action, ActionKind, PipelineSchedule
 
 
 class Content(StrEnum):
@@ -71,32 +71,32 @@ Step = Action | Send | Recv
 class Plan:
     """A schedule with its messages: what each stage does, to be followed step by step."""
 
-    schedule: Schedule
+    schedule: PipelineSchedule
     steps: tuple[tuple[Step, ...], ...]
     """Of each stage."""
 
 
-def input_of(schedule: Schedule, stage: int, action: Action) -> Message | None:
+def input_of(schedule: PipelineSchedule, stage: int, action: Action) -> Message | None:
     """Give what an action needs of another chunk; None: nothing."""
     place = schedule.place(stage, action)
-    if action.kind is Kind.FORWARD and place > 0:
+    if action.kind is ActionKind.FORWARD and place > 0:
         return Message(Content.ACTIVATION, action.micro_batch, place - 1, place)
-    if action.kind is Kind.BACKWARD and place < schedule.depth - 1:
+    if action.kind is ActionKind.BACKWARD and place < schedule.depth - 1:
         return Message(Content.GRADIENT, action.micro_batch, place + 1, place)
     return None
 
 
-def output_of(schedule: Schedule, stage: int, action: Action) -> Message | None:
+def output_of(schedule: PipelineSchedule, stage: int, action: Action) -> Message | None:
     """Give what an action makes for another chunk; None: nothing."""
     place = schedule.place(stage, action)
-    if action.kind is Kind.FORWARD and place < schedule.depth - 1:
+    if action.kind is ActionKind.FORWARD and place < schedule.depth - 1:
         return Message(Content.ACTIVATION, action.micro_batch, place, place + 1)
-    if action.kind is Kind.BACKWARD and place > 0:
+    if action.kind is ActionKind.BACKWARD and place > 0:
         return Message(Content.GRADIENT, action.micro_batch, place, place - 1)
     return None
 
 
-def with_communication(schedule: Schedule) -> Plan:
+def with_communication(schedule: PipelineSchedule) -> Plan:
     """
     Weave sends and receives into a schedule; between chunks of one stage nothing is sent.
 
@@ -109,7 +109,7 @@ def with_communication(schedule: Schedule) -> Plan:
 class _Weaver:
     """Executes the stages with room for one message per channel, and writes down what they did."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: PipelineSchedule) -> None:
         self._schedule = schedule
         stages = range(schedule.stages)
         self._todo = [deque(order) for order in schedule.actions]

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distplat.strategies.algorithms.schedule import Action, Kind, Schedule
+from distplat.strategies.algorithms.schedule import Action, ActionKind, PipelineSchedule
 from distplat.strategies.algorithms.schedule_messages import (
     Message,
     Plan,
@@ -54,11 +54,11 @@ class Costs:
         if min(self.forward, self.backward_input, self.backward_weight, self.send) < 0:
             raise ValueError(f"durations must not be negative: {self}")
 
-    def of(self, action: Action, schedule: Schedule) -> float:
+    def of(self, action: Action, schedule: PipelineSchedule) -> float:
         """Give the duration of one action."""
-        if action.kind is Kind.FORWARD:
+        if action.kind is ActionKind.FORWARD:
             whole = self.forward
-        elif action.kind is Kind.WEIGHT:
+        elif action.kind is ActionKind.WEIGHT:
             whole = self.backward_weight
         else:
             whole = self.backward_input
@@ -109,7 +109,7 @@ def bubble(spans: Sequence[Sequence[Span]]) -> float:
 
 
 def simulate(
-    schedule: Schedule | Plan,
+    schedule: PipelineSchedule | Plan,
     costs: Costs | Sequence[Costs] = Costs(),
     buffer: int | None = None,
 ) -> Simulation:
@@ -228,5 +228,7 @@ class _Run:
 
 def _before(action: Action) -> Action | None:
     """Give the action on the same chunk that must come first."""
-    earlier = {Kind.BACKWARD: Kind.FORWARD, Kind.WEIGHT: Kind.BACKWARD}.get(action.kind)
+    earlier = {ActionKind.BACKWARD: ActionKind.FORWARD, ActionKind.WEIGHT: ActionKind.BACKWARD}.get(
+        action.kind
+    )
     return Action(earlier, action.micro_batch, action.chunk) if earlier else None

@@ -23,7 +23,7 @@ from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import PER_PARAMETER, TREE, USED, WHOLE
 from distplat.strategies.model.segments import dtype_name
-from distplat.strategies.ports import Kind, Shards
+from distplat.strategies.ports import Shards, VectorKind
 
 _OF_LIVE = {"model", f"optimizer/{AVERAGE}", f"optimizer/{AVERAGED}"}
 """Vectors that have something of every parameter that is trained."""
@@ -115,23 +115,23 @@ def server_part(
     return replace(buffer_part(flat, holding), fetch=fetch, may_skip=may_skip)
 
 
-def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[Kind], bytes]:
+def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[VectorKind], bytes]:
     """Say what an optimizer's state is made of, and, a byte each, of which parameters it is."""
     kinds = [kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
     return kinds, state[USED].numpy().tobytes() if USED in state else b""
 
 
-def kind_of(key: str, tensor: Tensor) -> Kind:
+def kind_of(key: str, tensor: Tensor) -> VectorKind:
     """Say what a vector, a number for each parameter, or a tensor of one parameter is."""
     if key.startswith(f"optimizer/{WHOLE}"):
-        return Kind(key, dtype_name(tensor), None, tuple(tensor.shape))
+        return VectorKind(key, dtype_name(tensor), None, tuple(tensor.shape))
     plain = key.replace(f"optimizer/{PER_PARAMETER}", "optimizer/")
-    return Kind(plain, dtype_name(tensor), tensor.numel() if plain == key else None)
+    return VectorKind(plain, dtype_name(tensor), tensor.numel() if plain == key else None)
 
 
 def vector_entries(
     flat: FlatModel,
-    kinds: Sequence[Kind],
+    kinds: Sequence[VectorKind],
     start: int = 0,
     used: bytes = b"",
     holding: Holding = ALL,
@@ -174,8 +174,8 @@ def vector_entries(
     return entries
 
 
-def _of_parameter(flat: FlatModel, number: int, kind: Kind) -> TensorEntry:
-    """Name a tensor that an optimizer remembers of one parameter: `Kind.key` ends with its slot."""
+def _of_parameter(flat: FlatModel, number: int, kind: VectorKind) -> TensorEntry:
+    """Name a tensor that an optimizer remembers of one parameter: `kind.key` ends with its slot."""
     key, _, slot = kind.key.rpartition("/")
     assert kind.shape is not None, "it is of one parameter"
     name = f"{key}/{flat.slots[int(slot)].name}"

@@ -17,7 +17,7 @@ from distplat.strategies.model.optim import LocalOptimizer
 
 
 @dataclass(frozen=True)
-class Slot:
+class ModuleSlot:
     """Where a module has a buffer or a parameter; a forward may put another tensor there."""
 
     where: MutableMapping[str, Any]
@@ -58,7 +58,7 @@ def _overlaps(tensor: Tensor) -> bool:
     )
 
 
-def untrained_slots(model: nn.Module) -> list[Slot]:
+def untrained_slots(model: nn.Module) -> list[ModuleSlot]:
     """Give buffers and frozen parameters, each once, in an order that is the same on all ranks."""
     return [
         slot
@@ -67,7 +67,7 @@ def untrained_slots(model: nn.Module) -> list[Slot]:
     ]
 
 
-def slots_of(model: nn.Module) -> list[Slot]:
+def slots_of(model: nn.Module) -> list[ModuleSlot]:
     """Give all parameters and buffers, each once, in an order that is the same on all ranks."""
     found, seen = [], set()
     for prefix, module in model.named_modules():
@@ -77,12 +77,12 @@ def slots_of(model: nn.Module) -> list[Slot]:
                     continue
                 if tensor is None or id(tensor) not in seen:
                     seen.add(id(tensor))
-                    found.append(Slot(where, key, f"{prefix}.{key}" if prefix else key))
+                    found.append(ModuleSlot(where, key, f"{prefix}.{key}" if prefix else key))
     return found
 
 
 def broadcast_slots(
-    slots: Sequence[Slot], source: int, group: Collective, device: torch.device
+    slots: Sequence[ModuleSlot], source: int, group: Collective, device: torch.device
 ) -> None:
     """
     Have the source's tensors on all ranks, whatever the others have there.
@@ -131,7 +131,7 @@ def cat_bytes(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *parts])
 
 
-def cut_bytes(together: Tensor, slots: Sequence[Slot]) -> Iterator[tuple[Slot, Tensor]]:
+def cut_bytes(together: Tensor, slots: Sequence[ModuleSlot]) -> Iterator[tuple[ModuleSlot, Tensor]]:
     """Give what `cat_bytes` put together, for the slots whose tensors have these kinds."""
     start = 0
     for slot in slots:

@@ -44,7 +44,7 @@ _SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Facts:
+class RankFacts:
     """What a rank trains; plain values, to be compared with another's."""
 
     code: tuple[str, str]
@@ -73,7 +73,7 @@ def facts_of(
     seed: int,
     *,
     sent: bool = True,
-) -> Facts:
+) -> RankFacts:
     """
     Write down what this rank has.
 
@@ -90,11 +90,11 @@ def facts_of(
     hashes = hash_samples(data, sorted(positions))
     values = () if sent else tuple(_checksums(model))
     samples = size, _length(eval_data), tuple(hashes.items())
-    return Facts(_code(task), _model(model), *samples, values)
+    return RankFacts(_code(task), _model(model), *samples, values)
 
 
 def agree(
-    mine: Facts, rank: int, board: Board, again: Callable[[Sequence[int]], Mapping[int, str]]
+    mine: RankFacts, rank: int, board: Board, again: Callable[[Sequence[int]], Mapping[int, str]]
 ) -> None:
     """
     Compare with the first rank that came.
@@ -122,8 +122,8 @@ def agree(
         raise SpecError(*(Problem(("task",), text, hint) for text in found))
 
 
-def _read(found: Mapping[str, Any]) -> Facts:
-    return Facts(
+def _read(found: Mapping[str, Any]) -> RankFacts:
+    return RankFacts(
         tuple(found["code"]),
         tuple((name, what) for name, what in found["model"]),
         found["samples"],
@@ -135,7 +135,7 @@ def _read(found: Mapping[str, Any]) -> Facts:
     )
 
 
-def _differences(mine: Facts, theirs: Facts, me: str, other: str) -> list[str]:
+def _differences(mine: RankFacts, theirs: RankFacts, me: str, other: str) -> list[str]:
     """Say what differs but for the samples themselves."""
     found = []
     if mine.code != theirs.code:
@@ -166,8 +166,8 @@ def _differences(mine: Facts, theirs: Facts, me: str, other: str) -> list[str]:
 
 
 def _other_samples(
-    mine: Facts,
-    theirs: Facts,
+    mine: RankFacts,
+    theirs: RankFacts,
     me: str,
     other: str,
     again: Callable[[Sequence[int]], Mapping[int, str]],

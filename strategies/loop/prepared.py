@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_types import Holding
-from distplat.strategies.loop.agreement import Facts
+from distplat.strategies.loop.agreement import RankFacts
 from distplat.strategies.loop.term_weights import TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
@@ -42,7 +42,7 @@ class Prepared:
     """The model's embedding tables, if it has some."""
     state: ModelState | None = None
     """What `part` has beside what gradients train; there once that is known."""
-    facts: Facts | None = None
+    facts: RankFacts | None = None
     """What this worker has, to be compared with what the others have; see `describe`."""
     made: Made = ()
     """What the task's `optimizer` gave; empty: the job names one."""

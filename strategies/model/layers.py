@@ -68,7 +68,7 @@ def layers_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> l
     return layers
 
 
-def _parts(module: nn.Module, names: Mapping[int, str], told: str) -> Iterator[tuple[str, Part]]:
+def _parts(module: nn.Module, names: Mapping[int, str], layer: str) -> Iterator[tuple[str, Part]]:
     """Give the largest parts of a module that the model has itself."""
     name = names.get(id(module))
     if name:  # "" is the model
@@ -77,12 +77,12 @@ def _parts(module: nn.Module, names: Mapping[int, str], told: str) -> Iterator[t
     for own, tensor in _tensors(module, recurse=False):
         if id(tensor) not in names:
             raise _problem(
-                f"{told} has a parameter or buffer that the model does not have: {own}",
+                f"{layer} has a parameter or buffer that the model does not have: {own}",
                 "make it a part of the model",
             )
         yield names[id(tensor)], tensor
     for child in module.children():
-        yield from _parts(child, names, told)
+        yield from _parts(child, names, layer)
 
 
 class Stage(nn.Module):

@@ -94,9 +94,9 @@ def _check(layers: Sequence[Layer]) -> None:
                     Problem((), f"{name} is in no module with reset_parameters()", hint)
                 )
         for path, tensor in layer.module.named_parameters():
-            told = tensor_hooks(tensor)
-            text = f"{layer.name}.{path} has {' and '.join(told)}, and gets its values later"
-            problems += [Problem((), text, "do not use `init: meta`")] if told else []
+            hooks = tensor_hooks(tensor)
+            text = f"{layer.name}.{path} has {' and '.join(hooks)}, and gets its values later"
+            problems += [Problem((), text, "do not use `init: meta`")] if hooks else []
         for path, module in layer.module.named_modules():
             if _own(module) and not any(hasattr(module, name) for name in _RESET):
                 name = ".".join(part for part in (layer.name, path) if part)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError, StateLost
 from distplat.strategies.checkpoint.state_sync import (
-    Slot,
+    ModuleSlot,
     broadcast_slots,
     cat_bytes,
     cut_bytes,
@@ -373,7 +373,7 @@ class ModelState:
         """Give what is known to change and goes by a rule, in the order of all ranks."""
         return [one for n in sorted(self._known) if (one := self._watched[n]).rule == rule]
 
-    def _uncopied(self) -> dict[int, Slot]:
+    def _uncopied(self) -> dict[int, ModuleSlot]:
         """Give what only its values tell of, by number."""
         return {
             number: one.slot
@@ -390,7 +390,7 @@ class ModelState:
     def _mark(self) -> None:
         self._marks.renew([n for n, one in enumerate(self._watched) if not one.trained])
 
-    def _untrained(self) -> list[Slot]:
+    def _untrained(self) -> list[ModuleSlot]:
         return [one.slot for one in self._watched if not one.trained]
 
     def _thorough(self, step: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distplat.strategies.checkpoint.state_sync import Slot, cat_bytes, slots_of
+from distplat.strategies.checkpoint.state_sync import ModuleSlot, cat_bytes, slots_of
 from distplat.strategies.collective import Collective, ReduceOp
 from distplat.strategies.compat import has_running_statistics
 
@@ -125,7 +125,7 @@ class Watched:
     """
 
     def __init__(
-        self, slot: Slot, rule: Rule, *, copied: bool, capped: bool, silent: bool = False
+        self, slot: ModuleSlot, rule: Rule, *, copied: bool, capped: bool, silent: bool = False
     ) -> None:
         self.slot, self._rule = slot, rule
         self.copied, self.capped, self.silent = copied, capped, silent
@@ -191,7 +191,7 @@ class Values:
         slots: by number.
     """
 
-    def __init__(self, slots: Mapping[int, Slot]) -> None:
+    def __init__(self, slots: Mapping[int, ModuleSlot]) -> None:
         there = {number: slot for number, slot in slots.items() if slot.tensor is not None}
         self._small = {n: slot for n, slot in there.items() if _size(slot) <= _TINY_BYTES}
         self._large = {n: slot for n, slot in there.items() if n not in self._small}
@@ -232,14 +232,14 @@ class Values:
         return cat_bytes(tensors, first.device)
 
 
-def _size(slot: Slot) -> int:
+def _size(slot: ModuleSlot) -> int:
     return 0 if slot.tensor is None else slot.tensor.nbytes
 
 
 class Marks:
     """Which tensors were written since they were marked, as far as their counters tell."""
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
+    def __init__(self, slots: Sequence[ModuleSlot]) -> None:
         self._slots = slots
         self._movable: list[int] = []
         self._marked: tuple[list[int], list[int], list[int]] = [], [], []

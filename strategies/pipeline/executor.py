@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from distplat.strategies.algorithms.schedule import Action, Kind, Schedule, build
+from distplat.strategies.algorithms.schedule import Action, ActionKind, PipelineSchedule, build
 from distplat.strategies.algorithms.schedule_messages import (
     Content,
     Message,
@@ -27,7 +27,7 @@ from distplat.strategies.algorithms.schedule_messages import (
 )
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.pipeline.channel import Channel
-from distplat.strategies.pipeline.interfaces import Source, Span, Tail
+from distplat.strategies.pipeline.interfaces import Source, Tail, TraceSpan
 from distplat.strategies.pipeline.limits import Reached, untouched
 from distplat.strategies.pipeline.rank_model import Chunk
 
@@ -45,7 +45,7 @@ def training_plan(name: str, stages: int, micro_batches: int, chunks: int) -> Pl
     return with_communication(build(name, stages, micro_batches, chunks))
 
 
-def flushed(stages: int, micro_batches: int, chunks: int) -> Schedule:
+def flushed(stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
     """
     Give GPipe's order over several chunks; any number of micro-batches.
 
@@ -55,22 +55,24 @@ def flushed(stages: int, micro_batches: int, chunks: int) -> Schedule:
     every = [(chunk, i) for chunk in range(chunks) for i in range(micro_batches)]
     back = [(chunk, i) for chunk in reversed(range(chunks)) for i in range(micro_batches)]
     order = (
-        *(Action(Kind.FORWARD, i, chunk) for chunk, i in every),
-        *(Action(Kind.BACKWARD, i, chunk) for chunk, i in back),
+        *(Action(ActionKind.FORWARD, i, chunk) for chunk, i in every),
+        *(Action(ActionKind.BACKWARD, i, chunk) for chunk, i in back),
     )
-    return Schedule("flushed", micro_batches, chunks, False, (order,) * stages)
+    return PipelineSchedule("flushed", micro_batches, chunks, False, (order,) * stages)
 
 
 @lru_cache(maxsize=16)
 def evaluation_plan(stages: int, micro_batches: int, chunks: int) -> Plan:
     """Give the plan of forwards alone; in groups of as many as there are stages, to hold few."""
     order = [
-        Action(Kind.FORWARD, i, chunk)
+        Action(ActionKind.FORWARD, i, chunk)
         for start in range(0, micro_batches, stages)
         for chunk in range(chunks)
         for i in range(start, min(start + stages, micro_batches))
     ]
-    schedule = Schedule("evaluation", micro_batches, chunks, False, (tuple(order),) * stages)
+    schedule = PipelineSchedule(
+        "evaluation", micro_batches, chunks, False, (tuple(order),) * stages
+    )
     return with_communication(schedule)
 
 
@@ -117,7 +119,7 @@ class _Live(NamedTuple):
     """What `inputs` lies in, if it is to be given back."""
 
 
-class Run:
+class ScheduleRun:
     """
     One execution of a plan on one rank.
 
@@ -146,9 +148,9 @@ class Run:
         self._have: dict[Message, tuple[Tensor, bool]] = {}  #: with whether it is a buffer
         self._live: dict[tuple[int, int], _Live] = {}
         self._late: dict[tuple[int, int], tuple[_Live, Tensor | None, Tensor | None]] = {}
-        self.spans: list[Span] = []
+        self.spans: list[TraceSpan] = []
 
-    def run(self) -> list[Span]:
+    def run(self) -> list[TraceSpan]:
         """
         Do it; give what was done, and when.
 
@@ -171,7 +173,7 @@ class Run:
             else:
                 kind, chunk, number = step.kind.value, step.chunk, step.micro_batch
                 self._compute(step)
-            self.spans.append(Span(kind, chunk, number, began, time.perf_counter()))
+            self.spans.append(TraceSpan(kind, chunk, number, began, time.perf_counter()))
             alive()
         self._channel.finish()
         return self.spans
@@ -183,14 +185,14 @@ class Run:
 
     def _compute(self, action: Action) -> None:
         place = self._schedule.place(self._seat.stage, action)
-        if action.kind is Kind.FORWARD:
+        if action.kind is ActionKind.FORWARD:
             self._forward(action.micro_batch, place)
             return
-        makes_final = Kind.WEIGHT if self._splits else Kind.BACKWARD
+        makes_final = ActionKind.WEIGHT if self._splits else ActionKind.BACKWARD
         final = action.micro_batch == self._final and action.kind is makes_final
         if final and self._tail is not None:
             self._tail.last_backward()
-        if action.kind is Kind.BACKWARD:
+        if action.kind is ActionKind.BACKWARD:
             self._backward(action.micro_batch, place)
         else:
             self._weights(action.micro_batch, place)
@@ -325,7 +327,7 @@ class Executor:
     def __init__(self, seat: StageContext, reached: Reached) -> None:
         self._seat, self._reached = seat, reached
         self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
-        self.spans: list[Span] = []  #: of the plan that ran last
+        self.spans: list[TraceSpan] = []  #: of the plan that ran last
 
     def train(self, plan: Plan, source: Source, tail: Tail) -> None:
         """
@@ -337,7 +339,7 @@ class Executor:
         """
         self._agree_on_shapes(source)
         self._mode(training=True)
-        self.spans = Run(self._seat, plan, source, tail, self._reached.look).run()
+        self.spans = ScheduleRun(self._seat, plan, source, tail, self._reached.look).run()
         self._reached.stepped()
 
     @torch.no_grad()
@@ -350,7 +352,7 @@ class Executor:
         """
         self._agree_on_shapes(source)
         self._mode(training=False)
-        Run(self._seat, plan, source, None).run()
+        ScheduleRun(self._seat, plan, source, None).run()
 
     def _mode(self, *, training: bool) -> None:
         for chunk in self._seat.chunks.values():

@@ -12,7 +12,7 @@ Versions = Callable[[int], list[int]]
 """Tells all ranks of the grid the version of this one's part; gives those of all, in rank order."""
 
 
-class Span(NamedTuple):
+class TraceSpan(NamedTuple):
     """What was done, and when; seconds of the process's clock."""
 
     kind: str

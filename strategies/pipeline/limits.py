@@ -303,8 +303,8 @@ def shared(inputs: Any, slices: Collective) -> Any:
     return tree_map(one, inputs)
 
 
-class Chunk(Protocol):
-    """See `part.Chunk`."""
+class RunnableChunk(Protocol):
+    """See `rank_model.Chunk`."""
 
     def run(self, inputs: Any, seed: int) -> Any:
         """Go forward."""
@@ -322,7 +322,7 @@ class BeforeSlicing:
         inputs: by place, the same on all slices.
     """
 
-    def __init__(self, chunks: Mapping[int, Chunk], inputs: Mapping[int, Any]) -> None:
+    def __init__(self, chunks: Mapping[int, RunnableChunk], inputs: Mapping[int, Any]) -> None:
         self._chunks, self._inputs = chunks, inputs
         self._expected: dict[int, Any] = {}
         for place in inputs:

@@ -7,7 +7,7 @@ import time
 from distplat.platform.grid import Position
 from distplat.platform.pipeline_trace import TraceEvent, TraceReport
 from distplat.strategies.collective import Collective, Traffic
-from distplat.strategies.pipeline.interfaces import Span
+from distplat.strategies.pipeline.interfaces import TraceSpan
 
 _COMPUTING = ("F", "B", "W")
 
@@ -25,7 +25,7 @@ class PipelineMetrics:
         self._rank, self._at = rank, at
         self._group: Collective | None = None
         self._before = Traffic()
-        self._reduce: Span | None = None
+        self._reduce: TraceSpan | None = None
 
     def meet(self, group: Collective) -> None:
         """Take the group of a new attempt, over which stages send."""
@@ -33,9 +33,9 @@ class PipelineMetrics:
 
     def reduced(self, began: float) -> None:
         """Note that the rank stood still for the exchange since then."""
-        self._reduce = Span("reduce", -1, -1, began, time.perf_counter())
+        self._reduce = TraceSpan("reduce", -1, -1, began, time.perf_counter())
 
-    def figures(self, spans: list[Span], ideal: float) -> dict[str, float]:
+    def figures(self, spans: list[TraceSpan], ideal: float) -> dict[str, float]:
         """
         Give the figures of the step just made; names and units as in docs/hybrid.md.
 
@@ -58,7 +58,7 @@ class PipelineMetrics:
             "stage_received_bytes": float(now.received_bytes - before.received_bytes),
         }
 
-    def trace(self, step: int, spans: list[Span], schedule: str, stages: int) -> TraceReport:
+    def trace(self, step: int, spans: list[TraceSpan], schedule: str, stages: int) -> TraceReport:
         """Tell when what was done in the step just made."""
         offset = time.time() - time.perf_counter()
         at = self._at

@@ -38,7 +38,7 @@ from distplat.strategies.pipeline.limits import (
     shared,
 )
 from distplat.strategies.pipeline.options import HybridOptions
-from distplat.strategies.pipeline.rank_model import Part, layers_for, take_part, take_whole
+from distplat.strategies.pipeline.rank_model import ModelPart, layers_for, take_part, take_whole
 from distplat.strategies.tensor.parallelize import parallelize
 from distplat.strategies.tensor.plan import resolve
 
@@ -265,8 +265,8 @@ def agree_on_points(
         return [start for start, _ in split_evenly(len(layers), request.places)[1:]]
     if not isinstance(request.cut, str):
         return _by_name(layers, request.cut)
-    told = gather_bytes(json.dumps(known).encode(), group, device)
-    found = [points for points in map(json.loads, told) if points]
+    gathered = gather_bytes(json.dumps(known).encode(), group, device)
+    found = [points for points in map(json.loads, gathered) if points]
     if found:
         return list(found[0])
     costs = _measure(layers, inputs, request.meta_seed, group, device)
@@ -338,8 +338,8 @@ def agreed_part(
     at: Position,
     everybody: Collective,
     slices: Collective | None,
-    known: Part | None,
-) -> Part:
+    known: ModelPart | None,
+) -> ModelPart:
     """
     Give what a rank holds; the rest of the model may go.
 
@@ -388,7 +388,7 @@ def _taken(
     at: Position,
     everybody: Collective,
     together: Collective | None,
-) -> tuple[Part, dict[int, Any]]:
+) -> tuple[ModelPart, dict[int, Any]]:
     """
     Give the part, and a few samples as they enter its places, to try it.
 

@@ -45,15 +45,15 @@ from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.metrics import PipelineMetrics
 from distplat.strategies.pipeline.model_partition import agreed_part
 from distplat.strategies.pipeline.options import HybridOptions
-from distplat.strategies.pipeline.rank_model import Part
-from distplat.strategies.pipeline.stage_compute import Pipeline, Settings
+from distplat.strategies.pipeline.rank_model import ModelPart
+from distplat.strategies.pipeline.stage_compute import Pipeline, StageSettings
 from distplat.strategies.tensor.exchange import ReconnectableGroup
 from distplat.strategies.tensor.layers import gather_full
 from distplat.strategies.tensor.parallelize import forget
 from distplat.strategies.worker import Context
 
 
-class Rank:
+class PipelineRank:
     """
     What a worker is under `hybrid`.
 
@@ -68,7 +68,7 @@ class Rank:
         self._grid: Grid = options.grid
         self._at: Position = self._grid.position(rank)
         self._device = torch.device(prepared.device)
-        self._part: Part | None = None
+        self._part: ModelPart | None = None
         self._slices: ReconnectableGroup | None = None
         self._exchange: Exchange | None = None
         self.replayed: Share | None = None  #: see `WorkerStrategy.replayed`
@@ -164,7 +164,7 @@ class Rank:
         self._executor = Executor(
             seat, Reached([self._own.module], self._prepared.task, self._own.names)
         )
-        settings = Settings(
+        settings = StageSettings(
             at,
             grid.stages,
             grid.replicas,
@@ -271,6 +271,6 @@ class Rank:
         return self._exchange
 
     @property
-    def _own(self) -> Part:
+    def _own(self) -> ModelPart:
         assert self._part is not None, "take_part() comes first"
         return self._part

@@ -61,18 +61,18 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
 
 
 def _of_the_whole(model: nn.Module) -> list[Problem]:
-    told = [kind for kind in called_hooks(model) if kind not in _KEPT]
-    told += [*saved_hooks(model), *_own_ways(model)]
+    kinds = [kind for kind in called_hooks(model) if kind not in _KEPT]
+    kinds += [*saved_hooks(model), *_own_ways(model)]
     others: Mapping[str, object] = {
         "a hook `with_kwargs`": model._forward_pre_hooks_with_kwargs
         or model._forward_hooks_with_kwargs,
         "a hook with `always_call`": model._forward_hooks_always_called,
         "a `__call__` of its own": type(model).__call__ is not nn.Module.__call__,
     }
-    told += [kind for kind, there in others.items() if there]
+    kinds += [kind for kind, there in others.items() if there]
     text = "the whole model ({}) has {}, and a pipeline calls its layers only"
     hint = "put it on a layer, or set `pipeline: 1`"
-    return [_problem(text.format(type(model).__name__, kind), hint) for kind in told]
+    return [_problem(text.format(type(model).__name__, kind), hint) for kind in kinds]
 
 
 def _own_ways(module: nn.Module) -> list[str]:
@@ -93,11 +93,11 @@ def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
         if id(module) in inside or module is model:
             continue
         never_called = type(module).forward is nn.Module.forward
-        told = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
-        told += _own_ways(module)
+        kinds = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
+        kinds += _own_ways(module)
         text = f"{name} ({type(module).__name__}) has {{}}, and a pipeline calls its parts only"
         hint = f"have the task's `stages` name {name} itself, or set `pipeline: 1`"
-        found += [_problem(text.format(kind), hint) for kind in told]
+        found += [_problem(text.format(kind), hint) for kind in kinds]
     return found
 
 
@@ -278,7 +278,7 @@ def _copied(value: Any) -> Any:
 
 
 @dataclass
-class Part:
+class ModelPart:
     """What one rank holds."""
 
     points: list[int]
@@ -359,7 +359,7 @@ def take_part(
     recompute: bool,
     seed: int | None,
     device: str,
-) -> Part:
+) -> ModelPart:
     """
     Make what one rank holds; the rest of the model is free to go.
 
@@ -388,12 +388,12 @@ def take_part(
             layer.module.to(device)
         chunks[place] = Layers(some, start, recompute=recompute)
         mine += some
-    return Part(list(points), chunks, Stage(mine))
+    return ModelPart(list(points), chunks, Stage(mine))
 
 
 def take_whole(
     task: Task, model: nn.Module, *, recompute: bool, seed: int | None, device: str
-) -> Part:
+) -> ModelPart:
     """
     Make what a rank holds of a model that is not cut; see `take_part`.
 
@@ -403,7 +403,7 @@ def take_whole(
     if seed is not None:
         materialise(layers_for(task, model), 0, seed, device)
     whole = Uncut(model.to(device), recompute=recompute)
-    return Part([], {0: whole}, model)
+    return ModelPart([], {0: whole}, model)
 
 
 def _refuse_untrained(layers: Sequence[Layer], runs: Sequence[tuple[int, int]]) -> None:

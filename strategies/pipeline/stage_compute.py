@@ -40,7 +40,7 @@ _WINDOW = 32
 
 
 @dataclass(frozen=True)
-class Settings:
+class StageSettings:
     """What a pipeline is told."""
 
     at: Position
@@ -64,7 +64,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, prepared: Prepared, settings: Settings, executor: Executor, tail: Tail
+        self, prepared: Prepared, settings: StageSettings, executor: Executor, tail: Tail
     ) -> None:
         self._p, self._settings, self._executor, self._tail = prepared, settings, executor, tail
         self._device = torch.device(prepared.device)

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.strategies.algorithms import compression
 from distplat.strategies.algorithms.compression import add_sparse, entries_sent, largest
@@ -104,8 +105,8 @@ class CompressedReducer(Reducer):
         }
         return total
 
+    @override
     def figures(self) -> dict[str, float]:
-        """See `Reducer`."""
         return {**self._step.lap(), **self._figures}
 
     def close(self) -> None:
@@ -172,8 +173,8 @@ class TopKReducer(CompressedReducer):
             for _ in range(collective.world)
         ]
 
+    @override
     def _send(self, meant: Tensor) -> float:
-        """See `CompressedReducer`."""
         chosen = largest(meant, self._count)
         mine = self._wires[self._collective.rank]
         self._values(mine).copy_(meant[chosen])
@@ -255,8 +256,8 @@ class PowerSGDReducer(CompressedReducer):
         for m in self._matrices:
             m.right.copy_(compression.starting_factor(rank, m.shape[1], generator))
 
+    @override
     def _send(self, meant: Tensor) -> float:
-        """See `CompressedReducer`."""
         for m in self._matrices:
             compression.left_factor(m.view(meant), m.right, out=m.left)
         for slot, rest in zip(self._others, self._rests, strict=True):

@@ -84,7 +84,7 @@ class BackupLink(Protocol):
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class StoreSnapshot:
     """A copy of all that a store is made of."""
 
     vectors: Mapping[str, Any]
@@ -106,10 +106,10 @@ class ReplicatedStore(Protocol):
         both servers share, where there is some; None: they are of any size, and go in the call.
         """
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> StoreSnapshot:
         """Copy it; the server's lock is held."""
 
-    def become(self, snapshot: Snapshot) -> None:
+    def become(self, snapshot: StoreSnapshot) -> None:
         """Be equal to the store of which that is a copy; it is used up."""
 
     def follow(self, change: Change, gradient: Any) -> None:

@@ -37,7 +37,7 @@ from distplat.strategies.model.segments import (
     squared_norm_of,
     typed_views,
 )
-from distplat.strategies.server.backup import BackupLink, Change, Snapshot, Update
+from distplat.strategies.server.backup import BackupLink, Change, StoreSnapshot, Update
 from distplat.strategies.server.checkpoint_copies import CheckpointCopies, VectorCopies
 from distplat.strategies.server.staleness import Staleness
 
@@ -95,17 +95,17 @@ class DenseStore:
 
     @property
     def opened(self) -> bool:
-        """See `Store`."""
+        """See `ServerStore`."""
         return self.ledger.version is not None
 
     @property
     def present(self) -> Tensor:
-        """See `Store`."""
+        """See `ServerStore`."""
         return self.params
 
     @property
     def commits_alone(self) -> bool:
-        """See `Store`."""
+        """See `ServerStore`."""
         clips = self._plan.job.clip_norm is not None and self.staleness is None
         return self._plan.shards == 1 or not clips
 
@@ -129,7 +129,7 @@ class DenseStore:
             self.staleness.restore(self.version)
 
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """See `Store`."""
+        """See `ServerStore`."""
         self.ledger.renew(attempt, world)
         self._forget_pushes()
 
@@ -149,30 +149,30 @@ class DenseStore:
 
     def kept(self, version: int) -> VectorCopies | None:
         """
-        See `Store`; those of an asynchronous shard were made when the last task of step
+        See `ServerStore`; those of an asynchronous shard were made when the last task of step
         `version - 1` was applied, and later tasks may be in them, too.
         """
         return self._keeping.give(version)
 
     def worker(self, place: int) -> str:
-        """See `Store`."""
+        """See `ServerStore`."""
         return self._plan.worker(place)
 
     def log(self) -> NDArray[np.int64] | None:
-        """See `Store`."""
+        """See `ServerStore`."""
         return None if self.staleness is None else self.staleness.log.numbers()
 
     def head(self, control: StepControl | None) -> tuple[float, ...]:
-        """See `Store`; an asynchronous push is decided by itself."""
+        """See `ServerStore`; an asynchronous push is decided by itself."""
         alone = control is not None and self.staleness is not None
         return control.head if alone and control is not None else self.total.head
 
     def staleness_of(self, rank: int) -> int:
-        """See `Store`."""
+        """See `ServerStore`."""
         return 0 if self.staleness is None else self.staleness.of[rank]
 
     def pull(self, rank: int) -> int:
-        """See `Store`."""
+        """See `ServerStore`."""
         if self.staleness is not None:
             self.staleness.pull(rank, self.version, self.params)
         return self.version
@@ -211,7 +211,7 @@ class DenseStore:
         return verdict
 
     def commit(self, seq: int, norm: float | None) -> bool:
-        """See `Store`."""
+        """See `ServerStore`."""
         version, steps = self.version, self.steps
         if not self.ledger.commit(seq):
             return False
@@ -248,14 +248,14 @@ class DenseStore:
             self._sum = gradient
         self._update(change, steps)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> StoreSnapshot:
         """See `ReplicatedStore`."""
         vectors = {"params": self.params, **({} if self._before is None else {"_": self._before})}
         vectors |= {f"optimizer/{name}": one for name, one in self.optimizer.state().items()}
         books = {name: deepcopy(getattr(self, name)) for name in _BOOKS}
-        return Snapshot({name: one.clone() for name, one in vectors.items()}, books)
+        return StoreSnapshot({name: one.clone() for name, one in vectors.items()}, books)
 
-    def become(self, snapshot: Snapshot) -> None:
+    def become(self, snapshot: StoreSnapshot) -> None:
         """See `ReplicatedStore`."""
         vectors: dict[str, Tensor] = dict(snapshot.vectors)
         self.params.copy_(vectors.pop("params"))

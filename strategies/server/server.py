@@ -51,7 +51,7 @@ class Limits:
     step_s: float
 
 
-class Store(ReplicatedStore, Protocol):
+class ServerStore(ReplicatedStore, Protocol):
     """What a server keeps; it waits for nobody, and is called with the server's lock held."""
 
     @property
@@ -116,7 +116,7 @@ class Store(ReplicatedStore, Protocol):
         """Give the order of updates, shape [updates, 3]; None: it follows from the job."""
 
 
-S = TypeVar("S", bound=Store)
+S = TypeVar("S", bound=ServerStore)
 
 
 class Server(Generic[S]):

@@ -41,7 +41,7 @@ class Staleness:
         self.log = ApplyLog()
         self.pulled = [0] * plan.world  #: by rank: version that it computes on
         self.of = [0] * plan.world  #: by rank: staleness of its last gradient
-        self._told: list[int] = []  #: ranks that took the present version: the backup is to know
+        self._pulls: list[int] = []  #: ranks that took the present version: the backup is to know
         kept = plan.world if self._lambda else 0
         self.values = [torch.zeros_like(params) for _ in range(kept)]  #: by rank: what it pulled
 
@@ -53,7 +53,7 @@ class Staleness:
         """Note that a worker takes the present parameters."""
         self.make_room(rank, version, params)
         self.pulled[rank] = version
-        self._told.append(rank)
+        self._pulls.append(rank)
         if self.values:
             self.values[rank].copy_(params)
 
@@ -94,14 +94,14 @@ class Staleness:
 
     def update(self, push: PushId, version: int, present: bytes) -> Update:
         """Describe a rank's update, with the pulls since the last one."""
-        told, self._told = tuple(self._told), []
-        return Update(version, push, told, self.pulled[push.rank], present)
+        pulls, self._pulls = tuple(self._pulls), []
+        return Update(version, push, pulls, self.pulled[push.rank], present)
 
     def follow(self, update: Update, rank: int, params: Tensor) -> None:
         """As a backup, note what an update says; the parameters are those before it."""
         for puller in update.pulls:
             self.pull(puller, update.version, params)
-        self._told.clear()
+        self._pulls.clear()
         self.make_room(rank, update.version, params)
         self.pulled[rank] = update.pulled
 

@@ -29,8 +29,8 @@ from distplat.strategies.server.backup import (
     BackupLink,
     Change,
     Renewal,
-    Snapshot,
     StepBack,
+    StoreSnapshot,
     Update,
 )
 from distplat.strategies.server.checkpoint_copies import CheckpointCopies
@@ -73,13 +73,13 @@ class TableStore:
 
     @property
     def opened(self) -> bool:
-        """See `Store`."""
+        """See `ServerStore`."""
         return self._ledger is not None
 
     @property
     def ledger(self) -> Ledger:
         """
-        See `Store`.
+        See `ServerStore`.
 
         Raises:
             FencedError: nobody has opened the tables.
@@ -90,7 +90,7 @@ class TableStore:
 
     @property
     def present(self) -> list[Table]:
-        """See `Store`."""
+        """See `ServerStore`."""
         return self.tables
 
     def open(
@@ -111,7 +111,7 @@ class TableStore:
 
     def renew(self, attempt: int, world: int | None = None) -> None:
         """
-        See `Store`.
+        See `ServerStore`.
 
         Raises:
             StateLost: ranks of another number are to make a step that is made in part.
@@ -170,7 +170,7 @@ class TableStore:
         return verdict
 
     def commit(self, seq: int, norm: float | None) -> bool:
-        """See `Store`."""
+        """See `ServerStore`."""
         ledger = self.ledger
         version, place, before = ledger.updates, ledger.place, ledger.steps
         if not ledger.commit(seq):
@@ -190,35 +190,35 @@ class TableStore:
         return True
 
     def pull(self, rank: int) -> int:
-        """See `Store`."""
+        """See `ServerStore`."""
         return self.ledger.updates
 
     def head(self, control: bool) -> tuple[float, ...]:
-        """See `Store`; the shards, or the ranks among themselves, decide on a step."""
+        """See `ServerStore`; the shards, or the ranks among themselves, decide on a step."""
         return ()
 
     def staleness_of(self, rank: int) -> int:
-        """See `Store`; of rows nobody counts it."""
+        """See `ServerStore`; of rows nobody counts it."""
         return 0
 
     def kept(self, version: int) -> Bundle | None:
-        """See `Store`."""
+        """See `ServerStore`."""
         return self._keeping.give(version)
 
     def worker(self, place: int) -> str:
-        """See `Store`."""
+        """See `ServerStore`."""
         return f"worker-{place}"
 
     def log(self) -> None:
-        """See `Store`; of asynchronous tables no order is kept."""
+        """See `ServerStore`; of asynchronous tables no order is kept."""
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> StoreSnapshot:
         """See `ReplicatedStore`."""
         tables = {table.spec.name: table.snapshot() for table in self.tables}
         books = {"plan": self.plan, "index": self.index, "_ledger": deepcopy(self._ledger)}
-        return Snapshot(tables, books)
+        return StoreSnapshot(tables, books)
 
-    def become(self, snapshot: Snapshot) -> None:
+    def become(self, snapshot: StoreSnapshot) -> None:
         """See `ReplicatedStore`."""
         for name, value in snapshot.books.items():
             setattr(self, name, value)

@@ -148,8 +148,8 @@ class Branches:
         mine = [_Form.of(output) for output in own]
         kind = (inputs.shape, inputs.dtype, torch.is_autocast_enabled(inputs.device.type))
         if kind not in self._forms:
-            told = json.dumps([(form.shape, form.dtype) for form in mine]).encode()
-            said = gather_bytes(told, self.group, inputs.device)
+            packed = json.dumps([(form.shape, form.dtype) for form in mine]).encode()
+            said = gather_bytes(packed, self.group, inputs.device)
             by_rank = [iter(json.loads(text)) for text in said]
             given = [next(by_rank[owner]) for owner in self._owners]
             self._forms[kind] = [_Form(tuple(shape), dtype) for shape, dtype in given]

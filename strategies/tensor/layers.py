@@ -97,15 +97,15 @@ def gather_full(
         CollectiveError: a rank is missing.
     """
     device = next(iter(state.values())).device if state else torch.device("cpu")
-    told = json.dumps({name: asdict(spec) for name, spec in specs.items()}).encode()
+    packed = json.dumps({name: asdict(spec) for name, spec in specs.items()}).encode()
     by_rank = [
         {name: ShardSpec(**fields) for name, fields in json.loads(said).items()}
-        for said in gather_bytes(told, group, device)
+        for said in gather_bytes(packed, group, device)
     ]
     full: dict[str, Tensor] = {}
     for name, mine in state.items():
         if group.rank == to:
-            ranks = [told[name] for told in by_rank] if name in specs else []
+            ranks = [specs_of_rank[name] for specs_of_rank in by_rank] if name in specs else []
             full[name] = _receive(mine.detach(), ranks, group, to) if ranks else mine.detach()
         elif name in specs and specs[name].extent:
             group.send(mine.detach().contiguous(), to)

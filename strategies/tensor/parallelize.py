@@ -181,11 +181,11 @@ def _refuse_lost(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) ->
         for own, one in modules[name].named_modules(prefix=name):
             if whole and own != name:
                 continue
-            told = called_hooks(one)
+            kinds = called_hooks(one)
             if is_parametrized(one) and not whole:
-                told.append("a parametrization")
+                kinds.append("a parametrization")
             text = f"{own} ({type(one).__name__}) has {{}}, and `{style}` slices it"
-            problems += [Problem((), text.format(kind), hint) for kind in told]
+            problems += [Problem((), text.format(kind), hint) for kind in kinds]
             parameters = [] if whole else one.named_parameters(own, recurse=False)
             for parameter, tensor in parameters:
                 text = f"{parameter} has {{}}, and `{style}` slices it"

@@ -27,7 +27,7 @@ REQUEST, ANSWER = "request.json", "references.pt"
 
 
 @dataclass(frozen=True)
-class Request:
+class ChildRequest:
     """What the child is asked for."""
 
     jobs: list[dict[str, Any]]
@@ -44,7 +44,7 @@ Answer = References | str
 """The references of a job, or why its strategy cannot cut the model."""
 
 
-def answer(request: Request) -> list[Answer]:
+def answer(request: ChildRequest) -> list[Answer]:
     """Compute the references of all jobs."""
     sys.path.insert(0, request.folder)
     if request.strategy_file is not None:
@@ -79,7 +79,7 @@ def main() -> None:
     """Answer the request in the folder that the command line names."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    request = Request(**json.loads((folder / REQUEST).read_text()))
+    request = ChildRequest(**json.loads((folder / REQUEST).read_text()))
     torch.save(answer(request), folder / ANSWER)
 
 

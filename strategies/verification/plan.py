@@ -44,7 +44,7 @@ class Forward:
     """What they are seeded with before the micro-batch; None: they go on."""
 
 
-class Samples(NamedTuple):
+class ReferenceSamples(NamedTuple):
     """What an epoch has."""
 
     size: int
@@ -141,7 +141,7 @@ def _optimizer(spec: Optimizer, task: Task, named: Named) -> Sequence[torch.opti
     return [kind(groups, **spec.arguments())]
 
 
-def parts(job: Job, samples: Samples, *, merged: bool = False) -> Schedule:
+def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Schedule:
     """
     Cut the batches as the job's strategy does.
 
@@ -167,7 +167,7 @@ def parts(job: Job, samples: Samples, *, merged: bool = False) -> Schedule:
     return found
 
 
-def union(job: Job, samples: Samples) -> Schedule:
+def union(job: Job, samples: ReferenceSamples) -> Schedule:
     """Give whole batches, to one rank."""
     sampler, steps = _sampler(job, samples, 1), range(job.steps or 0)
     return [[[_forward(run, None) for run in runs(sampler, step, 0, 1)]] for step in steps]
@@ -190,7 +190,7 @@ def _join(ranks: list[list[Forward]]) -> list[Forward]:
     return found
 
 
-def _sampler(job: Job, samples: Samples, world: int) -> Sampler:
+def _sampler(job: Job, samples: ReferenceSamples, world: int) -> Sampler:
     data, given = job.data, (samples.size, job.global_batch_size, world, job.seed)
     return Sampler(*given, data.shuffle, data.drop_last, samples.order)
 

@@ -24,7 +24,14 @@ from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.task_order import order_of
 from distplat.strategies.task import Task
 from distplat.strategies.verification.compare import compare, is_finite
-from distplat.strategies.verification.plan import Recipe, Samples, Trained, parts, recipe_of, union
+from distplat.strategies.verification.plan import (
+    Recipe,
+    ReferenceSamples,
+    Trained,
+    parts,
+    recipe_of,
+    union,
+)
 from distplat.strategies.verification.reference import Rank, train
 from distplat.strategies.verification.switched import Switches
 from distplat.strategies.verification.tables import with_rows
@@ -86,7 +93,7 @@ def references(job: Job, make: Make) -> References:
     first = Rank(lambda: make(Switches()), job.seed)
     data = first.task.train_data()
     order = order_of(first.task, data, job.seed)
-    samples = Samples(len(data) if order is None else order.size, order)  # type: ignore[arg-type]
+    samples = ReferenceSamples(len(data) if order is None else order.size, order)  # type: ignore[arg-type]
     norms = [module for module in first.model.modules() if isinstance(module, _BatchNorm)]
     merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
     every = _every(first, job)
@@ -132,7 +139,7 @@ def meaning_job(job: Job) -> Job:
 
 
 def _add_whole(
-    found: References, job: Job, recipe: Recipe, make: Make, every: Samples, merged: bool
+    found: References, job: Job, recipe: Recipe, make: Make, every: ReferenceSamples, merged: bool
 ) -> None:
     """Compute the whole batch: in float64 and with a last batch of one sample, if that works."""
     batch = job.global_batch_size
@@ -156,10 +163,10 @@ def _whole(
     recipe: Recipe,
     make: Make,
     switches: Switches,
-    every: Samples,
+    every: ReferenceSamples,
     merged: bool,
 ) -> Whole:
-    samples = every if switches.samples is None else Samples(switches.samples)
+    samples = every if switches.samples is None else ReferenceSamples(switches.samples)
     schedule = parts(job, samples, merged=merged)
     outputs: list[list[Tensor]] = [[], []]
     whole = train(_recorded(make, switches, outputs[0]), union(job, samples), recipe)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from distplat.strategies.task import Task
 
@@ -65,12 +66,12 @@ class Switched(Task):
         """See the user's class; so are the others."""
         raise NotImplementedError
 
+    @override
     def train_data(self) -> Dataset[Any]:
-        """See `model`."""
         raise NotImplementedError
 
+    @override
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """See `model`."""
         raise NotImplementedError
 
 

@@ -20,7 +20,7 @@ KEPT = "_rows_of_reference"
 """Attribute of the task that keeps the tables."""
 
 
-class RowWiseAdagrad(torch.optim.Optimizer):
+class TorchRowWiseAdagrad(torch.optim.Optimizer):
     """Adagrad with one number of state for each row; torch has none."""
 
     def __init__(
@@ -48,7 +48,7 @@ def row_optimizer(spec: Embeddings) -> Callable[[Iterable[Tensor]], torch.optim.
     """Give what makes the optimizer of rows that a job names."""
     options = spec.optimizer.model_dump(exclude={"name"})
     if spec.optimizer.name == "RowWiseAdagrad":
-        return partial(RowWiseAdagrad, **options)
+        return partial(TorchRowWiseAdagrad, **options)
     return partial(getattr(torch.optim, spec.optimizer.name), **options)
 
 

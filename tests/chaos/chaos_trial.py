@@ -319,32 +319,32 @@ class OneRun:
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         told = [json.loads(line) for line in lines]
         steps = [one["step"] for one in told if one["kind"] == "step"]
-        setbacks = [one for one in told if one["kind"] == "setback"]
+        failures = [one for one in told if one["kind"] == "failure"]
         problems = []
         first = steps[0] if steps and self._plan.resumes else 1
         missing = set(range(first, STEPS + 1)) - set(steps)
-        if steps != sorted(set(steps)) or (missing and not self._may_miss(setbacks)):
+        if steps != sorted(set(steps)) or (missing and not self._may_miss(failures)):
             problems.append(f"steps were told as {steps}")
-        if self._plan.quiet and setbacks:
-            problems.append(f"taken for a failure: {setbacks[0]['cause']}")
+        if self._plan.quiet and failures:
+            problems.append(f"taken for a failure: {failures[0]['cause']}")
         if expected is not None and self.model_hash() != expected:
             problems.append("the model has other bits than that of the run without a fault")
         if any(not math.isfinite(one["loss"]) for one in told if one["kind"] == "step"):
             problems.append("a loss is not finite")
         if self._strategy == "ps-async":
-            problems += self._audit(directory, setbacks)
+            problems += self._audit(directory, failures)
         return problems
 
-    def _may_miss(self, setbacks: list[Mapping[str, Any]]) -> bool:
+    def _may_miss(self, failures: list[Mapping[str, Any]]) -> bool:
         """Say whether steps may not be told: of a lost worker that made all parts of some."""
-        return self._strategy == "ps-async" and bool(setbacks)
+        return self._strategy == "ps-async" and bool(failures)
 
-    def _audit(self, directory: Path, setbacks: list[Mapping[str, Any]]) -> list[str]:
+    def _audit(self, directory: Path, failures: list[Mapping[str, Any]]) -> list[str]:
         """Every task was applied once at each shard, and the run can be made again from that."""
         path = directory / FILE_NAME
         world = WORLD[self._strategy]
         if not path.exists():
-            rolled_back = any(one["step"] and len(one["replaced"]) >= world for one in setbacks)
+            rolled_back = any(one["step"] and len(one["replaced"]) >= world for one in failures)
             log = (self._folder / f"driver-{self._drivers}.log").read_text(errors="replace")
             excused = self._plan.resumes or rolled_back or f"no {FILE_NAME}: " in log
             return [] if excused else [f"no {FILE_NAME}, though nothing was made again"]
@@ -352,7 +352,7 @@ class OneRun:
         if problems:
             return problems
         code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])
-        followed = code == 0 or (code == 5 and bool(setbacks))  # a task made by two workers
+        followed = code == 0 or (code == 5 and bool(failures))  # a task made by two workers
         return [] if followed else [f"`distplat replay`: exit code {code} {said}"]
 
 

@@ -12,7 +12,7 @@ import torch
 from collective_contract import CHECKS, FAILURES
 
 from distplat.actors.collectives.ray_groups import create_group
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.platform.errors import CollectiveError, InfrastructureError
 from distplat.strategies.collective import Handle, ReduceOp
 
@@ -43,7 +43,7 @@ class Member:
         timeout_s: float = FAR_S,
     ) -> str:
         """Join a group; gives the backend that it has and why."""
-        self.settings, self.joining = Settings(timeout_s, 30, debug), name
+        self.settings, self.joining = GroupSettings(timeout_s, 30, debug), name
         self.group = create_group(name, backend, rank, world, self.settings)
         return f"{self.group.choice.backend}: {self.group.choice.why}"
 

@@ -80,7 +80,7 @@ def spec(strategy: dict[str, Any], done: Path, **more: Any) -> dict[str, Any]:
 
 
 def replaced(result: Result) -> list[tuple[str, ...]]:
-    return [one.replaced for one in result.setbacks if isinstance(one, FailureEvent)]
+    return [one.replaced for one in result.failures if isinstance(one, FailureEvent)]
 
 
 def told_once(result: Result) -> None:

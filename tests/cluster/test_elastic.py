@@ -23,7 +23,7 @@ class Watch:
     """Notes what disturbed a run. An `Observer`."""
 
     def __init__(self) -> None:
-        self.setbacks: list[FailureEvent] = []
+        self.failures: list[FailureEvent] = []
         self.recoveries: list[Recovery] = []
 
     def started(self, job: object, run: str, path: Path) -> None:
@@ -34,7 +34,7 @@ class Watch:
 
     def disturbed(self, news: FailureEvent | Recovery) -> None:
         if isinstance(news, FailureEvent):
-            self.setbacks.append(news)
+            self.failures.append(news)
         else:
             self.recoveries.append(news)
 
@@ -69,7 +69,7 @@ def unfailed(tmp_path: Path, strategy: object) -> tuple[NDArray[np.float32], Res
     key = repr(strategy)
     if key not in _unfailed:
         result, watch = run(tmp_path, [], strategy)
-        assert not watch.setbacks
+        assert not watch.failures
         _unfailed[key] = weights(result), result
     return _unfailed[key]
 
@@ -92,7 +92,7 @@ def test_whoever_is_lost_is_replaced_whenever_it_is(tmp_path: Path) -> None:
     deeds += ["kill 1 at 20", "kill 1 at 29", "kill 1 at evaluation"]
     result, watch = run(tmp_path, deeds, RING, max_failures=10)
     same(result, tmp_path, RING)
-    lost = [(s.step, rank) for s in watch.setbacks for rank in s.replaced]
+    lost = [(s.step, rank) for s in watch.failures for rank in s.replaced]
     # Only the step in flight is repeated.
     assert sorted(lost) == [
         (0, "worker-1"),
@@ -103,7 +103,7 @@ def test_whoever_is_lost_is_replaced_whenever_it_is(tmp_path: Path) -> None:
         (29, "worker-1"),
         (30, "worker-1"),
     ]
-    attempts = [s.attempt for s in watch.setbacks]
+    attempts = [s.attempt for s in watch.failures]
     assert attempts == list(range(1, len(attempts) + 1))
     assert {r.attempt for r in watch.recoveries} <= {*attempts}
 
@@ -114,14 +114,14 @@ def test_loaders_end_with_their_worker(tmp_path: Path) -> None:
     strategy = {**RING, "backend": "gloo"}
     result, watch = run(tmp_path, ["kill 1 at 5", "stop 0 at 9"], strategy, loaders=1)
     same(result, tmp_path, strategy)
-    lost = [(s.step, s.replaced) for s in watch.setbacks]
+    lost = [(s.step, s.replaced) for s in watch.failures]
     assert lost == [(5, ("worker-1",)), (9, ("worker-0",))]
 
 
 def test_all_at_once_begin_anew(tmp_path: Path) -> None:
     result, watch = run(tmp_path, ["kill all at 11"], RING)
     same(result, tmp_path, RING)
-    assert [(s.step, len(s.replaced)) for s in watch.setbacks][-1] == (0, 3)
+    assert [(s.step, len(s.replaced)) for s in watch.failures][-1] == (0, 3)
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_where_state_dies_with_a_worker_all_begin_anew(tmp_path: Path) -> None:
     strategy = {"name": "ring", "shard_optimizer": True}
     result, watch = run(tmp_path, ["kill 1 at 11"], strategy, max_failures=1)
     same(result, tmp_path, strategy)
-    assert [(s.step, len(s.replaced)) for s in watch.setbacks] == [(0, 3)]
+    assert [(s.step, len(s.replaced)) for s in watch.failures] == [(0, 3)]
 
 
 def test_a_crash_loop_ends_with_all_its_failures(tmp_path: Path) -> None:
@@ -137,6 +137,6 @@ def test_a_crash_loop_ends_with_all_its_failures(tmp_path: Path) -> None:
     with pytest.raises(RestartsExhausted) as caught:
         run(tmp_path, deeds, RING, max_failures=10)
     assert caught.value.exit_code == 4
-    assert len(caught.value.setbacks) == 3
-    told = caught.value.setbacks
+    assert len(caught.value.failures) == 3
+    told = caught.value.failures
     assert all("worker-1 was lost" in text or "missing ranks: 1" in text for text in told)

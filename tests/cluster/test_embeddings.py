@@ -50,7 +50,7 @@ def test_a_replaced_worker_leaves_the_same_bits(
 ) -> None:
     args = {"marker": str(tmp_path / "done"), "at": 6}
     lossy = train(words(strategy, 2, task="words:Deadly", task_args=args), tmp_path)
-    assert len(lossy.setbacks) == 1
+    assert len(lossy.failures) == 1
     same_bits(lossy, plain)
 
 
@@ -83,7 +83,7 @@ def test_a_lost_server_with_a_backup_costs_no_step(
     spec["embeddings"] = {**spec["embeddings"], "replication": 2}
     result = train(spec, tmp_path, observers=(killer,))
     assert (killer.lost, killer.followed) == ("embedding-server-0", "embedding-server-2")
-    assert result.setbacks == []
+    assert result.failures == []
     assert [summary.step for summary in result.history] == list(range(1, len(plain.history) + 1))
     same_bits(result, plain)
 
@@ -94,7 +94,7 @@ def test_a_lost_server_comes_back_from_the_checkpoint(plain: Result, tmp_path: P
     every = {"every_steps": 4}
     spec = words("ring", 2, task="words:Deadly", task_args=args, checkpoint=every)
     lossy = train(spec, tmp_path)
-    (setback,) = lossy.setbacks
-    assert setback.step in (4, 8, 12)
-    assert re.search(r"embedding-server-\d was lost", setback.cause)
+    (failure,) = lossy.failures
+    assert failure.step in (4, 8, 12)
+    assert re.search(r"embedding-server-\d was lost", failure.cause)
     same_bits(lossy, plain)

@@ -53,7 +53,7 @@ def plain() -> Mapping[str, Tensor]:
 
 def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(tmp_path: Path) -> None:
     killed = fit(2, tmp_path, kill_in=2)
-    assert len(killed.setbacks) == 1
+    assert len(killed.failures) == 1
     assert killed.metrics["began_with"] in (1, 2), "not from the first epoch"
     assert [one.step for one in killed.history] == [1, 2, 3, 4]
     assert [one.samples for one in killed.history] == [24] * 4

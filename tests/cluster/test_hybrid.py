@@ -77,7 +77,7 @@ def unfailed(tmp_path: Path, strategy: dict[str, Any]) -> tuple[NDArray[np.float
     key = repr(strategy)
     if key not in _unfailed:
         result, watch = run(tmp_path, [], strategy)
-        assert not watch.setbacks
+        assert not watch.failures
         _unfailed[key] = weights(result), result
     return _unfailed[key]
 
@@ -119,22 +119,22 @@ def test_a_lost_stage_gets_its_state_from_its_twin(tmp_path: Path) -> None:
     lost = {"kill 1 forward 19": 1, "kill 2 backward 29": 2, "stop 0 forward 41": 0}
     result, watch = run(tmp_path, [*lost])
     same(result, tmp_path)
-    assert [s.replaced for s in watch.setbacks] == [(f"worker-{rank}",) for rank in lost.values()]
+    assert [s.replaced for s in watch.failures] == [(f"worker-{rank}",) for rank in lost.values()]
     # The step in flight is repeated, no more.
-    assert [s.step for s in watch.setbacks] == [int(deed.split()[-1]) // 3 for deed in lost]
-    assert "0" in watch.setbacks[-1].cause
+    assert [s.step for s in watch.failures] == [int(deed.split()[-1]) // 3 for deed in lost]
+    assert "0" in watch.failures[-1].cause
 
 
 @pytest.mark.slow
 def test_servers_of_each_stage_are_lost(tmp_path: Path) -> None:
     """One that has a backup, which costs nothing; and without, after a worker: the same bits."""
     backed, watch = run(tmp_path, ["server 1 forward 30"], {**SERVED, "replication": 2})
-    assert not watch.setbacks, "no worker is replaced, and no step repeated"
+    assert not watch.failures, "no worker is replaced, and no step repeated"
     _unfailed[repr(SERVED)] = weights(backed), backed
     deeds = ["kill 1 backward 20", "server 1 backward 56"]
     result, watch = run(tmp_path, deeds, SERVED, checkpoint={"every_steps": 5})
     same(result, tmp_path, SERVED)
-    first, second = watch.setbacks
+    first, second = watch.failures
     assert (first.replaced, first.step) == (("worker-1",), 6), "the step in flight is repeated"
     assert len(second.replaced) == 4 and second.step in WRITTEN
     assert all(s.figures["apply_s"] >= 0 for s in result.history)
@@ -145,9 +145,9 @@ def test_a_replica_whose_placement_group_is_removed(tmp_path: Path) -> None:
     """Its two ranks are made anew, in a group of their own; the others keep what they have."""
     result, watch = run(tmp_path, [], watch=Evictor())
     same(result, tmp_path)
-    (setback,) = watch.setbacks
-    assert setback.replaced in (("worker-0", "worker-1"), ("worker-2", "worker-3"))
-    assert "placement group was removed" in setback.cause
+    (failure,) = watch.failures
+    assert failure.replaced in (("worker-0", "worker-1"), ("worker-2", "worker-3"))
+    assert "placement group was removed" in failure.cause
 
 
 @pytest.mark.slow
@@ -155,4 +155,4 @@ def test_both_twins_lost(tmp_path: Path) -> None:
     deeds = ["late 1 forward 57", "late 3 forward 57"]
     result, watch = run(tmp_path, deeds, checkpoint={"every_steps": 5})
     same(result, tmp_path)
-    assert watch.setbacks[-1].step in WRITTEN and len(watch.setbacks[-1].replaced) == 4
+    assert watch.failures[-1].step in WRITTEN and len(watch.failures[-1].replaced) == 4

@@ -127,6 +127,7 @@ def test_ctrl_c_leaves_a_remote_job_running_until_it_is_stopped(
     followed = ask(follow[1])
     assert followed.returncode == 4
     assert "step 1/5000" in followed.stdout
+    assert "the run is asked to stop" in followed.stdout, "its controller was called"
     unknown = ask(f"status slwo --address {head.url}")
     assert unknown.returncode == 2
     assert "did you mean 'slow'?" in unknown.stderr
@@ -250,7 +251,7 @@ def test_roles_are_shown_and_workers_join(open_head: Head, folder: Path) -> None
     scaled = ask("scale", "elastic", "--workers", "2", "--address", head.gcs).stdout
     assert re.search(r"\nworker-1 ", scaled)
     facts = json.loads(ask("status", "elastic", "--address", head.gcs, "-o", "json").stdout)
-    assert [w["standing"]["rank"] for w in facts["roles"]["scheduler"]["workers"]] == [0, 1]
+    assert [w["stats"]["rank"] for w in facts["roles"]["scheduler"]["workers"]] == [0, 1]
     wrong = ask("scale", "elastic", "--workers", "99", "--address", head.gcs, code=2)
     assert "error: --workers: must be 1 to 17 (got 99)" in wrong.stderr
     unknown = ask("scale", "elastics", "--workers", "2", "--address", head.gcs, code=2)

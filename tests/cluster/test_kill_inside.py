@@ -112,6 +112,6 @@ def test_kills_inside_an_all_reduce(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     killer.over.set()
     killer.join(60)
     assert killer.inside == KILLS, f"{killer.inside} inside, {killer.outside} outside"
-    assert len(result.setbacks) == killer.inside + killer.outside
+    assert len(result.failures) == killer.inside + killer.outside
     assert np.array_equal(weights(result), weights(unfailed))
     assert [s.step for s in result.history] == list(range(1, STEPS + 1))

@@ -157,4 +157,4 @@ def test_the_end_of_another_node_does_not_take_the_controller(
     result = train(big("ring", scaling(1, left=1)), tmp_path, observers=(losing,))
     assert losing.node is None
     assert [summary.step for summary in result.history] == [1, 2, 3, 4, 5]
-    assert not result.setbacks
+    assert not result.failures

@@ -38,6 +38,6 @@ def test_a_worker_that_is_killed_for_memory_is_replaced(watched_ray: None, tmp_p
     args = {"marker": str(tmp_path / "done")}
     spec = job("ring", 2, task="tasks_for_tests:Hungry", task_args=args)
     result = train(spec, tmp_path)
-    causes = [setback.cause for setback in result.setbacks]
+    causes = [failure.cause for failure in result.failures]
     assert any("was lost" in cause and "Ray's memory monitor" in cause for cause in causes), causes
     assert result.history[-1].step == result.history[-1].of

@@ -52,7 +52,7 @@ def test_a_killed_worker_leaves_the_bits_as_they_are(tmp_path: Path) -> None:
     strategy = {"name": "ps-sync", "num_servers": 2, "replication": 2}
     spec = losing(strategy, "kill", tmp_path, clip_norm=0.5)
     result = train(spec, tmp_path, observers=(watch,))
-    assert [len(setback.replaced) for setback in watch.setbacks] == [1]
+    assert [len(failure.replaced) for failure in watch.failures] == [1]
     assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
     assert weights(result).tobytes() == undisturbed(spec)
 
@@ -66,9 +66,9 @@ def test_an_asynchronous_run_goes_on_after_a_frozen_worker(tmp_path: Path) -> No
     result = train(
         losing(strategy, "stop", tmp_path, failure=failure), tmp_path, observers=(watch,)
     )
-    (setback,) = watch.setbacks
-    (replaced,) = setback.replaced
-    assert replaced in setback.cause
+    (lost,) = watch.failures
+    (replaced,) = lost.replaced
+    assert replaced in lost.cause
     (log,) = read_logs(str(result.path / FILE_NAME))[0]
     assert flaws(log, 2, STEPS) == []
     assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0

@@ -81,9 +81,9 @@ def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
 def test_a_lost_server_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
     result = train(spec(tmp_path, SERVERS, ["ServerNode 0 at 13"], saved=True), tmp_path)
     same(result, tmp_path, SERVERS)
-    (setback,) = result.setbacks
-    assert len(setback.replaced) == 2
-    assert setback.step >= EVERY, "what was not yet with the driver dies with who made it"
+    (failure,) = result.failures
+    assert len(failure.replaced) == 2
+    assert failure.step >= EVERY, "what was not yet with the driver dies with who made it"
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_lost_workers_come_back_from_the_checkpoint(tmp_path: Path) -> None:
         spec(tmp_path, SHARDED, ["kill 0 at 13", "kill all at 18"], saved=True), tmp_path
     )
     same(result, tmp_path, SHARDED)
-    first, second = result.setbacks
+    first, second = result.failures
     assert len(first.replaced) == len(second.replaced) == 2
     assert EVERY <= first.step <= second.step
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_that_loses_a_part_goes_back_to_what_it_began_from(tmp_pat
     again = spec(tmp_path, SHARDED, ["kill 0 at 17"], **never)
     result = train(again, tmp_path, resume=checkpoint)
     assert np.array_equal(weights(result), bits)
-    assert [s.step for s in result.setbacks] == [STEPS - EVERY]
+    assert [s.step for s in result.failures] == [STEPS - EVERY]
     assert [s.step for s in result.history] == list(range(STEPS - EVERY + 1, STEPS + 1))
     assert result.history[-1].loss == whole.history[-1].loss
 
@@ -115,10 +115,10 @@ def test_a_resumed_run_that_loses_a_part_goes_back_to_what_it_began_from(tmp_pat
 def test_an_asynchronous_run_goes_back_with_all_its_shards(tmp_path: Path) -> None:
     strategy = {"name": "ps-async", "num_servers": 2, "staleness": 2}
     result = train(spec(tmp_path, strategy, ["ServerNode 0 at 13"], clip_norm=None), tmp_path)
-    (setback,) = result.setbacks
-    assert "server" in setback.cause
-    assert setback.step in (0, 5, 10, 15), "how far the other rank is by then is its own affair"
+    (failure,) = result.failures
+    assert "server" in failure.cause
+    assert failure.step in (0, 5, 10, 15), "how far the other rank is by then is its own affair"
     assert [s.step for s in result.history] == list(range(1, STEPS + 1))
     assert Catalogue(result.path / "checkpoints").steps()[-1] == STEPS
-    complete = setback.step == 0
+    complete = failure.step == 0
     assert (result.path / "apply_log.safetensors").exists() == complete

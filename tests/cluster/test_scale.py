@@ -41,7 +41,7 @@ class Story(threading.Thread):
         self.story, self.ends = story, ends
         self.training = threading.Event()
         self.step = 0
-        self.setbacks: list[FailureEvent] = []
+        self.failures: list[FailureEvent] = []
         self.recovered = threading.Event()
         self.errors: list[BaseException] = []
 
@@ -55,7 +55,7 @@ class Story(threading.Thread):
 
     def disturbed(self, news: FailureEvent | Recovery | Resized) -> None:
         if isinstance(news, FailureEvent):
-            self.setbacks.append(news)
+            self.failures.append(news)
         elif isinstance(news, Recovery):
             self.recovered.set()
 
@@ -79,7 +79,7 @@ def wait_until(run: RunName, what: Callable[[Overview], bool]) -> Overview:
 
 def made(seen: Overview) -> dict[int, int]:
     assert seen.scheduler is not None
-    return {entry.standing.rank: entry.standing.made for entry in seen.scheduler.workers}
+    return {entry.stats.rank: entry.stats.made for entry in seen.scheduler.workers}
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
         assert status == ScaleStatus(ScaleRequest(1, 4)), "what is refused leaves no trace"
         scale(run, 1, PATIENCE_S)
         scale(run, 2, PATIENCE_S)
-        assert not mine.setbacks, "nobody was disturbed"
+        assert not mine.failures, "nobody was disturbed"
         wait_until(run, lambda seen: min(made(seen).values()) > 0)
         ray.kill(run.actor("worker-4"))
         assert mine.recovered.wait(PATIENCE_S)
@@ -123,7 +123,7 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
     result = train(spec, tmp_path, observers=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
-    assert [setback.replaced for setback in watch.setbacks] == [("worker-4",)]
+    assert [failure.replaced for failure in watch.failures] == [("worker-4",)]
     steps = [summary.step for summary in result.history]
     assert (
         steps == sorted(set(steps)) and len(steps) > 0.9 * STEPS
@@ -142,7 +142,7 @@ def test_whoever_comes_and_goes_each_task_is_in_the_tables_once(tmp_path: Path) 
         wait_until(run, lambda seen: min(made(seen).values()) > 0)
         scale(run, 3, PATIENCE_S)
         wait_until(run, lambda seen: made(seen).get(2, 0) > 0)
-        assert not mine.setbacks, "nobody was disturbed"
+        assert not mine.failures, "nobody was disturbed"
         for role in ("worker-1", "task-scheduler"):
             ray.kill(run.actor(role))
         assert mine.recovered.wait(PATIENCE_S)
@@ -157,7 +157,7 @@ def test_whoever_comes_and_goes_each_task_is_in_the_tables_once(tmp_path: Path) 
     result = train(spec, tmp_path, observers=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
-    lost = {role for setback in watch.setbacks for role in setback.replaced}
+    lost = {role for failure in watch.failures for role in failure.replaced}
     assert lost == {"worker-1", "task-scheduler"}
     assert weights(result)[:SAMPLES].tolist() == [-100] * SAMPLES
     rows = tables(result)["rows"]
@@ -218,7 +218,7 @@ def test_a_synchronous_run_goes_on_with_more_and_fewer(tmp_path: Path) -> None:
             scale(run, 18, PATIENCE_S)
         scale(run, 3, PATIENCE_S)
         goes_on(mine, run, 3)
-        assert not mine.setbacks
+        assert not mine.failures
         ray.kill(run.actor("worker-2"))
         assert mine.recovered.wait(PATIENCE_S)
         kill_server(run, 0)
@@ -235,12 +235,12 @@ def test_a_synchronous_run_goes_on_with_more_and_fewer(tmp_path: Path) -> None:
     result = train(spec, tmp_path, observers=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
-    assert [setback.replaced for setback in watch.setbacks] == [("worker-2",)]
+    assert [failure.replaced for failure in watch.failures] == [("worker-2",)]
     assert [(one.before, one.workers) for one in result.resizes] == [(2, 4), (4, 3), (3, 1)]
     assert [summary.step for summary in result.history] == list(range(1, 401))
     size = Sampler(37, 32, 1).batch_size
     short = [one.step for one in result.history if one.samples != size(one.step - 1)]
-    lost = watch.setbacks[0].step
+    lost = watch.failures[0].step
     assert not set(short) - set(range(lost - 19, lost + 1)), "but what a lost worker had not told"
     # Sums are of other parts, so bits differ; and that is all.
     other = np.frombuffer(undisturbed(spec), np.float32)
@@ -262,8 +262,8 @@ def test_after_going_back_there_are_as_many_workers_as_before(tmp_path: Path) ->
     result = train(spec, tmp_path, observers=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
-    assert [s.replaced for s in watch.setbacks] == [("worker-0", "worker-1", "worker-2")]
-    assert watch.setbacks[0].step >= 5
+    assert [s.replaced for s in watch.failures] == [("worker-0", "worker-1", "worker-2")]
+    assert watch.failures[0].step >= 5
     assert [summary.step for summary in result.history] == list(range(1, 401))
     assert distance(weights(result), np.frombuffer(undisturbed(spec), np.float32)) < 1e-5
 
@@ -295,7 +295,7 @@ def test_embedding_tables_follow_a_synchronous_run(tmp_path: Path) -> None:
     result = train(spec, tmp_path, observers=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
-    assert [setback.replaced for setback in watch.setbacks] == [("worker-1",)]
+    assert [failure.replaced for failure in watch.failures] == [("worker-1",)]
     assert [(one.before, one.workers) for one in result.resizes] == [(2, 3), (3, 1)]
     assert (tables(result)["rows"][:, 1:] == -EPOCHS).all()
     assert (weights(result) == -EPOCHS).all()

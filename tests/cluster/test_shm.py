@@ -15,7 +15,7 @@ from ray.experimental.internal_kv import _internal_kv_list
 from ray.util.collective.types import ReduceOp
 
 from distplat.actors.collectives.ray_groups import prepare, register
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
@@ -36,7 +36,7 @@ class Rank:
         return os.getpid()
 
     def join(self, name: str, rank: int, world: int, rendezvous_s: float = 30.0) -> None:
-        prepare(name, Settings(TIMEOUT_S, rendezvous_s))
+        prepare(name, GroupSettings(TIMEOUT_S, rendezvous_s))
         rayc.init_collective_group(world, rank, BACKEND, name)
         self.joined.append(name)
 

@@ -15,7 +15,7 @@ from tasks_for_tests import Blobs
 
 import distplat
 from distplat.actors.runs import named_actors
-from distplat.actors.weights import Snapshot
+from distplat.actors.weights import WeightsSnapshot
 from distplat.platform.progress import Recovery
 from distplat.strategies.catalog import make_job
 
@@ -30,7 +30,7 @@ class Replacing(BesideTraining):
         self.goes_on = goes_on
         self.recovered = threading.Event()
         self.names: list[str] = []
-        self.snapshot: Snapshot | None = None
+        self.snapshot: WeightsSnapshot | None = None
 
     def disturbed(self, news: object) -> None:
         if isinstance(news, Recovery):

@@ -67,3 +67,18 @@ def test_ctrl_c_ends_a_run_of_its_own_and_all_its_processes(
     assert alive == []
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
+
+
+def test_stop_ends_a_run_that_no_job_api_knows(folder: Path, home: Path, tmp_path: Path) -> None:
+    environ = clean_environ(home, "disabled")
+    process = start(["submit", str(folder / "job.yaml"), *SLOW], environ, tmp_path)
+    read_until(process, "step 1/5000")
+    stopped = distplat("stop", "line", environ=environ, cwd=tmp_path)
+    assert (stopped.returncode, stopped.stdout) == (0, "line: STOPPED\n"), stopped.stderr
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "the run is asked to stop" in printed
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
+    again = distplat("stop", "line", environ=environ, cwd=tmp_path)
+    assert again.returncode != 0

@@ -12,7 +12,7 @@ from small_runs import BesideTraining, job, train
 from tasks_for_tests import Blobs
 
 import distplat
-from distplat.actors.weights import Snapshot
+from distplat.actors.weights import WeightsSnapshot
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError, SpecError
 from distplat.strategies.catalog import make_job
 
@@ -25,7 +25,7 @@ class Evaluator(BesideTraining):
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count = count
-        self.taken: list[Snapshot] = []
+        self.taken: list[WeightsSnapshot] = []
         self.errors: list[BaseException] = []
 
     def run(self) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task, Trainer
 from distplat.actors.memory.device_copy import cuda_transfer
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,7 +93,7 @@ def test_the_same_bits_when_parts_leave_behind_backward(
 def test_parts_cross_pinned_memory_while_the_device_computes() -> None:
     """Each is handed over with what the device had computed when it was called for."""
     gradients, parameters = (torch.zeros(1 << 20, device="cuda") for _ in range(2))
-    shared = [Segment.create("here", 1 << 20, "float32") for _ in range(2)]
+    shared = [MemorySegment.create("here", 1 << 20, "float32") for _ in range(2)]
     memory = [segment.tensor for segment in shared]
     transfer = cuda_transfer(gradients, parameters, memory)
     assert all(one.is_pinned() for one in memory)

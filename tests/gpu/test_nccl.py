@@ -9,7 +9,7 @@ import torch
 from collective_contract import CHECKS
 
 from distplat.actors.collectives.ray_groups import create_group
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.collective import ReduceOp
 
@@ -24,7 +24,7 @@ class Member:
     """One rank, with a card of its own."""
 
     def join(self, name: str, rank: int, operation_s: float) -> str:
-        self.group = create_group(name, "auto", rank, 2, Settings(operation_s, 60.0))
+        self.group = create_group(name, "auto", rank, 2, GroupSettings(operation_s, 60.0))
         return self.group.choice.backend
 
     def contract(self) -> None:

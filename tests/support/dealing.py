@@ -33,7 +33,7 @@ class Dealing(Scheduler):
         """Lease what a rank holds to others, as if it had not been heard of for long."""
         assert self._scheduler is not None, "somebody has joined"
         self._scheduler.lose(rank)
-        self._tell()
+        self._wake()
 
     async def die(self, rank: int) -> None:
         """
@@ -42,7 +42,7 @@ class Dealing(Scheduler):
         A question of it may be on its way still, and be given work: that is taken back as well.
         """
         self._dead.add((rank, self._attempt))
-        self._tell()
+        self._wake()
 
     def _take_from_the_silent(self, scheduler: TaskScheduler) -> None:
         super()._take_from_the_silent(scheduler)

@@ -22,8 +22,8 @@ def evaluation(after: int, **metrics: float) -> dict[str, Any]:
     return {"kind": "evaluation", "step": after, "samples": 5, "metrics": metrics}
 
 
-SETBACK = {
-    "kind": "setback",
+FAILURE = {
+    "kind": "failure",
     "attempt": 1,
     "step": 3,
     "cause": "worker-1 was lost: the process died",

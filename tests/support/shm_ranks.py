@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from rank_threads import on_ranks
 
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.actors.collectives.shm.group import ShmGroup
-from distplat.actors.collectives.shm.segment import GroupSegment, Layout
+from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 
 T = TypeVar("T")
 DEADLINE_S = 10.0
@@ -23,7 +23,7 @@ class Board:
         self._changed = threading.Condition()
 
     def group(self, name: str, rank: int, world: int) -> ShmGroup:
-        settings = Settings(self.operation_s, DEADLINE_S)
+        settings = GroupSettings(self.operation_s, DEADLINE_S)
         segment = self._segment(name, rank, world)
         group = ShmGroup(name, rank, world, settings, segment=segment)
 
@@ -34,7 +34,9 @@ class Board:
         return group
 
     def _segment(self, name: str, rank: int, world: int) -> GroupSegment:
-        layout = Layout(world, self.slot_bytes) if self.slot_bytes else Layout.of(world)
+        layout = (
+            SegmentLayout(world, self.slot_bytes) if self.slot_bytes else SegmentLayout.of(world)
+        )
         with self._changed:
             if rank == 0:
                 self._found[name] = GroupSegment.create("node", layout)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from distplat.platform.checkpoints import (
     Catalogue,
-    Stored,
+    StoredCheckpoint,
     find,
     flaws,
     is_due,
@@ -92,7 +92,7 @@ def save(catalogue: Catalogue, step: int, keep: int = 2) -> None:
     catalogue.prune(keep, step)
 
 
-def holds(checkpoint: Stored, step: int) -> None:
+def holds(checkpoint: StoredCheckpoint, step: int) -> None:
     assert checkpoint.step == step
     assert checkpoint.state == {"seed": 7, "step": step}
     assert checkpoint.files["model.safetensors"] == b"model " * 20 + str(step).encode()

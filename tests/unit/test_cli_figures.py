@@ -93,12 +93,12 @@ def test_rows(figures: Figures, rows: list[tuple[str, str]]) -> None:
 
 
 def test_restarts_are_listed() -> None:
-    setbacks = [
+    failures = [
         FailureEvent(1, 9, "killed", ("worker-1",), 0.0),
         FailureEvent(2, 0, "killed", ("worker-0", "worker-1"), 0.0),
         FailureEvent(3, 5, "network", (), 0.0),
     ]
-    assert restart_rows(setbacks) == [
+    assert restart_rows(failures) == [
         ("restarts", "worker-1 replaced, went on after step 9"),
         ("", "worker-0, worker-1 replaced, went on after step 0"),
         ("", "nobody replaced, went on after step 5"),

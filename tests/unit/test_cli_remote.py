@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from jobs import job_of
 from made_runs import FACTS
 
-from distplat.cli import remote, shipping
+from distplat.cli import cluster, remote, shipping
 from distplat.cli.address import NoSuchJob
 from distplat.cli.remote import LogReader, Submission, clean_lines, exit_code, follow
 from distplat.cli.shipping import Received
@@ -148,6 +149,35 @@ def test_stopping_an_ended_job_leaves_it_alone() -> None:
     jobs = FakeJobs(("SUCCEEDED", ""))
     assert remote.stop(as_jobs(jobs), "lin-1", wait=True) == "SUCCEEDED"
     assert jobs.script == [("SUCCEEDED", "")]
+
+
+@pytest.mark.parametrize(
+    ("status", "reached", "asked_ray"),
+    [("RUNNING", True, False), ("RUNNING", False, True), ("PENDING", True, True)],
+)
+def test_ray_ends_the_driver_only_where_no_controller_can_be_asked(
+    status: str, reached: bool, asked_ray: bool
+) -> None:
+    jobs = FakeJobs((status, ""), (status, ""), ("SUCCEEDED", ""))
+    found = remote.stop(as_jobs(jobs), "lin-1", wait=True, call=lambda info: reached)
+    assert found == ("STOPPED" if asked_ray else "SUCCEEDED")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "status", "code", "shown"),
+    [
+        ({"distplat_version": "1"}, "FAILED", 143, "STOPPED"),
+        ({"distplat_version": "1"}, "FAILED", 4, "FAILED"),
+        ({"distplat_version": "1"}, "SUCCEEDED", 0, "SUCCEEDED"),
+        ({}, "FAILED", 143, "FAILED"),
+        (None, "FAILED", 143, "FAILED"),
+    ],
+)
+def test_a_job_that_ended_because_it_was_asked_to_is_stopped(
+    metadata: dict[str, str] | None, status: str, code: int, shown: str
+) -> None:
+    found = {"metadata": metadata, "status": status, "driver_exit_code": code}
+    assert cluster._plain(SimpleNamespace(model_dump=lambda: found))["status"] == shown
 
 
 def test_an_unknown_job_gets_a_hint() -> None:

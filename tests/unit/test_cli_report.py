@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
+from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, made_trace, step
 
 from distplat.cli.charts import THEMED
 from distplat.cli.main import run
@@ -56,7 +56,7 @@ def page_of(path: Path) -> str:
 
 def lively(**changes: Any) -> list[dict[str, Any]]:
     lines = [step(n, step=n + 1, figures=FIGURES, **changes) for n in range(8)]
-    disturbed = [SAVED, SETBACK, RECOVERY, RESIZED]
+    disturbed = [SAVED, FAILURE, RECOVERY, RESIZED]
     return [*lines[:4], *disturbed, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
 
 
@@ -77,7 +77,7 @@ def test_a_run_that_went_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "after step 3: worker-1 was lost: the process died; worker-1, after 2.5 s" in told
     assert str(path / "report.html") in told
     text = page_of(path)
-    parts = ("Loss", "Evaluations", "Where the time went", "Exchange", "Setbacks", "Checkpoints")
+    parts = ("Loss", "Evaluations", "Where the time went", "Exchange", "Failures", "Checkpoints")
     for heading in parts:
         assert heading in text
     assert "4 MB sent per worker and step" in text
@@ -95,7 +95,7 @@ def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_users_wrote_is_text_and_nothing_else(tmp_path: Path) -> None:
-    bad = SETBACK | {"cause": EVIL, "replaced": [EVIL]}
+    bad = FAILURE | {"cause": EVIL, "replaced": [EVIL]}
     lines = [step(0, figures={EVIL: 1.0}), step(1, figures={EVIL: 2.0}), bad]
     lines[0]["seconds"] = lines[1]["seconds"] = {EVIL: 0.5, "compute": 0.5}
     lines += [evaluation(1, **{EVIL: 1.0}), evaluation(2, **{EVIL: 1.0})]
@@ -115,7 +115,7 @@ def test_what_users_wrote_is_text_and_nothing_else(tmp_path: Path) -> None:
 def test_names_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
     lines = [step(n, seconds={name: 0.5, "compute": 0.5}) for n in range(3)]
     lines += [evaluation(1, **{name: 1.0}), evaluation(2, **{name: 2.0})]
-    path = made_run(tmp_path, [*lines, SETBACK | {"cause": name}])
+    path = made_run(tmp_path, [*lines, FAILURE | {"cause": name}])
     assert run(["report", str(path)]) == 0
     text = page_of(path)
     assert f"<title>{name} 1 at 1</title>" in text  # of a dot

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,8 +11,8 @@ import pytest
 from jobs import job_of
 
 from distplat.actors import controller_actor, retrying_calls
-from distplat.actors.controller_actor import ControllerActor, FileToKeep, Trained
-from distplat.actors.controller_client import ControllerClient, Sink
+from distplat.actors.controller_actor import ControllerActor, FileToKeep, ModelReady
+from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.local_transport import Actor, Call, Fault, LocalCluster
 from distplat.actors.outbox import Outbox
 from distplat.platform.errors import ActorLost, DeadlineExceeded, Interrupted, StorageError
@@ -34,7 +35,7 @@ class Run(ControllerActor):
             self._outbox.put(StepSummary(step, 0, 0.5, 8, {}, STEPS))
             time.sleep(0.002)
         self._model = b"the model"
-        self._outbox.put(Trained())
+        self._outbox.put(ModelReady())
         for number in range(3):
             self._outbox.put(FileToKeep(f"table-{number}", bytes([number])))
 
@@ -71,12 +72,12 @@ class Driver:
         self.heard: list[object] = []
 
     def follow(self, check: Any = lambda: None) -> None:
-        sink = Sink(
+        handlers = RunHandlers(
             lambda summary: self.heard.append(cast(StepSummary, summary).step),
             lambda model: self.heard.append(model),
             lambda name, content: self.heard.append(name),
         )
-        self.client.follow(check, sink)
+        self.client.follow(check, handlers)
 
 
 ALL = [*range(1, STEPS + 1), b"the model", "table-0", "table-1", "table-2"]
@@ -181,6 +182,37 @@ def test_a_signal_is_seen_while_an_answer_is_missing() -> None:
     with pytest.raises(Interrupted):
         driver.follow(check)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (None, "SUCCEEDED"),
+        (Interrupted(15), "STOPPED"),
+        (StorageError("full"), "FAILED"),
+        (KeyError("a fault"), "FAILED"),
+    ],
+)
+def test_who_stops_a_run_is_told_how_it_ended(raised: Exception | None, status: str) -> None:
+    ending = threading.Event()
+
+    class Ends(Run):
+        def _run(self, actor_group: object, base: int) -> None:
+            assert ending.wait(60)
+            if raised is not None:
+                raise raised
+
+    driver = Driver(Ends)
+    transport = driver.cluster.transport()
+
+    def stop(timeout_s: float) -> object:
+        return transport.get(transport.call(driver.actor, "stop", timeout_s), 60.0)
+
+    assert stop(0.0) == "RUNNING", "it has not begun"
+    transport.get(transport.call(driver.actor, "begin", GROUP, 0), 60.0)
+    assert stop(0.0) == "RUNNING"
+    ending.set()
+    assert stop(60.0) == stop(0.0) == status, "asked again, it says the same"
 
 
 def test_an_outbox_answers_the_same_number_alike() -> None:

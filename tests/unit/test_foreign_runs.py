@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
+from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, made_trace, step
 
 from distplat.cli.main import run
 
@@ -20,7 +20,7 @@ ODD: list[Any] = [
 
 def lines() -> list[dict[str, Any]]:
     steps = [step(n, figures={**FIGURES, "staleness": n % 3, "queue_s": 0.1}) for n in range(6)]
-    return [*steps, SETBACK, RECOVERY, RESIZED, SAVED, evaluation(4, loss=1.8, accuracy=0.5)]
+    return [*steps, FAILURE, RECOVERY, RESIZED, SAVED, evaluation(4, loss=1.8, accuracy=0.5)]
 
 
 def spoil(value: Any, draw: random.Random) -> Any:
@@ -86,7 +86,7 @@ def test_causes_and_errors_of_blanks_are_no_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = {"status": "FAILED", "error": " \n "}
-    path = made_run(tmp_path, [step(0), SETBACK | {"cause": ""}], result=result)
+    path = made_run(tmp_path, [step(0), FAILURE | {"cause": ""}], result=result)
     assert run(["report", str(path)]) == 0
     assert "no cause is known" in capsys.readouterr().out
 

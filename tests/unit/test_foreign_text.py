@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import FACTS, SETBACK, evaluation, made_run, step
+from made_runs import FACTS, FAILURE, evaluation, made_run, step
 
 from distplat.cli import jobs, remote, render, tables
 from distplat.cli.main import run
@@ -134,7 +134,7 @@ def test_figures_that_do_not_belong_together_are_no_error(
 def test_a_report_of_a_foreign_run_is_clean(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [step(0, seconds={ESCAPES: 0.5}), SETBACK | {"cause": ESCAPES, "replaced": [ESCAPES]}]
+    lines = [step(0, seconds={ESCAPES: 0.5}), FAILURE | {"cause": ESCAPES, "replaced": [ESCAPES]}]
     result = {"status": ESCAPES, "error": ESCAPES}
     path = made_run(tmp_path, [*lines, evaluation(1, **{ESCAPES: 1.0})], result=result)
     assert run(["report", str(path)]) == 0

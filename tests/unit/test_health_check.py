@@ -1,5 +1,6 @@
 """Servers that die, are silent while they start, or freeze later."""
 
+import threading
 import time
 
 import pytest
@@ -30,9 +31,10 @@ def servers(count: int) -> tuple[LocalCluster, list[Actor]]:
 
 def test_a_dead_server_is_noted_at_once() -> None:
     cluster, actors = servers(2)
-    watch = HealthCheck(cluster.transport(), actors, 60.0)
+    losing = threading.Event()
+    watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
     actors[1].die("for a test")
-    assert watch.losing.wait(SOON_S)
+    assert losing.wait(SOON_S)
     assert isinstance(watch.lost, ActorLost)
     assert "server-1 was lost" in str(watch.lost)
 
@@ -40,30 +42,33 @@ def test_a_dead_server_is_noted_at_once() -> None:
 def test_silence_counts_when_servers_have_their_shards() -> None:
     cluster, actors = servers(1)
     cluster.inject("where", FROZEN, times=1000)
-    watch = HealthCheck(cluster.transport(), actors, 0.1)
-    assert not watch.losing.wait(0.5), "it is starting"
+    losing = threading.Event()
+    watch = HealthCheck(cluster.transport(), actors, 0.1, losing)
+    assert not losing.wait(0.5), "it is starting"
     watch.begin()
-    assert watch.losing.wait(SOON_S)
+    assert losing.wait(SOON_S)
     assert "not answered for 0.1 s" in str(watch.lost)
 
 
 def test_a_lost_answer_is_no_lost_server() -> None:
     cluster, actors = servers(1)
     cluster.inject("where", Fault(lose="reply"))
-    watch = HealthCheck(cluster.transport(), actors, 0.8)
+    losing = threading.Event()
+    watch = HealthCheck(cluster.transport(), actors, 0.8, losing)
     watch.begin()
     time.sleep(0.3)
-    assert not watch.losing.wait(1.2)
+    assert not losing.wait(1.2)
     actors[0].die("for a test")  # lets the thread end
-    assert watch.losing.wait(SOON_S)
+    assert losing.wait(SOON_S)
 
 
 def test_a_watch_that_ends_by_a_fault_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would hear of a server that dies afterwards."""
     monkeypatch.setattr(HealthCheck, "_look", lambda *args: {}[args[1]])
     cluster, actors = servers(1)
-    watch = HealthCheck(cluster.transport(), actors, 60.0)
-    assert watch.losing.wait(SOON_S)
+    losing = threading.Event()
+    watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
+    assert losing.wait(SOON_S)
     assert str(watch.lost) == "server-manager was lost: its health checks ended: KeyError(0)"
 
 
@@ -76,8 +81,10 @@ def test_a_replication_that_ends_by_a_fault_of_its_own_says_so() -> None:
     group = Broken(1)
     handles = {"server-0": actors[0]}
     nothing = lambda *args: None  # noqa: E731
+    losing = threading.Event()
     looked_after = ReplicationManager(
-        cluster.transport(), group, handles, Failure(), nothing, nothing
+        cluster.transport(), group, handles, Failure(), nothing, nothing, losing
     )
+    assert losing.wait(SOON_S)
     assert looked_after.wait_past(group.version, SOON_S)
     assert "server-manager was lost: its thread of replication ended" in str(looked_after.lost)

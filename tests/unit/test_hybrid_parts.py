@@ -216,7 +216,7 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
 ) -> None:
     """What is sent may be in the sender's memory until it is read, however late that is."""
     order: list[str] = []
-    gather, trained = gather_full, ranks.Rank.trained
+    gather, trained = gather_full, ranks.PipelineRank.trained
 
     def late(state: Any, specs: Any, group: Any, to: int = 0) -> dict[str, Tensor]:
         if group.rank == to:
@@ -225,13 +225,13 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
         order.append("read" if group.rank == to else "sent")
         return found
 
-    def leaving(self: ranks.Rank) -> dict[str, Tensor]:
+    def leaving(self: ranks.PipelineRank) -> dict[str, Tensor]:
         found = trained(self)
         order.append("left")
         return found
 
     monkeypatch.setattr(ranks, "gather_full", late)
-    monkeypatch.setattr(ranks.Rank, "trained", leaving)
+    monkeypatch.setattr(ranks.PipelineRank, "trained", leaving)
     train(hybrid_job({"tensor": 2, "tensor_plan": MLP_PLAN}, 2, steps=1), Mlp)
     assert order == ["sent", "read", "left", "left"]
 

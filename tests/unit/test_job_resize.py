@@ -13,9 +13,9 @@ from distplat.platform.job import (
     Heard,
     JobState,
     Phase,
+    PollUnanswered,
     Resize,
     Tick,
-    Unanswered,
 )
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
@@ -114,7 +114,7 @@ def test_it_costs_no_budget() -> None:
             5,
             [
                 (2, stopped(0)),
-                (2 + 10.1, Unanswered("worker-1", 10.1)),
+                (2 + 10.1, PollUnanswered("worker-1", 10.1)),
                 (2 + 10.1, stopped(2)),
                 (2 + 10.1, Tick()),
             ],
@@ -185,7 +185,7 @@ def test_a_busy_worker_is_waited_for_as_long_as_a_step_may_take() -> None:
     moved_at = 12
     busy: History = [(1, stopped(0)), (1, stopped(2)), (moved_at, Heard(1, 9, STEP, False))]
     late = moved_at + 20 * STALL_GRACE
-    state = play([*busy, (late, Unanswered("worker-1", SETTLE_S + 1)), (late, Tick())])
+    state = play([*busy, (late, PollUnanswered("worker-1", SETTLE_S + 1)), (late, Tick())])
     assert (state.restart, state.error) == (None, None)
     state = play([*busy, (late + 0.1, Tick()), (late + 0.1, Tick())])
     assert isinstance(state.error, DeadlineExceeded)

@@ -22,8 +22,8 @@ from distplat.platform.job import (
     Heard,
     JobState,
     Phase,
+    PollUnanswered,
     Tick,
-    Unanswered,
 )
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
@@ -74,9 +74,9 @@ def play(history: History, policy: Policy = GO_ON) -> JobState:
             [
                 (1, stopped(0)),
                 (1, stopped(2)),
-                (2, Unanswered("worker-1", SETTLE_S)),
+                (2, PollUnanswered("worker-1", SETTLE_S)),
                 (2, Tick()),
-                (3, Unanswered("worker-1", SETTLE_S + 0.1)),
+                (3, PollUnanswered("worker-1", SETTLE_S + 0.1)),
                 (3, Tick()),
             ],
             (1,),
@@ -183,7 +183,7 @@ def no_coordinator(role: str) -> Failed:
         ),
         # frozen, both
         (
-            [(1, Unanswered("server-manager", 99)), (1, Unanswered("task-scheduler", 99))],
+            [(1, PollUnanswered("server-manager", 99)), (1, PollUnanswered("task-scheduler", 99))],
             ("server-manager", "task-scheduler"),
         ),
     ],
@@ -234,7 +234,7 @@ def test_the_budget_ends_the_run_and_tells_all_failures() -> None:
     lose(state, 9, 9)
     assert state.phase is Phase.FAILED
     assert isinstance(state.error, RestartsExhausted)
-    assert len(state.error.setbacks) == 4
+    assert len(state.error.failures) == 4
     assert "max_failures` is 3" in str(state.error)
     assert "after step 8: worker-1 was lost" in str(state.error)
 

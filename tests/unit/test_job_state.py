@@ -21,8 +21,8 @@ from distplat.platform.job import (
     Joined,
     Left,
     Phase,
+    PollUnanswered,
     Tick,
-    Unanswered,
 )
 from distplat.platform.recovery import Policy
 from distplat.platform.spec import Failure
@@ -165,7 +165,7 @@ def test_a_finished_rank_does_not_stall() -> None:
 @pytest.mark.parametrize(("seconds", "lost"), [(9.9, False), (10.0, False), (10.1, True)])
 def test_a_frozen_process_is_lost(seconds: float, lost: bool) -> None:
     started: History = [(1, heard(0, 5, 4)), (1, heard(1, 4, 3))]
-    state = play([*started, (2, Unanswered("server-0", seconds))])
+    state = play([*started, (2, PollUnanswered("server-0", seconds))])
     assert state.phase is (Phase.SETTLING if lost else Phase.RUNNING)
     if lost:
         assert isinstance(state.error, ActorLost)
@@ -186,7 +186,7 @@ def test_a_frozen_process_is_lost(seconds: float, lost: bool) -> None:
 def test_nothing_comes_after_the_end(end: History) -> None:
     state = play([*STARTED, *end])
     before = (state.phase, state.error, state.steps_done)
-    for event in (failed(USER), failed(BROKEN), Unanswered("x", 1e9), Tick(), heard(0, 99, 99)):
+    for event in (failed(USER), failed(BROKEN), PollUnanswered("x", 1e9), Tick(), heard(0, 99, 99)):
         state.handle(event, 1e9)
     assert (state.phase, state.error, state.steps_done) == before
 

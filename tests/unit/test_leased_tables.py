@@ -108,7 +108,7 @@ class Counted(LocalRun):
             try:
                 loops[place].run()
             except Gone:
-                self.desk.tell("die", order[place])
+                self.desk.call("die", order[place])
                 self.lost.add(order[place])
 
         on_ranks(len(order), body)
@@ -222,7 +222,7 @@ def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> Non
     def make(step: int, clock: Any) -> Any:
         found = gradients(step, clock)
         if not silent.is_set():
-            run.desk.tell("lose", 1)
+            run.desk.call("lose", 1)
             silent.set()
             assert came.wait(10)
         return found
@@ -273,7 +273,7 @@ def test_ranks_join_and_leave() -> None:
             make(task)
             made += 1
             if rank == 0 and made == 4:
-                run.desk.tell("dismiss", (1,))
+                run.desk.call("dismiss", (1,))
                 comes.set()
             if rank == 0 and made == 6:
                 assert there.wait(10)

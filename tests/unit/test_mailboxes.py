@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from distplat.actors.memory.mailboxes import SLOT, Listener, Mailbox, Request
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.mailboxes import SLOT, Listener, Mailbox, MailboxRequest
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.platform.errors import GapError
 from distplat.platform.ledger import Answer
 
@@ -21,8 +21,8 @@ LIMIT_S = 5.0
 
 
 @pytest.fixture
-def segment() -> Iterator[Segment]:
-    made = Segment.create("here", 2 * SLOT, "uint8")
+def segment() -> Iterator[MemorySegment]:
+    made = MemorySegment.create("here", 2 * SLOT, "uint8")
     yield made
     made.seal()
 
@@ -30,8 +30,8 @@ def segment() -> Iterator[Segment]:
 class Listening:
     """A listener in a thread; requests are noted and answered by their number."""
 
-    def __init__(self, segment: Segment, slot: int = 0) -> None:
-        self.seen: list[Request] = []
+    def __init__(self, segment: MemorySegment, slot: int = 0) -> None:
+        self.seen: list[MailboxRequest] = []
         self.error: BaseException | None = None
         self.wanted = True
         self.turn = threading.Lock()
@@ -49,7 +49,7 @@ class Listening:
         finally:
             self._listener.close()
 
-    def _handle(self, request: Request) -> Answer:
+    def _handle(self, request: MailboxRequest) -> Answer:
         self.seen.append(request)
         assert self.hold.wait(LIMIT_S)
         if request.seq < 0:
@@ -62,10 +62,15 @@ class Listening:
         assert not self.thread.is_alive()
 
 
-def test_requests_and_answers_arrive_as_they_were(segment: Segment) -> None:
+def test_requests_and_answers_arrive_as_they_were(segment: MemorySegment) -> None:
     listening, mailbox = Listening(segment, 1), Mailbox(segment, 1)
-    requests = [Request(0), Request(1, 0.0), Request(2, 2.5), Request(3, math.inf)]
-    requests += [Request(4, task=0), Request(5, task=1 << 40)]
+    requests = [
+        MailboxRequest(0),
+        MailboxRequest(1, 0.0),
+        MailboxRequest(2, 2.5),
+        MailboxRequest(3, math.inf),
+    ]
+    requests += [MailboxRequest(4, task=0), MailboxRequest(5, task=1 << 40)]
     for request in requests:
         mailbox.notify(request)
         assert mailbox.answered(LIMIT_S)
@@ -75,18 +80,18 @@ def test_requests_and_answers_arrive_as_they_were(segment: Segment) -> None:
 
 
 @pytest.mark.parametrize("norm", [None, 0.0, 1.5])
-def test_every_field_of_an_answer_travels(segment: Segment, norm: float | None) -> None:
+def test_every_field_of_an_answer_travels(segment: MemorySegment, norm: float | None) -> None:
     mailbox = Mailbox(segment, 0)
     answer = Answer(7, False, norm, 4, 0.5, 0.25, 0.125, 3, 6, 8)
-    mailbox.notify(Request(0))
-    assert mailbox.asked(0.0) == Request(0)
+    mailbox.notify(MailboxRequest(0))
+    assert mailbox.asked(0.0) == MailboxRequest(0)
     mailbox.answer(answer)
     assert mailbox.read() == answer
 
 
-def test_a_norm_that_is_no_number_stays_a_commit(segment: Segment) -> None:
+def test_a_norm_that_is_no_number_stays_a_commit(segment: MemorySegment) -> None:
     mailbox = Mailbox(segment, 0)
-    mailbox.notify(Request(5, math.nan))
+    mailbox.notify(MailboxRequest(5, math.nan))
     asked = mailbox.asked(0.0)
     assert asked is not None and asked.norm is not None and math.isnan(asked.norm)
     mailbox.answer(replace(Answer(1), squared_norm=math.nan))
@@ -95,30 +100,30 @@ def test_a_norm_that_is_no_number_stays_a_commit(segment: Segment) -> None:
     assert math.isnan(answer.squared_norm)
 
 
-def test_nothing_is_answered_twice_or_unasked(segment: Segment) -> None:
+def test_nothing_is_answered_twice_or_unasked(segment: MemorySegment) -> None:
     mailbox = Mailbox(segment, 0)
     assert mailbox.asked(0.0) is None
-    mailbox.notify(Request(0))
+    mailbox.notify(MailboxRequest(0))
     assert not mailbox.answered(0.0)
     mailbox.answer(Answer(1))
     assert mailbox.answered(0.0)
     assert mailbox.asked(0.0) is None
 
 
-def test_a_failed_request_ends_the_listening(segment: Segment) -> None:
+def test_a_failed_request_ends_the_listening(segment: MemorySegment) -> None:
     listening, mailbox = Listening(segment), Mailbox(segment, 0)
-    mailbox.notify(Request(-1))
+    mailbox.notify(MailboxRequest(-1))
     assert mailbox.answered(LIMIT_S)
     assert mailbox.read() is None
     listening.thread.join(LIMIT_S)
     assert isinstance(listening.error, GapError)
 
 
-def test_of_two_listeners_the_later_answers_once(segment: Segment) -> None:
+def test_of_two_listeners_the_later_answers_once(segment: MemorySegment) -> None:
     """The first call's message was late, not lost: both serve the request, one answers."""
     first, mailbox = Listening(segment), Mailbox(segment, 0)
     first.hold.clear()
-    mailbox.notify(Request(0))
+    mailbox.notify(MailboxRequest(0))
     deadline = time.monotonic() + LIMIT_S
     while not first.seen and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -129,7 +134,7 @@ def test_of_two_listeners_the_later_answers_once(segment: Segment) -> None:
     first.hold.set()
     first.end()
     assert mailbox.asked(0.0) is None  # not answered once more
-    mailbox.notify(Request(1))
+    mailbox.notify(MailboxRequest(1))
     assert mailbox.answered(LIMIT_S)
     assert mailbox.read() == Answer(2, staleness=3, waiting_s=0.25, dropped=2)
     second.end()
@@ -137,15 +142,15 @@ def test_of_two_listeners_the_later_answers_once(segment: Segment) -> None:
 
 def test_a_listener_ends_with_its_worker() -> None:
     code = (
-        "import os, time; from distplat.actors.memory.memfd import Segment; "
-        f"s = Segment.create('here', {SLOT}, 'uint8'); "
+        "import os, time; from distplat.actors.memory.memfd import MemorySegment; "
+        f"s = MemorySegment.create('here', {SLOT}, 'uint8'); "
         "print(s.address.fd, flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
     try:
         fd = int(worker.stdout.readline())
-        own = Segment.create("here", SLOT, "uint8")
+        own = MemorySegment.create("here", SLOT, "uint8")
         own.seal()
         theirs = replace(own.address, pid=worker.pid, fd=fd, inode=0)
         listener = Listener(theirs, 0, 0)

@@ -13,14 +13,14 @@ import torch
 
 from distplat.actors.collectives.header import header
 from distplat.actors.collectives.shm.p2p import _Channel
-from distplat.actors.collectives.shm.segment import GroupSegment, Layout, SharedVectors
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout, SharedVectors
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
 
 OWNER = """
 import sys
-from distplat.actors.memory.memfd import Segment
-segment = Segment.create("node", 5, "float32")
+from distplat.actors.memory.memfd import MemorySegment
+segment = MemorySegment.create("node", 5, "float32")
 segment.tensor[:] = 3.0
 print(*[segment.address.pid, segment.address.fd], flush=True)
 for line in sys.stdin:
@@ -31,10 +31,10 @@ for line in sys.stdin:
 
 MAPPER = """
 import sys
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
 node, pid, fd, elements, dtype, inode = sys.argv[1:]
-segment = Segment.open(Address(node, int(pid), int(fd), int(elements), dtype, int(inode)))
+segment = MemorySegment.open(Address(node, int(pid), int(fd), int(elements), dtype, int(inode)))
 print(*segment.tensor.tolist())
 segment.tensor.add_(1)
 """
@@ -64,7 +64,7 @@ def ask(process: "subprocess.Popen[str]", line: str) -> list[float]:
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64"])
 @pytest.mark.parametrize("elements", [0, 1, 5, 5000])
 def test_a_fresh_segment_is_zeros(elements: int, dtype: str) -> None:
-    segment = Segment.create("node", elements, dtype)
+    segment = MemorySegment.create("node", elements, dtype)
     address = segment.address
     assert (address.node, address.pid, address.elements) == ("node", os.getpid(), elements)
     expected = torch.zeros(elements, dtype=getattr(torch, dtype))
@@ -72,7 +72,7 @@ def test_a_fresh_segment_is_zeros(elements: int, dtype: str) -> None:
 
 
 def test_another_process_maps_it() -> None:
-    segment = Segment.create("node", 3, "float32")
+    segment = MemorySegment.create("node", 3, "float32")
     segment.tensor[:] = torch.tensor([1.0, 2.0, 3.0])
     words = [str(part) for part in astuple(segment.address)]
     done = subprocess.run(
@@ -84,7 +84,7 @@ def test_another_process_maps_it() -> None:
 
 def test_both_sides_write() -> None:
     with owner() as (process, address):
-        segment = Segment.open(address)
+        segment = MemorySegment.open(address)
         assert segment.tensor.tolist() == [3.0] * 5
         segment.tensor[1] = 9.0
         assert ask(process, "show") == [3.0, 9.0, 3.0, 3.0, 3.0]
@@ -92,56 +92,59 @@ def test_both_sides_write() -> None:
 
 def test_a_sealed_segment_is_closed_to_newcomers_only() -> None:
     with owner() as (process, address):
-        segment = Segment.open(address)
+        segment = MemorySegment.open(address)
         ask(process, "seal")
         with pytest.raises(OSError):
-            Segment.open(address)
+            MemorySegment.open(address)
         segment.tensor[0] = 5.0
         assert ask(process, "show")[0] == 5.0
 
 
 def test_who_has_mapped_it_outlives_the_owner_and_newcomers_do_not() -> None:
     with owner() as (process, address):
-        segment = Segment.open(address)
+        segment = MemorySegment.open(address)
     assert process.poll() is not None
     assert segment.tensor.tolist() == [3.0] * 5
     segment.tensor.fill_(1.0)
     with pytest.raises(OSError):
-        Segment.open(address)
+        MemorySegment.open(address)
 
 
 def test_a_descriptor_that_is_none_raises() -> None:
-    address = Segment.create("node", 3, "float32").address
+    address = MemorySegment.create("node", 3, "float32").address
     with pytest.raises(OSError):
-        Segment.open(replace(address, fd=99_999))
+        MemorySegment.open(replace(address, fd=99_999))
 
 
 def test_a_descriptor_of_another_file_raises() -> None:
-    address = Segment.create("node", 3, "float32").address
+    address = MemorySegment.create("node", 3, "float32").address
     with open(__file__, "rb") as other, pytest.raises(FileNotFoundError):
-        Segment.open(replace(address, fd=other.fileno()))
+        MemorySegment.open(replace(address, fd=other.fileno()))
 
 
 def test_a_descriptor_of_other_memory_raises() -> None:
-    old = Segment.create("node", 3, "float32")
+    old = MemorySegment.create("node", 3, "float32")
     old.seal()
-    new = Segment.create("node", 3, "float32")
+    new = MemorySegment.create("node", 3, "float32")
     assert new.address.fd == old.address.fd, "the lowest that is free"
     assert new.address != old.address
     with pytest.raises(FileNotFoundError, match="this memory is gone"):
-        Segment.open(old.address)
+        MemorySegment.open(old.address)
 
 
 def test_pages_may_come_when_they_are_touched() -> None:
-    segment = Segment.create("node", 100_000, "float32", populate=False)
+    segment = MemorySegment.create("node", 100_000, "float32", populate=False)
     segment.tensor[5] = 3.0
-    assert Segment.open(segment.address, populate=False).tensor[:7].tolist() == [0] * 5 + [3.0, 0]
+    assert MemorySegment.open(segment.address, populate=False).tensor[:7].tolist() == [0] * 5 + [
+        3.0,
+        0,
+    ]
 
 
 def test_opening_keeps_no_descriptor() -> None:
-    segment = Segment.create("node", 3, "float32")
+    segment = MemorySegment.create("node", 3, "float32")
     before = len(os.listdir("/proc/self/fd"))
-    opened = [Segment.open(segment.address) for _ in range(10)]
+    opened = [MemorySegment.open(segment.address) for _ in range(10)]
     # Python's mmap keeps a duplicate of each descriptor; ours are closed.
     assert len(os.listdir("/proc/self/fd")) - before == len(opened)
     del opened
@@ -149,12 +152,12 @@ def test_opening_keeps_no_descriptor() -> None:
 
 
 def test_the_tensor_keeps_the_memory() -> None:
-    tensor = Segment.create("node", 4, "float32").tensor
+    tensor = MemorySegment.create("node", 4, "float32").tensor
     assert tensor.add_(2.0).tolist() == [2.0] * 4
 
 
 def test_a_seal_twice_is_fine() -> None:
-    segment = Segment.create("node", 3, "float32")
+    segment = MemorySegment.create("node", 3, "float32")
     segment.seal()
     segment.seal()
     assert segment.tensor.tolist() == [0.0] * 3
@@ -162,7 +165,7 @@ def test_a_seal_twice_is_fine() -> None:
 
 def test_nothing_appears_in_dev_shm() -> None:
     before = set(Path("/dev/shm").iterdir())
-    segment = Segment.create("node", 100_000, "float32")
+    segment = MemorySegment.create("node", 100_000, "float32")
     segment.tensor.fill_(1.0)
     ours = {p for p in set(Path("/dev/shm").iterdir()) - before if "distplat" in p.name}
     assert not ours
@@ -171,15 +174,15 @@ def test_nothing_appears_in_dev_shm() -> None:
 
 def test_another_memory_of_ours_under_the_same_numbers_is_refused() -> None:
     """What a group lays down for others to map: a word, a line, a channel."""
-    layout = Layout.of(2)
+    layout = SegmentLayout.of(2)
     mine = GroupSegment.create("node", layout)
-    part = Segment.create("node", 8, "uint8")
+    part = MemorySegment.create("node", 8, "uint8")
     mine.enter()
     mine.offer(part.address)
     offer, _ = mine.offers()
     assert offer == (os.getpid(), part.address.fd, part.address.inode)
     SharedVectors().add(part, [offer, offer])
-    segment = Segment.create("node", 8, "uint8")  # as if of another rank
+    segment = MemorySegment.create("node", 8, "uint8")  # as if of another rank
     theirs = segment.address
     SharedVectors().add(part, [offer, (theirs.pid, theirs.fd, theirs.inode)])
     with pytest.raises(OSError, match="another is here"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task, Trainer
-from distplat.actors.controller_client import Sink
+from distplat.actors.controller_client import RunHandlers
 from distplat.cli.render import View
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import StorageError
@@ -111,8 +111,8 @@ def test_what_fails_after_the_training_does_not_cost_the_model(
 ) -> None:
     """An embedding server that dies while its tables are saved, for example."""
 
-    def train(launch: object, sink: Sink) -> None:
-        sink.model(save({"weight": np.ones(3, np.float32)}))
+    def train(launch: object, handlers: RunHandlers) -> None:
+        handlers.on_model(save({"weight": np.ones(3, np.float32)}))
         raise StorageError("embeddings.0-users.0.0000.safetensors: No space left on device")
 
     monkeypatch.setattr("distplat.actors.trainer.train_on_ray", train)

@@ -23,7 +23,7 @@ from rank_threads import UNSHRUNK
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.verification.compare import Comparison, compare
-from distplat.strategies.verification.plan import Samples, parts, recipe_of
+from distplat.strategies.verification.plan import ReferenceSamples, parts, recipe_of
 from distplat.strategies.verification.reference import train
 from distplat.strategies.verification.switched import Switches
 
@@ -128,7 +128,10 @@ def met(drawn: Drawn) -> Comparison:
     """Train both ways and compare."""
     job, kind = drawn.job(), drawn.task()
     task = lambda: make(kind)(Switches())  # noqa: E731
-    schedule, recipe = parts(job, Samples(drawn.samples)), recipe_of(job, make(kind)(Switches()))
+    schedule, recipe = (
+        parts(job, ReferenceSamples(drawn.samples)),
+        recipe_of(job, make(kind)(Switches())),
+    )
     plain, backwards = (train(task, schedule, recipe, reverse=way) for way in (False, True))
     run = trained(job, train_in_memory(job, kind))
     names = sorted(set().union(*plain.used))

@@ -137,7 +137,7 @@ def test_a_worker_that_leaves_and_one_that_joins() -> None:
         def report(part: AnyReport) -> None:
             reports[rank].append(part)
             if rank == 0 and len(reports[0]) == 5:  # rank 3 takes the place of rank 1
-                desk.tell("dismiss", (1,))
+                desk.call("dismiss", (1,))
                 comes[3].set()
             if rank == 0 and len(reports[0]) > 5:
                 comes[1].wait(5)

@@ -42,7 +42,7 @@ def test_the_budget_is_spent() -> None:
     *before, last = spend(budget, 1, 2, 3)
     assert before == [0.0, 0.0]
     assert last == "`failure.max_failures` is 2"
-    assert [s.split(": ")[0] for s in budget.setbacks] == [
+    assert [s.split(": ")[0] for s in budget.failures] == [
         "attempt 0, after step 1",
         "attempt 1, after step 2",
         "attempt 2, after step 3",
@@ -63,7 +63,7 @@ def test_what_follows_from_a_failure_is_paid_for_once() -> None:
     assert spend(budget, 7, 7) == [0.0, FIRST_WAIT_S]
     assert follow() == 0.0
     assert follow() == "`failure.max_failures` is 2", "or a fault of ours would go on for ever"
-    assert len(budget.setbacks) == 4, "all are told"
+    assert len(budget.failures) == 4, "all are told"
 
 
 @pytest.mark.parametrize(

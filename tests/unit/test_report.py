@@ -86,7 +86,7 @@ def test_metrics_are_curves() -> None:
 
 def test_restarts_know_what_became_of_them() -> None:
     first, second = (FailureEvent(n, 3, "lost", (), 0.0) for n in (1, 2))
-    record = RunRecord(Path(), setbacks=[first, second], recoveries=[Recovery(1, 2.5)])
+    record = RunRecord(Path(), failures=[first, second], recoveries=[Recovery(1, 2.5)])
     assert [one.recovery and one.recovery.seconds for one in restarts(record)] == [2.5, None]
 
 

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
+from distplat.actors import overview
 from distplat.actors.overview import Overview
+from distplat.actors.runs import RunName
 from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
 from distplat.cli.render import to_json
 from distplat.cli.running import role_facts, role_lines
+from distplat.platform.errors import ActorLost, SpecError
 from distplat.platform.scale_requests import ScaleRequest, ScaleStatus
 from distplat.platform.server_group import ServersSeen, ShardAssignment
 from distplat.platform.shard_map import Shard
@@ -40,6 +43,21 @@ def scheduler(**more: Any) -> SchedulerStatus:
         "workers": WORKERS,
     }
     return SchedulerStatus(**{**fields, **more})
+
+
+def test_a_submitted_run_is_found_by_its_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = {"line-1": "first", "line-2": None, "line-3": "gone", "line-4": "second"}
+
+    def ask(run: RunName, role: str, question: object) -> str | None:
+        if ids[run.run] == "gone":
+            raise ActorLost(role, None, "it is over")
+        return ids[run.run]
+
+    monkeypatch.setattr(overview, "find_runs", lambda name: [RunName(run, name) for run in ids])
+    monkeypatch.setattr(overview, "_ask", ask)
+    assert overview.submitted_run("second", "line").run == "line-4"
+    with pytest.raises(SpecError, match="'third' has no run that goes on"):
+        overview.submitted_run("third", "line")
 
 
 def test_a_run_with_leases_and_backups() -> None:
@@ -132,7 +150,7 @@ def test_json_has_all_of_it() -> None:
     seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), scheduler())
     found = json.loads(to_json(role_facts(seen)))
     assert found["servers"]["seats"][0]["backup"] == "server-3"
-    assert found["scheduler"]["workers"][1]["standing"]["straggler"] is True
+    assert found["scheduler"]["workers"][1]["stats"]["straggler"] is True
     assert found["scheduler"]["workers"][0]["lease"] == [240, 249, 10]
     scale = {name: found["scheduler"][name] for name in ("wish", "refused", "pending")}
     assert scale == {"wish": None, "refused": "", "pending": False}

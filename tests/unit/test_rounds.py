@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from distplat.actors.local_transport import Fault, LocalCluster
-from distplat.actors.memory.mailboxes import Request
+from distplat.actors.memory.mailboxes import MailboxRequest
 from distplat.actors.servers.fan_out import FanOut, FanOutCall
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard, cut_shards
@@ -52,14 +52,14 @@ class Cluster:
     def called(self) -> list[int]:
         return [number for number, server in enumerate(self.servers) if server.body.calls]
 
-    def notify(self, shard: int, request: Request) -> None:
+    def notify(self, shard: int, request: MailboxRequest) -> None:
         self.notified.append(shard)
 
     def answers(self, notified: list[int], *_: Any) -> Any:
         yield from ((shard, Answer(shard)) for shard in notified)
 
     def round(self, take: Callable[[Shard, Answer], None], *, mailboxes: bool = True) -> FanOutCall:
-        request = Request(0) if mailboxes else None
+        request = MailboxRequest(0) if mailboxes else None
         ask = lambda server, cut: self.transport.call(server, "push")  # noqa: E731
         return FanOutCall(cast(FanOut, self.lines), "push 0", ask, take, request)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from jobs import job_of
-from made_runs import RECOVERY, RESIZED, SAVED, SETBACK, evaluation, made_run, made_trace, step
+from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, made_trace, step
 
 from distplat.platform import run_record
 from distplat.platform.errors import SpecError, StorageError
@@ -17,14 +17,14 @@ from distplat.platform.run_record import find_run, read_run
 
 
 def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
-    lines = [step(0), step(1), evaluation(2, loss=1.5), SETBACK, RECOVERY, RESIZED, SAVED]
+    lines = [step(0), step(1), evaluation(2, loss=1.5), FAILURE, RECOVERY, RESIZED, SAVED]
     path = made_run(tmp_path, lines, result={"status": "SUCCEEDED"}, trace=made_trace())
     record = read_run(path)
     assert record.job["name"] == "digits"
     assert [one.step for one in record.steps] == [0, 1]
     assert record.steps[0].seconds["compute"] == 0.06
     assert record.evaluations[0].metrics == {"loss": 1.5}
-    assert record.setbacks[0].replaced == ("worker-1",)
+    assert record.failures[0].replaced == ("worker-1",)
     assert record.recoveries[0].seconds == 2.5
     assert record.resizes == [Resized(2, 4, 2, 3, 0.25)]
     assert record.saved[0].size == 2_500_000
@@ -90,8 +90,14 @@ def test_kinds_of_other_versions_are_passed_over(tmp_path: Path) -> None:
     assert record.notes == []
 
 
+def test_a_failure_of_an_older_run_is_read(tmp_path: Path) -> None:
+    older = FAILURE | {"kind": "setback"}
+    record = read_run(made_run(tmp_path, [step(0), older, FAILURE]))
+    assert record.failures == [record.failures[0]] * 2
+
+
 def test_a_step_that_was_made_twice_counts_once(tmp_path: Path) -> None:
-    lines = [step(0), step(1), step(2), SETBACK, step(1, loss=7.0), step(2)]
+    lines = [step(0), step(1), step(2), FAILURE, step(1, loss=7.0), step(2)]
     record = read_run(made_run(tmp_path, lines))
     assert [one.step for one in record.steps] == [0, 1, 2]
     assert record.steps[1].loss == 7.0
@@ -145,13 +151,13 @@ def test_what_the_platform_writes_is_what_is_read(tmp_path: Path) -> None:
     directory = RunDirectory(job, "one", tmp_path)
     made = StepSummary(0, 0, 1.5, 4, {"compute": 0.5}, 2, {"sent_bytes": 8.0})
     judged = EvalSummary(1, 3, {"accuracy": 0.5})
-    setback = FailureEvent(1, 1, "lost", ("worker-0",), 0.5)
+    failure = FailureEvent(1, 1, "lost", ("worker-0",), 0.5)
     resized = Resized(2, 1, 2, 3, 0.25)
-    for summary in (made, judged, setback, resized):
+    for summary in (made, judged, failure, resized):
         directory.record(summary)
     directory.finish("SUCCEEDED", {"seconds": 1.0})
     record = read_run(directory.path)
-    assert (record.steps, record.evaluations, record.setbacks) == ([made], [judged], [setback])
+    assert (record.steps, record.evaluations, record.failures) == ([made], [judged], [failure])
     assert record.resizes == [resized]
     assert record.job["name"] == "real"
     assert record.notes == []

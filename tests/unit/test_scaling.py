@@ -7,7 +7,7 @@ from jobs import job_of
 
 from distplat.actors import scaling
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.scaling import Scaling, check_scalable
+from distplat.actors.scaling import Scaler, check_scalable
 from distplat.platform.errors import SpecError
 from distplat.platform.scale_requests import ScaleRequest, ScaleRequests, ScaleStatus
 from distplat.platform.spec import Job
@@ -40,8 +40,8 @@ def requests() -> ScaleRequests:
     return ScaleRequests()
 
 
-def made(actor_group: FakeActorGroup, requests: ScaleRequests) -> Scaling:
-    return Scaling(cast(ActorGroup, actor_group), requests)
+def made(actor_group: FakeActorGroup, requests: ScaleRequests) -> Scaler:
+    return Scaler(cast(ActorGroup, actor_group), requests)
 
 
 @pytest.fixture(autouse=True)

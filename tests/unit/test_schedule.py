@@ -12,8 +12,8 @@ from distplat.platform.errors import SpecError
 from distplat.strategies.algorithms.schedule import (
     NAMES,
     Action,
-    Kind,
-    Schedule,
+    ActionKind,
+    PipelineSchedule,
     build,
     gpipe,
     interleaved,
@@ -28,7 +28,7 @@ Rows = list[list[tuple[int, Action]]]
 CELL = re.compile(r"(?P<kind>[FBW])(?P<micro_batch>\d+)(?P<chunk>'*)")
 
 
-def drawing(function: Callable[..., Schedule]) -> Rows:
+def drawing(function: Callable[..., PipelineSchedule]) -> Rows:
     """Read the rows of a docstring that have nothing but cells."""
     rows: Rows = []
     for line in (inspect.getdoc(function) or "").splitlines():
@@ -41,13 +41,15 @@ def drawing(function: Callable[..., Schedule]) -> Rows:
 def action(cell: str) -> Action:
     found = CELL.fullmatch(cell)
     assert found, cell
-    return Action(Kind(found["kind"]), int(found["micro_batch"]), len(found["chunk"]))
+    return Action(ActionKind(found["kind"]), int(found["micro_batch"]), len(found["chunk"]))
 
 
-def schedules(max_stages: int = 8, max_micro_batches: int = 32) -> st.SearchStrategy[Schedule]:
+def schedules(
+    max_stages: int = 8, max_micro_batches: int = 32
+) -> st.SearchStrategy[PipelineSchedule]:
     """Any schedule of any size that it takes."""
 
-    def make(name: str, stages: int, micro_batches: int, chunks: int) -> Schedule:
+    def make(name: str, stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
         if name != "interleaved":
             return build(name, stages, micro_batches)
         whole = max(1, micro_batches // stages) * stages
@@ -62,7 +64,7 @@ def schedules(max_stages: int = 8, max_micro_batches: int = 32) -> st.SearchStra
     )
 
 
-DRAWN: list[tuple[Callable[..., Schedule], Schedule]] = [
+DRAWN: list[tuple[Callable[..., PipelineSchedule], PipelineSchedule]] = [
     (gpipe, gpipe(4, 4)),
     (one_f_one_b, one_f_one_b(4, 6)),
     (interleaved, interleaved(2, 4, 2)),
@@ -72,7 +74,7 @@ DRAWN: list[tuple[Callable[..., Schedule], Schedule]] = [
 
 @pytest.mark.parametrize(("function", "schedule"), DRAWN, ids=[s.name for _, s in DRAWN])
 def test_the_drawing_is_what_the_code_does(
-    function: Callable[..., Schedule], schedule: Schedule
+    function: Callable[..., PipelineSchedule], schedule: PipelineSchedule
 ) -> None:
     """Order and times, with every action one unit long."""
     unit = schedule.chunks
@@ -83,8 +85,10 @@ def test_the_drawing_is_what_the_code_does(
 
 @settings(deadline=None)
 @given(schedules())
-def test_every_action_once_and_after_what_it_needs(schedule: Schedule) -> None:
-    kinds = [Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT][: 3 if schedule.splits_backward else 2]
+def test_every_action_once_and_after_what_it_needs(schedule: PipelineSchedule) -> None:
+    kinds = [ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.WEIGHT][
+        : 3 if schedule.splits_backward else 2
+    ]
     every = {
         Action(kind, i, chunk)
         for kind in kinds
@@ -101,8 +105,8 @@ def test_every_action_once_and_after_what_it_needs(schedule: Schedule) -> None:
 
 @settings(deadline=None)
 @given(schedules())
-def test_gradients_are_added_in_the_order_of_the_micro_batches(schedule: Schedule) -> None:
-    adds = Kind.WEIGHT if schedule.splits_backward else Kind.BACKWARD
+def test_gradients_are_added_in_the_order_of_the_micro_batches(schedule: PipelineSchedule) -> None:
+    adds = ActionKind.WEIGHT if schedule.splits_backward else ActionKind.BACKWARD
     for order in schedule.actions:
         for chunk in range(schedule.chunks):
             added = [a.micro_batch for a in order if a.kind is adds and a.chunk == chunk]
@@ -120,18 +124,20 @@ def test_peak_activations(p: int, m: int) -> None:
 def test_interleaved_has_the_warm_up_of_megatron(stage: int, ahead: int) -> None:
     """2 (p - s - 1) + (v - 1) p, then F and B in turn."""
     order = interleaved(4, 8, 2).actions[stage]
-    first_backward = next(k for k, one in enumerate(order) if one.kind is Kind.BACKWARD)
+    first_backward = next(k for k, one in enumerate(order) if one.kind is ActionKind.BACKWARD)
     assert first_backward == ahead + 1
 
 
 def test_interleaved_micro_batches_go_in_groups_through_the_chunks() -> None:
-    forwards = [a for a in interleaved(2, 4, 3).actions[0] if a.kind is Kind.FORWARD]
+    forwards = [a for a in interleaved(2, 4, 3).actions[0] if a.kind is ActionKind.FORWARD]
     assert " ".join(map(str, forwards)) == "F0 F1 F0' F1' F0'' F1'' F2 F3 F2' F3' F2'' F3''"
 
 
 def test_chunks_are_numbered_along_the_model() -> None:
     schedule = interleaved(2, 2, 2)
-    places = [schedule.place(s, Action(Kind.FORWARD, 0, c)) for c in range(2) for s in range(2)]
+    places = [
+        schedule.place(s, Action(ActionKind.FORWARD, 0, c)) for c in range(2) for s in range(2)
+    ]
     assert places == list(range(schedule.depth)) == [0, 1, 2, 3]
     assert [schedule.stage_of(place) for place in places] == [0, 1, 0, 1]
 

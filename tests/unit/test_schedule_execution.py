@@ -9,7 +9,7 @@ import torch
 from rank_threads import on_ranks
 from torch import Tensor, nn
 
-from distplat.strategies.algorithms.schedule import Kind, Schedule, build
+from distplat.strategies.algorithms.schedule import ActionKind, PipelineSchedule, build
 from distplat.strategies.algorithms.schedule_messages import (
     Content,
     Message,
@@ -40,7 +40,9 @@ def batches(count: int) -> list[Tensor]:
 class Runner:
     """One stage: does what its list says, and nothing else."""
 
-    def __init__(self, schedule: Schedule, stage: int, channels: Any, *, recompute: bool) -> None:
+    def __init__(
+        self, schedule: PipelineSchedule, stage: int, channels: Any, *, recompute: bool
+    ) -> None:
         self.schedule, self.stage, self.channels = schedule, stage, channels
         self.recompute = recompute
         layers = layers_of(model(schedule.depth))
@@ -70,9 +72,9 @@ class Runner:
         named = [pair for chunk in self.chunks.values() for pair in chunk.named_parameters()]
         return {name: torch.as_tensor(parameter.grad) for name, parameter in named}
 
-    def compute(self, kind: Kind, i: int, place: int) -> None:
+    def compute(self, kind: ActionKind, i: int, place: int) -> None:
         chunk, key = self.chunks[place], (i, place)
-        if kind is Kind.FORWARD:
+        if kind is ActionKind.FORWARD:
             before = Message(Content.ACTIVATION, i, place - 1, place)
             inputs = (self.have[before] if place else self.inputs[i]).requires_grad_()
             outputs = recomputed(chunk, inputs) if self.recompute else chunk(inputs)
@@ -80,7 +82,7 @@ class Runner:
             if place < self.schedule.depth - 1:
                 self.have[Message(Content.ACTIVATION, i, place, place + 1)] = outputs.detach()
             return
-        if kind is Kind.WEIGHT:
+        if kind is ActionKind.WEIGHT:
             outputs, gradient = self.late.pop(key)
             torch.autograd.backward(outputs, gradient, inputs=[*chunk.parameters()])
             return

@@ -12,8 +12,8 @@ from test_schedule import action, schedules
 from distplat.strategies.algorithms.schedule import (
     NAMES,
     Action,
-    Kind,
-    Schedule,
+    ActionKind,
+    PipelineSchedule,
     build,
     gpipe,
     interleaved,
@@ -37,10 +37,10 @@ DURATIONS = st.floats(0, 4, allow_subnormal=False)
 COSTS = st.builds(Costs, DURATIONS, DURATIONS, DURATIONS, DURATIONS)
 
 
-def by_hand(rows: list[str], chunks: int = 1) -> Schedule:
+def by_hand(rows: list[str], chunks: int = 1) -> PipelineSchedule:
     orders = tuple(tuple(map(action, row.split())) for row in rows)
     micro_batches = 1 + max(one.micro_batch for order in orders for one in order)
-    return Schedule("by hand", micro_batches, chunks, False, orders)
+    return PipelineSchedule("by hand", micro_batches, chunks, False, orders)
 
 
 BREADTH_FIRST = by_hand(
@@ -63,7 +63,9 @@ def test_every_size_runs_with_little_room(name: str, stages: int) -> None:
 
 @settings(deadline=None)
 @given(schedules(), st.sampled_from([1, 2]), st.data())
-def test_no_schedule_stands_still(schedule: Schedule, buffer: int, data: st.DataObject) -> None:
+def test_no_schedule_stands_still(
+    schedule: PipelineSchedule, buffer: int, data: st.DataObject
+) -> None:
     costs = data.draw(st.lists(COSTS, min_size=schedule.stages, max_size=schedule.stages))
     plan = with_communication(schedule)
     spans = simulate(plan, costs, buffer).spans
@@ -83,7 +85,9 @@ def test_no_schedule_stands_still(schedule: Schedule, buffer: int, data: st.Data
 
 @settings(deadline=None)
 @given(schedules())
-def test_messages_are_received_in_the_order_in_which_they_are_sent(schedule: Schedule) -> None:
+def test_messages_are_received_in_the_order_in_which_they_are_sent(
+    schedule: PipelineSchedule,
+) -> None:
     plan = with_communication(schedule)
     for source in range(schedule.stages):
         for target in range(schedule.stages):
@@ -100,7 +104,7 @@ def test_messages_are_received_in_the_order_in_which_they_are_sent(schedule: Sch
 
 @settings(deadline=None)
 @given(schedules())
-def test_the_actions_stay_and_a_send_follows_what_made_it(schedule: Schedule) -> None:
+def test_the_actions_stay_and_a_send_follows_what_made_it(schedule: PipelineSchedule) -> None:
     plan = with_communication(schedule)
     for stage, steps in enumerate(plan.steps):
         assert tuple(s for s in steps if isinstance(s, Action)) == schedule.actions[stage]
@@ -127,7 +131,9 @@ def peak_kept(plan: Plan) -> int:
 
 @settings(deadline=None, max_examples=40)
 @given(schedules(max_micro_batches=16))
-def test_room_for_one_message_costs_no_time_where_stages_are_equal(schedule: Schedule) -> None:
+def test_room_for_one_message_costs_no_time_where_stages_are_equal(
+    schedule: PipelineSchedule,
+) -> None:
     plan = with_communication(schedule)
     assert simulate(plan, buffer=1).makespan == pytest.approx(simulate(plan).makespan)
     assert peak_kept(plan) <= 1  # nothing had to be received before its time
@@ -182,7 +188,7 @@ def test_a_schedule_that_can_never_run_is_refused() -> None:
 
 
 A0, G0 = Message(Content.ACTIVATION, 0, 0, 1), Message(Content.GRADIENT, 0, 1, 0)
-F0, B0 = Action(Kind.FORWARD, 0), Action(Kind.BACKWARD, 0)
+F0, B0 = Action(ActionKind.FORWARD, 0), Action(ActionKind.BACKWARD, 0)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +254,7 @@ def test_more_room_is_never_slower() -> None:
 
 
 def test_figures_of_measured_spans() -> None:
-    one = Action(Kind.FORWARD, 0)
+    one = Action(ActionKind.FORWARD, 0)
     assert bubble([[Span(one, 5, 6)], [Span(one, 6, 7)]]) == 0.5
     assert bubble([]) == 0
 

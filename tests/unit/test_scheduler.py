@@ -107,7 +107,7 @@ def test_a_worker_that_is_dismissed_is_shown_until_it_is_gone() -> None:
         assert last is not None and (last.over, last.trained) == (True, False)
         await desk.gone(1)
         status = await desk.status()
-        assert [entry.standing.rank for entry in status.workers] == [0]
+        assert [entry.stats.rank for entry in status.workers] == [0]
         assert (status.workers[0].lease, status.done) == ((0, 0, 1), 0)
 
     play(story())
@@ -121,7 +121,7 @@ def test_a_synchronous_run_is_told_of_by_its_workers() -> None:
             await desk.beat(rank, 0, WorkerHeartbeat(3, 3, 0.3 + rank), (), ())
         status = await desk.status()
         assert (status.dynamic_tasks, status.done, status.steps) == (False, 3, 4)
-        assert [entry.standing.straggler for entry in status.workers] == [False, True]
+        assert [entry.stats.straggler for entry in status.workers] == [False, True]
 
     play(story())
 
@@ -135,10 +135,10 @@ def test_an_attempt_of_another_number_of_workers_has_another_roster() -> None:
             await desk.join(rank, 1, TaskPlan(4, 3, first=2))
         status = await desk.status()
         assert (status.attempt, status.parts) == (1, 3)
-        assert [entry.standing.rank for entry in status.workers] == [0, 1, 2]
+        assert [entry.stats.rank for entry in status.workers] == [0, 1, 2]
         await desk.join(0, 2, TaskPlan(4, 1, first=3))
         await desk.beat(2, 1, WorkerHeartbeat(3, 3, 1.0), (), ())  # late, of one who has left
-        assert [entry.standing.rank for entry in (await desk.status()).workers] == [0]
+        assert [entry.stats.rank for entry in (await desk.status()).workers] == [0]
         with pytest.raises(ProtocolError, match="rank 1 built another data set"):
             await desk.join(1, 2, TaskPlan(4, 2))
 

@@ -16,7 +16,7 @@ from distplat.actors.local_transport import Actor, Call, Fault, LocalCluster
 from distplat.actors.script_process import ScriptProcess, with_python
 from distplat.actors.script_run import Script, run_script
 from distplat.platform.errors import ActorLost, Interrupted, ScriptFailed
-from distplat.platform.torchrun import Place
+from distplat.platform.torchrun import ProcessPlace
 
 NODES = ("node-0", "node-1", "node-0")
 HELLO = "import os; print('hello from', os.environ['RANK'])"
@@ -53,7 +53,7 @@ class Run:
     def spawn(self, attempt: int) -> Iterator[Sequence[Any]]:
         self.actors = []
         for index, node in enumerate(self.nodes):
-            where = Place(node, "127.0.0.1")
+            where = ProcessPlace(node, "127.0.0.1")
             body = ScriptProcess(lambda where=where: where)  # type: ignore[misc]
             self.actors.append(self.cluster.spawn(f"process-{index}", node, lambda _, b=body: b))  # type: ignore[misc]
         try:

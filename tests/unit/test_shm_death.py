@@ -12,22 +12,22 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.actors.collectives.shm.group import ShmGroup
-from distplat.actors.collectives.shm.segment import GroupSegment, Layout
+from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 from distplat.platform.errors import CollectiveError
 
 PEER = """
 import sys, time
 import torch
-from distplat.actors.collectives.rendezvous import Settings
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.actors.collectives.shm.group import ShmGroup
-from distplat.actors.collectives.shm.segment import GroupSegment, Layout
+from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 from distplat.actors.messages import Address
-layout = Layout.of(2)
+layout = SegmentLayout.of(2)
 address = Address("", int(sys.argv[1]), int(sys.argv[2]), layout.size, "uint8")
 segment = GroupSegment.open(address, layout, 1)
-group = ShmGroup("death", 1, 2, Settings(60.0, 60.0), segment=segment)
+group = ShmGroup("death", 1, 2, GroupSettings(60.0, 60.0), segment=segment)
 for _ in range(3):
     group.all_reduce(torch.ones(1000))
 time.sleep(60)
@@ -38,12 +38,12 @@ LIMIT_S = 1.5
 @contextmanager
 def group_of_two() -> Iterator[tuple[ShmGroup, "subprocess.Popen[bytes]"]]:
     """Rank 0 here, rank 1 in another process; three operations are behind them."""
-    segment = GroupSegment.create("", Layout.of(2))
+    segment = GroupSegment.create("", SegmentLayout.of(2))
     where = segment.segment.address
     command = [sys.executable, "-c", PEER, str(where.pid), str(where.fd)]
     with subprocess.Popen(command) as process:
         try:
-            group = ShmGroup("death", 0, 2, Settings(LIMIT_S, 60.0), segment=segment)
+            group = ShmGroup("death", 0, 2, GroupSettings(LIMIT_S, 60.0), segment=segment)
             try:
                 for _ in range(3):
                     tensor = torch.ones(1000)

@@ -8,7 +8,7 @@ import pytest
 from test_table_service import plan
 
 from distplat.actors.local_transport import LocalCluster
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address, Parcel, TablePart
 from distplat.actors.servers.table_serving import TableServing
 from distplat.platform.errors import FencedError, StaleError
@@ -21,8 +21,8 @@ def serving() -> TableServing:
     return TableServing(TablePart("embedding-server-0", 0), LocalCluster().transport("here"))
 
 
-def segments(node: str = "here") -> tuple[Segment, Segment]:
-    return Segment.create(node, 64, "int64"), Segment.create(node, 256, "float32")
+def segments(node: str = "here") -> tuple[MemorySegment, MemorySegment]:
+    return MemorySegment.create(node, 64, "int64"), MemorySegment.create(node, 256, "float32")
 
 
 def test_who_is_near() -> None:
@@ -71,7 +71,7 @@ def test_larger_memory_takes_the_place_of_the_old() -> None:
     server, (ids, values) = serving(), segments()
     server.open(plan(world=1), 0, ids.address)
     server.pull(PullId(0, 0, 0), Parcel(0, 3, ids.address, values.address))
-    larger = Segment.create("here", 1024, "float32")
+    larger = MemorySegment.create("here", 1024, "float32")
     larger.tensor.fill_(7.0)
     server.pull(PullId(0, 0, 1), Parcel(0, 3, ids.address, larger.address, 0, 1000))
     assert (larger.tensor[1000:1012] == 0).all()

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distplat.platform.torchrun import Launch, Place, environments, ranks_of
+from distplat.platform.torchrun import ProcessPlace, TorchrunLaunch, environments, ranks_of
 
-LAUNCH = Launch("run-1", 29400, restarts=1, max_restarts=3)
+LAUNCH = TorchrunLaunch("run-1", 29400, restarts=1, max_restarts=3)
 
 
-def place(node: str, *gpus: str) -> Place:
-    return Place(node, f"{node}.cluster", gpus)
+def place(node: str, *gpus: str) -> ProcessPlace:
+    return ProcessPlace(node, f"{node}.cluster", gpus)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_no_variable_of_torchrun_is_missing(tmp_path: Path) -> None:
         json.loads(subprocess.run(command, capture_output=True, timeout=60, check=True).stdout)
         for command in (plain, [plain[0], *torchrun, plain[1]])
     )
-    [ours] = environments([place("a")], Launch("run", 1))
+    [ours] = environments([place("a")], TorchrunLaunch("run", 1))
     # What is torchrun's own business: its files, its signals, and which Python it is.
     own = {"TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE", "PYTHON_EXEC"}
     own |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING"}

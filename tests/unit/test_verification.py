@@ -387,7 +387,7 @@ def test_the_child_answers_for_each_strategy(tmp_path: Path, monkeypatch: Any) -
     )
     jobs = [job("ring"), job("hybrid", options={"pipeline": 2})]
     fields = [one.model_dump(mode="json") for one in jobs]
-    asked = child.Request(fields, "asked_of_child:T", {}, str(tmp_path))
+    asked = child.ChildRequest(fields, "asked_of_child:T", {}, str(tmp_path))
     (tmp_path / child.REQUEST).write_text(json.dumps(asdict(asked)))
     monkeypatch.setattr(sys, "argv", ["child", str(tmp_path)])
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -30,7 +30,7 @@ def working() -> Worker:
     gate.start(2)
     gate.before(2)
     worker._session = Session(lambda report: None, lambda delivery: None)
-    worker._session.standing = AttemptState(0, gate, Progress(3, 4))
+    worker._session.state = AttemptState(0, gate, Progress(3, 4))
     worker._session._connection = Connection(RayTransport(), 0, gate)
     result: Worker = worker
     return result
@@ -76,7 +76,7 @@ def test_where_a_worker_rests_is_told_at_once() -> None:
     assert worker.poll(1, 20).rests_at == 3
     assert time.monotonic() - began < 10
     worker.rest_at(0, 4)
-    gate = session(worker).standing.gate
+    gate = session(worker).state.gate
     gate.before(3)
     with pytest.raises(Abandoned):
         gate.before(4)
@@ -86,7 +86,7 @@ def test_an_attempt_that_is_called_off_ends_before_its_next_step() -> None:
     worker = working()
     worker.abandon(0)
     with pytest.raises(Abandoned):
-        session(worker).standing.gate.before(3)
+        session(worker).state.gate.before(3)
 
 
 def test_what_is_said_of_another_attempt_is_not_heard() -> None:
@@ -96,7 +96,7 @@ def test_what_is_said_of_another_attempt_is_not_heard() -> None:
         worker.rest_at(other, 3)
         worker.abandon(other)
     assert worker.poll(1, 0.0).rests_at is None
-    session(worker).standing.gate.before(3)
+    session(worker).state.gate.before(3)
 
 
 def test_before_it_has_begun_a_worker_has_no_answer() -> None:
@@ -195,9 +195,9 @@ def test_whose_fault_an_attempt_ends_with(
         attempt=0, rank=0, job=SimpleNamespace(failure=SimpleNamespace(step_timeout_s=1.0))
     )
     one.work(order)
-    assert one.standing.error is not None
-    assert one.standing.error.exit_code == exit_code
-    assert text in str(one.standing.error)
+    assert one.state.error is not None
+    assert one.state.error.exit_code == exit_code
+    assert text in str(one.state.error)
 
 
 def test_a_version_is_packed_once_however_many_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from distplat.actors.collectives.shm.kernels import (
 )
 from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.segment import GroupSegment, SharedVectors
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.platform.even_split import split_evenly
 from distplat.strategies.collective import ReduceOp
 
@@ -73,7 +73,7 @@ class ShmCommunicator:
         self._pipeline.meet()
         return 0, 0
 
-    def share(self, mine: Segment) -> Bytes:
+    def share(self, mine: MemorySegment) -> Bytes:
         """Map every rank's part of a new shared vector; `mine` is this rank's."""
         self._segment.offer(mine.address)
         self._pipeline.in_place(lambda: self.vectors.add(mine, self._segment.offers()))

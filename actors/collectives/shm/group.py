@@ -14,12 +14,13 @@ from functools import partial
 import ray
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from distplat.actors.collectives.group import Group, summed
+from distplat.actors.collectives.group import CollectiveGroup, summed
 from distplat.actors.collectives.header import STAGED, Header, header, supported
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
-    Settings,
+    GroupSettings,
     find_word,
     leave_word,
     take_back_word,
@@ -30,7 +31,7 @@ from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.p2p import PointToPoint
 from distplat.actors.collectives.shm.segment import (
     GroupSegment,
-    Layout,
+    SegmentLayout,
     create_vector,
     shared_memory_works,
 )
@@ -43,7 +44,7 @@ from distplat.strategies.collective import ReduceOp
 _CLOSE_S = 2.0
 
 
-class ShmGroup(Group):
+class ShmGroup(CollectiveGroup):
     """
     One rank of a group on one node; tensors are on the CPU or on CUDA.
 
@@ -67,7 +68,7 @@ class ShmGroup(Group):
         name: str,
         rank: int,
         world: int,
-        settings: Settings,
+        settings: GroupSettings,
         places: tuple[RankLocation, ...] | None = None,
         *,
         segment: GroupSegment | None = None,
@@ -96,8 +97,8 @@ class ShmGroup(Group):
         self._liveness.start()
 
     @classmethod
+    @override
     def works_here(cls) -> bool:
-        """See `shared_memory_works`."""
         return shared_memory_works()
 
     def barrier(self) -> None:
@@ -248,7 +249,7 @@ class ShmGroup(Group):
     def _find_segment(self) -> GroupSegment:
         """Make the memory as rank 0 and say where it is; or find it, and map it."""
         node = ray.get_runtime_context().get_node_id()
-        layout = Layout.of(self.world)
+        layout = SegmentLayout.of(self.world)
         if self.rank == 0:
             made = GroupSegment.create(node, layout)
             where = made.segment.address

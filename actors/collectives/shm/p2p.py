@@ -23,7 +23,7 @@ from distplat.actors.collectives.shm.kernels import in_pieces
 from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.segment import GroupSegment
 from distplat.actors.memory.futex import Word
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
 from distplat.platform.errors import CollectiveError
 
@@ -46,9 +46,9 @@ class _Channel:
         self._control = segment.bytes[start + _SLOTS : start + _SLOTS + 2 * _SLOT]
         self.messages = 0  #: begun by this end, parts of long ones counted
         self.posted = 0  #: pieces sent or received by this end
-        self.segments: list[Segment | None] = [None, None]
+        self.segments: list[MemorySegment | None] = [None, None]
 
-    def announce(self, head: Header, segment: Segment) -> None:
+    def announce(self, head: Header, segment: MemorySegment) -> None:
         """Write, as the sender, what lies in the slot of message `head.number`."""
         start = head.number % 2 * _SLOT
         address = segment.address
@@ -143,14 +143,14 @@ class PointToPoint:
     def _open(self, end: dict[int, _Channel], peer: int, source: int, to: int) -> _Channel:
         return end.setdefault(peer, _Channel(self._segment, source, to))
 
-    def _slot(self, channel: _Channel, number: int, size: int) -> Segment:
+    def _slot(self, channel: _Channel, number: int, size: int) -> MemorySegment:
         """Give the free slot of message `number`, grown if need be."""
         segment = channel.segments[number % 2]
         if segment is None or segment.address.elements < size:
             if segment is not None:
                 segment.seal()
             size = max(_SHORTEST_SLOT, 1 << (size - 1).bit_length())
-            segment = Segment.create(self._segment.segment.address.node, size, "uint8")
+            segment = MemorySegment.create(self._segment.segment.address.node, size, "uint8")
             channel.segments[number % 2] = segment
         return segment
 
@@ -165,7 +165,7 @@ class PointToPoint:
         if segment is None or segment.address.elements != size:
             address = Address("", self._segment.pid(source), fd, size, "uint8", inode)
             try:
-                segment = channel.segments[number % 2] = Segment.open(address)
+                segment = channel.segments[number % 2] = MemorySegment.open(address)
             except OSError as error:
                 cause = f"its message is gone: {error}"
                 raise CollectiveError(self._group, op.name, number, (source,), cause) from error

@@ -27,7 +27,7 @@ from torch import Tensor
 from distplat.actors.collectives.header import SIZE, STAGED, place_of, vector_of
 from distplat.actors.memory import futex
 from distplat.actors.memory.futex import Word
-from distplat.actors.memory.memfd import Segment
+from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
 
 SLOTS = 4
@@ -49,14 +49,14 @@ def shared_memory_works() -> bool:
     return futex.supported() and hasattr(os, "memfd_create")
 
 
-class Layout(NamedTuple):
+class SegmentLayout(NamedTuple):
     """Where things lie, in bytes."""
 
     world: int
     slot_bytes: int
 
     @classmethod
-    def of(cls, world: int) -> "Layout":
+    def of(cls, world: int) -> "SegmentLayout":
         """Give the layout for so many ranks; a slot has room for a piece of every rank's part."""
         return cls(world, max(_SLOT, world * _ROOM_PER_RANK))
 
@@ -87,7 +87,7 @@ class GroupSegment:
         rank: place in the group.
     """
 
-    def __init__(self, segment: Segment, layout: Layout, rank: int) -> None:
+    def __init__(self, segment: MemorySegment, layout: SegmentLayout, rank: int) -> None:
         self.segment, self.layout, self.rank = segment, layout, rank
         self.world = layout.world
         self.bytes = memoryview(segment.tensor[: layout.slots].numpy().data)
@@ -97,19 +97,19 @@ class GroupSegment:
         self._typed: dict[torch.dtype, list[list[Tensor]]] = {}
 
     @classmethod
-    def create(cls, node: str, layout: Layout) -> "GroupSegment":
+    def create(cls, node: str, layout: SegmentLayout) -> "GroupSegment":
         """Make the memory, as rank 0; pages come into being when they are first used."""
-        return cls(Segment.create(node, layout.size, "uint8", populate=False), layout, 0)
+        return cls(MemorySegment.create(node, layout.size, "uint8", populate=False), layout, 0)
 
     @classmethod
-    def open(cls, address: Address, layout: Layout, rank: int) -> "GroupSegment":
+    def open(cls, address: Address, layout: SegmentLayout, rank: int) -> "GroupSegment":
         """
         Map what rank 0 has made.
 
         Raises:
             OSError: it cannot be reached from this process.
         """
-        return cls(Segment.open(address, populate=False), layout, rank)
+        return cls(MemorySegment.open(address, populate=False), layout, rank)
 
     def enter(self) -> None:
         """Say that this rank is here, and in which process; its first post follows."""
@@ -186,7 +186,7 @@ class SharedVectors:
         self._ranges: list[tuple[int, int]] = []
         self._bytes: list[list[Tensor]] = []
 
-    def add(self, mine: Segment, offers: list[tuple[int, int, int]]) -> None:
+    def add(self, mine: MemorySegment, offers: list[tuple[int, int, int]]) -> None:
         """
         Map the other ranks' parts of a new vector.
 
@@ -235,14 +235,14 @@ class SharedVectors:
         raise ValueError("the tensor lies in no shared vector")
 
     @staticmethod
-    def _map(mine: Segment, address: Address) -> Tensor:
+    def _map(mine: MemorySegment, address: Address) -> Tensor:
         if (address.pid, address.fd) == (mine.address.pid, mine.address.fd):
             return mine.tensor
-        return Segment.open(address).tensor
+        return MemorySegment.open(address).tensor
 
 
-def create_vector(like: Tensor) -> tuple[Segment, Tensor]:
+def create_vector(like: Tensor) -> tuple[MemorySegment, Tensor]:
     """Give memory of this rank's own, and a tensor like `like` in it; all zeros."""
     size = like.numel() * like.itemsize
-    segment = Segment.create("", max(1, size), "uint8")
+    segment = MemorySegment.create("", max(1, size), "uint8")
     return segment, segment.tensor[:size].view(like.dtype).view(like.shape)
