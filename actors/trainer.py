@@ -13,13 +13,13 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from distplat.actors.actor_group import Launch
 from distplat.actors.controller_client import Sink
 from distplat.actors.launch import train_on_ray
+from distplat.actors.result import Result
 from distplat.actors.task_check import check_class, check_function
 from distplat.actors.task_loading import TrainFunction
 from distplat.platform.background_writer import BackgroundWriter
@@ -29,9 +29,7 @@ from distplat.platform.progress import (
     FailureEvent,
     Recovery,
     Resized,
-    Saved,
     StepSummary,
-    StepTotals,
     Summary,
 )
 from distplat.platform.recovery import policy_of
@@ -46,78 +44,10 @@ from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-KEPT = 10_000
-"""Steps, evaluations and others that a `Result` keeps at least."""
-
-
-@dataclass
-class Result:
-    """What a run came to."""
-
-    path: Path
-    """The run directory."""
-    checkpoint: Path | None
-    """The trained model as safetensors; None: the job did not ask for it."""
-    history: list[StepSummary] = field(default_factory=list)
-    """The last steps, at least ten thousand; `metrics.jsonl` has all. So of all lists here."""
-    totals: StepTotals = field(default_factory=StepTotals)
-    """Sums over every step."""
-    evaluations: list[EvalSummary] = field(default_factory=list)
-    checkpoints: list[Saved] = field(default_factory=list)
-    """Those that came to the disk, oldest first; older ones may be deleted by now."""
-    setbacks: list[FailureEvent] = field(default_factory=list)
-    """Failures after which the run went on."""
-    resizes: list[Resized] = field(default_factory=list)
-    """Changes of the number of workers, of a run whose workers make every step together."""
-    reported: bool = False
-    """Whether the steps are what a train function reported, and their figures its own."""
-    seconds: float = 0.0
-    """From `fit` to the trained model."""
-    url: str | None = None
-    """Of the run directory's copy, where `storage_path` is a URL."""
-
-    def add(self, summary: Summary) -> None:
-        """Take one more piece of the run's history."""
-        match summary:
-            case StepSummary():
-                self.totals.add(summary)
-                _append(self.history, summary)
-            case EvalSummary():
-                _append(self.evaluations, summary)
-            case FailureEvent():
-                _append(self.setbacks, summary)
-            case Resized():
-                _append(self.resizes, summary)
-            case Saved():
-                _append(self.checkpoints, summary)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """
-        The last figures: `loss` of the last step, and `eval_*` of the last evaluation; of a train
-        function all that it reported last.
-        """
-        last = {"loss": self.history[-1].loss} if self.history else {}
-        if self.reported and self.history:
-            last |= self.history[-1].figures
-        if self.evaluations:
-            newest = max(self.evaluations, key=lambda one: one.step)  # they may come in any order
-            last |= {f"eval_{k}": v for k, v in newest.metrics.items()}
-        return last
-
 
 def _checked(task: object, job: Job) -> list[str]:
     """Look at what `Trainer` was handed; see `check_class`."""
     return check_function(task) if job.own_loop else check_class(task, job.task_args)
-
-
-def _append(kept: list[T], one: T) -> None:
-    """Add to what is kept of a run, and let go of the oldest: a run may have millions of steps."""
-    kept.append(one)
-    if len(kept) >= 2 * KEPT:
-        del kept[:KEPT]
 
 
 class Observer(Protocol):

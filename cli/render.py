@@ -40,7 +40,7 @@ from distplat.strategies.catalog import make_strategy
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from distplat.actors.trainer import Result
+    from distplat.actors.result import Result
 
 _LINE_EVERY_S = 2.0
 _DRAW_EVERY_S = 0.1

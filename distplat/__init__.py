@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Trainer": "distplat.actors.trainer",
-    "Result": "distplat.actors.trainer",
+    "Result": "distplat.actors.result",
     "weights": "distplat.actors.weights",
     "Job": "distplat.platform.spec",
     "Task": "distplat.strategies.task",
@@ -49,7 +49,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from distplat.actors.trainer import Result, Trainer
+    from distplat.actors.result import Result
+    from distplat.actors.trainer import Trainer
     from distplat.actors.weights import weights
     from distplat.platform.errors import DistplatError
     from distplat.platform.spec import Job

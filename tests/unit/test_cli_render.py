@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jobs import job_of
 
-from distplat.actors.trainer import Result
+from distplat.actors.result import Result
 from distplat.cli import render
 from distplat.cli.render import View, facts_of, print_result, to_json
 from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Resized, StepSummary
