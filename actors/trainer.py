@@ -11,12 +11,12 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from distplat.actors.actor_group import Launch
+from distplat.actors.callbacks import Callback, Callbacks, check_callbacks
 from distplat.actors.controller_client import Sink
 from distplat.actors.launch import train_on_ray
 from distplat.actors.result import Result
@@ -24,14 +24,7 @@ from distplat.actors.task_check import check_class, check_function
 from distplat.actors.task_loading import TrainFunction
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
-from distplat.platform.progress import (
-    EvalSummary,
-    FailureEvent,
-    Recovery,
-    Resized,
-    StepSummary,
-    Summary,
-)
+from distplat.platform.progress import Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_checkpoints import url_of
 from distplat.platform.resume import check_library, start_from, start_from_url
@@ -50,52 +43,6 @@ def _checked(task: object, job: Job) -> list[str]:
     return check_function(task) if job.own_loop else check_class(task, job.task_args)
 
 
-class Observer(Protocol):
-    """Watches a run, for example to draw it."""
-
-    def started(self, job: Job, run: str, path: Path) -> None:
-        """The run directory is there; actors are about to be."""
-
-    def stepped(self, summary: StepSummary | EvalSummary) -> None:
-        """A step or an evaluation is over on all ranks."""
-
-    def disturbed(self, news: FailureEvent | Recovery | Resized) -> None:
-        """Workers were lost and the run goes on, all are at work again, or their number changed."""
-
-
-class _Observers:
-    """
-    Observers are guests: one that raises is told nothing more, and the run goes on.
-
-    Args:
-        observers: of the run.
-    """
-
-    def __init__(self, observers: tuple[Observer, ...]) -> None:
-        self._present = list(observers)
-
-    def started(self, job: Job, run: str, path: Path) -> None:
-        """See `Observer`."""
-        self._each(lambda one: one.started(job, run, path))
-
-    def tell(self, summary: Summary) -> None:
-        """Tell all of what they want to hear of."""
-        if isinstance(summary, StepSummary | EvalSummary):
-            self._each(lambda one: one.stepped(summary))
-        elif isinstance(summary, FailureEvent | Recovery | Resized):
-            self._each(lambda one: one.disturbed(summary))
-
-    def _each(self, tell: Callable[[Observer], object]) -> None:
-        for observer in list(self._present):
-            try:
-                tell(observer)
-            except Exception as error:
-                self._present.remove(observer)
-                name, kind = type(observer).__name__, type(error).__name__
-                text = "the observer %s raised %s: %s; the run goes on without it"
-                logger.warning(text, name, kind, error)
-
-
 class Trainer:
     """
     Trains a task, or with a train function, as a job says.
@@ -108,7 +55,7 @@ class Trainer:
         storage_dir: what `storage_path`, or `runs` where that is a URL, is relative to; None: the
             same as `working_dir`.
         strategy_file: a Python file that registers strategies of your own.
-        observers: told of every step; one that raises is told no more.
+        callbacks: told what happens, in this process; one that raises is told no more.
         resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
             from `storage_dir`. Or the URL of one: its checkpoint is brought to the local disk, for
             as long as this object is there.
@@ -127,7 +74,7 @@ class Trainer:
         working_dir: str | Path | None = None,
         storage_dir: str | Path | None = None,
         strategy_file: str | Path | None = None,
-        observers: tuple[Observer, ...] = (),
+        callbacks: Sequence[Callback] = (),
         resume: str | Path | None = None,
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
@@ -149,7 +96,8 @@ class Trainer:
         self._unheard = [] if task is None else _checked(task, self.job)
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
-        self._observers = observers
+        check_callbacks(callbacks)
+        self._callbacks = tuple(callbacks)
         check_library(self.job)
         self._resumed = self._find(resume) if resume is not None else None
 
@@ -195,16 +143,16 @@ class Trainer:
         run = new_run_name(self.job.name)
         directory = RunDirectory(self.job, run, self._storage_dir)
         result = Result(directory.path, None, reported=self.job.own_loop)
-        observers = _Observers(self._observers)
+        callbacks = Callbacks(self._callbacks)
         metrics = BackgroundWriter(directory.record, logger.warning)
         upload = self._upload(directory.path)
         result.url = upload.url if upload is not None else None
-        observers.started(self.job, run, directory.path)
+        callbacks.start(self.job, run, directory.path)
 
         def tell(summary: Summary) -> None:
             result.add(summary)
             metrics.put(summary)
-            observers.tell(summary)
+            callbacks.tell(summary)
 
         def save(model: bytes) -> None:
             if self.job.checkpoint.save_final:
@@ -218,9 +166,15 @@ class Trainer:
             _record_failure(directory, result, error)
             if upload is not None and (missing := upload.close()):
                 logger.warning("%s", missing)
+            callbacks.end(result, error)
             raise
         result.seconds = time.monotonic() - began
-        self._conclude(directory, upload, result)
+        try:
+            self._conclude(directory, upload, result)
+        except StorageError as error:
+            callbacks.end(result, error)
+            raise
+        callbacks.end(result, None)
         return result
 
     def _conclude(self, directory: RunDirectory, upload: RunUpload | None, result: Result) -> None:

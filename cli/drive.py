@@ -37,7 +37,7 @@ def train(
         working_dir=working_dir,
         storage_dir=storage_dir,
         strategy_file=strategy_file,
-        observers=(view,),
+        callbacks=(view,),
         resume=resume,
     )
     # Ray hands on what workers print; stdout is for the result alone.

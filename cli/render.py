@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 from typing_extensions import TypedDict
 
+from distplat.actors.callbacks import Callback
 from distplat.cli.figures import (
     checkpoint_rows,
     figure_rows,
@@ -69,9 +70,9 @@ class Facts(TypedDict):
     model: str | None
 
 
-class View:
+class View(Callback):
     """
-    Draws a run as it goes; an `Observer` of the trainer, and a context manager.
+    Draws a run as it goes; also a context manager.
 
     Args:
         out: where to draw.
@@ -105,38 +106,42 @@ class View:
             with suppress(OSError, ValueError):  # it is gone
                 self._progress.stop()
 
-    def started(self, job: Job, run: str, path: Path) -> None:
+    def on_start(self, job: Job, run: str, path: Path) -> None:
         """Say what is about to run."""
         self._say(f"run {run}: {_cast(job)}, starting")
 
-    def stepped(self, summary: StepSummary | EvalSummary) -> None:
-        """Show a step or an evaluation; steps that come too fast to read are passed over."""
+    def on_step(self, step: StepSummary) -> None:
+        """Show a step; those that come too fast to read are passed over."""
         if self._quiet:
             return
-        if isinstance(summary, EvalSummary):
-            self._say(f"evaluation after step {summary.step}  {_figures(summary.metrics)}")
-            return
         now = time.monotonic()
-        self._pace.add(summary, now)
+        self._pace.add(step, now)
         every = _DRAW_EVERY_S if self._progress is not None else _LINE_EVERY_S
-        is_last = summary.step == summary.of
+        is_last = step.step == step.of
         if now - self._last_drawn >= every or is_last:
             self._last_drawn = now
-            self._draw(summary, now)
+            self._draw(step, now)
 
-    def disturbed(self, news: FailureEvent | Recovery | Resized) -> None:
-        """Say that workers were lost, when all are at work again, and how many there are."""
-        if isinstance(news, Recovery):
-            self._say(f"attempt {news.attempt}: all workers are at work after {news.seconds:.1f} s")
-            return
-        if isinstance(news, Resized):
-            self._say(f"attempt {news.attempt}: {resize_text(news)}")
-            return
-        who = ", ".join(news.replaced) or "nobody"
+    def on_evaluation(self, evaluation: EvalSummary) -> None:
+        """Show an evaluation."""
+        self._say(f"evaluation after step {evaluation.step}  {_figures(evaluation.metrics)}")
+
+    def on_failure(self, failure: FailureEvent) -> None:
+        """Say that workers were lost."""
+        who = ", ".join(failure.replaced) or "nobody"
         self._say(
-            f"failure: {first_line(news.cause)}\n"
-            f"attempt {news.attempt}: replacing {who}, going on after step {news.step}"
+            f"failure: {first_line(failure.cause)}\n"
+            f"attempt {failure.attempt}: replacing {who}, going on after step {failure.step}"
         )
+
+    def on_recovery(self, recovery: Recovery) -> None:
+        """Say that all are at work again."""
+        seconds = f"{recovery.seconds:.1f} s"
+        self._say(f"attempt {recovery.attempt}: all workers are at work after {seconds}")
+
+    def on_resize(self, resized: Resized) -> None:
+        """Say how many workers there are."""
+        self._say(f"attempt {resized.attempt}: {resize_text(resized)}")
 
     def _draw(self, summary: StepSummary, now: float) -> None:
         figures = f"epoch {summary.epoch + 1}  loss {summary.loss:.4g}  {self._pace.text(now)}"

@@ -35,7 +35,7 @@ _SCHEDULE = "name it in the job file's `lr_schedule`"
 _CLIP = "give the job file's `clip_norm`"
 _ARGUMENTS = "it gets what model() gave, and a batch; what the module computes is its own forward()"
 _BESIDE_STEP = "call it in step(model, batch), or write loss(outputs, targets) instead of step()"
-_EVENTS = "there are no callbacks: `Trainer(..., observers=...)` is told of every step"
+_EVENTS = "write it in a distplat.Callback, and hand that to `Trainer(..., callbacks=[...])`"
 _INSTEAD = {
     _COLLATE: "collate_fn data_collator get_collate_fn",
     _SAMPLER: "train_sampler get_train_sampler get_sampler batch_sampler",

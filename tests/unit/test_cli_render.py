@@ -41,10 +41,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def watched(clock: Clock, seconds_per_step: float, steps: int, **options: Any) -> list[str]:
     out = io.StringIO()
     with View(out, **options) as view:
-        view.started(JOB, "lin-1", Path("/runs/lin-1"))
+        view.on_start(JOB, "lin-1", Path("/runs/lin-1"))
         for number in range(steps):
             clock.now += seconds_per_step
-            view.stepped(step(number))
+            view.on_step(step(number))
     return out.getvalue().splitlines()
 
 
@@ -57,10 +57,10 @@ def test_lines_come_at_most_every_two_seconds(clock: Clock) -> None:
 def test_a_run_whose_length_nobody_knows_has_no_end_in_its_lines(clock: Clock) -> None:
     out = io.StringIO()
     with View(out) as view:
-        view.started(JOB, "lin-1", Path("/runs/lin-1"))
+        view.on_start(JOB, "lin-1", Path("/runs/lin-1"))
         for number in range(3):
             clock.now += 2.0
-            view.stepped(replace(step(number), of=0))
+            view.on_step(replace(step(number), of=0))
     assert out.getvalue().splitlines()[-1] == "step 3  epoch 1  loss 0.5  32 samples/s"
 
 
@@ -78,7 +78,7 @@ def test_every_evaluation_is_shown(clock: Clock) -> None:
     out = io.StringIO()
     view = View(out)
     for number in (1, 2, 3):
-        view.stepped(EvalSummary(number, 8, {"loss": 0.25, "accuracy": 0.96875}))
+        view.on_evaluation(EvalSummary(number, 8, {"loss": 0.25, "accuracy": 0.96875}))
     assert out.getvalue().splitlines() == [
         f"evaluation after step {number}  loss 0.25  accuracy 0.9688" for number in (1, 2, 3)
     ]
@@ -87,12 +87,12 @@ def test_every_evaluation_is_shown(clock: Clock) -> None:
 def test_a_failure_or_a_resize_says_from_where_the_run_goes_on() -> None:
     out = io.StringIO()
     view = View(out)
-    view.disturbed(
+    view.on_failure(
         FailureEvent(1, 10, "server-0 was lost: killed\nmore", ("worker-0", "worker-1"), 0.0)
     )
-    view.disturbed(Recovery(1, 3.25))
-    view.disturbed(Resized(2, 120, 2, 4, 0.28))
-    view.disturbed(Resized(3, 121, 4, 1, 0.11))
+    view.on_recovery(Recovery(1, 3.25))
+    view.on_resize(Resized(2, 120, 2, 4, 0.28))
+    view.on_resize(Resized(3, 121, 4, 1, 0.11))
     assert out.getvalue().splitlines() == [
         "failure: server-0 was lost: killed",
         "attempt 1: replacing worker-0, worker-1, going on after step 10",
@@ -119,9 +119,9 @@ def test_a_terminal_shows_one_line_and_keeps_evaluations(
     monkeypatch.setenv("COLUMNS", "120")
     out = Terminal()
     with View(out) as view:
-        view.started(JOB, "lin-[1]", Path("/runs/lin-1"))
-        view.stepped(step(0))
-        view.stepped(EvalSummary(1, 8, {"loss": 0.25}))
+        view.on_start(JOB, "lin-[1]", Path("/runs/lin-1"))
+        view.on_step(step(0))
+        view.on_evaluation(EvalSummary(1, 8, {"loss": 0.25}))
     shown = out.getvalue()
     assert "run lin-[1]: ring, 2 workers, starting\n" in shown.replace("\r", "")
     assert "evaluation after step 1  loss 0.25" in shown

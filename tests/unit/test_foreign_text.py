@@ -51,7 +51,7 @@ def test_tables_and_lines_are_clean_at_the_sink(capsys: pytest.CaptureFixture[st
     tables.print_table([ESCAPES], [[ESCAPES]])
     remote.say(ESCAPES)
     out = io.StringIO()
-    View(out).disturbed(Recovery(1, 2.0))
+    View(out).on_recovery(Recovery(1, 2.0))
     View(out)._say(ESCAPES)
     printed = capsys.readouterr()
     assert is_harmless(printed.out + printed.err + out.getvalue())

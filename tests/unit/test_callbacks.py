@@ -1,4 +1,4 @@
-"""Who watches a run does not end it: observers, a pipe that is closed, a disk without room."""
+"""Who watches a run does not end it: callbacks, a pipe that is closed, a disk without room."""
 
 import json
 import logging
@@ -17,12 +17,20 @@ from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from distplat import Task, Trainer
+from distplat import Callback, Job, Result, Task, Trainer
+from distplat.actors.callbacks import Callbacks
 from distplat.actors.controller_client import Sink
 from distplat.cli.render import View
 from distplat.platform.background_writer import BackgroundWriter
-from distplat.platform.errors import StorageError
-from distplat.platform.progress import StepSummary
+from distplat.platform.errors import SpecError, StorageError, UserCodeError
+from distplat.platform.progress import (
+    EvalSummary,
+    FailureEvent,
+    Recovery,
+    Resized,
+    Saved,
+    StepSummary,
+)
 from distplat.platform.run_directory import RunDirectory
 
 TASK = """
@@ -57,8 +65,8 @@ class Lin(Task):
 FIELDS = fields_of("ring", 0, epochs=None, steps=6, global_batch_size=16)
 
 
-class Seeing:
-    """Counts what it is told; raises in one of its methods."""
+class Seeing(Callback):
+    """Notes what it is told; raises in one of its methods."""
 
     def __init__(self, raises_in: str = "") -> None:
         self.raises_in, self.told = raises_in, []  # type: str, list[str]
@@ -68,28 +76,95 @@ class Seeing:
         if what == self.raises_in:
             raise OSError("the terminal is gone")
 
-    def started(self, job: object, run: str, path: Path) -> None:
-        self._take("started")
+    def on_start(self, job: Job, run: str, path: Path) -> None:
+        self._take("start")
 
-    def stepped(self, summary: object) -> None:
-        self._take("stepped")
+    def on_step(self, step: StepSummary) -> None:
+        self._take(f"step {step.step}")
 
-    def disturbed(self, news: object) -> None:
-        self._take("disturbed")
+    def on_evaluation(self, evaluation: EvalSummary) -> None:
+        self._take(f"evaluation {evaluation.step}")
+
+    def on_checkpoint(self, checkpoint: Saved) -> None:
+        self._take(f"checkpoint {checkpoint.step}")
+
+    def on_failure(self, failure: FailureEvent) -> None:
+        self._take("failure")
+
+    def on_recovery(self, recovery: Recovery) -> None:
+        self._take("recovery")
+
+    def on_resize(self, resized: Resized) -> None:
+        self._take("resize")
+
+    def on_end(self, result: Result, error: BaseException | None) -> None:
+        ended = "well" if error is None else type(error).__name__
+        self._take(f"end {ended} with {result.totals.steps} steps")
 
 
-@pytest.mark.parametrize("method", ["started", "stepped"])
-def test_an_observer_that_raises_is_told_no_more(
+STEPS = [f"step {number}" for number in range(1, 7)]
+
+
+@pytest.mark.parametrize("method", ["start", "step 1", "end well with 6 steps"])
+def test_a_callback_that_raises_is_called_no_more(
     method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad, good = Seeing(method), Seeing()
     spec = {**FIELDS, "storage_path": str(tmp_path)}
     with caplog.at_level(logging.WARNING):
-        result = Trainer(spec, Lin, observers=(bad, good)).fit()
-    assert bad.told.count(method) == 1
-    assert good.told == ["started", *6 * ["stepped"]]
+        result = Trainer(spec, Lin, callbacks=(bad, good)).fit()
+    assert bad.told[-1] == method
+    assert good.told == ["start", *STEPS, "end well with 6 steps"]
     assert caplog.text.count("goes on without it") == 1
     assert json.loads((result.path / "result.json").read_text())["status"] == "SUCCEEDED"
+
+
+class Evaluated(Lin):
+    def eval_data(self) -> Dataset[Any]:
+        return self.train_data()
+
+
+class Raising(Lin):
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        raise KeyError("no such thing")
+
+
+def test_callbacks_hear_of_evaluations_checkpoints_and_the_end(tmp_path: Path) -> None:
+    seeing = Seeing()
+    spec = {**FIELDS, "storage_path": str(tmp_path), "evaluation": {"every_steps": 3}}
+    Trainer({**spec, "checkpoint": {"every_steps": 6}}, Evaluated, callbacks=[seeing]).fit()
+    last = ["evaluation 6", "checkpoint 6", "end well with 6 steps"]
+    assert seeing.told == ["start", *STEPS[:3], "evaluation 3", *STEPS[3:], *last]
+    raising = Seeing()
+    with pytest.raises(UserCodeError):
+        Trainer(spec, Raising, callbacks=[raising]).fit()
+    assert raising.told == ["start", "end UserCodeError with 0 steps"]
+
+
+def test_what_goes_on_without_a_failure_is_told_by_its_kind() -> None:
+    seeing = Seeing()
+    callbacks = Callbacks([seeing])
+    callbacks.tell(FailureEvent(1, 0, "lost", ("worker-0",), 0.0))
+    callbacks.tell(Recovery(1, 0.5))
+    callbacks.tell(Resized(1, 2, 2, 3, 0.5))
+    assert seeing.told == ["failure", "recovery", "resize"]
+
+
+class Misspelt(Callback):
+    def on_train_step(self) -> None:
+        """Nobody would call it."""
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (Misspelt(), r"callbacks\.1: Misspelt\.on_train_step would never be called"),
+        (Seeing, r"callbacks\.1: type is no distplat\.Callback"),
+    ],
+)
+def test_what_is_no_callback_is_refused(given: Any, told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        Trainer(FIELDS, Lin, callbacks=[Seeing(), given])
 
 
 def test_metrics_that_cannot_be_written_cost_no_step(
@@ -159,7 +234,7 @@ def test_a_view_whose_pipe_is_closed_draws_no_more() -> None:
     os.close(reader)
     with os.fdopen(writer, "w") as out, View(out) as view:
         for step in range(1, 4):
-            view.stepped(StepSummary(step, 0, 0.5, 8, {"compute": 0.1}, 3))
+            view.on_step(StepSummary(step, 0, 0.5, 8, {"compute": 0.1}, 3))
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
