@@ -105,7 +105,12 @@ class Controller:
         Raises:
             DistplatError: why it failed.
         """
-        self._told = tell
+
+        def told(summary: Summary) -> None:
+            self._checkpoints.hear(summary)
+            tell(summary)
+
+        self._told = told
         while not self._state.over:
             self._check()
             self._ask_everybody()
@@ -131,6 +136,7 @@ class Controller:
             StorageError: several could not be.
         """
         self._checkpoints.drain()
+        self._checkpoints.settle()
         self._tell_checkpoints()
 
     def scale(self, workers: int) -> ScaleRequest:

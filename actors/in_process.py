@@ -54,13 +54,15 @@ def train_in_process(launch: Launch, sink: Sink) -> None:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
     """
     gathering, progress = ReportAggregator(world=1), Progress()
+    checkpoints = Checkpoints(launch, 1, opened)
 
     def report(part: AnyReport) -> None:
         for summary in gathering.add(part):
+            checkpoints.hear(summary)
             sink.tell(summary)
 
     try:
-        _train(launch, report, progress, sink)
+        _train(launch, report, progress, sink, checkpoints)
     except (DistplatError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
@@ -73,10 +75,11 @@ def _train(
     report: Callable[[AnyReport], None],
     progress: Progress,
     sink: Sink,
+    checkpoints: Checkpoints,
 ) -> None:
     job = launch.job
     if job.own_loop:
-        _train_function(launch, report, progress, sink)
+        _train_function(launch, report, progress, sink, checkpoints)
         return
     task = make_task(job, lambda: _task_class(launch))
     strategy = make_worker_strategy(job)
@@ -86,7 +89,6 @@ def _train(
         logger.warning("%s", remark)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
-    checkpoints = Checkpoints(launch, 1, opened)
     copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
     uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
     saved = _saved(checkpoints.newest())
@@ -109,6 +111,7 @@ def _train(
         uploader.flush()
         sink.model(saved_model(strategy.trained(prepared.flat)))
     checkpoints.drain()
+    checkpoints.settle()
     for written in checkpoints.news():
         sink.tell(written)
     if servers is not None and roles.consistency.asynchronous and saved is None:
@@ -122,9 +125,9 @@ def _train_function(
     report: Callable[[AnyReport], None],
     progress: Progress,
     sink: Sink,
+    checkpoints: Checkpoints,
 ) -> None:
     """Call a train function here."""
-    checkpoints = Checkpoints(launch, 1, opened)
     copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
     uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distplat.platform.progress import (
+    Best,
     EvalSummary,
     FailureEvent,
     Resized,
@@ -38,6 +39,8 @@ class Result:
     evaluations: list[EvalSummary] = field(default_factory=list, repr=False)
     checkpoints: list[Saved] = field(default_factory=list, repr=False)
     """Those that came to the disk, oldest first; older ones may be deleted by now."""
+    best_checkpoint: Path | None = None
+    """The best one by `checkpoint.keep_best`, which is never deleted; None: there is none."""
     setbacks: list[FailureEvent] = field(default_factory=list, repr=False)
     """Failures after which the run went on."""
     resizes: list[Resized] = field(default_factory=list, repr=False)
@@ -63,6 +66,8 @@ class Result:
                 _append(self.resizes, summary)
             case Saved():
                 _append(self.checkpoints, summary)
+            case Best():
+                self.best_checkpoint = Path(summary.path)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -89,6 +94,8 @@ class Result:
             found.append(("workers", f"{self.resizes[-1].workers} at the end"))
         if self.checkpoints:
             found.append(("last checkpoint", self.checkpoints[-1].path))
+        if self.best_checkpoint is not None:
+            found.append(("best checkpoint", str(self.best_checkpoint)))
         found.append(("run directory", str(self.path)))
         if self.url is not None:
             found.append(("copy", self.url))

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from distplat.actors.actor_group import Launch
 from distplat.actors.callbacks import Callback, Callbacks, check_callbacks
@@ -24,7 +25,8 @@ from distplat.actors.task_check import check_class, check_function
 from distplat.actors.task_loading import TrainFunction
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
-from distplat.platform.progress import Summary
+from distplat.platform.evaluations import missing_metric
+from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_checkpoints import url_of
 from distplat.platform.resume import check_library, start_from, start_from_url
@@ -150,6 +152,8 @@ class Trainer:
         callbacks.start(self.job, run, directory.path)
 
         def tell(summary: Summary) -> None:
+            if isinstance(summary, EvalSummary):
+                _check_metrics(self.job, summary)
             result.add(summary)
             metrics.put(summary)
             callbacks.tell(summary)
@@ -184,7 +188,9 @@ class Trainer:
         Raises:
             StorageError: one of them cannot be done.
         """
-        facts = {"metrics": result.metrics, "seconds": result.seconds}
+        facts: dict[str, Any] = {"metrics": result.metrics, "seconds": result.seconds}
+        if result.best_checkpoint is not None:
+            facts["best_checkpoint"] = str(result.best_checkpoint)
         if self._resumed is not None:
             facts["resumed_from"] = self._resumed_from
         missing = ""
@@ -229,6 +235,20 @@ class Trainer:
             train_in_process(launch, sink)
         else:
             train_on_ray(launch, sink)
+
+
+def _check_metrics(job: Job, evaluation: EvalSummary) -> None:
+    """
+    See whether an evaluation gives what the job decides by.
+
+    Raises:
+        SpecError: it does not.
+    """
+    rule = job.checkpoint.keep_best
+    if rule is not None:
+        where = "checkpoint", "keep_best"
+        if problem := missing_metric(rule, evaluation.metrics, where):
+            raise SpecError(problem)
 
 
 def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:

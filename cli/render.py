@@ -66,6 +66,7 @@ class Facts(TypedDict):
     restarts: list[str]
     resizes: list[str]
     run_directory: str
+    best_checkpoint: str | None
     url: str | None
     model: str | None
 
@@ -227,6 +228,7 @@ def facts_of(job: Job, result: Result) -> Facts:
         "restarts": [text for _, text in restart_rows(result.setbacks)],
         "resizes": [resize_text(one) for one in result.resizes],
         "run_directory": str(result.path),
+        "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
         "url": result.url,
         "model": str(result.checkpoint) if result.checkpoint else None,
     }
@@ -279,6 +281,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
         rows += [("" if n else name, text) for n, text in enumerate(texts)]
     folder = f"{facts['run_directory']}/{FOLDER}"
     rows += checkpoint_rows(facts["checkpoints"], folder)
+    if facts["best_checkpoint"]:
+        rows.append(("best checkpoint", facts["best_checkpoint"]))
     rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]
     if facts["url"]:
         rows.append(("copy", facts["url"]))

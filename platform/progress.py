@@ -165,10 +165,23 @@ class Saved:
     """From the last rank's part to the disk; training went on meanwhile."""
 
 
+@dataclass(frozen=True)
+class Best:
+    """Another checkpoint is the best one now."""
+
+    step: int
+    """Steps that it has behind it."""
+    path: str
+    metric: str
+    """What it is judged by."""
+    figure: float
+    """That the evaluation of this step gave."""
+
+
 AnyReport = StepReport | EvalReport | TraceReport
 """What a rank reports."""
 
-Summary = StepSummary | EvalSummary | Trace | FailureEvent | Recovery | Resized | Saved
+Summary = StepSummary | EvalSummary | Trace | FailureEvent | Recovery | Resized | Saved | Best
 """What is told of a run while it goes on."""
 
 Report = TypeVar("Report", StepReport, EvalReport, TraceReport)

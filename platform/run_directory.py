@@ -36,6 +36,7 @@ from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import (
+    Best,
     EvalSummary,
     FailureEvent,
     Recovery,
@@ -64,6 +65,7 @@ _KINDS = {
     Recovery: "recovery",
     Resized: "resized",
     Saved: "checkpoint",
+    Best: "best checkpoint",
 }
 """Value of `kind` in a line of metrics.jsonl."""
 

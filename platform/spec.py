@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from distplat.platform import own_loop
 from distplat.platform.embeddings import Embeddings
 from distplat.platform.errors import Problem
+from distplat.platform.evaluations import KeepBest, keep_best_problems
 from distplat.platform.fields import (
     Count,
     Flag,
@@ -216,6 +217,8 @@ class Checkpoint(Spec):
     """Save every N epochs and after the last step; give this or `every_steps`."""
     num_to_keep: Count = 2
     """Checkpoints that stay on the disk, the newest; older ones are deleted."""
+    keep_best: KeepBest | None = None
+    """The best checkpoint, by a figure of the evaluation after its step, stays beside these."""
     save_final: Flag = True
     """Write the trained parameters to `model.safetensors` in the run directory."""
 
@@ -425,7 +428,7 @@ def _checkpoint_problems(job: Job) -> list[Problem]:
     if chosen.num_to_keep != Checkpoint().num_to_keep and not chosen.wanted:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
-    return []
+    return keep_best_problems(job)
 
 
 def _storage_problems(job: Job) -> list[Problem]:

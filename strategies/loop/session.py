@@ -32,6 +32,7 @@ from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
 from distplat.strategies.loop.batches import make_sampler, total_steps
 from distplat.strategies.loop.checks import (
     check_device,
+    check_evaluations,
     check_state,
     checked_data,
     checked_model,
@@ -151,6 +152,7 @@ def prepare(
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
         raise SpecError(*problems)
+    check_evaluations(job, sampler, eval_data)
     left = None if whole else model
     loaders_ready()
     return Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
