@@ -19,13 +19,17 @@ from distplat.actors.orders import Orders
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.servers.scheduler import ROOM
 from distplat.actors.servers.server_provisioning import ServerRequest
+from distplat.actors.spares import Spares
 from distplat.actors.spawn import (
+    actor_name,
     spawn,
     spawn_manager,
     spawn_scheduler,
     spawn_server,
+    spawn_spare,
     spawn_worker,
 )
+from distplat.actors.stopping import end_each
 from distplat.actors.task_loading import TrainFunction
 from distplat.platform.checkpoints import Stored
 from distplat.platform.errors import DistplatError, StorageError
@@ -80,6 +84,8 @@ class ActorGroup:
         self._enlisted = 0
         self._orders, self._node = Orders(RayTransport()), RayTransport().node
         self._ranks = launch.job.scaling.num_workers  # that were ever given
+        self._nodes: dict[int, str] = {}  #: of workers by rank
+        self._spares: Spares | None = None
         self._cast = spawn(launch.job, launch.roles, launch.run, 0)
         try:
             self._give_orders(0, saved, saved.step if saved is not None else 0)
@@ -131,6 +137,20 @@ class ActorGroup:
         """What a step is cut into: the workers that there are, or were where tasks are leased."""
         return self.job.scaling.num_workers
 
+    def note_node(self, rank: int, node: str) -> None:
+        """Note where a worker is; empty: it does not know yet."""
+        if node:
+            self._nodes[rank] = node
+
+    def keep_spares(self) -> None:
+        """Have a spare worker where there are workers, if the job wants some; all are at work."""
+        if not self.job.failure.spare_workers:
+            return
+        if self._spares is None:
+            make = partial(spawn_spare, self.job, self._launch.run)
+            self._spares = Spares(RayTransport(), make, partial(self._order, 0, -1, None, 0))
+        self._spares.keep(self._nodes[rank] for rank in self._cast.workers if rank in self._nodes)
+
     def rest(self, attempt: int) -> None:
         """Tell all workers to begin no further step, and to say which it would have been."""
         self._tell_workers("rest", attempt)
@@ -175,13 +195,20 @@ class ActorGroup:
         else:
             for rank in restart.replace:
                 ray.kill(self._cast.workers[rank])
-                self._cast.workers[rank] = spawn_worker(
-                    self.job, launch.run, restart.attempt, rank, self._cast.seat_anew(rank)
-                )
+                self._cast.workers[rank] = self._replacement(restart.attempt, rank)
             if restart.world is not None:
                 self._resize(restart.world)
             self._replace_coordinators(restart)
         self._give_orders(restart.attempt, saved, base)
+
+    def _replacement(self, attempt: int, rank: int) -> Any:
+        """Give a worker for a rank that was lost: the spare of its node, or a new process."""
+        node = self._nodes.pop(rank, None)
+        spare = self._spares.take(node) if self._spares is not None and node is not None else None
+        if spare is not None:
+            return spare
+        seat = self._cast.seat_anew(rank)
+        return spawn_worker(self.job, self._launch.run, attempt, rank, seat)
 
     def _resize(self, world: int) -> None:
         """End who is not to go on, and take those in who have made themselves ready."""
@@ -252,7 +279,7 @@ class ActorGroup:
 
     def end(self) -> None:
         """End all actors."""
-        self._cast.end()
+        end_each([*([self._spares.end] if self._spares is not None else []), self._cast.end])
 
     def _give_orders(self, attempt: int, saved: Stored | None, base: int) -> None:
         handle = _in_store(saved) if saved is not None else None
@@ -284,6 +311,7 @@ class ActorGroup:
             rewinds=launch.policy.survivors_go_on,
             checked=launch.checked,
             node=self._node,
+            actor_name=actor_name(self.job, f"worker-{rank}", attempt),
         )
 
 

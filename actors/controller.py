@@ -120,7 +120,9 @@ class Controller:
                 self._state.handle(Failed(role, error, gone=True), time.monotonic())
             self._state.handle(Tick(), time.monotonic())
             self._repair()
-            self._scale()
+            if self._state.phase is Phase.RUNNING:
+                self._scale()
+                self._actor_group.keep_spares()
             self._tell_checkpoints()
         if self._state.error is not None:
             raise self._state.error
@@ -151,6 +153,10 @@ class Controller:
         if refused:
             raise SpecError(Problem(("--workers",), refused))
         return self._requests.ask(workers)
+
+    def worker(self, rank: int) -> Any:
+        """Give the handle of a rank's present worker; None: there is none. Any thread may ask."""
+        return self._actor_group.workers.get(rank)
 
     def scale_status(self) -> ScaleStatus:
         """Tell what became of the last request; any thread may ask."""
@@ -193,8 +199,6 @@ class Controller:
 
     def _scale(self) -> None:
         """Have workers join or leave; a run that is in trouble has that mended first."""
-        if self._state.phase is not Phase.RUNNING:
-            return
         if self._scaling is None:
             wanted = self._resizer.look(self._checkpoints.step)
             if wanted is not None:
@@ -308,6 +312,8 @@ class Controller:
         return Failed(role, lost, gone=True, preempted=taken_away(error))
 
     def _news(self, role: str, news: PollResult) -> list[Event]:
+        rank = int(role.removeprefix("worker-"))
+        self._actor_group.note_node(rank, news.node)
         for report in news.reports:
             for summary in self._gathering.add(report):
                 self._told(summary)
@@ -315,7 +321,6 @@ class Controller:
             self._checkpoints.take(delivery)
         if news.attempt != self._state.attempt:
             return []  # it has not yet taken the present order up
-        rank = int(role.removeprefix("worker-"))
         if news.left:
             assert self._scaling is not None, "only who leases tasks is told to leave"
             del self._actors[role]

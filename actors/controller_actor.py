@@ -193,6 +193,15 @@ class ControllerActor:
         """
         return self._running().scale(workers)
 
+    def worker(self, rank: int) -> Any:
+        """
+        Give the handle of a rank's present worker; None: there is none.
+
+        Raises:
+            NotReadyError: the run has not begun yet.
+        """
+        return self._running().worker(rank)
+
     def scale_status(self) -> ScaleStatus:
         """Tell what became of the last request for another number of workers."""
         return NOBODY_ASKED if self._controller is None else self._controller.scale_status()

@@ -96,6 +96,8 @@ class WorkOrder:
     """The driver has looked at the task's class: nothing about it need be said again."""
     node: str = ""
     """The driver's: a folder of another node may have the same path, and anything in it."""
+    actor_name: str = ""
+    """What a spare is called from now on."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class PollResult:
     """It has finished because it was told to leave: the run goes on without it."""
     rests_at: int | None = None
     """The first step that it does not begin, where it was told to rest and this is known."""
+    node: str = ""
+    """Where it is, once it has begun."""
 
 
 @dataclass(frozen=True)

@@ -78,17 +78,21 @@ class ActorHandles:
         kept_twice = job.embeddings is not None and job.embeddings.replication > 1
         return self.embedding_servers if kept_twice else {}
 
+    @property
+    def _group_size(self) -> int:
+        return int(self.seats[0].bundle_count) if self.seats else 1
+
     def seat(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
         """Say where a worker belongs; None: anywhere."""
-        if not self.seats:
+        if rank >= len(self.seats) * self._group_size:
             return None
-        group, place = divmod(rank, self.seats[0].bundle_count)
+        group, place = divmod(rank, self._group_size)
         return PlacementGroupSchedulingStrategy(self.seats[group], place)
 
     def seat_anew(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
         """Say where a worker that replaces another belongs: its group may have been removed."""
-        if self.seats:
-            group = rank // self.seats[0].bundle_count
+        if rank < len(self.seats) * self._group_size:
+            group = rank // self._group_size
             seats = self.seats[group]
             if placement_group_table(seats).get("state") == "REMOVED":
                 self.seats[group] = placement_group(seats.bundle_specs, strategy="PACK")
@@ -266,6 +270,16 @@ def spawn_worker(
     return ray.remote(concurrency_groups={_READERS: 1})(Worker).options(**options).remote(name)
 
 
+def spawn_spare(job: Job, run: str, node: str, number: int) -> Any:
+    """Ask Ray for a process on a node that may become a worker; returns before it is up."""
+    name = actor_name(job, f"spare-{number}", 0)
+    threads = {"max_concurrency": _WORKER_THREADS}
+    options = {**_common(run), **_resources({"CPU": 0.0}), **threads, "name": name}
+    options |= hash_seed.options()
+    options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(concurrency_groups={_READERS: 1})(Worker).options(**options).remote(name)
+
+
 def lacks(job: Job, more: int) -> str:
     """Say what the cluster lacks now for so many more workers; empty: nothing."""
     free = ray.available_resources()
@@ -287,9 +301,13 @@ def _common(run: str) -> dict[str, Any]:
 
 
 def _seats(job: Job, group_size: int) -> list[Any]:
-    """Reserve room for each worker group: on one node if one has it, for they talk most."""
+    """
+    Reserve room for each worker group: on one node if one has it, for they talk most.
+
+    A worker by itself needs none, but where a spare may take its place, and then its room.
+    """
     needs = {name: amount for name, amount in job.scaling.resources().items() if amount}
-    if group_size == 1 or not needs:
+    if (group_size == 1 and not job.failure.spare_workers) or not needs:
         return []
     bundles = [needs] * group_size
     groups = job.scaling.num_workers // group_size

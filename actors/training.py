@@ -43,6 +43,7 @@ from distplat.strategies.loop.checks import remark_on_size
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.pause import PauseGate
 from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.session import (
     Around,
     describe,
@@ -91,6 +92,8 @@ class Session:
     ) -> None:
         self._report, self._deliver = report, deliver
         self.standing = AttemptState(-1, PauseGate(0.0))
+        self.node = ""  #: this process's, once it is one of the run
+        self._task: type[Task] | None = None  #: where it was imported before the first attempt
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
         self._connection = Connection(RayTransport(), -1, self.standing.gate)
@@ -164,8 +167,17 @@ class Session:
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
         """Build model and data for an attempt that is to come; tell `ready` how that ended."""
+        self._ahead(order, ready, self._prepare)
+
+    def import_task(self, order: WorkOrder, ready: Future[None]) -> None:
+        """Import what any rank needs, and make nothing; tell `ready` how that ended."""
+        self._ahead(order, ready, self._import)
+
+    def _ahead(
+        self, order: WorkOrder, ready: Future[None], work: Callable[[WorkOrder], object]
+    ) -> None:
         try:
-            self._prepare(order)
+            work(order)
             ready.set_result(None)
         except DistplatError as error:
             ready.set_exception(error)
@@ -270,15 +282,22 @@ class Session:
         job = order.job
         self._settle(order)
         self._strategy = make_worker_strategy(job)
-        task = make_task(job, lambda: _task_class(order))
+        task = make_task(job, lambda: self._task or _task_class(order))
         device = "cuda" if job.scaling.use_gpu else "cpu"
         self._prepared = prepare(job, task, device, self._strategy)
         describe(self._prepared)
         return self._prepared, self._strategy
 
+    def _import(self, order: WorkOrder) -> None:
+        self._settle(order)
+        seed_all(order.job.seed)  # as `make_task` does
+        make_worker_strategy(order.job)  # for what it imports
+        self._task = _task_class(order)
+
     def _settle(self, order: WorkOrder) -> None:
         """Make this process one of the run, before the user's code is imported."""
         log_to_stderr()
+        self.node = RayTransport().node
         folder = search_path(order)
         if Path(folder).is_dir():
             os.chdir(folder)

@@ -20,7 +20,7 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.runs import RunName, find_runs, named_actors
 from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
 from distplat.platform.checkpoints import CommonVersion
-from distplat.platform.errors import ActorLost, DeadlineExceeded
+from distplat.platform.errors import ActorLost, DeadlineExceeded, NotReadyError
 from distplat.platform.tensor_file import EMA_PREFIX
 from distplat.platform.tensor_slices import Bundle, TensorSlice, by_file, put_together
 
@@ -139,18 +139,26 @@ class Weights:
             ActorLost: the run is over.
         """
         try:
-            if rank not in self._workers:
-                self._workers[rank] = self._name.actor(f"worker-{rank}")
             left = max(0.0, until - time.monotonic())
+            if rank not in self._workers:
+                self._workers[rank] = self._worker(rank, left)
             reply: Reply = RayTransport().get(self._workers[rank].weights.remote(version), left)
             return reply
-        except (NotHere, Unanswered):
+        except (NotHere, Unanswered, NotReadyError):
             return None
         except (ActorDied, ValueError):  # ValueError: no actor of that name
             self._workers.pop(rank, None)
             if not named_actors().get(self.run):
                 raise self._over() from None
             return None
+
+    def _worker(self, rank: int, timeout_s: float) -> Any:
+        """Ask the controller for a worker: one that was a spare has a spare's name with Ray."""
+        transport, controller = RayTransport(), self._name.actor("controller")
+        found = transport.get(transport.call(controller, "worker", rank), timeout_s)
+        if found is None:
+            raise ActorDied(f"worker-{rank} has left")
+        return found
 
     def _over(self) -> ActorLost:
         remedy = "if it ended well, its directory has the trained model"

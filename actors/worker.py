@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
+from distplat.actors import compat
 from distplat.actors.allocator import keep_freed_memory
 from distplat.actors.importing import quick_imports
 from distplat.actors.messages import PollResult, WorkOrder
@@ -31,13 +34,14 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        #: with somebody who waits until model and data are there, an order is no more than that
-        self._orders: queue.SimpleQueue[tuple[WorkOrder, Future[None] | None]] = queue.SimpleQueue()
+        #: what the training thread is to do, given the session
+        self._orders: queue.SimpleQueue[Callable[[Session], None]] = queue.SimpleQueue()
         self._outbox: Outbox[AnyReport | Delivery] = Outbox()
         self._session: Session | None = None
         self._given_up = -1  #: the last attempt that was called off
         self._begun = -1  #: the last attempt that it was told to begin
-        self._ready: Future[None] | None = None  #: model and data, where they were asked for alone
+        self._ready: Future[None] | None = None  #: of what was asked for before the first attempt
+        self._spare = False  #: it is nobody yet
         self._ended = threading.Event()  #: an attempt is over, and none was begun since
         self._beginning = threading.Lock()
         self._news = threading.Event()  #: there is something that is not to be kept back
@@ -52,7 +56,10 @@ class Worker:
         with self._beginning:
             if order.attempt > self._begun:
                 self._begun = order.attempt
-                self._take(order, None)
+                if self._spare:
+                    self._spare, self._name = False, order.actor_name
+                    compat.log_as(self._name)
+                self._take(partial(self._work, order))
 
     def prepare(self, order: WorkOrder) -> None:
         """
@@ -63,15 +70,34 @@ class Worker:
         Raises:
             DistplatError: why there is none.
         """
+        self._first(order, lambda session, ready: session.prepare(order, ready))
+
+    def import_task(self, order: WorkOrder) -> None:
+        """
+        Import torch and the task, for whichever rank may be lost; returns when that is done.
+
+        Called again, it waits for the same.
+
+        Raises:
+            DistplatError: why that is not possible.
+        """
+        self._spare = self._begun < 0
+        self._first(order, lambda session, ready: session.import_task(order, ready))
+
+    def is_there(self) -> None:
+        """Answer."""
+
+    def _first(self, order: WorkOrder, work: Callable[..., None]) -> None:
+        """Have the training thread do something before the first attempt, once; wait for it."""
         with self._beginning:
             ready = self._ready
             if ready is None:
                 ready = self._ready = Future()
-                self._take(order, ready)
+                self._take(partial(work, ready=ready))
         ready.result(order.job.failure.start_timeout_s)
 
-    def _take(self, order: WorkOrder, ready: Future[None] | None) -> None:
-        self._orders.put((order, ready))
+    def _take(self, work: Callable[[Session], None]) -> None:
+        self._orders.put(work)
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="train", daemon=True)
             self._thread.start()
@@ -119,6 +145,7 @@ class Worker:
             deliveries=[one for one in told if isinstance(one, Delivery)],
             left=standing.progress.left,
             rests_at=standing.gate.answer,
+            node=self._session.node,
         )
 
     def result(self) -> bytes:
@@ -138,14 +165,13 @@ class Worker:
 
         self._session = Session(self._outbox.put, self._deliver)
         while True:  # the actor is ended from outside; nobody waits for this thread
-            order, ready = self._orders.get()
-            if ready is not None:
-                self._session.prepare(order, ready)
-                continue
-            self._ended.clear()
-            self._session.work(order, called_off=order.attempt <= self._given_up)
-            self._ended.set()
-            self._news.set()
+            self._orders.get()(self._session)
+
+    def _work(self, order: WorkOrder, session: Session) -> None:
+        self._ended.clear()
+        session.work(order, called_off=order.attempt <= self._given_up)
+        self._ended.set()
+        self._news.set()
 
     def _deliver(self, delivery: Delivery) -> None:
         """Have a part of a checkpoint told at once: with this process it would be lost."""

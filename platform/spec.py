@@ -243,6 +243,10 @@ class Failure(Spec):
     """Restarts after machines were taken away, counted apart and given back alike; None: 100 where
     `max_failures` is 3 by default, else 0."""
 
+    spare_workers: Flag = False
+    """Have a process on each node that has imported torch and the task, and takes a lost worker's
+    place in about a second. It takes memory for that, and no processor time; not with GPUs."""
+
     start_timeout_s: Seconds = 120.0
     """From asking Ray for the actors to the first step."""
     step_timeout_s: Seconds = 120.0
@@ -357,6 +361,9 @@ def _batch_problems(job: Job) -> list[Problem]:
 
 def _gpu_problems(job: Job) -> list[Problem]:
     gpus = job.scaling.resources().get("GPU", 0)
+    if gpus and job.failure.spare_workers:
+        text = "a spare cannot take over a lost worker's GPU"
+        return [Problem(("failure", "spare_workers"), text, "remove it")]
     if bool(gpus) == job.scaling.use_gpu:
         return []
     where = ("scaling", "resources_per_worker")

@@ -220,6 +220,11 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
     if job.ema is not None and not kind.averages:
         text = f"the strategy {job.strategy.name!r} keeps no average of the weights"
         found.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))
+    if job.failure.spare_workers and (job.own_loop or not strategy.survivors_go_on()):
+        text = (
+            "after a loss all workers of such a job are made anew, and none takes another's place"
+        )
+        found.append(Problem(("failure", "spare_workers"), text, "remove it"))
     found.extend(strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job))
     found.extend(_embedding_problems(job, strategy.roles(job)))
     return None if found else strategy

@@ -125,7 +125,7 @@ def test_an_order_that_comes_twice_is_begun_once() -> None:
     orders = [SimpleNamespace(attempt=attempt) for attempt in (0, 0, 1, 0, 1)]
     for order in orders:
         worker.start(order)
-    begun = [worker._orders.get_nowait()[0].attempt for _ in range(worker._orders.qsize())]
+    begun = [worker._orders.get_nowait().args[0].attempt for _ in range(worker._orders.qsize())]
     assert begun == [0, 1]
 
 
@@ -138,15 +138,37 @@ def test_a_newcomer_makes_itself_ready_once_however_often_it_is_asked() -> None:
     askers = [threading.Thread(target=worker.prepare, args=(order,)) for _ in range(2)]
     for asker in askers:
         asker.start()
-    _, ready = worker._orders.get(timeout=10)
-    ready.set_result(None)
+    worker._orders.get(timeout=10).keywords["ready"].set_result(None)
     for asker in askers:
         asker.join(10)
         assert not asker.is_alive()
     assert worker._orders.empty()
     worker.prepare(order)  # once more, after the end
     worker.start(order)
-    assert worker._orders.get_nowait() == (order, None)
+    assert worker._orders.get_nowait().args == (order,)
+
+
+def test_a_spare_imports_once_and_becomes_the_worker_that_it_is_told_to_be(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    worker: Any = Worker("job/spare-0")
+    worker._thread = threading.current_thread()
+    job = SimpleNamespace(failure=SimpleNamespace(start_timeout_s=20))
+    asker = threading.Thread(target=worker.import_task, args=(SimpleNamespace(attempt=0, job=job),))
+    asker.start()
+    session = SimpleNamespace(import_task=lambda order, ready: ready.set_result(None))
+    worker._orders.get(timeout=10)(session)
+    asker.join(10)
+    assert not asker.is_alive()
+    assert worker._orders.empty()
+    worker.start(SimpleNamespace(attempt=2, job=job, actor_name="job/worker-1/attempt-2"))
+    worker.import_task(
+        SimpleNamespace(attempt=0, job=job)
+    )  # its answer was lost, and it comes late
+    worker.start(SimpleNamespace(attempt=3, job=job, actor_name="job/worker-1/attempt-3"))
+    assert repr(worker) == "job/worker-1/attempt-2"
+    assert worker._orders.qsize() == 2
+    assert capfd.readouterr().out.splitlines() == [":actor_name:job/worker-1/attempt-2"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""
+A process on each node that takes a lost worker's place: it has imported torch and the task.
+
+    worker-1   train ─────✗
+    spare-0    import ──▶ waits ──▶ is worker-1: builds model and data, takes the others' state
+    spare-1                         import ──▶ waits
+
+A spare asks Ray for no resources. Those of the lost worker are reserved by its placement group
+(`actors/spawn.py`), and the spare may use them where they are: on the lost worker's node.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from distplat.actors.messages import WorkOrder
+from distplat.actors.stopping import end_each
+from distplat.actors.transport import NotHere, Transport, TransportError, Unanswered
+from distplat.platform.errors import DistplatError
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_S = 0.5
+"""How long a spare may take to say that it is there; a new process takes seconds."""
+
+
+@dataclass(frozen=True)
+class _Spare:
+    actor: Any
+    reply: Any
+    """Of its imports."""
+
+
+class Spares:
+    """
+    The spares of one run, one on each node that has workers.
+
+    Args:
+        transport: by which they are called.
+        make: asks for one, given its node and its number in this run.
+        order: gives what it is to import.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        make: Callable[[str, int], Any],
+        order: Callable[[], WorkOrder],
+    ) -> None:
+        self._transport, self._make, self._order = transport, make, order
+        self._there: dict[str, _Spare] = {}  #: by node
+        self._without: set[str] = set()  #: nodes on which the imports have failed
+        self._made = 0
+
+    def keep(self, nodes: Iterable[str]) -> None:
+        """Have one on each of these nodes, but where its imports have failed."""
+        self._look()
+        for node in sorted({*nodes} - self._there.keys() - self._without):
+            actor = self._make(node, self._made)
+            self._made += 1
+            reply = self._transport.call(actor, "import_task", self._order())
+            self._there[node] = _Spare(actor, reply)
+
+    def take(self, node: str) -> Any:
+        """Give the spare of a node, which is no spare any more; None: there is none that lives."""
+        spare = self._there.pop(node, None)
+        if spare is None:
+            return None
+        try:
+            self._transport.get(self._transport.call(spare.actor, "is_there"), _ANSWER_S)
+        except (TransportError, DistplatError):
+            self._transport.kill(spare.actor)
+            return None
+        return spare.actor
+
+    def end(self) -> None:
+        """End all of them."""
+        there, self._there = self._there, {}
+        end_each([partial(self._transport.kill, spare.actor) for spare in there.values()])
+
+    def _look(self) -> None:
+        """Let those go whose imports have failed: a worker that has to do the same says why."""
+        replies = {spare.reply: node for node, spare in self._there.items()}
+        come = self._transport.wait([*replies], 0.0, everything=True) if replies else []
+        for reply in come:
+            node = replies[reply]
+            try:
+                self._transport.get(reply, _ANSWER_S)
+            except (Unanswered, NotHere):
+                pass  # nobody is sure; `take` asks
+            except (TransportError, DistplatError) as error:
+                logger.warning("no spare worker on node %s: %s", node[:8], error)
+                self._without.add(node)
+                self._transport.kill(self._there.pop(node).actor)
