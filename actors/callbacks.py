@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distplat.platform.errors import Problem, SpecError, hint
+from distplat.platform.evaluations import EarlyStop, EarlyStopping
 from distplat.platform.progress import (
     EvalSummary,
     FailureEvent,
@@ -65,6 +66,15 @@ class Callback:
     def on_resize(self, resized: Resized) -> None:
         """The run goes on with another number of workers."""
 
+    def should_stop(self) -> bool | str:
+        """
+        Whether the run is to end before its last step; asked after each step and evaluation.
+
+        Returns:
+            True, or why: all workers end before the same step, as after the last one.
+        """
+        return False
+
     def on_end(self, result: Result, error: BaseException | None) -> None:
         """
         The run is over, and its files are written.
@@ -75,12 +85,16 @@ class Callback:
         """
 
 
-_EVENTS = {name for name in vars(Callback) if not name.startswith("_")}
+_EVENTS = {name for name in vars(Callback) if name.startswith("on_")}
 
 
-def check_callbacks(callbacks: Sequence[object]) -> None:
+def check_callbacks(callbacks: Sequence[object], job: Job) -> None:
     """
     Look at what `Trainer` was handed.
+
+    Args:
+        callbacks: as they were given.
+        job: of the run.
 
     Raises:
         SpecError: one is no `Callback`, or has a method that would never be called.
@@ -96,6 +110,9 @@ def check_callbacks(callbacks: Sequence[object]) -> None:
             if method.startswith("on_") and method not in _EVENTS:
                 text = f"{name}.{method} would never be called"
                 found.append(Problem(where, text, hint(method, sorted(_EVENTS))))
+        if job.own_loop and type(one).should_stop is not Callback.should_stop:
+            text = f"{name}.should_stop cannot end the loop of a train function"
+            found.append(Problem(where, text, "end the loop in the function itself"))
     if found:
         raise SpecError(*found)
 
@@ -106,10 +123,13 @@ class Callbacks:
 
     Args:
         callbacks: in the order in which they are called.
+        early_stop: when the run ends for want of progress; None: it does not.
     """
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, callbacks: Sequence[Callback], early_stop: EarlyStop | None = None) -> None:
         self._present = list(callbacks)
+        self._stopping = EarlyStopping(early_stop) if early_stop is not None else None
+        self.stop: str | None = None  #: why the run is to end before its last step
 
     def start(self, job: Job, run: str, path: Path) -> None:
         """See `Callback.on_start`."""
@@ -120,8 +140,12 @@ class Callbacks:
         match summary:
             case StepSummary():
                 self._each(lambda one: one.on_step(summary))
+                self._each(self._ask)
             case EvalSummary():
+                if self._stopping is not None:
+                    self.stop = self.stop or self._stopping.evaluated(summary.step, summary.metrics)
                 self._each(lambda one: one.on_evaluation(summary))
+                self._each(self._ask)
             case Saved():
                 self._each(lambda one: one.on_checkpoint(summary))
             case FailureEvent():
@@ -130,6 +154,12 @@ class Callbacks:
                 self._each(lambda one: one.on_recovery(summary))
             case Resized():
                 self._each(lambda one: one.on_resize(summary))
+
+    def _ask(self, one: Callback) -> None:
+        """See whether one wants the run to end; what the first says is the reason."""
+        if self.stop is None and (wanted := one.should_stop()):
+            name = type(one).__name__
+            self.stop = wanted if isinstance(wanted, str) else f"{name}.should_stop()"
 
     def end(self, result: Result, error: BaseException | None) -> None:
         """See `Callback.on_end`."""

@@ -24,6 +24,7 @@ from distplat.actors.scaling import Scaling, check_scalable
 from distplat.actors.servers.server_provisioning import ServerRequest
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
+    End,
     Event,
     Failed,
     Heard,
@@ -89,6 +90,7 @@ class Controller:
         self._called_off = -1, Stop.ABANDON  #: the last attempt that was to end, and how
         self._halted_at: float | None = None  #: when the first worker stopped for a resize
         self._resized: Resized | None = None  #: to be told when all are at work
+        self._ending = False  #: somebody wants the run to end before its last step
         self._holders = policy.holders
         self._checkpoints = checkpoints
         self.base = checkpoints.step  #: steps that were made before the present servers were
@@ -120,7 +122,9 @@ class Controller:
                 self._state.handle(Failed(role, error, gone=True), time.monotonic())
             self._state.handle(Tick(), time.monotonic())
             self._repair()
-            if self._state.phase is Phase.RUNNING:
+            if self._state.phase is Phase.RUNNING and self._ending:
+                self._end()
+            elif self._state.phase is Phase.RUNNING:
                 self._scale()
                 self._actor_group.keep_spares()
             self._tell_checkpoints()
@@ -153,6 +157,10 @@ class Controller:
         if refused:
             raise SpecError(Problem(("--workers",), refused))
         return self._requests.ask(workers)
+
+    def end_early(self) -> None:
+        """Have the run end soon as after its last step; any thread may call this, again too."""
+        self._ending = True
 
     def worker(self, rank: int) -> Any:
         """Give the handle of a rank's present worker; None: there is none. Any thread may ask."""
@@ -196,6 +204,21 @@ class Controller:
             self._failed_at = self._failed_at or now
             if state.may_go_on:
                 self._actor_group.abandon(state.attempt)
+
+    def _end(self) -> None:
+        """Have all end before the same step, in this attempt."""
+        state = self._state
+        state.handle(End(), time.monotonic())
+        how = how_to_stop(False, state.agreed)
+        if (state.attempt, how) <= self._called_off:
+            return
+        self._called_off = state.attempt, how
+        if self._actor_group.dynamic_tasks:
+            self._actor_group.tell_scheduler("end_early")
+        elif state.agreed is None:
+            self._actor_group.rest(state.attempt)
+        else:
+            self._actor_group.end_at(state.attempt, state.agreed)
 
     def _scale(self) -> None:
         """Have workers join or leave; a run that is in trouble has that mended first."""
@@ -258,7 +281,8 @@ class Controller:
         """Keep one question open to every actor."""
         asked = {role for role, _ in self._open.values()}
         now = time.monotonic()
-        hold_s = _HOLD_S if self._state.phase is Phase.RUNNING else _TICK_S
+        at_work = self._state.phase is Phase.RUNNING and not self._ending
+        hold_s = _HOLD_S if at_work else _TICK_S
         for role, actor in self._actors.items():
             if role not in asked:
                 number = self._answers.get(role, 0) + 1

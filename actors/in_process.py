@@ -94,11 +94,12 @@ def _train(
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
-        servers, leases = None, None
+        servers, desk, leases = None, None, None
         if roles.servers:
             servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
         if roles.consistency.dynamic_tasks:
-            leases = ending.enter_context(closing(TaskDesk(job, roles, launch.run))).leases(0)
+            desk = ending.enter_context(closing(TaskDesk(job, roles, launch.run)))
+            leases = desk.leases(0)
         ports = Ports(
             collective=Fabric(1).collective(0),
             shards=servers.shards(0, steps, every=every) if servers is not None else None,
@@ -106,8 +107,11 @@ def _train(
             leases=leases,
         )
         around = Around(saved, take=uploader.take)
-        told = report if leases is None else partial(_count, leases, report)
-        join(prepared, strategy, 0, ports, report=told, progress=progress, around=around).run()
+        told = report
+        if desk is not None and leases is not None:
+            told = partial(_count, desk, leases, report, sink)
+        meets = partial(join, prepared, strategy, 0, ports, progress=progress, around=around)
+        meets(report=told, pause=lambda step: not sink.ending()).run()
         uploader.flush()
         sink.model(saved_model(strategy.trained(prepared.flat)))
     checkpoints.drain()
@@ -162,11 +166,19 @@ def _task_class(launch: Launch) -> type[Task]:
     return found
 
 
-def _count(leases: RemoteLeases, report: Callable[[AnyReport], None], part: AnyReport) -> None:
-    """Have the task scheduler know how fast this worker is, too."""
+def _count(
+    desk: TaskDesk,
+    leases: RemoteLeases,
+    report: Callable[[AnyReport], None],
+    sink: Sink,
+    part: AnyReport,
+) -> None:
+    """Have the task scheduler know how fast this worker is, too, and whether the run is to end."""
     if isinstance(part, StepReport):
         leases.count(part)
     report(part)
+    if sink.ending():
+        desk.tell("end_early")
 
 
 def _saved(stored: Stored | None) -> SavedState | None:

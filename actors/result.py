@@ -41,6 +41,8 @@ class Result:
     """Those that came to the disk, oldest first; older ones may be deleted by now."""
     best_checkpoint: Path | None = None
     """The best one by `checkpoint.keep_best`, which is never deleted; None: there is none."""
+    stopped: str | None = None
+    """Why the run ended before its last step; None: it made all of them."""
     setbacks: list[FailureEvent] = field(default_factory=list, repr=False)
     """Failures after which the run went on."""
     resizes: list[Resized] = field(default_factory=list, repr=False)
@@ -70,6 +72,11 @@ class Result:
                 self.best_checkpoint = Path(summary.path)
 
     @property
+    def cut_short(self) -> bool:
+        """Whether the last step that was made is not the run's last."""
+        return bool(self.history) and self.history[-1].step < self.history[-1].of
+
+    @property
     def metrics(self) -> dict[str, float]:
         """
         The last figures: `loss` of the last step, and `eval_*` of the last evaluation; of a train
@@ -86,6 +93,8 @@ class Result:
     def rows(self) -> list[tuple[str, str]]:
         """Give names and values of the short table."""
         found = [("steps", str(self.totals.steps))]
+        if self.stopped is not None:
+            found.append(("stopped early", self.stopped))
         found += [(name, f"{value:.4g}") for name, value in self.metrics.items()]
         found.append(("took", f"{self.seconds:.1f} s"))
         if self.setbacks:

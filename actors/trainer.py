@@ -25,7 +25,7 @@ from distplat.actors.task_check import check_class, check_function
 from distplat.actors.task_loading import TrainFunction
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
-from distplat.platform.evaluations import missing_metric
+from distplat.platform.evaluations import check_metrics
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_checkpoints import url_of
@@ -98,7 +98,7 @@ class Trainer:
         self._unheard = [] if task is None else _checked(task, self.job)
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
-        check_callbacks(callbacks)
+        check_callbacks(callbacks, self.job)
         self._callbacks = tuple(callbacks)
         check_library(self.job)
         self._resumed = self._find(resume) if resume is not None else None
@@ -139,13 +139,22 @@ class Trainer:
             StorageError: the run directory cannot be written.
             Interrupted: SIGINT, SIGTERM or SIGHUP; the second one does not wait for an orderly end.
         """
-        began = time.monotonic()
         for line in self._unheard:
             logger.warning("%s", line)
-        run = new_run_name(self.job.name)
-        directory = RunDirectory(self.job, run, self._storage_dir)
+        directory = RunDirectory(self.job, new_run_name(self.job.name), self._storage_dir)
         result = Result(directory.path, None, reported=self.job.own_loop)
-        callbacks = Callbacks(self._callbacks)
+        callbacks = Callbacks(self._callbacks, self.job.early_stop)
+        try:
+            self._fit(directory, result, callbacks)
+        except BaseException as error:
+            callbacks.end(result, error)
+            raise
+        callbacks.end(result, None)
+        return result
+
+    def _fit(self, directory: RunDirectory, result: Result, callbacks: Callbacks) -> None:
+        """Train to the end; `result` takes what comes of it."""
+        began, run = time.monotonic(), directory.path.name
         metrics = BackgroundWriter(directory.record, logger.warning)
         upload = self._upload(directory.path)
         result.url = upload.url if upload is not None else None
@@ -153,7 +162,7 @@ class Trainer:
 
         def tell(summary: Summary) -> None:
             if isinstance(summary, EvalSummary):
-                _check_metrics(self.job, summary)
+                check_metrics(self.job, summary.metrics)
             result.add(summary)
             metrics.put(summary)
             callbacks.tell(summary)
@@ -162,24 +171,19 @@ class Trainer:
             if self.job.checkpoint.save_final:
                 result.checkpoint = directory.save_model(model)
 
+        ending = lambda: callbacks.stop is not None  # noqa: E731
         try:
-            self._train(run, directory.path, Sink(tell, save, directory.keep))
+            self._train(run, directory.path, Sink(tell, save, directory.keep, ending))
             metrics.close()
         except BaseException as error:
             metrics.close()
             _record_failure(directory, result, error)
             if upload is not None and (missing := upload.close()):
                 logger.warning("%s", missing)
-            callbacks.end(result, error)
             raise
         result.seconds = time.monotonic() - began
-        try:
-            self._conclude(directory, upload, result)
-        except StorageError as error:
-            callbacks.end(result, error)
-            raise
-        callbacks.end(result, None)
-        return result
+        result.stopped = callbacks.stop if result.cut_short else None
+        self._conclude(directory, upload, result)
 
     def _conclude(self, directory: RunDirectory, upload: RunUpload | None, result: Result) -> None:
         """
@@ -189,6 +193,8 @@ class Trainer:
             StorageError: one of them cannot be done.
         """
         facts: dict[str, Any] = {"metrics": result.metrics, "seconds": result.seconds}
+        if result.stopped is not None:
+            facts["stopped"] = result.stopped
         if result.best_checkpoint is not None:
             facts["best_checkpoint"] = str(result.best_checkpoint)
         if self._resumed is not None:
@@ -237,23 +243,11 @@ class Trainer:
             train_on_ray(launch, sink)
 
 
-def _check_metrics(job: Job, evaluation: EvalSummary) -> None:
-    """
-    See whether an evaluation gives what the job decides by.
-
-    Raises:
-        SpecError: it does not.
-    """
-    rule = job.checkpoint.keep_best
-    if rule is not None:
-        where = "checkpoint", "keep_best"
-        if problem := missing_metric(rule, evaluation.metrics, where):
-            raise SpecError(problem)
-
-
 def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:
     """Write down how a run failed, and where its model is if it has one."""
     facts = {"error": str(error)}
+    if result.best_checkpoint is not None:
+        facts["best_checkpoint"] = str(result.best_checkpoint)
     if result.checkpoint is not None:  # it is the tables, a checkpoint or an upload that failed
         facts["model"] = str(result.checkpoint)
         logger.warning("the trained model is in %s all the same", result.checkpoint)

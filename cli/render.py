@@ -66,6 +66,7 @@ class Facts(TypedDict):
     restarts: list[str]
     resizes: list[str]
     run_directory: str
+    stopped: str | None
     best_checkpoint: str | None
     url: str | None
     model: str | None
@@ -228,6 +229,7 @@ def facts_of(job: Job, result: Result) -> Facts:
         "restarts": [text for _, text in restart_rows(result.setbacks)],
         "resizes": [resize_text(one) for one in result.resizes],
         "run_directory": str(result.path),
+        "stopped": result.stopped,
         "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
         "url": result.url,
         "model": str(result.checkpoint) if result.checkpoint else None,
@@ -267,6 +269,7 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
         ("strategy", facts["strategy"]),
         ("workers", str(workers) if workers else "0 (in this process)"),
         ("steps", str(facts["steps"])),
+        *([("stopped early", facts["stopped"])] if facts["stopped"] else []),
         ("final loss", metrics.pop("loss", "")),
     ]
     if metrics:

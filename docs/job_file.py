@@ -48,6 +48,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("evaluation", "evaluation.", spec.Evaluation),
     ("checkpoint", "checkpoint.", spec.Checkpoint),
     ("checkpoint.keep_best", "checkpoint.keep_best.", evaluations.KeepBest),
+    ("early_stop", "early_stop.", evaluations.EarlyStop),
     ("failure", "failure.", spec.Failure),
 ]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from distplat.platform.errors import Problem, hint
+from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.fields import Count, Spec
 
 _KEPT = 1000
@@ -53,23 +53,6 @@ class EarlyStop(Watched):
     """Evaluations in a row without a better figure after which the run ends."""
     min_delta: float = Field(0.0, ge=0, allow_inf_nan=False)
     """A figure counts as better if it is by more than so much."""
-
-
-def missing_metric(
-    watched: Watched, metrics: Mapping[str, float], field: tuple[str, ...]
-) -> Problem | None:
-    """
-    See whether an evaluation gives what a job watches.
-
-    Args:
-        watched: by the job.
-        metrics: of an evaluation.
-        field: of the job.
-    """
-    if watched.metric in metrics:
-        return None
-    text = f"the evaluation gives no {watched.metric!r}"
-    return Problem((*field, "metric"), text, hint(watched.metric, metrics))
 
 
 class BestCheckpoint:
@@ -157,22 +140,61 @@ class EarlyStopping:
         return f"{rule.metric} got no better {since}, in {self._worse} evaluations"
 
 
-def keep_best_problems(job: Any) -> list[Problem]:
-    """Name what is wrong with `checkpoint.keep_best`, as far as the job alone shows it."""
+def watching(job: Any) -> list[tuple[tuple[str, ...], Watched]]:
+    """Give what a job decides by evaluations: the fields, and what stands in them."""
+    found: list[tuple[tuple[str, ...], Watched | None]] = [
+        (("checkpoint", "keep_best"), job.checkpoint.keep_best),
+        (("early_stop",), job.early_stop),
+    ]
+    return [(field, rule) for field, rule in found if rule is not None]
+
+
+def evaluation_problems(job: Any) -> list[Problem]:
+    """Name what is wrong with what a job decides by evaluations, as far as it shows it itself."""
+    evaluation = job.evaluation
+    if evaluation.every_steps is None and evaluation.every_epochs == 0:
+        text = "needs evaluations while the run goes on, and there is one at its end only"
+        advice = "set `evaluation.every_epochs`"
+        return [Problem(field, text, advice) for field, _ in watching(job)]
+    return _keep_best_problems(job)
+
+
+def _keep_best_problems(job: Any) -> list[Problem]:
     chosen, evaluation = job.checkpoint, job.evaluation
     if chosen.keep_best is None:
         return []
     if not chosen.wanted:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "keep_best"), text, "give one of them")]
-    if evaluation.every_steps is None and evaluation.every_epochs == 0:
-        text = "needs evaluations while the run goes on, and there is one at its end only"
-        return [Problem(("checkpoint", "keep_best"), text, "set `evaluation.every_epochs`")]
     if chosen.every_steps is not None and evaluation.every_steps is not None:
         return period_problems(chosen.every_steps, evaluation.every_steps)
     if chosen.every_epochs is not None and evaluation.every_steps is None:
         return period_problems(chosen.every_epochs, evaluation.every_epochs)
     return []
+
+
+def check_metrics(job: Any, metrics: Mapping[str, float]) -> None:
+    """
+    See whether an evaluation gives what a job decides by.
+
+    Args:
+        job: the run's.
+        metrics: of an evaluation.
+
+    Raises:
+        SpecError: it does not.
+    """
+    found = [
+        Problem(
+            (*field, "metric"),
+            f"the evaluation gives no {rule.metric!r}",
+            hint(rule.metric, metrics),
+        )
+        for field, rule in watching(job)
+        if rule.metric not in metrics
+    ]
+    if found:
+        raise SpecError(*found)
 
 
 def period_problems(checkpoint: int, evaluation: int) -> list[Problem]:

@@ -28,6 +28,7 @@ OF_TASKS = (
     "ema",
     "data",
     "evaluation",
+    "early_stop",
 )
 """Fields of what the loop of a task does, and a train function does itself."""
 

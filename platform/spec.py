@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from distplat.platform import own_loop
 from distplat.platform.embeddings import Embeddings
 from distplat.platform.errors import Problem
-from distplat.platform.evaluations import KeepBest, keep_best_problems
+from distplat.platform.evaluations import EarlyStop, KeepBest, evaluation_problems
 from distplat.platform.fields import (
     Count,
     Flag,
@@ -307,6 +307,8 @@ class Job(Spec):
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    early_stop: EarlyStop | None = None
+    """When evaluations get no better the run ends; None: it makes all its steps."""
     failure: Failure = Failure()
     storage_path: Folder = "runs"
     """Where run directories are made; relative to the directory `submit` was called in. Or a URL,
@@ -435,7 +437,7 @@ def _checkpoint_problems(job: Job) -> list[Problem]:
     if chosen.num_to_keep != Checkpoint().num_to_keep and not chosen.wanted:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
-    return keep_best_problems(job)
+    return evaluation_problems(job)
 
 
 def _storage_problems(job: Job) -> list[Problem]:

@@ -205,7 +205,7 @@ def join(
     report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
-    pause: Callable[[int], object] = lambda step: None,
+    pause: Callable[[int], bool] = lambda step: True,
 ) -> Loop | LeasedLoop:
     """
     Set the strategy up with its ports and give the loop.

@@ -256,3 +256,50 @@ def test_submit_behind_head(output: str, tmp_path: Path) -> None:
     assert json.loads(result.read_text())["status"] == "SUCCEEDED"
     (model,) = tmp_path.rglob("model.safetensors")
     assert model.stat().st_size
+
+
+class Enough(Callback):
+    """Wants the run to end once so many steps were told."""
+
+    def __init__(self, after: int, reason: bool | str = "enough") -> None:
+        self.after, self.reason, self.steps = after, reason, 0
+
+    def on_step(self, step: StepSummary) -> None:
+        self.steps += 1
+
+    def should_stop(self) -> bool | str:
+        return self.reason if self.steps >= self.after else False
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async", "hybrid"])
+def test_a_run_that_is_told_to_stop_ends_well(strategy: str, tmp_path: Path) -> None:
+    spec = {**FIELDS, "strategy": strategy, "storage_path": str(tmp_path)}
+    spec["evaluation"] = {"every_steps": 4}
+    result = Trainer(spec, Evaluated, callbacks=[Enough(2)]).fit()
+    made = result.totals.steps
+    assert made == 2 if strategy != "ps-async" else 2 <= made < 6
+    assert (result.stopped, result.history[-1].step) == ("enough", made)
+    assert [one.step for one in result.evaluations] == [made], "as after a last step"
+    assert result.checkpoint is not None and result.checkpoint.exists()
+    facts = json.loads((result.path / "result.json").read_text())
+    assert (facts["status"], facts["stopped"]) == ("SUCCEEDED", "enough")
+
+
+def test_who_stops_a_run_without_a_reason_is_named(tmp_path: Path) -> None:
+    spec = {**FIELDS, "storage_path": str(tmp_path)}
+    result = Trainer(spec, Lin, callbacks=[Enough(3, True), Enough(3, "later")]).fit()
+    assert (result.totals.steps, result.stopped) == (3, "Enough.should_stop()")
+
+
+def test_a_run_that_makes_all_its_steps_was_not_stopped(tmp_path: Path) -> None:
+    spec = {**FIELDS, "storage_path": str(tmp_path)}
+    result = Trainer(spec, Lin, callbacks=[Enough(6)]).fit()
+    assert (result.totals.steps, result.stopped) == (6, None)
+
+
+def test_a_train_function_ends_itself() -> None:
+    def train(config: dict[str, Any]) -> None:
+        """It is not called."""
+
+    with pytest.raises(SpecError, match=r"Enough\.should_stop cannot end the loop"):
+        Trainer({"name": "own", "strategy": "ring"}, train, callbacks=[Enough(1)])

@@ -154,6 +154,7 @@ def test_the_facts_are_those_of_the_run() -> None:
         "restarts": [],
         "resizes": [],
         "run_directory": "/runs/lin-1",
+        "stopped": None,
         "best_checkpoint": None,
         "url": None,
         "model": "/runs/lin-1/model.safetensors",

@@ -1,7 +1,8 @@
-"""What a run makes of its evaluations: the best checkpoint."""
+"""What a run makes of its evaluations: the best checkpoint, and an early end."""
 
 import math
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from torch.utils.data import Dataset, TensorDataset
 from distplat import Callback, Job, Result, Task, Trainer
 from distplat.platform.checkpoints import Catalogue, surplus
 from distplat.platform.errors import SpecError
-from distplat.platform.evaluations import BestCheckpoint, KeepBest, Watched
+from distplat.platform.evaluations import (
+    BestCheckpoint,
+    EarlyStop,
+    EarlyStopping,
+    KeepBest,
+    Watched,
+)
 from distplat.platform.progress import EvalSummary
 
 NAN = math.nan
@@ -152,15 +159,15 @@ class AfterItsCheckpoint(Callback):
     """Holds the run at each evaluation until the checkpoint of that step is on the disk."""
 
     def on_start(self, job: Job, run: str, path: Path) -> None:
-        self.folder = path / "checkpoints"
+        self.folder, self.last = path / "checkpoints", job.steps
 
     def on_evaluation(self, evaluation: EvalSummary) -> None:
-        until = threading.Event()
-        for _ in range(int(MOST_S * 100)):
-            if (self.folder / f"step-{evaluation.step:06d}").is_dir():
-                return
-            until.wait(0.01)
-        raise AssertionError("its checkpoint was not written")
+        if evaluation.step == self.last:
+            return  # its checkpoint comes after the last evaluation, and is waited for
+        pause, until = threading.Event(), time.monotonic() + MOST_S
+        while not (self.folder / f"step-{evaluation.step:06d}").is_dir():
+            assert time.monotonic() < until, "its checkpoint was not written"
+            pause.wait(0.01)
 
 
 def spec(tmp_path: Path, scores: list[float], **more: Any) -> dict[str, Any]:
@@ -181,10 +188,15 @@ def spec(tmp_path: Path, scores: list[float], **more: Any) -> dict[str, Any]:
     ],
 )
 def test_the_best_checkpoint_stays(
-    scores: list[float], best: int, left: list[int], tmp_path: Path
+    scores: list[float],
+    best: int,
+    left: list[int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     result = Trainer(spec(tmp_path, scores), Scored, callbacks=[AfterItsCheckpoint()]).fit()
     catalogue = Catalogue(result.path / "checkpoints")
+    assert "goes on without it" not in caplog.text
     assert result.best_checkpoint == catalogue.path(best)
     assert catalogue.steps() == left
     assert (
@@ -220,3 +232,48 @@ def test_epochs_and_steps_are_compared_once_the_data_is_known(tmp_path: Path) ->
     given = spec(tmp_path, [1.0] * 6, evaluation={"every_epochs": 1})  # of two steps
     with pytest.raises(SpecError, match="every 1, and evaluated every 2"):
         Trainer(given, Scored).fit()
+
+
+@pytest.mark.parametrize(
+    "rule, figures, stops_after",
+    [
+        ({"mode": "min"}, [3, 2, 1, 1, 1, 1], 6),
+        ({"mode": "min", "patience": 1}, [3, 2, 2, 1], 3),
+        ({"mode": "max", "patience": 2}, [1, 2, 1, 2, 3], 4),
+        ({"mode": "max", "patience": 2, "min_delta": 0.5}, [1, 1.25, 1.5, 2], 3),
+        ({"mode": "max", "patience": 2, "min_delta": 0.5}, [1, 1.25, 1.75, 2], None),
+        ({"mode": "min", "patience": 2}, [NAN, NAN], 2),
+        ({"mode": "min", "patience": 2}, [1, NAN, 0.5, NAN, 0.25], None),
+    ],
+)
+def test_when_a_run_ends_early(
+    rule: dict[str, Any], figures: list[float], stops_after: int | None
+) -> None:
+    stopping = EarlyStopping(EarlyStop(metric="loss", **rule))
+    answers = [stopping.evaluated(n, {"loss": one}) for n, one in enumerate(figures, 1)]
+    first = next((n for n, answer in enumerate(answers, 1) if answer is not None), None)
+    assert first == stops_after
+
+
+def test_the_reason_names_the_best_step() -> None:
+    stopping = EarlyStopping(EarlyStop(metric="loss", mode="min", patience=2))
+    told = [stopping.evaluated(step, {"loss": 1.0}) for step in (5, 10, 15)]
+    assert told == [None, None, "loss got no better since step 5, in 2 evaluations"]
+
+
+def test_a_job_whose_evaluations_come_at_its_end_only_cannot_stop_early() -> None:
+    more = {"early_stop": {"metric": "loss", "mode": "min"}, "evaluation": {"every_epochs": 0}}
+    (problem,) = Job.model_validate({**fields_of("ring", 1), **more}).problems()
+    assert "early_stop: needs evaluations while the run goes on" in str(problem)
+
+
+def test_early_stop_ends_a_run_as_after_its_last_step(tmp_path: Path) -> None:
+    """In this process what is decided after a step holds before the next one."""
+    rule = {"metric": "score", "mode": "max", "patience": 2}
+    given = spec(tmp_path, [1.0, 3.0, 2.0, 2.0], early_stop=rule, checkpoint={})
+    result = Trainer(given, Scored).fit()
+    assert result.totals.steps == 4 and [one.step for one in result.evaluations] == [1, 2, 3, 4]
+    assert result.stopped == "score got no better since step 2, in 2 evaluations"
+    assert result.checkpoint is not None and result.checkpoint.exists()
+    assert '"stopped": "score got no better' in (result.path / "result.json").read_text()
+    assert "stopped early  score got no better" in str(result)
