@@ -57,6 +57,8 @@ class Launch:
     """The run directory."""
     resumed: Path | None = None
     """The checkpoint that the run begins from; None: the first step."""
+    log_to_driver: bool = True
+    """Whether what workers print appears in the driver, too."""
     checked: bool = False
     """The driver looks at the task's class, and says what is wrong with it."""
 

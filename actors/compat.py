@@ -6,8 +6,9 @@ What collective groups need of torch stands in `actors/collectives/compat.py`.
 """
 
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray._private.services import get_ray_address_from_environment
 from ray._private.state import available_resources_per_node
+from ray._private.worker import print_worker_logs
 from ray.experimental.internal_kv import (
     _internal_kv_del,
     _internal_kv_get,
@@ -29,6 +32,7 @@ from ray.job_config import JobConfig
 
 JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
 """Has what the job API gave its driver; nothing public tells of it."""
+_COLORS = "RAY_COLOR_PREFIX"
 LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 """They log each upload at level INFO, which is no part of a command's output."""
 
@@ -70,6 +74,41 @@ def log_as(name: str) -> None:
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None:
             print(f"{ray_constants.LOG_PREFIX_ACTOR_NAME}{name}", file=stream, flush=True)
+
+
+@contextmanager
+def printed_by_actors(take: Callable[[Mapping[str, Any]], bool]) -> Iterator[None]:
+    """
+    Have what actors print handed to `take` in this block, by a thread of Ray's.
+
+    Args:
+        take: says whether it has taken a batch of lines; the others are Ray's to print.
+    """
+    dispatcher = global_worker_stdstream_dispatcher
+    before = list(dispatcher.handlers)
+
+    def handle(batch: Mapping[str, Any]) -> None:
+        if not take(batch):
+            for _, handler in before:
+                handler(batch)
+
+    dispatcher.handlers = [("distplat", handle)]
+    try:
+        yield
+    finally:
+        dispatcher.handlers = before
+
+
+def print_batch(batch: Mapping[str, Any], *, colored: bool) -> None:
+    """Print lines of an actor as Ray does, but those too that another actor has printed alike."""
+    plain = not colored and _COLORS not in os.environ
+    if plain:
+        os.environ[_COLORS] = "0"
+    try:
+        print_worker_logs(dict(batch), sys.stderr if batch["is_err"] else sys.stdout)
+    finally:
+        if plain:  # what the user's own actors print is none of ours
+            del os.environ[_COLORS]
 
 
 def free_resources() -> dict[str, dict[str, float]]:

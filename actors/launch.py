@@ -30,6 +30,7 @@ from distplat.actors.head_watch import HeadWatch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_transport import RayTransport
+from distplat.actors.role_output import role_output
 from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck
@@ -59,6 +60,7 @@ def train_on_ray(launch: Launch, sink: Sink) -> None:
         _task_check(launch) as task_check,
         local_ray(launch.job.scaling),
         failures_of_ray(),
+        role_output(launch.job.name, launch.folder, logger.warning, shown=launch.log_to_driver),
         HeadWatch(ray.get_runtime_context().gcs_address) as head,
     ):
         stopping.arm()

@@ -61,6 +61,8 @@ class Trainer:
         resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
             from `storage_dir`. Or the URL of one: its checkpoint is brought to the local disk, for
             as long as this object is there.
+        log_to_driver: whether what workers print appears here, too; it is always in the run
+            directory's `logs`.
 
     Raises:
         SpecError: the job or the task's class is wrong, or the run cannot go on from the
@@ -78,6 +80,7 @@ class Trainer:
         strategy_file: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
         resume: str | Path | None = None,
+        log_to_driver: bool = True,
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
         function = task is not None and not isinstance(task, type | Task) and callable(task)
@@ -100,6 +103,7 @@ class Trainer:
         self._storage_dir = Path(storage_dir or self._dir).resolve()
         check_callbacks(callbacks, self.job)
         self._callbacks = tuple(callbacks)
+        self._log_to_driver = log_to_driver
         check_library(self.job)
         self._resumed = self._find(resume) if resume is not None else None
 
@@ -233,6 +237,7 @@ class Trainer:
             self._strategy_file,
             folder,
             self._resumed,
+            log_to_driver=self._log_to_driver,
             checked=self._task is not None,
         )
         if self.job.scaling.num_workers == 0:

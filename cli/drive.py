@@ -39,6 +39,7 @@ def train(
         strategy_file=strategy_file,
         callbacks=(view,),
         resume=resume,
+        log_to_driver=not view.quiet,
     )
     # Ray hands on what workers print; stdout is for the result alone.
     with redirect_stdout(sys.stderr), view:

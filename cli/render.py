@@ -83,7 +83,7 @@ class View(Callback):
 
     def __init__(self, out: TextIO | None = None, *, quiet: bool = False) -> None:
         self._out = out or sys.stderr
-        self._quiet = quiet
+        self.quiet = quiet
         self._pace = _Pace()
         self._last_drawn = float("-inf")
         self._progress: Progress | None = None
@@ -114,7 +114,7 @@ class View(Callback):
 
     def on_step(self, step: StepSummary) -> None:
         """Show a step; those that come too fast to read are passed over."""
-        if self._quiet:
+        if self.quiet:
             return
         now = time.monotonic()
         self._pace.add(step, now)
@@ -160,7 +160,7 @@ class View(Callback):
         )
 
     def _say(self, line: str) -> None:
-        if self._quiet:
+        if self.quiet:
             return
         try:
             if self._progress is not None:
@@ -168,7 +168,7 @@ class View(Callback):
             else:
                 print(printable(line), file=self._out, flush=True)
         except (OSError, ValueError):  # nobody reads any more, or the file was closed
-            self._quiet = True
+            self.quiet = True
 
 
 class _Pace:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -72,6 +73,14 @@ def checked_model(task: Task, model: object) -> nn.Module:
             f"{where}{_listed(lazy)} of the model {'has' if len(lazy) == 1 else 'have'} no shape "
             "yet, as lazy modules do before their first batch: run one through the model in "
             "model(), for example model(torch.zeros(1, 8)), before you return it"
+        )
+    scripted = [name for name, one in model.named_modules() if isinstance(one, ScriptModule)]
+    if scripted:
+        what = repr(scripted[0]) if scripted[0] else "the model"
+        raise ValueError(
+            f"{where}{what} is a ScriptModule of torch.jit, which keeps its parameters where no "
+            "update reaches them all: give the module that it was made of, and for its speed set "
+            "`compile: true`"
         )
     return unwrapped(model)
 

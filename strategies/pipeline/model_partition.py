@@ -80,6 +80,7 @@ def measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Ten
 
 def _measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Tensor]:
     module = _copy(layer)  # gradients and running statistics are not to change
+    module.train()  # as in a step: a layer may have its own idea of it, such as a frozen batch norm
     inputs.requires_grad_(inputs.is_floating_point())
     kept = _Kept(module)
     given = inputs.clone()  # the layer may work in place; each time on the same values

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import signal_defaults
 import torch
 from ray.experimental.internal_kv import _internal_kv_list
 
@@ -20,8 +20,7 @@ MARK = "TESTED_BY"
 
 torch.set_num_threads(1)  # as in a worker: what a test computes beside a run has the run's bits
 
-# A job in the background ignores SIGINT, and so would all that it starts: no test could send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+signal_defaults.reset()
 
 # Actors import the helpers beside the tests; a raylet hands its environment on to them.
 _HERE = Path(__file__).parent

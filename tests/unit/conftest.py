@@ -5,9 +5,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import signal_defaults
 import torch
 from hypothesis import settings
 
+signal_defaults.reset()
 torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None)  # a busy one makes an example slow
 settings.load_profile("any machine")

@@ -1,6 +1,7 @@
 """What a user's task may get wrong: each mistake in clear words, with its place and exit code."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,12 @@ def test_a_metric_that_is_no_number(given: Any, message: str, tmp_path: Path) ->
     assert "in the evaluation after step 2" in str(error)
 
 
+def scripted(module: nn.Module) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it, and people have it
+        return torch.jit.script(module)
+
+
 @pytest.mark.parametrize(
     ("built", "message"),
     [
@@ -145,6 +152,8 @@ def test_a_metric_that_is_no_number(given: Any, message: str, tmp_path: Path) ->
             lambda: nn.Sequential(nn.Linear(3, 2), nn.LazyBatchNorm1d(affine=False)),
             "'1.running_mean', '1.running_var' of the model have no shape yet",
         ),
+        (lambda: scripted(nn.Linear(3, 2)), "the model is a ScriptModule of torch.jit"),
+        (lambda: nn.Sequential(scripted(nn.Linear(3, 2))), "'0' is a ScriptModule of torch.jit"),
     ],
 )
 def test_a_model_that_is_none(built: Callable[[], Any], message: str, tmp_path: Path) -> None:

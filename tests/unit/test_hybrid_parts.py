@@ -138,6 +138,24 @@ def test_measured_layers_are_those_of_a_model_on_meta() -> None:
     assert all(tensor.device.type == "cpu" for tensor in whole(run).values())
 
 
+class FrozenNorm(nn.BatchNorm1d):
+    """Keeps its statistics, as a pretrained one does in fine-tuning; needs no batch of two."""
+
+    def train(self, mode: bool = True) -> "FrozenNorm":
+        super().train(False)
+        return self
+
+
+def test_layers_are_measured_in_the_mode_that_they_train_in() -> None:
+    class Frozen(Mlp):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(6, 5), FrozenNorm(5), nn.Tanh(), nn.Linear(5, 4))
+
+    job = hybrid_job({"pipeline": 2, "micro_batches": 8}, 2, steps=1, global_batch_size=8)
+    run = train(job, Frozen)
+    assert {"1.running_mean", "3.weight"} <= whole(run).keys()
+
+
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here and share one generator: seeding and drawing must not be torn."""

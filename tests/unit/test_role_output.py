@@ -1,0 +1,158 @@
+"""Lines that a run's actors print: each once for each role, in the terminal and in files."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray._private import ray_logging
+
+from distplat.actors import role_output
+from distplat.actors.role_output import RoleFiles, role_of
+
+Emit = Callable[..., None]
+
+
+def batch(name: str, *lines: str, pid: object = 17, err: bool = False) -> dict[str, Any]:
+    """As Ray's log monitor sends it."""
+    return {
+        "actor_name": name,
+        "pid": pid,
+        "lines": list(lines),
+        "is_err": err,
+        "ip": "10.0.0.1",
+        "localhost": "10.0.0.1",
+        "task_name": None,
+        "job": "01000000",
+    }
+
+
+@pytest.fixture
+def rays_own() -> Iterator[list[dict[str, Any]]]:
+    """What Ray's own printer was handed."""
+    dispatcher = ray_logging.global_worker_stdstream_dispatcher
+    printed: list[dict[str, Any]] = []
+    before = dispatcher.handlers
+    dispatcher.handlers = [("ray_print_logs", printed.append)]
+    yield printed
+    assert [name for name, _ in dispatcher.handlers] == ["ray_print_logs"], "put back"
+    dispatcher.handlers = before
+
+
+def run(folder: Path, *batches: dict[str, Any], shown: bool = True) -> list[str]:
+    """Have these batches come during a run; give the warnings."""
+    said: list[str] = []
+    with role_output.role_output("digits", folder, said.append, shown=shown):
+        for one in batches:
+            ray_logging.global_worker_stdstream_dispatcher.emit(one)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "pid", "line", "role"),
+    [
+        ("digits/worker-0", 17, "loss 1.0", "worker-0"),
+        ("digits/worker-1/attempt-2", 17, "loss 1.0", "worker-1"),
+        ("digits/server-manager", 17, "", "server-manager"),
+        ("digits2/worker-0", 17, "of another run", None),
+        ("Actor", 17, "of the user's own", None),
+        ("", 17, "of a task", None),
+        ("", "raylet", "A worker died or was killed while executing a task", "raylet"),
+        ("", "raylet", "the disk is nearly full", None),
+        ("", "autoscaler", "A worker died or was killed", None),
+    ],
+)
+def test_whose_lines_they_are(name: str, pid: object, line: str, role: str | None) -> None:
+    assert role_of("digits", batch(name, line, pid=pid)) == role
+
+
+def test_lines_that_are_alike_appear_for_each_role(
+    tmp_path: Path,
+    rays_own: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_COLOR_PREFIX", "0")
+    same = [batch(f"digits/worker-{rank}", "epoch 1", pid=17 + rank) for rank in range(2)]
+    late = batch("digits/worker-1/attempt-1", "a warning", pid=19, err=True)
+    assert run(tmp_path, *same, late) == []
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [
+        "(digits/worker-0 pid=17) epoch 1",
+        "(digits/worker-1 pid=18) epoch 1",
+    ]
+    assert shown.err == "(digits/worker-1/attempt-1 pid=19) a warning\n"
+    files = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert files == {"worker-0.log": "epoch 1\n", "worker-1.log": "epoch 1\na warning\n"}
+    assert rays_own == []
+
+
+def test_a_terminal_alone_gets_colors(
+    tmp_path: Path,
+    rays_own: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_COLOR_PREFIX", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    run(tmp_path, batch("digits/worker-0", "x"))
+    assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    run(tmp_path, batch("digits/worker-0", "x"))
+    assert "\x1b" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    run(tmp_path, batch("digits/worker-0", "x"))
+    assert "\x1b" not in capsys.readouterr().out
+    assert "RAY_COLOR_PREFIX" not in os.environ, "the user's own actors print as they did"
+
+
+def test_others_lines_are_rays_to_print(
+    tmp_path: Path, rays_own: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = batch("Actor", "mine")
+    run(tmp_path, other)
+    assert rays_own == [other]
+    assert not (tmp_path / "logs").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_lines_are_in_files_all_the_same(
+    tmp_path: Path, rays_own: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, batch("digits/worker-0", "x"), shown=False)
+    assert (tmp_path / "logs" / "worker-0.log").read_text() == "x\n"
+    assert (capsys.readouterr(), rays_own) == (("", ""), [])
+
+
+def test_rays_own_way_is_had_for_the_asking(
+    tmp_path: Path, rays_own: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "1")
+    one = batch("digits/worker-0", "x")
+    run(tmp_path, one)
+    assert rays_own == [one]
+    assert (tmp_path / "logs" / "worker-0.log").read_text() == "x\n"
+
+
+def test_what_cannot_be_written_is_warned_of_once(
+    tmp_path: Path, rays_own: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").write_text("a file")
+    said = run(tmp_path, *(batch("digits/worker-0", f"line {n}") for n in range(3)))
+    assert len(said) == 1
+    assert "is written to no file any more: " in said[0]
+    assert "Not a directory" in said[0]
+    assert len(capsys.readouterr().out.splitlines()) == 3, "it is printed all the same"
+
+
+def test_files_do_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(role_output, "_LARGEST", 100)
+    files = RoleFiles(tmp_path, pytest.fail)
+    for number in range(100):
+        files.write("worker-0", [f"line {number}"])
+    files.close()
+    kept = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert kept.keys() == {"worker-0.log", "worker-0.log.1"}
+    assert all(size <= 100 for size in kept.values())
+    assert (tmp_path / "worker-0.log").read_text().endswith("line 99\n")
