@@ -23,13 +23,14 @@ from distplat.actors.launch import train_on_ray
 from distplat.actors.result import Result
 from distplat.actors.task_check import check_class, check_function
 from distplat.actors.task_loading import TrainFunction
+from distplat.actors.tracking import Tracking
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.evaluations import check_metrics
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_checkpoints import url_of
-from distplat.platform.resume import check_library, start_from, start_from_url
+from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.run_upload import RunUpload, not_uploaded, upload_of
 from distplat.platform.spec import Job
@@ -104,7 +105,7 @@ class Trainer:
         check_callbacks(callbacks, self.job)
         self._callbacks = tuple(callbacks)
         self._log_to_driver = log_to_driver
-        check_library(self.job)
+        check_libraries(self.job)
         self._resumed = self._find(resume) if resume is not None else None
 
     def _find(self, where: str | Path) -> Path:
@@ -120,6 +121,10 @@ class Trainer:
         found = start_from(self.job, path, logger.warning)
         self._resumed_from = str(found.path)
         return found.path
+
+    def _run_before(self) -> Path | None:
+        """Give the directory of the run that this one goes on from, which may be gone by now."""
+        return None if self._resumed is None else self._resumed.parent.parent
 
     def _scratch(self) -> Path:
         """Make a directory that goes with this object."""
@@ -147,7 +152,8 @@ class Trainer:
             logger.warning("%s", line)
         directory = RunDirectory(self.job, new_run_name(self.job.name), self._storage_dir)
         result = Result(directory.path, None, reported=self.job.own_loop)
-        callbacks = Callbacks(self._callbacks, self.job.early_stop)
+        trackers = [Tracking(one, self._run_before()) for one in self.job.trackers]
+        callbacks = Callbacks((*trackers, *self._callbacks), self.job.early_stop)
         try:
             self._fit(directory, result, callbacks)
         except BaseException as error:

@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 from distplat.cli.describe import field_rows
-from distplat.platform import embeddings, evaluations, lr_schedules, optimizers, spec
+from distplat.platform import embeddings, evaluations, lr_schedules, optimizers, spec, trackers
 
 HEAD = """\
 # The job file
@@ -50,6 +50,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("checkpoint.keep_best", "checkpoint.keep_best.", evaluations.KeepBest),
     ("early_stop", "early_stop.", evaluations.EarlyStop),
     ("failure", "failure.", spec.Failure),
+    ("trackers", "trackers.N.", trackers.TrackerSpec),
 ]
 
 BESIDE = ("name", "warmup_steps")
@@ -139,7 +140,8 @@ def page() -> str:
             cells = [row["type"], f"`{row['default']}`", row["description"]]
             if prefix + row["name"] in mappings:
                 default = "`required`" if row["default"] == "required" else ""
-                cells = ["mapping", default, "see below"]
+                form = "list" if row["name"] == "trackers" else "mapping"
+                cells = [form, default, "see below"]
             parts.append("| " + " | ".join([f"`{prefix}{row['name']}`", *cells]) + " |\n")
     parts.append(SCHEDULERS)
     for schedule in lr_schedules.LRSchedule.__subclasses__():

@@ -31,6 +31,7 @@ from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule
 from distplat.platform.optimizers import SGD, AnyOptimizer
 from distplat.platform.parameter_groups import group_problems
 from distplat.platform.storage_url import is_url, url_problem
+from distplat.platform.trackers import TrackerSpec, tracker_problems
 
 logger = logging.getLogger(__name__)
 
@@ -310,6 +311,8 @@ class Job(Spec):
     early_stop: EarlyStop | None = None
     """When evaluations get no better the run ends; None: it makes all its steps."""
     failure: Failure = Failure()
+    trackers: tuple[TrackerSpec, ...] = ()
+    """Experiment trackers beside TensorBoard: `mlflow`, `wandb`, or mappings with their `name`."""
     storage_path: Folder = "runs"
     """Where run directories are made; relative to the directory `submit` was called in. Or a URL,
     such as s3://bucket/prefix: they are made in `runs`, and a copy of each is kept at the URL."""
@@ -329,7 +332,8 @@ class Job(Spec):
         """Check what no single field can see; empty: the job holds together."""
         if self.own_loop:
             given = {"name": self.name, "strategy": self.strategy, "own_loop": True}
-            return [*own_loop.problems(self, Job.model_validate(given)), *_gpu_problems(self)]
+            found = own_loop.problems(self, Job.model_validate(given))
+            return [*found, *_gpu_problems(self), *tracker_problems(self)]
         return [
             *_length_problems(self),
             *_batch_problems(self),
@@ -340,6 +344,7 @@ class Job(Spec):
             *_checkpoint_problems(self),
             *_embedding_problems(self),
             *_storage_problems(self),
+            *tracker_problems(self),
         ]
 
 
