@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ class Connection:
         Raises:
             DistplatError: somebody did not come, or the attempt was given up.
         """
+        order = replace(order, job=prepared.job)  # its rates may be the task's
         return Ports(
             self._meet(order),
             self._reach_shards(order, prepared),

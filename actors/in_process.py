@@ -17,7 +17,7 @@ from distplat.actors.function_run import run_function
 from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
 from distplat.actors.servers.leases import RemoteLeases
-from distplat.actors.task_check import check_class, check_function
+from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
 from distplat.actors.training import saved_model
 from distplat.actors.user_errors import as_user_error
@@ -29,7 +29,7 @@ from distplat.platform.tensor_file import decode
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.function.session import Outlets
-from distplat.strategies.loop.checks import remark_on_size
+from distplat.strategies.loop.checks import remarks_on
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare
 from distplat.strategies.sparse.files import keep_tables
@@ -85,7 +85,8 @@ def _train(
     strategy = make_worker_strategy(job)
     device = "cuda" if job.scaling.use_gpu else "cpu"
     prepared = prepare(job, task, device, strategy)
-    if remark := remark_on_size(job, prepared.sampler):
+    job = prepared.job
+    for remark in remarks_on(job, prepared.sampler):
         logger.warning("%s", remark)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
@@ -160,7 +161,7 @@ def _task_class(launch: Launch) -> type[Task]:
     """Give the task's class, looked at; say what is no error, unless that was done."""
     given = launch.task if isinstance(launch.task, type) else None
     found = given or load_task_class(launch.job.task or "", launch.working_dir)
-    said = check_class(found, launch.job.task_args)
+    said = check_class(found, launch.job.task_args, said_by_job(launch.job))
     for line in () if launch.checked else said:
         logger.warning("%s", line)
     return found

@@ -33,7 +33,7 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.role_output import role_output
 from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
-from distplat.actors.task_check import TaskCheck
+from distplat.actors.task_check import TaskCheck, said_by_job
 from distplat.actors.task_pickling import check_pickles
 from distplat.platform.ray_token import secure_token
 from distplat.platform.spec import Scaling
@@ -126,7 +126,7 @@ def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
         return
     job = launch.job
     given = entry, launch.working_dir, job.task_args
-    check = TaskCheck(*given, shown=False, function=job.own_loop)
+    check = TaskCheck(*given, shown=False, function=job.own_loop, said=said_by_job(job))
     try:
         yield check
     finally:

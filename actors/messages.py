@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from distplat.platform.checkpoints import Delivery
     from distplat.platform.errors import DistplatError
+    from distplat.platform.lr_schedules import TaskSchedule
     from distplat.platform.progress import AnyReport
     from distplat.platform.shard_map import ShardMap
     from distplat.platform.spec import Job
@@ -138,6 +139,8 @@ class ModelFacts:
     """Runs of the vector that others have too, and count in the norm of the gradient."""
     layout: Layout | None = None
     """What lies where in the vector; None: it is as if it were a single parameter."""
+    schedule: TaskSchedule | None = None
+    """Learning rates that the task says itself; None: the job's."""
 
 
 @dataclass(frozen=True)

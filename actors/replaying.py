@@ -69,11 +69,12 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
         task = make_task(job, lambda: load_task_class(entry, str(working_dir)))
         return prepare(job, task, device)
 
-    world, steps = job.scaling.world, prepare_rank().total_steps
+    first = prepare_rank()
+    world, steps = job.scaling.world, first.total_steps
     found = [flaw for log in logs for flaw in flaws(log, world, steps)]
     if found or len(logs) != roles.servers:
         raise StorageError(f"{directory / FILE_NAME}: {(found or ['shards are missing'])[0]}")
-    plan = ShardPlan(job, "replay", 0, world, steps, len(logs), roles.consistency)
+    plan = ShardPlan(first.job, "replay", 0, world, steps, len(logs), roles.consistency)
     threads = max(1, int(job.scaling.resources()["CPU"]))
     model = replay(plan, logs, prepare_rank, threads)
     name, difference = _compare(

@@ -26,7 +26,10 @@ from typing import Any
 import distplat
 from distplat.actors.task_loading import load_task_class, load_train_function
 from distplat.platform.errors import Problem, SpecError, UserCodeError, hint
-from distplat.strategies.task import Task
+from distplat.platform.lr_schedules import Schedule
+from distplat.platform.optimizers import TaskOptimizer
+from distplat.platform.spec import Job
+from distplat.strategies.task import Task, has_lr, has_optimizer
 from distplat.strategies.task_methods import near_miss, unheard
 
 _CHILD = """
@@ -40,13 +43,24 @@ _LONGEST = 10_000
 """Characters of a message, and of a traceback: they must fit into a pipe that nobody reads yet."""
 
 
-def check_class(kind: object, given: Iterable[str]) -> list[str]:
+TASKS = "the task's optimizer"
+"""Of a job with `optimizer: {name: task}`."""
+
+
+def said_by_job(job: Job) -> list[str]:
+    """Give the fields of a job that say what a method of the task may say instead; or `TASKS`."""
+    schedule = ["lr_schedule"] if job.lr_schedule != Schedule() else []
+    return [*schedule, TASKS if isinstance(job.optimizer, TaskOptimizer) else "optimizer"]
+
+
+def check_class(kind: object, given: Iterable[str], said: Iterable[str] = ()) -> list[str]:
     """
     Look at a task's class.
 
     Args:
         kind: what should be one.
         given: names in `task_args`.
+        said: see `said_by_job`.
 
     Returns:
         What is no error, but probably not meant: a sentence each.
@@ -61,7 +75,7 @@ def check_class(kind: object, given: Iterable[str]) -> list[str]:
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         got = kind.__name__ if isinstance(kind, type) else f"a {type(kind).__name__}"
         raise SpecError(Problem(("task",), f"must be a subclass of distplat.Task, got {got}"))
-    problems = [*_missing(kind), *_arguments(kind, [*given])]
+    problems = [*_missing(kind), *_arguments(kind, [*given]), *_said_twice(kind, [*said])]
     if problems:
         raise SpecError(*problems)
     return unheard(kind)
@@ -132,6 +146,22 @@ def _arguments(kind: type[Task], given: list[str]) -> list[Problem]:
     return problems
 
 
+def _said_twice(kind: type[Task], said: list[str]) -> list[Problem]:
+    """Compare what the job says with what the class says itself."""
+    found, name = [], kind.__name__
+    if "lr_schedule" in said and has_lr(kind):
+        text = f"{name} has lr(), which says the rates itself"
+        found.append(Problem(("lr_schedule",), text, "remove one of the two"))
+    if "optimizer" in said and has_optimizer(kind):
+        text = f"{name} has optimizer(), which makes it itself"
+        hint = "write `optimizer: {name: task}`, or remove the method"
+        found.append(Problem(("optimizer",), text, hint))
+    if TASKS in said and not has_optimizer(kind):
+        text = f"{name} has no optimizer(named_parameters), and the job asks for it"
+        found.append(Problem(("optimizer", "name"), text, "write it, or name one of torch.optim"))
+    return found
+
+
 class TaskCheck:
     """
     The check of a task that a job names, in a process of its own.
@@ -142,6 +172,7 @@ class TaskCheck:
         given: names in `task_args`.
         shown: whether what the module prints is shown, on stderr.
         function: whether it is to be a train function.
+        said: see `said_by_job`.
     """
 
     def __init__(
@@ -152,11 +183,12 @@ class TaskCheck:
         *,
         shown: bool,
         function: bool = False,
+        said: Iterable[str] = (),
     ) -> None:
         self._entry = entry
         home = str(Path(distplat.__file__).resolve().parent.parent)
         wanted = {"entry": entry, "folder": folder, "given": [*given], "function": function}
-        request = json.dumps(wanted)
+        request = json.dumps({**wanted, "said": [*said]})
         # -P: what lies in the task's folder must not stand in for the standard library.
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-c", _CHILD, home, request],
@@ -223,7 +255,8 @@ def answer() -> None:
         if request["function"]:
             found["unheard"] = check_function(load_train_function(*where))
         else:
-            found["unheard"] = check_class(load_task_class(*where), request["given"])
+            kind = load_task_class(*where)
+            found["unheard"] = check_class(kind, request["given"], request["said"])
     except SpecError as error:
         found["problems"] = [asdict(problem) for problem in error.problems]
     except (Exception, SystemExit) as error:

@@ -21,7 +21,7 @@ from distplat.actors.callbacks import Callback, Callbacks, check_callbacks
 from distplat.actors.controller_client import Sink
 from distplat.actors.launch import train_on_ray
 from distplat.actors.result import Result
-from distplat.actors.task_check import check_class, check_function
+from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction
 from distplat.actors.tracking import Tracking
 from distplat.platform.background_writer import BackgroundWriter
@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 
 def _checked(task: object, job: Job) -> list[str]:
     """Look at what `Trainer` was handed; see `check_class`."""
-    return check_function(task) if job.own_loop else check_class(task, job.task_args)
+    if job.own_loop:
+        return check_function(task)
+    return check_class(task, job.task_args, said_by_job(job))
 
 
 class Trainer:

@@ -27,7 +27,7 @@ from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
 from distplat.actors.ray_errors import of_platform
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.task_check import check_class
+from distplat.actors.task_check import check_class, said_by_job
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.transport import NotHere, TransportError
 from distplat.actors.user_errors import as_user_error, killed_loader
@@ -39,7 +39,7 @@ from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
 from distplat.strategies.function.session import Outlets
-from distplat.strategies.loop.checks import remark_on_size
+from distplat.strategies.loop.checks import remarks_on
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.pause import PauseGate
 from distplat.strategies.loop.prepared import Prepared
@@ -268,7 +268,7 @@ class Session:
             logger.info("rank %d goes on after step %d", order.rank, start)
             return
         world = order.job.scaling.world
-        if order.rank == 0 and (remark := remark_on_size(order.job, prepared.sampler)):
+        for remark in remarks_on(prepared.job, prepared.sampler) if order.rank == 0 else ():
             logger.warning("%s", remark)
         logger.info(
             "rank %d %s: %s, %d parameters on %s, %d steps",
@@ -366,7 +366,7 @@ def _task_class(order: WorkOrder) -> type[Task]:
         found: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
     else:
         found = load_task_class(order.task, search_path(order))
-    said = check_class(found, order.job.task_args)
+    said = check_class(found, order.job.task_args, said_by_job(order.job))
     for line in said if order.rank == 0 and not order.checked else ():
         logger.warning("%s", line)
     return found

@@ -26,7 +26,7 @@ from distplat.actors import checkpointing
 from distplat.actors.hash_seed import NAME, chosen
 from distplat.actors.launch import local_ray
 from distplat.actors.result import Result
-from distplat.actors.task_check import TaskCheck
+from distplat.actors.task_check import TaskCheck, said_by_job
 from distplat.actors.trainer import Trainer
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, UserCodeError
@@ -110,7 +110,8 @@ def _checked(wanted: Wanted) -> list[str]:
     if job.own_loop:
         text = "verify compares a task with plain loops; a train function is such a loop itself"
         raise SpecError(Problem(("task",), text))
-    check = TaskCheck(job.task or "", str(wanted.folder), job.task_args, shown=False)
+    given = job.task or "", str(wanted.folder), job.task_args
+    check = TaskCheck(*given, shown=False, said=said_by_job(job))
     try:
         return check.result(job.failure.start_timeout_s)
     finally:

@@ -99,10 +99,10 @@ def validate(request: Request) -> None:
     job = resolve(request)
     check_libraries(job)
     if job.task is not None:
-        from distplat.actors.task_check import TaskCheck
+        from distplat.actors.task_check import TaskCheck, said_by_job
 
         given = job.task, str(request.folder), job.task_args
-        check = TaskCheck(*given, shown=True, function=job.own_loop)
+        check = TaskCheck(*given, shown=True, function=job.own_loop, said=said_by_job(job))
         try:
             for line in check.result(job.failure.start_timeout_s):
                 request.say(f"warning: {line}")

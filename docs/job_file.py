@@ -69,8 +69,9 @@ lr_schedule: {name: wsd, warmup_steps: 100, decay_steps: 200, decay: sqrt}     #
 
 `OneCycleLR` is over the run after the warm-up, and leaves momentum alone: `cycle_momentum: false`
 must stand there, for torch's default is true. Not here: `ReduceLROnPlateau`, which needs the
-results of evaluations, schedulers made of functions or of others, and `CyclicLR`, which replaces
-the learning rates of optimizer and groups.
+results of evaluations, schedulers made of others, and `CyclicLR`, which replaces the learning rates
+of optimizer and groups. A function of the step, as for `LambdaLR`, is `lr(step, total)` of the
+[task](task.md#the-learning-rate), and stands in place of `lr_schedule`.
 
 | name | arguments |
 |---|---|
@@ -90,6 +91,11 @@ strategy: {name: ps-sync, num_servers: 2}
 ## optimizer
 
 `name` and the arguments of that class in `torch.optim`, with torch's defaults; `lr` must be given.
+`{name: task}`: the one that `optimizer(named_parameters)` of the [task](task.md#the-optimizer)
+makes, under `ring`. All but `Adafactor` update element by element. It looks at a parameter as a
+whole, so shards end where parameters do, and may be uneven; it is refused under `tensor` of
+`hybrid` and with `split: load`. `Muon` takes matrices alone, and stands beside another: a task
+makes both.
 """
 GROUPS = """
 ## optimizer.groups
@@ -112,7 +118,8 @@ those of `model.named_parameters()`; those of parameters that the task keeps its
 optimizer's arguments, and so has a group for what it does not give.
 
 A group takes every argument of its optimizer but `initial_accumulator_value`, which torch ignores
-in a group. `amsgrad`, `centered` and whether `momentum` is 0 are the same in all groups.
+in a group, and of `Adafactor` `beta2_decay`, `eps` and `d`. `amsgrad`, `centered` and whether
+`momentum` is 0 are the same in all groups.
 `lr_schedule` applies to the rate of each group, `clip_norm` to all parameters. A pattern that
 matches no parameter, or only those of earlier groups, ends the run before its first step. Embedding
 tables are updated as `embeddings.optimizer` says: a group that matches one is refused. Groups may
@@ -151,6 +158,8 @@ def page() -> str:
             parts.append(f"| {schedule.__name__} | {names} |\n")
     parts.append(STRATEGY + "\n| name | arguments |\n|---|---|\n")
     for kind in optimizers.Optimizer.__subclasses__():
+        if kind is optimizers.TaskOptimizer:
+            continue
         known = [name for name in kind.model_fields if name not in ("name", "groups")]
         names = ", ".join(f"`{name}`" for name in known)
         parts.append(f"| {kind.__name__} | {names} |\n")

@@ -1,5 +1,22 @@
 """Cut a length into nearly equal parts: batches over ranks, parameters over shards, ring chunks."""
 
+from collections.abc import Sequence
+
+
+def cut_at(bounds: Sequence[tuple[int, int]], places: Sequence[int]) -> list[tuple[int, int]]:
+    """
+    Move the bounds between ranges to the nearest of some places; a range may be left empty.
+
+    Args:
+        bounds: ranges that follow each other, from 0.
+        places: where they may end, beside the last one's end; they rise.
+    """
+    total = bounds[-1][1]
+    allowed = [*places, total]
+    inner = [min(allowed, key=lambda at: abs(at - stop)) for _, stop in bounds[:-1]]
+    ends = [*inner, total]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
 
 def split_evenly(length: int, parts: int, *, align: int = 1) -> list[tuple[int, int]]:
     """

@@ -8,7 +8,9 @@ unit test holds names, arguments and rates here against torch's.
 
 import math
 from abc import abstractmethod
+from array import array
 from bisect import bisect_right
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -19,10 +21,11 @@ Part = Annotated[Number, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 
 WARMUP = "`warmup_steps` may stand beside every schedule"
+METHOD = "write lr(step, total) in the task"
 REFUSED_SCHEDULES = {
     "ReduceLROnPlateau": "it needs the results of evaluations, which servers do not have",
-    "LambdaLR": "it needs a function, which a job file cannot hold",
-    "MultiplicativeLR": "it needs a function, which a job file cannot hold",
+    "LambdaLR": f"it needs a function, which a job file cannot hold; {METHOD}",
+    "MultiplicativeLR": f"it needs a function, which a job file cannot hold; {METHOD}",
     "SequentialLR": f"it is made of others; {WARMUP}",
     "ChainedScheduler": f"it is made of others; {WARMUP}",
     "CyclicLR": "it replaces the learning rates of optimizer and groups",
@@ -254,6 +257,18 @@ def _with_name(value: object) -> object:
     if isinstance(value, dict) and "name" not in value:
         return {"name": "constant", **value}
     return value
+
+
+@dataclass(frozen=True)
+class TaskSchedule:
+    """What a task's `lr` gave; workers and servers have it in place of a schedule of the job's."""
+
+    factors: "array[float]"
+    """By step: what each `lr` of the job is multiplied by."""
+
+    def rate(self, base: float, step: int, total_steps: int) -> float:
+        """See `LRSchedule.rate`."""
+        return base * self.factors[step]
 
 
 NamedSchedule = Annotated[AnySchedule, Field(discriminator="name"), BeforeValidator(_with_name)]

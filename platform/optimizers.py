@@ -4,27 +4,35 @@ The optimizers a job file may name: those of `torch.optim`, with their own argum
 They are written out, not looked up, so that a job file is checked without importing torch; a unit
 test holds every name and argument here against torch's signatures.
 
-Only optimizers that act element by element are here: each element's update needs nothing but the
-element's own gradient and state, so a shard of the parameters can be updated alone and every
-strategy gives the same result. `WHOLE_TENSOR` names those of torch that look at more.
+Most act element by element: each element's update needs nothing but the element's own gradient and
+state, so a shard of the parameters can be updated alone and every strategy gives the same result.
+Others (`Optimizer.whole`) look at a parameter as a whole: for them shards end where parameters do.
+`REFUSED_OPTIMIZERS` names those of torch that are neither.
 """
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
 
 from distplat.platform.fields import (
     Flag,
     Fraction,
     NonNegative,
+    Number,
     Pair,
     Positive,
     Spec,
 )
 
-WHOLE_TENSOR = {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
-"""Optimizers of torch whose update of an element needs more than that element."""
+REFUSED_OPTIMIZERS = {
+    "Muon": "it takes matrices alone: write optimizer(named_parameters) and `name: task`",
+    "LBFGS": "it asks for the loss several times in a step",
+    "SparseAdam": "it is for embedding tables: `embeddings.optimizer`",
+}
+"""Optimizers of torch that a job may not name, and why."""
 
 
 class Group(Spec):
@@ -74,6 +82,11 @@ class Group(Spec):
 class Optimizer(Spec):
     """What all optimizers have. `lr` is the rate that the schedule scales."""
 
+    whole: ClassVar[bool] = False
+    """Whether the update of an element needs more of its parameter than that element."""
+    not_in_groups: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that are the same in all groups."""
+
     name: str
     """The class in `torch.optim`."""
     lr: Positive
@@ -108,6 +121,11 @@ class Optimizer(Spec):
     def rates(self) -> tuple[float, ...]:
         """Give `lr` of parameters that are in no group, then that of each group."""
         return self.lr, *(self.lr if one.lr is None else one.lr for one in self.groups)
+
+    def figures(self) -> tuple[str, ...]:
+        """Name each of `rates` as it is reported; empty: it is the first one."""
+        own = enumerate(self.groups)
+        return "lr", *("" if one.lr is None else f"lr_group_{n}" for n, one in own)
 
 
 class SGD(Optimizer):
@@ -192,7 +210,50 @@ class RAdam(Optimizer):
     decoupled_weight_decay: Flag = False
 
 
-AnyOptimizer = Annotated[
-    SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam,
-    Field(discriminator="name"),
-]
+class Adafactor(Optimizer):
+    """Adam's second moments by rows and columns, Shazeer & Stern 2018; torch's has no momentum."""
+
+    whole: ClassVar[bool] = True
+    not_in_groups: ClassVar[frozenset[str]] = frozenset({"eps", "beta2_decay", "d"})
+
+    name: Literal["Adafactor"]
+    beta2_decay: Annotated[Number, Field(le=0)] = -0.8
+    eps: tuple[NonNegative | None, NonNegative] = (None, 1e-3)
+    d: Annotated[Number, Field(ge=1)] = 1.0
+
+
+class TaskOptimizer(Optimizer):
+    """Whatever the task's `optimizer` makes."""
+
+    name: Literal["task"]
+    lr: Positive = 1.0
+    of_groups: tuple[float, ...] = (1.0,)
+    """In a worker, which has asked the task: `lr` of each param group."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.keys() - {"name"}:
+            text = "has no arguments beside `name: task`: the task's optimizer() says them"
+            raise PydanticCustomError("task_optimizer", text)
+        return given
+
+    @model_serializer(mode="plain")
+    def _name(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def rates(self) -> tuple[float, ...]:
+        """Give `lr` of each param group."""
+        return self.of_groups
+
+    def figures(self) -> tuple[str, ...]:
+        """See `Optimizer`; groups are counted as torch does."""
+        own = enumerate(self.of_groups[1:], 1)
+        return "lr", *("" if lr == self.of_groups[0] else f"lr_group_{n}" for n, lr in own)
+
+
+_Named = SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam
+AnyOptimizer = Annotated[_Named, Field(discriminator="name")]
+"""Those that update element by element."""
+JobOptimizer = Annotated[_Named | Adafactor | TaskOptimizer, Field(discriminator="name")]
+"""As a job file has it."""

@@ -32,7 +32,7 @@ def group_problems(rule: Optimizer) -> list[Problem]:
 def _argument_problems(rule: Optimizer, number: int) -> list[Problem]:
     where = "optimizer", "groups", number
     given = rule.groups[number].arguments()
-    known = type(rule).model_fields.keys() - {"name", "groups"}
+    known = type(rule).model_fields.keys() - {"name", "groups"} - rule.not_in_groups
     found = [
         Problem((*where, name), f"is no argument of {rule.name}", hint(name, known))
         for name in given

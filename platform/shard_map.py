@@ -4,14 +4,15 @@ Which server node keeps which parameters: the metadata that the server manager o
 Parameters lie one after another in one flat vector; a shard is a run of its elements. Cutting the
 vector, not the list of tensors, balances the shards by bytes whatever the sizes of the layers: one
 huge embedding does not make one server the slow one. Where servers differ they are cut by measured
-speed, on request: everybody waits for the slowest shard.
+speed, on request: everybody waits for the slowest shard. An optimizer that looks at whole tensors
+has it cut where parameters end.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from distplat.platform.even_split import split_evenly
+from distplat.platform.even_split import cut_at, split_evenly
 from distplat.platform.spec import SYNCHRONOUS, Consistency, Job
 from distplat.platform.vector_layout import Layout
 
@@ -47,7 +48,13 @@ class ShardMap:
 
 
 def cut_shards(
-    total: int, servers: int, *, version: int = 1, speeds: Sequence[float] = (), tail: int = 0
+    total: int,
+    servers: int,
+    *,
+    version: int = 1,
+    speeds: Sequence[float] = (),
+    tail: int = 0,
+    places: Sequence[int] = (),
 ) -> ShardMap:
     """
     Cut `total` elements into one shard per server; for a tiny model some may be empty.
@@ -58,6 +65,7 @@ def cut_shards(
         version: of the map.
         speeds: elements that each server updates in a second; empty: as if all were alike.
         tail: how many of the last elements are frozen; the last shard has them on top.
+        places: where alone it may be cut; they rise. Empty: anywhere.
     """
     whole, total = total, total - tail
     align = _ALIGN if total >= servers * _ALIGN else 1
@@ -65,6 +73,8 @@ def cut_shards(
         bounds = split_evenly(total, servers, align=align)
     else:
         bounds = _bounds_by_speed(total, speeds, align)
+    if places:
+        bounds = cut_at(bounds, [at for at in places if at < total])
     bounds[-1] = bounds[-1][0], whole
     shards = tuple(Shard(i, start, stop) for i, (start, stop) in enumerate(bounds))
     return ShardMap(version, whole, shards)

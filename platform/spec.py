@@ -27,8 +27,8 @@ from distplat.platform.fields import (
     Seconds,
     Spec,
 )
-from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule
-from distplat.platform.optimizers import SGD, AnyOptimizer
+from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule, TaskSchedule
+from distplat.platform.optimizers import SGD, JobOptimizer
 from distplat.platform.parameter_groups import group_problems
 from distplat.platform.storage_url import is_url, url_problem
 from distplat.platform.trackers import TrackerSpec, tracker_problems
@@ -280,7 +280,7 @@ class Job(Spec):
     strategy: Annotated[StrategySpec, BeforeValidator(_strategy)]
     """The architecture: a name, or a mapping with the name and the strategy's options."""
     scaling: Scaling = Scaling()
-    optimizer: AnyOptimizer
+    optimizer: JobOptimizer
     lr_schedule: NamedSchedule = Schedule()
     embeddings: Embeddings | None = None
     """Servers of embedding tables, for models with `distplat.nn.ShardedEmbedding`."""
@@ -327,6 +327,16 @@ class Job(Spec):
         """Give the same job with another number of workers; `problems` is to be asked of it."""
         scaling = self.scaling.model_copy(update={"num_workers": number})
         return self.model_copy(update={"scaling": scaling})
+
+    @property
+    def task_schedule(self) -> TaskSchedule | None:
+        """The rates that the task says itself, once it has been asked; None: the job does."""
+        found: Any = self.lr_schedule
+        return found if isinstance(found, TaskSchedule) else None
+
+    def with_schedule(self, schedule: TaskSchedule) -> "Job":
+        """Give the same job with a schedule that no job file can hold."""
+        return self.model_copy(update={"lr_schedule": schedule})
 
     def problems(self) -> list[Problem]:
         """Check what no single field can see; empty: the job holds together."""

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from distplat.platform.errors import Problem, hint, nearest
 from distplat.platform.lr_schedules import REFUSED_SCHEDULES
-from distplat.platform.optimizers import WHOLE_TENSOR
+from distplat.platform.optimizers import REFUSED_OPTIMIZERS
 from distplat.platform.yaml_source import FieldPath
 
 MAX_PROBLEMS = 50
@@ -57,7 +57,7 @@ _PATTERNS: dict[FieldPath, str] = {
     ("storage_path",): "must be a path: not empty, no control characters",
 }
 _REFUSED = {
-    **dict.fromkeys(WHOLE_TENSOR, "it needs whole tensors, so it cannot be sharded"),
+    **REFUSED_OPTIMIZERS,
     **REFUSED_SCHEDULES,
 }
 """Names that choose a model of a union elsewhere, and why not here."""

@@ -37,6 +37,8 @@ class Piece:
     stop: int
     group: int = 0
     """The parameter's, of the optimizer's groups, from 1; 0: it is in none."""
+    shape: tuple[int, ...] | None = None
+    """The parameter's; None: this is a part of one."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Layout:
     """First element of parameters that were frozen when training began; `size`: there are none."""
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """First elements of all parameters."""
+        return tuple(one.start for one in self.pieces)
+
+    @property
     def tail_size(self) -> int:
         """Elements of parameters that were frozen when training began."""
         return self.size - self.tail
@@ -64,10 +71,7 @@ class Layout:
             Segment(max(one.start, start) - start, min(one.stop, stop) - start, one.dtype)
             for one in self.segments
         ]
-        pieces = [
-            replace(one, start=max(one.start, start) - start, stop=min(one.stop, stop) - start)
-            for one in self.pieces
-        ]
+        pieces = [_piece_in(one, start, stop) for one in self.pieces]
         return Layout(
             stop - start,
             tuple(one for one in segments if one.start < one.stop),
@@ -82,7 +86,14 @@ class Layout:
         return tuple(Segment(a, b, dtype) for a, b, dtype in cut if a < b)
 
 
+def _piece_in(piece: Piece, start: int, stop: int) -> Piece:
+    """Give what of a piece lies in a run; it may be nothing."""
+    first, last = max(piece.start, start), min(piece.stop, stop)
+    shape = piece.shape if (first, last) == (piece.start, piece.stop) else None
+    return replace(piece, start=first - start, stop=last - start, shape=shape)
+
+
 def plain_layout(size: int, dtype: str) -> Layout:
     """Give the layout of a vector that is a single parameter."""
-    pieces = (Piece(0, 0, size),) if size else ()
+    pieces = (Piece(0, 0, size, shape=(size,)),) if size else ()
     return Layout(size, (Segment(0, size, dtype),) if size else (), pieces, 1, size)

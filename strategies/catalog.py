@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.job_file import job_of, read_job
+from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import problems_of
 from distplat.strategies.strategy import NEW_WAY, Roles, Strategy
@@ -213,13 +214,7 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
         found.extend(problems_of(error, kind.options_type, prefix=("strategy",)))
         return None
     strategy = kind(options)
-    if job.checkpoint.wanted and not kind.has_checkpoints:
-        text = f"the strategy {job.strategy.name!r} has no checkpoints during the run"
-        field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
-        found.append(Problem(("checkpoint", field), text, "remove it"))
-    if job.ema is not None and not kind.averages:
-        text = f"the strategy {job.strategy.name!r} keeps no average of the weights"
-        found.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))
+    found.extend(_kind_problems(job, kind))
     if job.failure.spare_workers and (job.own_loop or not strategy.survivors_go_on()):
         text = (
             "after a loss all workers of such a job are made anew, and none takes another's place"
@@ -228,6 +223,23 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
     found.extend(strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job))
     found.extend(_embedding_problems(job, strategy.roles(job)))
     return None if found else strategy
+
+
+def _kind_problems(job: Job, kind: type[Strategy[Any]]) -> list[Problem]:
+    """Name what in a job a strategy has not at all, whatever its options."""
+    found: list[Problem] = []
+    if job.checkpoint.wanted and not kind.has_checkpoints:
+        text = f"the strategy {job.strategy.name!r} has no checkpoints during the run"
+        field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
+        found.append(Problem(("checkpoint", field), text, "remove it"))
+    if job.ema is not None and not kind.averages:
+        text = f"the strategy {job.strategy.name!r} keeps no average of the weights"
+        found.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))
+    if isinstance(job.optimizer, TaskOptimizer) and not kind.updates_whole:
+        text = f"under {job.strategy.name!r} no worker updates whole parameters of the whole model"
+        hint = "use `strategy: ring`, or name one of torch.optim"
+        found.append(Problem(("optimizer", "name"), text, hint))
+    return found
 
 
 def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:

@@ -56,6 +56,8 @@ class Kind(NamedTuple):
     dtype: str
     length: int | None
     """None: a number for each parameter, by its place among all."""
+    shape: tuple[int, ...] | None = None
+    """Of a tensor that is of one parameter, whose slot ends the key; None: it is of all."""
 
 
 @dataclass(frozen=True)

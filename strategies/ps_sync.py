@@ -82,6 +82,9 @@ class PsSync(Strategy[PsSyncOptions]):
         if backup and job.ema is not None:
             text = "does not go together with `backup_workers`: ranks would see another step's"
             return [Problem(("ema",), text, "remove one of the two")]
+        if self.options.split == "load" and job.optimizer.whole:
+            text = f"cannot measure a server's speed with {job.optimizer.name}"
+            return [Problem(("strategy", "split"), text, "remove it")]
         if self.options.split == "load" and self.options.num_servers == 1:
             return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]
         return []

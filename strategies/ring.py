@@ -14,6 +14,7 @@ from pydantic import Field
 
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Count, Flag, Positive, Seconds
+from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import register
 from distplat.strategies.strategy import GroupSpec, Options, Roles, Strategy, rows_first_problems
@@ -55,6 +56,7 @@ class Ring(Strategy[RingOptions]):
     has_checkpoints = True
     averages = True
     gathers = True
+    updates_whole = True
 
     def roles(self, job: Job) -> Roles:
         """Ask for one group of all workers."""
@@ -75,6 +77,9 @@ class Ring(Strategy[RingOptions]):
         if chosen.shard_optimizer and "overlap" in given and chosen.overlap:
             text = "has no effect with `shard_optimizer: true`: gradients go when all are there"
             found.append(Problem(("strategy", "overlap"), text, "remove it"))
+        if chosen.shard_optimizer and isinstance(job.optimizer, TaskOptimizer):
+            text = "cuts parameters, and the task's own optimizer sees them whole"
+            found.append(Problem(("strategy", "shard_optimizer"), text, "remove it"))
         found += rows_first_problems(given, chosen.overlap, job)
         if chosen.backend == "nccl" and not job.scaling.use_gpu:
             text = "`nccl` runs between GPUs only"

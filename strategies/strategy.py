@@ -109,6 +109,10 @@ class Strategy(Generic[OptionsT]):
     averages: ClassVar[bool] = False
     """Whether the worker's class has `average`; a job with an `ema` is refused elsewhere."""
 
+    updates_whole: ClassVar[bool] = False
+    """Whether each worker updates the whole model by `Context.local_optimizer`, so that it can be a
+    task's own; a job with `optimizer: {name: task}` is refused elsewhere."""
+
     def __init_subclass__(cls, **more: Any) -> None:
         """Refuse a class that was written when a strategy was one class."""
         super().__init_subclass__(**more)

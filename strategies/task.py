@@ -14,6 +14,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
@@ -103,6 +104,23 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has neither loss() nor step()")
 
+    def weights(self, batch: Any) -> Mapping[str, Tensor | float]:
+        """
+        Give what each term of the loss is divided by, for a loss of several terms that are means
+        over different things; override it with a `loss` or `step` that gives a sum for each.
+
+        It is asked for all micro-batches of a step before their first forward, and added up over
+        all workers. Unless it is overridden a loss is one term.
+
+        Args:
+            batch: see `forward`.
+
+        Returns:
+            By term: a number, 0 or more, that the batch alone says. The loss is then a mapping of
+            the same terms to sums, each a scalar.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a loss of one term")
+
     def step(self, model: nn.Module, batch: Any) -> Any:
         """
         Give the loss of one batch, from the model on: the general form, of which `loss` is the
@@ -117,6 +135,44 @@ class Task(ABC):
             Hugging Face's models. All of it is what `metrics` gets as its outputs.
         """
         return self.loss(self.forward(model, batch), targets_of(self, batch))
+
+    def lr(self, step: int, total: int) -> float:
+        """
+        Give the factor of the learning rate in a step, as for torch's `LambdaLR`; override it for a
+        schedule that the job file has no name for.
+
+        It multiplies `lr` of the optimizer, of each of its groups, and of `embeddings.optimizer`.
+        Every worker asks for all steps in their order before the first is made, and all must get
+        the same. Unless it is overridden the job's `lr_schedule` says the rates.
+
+        Args:
+            step: from 0.
+            total: steps of the run.
+
+        Returns:
+            A number, 0 or more.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves the rates to the job")
+
+    def optimizer(
+        self, named_parameters: list[tuple[str, nn.Parameter]]
+    ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
+        """
+        Make the optimizer; override it for a class that a job file cannot name, such as Muon.
+
+        Only under `ring`, and in a job with `optimizer: {name: task}`. Every worker makes the same
+        and has it update the whole model from the gradient of the global batch, clipped. `lr` of
+        each param group is what the job's schedule, or `lr`, is applied to.
+
+        Args:
+            named_parameters: all of the model, frozen ones too; then those of the task, whose names
+                begin with `task:`.
+
+        Returns:
+            One of torch's optimizers, or of a class derived from `torch.optim.Optimizer`; or a list
+            of several. Each trainable parameter is in one of them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves the optimizer to the job")
 
     def eval_data(self) -> Dataset[Any] | None:
         """Give the samples for evaluation, or None for no evaluation."""
@@ -189,6 +245,28 @@ def has_step(task: Task) -> bool:
 def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
     """Give a task's way from a batch to its loss; the task may keep a number as `self.step`."""
     return task.step if has_step(task) else MethodType(Task.step, task)
+
+
+def has_lr(kind: type[Task]) -> bool:
+    """Say whether a class of tasks has a schedule of its own."""
+    return kind.lr is not Task.lr
+
+
+def has_weights(kind: type[Task]) -> bool:
+    """Say whether the loss of a class of tasks has several terms."""
+    return kind.weights is not Task.weights
+
+
+def has_optimizer(kind: type[Task]) -> bool:
+    """Say whether a class of tasks makes its optimizer itself."""
+    return kind.optimizer is not Task.optimizer
+
+
+def method_of(task: Task, name: str) -> Callable[..., Any]:
+    """Give a method of a task, which may keep something else under its name: `self.lr = 0.1`."""
+    kept = vars(task).get(name)
+    found: Callable[..., Any] = getattr(type(task), name)
+    return getattr(task, name) if kept is None else MethodType(found, task)
 
 
 def own_call(task: Task) -> str | None:

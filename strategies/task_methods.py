@@ -6,7 +6,8 @@ Methods of a task that nobody calls: names of other libraries' hooks, and near m
         def metric(self, outputs, targets): ...    # did you mean metrics()?
 
 A helper of the user's own is silent: one with any other name, and one that the class itself uses.
-Here, too, is found whether a class says how its loss is made, and says it once: `check_loss`.
+Here, too, is found whether a class says how its loss is made, and says it once, and whether its
+methods can be called: `check_methods`.
 This module needs no torch, and looks at a class only: the driver can ask it.
 """
 
@@ -30,10 +31,19 @@ _LOSS = "write loss(outputs, targets); the step around it is distplat's"
 _STEP = "write step(model, batch), which gives the loss; backward and update are distplat's"
 _SAMPLER = "write sampler(data, epoch), which gives numbers of samples or a sampler of torch"
 _COLLATE = "write collate(samples), which sees the samples of a micro-batch and gives the batch"
-_OPTIMIZER = "name it in the job file's `optimizer`"
-_SCHEDULE = "name it in the job file's `lr_schedule`"
+_OPTIMIZER = "name it in the job file's `optimizer`, or write optimizer(named_parameters)"
+_SCHEDULE = "name it in the job file's `lr_schedule`, or write lr(step, total)"
 _CLIP = "give the job file's `clip_norm`"
 _ARGUMENTS = "it gets what model() gave, and a batch; what the module computes is its own forward()"
+_ELSE = "call anything else by another name"
+_TAKES = {
+    "forward": ("model, batch", _ARGUMENTS),
+    "step": ("model, batch", _ARGUMENTS),
+    "lr": ("step, total", f"it gives the factor of `lr` in a step; {_ELSE}"),
+    "weights": ("batch", f"it gives the weights of the loss's terms; {_ELSE}"),
+    "optimizer": ("named_parameters", f"it makes the optimizer; {_ELSE}"),
+}
+"""Methods whose arguments are looked at: what these are."""
 _BESIDE_STEP = "call it in step(model, batch), or write loss(outputs, targets) instead of step()"
 _EVENTS = "write it in a distplat.Callback, and hand that to `Trainer(..., callbacks=[...])`"
 _INSTEAD = {
@@ -43,7 +53,7 @@ _INSTEAD = {
     _STEP: "training_step train_step compute_loss",
     _CALL: "call forward_step",
     _OPTIMIZER: """
-        configure_optimizers create_optimizer get_optimizer make_optimizer optimizer
+        configure_optimizers create_optimizer get_optimizer make_optimizer
         optimizers optimizer_step optimizer_zero_grad
     """,
     _SCHEDULE: """
@@ -93,9 +103,9 @@ def unheard(kind: type[Task]) -> list[str]:
         A sentence for each: where it is, and what to write instead.
 
     Raises:
-        SpecError: see `check_loss`.
+        SpecError: see `check_methods`.
     """
-    check_loss(kind)
+    check_methods(kind)
     used = {name for _, member in _members(kind) for name in names_in(member)}
     found = []
     for name, member in _members(kind):
@@ -106,17 +116,17 @@ def unheard(kind: type[Task]) -> list[str]:
     return found
 
 
-def check_loss(kind: type[Task]) -> None:
+def check_methods(kind: type[Task]) -> None:
     """
-    See that a class has one of `loss` and `step`, and that `forward` and `step` can be called.
+    See that a class has one of `loss` and `step`, and that methods take what they are given.
 
     Raises:
-        SpecError: it has none or both, or one of them takes something else than (model, batch).
+        SpecError: it has none or both, or one of them takes something else.
     """
     problems = [
-        _problem(kind, name, f"{name}() must take (model, batch)", _ARGUMENTS)
-        for name in ("forward", "step")
-        if _overrides(kind, name) and not _takes_two(kind, name)
+        _problem(kind, name, f"{name}() must take ({arguments})", hint)
+        for name, (arguments, hint) in _TAKES.items()
+        if _overrides(kind, name) and not _takes(kind, name, arguments.count(",") + 1)
     ]
     loss, step = _overrides(kind, "loss"), _overrides(kind, "step")
     if not loss and not step:
@@ -148,11 +158,11 @@ def _overrides(kind: type[Task], method: str) -> bool:
     return getattr(kind, method) is not getattr(Task, method)
 
 
-def _takes_two(kind: type[Task], method: str) -> bool:
-    """Say whether a method can be called with a model and a batch."""
+def _takes(kind: type[Task], method: str, count: int) -> bool:
+    """Say whether a method can be called with so many arguments."""
     bound = isinstance(inspect.getattr_static(kind, method), staticmethod | classmethod)
     try:
-        inspect.signature(getattr(kind, method)).bind(*[None] * (2 if bound else 3))
+        inspect.signature(getattr(kind, method)).bind(*[None] * (count if bound else count + 1))
     except TypeError:
         return False
     except ValueError:  # written in C

@@ -38,6 +38,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer
+from distplat.strategies.model.task_optimizer import Made, TaskUpdate
 from distplat.strategies.ports import Shards
 from distplat.strategies.strategy import NEW_WAY, OptionsT, Strategy
 from distplat.strategies.task import Task
@@ -69,6 +70,9 @@ class Context:
     report: Callable[[AnyReport], None] = lambda report: None
     """Takes what the strategy reports beside the loop's own; quick, and of the loop's thread."""
 
+    made: Made = ()
+    """What the task's `optimizer` gave; empty: the job names one."""
+
     @property
     def state(self) -> ModelState:
         """What the model has beside what gradients train."""
@@ -97,7 +101,9 @@ class Context:
         return self._shards
 
     def local_optimizer(self) -> LocalOptimizer:
-        """Build the job's optimizer, schedule and clipping over this worker's parameters."""
+        """Build the optimizer, schedule and clipping over this worker's parameters."""
+        if self.made:
+            return TaskUpdate(self.flat, self.job, self.total_steps, self.made)
         return LocalOptimizer(self.flat, self.job, self.total_steps)
 
 

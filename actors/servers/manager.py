@@ -289,7 +289,8 @@ class ServerManager:
             calls = [self._call(server, "speed", job, world, dtype) for server in servers]
             speeds = self._ask(everybody, calls)
         tail = facts.layout.tail_size if facts.layout is not None else 0
-        cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail)
+        places = facts.layout.starts if facts.layout and self._job.optimizer.whole else ()
+        cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail, places=places)
         if speeds:
             told = [
                 f"{speed / 1e6:.0f} M/s: {cut.size}"
@@ -313,8 +314,9 @@ class ServerManager:
     ) -> Call:
         part, shard = self._division.shard_of(index)
         cut, ranks = self._cuts[part].shards[shard], self._division.parts[part]
+        own, job = facts.schedule, self._job
         plan = ShardPlan(
-            self._job,
+            job if own is None else job.with_schedule(own),
             self._run,
             self._attempt,
             len(ranks),

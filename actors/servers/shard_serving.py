@@ -187,7 +187,10 @@ class ShardServing(Serving[ShardServer]):
             elif 0 in self._parameters:
                 params.copy_(self._parameters[0])
 
-        tensors = {name: tensor_of(one, TensorSlice(one.shape)) for name, one in state.items()}
+        tensors = {
+            name: tensor_of(one, TensorSlice(one.shape)).view(one.shape)
+            for name, one in state.items()
+        }
         self._server.restore(version, fill, tensors)
 
     def kept(self, version: int, limit_s: float) -> ShardCopy:

@@ -91,6 +91,7 @@ class RemoteShards:
             self._checkpoint_every,
             self._holding.uncounted(flat),
             flat.layout,
+            self._order.job.task_schedule,
         )
         who = self._order.rank, self._facts
         manager = [self._order.manager], ["server-manager"]

@@ -27,7 +27,7 @@ from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.platform.tensor_slices import RawTensor
 from distplat.strategies.checkpoint.parts import whole_of
-from distplat.strategies.model.optim import PER_PARAMETER
+from distplat.strategies.model.optimizer_state import PER_PARAMETER, WHOLE
 
 
 class VectorTransport(ABC):
@@ -198,9 +198,10 @@ def part(vector: Tensor, cut: Shard) -> Tensor:
 
 
 def run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, RawTensor]:
-    """Give a shard's part of what an optimizer remembers of the flat vector."""
+    """Give a shard's part of what an optimizer remembers of the flat vector; it takes its own."""
+    whole = (PER_PARAMETER, WHOLE)
     return {
-        name: whole_of(value if name.startswith(PER_PARAMETER) else value[cut.start : cut.stop])
+        name: whole_of(value if name.startswith(whole) else value[cut.start : cut.stop])
         for name, value in state.items()
     }
 

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
-_STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION, _COLLATE, _ORDER = range(1, 7)
+_STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION, _COLLATE, _ORDER, _UPDATE = range(1, 8)
 """What a seed is for: equal numbers for another purpose give another seed."""
 
 
@@ -26,6 +26,11 @@ def mixed(*numbers: int) -> int:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed dropout and its like by step and rank: a repeated step draws the same numbers."""
     return mixed(_STEP, seed, step, rank)
+
+
+def update_seed(seed: int, step: int) -> int:
+    """Seed what an optimizer draws in a step: every rank draws the same."""
+    return mixed(_UPDATE, seed, step)
 
 
 def evaluation_seed(seed: int, rank: int) -> int:

@@ -21,7 +21,7 @@ from distplat.platform.table_plan import TableSpec, file_of
 from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.optim import NUMBERS, PER_PARAMETER, USED
+from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, TREE, USED, WHOLE
 from distplat.strategies.model.segments import dtype_name
 
 Load = Callable[[str], Mapping[str, RawTensor]]
@@ -128,15 +128,20 @@ class SavedState:
 
         Returns:
             See `FlatOptimizer.state`; a parameter of which the checkpoint has nothing begins anew.
+            Of a task's own optimizer all of it, see `TaskUpdate.memory`.
         """
         found = self._load("optimizer")
         if not found:
             return {}
+        if TREE in found:
+            return self.file("optimizer")
         stop = flat.size if stop is None else stop
         used = torch.zeros(len(flat.slots), dtype=torch.bool)
         result: dict[str, Tensor] = {}
         for kind in dict.fromkeys(key.partition("/")[0] for key in found):
-            if kind in found or kind in NUMBERS:
+            if kind == WHOLE.rstrip("/"):
+                result |= _whole_tensors(found, flat, (start, stop))
+            elif kind in found or kind in NUMBERS:
                 result[PER_PARAMETER + kind] = _numbers(found, kind, flat, used)
             else:
                 result[kind] = _vector(found, kind, flat, (start, stop), used, places or {})
@@ -154,6 +159,21 @@ def _numbers(found: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: T
         if value is not None:
             result[place] = value
             used[place] |= not shared and kind != AVERAGED
+    return result
+
+
+def _whole_tensors(
+    found: Mapping[str, RawTensor], flat: FlatModel, run: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Give what is remembered in tensors of any shape, of the parameters that lie in a run."""
+    start, stop = run
+    mine = {s.name: n for n, s in enumerate(flat.slots) if start <= s.offset and s.stop <= stop}
+    result = {}
+    for key, raw in found.items():
+        kind, _, name = key.removeprefix(WHOLE).partition("/")
+        if key.startswith(WHOLE) and name in mine:
+            values = tensor_of(raw, TensorSlice(raw.shape)).view(raw.shape)
+            result[f"{WHOLE}{kind}/{mine[name]}"] = values
     return result
 
 

@@ -11,7 +11,7 @@ copied at once; everything after that happens behind the training's back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from distplat.platform.tensor_slices import Bytes, RawTensor, TensorEntry, Tenso
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Boxes, CheckpointPart, Holding
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.optim import PER_PARAMETER, USED
+from distplat.strategies.model.optimizer_state import PER_PARAMETER, TREE, USED, WHOLE
 from distplat.strategies.model.segments import dtype_name
 from distplat.strategies.ports import Kind, Shards
 
@@ -69,14 +69,23 @@ def optimizer_part(
 
     Args:
         flat: the model.
-        state: see `FlatOptimizer.state`.
+        state: see `FlatOptimizer.state`, `TaskUpdate.memory`.
         start: first element of the run.
         holding: see `model_part`.
     """
+    if TREE in state:
+        return CheckpointPart((*state.values(),), tuple(_whole_entries(state)))
     kinds, used = kinds_of(state)
     tensors = tuple(value for name, value in state.items() if name != USED)
     entries = vector_entries(flat, kinds, start, used, holding, flat.trained_names())
     return CheckpointPart(tensors, tuple(entries))
+
+
+def _whole_entries(state: Mapping[str, Tensor]) -> Iterator[TensorEntry]:
+    """Name tensors, each of which is whole and in an array of its own."""
+    for number, (name, value) in enumerate(state.items()):
+        shape = TensorSlice(tuple(value.shape))
+        yield TensorEntry(f"optimizer/{name}", shape, dtype_name(value), number)
 
 
 def server_part(
@@ -113,7 +122,9 @@ def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[Kind], bytes]:
 
 
 def kind_of(key: str, tensor: Tensor) -> Kind:
-    """Say what a vector, or a number for each parameter, is."""
+    """Say what a vector, a number for each parameter, or a tensor of one parameter is."""
+    if key.startswith(f"optimizer/{WHOLE}"):
+        return Kind(key, dtype_name(tensor), None, tuple(tensor.shape))
     plain = key.replace(f"optimizer/{PER_PARAMETER}", "optimizer/")
     return Kind(plain, dtype_name(tensor), tensor.numel() if plain == key else None)
 
@@ -139,12 +150,16 @@ def vector_entries(
             average is one.
     """
     length = next((kind.length for kind in kinds if kind.length is not None), 0)
-    entries = []
+    entries = [
+        _of_parameter(flat, n, kind) for n, kind in enumerate(kinds) if kind.shape is not None
+    ]
     for place, first, last in flat.slots_in(start, start + length):
         slot = flat.slots[place]
         if slot.name in holding.others:
             continue
-        for number, (key, dtype, vector) in enumerate(kinds):
+        for number, (key, dtype, vector, shape) in enumerate(kinds):
+            if shape is not None:
+                continue
             if slot.name not in live if key in _OF_LIVE else not used[place]:
                 continue
             if vector is None:
@@ -157,6 +172,14 @@ def vector_entries(
             kind = str(slot.dtype).removeprefix("torch.")
             entries.append(TensorEntry(f"{key}/{slot.name}", where, kind, number, offset))
     return entries
+
+
+def _of_parameter(flat: FlatModel, number: int, kind: Kind) -> TensorEntry:
+    """Name a tensor that an optimizer remembers of one parameter: `Kind.key` ends with its slot."""
+    key, _, slot = kind.key.rpartition("/")
+    assert kind.shape is not None, "it is of one parameter"
+    name = f"{key}/{flat.slots[int(slot)].name}"
+    return TensorEntry(name, TensorSlice(kind.shape), kind.dtype, number)
 
 
 class Staging:

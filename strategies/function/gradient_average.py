@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,10 +27,15 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.compat import after_backward
+from distplat.strategies.function.oversight import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.reduction.buckets import BucketReducer
 from distplat.strategies.ring import RingOptions
+
+_COMPARED = (3, 30)
+"""Backwards after which ranks compare their parameters; so they do at the end."""
 
 
 class GradientAverage:
@@ -45,6 +51,7 @@ class GradientAverage:
             buckets would come in another order on each rank.
         done: called when gradients were averaged.
         step: gives the steps done, for messages.
+        number: of the model, in the order of `prepare`.
 
     Raises:
         SpecError: the ranks have different models, or one that cannot be trained so.
@@ -60,11 +67,13 @@ class GradientAverage:
         overlap: bool,
         done: Callable[[], None],
         step: Callable[[], int],
+        number: int = 0,
     ) -> None:
         self.model, self._group, self._done, self._step = model, group, done, step
         self.enabled = True
         """Whether a backward averages; see `no_sync`."""
         self._under_way = False
+        self._backwards = 0
         self.flat = flat = FlatModel(model)
         self._compare()
         flat.begin_step()
@@ -72,6 +81,8 @@ class GradientAverage:
         self._buffers = [one for one in model.buffers() if one.numel()]
         frozen = [one.data for one in model.parameters() if not one.requires_grad and one.numel()]
         take_over([*flat.typed(flat.params), *frozen, *self._buffers], group)
+        every = (sys.maxsize,) * group.world  # forwards of a loop are those of all ranks
+        self._norms = SyncNorms.of(model, group, lambda _: every, f"sync-batch-norm-{number}")
         self._policy = NonFiniteSteps.of(job)
         self._hooks = [
             one.register_post_accumulate_grad_hook(self._began)  # type: ignore[no-untyped-call]
@@ -92,6 +103,8 @@ class GradientAverage:
     def close(self) -> None:
         """Take the hooks off, and let go of the group's memory."""
         self._reducer.close()
+        if self._norms is not None:
+            self._norms.close()
         for hook in self._hooks:
             hook.remove()
         for one in self.flat.parameters:
@@ -138,7 +151,14 @@ class GradientAverage:
         for place in np.flatnonzero(total.present & ~present).tolist():
             flat.parameters[place].grad = flat.gradient(place)
         take_over(self._buffers, self._group)
+        self._backwards += 1
+        if self._backwards in _COMPARED:
+            self.check_alike(f"at backward {self._backwards}")
         self._done()
+
+    def check_alike(self, when: str) -> None:
+        """See `oversight.check_alike`."""
+        check_alike(self.model, self._group, when)
 
 
 @torch.no_grad()

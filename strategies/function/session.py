@@ -30,10 +30,11 @@ from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
 from distplat.strategies.collective import Collective
 from distplat.strategies.function.gradient_average import GradientAverage, take_over
 from distplat.strategies.function.loaders import ShardedLoader
-from distplat.strategies.function.state_tree import pack, unpack
+from distplat.strategies.function.oversight import OptimizerWatch
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
 from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.state_tree import pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,9 @@ class FunctionSession:
         self.job, self.place, self.group = job, place, group
         self._outlets, self._progress, saved = outlets, outlets.progress, outlets.saved
         self._averages: list[GradientAverage] = []
+        self._watch: OptimizerWatch | None = None
+        if group.world > 1:
+            self._watch = OptimizerWatch(lambda: [one.model for one in self._averages])
         self._samples = self._epoch = 0
         self._waited_s, self._last = 0.0, time.perf_counter()
         self._progress.step = saved.step if saved is not None else 0
@@ -135,6 +139,7 @@ class FunctionSession:
                 overlap=alone and not self._averages,
                 done=self._progress.beat,
                 step=lambda: self._progress.step,
+                number=len(self._averages),
             )
         )
         return model
@@ -212,7 +217,14 @@ class FunctionSession:
                 one.enabled = True
 
     def trained(self) -> dict[str, Tensor]:
-        """Give the trained models' state; of several with the model's number before each name."""
+        """
+        Give the trained models' state; of several with the model's number before each name.
+
+        Raises:
+            ValueError: ranks have trained other models.
+        """
+        for one in self._averages:
+            one.check_alike("at the end")
         models = [one.model for one in self._averages]
         if len(models) == 1:
             return dict(models[0].state_dict())
@@ -220,6 +232,8 @@ class FunctionSession:
 
     def close(self) -> None:
         """Let go of the models; the group goes next."""
+        if self._watch is not None:
+            self._watch.close()
         for one in self._averages:
             one.close()
 

@@ -61,6 +61,8 @@ class Facts:
     """Names and checksums of buffers and frozen parameters, where ranks do not send them."""
     order: str = ""
     """Fingerprint of the order that the task's `sampler` gives, if it has one."""
+    said: tuple[tuple[str, str], ...] = ()
+    """Methods of the task's that say how it is trained, and a fingerprint of what each gives."""
 
 
 def facts_of(
@@ -129,6 +131,7 @@ def _read(found: Mapping[str, Any]) -> Facts:
         tuple((number, one) for number, one in found["hashes"]),
         tuple((name, tuple(sums)) for name, sums in found["values"]),
         found["order"],
+        tuple((method, one) for method, one in found["said"]),
     )
 
 
@@ -155,6 +158,8 @@ def _differences(mine: Facts, theirs: Facts, me: str, other: str) -> list[str]:
         found.append(f"{name!r} of the model has other values {where}")
     if mine.order != theirs.order and not found:
         found.append(f"sampler() gives {me} another order of samples than {other}")
+    for method, _ in sorted({*mine.said} - {*theirs.said}):
+        found.append(f"{method}() gives {me} something else than {other}")
     if not names and mine.model != theirs.model:
         found.append(f"{me} has the parameters of the model in another order than {other}")
     return found

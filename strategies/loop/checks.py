@@ -33,6 +33,8 @@ from distplat.strategies.model.module_hooks import unwrapped
 from distplat.strategies.task import Task
 
 _REAL = "keep it as real numbers: torch.view_as_real(...), and torch.view_as_complex in forward()"
+_SMALL = 0.1
+"""Below it the largest factor of a task's `lr` is more probably a rate."""
 _SHOWN = 6
 """Names in one message."""
 
@@ -174,6 +176,23 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
     periods = job.checkpoint.period(steps), job.evaluation.period(steps)
     if problems := period_problems(*periods):
         raise SpecError(*problems)
+
+
+def remark_on_factors(job: Job) -> str:
+    """Say that a task's `lr` seems to give rates instead of factors; empty: it does not."""
+    own = job.task_schedule
+    most = max(own.factors, default=1.0) if own is not None else 1.0
+    if most >= _SMALL:
+        return ""
+    return (
+        f"lr() gives factors of the optimizer's lr, and the largest is {most:g}: no rate is above "
+        f"{most:g} x {max(job.optimizer.rates()):g}"
+    )
+
+
+def remarks_on(job: Job, sampler: Sampler) -> list[str]:
+    """Give what is no error and probably not meant; rank 0 says it for all."""
+    return [*filter(None, [remark_on_size(job, sampler), remark_on_factors(job)])]
 
 
 def _fault_of(data: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from distplat.strategies.loop.losses import Figures, LossTerm, eval_figures, mad
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_evaluation, seed_step
 from distplat.strategies.loop.task_contents import task_modules
+from distplat.strategies.loop.term_weights import Terms, TermWeights, weights_of
 from distplat.strategies.model.flat import FlatModel
 
 
@@ -152,6 +153,7 @@ class WholeModel:
         self.last_backward, self.rank, self.alive = last_backward, rank, alive
         self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
         self._doubts = LossDoubts(self.task, self.flat.model)
+        self._weights = prepared.weights
 
     def start(self, steps: range) -> None:
         """See `Compute`."""
@@ -166,13 +168,18 @@ class WholeModel:
             module.train()
         sizes = [len(ids) for ids in self._plan(step)]
         share, part = Share(), 1.0 / self.sampler.batch_size(step)
+        batches, terms = self._batches, None
+        if self._weights is not None:
+            batches, terms = self._weighed(step, sizes, self._weights)
         for number, size in enumerate(sizes, 1):
-            batch = moved(next(self._batches), self.flat.params.device)
+            batch = moved(next(batches), self.flat.params.device)
             clock.lap("data")
             asked = calls()
             with precision(self.job, self.flat.params.device):
-                made = made_of(self.task, self.flat.model, batch, size)
-                if calls() == asked:  # else it is no mean over samples, and the others wait
+                made = made_of(self.task, self.flat.model, batch, size, terms)
+                if (
+                    calls() == asked and terms is None
+                ):  # else it is no mean over samples, and the others wait
                     self._doubts.look(step, made, size)
             term = made.term
             self.flat.before_backward()
@@ -184,6 +191,15 @@ class WholeModel:
             self.alive()
             clock.lap("compute")
         return share
+
+    def _weighed(
+        self, step: int, sizes: Sequence[int], weights: TermWeights
+    ) -> tuple[Iterator[Any], Terms]:
+        """Read the micro-batches of a step, and give them with the weights of all ranks'."""
+        device = self.flat.params.device
+        found = [moved(next(self._batches), device) for _ in sizes]
+        samples = sum(sizes), self.sampler.batch_size(step)
+        return iter(found), weights.of_step(found, *samples, device)
 
     def skip(self, step: int) -> None:
         """See `Compute`."""
@@ -200,7 +216,8 @@ class WholeModel:
         for batch, size in self._eval_batches(data):
             given = moved(batch, self.flat.params.device)
             with precision(self.job, self.flat.params.device):
-                made = made_of(self.task, self.flat.model, given, size)
+                own = None if self._weights is None else Terms(weights_of(self.task, given), size)
+                made = made_of(self.task, self.flat.model, given, size, own)
                 found.add(eval_figures(self.task, made, size), size)
             self.alive()
         return found

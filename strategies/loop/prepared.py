@@ -12,8 +12,10 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.agreement import Facts
+from distplat.strategies.loop.term_weights import TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.model.task_optimizer import Made
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.strategy import Roles
 from distplat.strategies.task import Task
@@ -42,6 +44,10 @@ class Prepared:
     """What `part` has beside what gradients train; there once that is known."""
     facts: Facts | None = None
     """What this worker has, to be compared with what the others have; see `describe`."""
+    made: Made = ()
+    """What the task's `optimizer` gave; empty: the job names one."""
+    weights: TermWeights | None = None
+    """Of a loss of several terms, in the present attempt; None: it is one."""
     holding: Holding | None = None
     """What of the whole model `part` is; None: all of it."""
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.even_split import split_evenly
+from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.spec import Job, length_problems
@@ -45,14 +46,17 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.task_contents import task_parameters
 from distplat.strategies.loop.task_order import digest_of, order_of
+from distplat.strategies.loop.task_schedule import schedule_digest, with_task_schedule
+from distplat.strategies.loop.term_weights import TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
 from distplat.strategies.model.parameter_groups import check_groups
 from distplat.strategies.model.segments import first_non_finite
+from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, has_weights
 from distplat.strategies.worker import Context, WorkerStrategy
 
 logger = logging.getLogger(__name__)
@@ -155,7 +159,16 @@ def prepare(
     check_evaluations(job, sampler, eval_data)
     left = None if whole else model
     loaders_ready()
-    return Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
+    found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
+    return _with_own_updates(found)
+
+
+def _with_own_updates(p: Prepared) -> Prepared:
+    """Ask the task for rates and optimizer, where it says them itself."""
+    p.job = with_task_schedule(p.job, p.task, p.total_steps)
+    if p.part is not None and isinstance(p.job.optimizer, TaskOptimizer):
+        p.made, p.job = make_optimizers(p.job, p.task, p.part)
+    return p
 
 
 def _moved(extra: Mapping[str, Tensor], device: str) -> Mapping[str, Tensor]:
@@ -186,12 +199,15 @@ def describe(prepared: Prepared) -> None:
     model = p.model if p.model is not None else p.flat.model
     sent = not p.roles.consistency.dynamic_tasks
     found = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
-    p.facts = replace(found, order=digest_of(p.sampler))
+    optimizer = optimizers_digest(p.made, p.flat) if p.made else ""
+    said = ("lr", schedule_digest(p.job)), ("optimizer", optimizer)
+    p.facts = replace(found, order=digest_of(p.sampler), said=said)
 
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
     """Take over the job of another attempt: the same but for the number of workers."""
-    prepared.job, prepared.roles = job, strategy.strategy.roles(job)
+    prepared.job = prepared.job.with_workers(job.scaling.num_workers)  # with what the task says
+    prepared.roles = strategy.strategy.roles(job)
     world = prepared.roles.replicas(job.scaling.world)
     prepared.sampler = replace(prepared.sampler, world=world)
 
@@ -234,7 +250,7 @@ def join(
     context = _context(p, rank, ports, around, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
-    gathering = _gathering(p, strategy, context)
+    gathering, p.weights = _gathering(p, strategy, context), _term_weights(p, strategy, context)
     if leases is not None:
         leases.connect(course_of(p.job, p.sampler, p.total_steps, start, p.eval_data is not None))
         if p.roles.consistency.dynamic_tasks:
@@ -269,6 +285,31 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
     assert p.state is not None, "_load() makes it"
     expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
     return Gathering(meet, p.sampler.world, p.state.shares.micro_batches, expected, refused)
+
+
+def _term_weights(
+    p: Prepared, strategy: WorkerStrategy[Any], context: Context
+) -> TermWeights | None:
+    """
+    Give the way to the weights of a loss of several terms; None: it is one.
+
+    Raises:
+        SpecError: workers are not in one step, and do not push by themselves either.
+    """
+    if not has_weights(type(p.task)):
+        return None
+    if p.roles.consistency.dynamic_tasks:
+        return TermWeights(p.task)
+    backup, name = p.roles.consistency.backup_workers, p.job.strategy.name
+    if not strategy.strategy.gathers or backup:
+        what = "`backup_workers`" if backup else f"the strategy {name!r}"
+        text = f"weights() does not go together with {what}: they are those of all workers' batches"
+        raise SpecError(
+            Problem(("strategy",), text, "use `strategy: ring`, `ps-sync` or `ps-async`")
+        )
+    met = p.roles.collective is not None
+    meet = (lambda: context.collective) if met else context.peers
+    return TermWeights(p.task, meet, p.sampler.world)
 
 
 def _compare(p: Prepared, rank: int, board: Board | None) -> None:
@@ -310,6 +351,7 @@ def _context(
         model_state=p.state,
         meet_peers=ports.peers,
         report=report,
+        made=p.made,
     )
 
 

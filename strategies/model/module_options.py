@@ -4,18 +4,21 @@ What a job asks of the model's modules: activations computed again in backward, 
 Both leave names, parameters and `state_dict` as they are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError, nearest
 from distplat.platform.spec import Job
 from distplat.strategies.compat import fall_back_to_eager, has_running_statistics
+
+_LEARNING = 3
+"""Forwards with gradients in which all buffers are copied."""
 
 
 def apply_module_options(job: Job, model: nn.Module) -> None:
@@ -43,36 +46,93 @@ def checkpoint_activations(module: nn.Module) -> None:
     """
     Have a module keep its inputs only, and compute its activations again in backward.
 
-    Buffers that its forward writes, as batch norm's statistics, are written once and not twice.
+    Buffers that its forward writes are written once and not twice, and the second forward reads
+    what the first one read: a power iteration, or a counter, would give other activations.
     See `torch.utils.checkpoint`, and Chen et al., Training Deep Nets with Sublinear Memory Cost.
     """
-    plain: Callable[..., Any] = module.forward
-    norms = [one for one in module.modules() if has_running_statistics(one)]
-    statistics = [buffer for one in norms for buffer in one.buffers()]  # written without a version
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        written = [*statistics]
-        return _note_written([*module.buffers()], written), _put_back(written)
-
-    module.forward = partial(checkpoint, plain, use_reentrant=False, context_fn=contexts)
+    buffers = WrittenBuffers(module)
+    module.forward = partial(
+        checkpoint, module.forward, use_reentrant=False, context_fn=buffers.contexts
+    )
 
 
-@contextmanager
-def _note_written(buffers: list[Tensor], written: list[Tensor]) -> Iterator[None]:
-    versions = [buffer._version for buffer in buffers]
-    yield
-    pairs = zip(buffers, versions, strict=True)
-    written += [buffer for buffer, version in pairs if buffer._version != version]
+_Place = tuple[dict[str, Tensor | None], str]
+"""Of a buffer: the module's own dictionary, and the buffer's name in it."""
 
 
-@contextmanager
-def _put_back(written: list[Tensor]) -> Iterator[None]:
-    before = [buffer.clone() for buffer in written]
-    try:
+class WrittenBuffers:
+    """
+    The buffers of a module that its forward writes, or puts others in the place of.
+
+    Which they are is seen in the first forwards, for which all are copied.
+
+    Args:
+        module: computed again in backward.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers: list[_Place] = []
+        #: written without a version, and not read in the mode that writes them
+        self._statistics: list[_Place] = []
+        for one in module.modules():
+            places = [(one._buffers, key) for key in one._buffers]
+            (self._statistics if has_running_statistics(one) else self._buffers).extend(places)
+        self._written: set[int] = set()  #: indices of `_buffers`
+        self._seen = 0  #: forwards that were looked at
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Give what is around a forward, and around the same one in backward."""
+        read: list[tuple[_Place, Tensor | None]] = []  #: the values that the first one read
+        return self._around_first(read), self._around_second(read)
+
+    @contextmanager
+    def _around_first(self, read: list[tuple[_Place, Tensor | None]]) -> Iterator[None]:
+        copied = range(len(self._buffers)) if self._seen < _LEARNING else self._written
+        values = {number: _clone(_there(self._buffers[number])) for number in copied}
+        before = [_mark(place) for place in self._buffers]
         yield
-    finally:
-        for buffer, value in zip(written, before, strict=True):
-            buffer.copy_(value)
+        self._seen += torch.is_grad_enabled()
+        for number, place in enumerate(self._buffers):
+            if _mark(place) != before[number]:
+                if number not in values:
+                    raise _late(place[1])
+                self._written.add(number)
+                read.append((place, values[number]))
+
+    @contextmanager
+    def _around_second(self, read: list[tuple[_Place, Tensor | None]]) -> Iterator[None]:
+        """Have the forward read and write copies."""
+        copies = [*read, *((place, _clone(_there(place))) for place in self._statistics)]
+        after = [_there(place) for place, _ in copies]
+        for (where, key), value in copies:
+            where[key] = value
+        try:
+            yield
+        finally:
+            for ((where, key), _), tensor in zip(copies, after, strict=True):
+                where[key] = tensor
+
+
+def _there(place: _Place) -> Tensor | None:
+    where, key = place
+    return where.get(key)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _mark(place: _Place) -> tuple[int, int]:
+    """Tell whether a buffer was written, or another one put in its place."""
+    tensor = _there(place)
+    return id(tensor), -1 if tensor is None else tensor._version
+
+
+def _late(name: str) -> ValueError:
+    return ValueError(
+        f"the forward writes the buffer {name!r} now, and did not in its first calls: its "
+        "activations cannot be computed again from what it has read (activation_checkpointing)"
+    )
 
 
 def _outermost(model: nn.Module, patterns: list[str]) -> list[nn.Module]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,33 +21,21 @@ from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.compat import spare_the_compiler
 from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optimizer_state import PER_PARAMETER, UPDATES, USED, Presence
 from distplat.strategies.model.segments import (
     dtype_name,
     scale_in_place,
+    segments_of,
     squared_norm_of,
     typed,
 )
+from distplat.strategies.model.tensor_optimizer import TensorOptimizer
 
 _FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
 """Classes with a fused kernel on the CPU: one pass over memory instead of several."""
 
 _FUSED_TYPES = {"float32", "float64"}
 """Types for which it does its work: torch 2.13's does nothing to halves on the CPU."""
-
-PER_PARAMETER = "parameter/"
-"""Begins the names of what an optimizer remembers of each parameter as a whole: one number each,
-by `Piece.slot`. All else that it remembers are vectors, laid out as the parameters are."""
-
-USED = f"{PER_PARAMETER}used"
-"""Whether the optimizer remembers anything of a parameter: not before its first gradient."""
-
-NUMBERS = {"step", "mu_product", AVERAGED}
-"""What torch's optimizers, and an average, remember of a parameter that is one number."""
-
-_AVERAGED = PER_PARAMETER + AVERAGED
-
-Presence: TypeAlias = "Sequence[bool] | NDArray[np.bool_] | None"
-"""By slot, whether a parameter has a gradient on any rank; None: all that are no tail."""
 
 
 @dataclass
@@ -100,7 +88,7 @@ class FlatOptimizer:
         self._pieces = self._layout.pieces
         self._slots = np.array([piece.slot for piece in self._pieces], np.int64)
         self._group_of = np.array([piece.group for piece in self._pieces], np.int64)
-        self._segment_of = _segments_of(self._layout)
+        self._segment_of = segments_of(self._layout)
         starts = [piece.start for piece in self._pieces]
         self._at_first = np.array(starts, np.int64) < self._layout.tail  #: who is no tail
         self._torch = {(a, b): _make(spec, a) for a in (True, False) for b in (True, False)}
@@ -154,7 +142,7 @@ class FlatOptimizer:
             of_all[places] = values.cpu()
             found[PER_PARAMETER + name] = of_all
         if average:
-            found |= {AVERAGE: average[AVERAGE], _AVERAGED: average[AVERAGED]}
+            found |= {AVERAGE: average[AVERAGE], UPDATES: average[AVERAGED]}
         return {**found, USED: used}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -164,10 +152,10 @@ class FlatOptimizer:
         self._used[:] = used[places].cpu().numpy() if used is not None else False
         self._vectors, self._scalars, self._runs = {}, {}, None
         if self._average is not None:
-            found = {AVERAGE: AVERAGE, AVERAGED: _AVERAGED}
+            found = {AVERAGE: AVERAGE, AVERAGED: UPDATES}
             self._average.load({mine: state[its] for mine, its in found.items() if its in state})
         for name, values in state.items():
-            if name in (USED, AVERAGE, _AVERAGED):
+            if name in (USED, AVERAGE, UPDATES):
                 continue
             if name.startswith(PER_PARAMETER):
                 self._scalars[name.removeprefix(PER_PARAMETER)] = values[places].clone()
@@ -297,13 +285,6 @@ def _equal(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bo
     return bool((one == other).all())
 
 
-def _segments_of(layout: Layout) -> NDArray[np.int64]:
-    """Give the place of each piece's segment."""
-    ends = np.array([segment.stop for segment in layout.segments], np.int64)
-    starts = np.array([piece.start for piece in layout.pieces], np.int64)
-    return np.searchsorted(ends, starts, side="right")
-
-
 def _make(spec: Optimizer, fused: bool) -> torch.optim.Optimizer:
     """Make a torch optimizer that has all groups, and no parameters yet."""
     kind = getattr(torch.optim, spec.name)
@@ -324,6 +305,18 @@ def _empty(optimizer: torch.optim.Optimizer) -> None:
     optimizer.state.clear()
 
 
+def optimizer_of(
+    spec: Optimizer,
+    vector: Tensor,
+    gradient: Tensor,
+    layout: Layout | None = None,
+    ema: EMA | None = None,
+) -> FlatOptimizer | TensorOptimizer:
+    """Make the optimizer of a run of the flat vector; see both for the arguments."""
+    kind = TensorOptimizer if spec.whole else FlatOptimizer
+    return kind(spec, vector, gradient, layout, ema)
+
+
 def rate_of(job: Job, step: int, total_steps: int) -> tuple[float, ...]:
     """Give the learning rate of a step: of parameters in no group, then of each group."""
     schedule = job.lr_schedule
@@ -332,9 +325,8 @@ def rate_of(job: Job, step: int, total_steps: int) -> tuple[float, ...]:
 
 def rate_figures(job: Job, step: int, total_steps: int) -> dict[str, float]:
     """Give the learning rates of a step by the names of docs/metrics.md."""
-    rate, *of_groups = rate_of(job, step, total_steps)
-    own = enumerate(zip(job.optimizer.groups, of_groups, strict=True))
-    return {"lr": rate} | {f"lr_group_{n}": r for n, (one, r) in own if one.lr is not None}
+    named = zip(job.optimizer.figures(), rate_of(job, step, total_steps), strict=True)
+    return {name: rate for name, rate in named if name}
 
 
 def norm_figures(norm: float | None) -> dict[str, float]:
@@ -351,7 +343,7 @@ class LocalOptimizer:
     def __init__(self, flat: FlatModel, job: Job, total_steps: int) -> None:
         self._flat, self._job, self._total = flat, job, total_steps
         vectors = flat.params, flat.grads, flat.layout
-        self._optimizer = FlatOptimizer(job.optimizer, *vectors, job.ema)
+        self._optimizer = optimizer_of(job.optimizer, *vectors, job.ema)
         self.bounds = (0, flat.size)  #: the run of the flat vector that it updates
 
     def state(self) -> dict[str, Tensor]:
@@ -388,6 +380,10 @@ class LocalOptimizer:
             self.grad_norm = self._norm() * scale
             scale *= clip_factor(self.grad_norm, self._job.clip_norm)
         scale_in_place(self._flat.typed(self._flat.grads), scale)
+        self._update(step, present)
+
+    def _update(self, step: int, present: Presence) -> None:
+        """Make the update of a gradient that is clipped."""
         self._optimizer.step(rate_of(self._job, step, self._total), present)
 
     def _norm(self) -> float:

@@ -135,7 +135,7 @@ def lay_out(named: Named, tail: Named, group_of: GroupOf) -> tuple[list[Slot], L
     size = _place(tail, begin, mixed, slots, segments) if tail else begin
     segments[-1] = Segment(segments[-1].start, size, segments[-1].dtype)
     pieces = tuple(
-        Piece(place, slot.offset, slot.stop, group_of(slot.name))
+        Piece(place, slot.offset, slot.stop, group_of(slot.name), slot.shape)
         for place, slot in enumerate(slots)
     )
     layout = Layout(size, tuple(segments), pieces, len(slots), begin)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.platform.vector_layout import Piece, Segment
+from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.algorithms.reduce import squared_norm
 
 
@@ -26,6 +28,13 @@ def typed(vector: Tensor, start: int, stop: int, dtype: str) -> Tensor:
 def typed_views(vector: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
     """View some runs of a vector, each in its own type."""
     return [typed(vector, one.start, one.stop, one.dtype) for one in segments]
+
+
+def segments_of(layout: Layout) -> NDArray[np.int64]:
+    """Give the place of each piece's segment."""
+    ends = np.array([segment.stop for segment in layout.segments], np.int64)
+    starts = np.array([piece.start for piece in layout.pieces], np.int64)
+    return np.searchsorted(ends, starts, side="right")
 
 
 def scale_in_place(runs: Sequence[Tensor], scale: float) -> None:

@@ -81,11 +81,12 @@ class SyncNorms:
         model: nn.Module,
         group: Collective | None,
         micro_batches: Callable[[int], Sequence[int]],
+        name: str = "sync-batch-norm",
     ) -> SyncNorms | None:
-        """Take a model's layers over; None: it has none, or the rank is alone."""
+        """Take a model's layers over; None: it has none, or the rank is alone. See the class."""
         if group is None or group.world == 1 or not sync_layers(model):
             return None
-        own = group.subgroup("sync-batch-norm", range(group.world))
+        own = group.subgroup(name, range(group.world))
         return cls(model, own, micro_batches)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.compat import tree_leaves, tree_map
 from distplat.strategies.model.layers import Layer, one_tensor
-from distplat.strategies.task import Task, kind_of, own_call
+from distplat.strategies.task import Task, has_weights, kind_of, own_call
 
 _DEPTH = 3
 """Containers within containers of a task in which parameters are looked for."""
@@ -54,7 +54,7 @@ def entering(inputs: Any) -> Tensor:
 
 def refuse_own_call(task: Task) -> None:
     """
-    Refuse a task that calls the model itself: here no rank need have all of it.
+    Refuse a task that needs a batch and the whole model: here no rank need have both.
 
     Raises:
         SpecError: names the method.
@@ -67,6 +67,9 @@ def refuse_own_call(task: Task) -> None:
             "model's own forward(); or use `strategy: ring` or `strategy: ps-sync`"
         )
         raise SpecError(Problem(("task",), text, hint))
+    if has_weights(type(task)):
+        text = f"{type(task).__name__}.weights() gets whole batches, which no rank of `hybrid` has"
+        raise SpecError(Problem(("task",), text, "use `strategy: ring` or `strategy: ps-sync`"))
 
 
 def refuse(model: nn.Module) -> None:

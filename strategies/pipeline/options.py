@@ -140,6 +140,7 @@ def problems(chosen: HybridOptions, job: Job) -> list[Problem]:
         *_micro_batches(chosen, job),
         *_cut(chosen),
         *_combinations(chosen, job),
+        *_optimizer(chosen, job),
         *_without_effect(chosen),
     ]
 
@@ -170,6 +171,13 @@ def _micro_batches(chosen: HybridOptions, job: Job) -> list[Problem]:
         text = f"interleaved needs a multiple of its {chosen.pipeline} stages (got {micro})"
         found.append(_problem("micro_batches", text, f"take {near}, or `schedule: 1f1b`"))
     return found
+
+
+def _optimizer(chosen: HybridOptions, job: Job) -> list[Problem]:
+    if chosen.tensor == 1 or not job.optimizer.whole:
+        return []
+    text = f"looks at whole tensors, and `tensor: {chosen.tensor}` cuts them"
+    return [Problem(("optimizer", "name"), text, "set it to 1, or use another optimizer")]
 
 
 def _cut(chosen: HybridOptions) -> list[Problem]:

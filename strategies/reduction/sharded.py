@@ -10,8 +10,9 @@ ZeRO stage 1: every rank keeps the optimizer's state of one part (Rajbhandari et
     parameters  [ part 0 | part 1 | part 2 ]      the same on all ranks
 
 What travels is what an all-reduce sends, which is these two in a row; memory for the optimizer's
-state falls to 1/N. The optimizers a job may name act element by element, so a part by itself gets
-the update it would get in the whole vector.
+state falls to 1/N. Most optimizers that a job may name act element by element, so a part by itself
+gets the update it would get in the whole vector. For those that look at whole tensors parts end
+where parameters do.
 """
 
 import math
@@ -21,14 +22,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distplat.platform.even_split import split_evenly
+from distplat.platform.even_split import cut_at, split_evenly
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.optim import FlatOptimizer, LocalOptimizer, Presence, rate_of
+from distplat.strategies.model.optim import LocalOptimizer, optimizer_of, rate_of
+from distplat.strategies.model.optimizer_state import Presence
 from distplat.strategies.model.segments import (
     scale_in_place,
     squared_norm_of,
@@ -57,6 +59,8 @@ class ShardedUpdate(LocalOptimizer):
         self._flat, self._job, self._total = flat, job, total_steps
         self._group, self._rank = group, group.rank
         bounds = split_evenly(flat.size, group.world, align=_ALIGN)
+        if job.optimizer.whole:
+            bounds = cut_at(bounds, flat.layout.starts)
         self._gradients = [
             [typed(flat.grads, a, b, one.dtype) for a, b in _cut_of(one, bounds)]
             for one in flat.layout.segments
@@ -68,7 +72,7 @@ class ShardedUpdate(LocalOptimizer):
         self._part = self._parameters[group.rank]
         self._layout = flat.layout.cut(*self.bounds)
         vectors = self._part, self._gradient, self._layout
-        self._optimizer = FlatOptimizer(job.optimizer, *vectors, job.ema)
+        self._optimizer = optimizer_of(job.optimizer, *vectors, job.ema)
         self._look = job.failure.non_finite != "ignore"
         self._control = ControlSum(group, len(flat.slots), flat.grads.device)
         self._meter = Meter(group)

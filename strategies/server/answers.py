@@ -10,7 +10,7 @@ from distplat.platform.ledger import Answer
 from distplat.platform.load import ShardLoad
 from distplat.strategies.checkpoint.parts import kind_of, kinds_of
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.model.optim import USED
+from distplat.strategies.model.optimizer_state import USED
 from distplat.strategies.ports import Pushed, ShardCopy, TablesCopy
 from distplat.strategies.server.server import ShardServer
 from distplat.strategies.server.table_store import TableServer

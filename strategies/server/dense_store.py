@@ -30,7 +30,7 @@ from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
 from distplat.strategies.loop.control import Policy, StepControl
-from distplat.strategies.model.optim import FlatOptimizer, rate_of
+from distplat.strategies.model.optim import optimizer_of, rate_of
 from distplat.strategies.model.segments import (
     dtype_name,
     scale_in_place,
@@ -71,7 +71,7 @@ class DenseStore:
         #: of all ranks, or as an asynchronous update takes it, where it is a worker's own vector
         self._sum = params if self.staleness is not None else torch.zeros_like(params)
         vectors, ema = (params, self._sum, self._layout), plan.job.ema
-        self.optimizer = FlatOptimizer(plan.job.optimizer, *vectors, ema)
+        self.optimizer = optimizer_of(plan.job.optimizer, *vectors, ema)
         self.total = StepControl()  #: of the staged sum, or of the step applied last
         self.seen: NDArray[np.bool_] = np.zeros(self._layout.parameters, np.bool_)
         """By parameter of the model, whether it has had a gradient yet, on any rank."""

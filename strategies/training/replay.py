@@ -124,7 +124,9 @@ class ReplayGroup:
                 raise StorageError("the log of updates cannot be followed: it is not of this job")
 
     def _open(self, flat: FlatModel) -> None:
-        self.cuts = cut_shards(flat.size, self.plan.shards, tail=flat.layout.tail_size).shards
+        plan, tail = self.plan, flat.layout.tail_size
+        places = flat.layout.starts if plan.job.optimizer.whole else ()
+        self.cuts = cut_shards(flat.size, plan.shards, tail=tail, places=places).shards
         for cut in self.cuts:
             plan = replace(self.plan, layout=flat.layout.cut(cut.start, cut.stop))
             shard = DenseStore(plan, flat.params[cut.start : cut.stop].clone())

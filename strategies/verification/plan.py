@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from distplat.platform.optimizers import Optimizer
+from distplat.platform.optimizers import Optimizer, TaskOptimizer
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import collate_seed, mixed, step_seed
@@ -26,7 +27,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.loop.batches import Run, runs
 from distplat.strategies.loop.task_order import TaskOrder
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, has_lr, has_weights
 from distplat.strategies.verification.tables import KEPT, row_optimizer
 
 
@@ -55,6 +56,9 @@ Schedule = Sequence[Sequence[Sequence[Forward]]]
 """By step, by rank: micro-batches."""
 
 
+Weights = dict[str, float]
+"""By term of a loss."""
+
 Named = dict[str, Tensor]
 """Tensors by name."""
 
@@ -66,8 +70,8 @@ ROWS = f"task:{KEPT}."
 class Recipe:
     """How a model is trained."""
 
-    optimizer: Callable[[Named], torch.optim.Optimizer]
-    """Makes the optimizer of such parameters."""
+    optimizer: Callable[[Task, Named], Sequence[torch.optim.Optimizer]]
+    """Makes the optimizers of such parameters."""
     rates: Sequence[Callable[[float], float]]
     """By step: gives the learning rate, of that before the schedule."""
     rows: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -93,17 +97,38 @@ class Trained:
     """Of references: whether a forward drew random numbers."""
 
 
-def recipe_of(job: Job, every: int = 1) -> Recipe:
-    """Give the recipe of a job, whose field `steps` is set; `every`: see `Recipe`."""
-    steps, spec, tables = job.steps or 0, job.optimizer, job.embeddings
-    schedule = job.lr_schedule
-    rates = [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
+def recipe_of(job: Job, task: Task, every: int = 1) -> Recipe:
+    """
+    Give the recipe of a job.
+
+    Args:
+        job: its field `steps` is set.
+        task: the user's.
+        every: see `Recipe`.
+    """
+    spec, tables, rates = job.optimizer, job.embeddings, _rates(job, task)
     rows = torch.optim.SGD if tables is None else row_optimizer(tables)
-    optimizer, autocast = partial(_optimizer, spec), job.precision == "bf16"
+    own = isinstance(spec, TaskOptimizer)
+    optimizer, autocast = _tasks if own else partial(_optimizer, spec), job.precision == "bf16"
     return Recipe(optimizer, rates, rows, job.clip_norm, autocast, job.seed, every)
 
 
-def _optimizer(spec: Optimizer, named: Named) -> torch.optim.Optimizer:
+def _rates(job: Job, task: Task) -> list[Callable[[float], float]]:
+    """See `Recipe`: what the task says, or else the job."""
+    steps, schedule = job.steps or 0, job.lr_schedule
+    if has_lr(type(task)):
+        return [partial(mul, float(task.lr(step, steps))) for step in range(steps)]
+    return [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
+
+
+def _tasks(task: Task, named: Named) -> Sequence[torch.optim.Optimizer]:
+    """Have the task make it; among the tensors are buffers."""
+    kinds = nn.Parameter
+    found = task.optimizer([(n, p) for n, p in named.items() if isinstance(p, kinds)])
+    return found if isinstance(found, list | tuple) else [found]
+
+
+def _optimizer(spec: Optimizer, task: Task, named: Named) -> Sequence[torch.optim.Optimizer]:
     """Make torch's optimizer, with a param group for each of the job's."""
     kind: Any = getattr(torch.optim, spec.name)
     patterns = [one.match.replace(" ", "").split(",") for one in spec.groups] + [["*"]]
@@ -113,8 +138,7 @@ def _optimizer(spec: Optimizer, named: Named) -> torch.optim.Optimizer:
         places = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
         sets[places[0]].append(tensor)
     groups = [{"params": some, **own} for some, own in zip(sets, more, strict=True) if some]
-    made: torch.optim.Optimizer = kind(groups, **spec.arguments())
-    return made
+    return [kind(groups, **spec.arguments())]
 
 
 def parts(job: Job, samples: Samples, *, merged: bool = False) -> Schedule:
@@ -189,6 +213,29 @@ def read(task: Task, data: Any, forward: Forward) -> Any:
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
     return batch
+
+
+def terms_of(
+    task: Task, data: Any, step: Sequence[Sequence[Forward]]
+) -> tuple[Weights, int] | None:
+    """Give the weights of a step's terms, and its samples; None: a loss is one term."""
+    if not has_weights(type(task)):
+        return None
+    forwards = [forward for forwards in step for forward in forwards]
+    total: Weights = {}
+    for forward in forwards:
+        for name, weight in task.weights(read(task, data, forward)).items():
+            total[name] = total.get(name, 0.0) + float(weight)
+    return total, sum(len(forward.ids) for forward in forwards)
+
+
+def together(loss: Any, of: tuple[Weights, int] | None, samples: int) -> Any:
+    """Give a loss of several terms as a sum over samples, with its part of them as weight."""
+    if of is None:
+        return loss
+    weights, every = of
+    shares = {name: every / weight if weight else 0.0 for name, weight in weights.items()}
+    return sum(loss[name] * share for name, share in shares.items()), samples
 
 
 def seed_all(seed: int) -> None:

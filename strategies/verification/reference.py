@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from distplat.strategies.task import Task, step_of
+from distplat.strategies.task import Task, has_step, step_of
 from distplat.strategies.verification import plan
 from distplat.strategies.verification.plan import Named, Recipe, Schedule, Trained
 
@@ -68,16 +68,17 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
     parameters = ranks[0].named()  # with buffers: what has no gradient rests
     rows = {name: parameters[name] for name in parameters if name.startswith(plan.ROWS)}
     dense = {name: one for name, one in parameters.items() if name not in rows}
-    optimizers = [recipe.optimizer(dense), *([recipe.rows([*rows.values()])] if rows else [])]
+    made = recipe.optimizer(ranks[0].task, dense)
+    optimizers = [*made, *([recipe.rows([*rows.values()])] if rows else [])]
     found, rounding = Trained({0: ranks[0].snapshot()}), 0.75 if reverse else 1.0
     for step, rate in zip(schedule, recipe.rates, strict=True):
         before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
         sizes = [sum(len(forward.ids) for forward in forwards) for forwards in step]
         scale = rounding / sum(sizes)
-        parts = []
+        parts, terms = [], plan.terms_of(ranks[0].task, data, step)
         for rank, forwards in zip(ranks, step, strict=True):
             rank.model.train()
-            parts += [compute(rank, data, each, recipe, scale, found) for each in forwards]
+            parts += [compute(rank, data, each, recipe, scale, found, terms) for each in forwards]
         spread(ranks, settled(ranks, before, sizes))
         total = sum(weight for _, _, weight in parts)
         found.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
@@ -102,7 +103,7 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
 
 
 def compute(
-    rank: Rank, data: Any, forward: plan.Forward, recipe: Recipe, scale: float, to: Trained
+    rank: Rank, data: Any, forward: plan.Forward, recipe: Recipe, scale: float, to: Trained, of: Any
 ) -> tuple[Named, float, float]:
     """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
     if forward.seed is not None:
@@ -111,7 +112,8 @@ def compute(
     drawn = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
         loss: Any = step_of(rank.task)(rank.model, batch)
-    loss = loss["loss"] if isinstance(loss, Mapping) else loss
+    loss = loss["loss"] if isinstance(loss, Mapping) and has_step(rank.task) else loss
+    loss = plan.together(loss, of, len(forward.ids))
     to.draws |= not torch.equal(drawn, torch.get_rng_state())
     loss, weight = loss if isinstance(loss, tuple) else (loss * len(forward.ids), len(forward.ids))
     torch.autograd.backward(loss * scale)

@@ -24,7 +24,7 @@ from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.task_order import order_of
 from distplat.strategies.task import Task
 from distplat.strategies.verification.compare import compare, is_finite
-from distplat.strategies.verification.plan import Samples, Trained, parts, recipe_of, union
+from distplat.strategies.verification.plan import Recipe, Samples, Trained, parts, recipe_of, union
 from distplat.strategies.verification.reference import Rank, train
 from distplat.strategies.verification.switched import Switches
 from distplat.strategies.verification.tables import with_rows
@@ -90,7 +90,7 @@ def references(job: Job, make: Make) -> References:
     norms = [module for module in first.model.modules() if isinstance(module, _BatchNorm)]
     merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
     every = _every(first, job)
-    switches, recipe = Switches(), recipe_of(job, every)
+    switches, recipe = Switches(), recipe_of(job, first.task, every)
     schedule, asked = parts(job, samples, merged=merged), calls()
     plain = train(lambda: make(switches), schedule, recipe)
     if calls() > asked and not merged:  # a loss gathers what all ranks have
@@ -111,7 +111,8 @@ def references(job: Job, make: Make) -> References:
         found.notes.append(("batch norm", text))
     if switches != Switches():
         found.notes.append(("dropout", "drawn in another way here; compared without it"))
-    _add_whole(found, meaning_job(job), make, samples, merged)
+    short = meaning_job(job)
+    _add_whole(found, short, recipe_of(short, first.task, every), make, samples, merged)
     if found.whole is not None and found.whole.drawn:
         found.whole = None
         text = "forward draws random numbers, with dropout off too"
@@ -130,7 +131,9 @@ def meaning_job(job: Job) -> Job:
     return job.model_copy(update={"steps": MEANING_STEPS, "precision": "fp32"})
 
 
-def _add_whole(found: References, job: Job, make: Make, every: Samples, merged: bool) -> None:
+def _add_whole(
+    found: References, job: Job, recipe: Recipe, make: Make, every: Samples, merged: bool
+) -> None:
     """Compute the whole batch: in float64 and with a last batch of one sample, if that works."""
     batch = job.global_batch_size
     ragged = None
@@ -140,7 +143,7 @@ def _add_whole(found: References, job: Job, make: Make, every: Samples, merged: 
         for samples in dict.fromkeys((ragged, None)):
             switches = Switches(double, dropout=False, frozen_norm=True, samples=samples)
             with contextlib.suppress(Exception):
-                whole = _whole(found, job, make, switches, every, merged)
+                whole = _whole(found, job, recipe, make, switches, every, merged)
                 if not whole.differs or samples is None:
                     found.whole = whole
                     return
@@ -148,10 +151,16 @@ def _add_whole(found: References, job: Job, make: Make, every: Samples, merged: 
 
 
 def _whole(
-    found: References, job: Job, make: Make, switches: Switches, every: Samples, merged: bool
+    found: References,
+    job: Job,
+    recipe: Recipe,
+    make: Make,
+    switches: Switches,
+    every: Samples,
+    merged: bool,
 ) -> Whole:
     samples = every if switches.samples is None else Samples(switches.samples)
-    recipe, schedule = recipe_of(job, found.every), parts(job, samples, merged=merged)
+    schedule = parts(job, samples, merged=merged)
     outputs: list[list[Tensor]] = [[], []]
     whole = train(_recorded(make, switches, outputs[0]), union(job, samples), recipe)
     split = train(_recorded(make, switches, outputs[1]), schedule, recipe)

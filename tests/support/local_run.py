@@ -237,13 +237,13 @@ class Attempt:
             attempt=self.number,
             every=self.run.every,
             node=self.node,
-            job=self.job,
+            job=self.run.ranks[rank].prepared.job,
         )
 
     def tables(self, rank: int) -> Tables:
         """Give a rank's way to the servers of embedding tables."""
-        tables = self.run.tables
-        return tables.tables(rank, attempt=self.number, job=self.job, saved=self.saved)
+        job = self.run.ranks[rank].prepared.job
+        return self.run.tables.tables(rank, attempt=self.number, job=job, saved=self.saved)
 
     def leases(self, rank: int) -> Leases:
         """Give a rank's way to the task scheduler."""

@@ -15,7 +15,8 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import as_array, model_part, optimizer_part
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.optim import USED, FlatOptimizer
+from distplat.strategies.model.optim import FlatOptimizer
+from distplat.strategies.model.optimizer_state import USED
 
 RESTED = "b.weight"
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from distplat.platform.optimizers import AnyOptimizer
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.optim import NUMBERS, PER_PARAMETER, USED, FlatOptimizer
+from distplat.strategies.model.optim import FlatOptimizer
+from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, USED
 
 STEPS = 6
 KINDS: TypeAdapter[Any] = TypeAdapter(AnyOptimizer)

@@ -24,7 +24,7 @@ steps: 10
 global_batch_size: 64
 scaling: {num_workers: 2}
 """
-LISTED = "Adadelta, Adagrad, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, SGD"
+LISTED = "Adadelta, Adafactor, Adagrad, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, SGD, task"
 QUOTE = "hint: YAML reads no, off, yes and on as true or false: quote it"
 
 
@@ -90,9 +90,10 @@ def test_a_job_is_read() -> None:
         ),
         (
             "name: SGD",
-            "name: Adafactor",
-            "job.yaml:7:3: optimizer.name: unknown optimizer 'Adafactor'\n"
-            f"  hint: it needs whole tensors, so it cannot be sharded; allowed: {LISTED}",
+            "name: Muon",
+            "job.yaml:7:3: optimizer.name: unknown optimizer 'Muon'\n"
+            "  hint: it takes matrices alone: write optimizer(named_parameters) and `name: task`; "
+            f"allowed: {LISTED}",
         ),
         (
             "name: SGD",

@@ -14,27 +14,35 @@ from distplat import Task
 from distplat.platform.errors import SpecError
 from distplat.platform.spec import Compile, Job
 from distplat.strategies.catalog import make_job
-from distplat.strategies.model.module_options import apply_module_options
+from distplat.strategies.model.module_options import (
+    apply_module_options,
+    checkpoint_activations,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 CALLS: list[str] = []
 
 
 class Block(nn.Module):
-    """Statistics, random numbers, a buffer of its own and another block inside."""
+    """Statistics, random numbers, buffers that it reads and writes, and another block inside."""
 
     calls: Tensor
+    gain: Tensor
 
     def __init__(self, depth: int = 1) -> None:
         super().__init__()
-        self.linear, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+        self.norm = nn.BatchNorm1d(6)
         self.inner = Block(depth - 1) if depth else None
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("gain", torch.ones(6))
 
     def forward(self, x: Tensor) -> Tensor:
         CALLS.append("inner" if self.inner is None else "outer")
         self.calls += 1
+        self.gain = self.gain + 0.1 * self.calls  # another tensor
         y = nn.functional.dropout(self.norm(self.linear(x)).tanh(), 0.3, self.training)
+        y = y * self.gain
         return x + (y if self.inner is None else self.inner(y))
 
 
@@ -90,6 +98,33 @@ def test_what_matches_is_computed_again_once(patterns: str, again: list[str]) ->
     ]
     with torch.no_grad():
         model.eval()(torch.randn(5, 4))
+
+
+class Late(nn.Module):
+    """Writes a buffer once it is told to."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = False
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.scale *= 0.5
+        return x.tanh() * self.scale
+
+
+def test_a_buffer_that_is_written_later_is_told_and_not_read_twice() -> None:
+    late = Late()
+    module = nn.Sequential(nn.Linear(3, 3), late)
+    checkpoint_activations(module)
+    for _ in range(4):
+        torch.autograd.backward(module(torch.ones(2, 3)).sum())
+    late.writes = True
+    with pytest.raises(ValueError, match="writes the buffer 'scale' now"):
+        module(torch.ones(2, 3))
 
 
 def test_a_pattern_that_matches_no_module_is_refused() -> None:

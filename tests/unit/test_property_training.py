@@ -128,7 +128,7 @@ def met(drawn: Drawn) -> Comparison:
     """Train both ways and compare."""
     job, kind = drawn.job(), drawn.task()
     task = lambda: make(kind)(Switches())  # noqa: E731
-    schedule, recipe = parts(job, Samples(drawn.samples)), recipe_of(job)
+    schedule, recipe = parts(job, Samples(drawn.samples)), recipe_of(job, make(kind)(Switches()))
     plain, backwards = (train(task, schedule, recipe, reverse=way) for way in (False, True))
     run = trained(job, train_in_memory(job, kind))
     names = sorted(set().union(*plain.used))

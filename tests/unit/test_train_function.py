@@ -1,5 +1,6 @@
 """A train function under `ring` against a plain loop over the same global batches."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -276,6 +277,104 @@ def test_buffers_are_those_of_rank_0() -> None:
     first, second = call_on_ranks(train, 2).trained
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def strange_updates(kind: str) -> Callable[[Any], None]:
+    """Loops that are right on one process, and would train other models on each of several."""
+
+    def train(config: Any) -> None:
+        model, head = model_of(), nn.Linear(1, 1, bias=False).double()
+        loader = distplat.prepare(DataLoader(data_of(), batch_size=6))
+        if kind != "nothing prepared":
+            model = distplat.prepare(model)
+        parameters = [*model.parameters(), *(head.parameters() if kind == "a head" else ())]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        for step, batch in enumerate(loader):
+            if kind == "autograd.grad":
+                found = torch.autograd.grad(loss_of(model, batch), parameters)
+                with torch.no_grad():
+                    for one, gradient in zip(parameters, found, strict=True):
+                        one.sub_(gradient, alpha=0.1)
+                continue
+            if kind == "a head later" and step == 2:
+                optimizer.add_param_group({"params": [*head.parameters()]})
+            backward((head(model(batch[0])) - batch[1]).square().mean())
+            if kind == "written":
+                with torch.no_grad():
+                    parameters[0].add_(distplat.get_context().rank)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("nothing prepared", r"would move 4 parameters .* \[6, 4\], \[6\], \[1, 6\], \.\.\.: each"),
+        ("a head", r"SGD\.step\(\) would move a parameter .* shape \[1, 1\]: each worker"),
+        ("a head later", r"SGD\.step\(\) would move a parameter .* shape \[1, 1\]: each worker"),
+        ("autograd.grad", r"at the end '0\.weight' of rank 1 is not that of rank 0"),
+        ("written", r"at backward 3 '0\.weight' of rank 1 is not that of rank 0"),
+    ],
+)
+def test_ranks_that_would_train_models_of_their_own_are_told(kind: str, text: str) -> None:
+    call_on_ranks(strange_updates(kind), 1)  # nobody else is there: all of it is right
+    with pytest.raises((SpecError, ValueError), match=text):
+        call_on_ranks(strange_updates(kind), 2)
+
+
+def test_optimizers_of_other_threads_are_not_looked_at() -> None:
+    """What a test or a notebook trains beside a run in memory is its own."""
+    met = threading.Barrier(3, timeout=30)
+
+    def train(config: Any) -> None:
+        distplat.prepare(model_of())
+        met.wait()
+        met.wait()
+
+    runs = threading.Thread(target=call_on_ranks, args=(train, 2))
+    runs.start()
+    met.wait()
+    mine = nn.Linear(1, 1)
+    backward(mine(torch.ones(1, 1)).sum())
+    torch.optim.SGD(mine.parameters(), lr=1.0).step()
+    met.wait()
+    runs.join(30)
+    assert not runs.is_alive()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_synchronized_batch_norm_is_over_all_ranks(world: int, momentum: float | None) -> None:
+    """Two models have it, one behind the other: each its own statistics."""
+
+    def models() -> tuple[nn.Module, nn.Module]:
+        wide, narrow = (nn.BatchNorm1d(n, momentum=momentum).double() for n in (6, 1))
+        first, _, last = model_of().children()
+        return nn.Sequential(first, wide, nn.Tanh(), last), narrow
+
+    def steps(first: nn.Module, second: nn.Module, rank: int = 0, world: int = 1) -> None:
+        optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+        for _ in range(4):
+            inputs, targets = (one[rank::world] for one in data_of().tensors)
+            backward((second(first(inputs)) - targets).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def train(config: Any) -> None:
+        made = map(nn.SyncBatchNorm.convert_sync_batchnorm, models())
+        place = distplat.get_context()
+        first, second = distplat.prepare(*made)
+        steps(first, second, place.rank, place.world)
+
+    whole = models()
+    steps(*whole)
+    expected = {f"{n}.{k}": v for n, one in enumerate(whole) for k, v in one.state_dict().items()}
+    for found in call_on_ranks(train, world).trained:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
 
 
 def test_steps_are_what_rank_0_reports() -> None:

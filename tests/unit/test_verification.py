@@ -99,6 +99,18 @@ def test_a_task_that_means_what_is_trained(strategy: str, options: dict[str, Any
     assert (found["whole batch"].difference or 0.0) < 1e-12
 
 
+class WarmedUp(Classify):
+    """With rates of its own."""
+
+    def lr(self, step: int, total: int) -> float:
+        return min(1.0, (step + 1) / 4) * (1.0 - step / total)
+
+
+def test_rates_of_the_task_are_the_references_too() -> None:
+    found = rows(WarmedUp, job("ps-sync", options={"num_servers": 2}))
+    assert {row.verdict for row in found.values()} == {EQUAL}
+
+
 class TokenMean(Classify):
     """A mean over something else than samples."""
 
@@ -337,7 +349,7 @@ def test_other_tensors_are_named() -> None:
 
 class Dropping(Classify):
     def __init__(self) -> None:
-        self.weights = torch.ones(3)
+        self.shares = torch.ones(3)
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.BatchNorm1d(7), nn.Linear(7, 3))
@@ -357,7 +369,7 @@ def test_switches_change_what_they_say_and_nothing_else() -> None:
     first, again = model(inputs[None]), model(inputs[None])
     assert torch.equal(first, again)
     task.loss(first, target[None])
-    assert task.weights.dtype == torch.float64
+    assert task.shares.dtype == torch.float64
     plain = switched(Dropping, Switches())()
     assert all(module.training for module in plain.model().train().modules())
     assert type(plain.train_data()) is TensorDataset

@@ -1,5 +1,5 @@
 """
-What a train function gives as a checkpoint, as tensors and JSON: never pickle.
+What a train function or an optimizer of the user's keeps, as tensors and JSON: never pickle.
 
     {"model": {"0.weight": tensor}, "epoch": 3}
     tree     {"dict": [["model", {"dict": [["0.weight", {"tensor": 0}]]}], ["epoch", 3]]}
@@ -68,7 +68,7 @@ def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
         return {"tuple" if isinstance(tree, tuple) else "list": items}
     if callable(getattr(tree, "item", None)) and getattr(tree, "shape", None) == ():
         return _packed(tree.item(), tensors, where)  # a number of numpy
-    text = f"{where} is a {type(tree).__name__}, which report() cannot keep"
+    text = f"{where} is a {type(tree).__name__}, which no checkpoint can hold"
     hint = "tensors, numbers, strings and None, in dicts, lists and tuples: state_dict() of most"
     raise SpecError(Problem(("checkpoint",), text, hint))
 

@@ -1,0 +1,107 @@
+"""
+What a train function could get wrong without a word, found: ranks that do not train one model.
+
+    optimizer.step()    of a parameter that prepare() never saw? Its gradients are this rank's own
+    now and then        the same parameters on all ranks? Only backward() averages
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.collective import Collective, gather_bytes
+
+_APART = 1e-3
+"""Relative difference of two ranks' parameters. Processors of two kinds may round differently."""
+_SHOWN = 3
+
+
+class OptimizerWatch:
+    """
+    Looks at each optimizer that steps in this thread.
+
+    Args:
+        trained: gives the models whose gradients are averaged.
+    """
+
+    def __init__(self, trained: Callable[[], Iterable[nn.Module]]) -> None:
+        self._trained, self._thread = trained, threading.get_ident()
+        #: how many parameters it had when it was looked at
+        self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._hook = register_optimizer_step_pre_hook(self._before_step)
+
+    def close(self) -> None:
+        """Look no more."""
+        self._hook.remove()
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """
+        Be called before each step, of any thread.
+
+        Raises:
+            SpecError: it would move parameters whose gradients are those of this rank alone.
+        """
+        if threading.get_ident() != self._thread:
+            return
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        if self._seen.get(optimizer) == count:
+            return
+        given = [one for group in optimizer.param_groups for one in group["params"]]
+        known = {id(one) for model in self._trained() for one in model.parameters()}
+        strange = [one for one in given if one.requires_grad and id(one) not in known]
+        if strange:
+            raise _not_prepared(optimizer, strange)
+        self._seen[optimizer] = count
+
+
+def _not_prepared(optimizer: Optimizer, strange: Sequence[Tensor]) -> SpecError:
+    shapes = ", ".join(str([*one.shape]) for one in strange[:_SHOWN])
+    shapes += ", ..." if len(strange) > _SHOWN else ""
+    what = "a parameter" if len(strange) == 1 else f"{len(strange)} parameters"
+    text = (
+        f"{type(optimizer).__name__}.step() would move {what} of no model that prepare() got, of "
+        f"shape {shapes}: each worker would train its own"
+    )
+    hint = (
+        "hand prepare() the model; a parameter by itself belongs into one, such as a ParameterList"
+    )
+    return SpecError(Problem(("task",), text, hint))
+
+
+@torch.no_grad()
+def check_alike(model: nn.Module, group: Collective, when: str) -> None:
+    """
+    See whether all ranks have the same trained parameters; every rank calls this.
+
+    Args:
+        model: whose gradients are averaged.
+        group: all ranks.
+        when: for the message.
+
+    Raises:
+        ValueError: they are apart; names the first parameter, and a rank.
+    """
+    if group.world == 1:
+        return
+    named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+    mine = [(float(one.double().sum()), float(one.double().norm())) for _, one in named]
+    device = named[0][1].device if named else torch.device("cpu")
+    every = [json.loads(one) for one in gather_bytes(json.dumps(mine).encode(), group, device)]
+    for place, (name, _) in enumerate(named):
+        (total, norm), *others = (found[place] for found in every)
+        for rank, (its_total, its_norm) in enumerate(others, 1):
+            if max(abs(its_total - total), abs(its_norm - norm)) > _APART * norm:
+                raise ValueError(
+                    f"{when} {name!r} of rank {rank} is not that of rank 0: each trains its own. "
+                    "Gradients are averaged in backward(); what torch.autograd.grad gives is this "
+                    "rank's alone, and so is what is written into a parameter otherwise"
+                )

@@ -1,0 +1,122 @@
+"""Optimizers of torch that look at whole tensors, over the parameters in a run of the vector."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distplat.platform.optimizers import Optimizer
+from distplat.platform.spec import EMA
+from distplat.platform.vector_layout import Layout, plain_layout
+from distplat.strategies.compat import spare_the_compiler
+from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector
+from distplat.strategies.model.optimizer_state import UPDATES, WHOLE, Presence
+from distplat.strategies.model.segments import dtype_name, segments_of, typed
+
+
+class TensorOptimizer:
+    """
+    One of torch's optimizers, with each parameter of a run as a tensor of its own shape.
+
+    Args:
+        spec: name and arguments; `spec.whole`.
+        vector: shape [n]; updated in place. It is cut at the bounds of parameters.
+        gradient: shape [n].
+        layout: what lies where; None: a single parameter.
+        ema: see `FlatOptimizer`.
+    """
+
+    def __init__(
+        self,
+        spec: Optimizer,
+        vector: Tensor,
+        gradient: Tensor,
+        layout: Layout | None = None,
+        ema: EMA | None = None,
+    ) -> None:
+        spare_the_compiler()
+        self._layout = layout or plain_layout(vector.numel(), dtype_name(vector))
+        self._vector = vector
+        pieces, segments = self._layout.pieces, self._layout.segments
+        self._dtypes = [segments[at].dtype for at in segments_of(self._layout).tolist()]
+        self._slots = np.array([piece.slot for piece in pieces], np.int64)
+        starts = np.array([piece.start for piece in pieces], np.int64)
+        self._at_first = starts < self._layout.tail
+        self._parameters = [nn.Parameter(one) for one in self._views(vector)]
+        self.use(gradient)
+        kind: Any = getattr(torch.optim, spec.name)
+        placed = [(one.group, own) for one, own in zip(pieces, self._parameters, strict=True)]
+        groups = [
+            {"params": [own for group, own in placed if group == number], **variant.arguments()}
+            for number, variant in enumerate(spec.variants())
+        ]
+        self._torch: torch.optim.Optimizer = kind(groups, **spec.arguments())
+        self._average = None if ema is None else AveragedVector(ema, vector, self._layout)
+
+    def step(self, rates: Sequence[float], present: Presence = None) -> None:
+        """See `FlatOptimizer`."""
+        mine = self._at_first if present is None else np.asarray(present, np.bool_)[self._slots]
+        for parameter, own, has in zip(self._parameters, self._gradients, mine, strict=True):
+            parameter.grad = own if has else None
+        for group, rate in zip(self._torch.param_groups, rates, strict=True):
+            group["lr"] = rate
+        with torch.no_grad():
+            inspect.unwrap(type(self._torch).step)(self._torch)
+            if self._average is not None and (present is None or np.any(present)):
+                self._average.update(tail=bool((mine & ~self._at_first).any()))
+
+    @property
+    def average(self) -> Tensor:
+        """See `FlatOptimizer`."""
+        return self._vector if self._average is None else self._average.values
+
+    def state(self) -> dict[str, Tensor]:
+        """Give what it remembers, see `WHOLE`; tensors are no copies."""
+        found = {
+            f"{WHOLE}{name}/{slot}": value
+            for slot, parameter in zip(self._slots.tolist(), self._parameters, strict=True)
+            for name, value in self._torch.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+        average = {} if self._average is None else self._average.state()
+        if average:
+            found |= {AVERAGE: average[AVERAGE], UPDATES: average[AVERAGED]}
+        return found
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of an equal optimizer gave; copied. Nothing: as if it were new."""
+        places = {slot: number for number, slot in enumerate(self._slots.tolist())}
+        self._torch.state.clear()
+        for key, value in state.items():
+            name, _, slot = key.removeprefix(WHOLE).rpartition("/")
+            if key.startswith(WHOLE) and int(slot) in places:
+                kept = self._torch.state[self._parameters[places[int(slot)]]]
+                kept[name] = value.to(self._vector.device if value.ndim else "cpu", copy=True)
+        if self._average is not None:
+            named = {AVERAGE: AVERAGE, AVERAGED: UPDATES}
+            self._average.load({mine: state[its] for mine, its in named.items() if its in state})
+
+    def use(self, gradient: Tensor) -> None:
+        """Take gradients from another vector from now on, shape [n]."""
+        self.gradient = gradient
+        self._gradients = self._views(gradient)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the state takes."""
+        kept = [value for state in self._torch.state.values() for value in state.values()]
+        average = 0 if self._average is None else self._average.state_bytes
+        return average + sum(value.nbytes for value in kept if isinstance(value, Tensor))
+
+    def _views(self, vector: Tensor) -> list[Tensor]:
+        """View a vector as the parameters, each in its own shape."""
+        views = []
+        for piece, dtype in zip(self._layout.pieces, self._dtypes, strict=True):
+            assert piece.shape is not None, "the vector is cut at the bounds of parameters"
+            views.append(typed(vector, piece.start, piece.stop, dtype).view(piece.shape))
+        return views

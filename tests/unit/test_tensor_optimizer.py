@@ -1,0 +1,216 @@
+"""Optimizers that look at whole tensors, by name: torch's, wherever the vector is cut."""
+
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import GPT_PLAN, Gpt, grid_of, hybrid_job, whole
+from hybrid_workers import UntilOneIsLost
+from jobs import job_of
+from local_run import LocalRun, train
+from test_parameter_groups import BATCH, SAMPLES, SCALES, STEPS, STRATEGIES, Own, Small, close
+from test_parameter_groups import job as grouped_job
+from test_verification import rows
+from torch import Tensor, nn
+
+from distplat.platform.errors import SpecError
+from distplat.platform.even_split import cut_at
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Checkpoint, Job
+from distplat.platform.vector_layout import Layout, Piece, Segment
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.verification.verdicts import EQUAL
+
+GROUPS = [{"match": "*.bias,*norm*", "weight_decay": 0.0}, {"match": "head.*", "lr": 0.01}]
+ADAFACTOR: dict[str, Any] = {"name": "Adafactor", "lr": 0.05, "weight_decay": 0.3, "d": 2}
+
+
+def job(strategy: Any = "ring", world: int = 1, **more: Any) -> Job:
+    return grouped_job(strategy, world, **{"optimizer": {**ADAFACTOR, "groups": GROUPS}, **more})
+
+
+def plain(kind: type[Small] = Small, clip_norm: float | None = None) -> dict[str, Tensor]:
+    """The loop that a user would write."""
+    task = kind()
+    torch.manual_seed(5)
+    model, data = task.model(), task.train_data()
+    named: Any = dict(model.named_parameters())
+    named |= {"task:bend": task.bend} if isinstance(task, Own) else {}
+    first = [n for n in named if n.endswith(".bias") or "norm" in n]
+    second = [n for n in named if n.startswith("head.") and n not in first]
+    rest = [n for n in named if n not in (*first, *second)]
+    groups: list[dict[str, Any]] = [
+        {"params": [named[n] for n in first], "weight_decay": 0.0},
+        {"params": [named[n] for n in second], "lr": 0.01},
+        {"params": [named[n] for n in rest]},
+    ]
+    made: Any = torch.optim.Adafactor
+    optimizer = made(groups, lr=0.05, weight_decay=0.3, d=2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [*SCALES, 0.0][step])
+    sampler = Sampler(SAMPLES, BATCH, 1, seed=5)
+    for step in range(STEPS):
+        inputs, targets = zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
+        optimizer.zero_grad()
+        loss: Any = task.loss(model(torch.stack(inputs)), torch.stack(targets))
+        loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_([*named.values()], clip_norm)
+        optimizer.step()
+        schedule.step()
+    return {name: value.detach().clone() for name, value in named.items()}
+
+
+def state_of(run: LocalRun, rank: int = 0) -> dict[str, Tensor]:
+    return {n: p.clone() for n, p in run.ranks[rank].prepared.flat.state_dict().items()}
+
+
+WAYS: dict[str, tuple[Any, int]] = {
+    **STRATEGIES,
+    "sharded-5": ({"name": "ring", "shard_optimizer": True}, 5),
+    "ps-sync-more-servers-than-tensors": ({"name": "ps-sync", "num_servers": 8}, 2),
+}
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("name", WAYS)
+def test_a_run_is_a_plain_loop(name: str, clip_norm: float | None) -> None:
+    run = train(job(*WAYS[name], clip_norm=clip_norm), Small)
+    close(state_of(run), plain(clip_norm=clip_norm))
+
+
+@pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
+def test_parameters_of_the_task_too(name: str) -> None:
+    close(state_of(train(job(*WAYS[name]), Own)), plain(Own))
+
+
+class Idle(Small):
+    """A layer that no step reaches: weight decay must leave it alone."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.idle = nn.Linear(3, 3).double()
+        return model
+
+
+@pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
+def test_a_parameter_without_a_gradient_rests(name: str) -> None:
+    close(state_of(train(job(*WAYS[name]), Idle)), plain(Idle))
+
+
+class WideGpt(Gpt):
+    def model(self) -> nn.Module:
+        return super().model().double()
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 3])
+def test_stages_of_a_model(pipeline: int) -> None:
+    """With an epsilon above the rounding noise that is all the gradient of some biases."""
+    grid, workers = grid_of(pipeline, 1, 2)
+    fields = {"optimizer": {"name": "Adafactor", "lr": 0.02, "eps": [1e-6, 1e-3]}}
+    cut = whole(train(hybrid_job(grid, workers, **fields), WideGpt))
+    one = train(hybrid_job({}, 1, **fields), WideGpt).parameters()
+    assert max(float((cut[name] - one[name]).abs().max()) for name in one) < 1e-9
+
+
+SAVES = ["ring-2", "sharded", "ps-sync-3-servers", "ps-sync-kept-twice", "hybrid-servers"]
+
+
+@pytest.mark.parametrize("to", SAVES)
+@pytest.mark.parametrize("name", SAVES)
+def test_it_goes_on_from_a_checkpoint_under_any_strategy(name: str, to: str) -> None:
+    unfailed = train(job(*WAYS[name], checkpoint={"every_steps": 2}), Small)
+    resumed = train(job(*WAYS[to]), Small, saved=unfailed.checkpoints[2])
+    for key, value in unfailed.parameters().items():
+        found = resumed.parameters()[key]
+        assert torch.equal(found, value) if name == to else torch.allclose(found, value, 1e-9), key
+
+
+@pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers"])
+def test_the_average_goes_through_checkpoints_too(name: str) -> None:
+    of = job(*WAYS[name], checkpoint={"every_steps": 2}, ema={"decay": 0.5})
+    unfailed = train(of, Small)
+    resumed = train(of, Small, saved=unfailed.checkpoints[2])
+    ring = train(job("ring", 1, ema={"decay": 0.5}), Small)
+    assert "ema:head.weight" in ring.trained[0]
+    for key, value in unfailed.trained[0].items():
+        assert torch.equal(resumed.trained[0][key], value), key
+        torch.testing.assert_close(ring.trained[0][key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_it_is_verified_with_the_whole_batch() -> None:
+    of = job(*WAYS["ps-sync-3-servers"], steps=8, task="a:A")
+    of = of.model_copy(update={"checkpoint": Checkpoint(every_steps=1, num_to_keep=9)})
+    assert {row.verdict for row in rows(Small, of).values()} == {EQUAL}
+
+
+def test_a_lost_worker_leaves_no_trace() -> None:
+    of = job("ring", 3)
+    run, fabric = LocalRun(of, Small), Fabric(3)
+    fabric.kill(1, after=12)
+    assert not UntilOneIsLost(run, fabric).make()
+    run.renew(1)
+    attempt = UntilOneIsLost(run)
+    assert attempt.make()
+    assert min(attempt.starts) > 1
+    run.close()
+    unfailed = state_of(train(of, Small))
+    for rank in range(3):
+        for key, value in unfailed.items():
+            assert torch.equal(state_of(run, rank)[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("bounds", "places", "expected"),
+    [
+        ([(0, 10), (10, 20)], [0, 8, 16], [(0, 8), (8, 20)]),
+        ([(0, 10), (10, 20)], [0, 13], [(0, 13), (13, 20)]),
+        ([(0, 10), (10, 20)], [0], [(0, 0), (0, 20)]),
+        ([(0, 5), (5, 10), (10, 16)], [0, 14], [(0, 0), (0, 14), (14, 16)]),
+        ([(0, 16)], [0, 8], [(0, 16)]),
+    ],
+)
+def test_cut_at(
+    bounds: list[tuple[int, int]], places: list[int], expected: list[tuple[int, int]]
+) -> None:
+    assert cut_at(bounds, places) == expected
+
+
+def test_a_part_of_a_parameter_has_no_shape() -> None:
+    pieces = Piece(0, 0, 6, shape=(2, 3)), Piece(1, 16, 20, shape=(4,))
+    layout = Layout(20, (Segment(0, 20, "float32"),), pieces, 2, 20)
+    assert [one.shape for one in layout.cut(0, 16).pieces] == [(2, 3)]
+    assert [one.shape for one in layout.cut(3, 20).pieces] == [None, (4,)]
+    assert layout.starts == (0, 16)
+
+
+REFUSED: list[tuple[Any, int, dict[str, Any], str]] = [
+    (
+        {"name": "hybrid", "tensor": 2, "tensor_plan": GPT_PLAN},
+        2,
+        {},
+        "optimizer.name: looks at whole tensors, and `tensor: 2` cuts them",
+    ),
+    (
+        {"name": "ps-sync", "num_servers": 2, "split": "load"},
+        2,
+        {},
+        "strategy.split: cannot measure a server's speed with Adafactor",
+    ),
+    (
+        "ring",
+        1,
+        {"groups": [{"match": "*", "eps": 1e-3}]},
+        "optimizer.groups.0.eps: is no argument of Adafactor",
+    ),
+    ("ring", 1, {"d": 0.5}, "optimizer.d: must be >= 1 (got 0.5)"),
+    ("ring", 1, {"beta2_decay": 0.5}, "optimizer.beta2_decay: must be <= 0 (got 0.5)"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "world", "more", "said"), REFUSED)
+def test_what_cannot_be_done_is_said(
+    strategy: Any, world: int, more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        job_of(strategy, world, optimizer={**ADAFACTOR, **more})
+    assert str(caught.value).startswith(said)

@@ -1,0 +1,228 @@
+"""`Task.weights`: a loss of terms that are means over different things is that of one process."""
+
+from typing import Any
+
+import pytest
+import torch
+from hybrid_workers import UntilOneIsLost
+from local_run import LocalRun, train
+from test_parameter_groups import BATCH, GROUPED, SAMPLES, SCALES, STEPS, STRATEGIES, Small, close
+from test_parameter_groups import job as grouped_job
+from test_verification import rows
+from torch import Tensor, nn
+
+from distplat import Task
+from distplat.platform.errors import SpecError
+from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Checkpoint, Job
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.verification.verdicts import EQUAL
+
+
+class Mixture(Small):
+    """A mean over marked samples, and one over numbers above a limit."""
+
+    def weights(self, batch: Any) -> Any:
+        inputs, targets = batch
+        return {"marked": (inputs[:, 0] > 0).sum(), "high": (targets > 0).sum()}
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        marked = (targets[:, 0] + 1) / 2 > 0  # the same as of the inputs
+        high = targets > 0
+        near = ((outputs - targets) * marked[:, None]).square().sum()
+        return {"marked": near, "high": (outputs * high).abs().sum()}
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Any:
+        return self.terms(outputs, targets)
+
+
+class Stepped(Mixture):
+    """The same, from the batch on."""
+
+    loss = Task.loss
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        outputs = model(batch[0])
+        return {"loss": self.terms(outputs, batch[1]), "outputs": outputs}
+
+
+def job(strategy: Any = "ring", world: int = 1, **more: Any) -> Job:
+    return grouped_job(strategy, world, **more)
+
+
+def plain(kind: type[Mixture], clip_norm: float | None = None) -> tuple[Any, list[float]]:
+    """The loop that a user would write, on whole batches; gives its losses, too."""
+    task = kind()
+    torch.manual_seed(5)
+    model, data = task.model(), task.train_data()
+    named = dict(model.named_parameters())
+    first = [n for n in named if n.endswith(".bias") or "norm" in n]
+    second = [n for n in named if n.startswith("head.") and n not in first]
+    rest = [n for n in named if n not in (*first, *second)]
+    groups: list[dict[str, Any]] = [
+        {"params": [named[n] for n in first], "weight_decay": 0.0},
+        {"params": [named[n] for n in second], "lr": 0.01, "betas": (0.5, 0.9)},
+        {"params": [named[n] for n in rest]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [*SCALES, 0.0][step])
+    sampler, losses = Sampler(SAMPLES, BATCH, 1, seed=5), []
+    for step in range(STEPS):
+        inputs, targets = map(
+            torch.stack, zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
+        )
+        terms, of = task.terms(model(inputs), targets), task.weights((inputs, targets))
+        loss = sum((terms[name] / of[name] for name in of), torch.zeros(()))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_([*named.values()], clip_norm)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}, losses
+
+
+WAYS: list[tuple[str, int, int]] = [
+    ("ring-1", 1, 1),
+    ("ring-1", 1, 3),
+    ("ring-2", 2, 2),
+    ("ring-2", 5, 1),
+    ("sharded", 3, 2),
+    ("ps-sync", 2, 1),
+    ("ps-sync-3-servers", 5, 1),
+    ("ps-async", 1, 2),
+]
+"""Name, workers, micro-batches; the last batch of an epoch has four samples for five workers."""
+
+
+@pytest.mark.parametrize("kind", [Mixture, Stepped])
+@pytest.mark.parametrize(("name", "world", "parts"), WAYS)
+def test_a_run_is_a_plain_loop_on_whole_batches(
+    name: str, world: int, parts: int, kind: type[Mixture]
+) -> None:
+    strategy, _ = STRATEGIES[name]
+    run = train(job(strategy, world, gradient_accumulation=parts), kind)
+    expected, losses = plain(kind)
+    close(run.parameters(), expected)
+    steps = [one for rank in run.reports for one in rank if isinstance(one, StepReport)]
+    for step, loss in enumerate(losses):
+        of = [(one.loss, one.weight or 0.0) for one in steps if one.step == step]
+        found = sum(mean * weight for mean, weight in of) / sum(weight for _, weight in of)
+        assert found == pytest.approx(loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("group", ["", "term-weights"])
+def test_a_lost_worker_leaves_no_trace(group: str) -> None:
+    of = job("ring", 3)
+    run, fabric = LocalRun(of, Mixture), Fabric(3)
+    fabric.kill(1, after=8, group=group)
+    assert not UntilOneIsLost(run, fabric).make()
+    run.renew(1)
+    attempt = UntilOneIsLost(run)
+    assert attempt.make()
+    assert min(attempt.starts) > 0
+    run.close()
+    for name, value in train(of, Mixture).parameters().items():
+        assert torch.equal(run.parameters()[name], value), name
+
+
+def test_clipping_is_of_the_same_gradient() -> None:
+    close(train(job("ring", 3, clip_norm=0.5), Mixture).parameters(), plain(Mixture, 0.5)[0])
+
+
+def test_it_is_no_mean_of_the_workers_means() -> None:
+    """What a task without weights would give."""
+
+    class Means(Mixture):
+        weights = Small.weights
+
+        def loss(self, outputs: Tensor, targets: Tensor) -> Any:
+            marked = (targets[:, 0] + 1) / 2 > 0
+            of = {"marked": marked.sum().clamp(min=1), "high": (targets > 0).sum().clamp(min=1)}
+            return sum(one / of[name] for name, one in self.terms(outputs, targets).items())
+
+    expected = plain(Mixture)[0]["body.weight"]
+    assert not torch.allclose(train(job("ring", 2), Means).parameters()["body.weight"], expected)
+
+
+def test_a_term_that_no_sample_of_a_step_has_counts_nothing() -> None:
+    class Rare(Mixture):
+        def weights(self, batch: Any) -> Any:
+            return {**super().weights(batch), "never": 0.0}
+
+        def loss(self, outputs: Tensor, targets: Tensor) -> Any:
+            return {**self.terms(outputs, targets), "never": (outputs * 0).sum()}
+
+    close(train(job("ring", 2), Rare).parameters(), plain(Mixture)[0])
+
+
+def test_an_evaluation_is_of_its_batches() -> None:
+    class Evaluated(Mixture):
+        def eval_data(self) -> Any:
+            return self.train_data()
+
+    of = job("ring", 1, evaluation={"every_steps": STEPS})
+    run = train(of, Evaluated)
+    (found,) = [one for one in run.reports[0] if isinstance(one, EvalReport)]
+    task, model = Evaluated(), run.ranks[0].prepared.flat.model.eval()
+    inputs, targets = task.train_data().tensors
+    total = 0.0
+    for start in range(0, SAMPLES, BATCH):
+        x, y = inputs[start : start + BATCH], targets[start : start + BATCH]
+        weights = task.weights((x, y))
+        with torch.no_grad():
+            terms = task.terms(model(x), y)
+        total += sum(float(terms[name] / weights[name]) for name in terms) * len(x)
+    assert found.sums["loss"] / found.counts["loss"] == pytest.approx(total / SAMPLES, rel=1e-9)
+
+
+@pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}])
+def test_it_is_verified_with_the_whole_batch(strategy: Any) -> None:
+    of = job(strategy, 2, steps=8, task="a:A", lr_schedule={})
+    of = of.model_copy(update={"checkpoint": Checkpoint(every_steps=1, num_to_keep=9)})
+    found = rows(Mixture, of)
+    assert {row.check: row.verdict for row in found.values()} == dict.fromkeys(found, EQUAL)
+    assert "whole batch" in found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "said"),
+    [
+        ({"name": "hybrid", "data": 2}, 2, "Mixture.weights() gets whole batches, which no rank "),
+        (
+            {"name": "ps-sync", "backup_workers": 1},
+            2,
+            "weights() does not go together with `backup_workers`",
+        ),
+    ],
+)
+def test_where_it_cannot_be_it_is_refused(strategy: Any, world: int, said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        train(job(strategy, world), Mixture)
+    assert said in str(caught.value)
+
+
+WRONG: list[tuple[Any, Any, str]] = [
+    ([1.0], {"a": 1}, "weights() must return a mapping of terms to numbers; got a list"),
+    (None, {"a": 1}, "weights() must return a mapping of terms to numbers; got None: is there a "),
+    ({"a": -1.0}, {"a": 1}, "weights() gives the weight -1: it must be finite, 0 or more"),
+    ({"a": 1.0}, {"b": 1}, "loss() must give a sum for each term that weights() names ('a') as "),
+    ({"a": 1.0}, 3.0, "loss() must give a sum for each term that weights() names ('a') as its "),
+    ({"a": 1.0}, {"a": "sums"}, "loss() must give a scalar tensor, the sum, as 'a'"),
+]
+
+
+@pytest.mark.parametrize(("weights", "loss", "said"), WRONG)
+def test_what_does_not_go_together_is_said(weights: Any, loss: Any, said: str) -> None:
+    class Wrong(Small):
+        def weights(self, batch: Any) -> Any:
+            return weights
+
+        def loss(self, outputs: Tensor, targets: Tensor) -> Any:
+            return loss if not isinstance(loss, dict) else {n: outputs for n in loss}
+
+    with pytest.raises(ValueError) as caught:
+        train(job(optimizer=GROUPED), Wrong)
+    assert said in str(caught.value)
