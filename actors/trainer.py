@@ -24,6 +24,7 @@ from distplat.actors.result import Result
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction
 from distplat.actors.tracking import Tracking
+from distplat.actors.view import View, view_here
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.evaluations import check_metrics
@@ -64,6 +65,8 @@ class Trainer:
         resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
             from `storage_dir`. Or the URL of one: its checkpoint is brought to the local disk, for
             as long as this object is there.
+        progress: whether to show on stderr how far the run is; None: on a terminal and in a
+            notebook.
         log_to_driver: whether what workers print appears here, too; it is always in the run
             directory's `logs`.
 
@@ -83,6 +86,7 @@ class Trainer:
         strategy_file: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
         resume: str | Path | None = None,
+        progress: bool | None = None,
         log_to_driver: bool = True,
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
@@ -106,6 +110,7 @@ class Trainer:
         self._storage_dir = Path(storage_dir or self._dir).resolve()
         check_callbacks(callbacks, self.job)
         self._callbacks = tuple(callbacks)
+        self._progress = progress
         self._log_to_driver = log_to_driver
         check_libraries(self.job)
         self._resumed = self._find(resume) if resume is not None else None
@@ -155,7 +160,9 @@ class Trainer:
         directory = RunDirectory(self.job, new_run_name(self.job.name), self._storage_dir)
         result = Result(directory.path, None, reported=self.job.own_loop)
         trackers = [Tracking(one, self._run_before()) for one in self.job.trackers]
-        callbacks = Callbacks((*trackers, *self._callbacks), self.job.early_stop)
+        view = View() if self._progress else view_here() if self._progress is None else None
+        views = [] if view is None else [view]
+        callbacks = Callbacks((*views, *trackers, *self._callbacks), self.job.early_stop)
         try:
             self._fit(directory, result, callbacks)
         except BaseException as error:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 from distplat import Callback, Job, Result, Task, Trainer
 from distplat.actors.callbacks import Callbacks
 from distplat.actors.controller_client import Sink
-from distplat.cli.render import View
+from distplat.actors.view import View
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import SpecError, StorageError, UserCodeError
 from distplat.platform.progress import (
@@ -232,7 +232,8 @@ def test_records_are_written_in_order_before_the_end() -> None:
 def test_a_view_whose_pipe_is_closed_draws_no_more() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as out, View(out) as view:
+    with os.fdopen(writer, "w") as out:
+        view = View(out)
         for step in range(1, 4):
             view.on_step(StepSummary(step, 0, 0.5, 8, {"compute": 0.1}, 3))
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from made_runs import FACTS, SETBACK, evaluation, made_run, step
 
+from distplat.actors.view import View
 from distplat.cli import jobs, remote, render, tables
 from distplat.cli.main import run
 from distplat.cli.remote import LogReader
-from distplat.cli.render import View
 from distplat.platform.errors import ClusterUnreachable, Problem, printable
 from distplat.platform.progress import Recovery
 
