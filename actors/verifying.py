@@ -201,6 +201,7 @@ class _Runner:
             working_dir=self._wanted.folder,
             storage_dir=self._place,
             strategy_file=self._wanted.strategy_file,
+            progress=False,
         )
         result = trainer.fit()
         try:

@@ -88,7 +88,7 @@ def standstill() -> float:
             "storage_path": runs,
             "checkpoint": {"save_final": False},
         }
-        Trainer(job, Noting, callbacks=(killer,)).fit()
+        Trainer(job, Noting, callbacks=(killer,), progress=False).fit()
         found = []
         for rank in range(WORKERS):
             times = [float(line) for line in Path(folder, f"worker-{rank}").read_text().split()]
