@@ -162,6 +162,10 @@ class ActorGroup:
         """Tell all workers, which rest, to go on until they are before this step."""
         self._tell_workers("rest_at", attempt, step)
 
+    def end_at(self, attempt: int, step: int) -> None:
+        """Tell all workers, which rest, to go on until they are before this step, and end there."""
+        self._tell_workers("end_at", attempt, step)
+
     def abandon(self, attempt: int) -> None:
         """Tell all workers to stop waiting for each other; the dead are passed over."""
         self._tell_workers("abandon", attempt)

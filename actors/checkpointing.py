@@ -30,7 +30,8 @@ from distplat.platform.checkpoints import (
     read,
 )
 from distplat.platform.errors import StorageError
-from distplat.platform.progress import Saved
+from distplat.platform.evaluations import BestCheckpoint
+from distplat.platform.progress import Best, EvalSummary, Saved, Summary
 from distplat.platform.resume import NOT_FINITE, state_of
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
@@ -83,7 +84,10 @@ class Checkpoints:
         self._writing = False
         self._thread: threading.Thread | None = None
         self._pruning = threading.Lock()  #: held while one is read, and while some are deleted
-        self._news: deque[Saved] = deque()
+        self._best = BestCheckpoint(launch.job.checkpoint.keep_best)
+        self._judging = threading.Lock()  #: held while `_best` is used
+        self._told_best: int | None = None
+        self._news: deque[Saved | Best] = deque()
         self._failures: dict[int, str] = {}  #: step -> why it has none, since the last one came
         self._failed_at = -math.inf
         self._written = 0  #: step of the newest one that this run wrote
@@ -117,9 +121,24 @@ class Checkpoints:
         size = sum(part.nbytes for parts, _ in self._waiting for part in parts)
         return count > most or (count > _QUEUE and size > _QUEUE_BYTES)
 
-    def news(self) -> list[Saved]:
+    def hear(self, summary: Summary) -> None:
+        """Be told what happened in the run: evaluations say which checkpoint is the best."""
+        if isinstance(summary, EvalSummary):
+            with self._judging:
+                self._best.evaluated(summary.step, summary.metrics)
+                self._tell_best()
+
+    def _tell_best(self) -> None:
+        """Tell which checkpoint is the best, if that is another one than before."""
+        step, rule = self._best.step, self._job.checkpoint.keep_best
+        if step is not None and rule is not None and step != self._told_best:
+            self._told_best = step
+            path = str(self._catalogue.path(step))
+            self._news.append(Best(step, path, rule.metric, self._best.figure))
+
+    def news(self) -> list[Saved | Best]:
         """
-        Give what came to the disk since the last call.
+        Give what came to the disk since the last call, and which is the best.
 
         Raises:
             StorageError: checkpoints fail again and again.
@@ -130,6 +149,15 @@ class Checkpoints:
             text = f"{PATIENCE} checkpoints in a row could not be written to"
             raise StorageError(f"{text} {self._catalogue.folder}: step {step}: {why}")
         return [self._news.popleft() for _ in range(len(self._news))]
+
+    def settle(self) -> None:
+        """Be told that the run has ended well: all evaluations are known, all parts are written."""
+        if self._job.checkpoint.keep_best is None or not self._written:
+            return
+        try:
+            self._prune(self._written)
+        except OSError as error:
+            logger.warning("checkpoints that are too many could not be deleted: %s", error)
 
     def drain(self, limit_s: float = _DRAIN_S) -> None:
         """Wait until all that is complete is on the disk, within reason."""
@@ -155,6 +183,9 @@ class Checkpoints:
                     self._catalogue.set_aside(found.step)
                 except OSError as error:
                     logger.warning("damaged checkpoints could not be renamed: %s", error)
+                with self._judging:
+                    self._best.left(self._catalogue.steps())
+                    self._tell_best()
         self.step = found.step if found is not None else 0
         return found
 
@@ -202,6 +233,8 @@ class Checkpoints:
             self._failures.clear()
             self.step = self._written = step
             self._news.append(Saved(step, str(path), size, time.monotonic() - began))
+            with self._judging:
+                self._tell_best()
 
     def _put(self, step: int, parts: Sequence[Delivery]) -> Path:
         launch = self._launch
@@ -218,9 +251,17 @@ class Checkpoints:
         files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}
         state = state_of(self._job, launch.run, parts[0].facts)
         path = self._catalogue.write(step, files, state)
-        with self._pruning:
-            self._catalogue.prune(launch.job.checkpoint.num_to_keep, step)
+        with self._judging:
+            self._best.saved(step)
+        self._prune(step)
         return path
+
+    def _prune(self, written: int) -> None:
+        """Delete those that are too many."""
+        with self._judging:
+            protected = self._best.protected
+        with self._pruning:
+            self._catalogue.prune(self._job.checkpoint.num_to_keep, written, protected)
 
     def _fail(self, step: int, why: str) -> None:
         """Count a checkpoint that failed though the disk had no part in it."""

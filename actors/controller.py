@@ -25,6 +25,7 @@ from distplat.actors.retrying_calls import ask
 from distplat.actors.scaling import Scaler, check_scalable
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
+    End,
     Event,
     Failed,
     Heard,
@@ -91,6 +92,7 @@ class Controller:
         self._called_off = -1, Stop.ABANDON  #: the last attempt that was to end, and how
         self._halted_at: float | None = None  #: when the first worker stopped for a resize
         self._resized: Resized | None = None  #: to be told when all are at work
+        self._ending = False  #: somebody wants the run to end before its last step
         self._holders = policy.holders
         self._checkpoints = checkpoints
         self.base = checkpoints.step  #: steps that were made before the present servers were
@@ -107,7 +109,12 @@ class Controller:
         Raises:
             DistplatError: why it failed.
         """
-        self._report = report
+
+        def hear(summary: Summary) -> None:
+            self._checkpoints.hear(summary)
+            report(summary)
+
+        self._report = hear
         while not self._state.over:
             self._check()
             self._ask_everybody()
@@ -117,7 +124,9 @@ class Controller:
                 self._state.handle(Failed(role, error, gone=True), time.monotonic())
             self._state.handle(Tick(), time.monotonic())
             self._repair()
-            if self._state.phase is Phase.RUNNING:
+            if self._state.phase is Phase.RUNNING and self._ending:
+                self._end()
+            elif self._state.phase is Phase.RUNNING:
                 self._scale()
                 self._actor_group.keep_spares()
             self._report_checkpoints()
@@ -135,6 +144,7 @@ class Controller:
             StorageError: several could not be.
         """
         self._checkpoints.drain()
+        self._checkpoints.settle()
         self._report_checkpoints()
 
     def scale(self, workers: int) -> ScaleRequest:
@@ -149,6 +159,10 @@ class Controller:
         if refused:
             raise SpecError(Problem(("--workers",), refused))
         return self._requests.ask(workers)
+
+    def end_early(self) -> None:
+        """Have the run end soon as after its last step; any thread may call this, again too."""
+        self._ending = True
 
     def worker(self, rank: int) -> Any:
         """Give the handle of a rank's present worker; None: there is none. Any thread may ask."""
@@ -197,6 +211,21 @@ class Controller:
             self._failed_at = self._failed_at or now
             if state.may_go_on:
                 self._actor_group.abandon(state.attempt)
+
+    def _end(self) -> None:
+        """Have all end before the same step, in this attempt."""
+        state = self._state
+        state.handle(End(), time.monotonic())
+        how = how_to_stop(False, state.agreed)
+        if (state.attempt, how) <= self._called_off:
+            return
+        self._called_off = state.attempt, how
+        if self._actor_group.dynamic_tasks:
+            self._actor_group.tell_scheduler("end_early")
+        elif state.agreed is None:
+            self._actor_group.rest(state.attempt)
+        else:
+            self._actor_group.end_at(state.attempt, state.agreed)
 
     def _scale(self) -> None:
         """Have workers join or leave; a run that is in trouble has that mended first."""
@@ -260,7 +289,8 @@ class Controller:
         """Keep one question open to every actor."""
         asked = {role for role, _ in self._open.values()}
         now = time.monotonic()
-        hold_s = _HOLD_S if self._state.phase is Phase.RUNNING else _TICK_S
+        at_work = self._state.phase is Phase.RUNNING and not self._ending
+        hold_s = _HOLD_S if at_work else _TICK_S
         for role, actor in self._actors.items():
             if role not in asked:
                 number = self._answers.get(role, 0) + 1

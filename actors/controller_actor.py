@@ -211,6 +211,15 @@ class ControllerActor:
         """
         return self._running().scale(workers)
 
+    def end_early(self) -> None:
+        """
+        Have the run end soon as after its last step; a second call does nothing.
+
+        Raises:
+            NotReadyError: the run has not begun yet.
+        """
+        self._running().end_early()
+
     def worker(self, rank: int) -> Any:
         """
         Give the handle of a rank's present worker; None: there is none.

@@ -39,6 +39,8 @@ class RunHandlers:
     """Takes the trained model, once and before anything else that a trained run leaves."""
     on_file: Callable[[str, bytes], object]
     """Takes the embedding tables and the log of updates by name, of runs that have them."""
+    ending: Callable[[], bool] = lambda: False
+    """Asked after news: whether the run is to end before its last step."""
 
 
 class ControllerClient:
@@ -73,7 +75,7 @@ class ControllerClient:
             DistplatError: why the run failed; `ActorLost` where the controller itself is gone.
         """
         self._ask(check, "begin", *self._begin)
-        number = 0
+        number, ending = 0, False
         while True:
             check()
             number += 1
@@ -87,6 +89,9 @@ class ControllerClient:
                 if news.error is not None:
                     raise news.error
                 return
+            if not ending and handlers.ending():
+                ending = True
+                self._ask(check, "end_early")
 
     def _ask(self, check: Callable[[], None], method: str, *args: Any) -> Any:
         """

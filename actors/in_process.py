@@ -54,13 +54,15 @@ def train_in_process(launch: Launch, handlers: RunHandlers) -> None:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
     """
     gathering, progress = ReportAggregator(world=1), Progress()
+    checkpoints = Checkpoints(launch, 1, opened)
 
     def report(part: AnyReport) -> None:
         for summary in gathering.add(part):
+            checkpoints.hear(summary)
             handlers.on_summary(summary)
 
     try:
-        _train(launch, report, progress, handlers)
+        _train(launch, report, progress, handlers, checkpoints)
     except (DistplatError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
@@ -73,10 +75,11 @@ def _train(
     report: Callable[[AnyReport], None],
     progress: Progress,
     handlers: RunHandlers,
+    checkpoints: Checkpoints,
 ) -> None:
     job = launch.job
     if job.own_loop:
-        _train_function(launch, report, progress, handlers)
+        _train_function(launch, report, progress, handlers, checkpoints)
         return
     task = make_task(job, lambda: _task_class(launch))
     strategy = make_worker_strategy(job)
@@ -87,17 +90,17 @@ def _train(
         logger.warning("%s", remark)
     roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
-    checkpoints = Checkpoints(launch, 1, opened)
     copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
     uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
-        servers, leases = None, None
+        servers, desk, leases = None, None, None
         if roles.servers:
             servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
         if roles.consistency.dynamic_tasks:
-            leases = ending.enter_context(closing(TaskDesk(job, roles, launch.run))).leases(0)
+            desk = ending.enter_context(closing(TaskDesk(job, roles, launch.run)))
+            leases = desk.leases(0)
         ports = Ports(
             collective=Fabric(1).collective(0),
             shards=servers.shards(0, steps, every=every) if servers is not None else None,
@@ -105,11 +108,15 @@ def _train(
             leases=leases,
         )
         around = Around(saved, take=uploader.take)
-        counted = report if leases is None else partial(_count, leases, report)
-        join(prepared, strategy, 0, ports, report=counted, progress=progress, around=around).run()
+        told = report
+        if desk is not None and leases is not None:
+            told = partial(_count, desk, leases, report, handlers)
+        meets = partial(join, prepared, strategy, 0, ports, progress=progress, around=around)
+        meets(report=told, pause=lambda step: not handlers.ending()).run()
         uploader.flush()
         handlers.on_model(saved_model(strategy.trained(prepared.flat)))
     checkpoints.drain()
+    checkpoints.settle()
     for written in checkpoints.news():
         handlers.on_summary(written)
     if servers is not None and roles.consistency.asynchronous and saved is None:
@@ -123,9 +130,9 @@ def _train_function(
     report: Callable[[AnyReport], None],
     progress: Progress,
     handlers: RunHandlers,
+    checkpoints: Checkpoints,
 ) -> None:
     """Call a train function here."""
-    checkpoints = Checkpoints(launch, 1, opened)
     copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
     uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
 
@@ -160,11 +167,19 @@ def _task_class(launch: Launch) -> type[Task]:
     return found
 
 
-def _count(leases: RemoteLeases, report: Callable[[AnyReport], None], part: AnyReport) -> None:
-    """Have the task scheduler know how fast this worker is, too."""
+def _count(
+    desk: TaskDesk,
+    leases: RemoteLeases,
+    report: Callable[[AnyReport], None],
+    handlers: RunHandlers,
+    part: AnyReport,
+) -> None:
+    """Have the task scheduler know how fast this worker is, too, and whether the run is to end."""
     if isinstance(part, StepReport):
         leases.count(part)
     report(part)
+    if handlers.ending():
+        desk.call("end_early")
 
 
 def _saved(stored: StoredCheckpoint | None) -> SavedState | None:

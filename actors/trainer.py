@@ -11,32 +11,27 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any
 
 from distplat.actors.actor_group import Launch
+from distplat.actors.callbacks import Callback, Callbacks, check_callbacks
 from distplat.actors.controller_client import RunHandlers
 from distplat.actors.launch import train_on_ray
+from distplat.actors.result import Result
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction
+from distplat.actors.tracking import Tracking
+from distplat.actors.view import View, view_here
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
-from distplat.platform.progress import (
-    EvalSummary,
-    FailureEvent,
-    Recovery,
-    Resized,
-    Saved,
-    StepSummary,
-    StepTotals,
-    Summary,
-)
+from distplat.platform.evaluations import check_metrics
+from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_checkpoints import url_of
-from distplat.platform.resume import check_library, start_from, start_from_url
+from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.run_upload import RunUpload, not_uploaded, upload_of
 from distplat.platform.spec import Job
@@ -46,126 +41,12 @@ from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-KEPT = 10_000
-"""Steps, evaluations and others that a `Result` keeps at least."""
-
-
-@dataclass
-class Result:
-    """What a run came to."""
-
-    path: Path
-    """The run directory."""
-    checkpoint: Path | None
-    """The trained model as safetensors; None: the job did not ask for it."""
-    history: list[StepSummary] = field(default_factory=list)
-    """The last steps, at least ten thousand; `metrics.jsonl` has all. So of all lists here."""
-    totals: StepTotals = field(default_factory=StepTotals)
-    """Sums over every step."""
-    evaluations: list[EvalSummary] = field(default_factory=list)
-    checkpoints: list[Saved] = field(default_factory=list)
-    """Those that came to the disk, oldest first; older ones may be deleted by now."""
-    failures: list[FailureEvent] = field(default_factory=list)
-    """Failures after which the run went on."""
-    resizes: list[Resized] = field(default_factory=list)
-    """Changes of the number of workers, of a run whose workers make every step together."""
-    reported: bool = False
-    """Whether the steps are what a train function reported, and their figures its own."""
-    seconds: float = 0.0
-    """From `fit` to the trained model."""
-    url: str | None = None
-    """Of the run directory's copy, where `storage_path` is a URL."""
-
-    def add(self, summary: Summary) -> None:
-        """Take one more piece of the run's history."""
-        match summary:
-            case StepSummary():
-                self.totals.add(summary)
-                _append(self.history, summary)
-            case EvalSummary():
-                _append(self.evaluations, summary)
-            case FailureEvent():
-                _append(self.failures, summary)
-            case Resized():
-                _append(self.resizes, summary)
-            case Saved():
-                _append(self.checkpoints, summary)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """
-        The last figures: `loss` of the last step, and `eval_*` of the last evaluation; of a train
-        function all that it reported last.
-        """
-        last = {"loss": self.history[-1].loss} if self.history else {}
-        if self.reported and self.history:
-            last |= self.history[-1].figures
-        if self.evaluations:
-            newest = max(self.evaluations, key=lambda one: one.step)  # they may come in any order
-            last |= {f"eval_{k}": v for k, v in newest.metrics.items()}
-        return last
-
 
 def _checked(task: object, job: Job) -> list[str]:
     """Look at what `Trainer` was handed; see `check_class`."""
     if job.own_loop:
         return check_function(task)
     return check_class(task, job.task_args, said_by_job(job))
-
-
-def _append(kept: list[T], one: T) -> None:
-    """Add to what is kept of a run, and let go of the oldest: a run may have millions of steps."""
-    kept.append(one)
-    if len(kept) >= 2 * KEPT:
-        del kept[:KEPT]
-
-
-class Observer(Protocol):
-    """Watches a run, for example to draw it."""
-
-    def started(self, job: Job, run: str, path: Path) -> None:
-        """The run directory is there; actors are about to be."""
-
-    def stepped(self, summary: StepSummary | EvalSummary) -> None:
-        """A step or an evaluation is over on all ranks."""
-
-    def disturbed(self, news: FailureEvent | Recovery | Resized) -> None:
-        """Workers were lost and the run goes on, all are at work again, or their number changed."""
-
-
-class _Observers:
-    """
-    Observers are guests: one that raises is told nothing more, and the run goes on.
-
-    Args:
-        observers: of the run.
-    """
-
-    def __init__(self, observers: tuple[Observer, ...]) -> None:
-        self._present = list(observers)
-
-    def started(self, job: Job, run: str, path: Path) -> None:
-        """See `Observer`."""
-        self._each(lambda one: one.started(job, run, path))
-
-    def tell(self, summary: Summary) -> None:
-        """Tell all of what they want to hear of."""
-        if isinstance(summary, StepSummary | EvalSummary):
-            self._each(lambda one: one.stepped(summary))
-        elif isinstance(summary, FailureEvent | Recovery | Resized):
-            self._each(lambda one: one.disturbed(summary))
-
-    def _each(self, tell: Callable[[Observer], object]) -> None:
-        for observer in list(self._present):
-            try:
-                tell(observer)
-            except Exception as error:
-                self._present.remove(observer)
-                name, kind = type(observer).__name__, type(error).__name__
-                text = "the observer %s raised %s: %s; the run goes on without it"
-                logger.warning(text, name, kind, error)
 
 
 class Trainer:
@@ -180,10 +61,12 @@ class Trainer:
         storage_dir: what `storage_path`, or `runs` where that is a URL, is relative to; None: the
             same as `working_dir`.
         strategy_file: a Python file that registers strategies of your own.
-        observers: told of every step; one that raises is told no more.
+        callbacks: told what happens, in this process; one that raises is told no more.
         resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
             from `storage_dir`. Or the URL of one: its checkpoint is brought to the local disk, for
             as long as this object is there.
+        progress: whether to show on stderr how far the run is; None: on a terminal and in a
+            notebook.
         log_to_driver: whether what workers print appears here, too; it is always in the run
             directory's `logs`.
 
@@ -201,8 +84,9 @@ class Trainer:
         working_dir: str | Path | None = None,
         storage_dir: str | Path | None = None,
         strategy_file: str | Path | None = None,
-        observers: tuple[Observer, ...] = (),
+        callbacks: Sequence[Callback] = (),
         resume: str | Path | None = None,
+        progress: bool | None = None,
         log_to_driver: bool = True,
     ) -> None:
         self._strategy_file = load_strategy_file(Path(strategy_file)) if strategy_file else None
@@ -224,9 +108,11 @@ class Trainer:
         self._unheard = [] if task is None else _checked(task, self.job)
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
-        self._observers = observers
+        check_callbacks(callbacks, self.job)
+        self._callbacks = tuple(callbacks)
+        self._progress = progress
         self._log_to_driver = log_to_driver
-        check_library(self.job)
+        check_libraries(self.job)
         self._resumed = self._find(resume) if resume is not None else None
 
     def _find(self, where: str | Path) -> Path:
@@ -242,6 +128,10 @@ class Trainer:
         found = start_from(self.job, path, logger.warning)
         self._resumed_from = str(found.path)
         return found.path
+
+    def _run_before(self) -> Path | None:
+        """Give the directory of the run that this one goes on from, which may be gone by now."""
+        return None if self._resumed is None else self._resumed.parent.parent
 
     def _scratch(self) -> Path:
         """Make a directory that goes with this object."""
@@ -265,29 +155,44 @@ class Trainer:
             StorageError: the run directory cannot be written.
             Interrupted: SIGINT, SIGTERM or SIGHUP; the second one does not wait for an orderly end.
         """
-        began = time.monotonic()
         for line in self._unheard:
             logger.warning("%s", line)
-        run = new_run_name(self.job.name)
-        directory = RunDirectory(self.job, run, self._storage_dir)
+        directory = RunDirectory(self.job, new_run_name(self.job.name), self._storage_dir)
         result = Result(directory.path, None, reported=self.job.own_loop)
-        observers = _Observers(self._observers)
+        trackers = [Tracking(one, self._run_before()) for one in self.job.trackers]
+        view = View() if self._progress else view_here() if self._progress is None else None
+        views = [] if view is None else [view]
+        callbacks = Callbacks((*views, *trackers, *self._callbacks), self.job.early_stop)
+        try:
+            self._fit(directory, result, callbacks)
+        except BaseException as error:
+            callbacks.end(result, error)
+            raise
+        callbacks.end(result, None)
+        return result
+
+    def _fit(self, directory: RunDirectory, result: Result, callbacks: Callbacks) -> None:
+        """Train to the end; `result` takes what comes of it."""
+        began, run = time.monotonic(), directory.path.name
         metrics = BackgroundWriter(directory.record, logger.warning)
         upload = self._upload(directory.path)
         result.url = upload.url if upload is not None else None
-        observers.started(self.job, run, directory.path)
+        callbacks.start(self.job, run, directory.path)
 
         def tell(summary: Summary) -> None:
+            if isinstance(summary, EvalSummary):
+                check_metrics(self.job, summary.metrics)
             result.add(summary)
             metrics.put(summary)
-            observers.tell(summary)
+            callbacks.tell(summary)
 
         def save(model: bytes) -> None:
             if self.job.checkpoint.save_final:
                 result.checkpoint = directory.save_model(model)
 
+        ending = lambda: callbacks.stop is not None  # noqa: E731
         try:
-            self._train(run, directory.path, RunHandlers(tell, save, directory.keep))
+            self._train(run, directory.path, RunHandlers(tell, save, directory.keep, ending))
             metrics.close()
         except BaseException as error:
             metrics.close()
@@ -296,8 +201,8 @@ class Trainer:
                 logger.warning("%s", missing)
             raise
         result.seconds = time.monotonic() - began
+        result.stopped = callbacks.stop if result.cut_short else None
         self._conclude(directory, upload, result)
-        return result
 
     def _conclude(self, directory: RunDirectory, upload: RunUpload | None, result: Result) -> None:
         """
@@ -306,7 +211,11 @@ class Trainer:
         Raises:
             StorageError: one of them cannot be done.
         """
-        facts = {"metrics": result.metrics, "seconds": result.seconds}
+        facts: dict[str, Any] = {"metrics": result.metrics, "seconds": result.seconds}
+        if result.stopped is not None:
+            facts["stopped"] = result.stopped
+        if result.best_checkpoint is not None:
+            facts["best_checkpoint"] = str(result.best_checkpoint)
         if self._resumed is not None:
             facts["resumed_from"] = self._resumed_from
         missing = ""
@@ -357,6 +266,8 @@ class Trainer:
 def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:
     """Write down how a run failed, and where its model is if it has one."""
     facts = {"error": str(error)}
+    if result.best_checkpoint is not None:
+        facts["best_checkpoint"] = str(result.best_checkpoint)
     if result.checkpoint is not None:  # it is the tables, a checkpoint or an upload that failed
         facts["model"] = str(result.checkpoint)
         logger.warning("the trained model is in %s all the same", result.checkpoint)

@@ -196,6 +196,12 @@ class Session:
         if connection.attempt == attempt:
             connection.gate.rest_at(step)
 
+    def end_at(self, attempt: int, step: int) -> None:
+        """Go on until this step is the next one, and end the run there; from any thread."""
+        connection = self._connection
+        if connection.attempt == attempt:
+            connection.gate.end_at(step)
+
     def abandon(self, attempt: int) -> None:
         """Stop waiting for other ranks in this attempt; from any thread."""
         connection = self._connection

@@ -25,8 +25,9 @@ import distplat
 from distplat.actors import checkpointing
 from distplat.actors.hash_seed import NAME, chosen
 from distplat.actors.launch import local_ray
+from distplat.actors.result import Result
 from distplat.actors.task_check import TaskCheck, said_by_job
-from distplat.actors.trainer import Result, Trainer
+from distplat.actors.trainer import Trainer
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, UserCodeError
 from distplat.platform.run_directory import TASK_FILE
@@ -200,6 +201,7 @@ class _Runner:
             working_dir=self._wanted.folder,
             storage_dir=self._place,
             strategy_file=self._wanted.strategy_file,
+            progress=False,
         )
         result = trainer.fit()
         try:

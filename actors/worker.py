@@ -113,6 +113,11 @@ class Worker:
         if self._session is not None:
             self._session.rest_at(attempt, step)
 
+    def end_at(self, attempt: int, step: int) -> None:
+        """Go on until this step is the next one, and end the run there."""
+        if self._session is not None:
+            self._session.end_at(attempt, step)
+
     def abandon(self, attempt: int) -> None:
         """Call an attempt off: stop waiting for the other ranks, and wait for orders."""
         self._given_up = attempt

@@ -52,7 +52,7 @@ def mean_step(strategy: str, steps: int, every: int | None) -> float:
             "storage_path": runs,
             "checkpoint": {"save_final": False, "every_steps": every},
         }
-        Trainer(job, Written).fit()
+        Trainer(job, Written, progress=False).fit()
         ranks = [
             [float(gap) for gap in path.read_text().split()] for path in Path(folder).iterdir()
         ]

@@ -107,7 +107,7 @@ def ours(micro_batches: int, steps: int, batch: int = BATCH) -> float:
             "storage_path": runs,
             "checkpoint": {"save_final": False},
         }
-        result = Trainer(job, Timed).fit()
+        result = Trainer(job, Timed, progress=False).fit()
         figures = [step.figures for step in result.history[WARM:]]
         bubbles = [1 - one["stage_busy_s"] / one["pipeline_s"] for one in figures]
         key = micro_batches, batch // micro_batches

@@ -90,7 +90,7 @@ def ours(spare: bool = False) -> float:
             "checkpoint": {"save_final": False},
             "failure": {"spare_workers": spare},
         }
-        Trainer(job, Dying).fit()
+        Trainer(job, Dying, progress=False).fit()
         return standstill(folder)
 
 

@@ -126,7 +126,7 @@ def ours(strategy: object, steps: int, kind: str, **fields: Any) -> float:
             "checkpoint": {"save_final": False},
             **fields,
         }
-        Trainer(job, Timed).fit()
+        Trainer(job, Timed, progress=False).fit()
         return read_times(folder)
 
 

@@ -22,7 +22,8 @@ from ring_step import BATCH, mlp, samples
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distplat import Task, Trainer
+from distplat import Callback, Task, Trainer
+from distplat.platform.progress import StepSummary
 
 STEPS = 40
 GOAL_S = 3.0
@@ -47,23 +48,20 @@ class Noting(Task):
         return nn.functional.mse_loss(outputs, targets)
 
 
-class Killer(threading.Thread):
-    """Kills the primary of shard 0 as soon as its backup is ready. An `Observer`."""
+class Killer(Callback, threading.Thread):
+    """Kills the primary of shard 0 as soon as its backup is ready. A `Callback`."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.training = threading.Event()
         self.killed_at = 0.0
 
-    def started(self, job: object, run: str, path: Path) -> None:
+    def on_start(self, job: object, run: str, path: Path) -> None:
         self.run_name = run
         self.start()
 
-    def stepped(self, summary: object) -> None:
+    def on_step(self, step: StepSummary) -> None:
         self.training.set()
-
-    def disturbed(self, news: object) -> None:
-        pass
 
     def run(self) -> None:
         self.training.wait(120)
@@ -90,7 +88,7 @@ def standstill() -> float:
             "storage_path": runs,
             "checkpoint": {"save_final": False},
         }
-        Trainer(job, Noting, observers=(killer,)).fit()
+        Trainer(job, Noting, callbacks=(killer,), progress=False).fit()
         found = []
         for rank in range(WORKERS):
             times = [float(line) for line in Path(folder, f"worker-{rank}").read_text().split()]

@@ -235,7 +235,7 @@ def ours(kind: str, workers: int, steps: int, curves: list[list[float]]) -> floa
             "checkpoint": {"save_final": False},
             "seed": 0,
         }
-        Trainer(job, Recorded).fit()
+        Trainer(job, Recorded, progress=False).fit()
         ms, losses = read(folder)
     curves.append(losses)
     return ms

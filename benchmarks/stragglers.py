@@ -68,7 +68,7 @@ def step_s(strategy: dict[str, Any], pause_s: float, slowed: float, steps: int) 
             "storage_path": folder,
         }
         task_args = {"pause_s": pause_s, "slowed": slowed, "folder": folder}
-        Trainer({**job, "task_args": task_args}, Paced).fit()
+        Trainer({**job, "task_args": task_args}, Paced, progress=False).fit()
         return statistics.median(float(Path(folder, str(r)).read_text()) for r in range(WORLD - 1))
 
 

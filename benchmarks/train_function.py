@@ -51,7 +51,7 @@ def as_task(kind: str) -> float:
             "data": {"shuffle": False},
             "steps": STEPS[kind],
         }
-        Trainer(job_of(kind, folder, runs, **more), Recorded).fit()
+        Trainer(job_of(kind, folder, runs, **more), Recorded, progress=False).fit()
         return read(folder)[0]
 
 
@@ -77,7 +77,7 @@ def train(config: Mapping[str, Any]) -> None:
 def as_function(kind: str) -> float:
     """Train as a function; give milliseconds per step."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
-        Trainer(job_of(kind, folder, runs), train).fit()
+        Trainer(job_of(kind, folder, runs), train, progress=False).fit()
         return read(folder)[0]
 
 

@@ -5,9 +5,10 @@ import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+from distplat.actors.view import View
 from distplat.cli.closed_pipe import let_go
 from distplat.cli.remote import RESULT_MARK
-from distplat.cli.render import Facts, View, facts_of, to_json
+from distplat.cli.render import Facts, facts_of, to_json
 from distplat.cli.shipping import Received, received_job
 from distplat.platform.spec import Job
 
@@ -37,12 +38,13 @@ def train(
         working_dir=working_dir,
         storage_dir=storage_dir,
         strategy_file=strategy_file,
-        observers=(view,),
+        callbacks=(view,),
+        progress=False,
         resume=resume,
         log_to_driver=not view.quiet,
     )
     # Ray hands on what workers print; stdout is for the result alone.
-    with redirect_stdout(sys.stderr), view:
+    with redirect_stdout(sys.stderr):
         result = trainer.fit()
     return facts_of(job, result)
 

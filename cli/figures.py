@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distplat.platform.progress import FailureEvent, Resized, Saved, StepSummary, StepTotals
+from distplat.platform.progress import FailureEvent, Saved, StepSummary, StepTotals, resize_text
 from distplat.platform.report import RestartRecord, metrics, samples_per_s
 from distplat.platform.run_record import RunRecord
 
@@ -58,12 +58,6 @@ def restart_rows(failures: Iterable[FailureEvent]) -> list[tuple[str, str]]:
         )
         for number, failure in enumerate(failures)
     ]
-
-
-def resize_text(one: Resized) -> str:
-    """Say how many workers there are from which step on: `4 workers from step 120 on, ...`."""
-    count = f"{one.workers} worker" + ("s" if one.workers > 1 else "")
-    return f"{count} from step {one.step} on, stood still {one.seconds:.1f} s"
 
 
 def checkpoint_rows(steps: Sequence[int], folder: str) -> list[tuple[str, str]]:
@@ -193,12 +187,6 @@ def restart_lines(found: Sequence[RestartRecord]) -> list[list[str]]:
         ]
         for one in found
     ]
-
-
-def first_line(text: str) -> str:
-    """Give the first line of a cause; words where it has none."""
-    lines = text.strip().splitlines()
-    return lines[0] if lines else "no cause is known"
 
 
 def number(value: float | None) -> str:

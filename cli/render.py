@@ -1,50 +1,27 @@
-"""
-What a run looks like: while it runs, and when it is over.
-
-On a terminal one line that lives, and a table; anywhere else plain lines, at most one every two
-seconds and one per evaluation, fit for a log file. Nothing here knows where the run runs.
-"""
+"""What a run looks like when it is over: a table, or JSON. Nothing here knows where it ran."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-import time
-from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.text import Text
 from typing_extensions import TypedDict
 
 from distplat.cli.figures import (
     checkpoint_rows,
     figure_rows,
-    first_line,
-    resize_text,
     restart_rows,
 )
 from distplat.cli.tables import print_pairs
 from distplat.platform.checkpoints import FOLDER
-from distplat.platform.errors import printable
-from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Resized, StepSummary
+from distplat.platform.progress import number_text, resize_text
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import make_strategy
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from distplat.actors.trainer import Result
-
-_LINE_EVERY_S = 2.0
-_DRAW_EVERY_S = 0.1
-_WINDOW = 50
+    from distplat.actors.result import Result
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -65,142 +42,10 @@ class Facts(TypedDict):
     restarts: list[str]
     resizes: list[str]
     run_directory: str
+    stopped: str | None
+    best_checkpoint: str | None
     url: str | None
     model: str | None
-
-
-class View:
-    """
-    Draws a run as it goes; an `Observer` of the trainer, and a context manager.
-
-    Args:
-        out: where to draw.
-        quiet: draw nothing.
-    """
-
-    def __init__(self, out: TextIO | None = None, *, quiet: bool = False) -> None:
-        self._out = out or sys.stderr
-        self.quiet = quiet
-        self._pace = _Pace()
-        self._last_drawn = float("-inf")
-        self._progress: Progress | None = None
-        if not quiet and self._out.isatty():
-            self._progress = _progress(Console(file=self._out))
-            self._bar = self._progress.add_task("starting", total=None, figures="")
-
-    def __enter__(self) -> Self:
-        """Begin to draw."""
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave the terminal as it was."""
-        if self._progress is not None:
-            with suppress(OSError, ValueError):  # it is gone
-                self._progress.stop()
-
-    def started(self, job: Job, run: str, path: Path) -> None:
-        """Say what is about to run."""
-        self._say(f"run {run}: {_cast(job)}, starting")
-
-    def stepped(self, summary: StepSummary | EvalSummary) -> None:
-        """Show a step or an evaluation; steps that come too fast to read are passed over."""
-        if self.quiet:
-            return
-        if isinstance(summary, EvalSummary):
-            self._say(f"evaluation after step {summary.step}  {_figures(summary.metrics)}")
-            return
-        now = time.monotonic()
-        self._pace.add(summary, now)
-        every = _DRAW_EVERY_S if self._progress is not None else _LINE_EVERY_S
-        is_last = summary.step == summary.of
-        if now - self._last_drawn >= every or is_last:
-            self._last_drawn = now
-            self._draw(summary, now)
-
-    def disturbed(self, news: FailureEvent | Recovery | Resized) -> None:
-        """Say that workers were lost, when all are at work again, and how many there are."""
-        if isinstance(news, Recovery):
-            self._say(f"attempt {news.attempt}: all workers are at work after {news.seconds:.1f} s")
-            return
-        if isinstance(news, Resized):
-            self._say(f"attempt {news.attempt}: {resize_text(news)}")
-            return
-        who = ", ".join(news.replaced) or "nobody"
-        self._say(
-            f"failure: {first_line(news.cause)}\n"
-            f"attempt {news.attempt}: replacing {who}, going on after step {news.step}"
-        )
-
-    def _draw(self, summary: StepSummary, now: float) -> None:
-        figures = f"epoch {summary.epoch + 1}  loss {summary.loss:.4g}  {self._pace.text(now)}"
-        at = f"step {summary.step}/{summary.of}" if summary.of else f"step {summary.step}"
-        if self._progress is None:
-            self._say(f"{at}  {figures}")
-            return
-        self._progress.update(
-            self._bar,
-            description=at,
-            completed=summary.step,
-            total=summary.of or None,
-            figures=figures,
-        )
-
-    def _say(self, line: str) -> None:
-        if self.quiet:
-            return
-        try:
-            if self._progress is not None:
-                self._progress.console.print(Text(printable(line)))
-            else:
-                print(printable(line), file=self._out, flush=True)
-        except (OSError, ValueError):  # nobody reads any more, or the file was closed
-            self.quiet = True
-
-
-class _Pace:
-    """Samples per second of the last steps, and how long the rest will take."""
-
-    def __init__(self) -> None:
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
-        self._first: tuple[int, float] | None = None
-        self._last: StepSummary | None = None
-
-    def add(self, summary: StepSummary, now: float) -> None:
-        """Take one more step."""
-        self._recent.append((summary.samples, sum(summary.seconds.values())))
-        self._first = self._first or (summary.step, now)
-        self._last = summary
-
-    def text(self, now: float) -> str:
-        """`1234 samples/s  eta 0:12`."""
-        samples = sum(count for count, _ in self._recent)
-        busy = sum(seconds for _, seconds in self._recent)
-        rate = f"{samples / busy:.0f} samples/s" if busy else ""
-        if self._first is None or self._last is None:
-            return rate
-        done = self._last.step - self._first[0]
-        left = self._last.of - self._last.step
-        if done == 0 or left <= 0:
-            return rate
-        return f"{rate}  eta {_clock((now - self._first[1]) / done * left)}"
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[figures]}", markup=False),
-        console=console,
-        transient=True,
-    )
 
 
 def facts_of(job: Job, result: Result) -> Facts:
@@ -222,6 +67,8 @@ def facts_of(job: Job, result: Result) -> Facts:
         "restarts": [text for _, text in restart_rows(result.failures)],
         "resizes": [resize_text(one) for one in result.resizes],
         "run_directory": str(result.path),
+        "stopped": result.stopped,
+        "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
         "url": result.url,
         "model": str(result.checkpoint) if result.checkpoint else None,
     }
@@ -255,11 +102,12 @@ def read_facts(text: str) -> Facts | None:
 
 def _rows(facts: Facts) -> list[tuple[str, str]]:
     workers = facts["num_workers"]
-    metrics = {name: _number(value) for name, value in facts["metrics"].items()}
+    metrics = {name: number_text(value) for name, value in facts["metrics"].items()}
     rows = [
         ("strategy", facts["strategy"]),
         ("workers", str(workers) if workers else "0 (in this process)"),
         ("steps", str(facts["steps"])),
+        *([("stopped early", facts["stopped"])] if facts["stopped"] else []),
         ("final loss", metrics.pop("loss", "")),
     ]
     if metrics:
@@ -274,31 +122,11 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
         rows += [("" if n else name, text) for n, text in enumerate(texts)]
     folder = f"{facts['run_directory']}/{FOLDER}"
     rows += checkpoint_rows(facts["checkpoints"], folder)
+    if facts["best_checkpoint"]:
+        rows.append(("best checkpoint", facts["best_checkpoint"]))
     rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]
     if facts["url"]:
         rows.append(("copy", facts["url"]))
     if facts["model"]:
         rows.append(("model", facts["model"]))
     return rows
-
-
-def _figures(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {_number(value)}" for name, value in metrics.items())
-
-
-def _number(value: float | None) -> str:
-    return "not a number" if value is None or math.isnan(value) else f"{value:.4g}"
-
-
-def _cast(job: Job) -> str:
-    count = job.scaling.num_workers
-    workers = "1 worker" if count == 1 else f"{count} workers"
-    detail = make_strategy(job).detail()
-    name = f"{job.strategy.name} ({detail})" if detail else job.strategy.name
-    return f"{name}, {workers if count else 'in this process'}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

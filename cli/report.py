@@ -109,7 +109,8 @@ def _pipeline(record: RunRecord) -> "tuple[list[Gantt], str]":
 
 
 def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
-    from distplat.cli.figures import facts, figure_rows, first_line, mean_figures, restart_lines
+    from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines
+    from distplat.platform.progress import first_line
     from distplat.platform.report import restarts, status_of, time_parts
 
     status = status_of(record, now)

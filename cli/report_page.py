@@ -30,12 +30,11 @@ from distplat.cli.figures import (
     checkpoint_lines,
     facts,
     figure_rows,
-    first_line,
     mean_figures,
     number,
     restart_lines,
 )
-from distplat.platform.progress import StepSummary
+from distplat.platform.progress import StepSummary, first_line
 from distplat.platform.report import (
     PartOfTime,
     binned,

@@ -12,14 +12,15 @@ from tempfile import TemporaryDirectory
 
 import typer
 
+from distplat.actors.view import View
 from distplat.cli import remote, shipping
 from distplat.cli.address import Target, bring_token, target_of
 from distplat.cli.closed_pipe import let_go
 from distplat.cli.drive import STORAGE, train
-from distplat.cli.render import Facts, View, print_result, to_json
+from distplat.cli.render import Facts, print_result, to_json
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, printable
 from distplat.platform.job_file import render_job
-from distplat.platform.resume import check_library, start_from, start_from_url
+from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.spec import Job
 from distplat.platform.storage_url import is_url, local_folder
 from distplat.strategies.catalog import load_job, load_strategy_file, make_strategy
@@ -97,7 +98,7 @@ def validate(request: SubmitRequest) -> None:
         UserCodeError: the task's module raised when it was imported.
     """
     job = resolve(request)
-    check_library(job)
+    check_libraries(job)
     if job.task is not None:
         from distplat.actors.task_check import TaskCheck, said_by_job
 
@@ -152,7 +153,7 @@ def dry_run(request: SubmitRequest) -> None:
     _check_options(request, target)
     start = None
     if target.kind != "jobs":
-        check_library(job)
+        check_libraries(job)
         start = _start(request, job)
     roles = make_strategy(job).roles(job)
     started = {"num_workers": job.scaling.num_workers, "num_servers": roles.servers}

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": "distplat.actors.callbacks",
     "Trainer": "distplat.actors.trainer",
-    "Result": "distplat.actors.trainer",
+    "Result": "distplat.actors.result",
     "weights": "distplat.actors.weights",
     "Job": "distplat.platform.spec",
     "Task": "distplat.strategies.task",
@@ -30,6 +31,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Callback",
     "DistplatError",
     "Job",
     "Result",
@@ -49,7 +51,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from distplat.actors.trainer import Result, Trainer
+    from distplat.actors.callbacks import Callback
+    from distplat.actors.result import Result
+    from distplat.actors.trainer import Trainer
     from distplat.actors.weights import weights
     from distplat.platform.errors import DistplatError
     from distplat.platform.spec import Job

@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 from distplat.cli.describe import field_rows
-from distplat.platform import embeddings, lr_schedules, optimizers, spec
+from distplat.platform import embeddings, evaluations, lr_schedules, optimizers, spec, trackers
 
 HEAD = """\
 # The job file
@@ -47,7 +47,10 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("ema", "ema.", spec.EMA),
     ("evaluation", "evaluation.", spec.Evaluation),
     ("checkpoint", "checkpoint.", spec.Checkpoint),
+    ("checkpoint.keep_best", "checkpoint.keep_best.", evaluations.KeepBest),
+    ("early_stop", "early_stop.", evaluations.EarlyStop),
     ("failure", "failure.", spec.Failure),
+    ("trackers", "trackers.N.", trackers.TrackerSpec),
 ]
 
 BESIDE = ("name", "warmup_steps")
@@ -136,13 +139,16 @@ ROWS = """
 def page() -> str:
     """Give the whole page."""
     parts = [HEAD]
+    mappings = {"strategy", "optimizer", *(title for title, _, _ in SECTIONS)}
+    mappings |= {"embeddings.optimizer"}
     for title, prefix, model in SECTIONS:
         parts.append(f"\n## {title}\n\n| field | type | default | |\n|---|---|---|---|\n")
         for row in field_rows(model):
             cells = [row["type"], f"`{row['default']}`", row["description"]]
-            if row["name"] in {"strategy", "optimizer", *(title for title, _, _ in SECTIONS)}:
+            if prefix + row["name"] in mappings:
                 default = "`required`" if row["default"] == "required" else ""
-                cells = ["mapping", default, "see below"]
+                form = "list" if row["name"] == "trackers" else "mapping"
+                cells = [form, default, "see below"]
             parts.append("| " + " | ".join([f"`{prefix}{row['name']}`", *cells]) + " |\n")
     parts.append(SCHEDULERS)
     for schedule in lr_schedules.LRSchedule.__subclasses__():

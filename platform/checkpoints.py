@@ -165,7 +165,9 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def surplus(steps: Iterable[int], keep: int, written: int) -> list[int]:
+def surplus(
+    steps: Iterable[int], keep: int, written: int, protected: Set[int] = frozenset()
+) -> list[int]:
     """
     Give the steps whose checkpoints may go, oldest first; the newest `keep` >= 1 stay.
 
@@ -174,8 +176,9 @@ def surplus(steps: Iterable[int], keep: int, written: int) -> list[int]:
         keep: how many stay.
         written: the step of the one just written. It stays, too, even where older work had come
             further.
+        protected: steps whose checkpoints stay, too.
     """
-    return [step for step in sorted(steps)[:-keep] if step != written]
+    return [step for step in sorted(steps)[:-keep] if step != written and step not in protected]
 
 
 @dataclass(frozen=True)
@@ -247,18 +250,19 @@ class Catalogue:
         disk.sync(self.folder)
         return target
 
-    def prune(self, keep: int, written: int) -> None:
+    def prune(self, keep: int, written: int, protected: Set[int] = frozenset()) -> None:
         """
         Let the oldest go, once the one just written was looked at: its files have their lengths.
 
         Args:
             keep: how many stay.
             written: the step of the one just written.
+            protected: steps whose checkpoints stay, too.
 
         Raises:
             OSError: it is damaged, so nothing is deleted; or the disk refuses.
         """
-        too_many = surplus(self.steps(), keep, written)
+        too_many = surplus(self.steps(), keep, written, protected)
         if not too_many:
             return
         if found := shortfall(self.path(written)):

@@ -159,11 +159,16 @@ class Resize:
 
 
 @dataclass(frozen=True)
+class End:
+    """The run is to end before its last step, all ranks before the same one."""
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
 
-Event = Heard | Failed | PollUnanswered | Joined | Left | Resize | Tick
+Event = Heard | Failed | PollUnanswered | Joined | Left | Resize | End | Tick
 
 
 SETTLE_S = 2.0
@@ -196,6 +201,7 @@ class JobState:
         self.attempt = 0
         self.error: DistplatError | None = None  #: the best explanation so far
         self.restart: Restart | None = None  #: to be carried out, then `restarted` called
+        self.ending = False  #: it is to end before its last step
         self._world, self._limits = world, limits
         self._members = set(range(world))
         self._policy = policy or Policy()
@@ -214,7 +220,7 @@ class JobState:
         self._preempted = False
         self._state_lost = False
         self._wanted: int | None = None  #: ranks that there are to be in the next attempt
-        self._agreement = Agreement()  #: where all stop for that
+        self._agreement = Agreement()  #: where all stop for that, or end
 
     @property
     def over(self) -> bool:
@@ -237,7 +243,7 @@ class JobState:
 
     @property
     def agreed(self) -> int | None:
-        """The step before which all stop for a resize; None: not all ranks have answered."""
+        """The step before which all stop, or end; None: not all ranks have answered."""
         return self._agreement.step(self._members)
 
     @property
@@ -278,6 +284,8 @@ class JobState:
                 self._part_with(rank)
             case Resize(world=world):
                 self._resize(world, now)
+            case End():
+                self.ending = True
             case Tick():
                 self._watch(now)
 
@@ -299,7 +307,7 @@ class JobState:
 
     def _resize(self, world: int, now: float) -> None:
         """Have all stop; a run that is in trouble, or ends, has that first."""
-        if self.phase is Phase.RUNNING and not self._finished:
+        if self.phase is Phase.RUNNING and not self._finished and not self.ending:
             self.phase, self._failed_at, self._wanted = Phase.SETTLING, now, world
 
     def _part_with(self, rank: int) -> None:

@@ -6,6 +6,7 @@ People count steps: in a summary, and in all that is shown of it, step n is the 
 numbers change here, where reports become summaries.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -165,13 +166,43 @@ class Saved:
     """From the last rank's part to the disk; training went on meanwhile."""
 
 
+@dataclass(frozen=True)
+class Best:
+    """Another checkpoint is the best one now."""
+
+    step: int
+    """Steps that it has behind it."""
+    path: str
+    metric: str
+    """What it is judged by."""
+    figure: float
+    """That the evaluation of this step gave."""
+
+
 AnyReport = StepReport | EvalReport | TraceReport
 """What a rank reports."""
 
-Summary = StepSummary | EvalSummary | Trace | FailureEvent | Recovery | Resized | Saved
+Summary = StepSummary | EvalSummary | Trace | FailureEvent | Recovery | Resized | Saved | Best
 """What is told of a run while it goes on."""
 
 Report = TypeVar("Report", StepReport, EvalReport, TraceReport)
+
+
+def resize_text(one: Resized) -> str:
+    """Say how many workers there are from which step on: `4 workers from step 120 on, ...`."""
+    count = f"{one.workers} worker" + ("s" if one.workers > 1 else "")
+    return f"{count} from step {one.step} on, stood still {one.seconds:.1f} s"
+
+
+def first_line(text: str) -> str:
+    """Give the first line of a cause; words where it has none."""
+    lines = text.strip().splitlines()
+    return lines[0] if lines else "no cause is known"
+
+
+def number_text(value: float | None) -> str:
+    """`0.1234`; words where it is no number."""
+    return "not a number" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
 class ReportAggregator:

@@ -6,6 +6,9 @@ How the workers of a run are stopped: at once if something failed, else all befo
     worker-1     step 118 │ step 119, "120": waits for worker-0  │ stops
     controller   all have answered ─▶ rest_at the largest, 120: nobody has begun it
 
+A run that is to end early takes the same way: `end_at` in place of `rest_at`, and each worker ends
+as after a last step.
+
 So every step is begun by all or by none. Nobody need be halted for it: who has answered a smaller
 number is let go on, and the others wait for nobody else. The classes read no clock and talk to
 nobody; `Resting` is a worker's side, `Agreement` the controller's.
@@ -65,6 +68,7 @@ class Next(Enum):
     BEGIN = "begin it"
     WAIT = "wait to be told"
     STOP = "stop here"
+    END = "the run ends here"
 
 
 class Resting:
@@ -74,6 +78,7 @@ class Resting:
         self._ahead: int | None = None  #: the first step that is not begun; None: not known
         self._asked = False
         self._last: int | None = None  #: where to stop; None: not told
+        self._ends = False  #: the run ends there
 
     def start(self, step: int) -> None:
         """The attempt's first step is known; it is not begun."""
@@ -87,6 +92,10 @@ class Resting:
         """Go on until this step is the next, and stop."""
         self._last = step
 
+    def end_at(self, step: int) -> None:
+        """Go on until this step is the next, and end the run there."""
+        self._last, self._ends = step, True
+
     @property
     def answer(self) -> int | None:
         """The first step that is not begun; None: nobody has asked, or it is not known."""
@@ -96,7 +105,7 @@ class Resting:
         """Say what to do about a step that is the next one."""
         self._ahead = step
         if self._last is not None and step >= self._last:
-            return Next.STOP
+            return Next.END if self._ends else Next.STOP
         if self._asked and self._last is None:
             return Next.WAIT
         self._ahead = step + 1

@@ -15,6 +15,7 @@ from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.remote_checkpoints import fetch
 from distplat.platform.spec import Job
 from distplat.platform.storage_url import is_url, missing_library
+from distplat.platform.trackers import missing_trackers
 
 _SAME = ("seed", "global_batch_size")
 
@@ -112,13 +113,15 @@ def start_from_url(
     return compared(job, fetch(url, folder, job.failure.storage_timeout_s, warn))
 
 
-def check_library(job: Job) -> None:
+def check_libraries(job: Job) -> None:
     """
-    Look whether the library is installed that a `storage_path` needs.
+    Look whether the libraries are installed that `storage_path` and trackers need.
 
     Raises:
-        SpecError: it is not; says how to get it.
+        SpecError: one is not; says how to get it.
     """
+    if problems := missing_trackers(job):
+        raise SpecError(*problems)
     if is_url(job.storage_path):
         text, hint = missing_library(job.storage_path)
         if text:

@@ -36,6 +36,7 @@ from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import (
+    Best,
     EvalSummary,
     FailureEvent,
     Recovery,
@@ -47,6 +48,7 @@ from distplat.platform.progress import (
 from distplat.platform.spec import Job
 from distplat.platform.storage_url import local_folder
 from distplat.platform.tensor_file import EMA_PREFIX, split
+from distplat.platform.trackers import points_of
 
 _RESULT_BYTES = 64 * 2**10
 """Room on the disk that is kept for `result.json` from the start."""
@@ -64,6 +66,7 @@ _KINDS = {
     Recovery: "recovery",
     Resized: "resized",
     Saved: "checkpoint",
+    Best: "best checkpoint",
 }
 """Value of `kind` in a line of metrics.jsonl."""
 
@@ -225,13 +228,8 @@ class _TensorBoard:
 
     def add(self, summary: StepSummary | EvalSummary) -> None:
         """Add one point to each curve."""
-        if isinstance(summary, StepSummary):
-            values = {"train/loss": summary.loss, "train/samples": float(summary.samples)}
-            values |= {f"seconds/{part}": s for part, s in summary.seconds.items()}
-            values |= {f"figures/{name}": value for name, value in summary.figures.items()}
-        else:
-            values = {f"eval/{name}": value for name, value in summary.metrics.items()}
-        points = [self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
+        values = points_of(summary).items()
+        points = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values]
         shown = self._summary(value=points)
         self._write(self._event(wall_time=time.time(), step=summary.step, summary=shown))
 

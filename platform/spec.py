@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from distplat.platform import own_loop
 from distplat.platform.embeddings import Embeddings
 from distplat.platform.errors import Problem
+from distplat.platform.evaluations import EarlyStop, KeepBest, evaluation_problems
 from distplat.platform.fields import (
     Count,
     Flag,
@@ -30,6 +31,7 @@ from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule, 
 from distplat.platform.optimizers import SGD, JobOptimizer
 from distplat.platform.parameter_groups import group_problems
 from distplat.platform.storage_url import is_url, url_problem
+from distplat.platform.trackers import TrackerSpec, tracker_problems
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +218,8 @@ class Checkpoint(Spec):
     """Save every N epochs and after the last step; give this or `every_steps`."""
     num_to_keep: Count = 2
     """Checkpoints that stay on the disk, the newest; older ones are deleted."""
+    keep_best: KeepBest | None = None
+    """The best checkpoint, by a figure of the evaluation after its step, stays beside these."""
     save_final: Flag = True
     """Write the trained parameters to `model.safetensors` in the run directory."""
 
@@ -304,7 +308,11 @@ class Job(Spec):
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    early_stop: EarlyStop | None = None
+    """When evaluations get no better the run ends; None: it makes all its steps."""
     failure: Failure = Failure()
+    trackers: tuple[TrackerSpec, ...] = ()
+    """Experiment trackers beside TensorBoard: `mlflow`, `wandb`, or mappings with their `name`."""
     storage_path: Folder = "runs"
     """Where run directories are made; relative to the directory `submit` was called in. Or a URL,
     such as s3://bucket/prefix: they are made in `runs`, and a copy of each is kept at the URL."""
@@ -334,7 +342,8 @@ class Job(Spec):
         """Check what no single field can see; empty: the job holds together."""
         if self.own_loop:
             given = {"name": self.name, "strategy": self.strategy, "own_loop": True}
-            return [*own_loop.problems(self, Job.model_validate(given)), *_gpu_problems(self)]
+            found = own_loop.problems(self, Job.model_validate(given))
+            return [*found, *_gpu_problems(self), *tracker_problems(self)]
         return [
             *_length_problems(self),
             *_batch_problems(self),
@@ -345,6 +354,7 @@ class Job(Spec):
             *_checkpoint_problems(self),
             *_embedding_problems(self),
             *_storage_problems(self),
+            *tracker_problems(self),
         ]
 
 
@@ -442,7 +452,7 @@ def _checkpoint_problems(job: Job) -> list[Problem]:
     if chosen.num_to_keep != Checkpoint().num_to_keep and not chosen.wanted:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
-    return []
+    return evaluation_problems(job)
 
 
 def _storage_problems(job: Job) -> list[Problem]:

@@ -21,7 +21,7 @@ the same answer, so that an answer that was lost on its way costs nothing.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distplat.platform.errors import ProtocolError, StaleError
 from distplat.platform.interval_set import IntervalSet
@@ -65,6 +65,8 @@ class Lease:
     """Steps all of whose tasks have been leased."""
     trained: bool = False
     """Every task is done: the parameters are the final ones."""
+    steps: int = 0
+    """Of the run, once every task is done: fewer than planned where it ends early."""
     over: bool = False
 
 
@@ -165,6 +167,21 @@ class TaskScheduler:
         """
         self._leaving.add(worker)
 
+    def end_early(self) -> None:
+        """Lease no step of which no task was leased; the run ends after the others."""
+        plan = self.plan
+        steps = max(plan.first, -(-self._next // plan.parts))
+        if steps >= plan.steps:
+            return
+        due = tuple(one for one in plan.evaluations if one < steps)
+        if plan.evaluations and steps:
+            due = (*due, steps)
+        self.plan = replace(plan, steps=steps, evaluations=due)
+        waiting = {one for one in self._evaluations if one[0] <= steps}
+        held = {one for holding in self._holdings.values() for one in holding.evaluations}
+        last = {(steps, part) for part in range(plan.parts)} if steps in due else set()
+        self._evaluations = sorted(waiting | (last - held - self._evaluated))
+
     def work(self, worker: int, number: int, most: int = 1) -> Lease | None:
         """
         Answer a worker's question for work.
@@ -221,14 +238,15 @@ class TaskScheduler:
 
     def _find(self, worker: int, number: int, most: int) -> Lease | None:
         reach, trained = self._next // self.plan.parts, self.trained
-        holding = self._holdings[worker]
+        steps, holding = self.plan.steps if trained else 0, self._holdings[worker]
         if worker in self._leaving and not self.over and (holding.tasks or holding.evaluations):
             return None
         if worker in self._leaving or self.over:
-            return Lease(number, reach=reach, trained=trained, over=True)
+            return Lease(number, reach=reach, trained=trained, steps=steps, over=True)
         if self._evaluations and self._evaluations[0][0] * self.plan.parts <= self.done.low:
             evaluation = self._evaluations.pop(0)
-            return Lease(number, evaluations=(evaluation,), reach=reach, trained=trained)
+            evaluations = (evaluation,)
+            return Lease(number, range(0), evaluations, reach, trained, steps)
         tasks = self._lease(most)
         if not tasks:
             return None

@@ -45,7 +45,7 @@ _TAKES = {
 }
 """Methods whose arguments are looked at: what these are."""
 _BESIDE_STEP = "call it in step(model, batch), or write loss(outputs, targets) instead of step()"
-_EVENTS = "there are no callbacks: `Trainer(..., observers=...)` is told of every step"
+_EVENTS = "write it in a distplat.Callback, and hand that to `Trainer(..., callbacks=[...])`"
 _INSTEAD = {
     _COLLATE: "collate_fn data_collator get_collate_fn",
     _SAMPLER: "train_sampler get_train_sampler get_sampler batch_sampler",

@@ -172,6 +172,12 @@ class Scheduler:
                 self._scheduler.dismiss(rank)
         self._wake()
 
+    async def end_early(self) -> None:
+        """Lease no step that nobody has begun."""
+        if self._scheduler is not None:
+            self._scheduler.end_early()
+        self._wake()
+
     async def gone(self, rank: int) -> None:
         """A worker that was dismissed has ended."""
         self._leaving.discard(rank)

@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.evaluations import period_problems, watching
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import ITEM_BYTES
@@ -156,6 +157,25 @@ def remark_on_size(job: Job, sampler: Sampler) -> str:
             f"{job.global_batch_size}: every step is made of all of them"
         )
     return ""
+
+
+def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
+    """
+    See whether the evaluations that a job decides by are made.
+
+    Raises:
+        SpecError: the task has no data for them, or a checkpoint has none of its step.
+    """
+    fields = [field for field, _ in watching(job)]
+    if eval_data is None and fields:
+        text = "needs evaluations, and the task's eval_data() gives no data"
+        raise SpecError(*(Problem(field, text, "write eval_data()") for field in fields))
+    if job.checkpoint.keep_best is None:
+        return
+    steps = sampler.steps_per_epoch
+    periods = job.checkpoint.period(steps), job.evaluation.period(steps)
+    if problems := period_problems(*periods):
+        raise SpecError(*problems)
 
 
 def remark_on_factors(job: Job) -> str:

@@ -141,8 +141,9 @@ class Loop:
     """Told after each step how many are done: a checkpoint may be due."""
     lookups: Lookups | None = None
     """The model's embedding tables, if it has some."""
-    pause: Callable[[int], object] = lambda step: None
-    """Told each step before it is begun; returns when it may be, raises where the attempt ends."""
+    pause: Callable[[int], bool] = lambda step: True
+    """Told each step before it is begun; True once it may be, False where the run ends before it on
+    all ranks; raises where the attempt ends."""
     evaluated: Callable[[], object] = lambda: None
     """Told after each evaluation: what its forwards wrote is no part of the training."""
     gathering: Gathering = field(default_factory=Gathering)
@@ -164,7 +165,9 @@ class Loop:
         steps = range(self.start, self.total_steps)
         self.compute.start(steps)
         for step in steps:
-            self.pause(step)
+            if not self.pause(step):
+                self._end_early(step)
+                return
             if self.strategy.skips(step):
                 self._skip(step)
             else:
@@ -177,6 +180,13 @@ class Loop:
         self.strategy.synchronize()
         if steps:
             self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
+
+    def _end_early(self, step: int) -> None:
+        """End before this step as after a last one."""
+        self.strategy.synchronize()
+        evaluated = step == 0 or self._evaluates_after(step - 1)
+        if self.eval_data is not None and not evaluated:
+            self._evaluate(self.eval_data, step)
 
     def _step(self, step: int) -> None:
         self.flat.begin_step()
@@ -333,10 +343,10 @@ class LeasedLoop:
             return
         self._final = True
         self.strategy.synchronize()
-        self.progress.step = self.flat.version = self.total_steps
-        if self.rank == 0 and self.start < self.total_steps:
-            self._offer_checkpoints(self.total_steps - 1)
-            self.checkpoint(self.total_steps)
+        self.progress.step = self.flat.version = work.steps
+        if self.rank == 0 and self.start < work.steps:
+            self._offer_checkpoints(work.steps - 1)
+            self.checkpoint(work.steps)
 
     def _evaluate(self, version: int, part: int) -> None:
         assert self.eval_data is not None, "evaluations are asked for only where there is data"

@@ -42,6 +42,12 @@ class PauseGate:
             self._resting.rest_at(step)
             self._changed.notify_all()
 
+    def end_at(self, step: int) -> None:
+        """Let all steps before this one be begun; the run ends there."""
+        with self._changed:
+            self._resting.end_at(step)
+            self._changed.notify_all()
+
     def give_up(self) -> None:
         """The attempt is over: send whoever comes, or waits, home."""
         with self._changed:
@@ -54,9 +60,9 @@ class PauseGate:
         with self._changed:
             return self._resting.answer
 
-    def before(self, step: int) -> None:
+    def before(self, step: int) -> bool:
         """
-        Be about to begin a step; returns when it may be begun.
+        Be about to begin a step; True once it may be begun, False: the run ends here.
 
         Raises:
             Abandoned: the attempt ends here.
@@ -70,6 +76,7 @@ class PauseGate:
             raise DeadlineExceeded(f"halt before step {step + 1}", late, self._limit_s, setting)
         if what is Next.STOP:
             raise Abandoned("this worker was told to stop between two steps")
+        return what is Next.BEGIN
 
     def _next(self, step: int) -> Next:
         if self._given_up:

@@ -33,6 +33,7 @@ from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
 from distplat.strategies.loop.batches import make_sampler, total_steps
 from distplat.strategies.loop.checks import (
     check_device,
+    check_evaluations,
     check_state,
     checked_data,
     checked_model,
@@ -155,6 +156,7 @@ def prepare(
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
         raise SpecError(*problems)
+    check_evaluations(job, sampler, eval_data)
     left = None if whole else model
     loaders_ready()
     found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
@@ -219,7 +221,7 @@ def join(
     report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
-    pause: Callable[[int], object] = lambda step: None,
+    pause: Callable[[int], bool] = lambda step: True,
 ) -> Loop | LeasedLoop:
     """
     Set the strategy up with its ports and give the loop.

@@ -9,7 +9,8 @@ from jobs import fields_of
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from distplat import Result, Trainer
+from distplat import Callback, Result, Trainer
+from distplat.platform.progress import StepSummary
 
 HERE = Path(__file__).parent
 
@@ -45,20 +46,17 @@ def distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-class BesideTraining(threading.Thread):
-    """An `Observer` whose thread starts with a run; `run` waits for `training` with a deadline."""
+class BesideTraining(Callback, threading.Thread):
+    """A `Callback` whose thread starts with a run; `run` waits for `training` with a deadline."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.training = threading.Event()  #: a step was made
         self.run_name = ""
 
-    def started(self, job: object, run: str, path: Path) -> None:
+    def on_start(self, job: object, run: str, path: Path) -> None:
         self.run_name = run
         self.start()
 
-    def stepped(self, summary: object) -> None:
+    def on_step(self, step: StepSummary) -> None:
         self.training.set()
-
-    def disturbed(self, news: object) -> None:
-        pass

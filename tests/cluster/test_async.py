@@ -126,7 +126,7 @@ def test_killed_server(tmp_path: Path) -> None:
     spec = misbehaving({"name": "ps-async", "num_servers": 2}, "none", tmp_path)
     spec["task_args"]["at"] = 10**9
     with pytest.raises(ActorLost, match="server"):
-        train(spec, tmp_path, observers=(killer,))
+        train(spec, tmp_path, callbacks=(killer,))
     assert time.monotonic() - killer.done_at < 15
 
 

@@ -14,10 +14,10 @@ import ray
 from small_runs import HERE, job, train, weights
 from test_server_loss import Losing, undisturbed
 
-from distplat import Result
+from distplat import Callback, Result
 from distplat.cli.main import run as command
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
-from distplat.platform.progress import FailureEvent, Recovery
+from distplat.platform.progress import FailureEvent, Recovery, StepSummary
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(120)]
 
@@ -25,9 +25,9 @@ STEPS = 200
 MOST_S = 60.0
 
 
-class Deeds(threading.Thread):
+class Deeds(Callback, threading.Thread):
     """
-    Does something while a run trains, then lets it hurry. An `Observer`.
+    Does something while a run trains, then lets it hurry. A `Callback`.
 
     Args:
         done: a file to be made afterwards.
@@ -40,17 +40,16 @@ class Deeds(threading.Thread):
         self.training, self.recovered = threading.Event(), threading.Event()
         self.heard: Callable[[Any], None] = lambda summary: None
 
-    def started(self, job: Any, run: str, path: Path) -> None:
+    def on_start(self, job: Any, run: str, path: Path) -> None:
         self.run_name = run
         self.start()
 
-    def stepped(self, summary: Any) -> None:
+    def on_step(self, step: StepSummary) -> None:
         self.training.set()
-        self.heard(summary)
+        self.heard(step)
 
-    def disturbed(self, news: object) -> None:
-        if isinstance(news, Recovery):
-            self.recovered.set()
+    def on_recovery(self, recovery: Recovery) -> None:
+        self.recovered.set()
 
     def run(self) -> None:
         assert self.training.wait(MOST_S)
@@ -101,7 +100,7 @@ def test_a_lost_manager_costs_no_step(tmp_path: Path) -> None:
     deeds = Deeds(tmp_path / "done", do)
     limits = {"heartbeat_timeout_s": 5}
     given = spec({"name": "ps-sync", "num_servers": 2}, deeds.done, failure=limits, clip_norm=0.5)
-    result = train(given, tmp_path, observers=(deeds,))
+    result = train(given, tmp_path, callbacks=(deeds,))
     assert deeds.finished
     assert replaced(result) == [("server-manager",)] * 2
     told_once(result)
@@ -124,9 +123,9 @@ def test_a_new_manager_promotes_backups_as_the_old_one_would(tmp_path: Path) -> 
         losing.lose("small/server-manager/attempt-1")
 
     deeds = Deeds(tmp_path / "done", do)
-    deeds.heard = losing.stepped
+    deeds.heard = losing.on_step
     given = spec({"name": "ps-sync", "num_servers": 2, "replication": 2}, deeds.done)
-    result = train(given, tmp_path, observers=(deeds,))
+    result = train(given, tmp_path, callbacks=(deeds,))
     assert deeds.finished
     assert losing.lost[0] == "server-0"
     assert len(set(losing.lost)) == 2, "the primary, then the promoted one"
@@ -143,7 +142,7 @@ def test_a_lost_task_scheduler_costs_no_task(tmp_path: Path) -> None:
 
     deeds = Deeds(tmp_path / "done", do)
     given = spec({"name": "ps-async", "num_servers": 1, "staleness": 3}, deeds.done)
-    result = train(given, tmp_path, observers=(deeds,))
+    result = train(given, tmp_path, callbacks=(deeds,))
     assert deeds.finished
     assert replaced(result) == [("task-scheduler",)]
     told_once(result)

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from small_runs import job, train, weights
 
-from distplat import Result
+from distplat import Callback, Result
 from distplat.platform.errors import RestartsExhausted
 from distplat.platform.progress import FailureEvent, Recovery
 
@@ -19,24 +19,18 @@ RING = {"name": "ring", "timeout_s": 4}
 FAILURE = {"step_timeout_s": 30, "heartbeat_timeout_s": 20}
 
 
-class Watch:
-    """Notes what disturbed a run. An `Observer`."""
+class Watch(Callback):
+    """Notes what disturbed a run. A `Callback`."""
 
     def __init__(self) -> None:
         self.failures: list[FailureEvent] = []
         self.recoveries: list[Recovery] = []
 
-    def started(self, job: object, run: str, path: Path) -> None:
-        pass
+    def on_failure(self, failure: FailureEvent) -> None:
+        self.failures.append(failure)
 
-    def stepped(self, summary: object) -> None:
-        pass
-
-    def disturbed(self, news: FailureEvent | Recovery) -> None:
-        if isinstance(news, FailureEvent):
-            self.failures.append(news)
-        else:
-            self.recoveries.append(news)
+    def on_recovery(self, recovery: Recovery) -> None:
+        self.recoveries.append(recovery)
 
 
 def run(
@@ -58,7 +52,7 @@ def run(
         failure={**FAILURE, **failure},
     )
     watch = Watch()
-    return train(spec, tmp_path, observers=(watch,)), watch
+    return train(spec, tmp_path, callbacks=(watch,)), watch
 
 
 _unfailed: dict[str, tuple[NDArray[np.float32], Result]] = {}

@@ -55,7 +55,7 @@ def test_a_replaced_worker_leaves_the_same_bits(
 
 
 class KillPrimary(BesideTraining):
-    """Kills a server that keeps tables, once all have backups. An `Observer`."""
+    """Kills a server that keeps tables, once all have backups. A `Callback`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_lost_server_with_a_backup_costs_no_step(
     killer, args = KillPrimary(), {"marker": "", "at": 0, "pause": 0.3}
     spec = words(strategy, 2, task="words:Deadly", task_args=args)
     spec["embeddings"] = {**spec["embeddings"], "replication": 2}
-    result = train(spec, tmp_path, observers=(killer,))
+    result = train(spec, tmp_path, callbacks=(killer,))
     assert (killer.lost, killer.followed) == ("embedding-server-0", "embedding-server-2")
     assert result.failures == []
     assert [summary.step for summary in result.history] == list(range(1, len(plain.history) + 1))

@@ -17,6 +17,7 @@ import ray
 from marks import slow
 from small_runs import HERE, BesideTraining, job, train
 
+from distplat import Callback
 from distplat.actors import compat
 from distplat.actors.messages import rendezvous_key
 from distplat.platform.checkpoints import Catalogue
@@ -27,6 +28,7 @@ from distplat.platform.errors import (
     Interrupted,
     UserCodeError,
 )
+from distplat.platform.progress import StepSummary
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
@@ -43,7 +45,7 @@ def misbehaving(strategy: object, deed: str, tmp_path: Path, **more: Any) -> dic
 
 class Killer(BesideTraining):
     """
-    Sends a signal to the process of an actor once some steps were seen. An `Observer`.
+    Sends a signal to the process of an actor once some steps were seen. A `Callback`.
 
     Args:
         role: the actor's class.
@@ -100,7 +102,7 @@ def test_killed_server(tmp_path: Path) -> None:
     killer = Killer("ServerNode", signal.SIGKILL)
     spec = job({"name": "ps-sync", "num_servers": 2}, 2, **LONG)
     with pytest.raises(ActorLost, match="server"):
-        train(spec, tmp_path, observers=(killer,))
+        train(spec, tmp_path, callbacks=(killer,))
     assert time.monotonic() - killer.done_at < 15
 
 
@@ -114,7 +116,7 @@ def test_killed_controller(tmp_path: Path) -> None:
     killer = Killer("ControllerActor", signal.SIGKILL, two_checkpoints)
     spec = job("ps-sync", 2, checkpoint={"every_steps": 5}, **LONG)
     with pytest.raises(ActorLost, match=r"controller was lost after step \d+.*--resume") as caught:
-        train(spec, tmp_path, observers=(killer,))
+        train(spec, tmp_path, callbacks=(killer,))
     assert caught.value.exit_code == 4
     (folder,) = tmp_path.rglob("checkpoints")
     saved = Catalogue(folder).newest(lambda *said: None)
@@ -203,22 +205,16 @@ def test_endless_user_code_is_named(tmp_path: Path) -> None:
         train(spec, tmp_path)
 
 
-class Signaller:
-    """Sends a signal to this process after the first step. An `Observer`."""
+class Signaller(Callback):
+    """Sends a signal to this process after the first step. A `Callback`."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def started(self, job: object, run: str, path: Path) -> None:
-        pass
-
-    def stepped(self, summary: object) -> None:
+    def on_step(self, step: StepSummary) -> None:
         if self.number:
             os.kill(os.getpid(), self.number)
             self.number = 0
-
-    def disturbed(self, news: object) -> None:
-        pass
 
 
 class Impatient(Killer):
@@ -239,7 +235,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     """On a Ray that stays, as in a notebook; the census looks for actors."""
     impatient = Impatient()
     with pytest.raises(Interrupted) as caught:
-        train(job("ps-sync", 2, **LONG), tmp_path, observers=(impatient,))
+        train(job("ps-sync", 2, **LONG), tmp_path, callbacks=(impatient,))
     assert time.monotonic() - impatient.done_at < 5
     assert caught.value.exit_code == 130
     assert "STOPPED" in next(tmp_path.rglob("result.json")).read_text()
@@ -251,6 +247,6 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 )
 def test_signal_ends_the_run(number: int, code: int, tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:
-        train(job("ps-sync", 2, **LONG), tmp_path, observers=(Signaller(number),))
+        train(job("ps-sync", 2, **LONG), tmp_path, callbacks=(Signaller(number),))
     assert caught.value.exit_code == code
     assert "STOPPED" in next(tmp_path.rglob("result.json")).read_text()

@@ -50,18 +50,18 @@ def run(
         **{"failure": FAILURE, **more},
     )
     watch = watch or Watch()
-    return train(spec, tmp_path, observers=(watch,)), watch
+    return train(spec, tmp_path, callbacks=(watch,)), watch
 
 
 class Evictor(Watch):
-    """Takes a placement group away once some steps were made. An `Observer`."""
+    """Takes a placement group away once some steps were made. A `Callback`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.evicted = False
 
-    def stepped(self, summary: object) -> None:
-        if self.evicted or not isinstance(summary, StepSummary) or summary.step < 3:
+    def on_step(self, step: StepSummary) -> None:
+        if self.evicted or step.step < 3:
             return
         self.evicted = True
         table = ray.util.placement_group_table()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from small_runs import HERE, job, train, weights
 
-from distplat import Result
-from distplat.platform.progress import FailureEvent, Recovery
+from distplat import Callback, Result
+from distplat.platform.progress import Recovery, StepSummary
 from distplat.strategies.catalog import strategies
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(400)]
@@ -22,7 +22,7 @@ KILLS = int(os.environ.get("DISTPLAT_KILLS", "5"))
 WORLD, STEPS = 2, 30 + 6 * KILLS
 
 
-class Killer(threading.Thread):
+class Killer(Callback, threading.Thread):
     """Kills a random rank inside an exchange, waits until all are at work, kills again."""
 
     def __init__(self, folder: Path, kills: int) -> None:
@@ -34,17 +34,16 @@ class Killer(threading.Thread):
         self.over = threading.Event()
         self.random = random.Random(17)
 
-    def started(self, job: object, run: str, path: Path) -> None:
+    def on_start(self, job: object, run: str, path: Path) -> None:
         self.start()
 
-    def stepped(self, summary: object) -> None:
+    def on_step(self, step: StepSummary) -> None:
         if not self.begun:
             self.begun = True
             self.working.set()
 
-    def disturbed(self, news: FailureEvent | Recovery) -> None:
-        if isinstance(news, Recovery):
-            self.working.set()
+    def on_recovery(self, recovery: Recovery) -> None:
+        self.working.set()
 
     def run(self) -> None:
         while self.inside < self.kills and self.working.wait(60) and not self.over.is_set():
@@ -96,8 +95,8 @@ def run(folder: Path, tmp_path: Path, killer: Killer | None) -> Result:
         optimizer={"name": "SGD", "lr": 0.1, "momentum": 0.9},
         failure={"max_failures": 4 * KILLS},
     )
-    observers = () if killer is None else (killer,)
-    return train(spec, tmp_path, observers=observers, strategy_file=HERE / "marked_ring.py")
+    callbacks = () if killer is None else (killer,)
+    return train(spec, tmp_path, callbacks=callbacks, strategy_file=HERE / "marked_ring.py")
 
 
 @pytest.mark.slow

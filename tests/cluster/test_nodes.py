@@ -16,7 +16,9 @@ from table_runs import tables, words
 from tasks_for_tests import Big
 from test_server_loss import Losing, long_job, undisturbed
 
+from distplat import Callback
 from distplat.cli.main import run
+from distplat.platform.progress import StepSummary
 from distplat.strategies.catalog import make_job
 
 pytestmark = pytest.mark.cluster
@@ -112,7 +114,7 @@ def test_a_backup_is_on_the_other_node(tmp_path: Path) -> None:
     done = tmp_path / "done"
     losing = Losing(done, signal.SIGKILL, signal.SIGKILL)
     spec = {**long_job({"name": "ps-sync"}, done), "scaling": scaling(2, left=1)}
-    result = train(spec, tmp_path, observers=(losing,))
+    result = train(spec, tmp_path, callbacks=(losing,))
     assert len(losing.standstills) == 2, "the run was over too soon"
     assert len(set(losing.nodes)) == 2
     assert weights(result).tobytes() == undisturbed(spec)
@@ -129,24 +131,18 @@ def test_rows_between_nodes(tmp_path: Path) -> None:
         np.testing.assert_allclose(rows, expected[name], rtol=1e-5, atol=1e-6)
 
 
-class LosingNode:
-    """Ends a node after the first step. An `Observer`."""
+class LosingNode(Callback):
+    """Ends a node after the first step. A `Callback`."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.node: Any = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
         cluster.wait_for_nodes()
 
-    def started(self, job: object, run: str, path: Path) -> None:
-        pass
-
-    def stepped(self, summary: object) -> None:
+    def on_step(self, step: StepSummary) -> None:
         if self.node is not None:
             self.cluster.remove_node(self.node, allow_graceful=False)
             self.node = None
-
-    def disturbed(self, news: object) -> None:
-        pass
 
 
 @pytest.mark.slow
@@ -154,7 +150,7 @@ def test_the_end_of_another_node_does_not_take_the_controller(
     two_nodes: Cluster, tmp_path: Path
 ) -> None:
     losing = LosingNode(two_nodes)
-    result = train(big("ring", scaling(1, left=1)), tmp_path, observers=(losing,))
+    result = train(big("ring", scaling(1, left=1)), tmp_path, callbacks=(losing,))
     assert losing.node is None
     assert [summary.step for summary in result.history] == [1, 2, 3, 4, 5]
     assert not result.failures

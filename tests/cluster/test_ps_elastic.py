@@ -51,7 +51,7 @@ def test_a_killed_worker_leaves_the_bits_as_they_are(tmp_path: Path) -> None:
     watch = Watch()
     strategy = {"name": "ps-sync", "num_servers": 2, "replication": 2}
     spec = losing(strategy, "kill", tmp_path, clip_norm=0.5)
-    result = train(spec, tmp_path, observers=(watch,))
+    result = train(spec, tmp_path, callbacks=(watch,))
     assert [len(failure.replaced) for failure in watch.failures] == [1]
     assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
     assert weights(result).tobytes() == undisturbed(spec)
@@ -64,7 +64,7 @@ def test_an_asynchronous_run_goes_on_after_a_frozen_worker(tmp_path: Path) -> No
     strategy = {"name": "ps-async", "staleness": 2, "delay_compensation": 0.5}
     failure = {"step_timeout_s": 3, "heartbeat_timeout_s": 4}
     result = train(
-        losing(strategy, "stop", tmp_path, failure=failure), tmp_path, observers=(watch,)
+        losing(strategy, "stop", tmp_path, failure=failure), tmp_path, callbacks=(watch,)
     )
     (lost,) = watch.failures
     (replaced,) = lost.replaced

@@ -16,13 +16,14 @@ from small_runs import HERE, distance, job, train, weights
 from table_runs import tables
 from test_server_loss import undisturbed
 
+from distplat import Callback
 from distplat.actors.overview import Overview, one_run, overview, scale
 from distplat.actors.runs import RunName
 from distplat.cli.main import run as command
 from distplat.cli.running import role_lines
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
 from distplat.platform.errors import SpecError
-from distplat.platform.progress import FailureEvent, Recovery, Resized, StepSummary
+from distplat.platform.progress import FailureEvent, Recovery, StepSummary
 from distplat.platform.sampler import Sampler
 from distplat.platform.scale_requests import ScaleRequest, ScaleStatus
 
@@ -33,8 +34,8 @@ EPOCHS = 80  # of four steps
 PATIENCE_S = 60.0
 
 
-class Story(threading.Thread):
-    """Does something to a run from outside, then lets it end. An `Observer`."""
+class Story(Callback, threading.Thread):
+    """Does something to a run from outside, then lets it end. A `Callback`."""
 
     def __init__(self, story: Callable[[RunName, "Story"], None], ends: Path) -> None:
         super().__init__(daemon=True)
@@ -45,19 +46,18 @@ class Story(threading.Thread):
         self.recovered = threading.Event()
         self.errors: list[BaseException] = []
 
-    def started(self, job: object, run: str, path: Path) -> None:
+    def on_start(self, job: object, run: str, path: Path) -> None:
         self.start()
 
-    def stepped(self, summary: object) -> None:
-        if isinstance(summary, StepSummary):
-            self.step = summary.step
+    def on_step(self, step: StepSummary) -> None:
+        self.step = step.step
         self.training.set()
 
-    def disturbed(self, news: FailureEvent | Recovery | Resized) -> None:
-        if isinstance(news, FailureEvent):
-            self.failures.append(news)
-        elif isinstance(news, Recovery):
-            self.recovered.set()
+    def on_failure(self, failure: FailureEvent) -> None:
+        self.failures.append(failure)
+
+    def on_recovery(self, recovery: Recovery) -> None:
+        self.recovered.set()
 
     def run(self) -> None:
         try:
@@ -120,7 +120,7 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
         steps=STEPS,
         evaluation={"every_epochs": 0},
     )
-    result = train(spec, tmp_path, observers=(watch,))
+    result = train(spec, tmp_path, callbacks=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
     assert [failure.replaced for failure in watch.failures] == [("worker-4",)]
@@ -154,7 +154,7 @@ def test_whoever_comes_and_goes_each_task_is_in_the_tables_once(tmp_path: Path) 
     given = {"until": str(ends), "seconds": 0.05}
     spec = counting(name="small", task="counting:Counting", task_args=given, epochs=100)
     spec["scaling"]["resources_per_worker"] = {"CPU": 0.5}
-    result = train(spec, tmp_path, observers=(watch,))
+    result = train(spec, tmp_path, callbacks=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
     lost = {role for failure in watch.failures for role in failure.replaced}
@@ -232,7 +232,7 @@ def test_a_synchronous_run_goes_on_with_more_and_fewer(tmp_path: Path) -> None:
     ends = tmp_path / "ends"
     watch = Story(story, ends)
     spec = synchronous(ends, {"num_servers": 2, "replication": 2})
-    result = train(spec, tmp_path, observers=(watch,))
+    result = train(spec, tmp_path, callbacks=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
     assert [failure.replaced for failure in watch.failures] == [("worker-2",)]
@@ -259,7 +259,7 @@ def test_after_going_back_there_are_as_many_workers_as_before(tmp_path: Path) ->
     ends = tmp_path / "ends"
     watch = Story(story, ends)
     spec = synchronous(ends, {}, checkpoint={"every_steps": 5})
-    result = train(spec, tmp_path, observers=(watch,))
+    result = train(spec, tmp_path, callbacks=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
     assert [s.replaced for s in watch.failures] == [("worker-0", "worker-1", "worker-2")]
@@ -292,7 +292,7 @@ def test_embedding_tables_follow_a_synchronous_run(tmp_path: Path) -> None:
         epochs=EPOCHS,
         name="small",
     )
-    result = train(spec, tmp_path, observers=(watch,))
+    result = train(spec, tmp_path, callbacks=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
     assert [failure.replaced for failure in watch.failures] == [("worker-1",)]

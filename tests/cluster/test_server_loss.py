@@ -12,8 +12,10 @@ import ray
 from marks import slow
 from small_runs import HERE, job, train, weights
 
+from distplat import Callback
 from distplat.cli.main import run as command
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
+from distplat.platform.progress import StepSummary
 from distplat.platform.server_group import ShardAssignment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
@@ -22,9 +24,9 @@ STEPS = 600
 MOST_S = 60.0
 
 
-class Losing(threading.Thread):
+class Losing(Callback, threading.Thread):
     """
-    Sends signals to the primaries of shard 0, each when all backups are ready. An `Observer`.
+    Sends signals to the primaries of shard 0, each when all backups are ready. A `Callback`.
 
     Args:
         done: a file to be made afterwards: the run may hurry.
@@ -40,16 +42,13 @@ class Losing(threading.Thread):
         self.standstills: list[float] = []
         self._steps: list[float] = []
 
-    def started(self, job: Any, run: str, path: Path) -> None:
+    def on_start(self, job: Any, run: str, path: Path) -> None:
         self.run_name = run
         self.start()
 
-    def stepped(self, summary: object) -> None:
+    def on_step(self, step: StepSummary) -> None:
         self._steps.append(time.monotonic())
         self.training.set()
-
-    def disturbed(self, news: object) -> None:
-        pass
 
     def run(self) -> None:
         assert self.training.wait(MOST_S)
@@ -119,7 +118,7 @@ def test_killed_primaries_leave_the_bits_as_they_are(
     done = tmp_path / "done"
     losing = Losing(done, *[signal.SIGKILL] * losses)
     spec = long_job(strategy, done, pace_s, **more)
-    result = train(spec, tmp_path, observers=(losing,))
+    result = train(spec, tmp_path, callbacks=(losing,))
     assert len(losing.standstills) == losses, "the run was over too soon"
     assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
     assert weights(result).tobytes() == undisturbed(spec)
@@ -130,7 +129,7 @@ def test_asynchronous_runs_lose_no_update_and_can_be_made_again(tmp_path: Path) 
     done = tmp_path / "done"
     losing = Losing(done, signal.SIGKILL)
     strategy = {"name": "ps-async", "staleness": 3, "delay_compensation": 0.5}
-    result = train(long_job(strategy, done), tmp_path, observers=(losing,))
+    result = train(long_job(strategy, done), tmp_path, callbacks=(losing,))
     assert len(losing.standstills) == 1, "the run was over too soon"
     (log,) = read_logs(str(result.path / FILE_NAME))[0]
     assert flaws(log, 2, STEPS) == []
@@ -142,6 +141,6 @@ def test_a_frozen_primary_is_replaced(tmp_path: Path) -> None:
     done = tmp_path / "done"
     losing = Losing(done, signal.SIGSTOP)
     spec = long_job({"name": "ps-sync"}, done, failure={"heartbeat_timeout_s": 3})
-    result = train(spec, tmp_path, observers=(losing,))
+    result = train(spec, tmp_path, callbacks=(losing,))
     assert len(losing.standstills) == 1, "the run was over too soon"
     assert weights(result).tobytes() == undisturbed(spec)

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 
 class Replacing(BesideTraining):
-    """Ends rank 0 once a spare is up; notes who is there when all go on. An `Observer`."""
+    """Ends rank 0 once a spare is up; notes who is there when all go on. A `Callback`."""
 
     def __init__(self, goes_on: Path) -> None:
         super().__init__()
@@ -32,9 +32,8 @@ class Replacing(BesideTraining):
         self.names: list[str] = []
         self.snapshot: WeightsSnapshot | None = None
 
-    def disturbed(self, news: object) -> None:
-        if isinstance(news, Recovery):
-            self.recovered.set()
+    def on_recovery(self, recovery: Recovery) -> None:
+        self.recovered.set()
 
     def run(self) -> None:
         try:
@@ -65,7 +64,7 @@ def test_a_spare_takes_the_place_of_a_lost_worker(tmp_path: Path) -> None:
     paced = {"task": "tasks_for_tests:Paced", "task_args": {"until": str(goes_on)}}
     replacing = Replacing(goes_on)
     spec = job("ring", 2, **fields, **paced, failure={"spare_workers": True})
-    result = train(spec, tmp_path, observers=(replacing,))
+    result = train(spec, tmp_path, callbacks=(replacing,))
     replacing.join(60)
     assert "small/spare-0" in replacing.names
     assert not [name for name in replacing.names if name.startswith("small/worker-0")]

@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 from local_run import train as train_in_memory
+from marks import slow
 from small_runs import HERE, distance, job, train, weights
-from tasks_for_tests import Big
+from tasks_for_tests import Big, Blobs
 
-from distplat import Result
+from distplat import Callback, Result
+from distplat.platform.checkpoints import Catalogue, flaws
 from distplat.platform.errors import SpecError
+from distplat.platform.progress import Saved
 from distplat.strategies.catalog import make_job, strategies
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
@@ -88,3 +91,43 @@ def test_asks_for_more_than_the_cluster_has(tmp_path: Path) -> None:
     greedy = job("ring", 2, scaling={"num_workers": 2, "resources_per_worker": {"CPU": 64}})
     with pytest.raises(SpecError, match="needs 128 CPU; the cluster has 8 CPU"):
         train(greedy, tmp_path)
+
+
+class Enough(Callback):
+    """Wants the run to end once three checkpoints are on the disk."""
+
+    saved = 0
+
+    def on_checkpoint(self, checkpoint: Saved) -> None:
+        self.saved += 1
+
+    def should_stop(self) -> bool | str:
+        return "three checkpoints are there" if self.saved >= 3 else False
+
+
+@pytest.mark.parametrize("strategy", ["ring", slow("ps-sync"), slow("ps-async")])
+def test_a_run_that_a_callback_ends_is_one_of_so_many_steps(strategy: str, tmp_path: Path) -> None:
+    """Nothing makes its steps come to an end but the callback; the best checkpoint stays."""
+    best = {"metric": "accuracy", "mode": "max"}
+    fields = {
+        "epochs": None,
+        "checkpoint": {"every_steps": 2, "num_to_keep": 1, "keep_best": best},
+        "evaluation": {"every_steps": 2},
+        "task": "tasks_for_tests:Paced",
+        "task_args": {"until": str(tmp_path / "never")},
+    }
+    result = train(job(strategy, 2, steps=100_000, **fields), tmp_path, callbacks=[Enough()])
+    made = result.totals.steps
+    assert result.stopped == "three checkpoints are there"
+    assert [one.step for one in result.history] == list(range(1, made + 1))
+    assert max(one.step for one in result.evaluations) == made
+    figures = {one.step: one.metrics["accuracy"] for one in result.evaluations}
+    catalogue = Catalogue(result.path / "checkpoints")
+    step = max((one.step for one in result.checkpoints), key=lambda one: (figures[one], -one))
+    assert result.best_checkpoint == catalogue.path(step) and not flaws(catalogue.path(step))
+    assert catalogue.steps() == sorted({step, result.checkpoints[-1].step})
+    if strategy != "ps-async":
+        spec = make_job({**job(strategy, 2, steps=made, epochs=None)})
+        parameters = train_in_memory(spec, Blobs).parameters()
+        expected = np.concatenate([parameters[name].numpy().ravel() for name in sorted(parameters)])
+        assert weights(result).tobytes() == expected.tobytes()

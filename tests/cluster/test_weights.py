@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 
 class Evaluator(BesideTraining):
-    """Takes snapshots of a run, each newer than the one before. An `Observer`."""
+    """Takes snapshots of a run, each newer than the one before. A `Callback`."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_a_snapshot_is_of_its_version(strategy: object, tmp_path: Path) -> None:
         "epochs": None,
         "evaluation": {"every_epochs": 0},
     }
-    train(job(strategy, 2, **fields, steps=40), tmp_path, observers=(evaluator,))
+    train(job(strategy, 2, **fields, steps=40), tmp_path, callbacks=(evaluator,))
     evaluator.join(30)
     versions = [snapshot.version for snapshot in evaluator.taken]
     assert versions == sorted(set(versions)) and len(versions) == 3

@@ -249,8 +249,9 @@ class Attempt:
         """Give a rank's way to the task scheduler."""
         return self.run.desk.leases(rank, attempt=self.number)
 
-    def before(self, rank: int, step: int) -> None:
-        """What a rank does before a step."""
+    def before(self, rank: int, step: int) -> bool:
+        """What a rank does before a step; False: the run ends there."""
+        return True
 
     def report(self, rank: int, report: AnyReport) -> None:
         """Take what a rank reports."""

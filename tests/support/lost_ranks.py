@@ -133,9 +133,10 @@ class _BeforeAResize(_Undisturbed):
     event: Resize
     ends = (Abandoned,)
 
-    def before(self, rank: int, step: int) -> None:
+    def before(self, rank: int, step: int) -> bool:
         if step == self.event.step:
             raise Abandoned("told to stop")
+        return True
 
     def check(self) -> None:
         assert len(self.errors) == self.world

@@ -63,6 +63,8 @@ FACTS: dict[str, Any] = {
     "restarts": [],
     "resizes": [],
     "run_directory": "/runs/lin-1",
+    "stopped": None,
+    "best_checkpoint": None,
     "url": None,
     "model": None,
 }

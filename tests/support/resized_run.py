@@ -124,11 +124,11 @@ class _UntilARest(Attempt):
         for gate in self._gates:
             gate.rest_at(agreed)
 
-    def before(self, rank: int, step: int) -> None:
+    def before(self, rank: int, step: int) -> bool:
         if (rank, step) == (0, self._behind):
             self._wait_until_all_others_have_pushed(step)
             self._rest()
-        self._gates[rank].before(step)
+        return self._gates[rank].before(step)
 
     def _wait_until_all_others_have_pushed(self, step: int) -> None:
         until = time.monotonic() + WAIT_S

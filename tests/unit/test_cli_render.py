@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 from jobs import job_of
 
-from distplat.actors.trainer import Result
-from distplat.cli import render
-from distplat.cli.render import View, facts_of, print_result, to_json
+from distplat.actors import view as view_module
+from distplat.actors.result import Result
+from distplat.actors.view import View, view_here
+from distplat.cli.render import facts_of, print_result, to_json
 from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Resized, StepSummary
 
 JOB = job_of("ring", 2, name="lin", task="lin:Lin", steps=100, global_batch_size=16)
@@ -34,17 +36,17 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(render, "time", clock)
+    monkeypatch.setattr(view_module, "time", clock)
     return clock
 
 
 def watched(clock: Clock, seconds_per_step: float, steps: int, **options: Any) -> list[str]:
     out = io.StringIO()
-    with View(out, **options) as view:
-        view.started(JOB, "lin-1", Path("/runs/lin-1"))
-        for number in range(steps):
-            clock.now += seconds_per_step
-            view.stepped(step(number))
+    view = View(out, **options)
+    view.on_start(JOB, "lin-1", Path("/runs/lin-1"))
+    for number in range(steps):
+        clock.now += seconds_per_step
+        view.on_step(step(number))
     return out.getvalue().splitlines()
 
 
@@ -56,11 +58,11 @@ def test_lines_come_at_most_every_two_seconds(clock: Clock) -> None:
 
 def test_a_run_whose_length_nobody_knows_has_no_end_in_its_lines(clock: Clock) -> None:
     out = io.StringIO()
-    with View(out) as view:
-        view.started(JOB, "lin-1", Path("/runs/lin-1"))
-        for number in range(3):
-            clock.now += 2.0
-            view.stepped(replace(step(number), of=0))
+    view = View(out)
+    view.on_start(JOB, "lin-1", Path("/runs/lin-1"))
+    for number in range(3):
+        clock.now += 2.0
+        view.on_step(replace(step(number), of=0))
     assert out.getvalue().splitlines()[-1] == "step 3  epoch 1  loss 0.5  32 samples/s"
 
 
@@ -78,7 +80,7 @@ def test_every_evaluation_is_shown(clock: Clock) -> None:
     out = io.StringIO()
     view = View(out)
     for number in (1, 2, 3):
-        view.stepped(EvalSummary(number, 8, {"loss": 0.25, "accuracy": 0.96875}))
+        view.on_evaluation(EvalSummary(number, 8, {"loss": 0.25, "accuracy": 0.96875}))
     assert out.getvalue().splitlines() == [
         f"evaluation after step {number}  loss 0.25  accuracy 0.9688" for number in (1, 2, 3)
     ]
@@ -87,12 +89,12 @@ def test_every_evaluation_is_shown(clock: Clock) -> None:
 def test_a_failure_or_a_resize_says_from_where_the_run_goes_on() -> None:
     out = io.StringIO()
     view = View(out)
-    view.disturbed(
+    view.on_failure(
         FailureEvent(1, 10, "server-0 was lost: killed\nmore", ("worker-0", "worker-1"), 0.0)
     )
-    view.disturbed(Recovery(1, 3.25))
-    view.disturbed(Resized(2, 120, 2, 4, 0.28))
-    view.disturbed(Resized(3, 121, 4, 1, 0.11))
+    view.on_recovery(Recovery(1, 3.25))
+    view.on_resize(Resized(2, 120, 2, 4, 0.28))
+    view.on_resize(Resized(3, 121, 4, 1, 0.11))
     assert out.getvalue().splitlines() == [
         "failure: server-0 was lost: killed",
         "attempt 1: replacing worker-0, worker-1, going on after step 10",
@@ -118,10 +120,11 @@ def test_a_terminal_shows_one_line_and_keeps_evaluations(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     out = Terminal()
-    with View(out) as view:
-        view.started(JOB, "lin-[1]", Path("/runs/lin-1"))
-        view.stepped(step(0))
-        view.stepped(EvalSummary(1, 8, {"loss": 0.25}))
+    view = View(out)
+    view.on_start(JOB, "lin-[1]", Path("/runs/lin-1"))
+    view.on_step(step(0))
+    view.on_evaluation(EvalSummary(1, 8, {"loss": 0.25}))
+    view.on_end(Result(Path("/runs/lin-1"), None), None)
     shown = out.getvalue()
     assert "run lin-[1]: ring, 2 workers, starting\n" in shown.replace("\r", "")
     assert "evaluation after step 1  loss 0.25" in shown
@@ -154,6 +157,8 @@ def test_the_facts_are_those_of_the_run() -> None:
         "restarts": [],
         "resizes": [],
         "run_directory": "/runs/lin-1",
+        "stopped": None,
+        "best_checkpoint": None,
         "url": None,
         "model": "/runs/lin-1/model.safetensors",
     }
@@ -187,3 +192,20 @@ def test_a_run_without_steps_or_model_has_a_table_too(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "steps          0\n" in shown
     assert "model" not in shown
+
+
+def test_progress_is_shown_to_who_looks_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal and in a notebook; a log file of a script that trains has none."""
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stderr", out)
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    assert view_here() is None
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    notebook = view_here()
+    assert notebook is not None
+    notebook.on_evaluation(EvalSummary(1, 8, {"loss": 0.25}))
+    assert out.getvalue() == "evaluation after step 1  loss 0.25\n"
+    monkeypatch.delitem(sys.modules, "ipykernel")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    assert view_here() is not None

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from made_runs import FACTS, FAILURE, evaluation, made_run, step
 
+from distplat.actors.view import View
 from distplat.cli import jobs, remote, render, tables
 from distplat.cli.main import run
 from distplat.cli.remote import LogReader
-from distplat.cli.render import View
 from distplat.platform.errors import ClusterUnreachable, Problem, printable
 from distplat.platform.progress import Recovery
 
@@ -51,7 +51,7 @@ def test_tables_and_lines_are_clean_at_the_sink(capsys: pytest.CaptureFixture[st
     tables.print_table([ESCAPES], [[ESCAPES]])
     remote.say(ESCAPES)
     out = io.StringIO()
-    View(out).disturbed(Recovery(1, 2.0))
+    View(out).on_recovery(Recovery(1, 2.0))
     View(out)._say(ESCAPES)
     printed = capsys.readouterr()
     assert is_harmless(printed.out + printed.err + out.getvalue())

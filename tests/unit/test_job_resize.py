@@ -8,6 +8,7 @@ from distplat.platform.errors import Abandoned, ActorLost, CollectiveError, Dead
 from distplat.platform.job import (
     SETTLE_S,
     STALL_GRACE,
+    End,
     Event,
     Failed,
     Heard,
@@ -261,3 +262,33 @@ def test_who_stops_for_a_failure_has_not_halted_for_a_resize() -> None:
     for event in (dead(1), stopped(0)):
         state.handle(event, 1.0)
     assert not state.halted
+
+
+def test_a_run_that_is_to_end_early_agrees_where_and_changes_no_more() -> None:
+    state = JobState(3, LIMITS, 0.0, GO_ON)
+    for rank in range(3):
+        state.handle(heard(rank), 0.0)
+    state.handle(End(), 1.0)
+    state.handle(Resize(5), 1.0)
+    assert (state.phase, state.ending, state.agreed) == (Phase.RUNNING, True, None)
+    for rank, step in ((0, 4), (1, 5), (2, 4)):
+        state.handle(Heard(rank, 9, STEP, False, rests_at=step), 1.1)
+    assert state.agreed == 5
+    for rank in range(3):
+        state.handle(heard(rank, 5, finished=True), 1.2)
+    assert state.phase is Phase.SUCCEEDED
+
+
+def test_who_is_lost_on_the_way_to_an_early_end_is_replaced_and_all_agree_anew() -> None:
+    state = JobState(3, LIMITS, 0.0, GO_ON)
+    for rank in range(3):
+        state.handle(heard(rank), 0.0)
+    state.handle(End(), 1.0)
+    state.handle(Heard(0, 9, STEP, False, rests_at=4), 1.1)
+    state.handle(dead(1), 1.2)
+    for rank in (0, 2):
+        state.handle(stopped(rank), 1.3)
+    state.handle(Tick(), 1.3)
+    assert state.restart is not None
+    state.restarted(2.0)
+    assert (state.phase, state.ending, state.agreed) == (Phase.STARTING, True, None)

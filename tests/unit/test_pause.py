@@ -26,7 +26,8 @@ class Trainer(threading.Thread):
         try:
             for step in range(self.first, 10):
                 self.begin.acquire()
-                self.gate.before(step)
+                if not self.gate.before(step):
+                    break
                 self.made += 1
         except Exception as error:
             self.error = error
@@ -70,6 +71,16 @@ def test_who_rests_waits_and_goes_on_to_where_all_stop() -> None:
     assert isinstance(error, Abandoned)
     assert "between two steps" in str(error)
     assert (trainer.made, gate.rested) == (5, True)
+
+
+def test_who_is_to_end_goes_on_to_where_all_end() -> None:
+    gate = PauseGate(PATIENCE_S)
+    gate.start(0)
+    gate.rest()
+    trainer = Trainer(gate)
+    gate.end_at(4)
+    trainer.passes(10)
+    assert (trainer.ends(), trainer.made, gate.rested) == (None, 4, False)
 
 
 def test_the_answer_comes_when_the_first_step_is_known() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from distplat.actors.trainer import KEPT, Result
+from distplat.actors.result import KEPT, Result
 from distplat.platform.pipeline_trace import TraceReport
 from distplat.platform.progress import (
     EvalReport,
@@ -223,3 +223,16 @@ def test_a_result_of_many_steps_keeps_the_last_and_the_sums_of_all() -> None:
     mean = sum(range(2, steps + 1)) / (steps - 1)
     assert totals.figures == {"sent_bytes": mean, "rare": 7.0}
     assert result.metrics == {"loss": 1.0 / steps, "eval_loss": 0.5}
+
+
+def test_a_result_prints_as_a_short_table() -> None:
+    result = Result(Path("runs/a<b"), Path("runs/a<b/model.safetensors"), seconds=1.25)
+    assert str(Result(Path("run"), None)).splitlines()[0].split() == ["steps", "0"]
+    result.add(StepSummary(1, 0, 0.5, 8, {"compute": 0.5}, 2))
+    result.add(EvalSummary(1, 8, {"accuracy": 0.875}))
+    lines = str(result).splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        *("steps", "loss", "eval_accuracy", "took", "run directory", "model")
+    ]
+    assert lines[2] == "eval_accuracy  0.875"
+    assert "a&lt;b" in result._repr_html_() and "StepSummary" not in repr(result)

@@ -82,7 +82,11 @@ def told(step: int) -> Act:
     return lambda r: r.rest_at(step)
 
 
-BEGIN, WAIT, STOP = Next.BEGIN, Next.WAIT, Next.STOP
+def told_to_end(step: int) -> Act:
+    return lambda r: r.end_at(step)
+
+
+BEGIN, WAIT, STOP, END = Next.BEGIN, Next.WAIT, Next.STOP, Next.END
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,8 @@ BEGIN, WAIT, STOP = Next.BEGIN, Next.WAIT, Next.STOP
         ([at(5, BEGIN), asks, told(7), at(6, BEGIN)], 7),
         ([at(5, BEGIN), asks, told(7), at(6, BEGIN), at(7, STOP)], 7),
         ([asks, starts, told(5), at(5, STOP)], 5),
+        ([asks, starts, told_to_end(5), at(5, END)], 5),
+        ([at(5, BEGIN), asks, told_to_end(7), at(6, BEGIN), at(7, END)], 7),
     ],
 )
 def test_what_a_worker_is_to_do_before_a_step(acts: list[Act], answer: int | None) -> None:

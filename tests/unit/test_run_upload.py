@@ -12,7 +12,8 @@ import yaml
 from jobs import fields_of
 from storages import Odd
 
-from distplat.actors.trainer import Result, Trainer
+from distplat.actors.result import Result
+from distplat.actors.trainer import Trainer
 from distplat.cli.main import run as command
 from distplat.platform.checkpoints import MANIFEST, STATE, Catalogue
 from distplat.platform.errors import SpecError, StorageError

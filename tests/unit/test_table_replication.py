@@ -303,11 +303,12 @@ class _WithALoss(Attempt):
         wait_for_backups(self.run.tables)
         self.filled.set()
 
-    def before(self, rank: int, step: int) -> None:
+    def before(self, rank: int, step: int) -> bool:
         if step == LOST_AT and rank == 0:
             self.run.tables.nodes[0].die("killed by the test")
         if step == 1:
             assert self.filled.wait(10)
+        return True
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def with_method(name: str) -> type[Task]:
         ("validation_step", "metrics(outputs, targets)"),
         ("train_dataloader", "train_data()"),
         ("compute_metrics", "metrics(outputs, targets)"),
-        ("on_train_end", "observers"),
+        ("on_train_end", "distplat.Callback"),
         ("metric", "did you mean metrics()?"),
         ("losses", "did you mean loss()?"),
         ("eval_dataset", "did you mean eval_data()? Give a data set in eval_data()"),

@@ -404,3 +404,50 @@ class SynchronousRuns(RuleBasedStateMachine):
 
 TestSynchronousRuns = SynchronousRuns.TestCase
 TestSynchronousRuns.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize(
+    "made, steps, evaluations",
+    [
+        (0, 0, ()),
+        (1, 1, (1,)),
+        (2, 1, (1,)),
+        (3, 2, (2,)),
+        (5, 3, (2, 3)),
+        (9, 5, (2, 4, 5)),
+        (10, 5, (2, 4, 5)),
+    ],
+)
+def test_an_early_end_comes_after_the_steps_that_were_begun(
+    made: int, steps: int, evaluations: tuple[int, ...]
+) -> None:
+    scheduler = TaskScheduler(TaskPlan(5, 2, evaluations=(2, 4, 5)))
+    number = 0
+    for _ in range(made):
+        while not tasks(lease := scheduler.work(0, number, 1)):
+            assert lease is not None, "there is work"
+            scheduler.finish(0, (), lease.evaluations)
+            number += 1
+        scheduler.finish(0, tuple(tasks(lease)))
+        number += 1
+    scheduler.end_early()
+    scheduler.end_early()
+    assert (scheduler.plan.steps, scheduler.plan.evaluations) == (steps, evaluations)
+    while not (lease := scheduler.work(0, number, 9)) or not lease.over:
+        assert lease is not None, "there is work"
+        scheduler.finish(0, tuple(lease.tasks), lease.evaluations)
+        number += 1
+    assert (lease.trained, lease.steps, scheduler.done.low) == (True, steps, 2 * steps)
+
+
+def test_what_a_worker_holds_is_made_before_an_early_end() -> None:
+    scheduler = TaskScheduler(TaskPlan(5, 2))
+    assert tasks(scheduler.work(0, 0, 3)) == [0, 1, 2]
+    scheduler.end_early()
+    assert tasks(scheduler.work(1, 0, 9)) == [3], "of a step that was begun"
+    scheduler.lose(0)
+    scheduler.finish(1, (3,))
+    assert tasks(scheduler.work(1, 1, 9)) == [0, 1, 2]
+    scheduler.finish(1, (0, 1, 2))
+    last = scheduler.work(1, 2)
+    assert last is not None and (last.over, last.steps) == (True, 2)

@@ -1,0 +1,176 @@
+"""
+Callbacks: what a user has called in the driver while a run goes on.
+
+They are guests: one that raises is warned of once, and the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distplat.platform.errors import Problem, SpecError, hint
+from distplat.platform.evaluations import EarlyStop, EarlyStopping
+from distplat.platform.progress import (
+    EvalSummary,
+    FailureEvent,
+    Recovery,
+    Resized,
+    Saved,
+    StepSummary,
+    Summary,
+)
+from distplat.platform.spec import Job
+
+if TYPE_CHECKING:
+    from distplat.actors.result import Result
+
+logger = logging.getLogger(__name__)
+
+
+class Callback:
+    """
+    Base of callbacks; its methods do nothing, and a class of yours has those that it needs.
+
+    They are called in the driver, one after the other, while workers go on. Each step is told once,
+    in order, however often it was made.
+    """
+
+    def on_start(self, job: Job, run: str, path: Path) -> None:
+        """
+        The run directory is there; actors are about to be.
+
+        Args:
+            job: the resolved job.
+            run: the run's name.
+            path: the run directory.
+        """
+
+    def on_step(self, step: StepSummary) -> None:
+        """A step is over on all ranks."""
+
+    def on_evaluation(self, evaluation: EvalSummary) -> None:
+        """An evaluation is over on all ranks."""
+
+    def on_checkpoint(self, checkpoint: Saved) -> None:
+        """A checkpoint is on the disk."""
+
+    def on_failure(self, failure: FailureEvent) -> None:
+        """Workers or servers were lost, and the run goes on."""
+
+    def on_recovery(self, recovery: Recovery) -> None:
+        """All are at work again after a failure."""
+
+    def on_resize(self, resized: Resized) -> None:
+        """The run goes on with another number of workers."""
+
+    def should_stop(self) -> bool | str:
+        """
+        Whether the run is to end before its last step; asked after each step and evaluation.
+
+        Returns:
+            True, or why: all workers end before the same step, as after the last one.
+        """
+        return False
+
+    def on_end(self, result: Result, error: BaseException | None) -> None:
+        """
+        The run is over, and its files are written.
+
+        Args:
+            result: what there is of it.
+            error: why it failed; None: it ended well.
+        """
+
+
+_EVENTS = {name for name in vars(Callback) if name.startswith("on_")}
+
+
+def check_callbacks(callbacks: Sequence[object], job: Job) -> None:
+    """
+    Look at what `Trainer` was handed.
+
+    Args:
+        callbacks: as they were given.
+        job: of the run.
+
+    Raises:
+        SpecError: one is no `Callback`, or has a method that would never be called.
+    """
+    found = []
+    for number, one in enumerate(callbacks):
+        where, name = ("callbacks", number), type(one).__name__
+        if not isinstance(one, Callback):
+            text = f"{name} is no distplat.Callback"
+            found.append(Problem(where, text, "hand in objects of a class that derives from it"))
+            continue
+        for method in dir(one):
+            if method.startswith("on_") and method not in _EVENTS:
+                text = f"{name}.{method} would never be called"
+                found.append(Problem(where, text, hint(method, sorted(_EVENTS))))
+        if job.own_loop and type(one).should_stop is not Callback.should_stop:
+            text = f"{name}.should_stop cannot end the loop of a train function"
+            found.append(Problem(where, text, "end the loop in the function itself"))
+    if found:
+        raise SpecError(*found)
+
+
+class Callbacks:
+    """
+    The callbacks of one run.
+
+    Args:
+        callbacks: in the order in which they are called.
+        early_stop: when the run ends for want of progress; None: it does not.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback], early_stop: EarlyStop | None = None) -> None:
+        self._present = list(callbacks)
+        self._stopping = EarlyStopping(early_stop) if early_stop is not None else None
+        self.stop: str | None = None  #: why the run is to end before its last step
+
+    def start(self, job: Job, run: str, path: Path) -> None:
+        """See `Callback.on_start`."""
+        self._each(lambda one: one.on_start(job, run, path))
+
+    def tell(self, summary: Summary) -> None:
+        """Tell all of what happened."""
+        match summary:
+            case StepSummary():
+                self._each(lambda one: one.on_step(summary))
+                self._each(self._ask)
+            case EvalSummary():
+                if self._stopping is not None:
+                    self.stop = self.stop or self._stopping.evaluated(summary.step, summary.metrics)
+                self._each(lambda one: one.on_evaluation(summary))
+                self._each(self._ask)
+            case Saved():
+                self._each(lambda one: one.on_checkpoint(summary))
+            case FailureEvent():
+                self._each(lambda one: one.on_failure(summary))
+            case Recovery():
+                self._each(lambda one: one.on_recovery(summary))
+            case Resized():
+                self._each(lambda one: one.on_resize(summary))
+
+    def _ask(self, one: Callback) -> None:
+        """See whether one wants the run to end; what the first says is the reason."""
+        if self.stop is None and (wanted := one.should_stop()):
+            name = type(one).__name__
+            self.stop = wanted if isinstance(wanted, str) else f"{name}.should_stop()"
+
+    def end(self, result: Result, error: BaseException | None) -> None:
+        """See `Callback.on_end`."""
+        self._each(lambda one: one.on_end(result, error))
+
+    def _each(self, tell: Callable[[Callback], object]) -> None:
+        for callback in list(self._present):
+            try:
+                tell(callback)
+            except Exception as error:
+                self._present.remove(callback)
+                name, kind = type(callback).__name__, type(error).__name__
+                text = "the callback %s raised %s: %s; the run goes on without it"
+                logger.warning(text, name, kind, error)

@@ -1,0 +1,195 @@
+"""
+What a run looks like while it runs.
+
+On a terminal one line that lives; anywhere else plain lines, at most one every two seconds and one
+per evaluation, fit for a log file. Nothing here knows where the run runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
+
+from distplat.actors.callbacks import Callback
+from distplat.platform.errors import printable
+from distplat.platform.progress import (
+    EvalSummary,
+    FailureEvent,
+    Recovery,
+    Resized,
+    StepSummary,
+    first_line,
+    number_text,
+    resize_text,
+)
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_strategy
+
+if TYPE_CHECKING:
+    from distplat.actors.result import Result
+
+_LINE_EVERY_S = 2.0
+_DRAW_EVERY_S = 0.1
+_WINDOW = 50
+
+
+def view_here() -> View | None:
+    """Give a view for who looks on: on a terminal, and in a notebook; None: nobody does."""
+    if "ipykernel" in sys.modules:
+        return View(sys.stdout)  # stderr has the colour of errors there
+    return View(sys.stderr) if sys.stderr.isatty() else None
+
+
+class View(Callback):
+    """
+    Draws a run as it goes, until its end.
+
+    Args:
+        out: where to draw.
+        quiet: draw nothing.
+    """
+
+    def __init__(self, out: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._out = out or sys.stderr
+        self.quiet = quiet
+        self._pace = _Pace()
+        self._last_drawn = float("-inf")
+        self._progress: Progress | None = None
+        if not quiet and self._out.isatty():
+            self._progress = _progress(Console(file=self._out))
+            self._bar = self._progress.add_task("starting", total=None, figures="")
+
+    def on_start(self, job: Job, run: str, path: Path) -> None:
+        """Begin to draw; say what is about to run."""
+        if self._progress is not None:
+            self._progress.start()
+        self._say(f"run {run}: {_cast(job)}, starting")
+
+    def on_step(self, step: StepSummary) -> None:
+        """Show a step; those that come too fast to read are passed over."""
+        if self.quiet:
+            return
+        now = time.monotonic()
+        self._pace.add(step, now)
+        every = _DRAW_EVERY_S if self._progress is not None else _LINE_EVERY_S
+        is_last = step.step == step.of
+        if now - self._last_drawn >= every or is_last:
+            self._last_drawn = now
+            self._draw(step, now)
+
+    def on_evaluation(self, evaluation: EvalSummary) -> None:
+        """Show an evaluation."""
+        self._say(f"evaluation after step {evaluation.step}  {_figures(evaluation.metrics)}")
+
+    def on_failure(self, failure: FailureEvent) -> None:
+        """Say that workers were lost."""
+        who = ", ".join(failure.replaced) or "nobody"
+        self._say(
+            f"failure: {first_line(failure.cause)}\n"
+            f"attempt {failure.attempt}: replacing {who}, going on after step {failure.step}"
+        )
+
+    def on_recovery(self, recovery: Recovery) -> None:
+        """Say that all are at work again."""
+        seconds = f"{recovery.seconds:.1f} s"
+        self._say(f"attempt {recovery.attempt}: all workers are at work after {seconds}")
+
+    def on_resize(self, resized: Resized) -> None:
+        """Say how many workers there are."""
+        self._say(f"attempt {resized.attempt}: {resize_text(resized)}")
+
+    def on_end(self, result: Result, error: BaseException | None) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            with suppress(OSError, ValueError):  # it is gone
+                self._progress.stop()
+
+    def _draw(self, summary: StepSummary, now: float) -> None:
+        figures = f"epoch {summary.epoch + 1}  loss {summary.loss:.4g}  {self._pace.text(now)}"
+        at = f"step {summary.step}/{summary.of}" if summary.of else f"step {summary.step}"
+        if self._progress is None:
+            self._say(f"{at}  {figures}")
+            return
+        self._progress.update(
+            self._bar,
+            description=at,
+            completed=summary.step,
+            total=summary.of or None,
+            figures=figures,
+        )
+
+    def _say(self, line: str) -> None:
+        if self.quiet:
+            return
+        try:
+            if self._progress is not None:
+                self._progress.console.print(Text(printable(line)))
+            else:
+                print(printable(line), file=self._out, flush=True)
+        except (OSError, ValueError):  # nobody reads any more, or the file was closed
+            self.quiet = True
+
+
+class _Pace:
+    """Samples per second of the last steps, and how long the rest will take."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+        self._first: tuple[int, float] | None = None
+        self._last: StepSummary | None = None
+
+    def add(self, summary: StepSummary, now: float) -> None:
+        """Take one more step."""
+        self._recent.append((summary.samples, sum(summary.seconds.values())))
+        self._first = self._first or (summary.step, now)
+        self._last = summary
+
+    def text(self, now: float) -> str:
+        """`1234 samples/s  eta 0:12`."""
+        samples = sum(count for count, _ in self._recent)
+        busy = sum(seconds for _, seconds in self._recent)
+        rate = f"{samples / busy:.0f} samples/s" if busy else ""
+        if self._first is None or self._last is None:
+            return rate
+        done = self._last.step - self._first[0]
+        left = self._last.of - self._last.step
+        if done == 0 or left <= 0:
+            return rate
+        return f"{rate}  eta {_clock((now - self._first[1]) / done * left)}"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[figures]}", markup=False),
+        console=console,
+        transient=True,
+    )
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {number_text(value)}" for name, value in metrics.items())
+
+
+def _cast(job: Job) -> str:
+    count = job.scaling.num_workers
+    workers = "1 worker" if count == 1 else f"{count} workers"
+    detail = make_strategy(job).detail()
+    name = f"{job.strategy.name} ({detail})" if detail else job.strategy.name
+    return f"{name}, {workers if count else 'in this process'}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,196 @@
+"""
+Experiment trackers: what a run is shown in beside its own files.
+
+Each library is an optional extra, imported when a run begins. Addresses and keys are the library's
+own environment variables: none of them is in a job file.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from distplat.platform.disk import write_whole
+from distplat.platform.errors import Problem
+from distplat.platform.fields import Spec
+from distplat.platform.progress import EvalSummary, StepSummary
+
+Points = dict[str, float]
+
+
+class TrackerSpec(Spec):
+    """A tracker of experiments; in a job file a name will do."""
+
+    name: Literal["mlflow", "wandb"]
+    """Which library; `pip install 'distplat[mlflow]'` or `'distplat[wandb]'`."""
+    project: str | None = Field(None, min_length=1)
+    """Project of Weights & Biases, experiment of MLflow; None: the job's name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """Take `mlflow` for `{name: mlflow}`."""
+        return {"name": given} if isinstance(given, str) else given
+
+
+def tracker_problems(job: Any) -> list[Problem]:
+    """Name trackers that a job has twice."""
+    names = [one.name for one in job.trackers]
+    return [
+        Problem(("trackers", number), f"{name!r} is there twice", "remove one")
+        for number, name in enumerate(names)
+        if name in names[:number]
+    ]
+
+
+def missing_trackers(job: Any) -> list[Problem]:
+    """Name trackers whose library is not installed here."""
+    return [
+        Problem(
+            ("trackers", number),
+            f"needs the package {one.name}, which is not installed",
+            f"pip install 'distplat[{one.name}]'",
+        )
+        for number, one in enumerate(job.trackers)
+        if find_spec(one.name) is None
+    ]
+
+
+def points_of(summary: StepSummary | EvalSummary) -> Points:
+    """Give a step's or an evaluation's point on each curve, by name."""
+    if isinstance(summary, EvalSummary):
+        return {f"eval/{name}": value for name, value in summary.metrics.items()}
+    values = {"train/loss": summary.loss, "train/samples": float(summary.samples)}
+    values |= {f"seconds/{part}": seconds for part, seconds in summary.seconds.items()}
+    return values | {f"figures/{name}": value for name, value in summary.figures.items()}
+
+
+class Tracker(Protocol):
+    """A run as one tracker shows it."""
+
+    id: str
+    """By which the tracker knows it."""
+
+    def write(self, step: int, points: Points) -> None:
+        """Show the points of a step."""
+
+    def close(self, failed: bool) -> None:
+        """The run is over."""
+
+
+def id_file(folder: Path, name: str) -> Path:
+    """Give where a run directory has a tracker's id of the run."""
+    return folder / f"tracker_{name}.json"
+
+
+def open_tracker(spec: TrackerSpec, job: Any, folder: Path, before: Path | None) -> Tracker:
+    """
+    Begin a run at a tracker, or go on with it; its id is kept in the run directory.
+
+    Args:
+        spec: which tracker.
+        job: of the run.
+        folder: the run directory.
+        before: that of the run that this one goes on from.
+    """
+    known = None
+    if before is not None and (file := id_file(before, spec.name)).is_file():
+        known = str(json.loads(file.read_text())["id"])
+    kind: type[MLflow] | type[WandB] = MLflow if spec.name == "mlflow" else WandB
+    found = kind(spec.project or job.name, job, folder, known)
+    write_whole(id_file(folder, spec.name), json.dumps({"id": found.id}).encode())
+    return found
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give `optimizer.lr` and the like for nested fields."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = isinstance(value, Mapping) and bool(value)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return found
+
+
+class MLflow:
+    """
+    See `Tracker`. Where its server is says `MLFLOW_TRACKING_URI`.
+
+    Args:
+        project: the experiment's name.
+        job: of the run.
+        folder: the run directory.
+        known: id of the run to go on with; None: there is none.
+    """
+
+    def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None:
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        self._client, self._metric = MlflowClient(), Metric
+        if known is not None:
+            self.id = known
+            self._client.update_run(known, status="RUNNING")
+            return
+        experiment = self._client.get_experiment_by_name(project)
+        where = experiment.experiment_id if experiment else self._client.create_experiment(project)
+        self.id = str(self._client.create_run(where, run_name=folder.name).info.run_id)
+        fields = _flat(job.model_dump(mode="json"))
+        params = [Param(name, str(value)[:6000]) for name, value in fields.items()]
+        for start in range(0, len(params), 100):  # so many it takes at once
+            self._client.log_batch(self.id, params=params[start : start + 100])
+
+    def write(self, step: int, points: Points) -> None:
+        """See `Tracker`."""
+        now = int(time.time() * 1000)
+        finite = {name: value for name, value in points.items() if math.isfinite(value)}
+        metrics = [self._metric(name, value, now, step) for name, value in finite.items()]
+        self._client.log_batch(self.id, metrics=metrics)
+
+    def close(self, failed: bool) -> None:
+        """See `Tracker`."""
+        self._client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
+
+
+class WandB:
+    """
+    See `Tracker`. Its key is in `WANDB_API_KEY`; `WANDB_MODE=offline` writes to the run directory.
+
+    Args:
+        project: its name.
+        job: of the run.
+        folder: the run directory.
+        known: id of the run to go on with; None: there is none.
+    """
+
+    def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None:
+        import wandb
+
+        quiet = wandb.Settings(silent=True, console="off")  # stdout is for the result
+        self._run = wandb.init(
+            project=project,
+            name=folder.name,
+            id=known,
+            resume="allow",
+            dir=str(folder),
+            config=job.model_dump(mode="json"),
+            settings=quiet,
+        )
+        self.id = str(self._run.id)
+        # Steps that are made again after a resume are shown again; by its own count it drops them.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, points: Points) -> None:
+        """See `Tracker`."""
+        self._run.log({**points, "step": step})
+
+    def close(self, failed: bool) -> None:
+        """See `Tracker`."""
+        import wandb
+
+        self._run.finish(exit_code=int(failed))
+        wandb.teardown()

@@ -1,0 +1,306 @@
+"""Who watches a run does not end it: callbacks, a pipe that is closed, a disk without room."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jobs import fields_of
+from safetensors.numpy import load_file, save
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from distplat import Callback, Job, Result, Task, Trainer
+from distplat.actors.callbacks import Callbacks
+from distplat.actors.controller_client import RunHandlers
+from distplat.actors.view import View
+from distplat.platform.background_writer import BackgroundWriter
+from distplat.platform.errors import SpecError, StorageError, UserCodeError
+from distplat.platform.progress import (
+    EvalSummary,
+    FailureEvent,
+    Recovery,
+    Resized,
+    Saved,
+    StepSummary,
+)
+from distplat.platform.run_directory import RunDirectory
+
+TASK = """
+import time
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from distplat import Task
+
+class Lin(Task):
+    def model(self):
+        return nn.Linear(4, 1)
+    def train_data(self):
+        return TensorDataset(torch.ones(64, 4), torch.ones(64, 1))
+    def loss(self, outputs, targets):
+        time.sleep(0.02)
+        return nn.functional.mse_loss(outputs, targets)
+"""
+
+
+class Lin(Task):
+    def model(self) -> nn.Module:
+        return nn.Linear(4, 1)
+
+    def train_data(self) -> Dataset[Any]:
+        return TensorDataset(torch.ones(64, 4), torch.ones(64, 1))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+
+FIELDS = fields_of("ring", 0, epochs=None, steps=6, global_batch_size=16)
+
+
+class Seeing(Callback):
+    """Notes what it is told; raises in one of its methods."""
+
+    def __init__(self, raises_in: str = "") -> None:
+        self.raises_in, self.told = raises_in, []  # type: str, list[str]
+
+    def _take(self, what: str) -> None:
+        self.told.append(what)
+        if what == self.raises_in:
+            raise OSError("the terminal is gone")
+
+    def on_start(self, job: Job, run: str, path: Path) -> None:
+        self._take("start")
+
+    def on_step(self, step: StepSummary) -> None:
+        self._take(f"step {step.step}")
+
+    def on_evaluation(self, evaluation: EvalSummary) -> None:
+        self._take(f"evaluation {evaluation.step}")
+
+    def on_checkpoint(self, checkpoint: Saved) -> None:
+        self._take(f"checkpoint {checkpoint.step}")
+
+    def on_failure(self, failure: FailureEvent) -> None:
+        self._take("failure")
+
+    def on_recovery(self, recovery: Recovery) -> None:
+        self._take("recovery")
+
+    def on_resize(self, resized: Resized) -> None:
+        self._take("resize")
+
+    def on_end(self, result: Result, error: BaseException | None) -> None:
+        ended = "well" if error is None else type(error).__name__
+        self._take(f"end {ended} with {result.totals.steps} steps")
+
+
+STEPS = [f"step {number}" for number in range(1, 7)]
+
+
+@pytest.mark.parametrize("method", ["start", "step 1", "end well with 6 steps"])
+def test_a_callback_that_raises_is_called_no_more(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = Seeing(method), Seeing()
+    spec = {**FIELDS, "storage_path": str(tmp_path)}
+    with caplog.at_level(logging.WARNING):
+        result = Trainer(spec, Lin, callbacks=(bad, good)).fit()
+    assert bad.told[-1] == method
+    assert good.told == ["start", *STEPS, "end well with 6 steps"]
+    assert caplog.text.count("goes on without it") == 1
+    assert json.loads((result.path / "result.json").read_text())["status"] == "SUCCEEDED"
+
+
+class Evaluated(Lin):
+    def eval_data(self) -> Dataset[Any]:
+        return self.train_data()
+
+
+class Raising(Lin):
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        raise KeyError("no such thing")
+
+
+def test_callbacks_hear_of_evaluations_checkpoints_and_the_end(tmp_path: Path) -> None:
+    seeing = Seeing()
+    spec = {**FIELDS, "storage_path": str(tmp_path), "evaluation": {"every_steps": 3}}
+    Trainer({**spec, "checkpoint": {"every_steps": 6}}, Evaluated, callbacks=[seeing]).fit()
+    last = ["evaluation 6", "checkpoint 6", "end well with 6 steps"]
+    assert seeing.told == ["start", *STEPS[:3], "evaluation 3", *STEPS[3:], *last]
+    raising = Seeing()
+    with pytest.raises(UserCodeError):
+        Trainer(spec, Raising, callbacks=[raising]).fit()
+    assert raising.told == ["start", "end UserCodeError with 0 steps"]
+
+
+def test_what_goes_on_without_a_failure_is_told_by_its_kind() -> None:
+    seeing = Seeing()
+    callbacks = Callbacks([seeing])
+    callbacks.tell(FailureEvent(1, 0, "lost", ("worker-0",), 0.0))
+    callbacks.tell(Recovery(1, 0.5))
+    callbacks.tell(Resized(1, 2, 2, 3, 0.5))
+    assert seeing.told == ["failure", "recovery", "resize"]
+
+
+class Misspelt(Callback):
+    def on_train_step(self) -> None:
+        """Nobody would call it."""
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (Misspelt(), r"callbacks\.1: Misspelt\.on_train_step would never be called"),
+        (Seeing, r"callbacks\.1: type is no distplat\.Callback"),
+    ],
+)
+def test_what_is_no_callback_is_refused(given: Any, told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        Trainer(FIELDS, Lin, callbacks=[Seeing(), given])
+
+
+def test_metrics_that_cannot_be_written_cost_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: RunDirectory, summary: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "record", full)
+    with caplog.at_level(logging.WARNING):
+        result = Trainer({**FIELDS, "storage_path": str(tmp_path)}, Lin).fit()
+    assert result.checkpoint is not None and result.checkpoint.exists()
+    assert caplog.text.count("No space left on device") == 1
+    assert "6 records of metrics were not written" in caplog.text
+
+
+def test_what_fails_after_the_training_does_not_cost_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An embedding server that dies while its tables are saved, for example."""
+
+    def train(launch: object, handlers: RunHandlers) -> None:
+        handlers.on_model(save({"weight": np.ones(3, np.float32)}))
+        raise StorageError("embeddings.0-users.0.0000.safetensors: No space left on device")
+
+    monkeypatch.setattr("distplat.actors.trainer.train_on_ray", train)
+    spec = {**FIELDS, "scaling": {"num_workers": 1}, "storage_path": str(tmp_path)}
+    with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match="No space left"):
+        Trainer(spec, Lin).fit()
+    (model,) = tmp_path.rglob("model.safetensors")
+    assert load_file(model)["weight"].tolist() == [1.0, 1.0, 1.0]
+    facts = json.loads((model.parent / "result.json").read_text())
+    assert (facts["status"], facts["model"]) == ("FAILED", str(model))
+    assert f"the trained model is in {model} all the same" in caplog.text
+
+
+def test_a_disk_that_hangs_holds_nobody_up() -> None:
+    said: list[str] = []
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def write(record: int) -> None:
+        hangs.set()
+        assert goes_on.wait(30)
+
+    writer = BackgroundWriter(write, said.append, most=2)
+    writer.put(0)
+    assert hangs.wait(30)
+    for record in range(1, 6):
+        writer.put(record)
+    assert len(said) == 1 and "the disk does not answer" in said[0]
+    writer.close(0.05)
+    assert said[1] == "6 records of metrics were not written"
+    goes_on.set()
+
+
+def test_records_are_written_in_order_before_the_end() -> None:
+    written: list[int] = []
+    writer = BackgroundWriter(written.append, pytest.fail)
+    for record in range(500):
+        writer.put(record)
+    writer.close()
+    assert written == list(range(500))
+
+
+def test_a_view_whose_pipe_is_closed_draws_no_more() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        view = View(out)
+        for step in range(1, 4):
+            view.on_step(StepSummary(step, 0, 0.5, 8, {"compute": 0.1}, 3))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+
+
+@pytest.mark.parametrize("output", ["text", "json"])
+def test_submit_behind_head(output: str, tmp_path: Path) -> None:
+    """Both streams end in a pipe whose reader leaves after the first line."""
+    (tmp_path / "lin.py").write_text(TASK)
+    (tmp_path / "job.json").write_text(json.dumps({**FIELDS, "task": "lin:Lin", "steps": 40}))
+    (tmp_path / "job.json").rename(tmp_path / "job.yaml")
+    command = [sys.executable, "-m", "distplat.cli.main", "submit", "job.yaml", "-o", output]
+    submit = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert submit.stdout is not None
+    assert submit.stdout.readline()
+    submit.stdout.close()
+    assert submit.wait(120) == 0
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["status"] == "SUCCEEDED"
+    (model,) = tmp_path.rglob("model.safetensors")
+    assert model.stat().st_size
+
+
+class Enough(Callback):
+    """Wants the run to end once so many steps were told."""
+
+    def __init__(self, after: int, reason: bool | str = "enough") -> None:
+        self.after, self.reason, self.steps = after, reason, 0
+
+    def on_step(self, step: StepSummary) -> None:
+        self.steps += 1
+
+    def should_stop(self) -> bool | str:
+        return self.reason if self.steps >= self.after else False
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async", "hybrid"])
+def test_a_run_that_is_told_to_stop_ends_well(strategy: str, tmp_path: Path) -> None:
+    spec = {**FIELDS, "strategy": strategy, "storage_path": str(tmp_path)}
+    spec["evaluation"] = {"every_steps": 4}
+    result = Trainer(spec, Evaluated, callbacks=[Enough(2)]).fit()
+    made = result.totals.steps
+    assert made == 2 if strategy != "ps-async" else 2 <= made < 6
+    assert (result.stopped, result.history[-1].step) == ("enough", made)
+    assert [one.step for one in result.evaluations] == [made], "as after a last step"
+    assert result.checkpoint is not None and result.checkpoint.exists()
+    facts = json.loads((result.path / "result.json").read_text())
+    assert (facts["status"], facts["stopped"]) == ("SUCCEEDED", "enough")
+
+
+def test_who_stops_a_run_without_a_reason_is_named(tmp_path: Path) -> None:
+    spec = {**FIELDS, "storage_path": str(tmp_path)}
+    result = Trainer(spec, Lin, callbacks=[Enough(3, True), Enough(3, "later")]).fit()
+    assert (result.totals.steps, result.stopped) == (3, "Enough.should_stop()")
+
+
+def test_a_run_that_makes_all_its_steps_was_not_stopped(tmp_path: Path) -> None:
+    spec = {**FIELDS, "storage_path": str(tmp_path)}
+    result = Trainer(spec, Lin, callbacks=[Enough(6)]).fit()
+    assert (result.totals.steps, result.stopped) == (6, None)
+
+
+def test_a_train_function_ends_itself() -> None:
+    def train(config: dict[str, Any]) -> None:
+        """It is not called."""
+
+    with pytest.raises(SpecError, match=r"Enough\.should_stop cannot end the loop"):
+        Trainer({"name": "own", "strategy": "ring"}, train, callbacks=[Enough(1)])

@@ -1,0 +1,106 @@
+"""A run that ends before its last step: all ranks before the same one, and as after a last one."""
+
+from typing import Any
+
+import pytest
+import torch
+from jobs import job_of
+from local_run import Attempt, LocalRun, train
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from distplat import Task
+from distplat.platform.progress import EvalReport, StepReport
+
+STEPS, END = 9, 5
+HYBRID = {"name": "hybrid", "pipeline": 2, "micro_batches": 2}
+STRATEGIES: list[Any] = [
+    "ring",
+    {"name": "ring", "shard_optimizer": True},
+    "ps-sync",
+    {"name": "ps-sync", "num_servers": 2, "replication": 2},
+    HYBRID,
+]
+
+
+class Line(Task):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def train_data(self) -> Dataset[Any]:
+        inputs = torch.arange(36.0).view(12, 3) / 36
+        return TensorDataset(inputs, inputs.sum(1, keepdim=True))
+
+    def eval_data(self) -> Dataset[Any]:
+        return self.train_data()
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+
+class Ending(Attempt):
+    """Ends before a step, which all ranks are told in time."""
+
+    def before(self, rank: int, step: int) -> bool:
+        return step < END
+
+
+def job(strategy: Any, steps: int, **more: Any) -> Any:
+    optimizer = {"name": "AdamW", "lr": 0.05}
+    given = {"optimizer": optimizer, "steps": steps, "evaluation": {"every_steps": 4}, **more}
+    return job_of(strategy, 2, **given)
+
+
+def evaluated(run: LocalRun) -> list[int]:
+    reports = [one for told in run.reports for one in told if isinstance(one, EvalReport)]
+    return sorted({one.step for one in reports})
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_the_model_is_that_of_a_run_of_so_many_steps(strategy: Any) -> None:
+    run = LocalRun(job(strategy, STEPS), Line)
+    assert Ending(run).make()
+    run.close()
+    whole = train(job(strategy, END), Line)
+    for mine, other in zip(run.trained, whole.trained, strict=True):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert evaluated(run) == evaluated(whole) == [4, END]
+    assert [rank.progress.step for rank in run.ranks] == [END, END]
+
+
+def test_an_end_where_an_evaluation_was_due_makes_no_other() -> None:
+    run = LocalRun(job("ring", STEPS, evaluation={"every_steps": END}), Line)
+    assert Ending(run).make()
+    run.close()
+    assert evaluated(run) == [END]
+
+
+def test_with_backup_workers_all_end_with_the_newest_parameters() -> None:
+    run = LocalRun(job({"name": "ps-sync", "backup_workers": 1}, STEPS), Line)
+    assert Ending(run).make()
+    run.close()
+    first, second = run.trained
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class TellingDesk(Attempt):
+    """Where tasks are leased, their scheduler is told."""
+
+    def report(self, rank: int, report: Any) -> None:
+        super().report(rank, report)
+        if isinstance(report, StepReport) and report.step == 1:
+            self.run.desk.call("end_early")
+
+
+def test_where_tasks_are_leased_the_steps_that_were_begun_are_made() -> None:
+    run = LocalRun(job("ps-async", 100), Line)
+    assert TellingDesk(run).make()
+    run.close()
+    steps = {one.step for told in run.reports for one in told if isinstance(one, StepReport)}
+    made = max(steps) + 1
+    assert steps == set(range(made)) and 2 <= made < 100
+    assert evaluated(run)[-1] == made
+    assert [rank.progress.step for rank in run.ranks] == [made, made]
+    first, second = run.trained
+    assert all(torch.equal(first[name], second[name]) for name in first)
