@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray._common.utils import get_ray_address_file
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
@@ -161,6 +161,11 @@ def address_of_auto() -> str:
     """
     found: str = get_ray_address_from_environment("auto", None)
     return found
+
+
+def addresses_here() -> set[str]:
+    """Give the addresses of all Rays of this machine, as their processes were told them."""
+    return set(services.find_gcs_addresses())
 
 
 def ignore_tests(folder: Path, logger: logging.Logger) -> list[Callable[[Path], bool]]:

@@ -123,6 +123,20 @@ def ours_here() -> str:
 
 
 @contextmanager
+def connected_to(address: str) -> Iterator[None]:
+    """
+    Be a driver at an address; that of a run's private Ray is a loopback one, and Ray puts the
+    machine's own in its place, where nobody listens.
+
+    Raises:
+        ClusterUnreachable: see `connected`.
+    """
+    private = host_and_port(address)[0] in LOOPBACK and address in compat.addresses_here()
+    with compat.loopback() if private else nullcontext(), connected(address, {}):
+        yield
+
+
+@contextmanager
 def connected_here() -> Iterator[None]:
     """
     Be a driver of what `auto` would join; a run's private Ray is reached over loopback alone.

@@ -211,8 +211,8 @@ def joined(address: str | None) -> Iterator[None]:
         text = f"{target.address} is a job API, and this needs a machine of the cluster"
         raise SpecError(Problem((target.origin,), text, "call it there, without --address"))
     bring_token(target)
-    from distplat.cli.join import connected, connected_here
+    from distplat.cli.join import connected_here, connected_to
 
-    way = connected(target.address, {}) if target.kind == "driver" else connected_here()
+    way = connected_to(target.address) if target.kind == "driver" else connected_here()
     with redirect_stdout(sys.stderr), way:
         yield

@@ -69,16 +69,27 @@ def test_ctrl_c_ends_a_run_of_its_own_and_all_its_processes(
     assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
 
 
+def private_ray(driver: int) -> str:
+    """Give the address of the Ray that a driver has started."""
+    for process in psutil.Process(driver).children(recursive=True):
+        for argument in process.cmdline():
+            if argument.startswith("--gcs-address="):
+                return argument.partition("=")[2]
+    raise AssertionError("it has started none")
+
+
 def test_stop_ends_a_run_that_no_job_api_knows(folder: Path, home: Path, tmp_path: Path) -> None:
     environ = clean_environ(home, "disabled")
     process = start(["submit", str(folder / "job.yaml"), *SLOW], environ, tmp_path)
     read_until(process, "step 1/5000")
-    stopped = distplat("stop", "line", environ=environ, cwd=tmp_path)
+    # Other tests' Rays run beside it, and without an address one of them may be asked.
+    named = "stop", "line", "--address", private_ray(process.pid)
+    stopped = distplat(*named, environ=environ, cwd=tmp_path)
     assert (stopped.returncode, stopped.stdout) == (0, "line: STOPPED\n"), stopped.stderr
     _, printed = process.communicate(timeout=30)
     assert process.returncode == 143
     assert "the run is asked to stop" in printed
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
-    again = distplat("stop", "line", environ=environ, cwd=tmp_path)
+    again = distplat(*named, environ=environ, cwd=tmp_path)
     assert again.returncode != 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from stat import S_IFIFO, S_IFREG
 
 import pytest
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from distplat.actors import compat
 from distplat.cli import join
@@ -283,6 +283,13 @@ def test_a_private_ray_is_joined_over_loopback(
         pass
     assert seen == [("auto", over_loopback)]
     assert ray_constants.ENABLE_RAY_CLUSTER
+    seen.clear()
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {address: None})
+    with join.connected_to(address):
+        pass
+    with join.connected_to("127.0.0.1:6379"):  # of a head that listens everywhere
+        pass
+    assert seen == [(address, over_loopback), ("127.0.0.1:6379", False)]
 
 
 @pytest.mark.parametrize(
