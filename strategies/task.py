@@ -237,9 +237,15 @@ class Task(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not say how its model is cut")
 
 
+def overrides(kind: type[Task], method: str) -> bool:
+    """Say whether a class has a method of its own; `lr = 0.1` is a number that it keeps."""
+    found = getattr(kind, method)
+    return callable(found) and found is not getattr(Task, method)
+
+
 def has_step(task: Task) -> bool:
     """Say whether a task has a `step` of its own, and so no `loss`."""
-    return type(task).step is not Task.step
+    return overrides(type(task), "step")
 
 
 def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
@@ -249,17 +255,17 @@ def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
 
 def has_lr(kind: type[Task]) -> bool:
     """Say whether a class of tasks has a schedule of its own."""
-    return kind.lr is not Task.lr
+    return overrides(kind, "lr")
 
 
 def has_weights(kind: type[Task]) -> bool:
     """Say whether the loss of a class of tasks has several terms."""
-    return kind.weights is not Task.weights
+    return overrides(kind, "weights")
 
 
 def has_optimizer(kind: type[Task]) -> bool:
     """Say whether a class of tasks makes its optimizer itself."""
-    return kind.optimizer is not Task.optimizer
+    return overrides(kind, "optimizer")
 
 
 def method_of(task: Task, name: str) -> Callable[..., Any]:
@@ -273,7 +279,7 @@ def own_call(task: Task) -> str | None:
     """Name the method by which a task calls the model itself; None: it leaves that to us."""
     if has_step(task):
         return "step"
-    return "forward" if type(task).forward is not Task.forward else None
+    return "forward" if overrides(type(task), "forward") else None
 
 
 def targets_of(task: Task, batch: Any) -> Any:

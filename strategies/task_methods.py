@@ -21,7 +21,7 @@ from pathlib import Path
 from types import CodeType
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, overrides
 
 _MODEL = "build the module in model(), and what it computes in the module's own forward()"
 _CALL = "write forward(model, batch), which calls the model; loss() gets what it gives"
@@ -109,7 +109,7 @@ def unheard(kind: type[Task]) -> list[str]:
     used = {name for _, member in _members(kind) for name in names_in(member)}
     found = []
     for name, member in _members(kind):
-        instead = _BESIDE_STEP if name == "forward" and _overrides(kind, "step") else _instead(name)
+        instead = _BESIDE_STEP if name == "forward" and overrides(kind, "step") else _instead(name)
         if name not in used and instead:
             place = _place(member)
             found.append(f"{place}{kind.__name__}.{name}() is never called: {instead}")
@@ -126,9 +126,9 @@ def check_methods(kind: type[Task]) -> None:
     problems = [
         _problem(kind, name, f"{name}() must take ({arguments})", hint)
         for name, (arguments, hint) in _TAKES.items()
-        if _overrides(kind, name) and not _takes(kind, name, arguments.count(",") + 1)
+        if overrides(kind, name) and not _takes(kind, name, arguments.count(",") + 1)
     ]
-    loss, step = _overrides(kind, "loss"), _overrides(kind, "step")
+    loss, step = overrides(kind, "loss"), overrides(kind, "step")
     if not loss and not step:
         problems.append(_no_loss(kind))
     if loss and step:
@@ -152,10 +152,6 @@ def _no_loss(kind: type[Task]) -> Problem:
 def _problem(kind: type[Task], method: str, what: str, hint: str) -> Problem:
     place = _place(inspect.unwrap(getattr(kind, method)))
     return Problem(("task",), f"{place}{kind.__name__}: {what}", hint)
-
-
-def _overrides(kind: type[Task], method: str) -> bool:
-    return getattr(kind, method) is not getattr(Task, method)
 
 
 def _takes(kind: type[Task], method: str, count: int) -> bool:

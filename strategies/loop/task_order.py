@@ -15,7 +15,7 @@ from distplat.platform.sampler import Sampler
 from distplat.strategies.algorithms.seeds import order_seed
 from distplat.strategies.loop.checks import place
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, overrides
 
 _EPOCHS = 2
 """That are kept: loaders read ahead into the next one."""
@@ -119,7 +119,7 @@ def order_of(task: Task, data: Dataset[Any], seed: int) -> TaskOrder | None:
     Raises:
         ValueError: see `TaskOrder`.
     """
-    return None if type(task).sampler is Task.sampler else TaskOrder(task, data, seed)
+    return TaskOrder(task, data, seed) if overrides(type(task), "sampler") else None
 
 
 def digest_of(sampler: Sampler) -> str:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, overrides
 
 ENTRY = f"{__name__}:Switched"
 """What a job names as its task."""
@@ -111,7 +111,7 @@ def switched(kind: type[Task], switches: Switches) -> type[Task]:
 
     body: dict[str, Any] = {"model": model, "train_data": train_data}
     body |= {"loss": loss} if base.step is Task.step else {"step": step}
-    if base.collate is not Task.collate:
+    if overrides(base, "collate"):
         body["collate"] = collate
     body |= {"eval_data": lambda self: None, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), body)

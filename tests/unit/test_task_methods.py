@@ -5,6 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from jobs import job_of
+from local_run import train
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
 from distplat.platform.errors import Problem, SpecError
@@ -192,3 +197,23 @@ def test_the_examples_are_silent(file: str) -> None:
     assert tasks
     for kind in tasks:
         assert unheard(kind) == []
+
+
+def test_what_a_class_keeps_under_the_name_of_a_method_is_its_own() -> None:
+    """Class weights of a cross entropy, for example: the loss below reads them."""
+
+    class Weighted(Task):
+        def model(self) -> nn.Module:
+            return nn.Linear(3, 2)
+
+        def train_data(self) -> Dataset[Any]:
+            return TensorDataset(torch.ones(8, 3), torch.tensor([0, 1] * 4))
+
+        def loss(self: Any, outputs: Any, targets: Any) -> Any:
+            return nn.functional.cross_entropy(outputs, targets, self.weights) * self.lr
+
+    own = {"lr": 0.1, "weights": torch.tensor([1.0, 2.0]), "optimizer": "Adam", "sampler": None}
+    kind: Any = type("Keeps", (Weighted,), own)
+    assert unheard(kind) == []
+    run = train(job_of("ring", 2, steps=2), kind)
+    assert all(value.isfinite().all() for value in run.trained[0].values())
