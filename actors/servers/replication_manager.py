@@ -79,6 +79,7 @@ class ReplicationManager:
         self._news: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
         self._open: dict[Any, tuple[str, float]] = {}  #: question -> (server, when it was asked)
         self._heard: dict[str, float] = {}  #: server -> when it last answered
+        self._promotions: dict[str, threading.Event] = {}  #: of servers: set when they are over
         self._map = group.version, [seat.primary for seat in group.seats]
         self._changed = threading.Condition()
         self.lost: DistplatError | None = None  #: why there is no going on
@@ -142,7 +143,28 @@ class ReplicationManager:
     def _start(self, orders: list[Order]) -> None:
         for order in orders:
             logger.info("%s", order)
-            threading.Thread(target=self._carry_out, args=(order,), daemon=True).start()
+            if isinstance(order, Promote):
+                self._promotions[order.server] = threading.Event()
+            threading.Thread(target=self._in_turn, args=(order,), daemon=True).start()
+
+    def _in_turn(self, order: Order) -> None:
+        """Carry an order out, but what a promoted server is to do after that not before it."""
+        match order:
+            case Promote():
+                try:
+                    self._carry_out(order)
+                finally:
+                    self._promotions[order.server].set()
+                return
+            case Fill():
+                promotion = self._promotions.get(order.primary)
+            case GoAlone():
+                promotion = self._promotions.get(order.server)
+            case MakeBackup():
+                promotion = None
+        if promotion is not None:
+            promotion.wait()  # it ends at its deadline
+        self._carry_out(order)
 
     def _carry_out(self, order: Order) -> None:
         match order:

@@ -241,6 +241,28 @@ def test_workers_follow_a_promoted_backup(
     assert servers.nodes[0].died
 
 
+def test_no_order_overtakes_a_promotion(
+    make: Callable[..., TableServers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next backup is there, and to be filled, while the promotion is still on its way."""
+    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
+    servers = make(world=WORLD, servers=2)
+    servers.cluster.inject("promote", Fault(delay_s=1.0))
+
+    def before(rank: int) -> None:
+        if rank == 0:
+            servers.cluster.add_rule(dying(servers, "push", "before"))
+
+    assert run(servers, WORLD, HERE, before) == undisturbed(WORLD, False)
+    wait_for_backups(servers)
+    assert servers.manager is not None
+    seats = [(seat.primary, seat.backup) for seat in servers.manager.body.table_seats()]
+    assert seats == [  # one server was lost, and not the promoted one after it
+        ("embedding-server-2", "embedding-server-4"),
+        ("embedding-server-1", "embedding-server-3"),
+    ]
+
+
 @cache
 def undisturbed(world: int, asynchronous: bool) -> list[Any]:
     servers = TableServers(job(world, servers=2, asynchronous=asynchronous, replication=1))
