@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +38,8 @@ GOALS = {
     ("conv", "ring"): 1.0,
 }
 WIDTH, BATCH, WARM = 1024, 128, 10
+QUIET: dict[str, Any] = {"progress": False} if "progress" in signature(Trainer).parameters else {}
+"""An earlier checkout, run by `step_overhead.py --baseline`, has no such word and draws nothing."""
 
 
 def mlp() -> nn.Module:
@@ -126,7 +129,7 @@ def ours(strategy: object, steps: int, kind: str, **fields: Any) -> float:
             "checkpoint": {"save_final": False},
             **fields,
         }
-        Trainer(job, Timed, progress=False).fit()
+        Trainer(job, Timed, **QUIET).fit()
         return read_times(folder)
 
 

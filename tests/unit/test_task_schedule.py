@@ -160,9 +160,8 @@ def test_job_and_task_must_not_both_say_the_rates() -> None:
     assert str(caught.value) == said
 
 
-@pytest.mark.parametrize("wrong", [lambda self, step: 1.0, 0.1])
-def test_it_must_take_step_and_total(wrong: Any) -> None:
-    kind: type[Task] = type("Wrong", (Small,), {"lr": wrong})
+def test_it_must_take_step_and_total() -> None:
+    kind: type[Task] = type("Wrong", (Small,), {"lr": lambda self, step: 1.0})
     with pytest.raises(SpecError, match=r"Wrong: lr\(\) must take \(step, total\)"):
         check_class(kind, {})
 
