@@ -109,7 +109,7 @@ def role_output(
     files = RoleFiles(folder / FOLDER, warn)
     # Who asks for it has Ray's own way, with its summary of lines that are alike.
     alike = shown and os.environ.get("RAY_DEDUP_LOGS") == "1"
-    last = time.monotonic()
+    last = 0.0
 
     def take(batch: Mapping[str, Any]) -> bool:
         nonlocal last
@@ -124,10 +124,12 @@ def role_output(
 
     try:
         with compat.printed_by_actors(take):
-            yield
-            until = time.monotonic() + _LONGEST_S
-            while time.monotonic() < min(last + _QUIET_S, until):
-                time.sleep(_TICK_S)
+            try:
+                yield
+            finally:  # what a worker that failed has printed comes then, too
+                ended = time.monotonic()
+                while time.monotonic() < min(max(last, ended) + _QUIET_S, ended + _LONGEST_S):
+                    time.sleep(_TICK_S)
     finally:
         files.close()
 

@@ -1,7 +1,9 @@
 """Lines that a run's actors print: each once for each role, in the terminal and in files."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,33 @@ def test_files_do_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert kept.keys() == {"worker-0.log", "worker-0.log.1"}
     assert all(size <= 100 for size in kept.values())
     assert (tmp_path / "worker-0.log").read_text().endswith("line 99\n")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_last_lines_come_after_the_end(
+    fails: bool,
+    tmp_path: Path,
+    rays_own: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of a run that has failed, whose lines are wanted most."""
+    ended = threading.Event()
+
+    def late() -> None:
+        assert ended.wait(20)
+        last = batch("digits/worker-0", "Traceback")
+        ray_logging.global_worker_stdstream_dispatcher.emit(last)
+
+    monkeypatch.setattr(role_output, "_QUIET_S", 2.0)
+    monkeypatch.setattr(role_output, "_LONGEST_S", 2.0)
+    thread = threading.Thread(target=late)
+    thread.start()
+    with (
+        suppress(ValueError),
+        role_output.role_output("digits", tmp_path, pytest.fail, shown=False),
+    ):
+        ended.set()
+        if fails:
+            raise ValueError
+    thread.join(10)
+    assert (tmp_path / "logs" / "worker-0.log").read_text() == "Traceback\n"
