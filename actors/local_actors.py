@@ -33,7 +33,7 @@ from distplat.platform.spec import Consistency, Job
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.server.server import ShardServer
 from distplat.strategies.server.table_store import TableServer
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 
 HERE = "node-0"
 """The servers' node."""

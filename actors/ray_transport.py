@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from distplat.actors.logs import log_to_stderr
+from distplat.actors.process_setup import log_to_stderr
 from distplat.actors.ray_errors import as_transport_error
 from distplat.platform.torchrun import ProcessPlace
 

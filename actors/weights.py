@@ -16,8 +16,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distplat.actors.overview import RunName, find_runs, named_actors
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.runs import RunName, find_runs, named_actors
 from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
 from distplat.platform.checkpoints import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded, NotReadyError

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import CollectiveError
-from distplat.strategies.algorithms.reduce import sum_in_order
-from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.algorithms.reduce import sum_in_order, traffic_elements
 from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
 _SLICE_S = 0.05

@@ -18,7 +18,7 @@ from pydantic import Field
 from distplat.platform.fields import Flag, NonNegative, Resources
 from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
-from distplat.strategies.strategy import NO_EARLY_PUSH, WIRES, Options, Roles, Strategy
+from distplat.strategies.strategy_spec import NO_EARLY_PUSH, WIRES, Options, Roles, Strategy
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 

@@ -18,9 +18,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distplat.strategies.algorithms.schedule import Action, ActionKind, PipelineSchedule
-from distplat.strategies.algorithms.schedule_messages import (
+from distplat.strategies.algorithms.pipeline_schedule import (
+    Action,
+    ActionKind,
     Message,
+    PipelineSchedule,
     Plan,
     Recv,
     Send,

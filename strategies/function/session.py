@@ -33,7 +33,7 @@ from distplat.strategies.function.loaders import ShardedLoader
 from distplat.strategies.function.oversight import OptimizerWatch
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
-from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.state_tree import pack, unpack
 
 logger = logging.getLogger(__name__)

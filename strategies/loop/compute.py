@@ -27,11 +27,18 @@ from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.loss_check import LossDoubts
-from distplat.strategies.loop.losses import Figures, LossTerm, eval_figures, made_of
+from distplat.strategies.loop.losses import (
+    Figures,
+    LossTerm,
+    Terms,
+    TermWeights,
+    eval_figures,
+    made_of,
+    weights_of,
+)
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_evaluation, seed_step
 from distplat.strategies.loop.task_contents import task_modules
-from distplat.strategies.loop.term_weights import Terms, TermWeights, weights_of
 from distplat.strategies.model.flat import FlatModel
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from distplat.platform.optimizers import Optimizer
 from distplat.platform.spec import EMA
 from distplat.platform.vector_layout import Layout, plain_layout
-from distplat.strategies.compat import spare_the_compiler
 from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector
 from distplat.strategies.model.optimizer_state import UPDATES, WHOLE, Presence
-from distplat.strategies.model.segments import dtype_name, segments_of, typed
+from distplat.strategies.model.parameter_layout import dtype_name, segments_of, typed
+from distplat.strategies.torch_compat import spare_the_compiler
 
 
 class TensorOptimizer:

@@ -17,11 +17,11 @@ from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer, norm_figures
-from distplat.strategies.model.segments import squared_norm_of
+from distplat.strategies.model.parameter_layout import squared_norm_of
 from distplat.strategies.pipeline.interfaces import Versions
 from distplat.strategies.ports import Pushed, Shards
-from distplat.strategies.reduction.buckets import BucketReducer
-from distplat.strategies.worker import Context
+from distplat.strategies.reduction.bucket_reducer import BucketReducer
+from distplat.strategies.worker_strategy import Context
 
 
 class PartOptimizer(LocalOptimizer):

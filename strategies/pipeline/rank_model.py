@@ -10,7 +10,6 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.checkpoint.checkpoint_types import Holding
-from distplat.strategies.compat import any_hook_for_all_modules, tree_map
 from distplat.strategies.loop.seeding import seed_quickly
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import (
@@ -27,8 +26,9 @@ from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.parameter_layout import GroupOf
 from distplat.strategies.pipeline.limits import BeforeSlicing, Named
 from distplat.strategies.task import Task
-from distplat.strategies.tensor.layers import place_of
-from distplat.strategies.tensor.plan import ShardSpec
+from distplat.strategies.tensor.parallel_layers import place_of
+from distplat.strategies.tensor.parallel_plan import ShardSpec
+from distplat.strategies.torch_compat import any_hook_for_all_modules, tree_map
 
 _WHERE = ("strategy", "pipeline")
 _KEPT = {"a forward pre-hook", "a forward hook"}

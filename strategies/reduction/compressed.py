@@ -12,8 +12,7 @@ from typing_extensions import override
 
 from distplat.strategies.algorithms import compression
 from distplat.strategies.algorithms.compression import add_sparse, entries_sent, largest
-from distplat.strategies.algorithms.reduce import squared_norm
-from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.algorithms.reduce import squared_norm, traffic_elements
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel

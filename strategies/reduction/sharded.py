@@ -31,7 +31,7 @@ from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import LocalOptimizer, optimizer_of, rate_of
 from distplat.strategies.model.optimizer_state import Presence
-from distplat.strategies.model.segments import (
+from distplat.strategies.model.parameter_layout import (
     scale_in_place,
     squared_norm_of,
     typed,

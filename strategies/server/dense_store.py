@@ -31,7 +31,7 @@ from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
 from distplat.strategies.loop.control import Policy, StepControl
 from distplat.strategies.model.optim import optimizer_of, rate_of
-from distplat.strategies.model.segments import (
+from distplat.strategies.model.parameter_layout import (
     dtype_name,
     scale_in_place,
     squared_norm_of,

@@ -10,7 +10,7 @@ from rank_threads import on_ranks
 from torch import Tensor
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
-from distplat.actors.function_run import run_function
+from distplat.actors.training import run_function
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.progress import AnyReport
 from distplat.platform.spec import Job

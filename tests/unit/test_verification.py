@@ -26,7 +26,7 @@ from distplat.strategies.ring_worker import RingWorker
 from distplat.strategies.task import Task
 from distplat.strategies.verification import child, verdicts
 from distplat.strategies.verification.compare import LOSS, compare
-from distplat.strategies.verification.plan import Trained
+from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.references import references
 from distplat.strategies.verification.switched import Switches, switched
 from distplat.strategies.verification.verdicts import (

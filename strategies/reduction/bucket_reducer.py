@@ -26,11 +26,11 @@ from torch.utils.hooks import RemovableHandle
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.vector_layout import Piece
 from distplat.strategies.algorithms.buckets import FIRST_BYTES, Bucket, Release, cut_buckets
-from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import Collective, Handle
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.segments import first_non_finite, is_finite, typed
+from distplat.strategies.model.parameter_layout import first_non_finite, is_finite, typed
 from distplat.strategies.reduction.base import (
     ControlSum,
     Meter,

@@ -26,6 +26,7 @@ from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan, cut_shards
+from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.control import StepControl
@@ -35,8 +36,27 @@ from distplat.strategies.loop.session import Ports, join
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.ports import Pushed
 from distplat.strategies.server.dense_store import DenseStore
-from distplat.strategies.training.replay_leases import ReplayLeases
-from distplat.strategies.worker import make_worker_strategy
+from distplat.strategies.worker_strategy import make_worker_strategy
+
+
+class ReplayLeases:
+    """What one rank made, one task after the other (see `Leases`)."""
+
+    def __init__(self, tasks: Sequence[int]) -> None:
+        self._tasks, self._given = tasks, 0
+
+    def connect(self, plan: TaskPlan) -> None:
+        """See `Leases`."""
+
+    def next(self, alive: Callable[[], None]) -> Lease:
+        """See `Leases`."""
+        number, self._given = self._given, self._given + 1
+        if number == len(self._tasks):
+            return Lease(number, trained=True, over=True)
+        return Lease(number, range(self._tasks[number], self._tasks[number] + 1))
+
+    def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
+        """See `Leases`."""
 
 
 class ReplayGroup:
