@@ -40,7 +40,7 @@ from distplat.actors.role_output import role_output
 from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck, said_by_job
-from distplat.actors.task_loading import check_pickles
+from distplat.actors.task_pickling import check_pickles
 from distplat.platform.spec import Scaling
 
 TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

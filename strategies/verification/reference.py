@@ -1,7 +1,7 @@
 """
 The reference of `distplat verify`: what a plain torch loop makes of a task.
 
-Of distplat there are the task and which samples come when (`recipe.py`). Virtual ranks compute one
+Of distplat there are the task and which samples come when (`recipes.py`). Virtual ranks compute one
 after the other, each on a model of its own, for models may count or remember.
 """
 
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from distplat.strategies.task import Task, has_step, step_of
 from distplat.strategies.verification import recipes
-from distplat.strategies.verification.recipes import Named, Recipe, Schedule, Trained
+from distplat.strategies.verification.recipes import Forward, Named, Recipe, Schedule, Trained
 
 Make = Callable[[], Task]
 
@@ -103,13 +103,7 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
 
 
 def compute(
-    rank: Rank,
-    data: Any,
-    forward: recipes.Forward,
-    recipe: Recipe,
-    scale: float,
-    to: Trained,
-    of: Any,
+    rank: Rank, data: Any, forward: Forward, recipe: Recipe, scale: float, to: Trained, of: Any
 ) -> tuple[Named, float, float]:
     """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
     if forward.seed is not None:

@@ -14,7 +14,7 @@ from jobs import fields_of
 from distplat import Task, Trainer
 from distplat.actors import launch as launching
 from distplat.actors.task_check import TaskCheck
-from distplat.actors.task_loading import check_pickles
+from distplat.actors.task_pickling import check_pickles
 from distplat.cli.main import run
 from distplat.platform.errors import DistplatError, SpecError, UserCodeError
 from distplat.platform.recovery import weight

@@ -76,7 +76,7 @@ def test_the_reference_is_short_and_owes_nothing_to_the_engine() -> None:
     found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
     ours = {node.module for node in found if (node.module or "").startswith("distplat")}
     home = "distplat.strategies.verification"
-    assert ours == {"distplat.strategies.task", home, f"{home}.plan"}
+    assert ours == {"distplat.strategies.task", home, f"{home}.recipes"}
 
 
 @pytest.mark.parametrize(
