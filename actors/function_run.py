@@ -17,6 +17,7 @@ from distplat.strategies.function.session import FunctionSession, Outlets, Place
 from distplat.strategies.function.words import call, running
 from distplat.strategies.loop.checks import check_device
 from distplat.strategies.loop.seeding import seed_all
+from distplat.strategies.ports import LoopShards
 
 
 def run_function(
@@ -25,6 +26,7 @@ def run_function(
     group: Collective,
     node: str,
     outlets: Outlets,
+    shards: LoopShards | None = None,
 ) -> dict[str, Tensor]:
     """
     Call a train function; give the state of what it has prepared.
@@ -35,6 +37,7 @@ def run_function(
         group: all ranks.
         node: this rank's.
         outlets: to the worker.
+        shards: the way to parameter servers; None: the strategy has none.
 
     Raises:
         whatever the function raises.
@@ -44,11 +47,12 @@ def run_function(
     place = _place(group, node, torch.device(device))
     seed_all(job.seed)
     function = load()
-    session = FunctionSession(job, place, group, outlets)
+    session = FunctionSession(job, place, group, outlets, shards)
     try:
         seed_all(job.seed)
         with running(session):
             call(function, job.task_args)
+        session.leave()
         group.barrier()  # who leaves early takes its memory with it
         return {name: value.clone() for name, value in session.trained().items()}
     finally:

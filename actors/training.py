@@ -257,6 +257,7 @@ class Session:
                 self._connection.group(order),
                 RayTransport().node,
                 Outlets(self._report, uploader.take, progress, _saved(order)),
+                self._connection.shards(order),
             )
             uploader.flush()
             return saved_model(trained)

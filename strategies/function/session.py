@@ -28,12 +28,16 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
 from distplat.strategies.collective import Collective
-from distplat.strategies.function.gradient_average import GradientAverage, take_over
+from distplat.strategies.function.averages import GroupAverages, ServerAverages
+from distplat.strategies.function.exchange import Exchange
+from distplat.strategies.function.gradient_average import Surroundings, take_over
 from distplat.strategies.function.loaders import ShardedLoader
 from distplat.strategies.function.oversight import OptimizerWatch
+from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
 from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.ports import LoopShards
 from distplat.strategies.state_tree import pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -98,15 +102,25 @@ class FunctionSession:
         place: this rank's.
         group: all ranks.
         outlets: to the worker.
+        shards: the way to parameter servers, not connected yet; None: the strategy has none.
     """
 
-    def __init__(self, job: Job, place: Place, group: Collective, outlets: Outlets) -> None:
+    def __init__(
+        self,
+        job: Job,
+        place: Place,
+        group: Collective,
+        outlets: Outlets,
+        shards: LoopShards | None = None,
+    ) -> None:
         self.job, self.place, self.group = job, place, group
         self._outlets, self._progress, saved = outlets, outlets.progress, outlets.saved
-        self._averages: list[GradientAverage] = []
+        around = Surroundings(job, group, self._progress.beat, lambda: self._progress.step)
+        self._exchange = exchange = _exchange_of(around, shards)
         self._watch: OptimizerWatch | None = None
-        if group.world > 1:
-            self._watch = OptimizerWatch(lambda: [one.model for one in self._averages])
+        if group.world > 1 or exchange.watches_alone:
+            alone = group.world == 1
+            self._watch = OptimizerWatch(lambda: exchange.models, exchange.check, alone=alone)
         self._samples = self._epoch = 0
         self._waited_s, self._last = 0.0, time.perf_counter()
         self._progress.step = saved.step if saved is not None else 0
@@ -123,32 +137,23 @@ class FunctionSession:
         return found[0] if len(found) == 1 else found
 
     def _model(self, model: nn.Module, *, alone: bool) -> nn.Module:
-        if any(one.model is model for one in self._averages):
+        if any(one is model for one in self._exchange.models):
             raise _refused("a model that it got before", "prepare each model once")
         model.to(self.place.device)
         if not any(one.requires_grad for one in model.parameters()):  # a teacher, for example
             take_over([one for one in model.state_dict().values() if one.numel()], self.group)
             return model
-        options = make_strategy(self.job).options
-        self._averages.append(
-            GradientAverage(
-                model,
-                self.group,
-                self.job,
-                options,
-                overlap=alone and not self._averages,
-                done=self._progress.beat,
-                step=lambda: self._progress.step,
-                number=len(self._averages),
-            )
-        )
+        self._exchange.add(model, alone=alone)
         return model
 
     def _other(self, thing: Any) -> Any:
         if isinstance(thing, DataLoader):
             return self._loader(thing)
-        if isinstance(thing, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler):
-            return thing  # gradients are averaged before it sees them
+        if isinstance(thing, torch.optim.Optimizer):
+            self._exchange.take(thing)
+            return thing
+        if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
+            return thing  # it changes the optimizer, which is looked at when it steps
         hint = "a model, optimizer, DataLoader, or scheduler of torch.optim.lr_scheduler"
         raise _refused(f"a {type(thing).__name__}", f"it takes {hint}")
 
@@ -182,6 +187,7 @@ class FunctionSession:
             return
         loss = figures.pop("loss", math.nan)
         seconds = {"data": waited, "compute": max(0.0, whole - waited)}
+        figures = {**self._exchange.figures(), **figures}
         self._outlets.report(
             StepReport(0, step, self._epoch, loss, samples, seconds, 0, figures, weight=1.0)
         )
@@ -208,13 +214,15 @@ class FunctionSession:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Leave gradients as they are in the backwards of this block."""
-        for one in self._averages:
-            one.enabled = False
+        self._exchange.enable(False)
         try:
             yield
         finally:
-            for one in self._averages:
-                one.enabled = True
+            self._exchange.enable(True)
+
+    def leave(self) -> None:
+        """Be told that the function has returned; some exchanges wait for the others."""
+        self._exchange.leave()
 
     def trained(self) -> dict[str, Tensor]:
         """
@@ -223,9 +231,8 @@ class FunctionSession:
         Raises:
             ValueError: ranks have trained other models.
         """
-        for one in self._averages:
-            one.check_alike("at the end")
-        models = [one.model for one in self._averages]
+        self._exchange.settle()
+        models = self._exchange.models
         if len(models) == 1:
             return dict(models[0].state_dict())
         return {f"{n}.{k}": v for n, one in enumerate(models) for k, v in one.state_dict().items()}
@@ -234,8 +241,17 @@ class FunctionSession:
         """Let go of the models; the group goes next."""
         if self._watch is not None:
             self._watch.close()
-        for one in self._averages:
-            one.close()
+        self._exchange.close()
+
+
+def _exchange_of(around: Surroundings, shards: LoopShards | None) -> Exchange:
+    """Make what the job's strategy does with models and optimizers."""
+    strategy = make_strategy(around.job)
+    if shards is None:
+        return GroupAverages(around, strategy.options)
+    if strategy.roles(around.job).consistency.asynchronous:
+        return ServerUpdates(around, shards)
+    return ServerAverages(around, shards)
 
 
 def _number(name: str, value: Any) -> float:
