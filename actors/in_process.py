@@ -143,7 +143,8 @@ def _train_function(
         check_function(found)
         return found
 
-    outlets = Outlets(report, uploader.take, progress, _saved(checkpoints.newest()))
+    saved = _saved(checkpoints.newest())
+    outlets = Outlets(report, uploader.take, progress, saved, handlers.ending)
     with ExitStack() as ending:
         shards = None
         if launch.roles.servers:

@@ -250,13 +250,14 @@ class Session:
         self._settle(order)
         limit_s = order.job.failure.step_timeout_s
         uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
+        gate = self._connection.gate
         try:
             trained = run_function(
                 order.job,
                 lambda: loaded(order, search_path(order)),
                 self._connection.group(order),
                 RayTransport().node,
-                Outlets(self._report, uploader.take, progress, _saved(order)),
+                Outlets(self._report, uploader.take, progress, _saved(order), lambda: gate.asked),
                 self._connection.shards(order),
             )
             uploader.flush()

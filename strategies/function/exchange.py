@@ -11,6 +11,8 @@ from torch.optim.optimizer import Optimizer
 class Exchange(ABC):
     """How the models of a session are trained over all ranks."""
 
+    together = True
+    """Whether all ranks make the same steps."""
     watches_alone = False
     """Whether optimizers must be looked at though there is a single rank."""
 

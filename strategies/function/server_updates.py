@@ -47,6 +47,7 @@ class ServerUpdates(Exchange):
         shards: the way to the servers; they are met at the first step.
     """
 
+    together = False
     watches_alone = True
 
     def __init__(self, around: Surroundings, shards: LoopShards) -> None:

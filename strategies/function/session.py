@@ -30,10 +30,12 @@ from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
 from distplat.strategies.collective import Collective
 from distplat.strategies.function.averages import GroupAverages, ServerAverages
 from distplat.strategies.function.exchange import Exchange
+from distplat.strategies.function.gathering import gather_for_metrics
 from distplat.strategies.function.gradient_average import Surroundings, take_over
 from distplat.strategies.function.loaders import ShardedLoader
 from distplat.strategies.function.oversight import OptimizerWatch
 from distplat.strategies.function.server_updates import ServerUpdates
+from distplat.strategies.function.watched import Watched
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
 from distplat.strategies.model.segments import dtype_name
@@ -91,6 +93,8 @@ class Outlets:
     """Where this worker is."""
     saved: SavedState | None = None
     """What `get_checkpoint` gives; None: the run begins."""
+    ending: Callable[[], bool] = lambda: False
+    """Whether a callback or `early_stop` wants the run to end."""
 
 
 class FunctionSession:
@@ -122,6 +126,9 @@ class FunctionSession:
             alone = group.world == 1
             self._watch = OptimizerWatch(lambda: exchange.models, exchange.check, alone=alone)
         self._samples = self._epoch = 0
+        self._batch = 0, 0  #: samples of the last batch, and those that no other batch has
+        self._watched = Watched(job)
+        self._asks = self._warned = False
         self._waited_s, self._last = 0.0, time.perf_counter()
         self._progress.step = saved.step if saved is not None else 0
         self._progress.begun = True
@@ -160,8 +167,8 @@ class FunctionSession:
     def _loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         place = self.place
 
-        def read(samples: int, waited_s: float, epoch: int) -> None:
-            self._epoch = epoch
+        def read(samples: int, waited_s: float, epoch: int, own: int) -> None:
+            self._epoch, self._batch = epoch, (samples, own)
             self._samples += samples
             self._waited_s += waited_s
             self._progress.beat()
@@ -176,6 +183,7 @@ class FunctionSession:
     def report(self, metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
         """Tell the run's figures, and keep a checkpoint; see `words.report`."""
         figures = {name: _number(name, value) for name, value in metrics.items()}
+        self._watched.reported(figures, kept=checkpoint is not None)
         step = self._progress.step
         self._progress.step = step + 1
         self._progress.beat()
@@ -185,6 +193,9 @@ class FunctionSession:
         self._last, self._waited_s = now, 0.0
         if not self.place.is_main_process:
             return
+        if self._outlets.ending() and not self._asks and not self._warned:
+            self._warned = True
+            logger.warning("the run is to end, and its loop never asks distplat.should_stop()")
         loss = figures.pop("loss", math.nan)
         seconds = {"data": waited, "compute": max(0.0, whole - waited)}
         figures = {**self._exchange.figures(), **figures}
@@ -211,6 +222,20 @@ class FunctionSession:
         found = saved.file(_FILE)
         return unpack(saved.state[FUNCTION], [found[str(n)] for n in range(len(found))])
 
+    def should_stop(self) -> bool:
+        """Say whether the loop is to end; see `words.should_stop`."""
+        self._asks = True
+        wanted = self._outlets.ending()
+        if self._exchange.together and self.group.world > 1:
+            told = torch.tensor([int(wanted)], device=self.place.device)
+            self.group.broadcast(told)
+            wanted = bool(told)
+        return wanted
+
+    def gather(self, values: Any) -> Any:
+        """Give what all ranks have; see `words.gather_for_metrics`."""
+        return gather_for_metrics(values, self.group, self.place.device, self._batch)
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Leave gradients as they are in the backwards of this block."""
@@ -221,7 +246,13 @@ class FunctionSession:
             self._exchange.enable(True)
 
     def leave(self) -> None:
-        """Be told that the function has returned; some exchanges wait for the others."""
+        """
+        Be told that the function has returned; some exchanges wait for the others.
+
+        Raises:
+            SpecError: no report had what the job goes by.
+        """
+        self._watched.over()
         self._exchange.leave()
 
     def trained(self) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ def call_on_ranks(
     saved: SavedState | None = None,
     nodes: Callable[[int], str] = lambda rank: "here",
     home: str = HERE,
+    ending: Callable[[int], bool] = lambda rank: False,
 ) -> FunctionRun:
     """Run a function on all ranks, whose node is `home`; raises what the first of them raises."""
     job = job or function_job(workers)
@@ -65,7 +66,7 @@ def call_on_ranks(
             lambda: function,
             fabric.collective(rank),
             nodes(rank),
-            Outlets(found.reports.append, uploader.take, Progress(), saved),
+            Outlets(found.reports.append, uploader.take, Progress(), saved, lambda: ending(rank)),
             servers.shards(rank, 1, node=home) if servers is not None else None,
         )
         uploader.flush()
