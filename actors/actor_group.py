@@ -15,8 +15,8 @@ from typing import Any
 import ray
 
 from distplat.actors.messages import SavedHandle, WorkOrder
-from distplat.actors.orders import Orders
 from distplat.actors.ray_transport import RayTransport
+from distplat.actors.retrying_calls import Orders
 from distplat.actors.servers.scheduler import ROOM
 from distplat.actors.spares import Spares
 from distplat.actors.spawn import (
@@ -36,7 +36,7 @@ from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import StrategyFile
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task
 
 

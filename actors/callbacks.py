@@ -2,15 +2,19 @@
 Callbacks: what a user has called in the driver while a run goes on.
 
 They are guests: one that raises is warned of once, and the run goes on without it.
+
+A job's trackers are callbacks, each in a thread of its own, so that a slow server holds nobody up.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.evaluations import EarlyStop, EarlyStopping
 from distplat.platform.progress import (
@@ -24,9 +28,11 @@ from distplat.platform.progress import (
     reported,
 )
 from distplat.platform.spec import Job
+from distplat.platform.trackers import Tracker, TrackerSpec, open_tracker, points_of
 
 if TYPE_CHECKING:
     from distplat.actors.result import Result
+
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +145,7 @@ class Callbacks:
         self.stop: str | None = None  #: why the run is to end before its last step
 
     def start(self, job: Job, run: str, path: Path) -> None:
-        """See `Callback.on_start`."""
+        """Call `on_start` of each."""
         self._each(lambda one: one.on_start(job, run, path))
 
     def tell(self, summary: Summary) -> None:
@@ -174,7 +180,7 @@ class Callbacks:
             self.stop = wanted if isinstance(wanted, str) else f"{name}.should_stop()"
 
     def end(self, result: Result, error: BaseException | None) -> None:
-        """See `Callback.on_end`."""
+        """Call `on_end` of each."""
         self._each(lambda one: one.on_end(result, error))
 
     def _each(self, tell: Callable[[Callback], object]) -> None:
@@ -186,3 +192,58 @@ class Callbacks:
                 name, kind = type(callback).__name__, type(error).__name__
                 text = "the callback %s raised %s: %s; the run goes on without it"
                 logger.warning(text, name, kind, error)
+
+
+_CLOSE_S = 60.0
+"""How long the end of a run waits for a tracker."""
+
+
+class Tracking(Callback):
+    """
+    One tracker of a run.
+
+    Args:
+        spec: which one.
+        before: directory of the run that this one goes on from; None: it begins anew.
+    """
+
+    def __init__(self, spec: TrackerSpec, before: Path | None) -> None:
+        self._spec, self._before = spec, before
+        self._tracker: Tracker | None = None
+        self._error: Exception | None = None  #: why it could not be opened
+
+    def on_start(self, job: Job, run: str, path: Path) -> None:
+        """Begin: the library is imported in the thread, for that takes seconds."""
+        self._open = partial(open_tracker, self._spec, job, path, self._before)
+        self._writer = BackgroundWriter(self._write, self._warn)
+
+    def on_step(self, step: StepSummary) -> None:
+        """Show a step."""
+        self._writer.put(step)
+
+    def on_evaluation(self, evaluation: EvalSummary) -> None:
+        """Show an evaluation."""
+        self._writer.put(evaluation)
+
+    def on_end(self, result: Result, error: BaseException | None) -> None:
+        """Show that the run is over, and wait within reason."""
+        self._writer.put(error is not None)
+        self._writer.close(_CLOSE_S)
+
+    def _write(self, what: StepSummary | EvalSummary | bool) -> None:
+        """Show something; a flag says that the run is over, and whether it failed."""
+        if self._error is not None:
+            raise self._error
+        if self._tracker is None:
+            try:
+                self._tracker = self._open()
+            except Exception as error:  # once: it may take long, or ask for a password
+                self._error = error
+                raise
+        if isinstance(what, bool):
+            self._tracker.close(what)
+        else:
+            self._tracker.write(what.step, points_of(what))
+
+    def _warn(self, text: str) -> None:
+        logger.warning("%s: %s", self._spec.name, text)

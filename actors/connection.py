@@ -6,14 +6,37 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from distplat.actors.board import RayBoard
-from distplat.actors.messages import WorkOrder
+from typing_extensions import override
+
+from distplat.actors import ray_compat
+from distplat.actors.messages import WorkOrder, rendezvous_key
 from distplat.actors.transport import Transport
 from distplat.platform.progress import StepReport
 from distplat.strategies.loop.pause import PauseGate
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.session import Ports
-from distplat.strategies.strategy import GroupSpec
+from distplat.strategies.ports import Board
+from distplat.strategies.strategy_spec import GroupSpec
+
+
+class RayBoard(Board):
+    """
+    The board of one run.
+
+    Args:
+        run: its name.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+
+    @override
+    def first(self, name: str, value: bytes) -> bytes:
+        key = rendezvous_key(f"{self._run}#{name}")
+        ray_compat.put_first(key, value)
+        found = ray_compat.get(key)
+        return value if found is None else found
+
 
 logger = logging.getLogger(__name__)
 

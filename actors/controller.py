@@ -20,9 +20,8 @@ from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.messages import PollResult
 from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning, taken_away
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.resizing import Resizer
+from distplat.actors.resizing import Resizer, Scaler, check_scalable
 from distplat.actors.retrying_calls import ask
-from distplat.actors.scaling import Scaler, check_scalable
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
     End,
@@ -40,7 +39,7 @@ from distplat.platform.job import (
 from distplat.platform.progress import FailureEvent, Recovery, ReportAggregator, Resized, Summary
 from distplat.platform.quiesce import Stop, how_to_stop
 from distplat.platform.recovery import Policy, Restart
-from distplat.platform.scale_requests import ScaleRequest, ScaleRequests, ScaleStatus
+from distplat.platform.scaling import ScaleRequest, ScaleRequests, ScaleStatus
 from distplat.platform.spec import Failure
 from distplat.platform.tensor_file import decode, encode
 

@@ -29,10 +29,9 @@ import ray
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
-from distplat.actors.outbox import Outbox
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.retrying_calls import ask
+from distplat.actors.retrying_calls import Outbox, ask
 from distplat.actors.servers.table_files import sources_of
 from distplat.actors.stopping import end_each
 from distplat.actors.transport import NotHere
@@ -45,7 +44,7 @@ from distplat.platform.errors import (
     NotReadyError,
 )
 from distplat.platform.progress import Summary
-from distplat.platform.scale_requests import NOBODY_ASKED, ScaleRequest, ScaleStatus
+from distplat.platform.scaling import NOBODY_ASKED, ScaleRequest, ScaleStatus
 from distplat.platform.tensor_slices import Bytes
 from distplat.strategies.sparse.files import keep_tables
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from distplat.actors import compat
+from distplat.actors import ray_compat
 
 NAME = "PYTHONHASHSEED"
 
@@ -46,4 +46,4 @@ def options() -> dict[str, Any]:
 
 def _of_this_process() -> bool:
     """Say whether this process started Ray, and no other node has joined."""
-    return compat.ray_is_ours() and len(ray.nodes()) == 1
+    return ray_compat.ray_is_ours() and len(ray.nodes()) == 1

@@ -13,13 +13,12 @@ from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller_client import RunHandlers
-from distplat.actors.function_run import run_function
 from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
-from distplat.actors.training import saved_model
+from distplat.actors.training import run_function, saved_model
 from distplat.actors.user_errors import as_user_error
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import StoredCheckpoint
@@ -34,7 +33,7 @@ from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
-from distplat.strategies.worker import make_worker_strategy
+from distplat.strategies.worker_strategy import make_worker_strategy
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,19 @@ From a job to a run on Ray: connect, spawn, give orders, follow the controller, 
     WorkOrder      ->            worker: import torch, build model and data, join, train
     begin, poll    <->           controller: what happened; at the end the trained model
                                  controller <-> workers: PollResult: steps, evaluations, errors
+
+The token of Ray's authentication lies in `~/.ray/auth_token`: who can read it may run code in the
+user's name. Ray writes the file for everybody to read. Here it is made for its owner alone before
+Ray looks for it, and one that Ray has made is closed to others.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from distplat.actors import compat, hash_seed
+from distplat.actors import hash_seed, ray_compat
 from distplat.actors.actor_group import ActorGroup, Launch
 from distplat.actors.checkpointing import newest_checkpoint
 from distplat.actors.controller_actor import ControllerActor
@@ -35,8 +41,67 @@ from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck, said_by_job
 from distplat.actors.task_pickling import check_pickles
-from distplat.platform.ray_token import secure_token
 from distplat.platform.spec import Scaling
+
+TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""Variables that Ray takes the token from instead."""
+AUTH_MODE = "RAY_AUTH_MODE"
+
+
+def secure_token(home: Path, environment: Mapping[str, str]) -> str:
+    """
+    See that a Ray that starts now has a token that nobody else can read.
+
+    Args:
+        home: the user's directory.
+        environment: of this process.
+
+    Returns:
+        A warning; empty: the token is safe.
+    """
+    if environment.get(AUTH_MODE, "token").lower() != "token":
+        return (
+            f"{AUTH_MODE}={environment[AUTH_MODE]}: every user of this machine can run code "
+            f"in this run; unset it to have Ray ask for a token"
+        )
+    if any(environment.get(name) for name in TOKEN_ELSEWHERE):
+        return ""
+    path = home / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        _make(path)
+        return _close_to_others(path)
+    except OSError as error:
+        return f"{path} could not be secured: {error.strerror}"
+
+
+def _make(path: Path) -> None:
+    """Make the file with a new token, unless there is one."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        file = os.open(path, flags, 0o600)
+    except FileExistsError:
+        return
+    with open(file, "w") as text:
+        text.write(secrets.token_hex(32))
+
+
+def _close_to_others(path: Path) -> str:
+    """Take the rights of others away, where the file is the user's own."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        about = os.fstat(file)
+        if not stat.S_IMODE(about.st_mode) & 0o077:
+            return ""
+        if about.st_uid != os.geteuid():
+            return f"{path} belongs to another user, and others may read it"
+        os.fchmod(file, 0o600)
+        return (
+            f"{path} could be read by other users, and no longer can; whoever read it still has it"
+        )
+    finally:
+        os.close(file)
+
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +151,7 @@ def _follow(
     saved = newest_checkpoint(launch)
     actor_group = ActorGroup(launch, saved)
     # Ranks take their words back themselves, unless they were killed.
-    endings = [actor_group.end, lambda: compat.delete_all(rendezvous_key(launch.run))]
+    endings = [actor_group.end, lambda: ray_compat.delete_all(rendezvous_key(launch.run))]
     try:
         handle = spawn_controller(ControllerActor, launch.job, launch.run)
         endings.insert(0, lambda: ray.kill(handle))
@@ -153,7 +218,7 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
     with hash_seed.inherited():
-        with compat.loopback():
+        with ray_compat.loopback():
             ray.init(
                 address="local",
                 include_dashboard=False,

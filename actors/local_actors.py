@@ -33,7 +33,7 @@ from distplat.platform.spec import Consistency, Job
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.server.server import ShardServer
 from distplat.strategies.server.table_store import TableServer
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 
 HERE = "node-0"
 """The servers' node."""
@@ -334,7 +334,7 @@ class _ServerMaker:
         self._making = threading.Lock()
 
     def make_server(self, attempt: int, server: str, beside: str) -> Actor:
-        """See `ActorGroup.make_server`."""
+        """Make a server node, once for each name; `ActorGroup` makes one on a cluster."""
         with self._making:
             if server not in self._made:
                 self._made[server] = self._make(server)

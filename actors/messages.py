@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distplat.platform.spec import Job
     from distplat.platform.vector_layout import Layout
     from distplat.strategies.catalog import StrategyFile
-    from distplat.strategies.strategy import GroupSpec
+    from distplat.strategies.strategy_spec import GroupSpec
 
 
 def rendezvous_key(group: str) -> bytes:

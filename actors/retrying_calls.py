@@ -1,18 +1,36 @@
 """
-Calls to the server group whose answer may get lost on its way: asked again until one comes.
+Calls, orders and polls that may get lost on their way: made again until an answer comes.
 
 A transport says `Unanswered` when it does not know whether a call was carried out. Every call
 that is made here may be made twice: pushes and pulls are numbered (`platform/ledger.py`), the rest
 gives the same answer again. `docs/decisions/asking_again.md` says why Ray's own retries do not do.
+
+`Orders` does the same for orders to actors: an actor may get one twice, so it must not matter. An
+actor that is gone needs no orders: whoever asks how it is hears of that.
+
+`Outbox` is the other side: what an actor tells whoever polls it, each thing once, though questions
+and answers may be lost.
+
+    asks        poll 1 ──▶      poll 2 ──▶      poll 2 ──▶      poll 3 ──▶
+    is told     ◀── a, b        (lost) ── c     ◀── c           ◀── d
+
+Questions are numbered by who asks. The same number gets the same answer; only the next one lets
+go of it.
 """
 
+from __future__ import annotations
+
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from distplat.actors.transport import ActorDied, NotHere, Transport, Unanswered
-from distplat.platform.errors import ActorLost, DeadlineExceeded
+from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 
 logger = logging.getLogger(__name__)
 
@@ -146,3 +164,98 @@ def ask(
 ) -> list[Any]:
     """Make calls side by side, and wait for their answers; see `PendingCall`."""
     return PendingCall(transport, what, calls, names, limit_s, setting, look).answers()
+
+
+Item = TypeVar("Item")
+
+
+class Outbox(Generic[Item]):
+    """Things to be told, from any thread, to one who asks."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._fresh: deque[Item] = deque()
+        self._last: list[Item] = []  #: the answer to the last question
+        self._number = 0  #: of that
+        self._closed = False
+
+    def put(self, item: Item) -> None:
+        """Have something told."""
+        with self._changed:
+            self._fresh.append(item)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing more will come: nobody is to wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def drained(self) -> bool:
+        """Whether all has been told that will ever be."""
+        with self._changed:
+            return self._closed and not self._fresh
+
+    def take(self, number: int, hold_s: float = 0.0) -> list[Item]:
+        """
+        Answer a question; one that came late, after the next one, gets nothing.
+
+        Args:
+            number: of the question, from 1.
+            hold_s: how long to wait for something to tell.
+        """
+        answerable = lambda: self._fresh or self._closed or number <= self._number  # noqa: E731
+        with self._changed:
+            self._changed.wait_for(answerable, hold_s)
+            if number > self._number:
+                self._number, self._last = number, list(self._fresh)
+                self._fresh.clear()
+            return list(self._last) if number == self._number else []
+
+
+_FETCH_S = 5.0
+"""How long an answer that is here may take to be read."""
+
+
+@dataclass
+class _Order:
+    role: str
+    call: Callable[[], Any]
+    reply: Any
+
+
+class Orders:
+    """
+    Orders that were given and are not known to be carried out.
+
+    Args:
+        transport: by which they are given.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._open: list[_Order] = []
+
+    def give(self, role: str, actor: Any, method: str, *args: Any) -> None:
+        """Call an actor's method, which answers when it is carried out."""
+        call = partial(self._transport.call, actor, method, *args)
+        self._open.append(_Order(role, call, call()))
+
+    def look(self) -> list[tuple[str, DistplatError]]:
+        """Give those again that were lost; give the roles that could not carry one out, and why."""
+        replies = [order.reply for order in self._open]
+        come = self._transport.wait(replies, 0.0, everything=True) if replies else []
+        failed: list[tuple[str, DistplatError]] = []
+        for order in [one for one in self._open if one.reply in come]:
+            try:
+                self._transport.get(order.reply, _FETCH_S)
+            except (Unanswered, NotHere):
+                order.reply = order.call()
+                continue
+            except ActorDied:
+                pass
+            except DistplatError as error:
+                failed.append((order.role, error))
+            self._open.remove(order)
+        return failed

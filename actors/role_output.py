@@ -20,7 +20,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from distplat.actors import compat
+from distplat.actors import ray_compat
 
 FOLDER = "logs"
 RAYLET = "raylet"
@@ -119,11 +119,11 @@ def role_output(
         last = time.monotonic()
         files.write(role, list(batch["lines"]))
         if shown and not alike and role != RAYLET:
-            compat.print_batch(batch, colored=_colored())
+            ray_compat.print_batch(batch, colored=_colored())
         return not alike
 
     try:
-        with compat.printed_by_actors(take):
+        with ray_compat.printed_by_actors(take):
             try:
                 yield
             finally:  # what a worker that failed has printed comes then, too

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from distplat.actors import compat, hash_seed
+from distplat.actors import hash_seed, ray_compat
 from distplat.actors.messages import TablePart
 from distplat.actors.ray_transport import place_here
 from distplat.actors.script_process import ScriptProcess
@@ -32,7 +32,7 @@ from distplat.actors.stopping import end_each
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job, Scaling
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 
 _WORKER_THREADS = 4
 """Threads of a worker for the controller's calls, of which one keeps its answer back."""
@@ -241,7 +241,7 @@ def spawn_controller(controller: type, job: Job, run: str) -> Any:
     options = {**_common(run), **_resources({"CPU": 0.0}), "scheduling_strategy": here}
     threads = {"max_concurrency": _CONTROLLER_THREADS}
     made = ray.remote(controller).options(**options, **threads, name=name)
-    return made.remote(name, compat.submission_id())
+    return made.remote(name, ray_compat.submission_id())
 
 
 def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
@@ -250,7 +250,7 @@ def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
     def has_room(free: dict[str, float]) -> bool:
         return all(free.get(name, 0.0) >= amount for name, amount in needs.items())
 
-    nodes = compat.free_resources().items()
+    nodes = ray_compat.free_resources().items()
     return sorted(name for name, free in nodes if name != node and has_room(free))
 
 

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from distplat.actors.actor_group import Launch
-from distplat.actors.callbacks import Callback, Callbacks, check_callbacks
+from distplat.actors.callbacks import Callback, Callbacks, Tracking, check_callbacks
 from distplat.actors.controller_client import RunHandlers
 from distplat.actors.launch import train_on_ray
 from distplat.actors.result import Result
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction
-from distplat.actors.tracking import Tracking
 from distplat.actors.view import View, view_here
 from distplat.platform.background_writer import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
@@ -31,11 +30,11 @@ from distplat.platform.evaluations import check_metrics
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_checkpoints import url_of
+from distplat.platform.remote_storage import is_url, local_folder
 from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.run_directory import RunDirectory, new_run_name
 from distplat.platform.run_upload import RunUpload, not_uploaded, upload_of
 from distplat.platform.spec import Job
-from distplat.platform.storage_url import is_url, local_folder
 from distplat.strategies.catalog import complete, load_strategy_file, make_job, make_strategy
 from distplat.strategies.task import Task
 

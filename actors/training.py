@@ -6,6 +6,8 @@ What the user's code raises comes out as `UserCodeError`, everything else as ano
 Model, data and strategy are made once and live through all attempts.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import pickle
@@ -19,27 +21,30 @@ from typing import Any
 import ray
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.connection import Connection
-from distplat.actors.function_run import loaded, run_function
-from distplat.actors.logs import log_to_stderr
 from distplat.actors.messages import WorkOrder
+from distplat.actors.process_setup import log_to_stderr
 from distplat.actors.ray_errors import of_platform
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.task_check import check_class, said_by_job
-from distplat.actors.task_loading import load_task_class
+from distplat.actors.task_check import check_class, check_function, said_by_job
+from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
 from distplat.actors.transport import NotHere, TransportError
 from distplat.actors.user_errors import as_user_error, killed_loader
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
 from distplat.platform.progress import AnyReport, StepReport
+from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
-from distplat.strategies.function.session import Outlets
-from distplat.strategies.loop.checks import remarks_on
+from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.function.session import FunctionSession, Outlets, Place
+from distplat.strategies.function.words import call, running
+from distplat.strategies.loop.checks import check_device, remarks_on
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.pause import PauseGate
 from distplat.strategies.loop.prepared import Prepared
@@ -53,8 +58,70 @@ from distplat.strategies.loop.session import (
     resize,
 )
 from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, part_copy, state_copy
+from distplat.strategies.ports import LoopShards
 from distplat.strategies.task import Task
-from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
+from distplat.strategies.worker_strategy import WorkerStrategy, make_worker_strategy
+
+
+def run_function(
+    job: Job,
+    load: Callable[[], TrainFunction],
+    group: Collective,
+    node: str,
+    outlets: Outlets,
+    shards: LoopShards | None = None,
+) -> dict[str, Tensor]:
+    """
+    Call a train function; give the state of what it has prepared.
+
+    Args:
+        job: the run.
+        load: gives the function; seeded before, as for a task.
+        group: all ranks.
+        node: this rank's.
+        outlets: to the worker.
+        shards: the way to parameter servers; None: the strategy has none.
+
+    Raises:
+        whatever the function raises.
+    """
+    device = "cuda" if job.scaling.use_gpu else "cpu"
+    check_device(device)
+    place = _place(group, node, torch.device(device))
+    seed_all(job.seed)
+    function = load()
+    session = FunctionSession(job, place, group, outlets, shards)
+    try:
+        seed_all(job.seed)
+        with running(session):
+            call(function, job.task_args)
+        session.leave()
+        group.barrier()  # who leaves early takes its memory with it
+        return {name: value.clone() for name, value in session.trained().items()}
+    finally:
+        session.close()
+
+
+def loaded(order: WorkOrder, search_path: str) -> TrainFunction:
+    """
+    Give the function that an order names, looked at.
+
+    Raises:
+        SpecError: see `load_train_function`, `check_function`.
+    """
+    if isinstance(order.task, bytes):
+        found: TrainFunction = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
+    else:
+        found = load_train_function(order.task, search_path)
+    check_function(found)
+    return found
+
+
+def _place(group: Collective, node: str, device: torch.device) -> Place:
+    nodes = gather_bytes(node.encode(), group, device)
+    here = [rank for rank, one in enumerate(nodes) if one == node.encode()]
+    return Place(group.rank, group.world, here.index(group.rank), len(here), device)
+
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distplat.actors.overview import RunName, find_runs, named_actors
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.runs import RunName, find_runs, named_actors
 from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
 from distplat.platform.checkpoints import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded, NotReadyError
@@ -104,7 +104,7 @@ class Weights:
     def _latest_of_parts(
         self, first: Reply, at_least: int, until: float, timeout_s: float
     ) -> WeightsSnapshot:
-        """See `latest`; of a model that is cut."""
+        """Give the newest weights of a model that is cut."""
         ranks, meeting = first.ranks, CommonVersion(at_least, first.total)
         passed: dict[int, int] = {}
         parts: dict[int, Bundle] = {}

@@ -16,11 +16,10 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from distplat.actors import compat
-from distplat.actors.allocator import keep_freed_memory
-from distplat.actors.importing import quick_imports
+from distplat.actors import ray_compat
 from distplat.actors.messages import PollResult, WorkOrder
-from distplat.actors.outbox import Outbox
+from distplat.actors.process_setup import keep_freed_memory, quick_imports
+from distplat.actors.retrying_calls import Outbox
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.progress import AnyReport
@@ -58,7 +57,7 @@ class Worker:
                 self._begun = order.attempt
                 if self._spare:
                     self._spare, self._name = False, order.actor_name
-                    compat.log_as(self._name)
+                    ray_compat.log_as(self._name)
                 self._take(partial(self._work, order))
 
     def prepare(self, order: WorkOrder) -> None:

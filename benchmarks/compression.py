@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from distplat.actors.collectives.ray_groups import create_group
 from distplat.actors.collectives.rendezvous import GroupSettings
-from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.reduction.base import Reducer
-from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.reduction.compressed import PowerSGDReducer, TopKReducer
 
 METHODS = ("none", "fp16", "bf16", "topk 1 %", "topk 0.1 %", "powersgd 4", "powersgd 16")

@@ -36,7 +36,7 @@ from distplat.actors.collectives.ray_groups import create_group
 from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.reduction.bucket_reducer import BucketReducer
 
 dist: Any = torch.distributed  # torch's stubs leave out the stores
 

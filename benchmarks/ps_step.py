@@ -26,7 +26,7 @@ from torch import nn
 from distplat.actors.messages import WorkOrder
 from distplat.actors.spawn import spawn
 from distplat.platform.spec import Job
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 
 LAYERS = 8
 MEGABYTES = (1, 8, 64)

@@ -1,14 +1,20 @@
 """
-Charts as SVG, drawn by matplotlib: curves over steps, stacked columns, steps of a pipeline.
+Charts: as SVG by matplotlib (curves, stacked columns, pipelines), and pipelines as text.
 
 matplotlib draws no text of a run, for it would read `$` as mathematics and measure letters that its
 font lacks: names are in `Chart.legend` and in tooltips, which are escaped here.
+
+A pipeline's chart for a terminal has a row per stage, time from left to right. It draws spans, and
+does not ask whether they were simulated or measured:
+
+    stage 0  F0 F1 ......B0--- ...B1---
+    stage 1  ...F0 B0--- F1 B1--- ......
 """
 
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
@@ -19,8 +25,76 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+from rich.text import Text
 
-from distplat.cli.schedule_chart import Spans
+from distplat.strategies.algorithms.pipeline_schedule import ActionKind
+from distplat.strategies.algorithms.simulate import Span, makespan
+
+Spans = Sequence[Sequence[Span]]
+"""Of each stage, in order of time."""
+
+STYLES = {
+    ActionKind.FORWARD: "white on blue",
+    ActionKind.BACKWARD: "black on yellow",
+    ActionKind.WEIGHT: "black on green",
+}
+_IDLE = "."
+_MAX_COLUMNS = 2000
+"""Of a chart that goes to a file, where no terminal sets a limit."""
+
+
+def chart(spans: Spans, width: int | None = None) -> list[Text]:
+    """
+    Draw spans, one line per stage.
+
+    Args:
+        spans: what to draw.
+        width: columns that there are; None: as many as the labels need.
+    """
+    names = [f"stage {stage}" for stage in range(len(spans))]
+    margin = max(map(len, names), default=0) + 2
+    room = (width or _MAX_COLUMNS) - margin
+    scale = min(_natural_scale(spans), max(room, 1) / (makespan(spans) or 1))
+    zero = min((span.start for row in spans for span in row), default=0.0)
+    columns = round(makespan(spans) * scale)
+    lines = []
+    for name, row in zip(names, spans, strict=True):
+        line = Text(name.ljust(margin), no_wrap=True)
+        for text, kind in _cells(row, zero, scale, columns):
+            line.append(text, STYLES[kind] if kind else "dim")
+        lines.append(line)
+    return lines
+
+
+def _natural_scale(spans: Spans) -> float:
+    """Columns per unit of time at which every label has room, and a gap behind it."""
+    every = [span for row in spans for span in row if span.end > span.start]
+    return max(((len(str(s.action)) + 1) / (s.end - s.start) for s in every), default=1.0)
+
+
+def _cells(
+    row: Sequence[Span], zero: float, scale: float, columns: int
+) -> Iterator[tuple[str, ActionKind | None]]:
+    at = 0
+    for span in row:
+        start = max(round((span.start - zero) * scale), at)
+        stop = round((span.end - zero) * scale)
+        if stop <= start:
+            continue  # too short to be seen at this scale
+        yield _IDLE * (start - at), None
+        yield _label(span, stop - start), span.action.kind
+        at = stop
+    yield _IDLE * (columns - at), None
+
+
+def _label(span: Span, columns: int) -> str:
+    label = str(span.action)
+    if len(label) > columns:
+        return span.action.kind.value.ljust(columns, "-")
+    if len(label) == columns:
+        return label
+    return label.ljust(columns - 1, "-") + " "
+
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Okabe & Ito's: told apart by colour-blind readers too."""

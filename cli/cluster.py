@@ -15,7 +15,7 @@ import ray
 import requests
 from ray.job_submission import JobSubmissionClient
 
-from distplat.actors import compat
+from distplat.actors import ray_compat
 from distplat.cli.address import (
     VERSION_KEY,
     Info,
@@ -66,7 +66,7 @@ def _request(
         raise ClusterUnreachable(message) from None
 
 
-_Client = compat.with_requests(JobSubmissionClient, _request)
+_Client = ray_compat.with_requests(JobSubmissionClient, _request)
 _Client.answer_s = _FIRST_ANSWER_S
 
 
@@ -156,7 +156,7 @@ def _connect(address: str, headers: dict[str, str]) -> Any:
     Raises:
         ClusterUnreachable: what answers is no Ray.
     """
-    for name in compat.LOGGERS:
+    for name in ray_compat.LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     with unset("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # they would win over `address`
         try:

@@ -4,13 +4,24 @@ import os
 import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from typing import TextIO
 
 from distplat.actors.view import View
-from distplat.cli.closed_pipe import let_go
 from distplat.cli.remote import RESULT_MARK
 from distplat.cli.render import Facts, facts_of, to_json
 from distplat.cli.shipping import Received, received_job
 from distplat.platform.spec import Job
+
+
+def let_go(stream: TextIO) -> None:
+    """Write out what a stream holds; where nobody reads it, it goes nowhere from now on."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
 
 STORAGE = Path("~/distplat")
 """What a remote job's `storage_path` is relative to: the job's own folder ends with the job."""

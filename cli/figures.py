@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distplat.platform.progress import FailureEvent, Saved, StepSummary, StepTotals, resize_text
-from distplat.platform.report import RestartRecord, metrics, samples_per_s
 from distplat.platform.run_record import RunRecord
+from distplat.platform.run_report import RestartRecord, metrics, samples_per_s
 
 Figures = dict[str, float]
 

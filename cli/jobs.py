@@ -10,9 +10,8 @@ import typer
 
 from distplat.cli import remote
 from distplat.cli.address import VERSION_KEY, Info, target_of
-from distplat.cli.render import print_result, to_json
+from distplat.cli.render import print_pairs, print_result, print_table, to_json
 from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
-from distplat.cli.tables import print_pairs, print_table
 from distplat.platform.errors import (
     ClusterUnreachable,
     DeadlineExceeded,

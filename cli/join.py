@@ -15,8 +15,8 @@ from typing import Any
 import ray
 
 import distplat
-from distplat.actors import compat
-from distplat.actors.compat import JOB_CONFIG_VARIABLE
+from distplat.actors import ray_compat
+from distplat.actors.ray_compat import JOB_CONFIG_VARIABLE
 from distplat.cli.address import (
     LOOPBACK,
     distrust,
@@ -67,7 +67,7 @@ def ignores(folder: Path) -> list[Callable[[Path], bool]]:
     """Give the tests that Ray takes from the ignore files of a folder when it packs it."""
     logger = logging.getLogger("distplat.ignores")
     logger.setLevel(logging.ERROR)  # or each file that it reads is named
-    return compat.ignore_tests(folder, logger)
+    return ray_compat.ignore_tests(folder, logger)
 
 
 def running_here(say: Callable[[str], None]) -> str | None:
@@ -81,7 +81,7 @@ def running_here(say: Callable[[str], None]) -> str | None:
     Args:
         say: is told of one that is not.
     """
-    path = compat.address_file()
+    path = ray_compat.address_file()
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             address, why = file.read(300).strip(), distrust(path, os.fstat(file.fileno()))
@@ -113,7 +113,7 @@ def ours_here() -> str:
     """
     try:
         with unset("RAY_ADDRESS"):
-            address = compat.address_of_auto()
+            address = ray_compat.address_of_auto()
     except ConnectionError as error:
         raise ClusterUnreachable(f"cannot join Ray at this machine: {one_line(error)}") from error
     if is_this_machine(host_and_port(address)[0]) and (why := stranger_at(address)):
@@ -131,8 +131,8 @@ def connected_to(address: str) -> Iterator[None]:
     Raises:
         ClusterUnreachable: see `connected`.
     """
-    private = host_and_port(address)[0] in LOOPBACK and address in compat.addresses_here()
-    with compat.loopback() if private else nullcontext(), connected(address, {}):
+    private = host_and_port(address)[0] in LOOPBACK and address in ray_compat.addresses_here()
+    with ray_compat.loopback() if private else nullcontext(), connected(address, {}):
         yield
 
 
@@ -147,7 +147,7 @@ def connected_here() -> Iterator[None]:
     host, _ = host_and_port(ours_here())
     private = host in LOOPBACK
     # Not by the address that was found: Ray takes the token at hand for `auto` alone.
-    with compat.loopback() if private else nullcontext(), connected("auto", {}):
+    with ray_compat.loopback() if private else nullcontext(), connected("auto", {}):
         yield
 
 
@@ -194,7 +194,7 @@ def connected(
 def _joined_light(address: str | None) -> bool:
     """Connect and ship nothing, if the cluster is one node; False: not connected."""
     with without_job_environment() as hidden:
-        if not hidden and compat.JOB_CONFIG_VARIABLE in os.environ:
+        if not hidden and ray_compat.JOB_CONFIG_VARIABLE in os.environ:
             return False
         _join(address, {})
     if sum(node["Alive"] for node in ray.nodes()) == 1:
@@ -209,6 +209,6 @@ def _join(address: str | None, runtime_env: Mapping[str, Any]) -> None:
     ray.init(
         address=address,
         runtime_env=dict(runtime_env),
-        job_config=compat.job_config(home),
+        job_config=ray_compat.job_config(home),
         logging_level="warning",
     )

@@ -13,8 +13,7 @@ from typing import Annotated
 import typer
 
 import distplat
-from distplat.cli.closed_pipe import let_go
-from distplat.cli.options import (
+from distplat.cli.common_options import (
     Address,
     DriverCpus,
     DriverGpus,
@@ -39,6 +38,7 @@ from distplat.cli.options import (
     flags,
     is_json,
 )
+from distplat.cli.drive import let_go
 from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distplat.cli.options import Output, is_json
+from distplat.cli.common_options import Output, is_json
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.run_record import RunRecord, find_run, read_run
 
@@ -34,8 +34,7 @@ def report(
     `report`; without it the figures are printed all the same. Of a pipeline it writes
     pipeline_perfetto.json too, for ui.perfetto.dev.
     """
-    from distplat.cli.render import to_json
-    from distplat.cli.tables import print_pairs
+    from distplat.cli.render import print_pairs, to_json
 
     as_json = is_json(output)
     record, now = read_run(find_run(run_directory)), time.time()
@@ -60,7 +59,7 @@ def report(
 
 
 def _write_page(record: RunRecord, now: float) -> Path:
-    from distplat.cli.options import report_extra
+    from distplat.cli.common_options import report_extra
 
     with report_extra():
         from distplat.cli.report_page import page
@@ -111,7 +110,7 @@ def _pipeline(record: RunRecord) -> "tuple[list[Gantt], str]":
 def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
     from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines
     from distplat.platform.progress import first_line
-    from distplat.platform.report import restarts, status_of, time_parts
+    from distplat.platform.run_report import restarts, status_of, time_parts
 
     status = status_of(record, now)
     rows = [("run", record.path.name)]
@@ -145,7 +144,7 @@ def _pipeline_rows(
 
 
 def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, object]:
-    from distplat.platform.report import figure_rows, metrics, restarts, status_of, time_parts
+    from distplat.platform.run_report import figure_rows, metrics, restarts, status_of, time_parts
 
     status = status_of(record, now)
     last = record.steps[-1] if record.steps else None

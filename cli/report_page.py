@@ -35,7 +35,8 @@ from distplat.cli.figures import (
     restart_lines,
 )
 from distplat.platform.progress import StepSummary, first_line
-from distplat.platform.report import (
+from distplat.platform.run_record import RunRecord
+from distplat.platform.run_report import (
     PartOfTime,
     binned,
     metrics,
@@ -46,8 +47,7 @@ from distplat.platform.report import (
     time_parts,
     usual_most,
 )
-from distplat.platform.report import figure_rows as all_figures
-from distplat.platform.run_record import RunRecord
+from distplat.platform.run_report import figure_rows as all_figures
 from distplat.platform.yaml_source import dump_yaml
 from distplat.strategies.algorithms.gantt import Gantt, gantts
 

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distplat.cli.address import LOOPBACK, bring_token, host_and_port, target_of
-from distplat.cli.options import Address, Output, is_json
-from distplat.cli.render import to_json
-from distplat.cli.tables import table_lines
+from distplat.cli.common_options import Address, Output, is_json
+from distplat.cli.render import table_lines, to_json
 from distplat.platform.errors import Problem, SpecError, printable
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview
     from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
-    from distplat.platform.scale_requests import ScaleStatus
+    from distplat.platform.scaling import ScaleStatus
     from distplat.platform.server_group import ServersSeen, ShardAssignment
 
 

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distplat.cli.options import Output, is_json
+from distplat.cli.common_options import Output, is_json
 from distplat.platform.errors import SpecError, printable
 
 if TYPE_CHECKING:
-    from distplat.strategies.algorithms.schedule import PipelineSchedule
+    from distplat.strategies.algorithms.pipeline_schedule import PipelineSchedule
     from distplat.strategies.algorithms.simulate import Costs, Simulation
 
 _MAX_STAGES, _MAX_MICRO_BATCHES, _MAX_CHUNKS = 64, 1024, 16
@@ -46,7 +46,7 @@ def schedule(
     output: Output = "text",
 ) -> None:
     """Show a pipeline schedule: chart, bubble, live activations."""
-    from distplat.strategies.algorithms.schedule import build
+    from distplat.strategies.algorithms.pipeline_schedule import build
     from distplat.strategies.algorithms.simulate import simulate
 
     as_json = is_json(output)
@@ -121,8 +121,8 @@ def _rows(chosen: "PipelineSchedule", found: "Simulation") -> list[tuple[str, st
 
 
 def _print(chosen: "PipelineSchedule", found: "Simulation") -> None:
-    from distplat.cli.schedule_chart import chart
-    from distplat.cli.tables import print_pairs, terminal
+    from distplat.cli.charts import chart
+    from distplat.cli.render import print_pairs, terminal
 
     console = terminal()
     print(printable(_title(chosen)))
@@ -141,7 +141,7 @@ def _print(chosen: "PipelineSchedule", found: "Simulation") -> None:
 
 
 def _write(path: Path, chosen: "PipelineSchedule", found: "Simulation") -> None:
-    from distplat.cli.options import report_extra
+    from distplat.cli.common_options import report_extra
 
     with report_extra():
         from distplat.cli.charts import bars_of, pipeline_chart

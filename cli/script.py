@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from distplat.cli import remote
-from distplat.cli.options import (
+from distplat.cli.common_options import (
     Address,
     Name,
     Output,
@@ -21,11 +21,10 @@ from distplat.cli.options import (
     RuntimeEnvJson,
     is_json,
 )
-from distplat.cli.render import to_json
-from distplat.cli.tables import print_pairs
+from distplat.cli.render import print_pairs, to_json
 from distplat.platform.errors import Problem, SpecError, printable
+from distplat.platform.remote_storage import is_url
 from distplat.platform.spec import Scaling
-from distplat.platform.storage_url import is_url
 
 if TYPE_CHECKING:
     from distplat.actors.script_launch import ScriptJob, ScriptResult

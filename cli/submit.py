@@ -15,14 +15,13 @@ import typer
 from distplat.actors.view import View
 from distplat.cli import remote, shipping
 from distplat.cli.address import Target, bring_token, target_of
-from distplat.cli.closed_pipe import let_go
-from distplat.cli.drive import STORAGE, train
+from distplat.cli.drive import STORAGE, let_go, train
 from distplat.cli.render import Facts, print_result, to_json
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, printable
 from distplat.platform.job_file import render_job
+from distplat.platform.remote_storage import is_url, local_folder
 from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.spec import Job
-from distplat.platform.storage_url import is_url, local_folder
 from distplat.strategies.catalog import load_job, load_strategy_file, make_strategy
 
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distplat.cli.options import JobFile, Output, Settings, StrategyFile, WorkingDir, is_json
-from distplat.cli.render import to_json
-from distplat.cli.tables import print_pairs, print_table
+from distplat.cli.common_options import JobFile, Output, Settings, StrategyFile, WorkingDir, is_json
+from distplat.cli.render import print_pairs, print_table, to_json
 from distplat.platform.errors import Problem, SpecError, printable
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def replay(
     Exit code 0: to the same bits. 1: the model differs.
     """
     as_json = is_json(output)
-    from distplat.actors.replaying import replay_run  # torch
+    from distplat.actors.verifying import replay_run  # torch
 
     found = replay_run(run_directory, working_dir)
     if as_json:

@@ -1,6 +1,6 @@
 """Modules for the models of tasks: embeddings whose rows live on servers (docs/embeddings.md)."""
 
 from distplat.strategies.sparse.modules import ShardedEmbedding, ShardedEmbeddingBag
-from distplat.strategies.sparse.trained import connect
+from distplat.strategies.sparse.saved import connect
 
 __all__ = ["ShardedEmbedding", "ShardedEmbeddingBag", "connect"]

@@ -13,10 +13,10 @@ _HOMES = {
     "Problem": "distplat.platform.errors",
     "Job": "distplat.platform.spec",
     "register": "distplat.strategies.catalog",
-    "GroupSpec": "distplat.strategies.strategy",
-    "Options": "distplat.strategies.strategy",
-    "Roles": "distplat.strategies.strategy",
-    "Strategy": "distplat.strategies.strategy",
+    "GroupSpec": "distplat.strategies.strategy_spec",
+    "Options": "distplat.strategies.strategy_spec",
+    "Roles": "distplat.strategies.strategy_spec",
+    "Strategy": "distplat.strategies.strategy_spec",
     "Collective": "distplat.strategies.collective",
     "Handle": "distplat.strategies.collective",
     "ReduceOp": "distplat.strategies.collective",
@@ -30,8 +30,8 @@ _HOMES = {
     "optimizer_part": "distplat.strategies.checkpoint.parts",
     "server_part": "distplat.strategies.checkpoint.parts",
     "with_average": "distplat.strategies.model.ema",
-    "Context": "distplat.strategies.worker",
-    "WorkerStrategy": "distplat.strategies.worker",
+    "Context": "distplat.strategies.worker_strategy",
+    "WorkerStrategy": "distplat.strategies.worker_strategy",
 }
 
 __all__ = [
@@ -72,8 +72,8 @@ if TYPE_CHECKING:
     from distplat.strategies.model.flat import FlatModel
     from distplat.strategies.model.optim import LocalOptimizer
     from distplat.strategies.ports import Pushed, Shards
-    from distplat.strategies.strategy import GroupSpec, Options, Roles, Strategy
-    from distplat.strategies.worker import Context, WorkerStrategy
+    from distplat.strategies.strategy_spec import GroupSpec, Options, Roles, Strategy
+    from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 
 def __getattr__(name: str) -> object:

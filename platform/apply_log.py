@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from distplat.platform.errors import StorageError
-from distplat.platform.interval_set import IntervalSet
+from distplat.platform.ledger import IntervalSet
 
 FILE_NAME = "apply_log.safetensors"
 _WIDTH = 3

@@ -25,14 +25,40 @@ after a failure changes nothing.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
 from typing_extensions import override
 
 from distplat.platform.errors import FencedError, GapError, NotReadyError, StaleError
-from distplat.platform.interval_set import IntervalSet
+
+
+@dataclass
+class IntervalSet:
+    """
+    Numbers from some first one on that are done.
+
+        low = 5   above = {7, 8}        5 is the lowest that is missing; 6 is missing, too
+    """
+
+    low: int = 0
+    """Everything below is done, and this one is not."""
+    above: set[int] = field(default_factory=set)
+    """What is done above it."""
+
+    def add(self, number: int) -> bool:
+        """Note one as done; False: it was done before."""
+        if number in self:
+            return False
+        self.above.add(number)
+        while self.low in self.above:
+            self.above.remove(self.low)
+            self.low += 1
+        return True
+
+    def __contains__(self, number: int) -> bool:
+        return number < self.low or number in self.above
 
 
 @dataclass(frozen=True)
@@ -220,8 +246,9 @@ class StepLedger(Ledger):
         self.version = steps
         self._staged.clear()
 
+    @override
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """See `Ledger`; all push what is not committed once more."""
+        """All push what is not committed once more."""
         self.attempt = attempt
         self._staged.clear()
         if world is not None and world != self.world:
@@ -294,8 +321,9 @@ class TaskLedger(Ledger):
         return self.made.low // self.world
 
     @property
+    @override
     def place(self) -> int:
-        """See `Ledger`; one step of the schedule for an update of each worker."""
+        """One step of the schedule for an update of each worker."""
         return self.updates // self.world
 
     @property
@@ -313,8 +341,9 @@ class TaskLedger(Ledger):
         self.version, self.made = steps * self.world, IntervalSet(steps * self.world)
         self._staged = None
 
+    @override
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """See `Ledger`; each rank's pushes begin at 0, and what is made stays."""
+        """Each rank's pushes begin at 0, and what is made stays."""
         self.attempt, self._staged = attempt, None
         self._next.clear()
         if world is not None and world != self.world:
@@ -322,8 +351,9 @@ class TaskLedger(Ledger):
             steps, self.world = self.steps, world
             self.restore(steps)
 
+    @override
     def offer(self, push: PushId) -> Verdict:
-        """See `Ledger`; a gap is not refused: a backup was not told of a push that was dropped."""
+        """A gap is not refused: a backup was not told of a push that was dropped."""
         _ready(self.version)
         _check_sender(push, self.job, self.attempt, push.rank + 1)
         if push.task is None:
@@ -353,8 +383,9 @@ class TaskLedger(Ledger):
     def passed(self, push: PushId) -> bool:
         return True
 
+    @override
     def missing(self) -> list[int]:
-        """See `Ledger`: nobody waits."""
+        """Nobody waits."""
         return []
 
 

@@ -15,8 +15,13 @@ from pathlib import Path
 
 from distplat.platform.checkpoints import FOLDER, MANIFEST, StoredCheckpoint, listed, read, step_of
 from distplat.platform.errors import Problem, SpecError, StorageError
-from distplat.platform.remote_storage import PART_BYTES, NotThere, RemoteStorage
-from distplat.platform.storage_url import missing_library, url_problem
+from distplat.platform.remote_storage import (
+    PART_BYTES,
+    NotThere,
+    RemoteStorage,
+    missing_library,
+    url_problem,
+)
 
 _MANIFEST_BYTES = PART_BYTES
 

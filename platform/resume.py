@@ -13,8 +13,8 @@ from typing import Any
 from distplat.platform.checkpoints import STATE, StoredCheckpoint, find
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.remote_checkpoints import fetch
+from distplat.platform.remote_storage import is_url, missing_library
 from distplat.platform.spec import Job
-from distplat.platform.storage_url import is_url, missing_library
 from distplat.platform.trackers import missing_trackers
 
 _SAME = ("seed", "global_batch_size")

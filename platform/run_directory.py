@@ -45,8 +45,8 @@ from distplat.platform.progress import (
     StepSummary,
     Summary,
 )
+from distplat.platform.remote_storage import local_folder
 from distplat.platform.spec import Job
-from distplat.platform.storage_url import local_folder
 from distplat.platform.tensor_file import EMA_PREFIX, split
 from distplat.platform.trackers import points_of
 

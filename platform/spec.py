@@ -28,9 +28,8 @@ from distplat.platform.fields import (
     Spec,
 )
 from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule, TaskSchedule
-from distplat.platform.optimizers import SGD, JobOptimizer
-from distplat.platform.parameter_groups import group_problems
-from distplat.platform.storage_url import is_url, url_problem
+from distplat.platform.optimizers import SGD, JobOptimizer, group_problems
+from distplat.platform.remote_storage import is_url, url_problem
 from distplat.platform.trackers import TrackerSpec, tracker_problems
 
 logger = logging.getLogger(__name__)

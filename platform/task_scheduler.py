@@ -24,7 +24,7 @@ import bisect
 from dataclasses import dataclass, field, replace
 
 from distplat.platform.errors import ProtocolError, StaleError
-from distplat.platform.interval_set import IntervalSet
+from distplat.platform.ledger import IntervalSet
 
 LEASE_S = 0.5
 """A lease is about so much work: a question to the scheduler costs a thousandth of it."""

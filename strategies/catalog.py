@@ -21,7 +21,7 @@ from distplat.platform.job_file import job_of, read_job
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import problems_of
-from distplat.strategies.strategy import NEW_WAY, Roles, Strategy
+from distplat.strategies.strategy_spec import NEW_WAY, Roles, Strategy
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -1,4 +1,4 @@
-"""The port between ranks; `strategies/worker.py` gives it out, and says what ports are."""
+"""The port between ranks; `strategies/worker_strategy.py` gives it out, and says what ports are."""
 
 from __future__ import annotations
 

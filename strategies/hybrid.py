@@ -18,8 +18,8 @@ from typing import ClassVar
 from distplat.platform.errors import Problem
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import register
-from distplat.strategies.pipeline.options import HybridOptions, complete, problems
-from distplat.strategies.strategy import WIRES, GroupSpec, Options, Roles, Strategy
+from distplat.strategies.pipeline.hybrid_options import HybridOptions, complete, problems
+from distplat.strategies.strategy_spec import WIRES, GroupSpec, Options, Roles, Strategy
 
 
 @register("hybrid")

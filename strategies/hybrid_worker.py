@@ -12,11 +12,11 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.meta import on_meta
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
+from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.limits import refuse_own_call
-from distplat.strategies.pipeline.options import HybridOptions
 from distplat.strategies.pipeline.rank import PipelineRank
 from distplat.strategies.task import Task
-from distplat.strategies.worker import Context, WorkerStrategy
+from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 
 class HybridWorker(WorkerStrategy[HybridOptions]):

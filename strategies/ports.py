@@ -1,7 +1,8 @@
 """
 The ports to servers: to those of the parameters, and to those of embedding tables.
 
-`strategies/collective.py` has the port between workers; `strategies/worker.py` says what ports are.
+`strategies/collective.py` has the port between workers, `strategies/worker_strategy.py` says what
+ports are.
 """
 
 from __future__ import annotations

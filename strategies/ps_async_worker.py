@@ -12,7 +12,7 @@ from distplat.strategies.model.optim import norm_figures
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.ports import Pushed
 from distplat.strategies.ps_async import PsAsyncOptions
-from distplat.strategies.worker import Context, WorkerStrategy
+from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 
 class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):

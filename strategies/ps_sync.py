@@ -21,7 +21,7 @@ from distplat.platform.errors import Problem
 from distplat.platform.fields import Resources
 from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
-from distplat.strategies.strategy import (
+from distplat.strategies.strategy_spec import (
     NO_EARLY_PUSH,
     WIRES,
     GroupSpec,

@@ -17,7 +17,13 @@ from distplat.platform.fields import Count, Flag, Positive, Seconds
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import register
-from distplat.strategies.strategy import GroupSpec, Options, Roles, Strategy, rows_first_problems
+from distplat.strategies.strategy_spec import (
+    GroupSpec,
+    Options,
+    Roles,
+    Strategy,
+    rows_first_problems,
+)
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 Compression = Literal["none", "fp16", "bf16", "topk", "powersgd"]

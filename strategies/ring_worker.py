@@ -15,14 +15,14 @@ from distplat.strategies.model.ema import with_average
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer, norm_figures
-from distplat.strategies.model.segments import typed
+from distplat.strategies.model.parameter_layout import typed
 from distplat.strategies.reduction.base import Reducer
-from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.reduction.compressed import CompressedReducer, PowerSGDReducer, TopKReducer
 from distplat.strategies.reduction.sharded import ShardedUpdate
 from distplat.strategies.ring import RingOptions
-from distplat.strategies.strategy import rows_come_first
-from distplat.strategies.worker import Context, WorkerStrategy
+from distplat.strategies.strategy_spec import rows_come_first
+from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 
 def sum_tail(flat: FlatModel, group: Collective, total: StepControl, step: int) -> None:

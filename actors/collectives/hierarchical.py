@@ -23,7 +23,6 @@ from typing import Any
 
 from torch import Tensor
 
-from distplat.actors.collectives import compat
 from distplat.actors.collectives.group import summed
 from distplat.actors.collectives.header import Header, header
 from distplat.actors.collectives.rendezvous import (
@@ -31,13 +30,14 @@ from distplat.actors.collectives.rendezvous import (
     delete_places,
     exchange_places,
 )
-from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.actors.collectives.torch_group import Fail, TorchGroup
 from distplat.actors.collectives.torch_store import run_unless_given_up
 from distplat.actors.collectives.work import OpQueue, Work
 from distplat.platform.errors import CollectiveError, DeadlineExceeded, MismatchError
 from distplat.platform.topology import RankLocation, by_node
-from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies import torch_compat
+from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import ReduceOp, Traffic
 
 BLOCK_BYTES = 8 * 2**20
@@ -178,7 +178,7 @@ class HierarchicalGroup(TorchGroup):
                 if self._ring is not None:
                     moved = traffic_elements(block.numel(), self._node, len(self._nodes))
                     sent, received = (elements * block.itemsize for elements in moved)
-                    ring = compat.all_reduce(self._ring, block, summed(op))
+                    ring = torch_compat.all_reduce(self._ring, block, summed(op))
                     rings.append(self._work([ring], fail, (sent, received)))
             for number, block in enumerate(blocks):
                 if rings:
@@ -199,7 +199,7 @@ class HierarchicalGroup(TorchGroup):
                 self._near.broadcast(tensor, first)
             if self._ring is not None and tensor.numel():
                 moved = (tensor.nbytes * (nodes - 1), 0) if here else (0, tensor.nbytes)
-                ring = compat.broadcast(self._ring, tensor, home)
+                ring = torch_compat.broadcast(self._ring, tensor, home)
                 self._work([ring], fail, moved).wait()
             if not here and self._near is not None:
                 self._near.broadcast(tensor, first)

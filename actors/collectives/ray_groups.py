@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS = {
     "gloo": ("distplat.actors.collectives.torch_group", "TorchGroup"),
-    "shm": ("distplat.actors.collectives.shm.group", "ShmGroup"),
+    "shm": ("distplat.actors.collectives.shm.shm_group", "ShmGroup"),
     "hierarchical": ("distplat.actors.collectives.hierarchical", "HierarchicalGroup"),
     "nccl": ("distplat.actors.collectives.torch_group", "NcclGroup"),
 }

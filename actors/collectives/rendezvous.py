@@ -19,7 +19,7 @@ import ray
 import torch
 import torch.distributed
 
-from distplat.actors import compat
+from distplat.actors import ray_compat
 from distplat.actors.collectives.shm.segment import shared_memory_works
 from distplat.actors.messages import rendezvous_key
 from distplat.platform.errors import CollectiveError, DeadlineExceeded, DistplatError
@@ -45,12 +45,12 @@ class GroupSettings:
 
 def leave_word(group_name: str, value: bytes) -> None:
     """Leave what the other ranks need to find this group."""
-    compat.put(rendezvous_key(group_name), value)
+    ray_compat.put(rendezvous_key(group_name), value)
 
 
 def take_back_word(group_name: str) -> None:
     """Delete what `leave_word` has left; once all have found it."""
-    compat.delete(rendezvous_key(group_name))
+    ray_compat.delete(rendezvous_key(group_name))
 
 
 def find_word(group_name: str, settings: GroupSettings) -> bytes:
@@ -62,7 +62,7 @@ def find_word(group_name: str, settings: GroupSettings) -> bytes:
         CollectiveError: this rank was told to give up.
     """
     return wait_for(
-        lambda: compat.get(rendezvous_key(group_name)), group_name, lambda: (0,), settings
+        lambda: ray_compat.get(rendezvous_key(group_name)), group_name, lambda: (0,), settings
     )
 
 
@@ -116,25 +116,25 @@ def exchange_places(
         return (place_of_this_process(),)
     word = _word(group_name, rank)
     mine = json.dumps(asdict(place_of_this_process())).encode()
-    compat.put(word, mine)
+    ray_compat.put(word, mine)
     try:
         if rank == 0:
             _publish(group_name, world, settings)
         table = wait_for(
-            lambda: compat.get(_table(group_name)),
+            lambda: ray_compat.get(_table(group_name)),
             group_name,
             lambda: _absent(group_name, world) or (0,),
             settings,
         )
     except DistplatError:
-        compat.delete(word)
+        ray_compat.delete(word)
         raise
     return tuple(RankLocation(**place) for place in json.loads(table))
 
 
 def delete_places(group_name: str) -> None:
     """Delete the table; for rank 0, once all have read it."""
-    compat.delete(_table(group_name))
+    ray_compat.delete(_table(group_name))
 
 
 def place_of_this_process() -> RankLocation:
@@ -148,15 +148,15 @@ def place_of_this_process() -> RankLocation:
 def _publish(group_name: str, world: int, settings: GroupSettings) -> None:
     """Wait for all words, then write them as one table."""
     wait_for_all(group_name, lambda: _absent(group_name, world), settings)
-    words = [compat.get(_word(group_name, rank)) or b"" for rank in range(world)]
-    compat.put(_table(group_name), b"[%s]" % b",".join(words))
+    words = [ray_compat.get(_word(group_name, rank)) or b"" for rank in range(world)]
+    ray_compat.put(_table(group_name), b"[%s]" % b",".join(words))
     for rank in range(world):
-        compat.delete(_word(group_name, rank))
+        ray_compat.delete(_word(group_name, rank))
 
 
 def _absent(group_name: str, world: int) -> tuple[int, ...]:
     """Give the ranks that have not said where they are."""
-    come = set(compat.keys(rendezvous_key(f"{group_name}#place/")))
+    come = set(ray_compat.keys(rendezvous_key(f"{group_name}#place/")))
     return tuple(rank for rank in range(world) if _word(group_name, rank) not in come)
 
 

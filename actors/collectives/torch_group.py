@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distplat.actors.collectives import compat
 from distplat.actors.collectives.group import CollectiveGroup, summed
 from distplat.actors.collectives.header import (
     LENGTH,
@@ -37,7 +36,8 @@ from distplat.actors.collectives.torch_store import Heartbeat, Store, run_unless
 from distplat.actors.collectives.work import Work
 from distplat.platform.errors import CollectiveError, MismatchError
 from distplat.platform.topology import RankLocation
-from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies import torch_compat
+from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import ReduceOp
 
 COMPARED = 20
@@ -94,7 +94,7 @@ class TorchGroup(CollectiveGroup):
     @classmethod
     def works_here(cls) -> bool:
         """Whether this torch was built with gloo."""
-        return compat.gloo_works()
+        return torch_compat.gloo_works()
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         """Begin to combine in place; the first ones wait for the others' headers."""
@@ -108,7 +108,7 @@ class TorchGroup(CollectiveGroup):
         )
 
     def _begin_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Any:
-        return compat.all_reduce(self._carrier(tensor), tensor, summed(op))
+        return torch_compat.all_reduce(self._carrier(tensor), tensor, summed(op))
 
     def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> None:
         """Combine into the root's tensor; the others' hold parts of sums then."""
@@ -121,7 +121,7 @@ class TorchGroup(CollectiveGroup):
         ).wait()
 
     def _begin_reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> Any:
-        return compat.reduce(self._carrier(tensor), tensor, summed(op), root)
+        return torch_compat.reduce(self._carrier(tensor), tensor, summed(op), root)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Copy the source's tensor to all."""
@@ -133,7 +133,7 @@ class TorchGroup(CollectiveGroup):
         ).wait()
 
     def _begin_broadcast(self, tensor: Tensor, source: int) -> Any:
-        return compat.broadcast(self._carrier(tensor), tensor, source)
+        return torch_compat.broadcast(self._carrier(tensor), tensor, source)
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
         """Copy every rank's tensor to all; sizes may be uneven."""
@@ -147,9 +147,13 @@ class TorchGroup(CollectiveGroup):
             for row, output in zip(table, outputs, strict=True):
                 output.copy_(row[: output.numel()].view(output.shape))
 
+        def gather() -> list[Any]:
+            flat = table.view(-1)
+            return [torch_compat.all_gather_even(self._gloo, flat, padded)] if longest else []
+
         self._start(
             header("all_gather", self._sizes(outputs, tensor)),
-            lambda: [compat.all_gather_even(self._gloo, table.view(-1), padded)] if longest else [],
+            gather,
             self._gathered(outputs, tensor),
             spread,
         ).wait()
@@ -214,7 +218,7 @@ class TorchGroup(CollectiveGroup):
         """Connect some of the ranks by gloo; `place`: of this rank among so many."""
         limit = self.settings.operation_s
         try:
-            group = compat.gloo_group(store.client, purpose, place, places, limit, store.host)
+            group = torch_compat.gloo_group(store.client, purpose, place, places, limit, store.host)
         except RuntimeError as error:
             cause = f"gloo says: {str(error).splitlines()[0]}"
             raise CollectiveError(self.name, "rendezvous", 0, (), cause) from None
@@ -291,7 +295,7 @@ class TorchGroup(CollectiveGroup):
 
     def _when_done(self, work: Any, callback: Callable[[], None]) -> None:
         """Have a function called when one of torch's works is over, as far as torch tells."""
-        compat.when_done(work, callback)
+        torch_compat.when_done(work, callback)
 
     def _enter(self, head: Header) -> int:
         """Count an operation of all ranks, compare it with theirs if it is time; its number."""
@@ -307,7 +311,7 @@ class TorchGroup(CollectiveGroup):
         table = torch.empty(self.world * LENGTH, dtype=torch.int64)
         try:
             with self._meter.waiting():
-                compat.all_gather_even(self._gloo, table, torch.tensor(head)).wait()
+                torch_compat.all_gather_even(self._gloo, table, torch.tensor(head)).wait()
         except RuntimeError as error:
             raise self._failed(head.name, error, number=head.number) from None
         headers = [Header(*row) for row in table.view(self.world, LENGTH).tolist()]
@@ -424,12 +428,12 @@ class NcclGroup(TorchGroup):
     ) -> None:
         super().__init__(name, rank, world, settings, places)
         limit = settings.operation_s
-        self._nccl = compat.nccl_group(self._store.client, "nccl", rank, world, limit)
+        self._nccl = torch_compat.nccl_group(self._store.client, "nccl", rank, world, limit)
 
     @classmethod
     def works_here(cls) -> bool:
         """Whether there is a GPU, and a torch that was built with NCCL."""
-        return compat.nccl_works()
+        return torch_compat.nccl_works()
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
         """Copy every rank's tensor to all; sizes may be uneven."""
@@ -438,7 +442,7 @@ class NcclGroup(TorchGroup):
             return
         head = header("all_gather", self._sizes(outputs, tensor))
         flat = [output.view(-1) for output in outputs]
-        begin = partial(compat.all_gather, self._nccl, flat, tensor.reshape(-1))
+        begin = partial(torch_compat.all_gather, self._nccl, flat, tensor.reshape(-1))
         self._start(head, lambda: [begin()], self._gathered(outputs, tensor)).wait()
 
     def reduce_scatter(
@@ -449,7 +453,7 @@ class NcclGroup(TorchGroup):
             super().reduce_scatter(output, inputs, op)
             return
         head, flat = header("reduce_scatter", inputs, op), [part.view(-1) for part in inputs]
-        begin = partial(compat.reduce_scatter, self._nccl, output.view(-1), flat, summed(op))
+        begin = partial(torch_compat.reduce_scatter, self._nccl, output.view(-1), flat, summed(op))
         after = partial(self._average, output, op)
         self._start(head, lambda: [begin()], self._scattered(inputs), after).wait()
 

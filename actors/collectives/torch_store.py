@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 
-from distplat.actors.collectives import compat
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
     GroupSettings,
@@ -26,6 +25,7 @@ from distplat.actors.collectives.rendezvous import (
     wait_for,
 )
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
+from distplat.strategies import torch_compat
 
 INTERVAL_S = 0.5
 SILENT_S = 4 * INTERVAL_S
@@ -202,7 +202,7 @@ class Store:
         """Address that this rank listens on."""
         try:
             host, port, secret = self._serve() if rank == 0 else self._find()
-            self.client = compat.connect_store(host, port, settings.rendezvous_s, secret)
+            self.client = torch_compat.connect_store(host, port, settings.rendezvous_s, secret)
             self._wait_for_all()
         except (RuntimeError, OSError) as error:
             cause = f"no answer from rank 0: {str(error).splitlines()[0]}"
@@ -227,7 +227,7 @@ class Store:
     def _serve(self) -> tuple[str, int, str]:
         listener = socket.create_server((self.host, 0))
         host, port = listener.getsockname()[:2]
-        self._server = compat.serve_store(listener.detach(), host, port)
+        self._server = torch_compat.serve_store(listener.detach(), host, port)
         secret = secrets.token_hex(16)  # goes through Ray's store alone, which asks for a token
         leave_word(self._name, f"{host} {port} {secret}".encode())
         return host, port, secret

@@ -11,7 +11,7 @@ The class is plain; `spawn.py` makes an actor of it. Where every shard, or every
 the tables, is kept twice, a replication manager replaces lost servers (`replication_manager.py`);
 else the first loss of a shard's server ends the attempt, and of a table's the controller hears.
 
-A manager that follows a lost one asks the servers what they have (`manager_recovery.py`): nothing
+A manager that follows a lost one asks the servers what they have: nothing
 that it must know is anywhere else.
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,19 +28,66 @@ from distplat.actors.messages import Address, Membership, ModelFacts, TableMap
 from distplat.actors.ray_transport import alone
 from distplat.actors.retrying_calls import Call, ask
 from distplat.actors.servers.health_check import HealthCheck
-from distplat.actors.servers.manager_recovery import adopt
 from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.actors.servers.server_provisioning import ServerProvisioning
-from distplat.actors.transport import Transport
+from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
-from distplat.platform.server_group import Role, ServerGroup, ServersSeen, ShardAssignment
+from distplat.platform.server_group import Held, Role, ServerGroup, ServersSeen, ShardAssignment
 from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+def adopt(
+    transport: Transport,
+    group: ServerGroup,
+    servers: Mapping[str, Any],
+    generation: int,
+    limit_s: float,
+) -> list[Held]:
+    """
+    Have a group take over from a manager that was lost; see `ServerGroup.adopt`.
+
+    Args:
+        transport: the manager's.
+        group: a new one.
+        servers: handles of all servers that were ever made, by name.
+        generation: number of managers before.
+        limit_s: how long a server may take to answer.
+
+    Returns:
+        What the servers say.
+    """
+    held = _ask_held(transport, servers, limit_s)
+    for useless in group.adopt(held, servers, generation):
+        logger.info("%s is not needed any more", useless)
+        transport.kill(servers[useless])
+    return held
+
+
+def _ask_held(transport: Transport, servers: Mapping[str, Any], limit_s: float) -> list[Held]:
+    """
+    Ask all servers what they keep; those that are gone, or do not answer in time, are left out.
+
+    Args:
+        transport: the manager's.
+        servers: handles, by name.
+        limit_s: how long an answer may take.
+    """
+    calls = {transport.call(server, "held"): name for name, server in servers.items()}
+    answered = transport.wait(list(calls), limit_s, everything=True)
+    found = []
+    for call in answered:
+        try:
+            found.append(replace(transport.get(call, limit_s), server=calls[call]))
+        except TransportError as error:
+            logger.warning("%s: %s", calls[call], error)
+    return sorted(found, key=lambda held: held.server)
+
 
 logger = logging.getLogger(__name__)
 

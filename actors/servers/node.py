@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from distplat.actors.importing import quick_imports
 from distplat.actors.messages import TablePart
+from distplat.actors.process_setup import quick_imports
 from distplat.actors.ray_transport import alone
 from distplat.actors.transport import Transport
 

@@ -4,11 +4,17 @@ A server node at work: one shard, and the ways by which gradients come and param
 Calls come in on one thread per worker; what they wait for, and what is applied when, is the
 server's (`strategies/server/server.py`). Payload goes by shared memory to and from workers of
 this node, as bytes to and from others.
+
+How fast a node makes updates is measured when a run begins, to cut its shard accordingly. What
+takes a shard's time is adding up the ranks' gradients and the optimizer, both element by element,
+so a small vector tells of a large one. Only the proportion between servers counts.
 """
 
 import logging
+import statistics
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.actors.memory.mailboxes import Listener, MailboxRequest
 from distplat.actors.memory.memfd import MemorySegment
@@ -30,13 +37,44 @@ from distplat.platform.server_group import Held, Role
 from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import RawTensor, TensorSlice
+from distplat.strategies.algorithms.reduce import sum_in_order
 from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
 from distplat.strategies.checkpoint.parts import as_array, whole_of
 from distplat.strategies.loop.control import StepControl
+from distplat.strategies.model.optim import FlatOptimizer, rate_of
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.server.answers import shard_copy
 from distplat.strategies.server.server import Deliver, Limits, ShardServer
-from distplat.strategies.training.throughput_probe import elements_per_s
+
+_ELEMENTS = 1 << 18
+_ROUNDS = 7
+_MOST_GRADIENTS = 8
+
+
+def elements_per_s(
+    job: Job, world: int, dtype: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """
+    Measure how many elements of a shard this process updates in a second.
+
+    Args:
+        job: names the optimizer.
+        world: gradients of a step.
+        dtype: of the parameters, by torch's name.
+        clock: gives seconds.
+    """
+    params = torch.zeros(_ELEMENTS, dtype=getattr(torch, dtype))
+    total = torch.zeros_like(params)
+    gradients = [torch.full_like(params, 0.5) for _ in range(min(world, _MOST_GRADIENTS))]
+    optimizer = FlatOptimizer(job.optimizer, params, total)
+    seconds = []
+    for step in range(_ROUNDS):
+        began = clock()
+        sum_in_order(gradients, total)
+        optimizer.step(rate_of(job, step, _ROUNDS))
+        seconds.append(clock() - began)
+    return _ELEMENTS / max(1e-9, statistics.median(seconds[1:]))  # the first touches new memory
+
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +138,14 @@ class ShardServing(Serving[ShardServer]):
         return segment.address
 
     @property
+    @override
     def server(self) -> ShardServer | None:
-        """See `Serving`; None: no shard was assigned yet."""
+        """None: no shard was assigned yet."""
         return self._server if self._segment is not None else None
 
+    @override
     def held(self) -> Held:
-        """See `Serving`; the manager knows this server's name."""
+        """The manager knows this server's name."""
         if self._segment is None:
             return Held(self._name, None)
         return self._replication.held(self._plan.number, self._cut)
@@ -234,7 +274,7 @@ class ShardServing(Serving[ShardServer]):
         return elements_per_s(job, world, dtype)
 
     def seen(self) -> NDArray[np.bool_]:
-        """See `Shards.seen`."""
+        """Say which parameters have had a gradient yet, on any rank; by slot of the shard."""
         store = self._server.store
         return self._server.exclusively(lambda: store.seen)
 

@@ -11,38 +11,135 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.actors.memory.device_copy import DirectTransfer, cuda_transfer
+from distplat.actors.memory.mailboxes import MailboxRequest
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
-from distplat.actors.servers.fan_out import FanOut, ServerCalls
+from distplat.actors.servers.fan_out import FanOut, FanOutCall, ServerCalls
 from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, ServerWatch
-from distplat.actors.servers.pushes import Pushes
 from distplat.actors.servers.vector_transport import (
     CopyTransport,
     SharedMemoryTransport,
+    VectorTransport,
     as_bytes,
     joined_state,
     part,
     run_of,
 )
-from distplat.actors.transport import Transport
+from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost, FencedError
-from distplat.platform.ledger import Answer, PullId
+from distplat.platform.ledger import Answer, PullId, PushId
 from distplat.platform.shard_map import Shard
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Holding
 from distplat.strategies.loop.control import StepControl, control_size
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.ports import LoopOptimizer, Pushed, ShardCopy, Vectors
+from distplat.strategies.ports import (
+    LoopOptimizer,
+    LoopShards,
+    Pushed,
+    ShardCopy,
+    Shards,
+    Vectors,
+)
 from distplat.strategies.reduction.base import several_types
-from distplat.strategies.server.answers import fetch_copies
+from distplat.strategies.server.answers import fetch_copies, pushed
+
+
+class Pushes:
+    """
+    Asks all servers for values, and has them taken as they come.
+
+    Args:
+        order: the worker's orders.
+        lines: to the servers.
+        road: where the worker's vectors lie.
+        transfer: to the device.
+        versions: by shard, that of the values which are here; kept up to date.
+    """
+
+    def __init__(
+        self,
+        order: WorkOrder,
+        lines: FanOut,
+        road: VectorTransport,
+        transfer: DirectTransfer,
+        versions: dict[int, int],
+    ) -> None:
+        self._order, self._lines, self._road, self._transfer = order, lines, road, transfer
+        self._versions = versions
+        self._limit_s = order.job.failure.step_timeout_s
+
+    def push(self, step: int, control: StepControl, task: int | None, setting: str) -> Pushed:
+        """Push a step's gradients; the field `setting` of `failure` changes the deadline."""
+        record = control.pack()
+        if self._lines.mailboxes is not None:
+            self._lines.mailboxes.control[:] = record
+        road, order, call = self._road, self._order, self._lines.transport.call
+        push = PushId(order.run, order.attempt, order.rank, step, task)
+        asked = FanOutCall(
+            self._lines,
+            f"push {step}",
+            lambda server, cut: call(
+                server, "push", push, road.payload(cut, road.gradients), record
+            ),
+            self._take,
+            MailboxRequest(step, task=task),
+            setting,
+        )
+        for cut in self._lines.cuts:
+            send = partial(asked.send, [cut])
+            self._transfer.to_host(part(road.gradients, cut), cut.start, send)
+        self._transfer.wait(self._limit_s)
+        return self._made(asked)
+
+    def commit(self, step: int, norm: float) -> Pushed:
+        """Have the step applied that was pushed, with the norm of the whole gradient."""
+        rank, call = self._order.rank, self._lines.transport.call
+        question = lambda server, cut: call(server, "commit", rank, step, norm)  # noqa: E731
+        request = MailboxRequest(step, norm)
+        asked = FanOutCall(self._lines, f"commit {step}", question, self._take, request)
+        asked.send(self._lines.cuts)
+        return self._made(asked)
+
+    def pull(self, pull: PullId, setting: str) -> list[Answer]:
+        """Bring the newest parameters."""
+        call = self._lines.transport.call
+        question = lambda server, cut: call(server, "pull", pull)  # noqa: E731
+        what = f"pull {pull.number}"
+        asked = FanOutCall(self._lines, what, question, self._take, setting=setting)
+        asked.send(self._lines.cuts)
+        return self._answers(asked)
+
+    def _made(self, asked: FanOutCall) -> Pushed:
+        answers = self._answers(asked)
+        return pushed(answers, [self._road.traffic(cut) for cut in self._lines.cuts])
+
+    def _answers(self, asked: FanOutCall) -> list[Answer]:
+        answers = asked.answers()
+        self._transfer.join()
+        return answers
+
+    def _take(self, cut: Shard, answer: Answer) -> None:
+        """Bring a shard's values here, as far as they are not here already."""
+        if not answer.committed:
+            return
+        self._versions[cut.index] = answer.version
+        try:
+            self._road.take(cut, answer, self._limit_s)
+        except TransportError as error:  # with its owner an object is lost, too
+            cause = f"its answer could not be fetched: {error}"
+            raise ActorLost(self._lines.names[cut.index], None, cause) from None
+        self._transfer.to_device(part(self._road.parameters, cut), cut.start)
+
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 
-class RemoteShards:
+class RemoteShards(Shards, LoopShards):
     """
     The server group, seen by one worker.
 
@@ -74,12 +171,11 @@ class RemoteShards:
         self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
         self._settings = 0  #: see `OwnLoop`
 
+    @override
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
     ) -> None:
         """
-        See `Shards`.
-
         Raises:
             SpecError: another type is to travel, and the parameters are of several.
         """
@@ -88,8 +184,8 @@ class RemoteShards:
         state = saved.optimizer(flat, places=holding.places) if saved is not None else {}
         self._connect(flat, state, uncounted=uncounted, schedule=schedule)
 
+    @override
     def connect_loop(self, vectors: Vectors, loop: LoopOptimizer) -> None:
-        """See `LoopShards`."""
         self._settings = sum(map(len, loop.own_loop.settings))
         self._connect(vectors, loop.state, own_loop=loop.own_loop)
 
@@ -198,8 +294,9 @@ class RemoteShards:
             self.step_back(self._flat.version)
         self._move_in()
 
+    @override
     def step_back(self, version: int) -> None:
-        """See `Shards`; also where a loss has left some of this part's shards one ahead."""
+        """Also where a loss has left some of this part's shards one ahead."""
         self._flat.version = version
         ahead = [cut for cut in self._lines.cuts if self._versions[cut.index] > version]
         if not ahead:
@@ -220,12 +317,13 @@ class RemoteShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
+    @override
     def one_memory(self) -> bool:
-        """See `Shards`; a backup would not have what a worker writes."""
+        """A backup would not have what a worker writes."""
         return self._road.one_copy and not self._on_device and self._watch.watcher is None
 
+    @override
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
-        """See `Shards`."""
         self._control = control
         return self._following(lambda: self._push(step, task))
 
@@ -234,8 +332,8 @@ class RemoteShards:
         self._setting = "step_timeout_s"
         return result
 
+    @override
     def commit(self, step: int, norm: float) -> Pushed:
-        """See `Shards`."""
         roads = self._roads
 
         def commit() -> Pushed:
@@ -245,12 +343,12 @@ class RemoteShards:
 
         return self._following(commit)
 
+    @override
     def refresh(self) -> None:
-        """See `Shards`."""
         self._following(lambda: self._pull("step_timeout_s"))
 
+    @override
     def seen(self) -> NDArray[np.bool_]:
-        """See `Shards`."""
 
         def ask_first() -> NDArray[np.bool_]:
             question = lambda server, cut: self._transport.call(server, "seen")  # noqa: E731
@@ -260,8 +358,8 @@ class RemoteShards:
 
         return self._following(ask_first)
 
+    @override
     def average(self) -> Tensor:
-        """See `Shards`."""
 
         def ask_all() -> list[NDArray[np.uint8]]:
             question = lambda server, cut: self._transport.call(server, "average")  # noqa: E731
@@ -273,20 +371,20 @@ class RemoteShards:
             as_bytes(part(whole, cut))[:] = values
         return whole.to(self._flat.params.device)
 
+    @override
     def leave(self) -> int:
-        """See `LoopShards`."""
         call, rank = self._transport.call, self._order.rank
         left: list[int] = self._lines.ask("leave", lambda server, cut: call(server, "leave", rank))
         return max(left)
 
+    @override
     def optimizer_state(self) -> dict[str, Tensor]:
-        """See `LoopShards`."""
         question = lambda server, cut: self._transport.call(server, "optimizer_state")  # noqa: E731
         found = self._lines.ask("the optimizer's state", question)
         return joined_state(found, self._lines.cuts, self._flat.layout)
 
+    @override
     def copies(self, version: int) -> list[ShardCopy] | None:
-        """See `Shards`."""
         call = self._transport.call
 
         def ask_one(cut: Shard, limit_s: float) -> ShardCopy:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat.strategies.task import Task
-from distplat.strategies.tensor.plan import HeadLayout
+from distplat.strategies.tensor.parallel_plan import HeadLayout
 
 MODULES = (
     "argparse ast bdb calendar codecs configparser contextlib csv dataclasses difflib dis enum "

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 
 from distplat.platform.errors import SpecError
 from distplat.platform.pipeline_trace import Trace, TraceEvent
-from distplat.strategies.algorithms.schedule import Action, ActionKind, PipelineSchedule, build
+from distplat.strategies.algorithms.pipeline_schedule import (
+    Action,
+    ActionKind,
+    PipelineSchedule,
+    build,
+)
 from distplat.strategies.algorithms.simulate import (
     Costs,
     Simulation,

@@ -22,7 +22,7 @@ from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, TREE, USED, WHOLE
-from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.model.parameter_layout import dtype_name
 
 Load = Callable[[str], Mapping[str, RawTensor]]
 """Gives the tensors of one of the files, `model` or `optimizer`."""

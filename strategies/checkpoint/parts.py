@@ -22,7 +22,7 @@ from distplat.strategies.checkpoint.checkpoint_types import ALL, Boxes, Checkpoi
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import PER_PARAMETER, TREE, USED, WHOLE
-from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.ports import Shards, VectorKind
 
 _OF_LIVE = {"model", f"optimizer/{AVERAGE}", f"optimizer/{AVERAGED}"}

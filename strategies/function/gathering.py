@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_bytes
-from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.state_tree import dtype_of
 
 

@@ -30,13 +30,13 @@ from typing_extensions import override
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_bytes
-from distplat.strategies.compat import after_backward
 from distplat.strategies.function.oversight import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.sync_batch_norm import SyncNorms
-from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.ring import RingOptions
+from distplat.strategies.torch_compat import after_backward
 
 _COMPARED = (3, 30)
 """Backwards after which ranks compare their parameters; so they do at the end."""

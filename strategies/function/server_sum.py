@@ -23,12 +23,12 @@ from typing_extensions import override
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.shard_map import OwnLoop
 from distplat.platform.vector_layout import Layout, Piece, Segment
-from distplat.strategies.compat import after_backward
 from distplat.strategies.function.gradient_average import GradientAverage, Surroundings
 from distplat.strategies.loop.control import ELSEWHERE, NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.segments import is_finite, typed_views
+from distplat.strategies.model.parameter_layout import is_finite, typed_views
 from distplat.strategies.ports import LoopOptimizer, LoopShards
+from distplat.strategies.torch_compat import after_backward
 
 _LINE, _BLOCK = 64, 4096
 """Bytes: models begin at multiples of a cache line; a vector of several types is one of a block."""

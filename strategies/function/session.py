@@ -38,7 +38,7 @@ from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.watched import Watched
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
-from distplat.strategies.model.segments import dtype_name
+from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.state_tree import pack, unpack
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from distplat.strategies.compat import COLLATE_RULES, collate_by
 from distplat.strategies.loop.loaders import ByValue, all_importable
+from distplat.strategies.torch_compat import COLLATE_RULES, collate_by
 
 _Rules = dict[type | tuple[type, ...], Callable[..., Any]]
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from distplat.platform.even_split import split_evenly
 from distplat.platform.sampler import Sampler
@@ -27,11 +28,18 @@ from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.loss_check import LossDoubts
-from distplat.strategies.loop.losses import Figures, LossTerm, eval_figures, made_of
+from distplat.strategies.loop.losses import (
+    Figures,
+    LossTerm,
+    Terms,
+    TermWeights,
+    eval_figures,
+    made_of,
+    weights_of,
+)
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_evaluation, seed_step
 from distplat.strategies.loop.task_contents import task_modules
-from distplat.strategies.loop.term_weights import Terms, TermWeights, weights_of
 from distplat.strategies.model.flat import FlatModel
 
 
@@ -130,7 +138,7 @@ class Compute(Protocol):
         """Run this rank's part of the evaluation data."""
 
 
-class WholeModel:
+class WholeModel(Compute):
     """
     Forward and backward of the whole model, one micro-batch after the other.
 
@@ -155,14 +163,14 @@ class WholeModel:
         self._doubts = LossDoubts(self.task, self.flat.model)
         self._weights = prepared.weights
 
+    @override
     def start(self, steps: range) -> None:
-        """See `Compute`."""
         parts = self.job.gradient_accumulation
         data = batches_by(self.task, self.data)
         self._batches = micro_batches(self.job, data, self.sampler, self.rank, steps, parts)
 
+    @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """See `Compute`."""
         seed_step(self.job.seed, step, self.rank)
         for module in self._modules:
             module.train()
@@ -201,14 +209,14 @@ class WholeModel:
         samples = sum(sizes), self.sampler.batch_size(step)
         return iter(found), weights.of_step(found, *samples, device)
 
+    @override
     def skip(self, step: int) -> None:
-        """See `Compute`."""
         for _ in self._plan(step):
             next(self._batches)
 
     @torch.no_grad()
+    @override
     def evaluate(self, data: Dataset[Any]) -> Sums:
-        """See `Compute`."""
         seed_evaluation(self.job.seed, self.rank)
         for module in self._modules:
             module.eval()
@@ -239,7 +247,7 @@ def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-class TaskModel(WholeModel):
+class TaskModel(WholeModel, Compute):
     """
     `WholeModel` for tasks: task t is part t % parts of step t // parts.
 
@@ -265,8 +273,9 @@ class TaskModel(WholeModel):
         self._batches = iter(())
         self._reading.close()
 
+    @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """See `Compute`; `step` is the number of a task."""
+        """`step` is the number of a task."""
         step, self.rank = divmod(step, self.sampler.world)
         return super().gradients(step, clock)
 

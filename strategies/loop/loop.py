@@ -23,8 +23,8 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import rate_figures
 from distplat.strategies.ports import Leases
 from distplat.strategies.sparse.lookups import Lookups, RowPush
-from distplat.strategies.strategy import rows_come_first
-from distplat.strategies.worker import WorkerStrategy
+from distplat.strategies.strategy_spec import rows_come_first
+from distplat.strategies.worker_strategy import WorkerStrategy
 
 
 @dataclass(frozen=True)

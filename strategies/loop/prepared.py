@@ -12,12 +12,12 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.agreement import RankFacts
-from distplat.strategies.loop.term_weights import TermWeights
+from distplat.strategies.loop.losses import TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.task_optimizer import Made
 from distplat.strategies.sparse.lookups import Lookups
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task
 
 

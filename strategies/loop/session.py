@@ -8,19 +8,19 @@ From a job and a task to a loop that is ready to run, in steps that can wait bet
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.even_split import split_evenly
-from distplat.platform.optimizers import TaskOptimizer
+from distplat.platform.optimizers import Optimizer, TaskOptimizer, match_problems
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.spec import Job, length_problems
@@ -42,22 +42,47 @@ from distplat.strategies.loop.compute import TaskModel
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
+from distplat.strategies.loop.losses import TermWeights
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.task_contents import task_parameters
 from distplat.strategies.loop.task_order import digest_of, order_of
 from distplat.strategies.loop.task_schedule import schedule_digest, with_task_schedule
-from distplat.strategies.loop.term_weights import TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
-from distplat.strategies.model.parameter_groups import check_groups
-from distplat.strategies.model.segments import first_non_finite
+from distplat.strategies.model.parameter_layout import first_non_finite
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
+from distplat.strategies.sparse.modules import dense_parameters, tables_of
 from distplat.strategies.task import Task, has_weights
-from distplat.strategies.worker import Context, WorkerStrategy
+from distplat.strategies.worker_strategy import Context, WorkerStrategy
+
+
+def check_groups(rule: Optimizer, model: nn.Module, extra: Iterable[str]) -> None:
+    """
+    See that each pattern of the groups has parameters, and none an embedding table.
+
+    Args:
+        rule: the job's optimizer.
+        model: the whole one.
+        extra: names of trained parameters outside of it.
+
+    Raises:
+        SpecError: names the groups.
+    """
+    if not rule.groups:
+        return
+    named = dict(dense_parameters(model))
+    first = {id(parameter): name for name, parameter in named.items()}
+    again = model.named_parameters(remove_duplicate=False)
+    others = {name: first[id(p)] for name, p in again if id(p) in first and name not in named}
+    tables = {path: (path, f"{path}.table", f"{path}.weight") for path in tables_of(model)}
+    problems = match_problems(rule, [*named, *extra], tables, others)
+    if problems:
+        raise SpecError(*problems)
+
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from distplat.platform.spec import EMA
 from distplat.platform.tensor_file import EMA_PREFIX
 from distplat.platform.vector_layout import Layout
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.segments import typed
+from distplat.strategies.model.parameter_layout import typed
 
 AVERAGE = "ema"
 """Name of the average beside what an optimizer remembers: a vector, laid out as the parameters."""

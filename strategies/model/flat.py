@@ -33,17 +33,15 @@ from distplat.strategies.model.parameter_layout import (
     Slot,
     by_type,
     check_memory,
+    dtype_name,
+    first_non_finite,
     homes,
     lay_out,
     room_for,
-    thaw_error,
-    trainable,
-)
-from distplat.strategies.model.segments import (
-    dtype_name,
-    first_non_finite,
     scale_in_place,
     squared_norm_of,
+    thaw_error,
+    trainable,
     typed_views,
 )
 from distplat.strategies.sparse.modules import dense_parameters

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.model.segments import is_finite
+from distplat.strategies.model.parameter_layout import is_finite
 
 _GRAD = attrgetter("grad")
 _VERSION = attrgetter("_version")

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.compat import has_running_statistics
 from distplat.strategies.model.module_hooks import called_hooks
+from distplat.strategies.torch_compat import has_running_statistics
 
 Part = nn.Module | Tensor
 

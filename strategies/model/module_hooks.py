@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from distplat.strategies.compat import call_compiled, compiled_module
+from distplat.strategies.torch_compat import call_compiled, compiled_module
 
 _CALLED = {
     "_forward_pre_hooks": "a forward pre-hook",

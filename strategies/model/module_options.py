@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError, nearest
 from distplat.platform.spec import Job
-from distplat.strategies.compat import fall_back_to_eager, has_running_statistics
+from distplat.strategies.torch_compat import fall_back_to_eager, has_running_statistics
 
 _LEARNING = 3
 """Forwards with gradients in which all buffers are copied."""

@@ -18,11 +18,10 @@ from distplat.platform.optimizers import Optimizer
 from distplat.platform.spec import EMA, Job
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor
-from distplat.strategies.compat import spare_the_compiler
 from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import PER_PARAMETER, UPDATES, USED, Presence
-from distplat.strategies.model.segments import (
+from distplat.strategies.model.parameter_layout import (
     dtype_name,
     scale_in_place,
     segments_of,
@@ -30,6 +29,7 @@ from distplat.strategies.model.segments import (
     typed,
 )
 from distplat.strategies.model.tensor_optimizer import TensorOptimizer
+from distplat.strategies.torch_compat import spare_the_compiler
 
 _FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
 """Classes with a fused kernel on the CPU: one pass over memory instead of several."""
@@ -49,7 +49,7 @@ class _Run:
     stop: int
     dtype: str
     group: int
-    """See `Piece.group`."""
+    """Number of the parameter group."""
     used: bool
     """Whether torch has a state for it."""
     parameter: nn.Parameter = field(init=False)

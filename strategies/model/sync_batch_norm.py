@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
-from distplat.strategies.compat import check_input
+from distplat.strategies.torch_compat import check_input
 
 _NOTHING, _FORWARD, _BACKWARD, _END = range(4)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distplat.strategies.checkpoint.state_sync import ModuleSlot, cat_bytes, slots_of
 from distplat.strategies.collective import Collective, ReduceOp
-from distplat.strategies.compat import has_running_statistics
+from distplat.strategies.torch_compat import has_running_statistics
 
 
 def is_capped(module: nn.Module) -> bool:

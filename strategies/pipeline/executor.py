@@ -2,7 +2,7 @@
 One stage of one replica follows its list: computes, sends, receives, as the schedule says.
 
 Deadlock is impossible by construction: the lists run to their ends with room for one message per
-channel (`algorithms/schedule_messages.py`), and every channel has room for one at least.
+channel (`algorithms/pipeline_schedule.py`), and every channel has room for one at least.
 """
 
 import time
@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from distplat.strategies.algorithms.schedule import Action, ActionKind, PipelineSchedule, build
-from distplat.strategies.algorithms.schedule_messages import (
+from distplat.strategies.algorithms.pipeline_schedule import (
+    Action,
+    ActionKind,
     Content,
     Message,
+    PipelineSchedule,
     Plan,
     Recv,
     Send,
+    build,
     with_communication,
 )
 from distplat.strategies.model.flat import FlatModel

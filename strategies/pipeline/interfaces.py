@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.worker import Context
+from distplat.strategies.worker_strategy import Context
 
 Versions = Callable[[int], list[int]]
 """Tells all ranks of the grid the version of this one's part; gives those of all, in rank order."""

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
-from distplat.strategies.compat import tree_leaves, tree_map
 from distplat.strategies.model.layers import Layer, one_tensor
 from distplat.strategies.task import Task, has_weights, kind_of, own_call
+from distplat.strategies.torch_compat import tree_leaves, tree_map
 
 _DEPTH = 3
 """Containers within containers of a task in which parameters are looked for."""
@@ -304,7 +304,7 @@ def shared(inputs: Any, slices: Collective) -> Any:
 
 
 class RunnableChunk(Protocol):
-    """See `rank_model.Chunk`."""
+    """A chunk of layers, as `rank_model.Chunk`."""
 
     def run(self, inputs: Any, seed: int) -> Any:
         """Go forward."""

@@ -26,6 +26,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.layers import Layer, one_tensor, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.pipeline.executor import training_plan
+from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.limits import (
     SAMPLES,
     BeforeSlicing,
@@ -37,10 +38,9 @@ from distplat.strategies.pipeline.limits import (
     refuse,
     shared,
 )
-from distplat.strategies.pipeline.options import HybridOptions
 from distplat.strategies.pipeline.rank_model import ModelPart, layers_for, take_part, take_whole
+from distplat.strategies.tensor.parallel_plan import resolve
 from distplat.strategies.tensor.parallelize import parallelize
-from distplat.strategies.tensor.plan import resolve
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from distplat.platform.apply_log import Applied, ApplyLog
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Segment
-from distplat.strategies.model.segments import typed_views
-from distplat.strategies.server.backup import Update
+from distplat.strategies.model.parameter_layout import typed_views
+from distplat.strategies.server.store import Update
 
 
 class Staleness:

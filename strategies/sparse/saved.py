@@ -11,16 +11,25 @@ The files are those of the servers that wrote them; whoever reads takes the rows
 so a run may go on with another number of servers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from distplat.platform.errors import ProtocolError
+from distplat.platform.embeddings import RowSGD
+from distplat.platform.errors import ProtocolError, StorageError, hint
 from distplat.platform.table_plan import TablePlan, TableSpec, file_of
 from distplat.platform.tensor_slices import Bundle, Bytes, RawTensor, TensorEntry, TensorSlice
+from distplat.strategies.sparse.files import read_list, read_part
+from distplat.strategies.sparse.modules import Sharded, tables_of
 from distplat.strategies.sparse.routing import server_of
+from distplat.strategies.sparse.rules import make_rule
 from distplat.strategies.sparse.table import Table
 
 _AT_ONCE = 1 << 18
@@ -83,3 +92,47 @@ def _server_of(plan: TablePlan, spec: TableSpec, ids: NDArray[np.int64]) -> NDAr
 def _array(whole: RawTensor) -> NDArray[Any]:
     dtype = np.dtype(whole.dtype)
     return np.frombuffer(whole.data, dtype).reshape(whole.shape)
+
+
+class _SavedRows:
+    """A module's rows in this process (see `RowSource`): read, not trained."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def rows(self, module: Sharded, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        rows = np.empty((len(ids), module.embedding_dim), np.float32)
+        self._table.read(ids.numpy(), rows)
+        if module.padding_idx is not None:
+            rows[ids.numpy() == module.padding_idx] = 0.0
+        return torch.from_numpy(rows), None
+
+
+def connect(model: nn.Module, run: str | Path | None = None, *, seed: int = 0) -> None:
+    """
+    Give the embeddings of a model their rows, outside of a run; to be read, not trained.
+
+    Args:
+        model: built as the task builds it.
+        run: a run directory; all rows of its tables are read into this process. None: all rows
+            have their first values, for trying a model out.
+        seed: of the first values, where there is no run.
+
+    Raises:
+        StorageError: the directory has no such tables, or not those of this model.
+    """
+    seed, kept = (seed, {}) if run is None else read_list(Path(run))
+    for name, module in tables_of(model).items():
+        spec = TableSpec(
+            name, module.num_embeddings, module.embedding_dim, module.init_std, module.whole
+        )
+        table = Table(spec, seed, make_rule(RowSGD(name="SGD", lr=1.0)))
+        if run is not None:
+            if name not in kept:
+                raise StorageError(f"{run} has no table {name!r}: {hint(name, kept)}")
+            theirs, files = kept[name]
+            if theirs != spec:
+                raise StorageError(f"table {name!r} of {run} is another: {theirs}, not {spec}")
+            for file in files:
+                read_part(file, table)
+        module.source = _SavedRows(table)

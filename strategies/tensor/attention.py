@@ -17,8 +17,8 @@ from distplat.strategies.tensor.exchange import (
     gathered,
     summed,
 )
-from distplat.strategies.tensor.layers import Parts, keep, split_columns, split_rows
-from distplat.strategies.tensor.plan import HeadLayout, slice_of
+from distplat.strategies.tensor.parallel_layers import Parts, keep, split_columns, split_rows
+from distplat.strategies.tensor.parallel_plan import HeadLayout, slice_of
 
 
 def split_heads(

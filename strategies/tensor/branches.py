@@ -22,8 +22,8 @@ from torch.autograd import Function
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.tensor.exchange import TensorParallelRegion, copied
-from distplat.strategies.tensor.layers import Parts
-from distplat.strategies.tensor.plan import ShardSpec, share_out
+from distplat.strategies.tensor.parallel_layers import Parts
+from distplat.strategies.tensor.parallel_plan import ShardSpec, share_out
 
 _ALIGN = 16
 """Bytes: outputs of several dtypes may go together."""

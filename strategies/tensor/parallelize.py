@@ -22,7 +22,7 @@ from distplat.strategies.model.module_hooks import called_hooks, is_parametrized
 from distplat.strategies.tensor.attention import SplitMultiheadAttention, split_heads
 from distplat.strategies.tensor.branches import Branch, Branches, split_branches
 from distplat.strategies.tensor.exchange import TensorParallelRegion
-from distplat.strategies.tensor.layers import (
+from distplat.strategies.tensor.parallel_layers import (
     ColumnLinear,
     Parts,
     RowLinear,
@@ -30,7 +30,7 @@ from distplat.strategies.tensor.layers import (
     split_rows,
     split_vocabulary,
 )
-from distplat.strategies.tensor.plan import ShardSpec, resolve, siblings
+from distplat.strategies.tensor.parallel_plan import ShardSpec, resolve, siblings
 
 
 def parallelize(

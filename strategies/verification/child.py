@@ -18,7 +18,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_strategy_file, make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.task import Task, own_call
-from distplat.strategies.verification.plan import seed_all
+from distplat.strategies.verification.recipes import seed_all
 from distplat.strategies.verification.reference import Rank
 from distplat.strategies.verification.references import References, references
 from distplat.strategies.verification.switched import Switched, Switches

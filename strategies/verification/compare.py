@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distplat.strategies.verification.plan import Trained
+from distplat.strategies.verification.recipes import Trained
 
 FACTOR = 16.0
 """Noise floors that a difference may be: the farthest of a hundred drawn trainings was at 3."""

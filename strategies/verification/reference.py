@@ -1,7 +1,7 @@
 """
 The reference of `distplat verify`: what a plain torch loop makes of a task.
 
-Of distplat there are the task and which samples come when (`plan.py`). Virtual ranks compute one
+Of distplat there are the task and which samples come when (`recipes.py`). Virtual ranks compute one
 after the other, each on a model of its own, for models may count or remember.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from distplat.strategies.task import Task, has_step, step_of
-from distplat.strategies.verification import plan
-from distplat.strategies.verification.plan import Named, Recipe, Schedule, Trained
+from distplat.strategies.verification import recipes
+from distplat.strategies.verification.recipes import Forward, Named, Recipe, Schedule, Trained
 
 Make = Callable[[], Task]
 
@@ -26,9 +26,9 @@ class Rank:
     """A virtual rank: its task, its model, and the tensors of both."""
 
     def __init__(self, make: Make, seed: int) -> None:
-        plan.seed_all(seed)
+        recipes.seed_all(seed)
         self.task = make()
-        plan.seed_all(seed)
+        recipes.seed_all(seed)
         self.model = self.task.model()
 
     def named(self) -> Named:
@@ -41,7 +41,7 @@ class Rank:
 
     def snapshot(self) -> Named:
         """Copy the model's state, and what the task trains beside it."""
-        named = [(n, t) for n, t in self.named().items() if not n.startswith(plan.ROWS)]
+        named = [(n, t) for n, t in self.named().items() if not n.startswith(recipes.ROWS)]
         kept = [(n, t) for n, t in named if n.startswith("task:") and t.requires_grad]
         state = [*self.model.state_dict().items(), *kept]
         return {name: value.detach().clone() for name, value in state if isinstance(value, Tensor)}
@@ -63,10 +63,10 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
     """Train by the plain loop; `reverse`: sum backwards what is rounded otherwise."""
     ranks = [Rank(make, recipe.seed) for _ in schedule[0]]
     spread(ranks, ranks[0].named())
-    plan.seed_all(recipe.seed)
+    recipes.seed_all(recipe.seed)
     data = ranks[0].task.train_data()
     parameters = ranks[0].named()  # with buffers: what has no gradient rests
-    rows = {name: parameters[name] for name in parameters if name.startswith(plan.ROWS)}
+    rows = {name: parameters[name] for name in parameters if name.startswith(recipes.ROWS)}
     dense = {name: one for name, one in parameters.items() if name not in rows}
     made = recipe.optimizer(ranks[0].task, dense)
     optimizers = [*made, *([recipe.rows([*rows.values()])] if rows else [])]
@@ -75,7 +75,7 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
         before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
         sizes = [sum(len(forward.ids) for forward in forwards) for forwards in step]
         scale = rounding / sum(sizes)
-        parts, terms = [], plan.terms_of(ranks[0].task, data, step)
+        parts, terms = [], recipes.terms_of(ranks[0].task, data, step)
         for rank, forwards in zip(ranks, step, strict=True):
             rank.model.train()
             parts += [compute(rank, data, each, recipe, scale, found, terms) for each in forwards]
@@ -103,17 +103,17 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
 
 
 def compute(
-    rank: Rank, data: Any, forward: plan.Forward, recipe: Recipe, scale: float, to: Trained, of: Any
+    rank: Rank, data: Any, forward: Forward, recipe: Recipe, scale: float, to: Trained, of: Any
 ) -> tuple[Named, float, float]:
     """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
     if forward.seed is not None:
-        plan.seed_all(forward.seed)
-    batch = plan.read(rank.task, data, forward)
+        recipes.seed_all(forward.seed)
+    batch = recipes.read(rank.task, data, forward)
     drawn = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
         loss: Any = step_of(rank.task)(rank.model, batch)
     loss = loss["loss"] if isinstance(loss, Mapping) and has_step(rank.task) else loss
-    loss = plan.together(loss, of, len(forward.ids))
+    loss = recipes.together(loss, of, len(forward.ids))
     to.draws |= not torch.equal(drawn, torch.get_rng_state())
     loss, weight = loss if isinstance(loss, tuple) else (loss * len(forward.ids), len(forward.ids))
     torch.autograd.backward(loss * scale)
@@ -121,7 +121,7 @@ def compute(
     for name, tensor in rank.named().items():
         gradient, tensor.grad = tensor.grad, None
         if gradient is not None:
-            gradients[name] = gradient if name.startswith(plan.ROWS) else gradient.to_dense()
+            gradients[name] = gradient if name.startswith(recipes.ROWS) else gradient.to_dense()
     return gradients, float(loss.detach()), float(weight)
 
 

@@ -24,17 +24,17 @@ from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.task_order import order_of
 from distplat.strategies.task import Task
 from distplat.strategies.verification.compare import compare, is_finite
-from distplat.strategies.verification.plan import (
+from distplat.strategies.verification.recipes import (
     Recipe,
     ReferenceSamples,
     Trained,
     parts,
     recipe_of,
     union,
+    with_rows,
 )
 from distplat.strategies.verification.reference import Rank, train
 from distplat.strategies.verification.switched import Switches
-from distplat.strategies.verification.tables import with_rows
 
 MEANING_STEPS = 6
 """Steps that are compared with the whole batch."""

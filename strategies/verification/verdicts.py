@@ -12,7 +12,7 @@ from distplat.platform.errors import DistplatError, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.verification.compare import Comparison, compare, last
-from distplat.strategies.verification.plan import Trained
+from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.references import (
     MEANING_TOLERANCE,
     References,
@@ -20,7 +20,7 @@ from distplat.strategies.verification.references import (
     meaning_job,
 )
 from distplat.strategies.verification.switched import Switches
-from distplat.strategies.worker import WorkerStrategy, worker_class
+from distplat.strategies.worker_strategy import WorkerStrategy, worker_class
 
 EQUAL, PARTS, MEANING = "equal", "PARTS", "differs by meaning"
 NOT_COMPARED, REFUSED, FAILED = "not compared", "refused", "failed"

@@ -7,7 +7,7 @@ from distplat.strategies.catalog import strategies
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.ring_worker import RingWorker
-from distplat.strategies.worker import Context
+from distplat.strategies.worker_strategy import Context
 
 
 class MarkedOptions(RingOptions):

@@ -18,7 +18,7 @@ from marks import slow
 from small_runs import HERE, BesideTraining, job, train
 
 from distplat import Callback
-from distplat.actors import compat
+from distplat.actors import ray_compat
 from distplat.actors.messages import rendezvous_key
 from distplat.platform.checkpoints import Catalogue
 from distplat.platform.errors import (
@@ -140,7 +140,7 @@ def test_killed_driver(tmp_path: Path) -> None:
     driver.kill()
     assert driver.wait(10) == -signal.SIGKILL
     (folder,) = (file.parent for file in tmp_path.rglob("metrics.jsonl"))
-    compat.delete_all(rendezvous_key(folder.name))  # the driver would have done that
+    ray_compat.delete_all(rendezvous_key(folder.name))  # the driver would have done that
 
 
 @pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 2}, slow("ps-sync")])

@@ -24,7 +24,7 @@ from distplat.platform.errors import Abandoned
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 

@@ -17,15 +17,14 @@ from table_runs import tables
 from test_server_loss import undisturbed
 
 from distplat import Callback
-from distplat.actors.overview import Overview, one_run, overview, scale
-from distplat.actors.runs import RunName
+from distplat.actors.overview import Overview, RunName, one_run, overview, scale
 from distplat.cli.main import run as command
 from distplat.cli.running import role_lines
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import FailureEvent, Recovery, StepSummary
 from distplat.platform.sampler import Sampler
-from distplat.platform.scale_requests import ScaleRequest, ScaleStatus
+from distplat.platform.scaling import ScaleRequest, ScaleStatus
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 

@@ -14,7 +14,7 @@ from small_runs import BesideTraining, job, train
 from tasks_for_tests import Blobs
 
 import distplat
-from distplat.actors.runs import named_actors
+from distplat.actors.overview import named_actors
 from distplat.actors.weights import WeightsSnapshot
 from distplat.platform.progress import Recovery
 from distplat.strategies.catalog import make_job

@@ -6,7 +6,7 @@ from distplat.actors.local_actors import TaskDesk
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.platform.spec import Consistency, Job
 from distplat.platform.task_scheduler import TaskScheduler
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 
 
 class Dealing(Scheduler):

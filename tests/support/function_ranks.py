@@ -10,8 +10,8 @@ from rank_threads import on_ranks
 from torch import Tensor
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
-from distplat.actors.function_run import run_function
 from distplat.actors.local_actors import HERE, Servers
+from distplat.actors.training import run_function
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.progress import AnyReport
 from distplat.platform.spec import Job

@@ -14,7 +14,7 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
 from distplat.strategies.task import Task
-from distplat.strategies.tensor.plan import HeadLayout
+from distplat.strategies.tensor.parallel_plan import HeadLayout
 
 SAMPLES, BATCH, STEPS = 45, 16, 20
 """2 batches of 16 and one of 13, whose micro-batches are uneven."""

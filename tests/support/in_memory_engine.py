@@ -12,7 +12,7 @@ from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import RawTensor
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.task import Task
-from distplat.strategies.verification.plan import Trained
+from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.switched import Switches, switched
 from distplat.strategies.verification.verdicts import Engine, Ran
 

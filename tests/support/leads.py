@@ -1,7 +1,7 @@
 """How far the workers of an asynchronous run were apart, by the log of a shard."""
 
 from distplat.platform.apply_log import ApplyLog
-from distplat.platform.interval_set import IntervalSet
+from distplat.platform.ledger import IntervalSet
 
 
 def largest_lead(log: ApplyLog, parts: int) -> int:

@@ -41,7 +41,7 @@ from distplat.strategies.loop.session import (
 )
 from distplat.strategies.ports import Leases, Shards, Tables
 from distplat.strategies.task import Task
-from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
+from distplat.strategies.worker_strategy import WorkerStrategy, make_worker_strategy
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distplat.strategies.algorithms.schedule import build
+from distplat.strategies.algorithms.pipeline_schedule import build
 from distplat.strategies.algorithms.simulate import Costs, simulate
 
 JOB = "name: digits\nstrategy:\n  name: ring\nscaling:\n  num_workers: 2\n"

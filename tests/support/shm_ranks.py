@@ -7,8 +7,8 @@ from typing import TypeVar
 from rank_threads import on_ranks
 
 from distplat.actors.collectives.rendezvous import GroupSettings
-from distplat.actors.collectives.shm.group import ShmGroup
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
+from distplat.actors.collectives.shm.shm_group import ShmGroup
 
 T = TypeVar("T")
 DEADLINE_S = 10.0

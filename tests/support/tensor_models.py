@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.layers import gather_full
+from distplat.strategies.tensor.parallel_layers import gather_full
+from distplat.strategies.tensor.parallel_plan import HeadLayout
 from distplat.strategies.tensor.parallelize import parallelize
-from distplat.strategies.tensor.plan import HeadLayout
 
 
 class Gated(nn.Module):

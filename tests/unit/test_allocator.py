@@ -8,7 +8,7 @@ import pytest
 
 BLOCKS = """
 import ctypes, resource, sys, threading
-from distplat.actors.allocator import keep_freed_memory
+from distplat.actors.process_setup import keep_freed_memory
 
 def faults_of_a_step(libc):
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt

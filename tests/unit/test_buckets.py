@@ -15,7 +15,7 @@ from distplat.platform.errors import CollectiveError, SpecError
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.loop.control import control_size
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.reduction.bucket_reducer import BucketReducer
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -21,8 +21,8 @@ from distplat.strategies.catalog import (
 )
 from distplat.strategies.ps_sync import PsSync
 from distplat.strategies.ring import Ring
-from distplat.strategies.strategy import GroupSpec, Roles, Strategy
-from distplat.strategies.worker import WorkerStrategy, make_worker_strategy
+from distplat.strategies.strategy_spec import GroupSpec, Roles, Strategy
+from distplat.strategies.worker_strategy import WorkerStrategy, make_worker_strategy
 
 
 def fields(strategy: object) -> dict[str, object]:

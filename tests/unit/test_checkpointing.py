@@ -27,7 +27,7 @@ from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
-from distplat.strategies.strategy import Roles
+from distplat.strategies.strategy_spec import Roles
 
 HERE = Path(__file__).parents[1] / "cluster"
 

@@ -13,7 +13,7 @@ from stat import S_IFIFO, S_IFREG
 import pytest
 from ray._private import ray_constants, services
 
-from distplat.actors import compat
+from distplat.actors import ray_compat
 from distplat.cli import join
 from distplat.cli.address import (
     Target,
@@ -210,7 +210,7 @@ def test_whose_word_is_taken_for_where_ray_is(mode: int, uid: int, gid: int, why
 def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give the file in which `ray start` notes its address."""
     file = tmp_path / "ray_current_cluster"
-    monkeypatch.setattr(compat, "address_file", lambda: file)
+    monkeypatch.setattr(ray_compat, "address_file", lambda: file)
     return file
 
 
@@ -259,7 +259,7 @@ def test_a_ray_on_another_users_port_is_not_joined(
     noted.write_text(f"127.0.0.1:{foreign_port}")
     assert running_here(told.append) is None
     assert f"port {foreign_port} belongs to user 54321" in told[0]
-    monkeypatch.setattr(compat, "address_of_auto", lambda: f"127.0.0.1:{foreign_port}")
+    monkeypatch.setattr(ray_compat, "address_of_auto", lambda: f"127.0.0.1:{foreign_port}")
     with pytest.raises(ClusterUnreachable, match="belongs to user 54321"):
         ours_here()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distplat.actors.compat import JOB_CONFIG_VARIABLE as VARIABLE
+from distplat.actors.ray_compat import JOB_CONFIG_VARIABLE as VARIABLE
 from distplat.cli.join import without_job_environment
 
 OURS: dict[str, Any] = {

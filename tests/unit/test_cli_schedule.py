@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from distplat.cli.charts import bars_of, pipeline_chart
+from distplat.cli.charts import bars_of, chart, pipeline_chart
 from distplat.cli.main import run
-from distplat.cli.schedule_chart import chart
-from distplat.strategies.algorithms.schedule import gpipe, one_f_one_b
+from distplat.strategies.algorithms.pipeline_schedule import gpipe, one_f_one_b
 from distplat.strategies.algorithms.simulate import Costs, Span, simulate
 
 ASK = ["schedule", "1f1b", "--stages", "2", "--micro-batches", "3"]

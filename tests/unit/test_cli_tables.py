@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from distplat.cli.tables import print_pairs, print_table, table_lines, terminal
+from distplat.cli.render import print_pairs, print_table, table_lines, terminal
 
 ROWS = [("a", "1"), ("longer", "[red]x[/red]")]
 

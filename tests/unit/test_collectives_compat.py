@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from rank_threads import on_ranks
 
-from distplat.actors.collectives import compat
+from distplat.strategies import torch_compat
 from distplat.strategies.collective import ReduceOp
 
 dist: Any = torch.distributed
@@ -27,7 +27,7 @@ def on_gloo_ranks(
     store, groups = dist.HashStore(), {}
 
     def run(rank: int) -> None:
-        groups[rank] = compat.gloo_group(store, "test", rank, world, operation_s, "127.0.0.1")
+        groups[rank] = torch_compat.gloo_group(store, "test", rank, world, operation_s, "127.0.0.1")
         body(groups[rank], rank)
 
     on_ranks(world, run)
@@ -36,13 +36,13 @@ def on_gloo_ranks(
 def test_a_store_on_a_socket_that_listens_already() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()[:2]
-    server = compat.serve_store(listener.detach(), host, port)
-    clients = [compat.connect_store(host, port, OPERATION_S, "secret") for _ in range(2)]
+    server = torch_compat.serve_store(listener.detach(), host, port)
+    clients = [torch_compat.connect_store(host, port, OPERATION_S, "secret") for _ in range(2)]
     clients[0].set("key", "value")
     assert clients[1].get("key") == b"value"  # waits until the server has it
     assert clients[1].check(["key"])
     assert not clients[1].check(["other"])
-    stranger = compat.connect_store(host, port, OPERATION_S, "a guess")
+    stranger = torch_compat.connect_store(host, port, OPERATION_S, "a guess")
     assert not stranger.check(["key"])
     stranger.set("key", "another")
     assert clients[0].get("key") == b"value"
@@ -54,7 +54,7 @@ def test_nobody_serves_the_store() -> None:
         host, port = listener.getsockname()[:2]
     began = time.monotonic()
     with pytest.raises(RuntimeError):
-        compat.connect_store(host, port, 0.2, "secret")
+        torch_compat.connect_store(host, port, 0.2, "secret")
     assert time.monotonic() - began < 5.0
 
 
@@ -64,10 +64,10 @@ def test_all_reduce_and_reduce(op: ReduceOp) -> None:
 
     def body(group: Any, rank: int) -> None:
         tensor = torch.full((5,), 2.0 + rank)
-        compat.all_reduce(group, tensor, op).wait()
+        torch_compat.all_reduce(group, tensor, op).wait()
         assert tensor.eq(expected).all()
         tensor = torch.full((5,), 2.0 + rank)
-        compat.reduce(group, tensor, op, 1).wait()
+        torch_compat.reduce(group, tensor, op, 1).wait()
         assert rank == 0 or tensor.eq(expected).all()
 
     on_gloo_ranks(2, body)
@@ -76,13 +76,13 @@ def test_all_reduce_and_reduce(op: ReduceOp) -> None:
 def test_broadcast_gather_and_barrier() -> None:
     def body(group: Any, rank: int) -> None:
         tensor = torch.full((3,), float(rank))
-        compat.broadcast(group, tensor, 1).wait()
+        torch_compat.broadcast(group, tensor, 1).wait()
         assert tensor.eq(1).all()
         table = torch.empty(2 * 3, dtype=torch.int64)
-        compat.all_gather_even(group, table, torch.arange(3) + 10 * rank).wait()
+        torch_compat.all_gather_even(group, table, torch.arange(3) + 10 * rank).wait()
         assert table.tolist() == [0, 1, 2, 10, 11, 12]
         outputs = [torch.empty(3) for _ in range(2)]
-        compat.all_gather(group, outputs, torch.full((3,), float(rank))).wait()
+        torch_compat.all_gather(group, outputs, torch.full((3,), float(rank))).wait()
         assert [output.tolist() for output in outputs] == [[0.0] * 3, [1.0] * 3]
         group.barrier().wait()
 
@@ -93,7 +93,7 @@ def test_reduce_scatter() -> None:
     def body(group: Any, rank: int) -> None:
         output = torch.empty(2)
         inputs = [torch.full((2,), float(rank + to)) for to in range(2)]
-        compat.reduce_scatter(group, output, inputs, ReduceOp.SUM).wait()
+        torch_compat.reduce_scatter(group, output, inputs, ReduceOp.SUM).wait()
         assert output.tolist() == [1.0 + 2 * rank] * 2
 
     on_gloo_ranks(2, body)
@@ -102,8 +102,8 @@ def test_reduce_scatter() -> None:
 def test_a_callback_when_an_operation_is_over() -> None:
     def body(group: Any, rank: int) -> None:
         over = threading.Event()
-        work = compat.all_reduce(group, torch.ones(3), ReduceOp.SUM)
-        compat.when_done(work, over.set)
+        work = torch_compat.all_reduce(group, torch.ones(3), ReduceOp.SUM)
+        torch_compat.when_done(work, over.set)
         work.wait()
         assert over.wait(OPERATION_S)
 
@@ -115,7 +115,7 @@ def test_the_deadline_of_an_operation() -> None:
         if rank == 0:
             began = time.monotonic()
             with pytest.raises(RuntimeError):
-                compat.all_reduce(group, torch.ones(3), ReduceOp.SUM).wait()
+                torch_compat.all_reduce(group, torch.ones(3), ReduceOp.SUM).wait()
             assert 0.2 < time.monotonic() - began < 5.0
 
     on_gloo_ranks(2, body, 0.3)
@@ -132,15 +132,15 @@ def test_an_operation_that_is_late_breaks_all_connections() -> None:
         else:
             began = time.monotonic()
             with pytest.raises(RuntimeError):
-                compat.all_reduce(group, torch.ones(3), ReduceOp.SUM).wait()
+                torch_compat.all_reduce(group, torch.ones(3), ReduceOp.SUM).wait()
             assert time.monotonic() - began < OPERATION_S / 2
 
     on_gloo_ranks(2, body)
 
 
 def test_what_this_torch_was_built_with() -> None:
-    assert compat.gloo_works()
-    assert compat.nccl_works() == (dist.is_nccl_available() and torch.cuda.is_available())
+    assert torch_compat.gloo_works()
+    assert torch_compat.nccl_works() == (dist.is_nccl_available() and torch.cuda.is_available())
 
 
 @pytest.mark.skipif(not dist.is_nccl_available(), reason="torch was built without NCCL")
@@ -152,7 +152,7 @@ def test_the_names_of_nccl() -> None:
 
 
 def test_no_other_module_of_the_groups_uses_torchs_process_groups() -> None:
-    """A private name outside of `compat` would be covered by none of these tests."""
+    """A private name outside of `torch_compat` would be covered by none of these tests."""
     from distplat.actors.collectives import hierarchical, torch_group, torch_store
 
     for module in (hierarchical, torch_group, torch_store):

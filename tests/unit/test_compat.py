@@ -15,8 +15,8 @@ from ray.experimental import internal_kv
 from ray.job_submission import JobSubmissionClient
 from torch import Tensor, nn
 
-from distplat.actors import compat as of_ray
-from distplat.strategies import compat as of_torch
+from distplat.actors import ray_compat as of_ray
+from distplat.strategies import torch_compat as of_torch
 from distplat.strategies.model import module_hooks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,7 +247,7 @@ def test_samples_are_collated_by_our_rules() -> None:
 def test_a_compiled_module_is_known_without_its_compiler() -> None:
     ask = """import torch
 from torch import nn
-from distplat.strategies.compat import compiled_module
+from distplat.strategies.torch_compat import compiled_module
 plain = nn.Linear(1, 1)
 assert compiled_module(plain) is None
 assert compiled_module(torch.compile(plain)) is plain"""
@@ -275,7 +275,7 @@ def test_calls_go_through_a_compiler_that_is_given() -> None:
 
 def test_the_first_step_of_an_optimizer_imports_no_compiler() -> None:
     ask = """import sys, torch
-from distplat.strategies.compat import spare_the_compiler
+from distplat.strategies.torch_compat import spare_the_compiler
 spare_the_compiler()
 torch.optim.SGD([torch.zeros(1)], lr=0.1)
 sys.exit("torch._dynamo" in sys.modules)"""
@@ -323,7 +323,7 @@ def test_nothing_private_of_ray_or_torch_is_imported_elsewhere() -> None:
         f"{path.relative_to(ROOT)}: {word}"
         for folder in ("platform", "strategies", "actors", "cli")
         for path in (ROOT / folder).rglob("*.py")
-        if path.name != "compat.py"
+        if path.name not in ("ray_compat.py", "torch_compat.py")
         for word in ("ray._", "ray.experimental", "_internal_kv", "torch._", "torch.utils._")
         if any(word in line and "torch.__" not in line for line in path.read_text().splitlines())
     ]

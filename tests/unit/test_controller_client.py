@@ -14,7 +14,7 @@ from distplat.actors import controller_actor, retrying_calls
 from distplat.actors.controller_actor import ControllerActor, FileToKeep, ModelReady
 from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.local_transport import Actor, Call, Fault, LocalCluster
-from distplat.actors.outbox import Outbox
+from distplat.actors.retrying_calls import Outbox
 from distplat.platform.errors import ActorLost, DeadlineExceeded, Interrupted, StorageError
 from distplat.platform.progress import StepSummary
 

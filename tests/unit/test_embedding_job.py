@@ -10,7 +10,7 @@ from torch import nn
 
 import distplat
 from distplat import Task, Trainer
-from distplat.actors.replaying import replay_run
+from distplat.actors.verifying import replay_run
 from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag, connect
 from distplat.platform.errors import SpecError, StorageError, UserCodeError
 from distplat.platform.job_file import render_job

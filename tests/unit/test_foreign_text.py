@@ -10,7 +10,7 @@ import pytest
 from made_runs import FACTS, FAILURE, evaluation, made_run, step
 
 from distplat.actors.view import View
-from distplat.cli import jobs, remote, render, tables
+from distplat.cli import jobs, remote, render
 from distplat.cli.main import run
 from distplat.cli.remote import LogReader
 from distplat.platform.errors import ClusterUnreachable, Problem, printable
@@ -47,15 +47,15 @@ def test_a_problem_quotes_what_it_was_given_without_its_escapes() -> None:
 
 
 def test_tables_and_lines_are_clean_at_the_sink(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.print_pairs([(ESCAPES, ESCAPES)])
-    tables.print_table([ESCAPES], [[ESCAPES]])
+    render.print_pairs([(ESCAPES, ESCAPES)])
+    render.print_table([ESCAPES], [[ESCAPES]])
     remote.say(ESCAPES)
     out = io.StringIO()
     View(out).on_recovery(Recovery(1, 2.0))
     View(out)._say(ESCAPES)
     printed = capsys.readouterr()
     assert is_harmless(printed.out + printed.err + out.getvalue())
-    assert is_harmless("\n".join(tables.table_lines([ESCAPES], [[ESCAPES]])))
+    assert is_harmless("\n".join(render.table_lines([ESCAPES], [[ESCAPES]])))
 
 
 def test_a_tenants_job_cannot_write_escapes_in_its_result(

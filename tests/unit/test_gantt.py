@@ -9,7 +9,7 @@ from made_runs import made_run, made_trace
 from distplat.platform.pipeline_trace import Trace
 from distplat.platform.run_record import read_run
 from distplat.strategies.algorithms.gantt import chrome_trace, gantts
-from distplat.strategies.algorithms.schedule import build
+from distplat.strategies.algorithms.pipeline_schedule import build
 from distplat.strategies.algorithms.simulate import Costs, simulate
 
 

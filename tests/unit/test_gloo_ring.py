@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from rank_threads import on_ranks
 
-from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.algorithms.reduce import traffic_elements
 
 dist: Any = torch.distributed  # torch's stubs leave out most of ProcessGroupGloo
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.reduction.buckets import listen
+from distplat.strategies.reduction.bucket_reducer import listen
 
 COPIED_BYTES = "distplat.strategies.model.flat._COPIED_BYTES"
 

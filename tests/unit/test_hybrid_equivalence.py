@@ -25,7 +25,7 @@ from local_run import LocalRun, train
 
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.task import Task
 
 

@@ -9,7 +9,7 @@ from distplat.platform.errors import SpecError
 from distplat.platform.shard_map import Division
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import complete, make_job, make_strategy, strategy_problems
-from distplat.strategies.pipeline.options import HybridOptions
+from distplat.strategies.pipeline.hybrid_options import HybridOptions
 
 WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
     (

@@ -21,7 +21,7 @@ from distplat.strategies.model.layers import Layer, layers_of
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.pipeline import rank as ranks
 from distplat.strategies.pipeline import rank_model, stage_compute
-from distplat.strategies.tensor.layers import gather_full
+from distplat.strategies.tensor.parallel_layers import gather_full
 
 EVEN = {"pipeline": 2, "cut": "even", "micro_batches": 4}
 

@@ -23,7 +23,7 @@ from local_run import train
 from distplat.platform.shard_map import Division, Shard, within
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.algorithms.reduce import squared_norm
-from distplat.strategies.model.segments import squared_norm_of
+from distplat.strategies.model.parameter_layout import squared_norm_of
 from distplat.strategies.task import Task
 
 GRIDS: dict[str, tuple[type[Task], tuple[dict[str, Any], int]]] = {

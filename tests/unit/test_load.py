@@ -14,13 +14,13 @@ from local_run import train
 from rank_threads import on_ranks
 from words import Words
 
+from distplat.actors.servers.shard_serving import elements_per_s
 from distplat.cli.figures import figure_rows
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.load import MOST_SHOWN, PushQueue, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.server.server import Limits, ShardServer
-from distplat.strategies.training.throughput_probe import elements_per_s
 
 SIZE, LATE = 9, 0.15
 

@@ -8,7 +8,7 @@ from cut_models import profile
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.algorithms.schedule import gpipe, one_f_one_b
+from distplat.strategies.algorithms.pipeline_schedule import gpipe, one_f_one_b
 from distplat.strategies.model.layers import layers_of
 from distplat.strategies.pipeline.model_partition import LayerCost, Memory, cut, points_before
 

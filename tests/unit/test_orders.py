@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from distplat.actors.local_transport import Actor, Fault, LocalCluster
-from distplat.actors.orders import Orders
+from distplat.actors.retrying_calls import Orders
 from distplat.platform.errors import InfrastructureError, StaleError
 
 

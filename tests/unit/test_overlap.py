@@ -26,7 +26,7 @@ from distplat.strategies.collective import Handle, ReduceOp
 from distplat.strategies.fakes import Fabric, InMemoryCollective
 from distplat.strategies.loop.control import control_size
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.reduction.buckets import BucketReducer
+from distplat.strategies.reduction.bucket_reducer import BucketReducer
 
 ONE_PER_PARAMETER = 1e-6
 RECIPE = "conv-adamw-accumulated-clipped"

@@ -11,7 +11,7 @@ from rank_threads import UNSHRUNK, on_ranks
 from torch import Tensor, nn
 
 from distplat.strategies.algorithms import compression
-from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.loop.control import control_size
 from distplat.strategies.model.flat import FlatModel

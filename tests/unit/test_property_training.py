@@ -23,7 +23,7 @@ from rank_threads import UNSHRUNK
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.verification.compare import Comparison, compare
-from distplat.strategies.verification.plan import ReferenceSamples, parts, recipe_of
+from distplat.strategies.verification.recipes import ReferenceSamples, parts, recipe_of
 from distplat.strategies.verification.reference import train
 from distplat.strategies.verification.switched import Switches
 

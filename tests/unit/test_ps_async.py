@@ -23,9 +23,9 @@ from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.loop.loop import Progress
+from distplat.strategies.loop.replay import replay
 from distplat.strategies.loop.session import Ports, join, prepare
-from distplat.strategies.training.replay import replay
-from distplat.strategies.worker import make_worker_strategy
+from distplat.strategies.worker_strategy import make_worker_strategy
 
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 

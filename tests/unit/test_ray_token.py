@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from distplat.platform.ray_token import secure_token
+from distplat.actors.launch import secure_token
 
 
 def token_of(home: Path) -> Path:

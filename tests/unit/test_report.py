@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, StepSummary
-from distplat.platform.report import (
+from distplat.platform.run_record import RunRecord
+from distplat.platform.run_report import (
     binned,
     figure_rows,
     metrics,
@@ -20,7 +21,6 @@ from distplat.platform.report import (
     time_parts,
     usual_most,
 )
-from distplat.platform.run_record import RunRecord
 
 NAN = math.nan
 

@@ -11,7 +11,7 @@ from distplat.actors import resizing
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.resizing import Resizer
 from distplat.platform.errors import UserCodeError
-from distplat.platform.scale_requests import ScaleRequest, ScaleRequests, ScaleStatus
+from distplat.platform.scaling import ScaleRequest, ScaleRequests, ScaleStatus
 
 JOB = job_of(
     {"name": "ps-sync", "backup_workers": 1},

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distplat.platform.resizing import Resizing
+from distplat.platform.scaling import Resizing
 
 
 def asked(world: int, workers: int) -> Resizing:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rank_threads import UNSHRUNK, on_ranks
 
 from distplat.platform.even_split import split_evenly
-from distplat.strategies.algorithms.ring import (
+from distplat.strategies.algorithms.reduce import (
     all_gather_steps,
     reduce_scatter_steps,
 )

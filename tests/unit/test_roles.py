@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 
 from distplat.actors import overview
-from distplat.actors.overview import Overview
-from distplat.actors.runs import RunName
+from distplat.actors.overview import Overview, RunName
 from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
 from distplat.cli.render import to_json
 from distplat.cli.running import role_facts, role_lines
 from distplat.platform.errors import ActorLost, SpecError
-from distplat.platform.scale_requests import ScaleRequest, ScaleStatus
+from distplat.platform.scaling import ScaleRequest, ScaleStatus
 from distplat.platform.server_group import ServersSeen, ShardAssignment
 from distplat.platform.shard_map import Shard
 from distplat.platform.worker_stats import WorkerStats

@@ -11,9 +11,9 @@ from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, m
 from distplat.platform import run_record
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import EvalSummary, FailureEvent, Resized, StepSummary
-from distplat.platform.report import time_parts
 from distplat.platform.run_directory import RunDirectory
 from distplat.platform.run_record import find_run, read_run
+from distplat.platform.run_report import time_parts
 
 
 def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:

@@ -18,9 +18,15 @@ from distplat.cli.main import run as command
 from distplat.platform.checkpoints import MANIFEST, STATE, Catalogue
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.remote_checkpoints import fetch
-from distplat.platform.remote_storage import PART_BYTES, NoAnswer, RemoteStorage
+from distplat.platform.remote_storage import (
+    PART_BYTES,
+    NoAnswer,
+    RemoteStorage,
+    is_url,
+    missing_library,
+    url_problem,
+)
 from distplat.platform.run_upload import RunUpload
-from distplat.platform.storage_url import is_url, missing_library, url_problem
 
 TASKS = Path(__file__).parents[1] / "cluster"
 
@@ -275,7 +281,7 @@ def test_a_library_that_is_missing_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert missing_library("file:///a") == ("", "")
-    monkeypatch.setattr("distplat.platform.storage_url.find_spec", lambda name: None)
+    monkeypatch.setattr("distplat.platform.remote_storage.find_spec", lambda name: None)
     text, hint = missing_library("s3://bucket/a")
     assert "s3fs" in text and hint == "pip install 'distplat[s3]'"
     assert missing_library("gs://bucket/a")[1] == "pip install 'distplat[gcs]'"

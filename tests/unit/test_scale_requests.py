@@ -2,7 +2,7 @@
 
 import threading
 
-from distplat.platform.scale_requests import (
+from distplat.platform.scaling import (
     NOBODY_ASKED,
     ScaleRequest,
     ScaleRequests,

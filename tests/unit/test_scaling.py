@@ -5,11 +5,11 @@ from typing import cast
 import pytest
 from jobs import job_of
 
-from distplat.actors import scaling
+from distplat.actors import resizing
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.scaling import Scaler, check_scalable
+from distplat.actors.resizing import Scaler, check_scalable
 from distplat.platform.errors import SpecError
-from distplat.platform.scale_requests import ScaleRequest, ScaleRequests, ScaleStatus
+from distplat.platform.scaling import ScaleRequest, ScaleRequests, ScaleStatus
 from distplat.platform.spec import Job
 
 
@@ -48,7 +48,7 @@ def made(actor_group: FakeActorGroup, requests: ScaleRequests) -> Scaler:
 def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the cluster lacks."""
     lacking: list[str] = []
-    monkeypatch.setattr(scaling, "lacks", lambda job, more: "".join(lacking))
+    monkeypatch.setattr(resizing, "lacks", lambda job, more: "".join(lacking))
     return lacking
 
 

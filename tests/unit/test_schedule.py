@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.algorithms.schedule import (
+from distplat.strategies.algorithms.pipeline_schedule import (
     NAMES,
     Action,
     ActionKind,

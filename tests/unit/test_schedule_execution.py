@@ -9,12 +9,14 @@ import torch
 from rank_threads import on_ranks
 from torch import Tensor, nn
 
-from distplat.strategies.algorithms.schedule import ActionKind, PipelineSchedule, build
-from distplat.strategies.algorithms.schedule_messages import (
+from distplat.strategies.algorithms.pipeline_schedule import (
+    ActionKind,
     Content,
     Message,
+    PipelineSchedule,
     Recv,
     Send,
+    build,
     input_of,
     output_of,
     with_communication,

@@ -9,27 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import action, schedules
 
-from distplat.strategies.algorithms.schedule import (
+from distplat.strategies.algorithms.pipeline_schedule import (
     NAMES,
     Action,
     ActionKind,
-    PipelineSchedule,
-    build,
-    gpipe,
-    interleaved,
-    one_f_one_b,
-    zero_bubble_h1,
-)
-from distplat.strategies.algorithms.schedule_messages import (
     Content,
     Message,
+    PipelineSchedule,
     Plan,
     Recv,
     Send,
     Step,
+    build,
+    gpipe,
     input_of,
+    interleaved,
+    one_f_one_b,
     output_of,
     with_communication,
+    zero_bubble_h1,
 )
 from distplat.strategies.algorithms.simulate import Costs, Deadlock, Span, bubble, simulate
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from distplat.actors.collectives.rendezvous import GroupSettings
-from distplat.actors.collectives.shm.group import ShmGroup
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
+from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.platform.errors import CollectiveError
 
 PEER = """
 import sys, time
 import torch
 from distplat.actors.collectives.rendezvous import GroupSettings
-from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 from distplat.actors.messages import Address
 layout = SegmentLayout.of(2)

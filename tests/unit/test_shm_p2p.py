@@ -7,7 +7,7 @@ import torch
 from shm_ranks import on_shm_ranks
 
 from distplat.actors.collectives.shm import p2p
-from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.platform.errors import CollectiveError, MismatchError
 
 SOON = 0.4

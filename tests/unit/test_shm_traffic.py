@@ -6,7 +6,7 @@ import pytest
 import torch
 from shm_ranks import on_shm_ranks
 
-from distplat.actors.collectives.shm.group import ShmGroup
+from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.strategies.collective import ReduceOp
 
 SIZE = 128 * 840 * 4

@@ -10,8 +10,8 @@ from rank_threads import UNSHRUNK
 from shm_ranks import on_shm_ranks
 from torch import Tensor
 
-from distplat.actors.collectives.shm.group import ShmGroup
 from distplat.actors.collectives.shm.kernels import Scratch, combine, cut_evenly
+from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.strategies.collective import SENDABLE, ReduceOp
 
 OPS = (ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from distplat.strategies.loop.compute import Stopwatch, TaskModel
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.session import prepare
-from distplat.strategies.worker import make_worker_strategy
+from distplat.strategies.worker_strategy import make_worker_strategy
 
 
 class Jittered(Dataset[Any]):

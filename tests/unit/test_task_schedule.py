@@ -19,7 +19,7 @@ from distplat.platform.errors import SpecError
 from distplat.platform.progress import StepReport
 from distplat.strategies.loop.checks import remarks_on
 from distplat.strategies.loop.session import prepare, resize
-from distplat.strategies.worker import make_worker_strategy
+from distplat.strategies.worker_strategy import make_worker_strategy
 
 
 class Rated(Small):

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from distplat.platform.errors import FencedError, ProtocolError, StaleError
-from distplat.platform.interval_set import IntervalSet
-from distplat.platform.ledger import PushId, StepLedger, Verdict
+from distplat.platform.ledger import IntervalSet, PushId, StepLedger, Verdict
 from distplat.platform.sampler import Sampler
 from distplat.platform.task_scheduler import MOST_TASKS, Lease, TaskPlan, TaskScheduler, lease_size
 

@@ -10,8 +10,8 @@ from distplat.platform.tensor_slices import TensorEntry, TensorSlice, put_togeth
 from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
 from distplat.strategies.checkpoint.parts import as_array, whole_of
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.layers import gather_full, join, place_of, take
-from distplat.strategies.tensor.plan import ShardSpec, slice_of
+from distplat.strategies.tensor.parallel_layers import gather_full, join, place_of, take
+from distplat.strategies.tensor.parallel_plan import ShardSpec, slice_of
 
 
 @given(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.tensor.plan import (
+from distplat.strategies.tensor.parallel_plan import (
     HeadLayout,
     ShardSpec,
     check_styles,

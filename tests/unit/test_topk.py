@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.algorithms.compression import add_sparse, entries_sent, largest
-from distplat.strategies.algorithms.ring import traffic_elements
+from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.loop.control import control_size
 from distplat.strategies.model.flat import FlatModel

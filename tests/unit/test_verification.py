@@ -26,7 +26,7 @@ from distplat.strategies.ring_worker import RingWorker
 from distplat.strategies.task import Task
 from distplat.strategies.verification import child, verdicts
 from distplat.strategies.verification.compare import LOSS, compare
-from distplat.strategies.verification.plan import Trained
+from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.references import references
 from distplat.strategies.verification.switched import Switches, switched
 from distplat.strategies.verification.verdicts import (
@@ -76,7 +76,7 @@ def test_the_reference_is_short_and_owes_nothing_to_the_engine() -> None:
     found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
     ours = {node.module for node in found if (node.module or "").startswith("distplat")}
     home = "distplat.strategies.verification"
-    assert ours == {"distplat.strategies.task", home, f"{home}.plan"}
+    assert ours == {"distplat.strategies.task", home, f"{home}.recipes"}
 
 
 @pytest.mark.parametrize(

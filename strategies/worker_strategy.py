@@ -12,7 +12,7 @@ ports, which `actors/` implements, over Ray and inside one process:
                          update(step, total)   -> the local optimizer
                                             or    Shards.commit           ->   server nodes
 
-What the driver knows of the same strategy is its `Strategy` (`strategies/strategy.py`).
+What the driver knows of the same strategy is its `Strategy` (`strategies/strategy_spec.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer
 from distplat.strategies.model.task_optimizer import Made, TaskUpdate
 from distplat.strategies.ports import Shards
-from distplat.strategies.strategy import NEW_WAY, OptionsT, Strategy
+from distplat.strategies.strategy_spec import NEW_WAY, OptionsT, Strategy
 from distplat.strategies.task import Task
 
 

@@ -1,8 +1,8 @@
 """
 What the driver knows of a strategy: its options, what it needs, and what it cannot do.
 
-    driver    Strategy         options, roles, problems, the name of the worker's class    no torch
-    worker    WorkerStrategy   setup, exchange, update (`strategies/worker.py`)            torch
+    driver    Strategy         options, roles, problems, the name of the worker's class   no torch
+    worker    WorkerStrategy   setup, exchange, update (`worker_strategy.py`)             torch
 
 Listing strategies and checking a job must be quick, so nothing here imports torch
 (docs/decisions/strategy_halves.md).

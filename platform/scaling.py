@@ -1,14 +1,21 @@
 """
-A wish for another number of ranks, where all ranks change at the same step: what comes of it.
+Another number of workers: requests that come in, and what becomes of one that all ranks share.
+
+    ask(4) ──▶ number 1, pending ── take ──▶ workers are made ── answer ──▶ granted, or why not
+
+Where all ranks make every step together they change at the same step (`Resizing`):
 
     wish: 4       worker-2 and worker-3 are made, and the run goes on with two
     both ready    due: the run is to stop before one step, and to go on with four
     one lost      the wish is given up, the other one is let go; the run went on all the time
     wish: 1       nobody is to be made: due at once
 
-A later wish takes the place of an earlier one; who is being made and is still wanted, stays. The
-class reads no clock and talks to nobody.
+A later request takes the place of an earlier one; who is being made and is still wanted, stays. The
+classes read no clock and talk to nobody.
 """
+
+import threading
+from dataclasses import dataclass
 
 
 class Resizing:
@@ -78,3 +85,65 @@ class Resizing:
         """All processes were made anew, newcomers went with them; the wish stands."""
         self.world = world
         self.newcomers = {}
+
+
+@dataclass(frozen=True)
+class ScaleRequest:
+    """A number of workers that somebody has asked for."""
+
+    number: int
+    """Of the request, from 1."""
+    workers: int
+
+
+@dataclass(frozen=True)
+class ScaleStatus:
+    """What became of the last request."""
+
+    wish: ScaleRequest | None = None
+    """None: nobody has asked."""
+    refused: str = ""
+    """Why it was not granted; empty: it was, or is about to be."""
+    pending: bool = False
+    """Whether it is still to be answered."""
+
+
+NOBODY_ASKED = ScaleStatus()
+
+
+class ScaleRequests:
+    """The requests of one run; every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._status = ScaleStatus()
+        self._taken = 0  #: number of the last request that was taken
+
+    def ask(self, workers: int) -> ScaleRequest:
+        """Note a request; the one before counts no more."""
+        with self._lock:
+            before = self._status.wish
+            request = ScaleRequest(1 if before is None else before.number + 1, workers)
+            self._status = ScaleStatus(request, pending=True)
+            return request
+
+    def take(self) -> ScaleRequest | None:
+        """Give the last request, once; None: there is no new one."""
+        with self._lock:
+            wish = self._status.wish
+            if wish is None or wish.number == self._taken:
+                return None
+            self._taken = wish.number
+            return wish
+
+    def answer(self, number: int, refused: str) -> None:
+        """Note what became of a request, unless there is a later one; no reason: it is granted."""
+        with self._lock:
+            wish = self._status.wish
+            if wish is not None and wish.number == number:
+                self._status = ScaleStatus(wish, refused)
+
+    def status(self) -> ScaleStatus:
+        """Tell what became of the last request."""
+        with self._lock:
+            return self._status

@@ -12,8 +12,8 @@ from distplat.platform.errors import Problem, hint
 from distplat.platform.fields import Count, Flag, Positive, Resources, Seconds
 from distplat.platform.grid import Grid
 from distplat.platform.spec import Job
-from distplat.strategies.strategy import Options
-from distplat.strategies.tensor.plan import check_styles
+from distplat.strategies.strategy_spec import Options
+from distplat.strategies.tensor.parallel_plan import check_styles
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 _PER_STAGE = 4

@@ -2,7 +2,7 @@
 Everything private of Ray that distplat uses, behind one function each, with the reason.
 
 A release of Ray may change it without a word; tests/unit/test_compat.py fails then, name by name.
-What collective groups need of torch stands in `actors/collectives/compat.py`.
+What is private of torch stands in `strategies/torch_compat.py`.
 """
 
 import json

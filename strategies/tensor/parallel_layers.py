@@ -27,7 +27,7 @@ from distplat.strategies.tensor.exchange import (
     scattered,
     summed,
 )
-from distplat.strategies.tensor.plan import ShardSpec, slice_of
+from distplat.strategies.tensor.parallel_plan import ShardSpec, slice_of
 
 
 def take(whole: Tensor, spec: ShardSpec) -> Tensor:

@@ -1,1 +1,0 @@
-"""The server side of training: shards, their services, clients and replay."""
