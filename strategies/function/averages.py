@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from distplat.strategies.function.exchange import Exchange
@@ -28,6 +29,16 @@ class Averages(Exchange):
         return [one.model for one in self._averages]
 
     @override
+    def before_step(self, optimizer: Optimizer) -> None:
+        broken = [one for one in self._averages if one.broken is not None]
+        if not broken or float(getattr(optimizer, "found_inf", 0.0)):
+            return  # a GradScaler has a fused optimizer leave the step out itself
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for one in broken:
+            if one.broken is not None and any(id(p) in moved for p in one.flat.parameters):
+                raise one.broken
+
+    @override
     def enable(self, on: bool) -> None:
         for one in self._averages:
             one.enabled = on
@@ -36,6 +47,7 @@ class Averages(Exchange):
     def settle(self) -> None:
         for one in self._averages:
             one.check_alike("at the end")
+            one.check_finite()
 
     @override
     def close(self) -> None:

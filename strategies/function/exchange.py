@@ -13,8 +13,6 @@ class Exchange(ABC):
 
     together = True
     """Whether all ranks make the same steps."""
-    watches_alone = False
-    """Whether optimizers must be looked at though there is a single rank."""
 
     @property
     @abstractmethod
@@ -41,6 +39,15 @@ class Exchange(ABC):
 
         Raises:
             SpecError: its updates would be lost.
+        """
+        return
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """
+        Be told that an optimizer is about to step.
+
+        Raises:
+            NonFiniteError: it would apply gradients that are not finite.
         """
         return
 

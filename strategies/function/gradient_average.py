@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import NonFiniteError, Problem, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.function.oversight import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.parameter_layout import is_finite
 from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.ring import RingOptions
@@ -73,6 +74,9 @@ class GradientAverage(ABC):
         self.model, self.around, self._group = model, around, around.group
         self.enabled = True
         """Whether a backward averages; see `no_sync`."""
+        self.broken: NonFiniteError | None = None
+        """Why no optimizer may apply the gradients as they are; see `note`."""
+        self._first_broken: NonFiniteError | None = None
         self._backwards = 0
         self.flat = flat = FlatModel(model)
         compare(model, flat.digest(), self._group, flat.params.device)
@@ -141,6 +145,26 @@ class GradientAverage(ABC):
             self.check_alike(f"at backward {self._backwards}")
         self.around.done()
 
+    def note(self, broken: NonFiniteError | None) -> None:
+        """
+        Take what came of a look at the gradients; the run ends where an optimizer would apply them.
+
+        A GradScaler has none do so: a loop may have one in spite of `non_finite: stop`.
+        """
+        self.broken = broken
+        self._first_broken = self._first_broken or broken
+
+    def check_finite(self) -> None:
+        """
+        See that nobody has applied such gradients all the same; after the last step.
+
+        Raises:
+            NonFiniteError: somebody has.
+        """
+        flat = self.flat
+        if self._first_broken is not None and not all(map(is_finite, flat.typed(flat.params))):
+            raise self._first_broken
+
     def check_alike(self, when: str) -> None:
         """See `oversight.check_alike`."""
         check_alike(self.model, self._group, when)
@@ -203,7 +227,11 @@ class BucketAverage(GradientAverage):
         self._under_way = False
         local = self.gather()
         total = self._reducer.finish(local)
-        self._policy.decide(total, self.around.step(), self.flat.name)
+        try:
+            self._policy.decide(total, self.around.step(), self.flat.name)
+            self.note(None)
+        except NonFiniteError as error:
+            self.note(error)
         self.flat.scale_gradients(1.0 / self._group.world)
         self.spread(local.present, total.present)
 

@@ -32,17 +32,20 @@ class OptimizerWatch:
     Args:
         trained: gives the models that ranks train together.
         alone: whether there is one rank, to whom all parameters belong.
-        check: is asked about one that moves nothing else.
+        check: is asked about one that moves something of them, before its first step.
+        before_step: is told of each step.
     """
 
     def __init__(
         self,
         trained: Callable[[], Iterable[nn.Module]],
         check: Callable[[Optimizer], None],
+        before_step: Callable[[Optimizer], None],
         *,
         alone: bool = False,
     ) -> None:
         self._trained, self._check, self._alone = trained, check, alone
+        self._told = before_step
         self._thread = threading.get_ident()
         #: how many parameters it had when it was looked at
         self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -61,6 +64,7 @@ class OptimizerWatch:
         """
         if threading.get_ident() != self._thread:
             return
+        self._told(optimizer)
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         if self._seen.get(optimizer) == count:
             return
@@ -115,5 +119,6 @@ def check_alike(model: nn.Module, group: Collective, when: str) -> None:
                 raise ValueError(
                     f"{when} {name!r} of rank {rank} is not that of rank 0: each trains its own. "
                     "Gradients are averaged in backward(); what torch.autograd.grad gives is this "
-                    "rank's alone, and so is what is written into a parameter otherwise"
+                    "rank's alone, and so is what is written into a parameter otherwise, and a "
+                    "step() that not all ranks make"
                 )

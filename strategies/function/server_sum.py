@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import NonFiniteError, Problem, SpecError
 from distplat.platform.shard_map import OwnLoop
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.function.gradient_average import GradientAverage, Surroundings
@@ -172,7 +172,14 @@ class ServerSum:
         vectors.take_mean(around.group.world)
         if self._policy.looks and vectors.grads.dtype is torch.float16 and not vectors.finite():
             total = total.broken(ELSEWHERE)
-        self._policy.decide(total, around.step(), self._name)
+        broken: NonFiniteError | None = None
+        try:
+            self._policy.decide(total, around.step(), self._name)
+        except NonFiniteError as error:
+            broken = error
+        for one in self.members:
+            whole = broken is None or one.flat.first_non_finite() is None
+            one.note(None if whole else broken)
         now: NDArray[np.bool_] = (vectors.flags > 0).cpu().numpy()
         ends = np.cumsum([len(one) for one in present])[:-1]
         for member, had, has in zip(self.members, present, np.split(now, ends), strict=True):

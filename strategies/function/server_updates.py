@@ -48,7 +48,6 @@ class ServerUpdates(Exchange):
     """
 
     together = False
-    watches_alone = True
 
     def __init__(self, around: Surroundings, shards: LoopShards) -> None:
         self._around, self._shards = around, shards

@@ -121,10 +121,9 @@ class FunctionSession:
         self._outlets, self._progress, saved = outlets, outlets.progress, outlets.saved
         around = Surroundings(job, group, self._progress.beat, lambda: self._progress.step)
         self._exchange = exchange = _exchange_of(around, shards)
-        self._watch: OptimizerWatch | None = None
-        if group.world > 1 or exchange.watches_alone:
-            alone = group.world == 1
-            self._watch = OptimizerWatch(lambda: exchange.models, exchange.check, alone=alone)
+        watched = exchange.check, exchange.before_step
+        alone = group.world == 1
+        self._watch = OptimizerWatch(lambda: exchange.models, *watched, alone=alone)
         self._samples = self._epoch = 0
         self._batch = 0, 0  #: samples of the last batch, and those that no other batch has
         self._watched = Watched(job)
@@ -270,8 +269,7 @@ class FunctionSession:
 
     def close(self) -> None:
         """Let go of the models; the group goes next."""
-        if self._watch is not None:
-            self._watch.close()
+        self._watch.close()
         self._exchange.close()
 
 

@@ -42,12 +42,9 @@ def under(
     strategy: Mapping[str, Any],
     train: Loop,
     workers: int,
-    *,
-    non_finite: str = "stop",
     **more: Any,
 ) -> FunctionRun:
-    job = function_job(workers, strategy=strategy, failure={"non_finite": non_finite})
-    return call_on_ranks(train, job=job, **more)
+    return call_on_ranks(train, job=function_job(workers, strategy=strategy), **more)
 
 
 def steps_of(model: nn.Module, optimizer: Any, number: int, rank: int = 0, world: int = 1) -> None:
@@ -118,12 +115,14 @@ def test_between_backward_and_step_gradients_are_those_of_all_ranks(
 
     whole = model_of()
     loop(whole, 0, 1)
-    run = under(strategy, train, 2, non_finite="ignore")
-    assert_equal(run.trained[1], whole.state_dict())
+    assert_equal(under(strategy, train, 2).trained[1], whole.state_dict())
 
 
+@pytest.mark.parametrize("strategy", [{"name": "ring"}, SYNC, ASYNC])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_scaler_of_one_rank_leaves_its_step_out_on_servers(fused: bool) -> None:
+def test_a_scaler_leaves_a_step_out_whoever_updates(
+    fused: bool, strategy: Mapping[str, Any]
+) -> None:
     def loop(model: nn.Module) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.05, fused=fused)
         if distplat_runs():
@@ -143,7 +142,7 @@ def test_a_scaler_of_one_rank_leaves_its_step_out_on_servers(fused: bool) -> Non
     plainly = model_of()
     loop(plainly)
     whole = plainly
-    run = under(ASYNC, lambda config: loop(model_of()), 1)
+    run = under(strategy, lambda config: loop(model_of()), 1)
     assert_equal(run.trained[0], whole.state_dict())
 
 
@@ -196,7 +195,9 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     def train(config: Any) -> None:
         first, second = distplat.prepare(nn.Linear(4, 4).double(), model_of())
         infinite = float("inf") if distplat.get_context().rank else 1.0
+        optimizer = momentum(second.parameters())
         backward(second(first(data_of().tensors[0][:2])).mean() * infinite)
+        optimizer.step()
 
     with pytest.raises(NonFiniteError, match=r"rank 1.*weight|weight"):
         under(SYNC, train, 2)

@@ -455,14 +455,49 @@ def test_the_context_tells_ranks_of_a_node() -> None:
     assert sorted(seen) == [(0, 3, 0, 2, True), (1, 3, 0, 1, False), (2, 3, 1, 2, False)]
 
 
-def test_an_infinite_gradient_ends_the_run_unless_it_is_to_be_ignored() -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_infinite_gradient_ends_the_run_unless_it_is_to_be_ignored(workers: int) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = distplat.prepare(model_of())
+        optimizer = momentum(model.parameters())
+        backward(loss_of(model, data_of()[:2]) * float("inf"))
+        optimizer.step()
+        assert config, "the step raises"
+
+    with pytest.raises(NonFiniteError, match="weight"):
+        call_on_ranks(train, workers)
+    job = function_job(workers, failure={"non_finite": "ignore"}, task_args={"ignored": True})
+    call_on_ranks(train, job=job)
+
+
+def test_an_infinite_gradient_that_a_loop_applies_itself_is_found_at_the_end() -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = distplat.prepare(model_of())
         backward(loss_of(model, data_of()[:2]) * float("inf"))
+        with torch.no_grad():
+            for one in model.parameters():
+                one.sub_(one.grad)
 
-    with pytest.raises(NonFiniteError):
+    with pytest.raises((NonFiniteError, ValueError)):
         call_on_ranks(train, 2)
-    call_on_ranks(train, job=function_job(2, failure={"non_finite": "ignore"}))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_what_is_infinite_in_one_model_keeps_no_other_from_its_step(strategy: str) -> None:
+    """The first backward reaches both, the second one the first alone."""
+
+    def train(config: Mapping[str, Any]) -> None:
+        first, second = distplat.prepare(model_of(), nn.Linear(1, 1).double())
+        one, two = momentum(first.parameters()), momentum(second.parameters())
+        inputs = data_of().tensors[0][:2]
+        backward(second(first(inputs).detach()).sum() * float("inf"))
+        backward(first(inputs).sum())
+        one.step()
+        two.zero_grad()
+        backward(second(first(inputs)).sum())
+        two.step()
+
+    call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
 class Stream(IterableDataset[Tensor]):
