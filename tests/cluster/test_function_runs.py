@@ -9,6 +9,7 @@ import ray
 import torch
 from function_ranks import call_on_ranks
 from functions_for_tests import data_of, model_of, train
+from marks import slow
 from safetensors.torch import load_file
 from small_runs import HERE
 from torch import Tensor
@@ -60,7 +61,7 @@ def plain() -> Mapping[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}])
+@pytest.mark.parametrize("strategy", ["ring", slow({"name": "ps-sync", "num_servers": 2})])
 def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(
     strategy: Any, tmp_path: Path
 ) -> None:
@@ -74,6 +75,15 @@ def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(
     for name, value in plain().items():
         assert torch.equal(found[name], undisturbed[name]), name
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_lost_worker_of_ps_async_takes_all_back_to_the_last_checkpoint(tmp_path: Path) -> None:
+    lost = fit(2, tmp_path, strategy="ps-async", kill_in=2)
+    assert len(lost.failures) == 1
+    assert "worker-1" in lost.failures[0].cause
+    assert lost.history[-1].step == 4
+    assert state_of(lost).keys() == plain().keys()
 
 
 def test_a_lost_server_of_ps_async_takes_all_back_to_the_last_checkpoint(tmp_path: Path) -> None:
