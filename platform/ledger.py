@@ -426,6 +426,7 @@ class LoopLedger(Ledger):
     def restore(self, steps: int) -> None:
         self.version, self._staged = steps * self.world, False
 
+    @override
     def renew(self, attempt: int, world: int | None = None) -> None:
         """See `Ledger`; such an attempt has servers of its own, so nothing is there yet."""
         self.attempt, self._staged = attempt, False

@@ -84,7 +84,7 @@ def test_some_of_the_fields_are_those_of_a_task_that_lacks_the_others() -> None:
             {"strategy": {"name": "ps-async", "replication": 2}},
             "strategy.replication: is for tasks",
         ),
-        ({"strategy": "hybrid"}, "use `strategy: ring`, or write a distplat.Task"),
+        ({"strategy": "hybrid"}, "use `ring`, `ps-sync` or `ps-async`, or write"),
         ({"strategy": {"name": "ring", "shard_optimizer": True}}, "strategy.shard_optimizer"),
         ({"strategy": {"name": "ring", "compression": "topk"}}, "none, fp16, bf16"),
     ],
