@@ -161,7 +161,8 @@ class Trainer:
         trackers = [Tracking(one, self._run_before()) for one in self.job.trackers]
         view = View() if self._progress else view_here() if self._progress is None else None
         views = [] if view is None else [view]
-        callbacks = Callbacks((*views, *trackers, *self._callbacks), self.job.early_stop)
+        watching, own_loop = (*views, *trackers, *self._callbacks), self.job.own_loop
+        callbacks = Callbacks(watching, self.job.early_stop, own_loop=own_loop)
         try:
             self._fit(directory, result, callbacks)
         except BaseException as error:
@@ -200,7 +201,8 @@ class Trainer:
                 logger.warning("%s", missing)
             raise
         result.seconds = time.monotonic() - began
-        result.stopped = callbacks.stop if result.cut_short else None
+        # How many steps a train function would have made nobody knows.
+        result.stopped = callbacks.stop if result.cut_short or self.job.own_loop else None
         self._conclude(directory, upload, result)
 
     def _conclude(self, directory: RunDirectory, upload: RunUpload | None, result: Result) -> None:

@@ -28,7 +28,6 @@ OF_TASKS = (
     "ema",
     "data",
     "evaluation",
-    "early_stop",
 )
 """Fields of what the loop of a task does, and a train function does itself."""
 
@@ -64,9 +63,6 @@ def problems(job: Any, bare: Any) -> list[Problem]:
         if getattr(job.checkpoint, field) is not None:
             how = "a train function says when: report(metrics, checkpoint=...)"
             found.append(Problem(("checkpoint", field), how, hint))
-    if job.checkpoint.keep_best is not None:
-        how = "a train function has no evaluations that distplat knows of"
-        found.append(Problem(("checkpoint", "keep_best"), how, hint))
     if job.failure.non_finite == "skip":
         how = "a train function cannot leave a step out"
         found.append(Problem(("failure", "non_finite"), how, "allowed: stop, ignore"))
