@@ -15,9 +15,10 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.strategies.collective import Collective, gather_bytes
-from distplat.strategies.loop.compute import Compute, Share, Stopwatch, TaskModel
+from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, TaskModel
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.loop.gathering import Gathering
+from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import rate_figures
@@ -151,6 +152,8 @@ class Loop:
     group: Collective | None = None
     """All ranks, over which evaluations are gathered: what every rank has, no rank can take with
     it. None: the ranks have no group."""
+    metrics: TaskMetrics | None = None
+    """The task's metrics with state; None: there are no evaluations."""
 
     def __post_init__(self) -> None:
         self._exchange = StepExchange(self.job, self.flat, self.strategy, self.lookups)
@@ -234,6 +237,7 @@ class Loop:
             with self.flat.shown(self.strategy.average()):
                 found.take_in(self.compute.evaluate(data), "ema_")
             self.evaluated()
+        self._merge_states(found)
         self.progress.evaluating = False
         mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
         if self.group is None:
@@ -242,6 +246,15 @@ class Loop:
         text = json.dumps(asdict(mine)).encode()
         for one in gather_bytes(text, self.group, self.flat.params.device):
             self.report(EvalReport(**json.loads(one)))
+
+    def _merge_states(self, found: Sums) -> None:
+        """Have rank 0's part hold the figures of metrics with state, of the data of all."""
+        if self.metrics is None or not self.metrics.found():
+            return
+        parts = self.metrics.gathered(found.states, self.flat.params.device)
+        if self.rank == 0:
+            for name, value in self.metrics.figures(parts).items():
+                found.sums[name], found.counts[name] = value, 1.0
 
 
 def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:

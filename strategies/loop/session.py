@@ -43,6 +43,7 @@ from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.losses import TermWeights
+from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.task_contents import task_parameters
@@ -286,7 +287,16 @@ def join(
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
     assert p.state is not None, "_load() makes it"
-    return replace(loop, pause=pause, evaluated=p.state.discard, group=group, gathering=gathering)
+    alone = p.job.scaling.world == 1
+    metrics = TaskMetrics(p.task, (lambda: None) if alone else _meeting(p, context))
+    loop = replace(loop, pause=pause, evaluated=p.state.discard, metrics=metrics)
+    return replace(loop, group=group, gathering=gathering)
+
+
+def _meeting(p: Prepared, context: Context) -> Callable[[], Collective | None]:
+    """Give the way to a group of all ranks, which some strategies have already."""
+    met = p.roles.collective is not None
+    return (lambda: context.collective) if met else context.peers
 
 
 def _with_one_group(ports: Ports) -> Ports:
@@ -305,8 +315,7 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
     elif p.job.gradient_accumulation > 1:
         text = "all_gather() in a loss needs a worker's part of the batch at once"
         refused = Problem(("gradient_accumulation",), text, "set it to 1")
-    met = p.roles.collective is not None
-    meet = (lambda: context.collective) if met else context.peers
+    meet = _meeting(p, context)
     assert p.state is not None, "_load() makes it"
     expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
     return Gathering(meet, p.sampler.world, p.state.shares.micro_batches, expected, refused)
@@ -332,9 +341,7 @@ def _term_weights(
         raise SpecError(
             Problem(("strategy",), text, "use `strategy: ring`, `ps-sync` or `ps-async`")
         )
-    met = p.roles.collective is not None
-    meet = (lambda: context.collective) if met else context.peers
-    return TermWeights(p.task, meet, p.sampler.world)
+    return TermWeights(p.task, _meeting(p, context), p.sampler.world)
 
 
 def _compare(p: Prepared, rank: int, board: Board | None) -> None:
