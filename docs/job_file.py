@@ -42,6 +42,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("scaling", "scaling.", spec.Scaling),
     ("lr_schedule", "lr_schedule.", lr_schedules.Schedule),
     ("embeddings", "embeddings.", embeddings.Embeddings),
+    ("initial_weights", "initial_weights.", spec.InitialWeights),
     ("data", "data.", spec.Data),
     ("compile", "compile.", spec.Compile),
     ("ema", "ema.", spec.EMA),

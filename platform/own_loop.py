@@ -19,6 +19,7 @@ OF_TASKS = (
     *_LOOP,
     "lr_schedule",
     "embeddings",
+    "initial_weights",
     "gradient_accumulation",
     "clip_norm",
     "ema",

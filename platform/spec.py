@@ -191,6 +191,21 @@ class EMA(Spec):
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
 
+class InitialWeights(Spec):
+    """Weights that a run begins from, instead of those that the task's model() has made."""
+
+    path: Folder
+    """A file `.safetensors` or `.pt`, or a directory or URL with one, such as a Hugging Face
+    checkpoint or a run directory; relative to the task's folder. Every worker reads it."""
+    strict: Flag = True
+    """Its names must be the model's; else what is missing or too much is passed over, and told."""
+
+
+def _initial_weights(value: object) -> object:
+    """Take a path for all defaults."""
+    return {"path": value} if isinstance(value, str) else value
+
+
 class Evaluation(Spec):
     """When `eval_data` is run through the model (only for tasks that have it)."""
 
@@ -283,6 +298,8 @@ class Job(Spec):
     lr_schedule: NamedSchedule = Schedule()
     embeddings: Embeddings | None = None
     """Servers of embedding tables, for models with `distplat.nn.ShardedEmbedding`."""
+    initial_weights: Annotated[InitialWeights | None, BeforeValidator(_initial_weights)] = None
+    """Weights to begin from: a path, or a mapping; None: those that the task's model() makes."""
     epochs: Count | None = None
     """Passes over the training data; give this or `steps`."""
     steps: Count | None = None

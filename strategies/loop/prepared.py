@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Prepared:
     """What the task's `optimizer` gave; empty: the job names one."""
     weights: TermWeights | None = None
     """Of a loss of several terms, in the present attempt; None: it is one."""
+    initial: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Values of the job's `initial_weights`, while the model has none of its own."""
     holding: Holding | None = None
     """What of the whole model `part` is; None: all of it."""
 

@@ -28,6 +28,7 @@ from distplat.platform.tensor_file import TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Take
+from distplat.strategies.checkpoint.initial_weights import fill_part, initial_weights
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
 from distplat.strategies.loop.batches import make_sampler, total_steps
@@ -165,6 +166,7 @@ def prepare(
         raise SpecError(_kept_in_task(job, [*own]))
     extra = {TASK_PREFIX + name: one for name, one in own.items()}
     check_groups(job.optimizer, model, extra)
+    initial = {} if job.initial_weights is None else initial_weights(job, model, extra)
     part = None
     if whole:
         apply_module_options(job, model)
@@ -186,6 +188,7 @@ def prepare(
     left = None if whole else model
     loaders_ready()
     found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
+    found.initial = initial if any(one.is_meta for one in model.parameters()) else {}
     return _with_own_updates(found)
 
 
@@ -272,6 +275,8 @@ def join(
     group = ports.collective if p.roles.collective is not None else None
     if strategy.cuts_model:
         p.part, p.holding = strategy.cut_model(p, rank, group)
+        fill_part(p.part, p.initial, p.holding.places)
+        p.initial = {}  # the first attempt's: later ones go on with what was trained
     _load(p, around.saved)
     context = _context(p, rank, ports, around, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
