@@ -65,6 +65,8 @@ def problems(job: Any, bare: Any) -> list[Problem]:
         if getattr(job.checkpoint, field) is not None:
             how = "a train function says when: report(metrics, checkpoint=...)"
             found.append(Problem(("checkpoint", field), how, hint))
+    if job.checkpoint.trained_only:
+        found.append(Problem(("checkpoint", "trained_only"), text, hint))
     if job.checkpoint.keep_best is not None:
         how = "a train function has no evaluations that distplat knows of"
         found.append(Problem(("checkpoint", "keep_best"), how, hint))

@@ -21,6 +21,7 @@ from distplat.platform.evaluations import EarlyStop, KeepBest, evaluation_proble
 from distplat.platform.fields import (
     Count,
     Flag,
+    Folder,
     Index,
     Positive,
     Resources,
@@ -28,6 +29,13 @@ from distplat.platform.fields import (
     Spec,
 )
 from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule, TaskSchedule
+from distplat.platform.model_options import (
+    EMA,
+    Compile,
+    InitialWeights,
+    compile_of,
+    initial_weights_of,
+)
 from distplat.platform.optimizers import SGD, JobOptimizer, group_problems
 from distplat.platform.remote_storage import is_url, url_problem
 from distplat.platform.trackers import TrackerSpec, tracker_problems
@@ -73,7 +81,6 @@ EntryPoint = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=255),
 ]
-Folder = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=1024)]
 StrategyName = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 
 
@@ -151,61 +158,6 @@ class Data(Spec):
         return {"num_workers" if k == _OLD_WORKERS else k: v for k, v in given.items()}
 
 
-class Compile(Spec):
-    """What `torch.compile` is told, by its own names."""
-
-    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
-        "default"
-    )
-    """How much time is given to make the code quick."""
-    backend: str = "inductor"
-    """Compiler, by the name under which torch knows it."""
-    fullgraph: Flag = False
-    """Fail where the model cannot be compiled as a whole; else it falls back, with a warning."""
-    dynamic: Flag | None = None
-    """Code for batches of any size; None: once a second size has come."""
-
-    def arguments(self) -> dict[str, Any]:
-        """Give the arguments of `torch.compile`; it takes no mode but for its own compiler."""
-        found = self.model_dump()
-        return found if self.mode != "default" else {**found, "mode": None}
-
-
-def _compile(value: object) -> object:
-    """Take `true` for all defaults, and `false` for nothing."""
-    if isinstance(value, bool):
-        return {} if value else None
-    return value
-
-
-class EMA(Spec):
-    """An exponential moving average of the weights, as `torch.optim.swa_utils` makes it."""
-
-    decay: float = Field(0.999, ge=0, lt=1)
-    """How much of the average stays in an update; the weights after it make up the rest."""
-    warmup: Flag = False
-    """Begin with a smaller decay: after t updates `min(decay, (1 + t) / (10 + t))`."""
-
-    def decay_after(self, updates: int) -> float:
-        """Give the decay of an update that comes after so many."""
-        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
-
-
-class InitialWeights(Spec):
-    """Weights that a run begins from, instead of those that the task's model() has made."""
-
-    path: Folder
-    """A file `.safetensors` or `.pt`, or a directory or URL with one, such as a Hugging Face
-    checkpoint or a run directory; relative to the task's folder. Every worker reads it."""
-    strict: Flag = True
-    """Its names must be the model's; else what is missing or too much is passed over, and told."""
-
-
-def _initial_weights(value: object) -> object:
-    """Take a path for all defaults."""
-    return {"path": value} if isinstance(value, str) else value
-
-
 class Evaluation(Spec):
     """When `eval_data` is run through the model (only for tasks that have it)."""
 
@@ -236,6 +188,9 @@ class Checkpoint(Spec):
     """The best checkpoint, by a figure of the evaluation after its step, stays beside these."""
     save_final: Flag = True
     """Write the trained parameters to `model.safetensors` in the run directory."""
+    trained_only: Flag = False
+    """Leave frozen parameters out of checkpoints and of `model.safetensors`, as for LoRA; whoever
+    reads them needs the same base."""
 
     @property
     def wanted(self) -> bool:
@@ -298,7 +253,7 @@ class Job(Spec):
     lr_schedule: NamedSchedule = Schedule()
     embeddings: Embeddings | None = None
     """Servers of embedding tables, for models with `distplat.nn.ShardedEmbedding`."""
-    initial_weights: Annotated[InitialWeights | None, BeforeValidator(_initial_weights)] = None
+    initial_weights: Annotated[InitialWeights | None, BeforeValidator(initial_weights_of)] = None
     """Weights to begin from: a path, or a mapping; None: those that the task's model() makes."""
     epochs: Count | None = None
     """Passes over the training data; give this or `steps`."""
@@ -314,7 +269,7 @@ class Job(Spec):
     """An average of the weights beside them, evaluated and saved too; None: there is none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
-    compile: Annotated[Compile | None, BeforeValidator(_compile)] = None
+    compile: Annotated[Compile | None, BeforeValidator(compile_of)] = None
     """`true`, or a mapping: forward and backward are compiled by `torch.compile`."""
     activation_checkpointing: str | None = Field(None, min_length=1)
     """Modules that keep only their inputs, and compute again in backward, to save memory: patterns
@@ -468,6 +423,9 @@ def _checkpoint_problems(job: Job) -> list[Problem]:
     if chosen.num_to_keep != Checkpoint().num_to_keep and not chosen.wanted:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
+    if chosen.trained_only and not chosen.wanted and not chosen.save_final:
+        text = "has no effect without checkpoints and without `save_final`"
+        return [Problem(("checkpoint", "trained_only"), text, "remove it")]
     return evaluation_problems(job)
 
 

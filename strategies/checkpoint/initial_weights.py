@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError, nearest
+from distplat.platform.model_options import InitialWeights
 from distplat.platform.remote_storage import (
     PART_BYTES,
     NotThere,
@@ -34,7 +35,7 @@ from distplat.platform.remote_storage import (
     missing_library,
     url_problem,
 )
-from distplat.platform.spec import InitialWeights, Job
+from distplat.platform.spec import Job
 from distplat.platform.tensor_file import EMA_PREFIX
 from distplat.platform.tensor_slices import RawTensor, TensorSlice
 from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
@@ -75,7 +76,7 @@ def initial_weights(job: Job, model: nn.Module, extra: Mapping[str, Tensor]) -> 
     wanted = job.initial_weights
     assert wanted is not None, "asked for only where the job names some"
     with tempfile.TemporaryDirectory(prefix="distplat-weights-") as folder:
-        found = _read(_on_disk(wanted.path, Path(folder), job.failure.storage_timeout_s))
+        found = _together(wanted, Path(folder), job.failure.storage_timeout_s)
         found = {name: one for name, one in found.items() if not name.startswith(EMA_PREFIX)}
         state = {**model.state_dict(keep_vars=True), **extra}
         mine = {name: one for name, one in state.items() if isinstance(one, Tensor)}
@@ -87,6 +88,23 @@ def initial_weights(job: Job, model: nn.Module, extra: Mapping[str, Tensor]) -> 
         for name in extra.keys() & found.keys():
             extra[name].data.copy_(found[name])
         return {name: one.clone() for name, one in found.items() if name in mine}
+
+
+def _together(wanted: InitialWeights, folder: Path, limit_s: float) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for number, path in enumerate(_paths(wanted)):
+        place = folder / str(number)
+        place.mkdir()
+        found |= _read(_on_disk(path, place, limit_s))
+    return found
+
+
+def _paths(wanted: InitialWeights) -> tuple[str, ...]:
+    return (wanted.path,) if isinstance(wanted.path, str) else wanted.path
+
+
+def _said(wanted: InitialWeights) -> str:
+    return " and ".join(_paths(wanted))
 
 
 def fill_part(
@@ -231,14 +249,14 @@ def _check(found: Mapping[str, Tensor], mine: Mapping[str, Tensor], wanted: Init
         if found[name].shape != mine[name].shape
     ]
     if shapes:
-        raise _problem(f"{wanted.path} is of another model: {_listed(shapes)}")
+        raise _problem(f"{_said(wanted)} is of another model: {_listed(shapes)}")
     _check_shared(found, mine, wanted)
     missing, unknown = _missing(found, mine), sorted(found.keys() - mine.keys())
     if not missing and not unknown:
         return
     lines = [f"no {name!r} in the file{_near(name, unknown)}" for name in missing]
     lines += [f"no {name!r} in the model" for name in unknown]
-    text = f"{wanted.path}: {_listed(lines, of=len(missing))}"
+    text = f"{_said(wanted)}: {_listed(lines, of=len(missing))}"
     if not found.keys() & mine.keys():
         raise _problem(text, _prefix(unknown, missing) or "it has none of the model's names")
     if wanted.strict:
@@ -256,7 +274,9 @@ def _check_shared(
         for name in there[1:]:
             if not torch.equal(found[there[0]], found[name]):
                 text = f"{there[0]!r} and {name!r} are one tensor of the model, and two values in"
-                raise _problem(f"{text} {wanted.path}", "the file is of a model that ties them not")
+                raise _problem(
+                    f"{text} {_said(wanted)}", "the file is of a model that ties them not"
+                )
 
 
 def _shared(mine: Mapping[str, Tensor]) -> Iterator[list[str]]:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_types import Holding
+from distplat.strategies.checkpoint.frozen_base import FrozenBase
 from distplat.strategies.loop.agreement import RankFacts
 from distplat.strategies.loop.losses import TermWeights
 from distplat.strategies.model.flat import FlatModel
@@ -49,6 +50,8 @@ class Prepared:
     """What the task's `optimizer` gave; empty: the job names one."""
     weights: TermWeights | None = None
     """Of a loss of several terms, in the present attempt; None: it is one."""
+    frozen: FrozenBase | None = None
+    """What checkpoints and the trained model leave out, once the model has its values."""
     initial: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Values of the job's `initial_weights`, while the model has none of its own."""
     holding: Holding | None = None

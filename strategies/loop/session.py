@@ -24,10 +24,11 @@ from distplat.platform.optimizers import Optimizer, TaskOptimizer, match_problem
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.spec import Job, length_problems
-from distplat.platform.tensor_file import TASK_PREFIX
+from distplat.platform.tensor_file import EMA_PREFIX, TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Take
+from distplat.strategies.checkpoint.frozen_base import FROZEN, begun
 from distplat.strategies.checkpoint.initial_weights import fill_part, initial_weights
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
@@ -404,11 +405,20 @@ def _set_up(
     return start
 
 
+def trained_model(p: Prepared, strategy: WorkerStrategy[Any]) -> dict[str, Tensor]:
+    """Give this rank's part of the trained model, without what the job leaves out."""
+    found = strategy.trained(p.flat)
+    left_out = p.frozen.unchanged() if p.frozen is not None else {}
+    return {n: one for n, one in found.items() if n.removeprefix(EMA_PREFIX) not in left_out}
+
+
 def _load(p: Prepared, saved: SavedState | None) -> None:
     """Begin from a checkpoint, where there is one; then look after what is not trained."""
     if saved is not None:
         saved.check_data(p.sampler.size)
         saved.load_model(p.flat, None if p.holding is None else p.holding.places)
+    if p.job.checkpoint.trained_only and p.frozen is None:
+        p.frozen = begun(p.flat, None if saved is None else saved.left_out)
     if p.state is None:
         p.state = ModelState(p.flat, _shares_of(p), p.task.buffers)
 
@@ -432,6 +442,9 @@ def _checkpoints(
             slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
             if slot is not None:
                 facts[NOT_FINITE] = p.flat.name(slot)
+            if p.frozen is not None:
+                facts[FROZEN] = p.frozen.unchanged()
+                p.flat.unsaved = frozenset(facts[FROZEN])
             part = strategy.checkpoint(version)
             if p.lookups is not None:
                 facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
