@@ -138,7 +138,7 @@ class Callbacks:
         self.stop: str | None = None  #: why the run is to end before its last step
 
     def start(self, job: Job, run: str, path: Path) -> None:
-        """See `Callback.on_start`."""
+        """Call `on_start` of each."""
         self._each(lambda one: one.on_start(job, run, path))
 
     def tell(self, summary: Summary) -> None:
@@ -168,7 +168,7 @@ class Callbacks:
             self.stop = wanted if isinstance(wanted, str) else f"{name}.should_stop()"
 
     def end(self, result: Result, error: BaseException | None) -> None:
-        """See `Callback.on_end`."""
+        """Call `on_end` of each."""
         self._each(lambda one: one.on_end(result, error))
 
     def _each(self, tell: Callable[[Callback], object]) -> None:

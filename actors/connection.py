@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from distplat.actors import ray_compat
 from distplat.actors.messages import WorkOrder, rendezvous_key
 from distplat.actors.transport import Transport
@@ -13,10 +15,11 @@ from distplat.platform.progress import StepReport
 from distplat.strategies.loop.pause import PauseGate
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.session import Ports
+from distplat.strategies.ports import Board
 from distplat.strategies.strategy_spec import GroupSpec
 
 
-class RayBoard:
+class RayBoard(Board):
     """
     The board of one run.
 
@@ -27,8 +30,8 @@ class RayBoard:
     def __init__(self, run: str) -> None:
         self._run = run
 
+    @override
     def first(self, name: str, value: bytes) -> bytes:
-        """See `Board`."""
         key = rendezvous_key(f"{self._run}#{name}")
         ray_compat.put_first(key, value)
         found = ray_compat.get(key)

@@ -334,7 +334,7 @@ class _ServerMaker:
         self._making = threading.Lock()
 
     def make_server(self, attempt: int, server: str, beside: str) -> Actor:
-        """See `ActorGroup.make_server`."""
+        """Make a server node, once for each name; `ActorGroup` makes one on a cluster."""
         with self._making:
             if server not in self._made:
                 self._made[server] = self._make(server)

@@ -25,7 +25,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
+from typing_extensions import override
+
+from distplat.actors.transport import ActorDied, NotHere, Transport, TransportError, Unanswered
 from distplat.platform.errors import DistplatError, InfrastructureError
 
 
@@ -225,19 +227,20 @@ class LocalCluster:
         self._rules.clear()
 
 
-class LocalTransport:
+class LocalTransport(Transport):
     """One process's way to the actors; see `Transport`."""
 
     def __init__(self, cluster: LocalCluster, node: str, process: str) -> None:
         self._cluster, self._node, self._process = cluster, node, process
 
     @property
+    @override
     def node(self) -> str:
-        """See `Transport`."""
         return self._node
 
+    @override
     def call(self, actor: Any, method: str, *args: Any) -> Any:
-        """See `Transport`; every call has a thread of its own."""
+        """Every call has a thread of its own."""
         fault = self._cluster.fault(Call(self._process, actor.name, method, args))
         reply: Future[Any] = Future()
         if death := self._cluster.death_of(self._process):
@@ -248,31 +251,32 @@ class LocalTransport:
         threading.Thread(target=_serve, args=work, daemon=True, name=method).start()
         return reply
 
+    @override
     def wait(
         self, replies: Sequence[Any], timeout_s: float, *, everything: bool = False
     ) -> list[Any]:
-        """See `Transport`."""
         when = "ALL_COMPLETED" if everything else "FIRST_COMPLETED"
         done = concurrent.futures.wait(replies, timeout_s, when).done
         return [reply for reply in replies if reply in done]
 
+    @override
     def get(self, reference: Any, timeout_s: float) -> Any:
-        """See `Transport`."""
         if isinstance(reference, StoredObject):
             return reference.packed.open()
         if not self.wait([reference], timeout_s):
             raise NotHere
         return reference.result()
 
+    @override
     def put(self, value: Any) -> Any:
-        """See `Transport`."""
         return StoredObject(value)
 
+    @override
     def prefetch(self, reply: Any, find: Callable[[Any], Any]) -> None:
-        """See `Transport`; here every object is everywhere."""
+        """Here every object is everywhere."""
 
+    @override
     def kill(self, actor: Any) -> None:
-        """See `Transport`."""
         actor.die("killed")
 
 

@@ -6,45 +6,49 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from typing_extensions import override
 
 from distplat.actors.process_setup import log_to_stderr
 from distplat.actors.ray_errors import as_transport_error
+from distplat.actors.transport import Transport
 from distplat.platform.torchrun import ProcessPlace
 
 
-class RayTransport:
-    """See `Transport`; handles and references are Ray's own."""
+class RayTransport(Transport):
+    """Actor calls and objects of Ray; handles and references are Ray's own."""
 
     @property
+    @override
     def node(self) -> str:
-        """See `Transport`; Ray's id of the node."""
+        """Ray's id of the node."""
         return str(ray.get_runtime_context().get_node_id())
 
+    @override
     def call(self, actor: Any, method: str, *args: Any) -> Any:
-        """See `Transport`."""
         return getattr(actor, method).remote(*args)
 
+    @override
     def wait(
         self, replies: Sequence[Any], timeout_s: float, *, everything: bool = False
     ) -> list[Any]:
-        """See `Transport`."""
         count = len(replies) if everything else 1
         found: list[Any] = ray.wait(list(replies), num_returns=count, timeout=timeout_s)[0]
         return found
 
+    @override
     def get(self, reference: Any, timeout_s: float) -> Any:
-        """See `Transport`."""
         try:
             return ray.get(reference, timeout=timeout_s)
         except ray.exceptions.RayError as error:
             raise as_transport_error(error) from None
 
+    @override
     def put(self, value: Any) -> Any:
-        """See `Transport`."""
         return ray.put(value)
 
+    @override
     def prefetch(self, reply: Any, find: Callable[[Any], Any]) -> None:
-        """See `Transport`. Callbacks run on Ray's own thread, which must not wait for anything."""
+        """Callbacks run on Ray's own thread, which must not wait for anything."""
 
         def came(future: Any) -> None:
             reference = find(future.result()) if future.exception() is None else None
@@ -53,8 +57,8 @@ class RayTransport:
 
         reply.future().add_done_callback(came)
 
+    @override
     def kill(self, actor: Any) -> None:
-        """See `Transport`."""
         ray.kill(actor)
 
 

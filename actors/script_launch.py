@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import ray
+from typing_extensions import override
 
 from distplat.actors.head_watch import HeadWatch
 from distplat.actors.launch import failures_of_ray, local_ray
@@ -47,7 +48,7 @@ class ScriptResult:
     seconds: float
 
 
-class _Logs:
+class _Logs(Terminal):
     """
     Writes what ranks print to a file each, and hands it on.
 
@@ -62,8 +63,9 @@ class _Logs:
         self._full = False
         self._stack = ExitStack()
 
+    @override
     def line(self, rank: int, text: str) -> None:
-        """See `Terminal`; a full disk ends the logs, and not the run."""
+        """A full disk ends the logs, and not the run."""
         self._terminal.line(rank, text)
         if self._full:
             return
@@ -76,8 +78,8 @@ class _Logs:
             self._full = True
             self.news(f"logs are no longer written: {error}")
 
+    @override
     def news(self, text: str) -> None:
-        """See `Terminal`."""
         self._terminal.news(text)
 
     def close(self) -> None:

@@ -104,7 +104,7 @@ class Weights:
     def _latest_of_parts(
         self, first: Reply, at_least: int, until: float, timeout_s: float
     ) -> WeightsSnapshot:
-        """See `latest`; of a model that is cut."""
+        """Give the newest weights of a model that is cut."""
         ranks, meeting = first.ranks, CommonVersion(at_least, first.total)
         passed: dict[int, int] = {}
         parts: dict[int, Bundle] = {}

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Protocol
 
+from typing_extensions import override
+
 Content = Iterable[bytes | memoryview]
 """A file, in parts."""
 
@@ -32,15 +34,15 @@ class Disk(Protocol):
         """Remove a directory with all in it."""
 
 
-class RealDisk:
-    """See `Disk`."""
+class RealDisk(Disk):
+    """The machine's own disk."""
 
+    @override
     def make(self, path: Path) -> None:
-        """See `Disk`."""
         path.mkdir(mode=0o700)
 
+    @override
     def write(self, path: Path, content: Content) -> tuple[int, str]:
-        """See `Disk`."""
         size, digest = 0, hashlib.sha256()
         with path.open("xb") as file:
             for part in content:
@@ -51,20 +53,20 @@ class RealDisk:
             os.fsync(file.fileno())
         return size, digest.hexdigest()
 
+    @override
     def sync(self, path: Path) -> None:
-        """See `Disk`."""
         directory = os.open(path, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
 
+    @override
     def rename(self, old: Path, new: Path) -> None:
-        """See `Disk`."""
         old.rename(new)
 
+    @override
     def remove(self, path: Path) -> None:
-        """See `Disk`."""
         shutil.rmtree(path)
 
 

@@ -18,7 +18,7 @@ _KEPT = 1000
 by nobody after a rollback."""
 
 
-class Watched(Spec):
+class MetricRule(Spec):
     """A figure of evaluations, and which way it gets better."""
 
     metric: str = Field(min_length=1)
@@ -42,11 +42,11 @@ class Watched(Spec):
         return figure < than - by if self.mode == "min" else figure > than + by
 
 
-class KeepBest(Watched):
+class KeepBest(MetricRule):
     """Which checkpoint stays beside the newest ones."""
 
 
-class EarlyStop(Watched):
+class EarlyStop(MetricRule):
     """When a run ends before its last step, because evaluations get no better."""
 
     patience: Count = 3
@@ -140,9 +140,9 @@ class EarlyStopping:
         return f"{rule.metric} got no better {since}, in {self._worse} evaluations"
 
 
-def watching(job: Any) -> list[tuple[tuple[str, ...], Watched]]:
+def watching(job: Any) -> list[tuple[tuple[str, ...], MetricRule]]:
     """Give what a job decides by evaluations: the fields, and what stands in them."""
-    found: list[tuple[tuple[str, ...], Watched | None]] = [
+    found: list[tuple[tuple[str, ...], MetricRule | None]] = [
         (("checkpoint", "keep_best"), job.checkpoint.keep_best),
         (("early_stop",), job.early_stop),
     ]

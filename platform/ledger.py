@@ -245,8 +245,9 @@ class StepLedger(Ledger):
         self.version = steps
         self._staged.clear()
 
+    @override
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """See `Ledger`; all push what is not committed once more."""
+        """All push what is not committed once more."""
         self.attempt = attempt
         self._staged.clear()
         if world is not None and world != self.world:
@@ -319,8 +320,9 @@ class TaskLedger(Ledger):
         return self.made.low // self.world
 
     @property
+    @override
     def place(self) -> int:
-        """See `Ledger`; one step of the schedule for an update of each worker."""
+        """One step of the schedule for an update of each worker."""
         return self.updates // self.world
 
     @property
@@ -338,8 +340,9 @@ class TaskLedger(Ledger):
         self.version, self.made = steps * self.world, IntervalSet(steps * self.world)
         self._staged = None
 
+    @override
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """See `Ledger`; each rank's pushes begin at 0, and what is made stays."""
+        """Each rank's pushes begin at 0, and what is made stays."""
         self.attempt, self._staged = attempt, None
         self._next.clear()
         if world is not None and world != self.world:
@@ -347,8 +350,9 @@ class TaskLedger(Ledger):
             steps, self.world = self.steps, world
             self.restore(steps)
 
+    @override
     def offer(self, push: PushId) -> Verdict:
-        """See `Ledger`; a gap is not refused: a backup was not told of a push that was dropped."""
+        """A gap is not refused: a backup was not told of a push that was dropped."""
         _ready(self.version)
         _check_sender(push, self.job, self.attempt, push.rank + 1)
         if push.task is None:
@@ -378,8 +382,9 @@ class TaskLedger(Ledger):
     def passed(self, push: PushId) -> bool:
         return True
 
+    @override
     def missing(self) -> list[int]:
-        """See `Ledger`: nobody waits."""
+        """Nobody waits."""
         return []
 
 

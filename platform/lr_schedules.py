@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
+from typing_extensions import override
 
 from distplat.platform.fields import Count, Flag, Index, NonNegative, Number, Positive, Spec
 
@@ -83,8 +84,8 @@ class Schedule(LRSchedule):
     decay: Literal["linear", "cosine", "sqrt"] = "linear"
     """`wsd`: how it falls; `sqrt`: as 1 - sqrt (Hägele et al., NeurIPS 2024)."""
 
+    @override
     def idle_fields(self) -> set[str]:
-        """See `LRSchedule`."""
         used = {
             "constant": set(),
             "linear": {"final_factor"},
@@ -267,7 +268,7 @@ class TaskSchedule:
     """By step: what each `lr` of the job is multiplied by."""
 
     def rate(self, base: float, step: int, total_steps: int) -> float:
-        """See `LRSchedule.rate`."""
+        """Give the learning rate of a step: `base` times the task's factor."""
         return base * self.factors[step]
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, hint, nearest
 from distplat.platform.fields import (
@@ -247,8 +248,9 @@ class TaskOptimizer(Optimizer):
         """Give `lr` of each param group."""
         return self.of_groups
 
+    @override
     def figures(self) -> tuple[str, ...]:
-        """See `Optimizer`; groups are counted as torch does."""
+        """Groups are counted as torch does."""
         own = enumerate(self.of_groups[1:], 1)
         return "lr", *("" if lr == self.of_groups[0] else f"lr_group_{n}" for n, lr in own)
 

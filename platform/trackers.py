@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
+from typing_extensions import override
 
 from distplat.platform.disk import write_whole
 from distplat.platform.errors import Problem
@@ -116,7 +117,7 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-class MLflow:
+class MLflow(Tracker):
     """
     See `Tracker`. Where its server is says `MLFLOW_TRACKING_URI`.
 
@@ -144,19 +145,19 @@ class MLflow:
         for start in range(0, len(params), 100):  # so many it takes at once
             self._client.log_batch(self.id, params=params[start : start + 100])
 
+    @override
     def write(self, step: int, points: Points) -> None:
-        """See `Tracker`."""
         now = int(time.time() * 1000)
         finite = {name: value for name, value in points.items() if math.isfinite(value)}
         metrics = [self._metric(name, value, now, step) for name, value in finite.items()]
         self._client.log_batch(self.id, metrics=metrics)
 
+    @override
     def close(self, failed: bool) -> None:
-        """See `Tracker`."""
         self._client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
 
-class WandB:
+class WandB(Tracker):
     """
     See `Tracker`. Its key is in `WANDB_API_KEY`; `WANDB_MODE=offline` writes to the run directory.
 
@@ -184,12 +185,12 @@ class WandB:
         # Steps that are made again after a resume are shown again; by its own count it drops them.
         self._run.define_metric("*", step_metric="step")
 
+    @override
     def write(self, step: int, points: Points) -> None:
-        """See `Tracker`."""
         self._run.log({**points, "step": step})
 
+    @override
     def close(self, failed: bool) -> None:
-        """See `Tracker`."""
         import wandb
 
         self._run.finish(exit_code=int(failed))

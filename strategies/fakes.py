@@ -19,23 +19,25 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.algorithms.reduce import sum_in_order, traffic_elements
 from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
+from distplat.strategies.ports import Board
 
 _SLICE_S = 0.05
 """How often who waits for a message looks round."""
 
 
-class InMemoryBoard:
-    """See `Board`; one object for all ranks."""
+class InMemoryBoard(Board):
+    """One dictionary for all ranks."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
 
+    @override
     def first(self, name: str, value: bytes) -> bytes:
-        """See `Board`."""
         return self._values.setdefault(name, value)
 
 
@@ -134,13 +136,18 @@ class _Done:
         """Return at once."""
 
 
-class InMemoryCollective:
+class InMemoryCollective(Collective):
     """One rank's end of a group (see `Collective`)."""
 
     def __init__(self, fabric: Fabric, name: str, members: list[int], me: int) -> None:
         self._fabric, self._name, self._members, self._me = fabric, name, members, me
         self._number = 0
-        self.traffic = Traffic()
+        self._traffic = Traffic()
+
+    @property
+    @override
+    def traffic(self) -> Traffic:
+        return self._traffic
 
     @property
     def rank(self) -> int:
@@ -159,29 +166,32 @@ class InMemoryCollective:
         met = self._fabric.meet(self._name, operation, number, self._members, self._me, copy)
         return [gift for gift in met if gift is not None]
 
+    @override
     def share(self, like: Tensor) -> Tensor:
-        """See `Collective`. Here every vector is as near as any other."""
+        """Here every vector is as near as any other."""
         return torch.zeros_like(like)
 
     def _count(self, sent: int, received: int) -> None:
-        self.traffic.sent_bytes += sent
-        self.traffic.received_bytes += received
+        self._traffic.sent_bytes += sent
+        self._traffic.received_bytes += received
 
+    @override
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
-        """See `Collective`; counted as the ring does it."""
+        """Counted as the ring does it."""
         _combine(self._meet("all_reduce", tensor), op, tensor)
         sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
         self._count(sent * tensor.itemsize, received * tensor.itemsize)
 
+    @override
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
-        """See `Collective`. Nothing overlaps in memory: it is over when it returns."""
+        """Nothing overlaps in memory: it is over when it returns."""
         self.all_reduce(tensor, op)
         return _Done()
 
+    @override
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:
-        """See `Collective`."""
         stacked = self._meet("reduce_scatter", torch.cat([t.reshape(-1) for t in inputs]))
         start = sum(t.numel() for t in inputs[: self.rank])
         parts = [s[start : start + output.numel()].view(output.shape) for s in stacked]
@@ -189,33 +199,35 @@ class InMemoryCollective:
         mine, others = inputs[self.rank].nbytes, self.world - 1
         self._count(sum(t.nbytes for t in inputs) - mine, mine * others)
 
+    @override
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        """See `Collective`."""
         for output, given in zip(outputs, self._meet("all_gather", tensor), strict=True):
             output.copy_(given)
         self._count(
             tensor.nbytes * (self.world - 1), sum(t.nbytes for t in outputs) - tensor.nbytes
         )
 
+    @override
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """See `Collective`."""
         tensor.copy_(self._meet("broadcast", tensor)[source])
         here = self.rank == source
         self._count(tensor.nbytes * (self.world - 1) * here, tensor.nbytes * (not here))
 
+    @override
     def send(self, tensor: Tensor, to: int) -> None:
-        """See `Collective`; does not wait for the receiver."""
+        """Does not wait for the receiver."""
         mailbox = self._fabric.mailbox(self._name, self._me, self._members[to])
         mailbox.put(tensor.clone())
         self._count(tensor.nbytes, 0)
 
+    @override
     def start_send(self, tensor: Tensor, to: int) -> Handle:
-        """See `Collective`; done when this returns."""
+        """Done when this returns."""
         self.send(tensor, to)
         return _Done()
 
+    @override
     def recv(self, tensor: Tensor, source: int) -> None:
-        """See `Collective`."""
         mailbox = self._fabric.mailbox(self._name, self._members[source], self._me)
         arrived = self._fabric.wait_for_mail(mailbox)
         if arrived is None:
@@ -224,12 +236,12 @@ class InMemoryCollective:
         tensor.copy_(arrived)
         self._count(0, tensor.nbytes)
 
+    @override
     def barrier(self) -> None:
-        """See `Collective`."""
         self._meet("barrier", None)
 
+    @override
     def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
-        """See `Collective`."""
         members = [self._members[rank] for rank in ranks]
         return InMemoryCollective(self._fabric, f"{self._name}/{name}", members, self._me)
 

@@ -45,7 +45,7 @@ class SideStream(Protocol):
         """Have the computing stream go on when all copies so far have ended."""
 
 
-class CudaSideStream:
+class CudaSideStream(SideStream):
     """
     A stream of a CUDA device.
 
@@ -57,19 +57,19 @@ class CudaSideStream:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    @override
     def copy(self, to: Tensor, source: Tensor) -> None:
-        """See `SideStream`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
 
+    @override
     def mark(self) -> Event:
-        """See `SideStream`."""
         event: Event = self._stream.record_event()
         return event
 
+    @override
     def join(self) -> None:
-        """See `SideStream`."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
@@ -128,8 +128,9 @@ class DeviceTransfer(DirectTransfer):
         self._changed = threading.Condition()
         threading.Thread(target=self._send, daemon=True, name="device-copy").start()
 
+    @override
     def to_host(self, shared: Tensor, start: int, then: Callable[[], object]) -> None:
-        """See `DirectTransfer`; returns at once, `then` is called on a thread of this object's."""
+        """Returns at once, `then` is called on a thread of this object's."""
         with self._changed:
             self._open += 1
         self._side.copy(shared, self._gradients[start : start + len(shared)])
@@ -154,8 +155,9 @@ class DeviceTransfer(DirectTransfer):
     def join(self) -> None:
         self._side.join()
 
+    @override
     def close(self) -> None:
-        """See `DirectTransfer`; what was not sent yet is not sent any more."""
+        """What was not sent yet is not sent any more."""
         self._pending.put(None)
         self._side.mark().synchronize()
         for one in self._pinned:

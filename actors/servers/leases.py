@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from distplat.actors.messages import WorkOrder
 from distplat.actors.retrying_calls import AGAIN_S, LOOK_S, ask
 from distplat.actors.servers.fan_out import ANSWER_GRACE_S
@@ -22,13 +24,14 @@ from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded
 from distplat.platform.progress import StepReport
 from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.platform.worker_stats import WorkerHeartbeat
+from distplat.strategies.ports import Leases
 
 PULSE_S = 0.5
 """Between two words of a worker about itself."""
 _NAME = "task-scheduler"
 
 
-class RemoteLeases:
+class RemoteLeases(Leases):
     """
     The task scheduler, seen by one worker.
 
@@ -56,8 +59,8 @@ class RemoteLeases:
         self._given = self._left = 0  #: tasks of the present lease, and those not done
         self._closed = threading.Event()
 
+    @override
     def connect(self, plan: TaskPlan) -> None:
-        """See `Leases`."""
         self._beat = WorkerHeartbeat(plan.first, 0, 0.0)
         limit = self._order.job.failure.start_timeout_s
 
@@ -79,8 +82,8 @@ class RemoteLeases:
         step = max(before.step, report.step + 1)
         self._beat = WorkerHeartbeat(step, before.made + 1, before.busy_s + busy_s)
 
+    @override
     def next(self, alive: Callable[[], None]) -> Lease:
-        """See `Leases`."""
         while True:
             work = self._answer(self._question or self._ask(), alive)
             self._question = None
@@ -89,8 +92,8 @@ class RemoteLeases:
                 self._given = self._left = len(work.tasks)
                 return work
 
+    @override
     def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
-        """See `Leases`."""
         with self._lock:
             self._tasks += tasks
             self._evaluations += evaluations

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
@@ -27,7 +28,7 @@ from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
 from distplat.platform.server_group import Held, Part, Role
 from distplat.platform.shard_map import Shard
-from distplat.strategies.server.backup import Change, ReplicatedStore, StoreSnapshot
+from distplat.strategies.server.store import BackupLink, Change, ReplicatedStore, StoreSnapshot
 
 _SLICE_S = 0.05
 """How often who waits for a backup looks whether it is still to wait."""
@@ -43,7 +44,7 @@ class Backup:
     """Gradients are laid here; None: it is on another node, or in another container."""
 
 
-class Replication:
+class Replication(BackupLink):
     """
     See the top of the file; it is the store's `BackupLink`.
 
@@ -68,8 +69,8 @@ class Replication:
         self._sent: tuple[Callable[[], Any], Any] | None = None  #: the call under way, to repeat it
 
     @property
+    @override
     def settled(self) -> bool:
-        """See `BackupLink`."""
         return self.part.settled
 
     def held(self, number: int, cut: Shard | None = None) -> Held:
@@ -77,8 +78,8 @@ class Replication:
         backup = self._backup.name if self._backup is not None else None
         return Held(self._name, number, self.part.role, self.part.term, backup, cut)
 
+    @override
     def send(self, change: Change, gradient: Any = None) -> None:
-        """See `BackupLink`."""
         backup, term, number = self._backup, self.part.term, self._count
         if self.part.role is not Role.PRIMARY or backup is None:
             return
@@ -95,8 +96,8 @@ class Replication:
 
         self._sent = call, call()
 
+    @override
     def confirm(self) -> None:
-        """See `BackupLink`."""
         until = time.monotonic() + self._limit_s
         while self._sent is not None and self.part.role is Role.PRIMARY:
             call, answer = self._sent

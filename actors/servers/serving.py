@@ -11,8 +11,8 @@ from distplat.actors.servers.replication import Replication
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
 from distplat.platform.server_group import Held
-from distplat.strategies.server.backup import Change, StoreSnapshot
 from distplat.strategies.server.server import Server
+from distplat.strategies.server.store import Change, StoreSnapshot
 
 AnyServer = TypeVar("AnyServer", bound=Server[Any])
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.actors.memory.mailboxes import Listener, MailboxRequest
 from distplat.actors.memory.memfd import MemorySegment
@@ -137,12 +138,14 @@ class ShardServing(Serving[ShardServer]):
         return segment.address
 
     @property
+    @override
     def server(self) -> ShardServer | None:
-        """See `Serving`; None: no shard was assigned yet."""
+        """None: no shard was assigned yet."""
         return self._server if self._segment is not None else None
 
+    @override
     def held(self) -> Held:
-        """See `Serving`; the manager knows this server's name."""
+        """The manager knows this server's name."""
         if self._segment is None:
             return Held(self._name, None)
         return self._replication.held(self._plan.number, self._cut)
@@ -271,7 +274,7 @@ class ShardServing(Serving[ShardServer]):
         return elements_per_s(job, world, dtype)
 
     def seen(self) -> NDArray[np.bool_]:
-        """See `Shards.seen`."""
+        """Say which parameters have had a gradient yet, on any rank; by slot of the shard."""
         store = self._server.store
         return self._server.exclusively(lambda: store.seen)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.actors.memory.device_copy import DirectTransfer, cuda_transfer
 from distplat.actors.memory.mailboxes import MailboxRequest
@@ -33,7 +34,7 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Holding
 from distplat.strategies.loop.control import StepControl, control_size
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.ports import Pushed, ShardCopy
+from distplat.strategies.ports import Pushed, ShardCopy, Shards
 from distplat.strategies.reduction.base import several_types
 from distplat.strategies.server.answers import fetch_copies, pushed
 
@@ -63,7 +64,7 @@ class Pushes:
         self._limit_s = order.job.failure.step_timeout_s
 
     def push(self, step: int, control: StepControl, task: int | None, setting: str) -> Pushed:
-        """See `Shards`; `setting` is the field of `failure` that changes the deadline."""
+        """Push a step's gradients; the field `setting` of `failure` changes the deadline."""
         record = control.pack()
         if self._lines.mailboxes is not None:
             self._lines.mailboxes.control[:] = record
@@ -86,7 +87,7 @@ class Pushes:
         return self._made(asked)
 
     def commit(self, step: int, norm: float) -> Pushed:
-        """See `Shards`."""
+        """Have the step applied that was pushed, with the norm of the whole gradient."""
         rank, call = self._order.rank, self._lines.transport.call
         question = lambda server, cut: call(server, "commit", rank, step, norm)  # noqa: E731
         request = MailboxRequest(step, norm)
@@ -130,7 +131,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class RemoteShards:
+class RemoteShards(Shards):
     """
     The server group, seen by one worker.
 
@@ -161,12 +162,11 @@ class RemoteShards:
         self._transfer = DirectTransfer()
         self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
 
+    @override
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
     ) -> None:
         """
-        See `Shards`.
-
         Raises:
             SpecError: another type is to travel, and the parameters are of several.
         """
@@ -276,8 +276,9 @@ class RemoteShards:
             self.step_back(self._flat.version)
         self._move_in()
 
+    @override
     def step_back(self, version: int) -> None:
-        """See `Shards`; also where a loss has left some of this part's shards one ahead."""
+        """Also where a loss has left some of this part's shards one ahead."""
         self._flat.version = version
         ahead = [cut for cut in self._lines.cuts if self._versions[cut.index] > version]
         if not ahead:
@@ -298,12 +299,13 @@ class RemoteShards:
         if not self._on_device:
             self._flat.move(self._road.parameters, self._road.gradients)
 
+    @override
     def one_memory(self) -> bool:
-        """See `Shards`; a backup would not have what a worker writes."""
+        """A backup would not have what a worker writes."""
         return self._road.one_copy and not self._on_device and self._watch.watcher is None
 
+    @override
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
-        """See `Shards`."""
         self._control = control
         return self._following(lambda: self._push(step, task))
 
@@ -312,8 +314,8 @@ class RemoteShards:
         self._setting = "step_timeout_s"
         return result
 
+    @override
     def commit(self, step: int, norm: float) -> Pushed:
-        """See `Shards`."""
         roads = self._roads
 
         def commit() -> Pushed:
@@ -323,12 +325,12 @@ class RemoteShards:
 
         return self._following(commit)
 
+    @override
     def refresh(self) -> None:
-        """See `Shards`."""
         self._following(lambda: self._pull("step_timeout_s"))
 
+    @override
     def seen(self) -> NDArray[np.bool_]:
-        """See `Shards`."""
 
         def ask_first() -> NDArray[np.bool_]:
             question = lambda server, cut: self._transport.call(server, "seen")  # noqa: E731
@@ -338,8 +340,8 @@ class RemoteShards:
 
         return self._following(ask_first)
 
+    @override
     def average(self) -> Tensor:
-        """See `Shards`."""
 
         def ask_all() -> list[NDArray[np.uint8]]:
             question = lambda server, cut: self._transport.call(server, "average")  # noqa: E731
@@ -351,8 +353,8 @@ class RemoteShards:
             as_bytes(part(whole, cut))[:] = values
         return whole.to(self._flat.params.device)
 
+    @override
     def copies(self, version: int) -> list[ShardCopy] | None:
-        """See `Shards`."""
         call = self._transport.call
 
         def ask_one(cut: Shard, limit_s: float) -> ShardCopy:

@@ -25,10 +25,11 @@ from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.strategies.ports import TablesCopy
 from distplat.strategies.server.answers import tables_copy
 from distplat.strategies.server.table_store import TableServer
+from distplat.strategies.sparse.files import PartSource
 from distplat.strategies.sparse.table import RowGradients
 
 
-class TableServing(Serving[TableServer]):
+class TableServing(Serving[TableServer], PartSource):
     """
     The body of a server node that keeps tables.
 
@@ -57,8 +58,9 @@ class TableServing(Serving[TableServer]):
         store = self._server.store
         return self._replication.held(store.index) if store.opened else Held(self._name, None)
 
+    @override
     def close(self) -> None:
-        """See `Serving`: the memory that is mapped goes with the process."""
+        """The memory that is mapped goes with the process."""
 
     def open(
         self,
@@ -110,12 +112,12 @@ class TableServing(Serving[TableServer]):
         copy = tables_copy(self._server, version, limit_s)
         return copy if copy.box is None else replace(copy, box=[self._transport.put(copy.box)])
 
+    @override
     def sizes(self) -> list[tuple[TableSpec, int]]:
-        """See `PartSource`."""
         return self._server.sizes()
 
+    @override
     def part(self, table: int, first: int, count: int) -> bytes:
-        """See `PartSource`."""
         return self._server.part(table, first, count)
 
     def _reaches(self, rank: int, memory: Address) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Opened, Parcel, TableMap, WorkOrder
@@ -19,7 +20,7 @@ from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
-from distplat.strategies.ports import TablesCopy
+from distplat.strategies.ports import Sending, Tables, TablesCopy
 from distplat.strategies.server.answers import fetch_copies
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
@@ -61,7 +62,7 @@ class _Memory:
         self._segment.seal()
 
 
-class _Push:
+class _Push(Sending):
     """
     A push under way. See `Sending`.
 
@@ -78,12 +79,12 @@ class _Push:
         self._send, self._after_loss = send, after_loss
         self._sent = send()
 
+    @override
     def wait(self) -> None:
-        """See `Sending`."""
         self._after_loss(lambda: self._sent.wait(), lambda: self._send().wait())
 
 
-class RemoteTables:
+class RemoteTables(Tables):
     """
     The servers of embedding tables, seen by one worker.
 
@@ -105,13 +106,14 @@ class RemoteTables:
         self._saved: tuple[int, list[Any]] = 0, []
         self._new_memory()
 
+    @override
     def connect(
         self,
         tables: tuple[TableSpec, ...],
         total_steps: int,
         saved: SavedState | None = None,
     ) -> tuple[TablePlan, int]:
-        """See `Tables`; servers fetch the checkpoint's files themselves."""
+        """Servers fetch the checkpoint's files themselves."""
         order = self._order
         self._plan = plan_of(
             order.job,
@@ -193,16 +195,16 @@ class RemoteTables:
 
         self._watch.following(lambda: turn[0](), follow)
 
+    @override
     def begin(self, version: int) -> None:
-        """See `Tables`."""
         attempt, call = self._plan.attempt, self._transport.call
         question = lambda server, _: call(server, "begin", attempt, version)  # noqa: E731
         what = f"going on after step {version}"
         begin = lambda: self._calls.start(what, question, setting=_START).answers()  # noqa: E731
         self._following(begin)
 
+    @override
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
-        """See `Tables`."""
         return self._following(lambda: self._pull(table, ids, keep=keep))
 
     def _pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
@@ -226,6 +228,7 @@ class RemoteTables:
                 rows[ids.part(k)] = answer
         return rows
 
+    @override
     def push(
         self,
         step: int,
@@ -233,7 +236,6 @@ class RemoteTables:
         task: int | None = None,
         skip: bool = False,
     ) -> _Push:
-        """See `Tables`."""
         push = PushId(self._order.run, self._order.attempt, self._order.rank, step, task)
         return _Push(lambda: self._push(push, gradients, skip), self._after_loss)
 
@@ -252,8 +254,8 @@ class RemoteTables:
 
         return self._calls.start(f"push {push.seq} to tables", question)
 
+    @override
     def copies(self, version: int) -> list[TablesCopy] | None:
-        """See `Tables`."""
         call = self._transport.call
 
         def ask_one(k: int, limit_s: float) -> TablesCopy:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address, Membership, ModelFacts
@@ -109,8 +110,8 @@ class SharedMemoryTransport(VectorTransport):
         super().__init__(transport, facts, joined)
         self._segments: dict[int, MemorySegment] = {}
 
+    @override
     def candidates(self) -> list[int]:
-        """See `VectorTransport`."""
         opened: dict[tuple[int, int], MemorySegment] = {}
         for index, address in enumerate(self._joined.parameters):
             if address.node != self._node:
@@ -123,8 +124,9 @@ class SharedMemoryTransport(VectorTransport):
             self._segments[index] = opened[key]
         return list(self._segments)
 
+    @override
     def open(self, near: set[int]) -> None:
-        """See `VectorTransport`; where all servers are near, the model moves into their segment."""
+        """Where all servers are near, the model moves into their segment."""
         super().open(near)
         segments = [self._segments.get(i) if i in near else None for i in range(self._shards)]
         first = segments[0]
@@ -135,8 +137,8 @@ class SharedMemoryTransport(VectorTransport):
             dtype = getattr(torch, self._facts.dtype)
             self.parameters = torch.zeros(self._facts.size, dtype=dtype)
 
+    @override
     def part_ways(self) -> None:
-        """See `VectorTransport`."""
         if self.one_copy:
             self.one_copy, self.parameters = False, self.parameters.clone()
 
@@ -148,12 +150,12 @@ class SharedMemoryTransport(VectorTransport):
     def _shards(self) -> int:
         return len(self._joined.servers)
 
+    @override
     def put(self, cut: Shard, initial: Tensor) -> None:
-        """See `VectorTransport`."""
         part(self._segments[cut.index].tensor, cut).copy_(part(initial, cut))
 
+    @override
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        """See `VectorTransport`."""
         if cut.index not in self.near:
             self._take_object(cut, answer, limit_s)
         elif not self.one_copy:
@@ -169,25 +171,27 @@ class CopyTransport(VectorTransport):
         self.parameters = self._segment.tensor
         self.parameter_address = self._segment.address
 
+    @override
     def candidates(self) -> list[int]:
-        """See `VectorTransport`."""
         nodes = [address.node for address in self._joined.parameters]
         return [index for index, node in enumerate(nodes) if node == self._node]
 
+    @override
     def open(self, near: set[int]) -> None:
-        """See `VectorTransport`."""
         super().open(near)
         self._segment.seal()
 
+    @override
     def part_ways(self) -> None:
-        """See `VectorTransport`; it does already."""
+        """It does already."""
 
+    @override
     def put(self, cut: Shard, initial: Tensor) -> None:
-        """See `VectorTransport`."""
         part(self.parameters, cut).copy_(part(initial, cut))
 
+    @override
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        """See `VectorTransport`; a near server has put them there."""
+        """A near server has put them there."""
         if cut.index not in self.near:
             self._take_object(cut, answer, limit_s)
 

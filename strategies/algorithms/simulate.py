@@ -134,11 +134,11 @@ def simulate(
         raise ValueError(f"{len(per_stage)} costs for {stages} stages")
     if buffer is not None and buffer < 1:
         raise ValueError(f"a channel holds one message at least, got a buffer of {buffer}")
-    spans = _Run(plan, per_stage, buffer).run()
+    spans = _Execution(plan, per_stage, buffer).run()
     return Simulation(spans, tuple(plan.schedule.peak_activations()))
 
 
-class _Channel:
+class _ChannelTimes:
     """When each message was sent, and when received."""
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class _Channel:
         self.received: list[float] = []
 
 
-class _Run:
+class _Execution:
     """One execution; every stage has a clock of its own."""
 
     def __init__(self, plan: Plan, costs: list[Costs], buffer: int | None) -> None:
@@ -156,7 +156,7 @@ class _Run:
         self._next = [0 for _ in stages]
         self._spans: list[list[Span]] = [[] for _ in stages]
         self._have: list[set[Message | Action]] = [set() for _ in stages]
-        self._channels: defaultdict[tuple[int, int], _Channel] = defaultdict(_Channel)
+        self._channels: defaultdict[tuple[int, int], _ChannelTimes] = defaultdict(_ChannelTimes)
 
     def run(self) -> tuple[tuple[Span, ...], ...]:
         """Run all stages to their ends."""

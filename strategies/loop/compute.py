@@ -145,7 +145,7 @@ class Compute(Protocol):
         """Run this rank's part of the evaluation data."""
 
 
-class WholeModel:
+class WholeModel(Compute):
     """
     Forward and backward of the whole model, one micro-batch after the other.
 
@@ -170,14 +170,14 @@ class WholeModel:
         self._doubts = LossDoubts(self.task, self.flat.model)
         self._weights, self.metrics = prepared.weights, TaskMetrics(prepared.task)
 
+    @override
     def start(self, steps: range) -> None:
-        """See `Compute`."""
         parts = self.job.gradient_accumulation
         data = batches_by(self.task, self.data)
         self._batches = micro_batches(self.job, data, self.sampler, self.rank, steps, parts)
 
+    @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """See `Compute`."""
         seed_step(self.job.seed, step, self.rank)
         for module in self._modules:
             module.train()
@@ -216,14 +216,14 @@ class WholeModel:
         samples = sum(sizes), self.sampler.batch_size(step)
         return iter(found), weights.of_step(found, *samples, device)
 
+    @override
     def skip(self, step: int) -> None:
-        """See `Compute`."""
         for _ in self._plan(step):
             next(self._batches)
 
     @torch.no_grad()
+    @override
     def evaluate(self, data: Dataset[Any]) -> Sums:
-        """See `Compute`."""
         seed_evaluation(self.job.seed, self.rank)
         for module in self._modules:
             module.eval()
@@ -259,7 +259,7 @@ def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-class TaskModel(WholeModel):
+class TaskModel(WholeModel, Compute):
     """
     `WholeModel` for tasks: task t is part t % parts of step t // parts.
 
@@ -285,8 +285,9 @@ class TaskModel(WholeModel):
         self._batches = iter(())
         self._reading.close()
 
+    @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """See `Compute`; `step` is the number of a task."""
+        """`step` is the number of a task."""
         step, self.rank = divmod(step, self.sampler.world)
         return super().gradients(step, clock)
 

@@ -170,7 +170,7 @@ class Gathering:
             self._joined().all_reduce(word.zeros(rows, device))
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """See `all_gather`."""
+        """Give all ranks' tensors in rank order, with gradient; what `distplat.all_gather` does."""
         if self._refused is not None:
             raise SpecError(self._refused)
         if not 1 <= tensor.ndim <= _DIMENSIONS:

@@ -200,11 +200,11 @@ class ByValue:
 
     def __reduce__(self) -> tuple[Any, ...]:
         buffer = io.BytesIO()
-        _Pickler(buffer).dump(self._value)
+        _ByValuePickler(buffer).dump(self._value)
         return pickle.loads, (buffer.getvalue(),)
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Shares large tensors as torch does between processes."""
 
     def __init__(self, file: io.BytesIO) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.apply_log import ApplyLog
 from distplat.platform.errors import StorageError
@@ -34,29 +35,31 @@ from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.session import Ports, join
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.ports import Pushed
+from distplat.strategies.ports import Leases, Pushed, Shards
 from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.worker_strategy import make_worker_strategy
 
 
-class ReplayLeases:
+class ReplayLeases(Leases):
     """What one rank made, one task after the other (see `Leases`)."""
 
     def __init__(self, tasks: Sequence[int]) -> None:
         self._tasks, self._given = tasks, 0
 
+    @override
     def connect(self, plan: TaskPlan) -> None:
-        """See `Leases`."""
+        """The tasks are known already."""
 
+    @override
     def next(self, alive: Callable[[], None]) -> Lease:
-        """See `Leases`."""
         number, self._given = self._given, self._given + 1
         if number == len(self._tasks):
             return Lease(number, trained=True, over=True)
         return Lease(number, range(self._tasks[number], self._tasks[number] + 1))
 
+    @override
     def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
-        """See `Leases`."""
+        """Nobody else would take them."""
 
 
 class ReplayGroup:
@@ -186,47 +189,53 @@ class ReplayGroup:
         return self._taken[index][rank] == self._ready.get(rank, 0)
 
 
-class ReplayShards:
+class ReplayShards(Shards):
     """One rank's view of a `ReplayGroup` (see `Shards`)."""
 
     def __init__(self, group: ReplayGroup, rank: int) -> None:
         self._group, self._rank = group, rank
 
+    @override
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
     ) -> None:
-        """See `Shards`."""
         self._group.connect(self._rank, flat)
 
+    @override
     def step_back(self, version: int) -> None:
-        """See `Shards`; asynchronous shards have no version in common."""
+        """Asynchronous shards have no version in common."""
 
+    @override
     def one_memory(self) -> bool:
-        """See `Shards`; asynchronous workers compute on copies."""
+        """Asynchronous workers compute on copies."""
         return False
 
+    @override
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
-        """See `Shards`."""
         return Pushed(staleness=self._group.submit(self._rank, step, control), total=control)
 
+    @override
     def commit(self, step: int, norm: float) -> Pushed:
-        """See `Shards`; asynchronous shards apply by themselves."""
+        """Asynchronous shards apply by themselves."""
         return Pushed()
 
     def refresh(self) -> None:
         """Wait for the end: what a rank computes on before, the logs say."""
         self._group.finish(self._rank)
 
+    @override
     def seen(self) -> NDArray[np.bool_]:
-        """See `Shards`; asked of synchronous shards only."""
+        """Asked of synchronous shards only."""
         return np.zeros(0, np.bool_)
 
+    @override
     def average(self) -> Tensor:
-        """See `Shards`; asynchronous shards have none."""
+        """Asynchronous shards have none."""
         raise NotImplementedError("asynchronous shards keep no average")
 
+    @override
     def copies(self, version: int) -> None:
-        """See `Shards`; what was made before needs no checkpoints."""
+        """What was made before needs no checkpoints."""
 
 
 def replay(

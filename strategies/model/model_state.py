@@ -338,7 +338,7 @@ class ModelState:
         self._new = set()
 
     def _exchange(self, group: Collective, step: int, wrote: set[int]) -> None:
-        """See `synchronize`; `wrote`: what this rank has now written for the first time."""
+        """Exchange what ranks wrote; `wrote`: what this rank has now written for the first time."""
         samples = self.shares.samples(step)
         self._average(group, samples)
         slots = [one.slot for one in self._those("rank0")]

@@ -50,7 +50,7 @@ class _Run:
     stop: int
     dtype: str
     group: int
-    """See `Piece.group`."""
+    """Number of the parameter group."""
     used: bool
     """Whether torch has a state for it."""
     parameter: nn.Parameter = field(init=False)

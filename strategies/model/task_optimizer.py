@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.optimizers import TaskOptimizer
@@ -212,8 +213,8 @@ class TaskUpdate(LocalOptimizer):
         if self._average is not None:
             self._average.load(average)
 
+    @override
     def average(self) -> Tensor:
-        """See `LocalOptimizer`."""
         return self._flat.params if self._average is None else self._average.values
 
     @property

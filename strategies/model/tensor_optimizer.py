@@ -59,7 +59,7 @@ class TensorOptimizer:
         self._average = None if ema is None else AveragedVector(ema, vector, self._layout)
 
     def step(self, rates: Sequence[float], present: Presence = None) -> None:
-        """See `FlatOptimizer`."""
+        """Update the parameters by torch's optimizer; `rates`: by parameter group."""
         mine = self._at_first if present is None else np.asarray(present, np.bool_)[self._slots]
         for parameter, own, has in zip(self._parameters, self._gradients, mine, strict=True):
             parameter.grad = own if has else None
@@ -72,7 +72,7 @@ class TensorOptimizer:
 
     @property
     def average(self) -> Tensor:
-        """See `FlatOptimizer`."""
+        """The moving average of the parameters, or the parameters where none is kept."""
         return self._vector if self._average is None else self._average.values
 
     def state(self) -> dict[str, Tensor]:

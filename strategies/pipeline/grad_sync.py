@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.platform.errors import StateLost
 from distplat.platform.load import load_figures
@@ -18,7 +19,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer, norm_figures
 from distplat.strategies.model.parameter_layout import squared_norm_of
-from distplat.strategies.pipeline.interfaces import Versions
+from distplat.strategies.pipeline.interfaces import Exchange, Versions
 from distplat.strategies.ports import Pushed, Shards
 from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.worker_strategy import Context
@@ -34,7 +35,7 @@ class PartOptimizer(LocalOptimizer):
         return self.norm
 
 
-class AllReduceGradSync:
+class AllReduceGradSync(Exchange):
     """
     One rank's dealings with its peers, over all attempts (see `Exchange`).
 
@@ -59,8 +60,9 @@ class AllReduceGradSync:
         self._look = True
         self.made = False
 
+    @override
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
-        """See `Exchange`; what the furthest peer has, all of them take over."""
+        """What the furthest peer has, all of them take over."""
         self._catch_up(versions)
         self._state = context.state
         self._state.settle(self._flat.version)
@@ -113,8 +115,9 @@ class AllReduceGradSync:
         if self._reducer is not None:
             self._reducer.pause()
 
+    @override
     def begin(self, step: int, local: StepControl) -> StepControl:
-        """See `Exchange`; the sum is in `flat.grads`."""
+        """The sum is in `flat.grads`."""
         if self._reducer is None:
             mine = local.looked_at(self._flat) if self._look else local
             self._total = mine
@@ -126,24 +129,26 @@ class AllReduceGradSync:
         overflow = self._total.non_finite and self._total.rank < 0 and self._total.slot >= 0
         return mine.broken(self._total.slot) if overflow else mine
 
+    @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
-        """See `Exchange`; `begin` has summed them."""
+        """`begin` has summed them."""
         if self._state is not None:
             self._state.synchronize(step, self._total.state_changed)
         self._total = replace(total, present=self._total.present)
         return self._total
 
+    @override
     def squares(self) -> float:
-        """See `Exchange`."""
         flat, uncounted = self._flat, self._holding.uncounted(self._flat)
         return squared_norm_of(flat.grads, flat.layout.segments, uncounted)
 
+    @override
     def ready(self, norm: float | None) -> None:
-        """See `Exchange`."""
         self._norm, self._summed = norm, True
 
+    @override
     def update(self, step: int, total: StepControl) -> None:
-        """See `Exchange`; from `flat.grads`, and waits for nobody."""
+        """From `flat.grads`, and waits for nobody."""
         assert self._optimizer is not None, "meet() comes first"
         if self._norm is not None:
             self._optimizer.norm = self._norm
@@ -156,8 +161,8 @@ class AllReduceGradSync:
             self._state.keep(step + 1)
         self._summed = False
 
+    @override
     def part(self, version: int) -> CheckpointPart:
-        """See `Exchange`."""
         assert self._optimizer is not None, "meet() comes first"
         flat, holding = self._flat, self._holding
         memory = self._optimizer.memory()
@@ -171,7 +176,7 @@ class AllReduceGradSync:
         return {**found, "optimizer_state_bytes": float(self._optimizer.state_bytes)}
 
 
-class PsGradSync:
+class PsGradSync(Exchange):
     """
     One rank's dealings with the servers of its part, over all attempts (see `Exchange`).
 
@@ -196,8 +201,9 @@ class PsGradSync:
         self._pushing = False  #: the step after them was pushed, or is about to be
         self.made = False
 
+    @override
     def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
-        """See `Exchange`; parameters are the servers', buffers the peers'."""
+        """Parameters are the servers', buffers the peers'."""
         flat = self._flat
         self._look = context.job.failure.non_finite != "ignore"
         self._dp_world = 1 if group is None else group.world
@@ -271,15 +277,18 @@ class PsGradSync:
     def last_backward(self) -> None:
         """Nothing leaves before all gradients are there."""
 
+    @override
     def pause(self) -> None:
-        """See `last_backward`."""
+        """Nothing leaves before all gradients are there."""
 
+    @override
     def begin(self, step: int, local: StepControl) -> StepControl:
-        """See `Exchange`; servers decide by all parts' records, so nothing is pushed yet."""
+        """Servers decide by all parts' records, so nothing is pushed yet."""
         return local.looked_at(self._flat) if self._look else local
 
+    @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
-        """See `Exchange`; the servers have the sum, and without clipping they have used it."""
+        """The servers have the sum, and without clipping they have used it."""
         if self._state is not None:
             self._state.synchronize(step)
         self._pushing = True
@@ -288,16 +297,17 @@ class PsGradSync:
         self._pushed = self._servers.push(step, mine)
         return total
 
+    @override
     def squares(self) -> float:
-        """See `Exchange`; 0 where a single server clips by itself, and asks for nothing."""
+        """0 where a single server clips by itself, and asks for nothing."""
         return (self._pushed.norm or 0.0) ** 2
 
+    @override
     def ready(self, norm: float | None) -> None:
-        """See `Exchange`."""
         self._norm = norm
 
+    @override
     def update(self, step: int, total: StepControl) -> None:
-        """See `Exchange`."""
         if self._pushed.norm is not None:
             assert self._norm is not None, "ready() comes first"
             self._servers.commit(step, self._norm)
@@ -310,8 +320,8 @@ class PsGradSync:
             self._state.keep(step + 1)
         self._at, self._pushing, self._ahead = step + 1, False, None
 
+    @override
     def part(self, version: int) -> CheckpointPart:
-        """See `Exchange`."""
         return server_part(
             self._flat, self._servers, version, may_skip=False, holding=self._holding
         )

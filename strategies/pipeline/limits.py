@@ -304,7 +304,7 @@ def shared(inputs: Any, slices: Collective) -> Any:
 
 
 class RunnableChunk(Protocol):
-    """See `rank_model.Chunk`."""
+    """A chunk of layers, as `rank_model.Chunk`."""
 
     def run(self, inputs: Any, seed: int) -> Any:
         """Go forward."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
@@ -194,10 +195,10 @@ class Chunk(Protocol):
         """Switch between training and evaluation."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """See `nn.Module`."""
+        """The parameters of the chunk's modules, as `nn.Module` gives them."""
 
 
-class Layers(Stage):
+class Layers(Stage, Chunk):
     """
     Layers one behind the other that run on one rank.
 
@@ -211,8 +212,9 @@ class Layers(Stage):
         super().__init__(layers)
         self._first, self._recompute = first, recompute
 
+    @override
     def run(self, inputs: Tensor, seed: int) -> Tensor:
-        """See `Chunk`; each layer draws from a generator of its own."""
+        """Each layer draws from a generator of its own."""
         if self._recompute:
             outputs: Tensor = recomputed(_Seeded(self, seed), inputs)
             return outputs
@@ -226,13 +228,14 @@ class Layers(Stage):
             inputs = one_tensor(name, module(inputs))
         return inputs
 
+    @override
     def set_mode(self, *, training: bool) -> None:
-        """See `Chunk`; layers made around parts, too."""
+        """Layers made around parts, too."""
         for module in self._run:
             module.train(training)
 
 
-class Uncut(nn.Module):
+class Uncut(nn.Module, Chunk):
     """
     The whole model, called as plain torch calls it: any inputs, any outputs, all of its hooks.
 
@@ -245,8 +248,9 @@ class Uncut(nn.Module):
         super().__init__()
         self.model, self._recompute = model, recompute
 
+    @override
     def run(self, inputs: Any, seed: int) -> Any:
-        """See `Chunk`; the whole model draws from one generator."""
+        """The whole model draws from one generator."""
         if self._recompute:
             return recomputed(_Seeded(self, seed), inputs)
         return self.seeded(inputs, seed)
@@ -256,8 +260,8 @@ class Uncut(nn.Module):
         seed_quickly(mixed(seed, 0))
         return self.model(inputs)
 
+    @override
     def set_mode(self, *, training: bool) -> None:
-        """See `Chunk`."""
         self.model.train(training)
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from distplat.platform.even_split import split_evenly
 from distplat.platform.grid import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.loop.batches import batches_by, eval_batches, micro_batches
 from distplat.strategies.loop.collate import moved
-from distplat.strategies.loop.compute import Share, Stopwatch, Sums, precision
+from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
 from distplat.strategies.loop.loss_check import LossDoubts
 from distplat.strategies.loop.losses import (
     Judged,
@@ -33,7 +34,7 @@ from distplat.strategies.loop.losses import (
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.pipeline.executor import Executor, PlanOf
-from distplat.strategies.pipeline.interfaces import Tail
+from distplat.strategies.pipeline.interfaces import Source, Tail
 from distplat.strategies.pipeline.limits import as_pair, entering
 
 _WINDOW = 32
@@ -53,7 +54,7 @@ class StageSettings:
     evaluation: PlanOf
 
 
-class Pipeline:
+class Pipeline(Compute):
     """
     One rank's part in the steps of its replica.
 
@@ -76,8 +77,8 @@ class Pipeline:
         self._metrics = TaskMetrics(prepared.task)
         self.share = Share()  #: what this rank had of the last step
 
+    @override
     def start(self, steps: range) -> None:
-        """See `Compute`."""
         p, s = self._p, self._settings
         if self._begins or self._ends:
             data = batches_by(p.task, p.data)
@@ -85,8 +86,8 @@ class Pipeline:
                 p.job, data, p.sampler, s.at.replica, steps, s.micro_batches
             )
 
+    @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """See `Compute`."""
         sampler, s = self._p.sampler, self._settings
         plan = sampler.micro_batches(step, s.at.replica, s.micro_batches)
         sizes = [len(ids) for ids in plan]
@@ -105,12 +106,14 @@ class Pipeline:
                 self.share = self.share.plus(term, size)
         return self.share
 
+    @override
     def skip(self, step: int) -> None:
-        """See `Compute`; pipelines leave no step out."""
+        """Pipelines leave no step out."""
         raise NotImplementedError
 
+    @override
     def evaluate(self, data: Dataset[Any]) -> Sums:
-        """See `Compute`. Micro-batches are as large as in training, so no more memory is held."""
+        """Micro-batches are as large as in training, so no more memory is held."""
         s, found = self._settings, Sums()
         self._metrics.begin(self._device)
         start, stop = split_evenly(len(data), s.replicas)[s.at.replica]  # type: ignore[arg-type]
@@ -147,7 +150,7 @@ class Pipeline:
             return judged(self._p.task, Made(outputs, targets, term), samples)
 
 
-class _Loaded:
+class _Loaded(Source):
     """Micro-batches, read one after the other when they are first wanted."""
 
     def __init__(self, owner: Pipeline, batches: Iterator[Any], sizes: Sequence[int]) -> None:
@@ -156,15 +159,16 @@ class _Loaded:
         self._pairs: dict[int, tuple[Any, Any]] = {}
         self.loading_s = 0.0
 
+    @override
     def inputs(self, micro_batch: int) -> Any:
-        """See `Source`."""
         inputs = self.peek(micro_batch)
         if not self._owner._ends:
             del self._pairs[micro_batch]
         return inputs
 
+    @override
     def peek(self, micro_batch: int) -> Any:
-        """See `Source`; of a model that is cut one tensor."""
+        """Of a model that is cut one tensor."""
         self._read_up_to(micro_batch)
         inputs = self._pairs[micro_batch][0]
         return entering(inputs) if self._owner._settings.stages > 1 else inputs
@@ -182,7 +186,7 @@ class _Loaded:
             self.loading_s += time.perf_counter() - began
 
 
-class _Training(_Loaded):
+class _Training(_Loaded, Source):
     """Micro-batches of a step."""
 
     def __init__(
@@ -206,12 +210,12 @@ class _Training(_Loaded):
         self.terms.append(replace(term, value=term.value.detach()))
         return term.value * (term.factor * self._part)
 
+    @override
     def seed(self, micro_batch: int) -> int:
-        """See `Source`."""
         return mixed(self._seed, micro_batch)
 
 
-class _Evaluation(_Loaded):
+class _Evaluation(_Loaded, Source):
     """Micro-batches of an evaluation."""
 
     def __init__(
@@ -226,6 +230,7 @@ class _Evaluation(_Loaded):
         self._found.add(self._owner.figures_of(outputs, self.targets(micro_batch), size), size)
         return outputs
 
+    @override
     def seed(self, micro_batch: int) -> int:
-        """See `Source`; nothing is drawn."""
+        """Nothing is drawn."""
         return 0

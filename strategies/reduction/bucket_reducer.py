@@ -22,6 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.vector_layout import Piece
@@ -35,6 +36,7 @@ from distplat.strategies.reduction.base import (
     ControlSum,
     Meter,
     OverlapMeter,
+    Reducer,
     several_types,
     time_all_reduce,
 )
@@ -145,7 +147,7 @@ class Wire:
         return figures
 
 
-class BucketReducer:
+class BucketReducer(Reducer):
     """
     Sums `flat.grads` over a group in buckets (see `Reducer`).
 
@@ -199,8 +201,9 @@ class BucketReducer:
         self._hooks = listen(flat, self._on_gradient) if overlap and not self._alone else []
         flat.copy_when_ready(bool(self._hooks), looks=look)
 
+    @override
     def last_backward(self) -> None:
-        """See `Reducer`. Called once for each part that has a last backward of its own."""
+        """Called once for each part that has a last backward of its own."""
         if not self._alone:
             if not self._begun:
                 self._begin()
@@ -210,8 +213,9 @@ class BucketReducer:
         """Be told that the backward is over, and that another one which is not the last follows."""
         self._listening = False
 
+    @override
     def finish(self, local: StepControl) -> StepControl:
-        """See `Reducer`; the control record leaves behind the last bucket."""
+        """The control record leaves behind the last bucket."""
         if self._alone:
             self.local = local.looked_at(self._flat) if self._look else local
             return self.local
@@ -239,8 +243,8 @@ class BucketReducer:
             overflows = self._wire.overflows
         return total.overflowed(self._flat) if self._look and overflows else total
 
+    @override
     def figures(self) -> dict[str, float]:
-        """See `Reducer`."""
         figures = {**self._meter.lap(), **self._overlap.figures()}
         if self._wire is not None:
             figures |= self._wire.figures(figures["working_s"])

@@ -70,14 +70,13 @@ class CompressedReducer(Reducer):
             The squared 2-norm of what this rank sent.
         """
 
+    @override
     def last_backward(self) -> None:
-        """See `Reducer`. What is to be sent is known only when all gradients are there."""
+        """What is to be sent is known only when all gradients are there."""
 
+    @override
     def finish(self, local: StepControl) -> StepControl:
-        """
-        See `Reducer`.
-
-        The control record goes first: of a step that is not finite nothing is sent, so residuals
+        """The control record goes first: of a step that is not finite nothing is sent, so residuals
         stay as they are.
         """
         local = local.looked_at(self._flat) if self._look else local
@@ -108,8 +107,9 @@ class CompressedReducer(Reducer):
     def figures(self) -> dict[str, float]:
         return {**self._step.lap(), **self._figures}
 
+    @override
     def close(self) -> None:
-        """See `Reducer`. There are no hooks."""
+        """There are no hooks."""
 
     def inherit(self, old: "CompressedReducer") -> None:
         """

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.platform.even_split import cut_at, split_evenly
 from distplat.platform.spec import Job
@@ -37,13 +38,13 @@ from distplat.strategies.model.parameter_layout import (
     typed,
     typed_views,
 )
-from distplat.strategies.reduction.base import ControlSum, Meter
+from distplat.strategies.reduction.base import ControlSum, Meter, Reducer
 
 _ALIGN = 16
 """Elements: parts begin on a cache line, and where a vectorised loop over the whole would too."""
 
 
-class ShardedUpdate(LocalOptimizer):
+class ShardedUpdate(LocalOptimizer, Reducer):
     """
     Exchange and optimizer in one: `finish` sums gradients, `step` updates (see `Reducer`).
 
@@ -79,8 +80,9 @@ class ShardedUpdate(LocalOptimizer):
         self._new = True
         self._exchange_s = 0.0
 
+    @override
     def last_backward(self) -> None:
-        """See `Reducer`; nothing goes before all gradients are there."""
+        """Nothing goes before all gradients are there."""
 
     def finish(self, local: StepControl) -> StepControl:
         """
@@ -125,9 +127,9 @@ class ShardedUpdate(LocalOptimizer):
             self._group.all_gather(self._parameters, self._part)
         self._exchange_s += time.perf_counter() - began
 
+    @override
     def average(self) -> Tensor:
-        """
-        See `LocalOptimizer`; put together of all ranks' parts.
+        """Put together of all ranks' parts.
 
         Raises:
             CollectiveError: a rank is missing.
@@ -139,12 +141,13 @@ class ShardedUpdate(LocalOptimizer):
         self._group.all_gather(parts, self._optimizer.average)
         return whole
 
+    @override
     def figures(self) -> dict[str, float]:
-        """See `Reducer`."""
         return {**self._meter.lap(), "exposed_s": self._exchange_s}
 
+    @override
     def close(self) -> None:
-        """See `Reducer`."""
+        """There are no hooks to take off."""
 
     def state(self) -> dict[str, Tensor]:
         """Give nothing: each rank has a part, and no rank can hand over what another needs."""

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.platform.errors import GapError, StaleError
 from distplat.platform.ledger import Ledger, PushId, StepLedger, TaskLedger, Verdict
@@ -37,14 +38,21 @@ from distplat.strategies.model.parameter_layout import (
     squared_norm_of,
     typed_views,
 )
-from distplat.strategies.server.backup import BackupLink, Change, StoreSnapshot, Update
 from distplat.strategies.server.checkpoint_copies import CheckpointCopies, VectorCopies
 from distplat.strategies.server.staleness import Staleness
+from distplat.strategies.server.store import (
+    BackupLink,
+    Change,
+    ReplicatedStore,
+    ServerStore,
+    StoreSnapshot,
+    Update,
+)
 
-_BOOKS = ("ledger", "staleness", "seen", "_before_version", "_segments", "_thawing")
+_BOOKS = ("_ledger", "staleness", "seen", "_before_version", "_segments", "_thawing")
 
 
-class DenseStore:
+class DenseStore(ServerStore, ReplicatedStore):
     """
     A run of the flat parameter vector and all that belongs to it.
 
@@ -61,10 +69,10 @@ class DenseStore:
         self._segments = tuple(one for one in every if one.start < tail)
         self._thawing = [one for one in self._layout.pieces if one.start >= tail]
         backup, who = plan.consistency.backup_workers, (plan.run, plan.attempt, plan.world)
-        self.ledger: Ledger = StepLedger(*who, backup)
+        self._ledger: Ledger = StepLedger(*who, backup)
         self.staleness: Staleness | None = None  #: of an asynchronous shard
         if plan.consistency.asynchronous:
-            self.ledger, self.staleness = TaskLedger(*who), Staleness(plan, params, every)
+            self._ledger, self.staleness = TaskLedger(*who), Staleness(plan, params, every)
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
         self._pushed: PushId | None = None  #: asynchronous: whose gradient is staged
@@ -84,34 +92,39 @@ class DenseStore:
         self._keeping = CheckpointCopies[VectorCopies](plan.checkpoint_every, plan.total_steps)
 
     @property
+    @override
+    def ledger(self) -> Ledger:
+        return self._ledger
+
+    @property
     def version(self) -> int:
         """Updates applied."""
-        return self.ledger.updates
+        return self._ledger.updates
 
     @property
     def steps(self) -> int:
         """Steps that every rank has made here, or of which every task is made."""
-        return self.ledger.steps
+        return self._ledger.steps
 
     @property
+    @override
     def opened(self) -> bool:
-        """See `ServerStore`."""
-        return self.ledger.version is not None
+        return self._ledger.version is not None
 
     @property
+    @override
     def present(self) -> Tensor:
-        """See `ServerStore`."""
         return self.params
 
     @property
+    @override
     def commits_alone(self) -> bool:
-        """See `ServerStore`."""
         clips = self._plan.job.clip_norm is not None and self.staleness is None
         return self._plan.shards == 1 or not clips
 
     @property
+    @override
     def inbox(self) -> Tensor:
-        """See `ReplicatedStore`."""
         return self.params
 
     def restore(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
@@ -123,14 +136,14 @@ class DenseStore:
             state: what the optimizer remembers of them; None: nothing.
         """
         self.optimizer.load(state or {})
-        self.ledger.restore(version)
+        self._ledger.restore(version)
         self._before_version = None
         if self.staleness is not None:
             self.staleness.restore(self.version)
 
+    @override
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """See `ServerStore`."""
-        self.ledger.renew(attempt, world)
+        self._ledger.renew(attempt, world)
         self._forget_pushes()
 
     def values(self, version: int) -> Tensor:
@@ -147,38 +160,39 @@ class DenseStore:
         kind = GapError if version > self.version else StaleError
         raise kind(f"version {version} is not here: the shard is at {self.version}")
 
+    @override
     def kept(self, version: int) -> VectorCopies | None:
-        """
-        See `ServerStore`; those of an asynchronous shard were made when the last task of step
+        """Those of an asynchronous shard were made when the last task of step
         `version - 1` was applied, and later tasks may be in them, too.
         """
         return self._keeping.give(version)
 
+    @override
     def worker(self, place: int) -> str:
-        """See `ServerStore`."""
         return self._plan.worker(place)
 
+    @override
     def log(self) -> NDArray[np.int64] | None:
-        """See `ServerStore`."""
         return None if self.staleness is None else self.staleness.log.numbers()
 
+    @override
     def head(self, control: StepControl | None) -> tuple[float, ...]:
-        """See `ServerStore`; an asynchronous push is decided by itself."""
+        """An asynchronous push is decided by itself."""
         alone = control is not None and self.staleness is not None
         return control.head if alone and control is not None else self.total.head
 
+    @override
     def staleness_of(self, rank: int) -> int:
-        """See `ServerStore`."""
         return 0 if self.staleness is None else self.staleness.of[rank]
 
+    @override
     def pull(self, rank: int) -> int:
-        """See `ServerStore`."""
         if self.staleness is not None:
             self.staleness.pull(rank, self.version, self.params)
         return self.version
 
     def pull_elsewhere(self, rank: int, version: int, values: Tensor) -> None:
-        """See `Staleness`; nothing is to be noted by a synchronous shard."""
+        """Note what a worker computes on; a synchronous shard has nothing to note."""
         if self.staleness is not None:
             self.staleness.make_room(rank, self.version, self.params)
             self.staleness.pull_elsewhere(rank, version, values)
@@ -198,7 +212,7 @@ class DenseStore:
         """
         if gradient.shape != self.params.shape:
             raise ValueError(f"gradient has shape {gradient.shape}, shard {self.params.shape}")
-        verdict = self.ledger.offer(push)
+        verdict = self._ledger.offer(push)
         if self.staleness is not None:
             self.staleness.make_room(push.rank, self.version, self.params)
         if verdict is Verdict.NEW:
@@ -206,14 +220,14 @@ class DenseStore:
             self._gradients[push.rank] = gradient
             self._controls[push.rank] = control or everything(self._layout)
             self._pushed = push
-            if self.ledger.complete:
+            if self._ledger.complete:
                 self._add_up()
         return verdict
 
+    @override
     def commit(self, seq: int, norm: float | None) -> bool:
-        """See `ServerStore`."""
         version, steps = self.version, self.steps
-        if not self.ledger.commit(seq):
+        if not self._ledger.commit(seq):
             return False
         if self.staleness is None:
             limit, scale = self._plan.job.clip_norm, self._scale
@@ -229,34 +243,35 @@ class DenseStore:
         self._update(update, steps)
         return True
 
+    @override
     def follow(self, change: Change, gradient: Tensor) -> None:
-        """See `ReplicatedStore`; `gradient` is summed and clipped, or corrected, shape [m]."""
+        """`gradient` is summed and clipped, or corrected, shape [m]."""
         assert isinstance(change, Update), "a shard is told of updates alone"
         push, steps = change.push, self.steps
         if self.staleness is None:
             self._keep_present()
             self._look_for_thawed(change.present)
             self._sum.copy_(gradient)
-            self.ledger.restore(change.version + 1)
+            self._ledger.restore(change.version + 1)
         else:
             assert push is not None, "an asynchronous update is one rank's"
             self.staleness.follow(change, push.rank, self.params)
-            if push.attempt > self.ledger.attempt:
+            if push.attempt > self._ledger.attempt:
                 self.renew(push.attempt)
-            self.ledger.offer(push)
-            self.ledger.commit(push.seq)
+            self._ledger.offer(push)
+            self._ledger.commit(push.seq)
             self._sum = gradient
         self._update(change, steps)
 
+    @override
     def snapshot(self) -> StoreSnapshot:
-        """See `ReplicatedStore`."""
         vectors = {"params": self.params, **({} if self._before is None else {"_": self._before})}
         vectors |= {f"optimizer/{name}": one for name, one in self.optimizer.state().items()}
         books = {name: deepcopy(getattr(self, name)) for name in _BOOKS}
         return StoreSnapshot({name: one.clone() for name, one in vectors.items()}, books)
 
+    @override
     def become(self, snapshot: StoreSnapshot) -> None:
-        """See `ReplicatedStore`."""
         vectors: dict[str, Tensor] = dict(snapshot.vectors)
         self.params.copy_(vectors.pop("params"))
         if self._before is not None:
@@ -270,7 +285,7 @@ class DenseStore:
         plan, place, scale = self._plan, update.version, 1.0
         if self.staleness is not None:
             scale = self.staleness.applied(update)
-            place = update.version // self.ledger.world  # of each worker an update: one step
+            place = update.version // self._ledger.world  # of each worker an update: one step
             self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
         rates = [rate * scale for rate in rate_of(plan.job, place, plan.total_steps)]
         self.optimizer.step(rates, from_flags(update.present))
@@ -317,7 +332,7 @@ class DenseStore:
 
     def _add_in_order(self, parts: list[list[Tensor]]) -> None:
         """Sum in rank order (I2)."""
-        plan, world = self._plan, self.ledger.world
+        plan, world = self._plan, self._ledger.world
         backup = plan.consistency.backup_workers
         # With backup workers still a mean, over the samples that are there.
         self._scale = self.total.scale * (world / (world - backup) if backup else 1.0)

@@ -19,10 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.errors import (
@@ -32,11 +30,11 @@ from distplat.platform.errors import (
     ProtocolError,
     StaleError,
 )
-from distplat.platform.ledger import Answer, Ledger, PullId, PushId, Verdict
+from distplat.platform.ledger import Answer, PullId, PushId, Verdict
 from distplat.platform.load import PushQueue, QueuedPush
 from distplat.platform.shard_map import ShardPlan
-from distplat.strategies.server.backup import ReplicatedStore
 from distplat.strategies.server.dense_store import DenseStore
+from distplat.strategies.server.store import ServerStore
 
 Result = TypeVar("Result")
 Deliver = Callable[[Any, int], Any]
@@ -49,71 +47,6 @@ class Limits:
 
     start_s: float
     step_s: float
-
-
-class ServerStore(ReplicatedStore, Protocol):
-    """What a server keeps; it waits for nobody, and is called with the server's lock held."""
-
-    @property
-    def ledger(self) -> Ledger:
-        """Which pushes are in it."""
-
-    @property
-    def opened(self) -> bool:
-        """Whether it has values."""
-
-    @property
-    def present(self) -> Any:
-        """Give the present values, as they are delivered."""
-
-    @property
-    def commits_alone(self) -> bool:
-        """Whether a complete step may be applied at once: nothing of other servers is needed."""
-
-    @property
-    def squared_norm(self) -> float | None:
-        """Of what is staged, where somebody needs it."""
-
-    def push(self, push: PushId, gradient: Any, control: Any) -> Verdict:
-        """
-        Stage a gradient.
-
-        Raises:
-            ProtocolError: see `Ledger.offer`; nothing is changed.
-        """
-
-    def commit(self, seq: int, norm: float | None) -> bool:
-        """
-        Apply what is staged; False: it was applied before, nothing is done.
-
-        Args:
-            seq: of the push that completed it.
-            norm: 2-norm of the gradient over all servers; only looked at where the job clips.
-
-        Raises:
-            ProtocolError: see `Ledger.commit`; nothing is changed.
-        """
-
-    def pull(self, rank: int) -> int:
-        """Note that a worker takes the present values; give their version."""
-
-    def head(self, control: Any) -> tuple[float, ...]:
-        """Give the head of the control record of the update that a push became part of."""
-
-    def staleness_of(self, rank: int) -> int:
-        """Give the updates between a rank's pull and its last gradient's turn."""
-
-    def renew(self, attempt: int, world: int | None) -> None:
-        """See `Ledger.renew`; what is staged is forgotten."""
-
-    def kept(self, version: int) -> Any:
-        """Hand over the copies for a checkpoint; None: they are not there, or not any more."""
-
-    def worker(self, place: int) -> str:
-        """Name one of the workers."""
-
-    def log(self) -> NDArray[np.int64] | None:
-        """Give the order of updates, shape [updates, 3]; None: it follows from the job."""
 
 
 S = TypeVar("S", bound=ServerStore)

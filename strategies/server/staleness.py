@@ -21,7 +21,7 @@ from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.model.parameter_layout import typed_views
-from distplat.strategies.server.backup import Update
+from distplat.strategies.server.store import Update
 
 
 class Staleness:

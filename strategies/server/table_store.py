@@ -20,22 +20,25 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from distplat.platform.errors import FencedError, ProtocolError, StateLost
 from distplat.platform.ledger import Answer, Ledger, PullId, PushId, StepLedger, TaskLedger, Verdict
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor
-from distplat.strategies.server.backup import (
+from distplat.strategies.server.checkpoint_copies import CheckpointCopies
+from distplat.strategies.server.server import Limits, Server
+from distplat.strategies.server.store import (
     BackupLink,
     Change,
     Renewal,
+    ReplicatedStore,
+    ServerStore,
     StepBack,
     StoreSnapshot,
     Update,
 )
-from distplat.strategies.server.checkpoint_copies import CheckpointCopies
-from distplat.strategies.server.server import Limits, Server
-from distplat.strategies.sparse.files import packed_part
+from distplat.strategies.sparse.files import PartSource, packed_part
 from distplat.strategies.sparse.routing import server_of
 from distplat.strategies.sparse.rules import make_rule
 from distplat.strategies.sparse.saved import copies_of, fill
@@ -47,7 +50,7 @@ Rows = Sequence[Sequence[RowGradients]]
 """Gradients of an update, by table: several are added in order; none: the table was not used."""
 
 
-class TableStore:
+class TableStore(ServerStore, ReplicatedStore):
     """
     The tables of one server. Empty until `open`, or until it becomes equal to another one.
 
@@ -72,25 +75,23 @@ class TableStore:
         self._keeping = CheckpointCopies[Bundle](0, 0)
 
     @property
+    @override
     def opened(self) -> bool:
-        """See `ServerStore`."""
         return self._ledger is not None
 
     @property
+    @override
     def ledger(self) -> Ledger:
-        """
-        See `ServerStore`.
-
-        Raises:
-            FencedError: nobody has opened the tables.
+        """Raises:
+        FencedError: nobody has opened the tables.
         """
         if self._ledger is None:
             raise FencedError(f"{self._name} refuses what comes before its tables are opened")
         return self._ledger
 
     @property
+    @override
     def present(self) -> list[Table]:
-        """See `ServerStore`."""
         return self.tables
 
     def open(
@@ -109,12 +110,10 @@ class TableStore:
         self._ledger = self._make_ledger(plan)
         self._ledger.restore(saved_at)
 
+    @override
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """
-        See `ServerStore`.
-
-        Raises:
-            StateLost: ranks of another number are to make a step that is made in part.
+        """Raises:
+        StateLost: ranks of another number are to make a step that is made in part.
         """
         ledger, steps = self.ledger, self.ledger.steps
         partial = isinstance(ledger, TaskLedger) and ledger.partial
@@ -169,8 +168,8 @@ class TableStore:
             self._pushed = push
         return verdict
 
+    @override
     def commit(self, seq: int, norm: float | None) -> bool:
-        """See `ServerStore`."""
         ledger = self.ledger
         version, place, before = ledger.updates, ledger.place, ledger.steps
         if not ledger.commit(seq):
@@ -189,37 +188,40 @@ class TableStore:
         self._update(by_table, place, before)
         return True
 
+    @override
     def pull(self, rank: int) -> int:
-        """See `ServerStore`."""
         return self.ledger.updates
 
+    @override
     def head(self, control: bool) -> tuple[float, ...]:
-        """See `ServerStore`; the shards, or the ranks among themselves, decide on a step."""
+        """The shards, or the ranks among themselves, decide on a step."""
         return ()
 
+    @override
     def staleness_of(self, rank: int) -> int:
-        """See `ServerStore`; of rows nobody counts it."""
+        """Of rows nobody counts it."""
         return 0
 
+    @override
     def kept(self, version: int) -> Bundle | None:
-        """See `ServerStore`."""
         return self._keeping.give(version)
 
+    @override
     def worker(self, place: int) -> str:
-        """See `ServerStore`."""
         return f"worker-{place}"
 
+    @override
     def log(self) -> None:
-        """See `ServerStore`; of asynchronous tables no order is kept."""
+        """Of asynchronous tables no order is kept."""
 
+    @override
     def snapshot(self) -> StoreSnapshot:
-        """See `ReplicatedStore`."""
         tables = {table.spec.name: table.snapshot() for table in self.tables}
         books = {"plan": self.plan, "index": self.index, "_ledger": deepcopy(self._ledger)}
         return StoreSnapshot(tables, books)
 
+    @override
     def become(self, snapshot: StoreSnapshot) -> None:
-        """See `ReplicatedStore`."""
         for name, value in snapshot.books.items():
             setattr(self, name, value)
         assert self.plan is not None, "only opened tables are copied"
@@ -228,8 +230,9 @@ class TableStore:
         for table in self.tables:
             table.load(snapshot.vectors[table.spec.name])
 
+    @override
     def follow(self, change: Change, gradient: Rows) -> None:
-        """See `ReplicatedStore`; `gradient` has the sum for each table that was used."""
+        """`gradient` has the sum for each table that was used."""
         match change:
             case Renewal(plan=plan):
                 self.plan = plan
@@ -311,7 +314,7 @@ class TableStore:
         self._skipped = False
 
 
-class TableServer(Server[TableStore]):
+class TableServer(Server[TableStore], PartSource):
     """
     One server's part of all tables at work.
 
@@ -417,13 +420,13 @@ class TableServer(Server[TableStore]):
         """
         return self.push(push, gradients, skip, lambda tables, version: None)
 
+    @override
     def sizes(self) -> list[tuple[TableSpec, int]]:
-        """See `PartSource`."""
         with self._changed:
             return [(table.spec, len(table)) for table in self.store.tables]
 
+    @override
     def part(self, table: int, first: int, count: int) -> bytes:
-        """See `PartSource`."""
         with self._changed:
             return packed_part(self.store.tables[table], first, count)
 

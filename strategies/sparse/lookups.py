@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import TablePlan, TableSpec
@@ -26,7 +27,7 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Boxes
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.ports import Sending, Tables
-from distplat.strategies.sparse.modules import Sharded, tables_of
+from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
 from distplat.strategies.sparse.routing import Routed, route
 from distplat.strategies.sparse.table import RowGradients
 
@@ -39,7 +40,7 @@ class _Owed:
     rows: Tensor
 
 
-class Lookups:
+class Lookups(RowSource):
     """
     The embeddings of one worker's model.
 
@@ -89,8 +90,9 @@ class Lookups:
         for module in self._modules.values():
             module.source = self
 
+    @override
     def rows(self, module: Sharded, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `RowSource`; rows of a table that is trained are owed a gradient."""
+        """Rows of a table that is trained are owed a gradient."""
         number = self._numbers[module]
         routed, order = route(self._plan, self.specs[number], ids.numpy())
         keep = torch.is_grad_enabled()  # of a frozen table, too: backward may read its rows

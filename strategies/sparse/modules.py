@@ -61,12 +61,12 @@ class Sharded(nn.Module):
         return torch.is_grad_enabled() and self.table.requires_grad
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """See `nn.Module`; `table` has nothing to save."""
+        """Save the module, but not `table`, which has nothing to save."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}table"]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """See `nn.Module`; `table` is not missed."""
+        """Load the module; `table` is not missed."""
         super()._load_from_state_dict({**state_dict, f"{prefix}table": self.table}, prefix, *args)
 
     def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor, int | None]:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from distplat.platform.table_plan import TableSpec
 from distplat.strategies.algorithms.seeds import GOLDEN, mix
@@ -167,35 +168,35 @@ class _Listed:
         return first
 
 
-class ArrayIndex(_Listed):
-    """See `Index`: for ids below `rows`."""
+class ArrayIndex(_Listed, Index):
+    """Where rows lie, for ids below `rows`: an array."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
         self._slots = np.zeros(rows, np.int32)  #: by id: 1 + slot; zeros cost no memory
 
+    @override
     def find(self, ids: Ids) -> Slots:
-        """See `Index`."""
         found = self._slots[ids].astype(np.int64)
         found -= 1
         return found
 
+    @override
     def add(self, ids: Ids) -> Slots:
-        """See `Index`."""
         slots = np.arange(self._append(ids), self._count)
         self._slots[ids] = slots + 1
         return slots
 
 
-class HashIndex(_Listed):
-    """See `Index`: for any ids."""
+class HashIndex(_Listed, Index):
+    """Where rows lie, for any ids: a hash table."""
 
     def __init__(self) -> None:
         super().__init__()
         self._make(_SMALLEST)
 
+    @override
     def find(self, ids: Ids) -> Slots:
-        """See `Index`."""
         places = self._first_places(ids)
         found, pending = self._look(ids, places)
         while len(pending):
@@ -205,8 +206,8 @@ class HashIndex(_Listed):
             pending = pending[still]
         return found
 
+    @override
     def add(self, ids: Ids) -> Slots:
-        """See `Index`."""
         first = self._append(ids)
         if 2 * self._count > self._mask + 1:
             size = self._mask + 1

@@ -94,7 +94,7 @@ def _array(whole: RawTensor) -> NDArray[Any]:
     return np.frombuffer(whole.data, dtype).reshape(whole.shape)
 
 
-class _Rows:
+class _SavedRows:
     """A module's rows in this process (see `RowSource`): read, not trained."""
 
     def __init__(self, table: Table) -> None:
@@ -135,4 +135,4 @@ def connect(model: nn.Module, run: str | Path | None = None, *, seed: int = 0) -
                 raise StorageError(f"table {name!r} of {run} is another: {theirs}, not {spec}")
             for file in files:
                 read_part(file, table)
-        module.source = _Rows(table)
+        module.source = _SavedRows(table)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
+from typing_extensions import override
 
 from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
@@ -188,69 +189,70 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
-class ReconnectableGroup:
+class ReconnectableGroup(Collective):
     """Hands everything on to the group of the present attempt (see `Collective`)."""
 
     def __init__(self, group: Collective) -> None:
         self.group = group  #: to be replaced in each attempt
 
     @property
+    @override
     def rank(self) -> int:
-        """See `Collective`."""
         return self.group.rank
 
     @property
+    @override
     def world(self) -> int:
-        """See `Collective`."""
         return self.group.world
 
     @property
+    @override
     def traffic(self) -> Traffic:
-        """See `Collective`."""
         return self.group.traffic
 
+    @override
     def share(self, like: Tensor) -> Tensor:
-        """See `Collective`."""
         return self.group.share(like)
 
+    @override
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
-        """See `Collective`."""
         self.group.all_reduce(tensor, op)
 
+    @override
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
-        """See `Collective`."""
         return self.group.start_all_reduce(tensor, op)
 
+    @override
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:
-        """See `Collective`."""
         self.group.reduce_scatter(output, inputs, op)
 
+    @override
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        """See `Collective`."""
         self.group.all_gather(outputs, tensor)
 
+    @override
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """See `Collective`."""
         self.group.broadcast(tensor, source)
 
+    @override
     def send(self, tensor: Tensor, to: int) -> None:
-        """See `Collective`."""
         self.group.send(tensor, to)
 
+    @override
     def start_send(self, tensor: Tensor, to: int) -> Handle:
-        """See `Collective`."""
         return self.group.start_send(tensor, to)
 
+    @override
     def recv(self, tensor: Tensor, source: int) -> None:
-        """See `Collective`."""
         self.group.recv(tensor, source)
 
+    @override
     def barrier(self) -> None:
-        """See `Collective`."""
         self.group.barrier()
 
+    @override
     def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
-        """See `Collective`; the subgroup is of the present attempt."""
+        """The subgroup is of the present attempt."""
         return self.group.subgroup(name, ranks)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from typing_extensions import override
 
 from distplat.platform.embeddings import Embeddings
 from distplat.platform.optimizers import Optimizer, TaskOptimizer
@@ -29,7 +30,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.loop.batches import Run, runs
 from distplat.strategies.loop.task_order import TaskOrder
-from distplat.strategies.sparse.modules import Sharded, tables_of
+from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
 from distplat.strategies.sparse.rows import initial_rows
 from distplat.strategies.task import Task, has_lr, has_weights
 
@@ -99,14 +100,14 @@ class _Rows(nn.Module):
             module.source = _Source(self.weights[-1])
 
 
-class _Source:
+class _Source(RowSource):
     """One table's rows (see `RowSource`)."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
 
+    @override
     def rows(self, module: Sharded, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `RowSource`."""
         found = nn.functional.embedding(ids, self._weight, sparse=True)
         if module.padding_idx is not None:
             found = found * (ids != module.padding_idx).unsqueeze(1)
@@ -196,7 +197,7 @@ def recipe_of(job: Job, task: Task, every: int = 1) -> Recipe:
 
 
 def _rates(job: Job, task: Task) -> list[Callable[[float], float]]:
-    """See `Recipe`: what the task says, or else the job."""
+    """Give for each step what makes its rate of `lr`: the task, or else the job's schedule."""
     steps, schedule = job.steps or 0, job.lr_schedule
     if has_lr(type(task)):
         return [partial(mul, float(task.lr(step, steps))) for step in range(steps)]

@@ -1,4 +1,4 @@
-"""One local Ray per module, and a census after every test: nothing of a run may be left."""
+"""One local Ray for many modules, and a census after every test: nothing of a run may be left."""
 
 import gc
 import os
@@ -16,7 +16,8 @@ from ray.experimental.internal_kv import _internal_kv_list
 
 GONE_WITHIN_S = 10.0
 MARK = "TESTED_BY"
-"""Variable of the environment that all processes of a module's runs have: `<pid>:<module>`."""
+"""Variable of the environment of all that tests start: `<pid>:<module>`, or `<pid>:local_ray`."""
+LOCAL_RAY = f"{os.getpid()}:local_ray"
 
 torch.set_num_threads(1)  # as in a worker: what a test computes beside a run has the run's bits
 
@@ -31,8 +32,11 @@ os.environ["RAY_kill_worker_timeout_milliseconds"] = "500"
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A Ray instance of this module's own, with more CPUs than the machine has cores."""
+def local_ray(mark: None) -> None:
+    """A local Ray with more CPUs than the machine has cores; modules in a row share it."""
+    if ray.is_initialized():
+        return
+    module, os.environ[MARK] = os.environ[MARK], LOCAL_RAY
     os.environ["PYTHONHASHSEED"] = "0"  # as for a run's own Ray, so that workers start at once
     ray.init(
         address="local",
@@ -41,23 +45,33 @@ def local_ray() -> Iterator[None]:
         object_store_memory=200 * 2**20,
         logging_level="warning",
     )
-    yield
-    ray.shutdown()
+    os.environ[MARK] = module
 
 
 @pytest.fixture(scope="module", autouse=True)
 def mark(request: pytest.FixtureRequest) -> None:
-    """Have all processes that this module's tests start say whose they are."""
-    os.environ[MARK] = f"{os.getpid()}:{request.module.__name__}"
+    """Say whose the processes are that a module starts; no Ray of another one is beside them."""
+    module = request.module.__name__
+    os.environ[MARK] = f"{os.getpid()}:{module}"
+    tests = [one for one in request.session.items if one.getparent(pytest.Module) is request.node]
+    if not all("local_ray" in getattr(one, "fixturenames", ()) for one in tests):
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_ray_is_left() -> Iterator[None]:
+    """The last module's Ray ends with the session."""
+    yield
+    ray.shutdown()
 
 
 def ours() -> list[psutil.Process]:
     """This process, those that come from it, and orphans that this module's tests have started."""
-    me, mark = psutil.Process(), os.environ.get(MARK)
+    me, marks = psutil.Process(), {os.environ.get(MARK, ""), LOCAL_RAY}
     mine = [me, *me.children(recursive=True)]
     for process in psutil.process_iter():
         try:
-            if process.ppid() == 1 and process.environ().get(MARK) == mark is not None:
+            if process.ppid() == 1 and process.environ().get(MARK) in marks:
                 mine += [process, *process.children(recursive=True)]
         except psutil.Error:  # it has ended meanwhile, or is somebody else's
             continue
@@ -124,6 +138,8 @@ def census() -> Iterator[None]:
     yield
     deadline = time.monotonic() + GONE_WITHIN_S
     while left := leftovers(before):
-        assert time.monotonic() < deadline, f"left behind: {left}"
+        if time.monotonic() > deadline:
+            ray.shutdown()  # the next module begins with another one
+            pytest.fail(f"left behind: {left}")
         time.sleep(0.2)
         gc.collect()  # what is left of servers that were threads of this process

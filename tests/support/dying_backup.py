@@ -3,7 +3,7 @@
 from typing import Any
 
 from distplat.platform.errors import ActorLost
-from distplat.strategies.server.backup import Change, ReplicatedStore, Update
+from distplat.strategies.server.store import Change, ReplicatedStore, Update
 
 MOMENTS = ("before it sent", "after it sent", "before it answered")
 """When a primary may die in an update: the backup has not made it yet, has made it, has told so."""

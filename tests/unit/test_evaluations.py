@@ -20,7 +20,7 @@ from distplat.platform.evaluations import (
     EarlyStop,
     EarlyStopping,
     KeepBest,
-    Watched,
+    MetricRule,
 )
 from distplat.platform.progress import EvalSummary
 
@@ -45,7 +45,7 @@ MOST_S = 60.0
 def test_which_figure_is_better(
     mode: Any, figure: float, than: float | None, by: float, better: bool
 ) -> None:
-    assert Watched(metric="loss", mode=mode).better(figure, than, by) is better
+    assert MetricRule(metric="loss", mode=mode).better(figure, than, by) is better
 
 
 def best_of(*events: tuple[str, int] | tuple[str, int, float]) -> BestCheckpoint:

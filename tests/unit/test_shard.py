@@ -24,8 +24,8 @@ from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.server.backup import BackupLink, Update
 from distplat.strategies.server.dense_store import DenseStore
+from distplat.strategies.server.store import BackupLink, Update
 
 SIZE, WORLD, STEPS = 53, 3, 6
 

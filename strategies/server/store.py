@@ -1,5 +1,5 @@
 """
-A store kept twice: what a primary tells its backup, and how a backup is filled.
+What a server asks of its store, and how a store is kept twice.
 
     primary    sum, clip ── Update, the gradient ──▶ backup     the same update of the same bits
                update                                update
@@ -17,9 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from distplat.platform.ledger import PushId
+from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.table_plan import TablePlan
 
 
@@ -114,3 +116,67 @@ class ReplicatedStore(Protocol):
 
     def follow(self, change: Change, gradient: Any) -> None:
         """As a backup, do what the primary does."""
+
+
+class ServerStore(ReplicatedStore, Protocol):
+    """What a server keeps; it waits for nobody, and is called with the server's lock held."""
+
+    squared_norm: float | None
+    """Of what is staged, where somebody needs it."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """Which pushes are in it."""
+
+    @property
+    def opened(self) -> bool:
+        """Whether it has values."""
+
+    @property
+    def present(self) -> Any:
+        """Give the present values, as they are delivered."""
+
+    @property
+    def commits_alone(self) -> bool:
+        """Whether a complete step may be applied at once: nothing of other servers is needed."""
+
+    def push(self, push: PushId, gradient: Any, control: Any) -> Verdict:
+        """
+        Stage a gradient.
+
+        Raises:
+            ProtocolError: see `Ledger.offer`; nothing is changed.
+        """
+
+    def commit(self, seq: int, norm: float | None) -> bool:
+        """
+        Apply what is staged; False: it was applied before, nothing is done.
+
+        Args:
+            seq: of the push that completed it.
+            norm: 2-norm of the gradient over all servers; only looked at where the job clips.
+
+        Raises:
+            ProtocolError: see `Ledger.commit`; nothing is changed.
+        """
+
+    def pull(self, rank: int) -> int:
+        """Note that a worker takes the present values; give their version."""
+
+    def head(self, control: Any) -> tuple[float, ...]:
+        """Give the head of the control record of the update that a push became part of."""
+
+    def staleness_of(self, rank: int) -> int:
+        """Give the updates between a rank's pull and its last gradient's turn."""
+
+    def renew(self, attempt: int, world: int | None) -> None:
+        """Begin a new attempt; what is staged is forgotten."""
+
+    def kept(self, version: int) -> Any:
+        """Hand over the copies for a checkpoint; None: they are not there, or not any more."""
+
+    def worker(self, place: int) -> str:
+        """Name one of the workers."""
+
+    def log(self) -> NDArray[np.int64] | None:
+        """Give the order of updates, shape [updates, 3]; None: it follows from the job."""
