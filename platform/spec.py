@@ -267,8 +267,9 @@ class Job(Spec):
     """Scale gradients down to this 2-norm over all parameters; None: never."""
     ema: EMA | None = None
     """An average of the weights beside them, evaluated and saved too; None: there is none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """`bf16`: forward under autocast; parameters and updates stay as the model made them. `fp16`:
+    the same in float16, with a loss scale as torch's `GradScaler` has it."""
     compile: Annotated[Compile | None, BeforeValidator(compile_of)] = None
     """`true`, or a mapping: forward and backward are compiled by `torch.compile`."""
     activation_checkpointing: str | None = Field(None, min_length=1)
@@ -319,6 +320,7 @@ class Job(Spec):
             *_length_problems(self),
             *_batch_problems(self),
             *_gpu_problems(self),
+            *_precision_problems(self),
             *_optimizer_problems(self),
             *_schedule_problems(self),
             *_evaluation_problems(self),
@@ -357,6 +359,19 @@ def _gpu_problems(job: Job) -> list[Problem]:
     where = ("scaling", "resources_per_worker")
     got = "true" if job.scaling.use_gpu else "false"
     return [Problem(where, f"asks for {gpus:g} GPU while use_gpu is {got}")]
+
+
+def _precision_problems(job: Job) -> list[Problem]:
+    if job.precision != "fp16":
+        return []
+    found = []
+    if job.embeddings is not None:
+        text = "cannot be combined with `embeddings`: gradients of rows would be scaled"
+        found.append(Problem(("precision",), text, "use bf16"))
+    if job.failure.non_finite == "ignore":
+        text = "cannot be `ignore` with `precision: fp16`, whose loss scale goes by it"
+        found.append(Problem(("failure", "non_finite"), text, "allowed: stop, skip"))
+    return found
 
 
 def _optimizer_problems(job: Job) -> list[Problem]:

@@ -168,6 +168,7 @@ class WholeModel(Compute):
         self.last_backward, self.rank, self.alive = last_backward, rank, alive
         self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
         self._doubts = LossDoubts(self.task, self.flat.model)
+        self._scale = prepared.loss_scale
         self._weights, self.metrics = prepared.weights, TaskMetrics(prepared.task)
 
     @override
@@ -200,7 +201,8 @@ class WholeModel(Compute):
             self.flat.before_backward()
             if number == len(sizes):
                 self.last_backward()
-            torch.autograd.backward(term.value * (term.factor * part))
+            scale = 1.0 if self._scale is None else self._scale.value
+            torch.autograd.backward(term.value * (term.factor * part * scale))
             self.flat.take_in()
             share = share.plus(term, size)
             self.alive()
@@ -256,7 +258,8 @@ def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
     """Give the context in which the job's forwards run."""
     if job.precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    dtype = torch.float16 if job.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype)
 
 
 class TaskModel(WholeModel, Compute):

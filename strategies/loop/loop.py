@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -18,6 +18,7 @@ from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, TaskModel
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.loop.gathering import Gathering
+from distplat.strategies.loop.loss_scale import LossScale
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
@@ -49,13 +50,19 @@ class StepExchange:
         flat: what this rank trains.
         strategy: the job's.
         lookups: the model's embedding tables, if it has some.
+        loss_scale: of a run in float16.
     """
 
     def __init__(
-        self, job: Job, flat: FlatModel, strategy: WorkerStrategy[Any], lookups: Lookups | None
+        self,
+        job: Job,
+        flat: FlatModel,
+        strategy: WorkerStrategy[Any],
+        lookups: Lookups | None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self._job, self._flat, self._strategy, self._lookups = job, flat, strategy, lookups
-        self._steps = NonFiniteSteps.of(job)
+        self._steps, self._scale = NonFiniteSteps.of(job), loss_scale
 
     def exchange(self, turn: Turn, rank: int, share: Share) -> StepControl:
         """
@@ -72,8 +79,7 @@ class StepExchange:
         flat, index = self._flat, turn.step if turn.task is None else turn.task
         local = share.record(rank, flat)
         if self._lookups is None:
-            total = self._strategy.exchange(index, local)
-            return self._steps.decide(total, turn.step, flat.name)
+            return self._decided(index, turn.step, local)
         slots = len(flat.slots)
         rows = RowPush(self._lookups, self._steps, local, weighted=share.weighted, slots=slots)
         rows.before(turn.number, turn.task, waits=turn.task is None and rows_come_first(self._job))
@@ -84,9 +90,21 @@ class StepExchange:
         rows.after(turn.number, total, turn.task)
         return total
 
+    def _decided(self, index: int, step: int, local: StepControl) -> StepControl:
+        """Exchange gradients; a step for which the loss scale was too large is left out."""
+        scale = self._scale
+        if scale is not None:
+            local = replace(local, weight=scale.scaled(local))
+        total = self._strategy.exchange(index, local)
+        if scale is not None and scale.passed(step, total):
+            return replace(total, skip=True)
+        return self._steps.decide(total, step, self._flat.name)
+
     def figures(self) -> dict[str, float]:
-        """Give the figures of tables and skipped steps."""
+        """Give the figures of tables and skipped steps, and the loss scale of the next step."""
         found = self._steps.figures()
+        if self._scale is not None:
+            found["loss_scale"] = self._scale.value
         return found if self._lookups is None else {**found, **self._lookups.figures()}
 
 
@@ -154,9 +172,12 @@ class Loop:
     it. None: the ranks have no group."""
     metrics: TaskMetrics | None = None
     """The task's metrics with state; None: there are no evaluations."""
+    loss_scale: LossScale | None = None
+    """Of a run in float16."""
 
     def __post_init__(self) -> None:
-        self._exchange = StepExchange(self.job, self.flat, self.strategy, self.lookups)
+        given = self.job, self.flat, self.strategy, self.lookups
+        self._exchange = StepExchange(*given, self.loss_scale)
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""

@@ -44,6 +44,7 @@ from distplat.strategies.loop.compute import TaskModel
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
+from distplat.strategies.loop.loss_scale import LOSS_SCALE, LossScale
 from distplat.strategies.loop.losses import TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
@@ -296,7 +297,10 @@ def join(
     alone = p.job.scaling.world == 1
     metrics = TaskMetrics(p.task, (lambda: None) if alone else _meeting(p, context))
     loop = replace(loop, pause=pause, evaluated=p.state.discard, metrics=metrics)
-    return replace(loop, group=group, gathering=gathering)
+    if p.loss_scale is not None:
+        meet = (lambda: None) if alone else _meeting(p, context)
+        p.loss_scale.meet(start, meet(), p.flat.params.device)
+    return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)
 
 
 def _meeting(p: Prepared, context: Context) -> Callable[[], Collective | None]:
@@ -417,6 +421,11 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
     if saved is not None:
         saved.check_data(p.sampler.size)
         saved.load_model(p.flat, None if p.holding is None else p.holding.places)
+    if p.loss_scale is None:
+        p.loss_scale = LossScale.of(p.job, p.flat)
+    if p.loss_scale is not None and saved is not None and LOSS_SCALE in saved.state:
+        scale, steps = saved.state[LOSS_SCALE]
+        p.loss_scale.load(saved.step, (float(scale), int(steps)))
     if p.job.checkpoint.trained_only and p.frozen is None:
         p.frozen = begun(p.flat, None if saved is None else saved.left_out)
     if p.state is None:
@@ -445,6 +454,8 @@ def _checkpoints(
             if p.frozen is not None:
                 facts[FROZEN] = p.frozen.unchanged()
                 p.flat.unsaved = frozenset(facts[FROZEN])
+            if p.loss_scale is not None:
+                facts[LOSS_SCALE] = p.loss_scale.saved(version)
             part = strategy.checkpoint(version)
             if p.lookups is not None:
                 facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
