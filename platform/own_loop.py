@@ -30,6 +30,7 @@ OF_TASKS = (
     "data",
     "evaluation",
     "early_stop",
+    "max_time_s",
 )
 """Fields of what the loop of a task does, and a train function does itself."""
 

@@ -282,6 +282,9 @@ class Job(Spec):
     checkpoint: Checkpoint = Checkpoint()
     early_stop: EarlyStop | None = None
     """When evaluations get no better the run ends; None: it makes all its steps."""
+    max_time_s: Positive | None = None
+    """The run ends, as after its last step, once so many seconds have passed since it began; None:
+    it makes all its steps. It makes one at least."""
     failure: Failure = Failure()
     trackers: tuple[TrackerSpec, ...] = ()
     """Experiment trackers beside TensorBoard: `mlflow`, `wandb`, or mappings with their `name`."""
