@@ -32,6 +32,11 @@ _COLLATE = (
     "hold tensors, arrays or numbers. Or put them together in the task's `collate(samples)`, which "
     "sees the samples of a micro-batch: pad them there"
 )
+_MEMORY = (
+    "raise `gradient_accumulation`, or `micro_batches` of `hybrid`, which cut a worker's part of "
+    "the batch, or lower `global_batch_size`; `activation_checkpointing` and `precision: bf16` "
+    "take less memory, too"
+)
 _REMEDIES = (
     (
         "Expected more than 1 value per channel",
@@ -46,6 +51,9 @@ _REMEDIES = (
         "a loader process ended: sys.exit() in the data set, or the system killed it for want of "
         "memory; `data.num_workers: 0` loads in the worker itself",
     ),
+    ("out of memory", _MEMORY),
+    ("not enough memory: you tried to allocate", _MEMORY),
+    ("can't allocate memory: you tried to allocate", _MEMORY),
     ("Found no NVIDIA driver", "set scaling.use_gpu: false, or run where there is a card"),
     ("No CUDA GPUs are available", "set scaling.use_gpu: false, or run where there is a card"),
 )
