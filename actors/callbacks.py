@@ -9,6 +9,7 @@ A job's trackers are callbacks, each in a thread of its own, so that a slow serv
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -130,6 +131,8 @@ class Callbacks:
     Args:
         callbacks: in the order in which they are called.
         early_stop: when the run ends for want of progress; None: it does not.
+        max_time_s: after which it ends; None: never.
+        clock: gives seconds.
         own_loop: whether reports of a train function are what it goes by.
     """
 
@@ -137,12 +140,24 @@ class Callbacks:
         self,
         callbacks: Sequence[Callback],
         early_stop: EarlyStop | None = None,
+        max_time_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
         *,
         own_loop: bool = False,
     ) -> None:
         self._present, self._own_loop = list(callbacks), own_loop
+        self._max_time_s, self._clock = max_time_s, clock
+        self._began, self._stepped = clock(), False
         self._stopping = EarlyStopping(early_stop) if early_stop is not None else None
         self.stop: str | None = None  #: why the run is to end before its last step
+
+    def ending(self) -> bool:
+        """Say whether the run is to end before its last step; asked again and again."""
+        limit_s = self._max_time_s
+        if limit_s is not None and self._stepped and self.stop is None:
+            passed = self._clock() - self._began
+            self.stop = f"max_time_s: {limit_s:g} s are over" if passed >= limit_s else None
+        return self.stop is not None
 
     def start(self, job: Job, run: str, path: Path) -> None:
         """Call `on_start` of each."""
@@ -152,6 +167,7 @@ class Callbacks:
         """Tell all of what happened."""
         match summary:
             case StepSummary():
+                self._stepped = True
                 self._each(lambda one: one.on_step(summary))
                 self._watch(summary.step, reported(summary) if self._own_loop else {})
                 self._each(self._ask)

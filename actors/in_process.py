@@ -30,7 +30,7 @@ from distplat.strategies.fakes import Fabric
 from distplat.strategies.function.session import Outlets
 from distplat.strategies.loop.checks import remarks_on
 from distplat.strategies.loop.loop import Progress
-from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare
+from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare, trained_model
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
 from distplat.strategies.worker_strategy import make_worker_strategy
@@ -113,7 +113,7 @@ def _train(
         meets = partial(join, prepared, strategy, 0, ports, progress=progress, around=around)
         meets(report=told, pause=lambda step: not handlers.ending()).run()
         uploader.flush()
-        handlers.on_model(saved_model(strategy.trained(prepared.flat)))
+        handlers.on_model(saved_model(trained_model(prepared, strategy)))
     checkpoints.drain()
     checkpoints.settle()
     for written in checkpoints.news():

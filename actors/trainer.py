@@ -161,8 +161,8 @@ class Trainer:
         trackers = [Tracking(one, self._run_before()) for one in self.job.trackers]
         view = View() if self._progress else view_here() if self._progress is None else None
         views = [] if view is None else [view]
-        watching, own_loop = (*views, *trackers, *self._callbacks), self.job.own_loop
-        callbacks = Callbacks(watching, self.job.early_stop, own_loop=own_loop)
+        told, job = (*views, *trackers, *self._callbacks), self.job
+        callbacks = Callbacks(told, job.early_stop, job.max_time_s, own_loop=job.own_loop)
         try:
             self._fit(directory, result, callbacks)
         except BaseException as error:
@@ -190,9 +190,10 @@ class Trainer:
             if self.job.checkpoint.save_final:
                 result.checkpoint = directory.save_model(model)
 
-        ending = lambda: callbacks.stop is not None  # noqa: E731
         try:
-            self._train(run, directory.path, RunHandlers(tell, save, directory.keep, ending))
+            self._train(
+                run, directory.path, RunHandlers(tell, save, directory.keep, callbacks.ending)
+            )
             metrics.close()
         except BaseException as error:
             metrics.close()

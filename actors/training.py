@@ -56,6 +56,7 @@ from distplat.strategies.loop.session import (
     make_task,
     prepare,
     resize,
+    trained_model,
 )
 from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, part_copy, state_copy
 from distplat.strategies.ports import LoopShards
@@ -304,7 +305,7 @@ class Session:
             self._say_what(order, prepared, loop.start)
             loop.run()
             uploader.flush()
-            return saved_model(strategy.trained(prepared.flat))
+            return saved_model(trained_model(prepared, strategy))
         except Abandoned:
             if gate.rested:
                 uploader.flush()  # a checkpoint on its way is whole, and this attempt's

@@ -7,7 +7,15 @@ from typing import get_args
 from pydantic import BaseModel
 
 from distplat.cli.describe import field_rows
-from distplat.platform import embeddings, evaluations, lr_schedules, optimizers, spec, trackers
+from distplat.platform import (
+    embeddings,
+    evaluations,
+    lr_schedules,
+    model_options,
+    optimizers,
+    spec,
+    trackers,
+)
 
 HEAD = """\
 # The job file
@@ -46,9 +54,10 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("scaling", "scaling.", spec.Scaling),
     ("lr_schedule", "lr_schedule.", lr_schedules.Schedule),
     ("embeddings", "embeddings.", embeddings.Embeddings),
+    ("initial_weights", "initial_weights.", model_options.InitialWeights),
     ("data", "data.", spec.Data),
-    ("compile", "compile.", spec.Compile),
-    ("ema", "ema.", spec.EMA),
+    ("compile", "compile.", model_options.Compile),
+    ("ema", "ema.", model_options.EMA),
     ("evaluation", "evaluation.", spec.Evaluation),
     ("checkpoint", "checkpoint.", spec.Checkpoint),
     ("checkpoint.keep_best", "checkpoint.keep_best.", evaluations.KeepBest),

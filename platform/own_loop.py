@@ -19,6 +19,7 @@ OF_TASKS = (
     *_LOOP,
     "lr_schedule",
     "embeddings",
+    "initial_weights",
     "gradient_accumulation",
     "clip_norm",
     "ema",
@@ -63,6 +64,8 @@ def problems(job: Any, bare: Any) -> list[Problem]:
         if getattr(job.checkpoint, field) is not None:
             how = "a train function says when: report(metrics, checkpoint=...)"
             found.append(Problem(("checkpoint", field), how, hint))
+    if job.checkpoint.trained_only:
+        found.append(Problem(("checkpoint", "trained_only"), text, hint))
     if job.failure.non_finite == "skip":
         how = "a train function cannot leave a step out"
         found.append(Problem(("failure", "non_finite"), how, "allowed: stop, ignore"))

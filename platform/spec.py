@@ -21,6 +21,7 @@ from distplat.platform.evaluations import EarlyStop, KeepBest, evaluation_proble
 from distplat.platform.fields import (
     Count,
     Flag,
+    Folder,
     Index,
     Positive,
     Resources,
@@ -28,6 +29,13 @@ from distplat.platform.fields import (
     Spec,
 )
 from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule, TaskSchedule
+from distplat.platform.model_options import (
+    EMA,
+    Compile,
+    InitialWeights,
+    compile_of,
+    initial_weights_of,
+)
 from distplat.platform.optimizers import SGD, JobOptimizer, group_problems
 from distplat.platform.remote_storage import is_url, url_problem
 from distplat.platform.trackers import TrackerSpec, tracker_problems
@@ -75,7 +83,6 @@ EntryPoint = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=255),
 ]
-Folder = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=1024)]
 StrategyName = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 
 
@@ -153,46 +160,6 @@ class Data(Spec):
         return {"num_workers" if k == _OLD_WORKERS else k: v for k, v in given.items()}
 
 
-class Compile(Spec):
-    """What `torch.compile` is told, by its own names."""
-
-    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
-        "default"
-    )
-    """How much time is given to make the code quick."""
-    backend: str = "inductor"
-    """Compiler, by the name under which torch knows it."""
-    fullgraph: Flag = False
-    """Fail where the model cannot be compiled as a whole; else it falls back, with a warning."""
-    dynamic: Flag | None = None
-    """Code for batches of any size; None: once a second size has come."""
-
-    def arguments(self) -> dict[str, Any]:
-        """Give the arguments of `torch.compile`; it takes no mode but for its own compiler."""
-        found = self.model_dump()
-        return found if self.mode != "default" else {**found, "mode": None}
-
-
-def _compile(value: object) -> object:
-    """Take `true` for all defaults, and `false` for nothing."""
-    if isinstance(value, bool):
-        return {} if value else None
-    return value
-
-
-class EMA(Spec):
-    """An exponential moving average of the weights, as `torch.optim.swa_utils` makes it."""
-
-    decay: float = Field(0.999, ge=0, lt=1)
-    """How much of the average stays in an update; the weights after it make up the rest."""
-    warmup: Flag = False
-    """Begin with a smaller decay: after t updates `min(decay, (1 + t) / (10 + t))`."""
-
-    def decay_after(self, updates: int) -> float:
-        """Give the decay of an update that comes after so many."""
-        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
-
-
 class Evaluation(Spec):
     """When `eval_data` is run through the model (only for tasks that have it)."""
 
@@ -223,6 +190,9 @@ class Checkpoint(Spec):
     """The best checkpoint, by a figure of the evaluation after its step, stays beside these."""
     save_final: Flag = True
     """Write the trained parameters to `model.safetensors` in the run directory."""
+    trained_only: Flag = False
+    """Leave frozen parameters out of checkpoints and of `model.safetensors`, as for LoRA; whoever
+    reads them needs the same base."""
 
     @property
     def wanted(self) -> bool:
@@ -285,6 +255,8 @@ class Job(Spec):
     lr_schedule: NamedSchedule = Schedule()
     embeddings: Embeddings | None = None
     """Servers of embedding tables, for models with `distplat.nn.ShardedEmbedding`."""
+    initial_weights: Annotated[InitialWeights | None, BeforeValidator(initial_weights_of)] = None
+    """Weights to begin from: a path, or a mapping; None: those that the task's model() makes."""
     epochs: Count | None = None
     """Passes over the training data; give this or `steps`."""
     steps: Count | None = None
@@ -297,9 +269,10 @@ class Job(Spec):
     """Scale gradients down to this 2-norm over all parameters; None: never."""
     ema: EMA | None = None
     """An average of the weights beside them, evaluated and saved too; None: there is none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: forward under autocast; parameters and updates stay as the model made them."""
-    compile: Annotated[Compile | None, BeforeValidator(_compile)] = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """`bf16`: forward under autocast; parameters and updates stay as the model made them. `fp16`:
+    the same in float16, with a loss scale as torch's `GradScaler` has it."""
+    compile: Annotated[Compile | None, BeforeValidator(compile_of)] = None
     """`true`, or a mapping: forward and backward are compiled by `torch.compile`."""
     activation_checkpointing: str | None = Field(None, min_length=1)
     """Modules that keep only their inputs, and compute again in backward, to save memory: patterns
@@ -311,6 +284,9 @@ class Job(Spec):
     checkpoint: Checkpoint = Checkpoint()
     early_stop: EarlyStop | None = None
     """When evaluations get no better the run ends; None: it makes all its steps."""
+    max_time_s: Positive | None = None
+    """The run ends, as after its last step, once so many seconds have passed since it began; None:
+    it makes all its steps. It makes one at least."""
     failure: Failure = Failure()
     trackers: tuple[TrackerSpec, ...] = ()
     """Experiment trackers beside TensorBoard: `mlflow`, `wandb`, or mappings with their `name`."""
@@ -349,6 +325,7 @@ class Job(Spec):
             *_length_problems(self),
             *_batch_problems(self),
             *_gpu_problems(self),
+            *_precision_problems(self),
             *_optimizer_problems(self),
             *_schedule_problems(self),
             *_evaluation_problems(self),
@@ -387,6 +364,19 @@ def _gpu_problems(job: Job) -> list[Problem]:
     where = ("scaling", "resources_per_worker")
     got = "true" if job.scaling.use_gpu else "false"
     return [Problem(where, f"asks for {gpus:g} GPU while use_gpu is {got}")]
+
+
+def _precision_problems(job: Job) -> list[Problem]:
+    if job.precision != "fp16":
+        return []
+    found = []
+    if job.embeddings is not None:
+        text = "cannot be combined with `embeddings`: gradients of rows would be scaled"
+        found.append(Problem(("precision",), text, "use bf16"))
+    if job.failure.non_finite == "ignore":
+        text = "cannot be `ignore` with `precision: fp16`, whose loss scale goes by it"
+        found.append(Problem(("failure", "non_finite"), text, "allowed: stop, skip"))
+    return found
 
 
 def _optimizer_problems(job: Job) -> list[Problem]:
@@ -453,6 +443,9 @@ def _checkpoint_problems(job: Job) -> list[Problem]:
     if chosen.num_to_keep != Checkpoint().num_to_keep and not chosen.wanted:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
+    if chosen.trained_only and not chosen.wanted and not chosen.save_final:
+        text = "has no effect without checkpoints and without `save_final`"
+        return [Problem(("checkpoint", "trained_only"), text, "remove it")]
     return evaluation_problems(job)
 
 

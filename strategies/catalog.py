@@ -232,6 +232,9 @@ def _kind_problems(job: Job, kind: type[Strategy[Any]]) -> list[Problem]:
         text = f"the strategy {job.strategy.name!r} has no checkpoints during the run"
         field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
         found.append(Problem(("checkpoint", field), text, "remove it"))
+    if job.precision == "fp16" and not kind.scales_loss:
+        text = f"fp16 has no loss scale under {job.strategy.name!r}"
+        found.append(Problem(("precision",), text, "use bf16, or `strategy: ring` or `ps-sync`"))
     if job.ema is not None and not kind.averages:
         text = f"the strategy {job.strategy.name!r} keeps no average of the weights"
         found.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))

@@ -57,6 +57,7 @@ class PsSync(Strategy[PsSyncOptions]):
     worker: ClassVar[str | type] = "distplat.strategies.ps_sync_worker:PsSyncWorker"
     has_checkpoints = True
     averages = True
+    scales_loss = True
     gathers = True
     options_type = PsSyncOptions
 
@@ -96,6 +97,9 @@ class PsSync(Strategy[PsSyncOptions]):
         if backup and job.ema is not None:
             text = "does not go together with `backup_workers`: ranks would see another step's"
             return [Problem(("ema",), text, "remove one of the two")]
+        if job.precision == "fp16" and (backup or self.options.wire != "exact"):
+            text = "fp16 does not go together with `backup_workers`, nor with a `wire`"
+            return [Problem(("precision",), text, "remove it, or use bf16")]
         if self.options.split == "load" and job.optimizer.whole:
             text = f"cannot measure a server's speed with {job.optimizer.name}"
             return [Problem(("strategy", "split"), text, "remove it")]

@@ -61,6 +61,7 @@ class Ring(Strategy[RingOptions]):
     worker: ClassVar[str | type] = "distplat.strategies.ring_worker:RingWorker"
     has_checkpoints = True
     averages = True
+    scales_loss = True
     gathers = True
     updates_whole = True
 
@@ -86,6 +87,9 @@ class Ring(Strategy[RingOptions]):
         if chosen.shard_optimizer and isinstance(job.optimizer, TaskOptimizer):
             text = "cuts parameters, and the task's own optimizer sees them whole"
             found.append(Problem(("strategy", "shard_optimizer"), text, "remove it"))
+        if chosen.compression != "none" and job.precision == "fp16":
+            text = f"{chosen.compression!r} cannot send what a loss scale has made larger"
+            found.append(Problem(("strategy", "compression"), text, "remove it, or use bf16"))
         found += rows_first_problems(given, chosen.overlap, job)
         if chosen.backend == "nccl" and not job.scaling.use_gpu:
             text = "`nccl` runs between GPUs only"

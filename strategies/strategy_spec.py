@@ -106,6 +106,8 @@ class Strategy(Generic[OptionsT]):
     gathers: ClassVar[bool] = False
     """Whether all workers compute the same step at a time and gradients are sums over them, so that
     a loss may use `all_gather`; it is refused elsewhere."""
+    scales_loss: ClassVar[bool] = False
+    """Whether gradients may come multiplied by a loss scale, `precision: fp16`."""
     averages: ClassVar[bool] = False
     """Whether the worker's class has `average`; a job with an `ema` is refused elsewhere."""
 

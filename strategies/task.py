@@ -196,9 +196,11 @@ class Task(ABC):
 
         return collated(samples)
 
-    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Tensor | float]:
+    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
         """
-        Give named figures of an evaluation batch, each a mean over it; `loss` is added.
+        Give named figures of an evaluation batch, each a mean over it; `loss` is added. Or a metric
+        with state that the task keeps (`update`, `compute`, `reset` and `merge`, or one of
+        torchmetrics), once it has been updated with the batch.
 
         Args:
             outputs: what `forward` gave; of a task with a `step`, what that gave.

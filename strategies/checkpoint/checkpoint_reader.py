@@ -19,6 +19,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.resume import names_differ
 from distplat.platform.table_plan import TableSpec, file_of
 from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
+from distplat.strategies.checkpoint.frozen_base import FROZEN, Sums, check_base
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, TREE, USED, WHOLE
@@ -44,6 +45,11 @@ class SavedState:
     def step(self) -> int:
         """Steps that it has behind it."""
         return int(self.state["step"])
+
+    @property
+    def left_out(self) -> Sums | None:
+        """What stands nowhere in it, and its checksums; None: it is whole."""
+        return self.state.get(FROZEN)
 
     def check_data(self, samples: int) -> None:
         """
@@ -103,6 +109,9 @@ class SavedState:
         """
         found = self._load("model")
         mine = flat.state_dict()
+        left_out = {n: sums for n, sums in (self.left_out or {}).items() if n not in found}
+        check_base(mine, left_out)
+        mine = {name: tensor for name, tensor in mine.items() if name not in left_out}
         _check_model(found, mine, places)
         for name, tensor in mine.items():
             place = (places or {}).get(name, TensorSlice(tuple(tensor.shape)))

@@ -44,7 +44,7 @@ def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
 
 def buffer_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
     """Give what of a model is not trained: buffers and frozen parameters."""
-    elsewhere = holding.others | flat.trained_names()
+    elsewhere = holding.others | flat.trained_names() | flat.unsaved
     rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
     entries = [
         TensorEntry(

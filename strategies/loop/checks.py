@@ -285,7 +285,7 @@ def checked_weight(task: Task, weight: object, method: str = "loss") -> float:
         ValueError: it is no number, negative, infinite or NaN.
     """
     where = place(task, method)
-    number = _number(weight, f"{where}{method}() gives the weight", "weight")
+    number = checked_number(weight, f"{where}{method}() gives the weight", "weight")
     if not 0.0 <= number < float("inf"):
         raise ValueError(
             f"{where}{method}() gives the weight {number:g}: it must be finite, 0 or more"
@@ -329,14 +329,17 @@ def _within(value: object) -> Iterator[Tensor]:
         yield from (one for one in vars(value).values() if isinstance(one, Tensor))
 
 
-def checked_metrics(task: Task, outputs: Any, targets: Any) -> dict[str, float]:
+def checked_metrics(
+    task: Task, outputs: Any, targets: Any
+) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    Give the metrics of one evaluation batch, means over it.
+    Give the metrics of one evaluation batch: means over it, and metrics with state.
 
     Raises:
-        ValueError: one of them is no number; names it.
+        ValueError: one of them is neither; names it.
     """
     figures: dict[str, float] = {}
+    kept: dict[str, Any] = {}
     found = task.metrics(outputs, targets)
     where = place(task, "metrics")
     if not isinstance(found, Mapping):
@@ -347,11 +350,31 @@ def checked_metrics(task: Task, outputs: Any, targets: Any) -> dict[str, float]:
     for name, value in found.items():
         if not isinstance(name, str):
             raise ValueError(f"{where}a name in metrics() must be text, got {name!r}")
-        figures[name] = _number(value, f"{where}metrics() gives {name!r}", name)
-    return figures
+        if has_state(value):
+            kept[name] = value
+        else:
+            figures[name] = checked_number(value, f"{where}metrics() gives {name!r}", name)
+    return figures, kept
 
 
-def _number(value: object, said: str, name: str) -> float:
+def has_state(value: object) -> bool:
+    """Say whether what metrics() gives is a metric with state, not a number."""
+    methods = "update", "compute", "reset"
+    return not isinstance(value, type) and all(callable(getattr(value, m, None)) for m in methods)
+
+
+def checked_number(value: object, said: str, name: str) -> float:
+    """
+    Give a figure.
+
+    Args:
+        value: what there is in its place.
+        said: begins the message, `metrics() gives 'accuracy'`.
+        name: of the figure.
+
+    Raises:
+        ValueError: it is no number.
+    """
     wanted = "wanted is one number, the mean over the batch"
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
         kind = str(value.dtype).removeprefix("torch.")

@@ -29,14 +29,15 @@ from distplat.strategies.loop.control import StepControl
 from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.loss_check import LossDoubts
 from distplat.strategies.loop.losses import (
-    Figures,
+    Judged,
     LossTerm,
     Terms,
     TermWeights,
-    eval_figures,
+    judged,
     made_of,
     weights_of,
 )
+from distplat.strategies.loop.metric_states import MetricState, TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_evaluation, seed_step
 from distplat.strategies.loop.task_contents import task_modules
@@ -108,11 +109,16 @@ class Sums:
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     """Figure -> weight of the batches that gave it: not every batch need give each."""
+    states: dict[str, MetricState] = field(default_factory=dict)
+    """Of metrics with state, by name."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """These metrics, while the evaluation goes on."""
 
-    def add(self, figures: Figures, size: int) -> None:
+    def add(self, batch: Judged, size: int) -> None:
         """Take the figures of a batch of so many samples."""
         self.samples += size
-        for name, (value, weight) in figures.items():
+        self.kept.update(batch.kept)
+        for name, (value, weight) in batch.figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
@@ -120,6 +126,7 @@ class Sums:
         """Take figures of the same samples, under names that begin with this."""
         self.sums |= {prefix + name: value for name, value in other.sums.items()}
         self.counts |= {prefix + name: weight for name, weight in other.counts.items()}
+        self.states |= {prefix + name: state for name, state in other.states.items()}
 
 
 class Compute(Protocol):
@@ -161,7 +168,8 @@ class WholeModel(Compute):
         self.last_backward, self.rank, self.alive = last_backward, rank, alive
         self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
         self._doubts = LossDoubts(self.task, self.flat.model)
-        self._weights = prepared.weights
+        self._scale = prepared.loss_scale
+        self._weights, self.metrics = prepared.weights, TaskMetrics(prepared.task)
 
     @override
     def start(self, steps: range) -> None:
@@ -193,7 +201,8 @@ class WholeModel(Compute):
             self.flat.before_backward()
             if number == len(sizes):
                 self.last_backward()
-            torch.autograd.backward(term.value * (term.factor * part))
+            scale = 1.0 if self._scale is None else self._scale.value
+            torch.autograd.backward(term.value * (term.factor * part * scale))
             self.flat.take_in()
             share = share.plus(term, size)
             self.alive()
@@ -220,31 +229,37 @@ class WholeModel(Compute):
         seed_evaluation(self.job.seed, self.rank)
         for module in self._modules:
             module.eval()
+        self.metrics.begin(self.flat.params.device)
         found = Sums()
         for batch, size in self._eval_batches(data):
             given = moved(batch, self.flat.params.device)
             with precision(self.job, self.flat.params.device):
                 own = None if self._weights is None else Terms(weights_of(self.task, given), size)
                 made = made_of(self.task, self.flat.model, given, size, own)
-                found.add(eval_figures(self.task, made, size), size)
+                found.add(judged(self.task, made, size), size)
             self.alive()
+        found.states = self.metrics.states(found.kept)
         return found
 
     def _plan(self, step: int) -> list[Any]:
         return self.sampler.micro_batches(step, self.rank, self.job.gradient_accumulation)
 
     def _eval_batches(self, data: Any) -> Iterator[tuple[Any, int]]:
-        world = self.job.scaling.world
-        start, stop = split_evenly(len(data), world)[self.rank]
-        size = max(1, self.job.global_batch_size // world)
-        return eval_batches(self.job, batches_by(self.task, data), range(start, stop), size)
+        size = max(1, self.job.global_batch_size // self.job.scaling.world)
+        part = self._eval_part(len(data))
+        return eval_batches(self.job, batches_by(self.task, data), part, size)
+
+    def _eval_part(self, samples: int) -> range:
+        """Give this rank's samples of the evaluation data."""
+        return range(*split_evenly(samples, self.job.scaling.world)[self.rank])
 
 
 def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
     """Give the context in which the job's forwards run."""
     if job.precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    dtype = torch.float16 if job.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype)
 
 
 class TaskModel(WholeModel, Compute):
@@ -282,7 +297,17 @@ class TaskModel(WholeModel, Compute):
     def evaluate_part(self, data: Dataset[Any], part: int) -> Sums:
         """Evaluate one of as many parts of the data as a step has."""
         self.rank = part
-        return self.evaluate(data)
+        found = self.evaluate(data)
+        for name, value in self.metrics.figures([found.states]).items():
+            found.sums[name], found.counts[name] = value, 1.0
+        return found
+
+    @override
+    def _eval_part(self, samples: int) -> range:
+        if not self.metrics.found():
+            return super()._eval_part(samples)
+        # Parts are made by whoever is free, so nobody could put the states of several together.
+        return range(samples if self.rank == 0 else 0)
 
 
 class _Reading:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -15,9 +15,11 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.strategies.collective import Collective, gather_bytes
-from distplat.strategies.loop.compute import Compute, Share, Stopwatch, TaskModel
+from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, TaskModel
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.loop.gathering import Gathering
+from distplat.strategies.loop.loss_scale import LossScale
+from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import rate_figures
@@ -48,13 +50,19 @@ class StepExchange:
         flat: what this rank trains.
         strategy: the job's.
         lookups: the model's embedding tables, if it has some.
+        loss_scale: of a run in float16.
     """
 
     def __init__(
-        self, job: Job, flat: FlatModel, strategy: WorkerStrategy[Any], lookups: Lookups | None
+        self,
+        job: Job,
+        flat: FlatModel,
+        strategy: WorkerStrategy[Any],
+        lookups: Lookups | None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self._job, self._flat, self._strategy, self._lookups = job, flat, strategy, lookups
-        self._steps = NonFiniteSteps.of(job)
+        self._steps, self._scale = NonFiniteSteps.of(job), loss_scale
 
     def exchange(self, turn: Turn, rank: int, share: Share) -> StepControl:
         """
@@ -71,8 +79,7 @@ class StepExchange:
         flat, index = self._flat, turn.step if turn.task is None else turn.task
         local = share.record(rank, flat)
         if self._lookups is None:
-            total = self._strategy.exchange(index, local)
-            return self._steps.decide(total, turn.step, flat.name)
+            return self._decided(index, turn.step, local)
         slots = len(flat.slots)
         rows = RowPush(self._lookups, self._steps, local, weighted=share.weighted, slots=slots)
         rows.before(turn.number, turn.task, waits=turn.task is None and rows_come_first(self._job))
@@ -83,9 +90,21 @@ class StepExchange:
         rows.after(turn.number, total, turn.task)
         return total
 
+    def _decided(self, index: int, step: int, local: StepControl) -> StepControl:
+        """Exchange gradients; a step for which the loss scale was too large is left out."""
+        scale = self._scale
+        if scale is not None:
+            local = replace(local, weight=scale.scaled(local))
+        total = self._strategy.exchange(index, local)
+        if scale is not None and scale.passed(step, total):
+            return replace(total, skip=True)
+        return self._steps.decide(total, step, self._flat.name)
+
     def figures(self) -> dict[str, float]:
-        """Give the figures of tables and skipped steps."""
+        """Give the figures of tables and skipped steps, and the loss scale of the next step."""
         found = self._steps.figures()
+        if self._scale is not None:
+            found["loss_scale"] = self._scale.value
         return found if self._lookups is None else {**found, **self._lookups.figures()}
 
 
@@ -151,9 +170,14 @@ class Loop:
     group: Collective | None = None
     """All ranks, over which evaluations are gathered: what every rank has, no rank can take with
     it. None: the ranks have no group."""
+    metrics: TaskMetrics | None = None
+    """The task's metrics with state; None: there are no evaluations."""
+    loss_scale: LossScale | None = None
+    """Of a run in float16."""
 
     def __post_init__(self) -> None:
-        self._exchange = StepExchange(self.job, self.flat, self.strategy, self.lookups)
+        given = self.job, self.flat, self.strategy, self.lookups
+        self._exchange = StepExchange(*given, self.loss_scale)
 
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
@@ -234,6 +258,7 @@ class Loop:
             with self.flat.shown(self.strategy.average()):
                 found.take_in(self.compute.evaluate(data), "ema_")
             self.evaluated()
+        self._merge_states(found)
         self.progress.evaluating = False
         mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
         if self.group is None:
@@ -242,6 +267,15 @@ class Loop:
         text = json.dumps(asdict(mine)).encode()
         for one in gather_bytes(text, self.group, self.flat.params.device):
             self.report(EvalReport(**json.loads(one)))
+
+    def _merge_states(self, found: Sums) -> None:
+        """Have rank 0's part hold the figures of metrics with state, of the data of all."""
+        if self.metrics is None or not self.metrics.found():
+            return
+        parts = self.metrics.gathered(found.states, self.flat.params.device)
+        if self.rank == 0:
+            for name, value in self.metrics.figures(parts).items():
+                found.sums[name], found.counts[name] = value, 1.0
 
 
 def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:

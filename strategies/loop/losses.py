@@ -209,7 +209,15 @@ def _together(
     return checked_loss(task, torch.stack(parts).sum(), outputs, method)
 
 
-def eval_figures(task: Task, made: Made, samples: int) -> Figures:
+class Judged(NamedTuple):
+    """What an evaluation batch gives."""
+
+    figures: Figures
+    kept: Mapping[str, Any]
+    """The task's metrics with state, by name."""
+
+
+def judged(task: Task, made: Made, samples: int) -> Judged:
     """
     Give loss and metrics of one evaluation batch.
 
@@ -218,6 +226,7 @@ def eval_figures(task: Task, made: Made, samples: int) -> Figures:
     """
     term = made.term
     figures = {"loss": (float(term.value) * term.factor, term.weight)}
-    for name, mean in checked_metrics(task, made.outputs, made.targets).items():
+    means, kept = checked_metrics(task, made.outputs, made.targets)
+    for name, mean in means.items():
         figures[name] = mean * samples, float(samples)
-    return figures
+    return Judged(figures, kept)

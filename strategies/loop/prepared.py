@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.utils.data import Dataset
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_types import Holding
+from distplat.strategies.checkpoint.frozen_base import FrozenBase
 from distplat.strategies.loop.agreement import RankFacts
+from distplat.strategies.loop.loss_scale import LossScale
 from distplat.strategies.loop.losses import TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
@@ -48,6 +51,12 @@ class Prepared:
     """What the task's `optimizer` gave; empty: the job names one."""
     weights: TermWeights | None = None
     """Of a loss of several terms, in the present attempt; None: it is one."""
+    loss_scale: LossScale | None = None
+    """Of a run in float16."""
+    frozen: FrozenBase | None = None
+    """What checkpoints and the trained model leave out, once the model has its values."""
+    initial: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Values of the job's `initial_weights`, while the model has none of its own."""
     holding: Holding | None = None
     """What of the whole model `part` is; None: all of it."""
 

@@ -24,10 +24,12 @@ from distplat.platform.optimizers import Optimizer, TaskOptimizer, match_problem
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.spec import Job, length_problems
-from distplat.platform.tensor_file import TASK_PREFIX
+from distplat.platform.tensor_file import EMA_PREFIX, TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Take
+from distplat.strategies.checkpoint.frozen_base import FROZEN, begun
+from distplat.strategies.checkpoint.initial_weights import fill_part, initial_weights
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
 from distplat.strategies.loop.batches import make_sampler, total_steps
@@ -42,7 +44,9 @@ from distplat.strategies.loop.compute import TaskModel
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
+from distplat.strategies.loop.loss_scale import LOSS_SCALE, LossScale
 from distplat.strategies.loop.losses import TermWeights
+from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.task_contents import task_parameters
@@ -164,6 +168,7 @@ def prepare(
         raise SpecError(_kept_in_task(job, [*own]))
     extra = {TASK_PREFIX + name: one for name, one in own.items()}
     check_groups(job.optimizer, model, extra)
+    initial = {} if job.initial_weights is None else initial_weights(job, model, extra)
     part = None
     if whole:
         apply_module_options(job, model)
@@ -185,6 +190,7 @@ def prepare(
     left = None if whole else model
     loaders_ready()
     found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
+    found.initial = initial if any(one.is_meta for one in model.parameters()) else {}
     return _with_own_updates(found)
 
 
@@ -271,6 +277,8 @@ def join(
     group = ports.collective if p.roles.collective is not None else None
     if strategy.cuts_model:
         p.part, p.holding = strategy.cut_model(p, rank, group)
+        fill_part(p.part, p.initial, p.holding.places)
+        p.initial = {}  # the first attempt's: later ones go on with what was trained
     _load(p, around.saved)
     context = _context(p, rank, ports, around, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
@@ -286,7 +294,19 @@ def join(
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
     assert p.state is not None, "_load() makes it"
-    return replace(loop, pause=pause, evaluated=p.state.discard, group=group, gathering=gathering)
+    alone = p.job.scaling.world == 1
+    metrics = TaskMetrics(p.task, (lambda: None) if alone else _meeting(p, context))
+    loop = replace(loop, pause=pause, evaluated=p.state.discard, metrics=metrics)
+    if p.loss_scale is not None:
+        meet = (lambda: None) if alone else _meeting(p, context)
+        p.loss_scale.meet(start, meet(), p.flat.params.device)
+    return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)
+
+
+def _meeting(p: Prepared, context: Context) -> Callable[[], Collective | None]:
+    """Give the way to a group of all ranks, which some strategies have already."""
+    met = p.roles.collective is not None
+    return (lambda: context.collective) if met else context.peers
 
 
 def _with_one_group(ports: Ports) -> Ports:
@@ -305,8 +325,7 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
     elif p.job.gradient_accumulation > 1:
         text = "all_gather() in a loss needs a worker's part of the batch at once"
         refused = Problem(("gradient_accumulation",), text, "set it to 1")
-    met = p.roles.collective is not None
-    meet = (lambda: context.collective) if met else context.peers
+    meet = _meeting(p, context)
     assert p.state is not None, "_load() makes it"
     expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
     return Gathering(meet, p.sampler.world, p.state.shares.micro_batches, expected, refused)
@@ -332,9 +351,7 @@ def _term_weights(
         raise SpecError(
             Problem(("strategy",), text, "use `strategy: ring`, `ps-sync` or `ps-async`")
         )
-    met = p.roles.collective is not None
-    meet = (lambda: context.collective) if met else context.peers
-    return TermWeights(p.task, meet, p.sampler.world)
+    return TermWeights(p.task, _meeting(p, context), p.sampler.world)
 
 
 def _compare(p: Prepared, rank: int, board: Board | None) -> None:
@@ -392,11 +409,25 @@ def _set_up(
     return start
 
 
+def trained_model(p: Prepared, strategy: WorkerStrategy[Any]) -> dict[str, Tensor]:
+    """Give this rank's part of the trained model, without what the job leaves out."""
+    found = strategy.trained(p.flat)
+    left_out = p.frozen.unchanged() if p.frozen is not None else {}
+    return {n: one for n, one in found.items() if n.removeprefix(EMA_PREFIX) not in left_out}
+
+
 def _load(p: Prepared, saved: SavedState | None) -> None:
     """Begin from a checkpoint, where there is one; then look after what is not trained."""
     if saved is not None:
         saved.check_data(p.sampler.size)
         saved.load_model(p.flat, None if p.holding is None else p.holding.places)
+    if p.loss_scale is None:
+        p.loss_scale = LossScale.of(p.job, p.flat)
+    if p.loss_scale is not None and saved is not None and LOSS_SCALE in saved.state:
+        scale, steps = saved.state[LOSS_SCALE]
+        p.loss_scale.load(saved.step, (float(scale), int(steps)))
+    if p.job.checkpoint.trained_only and p.frozen is None:
+        p.frozen = begun(p.flat, None if saved is None else saved.left_out)
     if p.state is None:
         p.state = ModelState(p.flat, _shares_of(p), p.task.buffers)
 
@@ -420,6 +451,11 @@ def _checkpoints(
             slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
             if slot is not None:
                 facts[NOT_FINITE] = p.flat.name(slot)
+            if p.frozen is not None:
+                facts[FROZEN] = p.frozen.unchanged()
+                p.flat.unsaved = frozenset(facts[FROZEN])
+            if p.loss_scale is not None:
+                facts[LOSS_SCALE] = p.loss_scale.saved(version)
             part = strategy.checkpoint(version)
             if p.lookups is not None:
                 facts["tables"] = [asdict(spec) for spec in p.lookups.specs]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from distplat.platform.spec import EMA
+from distplat.platform.model_options import EMA
 from distplat.platform.tensor_file import EMA_PREFIX
 from distplat.platform.vector_layout import Layout
 from distplat.strategies.model.flat import FlatModel

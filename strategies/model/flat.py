@@ -102,6 +102,7 @@ class FlatModel:
         device = self.parameters[0].device
         self.params = torch.zeros(self.layout.size, dtype=dtype, device=device)
         self.grads = torch.zeros_like(self.params)
+        self.unsaved: frozenset[str] = frozenset()  #: frozen ones that checkpoints leave out
         self.version = 0  #: updates that `params` has had; `TORN`: half replaced by another rank's
         for slot, parameter in zip(self.slots, self.parameters, strict=True):
             slot.view(self.params).copy_(parameter.detach())

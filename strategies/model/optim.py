@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from distplat.platform.model_options import EMA
 from distplat.platform.optimizers import Optimizer
-from distplat.platform.spec import EMA, Job
+from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distplat.platform.model_options import EMA
 from distplat.platform.optimizers import Optimizer
-from distplat.platform.spec import EMA
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector
 from distplat.strategies.model.optimizer_state import UPDATES, WHOLE, Presence

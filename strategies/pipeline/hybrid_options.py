@@ -207,6 +207,9 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if job.embeddings is not None:
         text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
         found.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
+    if job.checkpoint.trained_only:
+        text = "cannot be combined with `hybrid`, whose ranks have parts of the model"
+        found.append(Problem(("checkpoint", "trained_only"), text, "remove it, or take `ring`"))
     if job.compile is not None:
         text = "cannot be combined with `hybrid`, which calls the model's layers one by one"
         found.append(Problem(("compile",), text, "remove it, or take `ring`"))

@@ -25,12 +25,13 @@ from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
 from distplat.strategies.loop.loss_check import LossDoubts
 from distplat.strategies.loop.losses import (
-    Figures,
+    Judged,
     LossTerm,
     Made,
-    eval_figures,
+    judged,
     loss_term,
 )
+from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.pipeline.executor import Executor, PlanOf
 from distplat.strategies.pipeline.interfaces import Source, Tail
@@ -73,6 +74,7 @@ class Pipeline(Compute):
         self._ends = settings.at.stage == settings.stages - 1
         self._batches: Iterator[Any] = iter(())
         self._doubts = LossDoubts(prepared.task, prepared.flat.model)
+        self._metrics = TaskMetrics(prepared.task)
         self.share = Share()  #: what this rank had of the last step
 
     @override
@@ -113,6 +115,7 @@ class Pipeline(Compute):
     def evaluate(self, data: Dataset[Any]) -> Sums:
         """Micro-batches are as large as in training, so no more memory is held."""
         s, found = self._settings, Sums()
+        self._metrics.begin(self._device)
         start, stop = split_evenly(len(data), s.replicas)[s.at.replica]  # type: ignore[arg-type]
         size = max(1, self._p.job.global_batch_size // (s.replicas * s.micro_batches))
         sizes = [min(size, stop - at) for at in range(start, stop, size)]
@@ -125,6 +128,7 @@ class Pipeline(Compute):
             some = sizes[at : at + _WINDOW]
             source = _Evaluation(self, batches, some, found)
             self._executor.evaluate(s.evaluation(len(some)), source)
+        found.states = self._metrics.states(found.kept)
         return found if s.at.slice == 0 else Sums()
 
     def pair(self, batch: Any) -> tuple[Any, Any]:
@@ -139,11 +143,11 @@ class Pipeline(Compute):
                 self._doubts.look(step, Made(outputs, targets, term), samples)
             return term
 
-    def figures_of(self, outputs: Any, targets: Any, samples: int) -> Figures:
+    def figures_of(self, outputs: Any, targets: Any, samples: int) -> Judged:
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
             term = loss_term(self._p.task, outputs, targets, samples)
-            return eval_figures(self._p.task, Made(outputs, targets, term), samples)
+            return judged(self._p.task, Made(outputs, targets, term), samples)
 
 
 class _Loaded(Source):

@@ -21,6 +21,7 @@ from torch.utils.data import Subset
 from typing_extensions import override
 
 from distplat.platform.embeddings import Embeddings
+from distplat.platform.errors import Problem, SpecError
 from distplat.platform.optimizers import Optimizer, TaskOptimizer
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
@@ -188,7 +189,13 @@ def recipe_of(job: Job, task: Task, every: int = 1) -> Recipe:
         job: its field `steps` is set.
         task: the user's.
         every: see `Recipe`.
+
+    Raises:
+        SpecError: the job trains in a way that no plain loop here does.
     """
+    if job.precision == "fp16":
+        text = "verify has no loop with a loss scale"
+        raise SpecError(Problem(("precision",), text, "verify with `--set precision=bf16`"))
     spec, tables, rates = job.optimizer, job.embeddings, _rates(job, task)
     rows = torch.optim.SGD if tables is None else row_optimizer(tables)
     own = isinstance(spec, TaskOptimizer)

@@ -47,7 +47,13 @@ class Net(Task):
 
 
 def train(
-    strategy: object, workers: int, storage: Path, *, gpu: bool, clip_norm: float | None = 1.0
+    strategy: object,
+    workers: int,
+    storage: Path,
+    *,
+    gpu: bool,
+    clip_norm: float | None = 1.0,
+    precision: str = "fp32",
 ) -> NDArray[np.float32]:
     share = {"GPU": 0.9 / max(1, workers)} if gpu else {}
     job = {
@@ -62,6 +68,7 @@ def train(
         "global_batch_size": 24,
         "epochs": 3,
         "clip_norm": clip_norm,
+        "precision": precision,
         "storage_path": str(storage),
     }
     result = Trainer(job, Net).fit()
@@ -77,6 +84,13 @@ def test_equals_the_cpu(strategy: object, workers: int, tmp_path: Path) -> None:
     on_card = train(strategy, workers, tmp_path, gpu=True)
     # CUDA's matrix products round otherwise than the CPU's: float32, not bits.
     assert np.linalg.norm(on_card - alone) < 1e-4 * np.linalg.norm(alone)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_float16_with_a_loss_scale_is_near_float32(strategy: object, tmp_path: Path) -> None:
+    alone = train("ring", 0, tmp_path, gpu=False)
+    on_card = train(strategy, 2, tmp_path, gpu=True, precision="fp16")
+    assert 0 < np.linalg.norm(on_card - alone) < 0.02 * np.linalg.norm(alone)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])

@@ -38,6 +38,7 @@ from distplat.strategies.loop.session import (
     make_task,
     prepare,
     resize,
+    trained_model,
 )
 from distplat.strategies.ports import Leases, Shards, Tables
 from distplat.strategies.task import Task
@@ -187,7 +188,7 @@ class Attempt:
             loop = self.join(rank, Around(self.saved, self.base, partial(take, uploader)))
             self.starts.append(loop.start)
             loop.run()
-            trained = mine.strategy.trained(mine.prepared.flat)
+            trained = trained_model(mine.prepared, mine.strategy)
         except self.ends as error:
             self.errors[rank] = error
             self.stopped(rank)

@@ -152,6 +152,27 @@ def test_what_goes_on_without_a_failure_is_told_by_its_kind() -> None:
     assert seeing.told == ["failure", "recovery", "resize"]
 
 
+def test_a_run_ends_once_its_time_is_over_and_has_made_a_step() -> None:
+    now = [10.0]
+    callbacks = Callbacks([], max_time_s=5.0, clock=lambda: now[0])
+    now[0] = 20.0
+    assert not callbacks.ending(), "it has made no step"
+    callbacks.tell(StepSummary(1, 0, 0.5, 4, {}))
+    assert callbacks.ending()
+    assert callbacks.stop == "max_time_s: 5 s are over"
+    in_time = Callbacks([], max_time_s=5.0, clock=lambda: 0.0)
+    in_time.tell(StepSummary(1, 0, 0.5, 4, {}))
+    assert not in_time.ending()
+    assert not Callbacks([]).ending()
+
+
+def test_a_run_without_time_makes_one_step_and_ends_well(tmp_path: Path) -> None:
+    result = Trainer({**FIELDS, "storage_path": str(tmp_path), "max_time_s": 1e-9}, Lin).fit()
+    assert [step.step for step in result.history] == [1]
+    assert result.stopped == "max_time_s: 1e-09 s are over"
+    assert result.checkpoint is not None
+
+
 class Misspelt(Callback):
     def on_train_step(self) -> None:
         """Nobody would call it."""

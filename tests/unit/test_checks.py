@@ -241,6 +241,21 @@ def test_a_last_batch_of_one_meets_a_batch_norm(tmp_path: Path) -> None:
     assert fit(Normed, tmp_path, data={"drop_last": True}).checkpoint is not None
 
 
+def test_out_of_memory_names_what_takes_less(tmp_path: Path) -> None:
+    class Large(Good):
+        def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return torch.zeros(1 << 60).sum() + outputs.sum()
+
+    class OnCard(Good):
+        def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    for kind in (Large, OnCard):
+        remedy = told(kind, tmp_path).remedy
+        assert "raise `gradient_accumulation`" in remedy
+        assert "lower `global_batch_size`" in remedy
+
+
 def test_samples_of_several_shapes(tmp_path: Path) -> None:
     class Ragged(Good):
         def train_data(self) -> Any:

@@ -14,11 +14,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Subset, TensorDataset
 
 from distplat.platform.errors import SpecError
+from distplat.platform.model_options import EMA
 from distplat.platform.optimizers import SGD
 from distplat.platform.progress import EvalReport
 from distplat.platform.run_directory import RunDirectory
 from distplat.platform.sampler import Sampler
-from distplat.platform.spec import EMA, Job
+from distplat.platform.spec import Job
 from distplat.platform.tensor_file import EMA_PREFIX, decode, encode
 from distplat.strategies.checkpoint.parts import whole_of
 from distplat.strategies.fakes import Fabric

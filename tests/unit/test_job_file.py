@@ -135,7 +135,7 @@ def test_a_job_is_read() -> None:
         (
             "steps: 10",
             "steps: 10\nprecision: fp23",
-            "job.yaml:11:1: precision: must be 'fp32' or 'bf16' (got 'fp23')\n"
+            "job.yaml:11:1: precision: must be 'fp32', 'bf16' or 'fp16' (got 'fp23')\n"
             "  hint: did you mean 'fp32'?",
         ),
         (

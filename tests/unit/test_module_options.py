@@ -12,7 +12,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
 from distplat.platform.errors import SpecError
-from distplat.platform.spec import Compile, Job
+from distplat.platform.model_options import Compile
+from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
 from distplat.strategies.model.module_options import (
     apply_module_options,

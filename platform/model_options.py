@@ -1,0 +1,63 @@
+"""Fields of a job that say what becomes of the model that its task makes."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from distplat.platform.fields import Flag, Folder, Spec
+
+
+class Compile(Spec):
+    """What `torch.compile` is told, by its own names."""
+
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        "default"
+    )
+    """How much time is given to make the code quick."""
+    backend: str = "inductor"
+    """Compiler, by the name under which torch knows it."""
+    fullgraph: Flag = False
+    """Fail where the model cannot be compiled as a whole; else it falls back, with a warning."""
+    dynamic: Flag | None = None
+    """Code for batches of any size; None: once a second size has come."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Give the arguments of `torch.compile`; it takes no mode but for its own compiler."""
+        found = self.model_dump()
+        return found if self.mode != "default" else {**found, "mode": None}
+
+
+def compile_of(value: object) -> object:
+    """Take `true` for all defaults, and `false` for nothing."""
+    if isinstance(value, bool):
+        return {} if value else None
+    return value
+
+
+class EMA(Spec):
+    """An exponential moving average of the weights, as `torch.optim.swa_utils` makes it."""
+
+    decay: float = Field(0.999, ge=0, lt=1)
+    """How much of the average stays in an update; the weights after it make up the rest."""
+    warmup: Flag = False
+    """Begin with a smaller decay: after t updates `min(decay, (1 + t) / (10 + t))`."""
+
+    def decay_after(self, updates: int) -> float:
+        """Give the decay of an update that comes after so many."""
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
+
+
+class InitialWeights(Spec):
+    """Weights that a run begins from, instead of those that the task's model() has made."""
+
+    path: Folder | Annotated[tuple[Folder, ...], Field(min_length=1)]
+    """A file `.safetensors` or `.pt`, or a directory or URL with one, such as a Hugging Face
+    checkpoint or a run directory; relative to the task's folder. Every worker reads it. Or a list
+    of them, such as a base and adapters: of a name that several have the last one counts."""
+    strict: Flag = True
+    """Their names must be the model's; else what one side lacks is passed over, and told."""
+
+
+def initial_weights_of(value: object) -> object:
+    """Take a path for all defaults."""
+    return {"path": value} if isinstance(value, str | list | tuple) else value

@@ -1,0 +1,87 @@
+"""What a checkpoint may leave out: frozen parameters that are as they were when the run began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+
+from torch import Tensor, nn
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.written_tensors import checksum
+
+FROZEN = "frozen"
+"""Fact of a checkpoint: what it leaves out, by name, and the checksum of each."""
+
+Sums = Mapping[str, Sequence[int]]
+
+
+class FrozenBase:
+    """
+    The frozen parameters of a model, as a run began with them.
+
+    Args:
+        flat: the model.
+        changed: names of those that are in the checkpoint that it was filled from.
+    """
+
+    def __init__(self, flat: FlatModel, changed: Set[str] = frozenset()) -> None:
+        self._flat = flat
+        self._sums = {
+            name: checksum(one) for name, one in _frozen(flat.model) if name not in changed
+        }
+
+    def unchanged(self) -> dict[str, tuple[int, ...]]:
+        """Give the checksums, by name, of those that nothing has written or begun to train."""
+        trained = self._flat.trained_names()
+        return {
+            name: self._sums[name]
+            for name, one in _frozen(self._flat.model)
+            if name in self._sums and name not in trained and checksum(one) == self._sums[name]
+        }
+
+
+def begun(flat: FlatModel, saved: Sums | None) -> FrozenBase:
+    """
+    Look at a model that is about to be trained.
+
+    Args:
+        flat: the model.
+        saved: of the checkpoint that it was filled from; None: of none that leaves something out.
+
+    Raises:
+        SpecError: there is nothing to leave out.
+    """
+    names = {name for name, _ in _frozen(flat.model)}
+    if not names:
+        where = "checkpoint", "trained_only"
+        text = "has no effect: the model has no frozen parameters"
+        raise SpecError(Problem(where, text, "remove it"))
+    return FrozenBase(flat, frozenset() if saved is None else names - saved.keys())
+
+
+def check_base(model: Mapping[str, Tensor], saved: Sums) -> None:
+    """
+    See that what a checkpoint leaves out has the values that it was trained with.
+
+    Args:
+        model: by name.
+        saved: of the checkpoint.
+
+    Raises:
+        SpecError: it has others; names one.
+    """
+    other = [n for n, sums in saved.items() if n in model and checksum(model[n]) != (*sums,)]
+    if other:
+        text = f"the frozen parameter {other[0]!r}"
+        text += f", and {len(other) - 1} more," * (len(other) > 1)
+        text += " has other values here than where the checkpoint was made, which leaves it out"
+        hint = "begin from the same base: `initial_weights`, or the task's model()"
+        raise SpecError(Problem(("task",), text, hint))
+
+
+def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give frozen parameters by all of their names."""
+    for name, one in model.state_dict(keep_vars=True).items():
+        if isinstance(one, nn.Parameter) and not one.requires_grad:
+            yield name, one

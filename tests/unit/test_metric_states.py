@@ -1,0 +1,316 @@
+"""Metrics with state: over any number of ranks what one process on all the data gives."""
+
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import grid_of, hybrid_job
+from jobs import job_of
+from local_run import LocalRun, train
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from distplat import Task
+from distplat.platform.progress import EvalReport, EvalSummary, ReportAggregator
+
+SAMPLES = 23
+
+
+class Auc:
+    """Area under the ROC curve, from all scores: no mean over batches gives it."""
+
+    def __init__(self) -> None:
+        self.squash = torch.sigmoid  # the same on all ranks: no state
+        self.reset()
+
+    def reset(self) -> None:
+        self.scores: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def update(self, scores: Tensor, labels: Tensor) -> None:
+        self.scores.append(self.squash(scores))
+        self.labels.append(labels)
+
+    def merge(self, other: "Auc") -> None:
+        self.scores += other.scores
+        self.labels += other.labels
+
+    def compute(self) -> float:
+        scores, labels = torch.cat(self.scores), torch.cat(self.labels).bool()
+        above = scores[labels][:, None] - scores[~labels][None, :]
+        return float(((above > 0).double() + 0.5 * (above == 0).double()).mean())
+
+
+class Sums:
+    """Sums kept in place, which reset() empties: what was told before must not follow."""
+
+    def __init__(self) -> None:
+        self.total, self.count = torch.zeros(2), 0
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self.count = 0
+
+    def update(self, values: Tensor) -> None:
+        self.total += torch.stack([values.sum(), values.square().sum()]).to(self.total)
+        self.count += len(values)
+
+    def merge(self, other: "Sums") -> None:
+        self.total += other.total
+        self.count += other.count
+
+    def compute(self) -> dict[str, float]:
+        mean, square = (self.total / self.count).tolist()
+        return {"mean": mean, "variance": square - mean**2}
+
+
+class Scored(Task):
+    """Rare labels: parts of ranks and batches differ a lot."""
+
+    def __init__(self) -> None:
+        self.auc: Any = Auc()
+        self.several: dict[str, Any] = {"sums": Sums()}
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def train_data(self) -> Dataset[Any]:
+        made = torch.Generator().manual_seed(3)
+        inputs = torch.randn(SAMPLES, 3, generator=made)
+        labels = (
+            inputs.sum(1, keepdim=True) + torch.randn(SAMPLES, 1, generator=made) > 1.5
+        ).float()
+        return TensorDataset(inputs, labels)
+
+    def eval_data(self) -> Dataset[Any] | None:
+        return self.train_data()
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(outputs, targets)
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+        self.auc.update(outputs[:, 0], targets[:, 0])
+        self.several["sums"].update(outputs[:, 0])
+        right = ((outputs > 0) == (targets > 0.5)).float().mean()
+        return {"auc": self.auc, "score": self.several["sums"], "accuracy": right}
+
+
+def evaluations(run: LocalRun) -> list[EvalSummary]:
+    """Join the reports as the controller does."""
+    found: dict[int, ReportAggregator] = {}
+    summaries = []
+    for rank in run.reports:
+        for one in rank:
+            if isinstance(one, EvalReport):
+                joined = found.setdefault(one.step, ReportAggregator(len(run.reports)))
+                summaries += [s for s in joined.add(one) if isinstance(s, EvalSummary)]
+    return summaries
+
+
+def trained(run: LocalRun) -> nn.Module:
+    """Give the model as the run left it."""
+    return run.ranks[0].prepared.flat.model.eval()
+
+
+def expected(kind: type[Task], model: nn.Module) -> dict[str, Any]:
+    """What one process says of all the data at once."""
+    task: Any = kind()
+    with torch.no_grad():
+        inputs, labels = task.eval_data().tensors
+        return {k: v for k, v in task.metrics(model(inputs), labels).items()}
+
+
+STRATEGIES: list[tuple[Any, int]] = [
+    ("ring", 1),
+    ("ring", 3),
+    ({"name": "ps-sync", "num_servers": 2}, 1),
+    ({"name": "ps-sync", "num_servers": 2}, 3),
+    ("ps-async", 2),
+    ("ring", 5),
+]
+
+
+@pytest.mark.parametrize(("strategy", "workers"), STRATEGIES)
+def test_it_is_that_of_one_process_on_all_the_data(strategy: Any, workers: int) -> None:
+    job = job_of(strategy, workers, global_batch_size=5, evaluation={"every_steps": 2})
+    run = train(job, Scored)
+    found = {one.step: one.metrics for one in evaluations(run)}
+    assert [*found] == [2, 4]
+    plain = expected(Scored, trained(run))
+    assert found[4]["auc"] == pytest.approx(plain["auc"].compute(), abs=1e-12)
+    sums = plain["score"].compute()
+    assert found[4]["score_mean"] == pytest.approx(sums["mean"], abs=1e-6)
+    assert found[4]["score_variance"] == pytest.approx(sums["variance"], abs=1e-6)
+    assert found[4]["accuracy"] == pytest.approx(float(plain["accuracy"]))
+
+
+def test_ranks_without_a_sample_have_no_part_in_it() -> None:
+    class Few(Scored):
+        def eval_data(self) -> Dataset[Any] | None:
+            return TensorDataset(*self.train_data()[:2])
+
+    class Kept(Auc):
+        def compute(self) -> float:
+            return float(torch.cat(self.scores).sum())
+
+    class FewKept(Few):
+        def __init__(self) -> None:
+            super().__init__()
+            self.auc = Kept()
+
+    run = train(job_of("ring", 5, global_batch_size=5), FewKept)
+    (found,) = evaluations(run)
+    assert found.samples == 2
+    assert found.metrics["auc"] == pytest.approx(expected(FewKept, trained(run))["auc"].compute())
+
+
+@pytest.mark.parametrize("name", ["2x1x2", "1x2x1", "2x1x1"])
+def test_the_last_stage_has_the_states(name: str) -> None:
+    pipeline, tensor, data = map(int, name.split("x"))
+    plan = {"tensor_plan": {"0": "colwise", "2": "rowwise"}} if tensor > 1 else {}
+    options, workers = grid_of(pipeline, tensor, data, **plan)
+    more = {"global_batch_size": 8, "evaluation": {"every_steps": 2}, "steps": 2}
+    run = train(hybrid_job(options, workers, **more), Scored)
+    rate = {"seed": 5, "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9}}
+    (plain,) = evaluations(train(job_of("ring", 1, **more, **rate), Scored))
+    for found in evaluations(run):
+        assert found.metrics == pytest.approx(plain.metrics, abs=1e-6)
+    assert evaluations(run)
+
+
+def test_the_averaged_weights_have_figures_of_their_own() -> None:
+    run = train(job_of("ring", 2, ema={"decay": 0.5}, optimizer={"name": "SGD", "lr": 3.0}), Scored)
+    (found,) = evaluations(run)
+    assert found.metrics["score_mean"] != found.metrics["ema_score_mean"]
+    assert {"auc", "ema_auc", "ema_score_variance", "ema_accuracy"} <= found.metrics.keys()
+
+
+def test_what_was_updated_outside_of_an_evaluation_is_forgotten() -> None:
+    class Careless(Scored):
+        def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            if outputs.requires_grad:
+                self.auc.update(outputs[:, 0].detach(), 1 - targets[:, 0])
+            return super().loss(outputs, targets)
+
+    careful, careless = (train(job_of("ring", 2), kind) for kind in (Scored, Careless))
+    assert evaluations(careful) == evaluations(careless)
+
+
+class Lost(Scored):
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+        return {"auc": Auc()}
+
+
+class Unmerged(Scored):
+    class Plain:
+        def reset(self) -> None:
+            self.seen = 0
+
+        def update(self) -> None:
+            self.seen += 1
+
+        def compute(self) -> int:
+            return self.seen
+
+    def __init__(self) -> None:
+        self.auc = self.Plain()
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+        self.auc.update()
+        return {"auc": self.auc}
+
+
+class Strange(Scored):
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+        self.auc.scores = {1.5: object()}
+        return {"auc": self.auc}
+
+
+class Arrays(Scored):
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+        self.auc.scores.append(outputs.numpy())
+        return {"auc": self.auc}
+
+
+class Wordy(Scored):
+    class Words(Auc):
+        def compute(self) -> Any:
+            return "good"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auc = self.Words()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Lost, "'auc' as a Auc that the task does not keep: make it once, in __init__"),
+        (Unmerged, r"the metric 'auc', a Plain, needs merge\(other\)"),
+        (Strange, "metric 'auc'.*keep tensors, numbers and text in it"),
+        (Arrays, r"metric 'auc'\['scores'\]\[0\] is a ndarray.*keep tensors"),
+        (Wordy, r"compute\(\) of the metric 'auc' gives 'auc' as a str|gives as a str"),
+    ],
+)
+def test_what_cannot_be_put_together_is_named(kind: type[Task], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(job_of("ring", 2), kind)
+
+
+def test_those_of_torchmetrics_fit() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    kinds = torchmetrics.classification
+
+    class Measured(Scored):
+        def __init__(self) -> None:
+            self.all: Any = torchmetrics.MetricCollection(
+                {"f1": kinds.BinaryF1Score(), "roc": kinds.BinaryAUROC(), "p": kinds.BinaryRecall()}
+            )
+            self.binned = kinds.BinaryAveragePrecision(thresholds=20)
+            self.pearson = torchmetrics.PearsonCorrCoef()
+            self.both = kinds.BinaryF1Score() + kinds.BinaryRecall()
+            self.largest = torchmetrics.MaxMetric()
+
+        def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+            scores, labels = outputs[:, 0].sigmoid(), targets[:, 0].int()
+            self.all.update(scores, labels)
+            for one in (self.binned, self.both):
+                one.update(scores, labels)
+            self.pearson.update(scores, targets[:, 0])
+            self.largest.update(scores)
+            own = {"ap": self.binned, "r": self.pearson, "both": self.both, "max": self.largest}
+            return {**dict(self.all.items()), **own}
+
+    for strategy, workers in [("ring", 1), ("ring", 3), ("ps-async", 2), ("ps-sync", 2)]:
+        run = train(job_of(strategy, workers, evaluation={"every_steps": 2}), Measured)
+        *_, found = evaluations(run)
+        plain = expected(Measured, trained(run))
+        assert len(plain) == 7
+        for name, metric in plain.items():
+            assert found.metrics[name] == pytest.approx(float(metric.compute()), abs=1e-6), name
+
+
+def test_a_mean_over_ranks_is_refused() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Mean(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("mean", torch.zeros(()), dist_reduce_fx="mean")
+
+        def update(self, values: Tensor) -> None:
+            self.mean = values.mean()
+
+        def compute(self) -> Tensor:
+            return self.mean
+
+    class Meant(Scored):
+        def __init__(self) -> None:
+            self.kept = Mean()
+
+        def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+            self.kept.update(outputs)
+            return {"kept": self.kept}
+
+    with pytest.raises(ValueError, match=r"keeps 'mean' as a mean over ranks.*keep a sum"):
+        train(job_of("ring", 2), Meant)
