@@ -74,7 +74,8 @@ def test_a_frozen_layer_from_a_file_float16_and_a_metric_with_state(tmp_path: Pa
     assert all(found[name].tobytes() == expected[name].numpy().tobytes() for name in found)
     model = in_memory.ranks[0].prepared.flat.model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        inputs = torch.stack([one[0] for one in Tuned().train_data()])
+        data: Any = Tuned().train_data()
+        inputs = torch.stack([one[0] for one in data])
         spread = float(model(inputs).float().std())
     assert again.evaluations[-1].metrics["spread"] == pytest.approx(spread, rel=1e-2)
     assert torch.equal(expected["0.weight"], base["0.weight"])
