@@ -25,6 +25,7 @@ test: check
 
 test-all: test $(VENV)/.installed-bench
 	$(BIN)/python -m pytest $(ON_RAY) -m slow tests/cluster
+	$(BIN)/python -m pytest tests/unit/test_from_pages.py
 	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(DRAWN)
 	DISTPLAT_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_kill_inside.py
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from distplat.platform.progress import (
     Saved,
     StepSummary,
     Summary,
+    reported,
 )
 from distplat.platform.spec import Job
 from distplat.platform.trackers import Tracker, TrackerSpec, open_tracker, points_of
@@ -77,6 +78,8 @@ class Callback:
         """
         Whether the run is to end before its last step; asked after each step and evaluation.
 
+        A train function is told when it asks `distplat.should_stop()`.
+
         Returns:
             True, or why: all workers end before the same step, as after the last one.
         """
@@ -117,9 +120,6 @@ def check_callbacks(callbacks: Sequence[object], job: Job) -> None:
             if method.startswith("on_") and method not in _EVENTS:
                 text = f"{name}.{method} would never be called"
                 found.append(Problem(where, text, hint(method, sorted(_EVENTS))))
-        if job.own_loop and type(one).should_stop is not Callback.should_stop:
-            text = f"{name}.should_stop cannot end the loop of a train function"
-            found.append(Problem(where, text, "end the loop in the function itself"))
     if found:
         raise SpecError(*found)
 
@@ -133,6 +133,7 @@ class Callbacks:
         early_stop: when the run ends for want of progress; None: it does not.
         max_time_s: after which it ends; None: never.
         clock: gives seconds.
+        own_loop: whether reports of a train function are what it goes by.
     """
 
     def __init__(
@@ -141,8 +142,10 @@ class Callbacks:
         early_stop: EarlyStop | None = None,
         max_time_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        own_loop: bool = False,
     ) -> None:
-        self._present = list(callbacks)
+        self._present, self._own_loop = list(callbacks), own_loop
         self._max_time_s, self._clock = max_time_s, clock
         self._began, self._stepped = clock(), False
         self._stopping = EarlyStopping(early_stop) if early_stop is not None else None
@@ -166,10 +169,10 @@ class Callbacks:
             case StepSummary():
                 self._stepped = True
                 self._each(lambda one: one.on_step(summary))
+                self._watch(summary.step, reported(summary) if self._own_loop else {})
                 self._each(self._ask)
             case EvalSummary():
-                if self._stopping is not None:
-                    self.stop = self.stop or self._stopping.evaluated(summary.step, summary.metrics)
+                self._watch(summary.step, summary.metrics)
                 self._each(lambda one: one.on_evaluation(summary))
                 self._each(self._ask)
             case Saved():
@@ -180,6 +183,11 @@ class Callbacks:
                 self._each(lambda one: one.on_recovery(summary))
             case Resized():
                 self._each(lambda one: one.on_resize(summary))
+
+    def _watch(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See whether an evaluation, or a report of a train function, is one too many."""
+        if self._stopping is not None and self._stopping.metric in metrics:
+            self.stop = self.stop or self._stopping.evaluated(step, metrics)
 
     def _ask(self, one: Callback) -> None:
         """See whether one wants the run to end; what the first says is the reason."""

@@ -31,7 +31,14 @@ from distplat.platform.checkpoints import (
 )
 from distplat.platform.errors import StorageError
 from distplat.platform.evaluations import BestCheckpoint
-from distplat.platform.progress import Best, EvalSummary, Saved, Summary
+from distplat.platform.progress import (
+    Best,
+    EvalSummary,
+    Saved,
+    StepSummary,
+    Summary,
+    reported,
+)
 from distplat.platform.resume import NOT_FINITE, state_of
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
@@ -122,11 +129,20 @@ class Checkpoints:
         return count > most or (count > _QUEUE and size > _QUEUE_BYTES)
 
     def hear(self, summary: Summary) -> None:
-        """Be told what happened in the run: evaluations say which checkpoint is the best."""
+        """
+        Be told what happened in the run: evaluations say which checkpoint is the best.
+
+        Of a train function its reports do.
+        """
         if isinstance(summary, EvalSummary):
-            with self._judging:
-                self._best.evaluated(summary.step, summary.metrics)
-                self._tell_best()
+            metrics = summary.metrics
+        elif isinstance(summary, StepSummary) and self._job.own_loop:
+            metrics = reported(summary)
+        else:
+            return
+        with self._judging:
+            self._best.evaluated(summary.step, metrics)
+            self._tell_best()
 
     def _tell_best(self) -> None:
         """Tell which checkpoint is the best, if that is another one than before."""

@@ -84,13 +84,25 @@ class Connection:
 
     def group(self, order: WorkOrder) -> "CollectiveGroup":
         """
-        Meet the other ranks, for a train function: it has no other ports.
+        Meet the other ranks, for a train function.
 
         Raises:
             DistplatError: somebody did not come, or the attempt was given up.
         """
         assert order.collective is not None, "only strategies with a group run train functions"
         return self._form(order, order.collective)
+
+    def shards(self, order: WorkOrder) -> "RemoteShards | None":
+        """Make a train function's way to the servers; None where the strategy has none."""
+        if order.manager is None:
+            return None
+        return self._reach(order, 1, 0)
+
+    def _reach(self, order: WorkOrder, steps: int, every: int) -> "RemoteShards":
+        from distplat.actors.servers.shards import RemoteShards
+
+        self._servers = RemoteShards(self._transport, order, steps, every, self._abandoned)
+        return self._servers
 
     def _meet(self, order: WorkOrder) -> "CollectiveGroup | None":
         """Meet the other ranks; None where the strategy has no group."""
@@ -126,11 +138,7 @@ class Connection:
         """Make the way to the servers; None where the strategy has none."""
         if not prepared.roles.servers:
             return None
-        from distplat.actors.servers.shards import RemoteShards
-
-        steps, every = prepared.total_steps, _every(prepared)
-        self._servers = RemoteShards(self._transport, order, steps, every, self._abandoned)
-        return self._servers
+        return self._reach(order, prepared.total_steps, _every(prepared))
 
     def _reach_tables(self, order: WorkOrder, prepared: Prepared) -> "RemoteTables | None":
         """Give the way to the embedding tables; None where the job has none."""

@@ -259,7 +259,7 @@ class ControllerActor:
         def keep(name: str, content: bytes) -> None:
             self._outbox.put(FileToKeep(name, content))
 
-        if launch.roles.consistency.asynchronous and self._controller.base == 0:
+        if launch.roles.consistency.dynamic_tasks and self._controller.base == 0:
             _keep_log(actor_group, keep)
         if launch.job.embeddings is not None and launch.job.checkpoint.save_final:
             keep_tables(sources_of(actor_group, launch.job), launch.job.seed, keep)

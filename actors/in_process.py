@@ -142,13 +142,15 @@ def _train_function(
         check_function(found)
         return found
 
-    trained = run_function(
-        launch.job,
-        load,
-        Fabric(1).collective(0),
-        "here",
-        Outlets(report, uploader.take, progress, _saved(checkpoints.newest())),
-    )
+    saved = _saved(checkpoints.newest())
+    outlets = Outlets(report, uploader.take, progress, saved, handlers.ending)
+    with ExitStack() as ending:
+        shards = None
+        if launch.roles.servers:
+            servers = ending.enter_context(closing(Servers(launch.job, launch.roles, launch.run)))
+            shards = servers.shards(0, 1)
+        group = Fabric(1).collective(0)
+        trained = run_function(launch.job, load, group, "here", outlets, shards)
     uploader.flush()
     handlers.on_model(saved_model(trained))
     checkpoints.drain()

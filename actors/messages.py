@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from distplat.platform.errors import DistplatError
     from distplat.platform.lr_schedules import TaskSchedule
     from distplat.platform.progress import AnyReport
-    from distplat.platform.shard_map import ShardMap
+    from distplat.platform.shard_map import OwnLoop, ShardMap
     from distplat.platform.spec import Job
     from distplat.platform.vector_layout import Layout
     from distplat.strategies.catalog import StrategyFile
@@ -141,6 +141,8 @@ class ModelFacts:
     """What lies where in the vector; None: it is as if it were a single parameter."""
     schedule: TaskSchedule | None = None
     """Learning rates that the task says itself; None: the job's."""
+    own_loop: OwnLoop | None = None
+    """What servers make of the gradients of a train function; None: it is a task."""
 
 
 @dataclass(frozen=True)

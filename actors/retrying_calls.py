@@ -38,6 +38,11 @@ AGAIN_S = 0.05
 """Pause before a call is made again."""
 LOOK_S = 0.1
 """How often who waits looks round."""
+HALTED_S = 1.0
+"""
+Who comes back from a wait so much too late was stopped itself (Ctrl-Z, a laptop that sleeps), or
+had no share of the processor. That time does not count against the other side.
+"""
 Call = Callable[[], Any]
 """Makes a call to an actor; gives the reply."""
 
@@ -111,12 +116,19 @@ class PendingCall:
             ActorLost, DeadlineExceeded, DistplatError: see `answers`.
         """
         missing = list(range(len(self._calls)))
+        due = time.monotonic()
         while missing:
-            left = max(0.0, self._until - time.monotonic())
+            now = time.monotonic()
+            if now - due > HALTED_S:
+                self._until += now - due
+            left = max(0.0, self._until - now)
             calls = [self._open[index] for index in missing]
-            come = self._transport.wait(calls, min(left, LOOK_S) if self._look else left)
+            asked = min(left, LOOK_S) if self._look else left
+            due = now + asked
+            come = self._transport.wait(calls, asked)
             if not come:
-                self._check(missing[0])
+                if time.monotonic() - due <= HALTED_S:
+                    self._check(missing[0])
                 continue
             index = missing[calls.index(come[0])]
             try:

@@ -126,7 +126,7 @@ def _spawn_all(cast: ActorHandles, job: Job, roles: Roles, run: str, attempt: in
     for index in range(job.embeddings.servers if job.embeddings is not None else 0):
         part = f"embedding-server-{index}"
         cast.embedding_servers[part] = spawn_server(job, roles, run, attempt, part)
-    if roles.servers:
+    if roles.servers and not job.own_loop:
         cast.scheduler = spawn_scheduler(job, roles, run, attempt)
     if roles.servers or cast.replicated_tables(job):
         cast.manager = spawn_manager(job, roles, run, attempt, cast)

@@ -161,8 +161,8 @@ class Trainer:
         trackers = [Tracking(one, self._run_before()) for one in self.job.trackers]
         view = View() if self._progress else view_here() if self._progress is None else None
         views = [] if view is None else [view]
-        told = (*views, *trackers, *self._callbacks)
-        callbacks = Callbacks(told, self.job.early_stop, self.job.max_time_s)
+        told, job = (*views, *trackers, *self._callbacks), self.job
+        callbacks = Callbacks(told, job.early_stop, job.max_time_s, own_loop=job.own_loop)
         try:
             self._fit(directory, result, callbacks)
         except BaseException as error:
@@ -202,7 +202,8 @@ class Trainer:
                 logger.warning("%s", missing)
             raise
         result.seconds = time.monotonic() - began
-        result.stopped = callbacks.stop if result.cut_short else None
+        # How many steps a train function would have made nobody knows.
+        result.stopped = callbacks.stop if result.cut_short or self.job.own_loop else None
         self._conclude(directory, upload, result)
 
     def _conclude(self, directory: RunDirectory, upload: RunUpload | None, result: Result) -> None:

@@ -59,6 +59,7 @@ from distplat.strategies.loop.session import (
     trained_model,
 )
 from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, part_copy, state_copy
+from distplat.strategies.ports import LoopShards
 from distplat.strategies.task import Task
 from distplat.strategies.worker_strategy import WorkerStrategy, make_worker_strategy
 
@@ -69,6 +70,7 @@ def run_function(
     group: Collective,
     node: str,
     outlets: Outlets,
+    shards: LoopShards | None = None,
 ) -> dict[str, Tensor]:
     """
     Call a train function; give the state of what it has prepared.
@@ -79,6 +81,7 @@ def run_function(
         group: all ranks.
         node: this rank's.
         outlets: to the worker.
+        shards: the way to parameter servers; None: the strategy has none.
 
     Raises:
         whatever the function raises.
@@ -88,11 +91,12 @@ def run_function(
     place = _place(group, node, torch.device(device))
     seed_all(job.seed)
     function = load()
-    session = FunctionSession(job, place, group, outlets)
+    session = FunctionSession(job, place, group, outlets, shards)
     try:
         seed_all(job.seed)
         with running(session):
             call(function, job.task_args)
+        session.leave()
         group.barrier()  # who leaves early takes its memory with it
         return {name: value.clone() for name, value in session.trained().items()}
     finally:
@@ -314,13 +318,15 @@ class Session:
         self._settle(order)
         limit_s = order.job.failure.step_timeout_s
         uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
+        gate = self._connection.gate
         try:
             trained = run_function(
                 order.job,
                 lambda: loaded(order, search_path(order)),
                 self._connection.group(order),
                 RayTransport().node,
-                Outlets(self._report, uploader.take, progress, _saved(order)),
+                Outlets(self._report, uploader.take, progress, _saved(order), lambda: gate.asked),
+                self._connection.shards(order),
             )
             uploader.flush()
             return saved_model(trained)

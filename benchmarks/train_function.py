@@ -1,5 +1,5 @@
 """
-What a step of a train function takes, against the same model as a task under `ring`.
+What a step of a train function takes, against the same model as a task under the same strategy.
 
     gpt      nanoGPT's preset for the CPU on one worker, with clipping
     mlp      10.5 M parameters on two workers
@@ -28,11 +28,11 @@ STEPS = {"gpt": 150, "mlp": 80}
 ON = {"gpt": 1, "mlp": WORKERS}
 
 
-def job_of(kind: str, folder: str, runs: str, **more: Any) -> dict[str, Any]:
+def job_of(kind: str, strategy: str, folder: str, runs: str, **more: Any) -> dict[str, Any]:
     """Make what both sides' jobs have."""
     return {
         "name": "bench",
-        "strategy": "ring",
+        "strategy": strategy,
         "scaling": {"num_workers": ON[kind]},
         "task_args": {"kind": kind, "steps": STEPS[kind], "folder": folder},
         "storage_path": runs,
@@ -41,7 +41,7 @@ def job_of(kind: str, folder: str, runs: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def as_task(kind: str) -> float:
+def as_task(kind: str, strategy: str) -> float:
     """Train as a task; give milliseconds per step."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         more = {
@@ -51,7 +51,7 @@ def as_task(kind: str) -> float:
             "data": {"shuffle": False},
             "steps": STEPS[kind],
         }
-        Trainer(job_of(kind, folder, runs, **more), Recorded, progress=False).fit()
+        Trainer(job_of(kind, strategy, folder, runs, **more), Recorded, progress=False).fit()
         return read(folder)[0]
 
 
@@ -74,10 +74,10 @@ def train(config: Mapping[str, Any]) -> None:
         distplat.report({"loss": loss.item()})
 
 
-def as_function(kind: str) -> float:
+def as_function(kind: str, strategy: str) -> float:
     """Train as a function; give milliseconds per step."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
-        Trainer(job_of(kind, folder, runs), train, progress=False).fit()
+        Trainer(job_of(kind, strategy, folder, runs), train, progress=False).fit()
         return read(folder)[0]
 
 
@@ -85,12 +85,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", default=[*STEPS], choices=STEPS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--strategy", default="ring", choices=["ring", "ps-sync", "ps-async"])
     args = parser.parse_args()
     given = {"include_dashboard": False, "logging_level": "warning", "log_to_driver": False}
     ray.init(address="local", num_cpus=4, **given)
     for kind in args.rows:
-        sides = alternately(partial(as_function, kind), partial(as_task, kind), args.rounds)
-        print_ratio(f"{kind}, {ON[kind]} worker(s): function, task", *sides, 1.05)
+        what = kind, args.strategy
+        sides = alternately(partial(as_function, *what), partial(as_task, *what), args.rounds)
+        print_ratio(f"{kind}, {args.strategy}, {ON[kind]} worker(s): function, task", *sides, 1.05)
     ray.shutdown()
 
 

@@ -12,6 +12,9 @@ from distplat.cli.render import Facts, facts_of, to_json
 from distplat.cli.shipping import Received, received_job
 from distplat.platform.spec import Job
 
+STORAGE = Path("~/distplat")
+"""What a remote job's `storage_path` is relative to: the job's own folder ends with the job."""
+
 
 def let_go(stream: TextIO) -> None:
     """Write out what a stream holds; where nobody reads it, it goes nowhere from now on."""
@@ -21,10 +24,6 @@ def let_go(stream: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-
-
-STORAGE = Path("~/distplat")
-"""What a remote job's `storage_path` is relative to: the job's own folder ends with the job."""
 
 
 def train(

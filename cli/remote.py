@@ -101,7 +101,7 @@ def send(
     for key in sorted(ours.keys() & submission.metadata):
         raise SpecError(Problem(("--metadata-json", key), "is set by distplat itself"))
     return jobs.submit(
-        entrypoint=shlex.join(["python", "-m", "distplat.cli.main", "drive"]),
+        entrypoint=shlex.join(["python", "-m", "distplat.cli.on_cluster"]),
         submission_id=job_id,
         runtime_env=environment,
         metadata={**submission.metadata, **ours},

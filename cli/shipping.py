@@ -12,12 +12,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any, NoReturn
 
 import distplat
 from distplat.cli.figures import size_text
+from distplat.cli.own_imports import left_out
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.job_file import read_text, render_job
 from distplat.platform.spec import Job
@@ -188,6 +190,8 @@ class Package:
     """Bytes, before Ray packs them."""
     largest: str
     """Name and size of the largest file or folder in it."""
+    paths: frozenset[Path] = frozenset()
+    """The files."""
 
     def __str__(self) -> str:
         """`shipping 12 files, 3.2 MB, of /home/me/job; the largest: weights.bin 3 MB`."""
@@ -221,11 +225,11 @@ def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Pac
             cannot be read, is a pipe or a device, or leads back into itself.
     """
     sizes: dict[Path, int] = {}
-    files = 0
+    files: set[Path] = set()
     for path, size in _shipped(working_dir, excludes, ignores):
         top = working_dir / path.relative_to(working_dir).parts[0]
         sizes[top] = sizes.get(top, 0) + size
-        files += 1
+        files.add(path)
     total = sum(sizes.values())
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
     if total > MAX_PACKAGE:
@@ -234,7 +238,28 @@ def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Pac
         hint = f"list what the job does not need in .rayignore there; the largest: {shown}"
         raise SpecError(Problem(("--working-dir",), f"{message} MiB", hint))
     first = f"{largest[0][0].name} {size_text(largest[0][1])}" if largest else ""
-    return Package(working_dir, files, total, first)
+    return Package(working_dir, len(files), total, first, frozenset(files))
+
+
+def check_imports(task: str, package: Package) -> None:
+    """
+    Refuse a folder whose task imports files that are not shipped with it.
+
+    Raises:
+        SpecError: names the files, who imports them, and why they stay.
+    """
+    problems = []
+    for one in left_out(task, package.folder, package.paths):
+        name, importer = (path.relative_to(package.folder) for path in (one.path, one.importer))
+        who = "the task" if one.path == one.importer else f"{importer}:{one.line}"
+        message = f"{name}, which {who} imports, is not shipped to the cluster"
+        kept = [part for part in name.parts if _names(EXCLUDES).match(part)]
+        hint = "a .gitignore, a .rayignore or `excludes` lists it: take it off, or move the file"
+        if kept:
+            hint = f"{kept[0]} is never shipped: such names hold keys, or runs; rename it"
+        problems.append(Problem(("--working-dir",), message, hint))
+    if problems:
+        raise SpecError(*problems)
 
 
 @dataclass(frozen=True)
@@ -257,7 +282,7 @@ def _shipped(
     Yields:
         Each file and its bytes.
     """
-    names = re.compile("|".join(fnmatch.translate(one.rstrip("/")) for one in excludes) or r"\Z.")
+    names = _names(tuple(excludes))
     waiting = [_Folder(working_dir, (), frozenset())]
     seen = 0
     while waiting:
@@ -286,6 +311,11 @@ def _shipped(
                     _refuse(path, "may not be read")
                 else:
                     yield path, stat.st_size
+
+
+@cache
+def _names(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(fnmatch.translate(one.rstrip("/")) for one in patterns) or r"\Z.")
 
 
 @contextmanager

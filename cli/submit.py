@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -59,15 +60,17 @@ class SubmitRequest:
         if not self.quiet:
             remote.say(line)
 
-    def shipping(self, package: shipping.Package) -> None:
+    def shipping(self, task: str | None, package: shipping.Package) -> None:
         """
         Say what goes to the cluster.
 
         Raises:
-            SpecError: a home directory, which nobody named.
+            SpecError: a home directory, which nobody named, or a file that the task imports stays.
         """
         if self.working_dir is None:
             shipping.refuse_home(package.folder)
+        if task is not None:
+            shipping.check_imports(task, package)
         self.say(str(package))
 
 
@@ -128,7 +131,7 @@ def submit(request: SubmitRequest) -> None:
         return
     request.say(f"running on {_named(target, job)}")
     view = View(quiet=request.quiet)
-    with _ray(request, target):
+    with _ray(request, job, target):
         facts = train(
             job,
             view,
@@ -219,9 +222,9 @@ def named(target: Target) -> str:
     return f"the Ray cluster at {target.address} (from {target.origin})"
 
 
-def _ray(request: SubmitRequest, target: Target) -> AbstractContextManager[None]:
+def _ray(request: SubmitRequest, job: Job, target: Target) -> AbstractContextManager[None]:
     user = request.runtime_env, request.runtime_env_json
-    return connection(target, request.folder, *user, request.shipping)
+    return connection(target, request.folder, *user, partial(request.shipping, job.task))
 
 
 def connection(
@@ -291,7 +294,7 @@ def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
     from distplat.cli.join import ignores
 
     jobs = Jobs(target.address)
-    job_id = remote.send(jobs, job, submission, ignores, request.shipping)
+    job_id = remote.send(jobs, job, submission, ignores, partial(request.shipping, job.task))
     request.say(f"job {job_id} is on {_named(target, job)}")
     folder = local_folder(job.storage_path)
     if not Path(folder).is_absolute():

@@ -22,11 +22,13 @@ _HOMES = {
     "DistplatError": "distplat.platform.errors",
     "sample_rng": "distplat.strategies.loop.seeding",
     "barrier": "distplat.strategies.function.words",
+    "gather_for_metrics": "distplat.strategies.function.words",
     "get_checkpoint": "distplat.strategies.function.words",
     "get_context": "distplat.strategies.function.words",
     "no_sync": "distplat.strategies.function.words",
     "prepare": "distplat.strategies.function.words",
     "report": "distplat.strategies.function.words",
+    "should_stop": "distplat.strategies.function.words",
     "all_gather": "distplat.strategies.loop.gathering",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "all_gather",
     "barrier",
+    "gather_for_metrics",
     "get_checkpoint",
     "get_context",
     "load_job",
@@ -47,6 +50,7 @@ __all__ = [
     "prepare",
     "report",
     "sample_rng",
+    "should_stop",
     "weights",
 ]
 
@@ -60,11 +64,13 @@ if TYPE_CHECKING:
     from distplat.strategies.catalog import load_job
     from distplat.strategies.function.words import (
         barrier,
+        gather_for_metrics,
         get_checkpoint,
         get_context,
         no_sync,
         prepare,
         report,
+        should_stop,
     )
     from distplat.strategies.loop.gathering import all_gather
     from distplat.strategies.loop.seeding import sample_rng

@@ -38,7 +38,11 @@ says how many files and bytes. Left out are what `.gitignore` and `.rayignore` n
 `.venv`, `runs` and files whose names are known to hold secrets (`.env*`, `.netrc`, `.aws`,
 `.ssh`, `*.pem`, `id_rsa`, `credentials.json`, `kaggle.json`, ...; the list is `SECRETS` in
 `cli/shipping.py`). A home directory is refused unless `--working-dir` names it. Ray keeps the
-package where every user of the cluster can read it.
+package where every user of the cluster can read it. A file that the task imports and that would be
+left out is named before the upload.
+
+The cluster's own Python has to have what distplat imports. What it lacks is named, with its path
+(exit code 3); `--runtime-env-json '{"pip": ["typer"]}'` brings a package along.
 
 Put no key or password into `task_args` or the `env_vars` of a runtime environment: they stand in
 `job.yaml` of the run directory, and everybody who reaches the cluster's dashboard reads them. Let

@@ -22,7 +22,8 @@ class MetricRule(Spec):
     """A figure of evaluations, and which way it gets better."""
 
     metric: str = Field(min_length=1)
-    """Figure of an evaluation: `loss`, or a name that the task's metrics() gives."""
+    """Figure of an evaluation: `loss`, or a name that the task's metrics() gives; of a train
+    function a figure of its reports."""
     mode: Literal["min", "max"]
     """Whether a smaller or a larger figure is better."""
 
@@ -126,6 +127,11 @@ class EarlyStopping:
         self._best: float | None = None
         self._best_step = 0
         self._worse = 0  #: evaluations since the best one
+
+    @property
+    def metric(self) -> str:
+        """Figure that it goes by."""
+        return self._rule.metric
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Take an evaluation; give why the run is to end, or None."""

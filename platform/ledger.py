@@ -140,6 +140,7 @@ class Ledger(ABC):
         self.job, self.attempt, self.world = job, attempt, world
         self.version: int | None = None  #: updates applied; None: no parameters yet
         self.dropped: dict[int, int] = {}  #: rank -> its pushes that came too late
+        self.left: set[int] = set()  #: ranks whose train function is over: they push no more
 
     @property
     def updates(self) -> int:
@@ -386,6 +387,87 @@ class TaskLedger(Ledger):
     def missing(self) -> list[int]:
         """Nobody waits."""
         return []
+
+
+class LoopLedger(Ledger):
+    """
+    Counts the pushes of train functions: each is an update, and each rank's are numbered from 0.
+
+        worker-0   0  1  2 |            with a bound of 2 the answer to push 2 waits for worker-1
+        worker-1   |
+
+    A rank whose loop is over is waited for no more.
+    """
+
+    asynchronous = True
+
+    def __init__(self, job: str, attempt: int, world: int, bound: int | None) -> None:
+        super().__init__(job, attempt, world)
+        self._bound = bound
+        self._next = dict.fromkeys(range(world), 0)  #: rank -> number of the push that is its turn
+        self._staged = False
+
+    @property
+    @override
+    def steps(self) -> int:
+        return self.updates // self.world
+
+    @property
+    @override
+    def place(self) -> int:
+        return self.steps
+
+    @property
+    @override
+    def complete(self) -> bool:
+        return self._staged
+
+    @override
+    def restore(self, steps: int) -> None:
+        self.version, self._staged = steps * self.world, False
+
+    @override
+    def renew(self, attempt: int, world: int | None = None) -> None:
+        """See `Ledger`; such an attempt has servers of its own, so nothing is there yet."""
+        self.attempt, self._staged = attempt, False
+
+    @override
+    def offer(self, push: PushId) -> Verdict:
+        _ready(self.version)
+        _check_sender(push, self.job, self.attempt, self.world)
+        expected = self._next[push.rank]
+        if push.seq == expected - 1:
+            return Verdict.REPEAT_COMMITTED
+        if push.seq != expected:
+            raise _out_of_turn(push, expected)
+        self._next[push.rank] = push.seq + 1
+        self._staged = True
+        return Verdict.NEW
+
+    @override
+    def commit(self, seq: int) -> bool:
+        version = _ready(self.version)
+        if not self._staged:
+            return False
+        self.version, self._staged = version + 1, False
+        return True
+
+    @override
+    def passed(self, push: PushId) -> bool:
+        return self._bound is None or push.seq + 1 - self._slowest <= self._bound
+
+    @override
+    def missing(self) -> list[int]:
+        least = self._slowest
+        return [rank for rank, made in self._at_work.items() if made == least]
+
+    @property
+    def _at_work(self) -> dict[int, int]:
+        return {rank: made for rank, made in self._next.items() if rank not in self.left}
+
+    @property
+    def _slowest(self) -> int:
+        return min(self._at_work.values(), default=self.updates)
 
 
 def _ready(version: int | None) -> int:

@@ -29,8 +29,6 @@ OF_TASKS = (
     "ema",
     "data",
     "evaluation",
-    "early_stop",
-    "max_time_s",
 )
 """Fields of what the loop of a task does, and a train function does itself."""
 
@@ -68,9 +66,6 @@ def problems(job: Any, bare: Any) -> list[Problem]:
             found.append(Problem(("checkpoint", field), how, hint))
     if job.checkpoint.trained_only:
         found.append(Problem(("checkpoint", "trained_only"), text, hint))
-    if job.checkpoint.keep_best is not None:
-        how = "a train function has no evaluations that distplat knows of"
-        found.append(Problem(("checkpoint", "keep_best"), how, hint))
     if job.failure.non_finite == "skip":
         how = "a train function cannot leave a step out"
         found.append(Problem(("failure", "non_finite"), how, "allowed: stop, ignore"))

@@ -69,6 +69,12 @@ class StepSummary:
     """The strategy's own; of each the largest over the ranks."""
 
 
+def reported(step: StepSummary) -> dict[str, float]:
+    """Give the figures that a train function has reported; a loss that is NaN may be none."""
+    loss = {} if math.isnan(step.loss) else {"loss": step.loss}
+    return {**step.figures, **loss}
+
+
 class StepTotals:
     """Sums over the steps of a run: so much memory however many steps there are."""
 

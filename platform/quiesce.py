@@ -97,6 +97,11 @@ class Resting:
         self._last, self._ends = step, True
 
     @property
+    def asked(self) -> bool:
+        """Whether somebody wants the worker to stop."""
+        return self._asked
+
+    @property
     def answer(self) -> int | None:
         """The first step that is not begun; None: nobody has asked, or it is not known."""
         return self._ahead if self._asked else None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from distplat.platform.even_split import cut_at, split_evenly
+from distplat.platform.optimizers import AnyOptimizer
 from distplat.platform.spec import SYNCHRONOUS, Consistency, Job
 from distplat.platform.vector_layout import Layout
 
@@ -133,6 +134,17 @@ class Division:
 
 
 @dataclass(frozen=True)
+class OwnLoop:
+    """What servers make of the gradients of a train function."""
+
+    optimizer: AnyOptimizer | None = None
+    """The function's, as far as it does not change; group 0 has no parameters. None: servers add
+    the ranks' gradients up, and the workers make the update."""
+    settings: tuple[tuple[str, ...], ...] = ()
+    """By group, from 1: the optimizer's numbers whose values come with each push."""
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """What a shard must know to work on its own."""
 
@@ -158,6 +170,13 @@ class ShardPlan:
     """Of the shard, among those of all parts of the model."""
     layout: Layout | None = None
     """What lies where in the shard; None: it is as if it were a single parameter."""
+    own_loop: OwnLoop | None = None
+    """What is made of gradients; None: the job says it."""
+
+    @property
+    def settings(self) -> int:
+        """Values that come with each push."""
+        return 0 if self.own_loop is None else sum(map(len, self.own_loop.settings))
 
     def worker(self, place: int) -> str:
         """Name one of the workers, by its number among them."""

@@ -57,6 +57,8 @@ class Consistency:
     """Lambda of the correction for what changed since the pull (Zheng et al., ICML 2017)."""
     backup_workers: int = 0
     """Synchronous: a step goes on without so many of the gradients (Chen et al., 2016)."""
+    own_loop: bool = False
+    """Gradients come from a train function, whose loop alone knows how many there will be."""
 
     @property
     def dynamic_tasks(self) -> bool:
@@ -64,7 +66,7 @@ class Consistency:
         Whether tasks are leased to whoever asks (`task_scheduler.py`); else each worker has its
         part of every step. Where nobody waits for others, nobody is to have a part of its own.
         """
-        return self.asynchronous
+        return self.asynchronous and not self.own_loop
 
     @property
     def private(self) -> bool:

@@ -7,8 +7,8 @@ ports are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.load import ShardLoad
+from distplat.platform.shard_map import OwnLoop
 from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.platform.tensor_slices import TensorEntry
+from distplat.platform.vector_layout import Layout
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.control import StepControl
@@ -86,6 +88,45 @@ class TablesCopy:
     """What is in the arrays."""
     box: Any = None
     """Opens to the arrays; None: they are not here."""
+
+
+class Vectors(Protocol):
+    """A worker's vectors, and what lies in them: a `FlatModel`, or what a train function sums."""
+
+    params: Tensor
+    """What servers give, shape [n]."""
+    grads: Tensor
+    """What is pushed, shape [n]."""
+    version: int
+    """Updates that `params` has had."""
+
+    @property
+    def size(self) -> int:
+        """Elements of each vector."""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether they hold several types, and are bytes."""
+
+    @property
+    def layout(self) -> Layout:
+        """What lies where."""
+
+    def digest(self) -> str:
+        """Fingerprint of what lies in them."""
+
+    def move(self, params: Tensor, grads: Tensor) -> None:
+        """Go on in other vectors; whoever hands them over has filled `params`."""
+
+
+@dataclass(frozen=True)
+class LoopOptimizer:
+    """Of a train function: what servers make of its gradients, and what there is already."""
+
+    own_loop: OwnLoop
+    """What they make of them."""
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the optimizer remembers, see `FlatOptimizer.state`; rank 0's counts."""
 
 
 class Shards(Protocol):
@@ -166,6 +207,45 @@ class Shards(Protocol):
         Fetch what the shards have kept of a version, for a checkpoint; from any thread.
 
         Waits while ranks are still behind that version. None: it is not there any more.
+        """
+
+
+class LoopShards(Protocol):
+    """The server group as one worker's train function sees it."""
+
+    def connect_loop(self, vectors: Vectors, loop: LoopOptimizer) -> None:
+        """
+        See `Shards.connect`; what rank 0 has is what servers begin with.
+
+        Args:
+            vectors: are moved to where the servers reach them.
+            loop: what is made of them; the same on all ranks, but for its state.
+
+        Raises:
+            as `Shards.connect`.
+        """
+
+    def push(self, step: int, control: StepControl) -> Pushed:
+        """
+        Hand `grads` to all shards, and wait for their answers; what they give is in `params` then.
+
+        Args:
+            step: number of this rank's push, from 0.
+            control: what the others are to know of it.
+        """
+
+    def refresh(self) -> None:
+        """See `Shards`."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Fetch what the servers' optimizer remembers, see `FlatOptimizer.state`."""
+
+    def leave(self) -> int:
+        """
+        Push no more: this rank's train function is over, and nobody is to wait for it.
+
+        Returns:
+            How many ranks' functions go on. It may be asked again.
         """
 
 

@@ -15,10 +15,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from distplat.platform.errors import Problem
 from distplat.platform.fields import Flag, NonNegative, Resources
 from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
-from distplat.strategies.strategy_spec import NO_EARLY_PUSH, WIRES, Options, Roles, Strategy
+from distplat.strategies.strategy_spec import (
+    NO_EARLY_PUSH,
+    WIRES,
+    GroupSpec,
+    Options,
+    Roles,
+    Strategy,
+)
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 
@@ -60,14 +68,24 @@ class PsAsync(Strategy[PsAsyncOptions]):
             bound=None if chosen.staleness == "unbounded" else chosen.staleness,
             staleness_lr=chosen.staleness_lr,
             delay_compensation=chosen.delay_compensation,
+            own_loop=job.own_loop,
         )
+        group = GroupSpec(timeout_s=job.failure.step_timeout_s) if job.own_loop else None
         return Roles(
             chosen.num_servers,
             chosen.resources_per_server,
             consistency,
             replication=chosen.replication,
             wire=WIRES[chosen.wire],
+            collective=group,
         )
+
+    def own_loop_problems(self, job: Job) -> list[Problem]:
+        """Refuse backups: all of a train function begin anew when a server is lost."""
+        if self.options.replication == 1:
+            return []
+        text = "is for tasks: all workers of a train function begin anew when a server is lost"
+        return [Problem(("strategy", "replication"), text, "remove it")]
 
     def survivors_go_on(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""

@@ -21,7 +21,14 @@ from distplat.platform.errors import Problem
 from distplat.platform.fields import Resources
 from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
-from distplat.strategies.strategy_spec import NO_EARLY_PUSH, WIRES, Options, Roles, Strategy
+from distplat.strategies.strategy_spec import (
+    NO_EARLY_PUSH,
+    WIRES,
+    GroupSpec,
+    Options,
+    Roles,
+    Strategy,
+)
 
 
 class PsSyncOptions(Options):
@@ -57,6 +64,13 @@ class PsSync(Strategy[PsSyncOptions]):
     def roles(self, job: Job) -> Roles:
         """Ask for the server group."""
         chosen = self.options
+        if job.own_loop:
+            return Roles(
+                chosen.num_servers,
+                chosen.resources_per_server,
+                Consistency(own_loop=True),
+                collective=GroupSpec(timeout_s=job.failure.step_timeout_s),
+            )
         consistency = Consistency(backup_workers=chosen.backup_workers)
         return Roles(
             chosen.num_servers,
@@ -92,6 +106,13 @@ class PsSync(Strategy[PsSyncOptions]):
         if self.options.split == "load" and self.options.num_servers == 1:
             return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]
         return []
+
+    def own_loop_problems(self, job: Job) -> list[Problem]:
+        """Refuse what belongs to an update, which the workers of a train function make."""
+        plain, where = PsSyncOptions(), "is for tasks: servers add up gradients of a train function"
+        of_tasks = ("backup_workers", "replication", "wire", "split")
+        changed = [one for one in of_tasks if getattr(self.options, one) != getattr(plain, one)]
+        return [Problem(("strategy", one), where, "remove it") for one in changed]
 
     def survivors_go_on(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""

@@ -146,7 +146,8 @@ class Strategy(Generic[OptionsT]):
     def own_loop_problems(self, job: Job) -> list[Problem]:
         """Name what it cannot do for a train function; unless it says more, it runs none."""
         text = f"{job.strategy.name} does not run train functions, which have a loop of their own"
-        return [Problem(("strategy",), text, "use `strategy: ring`, or write a distplat.Task")]
+        hint = "use `ring`, `ps-sync` or `ps-async`, or write a distplat.Task"
+        return [Problem(("strategy",), text, hint)]
 
     def survivors_go_on(self) -> bool:
         """

@@ -373,6 +373,7 @@ class ServerManager:
             uncounted=within(facts.uncounted, cut),
             number=index,
             layout=facts.layout and facts.layout.cut(cut.start, cut.stop),
+            own_loop=facts.own_loop,
         )
         return self._call(server, "assign", plan, cut, facts.size, facts.dtype, segment, role)
 

@@ -30,6 +30,8 @@ _OF_SHARDS = (
     "seen",
     "average",
     "listen",
+    "leave",
+    "optimizer_state",
 )
 _OF_TABLES = ("open", "begin", "sizes", "part")
 

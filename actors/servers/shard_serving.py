@@ -39,7 +39,7 @@ from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import RawTensor, TensorSlice
 from distplat.strategies.algorithms.reduce import sum_in_order
 from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
-from distplat.strategies.checkpoint.parts import as_array
+from distplat.strategies.checkpoint.parts import as_array, whole_of
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.optim import FlatOptimizer, rate_of
 from distplat.strategies.ports import ShardCopy
@@ -125,7 +125,7 @@ class ShardServing(Serving[ShardServer]):
             segment = MemorySegment.create(self._node, total, dtype, populate=role is Role.ALONE)
         else:
             segment = MemorySegment.open(parameters)
-        self._plan, self._cut = plan, shard
+        self._plan, self._cut, self._settings = plan, shard, plan.settings
         limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
         self._server = ShardServer(self._name, plan, limits, self._mine(segment))
         store, transport = self._server.store, self._transport
@@ -266,7 +266,7 @@ class ShardServing(Serving[ShardServer]):
         """
         self._replication.part.check_serves()
         gradient = self._gradients[push.rank] if values is None else self._received(values)
-        record = StepControl.unpack(control)
+        record = StepControl.unpack(control, self._settings)
         return self._server.push(push, gradient, record, self._deliver(push.rank))
 
     def speed(self, job: Job, world: int, dtype: str) -> float:
@@ -283,6 +283,25 @@ class ShardServing(Serving[ShardServer]):
         self._replication.part.check_serves()
         optimizer = self._server.store.optimizer
         return self._server.exclusively(lambda: as_bytes(optimizer.average.clone()))
+
+    def optimizer_state(self) -> dict[str, RawTensor]:
+        """Give what the optimizer remembers of this shard; see `LoopShards`."""
+        optimizer = self._server.store.optimizer
+
+        def copy() -> dict[str, RawTensor]:
+            return {name: whole_of(value.clone()) for name, value in optimizer.state().items()}
+
+        return self._server.exclusively(copy)
+
+    def leave(self, rank: int) -> int:
+        """Wait for no more pushes of a rank; see `LoopShards`."""
+        ledger = self._server.store.ledger
+
+        def count() -> int:
+            ledger.left.add(rank)
+            return ledger.world - len(ledger.left)
+
+        return self._server.exclusively(count)
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step; see `Server.commit`."""

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from distplat.actors.servers.vector_transport import (
     SharedMemoryTransport,
     VectorTransport,
     as_bytes,
+    joined_state,
     part,
     run_of,
 )
@@ -34,7 +35,14 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Holding
 from distplat.strategies.loop.control import StepControl, control_size
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.ports import Pushed, ShardCopy, Shards
+from distplat.strategies.ports import (
+    LoopOptimizer,
+    LoopShards,
+    Pushed,
+    ShardCopy,
+    Shards,
+    Vectors,
+)
 from distplat.strategies.reduction.base import several_types
 from distplat.strategies.server.answers import fetch_copies, pushed
 
@@ -131,7 +139,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class RemoteShards(Shards):
+class RemoteShards(Shards, LoopShards):
     """
     The server group, seen by one worker.
 
@@ -161,6 +169,7 @@ class RemoteShards(Shards):
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._transfer = DirectTransfer()
         self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
+        self._settings = 0  #: see `OwnLoop`
 
     @override
     def connect(
@@ -170,7 +179,18 @@ class RemoteShards(Shards):
         Raises:
             SpecError: another type is to travel, and the parameters are of several.
         """
-        self._flat, self._holding = flat, holding or ALL
+        holding = holding or ALL
+        uncounted, schedule = holding.uncounted(flat), self._order.job.task_schedule
+        state = saved.optimizer(flat, places=holding.places) if saved is not None else {}
+        self._connect(flat, state, uncounted=uncounted, schedule=schedule)
+
+    @override
+    def connect_loop(self, vectors: Vectors, loop: LoopOptimizer) -> None:
+        self._settings = sum(map(len, loop.own_loop.settings))
+        self._connect(vectors, loop.state, own_loop=loop.own_loop)
+
+    def _connect(self, flat: Vectors, state: Mapping[str, Tensor], **more: Any) -> None:
+        self._flat = flat
         self._on_device = flat.params.device.type != "cpu"
         self._facts = ModelFacts(
             flat.size,
@@ -178,9 +198,8 @@ class RemoteShards(Shards):
             flat.digest(),
             self._total_steps,
             self._checkpoint_every,
-            self._holding.uncounted(flat),
-            flat.layout,
-            self._order.job.task_schedule,
+            layout=flat.layout,
+            **more,
         )
         who = self._order.rank, self._facts
         manager = [self._order.manager], ["server-manager"]
@@ -188,14 +207,14 @@ class RemoteShards(Shards):
         join = lambda manager, _: self._transport.call(manager, "join", *who)  # noqa: E731
         joined: Membership = calls.start("join", join, setting="start_timeout_s").answers()[0]
         if joined.wire is not None and flat.mixed:
-            raise several_types(flat, "wire")
+            raise several_types(flat.layout, "wire")
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
             known = joined.part, joined.place
             ask_map = partial(self._transport.call, self._order.manager, "follow", *known)
             watcher = MapWatcher[Membership](self._transport, ask_map, joined.version, self._limits)
             self._watch.watcher = watcher
-        self._take_over(self._open_road(joined), joined.private, saved)
+        self._take_over(self._open_road(joined), joined.private, state)
 
     def close(self) -> None:
         """Give up what this attempt needs and the next one does not."""
@@ -229,7 +248,8 @@ class RemoteShards(Shards):
 
         attached: list[Attached] = lines.ask("attach", attach)
         road.open({index for index, answer in enumerate(attached) if answer.near})
-        lines.open_mailboxes(road.near, control_size(len(self._flat.slots)))
+        parameters = self._flat.layout.parameters
+        lines.open_mailboxes(road.near, control_size(parameters, self._settings))
         if self._on_device:
             shared = road.gradients, road.parameters
             self._transfer = cuda_transfer(self._flat.grads, self._flat.params, shared)
@@ -240,7 +260,7 @@ class RemoteShards(Shards):
         return [answer.version for answer in attached]
 
     def _take_over(
-        self, versions: list[int | None], private: bool, saved: SavedState | None
+        self, versions: list[int | None], private: bool, state: Mapping[str, Tensor]
     ) -> None:
         """
         Go on with the servers' parameters; rank 0 fills the servers that have none.
@@ -248,7 +268,7 @@ class RemoteShards(Shards):
         Args:
             versions: what the servers have, by shard.
             private: whether shards need not be of one version.
-            saved: the checkpoint with which rank 0 began; None: a fresh run.
+            state: what the optimizer remembers, with which rank 0 began; empty: nothing.
         """
         road = self._road
         empty = [cut for cut in self._lines.cuts if versions[cut.index] is None]
@@ -257,8 +277,6 @@ class RemoteShards(Shards):
             for cut in empty:
                 if cut.index in road.near:
                     road.put(cut, initial)
-            places = self._holding.places
-            state = saved.optimizer(self._flat, places=places) if saved is not None else {}
             self._lines.ask(
                 "restore",
                 lambda server, cut: self._transport.call(
@@ -352,6 +370,18 @@ class RemoteShards(Shards):
         for cut, values in zip(self._lines.cuts, found, strict=True):
             as_bytes(part(whole, cut))[:] = values
         return whole.to(self._flat.params.device)
+
+    @override
+    def leave(self) -> int:
+        call, rank = self._transport.call, self._order.rank
+        left: list[int] = self._lines.ask("leave", lambda server, cut: call(server, "leave", rank))
+        return max(left)
+
+    @override
+    def optimizer_state(self) -> dict[str, Tensor]:
+        question = lambda server, cut: self._transport.call(server, "optimizer_state")  # noqa: E731
+        found = self._lines.ask("the optimizer's state", question)
+        return joined_state(found, self._lines.cuts, self._flat.layout)
 
     @override
     def copies(self, version: int) -> list[ShardCopy] | None:

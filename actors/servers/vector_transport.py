@@ -13,7 +13,7 @@ that go on meanwhile.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
 from distplat.platform.tensor_slices import RawTensor
+from distplat.platform.vector_layout import Layout
 from distplat.strategies.checkpoint.parts import whole_of
-from distplat.strategies.model.optimizer_state import PER_PARAMETER, WHOLE
+from distplat.strategies.model.optimizer_state import PER_PARAMETER, USED, WHOLE
 
 
 class VectorTransport(ABC):
@@ -208,6 +209,30 @@ def run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, RawTensor]:
         name: whole_of(value if name.startswith(whole) else value[cut.start : cut.stop])
         for name, value in state.items()
     }
+
+
+def joined_state(
+    found: Sequence[Mapping[str, RawTensor]], cuts: Sequence[Shard], layout: Layout
+) -> dict[str, Tensor]:
+    """
+    Put together what the optimizers of all shards remember; see `FlatOptimizer.state`.
+
+    Args:
+        found: by shard; empty where nothing is remembered.
+        cuts: the shards.
+        layout: of the whole vector.
+    """
+    whole: dict[str, Tensor] = {}
+    for one, cut in zip(found, cuts, strict=True):
+        mine = {name: from_bytes(raw.data, getattr(torch, raw.dtype)) for name, raw in one.items()}
+        for name, values in mine.items():
+            if name.startswith(PER_PARAMETER):
+                into = whole.setdefault(name, torch.zeros(layout.parameters, dtype=values.dtype))
+                into[mine[USED]] = values[mine[USED]]
+            else:
+                into = whole.setdefault(name, torch.zeros(layout.size, dtype=values.dtype))
+                into[cut.start : cut.stop] = values
+    return whole
 
 
 def as_bytes(vector: Tensor) -> NDArray[np.uint8]:

@@ -35,6 +35,7 @@ def train(config: dict[str, Any]) -> None:
     judges = torch.optim.Adam(critic.parameters(), lr=config["lr"], betas=(0.5, 0.9))
     loader = DataLoader(points(config["samples"]), batch_size=config["batch_size"], shuffle=True)
     generator, critic, loader = distplat.prepare(generator, critic, loader)
+    moves, judges = distplat.prepare(moves, judges)
 
     for epoch in range(config["epochs"]):
         loader.set_epoch(epoch)

@@ -17,18 +17,23 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import NonFiniteError, Problem, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.function.oversight import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.parameter_layout import is_finite
 from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.ring import RingOptions
@@ -38,71 +43,61 @@ _COMPARED = (3, 30)
 """Backwards after which ranks compare their parameters; so they do at the end."""
 
 
-class GradientAverage:
+@dataclass(frozen=True)
+class Surroundings:
+    """What is the same for all models of a session."""
+
+    job: Job
+    """The run."""
+    group: Collective
+    """All ranks; each makes the same models in the same order."""
+    done: Callable[[], None]
+    """Called when gradients were exchanged."""
+    step: Callable[[], int]
+    """Gives the steps done, for messages."""
+
+
+class GradientAverage(ABC):
     """
     Keeps one model's gradients, parameters and buffers alike on all ranks.
 
     Args:
         model: on its device; its parameters stay the same objects, in other memory.
-        group: all ranks; each makes this in the same order.
-        job: the run.
-        options: of `ring`.
-        overlap: whether buckets may leave while backward goes on: not with several models, whose
-            buckets would come in another order on each rank.
-        done: called when gradients were averaged.
-        step: gives the steps done, for messages.
+        around: the run, as far as it is the same for all models.
         number: of the model, in the order of `prepare`.
 
     Raises:
         SpecError: the ranks have different models, or one that cannot be trained so.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        group: Collective,
-        job: Job,
-        options: RingOptions,
-        *,
-        overlap: bool,
-        done: Callable[[], None],
-        step: Callable[[], int],
-        number: int = 0,
-    ) -> None:
-        self.model, self._group, self._done, self._step = model, group, done, step
+    def __init__(self, model: nn.Module, around: Surroundings, number: int = 0) -> None:
+        self.model, self.around, self._group = model, around, around.group
         self.enabled = True
         """Whether a backward averages; see `no_sync`."""
-        self._under_way = False
+        self.broken: NonFiniteError | None = None
+        """Why no optimizer may apply the gradients as they are; see `note`."""
+        self._first_broken: NonFiniteError | None = None
         self._backwards = 0
         self.flat = flat = FlatModel(model)
-        self._compare()
+        compare(model, flat.digest(), self._group, flat.params.device)
         flat.begin_step()
-        flat.move(flat.params, group.share(flat.grads))
+        self._house()
         self._buffers = [one for one in model.buffers() if one.numel()]
         frozen = [one.data for one in model.parameters() if not one.requires_grad and one.numel()]
-        take_over([*flat.typed(flat.params), *frozen, *self._buffers], group)
-        every = (sys.maxsize,) * group.world  # forwards of a loop are those of all ranks
-        self._norms = SyncNorms.of(model, group, lambda _: every, f"sync-batch-norm-{number}")
-        self._policy = NonFiniteSteps.of(job)
+        take_over([*flat.typed(flat.params), *frozen, *self._buffers], self._group)
+        every = (sys.maxsize,) * self._group.world  # forwards of a loop are those of all ranks
+        name = f"sync-batch-norm-{number}"
+        self._norms = SyncNorms.of(model, self._group, lambda _: every, name)
+        self._policy = NonFiniteSteps.of(around.job)
         self._hooks = [
-            one.register_post_accumulate_grad_hook(self._began)  # type: ignore[no-untyped-call]
+            one.register_post_accumulate_grad_hook(self._came)  # type: ignore[no-untyped-call]
             for one in flat.parameters
-        ]  # before those of the reducer: the first gradient begins the reduction
-        wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
-        self._reducer = BucketReducer(
-            flat,
-            group,
-            int(options.bucket_mb * 2**20),
-            overlap=overlap and options.overlap,
-            wire_dtype=wire,
-            look=self._policy.looks,
-        )
+        ]  # before those of a reducer: the first gradient begins the reduction
         for one in flat.parameters:
             one.grad = None
 
     def close(self) -> None:
         """Take the hooks off, and let go of the group's memory."""
-        self._reducer.close()
         if self._norms is not None:
             self._norms.close()
         for hook in self._hooks:
@@ -110,25 +105,119 @@ class GradientAverage:
         for one in self.flat.parameters:
             one.grad = None
 
-    def _compare(self) -> None:
+    @abstractmethod
+    def _begin(self) -> None:
+        """Be told of a gradient in a backward that averages."""
+
+    def _house(self) -> None:
+        """Have the vectors where the ranks' gradients meet, if that is known already."""
+        return
+
+    def _came(self, _: Tensor) -> None:
+        if self.enabled:
+            self._begin()
+
+    def gather(self) -> StepControl:
+        """Have this rank's gradients in the vector, and zeros for the others; say which."""
+        flat = self.flat
+        present = np.fromiter((one.grad is not None for one in flat.parameters), np.bool_)
+        for place, has in enumerate(present.tolist()):
+            if has:
+                flat.ready(place)
+            else:
+                flat.slots[place].view(flat.grads).zero_()
+        flat.check_layout(self.around.step())
+        return StepControl(1.0, 1.0, rank=self._group.rank, present=present)
+
+    def spread(self, before: NDArray[np.bool_], now: NDArray[np.bool_]) -> None:
         """
-        See whether all ranks have this model.
+        Be told that the vector has the mean over the ranks.
+
+        Args:
+            before: by slot, whether this rank had a gradient.
+            now: whether some rank had one.
+        """
+        for place in np.flatnonzero(now & ~before).tolist():
+            self.flat.parameters[place].grad = self.flat.gradient(place)
+        take_over(self._buffers, self._group)
+        self._backwards += 1
+        if self._backwards in _COMPARED:
+            self.check_alike(f"at backward {self._backwards}")
+        self.around.done()
+
+    def note(self, broken: NonFiniteError | None) -> None:
+        """
+        Take what came of a look at the gradients; the run ends where an optimizer would apply them.
+
+        A GradScaler has none do so: a loop may have one in spite of `non_finite: stop`.
+        """
+        self.broken = broken
+        self._first_broken = self._first_broken or broken
+
+    def check_finite(self) -> None:
+        """
+        See that nobody has applied such gradients all the same; after the last step.
 
         Raises:
-            SpecError: names the ranks that differ from rank 0.
+            NonFiniteError: somebody has.
         """
-        mine = self.flat.digest()
-        buffers = repr([(n, b.shape, b.dtype) for n, b in self.model.named_buffers()])
-        text = json.dumps([mine, hashlib.sha256(buffers.encode()).hexdigest()]).encode()
-        every = gather_bytes(text, self._group, self.flat.params.device)
-        if others := [str(rank) for rank, one in enumerate(every) if one != every[0]]:
-            what = f"prepare() got another model on rank {', '.join(others)} than on rank 0"
-            hint = "names, shapes, types and requires_grad must be the same on all ranks"
-            raise SpecError(Problem(("task",), what, hint))
+        flat = self.flat
+        if self._first_broken is not None and not all(map(is_finite, flat.typed(flat.params))):
+            raise self._first_broken
 
-    def _began(self, _: Tensor) -> None:
-        """Be told of a gradient; the first one of a backward begins the reduction."""
-        if self.enabled and not self._under_way:
+    def check_alike(self, when: str) -> None:
+        """See `oversight.check_alike`."""
+        check_alike(self.model, self._group, when)
+
+
+class BucketAverage(GradientAverage):
+    """
+    By the buckets of `ring`.
+
+    Args:
+        model: see `GradientAverage`.
+        around: see there.
+        options: of `ring`.
+        overlap: whether buckets may leave while backward goes on: not with several models, whose
+            buckets would come in another order on each rank.
+        number: see there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        around: Surroundings,
+        options: RingOptions,
+        *,
+        overlap: bool,
+        number: int = 0,
+    ) -> None:
+        super().__init__(model, around, number)
+        self._under_way = False
+        wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
+        self._reducer = BucketReducer(
+            self.flat,
+            self._group,
+            int(options.bucket_mb * 2**20),
+            overlap=overlap and options.overlap,
+            wire_dtype=wire,
+            look=self._policy.looks,
+        )
+        for one in self.flat.parameters:
+            one.grad = None
+
+    @override
+    def close(self) -> None:
+        self._reducer.close()
+        super().close()
+
+    @override
+    def _house(self) -> None:
+        self.flat.move(self.flat.params, self._group.share(self.flat.grads))
+
+    @override
+    def _begin(self) -> None:
+        if not self._under_way:
             self._under_way = True
             after_backward(self._average)
             self._reducer.last_backward()
@@ -136,29 +225,37 @@ class GradientAverage:
     def _average(self) -> None:
         """Be told that backward is over: gradients of all ranks are summed, then divided."""
         self._under_way = False
-        flat, world = self.flat, self._group.world
-        step = self._step()
-        present = np.fromiter((one.grad is not None for one in flat.parameters), np.bool_)
-        for place, has in enumerate(present.tolist()):
-            if has:
-                flat.ready(place)
-            else:
-                flat.slots[place].view(flat.grads).zero_()
-        flat.check_layout(step)
-        total = self._reducer.finish(StepControl(1.0, 1.0, rank=self._group.rank, present=present))
-        self._policy.decide(total, step, flat.name)
-        flat.scale_gradients(1.0 / world)
-        for place in np.flatnonzero(total.present & ~present).tolist():
-            flat.parameters[place].grad = flat.gradient(place)
-        take_over(self._buffers, self._group)
-        self._backwards += 1
-        if self._backwards in _COMPARED:
-            self.check_alike(f"at backward {self._backwards}")
-        self._done()
+        local = self.gather()
+        total = self._reducer.finish(local)
+        try:
+            self._policy.decide(total, self.around.step(), self.flat.name)
+            self.note(None)
+        except NonFiniteError as error:
+            self.note(error)
+        self.flat.scale_gradients(1.0 / self._group.world)
+        self.spread(local.present, total.present)
 
-    def check_alike(self, when: str) -> None:
-        """See `oversight.check_alike`."""
-        check_alike(self.model, self._group, when)
+
+def compare(model: nn.Module, digest: str, group: Collective, device: torch.device) -> None:
+    """
+    See whether all ranks have this model; every rank calls this.
+
+    Args:
+        model: as it was handed to `prepare`.
+        digest: of its parameters.
+        group: all ranks.
+        device: of the model.
+
+    Raises:
+        SpecError: names the ranks that differ from rank 0.
+    """
+    buffers = repr([(n, b.shape, b.dtype) for n, b in model.named_buffers()])
+    text = json.dumps([digest, hashlib.sha256(buffers.encode()).hexdigest()]).encode()
+    every = gather_bytes(text, group, device)
+    if others := [str(rank) for rank, one in enumerate(every) if one != every[0]]:
+        what = f"prepare() got another model on rank {', '.join(others)} than on rank 0"
+        hint = "names, shapes, types and requires_grad must be the same on all ranks"
+        raise SpecError(Problem(("task",), what, hint))
 
 
 @torch.no_grad()

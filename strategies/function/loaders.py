@@ -46,7 +46,8 @@ class ShardedLoader:
         world: ranks.
         seed: of the order.
         device: where batches go.
-        read: told the samples of each batch, the seconds that were waited for it, and the epoch.
+        read: told the samples of each batch, the seconds that were waited for it, the epoch, and
+            how many of the samples are no repetition.
 
     Raises:
         SpecError: a loader that cannot be cut into parts; says what to do.
@@ -59,7 +60,7 @@ class ShardedLoader:
         world: int,
         seed: int,
         device: torch.device,
-        read: Callable[[int, float, int], None],
+        read: Callable[[int, float, int, int], None],
     ) -> None:
         self.sampler: DistributedSampler[Any] = _sampler_of(loader, rank, world, seed)
         kept = {name: getattr(loader, name) for name in _KEPT}
@@ -91,6 +92,7 @@ class ShardedLoader:
         self.sampler.set_epoch(epoch)
         self._noted = epoch
         batches, left = iter(self._loader), self.sampler.num_samples
+        own = self._own_samples()
         while True:
             began = time.perf_counter()
             try:
@@ -99,8 +101,15 @@ class ShardedLoader:
                 return
             size = min(self.batch_size, left)
             left -= size
-            self._read(size, time.perf_counter() - began, epoch)
+            self._read(size, time.perf_counter() - began, epoch, max(0, min(size, own)))
+            own -= size
             yield batch
+
+    def _own_samples(self) -> int:
+        """Count this rank's samples of an epoch; those behind them are others' once more."""
+        sampler = self.sampler
+        size = len(self.dataset)
+        return min(sampler.num_samples, -(-(size - sampler.rank) // sampler.num_replicas))
 
 
 def _sampler_of(

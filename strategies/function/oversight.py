@@ -30,11 +30,23 @@ class OptimizerWatch:
     Looks at each optimizer that steps in this thread.
 
     Args:
-        trained: gives the models whose gradients are averaged.
+        trained: gives the models that ranks train together.
+        alone: whether there is one rank, to whom all parameters belong.
+        check: is asked about one that moves something of them, before its first step.
+        before_step: is told of each step.
     """
 
-    def __init__(self, trained: Callable[[], Iterable[nn.Module]]) -> None:
-        self._trained, self._thread = trained, threading.get_ident()
+    def __init__(
+        self,
+        trained: Callable[[], Iterable[nn.Module]],
+        check: Callable[[Optimizer], None],
+        before_step: Callable[[Optimizer], None],
+        *,
+        alone: bool = False,
+    ) -> None:
+        self._trained, self._check, self._alone = trained, check, alone
+        self._told = before_step
+        self._thread = threading.get_ident()
         #: how many parameters it had when it was looked at
         self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._hook = register_optimizer_step_pre_hook(self._before_step)
@@ -52,18 +64,22 @@ class OptimizerWatch:
         """
         if threading.get_ident() != self._thread:
             return
+        self._told(optimizer)
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         if self._seen.get(optimizer) == count:
             return
         given = [one for group in optimizer.param_groups for one in group["params"]]
         known = {id(one) for model in self._trained() for one in model.parameters()}
         strange = [one for one in given if one.requires_grad and id(one) not in known]
-        if strange:
-            raise _not_prepared(optimizer, strange)
+        if strange and not self._alone:
+            raise not_prepared(optimizer, strange)
+        if any(id(one) in known for one in given):
+            self._check(optimizer)
         self._seen[optimizer] = count
 
 
-def _not_prepared(optimizer: Optimizer, strange: Sequence[Tensor]) -> SpecError:
+def not_prepared(optimizer: Optimizer, strange: Sequence[Tensor]) -> SpecError:
+    """Say that an optimizer has parameters that no rank shares with the others."""
     shapes = ", ".join(str([*one.shape]) for one in strange[:_SHOWN])
     shapes += ", ..." if len(strange) > _SHOWN else ""
     what = "a parameter" if len(strange) == 1 else f"{len(strange)} parameters"
@@ -103,5 +119,6 @@ def check_alike(model: nn.Module, group: Collective, when: str) -> None:
                 raise ValueError(
                     f"{when} {name!r} of rank {rank} is not that of rank 0: each trains its own. "
                     "Gradients are averaged in backward(); what torch.autograd.grad gives is this "
-                    "rank's alone, and so is what is written into a parameter otherwise"
+                    "rank's alone, and so is what is written into a parameter otherwise, and a "
+                    "step() that not all ranks make"
                 )

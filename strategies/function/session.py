@@ -28,12 +28,18 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
 from distplat.strategies.collective import Collective
-from distplat.strategies.function.gradient_average import GradientAverage, take_over
+from distplat.strategies.function.averages import GroupAverages, ServerAverages
+from distplat.strategies.function.exchange import Exchange
+from distplat.strategies.function.gathering import gather_for_metrics
+from distplat.strategies.function.gradient_average import Surroundings, take_over
 from distplat.strategies.function.loaders import ShardedLoader
 from distplat.strategies.function.oversight import OptimizerWatch
+from distplat.strategies.function.server_updates import ServerUpdates
+from distplat.strategies.function.watched import Watched
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
 from distplat.strategies.model.parameter_layout import dtype_name
+from distplat.strategies.ports import LoopShards
 from distplat.strategies.state_tree import pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -87,6 +93,8 @@ class Outlets:
     """Where this worker is."""
     saved: SavedState | None = None
     """What `get_checkpoint` gives; None: the run begins."""
+    ending: Callable[[], bool] = lambda: False
+    """Whether a callback or `early_stop` wants the run to end."""
 
 
 class FunctionSession:
@@ -98,16 +106,28 @@ class FunctionSession:
         place: this rank's.
         group: all ranks.
         outlets: to the worker.
+        shards: the way to parameter servers, not connected yet; None: the strategy has none.
     """
 
-    def __init__(self, job: Job, place: Place, group: Collective, outlets: Outlets) -> None:
+    def __init__(
+        self,
+        job: Job,
+        place: Place,
+        group: Collective,
+        outlets: Outlets,
+        shards: LoopShards | None = None,
+    ) -> None:
         self.job, self.place, self.group = job, place, group
         self._outlets, self._progress, saved = outlets, outlets.progress, outlets.saved
-        self._averages: list[GradientAverage] = []
-        self._watch: OptimizerWatch | None = None
-        if group.world > 1:
-            self._watch = OptimizerWatch(lambda: [one.model for one in self._averages])
+        around = Surroundings(job, group, self._progress.beat, lambda: self._progress.step)
+        self._exchange = exchange = _exchange_of(around, shards)
+        watched = exchange.check, exchange.before_step
+        alone = group.world == 1
+        self._watch = OptimizerWatch(lambda: exchange.models, *watched, alone=alone)
         self._samples = self._epoch = 0
+        self._batch = 0, 0  #: samples of the last batch, and those that no other batch has
+        self._watched = Watched(job)
+        self._asks = self._warned = False
         self._waited_s, self._last = 0.0, time.perf_counter()
         self._progress.step = saved.step if saved is not None else 0
         self._progress.begun = True
@@ -123,40 +143,31 @@ class FunctionSession:
         return found[0] if len(found) == 1 else found
 
     def _model(self, model: nn.Module, *, alone: bool) -> nn.Module:
-        if any(one.model is model for one in self._averages):
+        if any(one is model for one in self._exchange.models):
             raise _refused("a model that it got before", "prepare each model once")
         model.to(self.place.device)
         if not any(one.requires_grad for one in model.parameters()):  # a teacher, for example
             take_over([one for one in model.state_dict().values() if one.numel()], self.group)
             return model
-        options = make_strategy(self.job).options
-        self._averages.append(
-            GradientAverage(
-                model,
-                self.group,
-                self.job,
-                options,
-                overlap=alone and not self._averages,
-                done=self._progress.beat,
-                step=lambda: self._progress.step,
-                number=len(self._averages),
-            )
-        )
+        self._exchange.add(model, alone=alone)
         return model
 
     def _other(self, thing: Any) -> Any:
         if isinstance(thing, DataLoader):
             return self._loader(thing)
-        if isinstance(thing, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler):
-            return thing  # gradients are averaged before it sees them
+        if isinstance(thing, torch.optim.Optimizer):
+            self._exchange.take(thing)
+            return thing
+        if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
+            return thing  # it changes the optimizer, which is looked at when it steps
         hint = "a model, optimizer, DataLoader, or scheduler of torch.optim.lr_scheduler"
         raise _refused(f"a {type(thing).__name__}", f"it takes {hint}")
 
     def _loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         place = self.place
 
-        def read(samples: int, waited_s: float, epoch: int) -> None:
-            self._epoch = epoch
+        def read(samples: int, waited_s: float, epoch: int, own: int) -> None:
+            self._epoch, self._batch = epoch, (samples, own)
             self._samples += samples
             self._waited_s += waited_s
             self._progress.beat()
@@ -171,6 +182,7 @@ class FunctionSession:
     def report(self, metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
         """Tell the run's figures, and keep a checkpoint; see `words.report`."""
         figures = {name: _number(name, value) for name, value in metrics.items()}
+        self._watched.reported(figures, kept=checkpoint is not None)
         step = self._progress.step
         self._progress.step = step + 1
         self._progress.beat()
@@ -180,8 +192,12 @@ class FunctionSession:
         self._last, self._waited_s = now, 0.0
         if not self.place.is_main_process:
             return
+        if self._outlets.ending() and not self._asks and not self._warned:
+            self._warned = True
+            logger.warning("the run is to end, and its loop never asks distplat.should_stop()")
         loss = figures.pop("loss", math.nan)
         seconds = {"data": waited, "compute": max(0.0, whole - waited)}
+        figures = {**self._exchange.figures(), **figures}
         self._outlets.report(
             StepReport(0, step, self._epoch, loss, samples, seconds, 0, figures, weight=1.0)
         )
@@ -205,16 +221,38 @@ class FunctionSession:
         found = saved.file(_FILE)
         return unpack(saved.state[FUNCTION], [found[str(n)] for n in range(len(found))])
 
+    def should_stop(self) -> bool:
+        """Say whether the loop is to end; see `words.should_stop`."""
+        self._asks = True
+        wanted = self._outlets.ending()
+        if self._exchange.together and self.group.world > 1:
+            told = torch.tensor([int(wanted)], device=self.place.device)
+            self.group.broadcast(told)
+            wanted = bool(told)
+        return wanted
+
+    def gather(self, values: Any) -> Any:
+        """Give what all ranks have; see `words.gather_for_metrics`."""
+        return gather_for_metrics(values, self.group, self.place.device, self._batch)
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Leave gradients as they are in the backwards of this block."""
-        for one in self._averages:
-            one.enabled = False
+        self._exchange.enable(False)
         try:
             yield
         finally:
-            for one in self._averages:
-                one.enabled = True
+            self._exchange.enable(True)
+
+    def leave(self) -> None:
+        """
+        Be told that the function has returned; some exchanges wait for the others.
+
+        Raises:
+            SpecError: no report had what the job goes by.
+        """
+        self._watched.over()
+        self._exchange.leave()
 
     def trained(self) -> dict[str, Tensor]:
         """
@@ -223,19 +261,26 @@ class FunctionSession:
         Raises:
             ValueError: ranks have trained other models.
         """
-        for one in self._averages:
-            one.check_alike("at the end")
-        models = [one.model for one in self._averages]
+        self._exchange.settle()
+        models = self._exchange.models
         if len(models) == 1:
             return dict(models[0].state_dict())
         return {f"{n}.{k}": v for n, one in enumerate(models) for k, v in one.state_dict().items()}
 
     def close(self) -> None:
         """Let go of the models; the group goes next."""
-        if self._watch is not None:
-            self._watch.close()
-        for one in self._averages:
-            one.close()
+        self._watch.close()
+        self._exchange.close()
+
+
+def _exchange_of(around: Surroundings, shards: LoopShards | None) -> Exchange:
+    """Make what the job's strategy does with models and optimizers."""
+    strategy = make_strategy(around.job)
+    if shards is None:
+        return GroupAverages(around, strategy.options)
+    if strategy.roles(around.job).consistency.asynchronous:
+        return ServerUpdates(around, shards)
+    return ServerAverages(around, shards)
 
 
 def _number(name: str, value: Any) -> float:

@@ -74,6 +74,35 @@ def barrier() -> None:
     _session().group.barrier()
 
 
+def gather_for_metrics(values: Any) -> Any:
+    """
+    Give what all workers have computed of their batches, for metrics over all samples.
+
+    Every worker calls this. Samples that a loader repeated, so that all ranks have as many, are
+    left out of what is as long as the batch that was read last.
+
+    Args:
+        values: tensors and numbers, in dicts, lists and tuples.
+
+    Returns:
+        The same form; the workers' tensors one behind the other, in the order of ranks.
+
+    Raises:
+        SpecError: something else is among them.
+    """
+    return _session().gather(values)
+
+
+def should_stop() -> bool:
+    """
+    Say whether a callback or `early_stop` wants the run to end: the loop is to be left then.
+
+    Under `ring` and `ps-sync` every worker asks as often, and all get the same answer. Under
+    `ps-async` each one asks for itself.
+    """
+    return _session().should_stop()
+
+
 def no_sync() -> AbstractContextManager[None]:
     """Accumulate gradients without averaging: for all backwards of a step but the last."""
     return _session().no_sync()

@@ -60,6 +60,8 @@ class StepControl:
     """By slot of the flat vector: whether a backward has reached the parameter."""
     skip: bool = False
     """Whether the step is left out: decided alike everywhere, by `decided`."""
+    settings: NDArray[np.float64] | None = None
+    """Of a train function's optimizer, see `OwnLoop`; they are one rank's, and not summed."""
 
     @property
     def scale(self) -> float:
@@ -92,8 +94,10 @@ class StepControl:
         return replace(self, rank=local.rank, slot=local.slot) if local.non_finite else self
 
     def pack(self) -> NDArray[np.float64]:
-        """Give it as a vector that can be summed over ranks, shape [7 + slots]."""
-        vector = np.empty(HEAD_SIZE + len(self.present))
+        """Give it as a vector, shape [7 + slots + settings]; without settings it can be summed."""
+        slots = len(self.present)
+        more = 0 if self.settings is None else len(self.settings)
+        vector = np.empty(HEAD_SIZE + slots + more)
         vector[_SAMPLES], vector[_WEIGHT], vector[_COUNT] = (
             self.samples,
             self.weight,
@@ -103,7 +107,9 @@ class StepControl:
         vector[_RANK] = self.rank + 1 if self.non_finite else 0
         vector[_SLOT] = self.slot + 1 if self.non_finite else 0
         vector[_STATE], vector[_THAWED] = self.state_changed, self.thawed
-        vector[HEAD_SIZE:] = self.present
+        vector[HEAD_SIZE : HEAD_SIZE + slots] = self.present
+        if self.settings is not None:
+            vector[HEAD_SIZE + slots :] = self.settings
         return vector
 
     @property
@@ -112,9 +118,9 @@ class StepControl:
         return tuple(self.pack()[:HEAD_SIZE].tolist())
 
     @classmethod
-    def unpack(cls, vector: NDArray[np.float64]) -> Self:
-        """Read a vector of `pack`, or a sum of such."""
-        count = int(vector[_COUNT])
+    def unpack(cls, vector: NDArray[np.float64], settings: int = 0) -> Self:
+        """Read a vector of `pack`, or a sum of such; `settings` of its last values are some."""
+        count, stop = int(vector[_COUNT]), len(vector) - settings
         one = count == 1
         return cls(
             float(vector[_SAMPLES]),
@@ -124,7 +130,8 @@ class StepControl:
             int(vector[_SLOT]) - 1 if one else -1,
             bool(vector[_STATE]),
             bool(vector[_THAWED]),
-            vector[HEAD_SIZE:] > 0,
+            vector[HEAD_SIZE:stop] > 0,
+            settings=vector[stop:] if settings else None,
         )
 
     @classmethod
@@ -136,9 +143,9 @@ class StepControl:
         return cls.unpack(summed)
 
 
-def control_size(slots: int) -> int:
-    """Give the length of `StepControl.pack` for so many slots."""
-    return HEAD_SIZE + slots
+def control_size(slots: int, settings: int = 0) -> int:
+    """Give the length of `StepControl.pack` for so many slots and settings."""
+    return HEAD_SIZE + slots + settings
 
 
 class NonFiniteSteps:

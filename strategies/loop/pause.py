@@ -55,6 +55,12 @@ class PauseGate:
             self._changed.notify_all()
 
     @property
+    def asked(self) -> bool:
+        """Whether `rest` was called: what a train function is told by `should_stop`."""
+        with self._changed:
+            return self._resting.asked
+
+    @property
     def answer(self) -> int | None:
         """The first step that is not begun, if `rest` was called and it is known."""
         with self._changed:

@@ -163,6 +163,29 @@ class FlatOptimizer:
             else:
                 self._vectors[name] = self._empty_like_vector().copy_(values)
 
+    def adjust(
+        self, names: Sequence[Sequence[str]], values: NDArray[np.float64]
+    ) -> tuple[float, ...]:
+        """
+        Have groups go on with other arguments.
+
+        Args:
+            names: by group, from 1, the arguments; `beta1` is the first of `betas`.
+            values: of all of them, one after the other.
+
+        Returns:
+            Learning rates, as `step` takes them.
+        """
+        rates, given = [0.0], iter(values.tolist())
+        for number, wanted in enumerate(names, 1):
+            found = dict(zip(wanted, given, strict=False))
+            rates.append(found.pop("lr"))
+            if "beta1" in found:
+                found["betas"] = found.pop("beta1"), found.pop("beta2")
+            for optimizer in self._torch.values():
+                optimizer.param_groups[number].update(found)
+        return tuple(rates)
+
     def use(self, gradient: Tensor) -> None:
         """Take gradients from another vector from now on, shape [n]."""
         self.gradient = gradient

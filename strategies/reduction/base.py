@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.vector_layout import Layout
 from distplat.strategies.collective import Collective, Handle
 from distplat.strategies.loop.control import StepControl, control_size
-from distplat.strategies.model.flat import FlatModel
 
 
-def several_types(flat: FlatModel, option: str = "compression") -> SpecError:
+def several_types(layout: Layout, option: str = "compression") -> SpecError:
     """Say that an option is for gradients of one type."""
-    types = sorted({segment.dtype for segment in flat.layout.segments})
+    types = sorted({segment.dtype for segment in layout.segments})
     text = f"is for models of one type; the trainable parameters are {' and '.join(types)}"
     return SpecError(Problem(("strategy", option), text, "remove it"))
 

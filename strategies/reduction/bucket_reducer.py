@@ -180,7 +180,7 @@ class BucketReducer(Reducer):
         self._flat, self._grads, self._collective = flat, flat.grads, collective
         self._alone = collective.world == 1
         if wire_dtype is not None and flat.mixed:
-            raise several_types(flat)
+            raise several_types(flat.layout)
         self._look = look
         self._broken: int | None = None  #: first parameter so far that is not finite here
         self.local = StepControl()

@@ -43,7 +43,7 @@ class CompressedReducer(Reducer):
 
     def __init__(self, flat: FlatModel, collective: Collective, *, look: bool = True) -> None:
         if flat.mixed:
-            raise several_types(flat)
+            raise several_types(flat.layout)
         self._flat, self._collective, self._look = flat, collective, look
         self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         self._grads = flat.grads[: flat.layout.tail]

@@ -18,6 +18,7 @@ So there is always a version that every shard can give, whoever dies at whatever
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,12 +27,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from distplat.platform.errors import GapError, StaleError
-from distplat.platform.ledger import Ledger, PushId, StepLedger, TaskLedger, Verdict
+from distplat.platform.ledger import (
+    Ledger,
+    LoopLedger,
+    PushId,
+    StepLedger,
+    TaskLedger,
+    Verdict,
+)
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
 from distplat.strategies.loop.control import Policy, StepControl
-from distplat.strategies.model.optim import optimizer_of, rate_of
+from distplat.strategies.model.optim import FlatOptimizer, optimizer_of, rate_of
 from distplat.strategies.model.parameter_layout import (
     dtype_name,
     scale_in_place,
@@ -73,13 +81,21 @@ class DenseStore(ServerStore, ReplicatedStore):
         self.staleness: Staleness | None = None  #: of an asynchronous shard
         if plan.consistency.asynchronous:
             self._ledger, self.staleness = TaskLedger(*who), Staleness(plan, params, every)
+        own = plan.own_loop
+        if own is not None and self.staleness is not None:
+            self._ledger = LoopLedger(*who, plan.consistency.bound)
+        #: the parameters are sums of gradients, and nothing is updated
+        self._sums = own is not None and own.optimizer is None
+        self._settings: NDArray[np.float64] | None = None  #: of the staged push
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
         self._pushed: PushId | None = None  #: asynchronous: whose gradient is staged
         #: of all ranks, or as an asynchronous update takes it, where it is a worker's own vector
-        self._sum = params if self.staleness is not None else torch.zeros_like(params)
+        borrows = self._sums or self.staleness is not None
+        self._sum = params if borrows else torch.zeros_like(params)
         vectors, ema = (params, self._sum, self._layout), plan.job.ema
-        self.optimizer = optimizer_of(plan.job.optimizer, *vectors, ema)
+        chosen = own.optimizer if own is not None else None
+        self.optimizer = optimizer_of(chosen or plan.job.optimizer, *vectors, ema)
         self.total = StepControl()  #: of the staged sum, or of the step applied last
         self.seen: NDArray[np.bool_] = np.zeros(self._layout.parameters, np.bool_)
         """By parameter of the model, whether it has had a gradient yet, on any rank."""
@@ -87,7 +103,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         self._scale = 1.0  #: of the staged sum: what it is still to be multiplied by
         self.squared_norm: float | None = None  #: of the staged sum, once complete and wanted
         apart = plan.shards > 1 or plan.job.embeddings is not None
-        self._before = params.clone() if apart and self.staleness is None else None
+        self._before = params.clone() if apart and not borrows else None
         self._before_version: int | None = None  #: version of `_before`
         self._keeping = CheckpointCopies[VectorCopies](plan.checkpoint_every, plan.total_steps)
 
@@ -218,7 +234,10 @@ class DenseStore(ServerStore, ReplicatedStore):
         if verdict is Verdict.NEW:
             self._keep_present()
             self._gradients[push.rank] = gradient
-            self._controls[push.rank] = control or everything(self._layout)
+            record = control or everything(self._layout)
+            if record.settings is not None:
+                self._settings, record = record.settings, replace(record, settings=None)
+            self._controls[push.rank] = record
             self._pushed = push
             if self._ledger.complete:
                 self._add_up()
@@ -282,12 +301,18 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     def _update(self, update: Update, before: int) -> None:
         """Make the update of `_sum`, and copy what a checkpoint of a step just made wants."""
+        if self._sums:
+            return
         plan, place, scale = self._plan, update.version, 1.0
         if self.staleness is not None:
             scale = self.staleness.applied(update)
             place = update.version // self._ledger.world  # of each worker an update: one step
             self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
-        rates = [rate * scale for rate in rate_of(plan.job, place, plan.total_steps)]
+        base = rate_of(plan.job, place, plan.total_steps)
+        if plan.own_loop is not None and self._settings is not None:
+            assert isinstance(self.optimizer, FlatOptimizer), "others are refused"
+            base = self.optimizer.adjust(plan.own_loop.settings, self._settings)
+        rates = [rate * scale for rate in base]
         self.optimizer.step(rates, from_flags(update.present))
         for steps in range(before + 1, self.steps + 1):  # several, after a slow rank
             self._keeping.reached(steps, self._copy)

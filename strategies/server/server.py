@@ -297,12 +297,20 @@ class Server(Generic[S]):
         attempt = ledger.attempt
 
         def over() -> bool:
-            return self._deposed is not None or ledger.attempt != attempt
+            gone = bool(ledger.left) and bool(ledger.left.intersection(missing()))
+            return gone or self._deposed is not None or ledger.attempt != attempt
 
         there = self._changed.wait_for(lambda: over() or arrived(), limit_s)
         self._check_in_office()
         if ledger.attempt != attempt:
             raise FencedError(f"{what}: attempt {attempt} is over")
+        gone = sorted(ledger.left.intersection(missing()))
+        if gone and not arrived():
+            who = ", ".join(self.store.worker(rank) for rank in gone)
+            raise ProtocolError(
+                f"{what} would wait for ever: the train function of {who} is over, after fewer "
+                "backwards than others'; each rank must call backward as often"
+            )
         if not there:
             late = tuple(self.store.worker(rank) for rank in missing())
             raise DeadlineExceeded(what, late, limit_s, f"failure.{setting}")

@@ -108,7 +108,8 @@ class Staleness:
     def applied(self, update: Update) -> float:
         """Note an update that is being made; give the factor of its learning rate."""
         push = update.push
-        assert push is not None and push.task is not None, "an update is of one rank's task"
+        assert push is not None, "an update is of one rank's push"
         staleness = self.of[push.rank] = update.version - update.pulled
-        self.log.add(Applied(push.rank, push.task, update.pulled))
+        if push.task is not None:  # a train function's pushes are of none, and not replayed
+            self.log.add(Applied(push.rank, push.task, update.pulled))
         return 1.0 / max(1, staleness) if self._scales_rate else 1.0

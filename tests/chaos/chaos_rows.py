@@ -323,9 +323,9 @@ def _(strategy: str, draw: Random) -> Plan:
     return Plan((deed,), quiet=True)
 
 
-@row("F28", "a disk that is full for a second while checkpoints are due")
+@row("F28", "a disk that is full for a tenth of a second while a checkpoint is due")
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed("forward", 0, some_step(draw), "disk", "fill", undo_s=1.0)
+    deed = Deed("forward", 0, some_step(draw), "disk", "fill", undo_s=0.1)
     return Plan((deed,), width=WIDE, small_disk=True)
 
 

@@ -336,8 +336,10 @@ class OneRun:
         return problems
 
     def _may_miss(self, failures: list[Mapping[str, Any]]) -> bool:
-        """Say whether steps may not be told: of a lost worker that made all parts of some."""
-        return self._strategy == "ps-async" and bool(failures)
+        """Say whether steps may not be told: of a lost worker alone, or while the disk was full."""
+        log = (self._folder / f"driver-{self._drivers}.log").read_text(errors="replace")
+        unwritten = self._plan.small_disk and "of metrics were not written" in log
+        return unwritten or (self._strategy == "ps-async" and bool(failures))
 
     def _audit(self, directory: Path, failures: list[Mapping[str, Any]]) -> list[str]:
         """Every task was applied once at each shard, and the run can be made again from that."""

@@ -29,7 +29,7 @@ def model_of() -> nn.Module:
 
 
 def train(config: dict[str, Any]) -> None:
-    """Train four epochs; with `kill_in` rank 1 ends there, once, when there is a checkpoint."""
+    """Train four epochs; before `kill_in` rank 1 ends, once, and before `wait_in` all wait."""
     model = model_of()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     batch = config["batch_size"] // distplat.get_context().get_world_size()
@@ -43,6 +43,8 @@ def train(config: dict[str, Any]) -> None:
     for epoch in range(first, 4):
         if epoch == config.get("kill_in") and distplat.get_context().get_world_rank() == 1:
             _die_once(Path(config["folder"]))
+        while epoch == config.get("wait_in") and not (Path(config["folder"]) / "killed").exists():
+            time.sleep(0.05)
         loader.set_epoch(epoch)
         for inputs, targets in loader:
             loss = (model(inputs) - targets).square().mean()

@@ -1,4 +1,4 @@
-"""The two sides of docs/from/ray_train.md train the same."""
+"""The two sides of docs/from/ray_train.md train the same; two workers of other pages do."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from heads import distplat, script_environ, short_folder
-from pages import files_of
+from pages import DOCS, files_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -66,3 +66,19 @@ def test_a_job_file_trains_the_same_function(
     done = distplat("submit", "job.yaml", "-o", "json", environ=environ, cwd=folder, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metrics"]["loss"] == pytest.approx(before, abs=2e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("page", ["lightning", "accelerate"])
+def test_two_workers_print_what_the_page_says(
+    page: str, strategy: str, tmp_path: Path, environ: dict[str, str]
+) -> None:
+    """With one worker, and before: tests/unit/test_from_pages.py."""
+    for name, text in files_of(f"from/{page}.md").items():
+        (tmp_path / name).write_text(text)
+    given = ("submit", "job.yaml", "--strategy", strategy)
+    done = distplat(*given, environ=environ, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    wanted = re.findall(r"print `final loss ([\d.]+)", (DOCS / f"from/{page}.md").read_text())
+    printed = re.findall(r"final loss ([\d.]+)", done.stdout + done.stderr)
+    assert printed[0] == wanted[0]

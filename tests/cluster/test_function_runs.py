@@ -1,35 +1,45 @@
 """A train function on real actors: the loop's result, a lost worker, an error of the user's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from function_ranks import call_on_ranks
 from functions_for_tests import data_of, model_of, train
+from marks import slow
 from safetensors.torch import load_file
 from small_runs import HERE
 from torch import Tensor
 from torch.autograd import backward
 from torch.utils.data import DataLoader, DistributedSampler
 
-from distplat import Result, Trainer
+from distplat import Callback, Result, Trainer
 from distplat.platform.errors import UserCodeError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 
-def fit(workers: int, folder: Path, function: str = "train", **config: Any) -> Result:
+def fit(
+    workers: int,
+    folder: Path,
+    function: str = "train",
+    *,
+    strategy: Any = "ring",
+    callbacks: Sequence[Callback] = (),
+    **config: Any,
+) -> Result:
     job = {
         "name": "loop",
         "task": f"functions_for_tests:{function}",
         "task_args": {"batch_size": 12, "folder": str(folder), **config},
-        "strategy": "ring",
+        "strategy": strategy,
         "scaling": {"num_workers": workers, "resources_per_worker": {"CPU": 0.5}},
         "storage_path": str(folder),
     }
-    return Trainer(job, working_dir=HERE).fit()
+    return Trainer(job, working_dir=HERE, callbacks=callbacks).fit()
 
 
 def state_of(result: Result) -> Mapping[str, Tensor]:
@@ -51,8 +61,11 @@ def plain() -> Mapping[str, Tensor]:
     return model.state_dict()
 
 
-def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(tmp_path: Path) -> None:
-    killed = fit(2, tmp_path, kill_in=2)
+@pytest.mark.parametrize("strategy", ["ring", slow({"name": "ps-sync", "num_servers": 2})])
+def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(
+    strategy: Any, tmp_path: Path
+) -> None:
+    killed = fit(2, tmp_path, strategy=strategy, kill_in=2)
     assert len(killed.failures) == 1
     assert killed.metrics["began_with"] in (1, 2), "not from the first epoch"
     assert [one.step for one in killed.history] == [1, 2, 3, 4]
@@ -62,6 +75,34 @@ def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(tmp_path
     for name, value in plain().items():
         assert torch.equal(found[name], undisturbed[name]), name
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_lost_worker_of_ps_async_takes_all_back_to_the_last_checkpoint(tmp_path: Path) -> None:
+    lost = fit(2, tmp_path, strategy="ps-async", kill_in=2)
+    assert len(lost.failures) == 1
+    assert "worker-1" in lost.failures[0].cause
+    assert lost.history[-1].step == 4
+    assert state_of(lost).keys() == plain().keys()
+
+
+def test_a_lost_server_of_ps_async_takes_all_back_to_the_last_checkpoint(tmp_path: Path) -> None:
+    class Killer(Callback):
+        def on_start(self, job: Any, run: str, path: Path) -> None:
+            self.run_name = run
+
+        def on_checkpoint(self, saved: Any) -> None:
+            if not (tmp_path / "killed").exists():
+                ray.kill(ray.get_actor("loop/server-0", namespace=self.run_name))
+                (tmp_path / "killed").touch()
+
+    strategy = {"name": "ps-async", "staleness": 4}
+    lost = fit(2, tmp_path, strategy=strategy, callbacks=[Killer()], wait_in=2)
+    assert len(lost.failures) == 1
+    assert "server-0" in lost.failures[0].cause
+    assert [one.step for one in lost.history] == [1, 2, 3, 4]
+    assert lost.metrics["began_with"] in (1, 2)
+    assert state_of(lost).keys() == plain().keys()
 
 
 def test_an_error_of_the_function_is_the_users(tmp_path: Path) -> None:

@@ -5,16 +5,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from local_run import as_read
+from local_run import as_read, impatient
 from rank_threads import on_ranks
 from torch import Tensor
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
+from distplat.actors.local_actors import HERE, Servers
 from distplat.actors.training import run_function
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.progress import AnyReport
 from distplat.platform.spec import Job
-from distplat.strategies.catalog import make_job
+from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.function.session import Outlets
@@ -43,11 +44,14 @@ def call_on_ranks(
     job: Job | None = None,
     saved: SavedState | None = None,
     nodes: Callable[[int], str] = lambda rank: "here",
+    home: str = HERE,
+    ending: Callable[[int], bool] = lambda rank: False,
 ) -> FunctionRun:
-    """Run a function on all ranks; raises what the first of them raises."""
+    """Run a function on all ranks, whose node is `home`; raises what the first of them raises."""
     job = job or function_job(workers)
     world, found, lock = job.scaling.world, FunctionRun(), threading.Lock()
-    fabric = Fabric(world, 10.0)
+    fabric, roles = Fabric(world, 10.0), make_strategy(job).roles(job)
+    servers = Servers(impatient(job, 10.0), roles) if roles.servers else None
 
     def deliver(delivery: Delivery) -> None:
         with lock:
@@ -62,10 +66,20 @@ def call_on_ranks(
             lambda: function,
             fabric.collective(rank),
             nodes(rank),
-            Outlets(found.reports.append, uploader.take, Progress(), saved),
+            Outlets(found.reports.append, uploader.take, Progress(), saved, lambda: ending(rank)),
+            servers.shards(rank, 1, node=home) if servers is not None else None,
         )
         uploader.flush()
         return trained
 
-    found.trained = on_ranks(world, body, failed=fabric.give_up)
+    def give_up() -> None:
+        fabric.give_up()
+        if servers is not None:
+            servers.renew(1)
+
+    try:
+        found.trained = on_ranks(world, body, failed=give_up)
+    finally:
+        if servers is not None:
+            servers.close()
     return found

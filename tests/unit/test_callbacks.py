@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+import distplat
 from distplat import Callback, Job, Result, Task, Trainer
 from distplat.actors.callbacks import Callbacks
 from distplat.actors.controller_client import RunHandlers
@@ -280,6 +282,9 @@ def test_submit_behind_head(output: str, tmp_path: Path) -> None:
     assert model.stat().st_size
 
 
+OWN = {"name": "own", "strategy": "ring", "scaling": {"num_workers": 0}}
+
+
 class Enough(Callback):
     """Wants the run to end once so many steps were told."""
 
@@ -319,9 +324,62 @@ def test_a_run_that_makes_all_its_steps_was_not_stopped(tmp_path: Path) -> None:
     assert (result.totals.steps, result.stopped) == (6, None)
 
 
-def test_a_train_function_ends_itself() -> None:
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+def test_a_train_function_is_told_when_it_asks(strategy: str, tmp_path: Path) -> None:
     def train(config: dict[str, Any]) -> None:
-        """It is not called."""
+        for number in range(6):
+            distplat.report({"score": float(number)})
+            if distplat.should_stop():
+                break
 
-    with pytest.raises(SpecError, match=r"Enough\.should_stop cannot end the loop"):
-        Trainer({"name": "own", "strategy": "ring"}, train, callbacks=[Enough(1)])
+    job = {**OWN, "strategy": strategy, "storage_path": str(tmp_path)}
+    result = Trainer(job, train, callbacks=[Enough(3)]).fit()
+    assert (len(result.history), result.stopped) == (3, "enough")
+    stop = {"early_stop": {"metric": "score", "mode": "min", "patience": 2}}
+    result = Trainer({**job, **stop}, train).fit()
+    assert (len(result.history), result.metrics["score"]) == (3, 2.0)
+    assert result.stopped == "score got no better since step 1, in 2 evaluations"
+
+
+def test_a_train_function_that_never_asks_is_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(config: dict[str, Any]) -> None:
+        for _ in range(3):
+            distplat.report({"loss": 1.0})
+
+    Trainer({**OWN, "storage_path": str(tmp_path)}, train, callbacks=[Enough(1)]).fit()
+    assert caplog.text.count("never asks distplat.should_stop()") == 1
+
+
+def test_the_best_checkpoint_of_a_train_function_is_that_of_the_best_report(
+    tmp_path: Path,
+) -> None:
+    def train(config: dict[str, Any]) -> None:
+        for number, score in enumerate([1.0, 3.0, 2.0, 2.5, 1.5]):
+            distplat.report({"score": score}, checkpoint={"number": number})
+            while not [*tmp_path.rglob(f"*{2 * number + 1}/state.json")]:
+                time.sleep(0.01)  # else some would be skipped
+            distplat.report({"loss": 1.0})
+
+    keep = {"keep_best": {"metric": "score", "mode": "max"}, "num_to_keep": 1}
+    result = Trainer({**OWN, "checkpoint": keep, "storage_path": str(tmp_path)}, train).fit()
+    assert result.best_checkpoint is not None
+    assert int(result.best_checkpoint.name.rpartition("-")[2]) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"checkpoint": {"keep_best": {"metric": "acc", "mode": "max"}}}, "no 'acc' to say how"),
+        ({"early_stop": {"metric": "acc", "mode": "max"}}, "no report.. had a 'acc'"),
+    ],
+)
+def test_a_train_function_has_to_report_what_its_job_goes_by(
+    more: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    def train(config: dict[str, Any]) -> None:
+        distplat.report({"accuracy": 1.0}, checkpoint={"number": 1})
+
+    with pytest.raises(SpecError, match=text):
+        Trainer({**OWN, **more, "storage_path": str(tmp_path)}, train).fit()

@@ -221,7 +221,7 @@ def test_a_job_is_sent_without_a_value_in_the_shell_line(
     job_id = remote.send(as_jobs(jobs), JOB, submission(folder), ignores, print)
     sent = jobs.submitted
     assert job_id.startswith("lin-")
-    assert sent["entrypoint"] == "python -m distplat.cli.main drive"
+    assert sent["entrypoint"] == "python -m distplat.cli.on_cluster"
     assert sent["entrypoint_num_cpus"] == 1.0
     assert sent["metadata"]["strategy"] == "ps-sync"
     assert sent["metadata"]["team"] == "t"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from function_ranks import call_on_ranks
+from function_ranks import call_on_ranks, function_job
 
 from distplat.platform.progress import StepReport
 
@@ -28,12 +28,14 @@ def test_places_are_counted_that_enough_points_come_to(gan: Any) -> None:
     assert gan.covered(few) == 0
 
 
-def test_both_models_are_trained_alike_on_all_ranks(gan: Any) -> None:
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+def test_both_models_are_trained_alike_on_all_ranks(strategy: str, gan: Any) -> None:
     small = {"epochs": 2, "lr": 0.01, "width": 8, "samples": 64, "batch_size": 8}
-    run = call_on_ranks(lambda config: gan.train(small), 2)
+    run = call_on_ranks(lambda config: gan.train(small), job=function_job(2, strategy=strategy))
     first, second = run.trained
     assert first.keys() == second.keys()
     assert {name.split(".")[0] for name in first} == {"0", "1"}
     assert all(torch.equal(first[name], second[name]) for name in first)
     figures = [one.figures.keys() for one in run.reports if isinstance(one, StepReport)]
-    assert figures == [{"critic_loss", "covered"}] * 2
+    of_servers = {"staleness", "staleness_mean", "waiting_s"} if strategy == "ps-async" else set()
+    assert figures == [{"critic_loss", "covered"} | of_servers] * 2

@@ -12,7 +12,7 @@ from distplat.platform.errors import (
     ProtocolError,
     StaleError,
 )
-from distplat.platform.ledger import PushId, StepLedger, TaskLedger, Verdict
+from distplat.platform.ledger import LoopLedger, PushId, StepLedger, TaskLedger, Verdict
 
 JOB, ATTEMPT, WORLD, VERSION = "run", 2, 3, 5
 NEW, STAGED, COMMITTED = Verdict.NEW, Verdict.REPEAT_STAGED, Verdict.REPEAT_COMMITTED
@@ -285,3 +285,63 @@ def test_in_a_new_attempt_pushes_are_numbered_anew_and_tasks_stay_made() -> None
     assert offer(book, leased(0, 0, 0, ATTEMPT + 1)) is Verdict.LATE
     assert offer(book, leased(0, 1, 1, ATTEMPT + 1)) is NEW
     assert book.version == 2
+
+
+def loop_ledger(pushes: tuple[int, ...], bound: int | None = None) -> LoopLedger:
+    """Give the ledger of three ranks that have pushed so often."""
+    book = LoopLedger(JOB, ATTEMPT, 3, bound)
+    book.restore(0)
+    for rank, count in enumerate(pushes):
+        for seq in range(count):
+            assert book.offer(push(rank, seq)) is NEW
+            assert book.complete
+            assert book.commit(seq)
+    return book
+
+
+@pytest.mark.parametrize(
+    ("pushes", "bound", "left", "passed", "missing"),
+    [
+        ((5, 0, 0), None, (), True, [1, 2]),
+        ((1, 1, 1), 0, (), True, [0, 1, 2]),
+        ((1, 1, 0), 0, (), False, [2]),
+        ((2, 1, 1), 1, (), True, [1, 2]),
+        ((3, 1, 2), 1, (), False, [1]),
+        ((3, 1, 2), 1, (1,), True, [2]),
+        ((9, 1, 2), 1, (1, 2), True, [0]),
+    ],
+)
+def test_a_loops_push_passes_unless_it_is_too_far_ahead(
+    pushes: tuple[int, ...],
+    bound: int | None,
+    left: tuple[int, ...],
+    passed: bool,
+    missing: list[int],
+) -> None:
+    book = loop_ledger(pushes, bound)
+    book.left.update(left)
+    assert book.passed(push(0, pushes[0] - 1)) is passed
+    assert book.missing() == missing
+    assert (book.updates, book.steps) == (sum(pushes), sum(pushes) // 3)
+
+
+@pytest.mark.parametrize(
+    ("offered", "answer"),
+    [
+        (push(0, 1), COMMITTED),
+        (push(0, 2), NEW),
+        (push(1, 0), NEW),
+        (push(0, 0), StaleError),
+        (push(0, 3), GapError),
+        (push(3, 0), FencedError),
+        (push(0, 2, ATTEMPT + 1), FencedError),
+    ],
+)
+def test_a_loops_pushes_are_numbered(offered: PushId, answer: Verdict | type[Exception]) -> None:
+    book = loop_ledger((2, 0, 0))
+    if isinstance(answer, Verdict):
+        assert book.offer(offered) is answer
+    else:
+        with pytest.raises(answer):
+            book.offer(offered)
+    assert book.updates == 2

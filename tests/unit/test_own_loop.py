@@ -77,9 +77,14 @@ def test_some_of_the_fields_are_those_of_a_task_that_lacks_the_others() -> None:
         ({"own_loop": True, **LOOP}, "optimizer: has no effect"),
         ({"checkpoint": {"every_steps": 5}}, "checkpoint.every_steps: a train function says when"),
         ({"failure": {"non_finite": "skip"}}, "allowed: stop, ignore"),
-        ({"strategy": "ps-sync"}, "ps-sync does not run train functions"),
-        ({"strategy": "ps-async"}, "ps-async does not run train functions"),
-        ({"strategy": "hybrid"}, "use `strategy: ring`, or write a distplat.Task"),
+        ({"strategy": {"name": "ps-sync", "backup_workers": 1}}, "strategy.backup_workers: is for"),
+        ({"strategy": {"name": "ps-sync", "replication": 2}}, "strategy.replication: is for tasks"),
+        ({"strategy": {"name": "ps-sync", "wire": "bf16"}}, "strategy.wire: is for tasks"),
+        (
+            {"strategy": {"name": "ps-async", "replication": 2}},
+            "strategy.replication: is for tasks",
+        ),
+        ({"strategy": "hybrid"}, "use `ring`, `ps-sync` or `ps-async`, or write"),
         ({"strategy": {"name": "ring", "shard_optimizer": True}}, "strategy.shard_optimizer"),
         ({"strategy": {"name": "ring", "compression": "topk"}}, "none, fp16, bf16"),
     ],
@@ -93,7 +98,7 @@ def test_what_has_no_effect_is_refused(more: Mapping[str, Any], text: str) -> No
 
 def test_each_field_has_an_effect_on_a_train_function_or_is_refused() -> None:
     used = {"name", "task", "own_loop", "task_args", "strategy", "scaling", "seed", "checkpoint"}
-    used |= {"failure", "storage_path", "trackers"}
+    used |= {"failure", "storage_path", "trackers", "early_stop"}
     assert {*Job.model_fields} == used | {*OF_TASKS}
     with pytest.raises(SpecError, match="ema: has no effect on a train function"):
         make_job({**FIELDS, "ema": {"decay": 0.9}})
@@ -182,8 +187,10 @@ def test_a_train_function_is_not_verified(tmp_path: Path) -> None:
         _checked(wanted)
 
 
-def test_the_example_learns_and_goes_on(tmp_path: Path) -> None:
-    job = load_job(EXAMPLE / "job.yaml", overrides=["scaling.num_workers=0", "task_args.epochs=4"])
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+def test_the_example_learns_and_goes_on(strategy: str, tmp_path: Path) -> None:
+    given = ["scaling.num_workers=0", "task_args.epochs=4", f"strategy={strategy}"]
+    job = load_job(EXAMPLE / "job.yaml", overrides=given)
     first = Trainer(job, working_dir=EXAMPLE, storage_dir=tmp_path).fit()
     assert first.metrics["accuracy"] > 0.9
     again = Trainer(job, resume=first.path, working_dir=EXAMPLE, storage_dir=tmp_path).fit()

@@ -1,6 +1,8 @@
 """Calls under way: asked again when an answer got lost, given up when nobody wants it."""
 
+import time
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +99,29 @@ def test_the_dead_are_named(moment: Any) -> None:
         servers.ask().wait()
     with pytest.raises(ActorLost, match="server-1 was lost"):
         servers.ask().wait()
+
+
+def test_who_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-Z and `fg`: a long time has gone by, and the answer has come meanwhile."""
+    servers, clock = Servers(1, 2), [0.0]
+    call = servers.ask(limit_s=5.0)
+    fake = SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep)
+    monkeypatch.setattr(retrying_calls, "time", fake)
+    call.start_again()
+    transport, waits = call._transport, 0
+    wait = transport.wait
+
+    def stopped(replies: Any, timeout_s: float, **how: Any) -> list[Any]:
+        nonlocal waits
+        waits += 1
+        if waits == 1:
+            clock[0] += 3600.0
+            return []
+        return wait(replies, 5.0, **how)
+
+    monkeypatch.setattr(transport, "wait", stopped)
+    assert call.answers() == [1, 2]
+    assert waits > 1
 
 
 def test_errors_come_as_what_they_are() -> None:

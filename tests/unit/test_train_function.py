@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -455,14 +455,49 @@ def test_the_context_tells_ranks_of_a_node() -> None:
     assert sorted(seen) == [(0, 3, 0, 2, True), (1, 3, 0, 1, False), (2, 3, 1, 2, False)]
 
 
-def test_an_infinite_gradient_ends_the_run_unless_it_is_to_be_ignored() -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_infinite_gradient_ends_the_run_unless_it_is_to_be_ignored(workers: int) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = distplat.prepare(model_of())
+        optimizer = momentum(model.parameters())
+        backward(loss_of(model, data_of()[:2]) * float("inf"))
+        optimizer.step()
+        assert config, "the step raises"
+
+    with pytest.raises(NonFiniteError, match="weight"):
+        call_on_ranks(train, workers)
+    job = function_job(workers, failure={"non_finite": "ignore"}, task_args={"ignored": True})
+    call_on_ranks(train, job=job)
+
+
+def test_an_infinite_gradient_that_a_loop_applies_itself_is_found_at_the_end() -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = distplat.prepare(model_of())
         backward(loss_of(model, data_of()[:2]) * float("inf"))
+        with torch.no_grad():
+            for one in model.parameters():
+                one.sub_(one.grad)
 
-    with pytest.raises(NonFiniteError):
+    with pytest.raises((NonFiniteError, ValueError)):
         call_on_ranks(train, 2)
-    call_on_ranks(train, job=function_job(2, failure={"non_finite": "ignore"}))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_what_is_infinite_in_one_model_keeps_no_other_from_its_step(strategy: str) -> None:
+    """The first backward reaches both, the second one the first alone."""
+
+    def train(config: Mapping[str, Any]) -> None:
+        first, second = distplat.prepare(model_of(), nn.Linear(1, 1).double())
+        one, two = momentum(first.parameters()), momentum(second.parameters())
+        inputs = data_of().tensors[0][:2]
+        backward(second(first(inputs).detach()).sum() * float("inf"))
+        backward(first(inputs).sum())
+        one.step()
+        two.zero_grad()
+        backward(second(first(inputs)).sum())
+        two.step()
+
+    call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
 class Stream(IterableDataset[Tensor]):
@@ -539,3 +574,79 @@ def test_each_epoch_has_every_sample_in_an_order_of_its_own(shuffle: bool) -> No
     for epoch in range(2):
         assert sorted(seen[0, epoch] + seen[1, epoch]) == [*range(10)]
     assert (seen[0, 0] != seen[0, 1]) == shuffle
+
+
+class Metrics(NamedTuple):
+    numbers: Tensor
+    loss: Tensor
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("world", "batch"), [(1, 4), (2, 2), (3, 2), (4, 3)])
+def test_gathered_metrics_are_of_every_sample_once(world: int, batch: int, drop_last: bool) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        place = distplat.get_context()
+        loader = DataLoader(Odd(), batch_size=batch, shuffle=True, drop_last=drop_last)
+        other = distplat.prepare(DataLoader(Odd(), batch_size=1))
+        loader = distplat.prepare(loader)
+        for _ in range(2):
+            found: list[int] = []
+            for numbers in loader:
+                given = {"all": [Metrics(numbers, torch.tensor(0.5))], "rank": place.rank}
+                every = distplat.gather_for_metrics(given)
+                assert every["all"][0].loss.tolist() == [0.5] * world
+                assert every["rank"].tolist() == [*range(world)]
+                found += every["all"][0].numbers.tolist()
+            assert len(found) == len({*found})
+            assert len(found) == 10 if not drop_last else len(found) >= 10 - world * batch
+        seen = [distplat.gather_for_metrics(numbers) for numbers in other]
+        assert sorted(torch.cat(seen).tolist()) == [*range(10)], "the loader that was read last"
+
+    call_on_ranks(train, world)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.bool, torch.int64, torch.float64])
+def test_tensors_of_any_type_and_length_are_gathered(kind: torch.dtype) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().rank
+        found = distplat.gather_for_metrics(torch.ones(rank, 2, dtype=kind))
+        assert (found.dtype, found.shape) == (kind, (3, 2))
+        assert bool(found.all())
+
+    call_on_ranks(train, 3)
+
+
+def test_what_cannot_be_gathered_is_named() -> None:
+    with pytest.raises(SpecError, match="got a str"):
+        call_on_ranks(lambda config: distplat.gather_for_metrics({"a": "text"}))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_all_ranks_stop_at_once_though_they_hear_of_it_apart(strategy: str) -> None:
+    made = [0, 0, 0]
+
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().rank
+        model = distplat.prepare(model_of())
+        while not distplat.should_stop():
+            backward(loss_of(model, data_of()[:2]))
+            made[rank] += 1
+
+    def ending(rank: int) -> bool:
+        return made[rank] >= (3 if rank == 0 else 1)
+
+    call_on_ranks(train, job=function_job(3, strategy=strategy), ending=ending)
+    assert made == [3, 3, 3]
+
+
+def test_under_ps_async_each_rank_stops_by_itself() -> None:
+    made = [0, 0]
+
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().rank
+        while not distplat.should_stop():
+            made[rank] += 1
+
+    job = function_job(2, strategy="ps-async")
+    call_on_ranks(train, job=job, ending=lambda rank: made[rank] > 3 * rank)
+    assert made == [1, 4]

@@ -1,0 +1,90 @@
+"""Gathers what ranks have computed of their batches, for metrics over all samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.model.parameter_layout import dtype_name
+from distplat.strategies.state_tree import dtype_of
+
+
+def gather_for_metrics(
+    values: Any, group: Collective, device: torch.device, batch: tuple[int, int]
+) -> Any:
+    """
+    Give the values of all ranks, in the form of this one's; every rank calls this.
+
+    Args:
+        values: tensors, in dicts, lists and tuples; numbers count as tensors.
+        group: all ranks.
+        device: this rank's.
+        batch: this rank's last batch: its samples, and how many of them are no repetition.
+
+    Returns:
+        Tensors of the ranks one behind the other along their first dimension. Those as long as the
+        batch are without the samples that were repeated to fill it.
+
+    Raises:
+        SpecError: something else is among them.
+    """
+    size, own = batch
+    mine: list[Tensor] = []
+
+    def take(tensor: Tensor) -> Tensor:
+        alone = tensor.ndim == 0
+        whole = tensor.detach().reshape(1) if alone else tensor.detach()
+        mine.append(whole[:own] if len(whole) == size and not alone else whole)
+        return tensor
+
+    _mapped(values, take)
+    ranks = [_unpacked(one) for one in gather_bytes(_packed(mine), group, device)]
+    joined = iter([torch.cat(parts).to(device) for parts in zip(*ranks, strict=True)])
+    return _mapped(values, lambda _: next(joined))
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Give nested dicts, lists and tuples with each tensor changed, always in the same order."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, bool | int | float):
+        return change(torch.tensor(tree))
+    if isinstance(tree, Mapping):
+        return {key: _mapped(value, change) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_mapped(one, change) for one in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_mapped(one, change) for one in tree)
+    text = f"gather_for_metrics() got a {type(tree).__name__}"
+    hint = "it takes tensors and numbers, in dicts, lists and tuples"
+    raise SpecError(Problem(("task",), text, hint))
+
+
+def _packed(tensors: Sequence[Tensor]) -> bytes:
+    on_host = [one.cpu().contiguous() for one in tensors]
+    head = json.dumps([[dtype_name(one), list(one.shape)] for one in on_host]).encode()
+    return b"".join([len(head).to_bytes(8, "little"), head, *map(_bytes_of, on_host)])
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _unpacked(data: bytes) -> list[Tensor]:
+    start = 8 + int.from_bytes(data[:8], "little")
+    found: list[Tensor] = []
+    for name, shape in json.loads(data[8:start]):
+        empty = torch.empty(shape, dtype=dtype_of(name))
+        stop = start + empty.nbytes
+        if empty.numel():
+            raw = torch.frombuffer(bytearray(data[start:stop]), dtype=torch.uint8)
+            empty = raw.view(empty.dtype).view(shape)
+        found.append(empty)
+        start = stop
+    return found

@@ -1,0 +1,219 @@
+"""
+Averages gradients by the servers of `ps-sync`, in each backward.
+
+    vector     | gradients of model 0 | of model 1 | who has one |
+    backward ─ push ─▶ servers add up in rank order ─▶ the sum ─▶ mean in `.grad` | returns
+
+Servers keep nothing of the model: they add up, as the summation service of BytePS does (Jiang et
+al., OSDI 2020), and each worker makes the update with its own optimizer. So what a loop does with
+`.grad` between backward and step is what it does in one process (docs/decisions/train_function.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distplat.platform.errors import NonFiniteError, Problem, SpecError
+from distplat.platform.shard_map import OwnLoop
+from distplat.platform.vector_layout import Layout, Piece, Segment
+from distplat.strategies.function.gradient_average import GradientAverage, Surroundings
+from distplat.strategies.loop.control import ELSEWHERE, NonFiniteSteps, StepControl
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.parameter_layout import is_finite, typed_views
+from distplat.strategies.ports import LoopOptimizer, LoopShards
+from distplat.strategies.torch_compat import after_backward
+
+_LINE, _BLOCK = 64, 4096
+"""Bytes: models begin at multiples of a cache line; a vector of several types is one of a block."""
+
+
+class SummedVectors:
+    """
+    What is summed, see `Vectors`: the gradients of all models, and who has one.
+
+    Args:
+        flats: the models.
+    """
+
+    def __init__(self, flats: Sequence[FlatModel]) -> None:
+        types = dict.fromkeys(s.dtype for one in flats for s in one.layout.segments)
+        self.mixed = len(types) > 1
+        kind = torch.uint8 if self.mixed else getattr(torch, next(iter(types)))
+        line = _LINE // kind.itemsize
+        segments: list[Segment] = []
+        self.starts: list[int] = []
+        """Where each model's gradients begin."""
+        end = 0
+        for one in flats:
+            self.starts.append(end)
+            item = one.grads.itemsize // kind.itemsize
+            for s in one.layout.segments:
+                segments.append(Segment(end + s.start * item, end + s.stop * item, s.dtype))
+            end = -(-(end + one.size * item) // line) * line
+        count = sum(len(one.slots) for one in flats)
+        own = "float32" if self.mixed else next(iter(types))
+        stop = end + count * (getattr(torch, own).itemsize // kind.itemsize)
+        self._flags = Segment(end, stop, own)
+        size = -(-stop // _BLOCK) * _BLOCK if self.mixed else stop
+        pieces = tuple(Piece(0, one.start, one.stop) for one in [*segments, self._flags])
+        self.layout = Layout(size, (*segments, self._flags), pieces, 1, size)
+        self.params = torch.zeros(size, dtype=kind, device=flats[0].params.device)
+        self.grads = torch.zeros_like(self.params)
+        self.version = 0
+        self._digest = hashlib.sha256(repr([one.digest() for one in flats]).encode())
+
+    @property
+    def size(self) -> int:
+        """See `Vectors`."""
+        return self.layout.size
+
+    def digest(self) -> str:
+        """See `Vectors`."""
+        return self._digest.hexdigest()[:16]
+
+    def move(self, params: Tensor, grads: Tensor) -> None:
+        """See `Vectors`."""
+        self.params, self.grads = params, grads
+
+    @property
+    def flags(self) -> Tensor:
+        """By slot of all models, how many ranks have a gradient; of this rank before the sum."""
+        (found,) = typed_views(self.grads, [self._flags])
+        return found
+
+    def take_mean(self, world: int) -> None:
+        """Have the sum over so many ranks that came, divided, where the gradients are."""
+        segments = self.layout.segments
+        pairs = zip(*(typed_views(one, segments) for one in (self.params, self.grads)), strict=True)
+        for total, mine in pairs:
+            torch.mul(total, 1.0 / world, out=mine)
+
+    def finite(self) -> bool:
+        """Say whether all gradients are finite, by their views in the vector."""
+        return all(map(is_finite, typed_views(self.grads, self.layout.segments)))
+
+
+class ServerSum:
+    """
+    What all models of a session share: the servers.
+
+    Args:
+        around: the run.
+        shards: the way to the servers; not connected yet.
+    """
+
+    def __init__(self, around: Surroundings, shards: LoopShards) -> None:
+        self.around, self._shards = around, shards
+        self.members: list[GradientAverage] = []
+        self._vectors: SummedVectors | None = None
+        self._under_way = False
+        self._pushes = 0
+        self._policy = NonFiniteSteps.of(around.job)
+
+    def add(self, member: GradientAverage) -> None:
+        """
+        Take a model in.
+
+        Raises:
+            SpecError: it comes too late.
+        """
+        if self._vectors is not None:
+            text = "prepare() got a model after a backward, when the servers had all there is"
+            hint = "prepare all models before the first backward"
+            raise SpecError(Problem(("task",), text, hint))
+        self.members.append(member)
+
+    def begin(self) -> None:
+        """Be told of a gradient; the first one of a backward begins the exchange at its end."""
+        if not self._under_way:
+            self._under_way = True
+            after_backward(self._exchange)
+
+    def leave(self) -> None:
+        """Be told that this rank's loop is over; who waits for its gradient is told so."""
+        if self.members:
+            self._connect()
+            self._shards.leave()
+
+    def _connect(self) -> SummedVectors:
+        """Meet the servers, once; gradients that are there stay."""
+        if self._vectors is not None:
+            return self._vectors
+        flats = [one.flat for one in self.members]
+        self._vectors = vectors = SummedVectors(flats)
+        self._shards.connect_loop(vectors, LoopOptimizer(OwnLoop()))
+        for flat, start in zip(flats, vectors.starts, strict=True):
+            grads = [one.grad for one in flat.parameters]
+            length = flat.size * flat.grads.itemsize // vectors.grads.itemsize
+            flat.move(flat.params, vectors.grads[start : start + length].view(flat.grads.dtype))
+            for one, grad in zip(flat.parameters, grads, strict=True):
+                one.grad = grad
+        return vectors
+
+    def _exchange(self) -> None:
+        """Be told that backward is over: the gradients of all models are averaged."""
+        self._under_way = False
+        vectors, around = self._connect(), self.around
+        present = [one.gather().present for one in self.members]
+        vectors.flags.copy_(torch.from_numpy(np.concatenate(present)))
+        local = StepControl(1.0, 1.0, rank=around.group.rank, present=np.ones(1, np.bool_))
+        if self._policy.looks and (slot := self._first_non_finite()) is not None:
+            local = local.broken(slot)
+        pushed = self._shards.push(self._pushes, local)
+        self._pushes += 1
+        total = (pushed.total or local).named(local)
+        vectors.take_mean(around.group.world)
+        if self._policy.looks and vectors.grads.dtype is torch.float16 and not vectors.finite():
+            total = total.broken(ELSEWHERE)
+        broken: NonFiniteError | None = None
+        try:
+            self._policy.decide(total, around.step(), self._name)
+        except NonFiniteError as error:
+            broken = error
+        for one in self.members:
+            whole = broken is None or one.flat.first_non_finite() is None
+            one.note(None if whole else broken)
+        now: NDArray[np.bool_] = (vectors.flags > 0).cpu().numpy()
+        ends = np.cumsum([len(one) for one in present])[:-1]
+        for member, had, has in zip(self.members, present, np.split(now, ends), strict=True):
+            member.spread(had, has)
+
+    def _first_non_finite(self) -> int | None:
+        """Give the first slot of all models whose gradient is not finite; None: all are."""
+        first = 0
+        for one in self.members:
+            if (slot := one.flat.first_non_finite()) is not None:
+                return first + slot
+            first += len(one.flat.slots)
+        return None
+
+    def _name(self, slot: int) -> str:
+        names = [one.flat.name(n) for one in self.members for n in range(len(one.flat.slots))]
+        return names[slot]
+
+
+class ServerAverage(GradientAverage):
+    """
+    By servers that add gradients up.
+
+    Args:
+        model: see `GradientAverage`.
+        servers: the way to them.
+        number: see there.
+    """
+
+    def __init__(self, model: nn.Module, servers: ServerSum, number: int = 0) -> None:
+        super().__init__(model, servers.around, number)
+        self._servers = servers
+        servers.add(self)
+
+    @override
+    def _begin(self) -> None:
+        self._servers.begin()

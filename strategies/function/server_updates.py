@@ -1,0 +1,290 @@
+"""
+Has the servers of `ps-async` make a train function's updates, where its optimizer steps.
+
+    worker     forward, backward | step: push ─▶ ...  ◀─ newest parameters | forward ...
+    servers                             optimizer on each shard, with the step's lr and so on
+
+A worker's gradient is its own: it is clipped, scaled and looked at by torch's own functions, and
+each push is an update. The user's optimizer stays the object that it is. While it steps its
+parameters have no `.grad`, so that it moves nothing; its `state_dict()` is fetched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.function.exchange import Exchange
+from distplat.strategies.function.gradient_average import Surroundings, compare, take_over
+from distplat.strategies.function.optimizer_facts import REMEDY, OptimizerFacts
+from distplat.strategies.function.oversight import check_alike, not_prepared
+from distplat.strategies.loop.control import NonFiniteSteps, StepControl
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, USED
+from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
+from distplat.strategies.ports import LoopOptimizer, LoopShards, Pushed
+
+_LOOK_S = 0.1
+"""How often who is ready asks whether the others are."""
+
+
+class ServerUpdates(Exchange):
+    """
+    See the top of the file.
+
+    Args:
+        around: the run.
+        shards: the way to the servers; they are met at the first step.
+    """
+
+    together = False
+
+    def __init__(self, around: Surroundings, shards: LoopShards) -> None:
+        self._around, self._shards = around, shards
+        self._models: list[nn.Module] = []
+        self._optimizers: list[Optimizer] = []
+        self._hooks: list[RemovableHandle] = []
+        self._flat: FlatModel | None = None
+        self._policy = NonFiniteSteps.of(around.job)
+        self._pushes = self._stale_sum = 0
+        self._last = Pushed()
+
+    @property
+    @override
+    def models(self) -> list[nn.Module]:
+        return self._models
+
+    @override
+    def add(self, model: nn.Module, *, alone: bool) -> None:
+        self._refuse_later("a model")
+        why = "which waits for all ranks: here each goes at its own pace"
+        refuse_sync_batch_norm(model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")
+        group, named = self._around.group, [*model.named_parameters()]
+        facts = repr([(n, p.shape, p.dtype, p.requires_grad) for n, p in named])
+        compare(model, facts, group, named[0][1].device)
+        tensors = [one.data for one in [*model.parameters(), *model.buffers()] if one.numel()]
+        take_over(tensors, group)
+        self._models.append(model)
+
+    @override
+    def take(self, optimizer: Optimizer) -> None:
+        self._refuse_later("an optimizer")
+        OptimizerFacts([*self._optimizers, optimizer])
+        self._optimizers.append(optimizer)
+        self._hooks += [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(self._fetch_state),
+            optimizer.register_state_dict_post_hook(self._forget_state),
+            optimizer.register_load_state_dict_post_hook(self._state_loaded),
+        ]
+
+    def _refuse_later(self, what: str) -> None:
+        if self._flat is not None:
+            text = f"prepare() got {what} after the first step, when the servers have all there is"
+            hint = "prepare all models and optimizers before the first step"
+            raise SpecError(Problem(("task",), text, hint))
+
+    @override
+    def check(self, optimizer: Optimizer) -> None:
+        if self._flat is not None and [*map(_count, self._optimizers)] != self._counts:
+            text = "an optimizer got parameters after the first step, when the servers have all"
+            raise SpecError(Problem(("task",), text, "add them before the first step"))
+        if not any(one is optimizer for one in self._optimizers):
+            text = f"{type(optimizer).__name__}.step() would move parameters that the servers keep"
+            raise SpecError(Problem(("task",), text, "hand the optimizer to prepare(), too"))
+
+    @override
+    def enable(self, on: bool) -> None:
+        """Gradients are this rank's own in any case."""
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Push instead; what torch's own step finds afterwards has no gradient."""
+        if any(one is not None for one in (*args[1:], *kwargs.values())):
+            text = "step(closure) asks for the loss in the update, which is the servers' here"
+            raise SpecError(Problem(("task",), text, f"call backward() before step(), or {REMEDY}"))
+        mine = [one for group in optimizer.param_groups for one in group["params"]]
+        self._taken = [(one, one.grad) for one in mine]
+        found = getattr(optimizer, "found_inf", None)  # of a GradScaler, for a fused kernel
+        if found is None or not float(found):
+            scale = getattr(optimizer, "grad_scale", None)
+            self._push({id(one) for one in mine}, 1.0 if scale is None else 1.0 / float(scale))
+        for one in mine:
+            one.grad = None
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for one, grad in self._taken:
+            one.grad = grad
+        self._taken = []
+
+    @torch.no_grad()
+    def _push(self, mine: set[int], scale: float) -> None:
+        """Have the servers make an update of some parameters, and take the newest ones."""
+        flat, step = self._connect(), self._around.step()
+        self._check_unwritten(flat)
+        settings = self._facts.settings()
+        has = [id(one) in mine and one.grad is not None for one in flat.parameters]
+        present = np.array(has, np.bool_)
+        self._fill(flat, present)
+        flat.scale_gradients(scale)
+        rank = self._around.group.rank
+        local = StepControl(1.0, 1.0, rank=rank, present=present, settings=settings)
+        if self._policy.looks:
+            local = local.looked_at(flat)
+        self._policy.decide(local, step, flat.name)
+        self._last = self._shards.push(self._pushes, local)
+        self._pushes += 1
+        self._stale_sum += self._last.staleness
+        self._versions = _versions(flat)
+        self._around.done()
+
+    def _fill(self, flat: FlatModel, present: NDArray[np.bool_]) -> None:
+        for slot, one, has in zip(flat.slots, flat.parameters, present.tolist(), strict=True):
+            view = slot.view(flat.grads)
+            if has and one.grad is not None:
+                view.copy_(one.grad if one.grad.layout is torch.strided else one.grad.to_dense())
+            else:
+                view.zero_()
+
+    def _check_unwritten(self, flat: FlatModel) -> None:
+        """
+        See that nobody but the servers has changed the parameters.
+
+        Raises:
+            SpecError: names the first.
+        """
+        moved = flat.check_layout(self._around.step())
+        moved += [flat.name(slot) for slot in self._written(flat)]
+        if moved:
+            text = f"{moved[0]!r} was written to after the first step: the servers keep it"
+            hint = f"write, or load, before the first step; or {REMEDY}"
+            raise SpecError(Problem(("task",), text, hint))
+
+    def _written(self, flat: FlatModel) -> list[int]:
+        pairs = zip(_versions(flat), self._versions, strict=True)
+        return [slot for slot, (now, then) in enumerate(pairs) if now != then]
+
+    def _connect(self) -> FlatModel:
+        """Meet the servers, once; they go on with what rank 0's models and optimizers have."""
+        if self._flat is not None:
+            return self._flat
+        facts = OptimizerFacts(self._optimizers)
+        whole = self._models[0] if len(self._models) == 1 else nn.ModuleList(self._models)
+        named = {name: facts.group_of(one) for name, one in whole.named_parameters()}
+        self._check_all_known(whole)
+        grads = [(one, one.grad) for one in whole.parameters()]
+        self._flat = flat = FlatModel(whole, group_of=lambda name: named[name])
+        loop = LoopOptimizer(facts.own_loop, _state_of(flat, self._optimizers))
+        self._shards.connect_loop(flat, loop)
+        for one, grad in grads:
+            one.grad = grad
+        for optimizer in self._optimizers:
+            optimizer.state.clear()  # the servers have it
+        self._facts, self._versions = facts, _versions(flat)
+        self._counts = [_count(one) for one in self._optimizers]
+        return flat
+
+    def _check_all_known(self, whole: nn.Module) -> None:
+        known = {id(one) for one in whole.parameters()}
+        for optimizer in self._optimizers:
+            mine = [one for group in optimizer.param_groups for one in group["params"]]
+            if strange := [p for p in mine if p.requires_grad and id(p) not in known]:
+                raise not_prepared(optimizer, strange)
+
+    def _fetch_state(self, optimizer: Optimizer) -> None:
+        """Have the servers' state in the optimizer, for `state_dict()`."""
+        if self._flat is None:
+            return
+        state = self._shards.optimizer_state()
+        used = state.pop(USED, None)
+        mine = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        for place, (slot, one) in enumerate(
+            zip(self._flat.slots, self._flat.parameters, strict=True)
+        ):
+            if used is None or not used[place] or id(one) not in mine:
+                continue
+            for name, values in state.items():
+                if name.startswith(PER_PARAMETER):
+                    key, value = name.removeprefix(PER_PARAMETER), values[place].clone()
+                else:
+                    key, value = name, slot.view(values).clone().to(one.device)
+                optimizer.state[one][key] = value
+
+    def _forget_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        if self._flat is not None:
+            optimizer.state.clear()
+
+    def _state_loaded(self, optimizer: Optimizer) -> None:
+        if self._flat is not None:
+            text = "an optimizer got a state_dict after the first step: the servers have its state"
+            raise SpecError(Problem(("task",), text, f"load before the first step; or {REMEDY}"))
+
+    @override
+    def leave(self) -> None:
+        if not self._models or not self._optimizers:
+            return
+        self._connect()
+        while self._shards.leave():
+            self._around.done()
+            time.sleep(_LOOK_S)
+
+    @override
+    def settle(self) -> None:
+        if self._flat is None:
+            for model in self._models:
+                check_alike(model, self._around.group, "at the end")
+        elif not self._written(self._flat):  # else the loop has chosen what is its result
+            self._shards.refresh()
+
+    @override
+    def figures(self) -> dict[str, float]:
+        if not self._pushes:
+            return {}
+        return {
+            "staleness": float(self._last.staleness),
+            "staleness_mean": self._stale_sum / self._pushes,
+            "waiting_s": self._last.waiting_s,
+        }
+
+    @override
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _versions(flat: FlatModel) -> list[int]:
+    """Count the changes of each parameter by others than servers: those write into the vector."""
+    return [one._version for one in flat.parameters]
+
+
+def _count(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _state_of(flat: FlatModel, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Give what optimizers remember of a model, see `FlatOptimizer.state`."""
+    found: dict[str, Tensor] = {}
+    used = torch.zeros(len(flat.slots), dtype=torch.bool)
+    for place, (slot, one) in enumerate(zip(flat.slots, flat.parameters, strict=True)):
+        state = next((dict(o.state[one]) for o in optimizers if one in o.state), {})
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                continue
+            used[place] = True
+            if name not in NUMBERS:
+                whole = found.setdefault(name, torch.zeros_like(flat.params, device="cpu"))
+                slot.view(whole).copy_(value)
+            else:
+                zeros = torch.zeros(len(flat.slots), dtype=value.dtype)
+                found.setdefault(PER_PARAMETER + name, zeros)[place] = value
+    return {**found, USED: used} if found else {}

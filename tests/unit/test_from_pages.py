@@ -1,0 +1,72 @@
+"""Both sides of docs/from/lightning.md and docs/from/accelerate.md print what the page says."""
+
+import difflib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pages import DOCS, files_of
+
+from distplat import Trainer
+
+PAGES = ["lightning", "accelerate"]
+_CHANGED = {"lightning": 15, "accelerate": 10}
+
+
+def folder_of(page: str, tmp_path: Path) -> Path:
+    """Write a page's files."""
+    files = files_of(f"from/{page}.md")
+    assert [*files] == ["before.py", "after.py", "job.yaml"]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def promised(page: str) -> str:
+    (found,) = re.findall(r"print `(final loss [^`]+)`", (DOCS / f"from/{page}.md").read_text())
+    return str(found)
+
+
+def agree(printed: str, wanted: str) -> None:
+    loss = r"final loss ([\d.]+)"
+    (line,) = re.findall(r"final loss .*", printed)
+    (found,), (figure,) = re.findall(loss, line), re.findall(loss, wanted)
+    assert float(found) == pytest.approx(float(figure), abs=2e-4)
+    assert line.partition(",")[2] == wanted.partition(",")[2]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_before(page: str, tmp_path: Path) -> None:
+    pytest.importorskip(page)
+    folder = folder_of(page, tmp_path)
+    command = [sys.executable, "before.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    agree(done.stdout, promised(page))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+@pytest.mark.parametrize("page", PAGES)
+def test_after(
+    page: str, strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(page, tmp_path)
+    job: dict[str, Any] = yaml.safe_load((folder / "job.yaml").read_text())
+    made: dict[str, Any] = {}
+    exec((folder / "after.py").read_text(), made)
+    one = {"scaling": {"num_workers": 0}, "strategy": strategy, "storage_path": str(tmp_path)}
+    del job["task"]
+    Trainer({**job, **one}, made["train"], progress=False).fit()
+    agree(capsys.readouterr().out, promised(page))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_few_lines_change(page: str) -> None:
+    files = files_of(f"from/{page}.md")
+    before, after = (files[name].splitlines() for name in ("before.py", "after.py"))
+    new = [one for one in difflib.ndiff(before, after) if one.startswith("+ ") and one[2:].strip()]
+    assert len(new) <= _CHANGED[page], "\n".join(new)

@@ -1,0 +1,422 @@
+"""A train function under `ps-sync` and `ps-async`: real servers in this process."""
+
+import re
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from function_ranks import FunctionRun, call_on_ranks, function_job
+from test_train_function import (
+    Branches,
+    Make,
+    adagrad,
+    adam,
+    assert_equal,
+    data_of,
+    function_of,
+    loss_of,
+    model_of,
+    momentum,
+    plain,
+    resumable,
+)
+from torch import Tensor, nn
+from torch.autograd import backward
+from torch.utils.data import DataLoader
+
+import distplat
+from distplat.actors.local_actors import ELSEWHERE, HERE
+from distplat.platform.errors import NonFiniteError, ProtocolError, SpecError
+from distplat.platform.progress import StepReport
+
+SYNC = {"name": "ps-sync", "num_servers": 2}
+ASYNC = {"name": "ps-async", "num_servers": 2}
+
+Loop = Callable[[Mapping[str, Any]], object]
+
+
+def under(
+    strategy: Mapping[str, Any],
+    train: Loop,
+    workers: int,
+    **more: Any,
+) -> FunctionRun:
+    return call_on_ranks(train, job=function_job(workers, strategy=strategy), **more)
+
+
+def steps_of(model: nn.Module, optimizer: Any, number: int, rank: int = 0, world: int = 1) -> None:
+    """Make steps with this rank's samples of a batch of twelve."""
+    for step in range(number):
+        backward(loss_of(model, [one[12 * step :][:12][rank::world] for one in data_of().tensors]))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("home", [HERE, ELSEWHERE])
+@pytest.mark.parametrize("make", [adam, momentum, adagrad])
+@pytest.mark.parametrize("world", [1, 3])
+def test_ps_sync_gives_the_bits_of_ring_and_the_result_of_a_plain_loop(
+    world: int, make: Make, home: str
+) -> None:
+    loop = function_of(make, world, clip=0.5)
+    found = under(SYNC, loop, world, home=home).trained
+    ring = call_on_ranks(loop, world).trained[0]
+    for rank in range(world):
+        assert_equal(found[rank], plain(make, clip=0.5))
+        assert all(torch.equal(found[rank][name], value) for name, value in ring.items())
+
+
+def part_of(step: int, rank: int, world: int) -> list[Tensor]:
+    return [one[12 * step :][:12][rank::world] for one in data_of().tensors]
+
+
+def accumulated(model: nn.Module, rank: int, world: int) -> None:
+    optimizer = momentum(model.parameters())
+    for step in range(4):
+        with distplat.no_sync() if step < 3 and world > 1 else nullcontext():
+            backward(loss_of(model, part_of(step, rank, world)) / 4)
+    optimizer.step()
+
+
+def accumulated_in_every_backward(model: nn.Module, rank: int, world: int) -> None:
+    optimizer = momentum(model.parameters())
+    for step in range(4):
+        backward(loss_of(model, part_of(step, rank, world)) / 4)
+    optimizer.step()
+    optimizer.step()
+
+
+def scaled(model: nn.Module, rank: int, world: int) -> None:
+    """The gradient of one rank overflows in one step."""
+    optimizer = momentum(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step in range(4):
+        loss = loss_of(model, part_of(step, rank, world))
+        loss = loss * float("inf") if step == 1 and rank == 0 else loss
+        backward(scaler.scale(loss))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("strategy", [{"name": "ring"}, SYNC])
+@pytest.mark.parametrize("loop", [accumulated, accumulated_in_every_backward, scaled])
+def test_between_backward_and_step_gradients_are_those_of_all_ranks(
+    loop: Callable[[nn.Module, int, int], None], strategy: Mapping[str, Any]
+) -> None:
+    def train(config: Any) -> None:
+        place = distplat.get_context()
+        loop(distplat.prepare(model_of()), place.rank, place.world)
+
+    whole = model_of()
+    loop(whole, 0, 1)
+    assert_equal(under(strategy, train, 2).trained[1], whole.state_dict())
+
+
+@pytest.mark.parametrize("strategy", [{"name": "ring"}, SYNC, ASYNC])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_leaves_a_step_out_whoever_updates(
+    fused: bool, strategy: Mapping[str, Any]
+) -> None:
+    def loop(model: nn.Module) -> None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05, fused=fused)
+        if distplat_runs():
+            model, optimizer = distplat.prepare(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for step in range(4):
+            loss = loss_of(model, part_of(step, 0, 1)) * (float("inf") if step == 1 else 1.0)
+            backward(scaler.scale(loss))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+    def distplat_runs() -> bool:
+        return whole is not None
+
+    whole: nn.Module | None = None
+    plainly = model_of()
+    loop(plainly)
+    whole = plainly
+    run = under(strategy, lambda config: loop(model_of()), 1)
+    assert_equal(run.trained[0], whole.state_dict())
+
+
+def test_two_models_of_several_types_and_parameters_without_gradient() -> None:
+    def train(config: Any) -> None:
+        first = distplat.prepare(Branches())
+        second = distplat.prepare(nn.Linear(1, 1).float())
+        rest(first, second, distplat.get_context().rank, 2)
+
+    def rest(first: nn.Module, second: nn.Module, rank: int, world: int) -> None:
+        with torch.no_grad():
+            for one in [*first.parameters(), *second.parameters()]:
+                one.fill_(0.5)
+        optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], 0.1, 0.9)
+        inputs = data_of().tensors[0][:4]
+        for step in range(3):
+            both = step == 1 and world > 1 and rank == 1
+            found = first(inputs[rank::world], both=both) if world > 1 else _whole(first, step)
+            backward(second(found.float()).square().mean())
+            has = [one.weight.grad is not None for one in first.branches]  # type: ignore[union-attr]
+            assert has == [True, step == 1, False]
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _whole(first: nn.Module, step: int) -> Tensor:
+        inputs = data_of().tensors[0][:4]
+        halves = [first(inputs[r::2], both=step == 1 and r == 1) for r in range(2)]
+        return torch.cat(halves)
+
+    one, two = Branches(), nn.Linear(1, 1).float()
+    rest(one, two, 0, 1)
+    wanted = {f"0.{k}": v for k, v in one.state_dict().items()}
+    wanted |= {f"1.{k}": v for k, v in two.state_dict().items()}
+    found = under(SYNC, train, 2).trained[1]
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rank_with_fewer_backwards_is_named() -> None:
+    def train(config: Any) -> None:
+        rank = distplat.get_context().rank
+        model = distplat.prepare(model_of())
+        steps_of(model, momentum(model.parameters()), 3 - rank, rank, 2)
+
+    with pytest.raises(ProtocolError, match="the train function of worker-1 is over"):
+        under(SYNC, train, 2)
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    def train(config: Any) -> None:
+        first, second = distplat.prepare(nn.Linear(4, 4).double(), model_of())
+        infinite = float("inf") if distplat.get_context().rank else 1.0
+        optimizer = momentum(second.parameters())
+        backward(second(first(data_of().tensors[0][:2])).mean() * infinite)
+        optimizer.step()
+
+    with pytest.raises(NonFiniteError, match=r"rank 1.*weight|weight"):
+        under(SYNC, train, 2)
+
+
+def write(model: nn.Module, optimizer: Any) -> None:
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+
+
+def replace(model: nn.Module, optimizer: Any) -> None:
+    next(model.parameters()).data = torch.ones(6, 4).double()
+
+
+def set_flag(model: nn.Module, optimizer: Any) -> None:
+    optimizer.param_groups[0]["nesterov"] = True
+
+
+LATE: dict[str, Callable[[nn.Module, Any], object]] = {
+    "a model": lambda model, optimizer: distplat.prepare(nn.Linear(1, 1)),
+    "an optimizer": lambda model, optimizer: distplat.prepare(adam(model.parameters())),
+    "unprepared": lambda model, optimizer: adam(model.parameters()).step(),
+    "written": write,
+    "replaced": replace,
+    "loaded": lambda model, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+    "a flag": set_flag,
+    "a group": lambda model, optimizer: optimizer.add_param_group(
+        {"params": [nn.Parameter(torch.ones(1))]}
+    ),
+    "a closure": lambda model, optimizer: optimizer.step(lambda: 1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind", "text"),
+    [
+        (SYNC, "a model", "prepare all models before the first backward"),
+        (ASYNC, "a model", "prepare all models and optimizers before the first step"),
+        (ASYNC, "an optimizer", "prepare all models and optimizers before the first step"),
+        (ASYNC, "unprepared", "hand the optimizer to prepare"),
+        (ASYNC, "written", "'0.weight' was written to after the first step"),
+        (ASYNC, "replaced", "'0.weight' was written to after the first step"),
+        (ASYNC, "loaded", "got a state_dict after the first step"),
+        (ASYNC, "a flag", "nesterov of an optimizer has changed"),
+        (ASYNC, "a group", "got parameters after the first step"),
+        (ASYNC, "a closure", r"step\(closure\)"),
+    ],
+)
+def test_what_servers_cannot_follow_is_refused(
+    strategy: Mapping[str, Any], kind: str, text: str
+) -> None:
+    def train(config: Any) -> None:
+        model = model_of()
+        optimizer = momentum(model.parameters())
+        model, optimizer = distplat.prepare(model, optimizer)
+        steps_of(model, optimizer, 1)
+        LATE[kind](model, optimizer)
+        steps_of(model, optimizer, 1)
+
+    with pytest.raises(SpecError) as caught:
+        under(strategy, train, 1)
+    said = " ".join([str(caught.value), *(one.hint for one in caught.value.problems)])
+    assert re.search(text, said), said
+
+
+class Mine(torch.optim.SGD):
+    """A class of the user's."""
+
+
+def decoupled(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, decoupled_weight_decay=True)
+
+
+@pytest.mark.parametrize(
+    ("makes", "text"),
+    [
+        ([lambda p: Mine(p, lr=0.1)], "no updates of Mine"),
+        ([lambda p: torch.optim.LBFGS(p)], "no updates of LBFGS"),
+        ([decoupled], "decoupled_weight_decay=True"),
+        ([adam, momentum], "one class of optimizer, and got AdamW, SGD"),
+    ],
+)
+def test_optimizers_that_servers_have_not_are_refused(makes: list[Make], text: str) -> None:
+    def train(config: Any) -> None:
+        model = model_of()
+        layers = [one for one in model.children() if isinstance(one, nn.Linear)]
+        optimizers = [make(one.parameters()) for make, one in zip(makes, layers, strict=False)]
+        distplat.prepare(model, *optimizers)
+
+    with pytest.raises(SpecError, match=text):
+        under(ASYNC, train, 1)
+
+
+def in_groups(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    """Two groups with a schedule that changes lr and momentum."""
+    weights = [one for one in model.parameters() if one.ndim > 1]
+    biases = [one for one in model.parameters() if one.ndim == 1]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "nesterov": True}]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.8)
+    rates = [0.05, 0.02]
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=4)
+
+
+@pytest.mark.parametrize("home", [HERE, ELSEWHERE])
+def test_one_rank_of_ps_async_is_a_plain_loop(home: str) -> None:
+    for make in (adam, momentum, adagrad, lambda p: torch.optim.RMSprop(p, lr=0.01)):
+        run = under(ASYNC, function_of(make, 1, clip=0.5), 1, home=home)
+        assert_equal(run.trained[0], plain(make, clip=0.5))
+
+    def loop(model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        for _ in range(4):
+            steps_of(model, optimizer, 1)
+            scheduler.step()
+
+    def train(config: Any) -> None:
+        model = model_of()
+        loop(*distplat.prepare(model, *in_groups(model)))
+
+    whole = model_of()
+    loop(whole, *in_groups(whole))
+    assert_equal(under(ASYNC, train, 1, home=home).trained[0], whole.state_dict())
+
+
+def test_two_optimizers_of_two_models_step_by_turns_on_servers() -> None:
+    def loop(first: nn.Module, second: nn.Module, one: Any, two: Any) -> None:
+        for step in range(4):
+            backward(second(first(data_of().tensors[0][:6])).square().mean())
+            (two if step % 2 else one).step()
+            one.zero_grad()
+            two.zero_grad()
+
+    def make() -> tuple[Any, ...]:
+        first, second = model_of(3), nn.Linear(1, 1).double()
+        nn.init.ones_(second.weight)
+        nn.init.zeros_(second.bias)
+        return first, second, adam(first.parameters()), adam(second.parameters())
+
+    whole = make()
+    loop(*whole)
+    wanted = {f"{n}.{k}": v for n in (0, 1) for k, v in whole[n].state_dict().items()}
+    run = under(ASYNC, lambda config: loop(*distplat.prepare(*make())), 1)
+    assert_equal(run.trained[0], wanted)
+
+
+def test_the_state_of_a_checkpoint_goes_from_one_strategy_to_another() -> None:
+    """The servers' state is in `state_dict()`, as torch has it."""
+    whole = call_on_ranks(resumable(4)).trained[0]
+    strategies: list[Mapping[str, Any]] = [{"name": "ring"}, SYNC, ASYNC]
+    for before in strategies:
+        half = under(before, resumable(2), 1)
+        for after in strategies:
+            rest = under(after, resumable(4), 1, saved=half.checkpoints[2])
+            assert_equal(rest.trained[0], whole)
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_ranks_run_no_further_apart_than_the_bound_and_learn(bound: int) -> None:
+    made = [0, 0, 0]
+    apart: list[int] = []
+    lock = threading.Lock()
+
+    def train(config: Any) -> None:
+        rank = distplat.get_context().rank
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        loader = DataLoader(data_of(), batch_size=4)
+        model, optimizer, loader = distplat.prepare(model, optimizer, loader)
+        for _ in range(4):
+            for batch in loader:
+                loss = loss_of(model, batch)
+                backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                with lock:
+                    made[rank] += 1
+                    apart.append(max(made) - min(made))
+                distplat.report({"loss": loss})
+
+    run = under({**ASYNC, "staleness": bound}, train, 3)
+    # Who is counted as one behind may have its answer already.
+    assert max(apart) <= bound + 1
+    reports = [one for one in run.reports if isinstance(one, StepReport)]
+    learned = model_of()
+    learned.load_state_dict(run.trained[0])
+    assert loss_of(learned, data_of()[:]) < 0.8 * loss_of(model_of(), data_of()[:])
+    assert reports[-1].figures["staleness"] >= 0.0
+    assert all(torch.equal(run.trained[0][k], v) for k, v in run.trained[2].items()), "the newest"
+
+
+def test_a_rank_that_is_done_holds_nobody_up() -> None:
+    def train(config: Any) -> None:
+        rank = distplat.get_context().rank
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        model, optimizer = distplat.prepare(model, optimizer)
+        steps_of(model, optimizer, 3 * rank)
+
+    first, second, _ = under({**ASYNC, "staleness": 0}, train, 3).trained
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+def test_best_weights_that_a_loop_loads_at_its_end_are_the_result() -> None:
+    def train(config: Any) -> None:
+        model = model_of()
+        optimizer = adam(model.parameters())
+        model, optimizer = distplat.prepare(model, optimizer)
+        steps_of(model, optimizer, 2)
+        model.load_state_dict(model_of(7).state_dict())
+
+    assert_equal(under(ASYNC, train, 1).trained[0], model_of(7).state_dict())
+
+
+def test_a_parameter_of_no_prepared_model_is_refused_on_one_rank_too() -> None:
+    def train(config: Any) -> None:
+        model, loose = model_of(), nn.Parameter(torch.ones(1).double())
+        optimizer = momentum([*model.parameters(), loose])
+        model, optimizer = distplat.prepare(model, optimizer)
+        backward((loss_of(model, data_of()[:4]) * loose).sum())
+        optimizer.step()
+
+    with pytest.raises(SpecError, match=r"would move a parameter of no model"):
+        under(ASYNC, train, 1)

@@ -1,0 +1,105 @@
+"""Files that a task imports are shipped with it, or the job is refused before the upload."""
+
+from pathlib import Path
+
+import pytest
+
+from distplat.cli.join import ignores
+from distplat.cli.own_imports import left_out
+from distplat.cli.shipping import EXCLUDES, check_imports, measure
+from distplat.platform.errors import SpecError
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def missing(folder: Path, *gone: str, task: str = "train:Net") -> set[tuple[str, str, int]]:
+    """Give file, importer and line, where all but `gone` is shipped."""
+    shipped = {path for path in folder.rglob("*") if path.is_file()}
+    shipped -= {folder / name for name in gone}
+
+    def name(path: Path) -> str:
+        return path.relative_to(folder).as_posix()
+
+    found = left_out(task, folder, shipped)
+    return {(name(one.path), name(one.importer), one.line) for one in found}
+
+
+@pytest.mark.parametrize(
+    ("line", "gone"),
+    [
+        ("import helpers", "helpers.py"),
+        ("import numpy, helpers as h", "helpers.py"),
+        ("from helpers import a", "helpers.py"),
+        ("from pkg import part", "pkg/part.py"),
+        ("from pkg.part import x", "pkg/part.py"),
+        ("import pkg.part", "pkg/__init__.py"),
+        ("from pkg.inner import deep", "pkg/inner/deep.py"),
+        ("def f():\n    import helpers", "helpers.py"),
+        ("from helpers import *", "helpers.py"),
+    ],
+)
+def test_each_form_of_import(tmp_path: Path, line: str, gone: str) -> None:
+    files = dict.fromkeys(("helpers.py", "pkg/__init__.py", "pkg/part.py", "pkg/inner/deep.py"), "")
+    write(tmp_path, {"train.py": f"\n{line}\n", **files})
+    at = 3 if "def" in line else 2
+    assert missing(tmp_path, gone) == {(gone, "train.py", at)}
+    assert not missing(tmp_path)
+
+
+def test_imports_of_imports_are_followed_and_relative_ones_too(tmp_path: Path) -> None:
+    files = {
+        "jobs/__init__.py": "",
+        "jobs/train.py": "from . import model\nfrom .model import Net\n",
+        "jobs/model.py": "from ..common import layers\n",
+        "jobs/deep/__init__.py": "",
+        "common/layers.py": "import train_tools\nimport layers\n",  # a loop, and nobody's
+        "train_tools.py": "",
+    }
+    write(tmp_path, files)
+    found = missing(tmp_path, "train_tools.py", task="jobs.train:Net")
+    assert found == {("train_tools.py", "common/layers.py", 1)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "try:\n    import local\nexcept ImportError:\n    local = None\n",
+        "try:\n    import local\nexcept:\n    local = None\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import local\n",
+        "import locale\n",
+        "import local_settings_of_somebody_else\n",
+    ],
+)
+def test_what_may_be_missing_is_not_missed(tmp_path: Path, text: str) -> None:
+    write(tmp_path, {"train.py": text, "local.py": ""})
+    assert not missing(tmp_path, "local.py")
+
+
+def test_a_file_that_python_cannot_read_is_not_ours_to_judge(tmp_path: Path) -> None:
+    write(tmp_path, {"train.py": "import broken, installed\n", "broken.py": "def ("})
+    assert not missing(tmp_path)
+    assert not missing(tmp_path, task="elsewhere:Net")
+
+
+def test_the_job_is_refused_with_file_line_and_remedy(tmp_path: Path) -> None:
+    files = {
+        "train.py": "import data_tools\nfrom runs import curve\n",
+        "data_tools.py": "",
+        "runs/curve.py": "",
+        ".gitignore": "data_*\n",
+    }
+    write(tmp_path, files)
+    package = measure(tmp_path, EXCLUDES, ignores)
+    with pytest.raises(SpecError) as raised:
+        check_imports("train:Net", package)
+    first, second = sorted(str(one) for one in raised.value.problems)
+    assert first.startswith("--working-dir: data_tools.py, which train.py:1 imports, is not")
+    assert "a .gitignore, a .rayignore or `excludes` lists it" in first
+    assert "runs/curve.py, which train.py:2 imports" in second and "runs is never shipped" in second
+    (tmp_path / ".gitignore").write_text("train.py\n")
+    with pytest.raises(SpecError, match=r"train\.py, which the task imports, is not shipped"):
+        check_imports("train:Net", measure(tmp_path, EXCLUDES, ignores))
