@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from distplat.platform.fields import Flag, Folder, Spec
 
@@ -47,10 +47,15 @@ class EMA(Spec):
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
 
+def _listed(value: object) -> object:
+    """Take one path for a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 class InitialWeights(Spec):
     """Weights that a run begins from, instead of those that the task's model() has made."""
 
-    path: Folder | Annotated[tuple[Folder, ...], Field(min_length=1)]
+    path: Annotated[tuple[Folder, ...], BeforeValidator(_listed), Field(min_length=1)]
     """A file `.safetensors` or `.pt`, or a directory or URL with one, such as a Hugging Face
     checkpoint or a run directory; relative to the task's folder. Every worker reads it. Or a list
     of them, such as a base and adapters: of a name that several have the last one counts."""

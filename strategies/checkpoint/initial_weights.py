@@ -15,7 +15,7 @@ import json
 import logging
 import pickle
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,30 +81,39 @@ def initial_weights(job: Job, model: nn.Module, extra: Mapping[str, Tensor]) -> 
         state = {**model.state_dict(keep_vars=True), **extra}
         mine = {name: one for name, one in state.items() if isinstance(one, Tensor)}
         found = _renamed(found, mine)
-        _check(found, mine, wanted)
-        of_model = {name: one for name, one in found.items() if name not in extra}
+        _check_tensors(found, mine, wanted)
+        missing, unknown = sorted(mine.keys() - found.keys()), sorted(found.keys() - mine.keys())
         if not any(one.is_meta for one in mine.values()):
-            model.load_state_dict(of_model, strict=False)
-        for name in extra.keys() & found.keys():
-            extra[name].data.copy_(found[name])
+            missing, unknown = _filled(model, extra, found)
+        _check_names(_but_for_tied(missing, mine), unknown, {*found}, wanted)
         return {name: one.clone() for name, one in found.items() if name in mine}
+
+
+def _filled(
+    model: nn.Module, extra: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> tuple[list[str], list[str]]:
+    """Fill a model as torch does, whose modules may know older names; give what one side lacks."""
+    try:
+        left = model.load_state_dict({k: v for k, v in found.items() if k not in extra}, False)
+    except RuntimeError as error:
+        raise _problem(f"they are of another model: {_reason(error)}") from None
+    for name in extra.keys() & found.keys():
+        extra[name].data.copy_(found[name])
+    missing = [*left.missing_keys, *(extra.keys() - found.keys())]
+    return sorted(missing), sorted(left.unexpected_keys)
 
 
 def _together(wanted: InitialWeights, folder: Path, limit_s: float) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for number, path in enumerate(_paths(wanted)):
+    for number, path in enumerate(wanted.path):
         place = folder / str(number)
         place.mkdir()
         found |= _read(_on_disk(path, place, limit_s))
     return found
 
 
-def _paths(wanted: InitialWeights) -> tuple[str, ...]:
-    return (wanted.path,) if isinstance(wanted.path, str) else wanted.path
-
-
 def _said(wanted: InitialWeights) -> str:
-    return " and ".join(_paths(wanted))
+    return " and ".join(wanted.path)
 
 
 def fill_part(
@@ -241,23 +250,37 @@ def _renamed(found: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> dict[st
     return renamed
 
 
-def _check(found: Mapping[str, Tensor], mine: Mapping[str, Tensor], wanted: InitialWeights) -> None:
-    """Compare names and shapes; say what is passed over."""
-    shapes = [
-        f"{name!r} is {[*found[name].shape]} there, {[*mine[name].shape]} in the model"
-        for name in sorted(found.keys() & mine.keys())
-        if found[name].shape != mine[name].shape
+def _check_tensors(
+    found: Mapping[str, Tensor], mine: Mapping[str, Tensor], wanted: InitialWeights
+) -> None:
+    """Compare shapes and kinds: whole numbers for weights are those of a quantized model."""
+    there = sorted(found.keys() & mine.keys())
+    others = [
+        f"{name!r} is {_kind(found[name])} there, {_kind(mine[name])} in the model"
+        for name in there
+        if _kind(found[name]) != _kind(mine[name])
     ]
-    if shapes:
-        raise _problem(f"{_said(wanted)} is of another model: {_listed(shapes)}")
+    if others:
+        raise _problem(f"{_said(wanted)} is of another model: {_listed(others)}")
     _check_shared(found, mine, wanted)
-    missing, unknown = _missing(found, mine), sorted(found.keys() - mine.keys())
+
+
+def _kind(tensor: Tensor) -> str:
+    """Say what must be alike; a float may have any number of bits."""
+    number = "" if tensor.is_floating_point() else "whole numbers "
+    return f"{'complex ' if tensor.is_complex() else number}{[*tensor.shape]}"
+
+
+def _check_names(
+    missing: Sequence[str], unknown: Sequence[str], found: Set[str], wanted: InitialWeights
+) -> None:
+    """Say what one side lacks."""
     if not missing and not unknown:
         return
     lines = [f"no {name!r} in the file{_near(name, unknown)}" for name in missing]
     lines += [f"no {name!r} in the model" for name in unknown]
     text = f"{_said(wanted)}: {_listed(lines, of=len(missing))}"
-    if not found.keys() & mine.keys():
+    if found <= {*unknown}:
         raise _problem(text, _prefix(unknown, missing) or "it has none of the model's names")
     if wanted.strict:
         advice = _prefix(unknown, missing)
@@ -286,10 +309,10 @@ def _shared(mine: Mapping[str, Tensor]) -> Iterator[list[str]]:
     return (names for names in places.values() if len(names) > 1)
 
 
-def _missing(found: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> list[str]:
-    """Give the names that the file lacks, but for those of tensors that it has by another name."""
-    known = {id(mine[name]) for name in found.keys() & mine.keys()}
-    return sorted(name for name, tensor in mine.items() if id(tensor) not in known)
+def _but_for_tied(missing: Sequence[str], mine: Mapping[str, Tensor]) -> list[str]:
+    """Leave out the names of tensors that the file has by another name."""
+    known = {id(tensor) for name, tensor in mine.items() if name not in missing}
+    return [name for name in missing if name not in mine or id(mine[name]) not in known]
 
 
 def _near(name: str, unknown: Iterable[str]) -> str:

@@ -38,6 +38,41 @@ class Blobs(Task):
         return {"accuracy": (outputs.argmax(-1) == targets).float().mean()}
 
 
+class Spread:
+    """Metric with state: the standard deviation of all outputs, which is no mean over batches."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def update(self, outputs: Tensor) -> None:
+        self.seen.append(outputs)
+
+    def merge(self, other: "Spread") -> None:
+        self.seen += other.seen
+
+    def compute(self) -> Tensor:
+        return torch.cat(self.seen).std()
+
+
+class Tuned(Blobs):
+    """With a first layer that is not trained, and a metric with state."""
+
+    def __init__(self) -> None:
+        self.spread = Spread()
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        next(model.children()).requires_grad_(False)
+        return model
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        self.spread.update(outputs)
+        return {"spread": self.spread}
+
+
 def first_to_come(marker: str) -> bool:
     """Say whether no other process has asked yet."""
     try:

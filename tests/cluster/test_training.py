@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from local_run import train as train_in_memory
 from marks import slow
+from safetensors.numpy import load_file
 from small_runs import HERE, distance, job, train, weights
-from tasks_for_tests import Big, Blobs
+from tasks_for_tests import Big, Blobs, Tuned
 
 from distplat import Callback, Result
 from distplat.platform.checkpoints import Catalogue, flaws
@@ -49,6 +51,34 @@ def test_ring_equals_one_process_and_repeats(alone: np.ndarray[Any, Any], tmp_pa
 
 def test_servers_equal_one_process(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
     equals_one_process({"name": "ps-sync", "num_servers": 2}, alone, tmp_path)
+
+
+def test_a_frozen_layer_from_a_file_float16_and_a_metric_with_state(tmp_path: Path) -> None:
+    """What of it goes over Ray: the workers' own group, the checkpoint, the file."""
+    base = train_in_memory(make_job(job("ring", 1, steps=2, epochs=None)), Blobs).parameters()
+    torch.save(base, tmp_path / "base.pt")
+    fields: dict[str, Any] = {
+        "task": "tasks_for_tests:Tuned",
+        "initial_weights": str(tmp_path / "base.pt"),
+        "checkpoint": {"every_steps": 6, "trained_only": True},
+        "precision": "fp16",
+        "epochs": None,
+    }
+    result = train(job("ps-sync", 2, steps=6, **fields), tmp_path)
+    in_memory = train_in_memory(make_job(job("ps-sync", 2, steps=12, **fields)), Tuned)
+    expected = in_memory.parameters()
+    again = train(job("ps-sync", 2, steps=12, **fields), tmp_path, resume=result.path)
+    assert again.checkpoint is not None
+    found = load_file(again.checkpoint)
+    assert {*found} == {"2.weight", "2.bias"}
+    assert all(found[name].tobytes() == expected[name].numpy().tobytes() for name in found)
+    model = in_memory.ranks[0].prepared.flat.model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        data: Any = Tuned().train_data()
+        inputs = torch.stack([one[0] for one in data])
+        spread = float(model(inputs).float().std())
+    assert again.evaluations[-1].metrics["spread"] == pytest.approx(spread, rel=1e-2)
+    assert torch.equal(expected["0.weight"], base["0.weight"])
 
 
 @pytest.mark.slow

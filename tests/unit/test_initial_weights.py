@@ -197,6 +197,26 @@ def test_another_model_is_told_by_name(tmp_path: Path) -> None:
     assert "two of its names are '0.weight'" in refused(in_pt(twice, tmp_path))
 
 
+def test_other_kinds_of_numbers_are_another_model(tmp_path: Path) -> None:
+    quantized = {name: value.to(torch.int8) for name, value in base().items()}
+    said = refused(in_pt(quantized, tmp_path))
+    assert "'0.weight' is whole numbers [6, 4] there, [6, 4] in the model" in said
+
+
+def test_names_that_torch_knows_from_before_are_known(tmp_path: Path) -> None:
+    class Normed(Small):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+
+    state = {"0.weight_g": torch.ones(3, 1), "0.weight_v": torch.ones(3, 4)}
+    state["0.bias"] = torch.full((3,), 5.0)
+    tiny = {"name": "SGD", "lr": 1e-12}
+    of = job_of("ring", initial_weights=str(in_pt(state, tmp_path)), optimizer=tiny, steps=1)
+    found = first_step(train(of, Normed))
+    assert torch.allclose(found["0.parametrizations.weight.original0"], state["0.weight_g"])
+    assert torch.allclose(found["0.parametrizations.weight.original1"], state["0.weight_v"])
+
+
 def test_part_of_a_model_is_taken_if_asked(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
