@@ -43,13 +43,15 @@ from distplat.platform.errors import (
     Interrupted,
     NotReadyError,
 )
-from distplat.platform.progress import Summary
+from distplat.platform.progress import StepSummary, Summary
 from distplat.platform.scaling import NOBODY_ASKED, ScaleRequest, ScaleStatus
 from distplat.platform.tensor_slices import Bytes
 from distplat.strategies.sparse.files import keep_tables
 
 logger = logging.getLogger(__name__)
 
+_MOST = 100_000
+"""Events that wait for a driver that does not ask, some 50 MB."""
 _FETCH_S = 60.0
 """How long a part of a checkpoint may take to come from its node."""
 _BEGIN_S = 5.0
@@ -96,7 +98,7 @@ class ControllerActor:
 
     def __init__(self, name: str, submission: str | None = None) -> None:
         self._name, self._submission = name, submission
-        self._outbox: Outbox[RunEvent] = Outbox()
+        self._outbox: Outbox[RunEvent] = Outbox(_MOST, _spare)
         self._controller: Controller | None = None
         self._beginning = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -172,6 +174,9 @@ class ControllerActor:
             hold_s: how long to wait for something to tell.
         """
         events = self._outbox.take(number, hold_s)
+        left_out = self._outbox.left_out()
+        if left_out:
+            logger.warning("%d steps and log lines are not told: the driver was away", left_out)
         over = self._outbox.drained  # after them: what is told again is not all there is
         return RunNews(events, over, self._error if over else None)
 
@@ -263,6 +268,11 @@ class ControllerActor:
             _keep_log(actor_group, keep)
         if launch.job.embeddings is not None and launch.job.checkpoint.save_final:
             keep_tables(sources_of(actor_group, launch.job), launch.job.seed, keep)
+
+
+def _spare(event: RunEvent) -> bool:
+    """Say whether a driver that is away may miss it: memory ends before a long run does."""
+    return isinstance(event, StepSummary | logging.LogRecord)
 
 
 class _Sender(QueueHandler):

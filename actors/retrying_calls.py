@@ -182,9 +182,18 @@ Item = TypeVar("Item")
 
 
 class Outbox(Generic[Item]):
-    """Things to be told, from any thread, to one who asks."""
+    """
+    Things to be told, from any thread, to one who asks.
 
-    def __init__(self) -> None:
+    Args:
+        most: so many may wait to be told; above, what `spare` says yes to is counted, not kept.
+        spare: whether a thing may be left out; by default none may.
+    """
+
+    def __init__(
+        self, most: int = 100_000, spare: Callable[[Item], bool] = lambda item: False
+    ) -> None:
+        self._most, self._spare, self._left_out = most, spare, 0
         self._changed = threading.Condition()
         self._fresh: deque[Item] = deque()
         self._last: list[Item] = []  #: the answer to the last question
@@ -194,8 +203,17 @@ class Outbox(Generic[Item]):
     def put(self, item: Item) -> None:
         """Have something told."""
         with self._changed:
+            if len(self._fresh) >= self._most and self._spare(item):
+                self._left_out += 1
+                return
             self._fresh.append(item)
             self._changed.notify_all()
+
+    def left_out(self) -> int:
+        """Give how many things nobody will be told since this was asked last."""
+        with self._changed:
+            count, self._left_out = self._left_out, 0
+            return count
 
     def close(self) -> None:
         """Nothing more will come: nobody is to wait."""

@@ -5,6 +5,7 @@ Frames of ours, and those of torch that only pass a call on, are left out, of ca
 of a loader process comes as text inside another one; what is shown is the error itself.
 """
 
+import os
 import re
 import sys
 import traceback
@@ -19,13 +20,22 @@ _OURS = [
     for part in ("platform", "strategies", "actors", "cli")
 ]
 """Where our code lies: behind the links of a clone, or in the package itself once installed."""
-_PASSES_ON = ("nn/modules/module.py", "utils/data/", "utils/_contextlib.py", "_utils.py")
+_PASSES_ON = (
+    *("nn/modules/module.py", "utils/data/", "utils/_contextlib.py", "_utils.py"),
+    *("storage.py", "multiprocessing/"),
+)
 """What of torch stands between a caller and the user's code, below torch's own folder."""
 _LOADER = "Original Traceback (most recent call last):\n"
 """Where torch puts the error of a loader process into the text of another one."""
 
 _KILLED = re.compile(r"DataLoader worker \(pid[^)]*\) is killed by signal: Killed")
 """SIGKILL comes from the system: no code of the user's sends it to its own process."""
+
+_SHARED_MEMORY = (
+    *("unable to allocate shared memory", "unable to write to file </torch_"),
+    *("unable to open shared memory object", "is killed by signal: Bus error"),
+)
+"""How torch says that a loader process found no room for a batch."""
 
 _COLLATE = (
     "samples of a batch are put together by torch's default_collate: they must have one shape and "
@@ -142,4 +152,16 @@ def _remedy(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return "sys.exit() was called: code of a task returns, or raises what went wrong"
     text = str(error)
+    if any(part in text for part in _SHARED_MEMORY):
+        return _more_shared_memory()
     return next((remedy for part, remedy in _REMEDIES if part in text), "")
+
+
+def _more_shared_memory() -> str:
+    found = os.statvfs("/dev/shm")
+    size = found.f_frsize * found.f_blocks // 2**20
+    return (
+        f"loader processes hand batches over in /dev/shm, which has {size} MiB here and is full: "
+        "give a container more (docker: `--shm-size 8g`, Kubernetes: an emptyDir of medium Memory "
+        "at /dev/shm), load smaller batches, or in the worker itself with `data.num_workers: 0`"
+    )

@@ -3,14 +3,17 @@
 import os
 import shlex
 import time
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from distplat.cli import remote
+from distplat.cli import remote, run_folders
 from distplat.cli.address import VERSION_KEY, Info, target_of
 from distplat.cli.render import print_pairs, print_result, print_table, to_json
+from distplat.cli.run_folders import local_runs, run_called
 from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
 from distplat.platform.errors import (
     ClusterUnreachable,
@@ -57,7 +60,7 @@ def list_jobs(
     address: str | None, *, status: str | None, limit: int, every: bool, as_json: bool
 ) -> None:
     """
-    Print the jobs of a cluster, newest first.
+    Print the jobs of a cluster, newest first; without an address also the runs below `runs/`.
 
     Args:
         address: where; None: environment, or this machine.
@@ -74,15 +77,23 @@ def list_jobs(
         raise SpecError(
             Problem(("--status",), f"unknown {status!r}", hint(wanted, remote.STATUSES))
         )
-    found = [
-        job
-        for job in open_jobs(address).list()
-        if (every or VERSION_KEY in (job["metadata"] or {})) and wanted in (None, job["status"])
-    ][:limit]
+    named = bool(target_of(address, os.environ).origin)
+    here = [] if named else local_runs(limit, wanted)
+    try:
+        found = [
+            _facts(job)
+            for job in open_jobs(address).list()
+            if (every or VERSION_KEY in (job["metadata"] or {})) and wanted in (None, job["status"])
+        ]
+    except ClusterUnreachable:
+        if not here:
+            raise
+        found = []
+    shown = sorted([*found, *here], key=lambda one: -(one["start_time"] or 0))[:limit]
     if as_json:
-        print(to_json({"version": OUTPUT_VERSION, "jobs": [_facts(job) for job in found]}))
+        print(to_json({"version": OUTPUT_VERSION, "jobs": shown}))
         return
-    rows = [[row[name] for name in _COLUMNS] for row in map(_row, found)]
+    rows = [[row[name] for name in _COLUMNS] for row in map(_row, shown)]
     print_table([name.upper() for name in _COLUMNS], rows)
 
 
@@ -133,7 +144,7 @@ def _look_up(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None
 
 
 def _pairs(info: Info) -> list[tuple[str, str]]:
-    row = _row(info)
+    row = _row(_facts(info))
     code = info["driver_exit_code"]
     pairs = [(name, row[name]) for name in _COLUMNS]
     if code is not None:
@@ -145,13 +156,20 @@ def _pairs(info: Info) -> list[tuple[str, str]]:
 
 def print_logs(address: str | None, job_id: str, *, follow: bool) -> None:
     """
-    Print a job's log; with `follow` until the job ends.
+    Print a job's log; with `follow` until the job ends. A run below `runs/` is one, too.
 
     Raises:
         typer.Exit: it was followed, and failed or was left; carries the exit code of the job.
     """
-    jobs = open_jobs(address)
-    remote.find(jobs, job_id)
+    try:
+        jobs = open_jobs(address)
+        remote.find(jobs, job_id)
+    except (SpecError, ClusterUnreachable):
+        path = run_called(job_id)
+        if path is None or address is not None:
+            raise
+        _print_run_logs(path, follow=follow)
+        return
     reader = remote.LogReader(lambda line: print(printable(line), flush=True))
     if not follow:
         for line in remote.clean_lines(jobs.logs(job_id)):
@@ -166,6 +184,16 @@ def print_logs(address: str | None, job_id: str, *, follow: bool) -> None:
             raise typer.Exit(130) from None
     if reader.facts is not None:
         print_result(reader.facts)
+    if code:
+        raise typer.Exit(code)
+
+
+def _print_run_logs(path: Path, *, follow: bool) -> None:
+    try:
+        code = run_folders.print_logs(path, lambda line: print(printable(line)), follow=follow)
+    except KeyboardInterrupt:
+        remote.say(f"\nstopped reading; the run goes on\n  stop it: distplat stop {path.name}")
+        raise typer.Exit(130) from None
     if code:
         raise typer.Exit(code)
 
@@ -250,9 +278,8 @@ def _facts(job: Info) -> dict[str, Any]:
     }
 
 
-def _row(job: Info) -> dict[str, str]:
+def _row(facts: Mapping[str, Any]) -> dict[str, str]:
     """Give the cells of the table; everything in them was written by somebody else."""
-    facts = _facts(job)
     cells = {
         "id": facts["id"],
         "name": facts["name"],

@@ -204,7 +204,7 @@ def list_jobs(
     every: Annotated[bool, typer.Option("--all", help="Other programs' jobs too.")] = False,
     output: Output = "text",
 ) -> None:
-    """List the jobs of a cluster, newest first."""
+    """List the jobs of a cluster, and the runs below `runs/`, newest first."""
     from distplat.cli import jobs
 
     as_json = is_json(output)
@@ -231,7 +231,11 @@ def logs(
     address: Address = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
 ) -> None:
-    """Print a job's log."""
+    """
+    Print a job's log.
+
+    ID is a submission id, or the name or directory of a run below `runs/`.
+    """
     from distplat.cli import jobs
 
     jobs.print_logs(address, job_id, follow=follow)

@@ -52,22 +52,24 @@ class OptimizerFacts:
             what = f"servers of ps-async run one class of optimizer, and got {', '.join(kinds)}"
             raise SpecError(Problem(("task",), what, f"use one class for all, or {REMEDY}"))
         self._groups = [group for one in optimizers for group in one.param_groups]
+        groups = enumerate(self._groups, 1)
+        self._numbers = {id(one): number for number, group in groups for one in group["params"]}
+        if len(self._numbers) < sum(len(group["params"]) for group in self._groups):
+            what = "two optimizers have a parameter in common: servers of ps-async keep one state"
+            raise SpecError(Problem(("task",), what, REMEDY))
         bare = _SPECS.validate_python({"name": name, "lr": 1.0})
         self._fields = [one for one in type(bare).model_fields if one not in ("name", "groups")]
         for optimizer in optimizers:
             _check_arguments(optimizer, self._fields)
         self._flags = [*map(self._flags_of, self._groups)]
-        groups = [{"match": f"{n}", **flags} for n, flags in enumerate(self._flags, 1)]
-        spec = _SPECS.validate_python({"name": name, "lr": 1.0, "groups": groups})
+        made = [{"match": f"{n}", **flags} for n, flags in enumerate(self._flags, 1)]
+        spec = _SPECS.validate_python({"name": name, "lr": 1.0, "groups": made})
         names = tuple(tuple(n for n, _ in self._numbers_of(group)) for group in self._groups)
         self.own_loop = OwnLoop(spec, names)
 
     def group_of(self, parameter: Tensor) -> int:
         """Give the number of a parameter's group, from 1; 0: it is in none."""
-        for number, group in enumerate(self._groups, 1):
-            if any(one is parameter for one in group["params"]):
-                return number
-        return 0
+        return self._numbers.get(id(parameter), 0)
 
     def settings(self) -> NDArray[np.float64]:
         """

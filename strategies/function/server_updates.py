@@ -149,8 +149,7 @@ class ServerUpdates(Exchange):
         self._around.done()
 
     def _fill(self, flat: FlatModel, present: NDArray[np.bool_]) -> None:
-        for slot, one, has in zip(flat.slots, flat.parameters, present.tolist(), strict=True):
-            view = slot.view(flat.grads)
+        for view, one, has in zip(self._views, flat.parameters, present.tolist(), strict=True):
             if has and one.grad is not None:
                 view.copy_(one.grad if one.grad.layout is torch.strided else one.grad.to_dense())
             else:
@@ -191,6 +190,7 @@ class ServerUpdates(Exchange):
         for optimizer in self._optimizers:
             optimizer.state.clear()  # the servers have it
         self._facts, self._versions = facts, _versions(flat)
+        self._views = [slot.view(flat.grads) for slot in flat.slots]
         self._counts = [_count(one) for one in self._optimizers]
         return flat
 

@@ -228,3 +228,26 @@ def test_an_outbox_answers_the_same_number_alike() -> None:
     assert box.take(3) == [2]
     box.close()
     assert box.take(4, 60.0) == [], "nobody waits for what will not come"
+
+
+def test_an_outbox_that_nobody_empties_leaves_out_what_may_be_missed() -> None:
+    box: Outbox[int] = Outbox(most=3, spare=lambda item: item > 0)
+    for item in (1, 2, 3, 4, -1, 5, -2):
+        box.put(item)
+    assert box.take(1) == [1, 2, 3, -1, -2], "what may not be missed is there"
+    assert (box.left_out(), box.left_out()) == (2, 0)
+    box.put(6)
+    assert box.take(2) == [6]
+
+
+def test_a_driver_that_was_away_is_told_how_much_it_missed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(controller_actor, "_MOST", 2)
+    actor = ControllerActor("run/controller")
+    for step in range(1, 6):
+        actor._outbox.put(StepSummary(step, 0, 0.5, 8, {}, 5))
+    actor._outbox.put(ModelReady())
+    news = actor.poll(1, 0.0)
+    assert [type(one) for one in news.events] == [StepSummary, StepSummary, ModelReady]
+    assert "3 steps and log lines are not told: the driver was away" in caplog.text

@@ -291,6 +291,15 @@ def test_optimizers_that_servers_have_not_are_refused(makes: list[Make], text: s
         under(ASYNC, train, 1)
 
 
+def test_a_parameter_of_two_optimizers_is_refused() -> None:
+    def train(config: Any) -> None:
+        model = model_of()
+        distplat.prepare(model, adam(model.parameters()), adam([*model.parameters()][:1]))
+
+    with pytest.raises(SpecError, match="two optimizers have a parameter in common"):
+        under(ASYNC, train, 1)
+
+
 def in_groups(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
     """Two groups with a schedule that changes lr and momentum."""
     weights = [one for one in model.parameters() if one.ndim > 1]

@@ -1,6 +1,7 @@
 """Finding the user's task, and showing the user's errors from the user's first line on."""
 
 import importlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,3 +201,22 @@ def test_on_another_node_the_code_is_what_was_shipped(
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     order: Any = SimpleNamespace(search_path=str(tmp_path), node="driver's")
     assert search_path(order) == {"folder": str(tmp_path), "here": str(Path.cwd())}[expected]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unable to allocate shared memory(shm) for file </torch_16_1_0>: No space left on device",
+        "unable to write to file </torch_16_1_0>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory. Please try to raise your limit.",
+    ],
+)
+def test_a_full_dev_shm_is_named_with_its_size(text: str) -> None:
+    def fail() -> None:
+        raise RuntimeError(text)
+
+    size = shutil.disk_usage("/dev/shm").total // 2**20
+    remedy = caught(fail).remedy
+    assert f"in /dev/shm, which has {size} MiB here and is full" in remedy
+    assert "--shm-size" in remedy and "data.num_workers: 0" in remedy

@@ -1,0 +1,123 @@
+"""
+Runs by their directories below `runs/`: for `list` and `logs` of what no job API has.
+
+A run that `distplat submit` or `Trainer.fit` made here is known by its directory alone once it has
+ended. What the directory says is shown as the job API's jobs are.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from distplat.platform.errors import DistplatError, SpecError
+from distplat.platform.run_record import RunRecord, find_run, read_run
+from distplat.platform.run_report import status_of
+
+HOME = Path("runs")
+_POLL_S = 0.5
+_FAILED = 4
+"""Exit code of `logs --follow` for a run that did not succeed, as for a job of the job API."""
+
+
+def local_runs(limit: int, status: str | None = None) -> list[dict[str, Any]]:
+    """
+    Give the runs below `runs/`, newest first, with the fields that a job of the job API has.
+
+    Args:
+        limit: at most so many.
+        status: only those; None: all.
+    """
+    if not HOME.is_dir():
+        return []
+    found: list[dict[str, Any]] = []
+    folders = [path for path in HOME.iterdir() if (path / "job.yaml").is_file()]
+    for path in sorted(folders, key=lambda one: (one / "job.yaml").stat().st_mtime, reverse=True):
+        if len(found) == limit:
+            break
+        try:
+            facts = _facts(read_run(path))
+        except DistplatError:  # another program's, or it may not be read
+            continue
+        if status in (None, facts["status"]):
+            found.append(facts)
+    return found
+
+
+def _facts(record: RunRecord) -> dict[str, Any]:
+    job, state = record.job, status_of(record, time.time())
+    strategy, scaling = job.get("strategy"), job.get("scaling")
+    begun = (record.path / "job.yaml").stat().st_mtime
+    ended = record.path / "result.json"
+    return {
+        "id": record.path.name,
+        "name": job.get("name"),
+        "status": state.word,
+        "strategy": strategy.get("name") if isinstance(strategy, dict) else None,
+        "num_workers": scaling.get("num_workers") if isinstance(scaling, dict) else None,
+        "exit_code": None,
+        "message": state.error or state.detail,
+        "start_time": int(begun * 1000),
+        "end_time": int(ended.stat().st_mtime * 1000) if ended.is_file() else None,
+    }
+
+
+def run_called(name: str) -> Path | None:
+    """Give a run's directory by its path, or its name below `runs/`; None: there is none."""
+    try:
+        path = find_run(Path(name))
+    except SpecError:
+        return None
+    return path if (path / "job.yaml").is_file() else None
+
+
+def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int:
+    """
+    Print what the roles of a run have printed, each line after its role's name.
+
+    Args:
+        path: of the run directory.
+        write: is given each line.
+        follow: until the run has ended.
+
+    Returns:
+        0; of a run that was followed and did not succeed, 4.
+    """
+    reader = _Reader(path / "logs")
+    while True:
+        record = read_run(path) if follow else None
+        for line in reader.fresh():
+            write(line)
+        if record is None:
+            return 0
+        state = status_of(record, time.time()).word
+        if state != "RUNNING":
+            return 0 if state == "SUCCEEDED" else _FAILED
+        time.sleep(_POLL_S)
+
+
+class _Reader:
+    """
+    Reads the files of a folder as they grow.
+
+    Args:
+        folder: of `<role>.log`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}  #: bytes that were given out
+
+    def fresh(self) -> Iterator[str]:
+        """Give whole lines that have come since."""
+        for path in sorted(self._folder.glob("*.log")):
+            at = self._read.get(path, 0)
+            if path.stat().st_size < at:  # it became `.log.1`, and another one began
+                at = 0
+            with path.open("rb") as file:
+                file.seek(at)
+                content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            self._read[path] = at + len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                yield f"({path.stem}) {line}"

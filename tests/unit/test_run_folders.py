@@ -1,0 +1,106 @@
+"""`list` and `logs` know the runs whose directories are below `runs/`."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from made_runs import made_run, step
+
+from distplat.cli import run_folders
+from distplat.cli.main import run
+from distplat.cli.run_folders import local_runs, print_logs
+
+
+@pytest.fixture(autouse=True)
+def nobody_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No address is set, and no job API answers on this machine."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "DISTPLAT_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("distplat.cli.jobs.DASHBOARD", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+
+
+def named(folder: Path, name: str, age_s: float, status: str | None) -> Path:
+    """Make a run of that name and age; without a status it has not ended."""
+    path = made_run(folder / "runs", [step(1), step(2)], name=name)
+    (path / "result.json").unlink(missing_ok=True)
+    if status is not None:
+        (path / "result.json").write_text(json.dumps({"status": status}))
+    then = (path / "job.yaml").stat().st_mtime - age_s
+    os.utime(path / "job.yaml", (then, then))
+    return path
+
+
+def test_the_newest_come_first_with_what_became_of_them(tmp_path: Path) -> None:
+    named(tmp_path, "old-1", 7200, "FAILED")
+    named(tmp_path, "new-2", 60, "SUCCEEDED")
+    (tmp_path / "runs" / "no-run").mkdir()
+    assert [(one["id"], one["status"]) for one in local_runs(9)] == [
+        ("new-2", "SUCCEEDED"),
+        ("old-1", "FAILED"),
+    ]
+    assert [one["id"] for one in local_runs(1)] == ["new-2"]
+    assert [one["id"] for one in local_runs(9, "FAILED")] == ["old-1"]
+
+
+def test_list_shows_them_where_no_job_api_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["list"]) == 3, "there is neither"
+    named(tmp_path, "old-1", 7200, "FAILED")
+    capsys.readouterr()
+    assert run(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert "old-1" in printed and "FAILED" in printed and "2h" in printed
+    assert run(["list", "--output", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)["jobs"]
+    assert [(one["id"], one["status"], one["exit_code"]) for one in found] == [
+        ("old-1", "FAILED", None)
+    ]
+    assert run(["list", "--address", "http://127.0.0.1:9"]) == 3, "who names a cluster means it"
+
+
+def test_logs_prints_each_role(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = named(tmp_path, "old-1", 7200, "FAILED")
+    assert run(["logs", "old-2"]) == 3
+    (path / "logs").mkdir(exist_ok=True)
+    (path / "logs" / "worker-1.log").write_text("one\ntwo\n")
+    (path / "logs" / "worker-0.log").write_text("zero\n\x1b[31mred\n")
+    capsys.readouterr()
+    assert run(["logs", "old-1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "red" not in line] == [
+        "(worker-0) zero",
+        "(worker-1) one",
+        "(worker-1) two",
+    ]
+    assert not any("\x1b" in line for line in lines)
+    assert run(["logs", str(path), "--follow"]) == 4, "it has failed"
+
+
+def test_a_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = named(tmp_path, "going-1", 5, None)
+    (path / "logs").mkdir(exist_ok=True)
+    log = path / "logs" / "worker-0.log"
+    log.write_text("first\nhal")
+    monkeypatch.setattr(run_folders, "_POLL_S", 0.01)
+    lines: list[str] = []
+    code: list[int] = []
+    seen = threading.Event()
+
+    def write(line: str) -> None:
+        lines.append(line)
+        seen.set()
+
+    reader = threading.Thread(
+        target=lambda: code.append(print_logs(path, write, follow=True)), daemon=True
+    )
+    reader.start()
+    assert seen.wait(30.0)
+    with log.open("a") as file:
+        file.write("f\n")
+    (path / "result.json").write_text(json.dumps({"status": "SUCCEEDED"}))
+    reader.join(30.0)
+    assert code == [0] and lines == ["(worker-0) first", "(worker-0) half"]
