@@ -146,10 +146,17 @@ def place_of_this_process() -> RankLocation:
 
 
 def _publish(group_name: str, world: int, settings: GroupSettings) -> None:
-    """Wait for all words, then write them as one table."""
-    wait_for_all(group_name, lambda: _absent(group_name, world), settings)
-    words = [ray_compat.get(_word(group_name, rank)) or b"" for rank in range(world)]
-    ray_compat.put(_table(group_name), b"[%s]" % b",".join(words))
+    """Wait for all words, then write them as one table; who gives up takes its word back."""
+
+    def table() -> bytes | None:
+        if _absent(group_name, world):
+            return None
+        found = (ray_compat.get(_word(group_name, rank)) for rank in range(world))
+        words = [word for word in found if word is not None]
+        return b"[%s]" % b",".join(words) if len(words) == world else None
+
+    whole = wait_for(table, group_name, lambda: _absent(group_name, world), settings)
+    ray_compat.put(_table(group_name), whole)
     for rank in range(world):
         ray_compat.delete(_word(group_name, rank))
 
