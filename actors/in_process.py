@@ -24,6 +24,7 @@ from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
+from distplat.platform.spec import Job
 from distplat.platform.tensor_file import decode
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
@@ -87,30 +88,16 @@ def _train(
     job = prepared.job
     for remark in remarks_on(job, prepared.sampler):
         logger.warning("%s", remark)
-    roles, steps = launch.roles, prepared.total_steps
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
     uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
-        tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
-        servers, desk, leases = None, None, None
-        if roles.servers:
-            servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
-        if roles.consistency.dynamic_tasks:
-            desk = ending.enter_context(closing(TaskDesk(job, roles, launch.run)))
-            leases = desk.leases(0)
-        ports = Ports(
-            collective=Fabric(1).collective(0),
-            shards=servers.shards(0, steps, every=every) if servers is not None else None,
-            tables=tables.tables(0, saved=saved) if job.embeddings is not None else None,
-            leases=leases,
-        )
+        others = _OtherRoles(job, launch, every, ending)
+        ports = others.ports(prepared.total_steps, saved)
         around = Around(saved, take=uploader.take)
-        told = report
-        if desk is not None and leases is not None:
-            told = partial(_count, desk, leases, report, handlers)
         meets = partial(join, prepared, strategy, 0, ports, progress=progress, around=around)
+        told = others.counted(report, handlers)
         meets(report=told, pause=lambda step: not handlers.ending()).run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy)))
@@ -118,10 +105,59 @@ def _train(
     checkpoints.settle()
     for written in checkpoints.news():
         handlers.on_summary(written)
-    if servers is not None and roles.consistency.asynchronous and saved is None:
-        handlers.on_file(FILE_NAME, pack(servers.logs(), {"run": launch.run}))
-    if job.embeddings is not None and job.checkpoint.save_final:
-        keep_tables(tables.table_servers, job.seed, handlers.on_file)
+    others.keep_files(handlers, resumed=saved is not None)
+
+
+class _OtherRoles:
+    """
+    What a run of one worker has besides it, in this process: servers, tables, a task scheduler.
+
+    Args:
+        job: as the prepared worker has it.
+        launch: which roles there are.
+        every: steps from one checkpoint to the next.
+        ending: ends them.
+    """
+
+    def __init__(self, job: Job, launch: Launch, every: int, ending: ExitStack) -> None:
+        self._job, self._launch, self._every = job, launch, every
+        roles = launch.roles
+        self._tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
+        self._servers: Servers | None = None
+        self._desk: TaskDesk | None = None
+        self._leases: RemoteLeases | None = None
+        if roles.servers:
+            self._servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
+        if roles.consistency.dynamic_tasks:
+            self._desk = ending.enter_context(closing(TaskDesk(job, roles, launch.run)))
+            self._leases = self._desk.leases(0)
+
+    def ports(self, steps: int, saved: SavedState | None) -> Ports:
+        """Connect the worker to them; `steps`: of the run."""
+        servers, with_tables = self._servers, self._job.embeddings is not None
+        return Ports(
+            collective=Fabric(1).collective(0),
+            shards=servers.shards(0, steps, every=self._every) if servers is not None else None,
+            tables=self._tables.tables(0, saved=saved) if with_tables else None,
+            leases=self._leases,
+        )
+
+    def counted(
+        self, report: Callable[[AnyReport], None], handlers: RunHandlers
+    ) -> Callable[[AnyReport], None]:
+        """Have the task scheduler, where there is one, hear of each report."""
+        if self._desk is None or self._leases is None:
+            return report
+        return partial(_count, self._desk, self._leases, report, handlers)
+
+    def keep_files(self, handlers: RunHandlers, *, resumed: bool) -> None:
+        """Hand over the log of updates and the embedding tables, of runs that have them."""
+        job, run = self._job, self._launch.run
+        asynchronous = self._launch.roles.consistency.asynchronous
+        if self._servers is not None and asynchronous and not resumed:
+            handlers.on_file(FILE_NAME, pack(self._servers.logs(), {"run": run}))
+        if job.embeddings is not None and job.checkpoint.save_final:
+            keep_tables(self._tables.table_servers, job.seed, handlers.on_file)
 
 
 def _train_function(

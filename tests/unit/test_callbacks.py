@@ -341,6 +341,15 @@ def test_a_train_function_is_told_when_it_asks(strategy: str, tmp_path: Path) ->
     assert result.stopped == "score got no better since step 1, in 2 evaluations"
 
 
+def test_a_train_function_is_told_that_its_time_is_over(tmp_path: Path) -> None:
+    def train(config: dict[str, Any]) -> None:
+        while not distplat.should_stop():
+            distplat.report({"loss": 1.0})
+
+    result = Trainer({**OWN, "max_time_s": 0.01, "storage_path": str(tmp_path)}, train).fit()
+    assert result.stopped == "max_time_s: 0.01 s are over"
+
+
 def test_a_train_function_that_never_asks_is_warned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

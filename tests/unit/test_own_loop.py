@@ -98,7 +98,7 @@ def test_what_has_no_effect_is_refused(more: Mapping[str, Any], text: str) -> No
 
 def test_each_field_has_an_effect_on_a_train_function_or_is_refused() -> None:
     used = {"name", "task", "own_loop", "task_args", "strategy", "scaling", "seed", "checkpoint"}
-    used |= {"failure", "storage_path", "trackers", "early_stop"}
+    used |= {"failure", "storage_path", "trackers", "early_stop", "max_time_s"}
     assert {*Job.model_fields} == used | {*OF_TASKS}
     with pytest.raises(SpecError, match="ema: has no effect on a train function"):
         make_job({**FIELDS, "ema": {"decay": 0.9}})
