@@ -22,6 +22,8 @@ _SAME = ("seed", "global_batch_size")
 
 NOT_FINITE = "not_finite"
 """Fact of a rank whose parameters hold NaN or infinity: the name of the first."""
+STREAM = "stream"
+"""Fact of a run whose data is a stream: where it is read on."""
 
 
 FUNCTION = "function"
@@ -35,7 +37,8 @@ def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         job: the run's.
         run: its name.
-        facts: what rank 0 knows: `samples`, `steps_per_epoch`, `epoch`, `versions`, `tables`.
+        facts: what rank 0 knows: `samples`, `steps_per_epoch`, `epoch`, `versions`, `tables`,
+            `STREAM`.
     """
     return {
         "run": run,

@@ -10,6 +10,9 @@ a rank's part is a run of the batch; a micro-batch is a run of the part:
     rank 0   | micro 0 | micro 1  |                                       sizes differ by at most 1
 
 so that the ranks' parts are disjoint, complete, and the same union for every world.
+
+A stream is read over and over, so its samples are numbered on from pass to pass; an epoch is a
+pass. One whose length is not known has no epochs that could end: all its batches are whole.
 """
 
 from collections.abc import Callable
@@ -20,6 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.platform.even_split import split_evenly
+
+ENDLESS = 1 << 53
+"""Samples of a stream of which no length is known; every program reads the number exactly."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Sampler:
     order: Callable[[int], NDArray[np.int64]] | None = None
     """Gives the sample ids of an epoch, shape [size], the same for the same epoch; None: all of
     them, as `seed` and `shuffle` say."""
+    stream: bool = False
+    """Take the samples as they come: those of epoch e are numbered from e * size."""
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -64,11 +72,24 @@ class Sampler:
     def batch_ids(self, step: int) -> NDArray[np.int64]:
         """Give the sample ids of a step over all ranks, shape [<= batch]."""
         epoch, index = divmod(step, self.steps_per_epoch)
+        if self.stream:
+            first = self.position(step)
+            return np.arange(first, first + self.batch_size(step), dtype=np.int64)
         if self.order is not None:
             order = self.order(epoch)
         else:
             order = _order(self.size, self.seed, epoch, self.shuffle)
         return order[index * self.batch : (index + 1) * self.batch]
+
+    def position(self, step: int) -> int:
+        """Give the number of a step's first sample in a stream."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return epoch * self.size + index * self.batch
+
+    @property
+    def endless(self) -> bool:
+        """Whether it is a stream of which no length is known."""
+        return self.stream and self.size == ENDLESS
 
     def batch_size(self, step: int) -> int:
         """Count the samples of a step over all ranks, without making them."""

@@ -138,7 +138,8 @@ class Data(Spec):
     """How batches are made of the task's data set; names as in torch's DataLoader."""
 
     shuffle: Flag = True
-    """A new order each epoch, from the job's seed; without effect beside a task's `sampler`."""
+    """A new order each epoch, from the job's seed; without effect beside a task's `sampler`,
+    and for a stream."""
     drop_last: Flag = False
     """Leave out the last batch of an epoch where it is smaller than the others."""
     num_workers: Index = Field(0, le=256)

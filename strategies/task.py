@@ -37,7 +37,11 @@ class Task(ABC):
 
     @abstractmethod
     def train_data(self) -> Dataset[Any]:
-        """Give the training samples: `len(data)` of them, `data[i]`, mostly (inputs, targets)."""
+        """
+        Give the training samples: `len(data)` of them, `data[i]`, mostly (inputs, targets).
+
+        Or a stream of them: an `IterableDataset`, or what can be gone through anew each time.
+        """
 
     def sampler(self, data: Dataset[Any], epoch: int) -> Iterable[int]:
         """

@@ -13,7 +13,8 @@ own needs the classes below them. They are right for torch 2.11 to 2.13
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeGuard
 
@@ -22,6 +23,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree
+from torch.utils.data._utils import worker as loader_worker
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from distplat.strategies.collective import ReduceOp
@@ -33,6 +35,17 @@ COLLATE_RULES: dict[Any, Callable[..., Any]] = default_collate_fn_map
 def collate_by(rules: dict[Any, Callable[..., Any]], samples: list[Any]) -> Any:
     """Put samples together by rules of our own: `default_collate` takes none."""
     return collate(samples, collate_fn_map=rules)
+
+
+@contextmanager
+def outside_loaders() -> Iterator[None]:
+    """Have `get_worker_info` give None: many a stream reads a loader's part of itself by it."""
+    before = loader_worker._worker_info
+    loader_worker._worker_info = None
+    try:
+        yield
+    finally:
+        loader_worker._worker_info = before
 
 
 def has_running_statistics(module: nn.Module) -> TypeGuard[_NormBase]:

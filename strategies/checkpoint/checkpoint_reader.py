@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.resume import names_differ
+from distplat.platform.sampler import ENDLESS
 from distplat.platform.table_plan import TableSpec, file_of
 from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
 from distplat.strategies.checkpoint.frozen_base import FROZEN, Sums, check_base
@@ -60,7 +61,8 @@ class SavedState:
         """
         had = self.state.get("samples", samples)
         if had != samples:
-            text = f"the checkpoint was made with {had} training samples, the task has {samples}"
+            was, now = (str(n) if n != ENDLESS else "a stream of unknown" for n in (had, samples))
+            text = f"the checkpoint was made with {was} training samples, the task has {now}"
             raise SpecError(Problem(("task",), text))
 
     def check_tables(self, tables: Sequence[TableSpec]) -> None:

@@ -14,22 +14,22 @@ import random
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.checkpoint.state_sync import untrained_slots
+from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.seeding import (
     generators_kept,
     seed_sample,
     state_of_generators,
 )
+from distplat.strategies.loop.streams import StreamSamples
 from distplat.strategies.model.written_tensors import checksum
 from distplat.strategies.ports import Board
 from distplat.strategies.task import Task
@@ -37,8 +37,6 @@ from distplat.strategies.task import Task
 _KEY = "what-ranks-have"
 _SAMPLES = 16
 _DRAWS = "draws random numbers"
-_DEPTH = 8
-"""Of collections within each other."""
 _SHOWN = 4
 """Names of a model that a message has at most."""
 
@@ -87,6 +85,8 @@ def facts_of(
     """
     size = _length(data)
     positions = random.Random(seed).sample(range(max(0, size)), min(max(0, size), _SAMPLES))
+    if isinstance(data, StreamSamples):  # others would have to be read up to there
+        positions = [*range(len(data.hashes))]
     hashes = hash_samples(data, sorted(positions))
     values = () if sent else tuple(_checksums(model))
     samples = size, _length(eval_data), tuple(hashes.items())
@@ -238,8 +238,11 @@ def hash_samples(data: Dataset[Any], positions: Sequence[int]) -> dict[int, str]
 
     Reading draws numbers that no other rank and no step of the training draws. So a sample that
     draws is another one on each rank, and cannot be compared. The global generators are put back.
-    What a sample raises is raised when it is trained on; here it is its hash.
+    What a sample raises is raised when it is trained on; here it is its hash. The samples of a
+    stream are seeded alike on all ranks, and were read when it was made.
     """
+    if isinstance(data, StreamSamples):
+        return {position: data.hashes[position] for position in positions}
     found, own = {}, secrets.randbits(63)
     with generators_kept():
         for position in positions:
@@ -252,42 +255,3 @@ def hash_samples(data: Dataset[Any], positions: Sequence[int]) -> dict[int, str]
             if state_of_generators() != before:
                 found[position] = _DRAWS
     return found
-
-
-def hash_of(sample: Any) -> str:
-    """Hash what a sample holds: tensors, arrays, numbers, text, and collections of them."""
-    digest = hashlib.sha256()
-    _feed(digest, sample, 0)
-    return digest.hexdigest()[:16]
-
-
-def _feed(digest: Any, value: Any, depth: int) -> None:
-    digest.update(f"<{type(value).__qualname__}>".encode())
-    if isinstance(value, Tensor):
-        _feed_tensor(digest, value)
-    elif isinstance(value, np.ndarray | np.generic):
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes())
-    elif isinstance(value, bool | int | float | complex | str | bytes | type(None)):
-        digest.update(repr(value).encode())
-    elif depth < _DEPTH:
-        for item in _items(value):
-            _feed(digest, item, depth + 1)
-
-
-def _items(value: Any) -> list[Any]:
-    """Give what a collection holds; nothing, of what is none."""
-    if isinstance(value, Mapping):
-        return [item for pair in value.items() for item in pair]
-    if isinstance(value, list | tuple):
-        return [*value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name) for field in fields(value)]
-    return [np.asarray(value)] if hasattr(value, "__array__") else []  # an image
-
-
-def _feed_tensor(digest: Any, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype}{[*tensor.shape]}".encode())
-    if tensor.layout is torch.strided and not tensor.is_meta:
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())

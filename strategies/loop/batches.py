@@ -9,18 +9,19 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
-    IterableDataset,
     Subset,
     TensorDataset,
     get_worker_info,
 )
 
+from distplat.platform.checkpoints import is_due
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import collate_seed, epoch_seed, evaluation_data_seed
 from distplat.strategies.loop.collate import collated, sent
 from distplat.strategies.loop.loaders import ByValue, LoaderContext, importable
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
+from distplat.strategies.loop.streams import Marked, StreamSamples
 from distplat.strategies.loop.task_order import TaskOrder
 from distplat.strategies.task import Task
 
@@ -34,26 +35,39 @@ class Run(NamedTuple):
     """Place of the first sample."""
     ids: list[int]
     """In the data set."""
+    marked: bool = False
+    """Whether the position of a stream before it is wanted, too."""
 
 
 class _Plan:
     """The samples of every micro-batch of one rank, in order: a torch `batch_sampler`."""
 
-    def __init__(self, sampler: Sampler, rank: int, parts: int, steps: range) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        rank: int,
+        parts: int,
+        steps: range,
+        marked: Callable[[int], bool] = lambda step: False,
+    ) -> None:
         self._sampler, self._rank, self._parts, self._steps = sampler, rank, parts, steps
+        self._marked = marked
 
     def __iter__(self) -> Iterator[Run]:
         for step in self._steps:
-            yield from runs(self._sampler, step, self._rank, self._parts)
+            marked = self._marked(step)
+            yield from runs(self._sampler, step, self._rank, self._parts, marked=marked)
 
 
-def runs(sampler: Sampler, step: int, rank: int, parts: int) -> Iterator[Run]:
+def runs(
+    sampler: Sampler, step: int, rank: int, parts: int, *, marked: bool = False
+) -> Iterator[Run]:
     """Give the samples of each micro-batch of a rank's step, and where they are in the epoch."""
     seed = epoch_seed(sampler.seed, sampler.epoch_of(step))
     first = sampler.first_place(step, rank)
     for ids in sampler.micro_batches(step, rank, parts):
-        yield Run(seed, first, ids.tolist())
-        first += len(ids)
+        yield Run(seed, first, ids.tolist(), marked)
+        first, marked = first + len(ids), False
 
 
 def make_sampler(
@@ -69,24 +83,17 @@ def make_sampler(
         order: the task's own; None: as the job says.
 
     Raises:
-        ValueError: the data set has no length, or is too small for one batch.
+        ValueError: the data set is too small for one batch.
     """
-    try:
-        size = len(data)  # type: ignore[arg-type]
-    except TypeError:
-        size = -1
-    if size < 0 or isinstance(data, IterableDataset):
-        raise ValueError(
-            f"{type(data).__name__} has no length: train_data must be a map-style data set"
-        )
     return Sampler(
-        size=size if order is None else order.size,
+        size=len(data) if order is None else order.size,  # type: ignore[arg-type]
         batch=job.global_batch_size,
         world=replicas or job.scaling.world,
         seed=job.seed,
         shuffle=job.data.shuffle,
         drop_last=job.data.drop_last,
         order=order,
+        stream=isinstance(data, StreamSamples),
     )
 
 
@@ -109,7 +116,24 @@ def micro_batches(
         steps: in this order.
         parts: micro-batches of a step.
     """
-    return iter(Loader(job, data, _Plan(sampler, rank, parts, steps)))
+    every, total = job.checkpoint.period(sampler.steps_per_epoch), total_steps(job, sampler)
+    marked = lambda step: rank == 0 and is_due(step + 1, every, total)  # noqa: E731
+    return unmarked(data, iter(Loader(job, data, _Plan(sampler, rank, parts, steps, marked))))
+
+
+def unmarked(data: Dataset[Any], batches: Iterator[Any]) -> Iterator[Any]:
+    """Give batches, and have their stream note the positions that came with them."""
+    stream = data.data if isinstance(data, TaskBatches) else data
+    return _noted(stream, batches) if isinstance(stream, StreamSamples) else batches
+
+
+def _noted(stream: StreamSamples, batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, Marked):
+            stream.keep(batch.mark)
+            yield batch.batch
+        else:
+            yield batch
 
 
 def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
@@ -190,8 +214,15 @@ class Samples(Dataset[Any]):
         # In this process dropout goes on as if no data had been read.
         with generators_kept() if get_worker_info() is None else nullcontext():
             with _errors_that_travel():
+                if isinstance(self._data, StreamSamples):
+                    return self._of_stream(self._data, run)
                 samples = self._read_seeded(run) if draws else self._read(self._data, run.ids)
                 return self._together(samples, run)
+
+    def _of_stream(self, data: StreamSamples, run: Run) -> Any:
+        samples, mark = data.read(run.ids[0], len(run.ids), mark=run.marked)
+        batch = self._together(samples, run)
+        return batch if mark is None else Marked(batch, mark)
 
     def _together(self, samples: list[Any], run: Run) -> Any:
         if self._collate is None:

@@ -2,7 +2,7 @@
 What user code returned, looked at before it is used: clear words instead of a failure further on.
 
     model()              a module whose parameters have shapes, whose state can be kept and sent
-    train_data(), ...    a data set with a length and numbered samples
+    train_data(), ...    a data set with a length and numbered samples, or a stream
     loss()               one number that leads back to the parameters
     metrics()            names, and a number for each
 
@@ -13,6 +13,7 @@ code 1). What no strategy or file could hold is a `SpecError` (exit code 2): not
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.evaluations import period_problems, watching
-from distplat.platform.sampler import Sampler
+from distplat.platform.sampler import ENDLESS, Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.collective import SENDABLE
+from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
 from distplat.strategies.model.module_hooks import unwrapped
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, overrides
+
+logger = logging.getLogger(__name__)
 
 _REAL = "keep it as real numbers: torch.view_as_real(...), and torch.view_as_complex in forward()"
 _SMALL = 0.1
@@ -127,19 +131,45 @@ def check_state(model: nn.Module, *, sent: bool) -> None:
         raise SpecError(*problems)
 
 
-def checked_data(task: Task, data: object, method: str) -> Dataset[Any]:
+def checked_data(job: Job, task: Task, data: object, method: str) -> Dataset[Any]:
     """
     Give what `train_data()` or `eval_data()` returned, if samples can be taken from it by number.
 
+    Of a stream they can be, once it is wrapped.
+
     Raises:
-        ValueError: it cannot be; says what to return instead.
+        ValueError: they cannot be; says what to return instead.
+        SpecError: it is a stream that the job cannot read.
     """
+    if is_stream(data):
+        return _checked_stream(job, task, data, method)
     fault = _fault_of(data)
     if not fault and method == "eval_data" and len(data) == 0:  # type: ignore[arg-type]
         fault = "has no samples: return None for no evaluation"
     if fault:
         raise ValueError(f"{place(task, method)}{method}() {fault}")
     found: Dataset[Any] = data  # type: ignore[assignment]
+    return found
+
+
+def _checked_stream(job: Job, task: Task, data: object, method: str) -> StreamSamples:
+    """Make a stream's samples numbered, and see that it can be read anew."""
+    evaluates = method == "eval_data"
+    if is_ray_data(data) and job.data.num_workers:
+        text = "a loader process is no process of Ray's, and the task's data is a Ray Dataset"
+        raise SpecError(Problem(("data", "num_workers"), text, "set it to 0"))
+    if not evaluates and overrides(type(task), "sampler"):
+        raise ValueError(
+            f"{place(task, 'sampler')}sampler() says an order of numbered samples, and "
+            "train_data() gives a stream, which has its own: remove one of the two"
+        )
+    where = f"{place(task, method)}{method}()"
+    found = StreamSamples(data, StreamSeeds(job.seed, evaluates), where)
+    counts = evaluates or job.epochs is not None
+    found.survey(counts=counts, limit_s=job.failure.start_timeout_s / 2)
+    if len(found) == ENDLESS and job.checkpoint.every_epochs is not None:
+        text = "the training data is a stream without a length, which has no epochs"
+        raise SpecError(Problem(("checkpoint", "every_epochs"), text, "give `every_steps`"))
     return found
 
 
@@ -166,6 +196,11 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
     Raises:
         SpecError: the task has no data for them, or a checkpoint has none of its step.
     """
+    if eval_data is not None and sampler.endless and job.evaluation.every_steps is None:
+        logger.warning(
+            "the training data is a stream without a length, so there are no epochs after which "
+            "it could be evaluated: it is after the last step, or give `evaluation.every_steps`"
+        )
     fields = [field for field, _ in watching(job)]
     if eval_data is None and fields:
         text = "needs evaluations, and the task's eval_data() gives no data"
@@ -197,7 +232,10 @@ def remarks_on(job: Job, sampler: Sampler) -> list[str]:
 
 def _fault_of(data: object) -> str:
     """Say what is wrong with a data set; empty: nothing."""
-    wanted = "must return a map-style data set, with len(data) and data[i] -> (inputs, targets)"
+    wanted = (
+        "must return a map-style data set, with len(data) and data[i] -> (inputs, targets), or an "
+        "IterableDataset"
+    )
     if data is None:
         return f"{wanted}; got None{_no_return(data)}"
     if isinstance(data, type):
@@ -207,9 +245,11 @@ def _fault_of(data: object) -> str:
             f"{wanted}; got a DataLoader: return its data set, the job's global_batch_size and "
             "data.* say how batches are made of it"
         )
-    if isinstance(data, IterableDataset) or inspect.isgenerator(data) or _is_iterator(data):
-        what = "an IterableDataset" if isinstance(data, IterableDataset) else _named(data)
-        return f"{wanted}; got {what}: which samples a rank takes is said by their numbers"
+    if hasattr(data, "__next__"):
+        return (
+            f"{wanted}; got {_named(data)}, which can be read only once: give an object whose "
+            "__iter__ begins anew each time, as a generator function does"
+        )
     if isinstance(data, tuple) and data and all(isinstance(one, Tensor) for one in data):
         return f"{wanted}; got a tuple of tensors: TensorDataset(...) makes a data set of them"
     if not hasattr(data, "__getitem__"):
@@ -219,10 +259,6 @@ def _fault_of(data: object) -> str:
     except TypeError:
         return f"{wanted}; {_named(data)} has no length"
     return ""
-
-
-def _is_iterator(data: object) -> bool:
-    return hasattr(data, "__next__")
 
 
 def checked_step(task: Task, given: object) -> object:

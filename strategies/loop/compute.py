@@ -23,6 +23,7 @@ from distplat.strategies.loop.batches import (
     eval_batches,
     micro_batches,
     runs,
+    unmarked,
 )
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.control import StepControl
@@ -323,7 +324,7 @@ class _Reading:
         self._tasks = tasks
         if self._loader is None:
             self._loader = Loader(self._job, self._data, self, persistent=True)
-        return iter(self._loader)
+        return unmarked(self._data, iter(self._loader))
 
     def close(self) -> None:
         """Let go of the loader; its processes end with it."""
@@ -333,4 +334,5 @@ class _Reading:
         """Be a torch `batch_sampler`."""
         for task in self._tasks:
             step, part = divmod(task, self._sampler.world)
-            yield from runs(self._sampler, step, part, self._job.gradient_accumulation)
+            micro, marked = self._job.gradient_accumulation, self._job.checkpoint.wanted
+            yield from runs(self._sampler, step, part, micro, marked=marked)

@@ -22,7 +22,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.even_split import split_evenly
 from distplat.platform.optimizers import Optimizer, TaskOptimizer, match_problems
 from distplat.platform.progress import AnyReport
-from distplat.platform.resume import NOT_FINITE
+from distplat.platform.resume import NOT_FINITE, STREAM
 from distplat.platform.spec import Job, length_problems
 from distplat.platform.tensor_file import EMA_PREFIX, TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
@@ -49,6 +49,7 @@ from distplat.strategies.loop.losses import TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
+from distplat.strategies.loop.streams import Mark, StreamSamples
 from distplat.strategies.loop.task_contents import task_parameters
 from distplat.strategies.loop.task_order import digest_of, order_of
 from distplat.strategies.loop.task_schedule import schedule_digest, with_task_schedule
@@ -175,13 +176,13 @@ def prepare(
         moved, group_of = _moved(extra, device), job.optimizer.group_of
         part = FlatModel(model.to(device), moved, thaws=thaws, group_of=group_of)
     seed_all(job.seed)
-    data = checked_data(task, task.train_data(), "train_data")
+    data = checked_data(job, task, task.train_data(), "train_data")
     order = order_of(task, data, job.seed)
     sampler = make_sampler(job, data, roles.replicas(job.scaling.world), order)
     seed_all(job.seed)
     eval_data = task.eval_data()
     if eval_data is not None:
-        eval_data = checked_data(task, eval_data, "eval_data")
+        eval_data = checked_data(job, task, eval_data, "eval_data")
     _warn_of_held_generators(data, eval_data)
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
@@ -219,7 +220,9 @@ def _kept_in_task(job: Job, names: Sequence[str]) -> Problem:
 
 def _warn_of_held_generators(data: Dataset[Any], eval_data: Dataset[Any] | None) -> None:
     for one, what in ((data, "train_data"), (eval_data, "eval_data")):
-        warning = warning_of(one, what) if one is not None else None
+        if one is None or isinstance(one, StreamSamples):  # that is read twice, and compared
+            continue
+        warning = warning_of(one, what)
         if warning is not None:
             logger.warning(warning)
 
@@ -420,6 +423,9 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
     """Begin from a checkpoint, where there is one; then look after what is not trained."""
     if saved is not None:
         saved.check_data(p.sampler.size)
+        mark = Mark.read(saved.state.get(STREAM))
+        if mark is not None and isinstance(p.data, StreamSamples):
+            p.data.keep(mark)
         saved.load_model(p.flat, None if p.holding is None else p.holding.places)
     if p.loss_scale is None:
         p.loss_scale = LossScale.of(p.job, p.flat)
@@ -430,6 +436,14 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
         p.frozen = begun(p.flat, None if saved is None else saved.left_out)
     if p.state is None:
         p.state = ModelState(p.flat, _shares_of(p), p.task.buffers)
+
+
+def _position(p: Prepared, version: int) -> dict[str, Any]:
+    """Give where a stream is read on; nothing, of other data."""
+    if not isinstance(p.data, StreamSamples):
+        return {}
+    mark = p.data.mark_before(p.sampler.position(version))
+    return {} if mark is None else {STREAM: mark.saved()}
 
 
 def _checkpoints(
@@ -448,6 +462,7 @@ def _checkpoints(
                 "samples": p.sampler.size,
                 "versions": {"torch": torch.__version__},
             }
+            facts |= _position(p, version)
             slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
             if slot is not None:
                 facts[NOT_FINITE] = p.flat.name(slot)

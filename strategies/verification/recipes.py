@@ -6,6 +6,7 @@ Which samples a virtual rank has in which micro-batch, under which seeds, at whi
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +27,18 @@ from distplat.platform.optimizers import Optimizer, TaskOptimizer
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.table_plan import TableSpec
-from distplat.strategies.algorithms.seeds import collate_seed, mixed, step_seed
+from distplat.strategies.algorithms.seeds import (
+    collate_seed,
+    epoch_seed,
+    mixed,
+    order_seed,
+    step_seed,
+)
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.loop.batches import Run, runs
+from distplat.strategies.loop.seeding import generators_kept
+from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.loop.task_order import TaskOrder
 from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
 from distplat.strategies.sparse.rows import initial_rows
@@ -134,6 +143,8 @@ class ReferenceSamples(NamedTuple):
     size: int
     order: TaskOrder | None = None
     """The task's own; None: as the job says."""
+    stream: bool = False
+    """Whether it is read from its start, over and over."""
 
 
 Schedule = Sequence[Sequence[Sequence[Forward]]]
@@ -282,7 +293,30 @@ def _join(ranks: list[list[Forward]]) -> list[Forward]:
 
 def _sampler(job: Job, samples: ReferenceSamples, world: int) -> Sampler:
     data, given = job.data, (samples.size, job.global_batch_size, world, job.seed)
-    return Sampler(*given, data.shuffle, data.drop_last, samples.order)
+    return Sampler(*given, data.shuffle, data.drop_last, samples.order, samples.stream)
+
+
+def numbered(data: Any, schedule: Schedule, seed: int) -> Any:
+    """Read a stream as far as a schedule goes, pass after pass; give other data as it is."""
+    if not is_stream(data):
+        return data
+    last = max(max(forward.ids) for ranks in schedule for one in ranks for forward in one)
+    found: list[Any] = []
+    with generators_kept():
+        for turn in itertools.count():
+            seed_all(order_seed(seed, turn))
+            if hasattr(data, "set_epoch"):
+                data.set_epoch(turn)
+            samples = iter(rows_of(data))
+            for place in itertools.count():
+                seed_all(mixed(epoch_seed(seed, turn), place))
+                try:
+                    found.append(next(samples))
+                except StopIteration:
+                    break
+                if len(found) > last:
+                    return found
+    raise AssertionError("it goes on until all are read")
 
 
 def read(task: Task, data: Any, forward: Forward) -> Any:

@@ -64,7 +64,7 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
     ranks = [Rank(make, recipe.seed) for _ in schedule[0]]
     spread(ranks, ranks[0].named())
     recipes.seed_all(recipe.seed)
-    data = ranks[0].task.train_data()
+    data = recipes.numbered(ranks[0].task.train_data(), schedule, recipe.seed)
     parameters = ranks[0].named()  # with buffers: what has no gradient rests
     rows = {name: parameters[name] for name in parameters if name.startswith(recipes.ROWS)}
     dense = {name: one for name, one in parameters.items() if name not in rows}

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distplat.platform.sampler import ENDLESS
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.loop.gathering import calls
+from distplat.strategies.loop.streams import is_stream, length_of
 from distplat.strategies.loop.task_order import order_of
 from distplat.strategies.task import Task
 from distplat.strategies.verification.compare import compare, is_finite
@@ -92,8 +94,7 @@ def references(job: Job, make: Make) -> References:
         make = lambda switches: with_rows(without(switches), job.seed)  # noqa: E731
     first = Rank(lambda: make(Switches()), job.seed)
     data = first.task.train_data()
-    order = order_of(first.task, data, job.seed)
-    samples = ReferenceSamples(len(data) if order is None else order.size, order)  # type: ignore[arg-type]
+    samples = _samples_of(first.task, data, job.seed)
     norms = [module for module in first.model.modules() if isinstance(module, _BatchNorm)]
     merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
     every = _every(first, job)
@@ -127,6 +128,14 @@ def references(job: Job, make: Make) -> References:
     return found
 
 
+def _samples_of(task: Task, data: Any, seed: int) -> ReferenceSamples:
+    if is_stream(data):
+        size = length_of(data)
+        return ReferenceSamples(ENDLESS if size is None else size, stream=True)
+    order = order_of(task, data, seed)
+    return ReferenceSamples(len(data) if order is None else order.size, order)
+
+
 def _every(rank: Rank, job: Job) -> int:
     """Say after how many steps a state is kept, so that there is room for all of them."""
     size = sum(value.nbytes for value in rank.snapshot().values())
@@ -144,7 +153,8 @@ def _add_whole(
     """Compute the whole batch: in float64 and with a last batch of one sample, if that works."""
     batch = job.global_batch_size
     ragged = None
-    if every.size > batch and not job.data.drop_last and not merged and every.order is None:
+    own = every.order is not None or every.stream
+    if every.size > batch and not job.data.drop_last and not merged and not own:
         ragged = min(2, (every.size - 1) // batch) * batch + 1
     for double in (True, False) if job.embeddings is None else (False,):  # rows are float32
         for samples in dict.fromkeys((ragged, None)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from typing_extensions import override
 
+from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.task import Task, overrides
 
 ENTRY = f"{__name__}:Switched"
@@ -92,8 +93,7 @@ def switched(kind: type[Task], switches: Switches) -> type[Task]:
         return _set(built, switches) if isinstance(built, nn.Module) else built
 
     def train_data(self: Any) -> Any:
-        data = base.train_data(self)
-        return data if switches == Switches() else _Samples(data, switches)
+        return _data_of(base.train_data(self), switches)
 
     def loss(self: Any, outputs: Any, targets: Any) -> Any:
         if switches.double:
@@ -117,6 +117,12 @@ def switched(kind: type[Task], switches: Switches) -> type[Task]:
     return type(kind.__name__, (kind,), body)
 
 
+def _data_of(data: Any, switches: Switches) -> Any:
+    if switches == Switches():
+        return data
+    return _Stream(data, switches) if is_stream(data) else _Samples(data, switches)
+
+
 class _Samples(Dataset[Any]):
     """The first samples of a data set, in the wanted type."""
 
@@ -130,6 +136,24 @@ class _Samples(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         sample = self._data[index]
         return _converted(sample) if self._switches.double else sample
+
+
+class _Stream(IterableDataset[Any]):
+    """The samples of a stream, in the wanted type."""
+
+    def __init__(self, data: Any, switches: Switches) -> None:
+        self._data, self._switches = rows_of(data), switches
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the stream, if it wants to know."""
+        if hasattr(self._data, "set_epoch"):
+            self._data.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_converted, self._data) if self._switches.double else iter(self._data)
 
 
 def _converted(value: Any) -> Any:

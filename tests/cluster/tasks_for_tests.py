@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import psutil
 import ray
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from distplat import Task
 
@@ -137,6 +138,62 @@ class Misbehaving(Blobs):
         if self.deed == "hang":
             time.sleep(3600)
         os.kill(os.getpid(), signal.SIGKILL if self.deed == "kill" else signal.SIGSTOP)
+
+
+class Rows(IterableDataset[Any]):
+    """Samples one after the other, and the position after them."""
+
+    def __init__(self, *columns: Tensor) -> None:
+        self.columns, self.place = columns, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in range(self.place, len(self.columns[0])):
+            self.place = place + 1
+            yield tuple(column[place] for column in self.columns)
+
+
+class Streamed(Misbehaving):
+    """The same samples as a stream."""
+
+    def train_data(self) -> Dataset[Any]:
+        data = super().train_data()
+        assert isinstance(data, TensorDataset)
+        return Rows(*data.tensors)
+
+    def eval_data(self) -> None:
+        return None
+
+
+class OfRayData(Blobs):
+    """The same samples as a Ray Dataset of several blocks, each column doubled and halved."""
+
+    def train_data(self) -> Any:
+        data = super().train_data()
+        assert isinstance(data, TensorDataset)
+        inputs, targets = (column.numpy() for column in data.tensors)
+        rows = [{"inputs": x, "targets": y} for x, y in zip(inputs, targets, strict=True)]
+        doubled = ray.data.from_items(rows, override_num_blocks=5).map_batches(_doubled)
+        return doubled
+
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        outputs: Tensor = model(batch["inputs"] / 2)
+        return outputs
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return super().loss(outputs, batch["targets"])
+
+    def eval_data(self) -> None:
+        return None
+
+
+def _doubled(rows: dict[str, Any]) -> dict[str, Any]:
+    return {**rows, "inputs": rows["inputs"] * 2}
 
 
 class Elastic(Blobs):

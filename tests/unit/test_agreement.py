@@ -22,7 +22,8 @@ from torch.utils.data import Dataset, TensorDataset
 from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.fakes import InMemoryBoard
-from distplat.strategies.loop.agreement import agree, facts_of, hash_of, hash_samples
+from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
+from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.seeding import state_of_generators
 from distplat.strategies.task import Task
 

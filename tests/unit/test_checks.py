@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from jobs import fields_of, job_of
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from distplat import Result, Task, Trainer
 from distplat.platform.errors import SpecError, UserCodeError
@@ -176,11 +176,6 @@ def test_a_lazy_model_that_saw_a_batch_is_trained(tmp_path: Path) -> None:
     assert fit(Lazy, tmp_path).checkpoint is not None
 
 
-class Endless(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        yield torch.zeros(3), 0
-
-
 class NoLength(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         return torch.zeros(3), 0
@@ -191,7 +186,6 @@ class NoLength(Dataset[Any]):
     ("given", "message"),
     [
         (lambda: DataLoader(samples()), "got a DataLoader: return its data set"),
-        (Endless, "got an IterableDataset"),
         (lambda: (samples()[i] for i in range(8)), "got a generator"),
         (lambda: iter([1]), "got a list_iterator"),
         (lambda: TensorDataset, "got the class TensorDataset: call it"),

@@ -315,6 +315,16 @@ def test_trees_are_gone_through_in_order() -> None:
     assert doubled["b"][1] == (4, None) and doubled["a"] == 6
 
 
+def test_a_stream_does_not_see_that_a_loader_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.data._utils import worker
+
+    monkeypatch.setattr(worker, "_worker_info", "a loader")
+    assert worker.get_worker_info() is not None
+    with of_torch.outside_loaders():
+        assert worker.get_worker_info() is None
+    assert worker.get_worker_info() is not None
+
+
 # both
 
 

@@ -6,7 +6,7 @@ import ast
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from drawn_tasks import Drawn
 from in_memory_engine import engine, make
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from distplat.cli.verify import exit_code
 from distplat.platform.errors import InfrastructureError, SpecError
@@ -96,6 +96,44 @@ def test_a_task_that_means_what_is_trained(strategy: str, options: dict[str, Any
         "whole batch": EQUAL,
     }
     assert not any(row.failed for row in found.values())
+    assert (found["whole batch"].difference or 0.0) < 1e-12
+
+
+class Shuffled(IterableDataset[Any]):
+    """Shuffles itself anew in each pass, with a generator of its own: ranks are threads here."""
+
+    def __init__(self, *columns: Tensor) -> None:
+        self.columns, self.epoch = columns, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        draws = torch.Generator().manual_seed(self.epoch)
+        for place in torch.randperm(len(self.columns[0]), generator=draws).tolist():
+            inputs, target = (column[place] for column in self.columns)
+            yield inputs + self.epoch, target
+
+
+class Streamed(Classify):
+    def train_data(self) -> Any:
+        return Shuffled(*super().train_data().tensors)
+
+
+class StreamedByEpoch(Streamed):
+    def train_data(self) -> Any:
+        kind = type("Long", (Shuffled,), {"__len__": lambda self: 23})
+        return kind(*Classify.train_data(self).tensors)
+
+
+@pytest.mark.parametrize("kind", [Streamed, StreamedByEpoch])
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("ring", {}), ("hybrid", {"pipeline": 2, "cut": "even"})]
+)
+def test_a_stream_is_verified(strategy: str, options: dict[str, Any], kind: type[Task]) -> None:
+    one = job(strategy, options=options)
+    found = rows(kind, one)
+    assert [row.verdict for row in found.values()] == [EQUAL] * 3
     assert (found["whole batch"].difference or 0.0) < 1e-12
 
 

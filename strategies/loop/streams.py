@@ -1,0 +1,432 @@
+"""
+A stream as a data set of numbered samples: read in order, with what others train on passed over.
+
+    pass 0                  pass 1                        each begins at the stream's start
+    | 0 1 2 3 ... 98 99 |   | 100 101 ... 198 199 | ...   number: over all passes
+      0 1 2 3 ... 98 99       0   1   ... 98  99          place: in the pass
+
+Every reader (a rank, or each of its loader processes) has the stream for itself and begins at its
+start. So all come to the same samples in the same steps, and to the same end, and nobody needs to
+be told (docs/decisions/streams.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import logging
+import pickle
+import time
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cloudpickle
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from distplat.platform.sampler import ENDLESS
+from distplat.strategies.algorithms.seeds import (
+    epoch_seed,
+    evaluation_data_seed,
+    mixed,
+    order_seed,
+)
+from distplat.strategies.loop.sample_hash import hash_of
+from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
+from distplat.strategies.torch_compat import outside_loaders
+
+logger = logging.getLogger(__name__)
+
+_FIRST = 16
+"""Samples at the start whose hashes are compared: between ranks, and from pass to pass."""
+_AFTER = 8
+"""Samples after a mark whose hashes it has."""
+_MARKS = 8
+"""Marks that a reader keeps."""
+
+
+class Mark(NamedTuple):
+    """A position from which a stream can be read on; plain values, kept in checkpoints."""
+
+    number: int
+    """Of the next sample."""
+    turn: int
+    """Its pass."""
+    place: int
+    """In the pass."""
+    state: str = ""
+    """What the stream's `state_dict` gave, as JSON; empty: samples are counted and passed over."""
+    hashes: tuple[str, ...] = ()
+    """Of the next samples."""
+
+    def saved(self) -> dict[str, Any]:
+        """Give it as a checkpoint has it."""
+        return {**self._asdict(), "hashes": [*self.hashes]}
+
+    @classmethod
+    def read(cls, saved: Any) -> Mark | None:
+        """Take a mark as a checkpoint has it; None: it has none."""
+        if not isinstance(saved, Mapping) or saved.keys() != set(cls._fields):
+            return None
+        numbers = all(isinstance(saved[name], int) for name in ("number", "turn", "place"))
+        if not (numbers and isinstance(saved["state"], str)):
+            return None
+        hashes = saved["hashes"]
+        return cls(**{**saved, "hashes": tuple(hashes)}) if isinstance(hashes, list) else None
+
+
+class Marked(NamedTuple):
+    """A batch, and where the stream stood before it."""
+
+    batch: Any
+    mark: Mark
+
+
+@dataclass(frozen=True)
+class StreamSeeds:
+    """What is drawn while a stream is read: a function of the pass, and of the place in it."""
+
+    seed: int
+    """Of the job."""
+    evaluates: bool = False
+    """Draw the same numbers in every pass, as evaluation samples do."""
+
+    def of_samples(self, turn: int) -> int:
+        """Give the seed of a pass from which its samples' own are mixed."""
+        return evaluation_data_seed(self.seed) if self.evaluates else epoch_seed(self.seed, turn)
+
+    def of_pass(self, turn: int) -> int:
+        """Give the seed before `iter()`."""
+        return mixed(self.of_samples(turn)) if self.evaluates else order_seed(self.seed, turn)
+
+
+def is_stream(data: object) -> bool:
+    """Say whether what a task gave as its data is read from its start, not by number."""
+    if isinstance(data, type | str | bytes | Mapping | Set | DataLoader):
+        return False
+    if isinstance(data, IterableDataset) or is_ray_data(data):
+        return True
+    if isinstance(data, Iterator) or not isinstance(data, Iterable):
+        return False
+    return not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
+
+
+def is_ray_data(data: object) -> bool:
+    """Say whether it is a `ray.data.Dataset`; told by its name, for this package knows no Ray."""
+    kind = type(data)
+    return kind.__module__.startswith("ray.data.") and hasattr(kind, "iter_rows")
+
+
+def length_of(data: Any) -> int | None:
+    """Give the samples of a pass, where a stream says them."""
+    try:
+        return len(data)
+    except (TypeError, AttributeError, NotImplementedError):
+        return None
+
+
+class _RayRows:
+    """The rows of a `ray.data.Dataset`, in an order that is the same each time."""
+
+    def __init__(self, data: Any) -> None:
+        data.context.execution_options.preserve_order = True
+        data.context.enable_progress_bars = False  # each rank would draw its own
+        self._data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._data.iter_rows())
+
+
+def rows_of(data: Any) -> Any:
+    """Give what can be gone through of a stream: of a `ray.data.Dataset` its rows."""
+    return _RayRows(data) if is_ray_data(data) else data
+
+
+def _copied(source: Any) -> Any:
+    """Copy a stream; what Hugging Face's hold of file systems changes while it is copied."""
+    try:
+        return copy.deepcopy(source)
+    except RuntimeError:
+        return pickle.loads(cloudpickle.dumps(source))  # noqa: S301  what was pickled here
+
+
+class StreamSamples(Dataset[Any]):
+    """
+    The samples of a stream by number, which must be asked for in order to be had quickly.
+
+    Asking for an earlier one begins at the start again, or at a mark.
+
+    Args:
+        source: gives its samples each time that it is gone through.
+        seeds: of what is drawn meanwhile.
+        where: names it in errors.
+    """
+
+    def __init__(self, source: Any, seeds: StreamSeeds, where: str) -> None:
+        self._source = rows_of(source)
+        self._kind, self._seeds, self._where = type(source).__name__, seeds, where
+        self._size = length_of(self._source)
+        self._stateful = all(hasattr(source, n) for n in ("state_dict", "load_state_dict"))
+        self._marks: list[Mark] = []
+        self._reader: Any = None  #: the source, or a copy
+        self._samples: Iterator[Any] | None = None
+        self._ahead: list[Any] = []  #: samples that were read to look at them
+        self._turn = self._origin = self._place = 0
+        self.hashes: list[str] = []  #: of the first samples
+
+    def __len__(self) -> int:
+        return ENDLESS if self._size is None else self._size
+
+    def __getitem__(self, number: int) -> Any:
+        return self.read(number, 1)[0][0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to a loader process, which begins to read by itself."""
+        idle: dict[str, Any] = {"_reader": None, "_samples": None, "_ahead": []}
+        return {**self.__dict__, **idle}
+
+    def survey(self, *, counts: bool, limit_s: float) -> None:
+        """
+        Read the first samples, for their hashes; all of them, to count them.
+
+        Args:
+            counts: how many a pass has must be known.
+            limit_s: how long it may take to count.
+
+        Raises:
+            ValueError: there are none, or too many to count.
+        """
+        found, until = 0, time.monotonic() + limit_s
+        counts &= self._size is None
+        with generators_kept(), outside_loaders():
+            self._begin(0, 0)
+            for found in itertools.count():
+                try:
+                    sample = self._draw(found)
+                except StopIteration:
+                    break
+                if found < _FIRST:
+                    self.hashes.append(hash_of(sample))
+                elif not counts:
+                    break
+                elif time.monotonic() > until:
+                    raise self._wrong(
+                        f"gave {found} samples in {limit_s:g} s and goes on: `epochs` needs their "
+                        "number. Give `steps` instead, or the data a __len__, or raise "
+                        "`failure.start_timeout_s`"
+                    )
+        self._samples = None
+        if not self.hashes:
+            raise self._wrong("gave no samples")
+        if counts:
+            self._size = found
+
+    def read(self, first: int, count: int, *, mark: bool = False) -> tuple[list[Any], Mark | None]:
+        """
+        Give samples that follow each other. The global generators draw other numbers afterwards.
+
+        Args:
+            first: number of the first one.
+            count: how many.
+            mark: whether to give the position before them, too.
+
+        Raises:
+            ValueError: the stream ended elsewhere than before, or gave others than before.
+        """
+        with outside_loaders():
+            self._seek(first)
+            here = self._mark() if mark else None
+            samples, following = [], []
+            for _ in range(count):
+                samples.append(self._next())
+                if here is not None and here.turn == self._turn:
+                    following.append(samples[-1])
+            if here is not None:
+                here = self._hashed(here, following)
+        return samples, here
+
+    def keep(self, mark: Mark) -> None:
+        """Note a position from which it can be read on."""
+        self._marks = [*self._marks, mark][-_MARKS:]
+
+    def mark_before(self, number: int) -> Mark | None:
+        """Give the last position known that is not beyond a sample."""
+        near = [mark for mark in self._marks if mark.number <= number]
+        return max(near, key=lambda mark: mark.number, default=None)
+
+    def _seek(self, number: int) -> None:
+        turn = None if self._size is None else number // self._size
+        here = self._origin + self._place
+        if self._samples is None or here > number or turn not in (None, self._turn):
+            self._start(number, turn)
+        while self._origin + self._place < number:
+            self._next()
+
+    def _start(self, number: int, turn: int | None) -> None:
+        """Begin a pass, or go on at a mark, before a sample."""
+        mark = self.mark_before(number)
+        if mark is not None and mark.place and turn in (None, mark.turn):
+            self._go_on(mark)
+        elif turn is None:
+            self._begin(0, 0)
+        else:
+            self._begin(turn, turn * len(self))
+
+    def _begin(self, turn: int, origin: int, state: str = "") -> None:
+        """Begin a pass at its start, or where a state leads to."""
+        self._reader = self._copy()
+        self._turn, self._origin, self._place, self._ahead = turn, origin, 0, []
+        seed_quickly(self._seeds.of_pass(turn))
+        set_epoch = getattr(self._reader, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(turn)
+        if state:
+            self._reader.load_state_dict(json.loads(state))
+        self._samples = iter(self._reader)
+        if self._samples is self._reader:
+            raise self._wrong(
+                f"{self._kind} is its own iterator, so it can be read only once: __iter__ must "
+                "begin anew each time, as a generator function does"
+            )
+
+    def _copy(self) -> Any:
+        """Give what to read: of a stream with a state a copy, for it goes on where it stood."""
+        if self._stateful:
+            try:
+                return _copied(self._source)
+            except Exception as error:
+                self._stateful = False
+                logger.warning(
+                    "%s: %s cannot be copied (%s), so its state_dict() is not used: samples are "
+                    "counted and passed over",
+                    *(self._where, self._kind, error),
+                )
+        return self._source
+
+    def _go_on(self, mark: Mark) -> None:
+        """
+        Read on at a mark.
+
+        Raises:
+            ValueError: other samples follow than when it was made.
+        """
+        if mark.state and self._stateful:
+            self._begin(mark.turn, mark.number - mark.place, mark.state)
+            if self._stateful and self._follows(mark):
+                return
+            logger.warning(
+                "%s: load_state_dict() of %s does not lead back to sample %d of pass %d, so "
+                "samples are counted and passed over",
+                *(self._where, self._kind, mark.place, mark.turn),
+            )
+        self._begin(mark.turn, mark.number - mark.place)
+        try:
+            for place in range(mark.place):
+                self._draw(place)
+        except StopIteration:
+            pass  # what follows is looked at
+        if not self._follows(mark):
+            raise self._wrong(
+                f"gives other samples than before from number {mark.place} of pass {mark.turn} on: "
+                "a run that goes on must read what it would have read"
+            )
+
+    def _follows(self, mark: Mark) -> bool:
+        """Say whether the mark's samples come next."""
+        self._place, found = mark.place, []
+        for place in range(mark.place, mark.place + len(mark.hashes)):
+            try:
+                found.append(self._draw(place))
+            except StopIteration:
+                return False
+        self._ahead = found
+        return tuple(map(hash_of, found)) == mark.hashes
+
+    def _mark(self) -> Mark:
+        state = ""
+        if self._stateful and self._place and not self._ahead:
+            given = self._reader.state_dict()
+            try:
+                state = json.dumps(given)
+                if json.loads(state) != given:
+                    raise TypeError("it changes on its way through JSON")
+            except (TypeError, ValueError) as error:
+                self._stateful = False
+                logger.warning(
+                    "%s: state_dict() of %s is nothing that a checkpoint can keep (%s), so it is "
+                    "not used: samples are counted and passed over",
+                    *(self._where, self._kind, error),
+                )
+                state = ""
+        return Mark(self._origin + self._place, self._turn, self._place, state)
+
+    def _hashed(self, mark: Mark, following: list[Any]) -> Mark:
+        """Give a mark with what its pass has next; a state that nothing follows cannot be tried."""
+        while mark.turn == self._turn and len(following) < _AFTER and self._samples is not None:
+            place = self._place + len(self._ahead)
+            if place == self._size:
+                break
+            try:
+                self._ahead.append(self._draw(place))
+            except StopIteration:
+                break
+            following.append(self._ahead[-1])
+        hashes = tuple(hash_of(one) for one in following[:_AFTER])
+        return mark._replace(hashes=hashes, state=mark.state if hashes else "")
+
+    def _next(self) -> Any:
+        """Give the next sample, of the next pass where this one has ended."""
+        try:
+            sample = self._ahead.pop(0) if self._ahead else self._draw(self._place)
+        except StopIteration:
+            self._over()
+            return self._next()
+        self._place += 1
+        if self._place == self._size:
+            self._see_the_end()
+        return sample
+
+    def _draw(self, place: int) -> Any:
+        """Read a sample with generators of its own seed; those passed over draw theirs, too."""
+        assert self._samples is not None, "a pass was begun"
+        seed_sample(self._seeds.of_samples(self._turn), place)
+        sample = next(self._samples)
+        if self._turn == 0 and place < len(self.hashes) and hash_of(sample) != self.hashes[place]:
+            raise self._wrong(
+                f"gave another sample {place} when it was read anew. Every worker reads it, and so "
+                "does a run that goes on: __iter__ must begin at the same sample each time. What "
+                "it draws must come from random, numpy or torch, whose global generators are "
+                "seeded before each pass and each sample, or from one that __iter__ makes itself"
+            )
+        return sample
+
+    def _over(self) -> None:
+        """Begin the next pass, if the stream may end here."""
+        if self._size is not None:
+            raise self._wrong(
+                f"ended after {self._place} samples in pass {self._turn}, and {self._size} were "
+                "expected: by its len(), or as many as it had before. Every epoch must have as "
+                "many; without __len__ and with `steps` it is read over and over, whatever it has"
+            )
+        if not self._place:
+            raise self._wrong(
+                f"gave no samples when it was begun anew for pass {self._turn}: __iter__ must "
+                "begin anew each time, as a generator function does"
+            )
+        self._begin(self._turn + 1, self._origin + self._place)
+
+    def _see_the_end(self) -> None:
+        """See that there is no sample after the last one: nobody would train on it."""
+        try:
+            self._draw(self._place)
+        except StopIteration:
+            self._samples = None
+            return
+        raise self._wrong(
+            f"gives more than the {self._size} samples of its len(), or that it had before: "
+            "without __len__ and with `steps` it is read over and over, whatever it has"
+        )
+
+    def _wrong(self, text: str) -> ValueError:
+        return ValueError(f"{self._where} {text}")

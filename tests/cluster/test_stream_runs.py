@@ -1,0 +1,53 @@
+"""Streams on real processes: a worker killed between two samples, and Ray Data."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from local_run import train as train_in_memory
+from numpy.typing import NDArray
+from small_runs import distance, job, train, weights
+from tasks_for_tests import Blobs
+
+from distplat.strategies.catalog import make_job
+
+DETACHED = (
+    ("AutoscalingCoordinator", "AutoscalingCoordinator"),
+    ("datasets_stats_actor", "_dataset_stats_actor"),
+)
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+
+def numbered(spec: dict[str, Any]) -> NDArray[np.float32]:
+    """Give the model of the same samples, taken by number, of as many ranks in memory."""
+    fields = {**spec, "task_args": {}, "data": {"shuffle": False}}
+    state = train_in_memory(make_job(fields), Blobs).parameters()
+    return np.concatenate([state[name].numpy().ravel() for name in sorted(state)])
+
+
+def test_a_killed_worker_costs_no_sample(tmp_path: Path) -> None:
+    """Its stream is read by loaders; the one in its place reads on from a checkpoint's position."""
+    spec = job(
+        "ring",
+        2,
+        task="tasks_for_tests:Streamed",
+        task_args={"deed": "kill", "marker": str(tmp_path / "killed"), "at": 9},
+        data={"num_workers": 1},
+        checkpoint={"every_steps": 4},
+    )
+    result = train(spec, tmp_path)
+    assert (tmp_path / "killed").exists()
+    assert result.failures
+    assert sorted(one.step for one in result.history) == [*range(1, 16)]
+    assert weights(result).tobytes() == numbered(spec).tobytes()
+
+
+@pytest.mark.slow
+def test_ray_data_is_a_stream_in_an_order_of_its_own(tmp_path: Path) -> None:
+    spec = job("ring", 2, task="tasks_for_tests:OfRayData", steps=4, epochs=None)
+    result = train(spec, tmp_path)
+    for name, namespace in DETACHED:  # Ray Data leaves them to the cluster
+        ray.kill(ray.get_actor(name, namespace))
+    assert distance(weights(result), numbered(spec)) < 1e-6
