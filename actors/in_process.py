@@ -28,7 +28,7 @@ from distplat.platform.spec import Job
 from distplat.platform.tensor_file import decode
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.function.session import Outlets
+from distplat.strategies.function.function_session import Outlets
 from distplat.strategies.loop.checks import remarks_on
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare, trained_model

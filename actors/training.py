@@ -42,7 +42,7 @@ from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
 from distplat.strategies.collective import Collective, gather_bytes
-from distplat.strategies.function.session import FunctionSession, Outlets, Place
+from distplat.strategies.function.function_session import FunctionSession, Outlets, Place
 from distplat.strategies.function.words import call, running
 from distplat.strategies.loop.checks import check_device, remarks_on
 from distplat.strategies.loop.loop import Progress

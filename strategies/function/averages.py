@@ -6,12 +6,12 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
-from distplat.strategies.function.exchange import Exchange
 from distplat.strategies.function.gradient_average import (
     BucketAverage,
     GradientAverage,
     Surroundings,
 )
+from distplat.strategies.function.gradient_exchange import Exchange
 from distplat.strategies.function.server_sum import ServerAverage, ServerSum
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.ring import RingOptions

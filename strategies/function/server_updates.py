@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.function.exchange import Exchange
 from distplat.strategies.function.gradient_average import Surroundings, compare, take_over
+from distplat.strategies.function.gradient_exchange import Exchange
 from distplat.strategies.function.optimizer_facts import REMEDY, OptimizerFacts
 from distplat.strategies.function.oversight import check_alike, not_prepared
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl

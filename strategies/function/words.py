@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.function.session import FunctionSession, Place
+from distplat.strategies.function.function_session import FunctionSession, Place
 from distplat.strategies.loop.gathering import Gathering
 
 _of_thread = threading.local()

@@ -18,7 +18,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.function.session import Outlets
+from distplat.strategies.function.function_session import Outlets
 from distplat.strategies.loop.loop import Progress
 
 
