@@ -142,8 +142,9 @@ def test_a_report_of_a_foreign_run_is_clean(
 
 
 def test_an_error_of_another_process_is_clean(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # without runs, which `list` would show
     for error in (ValueError(ESCAPES), ClusterUnreachable(f"one\n{ESCAPES}")):
 
         def fail(*args: object, error: Exception = error, **options: object) -> None:
