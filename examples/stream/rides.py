@@ -155,10 +155,11 @@ def write(folder: Path, rows: int = ROWS) -> None:
         drawn = np.random.default_rng(number)
         stations, hours = drawn.integers(0, STATIONS, rows), drawn.integers(0, 8760, rows)
         celsius = 12 - 10 * np.cos(hours / 8760 * 2 * math.pi) + drawn.normal(0, 4, rows)
-        rate = rates(stations, hours, celsius)
+        time = np.datetime64("2025-01-01T00", "h") + hours
+        rate = rates(stations, time.astype(np.int64), celsius)
         columns = {
             "station": stations,
-            "time": (np.datetime64("2025-01-01T00", "h") + hours).astype(str),
+            "time": time.astype(str),
             "celsius": celsius.round(1),
             "rides": drawn.poisson(rate),
             "rate": rate,
@@ -185,7 +186,8 @@ def draw(model_file: Path, picture: Path) -> None:
         axis.plot(learnt, color="tab:blue", linewidth=1, label="learnt")
         axis.set(title=f"station {station}, a week in May at 18 °C", xlabel="hour of the week")
     axes[0].set_ylabel("rides an hour")
-    axes[1].legend()
+    axes[1].legend(loc="upper right", framealpha=1.0)
+    axes[0].set_ylim(0, 16)
     figure.savefig(picture, dpi=110)
 
 

@@ -210,7 +210,7 @@ class FunctionSession:
             TensorEntry(f"{_FILE}/{n}", TensorSlice(tuple(one.shape)), dtype_name(one), n)
             for n, one in enumerate(tensors)
         )
-        facts = {FUNCTION: tree, "versions": {"torch": torch.__version__}}
+        facts = {FUNCTION: tree, "versions": {"torch": str(torch.__version__)}}
         self._outlets.take(version, CheckpointPart(tuple(tensors), entries), facts)
 
     def checkpoint(self) -> Any:

@@ -460,7 +460,7 @@ def _checkpoints(
                 "epoch": p.sampler.epoch_of(version),
                 "steps_per_epoch": p.sampler.steps_per_epoch,
                 "samples": p.sampler.size,
-                "versions": {"torch": torch.__version__},
+                "versions": {"torch": str(torch.__version__)},
             }
             facts |= _position(p, version)
             slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)

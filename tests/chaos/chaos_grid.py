@@ -109,28 +109,32 @@ def line(outcome: Outcome) -> str:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Make the table in Markdown: row x strategy, trials, recovery."""
-    lines = [
-        "| row | fault | strategy | trials | ok | wrong | not fired | recovery median | max |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Make the table in Markdown: a row for each fault, a column for each strategy."""
+    lines = [f"| row | fault | {' | '.join(ALL)} |", "|---|---|" + "---|" * len(ALL)]
     for name, row in ROWS.items():
-        for strategy in row.strategies:
-            some = [one for one in outcomes if (one.row, one.strategy) == (name, strategy)]
-            if some:
-                lines.append(f"| {name} | {row.what} | {strategy} | {_figures(some)} |")
-    return "\n".join([*lines, f"| all | | | {_figures(outcomes)} |"])
+        cells = [
+            _figures([one for one in outcomes if (one.row, one.strategy) == (name, strategy)])
+            for strategy in ALL
+        ]
+        if any(cells):
+            lines.append(f"| {name} | {row.what} | {' | '.join(cells)} |")
+    wrong = sum(one.verdict == "wrong" for one in outcomes)
+    missed = sum(one.verdict == "not fired" for one in outcomes)
+    end = f"{len(outcomes)} trials: {wrong} wrong, {missed} without their fault"
+    return "\n".join([*lines, "", f"{end}; recovery: median, and the longest of several."])
 
 
 def _figures(outcomes: list[Outcome]) -> str:
-    counts = [
-        sum(one.verdict == verdict for one in outcomes) for verdict in ("ok", "wrong", "not fired")
-    ]
-    times = [one.recovery_s for one in outcomes if one.verdict == "ok" and one.recovery_s]
-    recovery = ["-", "-"]
-    if times:
-        recovery = [f"{statistics.median(times):.1f} s", f"{max(times):.1f} s"]
-    return " | ".join(map(str, [len(outcomes), *counts, *recovery]))
+    """Give `ok/trials, median to maximum` of one row under one strategy."""
+    if not outcomes:
+        return ""
+    good = [one for one in outcomes if one.verdict == "ok"]
+    times = [one.recovery_s for one in good if one.recovery_s]
+    count = f"{len(good)}/{len(outcomes)}"
+    if not times:
+        return count
+    longest = f" ({max(times):.1f})" if len(times) > 1 else ""
+    return f"{count} {statistics.median(times):.1f}{longest} s"
 
 
 if __name__ == "__main__":

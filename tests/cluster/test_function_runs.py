@@ -86,6 +86,7 @@ def test_a_lost_worker_of_ps_async_takes_all_back_to_the_last_checkpoint(tmp_pat
     assert state_of(lost).keys() == plain().keys()
 
 
+@pytest.mark.slow
 def test_a_lost_server_of_ps_async_takes_all_back_to_the_last_checkpoint(tmp_path: Path) -> None:
     class Killer(Callback):
         def on_start(self, job: Any, run: str, path: Path) -> None:

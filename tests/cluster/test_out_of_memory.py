@@ -33,6 +33,7 @@ def watched_ray() -> Iterator[None]:
     cluster.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_worker_that_is_killed_for_memory_is_replaced(watched_ray: None, tmp_path: Path) -> None:
     args = {"marker": str(tmp_path / "done")}

@@ -55,3 +55,10 @@ def test_a_small_run_comes_near_who_knows_the_rates(rides: Any, tmp_path: Path) 
     figures = result.metrics
     assert figures["eval_best_loss"] < figures["eval_loss"] < figures["eval_best_loss"] + 0.5
     assert torch.isfinite(torch.tensor(figures["eval_loss"]))
+
+
+def test_a_row_has_the_rate_of_its_time(rides: Any, tmp_path: Path) -> None:
+    for row in islice(rides.Rides(str(tmp_path / "data")).train_data(), 50):
+        time = np.array([row["time"]], "datetime64[h]").astype(np.int64)
+        noisy = rides.rates(np.array([row["station"]]), time, np.array([row["celsius"]]))
+        assert noisy[0] == pytest.approx(row["rate"], rel=0.01), "celsius is rounded"
