@@ -186,13 +186,11 @@ class Outbox(Generic[Item]):
     Things to be told, from any thread, to one who asks.
 
     Args:
-        most: so many may wait to be told; above, what `spare` says yes to is counted, not kept.
+        most: while so many wait to be told, what `spare` says yes to is counted, not kept.
         spare: whether a thing may be left out; by default none may.
     """
 
-    def __init__(
-        self, most: int = 100_000, spare: Callable[[Item], bool] = lambda item: False
-    ) -> None:
+    def __init__(self, most: int = 0, spare: Callable[[Item], bool] = lambda item: False) -> None:
         self._most, self._spare, self._left_out = most, spare, 0
         self._changed = threading.Condition()
         self._fresh: deque[Item] = deque()

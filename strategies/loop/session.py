@@ -23,6 +23,7 @@ from distplat.platform.even_split import split_evenly
 from distplat.platform.optimizers import Optimizer, TaskOptimizer, match_problems
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE, STREAM
+from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job, length_problems
 from distplat.platform.tensor_file import EMA_PREFIX, TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
@@ -61,6 +62,7 @@ from distplat.strategies.model.task_optimizer import make_optimizers, optimizers
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
 from distplat.strategies.sparse.modules import dense_parameters, tables_of
+from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task, has_weights
 from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
@@ -175,15 +177,7 @@ def prepare(
         apply_module_options(job, model)
         moved, group_of = _moved(extra, device), job.optimizer.group_of
         part = FlatModel(model.to(device), moved, thaws=thaws, group_of=group_of)
-    seed_all(job.seed)
-    data = checked_data(job, task, task.train_data(), "train_data")
-    order = order_of(task, data, job.seed)
-    sampler = make_sampler(job, data, roles.replicas(job.scaling.world), order)
-    seed_all(job.seed)
-    eval_data = task.eval_data()
-    if eval_data is not None:
-        eval_data = checked_data(job, task, eval_data, "eval_data")
-    _warn_of_held_generators(data, eval_data)
+    data, eval_data, sampler = _data(job, task, roles)
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
         raise SpecError(*problems)
@@ -193,6 +187,20 @@ def prepare(
     found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
     found.initial = initial if any(one.is_meta for one in model.parameters()) else {}
     return _with_own_updates(found)
+
+
+def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
+    """Give the data sets, the second one or None, and which samples of the first come when."""
+    seed_all(job.seed)
+    data = checked_data(job, task, task.train_data(), "train_data")
+    order = order_of(task, data, job.seed)
+    sampler = make_sampler(job, data, roles.replicas(job.scaling.world), order)
+    seed_all(job.seed)
+    eval_data = task.eval_data()
+    if eval_data is not None:
+        eval_data = checked_data(job, task, eval_data, "eval_data")
+    _warn_of_held_generators(data, eval_data)
+    return data, eval_data, sampler
 
 
 def _with_own_updates(p: Prepared) -> Prepared:
@@ -297,11 +305,9 @@ def join(
     data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
     loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
     assert p.state is not None, "_load() makes it"
-    alone = p.job.scaling.world == 1
-    metrics = TaskMetrics(p.task, (lambda: None) if alone else _meeting(p, context))
-    loop = replace(loop, pause=pause, evaluated=p.state.discard, metrics=metrics)
+    meet = (lambda: None) if p.job.scaling.world == 1 else _meeting(p, context)
+    loop = replace(loop, pause=pause, evaluated=p.state.discard, metrics=TaskMetrics(p.task, meet))
     if p.loss_scale is not None:
-        meet = (lambda: None) if alone else _meeting(p, context)
         p.loss_scale.meet(start, meet(), p.flat.params.device)
     return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)
 
