@@ -34,6 +34,7 @@ from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError, FencedError, StorageError
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import decode
 from distplat.strategies.catalog import StrategyFile
 from distplat.strategies.strategy_spec import Roles
@@ -154,25 +155,10 @@ class ActorGroup:
             self._spares = Spares(RayTransport(), make, partial(self._order, 0, -1, None, 0))
         self._spares.keep(self._nodes[rank] for rank in self._cast.workers if rank in self._nodes)
 
-    def rest(self, attempt: int) -> None:
-        """Tell all workers to begin no further step, and to say which it would have been."""
-        self._tell_workers("rest", attempt)
-
-    def rest_at(self, attempt: int, step: int) -> None:
-        """Tell all workers, which rest, to go on until they are before this step."""
-        self._tell_workers("rest_at", attempt, step)
-
-    def end_at(self, attempt: int, step: int) -> None:
-        """Tell all workers, which rest, to go on until they are before this step, and end there."""
-        self._tell_workers("end_at", attempt, step)
-
-    def abandon(self, attempt: int) -> None:
-        """Tell all workers to stop waiting for each other; the dead are passed over."""
-        self._tell_workers("abandon", attempt)
-
-    def _tell_workers(self, method: str, *args: Any) -> None:
+    def stop(self, attempt: int, how: StopOrder) -> None:
+        """Tell all workers to stop in an attempt; the dead are passed over."""
         for rank, worker in self._cast.workers.items():
-            self._orders.give(f"worker-{rank}", worker, method, *args)
+            self._orders.give(f"worker-{rank}", worker, "stop", attempt, how)
 
     def tell_scheduler(self, method: str, *args: Any) -> None:
         """Give the task scheduler an order."""

@@ -81,7 +81,7 @@ class Callback:
         A train function is told when it asks `distplat.should_stop()`.
 
         Returns:
-            True, or why: all workers end before the same step, as after the last one.
+            True, or why: all workers end after the same step, as after the last one.
         """
         return False
 

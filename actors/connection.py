@@ -12,7 +12,7 @@ from distplat.actors import ray_compat
 from distplat.actors.messages import WorkOrder, rendezvous_key
 from distplat.actors.transport import Transport
 from distplat.platform.progress import StepReport
-from distplat.strategies.loop.pause import PauseGate
+from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.session import Ports
 from distplat.strategies.ports import Board
@@ -54,11 +54,11 @@ class Connection:
     Args:
         transport: the worker's.
         attempt: which.
-        gate: what the worker passes before each step of it.
     """
 
-    def __init__(self, transport: Transport, attempt: int, gate: PauseGate) -> None:
-        self._transport, self.attempt, self.gate = transport, attempt, gate
+    def __init__(self, transport: Transport, attempt: int) -> None:
+        self._transport, self.attempt = transport, attempt
+        self.told = StopOrder.NONE  #: what the worker does about it between two steps
         self._abandoned = threading.Event()
         self._group: CollectiveGroup | None = None
         self._servers: RemoteShards | None = None
@@ -164,10 +164,12 @@ class Connection:
         if self._leases is not None:
             self._leases.count(report)
 
-    def give_up(self) -> None:
-        """Make whoever waits for other ranks come out, and nobody begin a step."""
+    def stop(self, how: StopOrder) -> None:
+        """Note what the worker is told; an attempt that is abandoned ends all waits for others."""
+        self.told = max(self.told, how)
+        if how is not StopOrder.ABANDON:
+            return
         self._abandoned.set()
-        self.gate.give_up()
         group = self._group
         if group is not None:
             group.abort()

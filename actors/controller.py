@@ -37,10 +37,10 @@ from distplat.platform.job import (
     Tick,
 )
 from distplat.platform.progress import FailureEvent, Recovery, ReportAggregator, Resized, Summary
-from distplat.platform.quiesce import Stop, how_to_stop
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.scaling import ScaleRequest, ScaleRequests, ScaleStatus
 from distplat.platform.spec import Failure
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import decode, encode
 
 _TICK_S = 0.1
@@ -88,7 +88,7 @@ class Controller:
         self._resizer = Resizer(actor_group, requests)  # where tasks are not leased
         self._state = JobState(actor_group.world, limits, time.monotonic(), policy)
         self._failed_at: float | None = None  #: when the present trouble was noticed
-        self._called_off = -1, Stop.ABANDON  #: the last attempt that was to end, and how
+        self._told = -1, StopOrder.NONE  #: what workers were told last, and of which attempt
         self._halted_at: float | None = None  #: when the first worker stopped for a resize
         self._resized: Resized | None = None  #: to be told when all are at work
         self._ending = False  #: somebody wants the run to end before its last step
@@ -124,7 +124,8 @@ class Controller:
             self._state.handle(Tick(), time.monotonic())
             self._repair()
             if self._state.phase is Phase.RUNNING and self._ending:
-                self._end()
+                self._state.handle(End(), time.monotonic())
+                self._stop_workers(time.monotonic())
             elif self._state.phase is Phase.RUNNING:
                 self._scale()
                 self._actor_group.keep_spares()
@@ -184,7 +185,7 @@ class Controller:
         """Carry out what the state has decided about a failure."""
         state, now = self._state, time.monotonic()
         if state.phase is Phase.SETTLING:
-            self._call_off(now)
+            self._stop_workers(now)
         if state.restart is not None:
             self._go_on(state.restart)
         if state.phase is Phase.RUNNING and self._failed_at is not None:
@@ -194,37 +195,22 @@ class Controller:
             self._report(replace(self._resized, seconds=now - (self._halted_at or now)))
             self._resized = self._halted_at = None
 
-    def _call_off(self, now: float) -> None:
-        """Have all stop: before the same step if nothing failed, at once if something did."""
+    def _stop_workers(self, now: float) -> None:
+        """Have all stop: after the same step if nothing failed, at once if something did."""
         state = self._state
         self._halted_at = self._halted_at or (now if state.halted else None)
-        how = how_to_stop(state.error is not None, state.agreed)
-        if (state.attempt, how) <= self._called_off:
+        told = state.attempt, state.stop_order
+        if told <= self._told:
             return
-        self._called_off = state.attempt, how
-        if how is Stop.REST:
-            self._actor_group.rest(state.attempt)
-        elif how is Stop.REST_AT and state.agreed is not None:
-            self._actor_group.rest_at(state.attempt, state.agreed)
-        else:
+        self._told = told
+        if state.stop_order is StopOrder.ABANDON:
             self._failed_at = self._failed_at or now
-            if state.may_go_on:
-                self._actor_group.abandon(state.attempt)
-
-    def _end(self) -> None:
-        """Have all end before the same step, in this attempt."""
-        state = self._state
-        state.handle(End(), time.monotonic())
-        how = how_to_stop(False, state.agreed)
-        if (state.attempt, how) <= self._called_off:
-            return
-        self._called_off = state.attempt, how
-        if self._actor_group.dynamic_tasks:
+            if not state.may_go_on:
+                return
+        if state.stop_order is StopOrder.END and self._actor_group.dynamic_tasks:
             self._actor_group.tell_scheduler("end_early")
-        elif state.agreed is None:
-            self._actor_group.rest(state.attempt)
         else:
-            self._actor_group.end_at(state.attempt, state.agreed)
+            self._actor_group.stop(*told)
 
     def _scale(self) -> None:
         """Have workers join or leave; a run that is in trouble has that mended first."""
@@ -355,7 +341,7 @@ class Controller:
             del self._actors[role]
             self._scaling.left(rank)
             return [Left(rank)]
-        events: list[Event] = [Heard(rank, news.beats, news.step, news.finished, news.rests_at)]
+        events: list[Event] = [Heard(rank, news.beats, news.step, news.finished)]
         if news.error is not None:
             events.append(Failed(role, news.error))
         return events

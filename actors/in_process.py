@@ -25,6 +25,7 @@ from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import decode
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
@@ -98,7 +99,7 @@ def _train(
         around = Around(saved, take=uploader.take)
         meets = partial(join, prepared, strategy, 0, ports, progress=progress, around=around)
         told = others.counted(report, handlers)
-        meets(report=told, pause=lambda step: not handlers.ending()).run()
+        meets(report=told, stop=lambda step: _stop_order(handlers)).run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy)))
     checkpoints.drain()
@@ -192,6 +193,10 @@ def _train_function(
     checkpoints.drain()
     for written in checkpoints.news():
         handlers.on_summary(written)
+
+
+def _stop_order(handlers: RunHandlers) -> StopOrder:
+    return StopOrder.END if handlers.ending() else StopOrder.NONE
 
 
 def _task_class(launch: Launch) -> type[Task]:

@@ -118,8 +118,6 @@ class PollResult:
     """Parts of checkpoints since the last question."""
     left: bool = False
     """It has finished because it was told to leave: the run goes on without it."""
-    rests_at: int | None = None
-    """The first step that it does not begin, where it was told to rest and this is known."""
     node: str = ""
     """Where it is, once it has begun."""
 

@@ -38,6 +38,7 @@ from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
@@ -46,7 +47,6 @@ from distplat.strategies.function.function_session import FunctionSession, Outle
 from distplat.strategies.function.words import call, running
 from distplat.strategies.loop.checks import check_device, remarks_on
 from distplat.strategies.loop.loop import Progress
-from distplat.strategies.loop.pause import PauseGate
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.session import (
@@ -135,8 +135,6 @@ class AttemptState:
     """How things stand with an attempt; replaced as a whole, for other threads read it."""
 
     attempt: int
-    gate: PauseGate
-    """What it passes before each step."""
     progress: Progress = field(default_factory=Progress)
     model: bytes | None = None
     """The trained model in the safetensors format, once the attempt has ended well."""
@@ -159,12 +157,12 @@ class Session:
         deliver: Callable[[Delivery], None],
     ) -> None:
         self._report, self._deliver = report, deliver
-        self.state = AttemptState(-1, PauseGate(0.0))
+        self.state = AttemptState(-1)
         self.node = ""  #: this process's, once it is one of the run
         self._task: type[Task] | None = None  #: where it was imported before the first attempt
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
-        self._connection = Connection(RayTransport(), -1, self.state.gate)
+        self._connection = Connection(RayTransport(), -1)
         self._boxing = threading.Lock()
         self._box: tuple[int, list[Any]] = -1, []  #: the last version that was shown
         self._shown: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
@@ -216,11 +214,10 @@ class Session:
             order: what to do; its attempt's number is higher than that of the one before.
             called_off: whether the attempt was abandoned before it began.
         """
-        gate = PauseGate(order.job.failure.step_timeout_s)
-        self._connection = Connection(RayTransport(), order.attempt, gate)
-        self.state = AttemptState(order.attempt, gate)
+        self._connection = Connection(RayTransport(), order.attempt)
+        self.state = AttemptState(order.attempt)
         if called_off:
-            self._connection.give_up()
+            self._connection.stop(StopOrder.ABANDON)
         try:
             model = self._attempt(order, self.state.progress)
             self.state = replace(self.state, model=model)
@@ -252,42 +249,24 @@ class Session:
         except BaseException as error:  # see `work`
             ready.set_exception(_of_platform(error) or as_user_error(error, order.rank, None))
 
-    def rest(self, attempt: int) -> None:
-        """Begin no further step of this attempt; from any thread."""
+    def stop(self, attempt: int, how: StopOrder) -> None:
+        """Stop in this attempt; from any thread."""
         connection = self._connection  # read once: the next attempt has another
         if connection.attempt == attempt:
-            connection.gate.rest()
-
-    def rest_at(self, attempt: int, step: int) -> None:
-        """Go on in this attempt until this step is the next one, and end it; from any thread."""
-        connection = self._connection
-        if connection.attempt == attempt:
-            connection.gate.rest_at(step)
-
-    def end_at(self, attempt: int, step: int) -> None:
-        """Go on until this step is the next one, and end the run there; from any thread."""
-        connection = self._connection
-        if connection.attempt == attempt:
-            connection.gate.end_at(step)
-
-    def abandon(self, attempt: int) -> None:
-        """Stop waiting for other ranks in this attempt; from any thread."""
-        connection = self._connection
-        if connection.attempt == attempt:
-            connection.give_up()
+            connection.stop(how)
 
     def _attempt(self, order: WorkOrder, progress: Progress) -> bytes:
         if order.job.own_loop:
             return self._function(order, progress)
         prepared, strategy = self._prepare(order)
         limit_s = order.job.failure.step_timeout_s
-        gate = self._connection.gate
+        connection = self._connection
         uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
 
         def report(part: AnyReport) -> None:
             self._report(part)
             if isinstance(part, StepReport):  # told between two steps, by this thread
-                self._connection.count(part)
+                connection.count(part)
                 self._offer(part.step + 1, prepared)
 
         try:
@@ -295,43 +274,41 @@ class Session:
                 prepared,
                 strategy,
                 order.rank,
-                self._connection.ports(order, prepared),
+                connection.ports(order, prepared),
                 report=report,
                 progress=progress,
                 around=Around(_saved(order), order.base, uploader.take),
-                pause=gate.before,
+                stop=lambda step: connection.told,
             )
-            gate.start(loop.start)
             self._say_what(order, prepared, loop.start)
-            loop.run()
+            stopped = loop.run()
             uploader.flush()
+            if stopped is StopOrder.RESIZE:
+                raise Abandoned("this worker was told to stop between two steps")
             return saved_model(trained_model(prepared, strategy))
-        except Abandoned:
-            if gate.rested:
-                uploader.flush()  # a checkpoint on its way is whole, and this attempt's
-            raise
         finally:
-            self._connection.close()
+            connection.close()
 
     def _function(self, order: WorkOrder, progress: Progress) -> bytes:
         """Make an attempt of a train function."""
         self._settle(order)
         limit_s = order.job.failure.step_timeout_s
         uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
-        gate = self._connection.gate
+        connection = self._connection
+        ending = lambda: connection.told is StopOrder.END  # noqa: E731
         try:
             trained = run_function(
                 order.job,
                 lambda: loaded(order, search_path(order)),
-                self._connection.group(order),
+                connection.group(order),
                 RayTransport().node,
-                Outlets(self._report, uploader.take, progress, _saved(order), lambda: gate.asked),
-                self._connection.shards(order),
+                Outlets(self._report, uploader.take, progress, _saved(order), ending),
+                connection.shards(order),
             )
             uploader.flush()
             return saved_model(trained)
         finally:
-            self._connection.close()
+            connection.close()
 
     def _say_what(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
         if order.attempt > 0:

@@ -23,6 +23,7 @@ from distplat.actors.retrying_calls import Outbox
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.progress import AnyReport
+from distplat.platform.stop_order import StopOrder
 
 if TYPE_CHECKING:
     from distplat.actors.training import Session
@@ -101,27 +102,12 @@ class Worker:
             self._thread = threading.Thread(target=self._train, name="train", daemon=True)
             self._thread.start()
 
-    def rest(self, attempt: int) -> None:
-        """Begin no further step of an attempt, and let `poll` tell which it would have been."""
+    def stop(self, attempt: int, how: StopOrder) -> None:
+        """Stop in this attempt: after the step that all ranks agree on, or at once."""
+        if how is StopOrder.ABANDON:
+            self._given_up = attempt
         if self._session is not None:
-            self._session.rest(attempt)
-            self._news.set()
-
-    def rest_at(self, attempt: int, step: int) -> None:
-        """Go on until this step is the next one; then wait for orders."""
-        if self._session is not None:
-            self._session.rest_at(attempt, step)
-
-    def end_at(self, attempt: int, step: int) -> None:
-        """Go on until this step is the next one, and end the run there."""
-        if self._session is not None:
-            self._session.end_at(attempt, step)
-
-    def abandon(self, attempt: int) -> None:
-        """Call an attempt off: stop waiting for the other ranks, and wait for orders."""
-        self._given_up = attempt
-        if self._session is not None:
-            self._session.abandon(attempt)
+            self._session.stop(attempt, how)
 
     def poll(self, number: int, hold_s: float) -> PollResult:
         """
@@ -148,7 +134,6 @@ class Worker:
             error=state.error,
             deliveries=[one for one in items if isinstance(one, Delivery)],
             left=state.progress.left,
-            rests_at=state.gate.answer,
             node=self._session.node,
         )
 

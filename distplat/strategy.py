@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 _HOMES = {
     "Consistency": "distplat.platform.spec",
     "Problem": "distplat.platform.errors",
+    "StopOrder": "distplat.platform.stop_order",
     "Job": "distplat.platform.spec",
     "register": "distplat.strategies.catalog",
     "GroupSpec": "distplat.strategies.strategy_spec",
@@ -24,6 +25,7 @@ _HOMES = {
     "Shards": "distplat.strategies.ports",
     "CheckpointPart": "distplat.strategies.checkpoint.checkpoint_types",
     "StepControl": "distplat.strategies.loop.control",
+    "sum_heads": "distplat.strategies.loop.control",
     "FlatModel": "distplat.strategies.model.flat",
     "LocalOptimizer": "distplat.strategies.model.optim",
     "model_part": "distplat.strategies.checkpoint.parts",
@@ -51,23 +53,26 @@ __all__ = [
     "Roles",
     "Shards",
     "StepControl",
+    "StopOrder",
     "Strategy",
     "WorkerStrategy",
     "model_part",
     "optimizer_part",
     "register",
     "server_part",
+    "sum_heads",
     "with_average",
 ]
 
 if TYPE_CHECKING:
     from distplat.platform.errors import Problem
     from distplat.platform.spec import Consistency, Job
+    from distplat.platform.stop_order import StopOrder
     from distplat.strategies.catalog import register
     from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
     from distplat.strategies.checkpoint.parts import model_part, optimizer_part, server_part
     from distplat.strategies.collective import Collective, Handle, ReduceOp
-    from distplat.strategies.loop.control import StepControl
+    from distplat.strategies.loop.control import StepControl, sum_heads
     from distplat.strategies.model.ema import with_average
     from distplat.strategies.model.flat import FlatModel
     from distplat.strategies.model.optim import LocalOptimizer

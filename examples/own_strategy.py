@@ -11,6 +11,8 @@ With period 1 and SGD without momentum it is the same as `ring`, for the mean of
 weights is the weights updated by the mean gradient; a test holds that.
 """
 
+from dataclasses import replace
+
 from pydantic import Field
 
 from distplat.strategy import (
@@ -21,9 +23,11 @@ from distplat.strategy import (
     ReduceOp,
     Roles,
     StepControl,
+    StopOrder,
     Strategy,
     WorkerStrategy,
     register,
+    sum_heads,
 )
 
 
@@ -45,16 +49,24 @@ class LocalSgdWorker(WorkerStrategy[LocalSgdOptions]):
         return 0
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
-        """Keep the gradient here, but make it the mean of this rank's samples, not of all."""
+        """Keep the gradient here, as the mean of this rank's samples; stop only where all meet."""
         self.flat.grads.mul_(self.collective.world)
-        return local.looked_at(self.flat)
+        local = local.looked_at(self.flat)
+        if self._meets(step):
+            return replace(
+                local, stop=sum_heads(local, self.collective, self.flat.params.device).stop
+            )
+        return replace(local, stop=StopOrder.NONE)
 
     def update(self, step: int, total: StepControl) -> None:
         """Step alone; now and then meet."""
         if not total.skip:
             self.optimizer.step(step, total.present, total.scale)
-        if (step + 1) % self.options.period == 0:
+        if self._meets(step):
             self.synchronize()
+
+    def _meets(self, step: int) -> bool:
+        return (step + 1) % self.options.period == 0
 
     def synchronize(self) -> None:
         """Replace the weights by their mean over all ranks."""

@@ -33,9 +33,9 @@ from distplat.platform.errors import (
     StateLost,
     UserCodeError,
 )
-from distplat.platform.quiesce import Agreement
 from distplat.platform.recovery import COORDINATORS, Budget, Policy, Restart, repairable, weight
 from distplat.platform.spec import Failure
+from distplat.platform.stop_order import StopOrder
 
 STALL_GRACE = 1.25
 """A stalled rank is given this much more than `step_timeout_s`: its peers' own time-outs inside
@@ -113,8 +113,6 @@ class Heard:
     step: int
     """Steps done."""
     finished: bool
-    rests_at: int | None = None
-    """The first step that it does not begin, where it was told to rest and this is known."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class End:
-    """The run is to end before its last step, all ranks before the same one."""
+    """The run is to end before its last step, all ranks after the same one."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,6 @@ class JobState:
         self._preempted = False
         self._state_lost = False
         self._wanted: int | None = None  #: ranks that there are to be in the next attempt
-        self._agreement = Agreement()  #: where all stop for that, or end
 
     @property
     def over(self) -> bool:
@@ -242,9 +239,12 @@ class JobState:
         return self._wanted is not None and self.error is None
 
     @property
-    def agreed(self) -> int | None:
-        """The step before which all stop, or end; None: not all ranks have answered."""
-        return self._agreement.step(self._members)
+    def stop_order(self) -> StopOrder:
+        """What all workers are to be told about this attempt."""
+        if self.phase is Phase.SETTLING:
+            return StopOrder.RESIZE if self._resizing else StopOrder.ABANDON
+        ends = self.ending and self.phase is Phase.RUNNING
+        return StopOrder.END if ends else StopOrder.NONE
 
     @property
     def halted(self) -> bool:
@@ -327,7 +327,6 @@ class JobState:
             return  # it has left
         self._beats.hear(heard.rank, heard.progress, now)
         self._steps[heard.rank] = max(heard.step, self._steps[heard.rank])
-        self._agreement.answered(heard.rank, heard.rests_at)
         if heard.finished:
             self._finished.add(heard.rank)
         if self.phase is Phase.STARTING and not self._beats.still:

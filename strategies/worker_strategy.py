@@ -185,7 +185,8 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
             local: this rank's control record.
 
         Returns:
-            The records of all ranks, summed: what every rank decides by.
+            The records of all ranks, summed: what every rank decides by. One that was not summed
+            must have `StopOrder.NONE`, or ranks would stop after different steps.
         """
 
     @abstractmethod

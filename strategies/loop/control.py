@@ -17,17 +17,19 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from distplat.platform.errors import NonFiniteError
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
+from distplat.strategies.collective import Collective
 from distplat.strategies.model.flat import FlatModel
 
 Policy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""
 
-_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _THAWED, HEAD_SIZE = range(8)
-
+_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _THAWED, _RESIZE, _END, HEAD_SIZE = range(10)
 
 ELSEWHERE = -2
 """`StepControl.slot` of a gradient that is not this rank's: its parameter has no name here."""
@@ -56,6 +58,8 @@ class StepControl:
     """Whether a forward has changed buffers or frozen parameters."""
     thawed: bool = False
     """Whether a frozen parameter has a gradient, and is trained from this step on."""
+    stop: StopOrder = StopOrder.NONE
+    """What this rank was told; of all ranks: what they do after the step. Never `ABANDON`."""
     present: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     """By slot of the flat vector: whether a backward has reached the parameter."""
     skip: bool = False
@@ -94,7 +98,7 @@ class StepControl:
         return replace(self, rank=local.rank, slot=local.slot) if local.non_finite else self
 
     def pack(self) -> NDArray[np.float64]:
-        """Give it as a vector, shape [7 + slots + settings]; without settings it can be summed."""
+        """Give it as a vector, shape [9 + slots + settings]; without settings it can be summed."""
         slots = len(self.present)
         more = 0 if self.settings is None else len(self.settings)
         vector = np.empty(HEAD_SIZE + slots + more)
@@ -107,6 +111,7 @@ class StepControl:
         vector[_RANK] = self.rank + 1 if self.non_finite else 0
         vector[_SLOT] = self.slot + 1 if self.non_finite else 0
         vector[_STATE], vector[_THAWED] = self.state_changed, self.thawed
+        vector[_RESIZE], vector[_END] = self.stop is StopOrder.RESIZE, self.stop is StopOrder.END
         vector[HEAD_SIZE : HEAD_SIZE + slots] = self.present
         if self.settings is not None:
             vector[HEAD_SIZE + slots :] = self.settings
@@ -130,6 +135,7 @@ class StepControl:
             int(vector[_SLOT]) - 1 if one else -1,
             bool(vector[_STATE]),
             bool(vector[_THAWED]),
+            _stop_order(vector),
             vector[HEAD_SIZE:stop] > 0,
             settings=vector[stop:] if settings else None,
         )
@@ -141,6 +147,30 @@ class StepControl:
         for vector in vectors[1:]:
             summed += vector
         return cls.unpack(summed)
+
+
+def _stop_order(vector: NDArray[np.float64]) -> StopOrder:
+    """Give the largest that any rank was told."""
+    if vector[_END]:
+        return StopOrder.END
+    return StopOrder.RESIZE if vector[_RESIZE] else StopOrder.NONE
+
+
+def sum_heads(local: StepControl, collective: Collective, device: torch.device) -> StepControl:
+    """
+    Add the records of all ranks up by an all-reduce of their own.
+
+    Args:
+        local: this rank's.
+        collective: all ranks.
+        device: where the group takes vectors.
+
+    Returns:
+        The sum, the same bits on every rank; but `present` is this rank's.
+    """
+    head = torch.tensor(local.head, dtype=torch.float64, device=device)
+    collective.all_reduce(head)
+    return replace(StepControl.unpack(head.cpu().numpy()), present=local.present)
 
 
 def control_size(slots: int, settings: int = 0) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, TaskModel
@@ -64,7 +66,9 @@ class StepExchange:
         self._job, self._flat, self._strategy, self._lookups = job, flat, strategy, lookups
         self._steps, self._scale = NonFiniteSteps.of(job), loss_scale
 
-    def exchange(self, turn: Turn, rank: int, share: Share) -> StepControl:
+    def exchange(
+        self, turn: Turn, rank: int, share: Share, stop: StopOrder = StopOrder.NONE
+    ) -> StepControl:
         """
         Give the control record of all ranks, decided upon.
 
@@ -72,12 +76,13 @@ class StepExchange:
             turn: which exchange it is.
             rank: this one.
             share: what its part of the step came to.
+            stop: what this rank was told.
 
         Raises:
             NonFiniteError: the run ends here.
         """
         flat, index = self._flat, turn.step if turn.task is None else turn.task
-        local = share.record(rank, flat)
+        local = replace(share.record(rank, flat), stop=stop)
         if self._lookups is None:
             return self._decided(index, turn.step, local)
         slots = len(flat.slots)
@@ -160,9 +165,8 @@ class Loop:
     """Told after each step how many are done: a checkpoint may be due."""
     lookups: Lookups | None = None
     """The model's embedding tables, if it has some."""
-    pause: Callable[[int], bool] = lambda step: True
-    """Told each step before it is begun; True once it may be, False where the run ends before it on
-    all ranks; raises where the attempt ends."""
+    stop: Callable[[int], StopOrder] = lambda step: StopOrder.NONE
+    """Asked before each step for what this rank was told; all ranks stop after the same step."""
     evaluated: Callable[[], object] = lambda: None
     """Told after each evaluation: what its forwards wrote is no part of the training."""
     gathering: Gathering = field(default_factory=Gathering)
@@ -178,9 +182,18 @@ class Loop:
     def __post_init__(self) -> None:
         given = self.job, self.flat, self.strategy, self.lookups
         self._exchange = StepExchange(*given, self.loss_scale)
+        self._agreed = StopOrder.NONE  #: what all ranks do before the next step
 
-    def run(self) -> None:
-        """Train from the first step that is left to the last, with the evaluations between."""
+    def run(self) -> StopOrder:
+        """
+        Train from the first step that is left to the last, with the evaluations between.
+
+        Returns:
+            What all ranks stopped for; NONE: the last step was made.
+
+        Raises:
+            Abandoned: the attempt was called off.
+        """
         self.progress.step, self.progress.begun = self.start, True
         if self.strategy.replayed is not None:
             self._end_step(self.start - 1, self.strategy.replayed, Stopwatch())
@@ -189,13 +202,13 @@ class Loop:
         steps = range(self.start, self.total_steps)
         self.compute.start(steps)
         for step in steps:
-            if not self.pause(step):
-                self._end_early(step)
-                return
+            told = self._told(step)
             if self.strategy.skips(step):
                 self._skip(step)
+            elif self._agreed:
+                return self._stop(step)
             else:
-                self._step(step)
+                self._step(step, told)
             if step + 1 < self.total_steps:
                 self.checkpoint(step + 1)
             if self.eval_data is not None and self._evaluates_after(step):
@@ -204,22 +217,34 @@ class Loop:
         self.strategy.synchronize()
         if steps:
             self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
+        return StopOrder.NONE
 
-    def _end_early(self, step: int) -> None:
-        """End before this step as after a last one."""
-        self.strategy.synchronize()
-        evaluated = step == 0 or self._evaluates_after(step - 1)
-        if self.eval_data is not None and not evaluated:
-            self._evaluate(self.eval_data, step)
+    def _told(self, step: int) -> StopOrder:
+        told = self.stop(step)
+        if told is StopOrder.ABANDON:
+            raise Abandoned("this worker was told to stop between two steps")
+        if self.job.scaling.world == 1:
+            self._agreed = told
+        return told
 
-    def _step(self, step: int) -> None:
+    def _stop(self, step: int) -> StopOrder:
+        """Stop before this step; a run that ends here ends as after a last one."""
+        if self._agreed is StopOrder.END:
+            self.strategy.synchronize()
+            evaluated = step == 0 or self._evaluates_after(step - 1)
+            if self.eval_data is not None and not evaluated:
+                self._evaluate(self.eval_data, step)
+        return self._agreed
+
+    def _step(self, step: int, told: StopOrder) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
         with self.gathering.begin(step):
             share = self.compute.gradients(step, clock)
         self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
-        total = self._exchange.exchange(Turn(step, step), self.rank, share)
+        total = self._exchange.exchange(Turn(step, step), self.rank, share, told)
+        self._agreed = total.stop
         clock.lap("exchange")
         self.strategy.update(step, total)
         clock.lap("update")
@@ -318,12 +343,13 @@ class LeasedLoop:
         self._exchange = StepExchange(*given)
         self._made = 0  #: tasks, in this attempt: the number of the next push
 
-    def run(self) -> None:
-        """Work until there is nothing more to do."""
+    def run(self) -> StopOrder:
+        """Work until there is nothing more to do; the task scheduler says when that is."""
         try:
             self._work()
         finally:
             self.compute.close()
+        return StopOrder.NONE
 
     def _work(self) -> None:
         self.progress.step = self._offered = self.start

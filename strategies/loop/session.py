@@ -25,6 +25,7 @@ from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE, STREAM
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job, length_problems
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import EMA_PREFIX, TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
@@ -263,7 +264,7 @@ def join(
     report: Callable[[AnyReport], None],
     progress: Progress,
     around: Around = FRESH,
-    pause: Callable[[int], bool] = lambda step: True,
+    stop: Callable[[int], StopOrder] = lambda step: StopOrder.NONE,
 ) -> Loop | LeasedLoop:
     """
     Set the strategy up with its ports and give the loop.
@@ -276,7 +277,7 @@ def join(
         report: takes what is finished.
         progress: where this worker is.
         around: checkpoints.
-        pause: see `Loop`.
+        stop: see `Loop`.
 
     Raises:
         SpecError: the checkpoint is of another model or data set, or another rank has another one.
@@ -306,7 +307,7 @@ def join(
     loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
     assert p.state is not None, "_load() makes it"
     meet = (lambda: None) if p.job.scaling.world == 1 else _meeting(p, context)
-    loop = replace(loop, pause=pause, evaluated=p.state.discard, metrics=TaskMetrics(p.task, meet))
+    loop = replace(loop, stop=stop, evaluated=p.state.discard, metrics=TaskMetrics(p.task, meet))
     if p.loss_scale is not None:
         p.loss_scale.meet(start, meet(), p.flat.params.device)
     return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)

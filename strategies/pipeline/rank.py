@@ -30,7 +30,7 @@ from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.collective import Collective, Traffic
 from distplat.strategies.loop.compute import Share, precision
-from distplat.strategies.loop.control import ELSEWHERE, StepControl
+from distplat.strategies.loop.control import ELSEWHERE, StepControl, sum_heads
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.pipeline.channel import Channel
@@ -275,12 +275,10 @@ class PipelineRank:
 
     def _sum_of_all(self, mine: StepControl) -> StepControl:
         """Add the records of all ranks up; every part of the model has parameters of its own."""
-        head = torch.tensor(mine.head, dtype=torch.float64, device=self._device)
-        self._everybody.all_reduce(head)
-        total = StepControl.unpack(head.cpu().numpy())
+        total = sum_heads(mine, self._everybody, self._device)
         if total.slot >= 0:
             total = replace(total, slot=ELSEWHERE)
-        return replace(total, present=mine.present).named(mine)
+        return total.named(mine)
 
     def _whole_norm(self) -> float:
         """Give the 2-norm over all parts; what several slices hold is counted once."""

@@ -20,9 +20,11 @@ from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
 from distplat.actors.local_transport import opened
 from distplat.platform.checkpoints import CheckpointAssembly, Delivery
+from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import state_of
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_slices import by_file, put_together
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
@@ -187,7 +189,8 @@ class Attempt:
         try:
             loop = self.join(rank, Around(self.saved, self.base, partial(take, uploader)))
             self.starts.append(loop.start)
-            loop.run()
+            if loop.run() is StopOrder.RESIZE:
+                raise Abandoned("told to stop")
             trained = trained_model(mine.prepared, mine.strategy)
         except self.ends as error:
             self.errors[rank] = error
@@ -217,7 +220,7 @@ class Attempt:
             report=partial(self.report, rank),
             progress=mine.progress,
             around=around,
-            pause=partial(self.before, rank),
+            stop=partial(self.before, rank),
         )
 
     def give_up(self) -> None:
@@ -250,9 +253,9 @@ class Attempt:
         """Give a rank's way to the task scheduler."""
         return self.run.desk.leases(rank, attempt=self.number)
 
-    def before(self, rank: int, step: int) -> bool:
-        """What a rank does before a step; False: the run ends there."""
-        return True
+    def before(self, rank: int, step: int) -> StopOrder:
+        """What a rank does, and is told, before a step."""
+        return StopOrder.NONE
 
     def report(self, rank: int, report: AnyReport) -> None:
         """Take what a rank reports."""

@@ -22,6 +22,7 @@ from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ports import Pushed, Sending, Shards, Tables
 from distplat.strategies.task import Task
@@ -133,10 +134,10 @@ class _BeforeAResize(_Undisturbed):
     event: Resize
     ends = (Abandoned,)
 
-    def before(self, rank: int, step: int) -> bool:
+    def before(self, rank: int, step: int) -> StopOrder:
         if step == self.event.step:
             raise Abandoned("told to stop")
-        return True
+        return StopOrder.NONE
 
     def check(self) -> None:
         assert len(self.errors) == self.world

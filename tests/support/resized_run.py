@@ -1,11 +1,10 @@
 """
 A run in memory whose number of ranks changes: one attempt after the other, on the same servers.
 
-In each attempt but the last all are told to rest while rank 0 is behind: the others have pushed the
-gradient of the step before the one at which all are to stop, and wait for rank 0's at the servers.
+In each attempt but the last one rank is told to stop, before the step after which all do; which one
+it is changes from attempt to attempt, and the others are told later or not at all.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,15 +16,11 @@ from torch import Tensor
 from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, ReportAggregator, Summary
-from distplat.platform.quiesce import Agreement
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.loop.pause import PauseGate
 from distplat.strategies.ports import Pushed, Shards
-from distplat.strategies.server.server import ShardServer
 from distplat.strategies.task import Task
-
-WAIT_S = 10.0
 
 
 @dataclass
@@ -62,8 +57,8 @@ def train_resized(
         if number:
             run.resize(world)
             gathering.resize(world, course[number - 1][1])
-        start, last = (course[number - 1][1] if number else 0), number == len(course) - 1
-        attempt = _UntilARest(run, start, None if last else stop, found, ids)
+        last = number == len(course) - 1
+        attempt = _UntilTold(run, None if last else stop, found, ids)
         attempt.make()
         assert len(attempt.errors) == (0 if last else world)
         for report in attempt.reports:
@@ -73,13 +68,12 @@ def train_resized(
     return found
 
 
-class _UntilARest(Attempt):
+class _UntilTold(Attempt):
     """
-    All ranks are told to rest before a step.
+    All ranks stop before a step, because one was told.
 
     Args:
         run: the run.
-        start: the attempt's first step.
         stop: the step; None: go on to the end.
         found: notes what is seen.
         ids: see `train_resized`.
@@ -88,55 +82,18 @@ class _UntilARest(Attempt):
     ends = (Abandoned,)
 
     def __init__(
-        self,
-        run: LocalRun,
-        start: int,
-        stop: int | None,
-        found: ResizedRun,
-        ids: Callable[[Tensor], list[int]],
+        self, run: LocalRun, stop: int | None, found: ResizedRun, ids: Callable[[Tensor], list[int]]
     ) -> None:
         super().__init__(run)
         self._stop, self._found, self._ids = stop, found, ids
         self.reports: list[AnyReport] = []
         self._samples: list[list[int]] = [[] for _ in range(self.world)]
-        self._gates = [PauseGate(WAIT_S) for _ in range(self.world)]
-        self._behind = -1  #: step before which rank 0 has all told to rest
-        if stop == start:
-            self._rest()  # they hear it before they have begun
-        elif stop is not None:
-            self._behind = stop - 1 if self.world > 1 else stop
 
-    def _rest(self) -> None:
-        for gate in self._gates:
-            gate.rest()
-
-    def meanwhile(self) -> None:
-        """Ask who rests where, as the controller does, and tell all."""
-        if self._stop is None:
-            return
-        agreement, until, ranks = Agreement(), time.monotonic() + WAIT_S, range(self.world)
-        while (agreed := agreement.step(ranks)) is None:
-            assert time.monotonic() < until, agreement.missing(ranks)
-            for rank, gate in enumerate(self._gates):
-                agreement.answered(rank, gate.answer)
-            time.sleep(0.005)
-        assert agreed == self._stop
-        for gate in self._gates:
-            gate.rest_at(agreed)
-
-    def before(self, rank: int, step: int) -> bool:
-        if (rank, step) == (0, self._behind):
-            self._wait_until_all_others_have_pushed(step)
-            self._rest()
-        return self._gates[rank].before(step)
-
-    def _wait_until_all_others_have_pushed(self, step: int) -> None:
-        until = time.monotonic() + WAIT_S
-        service = self.run.servers.shard_server(0)  # the second one has not heard of this step
-        assert isinstance(service, ShardServer)
-        while self.world > 1 and service.store.ledger.missing() != [0]:
-            assert time.monotonic() < until, (step, service.store.ledger.missing())
-            time.sleep(0.005)
+    def before(self, rank: int, step: int) -> StopOrder:
+        if self._stop is None or rank != self.number % self.world:
+            return StopOrder.NONE
+        told = self._stop if self.world == 1 else self._stop - 1
+        return StopOrder.RESIZE if step >= told else StopOrder.NONE
 
     def make(self) -> bool:
         """Train, and note which samples each rank's model sees."""

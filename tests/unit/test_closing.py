@@ -9,7 +9,6 @@ from distplat.actors.connection import Connection
 from distplat.actors.local_transport import LocalCluster, LocalTransport
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.servers.shards import RemoteShards
-from distplat.strategies.loop.pause import PauseGate
 
 
 def order() -> Any:
@@ -54,7 +53,7 @@ def test_one_port_that_cannot_be_closed_hides_nothing_and_the_others_are_closed(
         def close(self) -> None:
             raise AttributeError("it has no lines")
 
-    connection = Connection(nowhere(), 0, PauseGate(0.0))
+    connection = Connection(nowhere(), 0)
     last: Any = Port()
     connection._servers, connection._leases = Broken(), last  # type: ignore[assignment]
 

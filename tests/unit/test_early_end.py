@@ -1,5 +1,6 @@
-"""A run that ends before its last step: all ranks before the same one, and as after a last one."""
+"""A run that ends before its last step: all ranks after the same one, and as after a last one."""
 
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
 from distplat.platform.progress import EvalReport, StepReport
+from distplat.platform.stop_order import StopOrder
 
 STEPS, END = 9, 5
 HYBRID = {"name": "hybrid", "pipeline": 2, "micro_batches": 2}
@@ -39,16 +41,19 @@ class Line(Task):
 
 
 class Ending(Attempt):
-    """Ends before a step, which all ranks are told in time."""
+    """Ends before a step; some ranks are told in time, the others three steps later, if at all."""
 
-    def before(self, rank: int, step: int) -> bool:
-        return step < END
+    told: tuple[int, ...] = (0, 1)
+
+    def before(self, rank: int, step: int) -> StopOrder:
+        told = END - 1 if rank in self.told else END + 2
+        return StopOrder.END if step >= told else StopOrder.NONE
 
 
-def job(strategy: Any, steps: int, **more: Any) -> Any:
+def job(strategy: Any, steps: int, world: int = 2, **more: Any) -> Any:
     optimizer = {"name": "AdamW", "lr": 0.05}
     given = {"optimizer": optimizer, "steps": steps, "evaluation": {"every_steps": 4}, **more}
-    return job_of(strategy, 2, **given)
+    return job_of(strategy, world, **given)
 
 
 def evaluated(run: LocalRun) -> list[int]:
@@ -56,10 +61,13 @@ def evaluated(run: LocalRun) -> list[int]:
     return sorted({one.step for one in reports})
 
 
+@pytest.mark.parametrize("told", [(0, 1), (0,), (1,)], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_the_model_is_that_of_a_run_of_so_many_steps(strategy: Any) -> None:
+def test_the_model_is_that_of_a_run_of_so_many_steps(strategy: Any, told: tuple[int, ...]) -> None:
     run = LocalRun(job(strategy, STEPS), Line)
-    assert Ending(run).make()
+    attempt = Ending(run)
+    attempt.told = told
+    assert attempt.make()
     run.close()
     whole = train(job(strategy, END), Line)
     for mine, other in zip(run.trained, whole.trained, strict=True):
@@ -76,12 +84,43 @@ def test_an_end_where_an_evaluation_was_due_makes_no_other() -> None:
     assert evaluated(run) == [END]
 
 
-def test_with_backup_workers_all_end_with_the_newest_parameters() -> None:
-    run = LocalRun(job({"name": "ps-sync", "backup_workers": 1}, STEPS), Line)
-    assert Ending(run).make()
+class OneIsSlow(Ending):
+    """A step is made without the last rank, which skips some."""
+
+    def before(self, rank: int, step: int) -> StopOrder:
+        if rank == self.world - 1:
+            time.sleep(0.02)
+        return super().before(rank, step)
+
+
+@pytest.mark.parametrize("told", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_with_backup_workers_all_end_with_the_newest_parameters(told: tuple[int, ...]) -> None:
+    """What a rank says whose gradient is dropped, the others do not hear: they are told as well."""
+    run = LocalRun(job({"name": "ps-sync", "backup_workers": 1}, STEPS, world=3), Line)
+    attempt = OneIsSlow(run)
+    attempt.told = told
+    assert attempt.make()
     run.close()
-    first, second = run.trained
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    first, *others = run.trained
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    (made,) = {rank.progress.step for rank in run.ranks}
+    assert made >= END if 2 in told else made in (END, END + 3)
+    reported = [[r.step for r in told if isinstance(r, StepReport)] for told in run.reports]
+    assert reported == [list(range(made))] * 3
+
+
+class Told(Attempt):
+    """Ranks of a run of one are told before a step."""
+
+    def before(self, rank: int, step: int) -> StopOrder:
+        return StopOrder.END if step == END else StopOrder.NONE
+
+
+def test_a_run_of_one_worker_ends_where_it_is_told() -> None:
+    run = LocalRun(job("ring", STEPS, world=1), Line)
+    assert Told(run).make()
+    run.close()
+    assert [rank.progress.step for rank in run.ranks] == [END]
 
 
 class TellingDesk(Attempt):

@@ -20,6 +20,7 @@ from distplat.platform.job import (
 )
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
+from distplat.platform.stop_order import StopOrder
 
 LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
 GO_ON = Policy(max_failures=1, survivors_go_on=True, holders=((0, 1, 2),))
@@ -232,27 +233,19 @@ def test_who_has_finished_counts_as_stopped() -> None:
     assert state.restart == Restart(1, (), everything=False, wait_s=0.0, world=5)
 
 
-def test_where_all_stop_is_known_when_all_have_said_where_they_can() -> None:
+def test_workers_are_told_to_stop_for_a_resize_and_nothing_in_the_next_attempt() -> None:
     state = play([])
-    for rank, step in [(0, 4), (2, None), (1, 3), (0, 9)]:  # one goes on once it is told
-        state.handle(Heard(rank, 4, STEP, False, step), 2)
-        assert state.agreed is None
-    state.handle(Heard(2, 4, STEP, False, 4), 2)
-    assert (state.agreed, state.halted) == (4, False)
+    assert (state.stop_order, state.halted) == (StopOrder.RESIZE, False)
     state.handle(stopped(1), 2)
-    assert (state.agreed, state.halted, state.restart) == (4, True, None)
-
-
-def test_an_attempt_knows_nothing_of_where_the_one_before_stopped() -> None:
-    told = [(1, Heard(rank, 4, STEP, False, STEP)) for rank in range(3)]
-    assert play(told).agreed == STEP
-    state = play([*told, *ALL_STOP], world=3)
+    assert (state.stop_order, state.halted, state.restart) == (StopOrder.RESIZE, True, None)
+    state.handle(dead(0), 2)
+    assert state.stop_order is StopOrder.ABANDON
+    state = play(ALL_STOP, world=3)
     state.restarted(2.0)
     for rank in range(3):
-        assert not state.halted
+        assert (state.stop_order, state.halted) == (StopOrder.NONE, False)
         state.handle(heard(rank), 2.0)
-    assert state.phase is Phase.RUNNING
-    assert state.agreed is None
+    assert (state.phase, state.stop_order) == (Phase.RUNNING, StopOrder.NONE)
 
 
 def test_who_stops_for_a_failure_has_not_halted_for_a_resize() -> None:
@@ -264,31 +257,31 @@ def test_who_stops_for_a_failure_has_not_halted_for_a_resize() -> None:
     assert not state.halted
 
 
-def test_a_run_that_is_to_end_early_agrees_where_and_changes_no_more() -> None:
+def test_a_run_that_is_to_end_early_tells_its_workers_and_changes_no_more() -> None:
     state = JobState(3, LIMITS, 0.0, GO_ON)
     for rank in range(3):
         state.handle(heard(rank), 0.0)
     state.handle(End(), 1.0)
     state.handle(Resize(5), 1.0)
-    assert (state.phase, state.ending, state.agreed) == (Phase.RUNNING, True, None)
-    for rank, step in ((0, 4), (1, 5), (2, 4)):
-        state.handle(Heard(rank, 9, STEP, False, rests_at=step), 1.1)
-    assert state.agreed == 5
+    assert (state.phase, state.stop_order) == (Phase.RUNNING, StopOrder.END)
     for rank in range(3):
         state.handle(heard(rank, 5, finished=True), 1.2)
     assert state.phase is Phase.SUCCEEDED
 
 
-def test_who_is_lost_on_the_way_to_an_early_end_is_replaced_and_all_agree_anew() -> None:
+def test_who_is_lost_on_the_way_to_an_early_end_is_replaced_and_all_are_told_again() -> None:
     state = JobState(3, LIMITS, 0.0, GO_ON)
     for rank in range(3):
         state.handle(heard(rank), 0.0)
     state.handle(End(), 1.0)
-    state.handle(Heard(0, 9, STEP, False, rests_at=4), 1.1)
     state.handle(dead(1), 1.2)
+    assert state.stop_order is StopOrder.ABANDON
     for rank in (0, 2):
         state.handle(stopped(rank), 1.3)
     state.handle(Tick(), 1.3)
     assert state.restart is not None
     state.restarted(2.0)
-    assert (state.phase, state.ending, state.agreed) == (Phase.STARTING, True, None)
+    assert (state.phase, state.stop_order) == (Phase.STARTING, StopOrder.NONE)
+    for rank in range(3):
+        state.handle(heard(rank), 2.0)
+    assert (state.phase, state.stop_order) == (Phase.RUNNING, StopOrder.END)

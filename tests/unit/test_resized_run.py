@@ -68,7 +68,7 @@ def make(**more: Any) -> Job:
     [
         [(2, 2), (3, 7), (1, 0)],
         [(2, 4), (3, 5), (5, 8), (1, 11), (2, 0)],  # between two epochs; before the last step
-        [(3, 0), (2, 1), (2, 1), (4, 0)],  # before the first step; twice before the same one
+        [(3, 1), (2, 2), (2, 3), (4, 0)],  # as soon as can be
     ],
     ids=["2-3-1", "2-3-5-1-2", "3-2-2-4"],
 )

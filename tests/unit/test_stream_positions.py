@@ -13,6 +13,7 @@ from test_streams import BATCH, SAMPLES, Numbered, iterable, job, stream, tensor
 from torch.utils.data import IterableDataset
 
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
+from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.streams import Mark, StreamSamples
 from distplat.strategies.task import Task
 
@@ -180,10 +181,10 @@ class LosesRank1(Attempt):
     ends = (Lost, Abandoned, FencedError, CollectiveError)
     step = 6
 
-    def before(self, rank: int, step: int) -> bool:
+    def before(self, rank: int, step: int) -> StopOrder:
         if (rank, step) == (1, self.step):
             raise Lost
-        return True
+        return StopOrder.NONE
 
     def stopped(self, rank: int) -> None:
         if rank == 1:

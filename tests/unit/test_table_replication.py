@@ -23,6 +23,7 @@ from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import ActorLost, ProtocolError
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.sparse.routing import route
@@ -325,12 +326,12 @@ class _WithALoss(Attempt):
         wait_for_backups(self.run.tables)
         self.filled.set()
 
-    def before(self, rank: int, step: int) -> bool:
+    def before(self, rank: int, step: int) -> StopOrder:
         if step == LOST_AT and rank == 0:
             self.run.tables.nodes[0].die("killed by the test")
         if step == 1:
             assert self.filled.wait(10)
-        return True
+        return StopOrder.NONE
 
 
 @pytest.mark.parametrize(

@@ -17,21 +17,19 @@ from distplat.actors.training import AttemptState, Session
 from distplat.actors.weights import Reply
 from distplat.actors.worker import Worker
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import Abandoned
 from distplat.platform.progress import StepReport
+from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.loop import Progress
-from distplat.strategies.loop.pause import PauseGate
+
+NONE, RESIZE, END, ABANDON = StopOrder
 
 
 def working() -> Worker:
     """A worker in the middle of an attempt."""
     worker: Any = Worker("worker-0")
-    gate = PauseGate(10)
-    gate.start(2)
-    gate.before(2)
     worker._session = Session(lambda report: None, lambda delivery: None)
-    worker._session.state = AttemptState(0, gate, Progress(3, 4))
-    worker._session._connection = Connection(RayTransport(), 0, gate)
+    worker._session.state = AttemptState(0, Progress(3, 4))
+    worker._session._connection = Connection(RayTransport(), 0)
     result: Worker = worker
     return result
 
@@ -68,42 +66,44 @@ def test_the_end_is_told_at_once() -> None:
     assert time.monotonic() - began < 4
 
 
-def test_where_a_worker_rests_is_told_at_once() -> None:
-    worker = working()
-    assert worker.poll(1, 0.0).rests_at is None
-    threading.Timer(0.05, worker.rest, [0]).start()
-    began = time.monotonic()
-    assert worker.poll(1, 20).rests_at == 3
-    assert time.monotonic() - began < 10
-    worker.rest_at(0, 4)
-    gate = session(worker).state.gate
-    gate.before(3)
-    with pytest.raises(Abandoned):
-        gate.before(4)
+def told(worker: Worker) -> StopOrder:
+    return session(worker)._connection.told
 
 
-def test_an_attempt_that_is_called_off_ends_before_its_next_step() -> None:
+@pytest.mark.parametrize(
+    ("orders", "last"),
+    [
+        ([], NONE),
+        ([RESIZE], RESIZE),
+        ([END], END),
+        ([ABANDON], ABANDON),
+        ([RESIZE, ABANDON], ABANDON),
+        ([END, RESIZE, NONE], END),  # one that came late
+        ([ABANDON, RESIZE], ABANDON),
+    ],
+)
+def test_the_order_that_goes_furthest_stands(orders: list[StopOrder], last: StopOrder) -> None:
     worker = working()
-    worker.abandon(0)
-    with pytest.raises(Abandoned):
-        session(worker).state.gate.before(3)
+    for one in orders:
+        worker.stop(0, one)
+    assert told(worker) is last
+    assert session(worker)._connection._abandoned.is_set() is (last is ABANDON)
 
 
 def test_what_is_said_of_another_attempt_is_not_heard() -> None:
     worker = working()
     for other in (-1, 1):
-        worker.rest(other)
-        worker.rest_at(other, 3)
-        worker.abandon(other)
-    assert worker.poll(1, 0.0).rests_at is None
-    session(worker).state.gate.before(3)
+        for one in (RESIZE, END, ABANDON):
+            worker.stop(other, one)
+    assert told(worker) is NONE
 
 
-def test_before_it_has_begun_a_worker_has_no_answer() -> None:
+def test_an_attempt_that_was_abandoned_before_it_began_is_known() -> None:
     worker = Worker("worker-0")
-    worker.rest(0)
-    worker.rest_at(0, 4)
-    assert worker.poll(1, 0.0).rests_at is None
+    worker.stop(1, RESIZE)
+    assert worker._given_up == -1
+    worker.stop(1, ABANDON)
+    assert worker._given_up == 1
 
 
 def test_reports_are_told_again_where_the_answer_was_lost() -> None:
