@@ -71,8 +71,7 @@ def test_the_model_is_that_of_a_run_of_so_many_steps(strategy: Any, told: tuple[
     run.close()
     whole = train(job(strategy, END), Line)
     for mine, other in zip(run.trained, whole.trained, strict=True):
-        assert mine.keys() == other.keys()
-        assert all(torch.equal(mine[name], other[name]) for name in mine)
+        torch.testing.assert_close(mine, other, rtol=0.0, atol=0.0)
     assert evaluated(run) == evaluated(whole) == [4, END]
     assert [rank.progress.step for rank in run.ranks] == [END, END]
 
@@ -104,9 +103,10 @@ def test_with_backup_workers_all_end_with_the_newest_parameters(told: tuple[int,
     first, *others = run.trained
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
     (made,) = {rank.progress.step for rank in run.ranks}
-    assert made >= END if 2 in told else made in (END, END + 3)
-    reported = [[r.step for r in told if isinstance(r, StepReport)] for told in run.reports]
-    assert reported == [list(range(made))] * 3
+    assert END <= made <= STEPS
+    for reports in run.reports:  # who came late begins later
+        steps = [one.step for one in reports if isinstance(one, StepReport)]
+        assert steps == list(range(steps[0], made))
 
 
 class Told(Attempt):
