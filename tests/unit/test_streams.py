@@ -392,6 +392,27 @@ def test_ranks_that_read_other_streams_are_told() -> None:
         train(job("ring", 2), Each)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "hybrid"])
+def test_ranks_whose_streams_part_later_are_told(strategy: str) -> None:
+    """The first 16 samples are the same, and the fourth batch begins with another one."""
+
+    class Each(Numbered):
+        made = 0
+
+        def __init__(self) -> None:
+            Each.made += 1
+            self._first = Each.made
+
+        def train_data(self) -> Any:
+            inputs, targets = tensors()
+            inputs[3 * BATCH :] += self._first
+            return iterable(inputs, targets)
+
+    options = {"pipeline": 1, "data": 2} if strategy == "hybrid" else {}
+    with pytest.raises(ValueError, match=r"in step 4 worker-. read another batch of a stream"):
+        train(job({"name": strategy, **options}, 2, gradient_accumulation=2), Each)
+
+
 def test_evaluations_by_epochs_of_what_has_none_are_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
