@@ -72,6 +72,8 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
             local = local.looked_at(self._context.flat)
         self._pushed = self._shards.push(step, local)
         total = (self._pushed.total or local).named(local)
+        if self._pushed.version > step + 1:  # of a later step, which the others have made meanwhile
+            total = replace(total, readers=0)
         if total.thawed:
             self._context.flat.activate_tail(self._shards.seen(), step)
         return total

@@ -34,10 +34,17 @@ from distplat.strategies.function.gradient_exchange import Exchange
 from distplat.strategies.function.metric_gathering import gather_for_metrics
 from distplat.strategies.function.oversight import OptimizerWatch
 from distplat.strategies.function.server_updates import ServerUpdates
-from distplat.strategies.function.sharded_loader import ShardedLoader
+from distplat.strategies.function.sharded_loader import (
+    Cut,
+    NumberedLoader,
+    RankBatch,
+    ShardedLoader,
+)
+from distplat.strategies.function.stream_loader import StreamLoader
 from distplat.strategies.function.watched import Watched
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
+from distplat.strategies.loop.streams import is_stream
 from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.state_tree import pack, unpack
@@ -119,13 +126,19 @@ class FunctionSession:
     ) -> None:
         self.job, self.place, self.group = job, place, group
         self._outlets, self._progress, saved = outlets, outlets.progress, outlets.saved
-        around = Surroundings(job, group, self._progress.beat, lambda: self._progress.step)
+        around = Surroundings(
+            job,
+            group,
+            self._progress.beat,
+            lambda: self._progress.step,
+            lambda: self._batch.fingerprint,
+        )
         self._exchange = exchange = _exchange_of(around, shards)
         watched = exchange.check, exchange.before_step
         alone = group.world == 1
         self._watch = OptimizerWatch(lambda: exchange.models, *watched, alone=alone)
         self._samples = self._epoch = 0
-        self._batch = 0, 0  #: samples of the last batch, and those that no other batch has
+        self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
         self._watched = Watched(job)
         self._asks = self._warned = False
         self._waited_s, self._last = 0.0, time.perf_counter()
@@ -165,19 +178,23 @@ class FunctionSession:
 
     def _loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         place = self.place
-
-        def read(samples: int, waited_s: float, epoch: int, own: int) -> None:
-            self._epoch, self._batch = epoch, (samples, own)
-            self._samples += samples
-            self._waited_s += waited_s
-            self._progress.beat()
-
-        sharded = ShardedLoader(loader, place.rank, place.world, self.job.seed, place.device, read)
+        cut = Cut(place.rank, place.world, self.job.seed)
+        sharded: ShardedLoader
+        if is_stream(loader.dataset):
+            sharded = StreamLoader(loader, cut, place.device, self._read, self.group)
+        else:
+            sharded = NumberedLoader(loader, cut, place.device, self._read)
         if place.is_main_process:
             size, world = sharded.batch_size, place.world
             text = "a batch of %d samples on each of %d workers: %d in all"
             logger.info(text, size, world, size * world)
         return sharded
+
+    def _read(self, batch: RankBatch, waited_s: float, epoch: int) -> None:
+        self._epoch, self._batch = epoch, batch._replace(batch=None)
+        self._samples += batch.samples
+        self._waited_s += waited_s
+        self._progress.beat()
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
         """Tell the run's figures, and keep a checkpoint; see `words.report`."""
@@ -233,7 +250,8 @@ class FunctionSession:
 
     def gather(self, values: Any) -> Any:
         """Give what all ranks have; see `words.gather_for_metrics`."""
-        return gather_for_metrics(values, self.group, self.place.device, self._batch)
+        batch = self._batch.samples, self._batch.own
+        return gather_for_metrics(values, self.group, self.place.device, batch)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -55,6 +55,13 @@ class Surroundings:
     """Called when gradients were exchanged."""
     step: Callable[[], int]
     """Gives the steps done, for messages."""
+    batch: Callable[[], int] = lambda: 0
+    """Gives the fingerprint of what was read last, see `StepControl.batch`."""
+
+    def record(self, present: NDArray[np.bool_]) -> StepControl:
+        """Give the control record of a backward of this rank."""
+        local = StepControl(1.0, 1.0, rank=self.group.rank, present=present)
+        return local.of_batch(self.batch())
 
 
 class GradientAverage(ABC):
@@ -127,7 +134,7 @@ class GradientAverage(ABC):
             else:
                 flat.slots[place].view(flat.grads).zero_()
         flat.check_layout(self.around.step())
-        return StepControl(1.0, 1.0, rank=self._group.rank, present=present)
+        return self.around.record(present)
 
     def spread(self, before: NDArray[np.bool_], now: NDArray[np.bool_]) -> None:
         """
@@ -227,6 +234,7 @@ class BucketAverage(GradientAverage):
         self._under_way = False
         local = self.gather()
         total = self._reducer.finish(local)
+        total.check_batch(local, self.around.step())
         try:
             self._policy.decide(total, self.around.step(), self.flat.name)
             self.note(None)

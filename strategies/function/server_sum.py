@@ -24,7 +24,7 @@ from distplat.platform.errors import NonFiniteError, Problem, SpecError
 from distplat.platform.shard_map import OwnLoop
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.function.gradient_average import GradientAverage, Surroundings
-from distplat.strategies.loop.control import ELSEWHERE, NonFiniteSteps, StepControl
+from distplat.strategies.loop.control import ELSEWHERE, NonFiniteSteps
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.parameter_layout import is_finite, typed_views
 from distplat.strategies.ports import LoopOptimizer, LoopShards
@@ -163,12 +163,13 @@ class ServerSum:
         vectors, around = self._connect(), self.around
         present = [one.gather().present for one in self.members]
         vectors.flags.copy_(torch.from_numpy(np.concatenate(present)))
-        local = StepControl(1.0, 1.0, rank=around.group.rank, present=np.ones(1, np.bool_))
+        local = around.record(np.ones(1, np.bool_))
         if self._policy.looks and (slot := self._first_non_finite()) is not None:
             local = local.broken(slot)
         pushed = self._shards.push(self._pushes, local)
         self._pushes += 1
         total = (pushed.total or local).named(local)
+        total.check_batch(local, around.step())
         vectors.take_mean(around.group.world)
         if self._policy.looks and vectors.grads.dtype is torch.float16 and not vectors.finite():
             total = total.broken(ELSEWHERE)

@@ -1,30 +1,30 @@
-"""A DataLoader of a train function, with this rank's part of the data."""
+"""What `prepare` makes of a DataLoader: this rank's part of the data, and a place to go on from."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
 )
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.loop.collate import moved
 
-_KEPT = (
-    "batch_size",
-    "collate_fn",
+KEPT = (
     "num_workers",
     "pin_memory",
-    "drop_last",
     "timeout",
     "worker_init_fn",
     "multiprocessing_context",
@@ -32,78 +32,167 @@ _KEPT = (
     "prefetch_factor",
     "persistent_workers",
 )
+"""What a prepared loader has of the user's, whatever its data."""
 
 
-class ShardedLoader:
+class Cut(NamedTuple):
+    """Which part of the data is this rank's."""
+
+    rank: int
+    world: int
+    """Ranks."""
+    seed: int
+    """Of the order, and of what a stream draws."""
+
+
+class RankBatch(NamedTuple):
+    """A batch of this rank, and what the session is told of it."""
+
+    batch: Any
+    samples: int
+    own: int
+    """How many of the samples are no repetition."""
+    fingerprint: int = 0
+    """Of all ranks' batch, of a stream; see `StepControl.batch`."""
+
+
+Read = Callable[[RankBatch, float, int], None]
+"""Told of each batch, the seconds that were waited for it, and the epoch."""
+
+
+class ShardedLoader(ABC):
     """
-    Gives a rank's batches, on its device; what `prepare` makes of a DataLoader.
+    Gives a rank's batches, on its device.
 
-    Each pass over it is another epoch of its sampler, unless `set_epoch` says which.
+    Each pass over it is another epoch, unless `set_epoch` says which.
+
+    Args:
+        loader: the user's.
+        cut: this rank's part.
+        device: where batches go.
+        read: told of each batch.
+    """
+
+    def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
+        self.dataset: Any = loader.dataset
+        """The user's, whole."""
+        self.batch_size = loader.batch_size or 1
+        """Samples of this rank's batch."""
+        self._cut, self._device, self._read = cut, device, read
+        self._epoch = self._first = 0  #: the next pass, and its batches that are passed over
+        self._at: tuple[int, int] | None = None  #: epoch and batches of a pass under way
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """
+        Give the batches of a pass.
+
+        Raises:
+            TypeError: it is a stream without a length.
+        """
+
+    @abstractmethod
+    def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
+        """Give this rank's batches of a pass, from one on."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next pass is: after a restart, for example."""
+        if epoch != self._epoch:
+            self._epoch, self._first = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the place of the loop in the data, for a checkpoint; good for all ranks."""
+        epoch, batches = self._at or (self._epoch, self._first)
+        return {"epoch": epoch, "samples": batches * self.batch_size * self._cut.world}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Have the next pass go on where a state was taken.
+
+        Args:
+            state: as `state_dict` gave it, in a run with any number of ranks.
+
+        Raises:
+            ValueError: it is no such state, or a batch of this run would not begin there.
+        """
+        found = state if isinstance(state, Mapping) else {}
+        epoch, samples = found.get("epoch"), found.get("samples")
+        if not (isinstance(epoch, int) and isinstance(samples, int)):
+            raise ValueError(
+                "load_state_dict() of a prepared loader takes what its state_dict() gave, with "
+                f"'epoch' and 'samples'; got {_named(state)}"
+            )
+        size, world = self.batch_size, self._cut.world
+        first, rest = divmod(samples, size * world)
+        if rest:
+            raise ValueError(
+                f"load_state_dict(): {samples} samples into epoch {epoch} no batch begins, of "
+                f"{size} on each of {world} workers: take a batch size of which that many are a "
+                f"part of {samples}, or begin the epoch anew, with set_epoch({epoch})"
+            )
+        self._epoch, self._first, self._at = epoch, first, None
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, first = self._epoch, self._first
+        self._epoch, self._first = epoch + 1, 0
+        self._at = epoch, first
+        batches = self._batches(epoch, first)
+        for number in itertools.count(first + 1):
+            began = time.perf_counter()
+            found = next(batches, None)
+            if found is None:
+                break
+            batch = moved(found.batch, self._device)
+            self._at = epoch, number
+            self._read(found, time.perf_counter() - began, epoch)
+            yield batch
+        self._at = None
+
+
+class NumberedLoader(ShardedLoader):
+    """
+    Of a map-style data set, by torch's `DistributedSampler`.
 
     Args:
         loader: the user's, whose sampler is plain, random or distributed already.
-        rank: this one.
-        world: ranks.
-        seed: of the order.
-        device: where batches go.
-        read: told the samples of each batch, the seconds that were waited for it, the epoch, and
-            how many of the samples are no repetition.
+        cut: see `ShardedLoader`.
+        device: see there.
+        read: see there.
 
     Raises:
         SpecError: a loader that cannot be cut into parts; says what to do.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        rank: int,
-        world: int,
-        seed: int,
-        device: torch.device,
-        read: Callable[[int, float, int, int], None],
-    ) -> None:
-        self.sampler: DistributedSampler[Any] = _sampler_of(loader, rank, world, seed)
-        kept = {name: getattr(loader, name) for name in _KEPT}
-        self._loader: DataLoader[Any] = DataLoader(loader.dataset, sampler=self.sampler, **kept)
-        self._device, self._read = device, read
+    def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
+        super().__init__(loader, cut, device, read)
+        self.sampler: DistributedSampler[Any] = _sampler_of(loader, cut)
+        self._order = _From(self.sampler)
+        kept = {name: getattr(loader, name) for name in (*KEPT, "collate_fn", "drop_last")}
+        self._loader: DataLoader[Any] = DataLoader(
+            loader.dataset, batch_size=loader.batch_size, sampler=self._order, **kept
+        )
         self._epoch = self._noted = self.sampler.epoch
 
-    @property
-    def dataset(self) -> Any:
-        """The user's, whole."""
-        return self._loader.dataset
-
-    @property
-    def batch_size(self) -> int:
-        """Samples of this rank's batch."""
-        return self._loader.batch_size or 1
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next pass is: after a restart, for example."""
-        self._epoch = epoch
-
+    @override
     def __len__(self) -> int:
         return len(self._loader)
 
+    @override
     def __iter__(self) -> Iterator[Any]:
         if self.sampler.epoch != self._noted:  # the loop has told its own sampler
-            self._epoch = self.sampler.epoch
-        epoch, self._epoch = self._epoch, self._epoch + 1
+            self.set_epoch(self.sampler.epoch)
+        return super().__iter__()
+
+    @override
+    def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
         self.sampler.set_epoch(epoch)
         self._noted = epoch
-        batches, left = iter(self._loader), self.sampler.num_samples
-        own = self._own_samples()
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = moved(next(batches), self._device)
-            except StopIteration:
-                return
+        self._order.first = passed = first * self.batch_size
+        left, own = self.sampler.num_samples - passed, self._own_samples() - passed
+        for batch in self._loader:
             size = min(self.batch_size, left)
-            left -= size
-            self._read(size, time.perf_counter() - began, epoch, max(0, min(size, own)))
-            own -= size
-            yield batch
+            yield RankBatch(batch, size, max(0, min(size, own)))
+            left, own = left - size, own - size
 
     def _own_samples(self) -> int:
         """Count this rank's samples of an epoch; those behind them are others' once more."""
@@ -112,27 +201,59 @@ class ShardedLoader:
         return min(sampler.num_samples, -(-(size - sampler.rank) // sampler.num_replicas))
 
 
-def _sampler_of(
-    loader: DataLoader[Any], rank: int, world: int, seed: int
-) -> DistributedSampler[Any]:
-    given = loader.sampler
-    if isinstance(loader.dataset, IterableDataset):
-        raise _refused("reads an IterableDataset", "cut it by rank itself, and do not prepare it")
+class _From(Sampler[Any]):
+    """A sampler's order without the first samples."""
+
+    def __init__(self, sampler: DistributedSampler[Any]) -> None:
+        self._sampler, self.first = sampler, 0
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._sampler, self.first, None)
+
+
+def check_batches(loader: DataLoader[Any]) -> None:
+    """
+    See that a loader makes batches of a size of its own.
+
+    Raises:
+        SpecError: it does not.
+    """
     if type(loader.batch_sampler) is not BatchSampler:
-        raise _refused("has a batch_sampler of its own, or batch_size=None", "give batch_size")
+        raise refused("has a batch_sampler of its own, or batch_size=None", "give batch_size")
+
+
+def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
+    given = loader.sampler
+    check_batches(loader)
     if isinstance(given, DistributedSampler):
         return given
     plain = type(given) is SequentialSampler
     if not plain and (type(given) is not RandomSampler or given.replacement):
         hint = "give shuffle=True or False, or a sampler that is a DistributedSampler"
-        raise _refused(f"has a {type(given).__name__}, of which ranks have no parts", hint)
+        raise refused(f"has a {type(given).__name__}, of which ranks have no parts", hint)
     size = len(loader.dataset)  # type: ignore[arg-type]
     if isinstance(given, RandomSampler) and given.num_samples != size:
-        raise _refused("draws another number of samples than there are", "leave num_samples out")
+        raise refused("draws another number of samples than there are", "leave num_samples out")
     return DistributedSampler(
-        loader.dataset, world, rank, shuffle=not plain, seed=seed, drop_last=loader.drop_last
+        loader.dataset,
+        cut.world,
+        cut.rank,
+        shuffle=not plain,
+        seed=cut.seed,
+        drop_last=loader.drop_last,
     )
 
 
-def _refused(what: str, hint: str) -> SpecError:
+def refused(what: str, hint: str) -> SpecError:
+    """Say that a loader cannot be prepared, and what to do."""
     return SpecError(Problem(("task",), f"prepare() got a DataLoader that {what}", hint))
+
+
+def _named(state: Any) -> str:
+    """Name what is no state."""
+    if isinstance(state, Mapping):
+        return "a mapping of " + (", ".join(sorted(map(str, state))) or "nothing")
+    return f"a {type(state).__name__}"

@@ -37,6 +37,8 @@ class Run(NamedTuple):
     """In the data set."""
     marked: bool = False
     """Whether the position of a stream before it is wanted, too."""
+    batch: int | None = None
+    """In the data set, the first sample of all ranks' batch; None: nobody compares it."""
 
 
 class _Plan:
@@ -65,8 +67,9 @@ def runs(
     """Give the samples of each micro-batch of a rank's step, and where they are in the epoch."""
     seed = epoch_seed(sampler.seed, sampler.epoch_of(step))
     first = sampler.first_place(step, rank)
+    batch = sampler.position(step) if sampler.stream else None
     for ids in sampler.micro_batches(step, rank, parts):
-        yield Run(seed, first, ids.tolist(), marked)
+        yield Run(seed, first, ids.tolist(), marked, batch)
         first, marked = first + len(ids), False
 
 
@@ -122,7 +125,7 @@ def micro_batches(
 
 
 def unmarked(data: Dataset[Any], batches: Iterator[Any]) -> Iterator[Any]:
-    """Give batches, and have their stream note the positions that came with them."""
+    """Give batches, and have their stream note what came with them."""
     stream = data.data if isinstance(data, TaskBatches) else data
     return _noted(stream, batches) if isinstance(stream, StreamSamples) else batches
 
@@ -130,10 +133,15 @@ def unmarked(data: Dataset[Any], batches: Iterator[Any]) -> Iterator[Any]:
 def _noted(stream: StreamSamples, batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, Marked):
-            stream.keep(batch.mark)
+            stream.note(batch)
             yield batch.batch
         else:
             yield batch
+
+
+def fingerprint_of_batch(data: Dataset[Any]) -> int:
+    """Give the fingerprint of the batch that was read last, of a stream; 0: it has none."""
+    return data.fingerprint if isinstance(data, StreamSamples) else 0
 
 
 def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
@@ -220,9 +228,9 @@ class Samples(Dataset[Any]):
                 return self._together(samples, run)
 
     def _of_stream(self, data: StreamSamples, run: Run) -> Any:
-        samples, mark = data.read(run.ids[0], len(run.ids), mark=run.marked)
-        batch = self._together(samples, run)
-        return batch if mark is None else Marked(batch, mark)
+        read = data.read(run.ids[0], len(run.ids), mark=run.marked, look_at=run.batch)
+        batch = self._together(read.batch, run)
+        return batch if run.batch is None else read._replace(batch=batch)
 
     def _together(self, samples: list[Any], run: Run) -> Any:
         if self._collate is None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from distplat.strategies.loop.batches import (
     Run,
     batches_by,
     eval_batches,
+    fingerprint_of_batch,
     micro_batches,
     runs,
     unmarked,
@@ -76,6 +77,8 @@ class Share:
     """What the sum is divided by: the samples, unless loss() gave weights."""
     weighted: bool = False
     """Whether loss() gave them."""
+    batch: int = 0
+    """Fingerprint of the batch, of a stream; 0: this rank has read nothing of it."""
 
     def record(self, rank: int, flat: FlatModel) -> StepControl:
         """
@@ -87,7 +90,8 @@ class Share:
         """
         broken = not math.isfinite(self.loss_sum)
         figures = self.samples, self.weight, int(broken), rank
-        return StepControl(*figures, thawed=flat.thaws, present=flat.present)
+        record = StepControl(*figures, thawed=flat.thaws, present=flat.present)
+        return record.of_batch(self.batch)
 
     @property
     def loss(self) -> float:
@@ -99,7 +103,12 @@ class Share:
         loss = term.value.item() * term.factor
         weighted = self.weighted or term.weighted
         weight = self.weight + term.weight
-        return Share(self.loss_sum + loss, self.samples + samples, weight, weighted)
+        figures = self.loss_sum + loss, self.samples + samples, weight, weighted
+        return Share(*figures, self.batch)
+
+    def of(self, data: Dataset[Any]) -> Share:
+        """Have the fingerprint of the batch that was read last, where there were samples."""
+        return replace(self, batch=fingerprint_of_batch(data)) if self.samples else self
 
 
 @dataclass
@@ -208,7 +217,7 @@ class WholeModel(Compute):
             share = share.plus(term, size)
             self.alive()
             clock.lap("compute")
-        return share
+        return share.of(self.data)
 
     def _weighed(
         self, step: int, sizes: Sequence[int], weights: TermWeights

@@ -29,7 +29,8 @@ from distplat.strategies.model.flat import FlatModel
 Policy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""
 
-_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _THAWED, _RESIZE, _END, HEAD_SIZE = range(10)
+(_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _THAWED) = range(7)
+(_RESIZE, _END, _BATCH, _READERS, HEAD_SIZE) = range(7, 12)
 
 ELSEWHERE = -2
 """`StepControl.slot` of a gradient that is not this rank's: its parameter has no name here."""
@@ -66,6 +67,10 @@ class StepControl:
     """Whether the step is left out: decided alike everywhere, by `decided`."""
     settings: NDArray[np.float64] | None = None
     """Of a train function's optimizer, see `OwnLoop`; they are one rank's, and not summed."""
+    batch: int = 0
+    """Fingerprint of what was read of a stream, at most 2^32; 0: this rank has read none."""
+    readers: int = 0
+    """Ranks that have one; of a sum 0: it is not known, or nobody."""
 
     @property
     def scale(self) -> float:
@@ -78,6 +83,10 @@ class StepControl:
     def finite(self) -> bool:
         """Whether the step may be applied."""
         return not self.non_finite and (self.weight != 0.0 or self.samples == 0.0)
+
+    def of_batch(self, fingerprint: int) -> StepControl:
+        """Note which batch this rank has read of a stream; 0: none."""
+        return replace(self, batch=fingerprint, readers=int(fingerprint > 0))
 
     def looked_at(self, flat: FlatModel) -> StepControl:
         """Look for NaN and infinity in this rank's gradient, before it is exchanged."""
@@ -97,8 +106,28 @@ class StepControl:
         """Have the sum name this rank, if it is not finite itself."""
         return replace(self, rank=local.rank, slot=local.slot) if local.non_finite else self
 
+    def check_batch(self, local: StepControl, step: int) -> None:
+        """
+        See whether all ranks of this sum have read the same batch of a stream.
+
+        Where some have not, the sum is not their number times one's own, for one of them at least.
+
+        Args:
+            local: the record of one of them.
+            step: from 0.
+
+        Raises:
+            ValueError: they have not.
+        """
+        if local.batch and self.readers and self.batch != self.readers * local.batch:
+            raise ValueError(
+                f"in step {step + 1} worker-{local.rank} read another batch of a stream than other "
+                "workers: all must read the same samples in the same order. Sort what glob and "
+                "listdir give, and do not cut the stream by rank"
+            )
+
     def pack(self) -> NDArray[np.float64]:
-        """Give it as a vector, shape [9 + slots + settings]; without settings it can be summed."""
+        """Give it as a vector, shape [11 + slots + settings]; without settings it can be summed."""
         slots = len(self.present)
         more = 0 if self.settings is None else len(self.settings)
         vector = np.empty(HEAD_SIZE + slots + more)
@@ -112,6 +141,7 @@ class StepControl:
         vector[_SLOT] = self.slot + 1 if self.non_finite else 0
         vector[_STATE], vector[_THAWED] = self.state_changed, self.thawed
         vector[_RESIZE], vector[_END] = self.stop is StopOrder.RESIZE, self.stop is StopOrder.END
+        vector[_BATCH], vector[_READERS] = self.batch, self.readers
         vector[HEAD_SIZE : HEAD_SIZE + slots] = self.present
         if self.settings is not None:
             vector[HEAD_SIZE + slots :] = self.settings
@@ -138,6 +168,8 @@ class StepControl:
             _stop_order(vector),
             vector[HEAD_SIZE:stop] > 0,
             settings=vector[stop:] if settings else None,
+            batch=int(vector[_BATCH]),
+            readers=int(vector[_READERS]),
         )
 
     @classmethod

@@ -80,9 +80,15 @@ class StepExchange:
 
         Raises:
             NonFiniteError: the run ends here.
+            ValueError: ranks have read other batches of a stream.
         """
+        local = replace(share.record(rank, self._flat), stop=stop)
+        total = self._exchanged(turn, local, share)
+        total.check_batch(local, turn.step)
+        return total
+
+    def _exchanged(self, turn: Turn, local: StepControl, share: Share) -> StepControl:
         flat, index = self._flat, turn.step if turn.task is None else turn.task
-        local = replace(share.record(rank, flat), stop=stop)
         if self._lookups is None:
             return self._decided(index, turn.step, local)
         slots = len(flat.slots)

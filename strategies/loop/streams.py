@@ -32,12 +32,14 @@ from distplat.strategies.algorithms.seeds import (
     mixed,
     order_seed,
 )
-from distplat.strategies.loop.sample_hash import hash_of
+from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
 from distplat.strategies.torch_compat import outside_loaders
 
 logger = logging.getLogger(__name__)
 
+OVER = object()
+"""What stands for a sample where a pass has ended."""
 _FIRST = 16
 """Samples at the start whose hashes are compared: between ranks, and from pass to pass."""
 _AFTER = 8
@@ -77,10 +79,13 @@ class Mark(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A batch, and where the stream stood before it."""
+    """What was read of a stream: a batch, or its samples."""
 
     batch: Any
-    mark: Mark
+    mark: Mark | None = None
+    """The position before it, if that was wanted."""
+    fingerprint: int = 0
+    """Of the first sample of all ranks' batch; 0: this reader has not come by it."""
 
 
 @dataclass(frozen=True)
@@ -173,17 +178,19 @@ class StreamSamples(Dataset[Any]):
         self._samples: Iterator[Any] | None = None
         self._ahead: list[Any] = []  #: samples that were read to look at them
         self._turn = self._origin = self._place = 0
+        self._looks_at, self._seen = -1, 0  #: a sample's number, and its fingerprint
         self.hashes: list[str] = []  #: of the first samples
+        self.fingerprint = 0  #: of the batch that was read last
 
     def __len__(self) -> int:
         return ENDLESS if self._size is None else self._size
 
     def __getitem__(self, number: int) -> Any:
-        return self.read(number, 1)[0][0]
+        return self.read(number, 1).batch[0]
 
     def __getstate__(self) -> dict[str, Any]:
         """Go to a loader process, which begins to read by itself."""
-        idle: dict[str, Any] = {"_reader": None, "_samples": None, "_ahead": []}
+        idle: dict[str, Any] = {"_reader": None, "_samples": None, "_ahead": [], "_looks_at": -1}
         return {**self.__dict__, **idle}
 
     def survey(self, *, counts: bool, limit_s: float) -> None:
@@ -222,7 +229,9 @@ class StreamSamples(Dataset[Any]):
         if counts:
             self._size = found
 
-    def read(self, first: int, count: int, *, mark: bool = False) -> tuple[list[Any], Mark | None]:
+    def read(
+        self, first: int, count: int, *, mark: bool = False, look_at: int | None = None
+    ) -> Marked:
         """
         Give samples that follow each other. The global generators draw other numbers afterwards.
 
@@ -230,10 +239,13 @@ class StreamSamples(Dataset[Any]):
             first: number of the first one.
             count: how many.
             mark: whether to give the position before them, too.
+            look_at: a sample at or before `first` whose fingerprint is wanted.
 
         Raises:
             ValueError: the stream ended elsewhere than before, or gave others than before.
         """
+        if look_at is not None and look_at != self._looks_at:
+            self._looks_at, self._seen = look_at, 0
         with outside_loaders():
             self._seek(first)
             here = self._mark() if mark else None
@@ -244,7 +256,53 @@ class StreamSamples(Dataset[Any]):
                     following.append(samples[-1])
             if here is not None:
                 here = self._hashed(here, following)
-        return samples, here
+        return Marked(samples, here, 0 if look_at is None else self._seen)
+
+    def begin_pass(self, turn: int, mark: Mark | None = None) -> Mark:
+        """
+        Begin one pass, or go on in it at a mark, to be read by `next_of_pass`: numbers are places.
+
+        Returns:
+            The position.
+
+        Raises:
+            ValueError: other samples follow than when the mark was made.
+        """
+        with outside_loaders():
+            if mark is None:
+                self._begin(turn, 0)
+                return self.here()
+            self._go_on(mark)
+            return mark
+
+    def next_of_pass(self) -> Any:
+        """
+        Give the next sample of the pass that was begun; `OVER`: there is none.
+
+        Raises:
+            ValueError: it has none at all.
+        """
+        with outside_loaders():
+            try:
+                sample = self._ahead.pop(0) if self._ahead else self._draw(self._place)
+            except StopIteration:
+                if not self._place:
+                    raise self._empty(self._turn) from None
+                return OVER
+        self._place += 1
+        return sample
+
+    def here(self, *, stateful: bool = True) -> Mark:
+        """Give the position, without hashes of what follows, and if it is wanted with the state."""
+        if stateful:
+            return self._mark()
+        return Mark(self._origin + self._place, self._turn, self._place)
+
+    def note(self, read: Marked) -> None:
+        """Take what came with a batch, perhaps out of a loader process."""
+        self.fingerprint = read.fingerprint
+        if read.mark is not None:
+            self.keep(read.mark)
 
     def keep(self, mark: Mark) -> None:
         """Note a position from which it can be read on."""
@@ -382,6 +440,8 @@ class StreamSamples(Dataset[Any]):
         except StopIteration:
             self._over()
             return self._next()
+        if self._origin + self._place == self._looks_at:
+            self._seen = fingerprint_of(sample)
         self._place += 1
         if self._place == self._size:
             self._see_the_end()
@@ -410,10 +470,7 @@ class StreamSamples(Dataset[Any]):
                 "many; without __len__ and with `steps` it is read over and over, whatever it has"
             )
         if not self._place:
-            raise self._wrong(
-                f"gave no samples when it was begun anew for pass {self._turn}: __iter__ must "
-                "begin anew each time, as a generator function does"
-            )
+            raise self._empty(self._turn)
         self._begin(self._turn + 1, self._origin + self._place)
 
     def _see_the_end(self) -> None:
@@ -426,6 +483,12 @@ class StreamSamples(Dataset[Any]):
         raise self._wrong(
             f"gives more than the {self._size} samples of its len(), or that it had before: "
             "without __len__ and with `steps` it is read over and over, whatever it has"
+        )
+
+    def _empty(self, turn: int) -> ValueError:
+        return self._wrong(
+            f"gave no samples when it was begun anew for pass {turn}: __iter__ must begin anew "
+            "each time, as a generator function does"
         )
 
     def _wrong(self, text: str) -> ValueError:

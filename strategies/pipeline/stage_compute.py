@@ -104,6 +104,7 @@ class Pipeline(Compute):
         if self._ends and s.at.slice == 0:
             for term, size in zip(source.terms, sizes, strict=True):
                 self.share = self.share.plus(term, size)
+            self.share = self.share.of(self._p.data)
         return self.share
 
     @override

@@ -58,6 +58,20 @@ def test_a_sum_of_weights_that_is_zero_is_not_finite() -> None:
     assert total(record(0, 0, 0.0)).finite  # nobody had samples
 
 
+@given(st.lists(st.sampled_from([0, 1, 2, 7, 2**32]), min_size=1, max_size=6))
+def test_a_sum_tells_whether_ranks_read_other_batches(batches: list[int]) -> None:
+    """0 stands for a rank that has read none; of others that differ one at least is told."""
+    ranks = [record(rank).of_batch(batch) for rank, batch in enumerate(batches)]
+    found, told = total(*ranks), 0
+    for one in ranks:
+        try:
+            found.check_batch(one, 7)
+        except ValueError as error:
+            assert f"in step 8 worker-{one.rank} read another batch" in str(error)
+            told += 1
+    assert (told > 0) == (len({*batches} - {0}) > 1)
+
+
 @dataclass
 class Case:
     broken: StepControl

@@ -1,14 +1,17 @@
 """Data sets of Hugging Face's `datasets`, by number and as streams."""
 
+import json
 from typing import Any
 
 import pytest
 import torch
 from local_run import train
 from test_equivalence import same_bits
+from test_function_streams import loader_of
 from test_streams import BATCH, Numbered, job, read, tensors
 from torch import Tensor, nn
 
+from distplat.strategies.function.sharded_loader import ShardedLoader
 from distplat.strategies.task import Task
 
 datasets = pytest.importorskip("datasets")
@@ -87,3 +90,30 @@ def test_a_stream_of_theirs_goes_on(buffer: int | None) -> None:
             torch.equal(value, unfailed.parameters()[name])
             for name, value in resumed.parameters().items()
         )
+
+
+@pytest.mark.parametrize("loaders", [0, 2])
+@pytest.mark.parametrize("buffer", [None, 4])
+def test_in_a_train_function_ranks_get_their_parts_and_go_on(
+    buffer: int | None, loaders: int
+) -> None:
+    def new(rank: int) -> ShardedLoader:
+        data = datasets.Dataset.from_dict({"n": [*range(21)]}).to_iterable_dataset(num_shards=3)
+        data = data if buffer is None else data.shuffle(seed=3, buffer_size=buffer)
+        return loader_of(data.with_format("torch"), rank, 2, num_workers=loaders)
+
+    ranks = [new(rank) for rank in range(2)]
+    whole = [[[batch["n"].tolist() for batch in one] for _ in range(2)] for one in ranks]
+    for epoch in range(2):
+        numbers = [n for rank in whole for batch in rank[epoch] for n in batch]
+        assert sorted(numbers) == sorted([*range(21), whole[0][epoch][0][0]])
+    assert (whole[0][0] != whole[0][1]) == (buffer is not None), "shuffled anew by the epoch"
+    leader = new(0)
+    leader.set_epoch(1)
+    batches = iter(leader)
+    assert [next(batches)["n"].tolist() for _ in range(2)] == whole[0][1][:2]
+    state = json.loads(json.dumps(leader.state_dict()))
+    assert bool(state["stream"]["state"]), "their stream has a state"
+    resumed = new(1)
+    resumed.load_state_dict(state)
+    assert [batch["n"].tolist() for batch in resumed] == whole[1][1][2:]

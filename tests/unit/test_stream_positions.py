@@ -81,7 +81,7 @@ def test_a_stream_with_a_state_is_not_read_from_its_start(loaders: int) -> None:
     data = stream(Counted(1000), steps=12)
     data.keep(Mark.read(mark) or pytest.fail("it was not kept"))
     Counted.read = 0
-    samples, _ = data.read(8 * BATCH, BATCH)
+    samples = data.read(8 * BATCH, BATCH).batch
     assert Counted.read == 2 * BATCH
     assert torch.equal(samples[0][0], tensors(1000)[0][8 * BATCH])
 
@@ -136,7 +136,7 @@ def test_a_state_near_the_end_of_a_pass_is_tried_too(at: int, length: dict[str, 
     expected = [whole[number][0] for number in range(111)]
     for count in (1, 9) if "steps" in length else (1,):
         writer, reader = stream(Forgets(), **length), stream(Forgets(), **length)
-        samples, mark = writer.read(at, count, mark=True)
+        samples, mark, _ = writer.read(at, count, mark=True)
         assert mark is not None
         reader.keep(mark)
         after = [*samples, *(writer[number] for number in range(at + count, at + count + 20))]

@@ -1,6 +1,7 @@
 """Streams as training data: what one process makes of them, under any number of readers."""
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -10,13 +11,14 @@ import pytest
 import torch
 from hybrid_models import whole
 from jobs import job_of
-from local_run import LocalRun, train
+from local_run import Attempt, LocalRun, train
 from test_equivalence import distance, same_bits
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.batches import make_sampler, micro_batches
 from distplat.strategies.loop.checks import checked_data
 from distplat.strategies.loop.streams import StreamSamples
@@ -390,6 +392,44 @@ def test_ranks_that_read_other_streams_are_told() -> None:
 
     with pytest.raises(Exception, match="has other training samples than worker-"):
         train(job("ring", 2), Each)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "hybrid"])
+def test_ranks_whose_streams_part_later_are_told(strategy: str) -> None:
+    """The first 16 samples are the same, and the fourth batch begins with another one."""
+
+    class Each(Numbered):
+        made = 0
+
+        def __init__(self) -> None:
+            Each.made += 1
+            self._first = Each.made
+
+        def train_data(self) -> Any:
+            inputs, targets = tensors()
+            inputs[3 * BATCH :] += self._first
+            return iterable(inputs, targets)
+
+    options = {"pipeline": 1, "data": 2} if strategy == "hybrid" else {}
+    with pytest.raises(ValueError, match=r"in step 4 worker-. read another batch of a stream"):
+        train(job({"name": strategy, **options}, 2, gradient_accumulation=2), Each)
+
+
+class OneIsSlow(Attempt):
+    """Its push comes when the others have made the step, and the next one."""
+
+    def before(self, rank: int, step: int) -> StopOrder:
+        time.sleep(0.06 if rank == 2 else 0.01)
+        return StopOrder.NONE
+
+
+def test_who_is_behind_reads_no_other_stream() -> None:
+    """With backup workers it is told the sum of a later step than that of its batch."""
+    strategy = {"name": "ps-sync", "backup_workers": 1}
+    run = LocalRun(job(strategy, 3, epochs=None, steps=12), Streamed)
+    assert OneIsSlow(run).make()
+    run.close()
+    assert sum(one.samples == 0 for one in run.reports[2] if isinstance(one, StepReport)) > 3
 
 
 def test_evaluations_by_epochs_of_what_has_none_are_told(

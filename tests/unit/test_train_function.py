@@ -13,7 +13,6 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -500,17 +499,11 @@ def test_what_is_infinite_in_one_model_keeps_no_other_from_its_step(strategy: st
     call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
-class Stream(IterableDataset[Tensor]):
-    def __iter__(self) -> Any:
-        return iter([torch.zeros(1)])
-
-
 def weighted() -> DataLoader[Any]:
     return DataLoader(data_of(), sampler=WeightedRandomSampler([1.0] * SAMPLES, SAMPLES))
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: DataLoader(Stream()), "IterableDataset"),
     (weighted, "WeightedRandomSampler"),
     (lambda: DataLoader(data_of(), batch_size=None), "batch_size=None"),
     (lambda: 3, "prepare() got a int"),
