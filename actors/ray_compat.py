@@ -192,4 +192,8 @@ def with_requests(kind: type[Any], request: Callable[..., Any]) -> type[Any]:
         def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
             return request(self, super()._do_request, method, endpoint, **kwargs)
 
+        def ask(self, endpoint: str) -> Any:
+            """Give the answer to a question that the client has no method for."""
+            return self._do_request("GET", endpoint)
+
     return Client

@@ -29,6 +29,7 @@ from distplat.cli.address import (
     unset,
 )
 from distplat.cli.shipping import JOB_VARIABLE, Package, measure
+from distplat.cli.versions import driver_mismatch
 from distplat.platform.errors import ClusterUnreachable
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
@@ -182,9 +183,10 @@ def connected(
                     shipping(measure(folder, runtime_env["excludes"], ignores))
                 _join(address, runtime_env)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterUnreachable(
-            f"cannot join Ray at {address or 'this machine'}: {one_line(error)}"
-        ) from error
+        where = address or "this machine"
+        text = driver_mismatch(where, str(error))
+        text = text or f"cannot join Ray at {where}: {one_line(error)}"
+        raise ClusterUnreachable(text) from error
     try:
         yield
     finally:

@@ -3,7 +3,7 @@ Every error that distplat raises on purpose, in one tree.
 
     DistplatError                  exit 70  something distplat did not foresee
     |- SpecError                        2   bad job file, option, argument or task; nothing trained
-    |- ClusterUnreachable               3   no Ray there, or it refused our token
+    |- ClusterUnreachable               3   no Ray there, or none that takes our version or token
     |- UserCodeError                    1   the user's task raised; never retried
     |- ScriptFailed                     1   a script that is run as it is ended with an error
     |- NonFiniteError                   1   a loss or gradient is NaN or infinite; never retried
@@ -113,7 +113,7 @@ class SpecError(DistplatError):
 
 
 class ClusterUnreachable(DistplatError):
-    """No Ray cluster answers at the address, or it does not accept our token."""
+    """No Ray cluster answers at the address, or none that takes our version or our token."""
 
     exit_code = 3
 
