@@ -122,6 +122,10 @@ class PollResult:
     """The first step that it does not begin, where it was told to rest and this is known."""
     node: str = ""
     """Where it is, once it has begun."""
+    host: str = ""
+    """That node's name and address, for people to read."""
+    prepared: bool = False
+    """It has made its model and data."""
 
 
 @dataclass(frozen=True)

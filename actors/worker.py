@@ -150,6 +150,8 @@ class Worker:
             left=state.progress.left,
             rests_at=state.gate.answer,
             node=self._session.node,
+            host=self._session.host,
+            prepared=self._session.prepared,
         )
 
     def result(self) -> bytes:
