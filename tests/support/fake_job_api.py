@@ -32,7 +32,7 @@ class FakeJobApi:
     """Paths of the uploads."""
     jobs: list[dict[str, Any]] = field(default_factory=list)
 
-    def get(self, path: str) -> dict[str, Any] | None:
+    def get(self, path: str) -> object:
         """Answer a question; None: 404."""
         if path == "/api/version":
             return {"version": "4", "ray_version": self.ray_version}
@@ -41,6 +41,8 @@ class FakeJobApi:
             return {"result": True, "data": data}
         if path.endswith("/logs"):
             return {"logs": self.log}
+        if path == "/api/jobs/":
+            return [{**DETAILS, "submission_id": job["submission_id"]} for job in self.jobs]
         if path.startswith("/api/jobs/") and self.jobs:
             return {**DETAILS, "submission_id": path.rpartition("/")[2]}
         return None
@@ -68,7 +70,7 @@ def fake_job_api() -> Iterator[FakeJobApi]:
         def _content(self) -> bytes:
             return self.rfile.read(int(self.headers["Content-Length"]))
 
-        def _answer(self, found: dict[str, Any] | None) -> None:
+        def _answer(self, found: object) -> None:
             content = json.dumps(found).encode()
             self.send_response(404 if found is None else 200)
             self.send_header("Content-Length", str(len(content)))
