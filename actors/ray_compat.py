@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants, services
+from ray._private.authentication import authentication_token_setup
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
@@ -161,6 +162,12 @@ def address_of_auto() -> str:
     """
     found: str = get_ray_address_from_environment("auto", None)
     return found
+
+
+def use_token_at_hand() -> None:
+    """Have Ray send the user's token, as it does for `auto`, but for its warning that it does."""
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def addresses_here() -> set[str]:
