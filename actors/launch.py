@@ -216,7 +216,7 @@ def _failures_of_start() -> Iterator[None]:
         raise
     except Exception as error:
         busy = f"{os.getloadavg()[0]:.0f} processes want the {os.cpu_count()} cores of this machine"
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         remedy = "try again, or start one with `ray start --head` and give --address auto"
         raise InfrastructureError(
             f"a local Ray could not be started ({busy}): {why}; {remedy}"
