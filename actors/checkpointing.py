@@ -16,8 +16,11 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
+from threading import Thread
+from typing import TypeVar
 
 from distplat.actors.actor_group import Launch
 from distplat.platform.checkpoints import (
@@ -44,12 +47,15 @@ from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
 from distplat.platform.tensor_slices import by_file, put_together
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3
 _DRAIN_S = 30.0
-_ROLLBACK_S = 300.0
-"""How long a rollback waits for checkpoints that are still being written: they are newer work."""
+_SILENT_S = 5.0
+"""How long a rollback waits for a checkpoint that is being written before it says so."""
+_SETTING = "failure.storage_timeout_s"
 _ONE_CAUSE_S = 10.0
 """Checkpoints that fail within so long, though the disk takes them, count as one: where a worker
 dies all those that wait for its parts fail together, and the run recovers from that by itself."""
@@ -68,6 +74,13 @@ def newest_checkpoint(launch: Launch) -> StoredCheckpoint | None:
         StorageError: it is damaged now.
     """
     return None if launch.resumed is None else read(launch.resumed)
+
+
+def _settle(found: Future[T], find: Callable[[], T]) -> None:
+    try:
+        found.set_result(find())
+    except BaseException as error:
+        found.set_exception(error)
 
 
 class Checkpoints:
@@ -89,7 +102,7 @@ class Checkpoints:
         self._waiting: deque[tuple[Sequence[Delivery], float]] = deque()
         self._skipped = 0
         self._writing = False
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._pruning = threading.Lock()  #: held while one is read, and while some are deleted
         self._best = BestCheckpoint(launch.job.checkpoint.keep_best)
         self._judging = threading.Lock()  #: held while `_best` is used
@@ -119,7 +132,7 @@ class Checkpoints:
             while self._too_many():
                 self._skip(self._waiting.popleft()[0])
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+                self._thread = Thread(target=self._work, name="checkpoints", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
@@ -186,12 +199,40 @@ class Checkpoints:
         """
         Read the newest checkpoint that is whole, of this run or what it began from.
 
-        The run goes on from it: later ones, all of them damaged, are set aside.
+        The run goes on from it: later ones, all of them damaged, are set aside. One that is being
+        written is newer work, and waited for.
 
         Raises:
-            StorageError: there were some, and none can be read now.
+            StorageError: there were some, and none can be read now, or the disk does not answer.
         """
-        self.drain(_ROLLBACK_S)
+        limit = self._job.failure.storage_timeout_s
+        self._wait_for_writer(limit)
+        found = Future[StoredCheckpoint | None]()
+        # A thread: nothing else ends a call to a disk that hangs.
+        Thread(target=_settle, args=(found, self._roll_back), daemon=True).start()
+        wait([found], limit)
+        if not found.done():
+            text = f"no checkpoint could be read within {limit:g} s: its disk does not answer"
+            where = self._catalogue.folder
+            raise StorageError(f"{where}: {text}; `{_SETTING}` changes this deadline")
+        saved = found.result()
+        self.step = saved.step if saved is not None else 0
+        return saved
+
+    def _wait_for_writer(self, limit_s: float) -> None:
+        """Wait for what is being written, and say so where it takes long."""
+        idle = lambda: not self._waiting and not self._writing  # noqa: E731
+        soon_s = min(_SILENT_S, limit_s)
+        with self._changed:
+            if self._changed.wait_for(idle, soon_s):
+                return
+            text = "going back waits for a checkpoint that is being written, %g s at most (`%s`)"
+            logger.warning(text, limit_s, _SETTING)
+            if not self._changed.wait_for(idle, limit_s - soon_s):
+                text = "it is still being written after %g s (`%s`): taking one from before"
+                logger.warning(text, limit_s, _SETTING)
+
+    def _roll_back(self) -> StoredCheckpoint | None:
         with self._pruning:
             found = self._read()
             if found is not None:
@@ -202,7 +243,6 @@ class Checkpoints:
                 with self._judging:
                     self._best.left(self._catalogue.steps())
                     self._tell_best()
-        self.step = found.step if found is not None else 0
         return found
 
     def _read(self) -> StoredCheckpoint | None:

@@ -341,10 +341,11 @@ class Controller:
             del self._actors[role]
             self._scaling.left(rank)
             return [Left(rank)]
-        events: list[Event] = [Heard(rank, news.beats, news.step, news.finished)]
-        if news.error is not None:
-            events.append(Failed(role, news.error))
-        return events
+        at = news.prepared, news.host
+        heard = Heard(rank, news.beats, news.step, news.finished, *at)
+        if news.error is None:
+            return [heard]
+        return [heard, Failed(role, news.error, prepared=news.prepared, node=news.host)]
 
     def _result(self) -> bytes:
         """Fetch the model; where it is cut, each part, and put them together by name."""

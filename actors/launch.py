@@ -41,6 +41,7 @@ from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck, said_by_job
 from distplat.actors.task_pickling import check_pickles
+from distplat.platform.errors import DistplatError, InfrastructureError
 from distplat.platform.spec import Scaling
 
 TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -202,6 +203,27 @@ def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
 
 
 @contextmanager
+def _failures_of_start() -> Iterator[None]:
+    """
+    Say what to do where Ray does not start: what it raises then is of many classes.
+
+    Raises:
+        InfrastructureError: it did not.
+    """
+    try:
+        yield
+    except DistplatError:
+        raise
+    except Exception as error:
+        busy = f"{os.getloadavg()[0]:.0f} processes want the {os.cpu_count()} cores of this machine"
+        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        remedy = "try again, or start one with `ray start --head` and give --address auto"
+        raise InfrastructureError(
+            f"a local Ray could not be started ({busy}): {why}; {remedy}"
+        ) from error
+
+
+@contextmanager
 def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     """
     Be connected to Ray: as we are, or to a local instance that ends with the block.
@@ -209,6 +231,9 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     Args:
         scaling: has so many workers at most.
         logs: whether what a local instance's workers print comes to this process.
+
+    Raises:
+        InfrastructureError: Ray cannot be started; it gives itself 30 s, which nothing changes.
     """
     if ray.is_initialized():
         yield
@@ -218,7 +243,7 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
     with hash_seed.inherited():
-        with ray_compat.loopback():
+        with ray_compat.loopback(), _failures_of_start():
             ray.init(
                 address="local",
                 include_dashboard=False,

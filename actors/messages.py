@@ -120,6 +120,10 @@ class PollResult:
     """It has finished because it was told to leave: the run goes on without it."""
     node: str = ""
     """Where it is, once it has begun."""
+    host: str = ""
+    """That node's name and address, for people to read."""
+    prepared: bool = False
+    """It has made its model and data."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants, services
+from ray._private.authentication import authentication_token_setup
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
@@ -163,6 +164,12 @@ def address_of_auto() -> str:
     return found
 
 
+def use_token_at_hand() -> None:
+    """Have Ray send the user's token, as it does for `auto`, but for its warning that it does."""
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
 def addresses_here() -> set[str]:
     """Give the addresses of all Rays of this machine, as their processes were told them."""
     return set(services.find_gcs_addresses())
@@ -191,5 +198,9 @@ def with_requests(kind: type[Any], request: Callable[..., Any]) -> type[Any]:
     class Client(kind):  # type: ignore[misc]
         def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
             return request(self, super()._do_request, method, endpoint, **kwargs)
+
+        def ask(self, endpoint: str) -> Any:
+            """Give the answer to a question that the client has no method for."""
+            return self._do_request("GET", endpoint)
 
     return Client

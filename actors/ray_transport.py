@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,6 +68,11 @@ def place_here() -> ProcessPlace:
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
     return ProcessPlace(context.get_node_id(), ray.util.get_node_ip_address(), tuple(gpus))
+
+
+def host_here() -> str:
+    """Give the name and the address of this node, for people to read."""
+    return f"{socket.gethostname()}, {ray.util.get_node_ip_address()}"
 
 
 def alone() -> RayTransport:

@@ -145,9 +145,8 @@ class Resizer:
                 return
             raised = as_ours(error)
             logger.warning("worker-%d: %s", rank, raised)
-            # Of the user's own errors the last line says what it was, after the traceback.
-            lines = str(raised).strip().splitlines()
-            self._give_up(rank, lines[-1 if isinstance(raised, UserCodeError) else 0])
+            text = raised.text if isinstance(raised, UserCodeError) else str(raised)
+            self._give_up(rank, text.strip().splitlines()[0])
         else:
             del self._calls[rank]
             self._resizing.ready(rank)

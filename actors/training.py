@@ -28,7 +28,7 @@ from distplat.actors.connection import Connection
 from distplat.actors.messages import WorkOrder
 from distplat.actors.process_setup import log_to_stderr
 from distplat.actors.ray_errors import of_platform
-from distplat.actors.ray_transport import RayTransport
+from distplat.actors.ray_transport import RayTransport, host_here
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
 from distplat.actors.transport import NotHere, TransportError
@@ -158,7 +158,7 @@ class Session:
     ) -> None:
         self._report, self._deliver = report, deliver
         self.state = AttemptState(-1)
-        self.node = ""  #: this process's, once it is one of the run
+        self.node = self.host = ""  #: this process's, once it is one of the run
         self._task: type[Task] | None = None  #: where it was imported before the first attempt
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
@@ -167,6 +167,11 @@ class Session:
         self._box: tuple[int, list[Any]] = -1, []  #: the last version that was shown
         self._shown: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
         self._part_shown: SnapshotPublisher[Bundle] = SnapshotPublisher()
+
+    @property
+    def prepared(self) -> bool:
+        """Whether model and data are made; of a train function, whether a step was."""
+        return self._prepared is not None or self.state.progress.at is not None
 
     def show(self, version: int) -> Reply:
         """
@@ -247,7 +252,9 @@ class Session:
         except DistplatError as error:
             ready.set_exception(error)
         except BaseException as error:  # see `work`
-            ready.set_exception(_of_platform(error) or as_user_error(error, order.rank, None))
+            places = f"rank {order.rank} (node {self.host})"  # the others have made theirs
+            found = _of_platform(error) or as_user_error(error, order.rank, None, places=places)
+            ready.set_exception(found)
 
     def stop(self, attempt: int, how: StopOrder) -> None:
         """Stop in this attempt; from any thread."""
@@ -350,7 +357,7 @@ class Session:
     def _settle(self, order: WorkOrder) -> None:
         """Make this process one of the run, before the user's code is imported."""
         log_to_stderr()
-        self.node = RayTransport().node
+        self.node, self.host = RayTransport().node, host_here()
         folder = search_path(order)
         if Path(folder).is_dir():
             os.chdir(folder)

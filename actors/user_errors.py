@@ -71,7 +71,12 @@ _REMEDIES = (
 
 
 def as_user_error(
-    error: BaseException, rank: int | None, step: int | None, *, evaluating: bool = False
+    error: BaseException,
+    rank: int | None,
+    step: int | None,
+    *,
+    evaluating: bool = False,
+    places: str = "",
 ) -> UserCodeError:
     """
     Wrap what user code raised.
@@ -81,6 +86,7 @@ def as_user_error(
         rank: whose; None: nobody's, see `UserCodeError`.
         step: see `UserCodeError`.
         evaluating: whether it was in the evaluation after that step.
+        places: see `UserCodeError`.
     """
     found = traceback.TracebackException.from_exception(error)
     for one in _with_causes(found):
@@ -95,7 +101,7 @@ def as_user_error(
     if _LOADER in summary:
         shown = _of_loader(summary.partition(_LOADER)[2])
         summary = shown.strip().splitlines()[-1]
-    return UserCodeError(rank, step, summary, shown, _remedy(error), evaluating)
+    return UserCodeError(rank, step, summary, shown, _remedy(error), evaluating, places)
 
 
 def killed_loader(error: BaseException) -> InfrastructureError | None:

@@ -135,6 +135,8 @@ class Worker:
             deliveries=[one for one in items if isinstance(one, Delivery)],
             left=state.progress.left,
             node=self._session.node,
+            host=self._session.host,
+            prepared=self._session.prepared,
         )
 
     def result(self) -> bytes:

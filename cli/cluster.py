@@ -7,12 +7,14 @@ deadlines, which it has not, and errors that say what to do.
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 import requests
+from ray import __version__ as ray_version
 from ray.job_submission import JobSubmissionClient
 
 from distplat.actors import ray_compat
@@ -26,8 +28,10 @@ from distplat.cli.address import (
     token_at_hand,
     unset,
 )
+from distplat.cli.versions import Versions
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
+OURS = Versions(ray_version, ".".join(map(str, sys.version_info[:3])))
 _CONNECT_S = 5.0
 _ANSWER_S = 30.0
 _FIRST_ANSWER_S = 4.0
@@ -99,6 +103,23 @@ class Jobs:
                 raise
             self._client = _connect(address, {"Authorization": f"Bearer {token}"})
         self._client.answer_s = _ANSWER_S
+
+    def versions(self) -> Versions:
+        """
+        Tell which Ray and Python the cluster has.
+
+        Raises:
+            ClusterUnreachable: it does not say which Ray.
+        """
+        try:
+            running = str(self._client.ask("/api/version").json()["ray_version"])
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"what answers at {self.address} is not a Ray dashboard ({one_line(error)})"
+            raise ClusterUnreachable(message) from error
+        with suppress(ValueError, KeyError, TypeError):  # a proxy may let job requests through only
+            about = self._client.ask("/api/v0/cluster_metadata").json()["data"]
+            return Versions(running, str(about["pythonVersion"]))
+        return Versions(running, "")
 
     def submit(self, **what: Any) -> str:
         """

@@ -29,6 +29,7 @@ from distplat.cli.address import (
     unset,
 )
 from distplat.cli.shipping import JOB_VARIABLE, Package, measure
+from distplat.cli.versions import driver_mismatch
 from distplat.platform.errors import ClusterUnreachable
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
@@ -116,22 +117,39 @@ def ours_here() -> str:
             address = ray_compat.address_of_auto()
     except ConnectionError as error:
         raise ClusterUnreachable(f"cannot join Ray at this machine: {one_line(error)}") from error
-    if is_this_machine(host_and_port(address)[0]) and (why := stranger_at(address)):
+    if why := _of_a_stranger(address):
         hint = f"`--address {address}` joins it all the same"
         raise ClusterUnreachable(f"not joining the Ray at {address}: {why}; {hint}")
     return address
 
 
+def rays_here() -> list[str]:
+    """Give the addresses of the Rays of this machine that this user, or root, has started."""
+    found = ray_compat.addresses_here()
+    return sorted(address for address in found if not _of_a_stranger(address))
+
+
+def _of_a_stranger(address: str) -> str:
+    """Say whose a Ray of this machine is, if it is neither this user's nor root's; else empty."""
+    return stranger_at(address) if is_this_machine(host_and_port(address)[0]) else ""
+
+
 @contextmanager
-def connected_to(address: str) -> Iterator[None]:
+def connected_to(address: str, *, own: bool = False) -> Iterator[None]:
     """
     Be a driver at an address; that of a run's private Ray is a loopback one, and Ray puts the
     machine's own in its place, where nobody listens.
+
+    Args:
+        address: where.
+        own: it is one of `rays_here`, which get the token at hand, as Ray gives it to `auto`.
 
     Raises:
         ClusterUnreachable: see `connected`.
     """
     private = host_and_port(address)[0] in LOOPBACK and address in ray_compat.addresses_here()
+    if own:
+        ray_compat.use_token_at_hand()
     with ray_compat.loopback() if private else nullcontext(), connected(address, {}):
         yield
 
@@ -146,6 +164,7 @@ def connected_here() -> Iterator[None]:
     """
     host, _ = host_and_port(ours_here())
     private = host in LOOPBACK
+    ray_compat.use_token_at_hand()
     # Not by the address that was found: Ray takes the token at hand for `auto` alone.
     with ray_compat.loopback() if private else nullcontext(), connected("auto", {}):
         yield
@@ -182,9 +201,10 @@ def connected(
                     shipping(measure(folder, runtime_env["excludes"], ignores))
                 _join(address, runtime_env)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterUnreachable(
-            f"cannot join Ray at {address or 'this machine'}: {one_line(error)}"
-        ) from error
+        where = address or "this machine"
+        text = driver_mismatch(where, str(error))
+        text = text or f"cannot join Ray at {where}: {one_line(error)}"
+        raise ClusterUnreachable(text) from error
     try:
         yield
     finally:

@@ -52,7 +52,8 @@ Exit codes:
     0  succeeded
     1  the task's own code failed
     2  wrong command line, job file, option or task; nothing was trained
-    3  the cluster cannot be reached, refused our token, or its Python lacks a package
+    3  the cluster cannot be reached, refused our token, has a Ray or Python that does not
+       fit, or its Python lacks a package
     4  a part of the platform was lost, or the job was stopped
     5  the run directory cannot be written, or all its checkpoints are damaged; or the
        run has ended, and its copy at a URL is not complete

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distplat.cli.address import LOOPBACK, bring_token, host_and_port, target_of
+from distplat.cli.address import LOOPBACK, Target, bring_token, host_and_port, target_of
 from distplat.cli.common_options import Address, Output, is_json
 from distplat.cli.render import table_lines, to_json
-from distplat.platform.errors import Problem, SpecError, printable
+from distplat.platform.errors import (
+    ClusterUnreachable,
+    DistplatError,
+    InfrastructureError,
+    Problem,
+    SpecError,
+    printable,
+)
 
 if TYPE_CHECKING:
-    from distplat.actors.overview import Overview
+    from distplat.actors.overview import Overview, RunName
     from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
     from distplat.platform.scaling import ScaleStatus
     from distplat.platform.server_group import ServersSeen, ShardAssignment
@@ -137,11 +144,10 @@ def scale(
     between two steps, once newcomers are ready. To be called on a machine of the cluster.
     """
     as_json = is_json(output)
-    with joined(address):
-        from distplat.actors.overview import one_run
+    with joined(address, job) as run:
         from distplat.actors.overview import scale as change
 
-        seen = change(one_run(job), workers, wait_s)
+        seen = change(run, workers, wait_s)
     if as_json:
         print(to_json(role_facts(seen)))
     else:
@@ -160,10 +166,10 @@ def roles_of(address: str | None, name: str) -> Overview:
         SpecError: there is no such run, or several; or the address is not for this.
         InfrastructureError: the cluster, or a role, does not answer.
     """
-    with joined(address):
-        from distplat.actors.overview import one_run, overview
+    with joined(address, name) as run:
+        from distplat.actors.overview import overview
 
-        return overview(one_run(name))
+        return overview(run)
 
 
 def stop_run(address: str | None, name: str, submission: str | None, wait_s: float) -> str:
@@ -183,24 +189,43 @@ def stop_run(address: str | None, name: str, submission: str | None, wait_s: flo
         SpecError: there is no such run, or several; or the address is not for this.
         InfrastructureError, ClusterUnreachable: the cluster, or the controller, does not answer.
     """
-    with joined(address):
-        from distplat.actors.overview import one_run, stop, submitted_run
+    with joined(address, name, submission) as run:
+        from distplat.actors.overview import stop
 
-        run = one_run(name) if submission is None else submitted_run(submission, name)
         return stop(run, wait_s)
 
 
 @contextmanager
-def joined(address: str | None) -> Iterator[None]:
+def joined(address: str | None, name: str, submission: str | None = None) -> Iterator[RunName]:
     """
-    Be connected to the Ray in which runs go on; it must have a part on this machine.
+    Be connected to the Ray in which a run goes on, which must have a part on this machine.
 
     Args:
         address: as given; a job API's URL stands for the cluster on this machine that it serves.
+        name: of the job, or of the run.
+        submission: id of its job at the job API; None: it has none.
+
+    Yields:
+        The run.
+
+    Raises:
+        SpecError: there is no such run, or several; or the address cannot be joined from here.
+        ClusterUnreachable: no Ray runs there.
+    """
+    target = _joinable(address)
+    bring_token(target)
+    with redirect_stdout(sys.stderr), _way(target, name, submission):
+        from distplat.actors.overview import one_run, submitted_run
+
+        yield one_run(name) if submission is None else submitted_run(submission, name)
+
+
+def _joinable(address: str | None) -> Target:
+    """
+    Give where to go.
 
     Raises:
         SpecError: it cannot be joined from here.
-        ClusterUnreachable: nothing runs there.
     """
     target = target_of(address, os.environ)
     if target.origin and target.kind == "local":
@@ -209,9 +234,48 @@ def joined(address: str | None) -> Iterator[None]:
     if target.kind == "jobs" and host_and_port(target.address)[0] not in LOOPBACK:
         text = f"{target.address} is a job API, and this needs a machine of the cluster"
         raise SpecError(Problem((target.origin,), text, "call it there, without --address"))
-    bring_token(target)
-    from distplat.cli.join import connected_here, connected_to
+    return target
 
-    way = connected_to(target.address) if target.kind == "driver" else connected_here()
-    with redirect_stdout(sys.stderr), way:
-        yield
+
+def _way(target: Target, name: str, submission: str | None) -> AbstractContextManager[None]:
+    """Give the way to the Ray that was named; or to that of the Rays here which has the run."""
+    from distplat.cli.join import connected_here, connected_to, rays_here
+
+    if target.kind == "driver" and target.address != "auto":
+        return connected_to(target.address)
+    rays = rays_here()
+    if len(rays) < 2:
+        return connected_here()
+    return connected_to(_ray_of(rays, name, submission), own=True)
+
+
+def _ray_of(rays: Sequence[str], name: str, submission: str | None) -> str:
+    """
+    Ask several Rays of this machine for a run; give the address of the one that has it.
+
+    Raises:
+        SpecError: none has it, or several have one of that name.
+        ClusterUnreachable: none answers.
+    """
+    from distplat.actors.overview import find_runs, submitted_run
+    from distplat.cli.join import connected_to
+
+    found: list[tuple[str, str]] = []
+    unknown: list[Problem] = []
+    silent: DistplatError | None = None
+    for address in rays:
+        try:
+            with connected_to(address, own=True):
+                runs = find_runs(name) if submission is None else [submitted_run(submission, name)]
+            found += [(address, one.run) for one in runs]
+        except SpecError as error:
+            told = (replace(one, message=f"{one.message} at {address}") for one in error.problems)
+            unknown += told
+        except (ClusterUnreachable, InfrastructureError) as error:  # it is just ending
+            silent = error
+    if not found:
+        raise SpecError(*unknown) if unknown or silent is None else silent
+    if len({address for address, _ in found}) > 1:
+        named = ", ".join(f"{run} at {address}" for address, run in found)
+        raise SpecError(Problem((), f"several runs of job {name!r} go on", f"name one: {named}"))
+    return found[0][0]

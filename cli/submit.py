@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -18,12 +19,16 @@ from distplat.cli import remote, shipping
 from distplat.cli.address import Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, let_go, train
 from distplat.cli.render import Facts, print_result, to_json
+from distplat.cli.versions import check_cluster
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, printable
 from distplat.platform.job_file import render_job
 from distplat.platform.remote_storage import is_url, local_folder
 from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_job, load_strategy_file, make_strategy
+
+if TYPE_CHECKING:
+    from distplat.cli.cluster import Jobs
 
 
 @dataclass(frozen=True)
@@ -280,7 +285,14 @@ def _check_options(request: SubmitRequest, target: Target) -> None:
         raise SpecError(Problem(("--working-dir",), f"{request.folder} is no directory"))
 
 
-def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
+def _send(request: SubmitRequest, job: Job, target: Target) -> tuple["Jobs", str]:
+    """
+    Hand a job in at a job API; give its id there.
+
+    Raises:
+        SpecError: something is wrong with the options, or with what would be shipped.
+        ClusterUnreachable: nobody answers, or the cluster is too old.
+    """
     submission = remote.Submission(
         request.folder,
         request.strategy_file,
@@ -290,11 +302,19 @@ def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
         request.submission_id,
         dict(request.resources),
     )
-    from distplat.cli.cluster import Jobs
+    from distplat.cli.cluster import OURS, Jobs
     from distplat.cli.join import ignores
 
     jobs = Jobs(target.address)
+    theirs, given = jobs.versions(), submission.runtime_env
+    if differs := check_cluster(target.address, theirs, OURS, given):
+        request.say(differs)
     job_id = remote.send(jobs, job, submission, ignores, partial(request.shipping, job.task))
+    return jobs, job_id
+
+
+def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
+    jobs, job_id = _send(request, job, target)
     request.say(f"job {job_id} is on {_named(target, job)}")
     folder = local_folder(job.storage_path)
     if not Path(folder).is_absolute():

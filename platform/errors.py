@@ -3,7 +3,7 @@ Every error that distplat raises on purpose, in one tree.
 
     DistplatError                  exit 70  something distplat did not foresee
     |- SpecError                        2   bad job file, option, argument or task; nothing trained
-    |- ClusterUnreachable               3   no Ray there, or it refused our token
+    |- ClusterUnreachable               3   no Ray there, or none that takes our version or token
     |- UserCodeError                    1   the user's task raised; never retried
     |- ScriptFailed                     1   a script that is run as it is ended with an error
     |- NonFiniteError                   1   a loss or gradient is NaN or infinite; never retried
@@ -113,7 +113,7 @@ class SpecError(DistplatError):
 
 
 class ClusterUnreachable(DistplatError):
-    """No Ray cluster answers at the address, or it does not accept our token."""
+    """No Ray cluster answers at the address, or none that takes our version or our token."""
 
     exit_code = 3
 
@@ -129,6 +129,8 @@ class UserCodeError(DistplatError):
         traceback: with the user's frames only; ends with the summary.
         remedy: what to do about it, where that is known.
         evaluating: it was in the evaluation after that step.
+        places: which ranks it was, and where, for example `ranks 1, 3 (node gpu-2, 10.0.0.7)`;
+            empty: `rank` alone.
     """
 
     exit_code = 1
@@ -141,10 +143,11 @@ class UserCodeError(DistplatError):
         traceback: str,
         remedy: str = "",
         evaluating: bool = False,
+        places: str = "",
     ) -> None:
-        super().__init__(rank, step, summary, traceback, remedy, evaluating)
+        super().__init__(rank, step, summary, traceback, remedy, evaluating, places)
         self.rank, self.step, self.summary, self.traceback = rank, step, summary, traceback
-        self.remedy, self.evaluating = remedy, evaluating
+        self.remedy, self.evaluating, self.places = remedy, evaluating, places
 
     def __str__(self) -> str:
         """The traceback first, then what failed where."""
@@ -161,7 +164,8 @@ class UserCodeError(DistplatError):
         """Rank, step and summary, and the remedy on a line of its own."""
         where = "in the evaluation after" if self.evaluating else "in"
         at = "before the first step" if self.step is None else f"{where} step {self.step}"
-        text = f"your task failed on rank {self.rank}, {at}: {self.summary}"
+        on = self.places or f"rank {self.rank}"
+        text = f"your task failed on {on}, {at}: {self.summary}"
         if self.rank is None:
             text = f"your task's module cannot be imported: {self.summary}"
         return f"{text}\n  hint: {self.remedy}" if self.remedy else text

@@ -16,8 +16,9 @@ attempt has the new number all the same.
 One failure brings others: a rank that raises leaves its peers in a collective that then breaks.
 So a failure of the platform waits for a better explanation: until every rank is accounted for
 (lost, or stopped and waiting for orders), or no more than `SETTLE_S` where the run will not go on.
-A user's error waits for nothing. The class reads no clock and talks to nobody: `now` comes in,
-decisions go out.
+A user's error waits for nothing; one before the first step for the other ranks, as long at most, to
+be told once with the nodes that have it. The class reads no clock and talks to nobody: `now` comes
+in, decisions go out.
 """
 
 from collections.abc import Iterable
@@ -30,10 +31,12 @@ from distplat.platform.errors import (
     DeadlineExceeded,
     DistplatError,
     RestartsExhausted,
+    SpecError,
     StateLost,
     UserCodeError,
 )
 from distplat.platform.recovery import COORDINATORS, Budget, Policy, Restart, repairable, weight
+from distplat.platform.setup_errors import SetupErrors
 from distplat.platform.spec import Failure
 from distplat.platform.stop_order import StopOrder
 
@@ -113,6 +116,10 @@ class Heard:
     step: int
     """Steps done."""
     finished: bool
+    prepared: bool = False
+    """It has made its model and data."""
+    node: str = ""
+    """Where it is, for people to read; empty: not known."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,10 @@ class Failed:
     """Its process is no more; else it waits for orders."""
     preempted: bool = False
     """Its machine was taken away."""
+    prepared: bool = True
+    """Before, it had made its model and data; of a worker."""
+    node: str = ""
+    """See `Heard.node`."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +229,7 @@ class JobState:
         self._preempted = False
         self._state_lost = False
         self._wanted: int | None = None  #: ranks that there are to be in the next attempt
+        self._setup = SetupErrors()
 
     @property
     def over(self) -> bool:
@@ -327,6 +339,8 @@ class JobState:
             return  # it has left
         self._beats.hear(heard.rank, heard.progress, now)
         self._steps[heard.rank] = max(heard.step, self._steps[heard.rank])
+        if heard.prepared:
+            self._setup.made(heard.rank, heard.node)
         if heard.finished:
             self._finished.add(heard.rank)
         if self.phase is Phase.STARTING and not self._beats.still:
@@ -338,6 +352,8 @@ class JobState:
             self._gone.add(failed.role)
         elif (rank := rank_of(failed.role)) is not None:
             self._waiting.add(rank)
+            if not failed.prepared and isinstance(failed.error, UserCodeError | SpecError):
+                self._setup.failed(rank, failed.node, failed.error)
         if self._resizing and isinstance(failed.error, Abandoned):
             return  # as it was told
         if isinstance(failed.error, ActorLost) and rank_of(failed.error.role) is None:
@@ -360,7 +376,7 @@ class JobState:
         if self.error is None or weight(error) > weight(self.error):
             self.error = error
         if isinstance(self.error, UserCodeError):
-            self.phase = Phase.FAILED
+            self._give_up(now)
 
     def _watch(self, now: float) -> None:
         if self.phase is Phase.SETTLING:
@@ -373,8 +389,7 @@ class JobState:
     def _settle(self, now: float) -> None:
         waited_s = now - self._failed_at
         if not self.may_go_on:
-            if waited_s >= SETTLE_S:
-                self.phase = Phase.FAILED
+            self._give_up(now)
             return
         known = self._waiting | self._finished | {rank_of(role) for role in self._gone}
         step_s = self._limits.step_timeout_s * STALL_GRACE
@@ -383,6 +398,17 @@ class JobState:
             self._watch_steps(now)  # who evaluates, or makes the last step, is at work
         elif known >= self._members or waited_s >= patience_s:
             self._decide()
+
+    def _give_up(self, now: float) -> None:
+        """End, unless there may soon be a better explanation, or more ranks that have this one."""
+        assert self.error is not None, "something has failed"
+        left = self._members - {rank_of(role) for role in self._gone}
+        if self._setup.has(self.error):
+            waits = self._setup.waits_for(left)
+        else:
+            waits = not isinstance(self.error, UserCodeError)
+        if not waits or now - self._failed_at >= SETTLE_S:
+            self.phase, self.error = Phase.FAILED, self._setup.told(self.error, self._members)
 
     def _decide(self) -> None:
         """Every rank is accounted for: go on, or give up."""

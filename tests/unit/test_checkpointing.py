@@ -249,7 +249,7 @@ def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_read
 
     checkpoints = Checkpoints(launch, 2, slowly)
     give(checkpoints, 1)
-    monkeypatch.setattr("distplat.actors.checkpointing._ROLLBACK_S", 0.1)
+    monkeypatch.setattr(checkpoints, "_wait_for_writer", lambda limit_s: None)
     real = checkpoints._catalogue.newest
 
     def newest(warn: Any) -> Any:
@@ -266,6 +266,44 @@ def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_read
     assert found is not None
     checkpoints.drain()
     assert checkpoints._catalogue.steps() == [2]
+
+
+def hasty(launch: Launch, limit_s: float) -> Launch:
+    failure = launch.job.failure.model_copy(update={"storage_timeout_s": limit_s})
+    return replace(launch, job=launch.job.model_copy(update={"failure": failure}))
+
+
+def test_a_rollback_says_for_what_it_waits_and_goes_on_without_it(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("distplat.actors.checkpointing._SILENT_S", 0.01)
+    gate = threading.Event()
+
+    def slowly(box: Any) -> Any:
+        assert box[0][0] < 20 or gate.wait(10)
+        return box
+
+    checkpoints = Checkpoints(hasty(launch, 0.3), 2, slowly)
+    give(checkpoints, 1)
+    for rank in range(2):
+        checkpoints.take(delivery(rank, 2))
+    found = checkpoints.newest()
+    gate.set()
+    assert found is not None and found.step == 1
+    assert "is being written, 0.3 s at most (`failure.storage_timeout_s`)" in caplog.text
+    assert "still being written after 0.3 s (`failure.storage_timeout_s`)" in caplog.text
+
+
+def test_a_disk_that_hangs_while_it_is_read_ends_the_run(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    checkpoints = Checkpoints(hasty(launch, 0.2), 2, lambda box: box)
+    monkeypatch.setattr(checkpoints._catalogue, "newest", lambda warn: gate.wait(10))
+    with pytest.raises(StorageError, match=r"within 0\.2 s: its disk does") as raised:
+        checkpoints.newest()
+    gate.set()
+    assert "`failure.storage_timeout_s` changes this deadline" in str(raised.value)
 
 
 def test_what_the_disk_cannot_keep_up_with_is_skipped(

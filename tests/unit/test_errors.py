@@ -19,7 +19,7 @@ TREE = [
 PROBLEM = Problem(("optimizer", "lr"), "must be > 0", "try 0.1", "job.yaml", 7, 13)
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "SpecError": (PROBLEM, "and more"),
-    "UserCodeError": (3, 17, "ValueError: x", "Traceback:\n  x\n", "try y", True),
+    "UserCodeError": (3, 17, "ValueError: x", "Traceback:\n  x\n", "try y", True, "ranks 1, 2"),
     "ActorLost": ("worker 1", 12, "process died", "resubmit"),
     "NonFiniteError": (1, 6, "the loss is NaN or infinite"),
     "DeadlineExceeded": ("pull", ("server 0", "server 2"), 30.0, "failure.step_timeout_s"),

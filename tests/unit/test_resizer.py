@@ -120,7 +120,7 @@ def test_newcomers_are_ready_before_anything_is_due(actor_group: FakeActorGroup)
         (ray.exceptions.RayActorError(), "the actor experienced an error"),
         (
             ray.exceptions.RayTaskError(
-                "f", "", UserCodeError(3, None, "KeyError: 17", "Trace\n  x")
+                "f", "", UserCodeError(3, None, "KeyError: 17", "Trace\n  x", "try y")
             ),
             "your task failed on rank 3, before the first step: keyerror: 17",
         ),

@@ -1,0 +1,110 @@
+"""
+Errors of the user's code before the first step, told once for all ranks that have them.
+
+A path that one node lacks, or another version of a library there, fails the workers of that node
+alone. So the error names ranks and nodes, and who has made model and data. What fails on all ranks
+is no matter of a node, and is told as one error.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+from distplat.platform.errors import DistplatError, Problem, SpecError, UserCodeError
+
+
+class SetupErrors:
+    """What is known of the ranks of one attempt while they make their model and data."""
+
+    def __init__(self) -> None:
+        self._failed: dict[int, DistplatError] = {}
+        self._made: set[int] = set()  #: ranks that have their model and data
+        self._nodes: dict[int, str] = {}
+
+    def made(self, rank: int, node: str) -> None:
+        """
+        Note that a rank has made its model and data.
+
+        Args:
+            rank: which.
+            node: where it is, for people to read; empty: not known.
+        """
+        self._made.add(rank)
+        self._nodes[rank] = node
+
+    def failed(self, rank: int, node: str, error: DistplatError) -> None:
+        """Note that a rank has failed to."""
+        self._failed.setdefault(rank, error)
+        self._nodes[rank] = node
+
+    def has(self, error: DistplatError) -> bool:
+        """Say whether an error is one of these."""
+        return any(one is error for one in self._failed.values())
+
+    def waits_for(self, ranks: Collection[int]) -> bool:
+        """Say whether some of these ranks may still fail alike."""
+        return not self._failed.keys() | self._made >= set(ranks)
+
+    def told(self, error: DistplatError, ranks: Collection[int]) -> DistplatError:
+        """
+        Give an error of a run with the places that have it; another error as it is.
+
+        Args:
+            error: what ends the run.
+            ranks: all that there are.
+        """
+        if not self.has(error) or len(ranks) == 1:
+            return error
+        has_it = sorted(rank for rank, one in self._failed.items() if _alike(one, error))
+        if len(has_it) == len(ranks):
+            return error if isinstance(error, SpecError) else _placed(error, "every rank", "")
+        return _placed(error, self._places(has_it), self._remedy(has_it))
+
+    def _places(self, ranks: Collection[int]) -> str:
+        """`rank 1`, or `ranks 1, 3 (node gpu-2, 10.0.0.7)` where there are several nodes."""
+        nodes = self._nodes_of(ranks)
+        if len(set(self._nodes.values())) > 1 and nodes:
+            return f"{_listed(ranks)} (node {'; node '.join(nodes)})"
+        return _listed(ranks)
+
+    def _remedy(self, failed: Collection[int]) -> str:
+        """Name who has no such error; empty: nobody, or ranks of the same node."""
+        nodes = self._nodes_of(failed)
+        there = {self._nodes[rank] for rank in self._made} - {""}
+        if not there or there & set(nodes):  # then it is not for the node
+            return ""
+        others = "another node" if len(there) == 1 else "other nodes"
+        return (
+            f"{_listed(sorted(self._made))} made model and data on {others}: put what the task "
+            f"reads on {' and '.join(nodes)} too, under the same path, or on storage that all "
+            "nodes share"
+        )
+
+    def _nodes_of(self, ranks: Iterable[int]) -> list[str]:
+        return sorted({self._nodes[rank] for rank in ranks} - {""})
+
+
+def _alike(one: DistplatError, other: DistplatError) -> bool:
+    if isinstance(one, UserCodeError) and isinstance(other, UserCodeError):
+        return one.summary == other.summary
+    return type(one) is type(other) and str(one) == str(other)
+
+
+def _listed(ranks: Collection[int]) -> str:
+    word = "rank" if len(ranks) == 1 else "ranks"
+    return f"{word} {', '.join(map(str, ranks))}"
+
+
+def _placed(error: DistplatError, places: str, remedy: str) -> DistplatError:
+    match error:
+        case UserCodeError():
+            fields = error.rank, error.step, error.summary, error.traceback
+            return UserCodeError(*fields, error.remedy or remedy, error.evaluating, places)
+        case SpecError():
+            return SpecError(*(_told_of(one, places, remedy) for one in error.problems))
+        case _:
+            return error
+
+
+def _told_of(problem: Problem, places: str, remedy: str) -> Problem:
+    hint = remedy or problem.hint
+    return replace(problem, message=f"{problem.message}, on {places}", hint=hint)

@@ -1,0 +1,65 @@
+"""
+Take away what macOS has not, then run command lines: `without_linux.py '[["list"], ["--help"]]'`.
+
+What others wrote is imported first, for their builds are those of this system. So only what
+distplat itself does is put to the test. Prints the exit codes as JSON, after all that is printed.
+"""
+
+import asyncio  # noqa: F401  before `epoll` goes
+import json
+import multiprocessing  # noqa: F401
+import os
+import platform
+import select
+import signal
+import sys
+import sysconfig
+from importlib import import_module
+
+OTHERS = (
+    *("ray", "ray.job_submission", "requests", "aiohttp", "psutil", "typer", "pydantic", "yaml"),
+    *("rich.table", "rich.console", "numpy", "cloudpickle", "fsspec"),
+)
+GONE = {
+    os: (
+        *("memfd_create", "eventfd", "pidfd_open", "sched_getaffinity", "sched_setaffinity"),
+        *("O_TMPFILE", "O_PATH", "O_DIRECT", "O_NOATIME", "posix_fallocate", "posix_fadvise"),
+        *("setns", "unshare", "splice", "copy_file_range", "pipe2", "fdatasync", "getrandom"),
+    ),
+    signal: ("SIGRTMIN", "SIGRTMAX", "SIGPWR", "SIGPOLL", "SIGSTKFLT", "SIGCLD", "sigtimedwait"),
+    select: ("epoll", "EPOLLIN"),
+}
+SYMBOLS = ("prctl", "syscall", "mallopt", "malloc_trim")
+
+
+def take_away() -> None:
+    """Be as on macOS, as far as a process can."""
+    for name in OTHERS:
+        import_module(name)
+    sysconfig.get_config_vars()  # read from a file that is named after the system
+    for module, names in GONE.items():
+        for name in names:
+            if hasattr(module, name):
+                delattr(module, name)
+    sys.platform = "darwin"
+    platform.system = lambda: "Darwin"
+    sys.addaudithook(_refuse)
+
+
+def _refuse(event: str, args: tuple[object, ...]) -> None:
+    if event in ("open", "os.listdir", "os.scandir") and str(args[0]).startswith("/proc"):
+        raise FileNotFoundError(2, "No such file or directory", str(args[0]))
+    if event == "ctypes.dlsym" and args[1] in SYMBOLS:
+        raise AttributeError(args[1])
+
+
+if __name__ == "__main__":
+    take_away()
+    from distplat.cli.main import run
+
+    codes = [run(command) for command in json.loads(sys.argv[1])]
+    try:
+        import distplat.actors.memory.futex  # noqa: F401
+    except AttributeError:
+        codes.append(-1)  # what needs Linux does not come: the test tests something
+    print(json.dumps(codes))

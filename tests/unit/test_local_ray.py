@@ -1,0 +1,39 @@
+"""A Ray of the run's own that does not start is told with what to do about it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from distplat.actors.launch import local_ray
+from distplat.platform.errors import InfrastructureError, Interrupted
+from distplat.platform.spec import Scaling
+
+ITS_WORDS = "The current node timed out during startup. This\ncould happen because"
+
+
+def start(error: BaseException, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    def fail(**settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setenv("HOME", str(home))
+    with local_ray(Scaling(num_workers=1)):
+        pass
+
+
+def test_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (23.4, 0.0, 0.0))
+    with pytest.raises(InfrastructureError, match="local Ray could not be started") as raised:
+        start(Exception(ITS_WORDS), monkeypatch, tmp_path)
+    assert raised.value.exit_code == 4
+    assert f"(23 processes want the {os.cpu_count()} cores of this machine)" in str(raised.value)
+    assert "during startup. This could happen because; try again, or" in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [Interrupted(2), KeyboardInterrupt()])
+def test_who_is_interrupted_is_told_so(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(type(error)):
+        start(error, monkeypatch, tmp_path)
