@@ -182,8 +182,9 @@ class Loop:
     def run(self) -> None:
         """Train from the first step that is left to the last, with the evaluations between."""
         self.progress.step, self.progress.begun = self.start, True
-        if self.strategy.replayed is not None:
-            self._end_step(self.start - 1, self.strategy.replayed, Stopwatch())
+        share = self._untold()
+        if share is not None:
+            self._end_step(self.start - 1, share, Stopwatch())
         if self.start and self.eval_data is not None and self._evaluates_after(self.start - 1):
             self._evaluate(self.eval_data, self.start)  # it may have been cut off
         steps = range(self.start, self.total_steps)
@@ -205,6 +206,13 @@ class Loop:
         if steps:
             self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
 
+    def _untold(self) -> Share | None:
+        """Give this rank's part of the step before the first, where no attempt has reported it."""
+        given, self.strategy.given = self.strategy.given, None
+        if self.strategy.replayed is not None:
+            return self.strategy.replayed
+        return given[1] if given is not None and given[0] == self.start - 1 else None
+
     def _end_early(self, step: int) -> None:
         """End before this step as after a last one."""
         self.strategy.synchronize()
@@ -219,6 +227,7 @@ class Loop:
             share = self.compute.gradients(step, clock)
         self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
+        self.strategy.given = step, share
         total = self._exchange.exchange(Turn(step, step), self.rank, share)
         clock.lap("exchange")
         self.strategy.update(step, total)
@@ -235,6 +244,7 @@ class Loop:
         mean, samples, weight = share.loss, share.samples, share.weight
         report = StepReport(self.rank, step, epoch, mean, samples, seconds, of, figures, weight)
         self.report(report)
+        self.strategy.given = None
 
     def _skip(self, step: int) -> None:
         """Leave a step out: the others have made it."""
