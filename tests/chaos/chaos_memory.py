@@ -41,6 +41,7 @@ from chaos_memory_plan import (
     SYNCHRONOUS,
     Deed,
     Injector,
+    Moments,
     Setting,
     draw_deeds,
     draw_setting,
@@ -53,7 +54,7 @@ from distplat import Trainer
 from distplat.actors import retrying_calls
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
 from distplat.platform.disk import RealDisk
-from distplat.platform.errors import DistplatError, StorageError
+from distplat.platform.errors import InfrastructureError
 
 HERE = Path(__file__).parent
 PER_JOB = 6
@@ -62,8 +63,16 @@ LIMIT_S = 90.0
 """A run that takes longer hangs."""
 DRIVERS = 6
 """So often a run is begun or resumed at most."""
-WORTH_RESUMING = ("controller", "without a step between", "in a row could not be written")
-"""Of errors that end a run for which a trial may be the reason; what the user does then is to resume."""
+TRAINED = "nothing is left to train"
+"""Of a checkpoint after the last step: its model is the trained one."""
+WORTH_RESUMING = (
+    "controller",
+    "without a step between",
+    "in a row could not be written",
+    "`failure.start_timeout_s` changes",  # who stands still before its first answer is not replaced
+    "SHA-256 is",  # what the run began from was damaged, and there was no other checkpoint yet
+)
+"""In errors that end a run for which a trial may be the reason; then the user resumes."""
 
 
 @dataclass
@@ -78,6 +87,8 @@ class Outcome:
     seconds: float
     drivers: int
     """How often a driver was started."""
+    reasons: list[str]
+    """Why a run ended, though nobody ended it, and was resumed."""
 
 
 @dataclass
@@ -85,9 +96,12 @@ class Finished:
     """What a run without a fault leaves."""
 
     model: str
+    """Hash."""
+    tables: str
+    """Hashes of all that is left."""
     losses: dict[int, float]
     metrics: dict[int, dict[str, float]]
-    calls: Counter[tuple[str, str]]
+    seen: Moments
 
 
 @dataclass
@@ -107,7 +121,7 @@ class Soak:
         began = time.monotonic()
         setting = draw_setting(Random(f"job {seed // PER_JOB}"))
         expected = self.undisturbed(setting)
-        deeds = draw_deeds(setting, Random(f"deeds {seed}"), expected.calls)
+        deeds = draw_deeds(setting, Random(f"deeds {seed}"), expected.seen)
         run = OneRun(setting, self.folder / f"seed-{seed}", deeds, seed)
         run.make()
         if not run.problems:
@@ -116,7 +130,8 @@ class Soak:
             shutil.rmtree(run.folder)
         lasted = time.monotonic() - began
         fired = run.injector.fired
-        return Outcome(seed, setting, deeds, fired, run.problems, lasted, run.drivers)
+        how = run.drivers, run.reasons
+        return Outcome(seed, setting, deeds, fired, run.problems, lasted, *how)
 
     def undisturbed(self, setting: Setting) -> Finished:
         """Give what comes of the job without a fault; made once."""
@@ -127,8 +142,8 @@ class Soak:
             if run.problems:
                 raise RuntimeError(f"the run without a fault went wrong: {run.problems}")
             losses, metrics = run.told()
-            calls = run.injector.calls
-            self._undisturbed[key] = Finished(run.model_hash(), losses, metrics, calls)
+            seen, hashes = run.injector.seen, (run.model_hash(), run.tables_hash())
+            self._undisturbed[key] = Finished(*hashes, losses, metrics, seen)
         return self._undisturbed[key]
 
 
@@ -154,7 +169,8 @@ class OneRun:
         self.injector = Injector(self.ray, self.storage, deeds, seed)
         self.problems: list[str] = []
         self.drivers = 0
-        self.errors: list[BaseException] = []
+        self.reasons: list[str] = []  #: why a run ended, and was resumed
+        self.trained: Path | None = None  #: the last checkpoint, where the run ended after it
 
     def make(self) -> None:
         """Run it to its end; where driver or controller is lost, be the user who resumes it."""
@@ -162,9 +178,9 @@ class OneRun:
             around.enter_context(self.ray)
             self.ray.cluster.add_rule(self.injector.rule)
             around.enter_context(mock.patch.object(chaos_memory_task, "heard", self.injector.reach))
-            operations = ("make", "write", "sync", "rename", "remove")
-            disk = {name: self.injector.on_disk(name) for name in operations}
-            around.enter_context(mock.patch.multiple(RealDisk, **disk))
+            for name in ("make", "write", "sync", "rename", "remove"):
+                on_disk = self.injector.on_disk(name)
+                around.enter_context(mock.patch.object(RealDisk, name, on_disk))
             while self._drive():
                 pass
 
@@ -187,14 +203,12 @@ class OneRun:
             (self.folder / "stacks.txt").write_text("\n".join(stacks_of(everybody)))
             self.problems.append(f"it is still at it after {LIMIT_S:g} s")
             return False
-        self.errors += raised
         if not raised:
             return False
-        resumable = isinstance(raised[0], Killed | DistplatError) and (
-            isinstance(raised[0], Killed)
-            or any(text in str(raised[0]) for text in WORTH_RESUMING)
-        )
-        if resumable and self.injector.fired and self.drivers < DRIVERS:
+        if TRAINED in str(raised[0]):
+            self.trained = max(self.directories()[-1].glob("checkpoints/step-" + "[0-9]" * 6))
+            return False
+        if self._worth_resuming(raised[0]) and self.drivers < DRIVERS:
             self.ray.kill_process("driver")
             kept, self.injector.kept = self.injector.kept, None
             if kept is not None:
@@ -203,6 +217,15 @@ class OneRun:
         text = "".join(traceback.format_exception(raised[0]))[-1500:]
         self.problems.append(f"{type(raised[0]).__name__}: {raised[0]}\n{text}")
         return False
+
+    def _worth_resuming(self, error: BaseException) -> bool:
+        """Say whether a fault may have been the reason, and a user would go on from there."""
+        if not self.injector.fired or isinstance(error, Killed):
+            return bool(self.injector.fired)
+        self.reasons.append(str(error).splitlines()[0])
+        known = any(text in str(error) for text in WORTH_RESUMING)
+        # After the last step nothing is trained again: who had the model may be lost with it.
+        return known or (isinstance(error, InfrastructureError) and STEPS in self.told()[0])
 
     def _trainer(self) -> Trainer:
         job = {**self.setting.fields, "storage_path": str(self.storage)}
@@ -219,7 +242,11 @@ class OneRun:
         return sorted(found, key=lambda path: path.stat().st_mtime)
 
     def model_hash(self) -> str:
-        """Hash the trained model, and the tables."""
+        """Hash the trained model."""
+        return hash_of((self.trained or self.directories()[-1]) / "model.safetensors")
+
+    def tables_hash(self) -> str:
+        """Hash what else is left: embedding tables, and an average of the model."""
         files = sorted(self.directories()[-1].glob("*.safetensors"))
         return " ".join(f"{path.name} {hash_of(path)}" for path in files)
 
@@ -227,7 +254,7 @@ class OneRun:
         """
         Give the loss of each step and the metrics of each evaluation, as last told.
 
-        A step that lacks a lost worker's report is told without a part of its samples: no loss then.
+        A step that lacks a lost worker's report is told without its samples: no loss is given.
         """
         losses: dict[int, float] = {}
         metrics: dict[int, dict[str, float]] = {}
@@ -255,20 +282,36 @@ class OneRun:
     def _compare_all(
         self, expected: Finished, losses: dict[int, float], metrics: dict[int, dict[str, float]]
     ) -> None:
-        if missing := expected.losses.keys() - losses.keys():
+        missing = {step for step in expected.losses if step >= self._first()} - losses.keys()
+        if missing:
             self.problems.append(f"steps were not told: {sorted(missing)}")
         resized = any(deed.kind == "scale" for deed, _ in self.injector.fired)
         loose = self.setting.fields.get("embeddings", {}).get("asynchronous", False)
         if resized or loose:
             return
-        near = lambda a, b: math.isnan(a) or math.isclose(a, b, rel_tol=1e-6)  # noqa: E731
-        wrong = [step for step, loss in losses.items() if not near(loss, expected.losses[step])]
+        wrong = [
+            step
+            for step, loss in losses.items()
+            if not (math.isnan(loss) or math.isclose(loss, expected.losses[step], rel_tol=1e-6))
+        ]
         if wrong:
             self.problems.append(f"other losses in steps {wrong}")
-        if metrics != expected.metrics:
+        if any(metrics.get(step) != expected.metrics[step] for step in self._evaluated(expected)):
             self.problems.append(f"evaluations: {metrics}, not {expected.metrics}")
         if self.model_hash() != expected.model:
             self.problems.append("the model has other bits than that of the run without a fault")
+        if self.trained is None and self.tables_hash() != expected.tables:
+            self.problems.append("a table or an average has other bits")
+
+    def _first(self) -> int:
+        """Give the first step that must be told: those before, nobody may have told the driver."""
+        if self.trained is not None:
+            return STEPS + 1
+        last = [line["step"] for line in _lines(self.directories()[-1]) if line["kind"] == "step"]
+        return min(last, default=1) if self.drivers > 1 else 1
+
+    def _evaluated(self, expected: Finished) -> list[int]:
+        return [step for step in expected.metrics if step >= self._first()]
 
     def _audit(self) -> None:
         """Every task was applied once at each shard, and the run can be made again from that."""
@@ -278,8 +321,8 @@ class OneRun:
         world = self.setting.workers
         for log in read_logs(str(directory / FILE_NAME))[0]:
             self.problems += flaws(log, world, STEPS)
-        if self.problems:
-            return
+        if self.problems or "embeddings" in self.setting.fields:
+            return  # no log says in which order tables were updated
         code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])
         lost = any(line["kind"] == "failure" for line in _lines(directory))
         if code and not (code == 5 and lost):  # a task that was made by two workers
@@ -315,7 +358,7 @@ def line(outcome: Outcome) -> str:
     head = f"seed {outcome.seed:<6} {outcome.setting.strategy:<9} {verdict:<9} {count}"
     text = f"{head}, drivers {outcome.drivers}, {outcome.seconds:5.1f} s"
     if verdict != "wrong":
-        return text
+        return "\n    resumed: ".join([text, *outcome.reasons])
     fired = [f"fired: {deed}: {proof}" for deed, proof in outcome.fired]
     missed = [f"not fired: {deed}" for deed in _missed(outcome)]
     return "\n    ".join([text, str(outcome.setting.fields), *fired, *missed, *outcome.problems])

@@ -8,7 +8,8 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -17,8 +18,9 @@ from typing import Any
 from ray_in_memory import InMemoryRay
 
 from distplat.actors.local_transport import Call, Fault
+from distplat.actors.transport import TransportError
 from distplat.platform.disk import RealDisk
-from distplat.platform.errors import SpecError
+from distplat.platform.errors import DistplatError, SpecError
 from distplat.strategies.catalog import make_job
 
 STEPS, EVERY = 16, 3
@@ -47,7 +49,7 @@ class Deed:
     kind: str
     """See `KINDS`."""
     moment: str
-    """What is told by the task, `call METHOD`, `disk OPERATION`, or `soon`: after the deed before."""
+    """What the task tells, `call METHOD`, `disk OPERATION`, or `soon`: after the deed before."""
     who: str
     """Who gets there, without its attempt; of a call who is called; empty: anybody."""
     count: int
@@ -62,8 +64,14 @@ class Deed:
     """How many are asked for."""
 
     def __str__(self) -> str:
-        what = f"{self.kind} {self.victim}{self.workers or ''} {self.seconds:.2f}s"
-        return f"{what} at {self.moment} of {self.who or 'anybody'}, {self.count}"
+        what = " ".join(filter(None, (self.kind, self.victim, str(self.workers or ""))))
+        still = f" for {self.still_s:g} s" if self.still_s else ""
+        when = f"{self.seconds:.2f} s after {self.moment} of {self.who or 'anybody'}"
+        return f"{what}{still}, {when}, the {self.count}. time"
+
+
+Moments = Counter[tuple[str, str]]
+"""How often was got to a moment, by its name and who got there; empty: anybody."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def _some_setting(draw: Random) -> Setting:
             "max_failures": 50,
             "heartbeat_timeout_s": HEARTBEAT_S,
             "step_timeout_s": STEP_S,
-            "start_timeout_s": 30.0,
+            "start_timeout_s": 15.0,
             "spare_workers": draw.random() < 0.2,
         },
         "task_args": {"stateful": not scales},
@@ -171,30 +179,30 @@ def _some_strategy(draw: Random) -> tuple[dict[str, Any], int]:
     return {"name": name, **options}, draw.choice((2, 2, 3))
 
 
-def draw_deeds(setting: Setting, draw: Random, calls: Iterable[tuple[str, str]]) -> tuple[Deed, ...]:
+def draw_deeds(setting: Setting, draw: Random, seen: Moments) -> tuple[Deed, ...]:
     """
-    Draw two to five faults.
+    Draw three to six faults.
 
     Args:
         setting: the run's.
         draw: of the trial.
-        calls: method and role of each call that a run without a fault makes.
+        seen: how often a run without a fault gets to which moment.
     """
-    called, count = sorted(calls), draw.randint(3, 6)
-    return tuple(_some_deed(setting, draw, called, at > 0) for at in range(count))
+    count = draw.randint(3, 6)
+    return tuple(_some_deed(setting, draw, seen, at > 0) for at in range(count))
 
 
-def _some_deed(
-    setting: Setting, draw: Random, called: list[tuple[str, str]], later: bool
-) -> Deed:
+def _some_deed(setting: Setting, draw: Random, seen: Moments, later: bool) -> Deed:
     scales = setting.strategy in ("ps-sync", "ps-async")
     kinds = ["kill"] * 6 + ["kill-many", "freeze", "burst", "burst", "disk", "damage", "driver"]
     kind = draw.choice(kinds + (["scale", "scale"] if scales else []))
-    moment, who, count = _some_moment(setting, draw, called)
+    moment, who, count = _some_moment(setting, draw, seen)
     seconds = draw.choice((0.0, 0.0, draw.uniform(0, 0.05)))
     if later and draw.random() < 0.4:
         moment, who, count, seconds = "soon", "", 1, draw.uniform(0, 0.5)
-    still_s = draw.choice((0.5, HEARTBEAT_S + 1, 60.0)) if kind == "freeze" else 0.0
+    still_s = (
+        draw.choice((0.5, HEARTBEAT_S + 1, HEARTBEAT_S + 1, 60.0)) if kind == "freeze" else 0.0
+    )
     if kind == "disk":
         seconds, moment, who = 0.0, f"disk {draw.choice(('write', 'rename', 'make'))}", ""
         count = draw.randint(1, 12)
@@ -217,17 +225,17 @@ def _victims(setting: Setting) -> list[str]:
     return found
 
 
-def _some_moment(
-    setting: Setting, draw: Random, called: list[tuple[str, str]]
-) -> tuple[str, str, int]:
+def _some_moment(setting: Setting, draw: Random, seen: Moments) -> tuple[str, str, int]:
+    calls = sorted(one for one in seen if one[0].startswith("call ") and one[1])
+    if calls and draw.random() < 0.5:
+        moment, who = draw.choice(calls)
+        return moment, who, min(draw.choice((1, 2, 3, 5, 8, 13)), max(1, seen[moment, who] // 2))
     rank = f"worker-{draw.randrange(setting.workers)}"
-    if called and draw.random() < 0.5:
-        method, role = draw.choice(called)
-        return f"call {method}", role, draw.choice((1, 2, 3, 5, 8, 13))
     moment = draw.choice(("model", "data", "evaluation", *["forward"] * 4, *["backward"] * 4))
     if moment in ("model", "data"):
-        return moment, rank, draw.choice((1, 2, 2))  # the second is a replacement's
-    return moment, rank, draw.randint(1, STEPS)
+        return moment, rank, draw.choice((1, 2))  # the second is a replacement's
+    most = max(1, seen[moment, rank])
+    return moment, rank, draw.randint(1, most)
 
 
 @dataclass
@@ -249,12 +257,10 @@ class Injector:
     """With what was seen of it."""
     kept: Path | None = None
     """What was on the disk when driver or controller was killed."""
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By method and role of who was called."""
+    seen: Moments = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._left = list(self.deeds)
-        self._counts: Counter[tuple[str, str]] = Counter()
         self._changing = threading.Lock()
         self._bursts: list[list[Any]] = []
         self._refused = 0
@@ -269,25 +275,21 @@ class Injector:
                 self._carry_out(deed, name)
 
     def _due(self, moment: str, role: str) -> list[Deed]:
-        if not self._left:
-            return []
         with self._changing:
             for who in (role, ""):
-                self._counts[moment, who] += 1
+                self.seen[moment, who] += 1
             due = [
                 deed
                 for deed in self._left
                 if deed.moment == moment
                 and deed.who in (role, "")
-                and self._counts[moment, deed.who] >= deed.count
+                and self.seen[moment, deed.who] >= deed.count
             ]
             self._left = [deed for deed in self._left if deed not in due]
         return due
 
     def rule(self, call: Call) -> Fault | None:
         """Decide on a call; see `Rule`."""
-        role = role_of(call.actor)
-        self.calls[call.method, role] += 1
         self.reach(f"call {call.method}", call.actor)
         with self._changing:
             for burst in self._bursts:
@@ -331,7 +333,9 @@ class Injector:
             return [one for one in found if one not in ("driver", "controller")]
         if victim.endswith("s"):
             role = victim[:-1]
-            return [one for one in self.ray.living("") if role in ("worker", "server") and role in one]
+            return [
+                one for one in self.ray.living("") if role in ("worker", "server") and role in one
+            ]
         found = self.ray.living(f"{victim}-" if victim == "server" else victim)
         found = [one for one in found if victim != "server" or "manager" not in one]
         at = self.seed % len(found) if found else 0
@@ -368,8 +372,9 @@ class Injector:
         return f"{found[-1].name} is damaged" if self._end(self._of("workers", name)) else ""
 
     def _scale(self, deed: Deed, name: str) -> str:
-        said = self.ray.ask("controller", "scale", deed.workers)
-        return f"asked for {deed.workers}: {said}"
+        with suppress(TransportError, DistplatError, KeyError):  # it is refused, or nobody is there
+            return f"{self.ray.ask('controller', 'scale', deed.workers)}"
+        return ""
 
     def _driver(self, deed: Deed, name: str) -> str:
         if not self.ray.kill_process(deed.victim):

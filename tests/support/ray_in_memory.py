@@ -4,8 +4,8 @@ What distplat uses of Ray, answered in this process: a run without a cluster, bu
     driver, controller, actor group, workers, servers      distplat's own, unchanged
     ray.remote, get, wait, put, kill, ray_compat           here, over `LocalCluster`
 
-A process is a name that its threads inherit. One that is killed answers no more, and its own threads
-come out at their next call to Ray; actors that it made end with it. A frozen one stands still there.
+A process is a name that its threads inherit. One that is killed answers no more, and its threads
+come out at their next call to Ray; actors that it made end with it. A frozen one stands still then.
 """
 
 from __future__ import annotations
@@ -262,26 +262,33 @@ class InMemoryRay:
     def __enter__(self) -> InMemoryRay:
         global _ray
         _ray = self
-        context = self._patches.enter_context
-        names = ("get", "put", "wait", "kill", "remote", "nodes", "get_runtime_context")
-        names = (*names, "is_initialized", "available_resources", "cluster_resources")
-        context(mock.patch.multiple(ray, **{name: getattr(self, name) for name in names}))
-        context(mock.patch.object(ray.util, "get_node_ip_address", lambda: "127.0.0.1"))
-        words = ("put_first", "put", "get", "delete", "keys", "delete_all")
-        store = {name: getattr(self, f"word_{name}") for name in words}
-        quiet = {"log_as": lambda name: None, "submission_id": lambda: None}
-        free = {"free_resources": lambda: dict.fromkeys(self.node_names, self.available_resources())}
-        context(mock.patch.multiple(ray_compat, **store, **quiet, **free))
-        groups = {"placement_group": _placement_group, "placement_group_table": lambda group: {}}
-        context(mock.patch.multiple(spawn, **groups, remove_placement_group=lambda group: None))
-        context(mock.patch.object(RayTransport, "prefetch", lambda *args: None))
-        context(mock.patch.object(hash_seed, "options", dict))
-        context(mock.patch.object(controller_actor, "_send_records", lambda outbox: None))
-        context(mock.patch.object(ray_groups, "_register_with_ray", lambda group: None))
-        heard = functools.partial(HeadWatch, knock=lambda address: True)
-        context(mock.patch.object(launch, "HeadWatch", heard))
-        context(mock.patch.object(threading.Thread, "start", _start_of_this_process))
+        for target, stands_in in self._stand_ins():
+            for name, value in stands_in.items():
+                self._patches.enter_context(mock.patch.object(target, name, value))
         return self
+
+    def _stand_ins(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Give what stands in for what, where it is looked up."""
+        calls = ("get", "put", "wait", "kill", "remote")
+        facts = ("nodes", "get_runtime_context", "is_initialized")
+        of_ray = (*calls, *facts, "available_resources", "cluster_resources")
+        words = ("put_first", "put", "get", "delete", "keys", "delete_all")
+        heard = functools.partial(HeadWatch, knock=lambda address: True)
+        groups = {"placement_group": _placement_group, "placement_group_table": lambda group: {}}
+        return [
+            (ray, {name: getattr(self, name) for name in of_ray}),
+            (ray.util, {"get_node_ip_address": lambda: "127.0.0.1"}),
+            (ray_compat, {name: getattr(self, f"word_{name}") for name in words}),
+            (ray_compat, {"free_resources": self.free_resources, "log_as": lambda name: None}),
+            (ray_compat, {"submission_id": lambda: None}),
+            (spawn, {**groups, "remove_placement_group": lambda group: None}),
+            (RayTransport, {"prefetch": lambda *args: None}),  # every object is everywhere
+            (hash_seed, {"options": dict}),
+            (launch, {"HeadWatch": heard}),
+            (controller_actor, {"_send_records": lambda outbox: None}),  # they are here already
+            (ray_groups, {"_register_with_ray": lambda group: None}),  # one register, many ranks
+            (threading.Thread, {"start": _start_of_this_process}),
+        ]
 
     def __exit__(self, *error: object) -> None:
         global _ray
@@ -359,7 +366,9 @@ class InMemoryRay:
         return True
 
     def remote(self, kind: type | None = None, **options: Any) -> Any:
-        return (lambda kind: _Remote(self, kind, options)) if kind is None else _Remote(self, kind, {})
+        return (
+            (lambda kind: _Remote(self, kind, options)) if kind is None else _Remote(self, kind, {})
+        )
 
     def get(self, reference: Any, timeout: float | None = None) -> Any:
         process = this_process()
@@ -385,9 +394,7 @@ class InMemoryRay:
         done = self._wait_for(references, num_returns, timeout)[:num_returns]
         return done, [one for one in references if one not in done]
 
-    def _wait_for(
-        self, references: Sequence[Any], count: int, timeout: float | None
-    ) -> list[Any]:
+    def _wait_for(self, references: Sequence[Any], count: int, timeout: float | None) -> list[Any]:
         process = this_process()
         replies = [one for one in references if isinstance(one, Future)]
         left = {*replies}
@@ -415,6 +422,9 @@ class InMemoryRay:
         return {"CPU": 1000.0}
 
     cluster_resources = available_resources
+
+    def free_resources(self) -> dict[str, dict[str, float]]:
+        return {node: self.available_resources() for node in self.node_names}
 
     def get_runtime_context(self) -> Any:
         process = this_process()
