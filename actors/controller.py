@@ -86,7 +86,8 @@ class Controller:
         self._requests = requests = ScaleRequests()
         self._scaling = Scaler(actor_group, requests) if actor_group.dynamic_tasks else None
         self._resizer = Resizer(actor_group, requests)  # where tasks are not leased
-        self._state = JobState(actor_group.world, limits, time.monotonic(), policy)
+        began, step = time.monotonic(), checkpoints.step
+        self._state = JobState(actor_group.world, limits, began, policy, step=step)
         self._failed_at: float | None = None  #: when the present trouble was noticed
         self._told = -1, StopOrder.NONE  #: what workers were told last, and of which attempt
         self._halted_at: float | None = None  #: when the first worker stopped for a resize

@@ -313,7 +313,7 @@ def _serve(actor: Actor, method: str, args: _Packed, reply: Future[Any], fault: 
 
 
 class _Packed:
-    """A copy of a value as it travels; handles and references in it are not copied."""
+    """A copy of a value as it travels; handles, replies and references in it are not copied."""
 
     def __init__(self, value: Any) -> None:
         self.kept: list[Any] = []
@@ -334,7 +334,7 @@ class _Pickler(pickle.Pickler):
     kept: list[Any]
 
     def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Actor | StoredObject):
+        if not isinstance(obj, Actor | StoredObject | Future):
             return None
         self.kept.append(obj)
         return len(self.kept) - 1

@@ -225,6 +225,12 @@ class Outbox(Generic[Item]):
         with self._changed:
             return self._closed and not self._fresh
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to tell that no answer has had so far."""
+        with self._changed:
+            return bool(self._fresh)
+
     def take(self, number: int, hold_s: float = 0.0) -> list[Item]:
         """
         Answer a question; one that came late, after the next one, gets nothing.

@@ -113,6 +113,8 @@ class Worker:
         """
         Tell how things stand, and what was reported since the last question.
 
+        The end of an attempt is told with its last report: who is told of it may ask nothing more.
+
         Args:
             number: of the question; the same number is told the same reports again.
             hold_s: seconds to keep the answer back for, while the attempt goes on: questions cost
@@ -125,15 +127,16 @@ class Worker:
             return PollResult([], -1, 0, 0, finished=False, error=None)
         state = self._session.state  # before the reports: what came first is told first
         items = self._outbox.take(number)
+        told = not self._outbox.waiting  # else the question was asked before: the next has the rest
         return PollResult(
             [one for one in items if not isinstance(one, Delivery)],
             state.attempt,
             state.progress.beats,
             state.progress.step,
-            finished=state.model is not None,
-            error=state.error,
+            finished=told and state.model is not None,
+            error=state.error if told else None,
             deliveries=[one for one in items if isinstance(one, Delivery)],
-            left=state.progress.left,
+            left=told and state.progress.left,
             node=self._session.node,
             host=self._session.host,
             prepared=self._session.prepared,

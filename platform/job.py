@@ -203,9 +203,18 @@ class JobState:
         limits: the deadlines of the job.
         now: seconds on any clock that never goes back.
         policy: whether and how a failed run goes on.
+        step: of the checkpoint that it begins from; 0: it begins from none.
     """
 
-    def __init__(self, world: int, limits: Failure, now: float, policy: Policy | None = None):
+    def __init__(
+        self,
+        world: int,
+        limits: Failure,
+        now: float,
+        policy: Policy | None = None,
+        *,
+        step: int = 0,
+    ) -> None:
         self.phase = Phase.STARTING
         self.attempt = 0
         self.error: DistplatError | None = None  #: the best explanation so far
@@ -215,7 +224,8 @@ class JobState:
         self._members = set(range(world))
         self._policy = policy or Policy()
         self._budget = Budget(self._policy)
-        self._steps = dict.fromkeys(range(world), 0)
+        self._steps = dict.fromkeys(range(world), step)
+        self._restoring = step > 0  #: a checkpoint, and not all ranks are at work since
         self._begin(now)
 
     def _begin(self, now: float) -> None:
@@ -308,7 +318,7 @@ class JobState:
         if self.restart.everything:
             self._world = self.restart.world or self._world
             self._members = set(range(self._world))  # made anew as at the start
-            self._steps = dict.fromkeys(self._members, step)
+            self._steps, self._restoring = dict.fromkeys(self._members, step), step > 0
         elif self.restart.world is not None:
             self._world, furthest = self.restart.world, self.furthest
             self._members = set(range(self._world))
@@ -344,7 +354,7 @@ class JobState:
         if heard.finished:
             self._finished.add(heard.rank)
         if self.phase is Phase.STARTING and not self._beats.still:
-            self.phase = Phase.RUNNING
+            self.phase, self._restoring = Phase.RUNNING, False
         self._end_if_finished()
 
     def _take_failure(self, failed: Failed, now: float) -> None:
@@ -426,7 +436,8 @@ class JobState:
         ranks = sorted(self._members) if self._wanted is None else [*range(self._wanted)]
         gone = {rank_of(role) for role in self._gone}
         usable = {rank for rank in self._waiting | self._finished if rank not in gone}
-        kept = self._policy.survivors_go_on and not self._state_lost
+        # Who has the checkpoint's model may not have its optimizer, nor servers their part of it.
+        kept = self._policy.survivors_go_on and not self._state_lost and not self._restoring
         everything = self._servers_lost or not self._policy.has_all(usable) or not kept
         renew = tuple(rank for rank in ranks if everything or rank in self._members - usable)
         lost = () if everything else tuple(sorted(self._gone & COORDINATORS))

@@ -221,4 +221,5 @@ def _length(state: Mapping[str, Any], job: Job) -> list[Problem]:
     if steps > state["step"]:
         return []
     text = f"the checkpoint has {state['step']} steps behind it, the job asks for {steps} in all"
-    return [Problem((field,), text, f"nothing is left to train: raise `{field}`")]
+    hint = "nothing is left to train: the checkpoint's model.safetensors is the trained model; "
+    return [Problem((field,), text, hint + f"to train on, raise `{field}`")]

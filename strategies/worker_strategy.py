@@ -128,6 +128,10 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
     """What this rank computed of the step before the one that `setup` gave: it had not made that
     step when the attempt before ended, and made it in `setup`. None: there is no such step."""
 
+    given: tuple[int, Share] | None = None
+    """A step, and what this rank has given to its exchange; None once it is reported. Where the
+    attempt ended in between, the others or the servers may have made the step."""
+
     def __init__(self, strategy: Strategy[OptionsT]) -> None:
         self.strategy, self.options = strategy, strategy.options
 

@@ -201,8 +201,9 @@ class Loop:
             Abandoned: the attempt was called off.
         """
         self.progress.step, self.progress.begun = self.start, True
-        if self.strategy.replayed is not None:
-            self._end_step(self.start - 1, self.strategy.replayed, Stopwatch())
+        share = self._untold()
+        if share is not None:
+            self._end_step(self.start - 1, share, Stopwatch())
         if self.start and self.eval_data is not None and self._evaluates_after(self.start - 1):
             self._evaluate(self.eval_data, self.start)  # it may have been cut off
         steps = range(self.start, self.total_steps)
@@ -224,6 +225,13 @@ class Loop:
         if steps:
             self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
         return StopOrder.NONE
+
+    def _untold(self) -> Share | None:
+        """Give this rank's part of the step before the first, where no attempt has reported it."""
+        given, self.strategy.given = self.strategy.given, None
+        if self.strategy.replayed is not None:
+            return self.strategy.replayed
+        return given[1] if given is not None and given[0] == self.start - 1 else None
 
     def _told(self, step: int) -> StopOrder:
         told = self.stop(step)
@@ -249,6 +257,7 @@ class Loop:
             share = self.compute.gradients(step, clock)
         self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
+        self.strategy.given = step, share
         total = self._exchange.exchange(Turn(step, step), self.rank, share, told)
         self._agreed = total.stop
         clock.lap("exchange")
@@ -266,6 +275,7 @@ class Loop:
         mean, samples, weight = share.loss, share.samples, share.weight
         report = StepReport(self.rank, step, epoch, mean, samples, seconds, of, figures, weight)
         self.report(report)
+        self.strategy.given = None
 
     def _skip(self, step: int) -> None:
         """Leave a step out: the others have made it."""

@@ -49,6 +49,7 @@ def heard(rank: int, step: int = 3, finished: bool = False) -> Heard:
     return Heard(rank, step + 1, step, finished)
 
 
+MANAGER_LOST = Failed("server-manager", ActorLost("server-manager", 3, "killed"), gone=True)
 STARTED: History = [(0, heard(rank)) for rank in range(3)]
 
 
@@ -145,6 +146,27 @@ def test_two_losses_at_one_step_that_take_the_state_end_no_run() -> None:
     assert state.phase is not Phase.FAILED, state.error
     assert state.restart is not None
     assert state.restart.everything
+
+
+@pytest.mark.parametrize("lost", [dead(1), MANAGER_LOST])
+@pytest.mark.parametrize("resumed", [True, False])
+def test_until_all_are_at_work_a_loss_has_the_checkpoint_loaded_again(
+    resumed: bool, lost: Failed
+) -> None:
+    """Survivors may have its model, and neither its optimizer nor its tables."""
+    state = JobState(3, LIMITS, 0.0, GO_ON, step=10)
+    if not resumed:
+        state = play([(1, dead(0)), (1, dead(1)), (1, dead(2)), (1, Tick())])
+        state.restarted(2, step=10)
+    again = [(3.0, heard(0, 10)), (3.0, lost), *((3.0, stopped(rank)) for rank in (0, 2))]
+    for now, event in [*again, (3.0, stopped(1)), (3.0, Tick())]:
+        state.handle(event, now)
+    assert state.restart is not None
+    assert (state.restart.everything, state.restart.replace) == (True, (0, 1, 2))
+    state.restarted(4, step=10)
+    lose(state, 5, 12)
+    assert state.restart is not None
+    assert not state.restart.everything, "all were at work"
 
 
 SERVER_LOST = ActorLost("server-0", 3, "killed")

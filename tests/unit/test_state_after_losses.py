@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 from hybrid_workers import UntilOneIsLost
-from local_run import LocalRun, train
+from local_run import Attempt, LocalRun, train
 from test_model_state import WIDE, Data, Teacher, job
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from distplat.platform.errors import Abandoned
+from distplat.platform.progress import StepReport
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.loop.control import StepControl
 
 WORLD = 3
 
@@ -58,6 +61,40 @@ def test_one_is_lost_at_any_operation(strategy: str, after: int, victim: int) ->
         found = run.parameters(rank)
         for name, value in unfailed(strategy).items():
             assert torch.equal(found[name], value), (name, rank)
+
+
+class CutOff(Attempt):
+    """All are told to stop when the servers have the gradients of a step, and nobody knows it."""
+
+    ends = (Abandoned,)
+
+    def meanwhile(self) -> None:
+        assert all(ended.wait(self.run.timeout_s) for ended in self.ended)
+        self.give_up()
+
+
+def test_a_step_that_was_made_when_all_were_told_to_stop_is_reported() -> None:
+    run = LocalRun(job("ps-sync", WORLD), Both)
+    cut = 2
+    for rank in run.ranks:
+        exchange: Any = rank.strategy.exchange
+
+        def stop(step: int, local: StepControl, exchange: Any = exchange) -> Any:
+            total = exchange(step, local)
+            if step == cut:
+                raise Abandoned("another worker was lost")
+            return total
+
+        rank.strategy.exchange = stop  # type: ignore[method-assign]
+    assert not CutOff(run).make()
+    cut = -1
+    after = Attempt(run)
+    assert after.make()
+    assert {*after.starts} == {3}
+    for reports in run.reports:
+        steps = [one.step for one in reports if isinstance(one, StepReport)]
+        assert steps == [*range(run.job.steps or 0)]
+    run.close()
 
 
 @pytest.mark.parametrize("after", [15, 25])

@@ -118,6 +118,20 @@ def test_reports_are_told_again_where_the_answer_was_lost() -> None:
     assert (news.reports, news.deliveries) == ([], [])
 
 
+def test_an_attempt_has_not_ended_before_its_last_report_is_told() -> None:
+    """The question before was lost, and is asked again after the end."""
+    worker, last = working(), StepReport(0, 4, 0, 0.5, 8, {})
+    ended = AttemptState(0, PauseGate(10), Progress(4, 5, left=True), b"model", Abandoned("over"))
+    worker.poll(1, 0.0)
+    worker._outbox.put(last)
+    session(worker).state = ended
+    news = worker.poll(1, 0.0)
+    assert (news.reports, news.finished, news.left, news.error) == ([], False, False, None)
+    news = worker.poll(2, 0.0)
+    assert (news.reports, news.finished, news.left) == ([last], True, True)
+    assert news.error is ended.error
+
+
 def test_an_order_that_comes_twice_is_begun_once() -> None:
     """Its reply was lost, or it was slow and then given again."""
     worker: Any = Worker("worker-0")

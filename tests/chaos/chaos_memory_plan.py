@@ -1,0 +1,430 @@
+"""What a trial of the soak in memory is made of: a job and faults, drawn from its seed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ray_in_memory import InMemoryRay
+
+from distplat.actors.local_transport import Call, Fault
+from distplat.actors.transport import TransportError
+from distplat.platform.disk import RealDisk
+from distplat.platform.errors import DistplatError, SpecError
+from distplat.strategies.catalog import make_job
+
+STEPS, EVERY = 16, 3
+HEARTBEAT_S, STEP_S, COLLECTIVE_S = 2.5, 6.0, 4.0
+"""Deadlines: what froze is found by the first that applies."""
+BURST, SHARE = 60, 0.25
+"""Calls of a burst of bad ones, and how many of them each of four things happens to."""
+SYNCHRONOUS = ("ring", "ps-sync", "hybrid")
+ALL = ("ring", "ps-sync", "ps-async", "hybrid")
+KINDS = {
+    "kill": "a process is killed",
+    "kill-many": "several are, at once",
+    "freeze": "a process stands still, for less than its deadline or for more",
+    "burst": "a quarter of some calls is lost, of others the answer; some come late or twice",
+    "disk": "the disk refuses what is written to it, or takes half of it",
+    "damage": "the newest checkpoint is damaged, and all workers are killed",
+    "scale": "another number of workers is asked for",
+    "driver": "the driver or the controller is killed; resume",
+}
+
+
+@dataclass(frozen=True)
+class Deed:
+    """One fault."""
+
+    kind: str
+    """See `KINDS`."""
+    moment: str
+    """What the task tells, `call METHOD`, `disk OPERATION`, or `soon`: after the deed before."""
+    who: str
+    """Who gets there, without its attempt; of a call who is called; empty: anybody."""
+    count: int
+    """The how many-th time."""
+    victim: str = ""
+    """`self`, a role, or a role in the plural: all of its processes."""
+    seconds: float = 0.0
+    """From the moment to the deed."""
+    still_s: float = 0.0
+    """How long a frozen process stands still."""
+    workers: int = 0
+    """How many are asked for."""
+
+    def __str__(self) -> str:
+        what = " ".join(filter(None, (self.kind, self.victim, str(self.workers or ""))))
+        still = f" for {self.still_s:g} s" if self.still_s else ""
+        when = f"{self.seconds:.2f} s after {self.moment} of {self.who or 'anybody'}"
+        return f"{what}{still}, {when}, the {self.count}. time"
+
+
+Moments = Counter[tuple[str, str]]
+"""How often was got to a moment, by its name and who got there; empty: anybody."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A job, and where it runs."""
+
+    fields: dict[str, Any]
+    nodes: int
+    task: str
+
+    @property
+    def strategy(self) -> str:
+        """Its name."""
+        return str(self.fields["strategy"]["name"])
+
+    @property
+    def workers(self) -> int:
+        """At the start."""
+        return int(self.fields["scaling"]["num_workers"])
+
+
+def draw_setting(draw: Random) -> Setting:
+    """Draw a job that the job file allows."""
+    while True:
+        setting = _some_setting(draw)
+        try:
+            make_job({**setting.fields, "task": "m:T"})
+        except SpecError:
+            continue
+        return setting
+
+
+def _some_setting(draw: Random) -> Setting:
+    strategy, workers = _some_strategy(draw)
+    name = strategy["name"]
+    with_tables = name != "hybrid" and draw.random() < 0.35
+    scales = name in ("ps-sync", "ps-async")
+    fields: dict[str, Any] = {
+        "name": "soak",
+        "strategy": strategy,
+        "scaling": {"num_workers": workers},
+        "optimizer": draw.choice(OPTIMIZERS),
+        "steps": STEPS,
+        "global_batch_size": 12,
+        "evaluation": draw.choice(({"every_steps": 5}, {"every_epochs": 0})),
+        "checkpoint": {"every_steps": EVERY, "num_to_keep": draw.choice((2, 3))},
+        "failure": {
+            "max_failures": 50,
+            "heartbeat_timeout_s": HEARTBEAT_S,
+            "step_timeout_s": STEP_S,
+            "start_timeout_s": 15.0,
+            "spare_workers": draw.random() < 0.2,
+        },
+        "task_args": {"stateful": not scales},
+        "precision": draw.choice(("fp32", "fp32", "fp32", "bf16")),
+    }
+    if with_tables:
+        asynchronous = name == "ps-async" or draw.random() < 0.3
+        fields["embeddings"] = {
+            "servers": draw.choice((1, 2)),
+            "replication": draw.choice((1, 2)),
+            "asynchronous": asynchronous,
+            "optimizer": draw.choice(ROW_RULES),
+        }
+    elif name != "ps-async" and draw.random() < 0.4:
+        fields["clip_norm"] = 1.0
+    if name != "hybrid" and draw.random() < 0.4:
+        fields["gradient_accumulation"] = 2
+    if draw.random() < 0.25:
+        fields["ema"] = {"decay": 0.9}
+    return Setting(fields, draw.choice((1, 1, 2, 3)), "Rows" if with_tables else "Dense")
+
+
+OPTIMIZERS: tuple[dict[str, Any], ...] = (
+    {"name": "SGD", "lr": 0.1, "momentum": 0.9},
+    {"name": "AdamW", "lr": 0.01},
+    {"name": "Adagrad", "lr": 0.05},
+)
+ROW_RULES: tuple[dict[str, Any], ...] = (
+    {"name": "SGD", "lr": 0.1},
+    {"name": "Adagrad", "lr": 0.1},
+    {"name": "SparseAdam", "lr": 0.01},
+)
+
+
+def _some_strategy(draw: Random) -> tuple[dict[str, Any], int]:
+    name = draw.choice(ALL)
+    if name == "ring":
+        options: dict[str, Any] = {"timeout_s": COLLECTIVE_S}
+        options |= draw.choice(
+            ({}, {}, {"overlap": False}, {"bucket_mb": 0.0005}, {"shard_optimizer": True})
+        )
+        return {"name": name, **options}, draw.choice((2, 2, 3))
+    if name == "hybrid":
+        options = {"pipeline": 2, "data": draw.choice((1, 2)), "micro_batches": 2, "cut": ["2"]}
+        options |= draw.choice(
+            ({}, {"data_strategy": "ps-sync", "num_servers": 1, "replication": draw.choice((1, 2))})
+        )
+        return {"name": name, "timeout_s": COLLECTIVE_S, **options}, 2 * options["data"]
+    options = {"num_servers": draw.choice((1, 2, 3)), "replication": draw.choice((1, 2))}
+    if name == "ps-async":
+        options |= draw.choice(
+            ({}, {"staleness": 2}, {"staleness": 0}, {"staleness_lr": True, "staleness": 3})
+        )
+    return {"name": name, **options}, draw.choice((2, 2, 3))
+
+
+def draw_deeds(setting: Setting, draw: Random, seen: Moments) -> tuple[Deed, ...]:
+    """
+    Draw three to six faults.
+
+    Args:
+        setting: the run's.
+        draw: of the trial.
+        seen: how often a run without a fault gets to which moment.
+    """
+    count = draw.randint(3, 6)
+    return tuple(_some_deed(setting, draw, seen, at > 0) for at in range(count))
+
+
+def _some_deed(setting: Setting, draw: Random, seen: Moments, later: bool) -> Deed:
+    scales = setting.strategy in ("ps-sync", "ps-async")
+    kinds = ["kill"] * 6 + ["kill-many", "freeze", "burst", "burst", "disk", "damage", "driver"]
+    kind = draw.choice(kinds + (["scale", "scale"] if scales else []))
+    moment, who, count = _some_moment(setting, draw, seen)
+    seconds = draw.choice((0.0, 0.0, draw.uniform(0, 0.05)))
+    if later and draw.random() < 0.4:
+        moment, who, count, seconds = "soon", "", 1, draw.uniform(0, 0.5)
+    still_s = (
+        draw.choice((0.5, HEARTBEAT_S + 1, HEARTBEAT_S + 1, 60.0)) if kind == "freeze" else 0.0
+    )
+    if kind == "disk":
+        seconds, moment, who = 0.0, f"disk {draw.choice(('write', 'rename', 'make'))}", ""
+        count = draw.randint(1, 12)
+    victim = {
+        "kill": draw.choice(_victims(setting)),
+        "kill-many": draw.choice(("workers", "servers", "self+server", "self+worker", "node")),
+        "freeze": draw.choice(_victims(setting)),
+        "driver": draw.choice(("driver", "controller")),
+    }.get(kind, "")
+    workers = draw.randint(1, 4) if kind == "scale" else 0
+    return Deed(kind, moment, who, count, victim, seconds, still_s, workers)
+
+
+def _victims(setting: Setting) -> list[str]:
+    found = ["self"] * 4 + ["worker"]
+    if "num_servers" in setting.fields["strategy"]:
+        found += ["server", "server-manager", "task-scheduler"]
+    if "embeddings" in setting.fields:
+        found += ["embedding-server", "server-manager"]
+    return found
+
+
+def _some_moment(setting: Setting, draw: Random, seen: Moments) -> tuple[str, str, int]:
+    calls = sorted(one for one in seen if one[0].startswith("call ") and one[1])
+    if calls and draw.random() < 0.5:
+        moment, who = draw.choice(calls)
+        return moment, who, min(draw.choice((1, 2, 3, 5, 8, 13)), max(1, seen[moment, who] // 2))
+    rank = f"worker-{draw.randrange(setting.workers)}"
+    moment = draw.choice(("model", "data", "evaluation", *["forward"] * 4, *["backward"] * 4))
+    if moment in ("model", "data"):
+        return moment, rank, draw.choice((1, 2))  # the second is a replacement's
+    most = max(1, seen[moment, rank])
+    return moment, rank, draw.randint(1, most)
+
+
+@dataclass
+class Injector:
+    """
+    Carries the deeds of a trial out, and notes which it could.
+
+    Args:
+        ray: where.
+        storage: of the run directories.
+        deeds: each once, when its moment comes.
+    """
+
+    ray: InMemoryRay
+    storage: Path
+    deeds: tuple[Deed, ...]
+    seed: int = 0
+    fired: list[tuple[Deed, str]] = field(default_factory=list)
+    """With what was seen of it."""
+    kept: Path | None = None
+    """What was on the disk when driver or controller was killed."""
+    seen: Moments = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._left = list(self.deeds)
+        self._changing = threading.Lock()
+        self._bursts: list[list[Any]] = []
+        self._refused = 0
+        self._copies = 0
+
+    def reach(self, moment: str, name: str) -> None:
+        """Be told that a process has got to a moment."""
+        for deed in self._due(moment, role_of(name)):
+            if deed.seconds:
+                _later(deed.seconds, self._carry_out, deed, name)
+            else:
+                self._carry_out(deed, name)
+
+    def _due(self, moment: str, role: str) -> list[Deed]:
+        with self._changing:
+            for who in (role, ""):
+                self.seen[moment, who] += 1
+            due = [
+                deed
+                for deed in self._left
+                if deed.moment == moment
+                and deed.who in (role, "")
+                and self.seen[moment, deed.who] >= deed.count
+            ]
+            self._left = [deed for deed in self._left if deed not in due]
+        return due
+
+    def rule(self, call: Call) -> Fault | None:
+        """Decide on a call; see `Rule`."""
+        self.reach(f"call {call.method}", call.actor)
+        with self._changing:
+            for burst in self._bursts:
+                left, random, deed = burst
+                if left <= 0:
+                    continue
+                burst[0] -= 1
+                fault = _some_fault(random)
+                if fault != Fault() and deed not in [one for one, _ in self.fired]:
+                    self.fired.append((deed, f"{fault}"))
+                return fault
+        return None
+
+    def _carry_out(self, deed: Deed, name: str) -> None:
+        proof = getattr(self, "_" + deed.kind.replace("-", "_"))(deed, name)
+        if proof:
+            self.fired.append((deed, proof))
+        after = self.deeds.index(deed) + 1
+        if after < len(self.deeds) and self.deeds[after].moment == "soon":
+            _later(self.deeds[after].seconds, self._carry_out, self.deeds[after], "worker")
+
+    def _kill(self, deed: Deed, name: str) -> str:
+        return self._end(self._of(deed.victim, name)[:1])
+
+    def _kill_many(self, deed: Deed, name: str) -> str:
+        parts = [self._of(part, name) for part in deed.victim.split("+")]
+        return self._end([one for found in parts for one in found[: 1 if len(parts) > 1 else None]])
+
+    def _end(self, names: list[str]) -> str:
+        return ", ".join(name for name in names if self.ray.kill_process(name))
+
+    def _of(self, victim: str, name: str) -> list[str]:
+        """Name the processes that are meant."""
+        if victim == "self":
+            found = self.ray.living(name)
+            return found if name not in ("driver", "controller") else []
+        if victim == "node":
+            last, here = self.ray.node_names[-1], self.ray.node_names[0]
+            processes = [self.ray.processes[one] for one in self.ray.living("")]
+            found = [one.name for one in processes if one.node == last != here]
+            return [one for one in found if one not in ("driver", "controller")]
+        if victim.endswith("s"):
+            role = victim[:-1]
+            return [
+                one for one in self.ray.living("") if role in ("worker", "server") and role in one
+            ]
+        found = self.ray.living(f"{victim}-" if victim == "server" else victim)
+        found = [one for one in found if victim != "server" or "manager" not in one]
+        at = self.seed % len(found) if found else 0
+        return found[at:] + found[:at]
+
+    def _freeze(self, deed: Deed, name: str) -> str:
+        for victim in self._of(deed.victim, name)[:1]:
+            process = self.ray.processes[victim]
+            process.freeze()
+            _later(deed.still_s, process.go_on)
+            return f"{victim} stands still"
+        return ""
+
+    def _burst(self, deed: Deed, name: str) -> str:
+        with self._changing:
+            self._bursts.append([BURST, Random(f"{self.seed} {deed}"), deed])
+        return ""  # it has fired when something was lost
+
+    def _disk(self, deed: Deed, name: str) -> str:
+        self.fired.append((deed, f"the disk refused to {deed.moment.removeprefix('disk ')}"))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _damage(self, deed: Deed, name: str) -> str:
+        found = sorted(self.storage.glob("*/checkpoints/step-" + "[0-9]" * 6))
+        if len(found) < 2:
+            return ""
+        path = found[-1] / "model.safetensors"
+        try:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        except OSError:
+            return ""
+        return f"{found[-1].name} is damaged" if self._end(self._of("workers", name)) else ""
+
+    def _scale(self, deed: Deed, name: str) -> str:
+        with suppress(TransportError, DistplatError, KeyError):  # it is refused, or nobody is there
+            return f"{self.ray.ask('controller', 'scale', deed.workers)}"
+        return ""
+
+    def _driver(self, deed: Deed, name: str) -> str:
+        if not self.ray.kill_process(deed.victim):
+            return ""
+        self._copies += 1
+        self.kept = snapshot(self.storage, self.storage.with_name(f"kept-{self._copies}"))
+        return f"{deed.victim} is gone"
+
+    def on_disk(self, operation: str) -> Callable[..., Any]:
+        """Give what does an operation of `RealDisk`, and tells of it before."""
+        real = getattr(RealDisk, operation)
+
+        def work(disk: RealDisk, path: Path, *more: Any) -> Any:
+            try:
+                self.reach(f"disk {operation}", "")
+            except OSError:
+                if operation == "write" and not path.exists():
+                    path.write_bytes(b"half")
+                raise
+            return real(disk, path, *more)
+
+        return work
+
+
+def _later(seconds: float, work: Callable[..., object], *args: Any) -> None:
+    timer = threading.Timer(seconds, work, args)
+    timer.daemon = True
+    timer.start()
+
+
+def role_of(name: str) -> str:
+    """Give an actor's name without its attempt."""
+    return name.partition("/")[0]
+
+
+def _some_fault(draw: Random) -> Fault:
+    lose: Any = draw.choices(("", "request", "reply"), (1 - 2 * SHARE, SHARE, SHARE))[0]
+    late = draw.choice((0.0, 0.0, 0.02, 0.3))
+    return Fault(late, draw.choice((0.0, 0.0, 0.1)), lose, draw.random() < SHARE)
+
+
+def snapshot(folder: Path, to: Path) -> Path:
+    """Copy what is on the disk now; who is dead may still be at it."""
+    until = time.monotonic() + 5
+    while True:
+        shutil.rmtree(to, ignore_errors=True)
+        try:
+            shutil.copytree(folder, to)
+        except (shutil.Error, OSError):
+            if time.monotonic() > until:
+                raise
+        else:
+            return to

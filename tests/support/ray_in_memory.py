@@ -1,0 +1,462 @@
+"""
+What distplat uses of Ray, answered in this process: a run without a cluster, but all else is real.
+
+    driver, controller, actor group, workers, servers      distplat's own, unchanged
+    ray.remote, get, wait, put, kill, ray_compat           here, over `LocalCluster`
+
+A process is a name that its threads inherit. One that is killed answers no more, and its threads
+come out at their next call to Ray; actors that it made end with it. A frozen one stands still then.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import inspect
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import ray
+from ray import exceptions
+
+from distplat.actors import controller_actor, hash_seed, launch, ray_compat, spawn
+from distplat.actors.collectives import ray_groups
+from distplat.actors.head_watch import HeadWatch
+from distplat.actors.local_transport import Actor, LocalCluster, StoredObject
+from distplat.actors.ray_transport import RayTransport
+from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
+from distplat.actors.worker import Worker
+from distplat.platform.errors import DistplatError
+
+_here = threading.local()
+
+
+class Killed(BaseException):
+    """Ends the threads of a process that is no more."""
+
+
+class Process:
+    """
+    A process of the cluster.
+
+    Args:
+        name: of its actor, or `driver`.
+        node: where it is.
+        owner: whose end is its end, too.
+    """
+
+    def __init__(self, name: str, node: str, owner: Process | None) -> None:
+        self.name, self.node, self.owner = name, node, owner
+        self.dead: Future[None] = Future()  #: done once it is killed
+        self._running = threading.Event()
+        self._running.set()
+
+    def check(self) -> None:
+        """Stand still while the process is frozen; raises `Killed` once it is dead."""
+        self._running.wait()
+        if self.dead.done():
+            raise Killed(self.name)
+
+    def freeze(self) -> None:
+        """Have its threads stand still, and its actor answer nobody."""
+        self._running.clear()
+
+    def go_on(self) -> None:
+        """Have it go on."""
+        self._running.set()
+
+    def end(self) -> None:
+        """Have its threads come out."""
+        if not self.dead.done():
+            self.dead.set_result(None)
+        self._running.set()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have what is called in this block be of this process."""
+        before = getattr(_here, "process", None)
+        _here.process = self
+        try:
+            yield
+        finally:
+            _here.process = before
+
+
+def this_process() -> Process:
+    """Give the process that the calling thread is of; raises `Killed` if it is dead."""
+    process: Process = _here.process
+    process.check()
+    return process
+
+
+def process_here() -> Process | None:
+    """Give the process that the calling thread is of; None: it is of none."""
+    return getattr(_here, "process", None)
+
+
+class _Body:
+    """
+    An actor's object, which is made in a thread of its own as Ray does; calls wait for it.
+
+    Args:
+        process: its process.
+        make: makes the object.
+        failed: told why it cannot be made.
+    """
+
+    def __init__(
+        self, process: Process, make: Callable[[], Any], failed: Callable[[str], None]
+    ) -> None:
+        self._process, self._make, self._failed = process, make, failed
+        self._made: Future[Any] = Future()
+        with process.entered():
+            threading.Thread(target=self._construct, daemon=True, name=process.name).start()
+
+    def _construct(self) -> None:
+        try:
+            self._made.set_result(self._make())
+        except BaseException as error:
+            self._made.set_exception(error)
+            self._failed(f"it could not be made: {error}")
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        bound = getattr(self._made.result(), method)
+        self._process.check()
+        if inspect.iscoroutinefunction(bound):
+            return functools.partial(self._await, bound)
+        return functools.partial(self._call, bound)
+
+    def _call(self, bound: Callable[..., Any], *args: Any) -> Any:
+        with self._process.entered():
+            self._process.check()
+            answer = bound(*args)
+            self._process.check()
+            return answer
+
+    async def _await(self, bound: Callable[..., Any], *args: Any) -> Any:
+        return await bound(*args)
+
+    def close(self) -> None:
+        """Be told that the process is killed; what the kernel would take back is let go."""
+        self._process.end()
+        threading.Thread(target=self._let_go, daemon=True, name="let go").start()
+
+    def _let_go(self) -> None:
+        if not self._made.done() or self._made.exception() is not None:
+            return
+        body = self._made.result()
+        if isinstance(body, Worker):
+            _end_worker(body)
+        elif hasattr(body, "close"):
+            with suppress(Exception):
+                body.close()
+
+
+def _end_worker(body: Worker) -> None:
+    """Have a worker's threads stop to wait for others, and end."""
+    session = body._session
+    body.abandon(session.state.attempt if session is not None else 0)
+
+    def leave(_: object) -> None:
+        raise SystemExit
+
+    body._orders.put(leave)
+
+
+class Handle:
+    """An actor's handle: `handle.method.remote(...)` gives the reply."""
+
+    def __init__(self, actor: Actor) -> None:
+        self._actor = actor
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("__"):
+            raise AttributeError(method)
+        return SimpleNamespace(remote=functools.partial(_call, self._actor, method))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Handle, (self._actor,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Handle) and other._actor is self._actor
+
+    def __hash__(self) -> int:
+        return hash(id(self._actor))
+
+
+class _Kept(StoredObject):
+    """An object in the store; it is lost with the process that put it there."""
+
+    def __init__(self, value: Any, owner: Process) -> None:
+        super().__init__(value)
+        self.owner = owner
+
+
+class _Remote:
+    """What `ray.remote` gives of a class."""
+
+    def __init__(self, cluster: InMemoryRay, kind: type, options: dict[str, Any]) -> None:
+        self._cluster, self._kind, self._options = cluster, kind, options
+
+    def options(self, **options: Any) -> _Remote:
+        return _Remote(self._cluster, self._kind, {**self._options, **options})
+
+    def remote(self, *args: Any, **more: Any) -> Handle:
+        make = functools.partial(self._kind, *args, **more)
+        return self._cluster.spawn(str(self._options.get("name", "actor")), make, self._options)
+
+
+_ray: InMemoryRay | None = None
+_start = threading.Thread.start
+
+
+def _start_of_this_process(thread: threading.Thread) -> None:
+    """Have a thread be of the process that starts it."""
+    process, run = getattr(_here, "process", None), thread.run
+
+    def body() -> None:
+        _here.process = process
+        with suppress(Killed):
+            run()
+
+    thread.run = body  # type: ignore[method-assign]
+    _start(thread)
+
+
+def _placement_group(bundles: list[dict[str, float]], strategy: str) -> Any:
+    return SimpleNamespace(bundle_count=len(bundles), bundle_specs=bundles)
+
+
+def _call(actor: Actor, method: str, *args: Any) -> Any:
+    assert _ray is not None
+    process = this_process()
+    return _ray.transport(process).call(actor, method, *args)
+
+
+class InMemoryRay:
+    """
+    A cluster in this process, while it is entered.
+
+    Args:
+        nodes: how many; the driver is on the first.
+    """
+
+    def __init__(self, nodes: int = 1) -> None:
+        self.node_names = tuple(f"{number:056x}" for number in range(nodes))
+        self.cluster = LocalCluster()
+        self.processes: dict[str, Process] = {}  #: by the actor's name without that of the job
+        self._actors: dict[str, Actor] = {}
+        self._words: dict[bytes, bytes] = {}
+        self._changing = threading.RLock()
+        self._patches = ExitStack()
+
+    def __enter__(self) -> InMemoryRay:
+        global _ray
+        _ray = self
+        for target, stands_in in self._stand_ins():
+            for name, value in stands_in.items():
+                self._patches.enter_context(mock.patch.object(target, name, value))
+        return self
+
+    def _stand_ins(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Give what stands in for what, where it is looked up."""
+        calls = ("get", "put", "wait", "kill", "remote")
+        facts = ("nodes", "get_runtime_context", "is_initialized")
+        of_ray = (*calls, *facts, "available_resources", "cluster_resources")
+        words = ("put_first", "put", "get", "delete", "keys", "delete_all")
+        heard = functools.partial(HeadWatch, knock=lambda address: True)
+        groups = {"placement_group": _placement_group, "placement_group_table": lambda group: {}}
+        return [
+            (ray, {name: getattr(self, name) for name in of_ray}),
+            (ray.util, {"get_node_ip_address": lambda: "127.0.0.1"}),
+            (ray_compat, {name: getattr(self, f"word_{name}") for name in words}),
+            (ray_compat, {"free_resources": self.free_resources, "log_as": lambda name: None}),
+            (ray_compat, {"submission_id": lambda: None}),
+            (spawn, {**groups, "remove_placement_group": lambda group: None}),
+            (RayTransport, {"prefetch": lambda *args: None}),  # every object is everywhere
+            (hash_seed, {"options": dict}),
+            (launch, {"HeadWatch": heard}),
+            (controller_actor, {"_send_records": lambda outbox: None}),  # they are here already
+            (ray_groups, {"_register_with_ray": lambda group: None}),  # one register, many ranks
+            (threading.Thread, {"start": _start_of_this_process}),
+        ]
+
+    def __exit__(self, *error: object) -> None:
+        global _ray
+        for name in list(self._actors):
+            self.kill_process(name)
+        self.cluster.close()
+        self._patches.close()
+        _ray = None
+
+    def as_driver(self, work: Callable[[], Any]) -> Any:
+        """Call something in a process of its own, the driver; raises `Killed` if it is killed."""
+        process = self.processes["driver"] = Process("driver", self.node_names[0], None)
+        with process.entered():
+            return work()
+
+    def living(self, role: str) -> list[str]:
+        """Name the processes that live whose name begins so."""
+        with self._changing:
+            found = [one for one in self.processes.values() if not one.dead.done()]
+        return [one.name for one in found if one.name.startswith(role)]
+
+    def kill_process(self, name: str) -> bool:
+        """Kill a process, and the actors that it has made; say whether it lived."""
+        with self._changing:
+            process = self.processes.get(name)
+            if process is None or process.dead.done():
+                return False
+            owned = [one.name for one in self.processes.values() if one.owner is process]
+        actor = self._actors.get(name)
+        process.end()
+        if actor is not None:
+            actor.die("killed")
+        for other in owned:
+            self.kill_process(other)
+        return True
+
+    def spawn(self, name: str, make: Callable[[], Any], options: dict[str, Any]) -> Handle:
+        """Make an actor; returns at once."""
+        role = name.partition("/")[2] or name
+        strategy = options.get("scheduling_strategy")
+        with self._changing:
+            node = getattr(strategy, "node_id", None) or self._node_of(role)
+            process = self.processes[role] = Process(role, node, this_process())
+
+        def failed(why: str) -> None:
+            process.end()
+            self._actors[role].die(why)
+
+        body = functools.partial(_Body, process, make, failed)
+        actor = self._actors[role] = self.cluster.spawn(role, node, lambda transport: None)
+        actor.body = body()
+        return Handle(actor)
+
+    def _node_of(self, role: str) -> str:
+        """Give the node of a role: a replacement's is that of who was lost."""
+        number = re.search(r"\d+", role)
+        return self.node_names[int(number[0]) % len(self.node_names) if number else 0]
+
+    def ask(self, role: str, method: str, *args: Any) -> Any:
+        """
+        Call an actor from outside.
+
+        Raises:
+            TransportError, DistplatError: see `Transport.get`.
+        """
+        transport = self.cluster.transport(process="outside")
+        return transport.get(transport.call(self._actors[role], method, *args), 10.0)
+
+    def transport(self, process: Process) -> Any:
+        return self.cluster.transport(process.node, process.name)
+
+    # What follows has the names and arguments of Ray's own.
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def remote(self, kind: type | None = None, **options: Any) -> Any:
+        return (
+            (lambda kind: _Remote(self, kind, options)) if kind is None else _Remote(self, kind, {})
+        )
+
+    def get(self, reference: Any, timeout: float | None = None) -> Any:
+        process = this_process()
+        if isinstance(reference, _Kept) and reference.owner.dead.done():
+            raise exceptions.OwnerDiedError("00", None, "")
+        try:
+            self._wait_for([reference], 1, timeout)
+            answer = self.transport(process).get(reference, 0.0)
+        except NotHere:
+            raise exceptions.GetTimeoutError("nothing came in time") from None
+        except Unanswered as error:
+            raise exceptions.ActorUnavailableError(str(error), None) from None
+        except ActorDied as error:
+            raise exceptions.RayActorError(error_msg=f"lost\n{error}") from None
+        except (DistplatError, TransportError) as error:
+            raise exceptions.RayTaskError("a method", "", error) from None
+        process.check()
+        return answer
+
+    def wait(
+        self, references: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None
+    ) -> tuple[list[Any], list[Any]]:
+        done = self._wait_for(references, num_returns, timeout)[:num_returns]
+        return done, [one for one in references if one not in done]
+
+    def _wait_for(self, references: Sequence[Any], count: int, timeout: float | None) -> list[Any]:
+        process = this_process()
+        replies = [one for one in references if isinstance(one, Future)]
+        left = {*replies}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while len(replies) - len(left) < min(count, len(replies)):
+            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+            found = concurrent.futures.wait({*left, process.dead}, rest, "FIRST_COMPLETED").done
+            process.check()
+            if not found:
+                break
+            left -= found
+        return [one for one in references if one not in left]
+
+    def put(self, value: Any) -> Any:
+        return _Kept(value, this_process())
+
+    def kill(self, handle: Handle, no_restart: bool = True) -> None:
+        this_process()
+        self.kill_process(handle._actor.name)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "NodeID": node} for node in self.node_names]
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 1000.0}
+
+    cluster_resources = available_resources
+
+    def free_resources(self) -> dict[str, dict[str, float]]:
+        return {node: self.available_resources() for node in self.node_names}
+
+    def get_runtime_context(self) -> Any:
+        process = this_process()
+        return SimpleNamespace(
+            get_node_id=lambda: process.node,
+            get_actor_name=lambda: process.name,
+            get_assigned_resources=dict,
+            get_accelerator_ids=dict,
+            runtime_env={},
+            gcs_address="in memory",
+        )
+
+    def word_put_first(self, key: bytes, value: bytes) -> None:
+        this_process()
+        self._words.setdefault(key, value)
+
+    def word_put(self, key: bytes, value: bytes) -> None:
+        this_process()
+        self._words[key] = value
+
+    def word_get(self, key: bytes) -> bytes | None:
+        this_process()
+        return self._words.get(key)
+
+    def word_delete(self, key: bytes) -> None:
+        this_process()
+        self._words.pop(key, None)
+
+    def word_keys(self, prefix: bytes) -> list[bytes]:
+        this_process()
+        return [key for key in list(self._words) if key.startswith(prefix)]
+
+    def word_delete_all(self, prefix: bytes) -> None:
+        for key in self.word_keys(prefix):
+            self._words.pop(key, None)
