@@ -34,6 +34,7 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
 from distplat.actors.worker import Worker
 from distplat.platform.errors import DistplatError
+from distplat.platform.stop_order import StopOrder
 
 _here = threading.local()
 
@@ -164,7 +165,7 @@ class _Body:
 def _end_worker(body: Worker) -> None:
     """Have a worker's threads stop to wait for others, and end."""
     session = body._session
-    body.abandon(session.state.attempt if session is not None else 0)
+    body.stop(session.state.attempt if session is not None else 0, StopOrder.ABANDON)
 
     def leave(_: object) -> None:
         raise SystemExit

@@ -17,6 +17,7 @@ from distplat.actors.training import AttemptState, Session
 from distplat.actors.weights import Reply
 from distplat.actors.worker import Worker
 from distplat.platform.checkpoints import Delivery
+from distplat.platform.errors import Abandoned
 from distplat.platform.progress import StepReport
 from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.loop import Progress
@@ -121,7 +122,7 @@ def test_reports_are_told_again_where_the_answer_was_lost() -> None:
 def test_an_attempt_has_not_ended_before_its_last_report_is_told() -> None:
     """The question before was lost, and is asked again after the end."""
     worker, last = working(), StepReport(0, 4, 0, 0.5, 8, {})
-    ended = AttemptState(0, PauseGate(10), Progress(4, 5, left=True), b"model", Abandoned("over"))
+    ended = AttemptState(0, Progress(4, 5, left=True), b"model", Abandoned("over"))
     worker.poll(1, 0.0)
     worker._outbox.put(last)
     session(worker).state = ended
