@@ -97,6 +97,7 @@ def render_job(job: Job) -> str:
     unused: dict[str, Any] = {
         "lr_schedule": job.lr_schedule.idle_fields(),
         "evaluation": job.evaluation.idle_fields(),
+        "data": job.data.idle_fields(),
         **dict.fromkeys(OF_TASKS if job.own_loop else ["own_loop"], True),
     }
     data = job.model_dump(exclude=unused)

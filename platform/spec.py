@@ -145,7 +145,17 @@ class Data(Spec):
     num_workers: Index = Field(0, le=256)
     """Loader processes per rank, as in torch's DataLoader; 0: load in the training thread."""
     prefetch_factor: Count = Field(2, le=1024)
-    """Batches that each loader process keeps ready; has effect with num_workers > 0."""
+    """Batches that each loader process keeps ready; needs num_workers > 0."""
+    persistent_workers: Flag = False
+    """Keep the loader processes of evaluations from one to the next; needs num_workers > 0. Those
+    of the training data live as long as the run in any case."""
+    pin_memory: Flag | None = None
+    """Put batches into page-locked memory, from which copies to a GPU go on beside the computing;
+    None: with GPUs and loader processes. It needs GPUs."""
+
+    def idle_fields(self) -> set[str]:
+        """Name the fields that have no effect beside the others."""
+        return set() if self.num_workers else {"prefetch_factor", "persistent_workers"}
 
     @model_validator(mode="before")
     @classmethod
@@ -326,6 +336,7 @@ class Job(Spec):
         return [
             *_length_problems(self),
             *_batch_problems(self),
+            *_data_problems(self),
             *_gpu_problems(self),
             *_precision_problems(self),
             *_optimizer_problems(self),
@@ -430,6 +441,20 @@ def length_problems(schedule: NamedSchedule, steps: int) -> list[Problem]:
         return []
     text = f"with `warmup_steps` more than all steps of the run, which are {steps}"
     return [Problem(("lr_schedule", "decay_steps"), text)]
+
+
+def _data_problems(job: Job) -> list[Problem]:
+    """What torch refuses in the workers, or passes over with a warning."""
+    data, written = job.data, job.data.model_fields_set
+    found = [
+        Problem(("data", field), "has no effect without loader processes", "give num_workers, too")
+        for field in sorted(data.idle_fields() & written)
+        if field != "persistent_workers" or data.persistent_workers
+    ]
+    if data.pin_memory and not job.scaling.use_gpu:
+        text = "has no effect without GPUs: torch pins no memory then"
+        found.append(Problem(("data", "pin_memory"), text, "remove it, or set scaling.use_gpu"))
+    return found
 
 
 def _evaluation_problems(job: Job) -> list[Problem]:

@@ -52,8 +52,8 @@ from distplat.strategies.loop.streams import (
 from distplat.strategies.torch_compat import outside_loaders
 
 _WHERE = "prepare() got a DataLoader whose data set"
-_HASHED = 8
-"""Samples after a position by which it is recognised."""
+_HASHED = 2
+"""Samples after a position by which it is recognised: one is made before each batch."""
 
 
 @dataclass

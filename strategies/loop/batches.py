@@ -144,14 +144,6 @@ def fingerprint_of_batch(data: Dataset[Any]) -> int:
     return data.fingerprint if isinstance(data, StreamSamples) else 0
 
 
-def eval_batches(job: Job, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
-    """Give the collated batches of some samples, `size` or fewer in each, and the numbers."""
-    seed = evaluation_data_seed(job.seed)
-    groups = [ids[i : i + size] for i in range(0, len(ids), size)]
-    plan = [Run(seed, group.start, [*group]) for group in groups]
-    return zip(Loader(job, data, plan), map(len, groups), strict=True)
-
-
 def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     """Give some samples, collated."""
     return Samples(data).__getitems__(Run(0, 0, ids))
@@ -181,7 +173,7 @@ class Loader:
             num_workers=count,
             prefetch_factor=job.data.prefetch_factor if count else None,
             multiprocessing_context=self._context,
-            pin_memory=job.scaling.use_gpu and count > 0,
+            pin_memory=_pins(job),
             persistent_workers=persistent and count > 0,
             generator=torch.Generator(),  # the global one is not to be drawn from
         )
@@ -192,6 +184,70 @@ class Loader:
         if self._context is not None:
             self._context.open_and_forget(self._timeout_s)
         return batches
+
+
+def _pins(job: Job) -> bool:
+    """Say whether batches are put into page-locked memory."""
+    if job.data.pin_memory is not None:
+        return job.data.pin_memory
+    return job.scaling.use_gpu and job.data.num_workers > 0
+
+
+class _Plans:
+    """A torch `batch_sampler` whose plan is another one each time that it is gone through."""
+
+    def __init__(self) -> None:
+        self.now: Iterable[Run] = ()
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.now)
+
+
+class KeptLoader:
+    """
+    One loader for several plans; its processes, if it has some, live as long as it does.
+
+    Args:
+        job: how the data is loaded.
+        data: the samples.
+    """
+
+    def __init__(self, job: Job, data: Dataset[Any]) -> None:
+        self._plans = _Plans()
+        self._loader = Loader(job, data, self._plans, persistent=True)
+
+    def batches(self, plan: Iterable[Run]) -> Iterator[Any]:
+        """Give the batches of a plan; those of the one before have been read."""
+        self._plans.now = plan
+        return iter(self._loader)
+
+
+class EvalLoader:
+    """
+    Reads evaluation data, as often as there are evaluations.
+
+    Args:
+        job: how the data is loaded.
+        task: may make batches.
+    """
+
+    def __init__(self, job: Job, task: Task) -> None:
+        self._job, self._task = job, task
+        self._kept: tuple[Dataset[Any], KeptLoader] | None = None
+
+    def batches(self, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
+        """Give the collated batches of some samples, `size` or fewer in each, and the numbers."""
+        seed = evaluation_data_seed(self._job.seed)
+        groups = [ids[i : i + size] for i in range(0, len(ids), size)]
+        plan = [Run(seed, group.start, [*group]) for group in groups]
+        return zip(self._planned(data, plan), map(len, groups), strict=True)
+
+    def _planned(self, data: Dataset[Any], plan: Iterable[Run]) -> Iterator[Any]:
+        if not self._job.data.persistent_workers:
+            return iter(Loader(self._job, batches_by(self._task, data), plan))
+        if self._kept is None or self._kept[0] is not data:
+            self._kept = data, KeptLoader(self._job, batches_by(self._task, data))
+        return self._kept[1].batches(plan)
 
 
 class Samples(Dataset[Any]):

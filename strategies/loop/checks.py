@@ -202,6 +202,8 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
             "it could be evaluated: it is after the last step, or give `evaluation.every_steps`"
         )
     fields = [field for field, _ in watching(job)]
+    if job.data.persistent_workers:
+        fields.append(("data", "persistent_workers"))
     if eval_data is None and fields:
         text = "needs evaluations, and the task's eval_data() gives no data"
         raise SpecError(*(Problem(field, text, "write eval_data()") for field in fields))

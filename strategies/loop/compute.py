@@ -14,13 +14,12 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from distplat.platform.even_split import split_evenly
-from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import (
-    Loader,
+    EvalLoader,
+    KeptLoader,
     Run,
     batches_by,
-    eval_batches,
     fingerprint_of_batch,
     micro_batches,
     runs,
@@ -178,6 +177,7 @@ class WholeModel(Compute):
         self.last_backward, self.rank, self.alive = last_backward, rank, alive
         self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
         self._doubts = LossDoubts(self.task, self.flat.model)
+        self._evaluated = EvalLoader(self.job, self.task)
         self._scale = prepared.loss_scale
         self._weights, self.metrics = prepared.weights, TaskMetrics(prepared.task)
 
@@ -254,10 +254,10 @@ class WholeModel(Compute):
     def _plan(self, step: int) -> list[Any]:
         return self.sampler.micro_batches(step, self.rank, self.job.gradient_accumulation)
 
-    def _eval_batches(self, data: Any) -> Iterator[tuple[Any, int]]:
+    def _eval_batches(self, data: Dataset[Any]) -> Iterator[tuple[Any, int]]:
         size = max(1, self.job.global_batch_size // self.job.scaling.world)
-        part = self._eval_part(len(data))
-        return eval_batches(self.job, batches_by(self.task, data), part, size)
+        part = self._eval_part(len(data))  # type: ignore[arg-type]
+        return self._evaluated.batches(data, part, size)
 
     def _eval_part(self, samples: int) -> range:
         """Give this rank's samples of the evaluation data."""
@@ -286,17 +286,26 @@ class TaskModel(WholeModel, Compute):
         self, prepared: Prepared, last_backward: Callable[[], None], alive: Callable[[], None]
     ) -> None:
         super().__init__(prepared, last_backward, 0, alive)
-        self._reading = _Reading(self.job, batches_by(self.task, self.data), self.sampler)
+        self._loader: KeptLoader | None = None
 
     def read(self, tasks: range) -> None:
         """Begin to read the data of these tasks; all those before have been made."""
-        if tasks:
-            self._batches = self._reading.begin(tasks)
+        if not tasks:
+            return
+        data = batches_by(self.task, self.data)
+        if self._loader is None:
+            self._loader = KeptLoader(self.job, data)
+        self._batches = unmarked(data, self._loader.batches(self._runs(tasks)))
+
+    def _runs(self, tasks: range) -> Iterator[Run]:
+        for task in tasks:
+            step, part = divmod(task, self.sampler.world)
+            micro, marked = self.job.gradient_accumulation, self.job.checkpoint.wanted
+            yield from runs(self.sampler, step, part, micro, marked=marked)
 
     def close(self) -> None:
         """End the loader's processes: they would outlive this one if it is killed."""
-        self._batches = iter(())
-        self._reading.close()
+        self._batches, self._loader = iter(()), None
 
     @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
@@ -318,30 +327,3 @@ class TaskModel(WholeModel, Compute):
             return super()._eval_part(samples)
         # Parts are made by whoever is free, so nobody could put the states of several together.
         return range(samples if self.rank == 0 else 0)
-
-
-class _Reading:
-    """One loader for all leases; its processes, if it has some, live as long as it does."""
-
-    def __init__(self, job: Job, data: Dataset[Any], sampler: Sampler) -> None:
-        self._job, self._data, self._sampler = job, data, sampler
-        self._loader: Loader | None = None
-        self._tasks = range(0)
-
-    def begin(self, tasks: range) -> Iterator[Any]:
-        """Give the micro-batches of some tasks, collated."""
-        self._tasks = tasks
-        if self._loader is None:
-            self._loader = Loader(self._job, self._data, self, persistent=True)
-        return unmarked(self._data, iter(self._loader))
-
-    def close(self) -> None:
-        """Let go of the loader; its processes end with it."""
-        self._loader = None
-
-    def __iter__(self) -> Iterator[Run]:
-        """Be a torch `batch_sampler`."""
-        for task in self._tasks:
-            step, part = divmod(task, self._sampler.world)
-            micro, marked = self._job.gradient_accumulation, self._job.checkpoint.wanted
-            yield from runs(self._sampler, step, part, micro, marked=marked)

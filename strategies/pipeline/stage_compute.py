@@ -20,7 +20,7 @@ from typing_extensions import override
 from distplat.platform.even_split import split_evenly
 from distplat.platform.grid import Position
 from distplat.strategies.algorithms.seeds import mixed
-from distplat.strategies.loop.batches import batches_by, eval_batches, micro_batches
+from distplat.strategies.loop.batches import EvalLoader, batches_by, micro_batches
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
 from distplat.strategies.loop.loss_check import LossDoubts
@@ -74,6 +74,7 @@ class Pipeline(Compute):
         self._ends = settings.at.stage == settings.stages - 1
         self._batches: Iterator[Any] = iter(())
         self._doubts = LossDoubts(prepared.task, prepared.flat.model)
+        self._evaluated = EvalLoader(prepared.job, prepared.task)
         self._metrics = TaskMetrics(prepared.task)
         self.share = Share()  #: what this rank had of the last step
 
@@ -122,8 +123,7 @@ class Pipeline(Compute):
         sizes = [min(size, stop - at) for at in range(start, stop, size)]
         batches: Iterator[Any] = iter(())
         if self._begins or self._ends:
-            made = batches_by(self._p.task, data)
-            loaded = eval_batches(self._p.job, made, range(start, stop), size)
+            loaded = self._evaluated.batches(data, range(start, stop), size)
             batches = (batch for batch, _ in loaded)
         for at in range(0, len(sizes), _WINDOW):
             some = sizes[at : at + _WINDOW]

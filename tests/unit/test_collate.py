@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
 from distplat.platform.sampler import Sampler
-from distplat.strategies.loop.batches import batches_by, eval_batches
+from distplat.strategies.loop.batches import EvalLoader, batches_by
 
 SAMPLES, BATCH, STEPS = 24, 6, 6
 
@@ -132,8 +132,8 @@ class Drawing(Padded):
 
 def draws(samples: Dataset[Any], loaders: int) -> list[Drawn]:
     job = job_of("ring", 1, data={"num_workers": loaders})
-    data = batches_by(Drawing(), samples)
-    return [batch for batch, _ in eval_batches(job, data, range(SAMPLES), 5)]
+    loader = EvalLoader(job, Drawing())
+    return [batch for batch, _ in loader.batches(samples, range(SAMPLES), 5)]
 
 
 @pytest.mark.parametrize("samples", [Classified(SAMPLES), TensorDataset(torch.zeros(SAMPLES))])

@@ -16,6 +16,7 @@ from local_run import LocalRun, train
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
+from distplat.strategies.loop.batches import EvalLoader
 from distplat.strategies.loop.loss_check import LossDoubts
 from distplat.strategies.model.layers import Layer, layers_of
 from distplat.strategies.model.meta import materialise
@@ -186,8 +187,8 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return batches
 
-    for name in ("micro_batches", "eval_batches"):
-        monkeypatch.setattr(stage_compute, name, read_under_lock(getattr(stage_compute, name)))
+    for owner, name in ((stage_compute, "micro_batches"), (EvalLoader, "batches")):
+        monkeypatch.setattr(owner, name, read_under_lock(getattr(owner, name)))
     look = LossDoubts.look
     monkeypatch.setattr(LossDoubts, "look", under_lock(look))  # puts generators back
     # What a rank tries while others train is not to put their generator back.

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_random_numbers import Noise, job
+from test_random_numbers import Dropping, Noise, job
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distplat.strategies.loop.batches import Loader, Run, make_sampler, micro_batches
+from distplat.strategies.loop.batches import EvalLoader, Loader, Run, make_sampler, micro_batches
 from distplat.strategies.loop.loaders import LoaderContext, ready_loaders
 
 HERE = Path(__file__).parent
@@ -125,6 +125,48 @@ class Broken(Dataset[Any]):
         if index == 5:
             raise LookupError("sample 5 is gone")
         return index, torch.zeros(1)
+
+
+class Pids(Dataset[int]):
+    """Each sample is the process that reads it."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_evaluations_keep_their_loader_processes_if_they_are_to(kept: bool) -> None:
+    data = {"num_workers": 2, "persistent_workers": kept}
+    samples, loader = Pids(), EvalLoader(job(data=data), Dropping())
+    found = [
+        {int(pid) for batch, _ in loader.batches(samples, range(4), 2) for pid in batch}
+        for _ in range(2)
+    ]
+    assert [len(one) for one in found] == [2] * 2
+    assert (found[0] == found[1]) == kept
+    children = {one.pid for one in active_children()}
+    assert found[1] <= children if kept else not found[1] & children
+    del loader
+    assert not found[1] & {one.pid for one in active_children()}, "it takes them with it"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, False),
+        ({"num_workers": 1}, True),
+        ({"pin_memory": True}, True),
+        ({"num_workers": 1, "pin_memory": False}, False),
+    ],
+)
+def test_batches_are_pinned_for_a_gpu(given: dict[str, Any], expected: bool) -> None:
+    """No card is needed to see what torch's loader is told."""
+    with_gpu = job(data=given, scaling={"num_workers": 1, "use_gpu": True})
+    for one, pinned in ((with_gpu, expected), (job(), False)):
+        assert Loader(one, Pids(), [])._loader.pin_memory is pinned
 
 
 def test_an_exception_in_a_loader_comes_out() -> None:

@@ -17,7 +17,7 @@ import distplat
 from distplat.actors.task_loading import load_task_class
 from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import (
-    eval_batches,
+    EvalLoader,
     make_sampler,
     may_draw,
     micro_batches,
@@ -107,7 +107,7 @@ def test_a_data_set_that_reads_whole_batches_has_one_seed_for_each() -> None:
 def test_evaluation_samples_draw_the_same_each_time() -> None:
     found = []
     for loaders, size in ((0, 4), (0, 3), (2, 4)):
-        batches = eval_batches(job(loaders=loaders), Noise(), range(2, 9), size)
+        batches = EvalLoader(job(loaders=loaders), Dropping()).batches(Noise(), range(2, 9), size)
         found.append(torch.cat([numbers for (_, numbers), _ in batches]).tolist())
     assert found[0] == found[1] == found[2]
     assert len({numbers[0] for numbers in found[0]}) == 7

@@ -77,6 +77,20 @@ def job(**changes: Any) -> Job:
             ["lr_schedule.every_steps: the schedule 'step' needs it, >= 1"],
         ),
         (
+            {"data": {"prefetch_factor": 4, "persistent_workers": True, "pin_memory": True}},
+            [
+                "data.persistent_workers: has no effect without loader processes"
+                "\n  hint: give num_workers, too",
+                "data.prefetch_factor: has no effect without loader processes"
+                "\n  hint: give num_workers, too",
+                "data.pin_memory: has no effect without GPUs: torch pins no memory then"
+                "\n  hint: remove it, or set scaling.use_gpu",
+            ],
+        ),
+        ({"data": {"num_workers": 1, "prefetch_factor": 4, "persistent_workers": True}}, []),
+        ({"data": {"pin_memory": True}, "scaling": {"use_gpu": True}}, []),
+        ({"data": {"pin_memory": False, "persistent_workers": False}}, []),
+        (
             {"epochs": 1, "global_batch_size": 1, "gradient_accumulation": 2},
             [
                 "epochs: give `epochs` or `steps`, got both",
