@@ -127,17 +127,17 @@ class HeadApart:
         """Have a head."""
         if any(one.name() == "gcs_server" for one in self._processes()):
             return
-        self.close()
-        command = [sys.executable, __file__]
-        self._keeper = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._keeper.stdout is not None
-        while not self.address:
-            line = self._keeper.stdout.readline()
-            if not line:
-                raise RuntimeError("no head came up")
-            self.address = line.partition(_ADDRESS)[2].strip()
+        for _ in range(_TRIES):
+            self.close()
+            command = [sys.executable, __file__]
+            self._keeper = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for line in self._keeper.stdout or ():
+                self.address = line.partition(_ADDRESS)[2].strip()
+                if self.address:
+                    return
+        raise RuntimeError("no head came up")
 
     def named_actors(self) -> list[str]:
         """Nobody outside of the cluster can ask."""
@@ -176,6 +176,8 @@ class HeadApart:
 
 
 _ADDRESS = "address of the head: "
+_TRIES = 3
+"""Ray gives a node 30 s to come up, which a busy machine may exceed."""
 
 
 def _keep_head() -> None:

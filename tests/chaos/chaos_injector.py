@@ -207,7 +207,8 @@ class Injector(threading.Thread):
     def end(self) -> None:
         """Stop, and undo what is still to be undone."""
         self._over.set()
-        self.join(GONE_WITHIN_S + 60)
+        if self.ident is not None:  # else it was never started
+            self.join(GONE_WITHIN_S + 60)
         for _, undo in self._undo:
             with contextlib.suppress(OSError):
                 undo()
