@@ -1,5 +1,6 @@
 """The Ray clusters of the grid: nodes on this host, one or several, that are its own."""
 
+import contextlib
 import os
 import secrets
 import signal
@@ -95,16 +96,105 @@ class OneCluster:
 
     def start_driver(self, command: list[str], **more: Any) -> "subprocess.Popen[bytes]":
         """Start a driver of this cluster."""
-        # A grid in the background ignores SIGINT, and so would its drivers.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        return subprocess.Popen(command, env=environ, start_new_session=True, **more)
+        return _start_driver(command, **more)
 
     def close(self) -> None:
         """End it."""
         self.mend()
         ray.shutdown()
         self._cluster.shutdown()
+
+
+class HeadApart:
+    """
+    A cluster of one node whose head may die: a process of its own starts it.
+
+    Ray ends all processes that are connected to a head which is gone, and the grid is not to be
+    one of them. What Ray waits for a head to come back is shortened.
+    """
+
+    def __init__(self) -> None:
+        os.environ["PYTHONHASHSEED"] = "0"  # as for a run's own Ray, so that workers start at once
+        os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "15"
+        self._keeper: subprocess.Popen[str] | None = None
+        self.address = ""
+
+    def worker_resources(self, world: int) -> Mapping[str, float]:
+        """Say what each of so many workers asks for."""
+        return {"CPU": 0.5}
+
+    def before_run(self) -> None:
+        """Have a head."""
+        if any(one.name() == "gcs_server" for one in self._processes()):
+            return
+        for _ in range(_TRIES):
+            self.close()
+            command = [sys.executable, __file__]
+            self._keeper = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for line in self._keeper.stdout or ():
+                self.address = line.partition(_ADDRESS)[2].strip()
+                if self.address:
+                    return
+        raise RuntimeError("no head came up")
+
+    def named_actors(self) -> list[str]:
+        """Nobody outside of the cluster can ask."""
+        return []
+
+    def hit_node(self, action: int | str) -> str:
+        """See `Nodes`."""
+        raise LookupError("there is one node only")
+
+    def mend(self) -> None:
+        """See `Nodes`."""
+
+    def start_driver(self, command: list[str], **more: Any) -> "subprocess.Popen[bytes]":
+        """Start a driver of this cluster."""
+        return _start_driver(command, **more)
+
+    def close(self) -> None:
+        """End it."""
+        left = self._processes()
+        if self._keeper is not None:
+            self._keeper.kill()
+            self._keeper.wait()
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self._keeper, self.address = None, ""
+
+    def _processes(self) -> list[psutil.Process]:
+        if self._keeper is None:
+            return []
+        try:
+            found = psutil.Process(self._keeper.pid).children(recursive=True)
+        except psutil.Error:
+            return []
+        return [one for one in found if one.status() != psutil.STATUS_ZOMBIE]
+
+
+_ADDRESS = "address of the head: "
+_TRIES = 3
+"""Ray gives a node 30 s to come up, which a busy machine may exceed."""
+
+
+def _keep_head() -> None:
+    """Start a head, say where it is, and end with whoever has started this."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**NODE, "num_cpus": 32, "include_dashboard": False}
+    )
+    print(f"{_ADDRESS}{cluster.address}", flush=True)
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+def _start_driver(command: list[str], **more: Any) -> "subprocess.Popen[bytes]":
+    # A grid in the background ignores SIGINT, and so would its drivers.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, env=environ, start_new_session=True, **more)
 
 
 def _raylet(node: Any) -> psutil.Process:
@@ -141,3 +231,10 @@ class AnyCluster(Protocol):
 
     def start_driver(self, command: list[str], **more: Any) -> "subprocess.Popen[bytes]":
         """Start a driver of this cluster."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+if __name__ == "__main__":
+    _keep_head()

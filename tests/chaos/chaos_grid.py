@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from chaos_cluster import OneCluster, with_token
+from chaos_cluster import AnyCluster, HeadApart, OneCluster, with_token
 from chaos_rows import ALL, ROWS
 from chaos_trial import Outcome, Runs
 
@@ -38,13 +38,18 @@ def main() -> int:
     outcomes = earlier(folder)
     done = {(one.row, one.strategy, one.seed) for one in outcomes}
     deadline = time.monotonic() + args.minutes * 60
-    for nodes in (0, 1, 3):
-        wanted = [one for one in _trials(args) if ROWS[one[0]].nodes == nodes and one not in done]
+    for nodes, apart in ((0, False), (1, False), (3, False), (1, True)):
+        wanted = [
+            (name, strategy, seed)
+            for name, strategy, seed in _trials(args)
+            if (ROWS[name].nodes, ROWS[name].apart) == (nodes, apart)
+            and (name, strategy, seed) not in done
+        ]
         if not wanted:
             continue
-        cluster = OneCluster(nodes) if nodes else None
+        cluster: AnyCluster | None = HeadApart() if apart else OneCluster(nodes) if nodes else None
         try:
-            runs = Runs(cluster, folder / f"nodes-{nodes}")
+            runs = Runs(cluster, folder / ("apart" if apart else f"nodes-{nodes}"))
             for name, strategy, seed in wanted:
                 if time.monotonic() > deadline:
                     break

@@ -8,6 +8,7 @@ was there, and is gone (SIGKILL) or stopped (SIGSTOP) afterwards.
 import contextlib
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -48,9 +49,9 @@ class Deed:
     """At which step, or the first one after it that this rank makes."""
     victim: str = "self"
     """`self`, `worker-1`, `workers` (all of them), `server`, `servers`, `primary` (of a shard whose
-    backup is ready), a role of `TITLES`, `driver`, `disk`, `node`."""
+    backup is ready), a role of `TITLES`, `driver`, `disk`, `node`, `head` (of the cluster)."""
     action: int | str = signal.SIGKILL
-    """A signal; for `self` also what the task does itself, for `disk` `fill` or `read-only`, for
+    """A signal; for `self` also what the task does itself, for `disk` an action of `Disk`, for
     the link of a `node` `cut` or `slow`."""
     hold: bool = True
     """Whether who gets there waits until it is done; else only for what it waits for itself."""
@@ -119,6 +120,12 @@ class Disk:
     run: Callable[[list[str]], None]
     """Runs a command as root."""
     ballast: list[Path] = field(default_factory=list)
+    _covered: bool = False  #: by a mount that nobody may write to
+
+    def act(self, action: int | str) -> str:
+        """Do something to it (`fill`, `read-only`, `remove`); give a proof."""
+        actions = {"fill": self.fill, "read-only": self.read_only, "remove": self.remove}
+        return actions[str(action)]()
 
     def fill(self) -> str:
         """Leave no byte."""
@@ -133,13 +140,33 @@ class Disk:
         return ""
 
     def read_only(self) -> str:
-        """Let nobody write. A file that is open for writing keeps a disk from it: those go on."""
-        self.run(["mount", "-o", "remount,ro", str(self.path)])
-        return "mounted read-only" if os.statvfs(self.path).f_flag & os.ST_RDONLY else ""
+        """
+        Let nobody open a file to write; those that are open for it go on.
+
+        They would keep the disk itself from it, and so it is mounted once more, above itself.
+        """
+        self.run(["mount", "--bind", str(self.path), str(self.path)])
+        self._covered = True
+        self.run(["mount", "-o", "remount,bind,ro", str(self.path)])
+        try:
+            (self.path / "probe").touch()
+        except OSError as error:
+            return f"EROFS: {error.strerror}"
+        return ""
+
+    def remove(self) -> str:
+        """Delete all run directories."""
+        found = [path.parent for path in self.path.glob("*/job.yaml")]
+        for path in found:
+            shutil.rmtree(path, ignore_errors=True)
+        gone = [path.name for path in found if not (path / "job.yaml").exists()]
+        return f"deleted: {', '.join(gone)}" if gone else ""
 
     def mend(self) -> None:
         """Let everybody write again."""
-        self.run(["mount", "-o", "remount,rw", str(self.path)])
+        if self._covered:
+            self._covered = False
+            self.run(["umount", "-l", str(self.path)])
         for path in self.ballast:
             path.unlink(missing_ok=True)
         self.ballast.clear()
@@ -180,7 +207,8 @@ class Injector(threading.Thread):
     def end(self) -> None:
         """Stop, and undo what is still to be undone."""
         self._over.set()
-        self.join(GONE_WITHIN_S + 60)
+        if self.ident is not None:  # else it was never started
+            self.join(GONE_WITHIN_S + 60)
         for _, undo in self._undo:
             with contextlib.suppress(OSError):
                 undo()
@@ -221,7 +249,7 @@ class Injector(threading.Thread):
         if deed.victim == "disk":
             disk = self.scene.disk
             assert disk is not None
-            proof = disk.fill() if deed.action == "fill" else disk.read_only()
+            proof = disk.act(deed.action)
             self._later(deed, disk.mend)
             return proof
         if deed.victim == "node":
@@ -261,6 +289,8 @@ class Injector(threading.Thread):
             return [self._worker(role)]
         if role == "primary":
             return [psutil.Process(self._primary())]
+        if role == "head":
+            return [head_process()]
         found = list(actors(TITLES[role.removesuffix("s") if role == "servers" else role]))
         if not found:
             raise LookupError(f"no process of {role}")
@@ -301,6 +331,20 @@ def actors(title: str) -> Iterator[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             if re.match(rf"ray::{title}\b", " ".join(process.cmdline())):
                 yield process
+
+
+def head_process() -> psutil.Process:
+    """
+    Give the process of the cluster's head that this process, or a child of it, has started.
+
+    Raises:
+        LookupError: there is none.
+    """
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "gcs_server":
+                return process
+    raise LookupError("no process of the cluster's head")
 
 
 def inner_pid(pid: int) -> int:

@@ -57,6 +57,8 @@ class Plan:
     """What becomes of the newest checkpoint in between: `flip` or `cut`."""
     small_disk: bool = False
     """The run directory is on a disk of its own."""
+    pause_s: float = 0.02
+    """Seconds that each step takes at least."""
     max_failures: int = 6
     quiet: bool = False
     """Nothing of it may be taken for a failure."""
@@ -72,18 +74,20 @@ class Row:
     plan: Callable[[str, Random], Plan]
     nodes: int = 1
     """Of the cluster; 0: it needs none, and the plan is of no account."""
+    apart: bool = False
+    """The grid is no part of the cluster, whose head may die."""
 
 
 ROWS: dict[str, Row] = {}
 
 
 def row(
-    name: str, what: str, strategies: tuple[str, ...] = ALL, nodes: int = 1
+    name: str, what: str, strategies: tuple[str, ...] = ALL, nodes: int = 1, apart: bool = False
 ) -> Callable[[Callable[[str, Random], Plan]], Callable[[str, Random], Plan]]:
     """Enter a function as the row's plan."""
 
     def enter(plan: Callable[[str, Random], Plan]) -> Callable[[str, Random], Plan]:
-        ROWS[name] = Row(name, what, strategies, plan, nodes)
+        ROWS[name] = Row(name, what, strategies, plan, nodes, apart)
         return plan
 
     return enter
@@ -335,6 +339,21 @@ def _(strategy: str, draw: Random) -> Plan:
     return Plan((deed,), width=WIDE, small_disk=True, codes=(5,))
 
 
+@row("F29", "the run directory is deleted: exit code 5")
+def _(strategy: str, draw: Random) -> Plan:
+    return _without_disk(strategy, "remove", draw)
+
+
+@row("F29-read-only", "a disk that nobody may write to any more: exit code 5")
+def _(strategy: str, draw: Random) -> Plan:
+    return _without_disk(strategy, "read-only", draw)
+
+
+def _without_disk(strategy: str, action: str, draw: Random) -> Plan:
+    deed = Deed(inside(draw), 0, some_step(draw), "disk", action, saved=draw.random() < 0.5)
+    return Plan((deed,), small_disk=True, codes=(5,))
+
+
 @row("F30", "stopped, its newest checkpoint damaged, resumed from the one before")
 def _(strategy: str, draw: Random) -> Plan:
     deed = Deed("forward", 0, 3 * EVERY + 2, "driver", int(signal.SIGINT), saved=True)
@@ -382,13 +401,31 @@ def _(strategy: str, draw: Random) -> Plan:
 
 @row("F19", "SIGKILL a node with workers", nodes=3)
 def _(strategy: str, draw: Random) -> Plan:
-    return Plan((Deed(inside(draw), 0, late_step(strategy, draw), "node", saved=True),))
+    return _node(strategy, draw)
 
 
 @row("F20", "SIGSTOP a node's raylet for 12 s, then SIGCONT", nodes=3)
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed(inside(draw), 0, late_step(strategy, draw), "node", STOP, saved=True, undo_s=12.0)
-    return Plan((deed,))
+    return _node(strategy, draw, action=STOP, undo_s=12.0)
+
+
+def _node(strategy: str, draw: Random, **more: Any) -> Plan:
+    """
+    Hit a node, whose processes live on for a while.
+
+    Under `hybrid` they are not waited for, and the steps that are left must take longer than Ray
+    takes to notice.
+    """
+    if strategy != "hybrid":
+        step, pause_s = late_step(strategy, draw), 0.02
+    else:
+        step, pause_s = EVERY + draw.randrange(4), 1.5
+    return Plan((Deed(inside(draw), 0, step, "node", saved=True, **more),), pause_s=pause_s)
+
+
+@row("F21", "SIGKILL the head of the cluster; resume on another one", apart=True)
+def _(strategy: str, draw: Random) -> Plan:
+    return _ended(strategy, "head", KILL, draw, codes=(4,))
 
 
 def _no_plan(strategy: str, draw: Random) -> Plan:

@@ -193,6 +193,7 @@ class OneRun:
             problems.append(f"exit code {code}, not one of {codes}: {self._last_words()}")
         elif self._plan.resumes:
             problems += self._damage()
+            self._cluster.before_run()  # where its head has died
             code = self._drive(("--resume", str(self._directories()[0])))
             if code != 0:
                 problems.append(f"resumed: exit code {code}: {self._last_words()}")
@@ -243,7 +244,7 @@ class OneRun:
             "task_args": {
                 **task,
                 "per_step": per_step,
-                "pause": 0.02 / per_step,
+                "pause": plan.pause_s / per_step,
                 "stateful": name != "ps-async",
             },
             "strategy": {**STRATEGIES[name], **plan.options},
