@@ -1,6 +1,6 @@
 # demo: train the digits example under two strategies.   test: everything that CI runs.
 # test-all: the same, the slow cluster tests, minutes of drawn trainings, and more kills.
-# chaos: faults of every kind, on real processes, an hour.   soak: random ones, half an hour.
+# chaos: faults of every kind, on real processes, an hour.   soak: random ones, three quarters.
 # check: format, lint, types.   fmt: mend format and lint.   bench: compare with peers.
 # Each target does all the set-up it needs, on a fresh machine too.
 
@@ -33,6 +33,7 @@ chaos: $(VENV)/.installed
 	$(BIN)/python tests/chaos/chaos_grid.py
 
 soak: $(VENV)/.installed
+	$(BIN)/python tests/chaos/chaos_memory.py --minutes 15
 	$(BIN)/python tests/chaos/chaos_soak.py
 
 check: $(VENV)/.installed

@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -130,8 +131,8 @@ class Soak:
             shutil.rmtree(run.folder)
         lasted = time.monotonic() - began
         fired = run.injector.fired
-        how = run.drivers, run.reasons
-        return Outcome(seed, setting, deeds, fired, run.problems, lasted, *how)
+        ends = run.drivers, run.reasons
+        return Outcome(seed, setting, deeds, fired, run.problems, lasted, *ends)
 
     def undisturbed(self, setting: Setting) -> Finished:
         """Give what comes of the job without a fault; made once."""
@@ -174,7 +175,7 @@ class OneRun:
 
     def make(self) -> None:
         """Run it to its end; where driver or controller is lost, be the user who resumes it."""
-        with ExitStack() as around, _log_in(self.folder / "log.txt"):
+        with ExitStack() as around, _LogFile(self.folder / "log.txt"):
             around.enter_context(self.ray)
             self.ray.cluster.add_rule(self.injector.rule)
             around.enter_context(mock.patch.object(chaos_memory_task, "heard", self.injector.reach))
@@ -232,8 +233,7 @@ class OneRun:
         job["task"] = f"chaos_memory_task:{self.setting.task}"
         found = self.directories()
         whole = [one for one in found if any(one.glob("checkpoints/step-" + "[0-9]" * 6))]
-        here = str(HERE)
-        more: dict[str, Any] = {"working_dir": here, "progress": False, "log_to_driver": False}
+        more: dict[str, Any] = {"working_dir": str(HERE), "progress": False, "log_to_driver": False}
         return Trainer(job, resume=whole[-1] if whole else None, **more)
 
     def directories(self) -> list[Path]:
@@ -263,7 +263,7 @@ class OneRun:
                 if line["kind"] == "step":
                     whole = line["samples"] == self.setting.fields["global_batch_size"]
                     losses[line["step"]] = line["loss"] if whole else math.nan
-                elif line["kind"] == "eval":
+                elif line["kind"] == "evaluation":
                     metrics[line["step"]] = line["metrics"]
         return losses, metrics
 
@@ -334,7 +334,7 @@ def _lines(directory: Path) -> Iterable[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-class _log_in(logging.FileHandler):
+class _LogFile(logging.FileHandler):
     """Has distplat's own log in a file, in a block."""
 
     def __init__(self, path: Path) -> None:
@@ -410,4 +410,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # threads of the killed may wait for ever, and nobody waits for them

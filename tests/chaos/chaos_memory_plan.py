@@ -200,9 +200,8 @@ def _some_deed(setting: Setting, draw: Random, seen: Moments, later: bool) -> De
     seconds = draw.choice((0.0, 0.0, draw.uniform(0, 0.05)))
     if later and draw.random() < 0.4:
         moment, who, count, seconds = "soon", "", 1, draw.uniform(0, 0.5)
-    still_s = (
-        draw.choice((0.5, HEARTBEAT_S + 1, HEARTBEAT_S + 1, 60.0)) if kind == "freeze" else 0.0
-    )
+    late = HEARTBEAT_S + 1
+    still_s = draw.choice((0.5, late, late, 60.0)) if kind == "freeze" else 0.0
     if kind == "disk":
         seconds, moment, who = 0.0, f"disk {draw.choice(('write', 'rename', 'make'))}", ""
         count = draw.randint(1, 12)
@@ -263,7 +262,6 @@ class Injector:
         self._left = list(self.deeds)
         self._changing = threading.Lock()
         self._bursts: list[list[Any]] = []
-        self._refused = 0
         self._copies = 0
 
     def reach(self, moment: str, name: str) -> None:
@@ -304,12 +302,12 @@ class Injector:
         return None
 
     def _carry_out(self, deed: Deed, name: str) -> None:
-        proof = getattr(self, "_" + deed.kind.replace("-", "_"))(deed, name)
-        if proof:
-            self.fired.append((deed, proof))
         after = self.deeds.index(deed) + 1
         if after < len(self.deeds) and self.deeds[after].moment == "soon":
             _later(self.deeds[after].seconds, self._carry_out, self.deeds[after], "worker")
+        proof = getattr(self, "_" + deed.kind.replace("-", "_"))(deed, name)
+        if proof:
+            self.fired.append((deed, proof))
 
     def _kill(self, deed: Deed, name: str) -> str:
         return self._end(self._of(deed.victim, name)[:1])
@@ -332,10 +330,7 @@ class Injector:
             found = [one.name for one in processes if one.node == last != here]
             return [one for one in found if one not in ("driver", "controller")]
         if victim.endswith("s"):
-            role = victim[:-1]
-            return [
-                one for one in self.ray.living("") if role in ("worker", "server") and role in one
-            ]
+            return [one for one in self.ray.living("") if victim[:-1] in one]
         found = self.ray.living(f"{victim}-" if victim == "server" else victim)
         found = [one for one in found if victim != "server" or "manager" not in one]
         at = self.seed % len(found) if found else 0

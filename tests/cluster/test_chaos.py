@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-GRID = Path(__file__).parent.parent / "chaos" / "chaos_grid.py"
+CHAOS = Path(__file__).parent.parent / "chaos"
+GRID = CHAOS / "chaos_grid.py"
 ROWS = ("F5", "F11", "F13", "F14", "F25", "B1", "B2")
 
 
@@ -20,3 +21,14 @@ def test_what_was_trained_has_the_bits_of_a_run_without_a_fault(tmp_path: Path) 
         [sys.executable, str(GRID), *rows, *only], capture_output=True, text=True, timeout=550
     )
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_random_faults_in_memory(tmp_path: Path) -> None:
+    command = [sys.executable, str(CHAOS / "chaos_memory.py"), "--minutes", "0.3"]
+    found = subprocess.run(
+        [*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=550
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "| wrong | 0 | 0 | 0 | 0 | 0 |" in found.stdout

@@ -24,9 +24,18 @@ from typing import Any
 from unittest import mock
 
 import ray
+import torch
 from ray import exceptions
 
-from distplat.actors import controller_actor, hash_seed, launch, ray_compat, spawn
+from distplat.actors import (
+    controller_actor,
+    hash_seed,
+    launch,
+    ray_compat,
+    ray_transport,
+    spawn,
+    training,
+)
 from distplat.actors.collectives import ray_groups
 from distplat.actors.head_watch import HeadWatch
 from distplat.actors.local_transport import Actor, LocalCluster, StoredObject
@@ -36,6 +45,10 @@ from distplat.actors.worker import Worker
 from distplat.platform.errors import DistplatError
 from distplat.platform.stop_order import StopOrder
 
+LATE_S = 1.0
+"""How long threads may take to come out at the end."""
+BLOCKED = ("checkpoints", "metrics", "poll")
+"""Threads that wait without a deadline, and call nobody: for work, or for a loop that has ended."""
 _here = threading.local()
 
 
@@ -168,7 +181,7 @@ def _end_worker(body: Worker) -> None:
     body.stop(session.state.attempt if session is not None else 0, StopOrder.ABANDON)
 
     def leave(_: object) -> None:
-        raise SystemExit
+        raise Killed
 
     body._orders.put(leave)
 
@@ -230,6 +243,8 @@ def _start_of_this_process(thread: threading.Thread) -> None:
             run()
 
     thread.run = body  # type: ignore[method-assign]
+    if process is not None and _ray is not None:
+        _ray.threads.append(thread)
     _start(thread)
 
 
@@ -256,6 +271,7 @@ class InMemoryRay:
         self.cluster = LocalCluster()
         self.processes: dict[str, Process] = {}  #: by the actor's name without that of the job
         self._actors: dict[str, Actor] = {}
+        self.threads: list[threading.Thread] = []  #: that its processes have started
         self._words: dict[bytes, bytes] = {}
         self._changing = threading.RLock()
         self._patches = ExitStack()
@@ -286,6 +302,13 @@ class InMemoryRay:
             (RayTransport, {"prefetch": lambda *args: None}),  # every object is everywhere
             (hash_seed, {"options": dict}),
             (launch, {"HeadWatch": heard}),
+            # What a process sets for itself would be for all of this one.
+            (
+                training,
+                {"log_to_stderr": lambda: None, "os": SimpleNamespace(chdir=lambda to: None)},
+            ),
+            (ray_transport, {"log_to_stderr": lambda: None}),
+            (torch, {"set_num_threads": lambda count: None}),
             (controller_actor, {"_send_records": lambda outbox: None}),  # they are here already
             (ray_groups, {"_register_with_ray": lambda group: None}),  # one register, many ranks
             (threading.Thread, {"start": _start_of_this_process}),
@@ -296,8 +319,16 @@ class InMemoryRay:
         for name in list(self._actors):
             self.kill_process(name)
         self.cluster.close()
+        self._wait_for_threads()
         self._patches.close()
         _ray = None
+
+    def _wait_for_threads(self) -> None:
+        """Wait for threads to come out: one that is late must not call the real Ray."""
+        until = time.monotonic() + LATE_S
+        for thread in self.threads:
+            if thread.name not in BLOCKED and thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
 
     def as_driver(self, work: Callable[[], Any]) -> Any:
         """Call something in a process of its own, the driver; raises `Killed` if it is killed."""

@@ -158,11 +158,7 @@ def test_until_all_are_at_work_a_loss_has_the_checkpoint_loaded_again(
     if not resumed:
         state = play([(1, dead(0)), (1, dead(1)), (1, dead(2)), (1, Tick())])
         state.restarted(2, step=10)
-    again: list[tuple[float, Event]] = [
-        (3.0, heard(0, 10)),
-        (3.0, lost),
-        *((3.0, stopped(rank)) for rank in (0, 2)),
-    ]
+    again: History = [(3.0, heard(0, 10)), (3.0, lost), *((3.0, stopped(rank)) for rank in (0, 2))]
     for now, event in [*again, (3.0, stopped(1)), (3.0, Tick())]:
         state.handle(event, now)
     assert state.restart is not None

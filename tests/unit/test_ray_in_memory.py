@@ -1,0 +1,113 @@
+"""A whole run without Ray: driver, controller and workers, and what becomes of the killed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import fields_of
+from local_run import train
+from ray_in_memory import InMemoryRay, process_here
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distplat import Task, Trainer
+from distplat.actors.result import Result
+from distplat.actors.retrying_calls import LOOK_S
+from distplat.platform.errors import ActorLost
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import make_job
+
+STEPS = 6
+STRATEGIES = ["ring", {"name": "ps-sync", "num_servers": 2}]
+
+
+class Told(Task):
+    """Tells of each forward; ranks are threads, so its model draws nothing."""
+
+    killed = ""
+    """Who is killed in its fourth forward; itself, or another process."""
+    ray: InMemoryRay
+
+    def model(self) -> nn.Module:
+        layer = nn.Linear(3, 2)
+        with torch.no_grad():
+            layer.weight.copy_(torch.arange(6.0).view(2, 3) / 7)
+            layer.bias.zero_()
+        self.forwards = 0
+        return nn.Sequential(layer)
+
+    def train_data(self) -> TensorDataset:
+        numbers = torch.arange(36.0).view(12, 3)
+        return TensorDataset(numbers.sin(), numbers[:, 0].long() % 2)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.forwards += 1
+        process = process_here()
+        if process is not None and process.name == "worker-1" and self.forwards == 4:
+            killed, Told.killed = Told.killed, ""
+            assert not killed or Told.ray.kill_process(killed)
+            process.check()
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+@pytest.fixture
+def cluster() -> Iterator[InMemoryRay]:
+    with InMemoryRay() as ray:
+        Told.ray, Told.killed = ray, ""
+        yield ray
+
+
+def job(strategy: object, folder: Path) -> Job:
+    fields = {"steps": STEPS, "checkpoint": {"every_steps": 2}, "storage_path": str(folder)}
+    return make_job(fields_of(strategy, 2, **fields))  # type: ignore[arg-type]
+
+
+def fit(ray: InMemoryRay, strategy: object, folder: Path) -> Result:
+    trainer = Trainer(job(strategy, folder), Told, progress=False, log_to_driver=False)
+    result: Result = ray.as_driver(trainer.fit)
+    return result
+
+
+@pytest.mark.parametrize("killed", ["", "worker-0"])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=["ring", "ps-sync"])
+def test_a_run_has_the_bits_of_ranks_without_a_driver(
+    cluster: InMemoryRay, tmp_path: Path, strategy: object, killed: str
+) -> None:
+    Told.killed = killed
+    result = fit(cluster, strategy, tmp_path)
+    expected = train(job(strategy, tmp_path), Told).parameters()
+    assert result.checkpoint is not None
+    found = load_file(result.checkpoint)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert [one.step for one in result.history] == [*range(1, STEPS + 1)]
+    assert bool(result.failures) == bool(killed)
+
+
+def test_a_lost_controller_takes_what_it_made_along(cluster: InMemoryRay, tmp_path: Path) -> None:
+    Told.killed = "controller"
+    with pytest.raises(ActorLost, match="controller was lost"):
+        fit(cluster, "ring", tmp_path)
+    assert cluster.living("") == ["driver"]
+
+
+def test_who_is_frozen_answers_once_it_goes_on(cluster: InMemoryRay) -> None:
+    class Idle:
+        def name(self) -> str:
+            return "idle"
+
+    def work() -> None:
+        cluster.spawn("idle", Idle, {})
+        process = cluster.processes["idle"]
+        process.freeze()
+        began = time.monotonic()
+        threading.Timer(2 * LOOK_S, process.go_on).start()
+        assert cluster.ask("idle", "name") == "idle"
+        assert time.monotonic() - began >= 2 * LOOK_S
+
+    cluster.as_driver(work)
