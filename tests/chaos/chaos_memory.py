@@ -60,7 +60,7 @@ from distplat.platform.errors import InfrastructureError
 HERE = Path(__file__).parent
 PER_JOB = 6
 """Trials of a job, one after the other: what comes of it without a fault is made once."""
-LIMIT_S = 90.0
+LIMIT_S = 240.0
 """A run that takes longer hangs."""
 DRIVERS = 6
 """So often a run is begun or resumed at most."""

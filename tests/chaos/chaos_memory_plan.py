@@ -24,7 +24,7 @@ from distplat.platform.errors import DistplatError, SpecError
 from distplat.strategies.catalog import make_job
 
 STEPS, EVERY = 16, 3
-HEARTBEAT_S, STEP_S, COLLECTIVE_S = 2.5, 6.0, 4.0
+HEARTBEAT_S, STEP_S, COLLECTIVE_S = 5.0, 10.0, 5.0
 """Deadlines: what froze is found by the first that applies."""
 BURST, SHARE = 60, 0.25
 """Calls of a burst of bad ones, and how many of them each of four things happens to."""
@@ -355,7 +355,8 @@ class Injector:
 
     def _damage(self, deed: Deed, name: str) -> str:
         found = sorted(self.storage.glob("*/checkpoints/step-" + "[0-9]" * 6))
-        if len(found) < 2:
+        workers = self._of("workers", name)
+        if len(found) < 2 or not workers:
             return ""
         path = found[-1] / "model.safetensors"
         try:
@@ -364,7 +365,8 @@ class Injector:
             path.write_bytes(content)
         except OSError:
             return ""
-        return f"{found[-1].name} is damaged" if self._end(self._of("workers", name)) else ""
+        self._end(workers)
+        return f"{found[-1].name} is damaged"
 
     def _scale(self, deed: Deed, name: str) -> str:
         with suppress(TransportError, DistplatError, KeyError):  # it is refused, or nobody is there
