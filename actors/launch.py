@@ -41,6 +41,8 @@ from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck, said_by_job
 from distplat.actors.task_pickling import check_pickles
+from distplat.platform.errors import InfrastructureError
+from distplat.platform.progress import first_line
 from distplat.platform.spec import Scaling
 
 TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -202,6 +204,20 @@ def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
 
 
 @contextmanager
+def _failures_of_start() -> Iterator[None]:
+    """
+    Tell what keeps a local Ray from starting from an error of ours: Ray raises bare exceptions.
+
+    Raises:
+        InfrastructureError: it does not start.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise InfrastructureError(f"a local Ray did not start: {first_line(str(error))}") from error
+
+
+@contextmanager
 def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     """
     Be connected to Ray: as we are, or to a local instance that ends with the block.
@@ -209,6 +225,9 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     Args:
         scaling: has so many workers at most.
         logs: whether what a local instance's workers print comes to this process.
+
+    Raises:
+        InfrastructureError: a local instance does not start.
     """
     if ray.is_initialized():
         yield
@@ -218,7 +237,7 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
     with hash_seed.inherited():
-        with ray_compat.loopback():
+        with ray_compat.loopback(), _failures_of_start():
             ray.init(
                 address="local",
                 include_dashboard=False,

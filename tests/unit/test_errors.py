@@ -3,13 +3,15 @@
 import inspect
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import ray
+from jobs import job_of
 
-from distplat.actors.launch import failures_of_ray
+from distplat.actors.launch import failures_of_ray, local_ray
 from distplat.platform import errors
-from distplat.platform.errors import DistplatError, Problem, SpecError
+from distplat.platform.errors import DistplatError, InfrastructureError, Problem, SpecError
 
 TREE = [
     kind
@@ -75,6 +77,28 @@ def test_a_constructor_of_its_own_keeps_all_arguments(kind: type[DistplatError])
 )
 def test_exit_codes(name: str, code: int) -> None:
     assert example(getattr(errors, name)).exit_code == code
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_ipython_shows_the_message_in_place_of_our_frames(kind: type[DistplatError]) -> None:
+    """By the method's name, which is IPython's."""
+    assert example(kind)._render_traceback_() == [f"{kind.__name__}: {example(kind)}"]
+
+
+def test_a_local_ray_that_does_not_start_is_no_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray raises a bare `Exception` there."""
+
+    def init(**options: object) -> None:
+        raise Exception("The current node timed out during startup.\nAnd more of it")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = r"local Ray did not start: The current node timed out during startup\.$"
+    with pytest.raises(InfrastructureError, match=told), local_ray(job_of("ring", 1).scaling):
+        pass
 
 
 def test_ctrl_c_has_the_shells_exit_code() -> None:
